@@ -1,0 +1,52 @@
+"""What all wire models share: inputs are strict and closed, outputs are complete, both are frozen."""
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Input(BaseModel):
+    """Something a client sends: an unknown field, a wrong type, NaN or infinity is an error with its path."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Output(BaseModel):
+    """Something the service sends: no defaults, so that nothing is left out by accident.
+
+    A client ignores fields it does not know, so that an older SDK reads a newer service.
+    """
+
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+Item = TypeVar("Item")
+
+
+class Page(Output, Generic[Item]):
+    """One page of a list; the next one starts with ``after=<last_id>``."""
+
+    object: Literal["list"]
+    data: list[Item]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class Deleted(Output):
+    """Answer to a DELETE."""
+
+    id: str
+    object: str
+    deleted: bool
+
+
+Json = Any
+"""A JSON value; what it may hold is the reader's business."""
+
+UnixSeconds = Annotated[int, Field(ge=0)]
+"""An instant on the OpenAI-shaped objects: seconds since 1970, UTC."""

@@ -1,0 +1,68 @@
+"""Checkpoints: resumable states, whose files can be downloaded."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dar.protocol.base import Input, Output, UnixSeconds
+
+CheckpointKind = Literal["full", "adapter"]
+MANIFEST_NAME = "MANIFEST.json"
+RESUME_FOLDER = "resume"
+"""Folder inside a checkpoint with what only a resume needs: optimizer, scheduler, counters, random states."""
+
+SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$", max_length=200),
+]
+"""A file's path inside a checkpoint: at most one folder deep, no ``..``, no leading dot."""
+
+
+class ManifestFile(Input):
+    """One file of a checkpoint."""
+
+    name: FileName
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: SHA256
+
+
+class Manifest(Input):
+    """``MANIFEST.json`` of a checkpoint: written last, so that a folder without one is not a checkpoint."""
+
+    version: Literal[1] = 1
+    step: Annotated[int, Field(ge=0)]
+    kind: CheckpointKind
+    last_seq: Annotated[int, Field(ge=0)] = 0
+    """What the trainer had said when it was written: highest ``seq`` of its spool; 0 outside a service."""
+    config_sha256: SHA256
+    """Digest of everything that decides the result: a resume under another configuration is refused."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Values of the step, for lists of checkpoints."""
+    files: Annotated[list[ManifestFile], Field(min_length=1, max_length=10_000)]
+
+
+class CheckpointFile(Output):
+    """One downloadable file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Checkpoint(Output):
+    """A checkpoint as OpenAI's ``fine_tuning.job.checkpoint``, with its files."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: UnixSeconds
+    fine_tuning_job_id: str
+    fine_tuned_model_checkpoint: str
+    step_number: int
+    metrics: dict[str, float]
+    kind: CheckpointKind
+    bytes: int
+    sha256: str
+    """Digest of the manifest."""
+    has_optimizer: bool
+    files: list[CheckpointFile]

@@ -1,0 +1,22 @@
+"""Events: append-only facts about a job."""
+
+from typing import Any, Literal
+
+from dar.protocol.base import Output, UnixSeconds
+
+Level = Literal["info", "warn", "error"]
+
+
+class Event(Output):
+    """One fact about a job, as OpenAI's ``fine_tuning.job.event``."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: UnixSeconds
+    seq: int
+    """Position in the job's history, from 1, without gaps."""
+    level: Level
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any] | None
+    """For ``metrics``: the step and its values. For ``message``: ``kind`` (status, checkpoint, …) and the facts."""

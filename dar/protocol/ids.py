@@ -1,0 +1,14 @@
+"""Identifiers: ``<prefix><ULID>``, opaque to clients, sortable by time, without a slash."""
+
+from typing import Literal
+
+from ulid import ULID
+
+Prefix = Literal[
+    "ftjob-", "file-", "ckpt-", "lease-", "req-", "ftevent-", "rwq_", "key-", "proj-", "inc-"
+]
+
+
+def new_id(prefix: Prefix) -> str:
+    """A fresh id, like ``ftjob-01K…``."""
+    return f"{prefix}{ULID()}"

@@ -1,0 +1,105 @@
+"""The metrics of a job: every name, its unit and its meaning. A trainer may send no other."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dar.protocol.base import Output
+from dar.protocol.status import JobStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A registered series."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("dar/loss", "nats", "-mean over scored completions of weight x policy log-probability"),
+    Metric("dar/rewards_mean", "reward", "mean reward of the step's scored completions"),
+    Metric("dar/rewards_std", "reward", "biased standard deviation of those rewards"),
+    Metric("dar/advantages_mean", "advantage", "mean advantage after normalisation"),
+    Metric("dar/advantages_std", "advantage", "biased standard deviation of the advantages"),
+    Metric("dar/weights_mean", "1", "mean clipped weight"),
+    Metric("dar/weights_max", "1", "largest clipped weight"),
+    Metric(
+        "dar/logps_policy",
+        "nats",
+        "mean log-probability of a completion under the policy, summed over its tokens",
+    ),
+    Metric("dar/logps_ref", "nats", "the same under the frozen reference"),
+    Metric("dar/logps_behavior", "nats", "the same under the distribution that sampled it"),
+    Metric("dar/weights_clip_fraction", "fraction", "share of weights held at the clip"),
+    Metric(
+        "dar/effective_sample_size",
+        "fraction",
+        "(sum w)^2 / (n sum w^2): share of the completions that carries the step",
+    ),
+    Metric(
+        "dar/kl_ref",
+        "nats",
+        "mean of behavior less reference log-probability: estimates KL(policy || reference) per completion",
+    ),
+    Metric(
+        "rewards/missing_fraction",
+        "fraction",
+        "share of completions without a reward; they are left out, never counted as 0",
+    ),
+    Metric("completions/mean_length", "tokens", "mean completion length"),
+    Metric(
+        "completions/truncated_fraction",
+        "fraction",
+        "share of completions cut off at max_new_tokens",
+    ),
+    Metric("train/learning_rate", "1", "learning rate of the step"),
+    Metric("train/grad_norm", "1", "gradient norm before clipping"),
+    Metric("train/epoch", "epochs", "passes over the training file so far"),
+    Metric("train/tokens", "tokens", "completion tokens trained on so far"),
+    Metric("time/step_seconds", "s", "wall time of the whole step"),
+    Metric("time/sampling_seconds", "s", "part of it spent sampling"),
+    Metric("time/reward_seconds", "s", "part of it spent waiting for rewards"),
+    Metric("time/training_seconds", "s", "part of it spent in forward, backward and optimizer"),
+)
+
+NAMES: frozenset[str] = frozenset(metric.name for metric in METRICS)
+COMPONENT_PREFIX = "rewards/"
+"""Each reward component adds the series ``rewards/<name>/mean``."""
+
+
+def is_known(name: str) -> bool:
+    """Whether ``name`` is a registered metric or a reward component's mean."""
+    if name in NAMES:
+        return True
+    parts = name.split("/")
+    return len(parts) == 3 and parts[0] == "rewards" and bool(parts[1]) and parts[2] == "mean"
+
+
+class Series(Output):
+    """One metric over the job: the i-th value was reached at the i-th step. A value that is no number is null."""
+
+    step: list[int]
+    value: list[float | None]
+    at: list[float]
+    """Seconds since 1970."""
+
+
+class Metrics(Output):
+    """Answer of ``GET /v1/fine_tuning/jobs/{id}/metrics``."""
+
+    object: Literal["metrics"]
+    series: dict[str, Series]
+    cursor: str
+    """Send it as ``after`` to get only what is new."""
+    status: JobStatus
+    poll_after_ms: int
+    """When the next poll makes sense."""
+
+
+class MetricName(Output):
+    """A registered metric as the API lists it."""
+
+    name: str
+    unit: str
+    meaning: str

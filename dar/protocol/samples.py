@@ -1,0 +1,58 @@
+"""Samples: completions kept for viewing, with everything that decided their weight."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dar.protocol.base import Input, Output, UnixSeconds
+
+RewardStatus = Literal["reward", "skip", "error"]
+FinishReason = Literal["stop", "length"]
+
+
+class SampleRow(Input):
+    """A sample as the trainer reports it. All log-probabilities are sums over completion tokens, in nats."""
+
+    group: int
+    """Prompt of the step, from 0."""
+    index: int
+    """Which of the prompt's K completions, from 0."""
+    prompt: str
+    completion: str
+    finish_reason: FinishReason
+    completion_tokens: int
+    reward: float | None
+    """None: missing, because a source skipped the sample or failed."""
+    reward_status: RewardStatus
+    reward_message: str | None = None
+    components: dict[str, float | None] = Field(default_factory=dict)
+    advantage: float | None
+    weight: float | None
+    logp_policy: float | None
+    logp_ref: float | None
+    logp_behavior: float
+
+
+class Sample(Output):
+    """A sample as the API shows it."""
+
+    id: str
+    object: Literal["fine_tuning.job.sample"]
+    created_at: UnixSeconds
+    step: int
+    attempt: int
+    group: int
+    index: int
+    prompt: str
+    completion: str
+    finish_reason: FinishReason
+    completion_tokens: int
+    reward: float | None
+    reward_status: RewardStatus
+    reward_message: str | None
+    components: dict[str, Any]
+    advantage: float | None
+    weight: float | None
+    logp_policy: float | None
+    logp_ref: float | None
+    logp_behavior: float

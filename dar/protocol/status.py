@@ -1,0 +1,29 @@
+"""The words for the state of a job, an attempt and a checkpoint."""
+
+from typing import Literal, get_args
+
+JobStatus = Literal[
+    "validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"
+]
+"""OpenAI's six and ``pausing``, ``paused``."""
+
+StatusDetail = Literal[
+    "backoff",
+    "waiting_for_reward",
+    "starting",
+    "sampling",
+    "training",
+    "checkpointing",
+    "cancelling",
+    "user_error",
+    "poison",
+    "system_error",
+]
+"""What a job does within its status, or why it ended."""
+
+AttemptStatus = Literal["running", "succeeded", "failed", "lost", "drained", "cancelled"]
+
+TERMINAL: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
+"""A job in one of these holds no GPU and moves only by an explicit resume."""
+
+JOB_STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)

@@ -1,0 +1,232 @@
+"""What workers and the service say to each other: leases, directives, batches, checkpoints, outcomes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dar.protocol.base import Input, Output
+from dar.protocol.checkpoints import SHA256, Manifest
+from dar.protocol.events import Level
+from dar.protocol.samples import SampleRow
+from dar.protocol.spec import JobSpec
+
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+Phase = Literal["starting", "sampling", "waiting_for_reward", "training", "checkpointing"]
+WAKE_TASK = "worker.wake"
+"""Name of the Celery task that says «look for queued jobs»; it carries nothing."""
+WAKE_QUEUE = "dar.wake"
+
+
+class Claim(Input):
+    """A slot asks for a job."""
+
+    node: Name
+    slot: Name
+    incarnation: Name
+    """Changes with every start of the worker process: a new one frees what its predecessor held."""
+    boot_id: Name
+    """Changes with every start of the machine: a new one frees what the whole node held."""
+    resources: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelSource(Output):
+    """Where the weights of a job's model come from."""
+
+    kind: Literal["folder", "hub"]
+    name: str
+    """Folder under the models directory, or hub id; empty for a model made of a full checkpoint."""
+    checkpoint_id: str | None
+    """A fine-tuned model with full weights: its files are the inputs ``model/…``."""
+    adapter_ids: list[str]
+    """Adapters to be merged in this order: their files are the inputs ``adapters/<n>/…``."""
+
+
+class Lease(Output):
+    """A job given to a slot for a limited time; answer to a claim."""
+
+    lease_id: str
+    job_id: str
+    attempt: int
+    """Counts executions of the job; the fencing token of every write."""
+    token: str
+    """Bearer token of this attempt, valid for its job only."""
+    ttl_seconds: float
+    spec: JobSpec
+    seed: int
+    total_steps: int
+    model: ModelSource
+    resume_checkpoint_id: str | None
+    reward_secret: str | None
+    """Signs requests to inline reward URLs; kept in memory only."""
+
+
+class InputFile(Output):
+    """A file that an attempt needs."""
+
+    name: str
+    """``training_file``, ``model/<file>``, ``adapters/<n>/<file>`` or ``resume/<file>``."""
+    bytes: int
+    sha256: str
+
+
+class Inputs(Output):
+    """All files of an attempt."""
+
+    files: list[InputFile]
+
+
+class AttemptProgress(Input):
+    """What an attempt does right now."""
+
+    phase: Phase
+    step: Annotated[int, Field(ge=0)]
+    message: Annotated[str, Field(max_length=2000)] | None = None
+    """What is waited for, and why."""
+
+
+class Heartbeat(Input):
+    """Renews a lease."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    progress: AttemptProgress | None = None
+
+
+class LeaseState(Output):
+    """Answer to a heartbeat."""
+
+    ttl_seconds: float
+
+
+class Directive(Output):
+    """Something the service wants of a running attempt."""
+
+    id: int
+    type: Literal["cancel"]
+
+
+class Directives(Output):
+    """Answer of the long poll."""
+
+    directives: list[Directive]
+    cursor: str
+
+
+Seq = Annotated[int, Field(ge=1)]
+
+
+class MetricsRow(Input):
+    """The metrics of one step."""
+
+    type: Literal["metrics"]
+    seq: Seq
+    at: float
+    step: Annotated[int, Field(ge=1)]
+    values: dict[str, float | None]
+    """By registered name; null stands for a value that is no number."""
+
+
+class SamplesRow(Input):
+    """Samples of one step."""
+
+    type: Literal["samples"]
+    seq: Seq
+    at: float
+    step: Annotated[int, Field(ge=1)]
+    samples: Annotated[list[SampleRow], Field(min_length=1, max_length=256)]
+
+
+class EventRow(Input):
+    """Something worth telling the user."""
+
+    type: Literal["event"]
+    seq: Seq
+    at: float
+    level: Level
+    message: Annotated[str, Field(max_length=4000)]
+    data: dict[str, Any] | None = None
+
+
+class CheckpointRow(Input):
+    """A checkpoint lies on the worker's disk; tells the supervisor to upload it."""
+
+    type: Literal["checkpoint"]
+    seq: Seq
+    at: float
+    step: Annotated[int, Field(ge=0)]
+    folder: Annotated[str, Field(max_length=200)]
+    manifest_sha256: SHA256
+
+
+Row = Annotated[MetricsRow | SamplesRow | EventRow | CheckpointRow, Field(discriminator="type")]
+"""One line of a spool; ``seq`` counts from 1 without gaps within an attempt."""
+
+
+class Batch(Input):
+    """Consecutive rows of one attempt."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    rows: Annotated[list[Row], Field(max_length=500)]
+
+
+class BatchAck(Output):
+    """Answer to a batch."""
+
+    acked_seq: int
+    """Everything up to here is committed and need not be sent again."""
+
+
+class RegisterCheckpoint(Input):
+    """Announces a checkpoint before its files are uploaded."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    manifest: Manifest
+    manifest_sha256: SHA256
+
+
+class CheckpointUpload(Output):
+    """What the service has of a checkpoint so far."""
+
+    checkpoint_id: str
+    status: Literal["pending", "available"]
+    received: dict[str, int]
+    """Bytes received of each file; an upload goes on from there."""
+
+
+class AttemptOf(Input):
+    """Names the attempt that writes."""
+
+    attempt: Annotated[int, Field(ge=1)]
+
+
+class Complete(Input):
+    """The attempt trained to the end."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    last_seq: Annotated[int, Field(ge=0)]
+    checkpoint_id: str
+
+
+class Fail(Input):
+    """The attempt ended badly."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    kind: Literal["user", "transient"]
+    """``user``: the spec or its data cannot work, so there is no retry. ``transient``: try again, with backoff."""
+    code: Annotated[str, Field(max_length=64)]
+    message: Annotated[str, Field(max_length=8000)]
+    param: str | None = None
+
+
+class Release(Input):
+    """The attempt gives its job back, or confirms a cancellation."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    reason: Literal["drained", "waiting_for_reward", "cancelled"]
+    message: Annotated[str, Field(max_length=2000)] | None = None
+
+
+class Outcome(Output):
+    """What became of the job after complete, fail or release."""
+
+    status: str
+    status_detail: str | None

@@ -1,0 +1,109 @@
+"""The one interface of all reward sources: samples go in, and each comes out as a reward, a skip or an error.
+
+A missing reward is a third value. Nothing here or above it turns a failure into a number.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from dar.protocol.samples import FinishReason, RewardStatus
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSample:
+    """One completion to be scored. Exactly one of ``prompt`` and ``messages`` is given."""
+
+    id: str
+    """Unique within the step."""
+    group_id: str
+    """The same for the completions of one prompt."""
+    index: int
+    """Which completion of its group, from 0."""
+    prompt: str | None
+    messages: Sequence[Message] | None
+    completion: str
+    """The bare text, without special tokens."""
+    finish_reason: FinishReason
+    completion_tokens: int
+    completion_ids: Sequence[int] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the prompt's row."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardContext:
+    """What the samples of one call have in common."""
+
+    step: int
+    """Optimizer step that the samples are for, from 1."""
+    mode: Literal["train", "eval", "validate"] = "train"
+    job_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The source gave a finite number."""
+
+    reward: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    """Parts that the source reported beside the reward; for viewing only."""
+    feedback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The source says that its reward does not apply to the sample."""
+
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The source could not score the sample."""
+
+    code: str
+    """Kind of failure, like ``timeout``, ``http_503`` or ``contract.length``."""
+    message: str
+    is_transient: bool
+    """Whether the same request may succeed later."""
+
+
+RewardResult = Scored | Skipped | Failed
+
+
+class RewardSource(Protocol):
+    """Something that scores samples."""
+
+    @property
+    def name(self) -> str:
+        """Component name; unique in a job."""
+        ...
+
+    async def score(
+        self, samples: Sequence[RewardSample], context: RewardContext
+    ) -> list[RewardResult]:
+        """Score ``samples``: one result each, in order.
+
+        Raises:
+            RewardMisconfiguredError: The source refuses us for good, so no later call can succeed.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Free connections; the source is not used afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReward:
+    """A sample's total over all components."""
+
+    reward: float | None
+    """None: missing."""
+    status: RewardStatus
+    message: str | None
+    components: Mapping[str, float | None]
+    """Raw reward of each component; None where it is missing."""

@@ -1,0 +1,162 @@
+"""All settings, in one frozen class, read from the environment with the prefix ``DAR_``.
+
+Built only where a process starts (`Settings()`), then passed down; reading the environment anywhere else is a lint error.
+Every process of the product uses the same class, so one environment describes one installation.
+"""
+
+import platform
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Settings of one installation. The field ``lease_ttl_seconds`` is the variable ``DAR_LEASE_TTL_SECONDS``."""
+
+    model_config = SettingsConfigDict(env_prefix="DAR_", frozen=True, extra="ignore")
+
+    home: Path = Field(default=Path("~/.local/share/dar"))
+    """Folder of everything that is kept: database, artifacts, keys, models, the worker's spool."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log line that is written."""
+
+    # --- where the service is, for clients and workers -------------------------------------------------------------
+    base_url: str | None = None
+    """URL of the service as clients and workers reach it; default ``http://host:port``."""
+
+    host: str = "127.0.0.1"
+    """Address the service binds to."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 8321
+    """Port the service binds to."""
+
+    api_key: SecretStr | None = None
+    """API key of the SDK and the CLI; default: the content of ``$DAR_HOME/api_key``."""
+
+    # --- service ---------------------------------------------------------------------------------------------------
+    database_url: str | None = None
+    """SQLAlchemy URL (``postgresql+psycopg://…``); default: SQLite at ``$DAR_HOME/dar.db``."""
+
+    broker_url: SecretStr | None = None
+    """``redis://…`` of the Valkey or Redis that carries wake-ups; without one, workers poll."""
+
+    models_dir: Path | None = None
+    """Folder whose sub-folders are the base models that a job may name; default ``$DAR_HOME/models``."""
+
+    artifacts_dir: Path | None = None
+    """Folder of uploaded files and checkpoints; default ``$DAR_HOME/artifacts``."""
+
+    hub_models: Annotated[tuple[str, ...], NoDecode] = ("*/*",)
+    """Comma-separated patterns of hub models that a job may name, like ``Qwen/*``."""
+
+    reward_secret: SecretStr | None = None
+    """Secret (``whsec_…``) that signs requests to inline reward URLs; default: ``$DAR_HOME/reward_secret``."""
+
+    is_migrating: bool = True
+    """Whether the service upgrades the database schema when it starts."""
+
+    database_wait_seconds: Seconds = 60.0
+    """How long the service waits for its database when it starts."""
+
+    max_body_bytes: Bytes = 1024**2
+    """Largest JSON body of a request."""
+
+    max_file_bytes: Bytes = 512 * 1024**2
+    """Largest uploaded training file."""
+
+    max_batch_bytes: Bytes = 16 * 1024**2
+    """Largest batch of a worker, unpacked."""
+
+    # --- leases ----------------------------------------------------------------------------------------------------
+    lease_ttl_seconds: Seconds = 300.0
+    """How long a worker may be silent before its job passes to another."""
+
+    reconcile_seconds: Seconds = 5.0
+    """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
+
+    # --- worker ----------------------------------------------------------------------------------------------------
+    worker_key: SecretStr | None = None
+    """Key of scope ``worker``; default: the content of ``$DAR_HOME/worker_key``."""
+
+    node: str = Field(default_factory=platform.node)
+    """Name of this machine, the same after a restart."""
+
+    slot: str = "0"
+    """Name of this worker's slot on its node; one worker process per slot."""
+
+    devices: str | None = None
+    """GPUs of the slot as ``CUDA_VISIBLE_DEVICES`` takes them; default: all."""
+
+    work_dir: Path | None = None
+    """Folder of the worker's spools, inputs and local checkpoints; default ``$DAR_HOME/worker``."""
+
+    heartbeat_seconds: Seconds = 15.0
+    """Pause between two renewals of a lease."""
+
+    poll_seconds: Seconds = 10.0
+    """Pause between two looks for queued jobs when no wake-up arrives."""
+
+    spool_seconds: Seconds = 1.0
+    """Longest time that what the trainer said waits before it is sent."""
+
+    drain_seconds: Seconds = 120.0
+    """How long a trainer may take to checkpoint and leave when its worker is stopped."""
+
+    cancel_seconds: Seconds = 30.0
+    """How long a trainer may take to stop after a cancellation before it is killed."""
+
+    torch_threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of a trainer; part of what makes a run reproducible."""
+
+    is_offline: bool = Field(default=False)
+    """Whether a trainer may not reach the model hub."""
+
+    @field_validator("home", "models_dir", "artifacts_dir", "work_dir")
+    @classmethod
+    def _expand(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    @field_validator("hub_models", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @property
+    def service_url(self) -> str:
+        """URL of the service without a slash at its end."""
+        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        """URL of the database."""
+        return self.database_url or f"sqlite:///{self.home / 'dar.db'}"
+
+    @property
+    def models_path(self) -> Path:
+        """Folder of the base models."""
+        return self.models_dir or self.home / "models"
+
+    @property
+    def artifacts_path(self) -> Path:
+        """Folder of uploaded files and checkpoints."""
+        return self.artifacts_dir or self.home / "artifacts"
+
+    @property
+    def work_path(self) -> Path:
+        """Folder of the worker's own files."""
+        return self.work_dir or self.home / "worker"
+
+    def secret_from(self, value: SecretStr | None, filename: str) -> str | None:
+        """A secret given in the environment, else the content of ``$DAR_HOME/<filename>``, else None."""
+        if value is not None:
+            return value.get_secret_value()
+        path = self.home / filename
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
