@@ -112,10 +112,10 @@ def reachable_url(host: str, port: int) -> str:
     return f"http://{f'[{local}]' if ':' in local and not local.startswith('[') else local}:{port}"
 
 
-def is_service_ready(url: str) -> bool:
-    """Whether the service answers requests."""
+def answers(url: str) -> bool:
+    """Whether a GET of ``url`` is answered with 200."""
     try:
-        return httpx2.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200
+        return httpx2.get(url, timeout=2, trust_env=False).status_code == 200
     except httpx2.HTTPError:
         return False
 
@@ -137,7 +137,7 @@ def start_all(processes: Processes, settings: Settings, workers: int) -> bool:
     processes.start(
         Child("service", [*python, "service", "serve"], shared, home / "logs" / "service.log")
     )
-    processes.wait_until(lambda: is_service_ready(url), "service", SERVICE_START_SECONDS)
+    processes.wait_until(lambda: answers(f"{url}/readyz"), "service", SERVICE_START_SECONDS)
     for slot in range(workers):
         processes.start(
             Child(

@@ -1,0 +1,48 @@
+"""The DAR training core: it runs alone, from a ten-line script, and knows no service.
+
+Importing this package loads no torch; a name loads its module when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dar.training.config import DARConfig
+    from dar.training.data import DataCollatorForDAR
+    from dar.training.job import JobInputs, train_job
+    from dar.training.sink import Control, NullControl, NullSink, Sink
+    from dar.training.trainer import DARTrainer
+
+__all__ = [
+    "Control",
+    "DARConfig",
+    "DARTrainer",
+    "DataCollatorForDAR",
+    "JobInputs",
+    "NullControl",
+    "NullSink",
+    "Sink",
+    "train_job",
+]
+
+_HOMES = {
+    "Control": "dar.training.sink",
+    "DARConfig": "dar.training.config",
+    "DARTrainer": "dar.training.trainer",
+    "DataCollatorForDAR": "dar.training.data",
+    "JobInputs": "dar.training.job",
+    "NullControl": "dar.training.sink",
+    "NullSink": "dar.training.sink",
+    "Sink": "dar.training.sink",
+    "train_job": "dar.training.job",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dar.training' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

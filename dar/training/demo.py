@@ -1,7 +1,7 @@
 """The torch part of the demo: ``python -m dar.training.demo base`` and ``… sample``.
 
 ``base`` trains a small Llama on the little language of `dar.training.demo_reviews`, from random weights, and writes it with
-its tokenizer as a folder that any loader of transformers reads. ``sample`` continues prompts with a saved model. Both
+its tokenizer as a folder that any loader of transformers reads. ``sample`` continues prompts with saved models. Both
 report on stdout as JSON lines, so that the command that started them can draw progress and use the result.
 """
 
@@ -29,12 +29,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dar.training.demo_reviews import reviews
+from dar.training.demo_reviews import OPENINGS, reviews
 
 BATCH = 96
 """Reviews per optimizer step, some 1,600 tokens."""
 PEAK_LEARNING_RATE = 3e-3
 VOCABULARY = 512
+SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+"""In the order of their ids: 0, 1, 2."""
 IGNORED = -100
 """Label that the loss of transformers' models leaves out."""
 
@@ -50,12 +52,11 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
-    specials = ["<pad>", "<bos>", "<eos>"]
     tokenizer.train_from_iterator(
         texts,
         BpeTrainer(
             vocab_size=VOCABULARY,
-            special_tokens=specials,
+            special_tokens=list(SPECIALS.values()),
             initial_alphabet=ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -63,9 +64,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIALS)
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -98,10 +97,10 @@ def batch_of(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_base(folder: Path, *, steps: int, seed: int) -> float:
-    """Train the base model and save it.
+    """Train the base model; save it and the prompts of the demo's job.
 
     Args:
-        folder: Where the model is written; it is created.
+        folder: Gets ``model/`` and ``prompts.jsonl``; it is created.
         steps: Optimizer steps; 220 give fluent reviews.
         seed: Fixes the texts, the initial weights and so, on one thread, the result.
 
@@ -111,8 +110,9 @@ def train_base(folder: Path, *, steps: int, seed: int) -> float:
     texts = list(reviews(steps * BATCH, seed))
     tokenizer = make_tokenizer(texts[:4000])
     model = make_model(seed)
-    rows = [ids + [model.config.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    rows = [[*ids, model.config.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.01)
+    folder.mkdir(parents=True, exist_ok=True)
     losses: list[float] = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -128,8 +128,10 @@ def train_base(folder: Path, *, steps: int, seed: int) -> float:
         losses.append(loss.item())
         if (step + 1) % 5 == 0 or step + 1 == steps:
             report(step=step + 1, steps=steps, loss=losses[-1])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"prompt": opening}) + "\n" for opening in OPENINGS)
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
 
@@ -165,11 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dar.training.demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     base = commands.add_parser("base", help="train the base model")
-    base.add_argument("--folder", type=Path, required=True)
+    base.add_argument("--folder", type=Path, required=True, help="gets model/ and prompts.jsonl")
     base.add_argument("--steps", type=int, required=True)
     base.add_argument("--seed", type=int, default=0)
     draw = commands.add_parser("sample", help="continue prompts; a JSON list of them on stdin")
-    draw.add_argument("--folder", type=Path, required=True)
+    draw.add_argument("--folder", type=Path, required=True, nargs="+", help="one or more models")
     draw.add_argument("--count", type=int, default=6)
     draw.add_argument("--max-new-tokens", type=int, default=24)
     draw.add_argument("--seed", type=int, default=0)
@@ -181,14 +183,16 @@ def main() -> None:
         loss = train_base(arguments.folder, steps=arguments.steps, seed=arguments.seed)
         report(done=True, loss=loss)
         return
-    completions = sample(
-        arguments.folder,
-        json.load(sys.stdin),
-        count=arguments.count,
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-    )
-    report(done=True, completions=completions)
+    prompts = json.load(sys.stdin)
+    for folder in arguments.folder:
+        completions = sample(
+            folder,
+            prompts,
+            count=arguments.count,
+            max_new_tokens=arguments.max_new_tokens,
+            seed=arguments.seed,
+        )
+        report(folder=str(folder), completions=completions)
 
 
 if __name__ == "__main__":
