@@ -98,8 +98,14 @@ class Processes:
         """Start a child and keep it alive from now on."""
         self._running.append(Running(child, launch(child)))
 
-    def wait_until(self, is_ready: Callable[[], bool], name: str, seconds: float) -> None:
-        """Wait for child ``name`` to be ready.
+    def wait_until(
+        self,
+        is_ready: Callable[[], bool],
+        name: str,
+        seconds: float,
+        should_stop: Callable[[float], bool],
+    ) -> None:
+        """Wait for child ``name`` to be ready, or for ``should_stop(seconds to wait)``.
 
         Raises:
             ServiceUnavailableError: It ended, or was not ready in time; the message holds the end of its log.
@@ -117,7 +123,8 @@ class Processes:
                 raise ServiceUnavailableError(
                     f"the {name} {what}; see {running.child.log}\n{log_tail(running.child.log)}"
                 )
-            time.sleep(0.05)
+            if should_stop(0.05):
+                return
 
     def watch(self, should_stop: Callable[[float], bool]) -> None:
         """Start dead children again until ``should_stop(seconds to wait)`` is true."""

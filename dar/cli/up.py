@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -120,7 +120,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def start_all(processes: Processes, settings: Settings, workers: int) -> bool:
+def start_all(
+    processes: Processes, settings: Settings, workers: int, should_stop: Callable[[float], bool]
+) -> bool:
     """Start Valkey, the service and ``workers`` workers; returns whether there is a broker."""
     home = settings.home
     python = [sys.executable, "-m"]
@@ -137,7 +139,9 @@ def start_all(processes: Processes, settings: Settings, workers: int) -> bool:
     processes.start(
         Child("service", [*python, "service", "serve"], shared, home / "logs" / "service.log")
     )
-    processes.wait_until(lambda: answers(f"{url}/readyz"), "service", SERVICE_START_SECONDS)
+    processes.wait_until(
+        lambda: answers(f"{url}/readyz"), "service", SERVICE_START_SECONDS, should_stop
+    )
     for slot in range(workers):
         processes.start(
             Child(
@@ -184,8 +188,9 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
         stop = StopRequest()
         processes = Processes(say)
         try:
-            has_broker = start_all(processes, settings, workers)
-            say(_greeting(settings, workers, has_broker))
+            has_broker = start_all(processes, settings, workers, stop.wait)
+            if not stop.wait(0):
+                say(_greeting(settings, workers, has_broker))
             processes.watch(stop.wait)
             say("stopping: running jobs write a checkpoint and go on at the next start …")
         finally:

@@ -63,6 +63,72 @@ def normalized_advantages(
     """
     if mode not in ("none", "per_prompt", "batch") or baseline not in ("mean", "leave_one_out"):
         raise ValueError(f"unknown mode {mode!r} or baseline {baseline!r}")
-    valid_PK = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid  # noqa: N806 - shape suffix
-    rewards_PK = rewards.float().masked_fill(~valid_PK, 0.0)  # noqa: N806 - shape suffix
-    count_P1 = valid_PK.sum(dim=1, keepdim=True)  # noqa: N806 - shape suffix
+    rewards_PK = rewards.float()
+    valid_PK = torch.ones_like(rewards_PK, dtype=torch.bool) if valid is None else valid
+    rewards_PK = rewards_PK.masked_fill(~valid_PK, 0.0)
+    count_P1 = valid_PK.sum(dim=1, keepdim=True)
+    mean_P1 = rewards_PK.sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
+    centred_PK = (rewards_PK - mean_P1).masked_fill(~valid_PK, 0.0)
+    advantages_PK = centred_PK
+    if baseline == "leave_one_out":
+        advantages_PK = centred_PK * (count_P1 / (count_P1 - 1).clamp(min=1))
+    if mode == "per_prompt":
+        std_P1 = (centred_PK.square().sum(dim=1, keepdim=True) / count_P1.clamp(min=1)).sqrt()
+        advantages_PK = advantages_PK / std_P1.clamp(min=eps)
+    elif mode == "batch":
+        count = count_P1.sum().clamp(min=1)
+        mean = advantages_PK.sum() / count
+        deviations_PK = (advantages_PK - mean).masked_fill(~valid_PK, 0.0)
+        std = (deviations_PK.square().sum() / count).sqrt()
+        advantages_PK = deviations_PK / std.clamp(min=eps)
+    return advantages_PK
+
+
+def importance_weights(
+    advantages: Tensor,
+    ref_logps: Tensor,
+    behavior_logps: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    clip: float,
+) -> Tensor:
+    """Weight of each completion in the regression: equation (4), then ``min(w, clip)``.
+
+    Args:
+        advantages: Any shape.
+        ref_logps: Log-probabilities under the frozen reference, same shape, nats.
+        behavior_logps: Log-probabilities under what really sampled, same shape, nats.
+        alpha: Pull towards the reference; at least 0.
+        beta: Pull towards the sampling policy; above 0.
+        clip: Largest weight; above 0.
+
+    Returns:
+        Weights in ``[0, clip]``, float32, same shape; constants to autograd.
+
+    Raises:
+        ValueError: alpha, beta or clip is out of range.
+    """
+    if alpha < 0 or beta <= 0 or clip <= 0:
+        raise ValueError("alpha must be at least 0, beta and clip above 0")
+    temperature = alpha + beta
+    log_ratios = ref_logps.detach().float() - behavior_logps.detach().float()
+    log_weights = alpha / temperature * log_ratios + advantages.detach().float() / temperature
+    return log_weights.clamp(max=MAX_LOG_WEIGHT).exp().clamp(max=clip)
+
+
+def dar_loss(weights: Tensor, policy_logps: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Advantage-weighted negative log-likelihood: equation (5).
+
+    Args:
+        weights: Any shape; no gradient flows through them.
+        policy_logps: Log-probabilities under the trained policy, same shape, nats.
+        valid: Boolean, the completions that count; absent: all.
+
+    Returns:
+        Scalar: the mean over the completions that count; 0 when none does.
+    """
+    losses = -weights.detach() * policy_logps
+    if valid is None:
+        return losses.mean()
+    return losses.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)

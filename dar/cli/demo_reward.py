@@ -1,0 +1,36 @@
+"""The demo's reward service: how pleased a review sounds, from -1 to 1, by the VADER lexicon.
+
+It is an ordinary reward service, made of one function: a user's own would look the same.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from dar.rewards.server import serve
+
+analyzer = SentimentIntensityAnalyzer()
+
+
+def positivity(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
+    """VADER's compound score of each review, its opening included."""
+    return [
+        float(analyzer.polarity_scores(prompt + completion)["compound"])
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m dar.cli.demo_reward", description=__doc__)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--secret-file", type=Path, required=True)
+    arguments = parser.parse_args()
+    secret = arguments.secret_file.read_text(encoding="utf-8").strip()
+    serve(positivity, host="127.0.0.1", port=arguments.port, secret=secret)
+
+
+if __name__ == "__main__":
+    main()

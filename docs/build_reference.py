@@ -1,0 +1,126 @@
+"""Write docs/reference.md from the code, so that it cannot disagree with it: ``python docs/build_reference.py``."""
+
+import ast
+import inspect
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dar.cli.main import app as command_line
+from dar.errors import DARError
+from dar.protocol.metrics import METRICS
+from dar.settings import Settings
+from service.app import create_app
+
+TARGET = Path(__file__).with_name("reference.md")
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    headings = list(headings)
+    lines = [f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}"]
+    for row in rows:
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(lines)
+
+
+def attribute_docs(module: str, name: str) -> dict[str, str]:
+    """The docstrings under a class's attributes, by attribute."""
+    package, _, file = module.rpartition(".")
+    tree = ast.parse((files(package) / f"{file}.py").read_text())
+    body = next(
+        node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name
+    ).body
+    docs: dict[str, str] = {}
+    for node, following in itertools.pairwise(body):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[node.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def settings() -> str:
+    """Every setting with its default."""
+    docs = attribute_docs("dar.settings", "Settings")
+    rows = []
+    for name, field in Settings.model_fields.items():
+        variable = field.validation_alias or f"DAR_{name.upper()}"
+        default = field.default if field.default_factory is None else "this machine's name"
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        rows.append((f"`{variable}`", "" if shown is None else f"`{shown}`", docs[name]))
+    return table(("variable", "default", "meaning"), rows)
+
+
+def errors() -> str:
+    """Every class of the error tree."""
+
+    def walk(cls: type[DARError]) -> Iterator[type[DARError]]:
+        yield cls
+        for child in cls.__subclasses__():
+            yield from walk(child)
+
+    rows = [
+        (f"`{cls.code}`", cls.status, "yes" if cls.retryable else "no", f"`{cls.__name__}`",
+         (inspect.getdoc(cls) or "").splitlines()[0])
+        for cls in walk(DARError)
+    ]  # fmt: skip
+    return table(("code", "HTTP", "retry helps", "class", "meaning"), rows)
+
+
+def metrics() -> str:
+    """Every registered metric."""
+    rows: list[tuple[str, str, str]] = [(f"`{m.name}`", m.unit, m.meaning) for m in METRICS]
+    rows.append(("`rewards/<component>/mean`", "reward", "mean raw reward of one component"))
+    return table(("name", "unit", "meaning"), rows)
+
+
+def routes() -> str:
+    """Every route, from the OpenAPI document."""
+    document: dict[str, Any] = create_app(Settings(home=Path("/nonexistent"))).openapi()
+    rows = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            text = operation.get("description") or operation.get("summary") or ""
+            rows.append((f"`{method.upper()} {path}`", text.split("\n\n")[0].replace("\n", " ")))
+    return table(("route", "what it does"), rows)
+
+
+def commands() -> str:
+    """Every command with its options."""
+    group = typer.main.get_command(command_line)
+    rows = []
+    for name, command in group.commands.items():  # type: ignore[attr-defined] # the root of our command line is a group
+        options = " ".join(f"`{option.opts[0]}`" for option in command.params)
+        rows.append(
+            (f"`dar {name}`", (command.help or "").split("\n\n")[0].replace("\n", " "), options)
+        )
+    return table(("command", "what it does", "options"), rows)
+
+
+def reference() -> str:
+    """The whole page."""
+    sections = {
+        "Settings": "All processes read the same variables from their environment.\n\n" + settings(),
+        "Routes": "All want `Authorization: Bearer <key>` but `/healthz` and `/readyz`. The full schemas are in "
+        "`GET /openapi.json`.\n\n" + routes(),
+        "Errors": "Every failure of every route has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\", "
+        "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`; the SDK raises the class.\n\n" + errors(),
+        "Metrics": metrics(),
+        "Commands": commands(),
+    }  # fmt: skip
+    head = "# Reference\n\nWritten by `python docs/build_reference.py` from the code.\n"
+    return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference())
+    sys.stdout.write(f"{TARGET}\n")

@@ -1,0 +1,220 @@
+"""The database: its engine, its transactions and its clock. The only place that commits."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import orjson
+import stamina
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
+
+from dar.errors import ServiceUnavailableError
+
+Result = TypeVar("Result")
+Clock = Callable[[], datetime]
+
+BUSY_SECONDS = 20
+STATEMENT_SECONDS = 15
+IDLE_IN_TRANSACTION_SECONDS = 30
+CONNECT_SECONDS = 5
+_SERIALIZATION_FAILURE, _DEADLOCK = "40001", "40P01"
+
+
+class Transaction(Session):
+    """A unit of work: everything in it is stored together or not at all."""
+
+    def __init__(self, engine: Engine, clock: Clock | None, *, is_writing: bool) -> None:
+        super().__init__(bind=engine, expire_on_commit=False, autoflush=False)
+        self.hooks: list[Callable[[], None]] = []
+        self._clock = clock
+        self._now: datetime | None = None
+        self.connection(execution_options={"dar_writing": is_writing})
+
+    @property
+    def is_postgresql(self) -> bool:
+        """Whether the database is PostgreSQL; else it is SQLite."""
+        return self.get_bind().dialect.name == "postgresql"
+
+    @property
+    def now(self) -> datetime:
+        """This instant by the database's clock, the same throughout the transaction.
+
+        Several replicas share one database, so that its clock alone can judge a lease.
+        """
+        if self._now is None:
+            if self._clock is not None:
+                self._now = self._clock()
+            elif self.is_postgresql:
+                self._now = self.execute(select(func.clock_timestamp())).scalar_one()
+            else:
+                self._now = datetime.now(UTC)
+        return self._now
+
+    def after_commit(self, hook: Callable[[], None]) -> None:
+        """Run ``hook`` once everything is stored; never when it is not. It must not block or raise."""
+        self.hooks.append(hook)
+
+
+class Database:
+    """One database, SQLite or PostgreSQL, behind the same methods.
+
+    Args:
+        url: SQLAlchemy URL.
+        clock: Replaces the database's clock; for tests.
+    """
+
+    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+        self.engine = _engine(url)
+        self._clock = clock
+        # SQLite's busy handler is unfair: with eight writers this lock cuts the p99 from 131 to 32 ms.
+        self._writer = threading.Lock() if self.engine.dialect.name == "sqlite" else None
+
+    @property
+    def is_postgresql(self) -> bool:
+        """Whether it is PostgreSQL; else it is SQLite."""
+        return self.engine.dialect.name == "postgresql"
+
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        """A transaction that stores nothing: one consistent view."""
+        with Transaction(self.engine, self._clock, is_writing=False) as transaction:
+            yield transaction
+
+    @contextmanager
+    def write(self) -> Iterator[Transaction]:
+        """A transaction that is committed when the block ends, and rolled back when it raises."""
+        with (
+            self._writer or nullcontext(),
+            Transaction(self.engine, self._clock, is_writing=True) as transaction,
+        ):
+            yield transaction
+            transaction.commit()
+        for hook in transaction.hooks:
+            hook()
+
+    def transact(self, work: Callable[[Transaction], Result]) -> Result:
+        """`write`, tried again when the database rolled it back for others' sake.
+
+        A failure while committing is not tried again: it may have been stored.
+        """
+        for attempt in stamina.retry_context(on=_was_rolled_back, attempts=4, timeout=5, wait_initial=0.02):
+            with attempt, self.write() as transaction:
+                return work(transaction)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    @contextmanager
+    def elected(self, key: int) -> Iterator[bool]:
+        """Whether this process may act for all replicas until the block ends."""
+        if not self.is_postgresql:
+            yield True
+            return
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            won = connection.execute(select(func.pg_try_advisory_lock(key))).scalar_one()
+            try:
+                yield won
+            finally:
+                if won:
+                    connection.execute(select(func.pg_advisory_unlock(key)))
+
+    def ping(self) -> None:
+        """Raise unless the database answers."""
+        with self.read() as transaction:
+            transaction.execute(text("SELECT 1"))
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a database that is starting up or recovering.
+
+        Raises:
+            ServiceUnavailableError: It did not answer in time.
+        """
+        give_up = time.monotonic() + seconds
+        while True:
+            try:
+                self.ping()
+            except DBAPIError as error:
+                if time.monotonic() >= give_up:
+                    where = self.engine.url.render_as_string(hide_password=True)
+                    raise ServiceUnavailableError(
+                        f"the database {where} did not answer within {seconds:.0f} s: {error.orig}; "
+                        "check DAR_DATABASE_URL and that it runs"
+                    ) from error
+                time.sleep(0.25)
+            else:
+                return
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether ``error`` says that the database cannot be reached now, rather than that a statement is wrong."""
+    if isinstance(error, PoolTimeoutError | InterfaceError | OperationalError):
+        return True
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def _was_rolled_back(error: Exception) -> bool:
+    state = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return state in {_SERIALIZATION_FAILURE, _DEADLOCK}
+
+
+def _engine(url: str) -> Engine:
+    dialect = make_url(url).get_backend_name()
+    if dialect == "sqlite":
+        return _sqlite_engine(url)
+    return create_engine(
+        url,
+        json_serializer=_dumps,
+        json_deserializer=orjson.loads,
+        pool_size=10,
+        max_overflow=20,
+        pool_timeout=10,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": CONNECT_SECONDS,
+            "tcp_user_timeout": STATEMENT_SECONDS * 1000,
+            "options": f"-c statement_timeout={STATEMENT_SECONDS}s "
+            f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS}s",
+        },
+    )
+
+
+def _sqlite_engine(url: str) -> Engine:
+    engine = create_engine(
+        url,
+        json_serializer=_dumps,
+        json_deserializer=orjson.loads,
+        pool_size=20,
+        max_overflow=30,
+        pool_timeout=10,
+        connect_args={"isolation_level": None, "timeout": BUSY_SECONDS},
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - sqlite3's connection behind SQLAlchemy's event
+    cursor = connection.cursor()
+    # NORMAL may lose the last commits when the power fails, and nothing acknowledged may be lost.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A reader that becomes a writer fails at once with SQLITE_BUSY_SNAPSHOT, busy timeout or not.
+    is_writing = connection.get_execution_options().get("dar_writing", True)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
+
+
+def _dumps(value: object) -> str:
+    return orjson.dumps(value).decode()

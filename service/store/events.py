@@ -1,0 +1,72 @@
+"""Events of a job: append-only, numbered from 1 without gaps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import insert, select, update
+
+from dar.protocol.events import Level
+from dar.protocol.ids import new_id
+from service.store.database import Transaction
+from service.store.paging import Cursor, Slice, page
+from service.store.tables import Job, JobEvent
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event before it has a number. Without ``at`` it happens now."""
+
+    message: str
+    level: Level = "info"
+    type: Literal["message", "metrics"] = "message"
+    data: dict[str, Any] | None = None
+    at: datetime | None = None
+
+
+def append(transaction: Transaction, job_id: str, events: Sequence[NewEvent]) -> None:
+    """Append ``events``. Counting up locks the job's row, so that numbers have no gaps and no doubles."""
+    if not events:
+        return
+    last = transaction.execute(
+        update(Job)
+        .where(Job.id == job_id)
+        .values(event_seq=Job.event_seq + len(events))
+        .returning(Job.event_seq)
+        .execution_options(synchronize_session=False)
+    ).scalar_one()
+    insert_at(transaction, job_id, last - len(events) + 1, events)
+
+
+def insert_at(
+    transaction: Transaction, job_id: str, first_seq: int, events: Sequence[NewEvent]
+) -> None:
+    """Insert ``events`` with numbers that the caller has already counted up on the job."""
+    transaction.execute(
+        insert(JobEvent),
+        [
+            {
+                "id": new_id("ftevent-"),
+                "job_id": job_id,
+                "seq": first_seq + offset,
+                "created_at": item.at or transaction.now,
+                "level": item.level,
+                "type": item.type,
+                "message": item.message,
+                "data": item.data,
+            }
+            for offset, item in enumerate(events)
+        ],
+    )
+
+
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[JobEvent]:
+    """One page of a job's events."""
+    return page(
+        transaction,
+        select(JobEvent).where(JobEvent.job_id == job_id),
+        JobEvent.id,
+        (JobEvent.seq,),
+        cursor,
+    )

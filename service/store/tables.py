@@ -1,0 +1,319 @@
+"""The tables. Every object of a user carries its ``project_id``; instants are aware UTC."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from dar.protocol.status import JOB_STATUSES, TERMINAL
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware UTC instant; SQLite, which has no time zones, keeps it as naive UTC."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To the database; a naive value is a mistake."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a naive datetime must not reach the database")
+        aware = value.astimezone(UTC)
+        return aware.replace(tzinfo=None) if dialect.name == "sqlite" else aware
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """From the database: always aware, always UTC."""
+        del dialect
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# SQLite counts by itself only in a column declared INTEGER.
+RowId = BigInteger().with_variant(Integer(), "sqlite")
+Id = String(64)
+
+
+def _quoted(words: "frozenset[Any] | tuple[Any, ...]") -> str:
+    return ", ".join(f"'{word}'" for word in sorted(words))
+
+
+class Base(DeclarativeBase):
+    """Root of the tables; names of constraints are fixed, so that migrations can name them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UTCDateTime(), dict[str, Any]: JSON(none_as_null=True)}  # noqa: RUF012 - read by SQLAlchemy as a plain class attribute
+
+
+class Project(Base):
+    """Who owns files, jobs and keys."""
+
+    __tablename__ = "projects"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    created_at: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """A bearer key, stored as the SHA-256 of its whole text."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str | None] = mapped_column(ForeignKey("projects.id"))
+    """None: the key of a worker, which serves every project."""
+    scopes: Mapped[str] = mapped_column(String(200))
+    """Words separated by spaces, like ``read submit``."""
+    sha256: Mapped[str] = mapped_column(String(64))
+    is_configured: Mapped[bool]
+    """Came from the settings or from a key file; revoked when those name another."""
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class File(Base):
+    """An uploaded training file."""
+
+    __tablename__ = "files"
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    filename: Mapped[str] = mapped_column(String(256))
+    purpose: Mapped[str] = mapped_column(String(32))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    num_rows: Mapped[int]
+    columns: Mapped[dict[str, Any]]
+    """By name: ``first`` row that has the column, and first ``missing`` row that lacks it or null."""
+    created_at: Mapped[datetime]
+
+
+class Job(Base):
+    """A training job: the truth about it. The broker and the workers only follow this row."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"status IN ({_quoted(JOB_STATUSES)})", name="status"),
+        CheckConstraint(
+            f"(finished_at IS NOT NULL) = (status IN ({_quoted(TERMINAL)}))", name="finished"
+        ),
+        UniqueConstraint("project_id", "idempotency_key"),
+        UniqueConstraint("project_id", "model_name"),
+        Index(None, "project_id", "created_at", "id"),
+        Index(None, "status", "created_at", "id"),
+        Index(None, "api_key_id", "body_sha256", "created_at"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    api_key_id: Mapped[str] = mapped_column(Id)
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    status: Mapped[str] = mapped_column(String(20))
+    status_detail: Mapped[str | None] = mapped_column(String(32))
+    status_message: Mapped[str | None] = mapped_column(Text)
+    error: Mapped[dict[str, Any] | None]
+    cancel_requested_at: Mapped[datetime | None]
+
+    model: Mapped[str] = mapped_column(String(256))
+    model_source: Mapped[dict[str, Any]]
+    model_name: Mapped[str] = mapped_column(String(256))
+    """Name of the result; shown as ``fine_tuned_model`` once the job has succeeded."""
+    training_file: Mapped[str] = mapped_column(Id)
+    spec: Mapped[dict[str, Any]]
+    """The resolved spec: every default written out."""
+    labels: Mapped[dict[str, Any] | None]
+    """The user's ``metadata``, which is a taken name here."""
+    suffix: Mapped[str | None] = mapped_column(String(64))
+    seed: Mapped[int]
+    total_steps: Mapped[int]
+    keep_last: Mapped[int]
+
+    step: Mapped[int] = mapped_column(default=0)
+    tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    attempt: Mapped[int] = mapped_column(default=0)
+    not_before: Mapped[datetime]
+    failed_attempts: Mapped[int] = mapped_column(default=0)
+    """Lost or failed ones in all; drained ones never count."""
+    fruitless_attempts: Mapped[int] = mapped_column(default=0)
+    """Lost or failed ones in a row without a newer checkpoint."""
+    reward_waits: Mapped[int] = mapped_column(default=0)
+    """Attempts in a row that left because the reward service was down."""
+    latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    event_seq: Mapped[int] = mapped_column(default=0)
+    """``seq`` of the newest event."""
+    metrics_event_step: Mapped[int] = mapped_column(default=0)
+    """Newest step that has its ``metrics`` event; replayed steps get no second one."""
+
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    retry_count: Mapped[int]
+    """``x-stainless-retry-count`` of the request that made it."""
+
+
+class JobInput(Base):
+    """A checkpoint that a job starts from: kept as long as the job may need it."""
+
+    __tablename__ = "job_inputs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(
+        ForeignKey("checkpoints.id"), primary_key=True, index=True
+    )
+
+
+class Attempt(Base):
+    """One execution of a job by one slot. Its number is the fencing token of every write."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('running', 'succeeded', 'failed', 'lost', 'drained', 'cancelled')",
+            name="status",
+        ),
+        Index(
+            "uq_attempts_running",
+            "job_id",
+            unique=True,
+            sqlite_where=text("status = 'running'"),
+            postgresql_where=text("status = 'running'"),
+        ),
+        Index(None, "status", "lease_until"),
+    )
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    lease_id: Mapped[str] = mapped_column(Id, unique=True)
+    status: Mapped[str] = mapped_column(String(20))
+    node: Mapped[str] = mapped_column(String(128))
+    slot: Mapped[str] = mapped_column(String(128))
+    incarnation: Mapped[str] = mapped_column(String(128))
+    boot_id: Mapped[str] = mapped_column(String(128))
+    token_sha256: Mapped[str] = mapped_column(String(64))
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    lease_until: Mapped[datetime]
+    start_step: Mapped[int]
+    resume_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    acked_seq: Mapped[int] = mapped_column(default=0)
+    """Everything the attempt said up to here is committed."""
+    outcome: Mapped[dict[str, Any] | None]
+    """What the worker was told at the end, so that a repeated call gets the same answer."""
+
+
+class JobEvent(Base):
+    """An append-only fact about a job."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    id: Mapped[str] = mapped_column(Id, unique=True)
+    created_at: Mapped[datetime]
+    level: Mapped[str] = mapped_column(String(8))
+    type: Mapped[str] = mapped_column(String(16))
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any] | None]
+
+
+class SpoolRow(Base):
+    """Digest of a row that a trainer said, so that a replay is told from a contradiction."""
+
+    __tablename__ = "spool_rows"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[bytes] = mapped_column(LargeBinary(16))
+
+
+class MetricRow(Base):
+    """All metrics of one step as one JSON text: one row per (metric, step) is 4 to 10 times slower."""
+
+    __tablename__ = "metric_rows"
+    __table_args__ = (Index(None, "job_id", "id"), Index(None, "job_id", "step", "attempt"))
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    """Order of arrival: the cursor of readers."""
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    seq: Mapped[int]
+    step: Mapped[int]
+    at: Mapped[float] = mapped_column(Float(53))
+    values_json: Mapped[str] = mapped_column(Text)
+
+
+class SampleRow(Base):
+    """A completion kept for viewing."""
+
+    __tablename__ = "samples"
+    __table_args__ = (Index(None, "job_id", "id"), Index(None, "job_id", "step"))
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    step: Mapped[int]
+    created_at: Mapped[datetime]
+    reward: Mapped[float | None] = mapped_column(Float(53))
+    advantage: Mapped[float | None] = mapped_column(Float(53))
+    body: Mapped[dict[str, Any]]
+
+
+class Checkpoint(Base):
+    """A resumable state of a job at a step."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('pending', 'available', 'deleting', 'deleted')", name="status"
+        ),
+        UniqueConstraint("job_id", "attempt", "step"),
+        Index(None, "status"),
+        Index(None, "name"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    step: Mapped[int]
+    name: Mapped[str] = mapped_column(String(256))
+    """``fine_tuned_model_checkpoint``; works as ``model`` of a later job."""
+    status: Mapped[str] = mapped_column(String(12))
+    kind: Mapped[str] = mapped_column(String(8))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    manifest: Mapped[dict[str, Any]]
+    manifest_bytes: Mapped[int]
+    manifest_sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]

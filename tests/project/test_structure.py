@@ -1,0 +1,116 @@
+"""The house rules that a machine can check."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("dar", "service", "worker", "migrations")
+SOURCES = sorted(
+    path
+    for package in (*PACKAGES, "tests", "benchmarks")
+    for path in (ROOT / package).rglob("*.py")
+)
+
+VIOLATIONS = {
+    "service and worker import dar and never each other": (
+        "service/errors.py",
+        "import worker.spool",
+    ),
+    "dar imports neither service, worker nor migrations": (
+        "dar/client/files.py",
+        "import service.app",
+    ),
+    "inside dar a lower layer never imports a higher one": (
+        "dar/rewards/base.py",
+        "import dar.client",
+    ),
+    "torch stays in dar.training: nothing else reaches it, even transitively": (
+        "dar/protocol/jobs.py",
+        "import torch",
+    ),
+    "no web, database or queue library in dar.training": (
+        "dar/training/loss.py",
+        "import sqlalchemy",
+    ),
+}
+"""Contract -> a line in a file that breaks it."""
+
+
+@pytest.fixture(scope="module")
+def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("source")
+    for package in PACKAGES:
+        shutil.copytree(
+            ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_every_import_contract_has_a_violation_to_try() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = {contract["name"] for contract in config["tool"]["importlinter"]["contracts"]}
+    assert names == set(VIOLATIONS)
+
+
+@pytest.mark.parametrize("contract", VIOLATIONS)
+def test_an_import_contract_fails_when_it_is_broken(contract: str, source_copy: Path) -> None:
+    name, line = VIOLATIONS[contract]
+    file = source_copy / name
+    original = file.read_text()
+    try:
+        file.write_text(f"{original}\n{line}\n")
+        result = lint_imports(source_copy)
+    finally:
+        file.write_text(original)
+    assert result.returncode == 1
+    assert f"{contract} BROKEN" in result.stdout
+
+
+def test_the_import_contracts_hold(source_copy: Path) -> None:
+    result = lint_imports(source_copy)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 420
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_exemptions_from_the_linters_carry_a_reason(path: Path) -> None:
+    if path == Path(__file__):
+        return
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for marker in ("# noqa", "# type: ignore"):
+            if marker in line:
+                reason = line.split(marker, 1)[1].partition(
+                    " - " if marker == "# noqa" else "] # "
+                )[2]
+                assert len(reason) > 10, f"line {number}: {line.strip()}"
+
+
+def test_only_one_file_commits() -> None:
+    committing = [
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if "commit()" in path.read_text()
+    ]
+    assert committing == ["service/store/database.py"]
