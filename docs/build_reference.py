@@ -23,10 +23,9 @@ TARGET = Path(__file__).with_name("reference.md")
 def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table."""
     headings = list(headings)
-    lines = [f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}"]
-    for row in rows:
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |")
-    return "\n".join(lines)
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [headings, ["---"] * len(headings), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def attribute_docs(module: str, name: str) -> dict[str, str]:

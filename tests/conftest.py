@@ -1,0 +1,43 @@
+"""Fixtures that several concerns share."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all test processes of this run share, for what is dear to make."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def reviews_base(shared_folder: Path) -> Path:
+    """``model/`` and ``prompts.jsonl`` of the demo, after so few steps that it babbles in letters of its language."""
+    folder = shared_folder / "reviews-base"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            command = [sys.executable, "-m", "dar.training.demo", "base", "--steps", "12"]
+            subprocess.run(
+                [*command, "--folder", str(folder)], check=True, stdout=subprocess.DEVNULL
+            )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Gives TCP ports on 127.0.0.1 that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+            return port
+
+    return find
