@@ -6,6 +6,7 @@ Every process of the product uses the same class, so one environment describes o
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -174,3 +175,8 @@ def environment(**changes: object) -> dict[str, str]:
         f"DAR_{name.upper()}": str(value) for name, value in changes.items() if value is not None
     }
     return {**os.environ, **given}
+
+
+def inherited_environment(names: Iterable[str]) -> dict[str, str]:
+    """The variables among ``names`` that this process has, for a child that may see no others."""
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -89,7 +89,7 @@ class DARConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Validate, then let transformers set up the rest."""
         self._check_ranges()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers is only partly typed
         for name, neutral in _WITHOUT_EFFECT.items():
             value = getattr(self, name, neutral[0])
             if getattr(value, "value", value) not in neutral:

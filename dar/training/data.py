@@ -187,7 +187,7 @@ class PromptEncoder:
         kept = self._cut(ids)
         return Prompt(
             ids=kept,
-            text=value if isinstance(value, str) else self._tokenizer.decode(kept),
+            text=value if isinstance(value, str) else str(self._tokenizer.decode(kept)),
             messages=messages,
             columns={name: row[name] for name in row if name not in PROMPT_COLUMNS},
             cut_tokens=len(ids) - len(kept),
@@ -209,7 +209,7 @@ class PromptEncoder:
                 "send plain texts or use an instruction-tuned model"
             )
         is_continued = messages[-1]["role"] == "assistant"
-        encoded = self._tokenizer.apply_chat_template(
+        encoded: Any = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=not is_continued,
             continue_final_message=is_continued,

@@ -11,15 +11,14 @@ temperature, top-k, top-p, min-p, as in transformers. The behavior log-probabili
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    LogitsProcessorList,
     MinPLogitsWarper,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -30,6 +29,11 @@ from dar.errors import TrainingError
 from dar.protocol.samples import FinishReason
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, TokenPair
+from dar.training.loading import LanguageModel
+from dar.training.logprobs import autocast
+
+Warper = Callable[[Any, Any], Any]
+"""A filter of transformers: takes what was read and the scores, gives scores."""
 
 MAX_ROWS = 512
 """Most completions that are decoded at once."""
@@ -147,7 +151,7 @@ class Sampler:
         pad = tokenizer.pad_token_id
         self._impossible = None if pad is None or pad in eos_ids else pad
         self._collate = DataCollatorForDAR(pad or 0)
-        self._warpers = LogitsProcessorList()
+        self._warpers: list[Warper] = []
         if config.temperature != 1:
             self._warpers.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.top_k:
@@ -162,7 +166,7 @@ class Sampler:
     @torch.no_grad()
     def sample(
         self,
-        model: PreTrainedModel,
+        model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         *,
         step: int,
@@ -184,8 +188,10 @@ class Sampler:
         """
         model.eval()
         done: dict[int, Completion] = {}
-        for first, part in self._parts(prompts):
-            self._decode(self._prefill(model, part, first), model, step, before_each, done)
+        # One autocast context round the whole loop: inside it, each weight is cast only once.
+        with autocast(next(model.parameters()).device, is_bf16=self._config.bf16):
+            for first, part in self._parts(prompts):
+                self._decode(self._prefill(model, part, first), model, step, before_each, done)
         return [done[row] for row in range(len(done))]
 
     def _parts(
@@ -198,7 +204,7 @@ class Sampler:
             yield first, prompts[first : first + count]
 
     def _prefill(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], first: int
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], first: int
     ) -> tuple[_Batch, Tensor]:
         """Read the prompts once and repeat what was read for the K completions of each."""
         k, device = self._config.dar_k, next(model.parameters()).device
@@ -244,7 +250,7 @@ class Sampler:
     def _decode(
         self,
         start: tuple[_Batch, Tensor],
-        model: PreTrainedModel,
+        model: LanguageModel,
         step: int,
         before_each: Callable[[], None],
         done: dict[int, Completion],
@@ -291,8 +297,9 @@ class Sampler:
             penalty = self._config.repetition_penalty
             penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
             scores_BV = torch.where(seen_BV, penalised_BV, scores_BV)
-        warped: Tensor = self._warpers(None, scores_BV) if self._warpers else scores_BV
-        return warped
+        for warper in self._warpers:
+            scores_BV = warper(scores_BV, scores_BV)  # none of them reads its first argument
+        return scores_BV
 
     def _finish(self, batch: _Batch, tokens: list[int], done: dict[int, Completion]) -> list[int]:
         """Take in one token per row; returns the places of the rows that go on."""

@@ -1,5 +1,6 @@
 """The database: its engine, its transactions and its clock. The only place that commits."""
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +105,9 @@ class Database:
 
         A failure while committing is not tried again: it may have been stored.
         """
-        for attempt in stamina.retry_context(on=_was_rolled_back, attempts=4, timeout=5, wait_initial=0.02):
+        for attempt in stamina.retry_context(
+            on=_was_rolled_back, attempts=4, timeout=5, wait_initial=0.02
+        ):
             with attempt, self.write() as transaction:
                 return work(transaction)
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -156,9 +159,12 @@ class Database:
 
 def is_outage(error: BaseException) -> bool:
     """Whether ``error`` says that the database cannot be reached now, rather than that a statement is wrong."""
-    if isinstance(error, PoolTimeoutError | InterfaceError | OperationalError):
-        return True
-    return isinstance(error, DBAPIError) and error.connection_invalidated
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, PoolTimeoutError)
+    # SQLite has one class for a locked file and for a table that is not there.
+    is_wrong_statement = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+    is_of_connection = isinstance(error, InterfaceError | OperationalError)
+    return error.connection_invalidated or (is_of_connection and not is_wrong_statement)
 
 
 def _was_rolled_back(error: Exception) -> bool:

@@ -34,7 +34,7 @@ class Slice(Generic[Row]):
 
 def page(
     transaction: Transaction,
-    statement: Select[tuple[Row]],
+    statement: Select[Row],
     identity: Column,
     keys: Sequence[Column],
     cursor: Cursor,
@@ -60,7 +60,7 @@ def page(
 
 def _position(
     transaction: Transaction,
-    statement: Select[tuple[Row]],
+    statement: Select[Row],
     identity: Column,
     keys: Sequence[Column],
     edge: str,

@@ -296,9 +296,7 @@ class Checkpoint(Base):
 
     __tablename__ = "checkpoints"
     __table_args__ = (
-        CheckConstraint(
-            "status IN ('pending', 'available', 'deleting', 'deleted')", name="status"
-        ),
+        CheckConstraint("status IN ('pending', 'available', 'deleting', 'deleted')", name="status"),
         UniqueConstraint("job_id", "attempt", "step"),
         Index(None, "status"),
         Index(None, "name"),

@@ -1,0 +1,299 @@
+"""``dar.reward.v1``: what is sent to a reward service, and what it may answer.
+
+`decode_response` is the only way from bytes to rewards. It accepts an answer as a whole or refuses it as a whole, so a
+failed score can never turn into a number on its way.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn
+
+import orjson
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dar.errors import InvalidRequestError, Problem, RewardContractError
+from dar.protocol.samples import FinishReason
+
+VERSION = "dar.reward.v1"
+MAX_SAMPLES = 256
+"""Most samples in one request."""
+MAX_REQUEST_BYTES = 8 * 1024**2
+MAX_RESPONSE_BYTES = 8 * 1024**2
+MAX_REWARD = 1e6
+"""Largest magnitude of a reward; beyond it something else than a reward was sent."""
+MAX_FEEDBACK = 4096
+"""Characters of feedback that are kept."""
+
+Mode = Literal["train", "eval", "validate"]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
+Number = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
+PartName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
+
+
+class _Wire(BaseModel):
+    """Types are strict; unknown keys are ignored, so that either side may be the newer one."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class SampleMetadata(_Wire):
+    """How a completion came about."""
+
+    policy_version: int
+    """Optimizer steps that the policy had done when it sampled."""
+    truncated: bool
+    """Whether the completion was cut off at its longest length."""
+
+
+class RequestSample(_Wire):
+    """One completion to be scored. Exactly one of ``prompt`` and ``messages`` is not null."""
+
+    id: Identifier
+    """Unique in the request."""
+    group_id: Identifier
+    """The same for all completions of one prompt."""
+    index: Annotated[int, Field(ge=0)]
+    """Which completion of its group, from 0."""
+    prompt: str | None
+    messages: list[dict[str, Any]] | None
+    completion: str
+    """The bare text, without special tokens."""
+    finish_reason: FinishReason
+    completion_tokens: Annotated[int, Field(ge=0)]
+    ground_truth: Any
+    """The row's ``ground_truth`` column, null without one."""
+    columns: dict[str, Any]
+    """The other columns that the job names."""
+    metadata: SampleMetadata
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> "RequestSample":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError(
+                "one_prompt", "exactly one of prompt and messages must be given"
+            )
+        return self
+
+
+class Reply(_Wire):
+    """How the service may answer."""
+
+    modes: list[Literal["sync"]]
+    deadline: Annotated[AwareDatetime, Field(strict=False)]
+    """No answer is read after this instant."""
+
+
+class RewardRequest(_Wire):
+    """Body of the POST to a reward service; the same bytes on every attempt."""
+
+    type: Literal["reward.request"]
+    version: Literal["dar.reward.v1"]
+    request_id: Identifier
+    """Equal to the ``webhook-id`` header; to be echoed."""
+    job_id: str | None
+    component: str
+    step: Annotated[int, Field(ge=0)]
+    mode: Mode
+    created_at: Annotated[AwareDatetime, Field(strict=False)]
+    samples: Annotated[list[RequestSample], Field(min_length=1, max_length=MAX_SAMPLES)]
+    reply: Reply
+
+    @model_validator(mode="after")
+    def _unique_ids(self) -> "RewardRequest":
+        if len({sample.id for sample in self.samples}) < len(self.samples):
+            raise PydanticCustomError("duplicate_ids", "two samples have the same id")
+        return self
+
+
+def _bounded_feedback(text: str) -> str:
+    printable = "".join(ch for ch in text if ch in "\n\t" or ch.isprintable())
+    return printable[:MAX_FEEDBACK]
+
+
+Feedback = Annotated[str, AfterValidator(_bounded_feedback)]
+
+
+class SampleError(_Wire):
+    """The service could not score a sample."""
+
+    code: Annotated[str, Field(max_length=64)] = "error"
+    message: Feedback = ""
+    retryable: bool = False
+
+
+class SampleResult(_Wire):
+    """One sample of an answer: exactly one of ``reward``, ``skip`` and ``error``. A null reward alone is a skip."""
+
+    id: str
+    reward: Number | None = None
+    skip: bool = False
+    """The reward does not apply to this sample."""
+    error: SampleError | None = None
+    reason: Feedback | None = None
+    """Why the sample was skipped."""
+    components: Annotated[dict[PartName, Number], Field(max_length=32)] = Field(
+        default_factory=dict
+    )
+    """Parts of the reward, for viewing only."""
+    feedback: Feedback | None = None
+    """Stored for viewing, never interpreted."""
+
+    @model_validator(mode="after")
+    def _one_outcome(self) -> "SampleResult":
+        given = (self.reward is not None) + self.skip + (self.error is not None)
+        is_null_reward = given == 0 and "reward" in self.model_fields_set
+        if given != 1 and not is_null_reward:
+            raise PydanticCustomError(
+                "one_outcome", "exactly one of reward, skip and error must be given"
+            )
+        return self
+
+
+class RewardResponse(_Wire):
+    """A 200: ``rewards`` in the order of the samples, or ``results`` by id."""
+
+    request_id: str
+    rewards: list[Number | None] | None = None
+    results: list[SampleResult] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "RewardResponse":
+        if (self.rewards is None) == (self.results is None):
+            raise PydanticCustomError(
+                "one_form", "exactly one of rewards and results must be given"
+            )
+        return self
+
+
+def decode_request(body: bytes) -> RewardRequest:
+    """The request in ``body``, for a reward service.
+
+    Raises:
+        InvalidRequestError: It is not a request of ``dar.reward.v1``; the problems name the fields.
+    """
+    try:
+        return RewardRequest.model_validate(orjson.loads(body))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+    except ValidationError as error:
+        problems = [
+            Problem(item["msg"], ".".join(map(str, item["loc"])), item["type"])
+            for item in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        first = problems[0]
+        raise InvalidRequestError(
+            f"not a request of {VERSION}: {first.param or 'body'}: {first.message}",
+            param=first.param,
+            problems=problems,
+        ) from None
+
+
+def decode_response(body: bytes, *, request_id: str, ids: Sequence[str]) -> list[SampleResult]:
+    """The results in ``body``, one for each of ``ids`` and in their order.
+
+    Args:
+        body: An answer of a reward service, at most `MAX_RESPONSE_BYTES`.
+        request_id: Id of the request that was sent.
+        ids: Ids of the samples that were sent.
+
+    Raises:
+        RewardContractError: The answer breaks the contract; ``error_code`` says how (``contract.length``,
+            ``contract.nonfinite``, …). Nothing of such an answer is used.
+    """
+    response = _parse_response(body)
+    if response.request_id != request_id:
+        _refuse(
+            "request_mismatch",
+            f"the answer is for request {response.request_id[:80]!r}, but {request_id!r} was sent; "
+            "echo the request's request_id",
+        )
+    if response.rewards is not None:
+        if len(response.rewards) != len(ids):
+            _refuse("length", f"{len(response.rewards)} rewards for {len(ids)} samples")
+        return [
+            SampleResult(id=sample_id, reward=reward)
+            for sample_id, reward in zip(ids, response.rewards, strict=True)
+        ]
+    by_id = {result.id: result for result in response.results or ()}
+    if len(by_id) < len(response.results or ()):
+        _refuse("ids", "two results have the same id")
+    if by_id.keys() != set(ids):
+        missing, unknown = sorted(set(ids) - by_id.keys()), sorted(by_id.keys() - set(ids))
+        _refuse(
+            "ids",
+            f"results must match the samples by id: {len(missing)} missing {missing[:3]}, "
+            f"{len(unknown)} unknown {[name[:80] for name in unknown[:3]]}",
+        )
+    return [by_id[sample_id] for sample_id in ids]
+
+
+def _parse_response(body: bytes) -> RewardResponse:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        _refuse_json(body, str(error))
+    if not isinstance(content, Mapping):
+        _refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
+    try:
+        return RewardResponse.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        path = ".".join(map(str, first["loc"])) or "answer"
+        _refuse(_CODES.get(first["type"], "type"), f"{path}: {first['msg']}")
+
+
+_CODES = {
+    "finite_number": "nonfinite",
+    "less_than_equal": "range",
+    "greater_than_equal": "range",
+    "one_outcome": "form",
+    "one_form": "form",
+    "missing": "form",
+}
+"""Kinds of pydantic errors that have their own code; all others are ``contract.type``."""
+
+
+class _NonFiniteError(ValueError):
+    """A token that JSON parsers of many languages accept, and that is no finite number."""
+
+
+def _refuse_json(body: bytes, reason: str) -> NoReturn:
+    """Tell NaN, Infinity and numbers beyond a float's range, the likely slips, from what is no JSON at all."""
+
+    def constant(token: str) -> NoReturn:
+        raise _NonFiniteError(token)
+
+    def number(token: str) -> float:
+        value = float(token)
+        if not math.isfinite(value):
+            raise _NonFiniteError(token)
+        return value
+
+    try:
+        json.loads(body, parse_constant=constant, parse_float=number, parse_int=number)
+    except _NonFiniteError as error:
+        _refuse("nonfinite", f"{str(error)[:20]} is not a finite number")
+    except (ValueError, RecursionError):
+        pass
+    _refuse("json", f"the answer is not JSON: {reason}")
+
+
+def _refuse(code: str, message: str) -> NoReturn:
+    raise RewardContractError(message, code=f"contract.{code}")

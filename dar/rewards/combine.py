@@ -1,0 +1,115 @@
+"""From the results of several components to one reward per sample.
+
+The total is the weighted sum of clipped rewards, over the same components for all samples of a group: sums over different
+components cannot be compared, and comparing is all that an advantage does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dar.rewards.base import (
+    Failed,
+    RewardResult,
+    RewardSample,
+    RewardSource,
+    SampleReward,
+    Scored,
+    Skipped,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSource:
+    """A reward source as a component of a sum."""
+
+    source: RewardSource
+    weight: float = 1.0
+    clip: tuple[float, float] | None = None
+    """Bounds that the raw reward is held to before it is weighted."""
+
+
+Results = Mapping[str, Sequence[RewardResult]]
+"""Results of each component, by name, in the order of the samples."""
+
+
+def combine(
+    components: Sequence[WeightedSource], samples: Sequence[RewardSample], results: Results
+) -> list[SampleReward]:
+    """The total of each sample.
+
+    A component that fails on a sample makes it an error. A component that all scored samples of a group skip is left out
+    for the group; one that only some of them skip makes the whole group a skip.
+    """
+    groups: dict[str, list[int]] = {}
+    for position, sample in enumerate(samples):
+        groups.setdefault(sample.group_id, []).append(position)
+    totals: dict[int, SampleReward] = {}
+    for positions in groups.values():
+        totals.update(_combine_group(components, positions, results))
+    return [totals[position] for position in range(len(samples))]
+
+
+def _combine_group(
+    components: Sequence[WeightedSource], positions: Sequence[int], results: Results
+) -> dict[int, SampleReward]:
+    totals: dict[int, SampleReward] = {}
+    for position in positions:
+        failure = _failure(results, position)
+        if failure is not None:
+            totals[position] = SampleReward(None, "error", failure, raw_rewards(results, position))
+    scored = [position for position in positions if position not in totals]
+    used, skip_message = _used_components(components, scored, results)
+    for position in scored:
+        raw = raw_rewards(results, position)
+        if skip_message is not None:
+            totals[position] = SampleReward(None, "skip", skip_message, raw)
+        else:
+            total = sum(_term(component, raw[component.source.name]) for component in used)
+            totals[position] = SampleReward(float(total), "reward", None, raw)
+    return totals
+
+
+def _used_components(
+    components: Sequence[WeightedSource], scored: Sequence[int], results: Results
+) -> tuple[list[WeightedSource], str | None]:
+    """The components that count for a group, or why none can."""
+    used = []
+    reason = "every reward component skipped the samples of this prompt"
+    for component in components:
+        name = component.source.name
+        outcomes = [results[name][position] for position in scored]
+        skips = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
+        if not skips:
+            used.append(component)
+        elif len(skips) < len(outcomes):
+            return [], (
+                f"component {name} skipped {len(skips)} of the {len(outcomes)} completions of this prompt; "
+                "sums over different components cannot be compared, so all of them are left out"
+            )
+        elif skips[0].reason:
+            reason = f"component {name}: {skips[0].reason}"
+    return used, None if used else reason
+
+
+def _failure(results: Results, position: int) -> str | None:
+    for name, outcomes in results.items():
+        outcome = outcomes[position]
+        if isinstance(outcome, Failed):
+            return f"component {name}: {outcome.code}: {outcome.message}"
+    return None
+
+
+def raw_rewards(results: Results, position: int) -> dict[str, float | None]:
+    """The raw reward of each component for one sample; None where it is missing."""
+    return {
+        name: outcome.reward if isinstance(outcome := outcomes[position], Scored) else None
+        for name, outcomes in results.items()
+    }
+
+
+def _term(component: WeightedSource, reward: float | None) -> float:
+    assert reward is not None  # a component that counts was neither skipped nor failed
+    if component.clip is not None:
+        low, high = component.clip
+        reward = min(max(reward, low), high)
+    return component.weight * reward

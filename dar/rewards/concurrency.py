@@ -1,0 +1,104 @@
+"""Three bridges: several coroutines at once, a blocking function from a coroutine, a coroutine from blocking code."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+POLL_SECONDS = 0.05
+"""Pause between two looks at ``should_stop``."""
+STOP_SECONDS = 1.0
+"""How long cancelled requests may take to close their connections."""
+
+
+class ScoringStoppedError(Exception):
+    """``should_stop`` became true; nothing is in flight any more."""
+
+
+async def all_of(coroutines: Iterable[Coroutine[Any, Any, Value]]) -> list[Value]:
+    """The results of all, in order. The first error cancels the others and comes out itself, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+        raise first from first.__cause__
+    return [task.result() for task in tasks]
+
+
+async def in_daemon_thread(function: Callable[[], Value]) -> Value:
+    """Run ``function`` in a thread that holds back neither a cancellation nor the end of the process.
+
+    A thread cannot be stopped: after a cancellation it runs on, and its result is dropped.
+    """
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    outcome: concurrent.futures.Future[Value] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - outermost frame of the thread: raised again where it is awaited
+            outcome.set_exception(error)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=work, name="reward-function", daemon=True).start()
+    await ended.wait()
+    return outcome.result()
+
+
+class LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="reward-scorer", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    def run(
+        self,
+        function: Callable[[], Coroutine[Any, Any, Value]],
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Value:
+        """The result of the coroutine that ``function`` makes; what it raises is raised here.
+
+        Raises:
+            ScoringStoppedError: ``should_stop`` became true; the coroutine has ended.
+        """
+        ended = threading.Event()
+
+        async def guarded() -> Value:
+            try:
+                return await function()
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(guarded(), self._loop)
+        try:
+            while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
+                if should_stop is not None and should_stop():
+                    break
+            else:
+                return future.result()
+        finally:
+            if future.cancel():
+                ended.wait(STOP_SECONDS)
+        raise ScoringStoppedError("scoring was stopped; nothing of it is kept")
+
+    def close(self) -> None:
+        """End the loop and its thread."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _main(self) -> None:
+        asyncio.run(self._wait())
+
+    async def _wait(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._started.set()
+        await self._stop.wait()

@@ -1,0 +1,158 @@
+"""Reward functions with TRL's signature: ``f(prompts, completions, **columns) -> list[float | None]``."""
+
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, SupportsFloat
+
+from dar.errors import ConfigurationError, RewardContractError
+from dar.protocol.rewards import MAX_REWARD
+from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.concurrency import in_daemon_thread
+
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+"""Takes ``prompts`` and ``completions`` as lists, and by name what else it wants of the data set's columns.
+
+Texts for prompts that are texts; for conversations, lists of messages, the completion's being
+``[{"role": "assistant", "content": …}]``. None says that the reward does not apply to a sample.
+"""
+
+
+class FunctionReward:
+    """A Python function as a reward source.
+
+    A plain function runs in a thread of its own, so that it may block; one coroutine function runs on the event loop.
+    It is called once per `score`, with all samples, and what it raises comes out unchanged.
+
+    Args:
+        function: The user's function.
+        name: Component name; default: the function's.
+
+    Raises:
+        ConfigurationError: The function cannot take ``completions``.
+    """
+
+    def __init__(self, function: RewardFunction, name: str | None = None) -> None:
+        self._function = function
+        self._name = name or function_name(function)
+        self._accepted = _accepted_names(function)
+        if self._accepted is not None and "completions" not in self._accepted:
+            raise ConfigurationError(
+                f"reward function {self._name} has no parameter named completions; "
+                "its signature should be f(prompts, completions, **columns)"
+            )
+
+    @property
+    def name(self) -> str:
+        """Component name."""
+        return self._name
+
+    async def score(
+        self,
+        samples: Sequence[RewardSample],
+        context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
+    ) -> list[RewardResult]:
+        """Call the function once with ``samples``: one result each, in order.
+
+        Raises:
+            RewardContractError: It returned something else than one number or None per sample.
+            Exception: Whatever the function raised.
+        """
+        given = self._arguments(samples)
+        returned: Sequence[float | None] | Awaitable[Sequence[float | None]]
+        if inspect.iscoroutinefunction(self._function):
+            returned = self._function(**given)
+        else:
+            returned = await in_daemon_thread(lambda: self._function(**given))
+        values = await returned if inspect.isawaitable(returned) else returned
+        return as_results(values, len(samples), f"reward function {self._name}")
+
+    async def aclose(self) -> None:
+        """Nothing to free."""
+
+    def _arguments(self, samples: Sequence[RewardSample]) -> dict[str, list[Any]]:
+        names = dict.fromkeys(name for sample in samples for name in sample.columns)
+        arguments: dict[str, list[Any]] = {
+            name: [sample.columns.get(name) for sample in samples] for name in names
+        }
+        arguments["prompts"] = [_prompt(sample) for sample in samples]
+        arguments["completions"] = [_completion(sample) for sample in samples]
+        arguments["completion_ids"] = [list(sample.completion_ids) for sample in samples]
+        if self._accepted is None:
+            return arguments
+        return {name: values for name, values in arguments.items() if name in self._accepted}
+
+
+def function_name(function: object) -> str:
+    """A component name made of a callable's own name."""
+    name = getattr(function, "__name__", type(function).__name__)
+    plain = "".join(ch if ch.isascii() and ch.isalnum() else "_" for ch in name.lower()).strip("_")
+    return (plain if plain[:1].isalpha() else f"reward_{plain}")[:32].rstrip("_")
+
+
+def _accepted_names(function: RewardFunction) -> frozenset[str] | None:
+    """Names that the function takes as keywords; None: any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-in callables do not say
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    by_name = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in by_name)
+
+
+def _prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:
+    return sample.prompt if sample.messages is None else [dict(item) for item in sample.messages]
+
+
+def _completion(sample: RewardSample) -> str | list[dict[str, Any]]:
+    if sample.messages is None:
+        return sample.completion
+    return [{"role": "assistant", "content": sample.completion}]
+
+
+def as_results(values: object, expected: int, source: str) -> list[RewardResult]:
+    """What a reward function returned, as results: None is a skip, NaN and infinity are failures.
+
+    Args:
+        values: The function's return value.
+        expected: Number of samples that it was given.
+        source: Who returned it, for messages.
+
+    Raises:
+        RewardContractError: It is no list, has another length, or holds something else than numbers and None.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise RewardContractError(
+            f"{source} returned a {type(values).__name__}; it must return a list with one number or None per completion",
+            code="contract.type",
+        )
+    found = list(values)
+    if len(found) != expected:
+        raise RewardContractError(
+            f"{source} returned {len(found)} rewards for {expected} completions",
+            code="contract.length",
+        )
+    return [_as_result(value, source) for value in found]
+
+
+def _as_result(value: object, source: str) -> RewardResult:
+    if value is None:
+        return Skipped()
+    try:
+        # Booleans, numpy scalars and one-element tensors are numbers here, as they are to TRL; texts are not.
+        reward = float(value) if isinstance(value, SupportsFloat) else None
+    except (TypeError, ValueError, OverflowError):
+        reward = None
+    if reward is None:
+        raise RewardContractError(
+            f"{source} returned a {type(value).__name__} as a reward; it must be a number or None",
+            code="contract.type",
+        )
+    if not math.isfinite(reward):
+        return Failed("nonfinite", f"{source} returned {reward}", is_transient=False)
+    if abs(reward) > MAX_REWARD:
+        message = f"{source} returned {reward:g}, beyond ±{MAX_REWARD:g}"
+        return Failed("out_of_range", message, is_transient=False)
+    return Scored(reward)

@@ -1,0 +1,137 @@
+"""Which failures of a reward service are tried again, and when.
+
+Written out rather than taken from stamina: that reports every retry through one process-wide list of hooks, whose default
+prints to stdout wherever structlog is installed, and stdout belongs to the user's script.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Literal
+
+from dar.protocol.spec import RewardRetry
+
+Kind = Literal["transient", "contract", "name", "refused", "too_large", "permanent"]
+"""How a failed attempt is treated.
+
+- ``transient``: tried again up to the configured number of attempts
+- ``contract``: an answer that breaks the contract; tried again once
+- ``name``: the host name does not exist; tried again twice, then permanent
+- ``refused``: these samples are not accepted; never tried again
+- ``too_large``: tried again in halves
+- ``permanent``: nothing will help but a change of the configuration
+"""
+RETRIES: dict[Kind, int | None] = {
+    "transient": None,
+    "contract": 1,
+    "name": 2,
+    "refused": 0,
+    "too_large": 0,
+    "permanent": 0,
+}
+"""Retries of each kind; None: as many as configured."""
+
+# Not the module's functions: drawing from the process-wide generator would change what a seeded trainer samples next.
+_JITTER = random.SystemRandom()
+
+
+class AttemptFailedError(Exception):
+    """One attempt at a request failed.
+
+    Args:
+        kind: How it is treated.
+        code: Machine-readable reason, like ``timeout``, ``http_503`` or ``contract.length``.
+        reason: What went wrong, in words. It may be logged, so it quotes nothing that the service said.
+        quote: First bytes of what the service said, for the owner of the job only.
+        retry_after_seconds: When the service wants to be asked again.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        code: str,
+        reason: str,
+        *,
+        quote: str = "",
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.code = code
+        self.reason = reason
+        self.quote = quote
+        self.retry_after_seconds = retry_after_seconds
+
+    @property
+    def full_reason(self) -> str:
+        """The reason and what the service said."""
+        return f"{self.reason}: {self.quote}" if self.quote else self.reason
+
+
+class RetrySchedule:
+    """The attempts of one request: how many are left, and the wait before the next.
+
+    Args:
+        options: The component's retry settings.
+        deadline_seconds: Time for all attempts and waits together, from now.
+        on_wait: Called with each failure, the number of the next attempt and the wait before it in seconds.
+    """
+
+    def __init__(
+        self,
+        options: RewardRetry,
+        deadline_seconds: float,
+        on_wait: Callable[[AttemptFailedError, int, float], None],
+    ) -> None:
+        self._options = options
+        self._ends_at = time.monotonic() + deadline_seconds
+        self._on_wait = on_wait
+        self._failures: Counter[Kind] = Counter()
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Time until the deadline; negative after it."""
+        return self._ends_at - time.monotonic()
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt that is being made, from 1."""
+        return self._failures.total() + 1
+
+    def wait_after(self, error: AttemptFailedError) -> float | None:
+        """Seconds to wait before the next attempt; None when there is none."""
+        self._failures[error.kind] += 1
+        made = self._failures.total()
+        most = RETRIES[error.kind]
+        if made >= self._options.attempts or (
+            most is not None and self._failures[error.kind] > most
+        ):
+            return None
+        wait = self._wait(error, made)
+        if wait >= self.remaining_seconds:
+            return None
+        self._on_wait(error, made + 1, wait)
+        return wait
+
+    def _wait(self, error: AttemptFailedError, made: int) -> float:
+        if error.retry_after_seconds is not None:
+            return min(error.retry_after_seconds, self._options.retry_after_cap)
+        return _JITTER.uniform(0, min(self._options.cap, self._options.base * 2**made))
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds in a ``Retry-After`` header: a number or an HTTP date; None for anything else, a negative one included."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            at = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        seconds = (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return seconds if 0 <= seconds < float("inf") else None

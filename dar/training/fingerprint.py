@@ -1,0 +1,76 @@
+"""What decides the result of a training run, as one digest: a checkpoint is resumed under the same digest only."""
+
+import hashlib
+import json
+import platform
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from dar.training.checkpoint import digest
+from dar.training.config import DARConfig
+from dar.training.data import Rows
+from dar.training.loading import LanguageModel
+
+SKETCHED_VALUES = 256
+"""Leading values of each parameter that go into a sketch: enough to tell two models apart, and cheap for large ones."""
+
+
+def weights_sketch(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and leading values of a model's parameters."""
+    sketch = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        leading = parameter.detach().flatten()[:SKETCHED_VALUES].to("cpu", torch.float32)
+        sketch.update(f"{name} {tuple(parameter.shape)} ".encode())
+        sketch.update(leading.numpy().tobytes())
+    return sketch.hexdigest()
+
+
+def rows_sha256(rows: Rows) -> str:
+    """SHA-256 of all rows of a data set, in order."""
+    content = hashlib.sha256()
+    for index in range(len(rows)):
+        line = json.dumps(dict(rows[index]), sort_keys=True, default=str)
+        content.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return content.hexdigest()
+
+
+def config_sha256(config: DARConfig, policy: LanguageModel, rows: Rows, base: str) -> str:
+    """Digest of everything that decides the result, except what a reward service answers.
+
+    Args:
+        config: Its `DARConfig.decisive_values`.
+        policy: The model that is trained; of an adapter, its configuration.
+        rows: The data set.
+        base: Sketch of the weights that training and reference start from.
+    """
+    adapter: object = None
+    if isinstance(policy, PeftModel):
+        left_out = {"base_model_name_or_path", "inference_mode", "peft_version"}
+        values = policy.active_peft_config.to_dict()
+        adapter = {key: value for key, value in values.items() if key not in left_out}
+    return digest(
+        {
+            "config": config.decisive_values(),
+            "adapter": json.loads(json.dumps(adapter, default=_as_list)),
+            "rows": rows_sha256(rows),
+            "base": base,
+        }
+    )
+
+
+def _as_list(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the last digits of a result depend on beside the configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()),
+    }

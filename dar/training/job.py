@@ -1,0 +1,166 @@
+"""`train_job`: a job spec, trained from its files to its last checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from dar.errors import TrainingError
+from dar.protocol.spec import DARSpec, JobSpec
+from dar.training import loading
+from dar.training.config import DARConfig
+from dar.training.data import read_rows
+from dar.training.sink import Control, Sink
+from dar.training.trainer import DARTrainer
+
+Ending = Literal["finished", "drained", "cancelled"]
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
+SCHEDULERS = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",  # what transformers calls "constant" ignores warmup_steps
+}
+CHECKPOINTS_PER_JOB = 20
+"""How many checkpoints a job gets when its spec does not say."""
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """Everything a job needs, on this machine's disk."""
+
+    job_id: str
+    spec: JobSpec
+    seed: int
+    total_steps: int
+    model: str | Path
+    """Folder or hub id of the base model."""
+    adapters: tuple[Path, ...]
+    """Adapters that are merged into the model, in order, before anything else."""
+    training_file: Path
+    """JSON Lines."""
+    work_dir: Path
+    """Checkpoints are published as ``checkpoints/step-<n>`` in here."""
+    resume_from: Path | None
+    """A checkpoint of this job."""
+    reward_secret: str | None
+    threads: int
+    offline: bool
+    """Whether the model hub may not be asked."""
+
+
+def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
+    """Train a job to its end, or until ``control`` asks for a stop.
+
+    Returns:
+        ``finished``: the checkpoint of the last step lies on disk. ``drained``: a checkpoint of the last whole step does,
+        unless no step was done since the start. ``cancelled``: nothing was written.
+
+    Raises:
+        TrainingError: The spec, the model or the data cannot work, or training diverged.
+        InvalidRequestError: A row or a parameter is wrong.
+        RewardMisconfiguredError: The reward service refuses us for good.
+        RewardContractError: The reward service breaks its contract.
+        RewardUnavailableError: The reward service cannot be reached.
+    """
+    _prepare_process(inputs.threads)
+    sink.phase("starting", 0, "loading the model")
+    trainer = build_trainer(inputs, sink, control)
+    first_step = trainer.state.global_step
+    try:
+        trainer.train(resume_from_checkpoint=inputs.resume_from)
+    except torch.OutOfMemoryError as error:
+        if trainer.state.global_step > first_step:
+            raise  # it had fitted before, so it may fit again
+        raise TrainingError(
+            f"the model does not fit into the GPU's memory: {error}; train an adapter (peft), or lower max_new_tokens",
+            code="out_of_memory",
+        ) from error
+    endings: dict[str | None, Ending] = {"cancel": "cancelled", "drain": "drained"}
+    return endings.get(trainer.stopped_by, "finished")
+
+
+def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer:
+    """The trainer of a job, with its model loaded.
+
+    Raises:
+        TrainingError: The model cannot be loaded.
+        InvalidRequestError: A row or a parameter is wrong.
+    """
+    spec = inputs.spec.dar
+    config = job_config(inputs)
+    # Master weights stay in float32 where they are trained; under an adapter they are frozen, and half the size is enough.
+    is_half = bool(config.bf16) and spec.peft is not None
+    model = loading.load_model(
+        inputs.model,
+        dtype=torch.bfloat16 if is_half else torch.float32,
+        is_offline=inputs.offline,
+    )
+    tokenizer = loading.load_tokenizer(inputs.model, is_offline=inputs.offline)
+    trainer = DARTrainer(
+        loading.merge_adapters(model, inputs.adapters),
+        config,
+        read_rows(inputs.training_file),
+        spec.rewards,
+        reward_secret=inputs.reward_secret,
+        processing_class=tokenizer,
+        peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
+        sink=sink,
+        control=control,
+        base_name=inputs.spec.model,
+        job_id=inputs.job_id,
+        is_offline=inputs.offline,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every report on stdout
+    return trainer
+
+
+def job_config(inputs: JobInputs) -> DARConfig:
+    """A job spec as arguments of the trainer."""
+    spec = inputs.spec.dar
+    hyper, sampling = spec.hyperparameters, spec.sampling
+    return DARConfig(
+        output_dir=str(inputs.work_dir),
+        alpha=hyper.alpha,
+        beta=hyper.beta,
+        dar_k=hyper.dar_k,
+        dar_wclip=hyper.dar_wclip,
+        adv_norm=hyper.adv_norm,
+        **sampling.model_dump(),
+        learning_rate=hyper.learning_rate,
+        per_device_train_batch_size=hyper.batch_size,
+        max_steps=inputs.total_steps,
+        warmup_steps=hyper.warmup_steps,
+        lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler_type],
+        weight_decay=hyper.weight_decay,
+        max_grad_norm=hyper.max_grad_norm,
+        optim=OPTIMIZERS[hyper.optim],
+        adam_beta1=hyper.adam_beta1,
+        adam_beta2=hyper.adam_beta2,
+        bf16=_is_bf16(spec),
+        seed=inputs.seed,
+        save_strategy="steps",
+        save_steps=spec.checkpointing.every_steps
+        or max(1, inputs.total_steps // CHECKPOINTS_PER_JOB),
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+
+
+def _is_bf16(spec: DARSpec) -> bool:
+    if spec.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return spec.precision == "bf16"
+
+
+def _prepare_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()

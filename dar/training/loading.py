@@ -1,0 +1,143 @@
+"""Loading models without running anything that comes with them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dar.errors import TrainingError
+from dar.protocol.spec import LoraSpec
+
+LanguageModel = PreTrainedModel | PeftModel
+
+CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code"})
+"""Keys of a config.json that have loaded code from a hub: auto_map by design, the others through CVE-2026-4372 and
+CVE-2026-5241. No honest weights need them with a built-in architecture."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, is_offline: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model from a folder or a hub: safetensors only, built-in architectures only.
+
+    Args:
+        name: Folder or hub id.
+        dtype: Number format of the weights.
+        is_offline: Whether the hub may not be asked.
+
+    Raises:
+        TrainingError: There is no such model, it wants to run code, or it is no causal language model.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(name), local_files_only=is_offline)
+        _refuse_code(name, config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(name),
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=is_offline,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise TrainingError(
+            f"the model {str(name)!r} cannot be loaded as a causal language model from safetensors: {error}",
+            param="model",
+        ) from error
+    return model
+
+
+def _refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:
+    found = CODE_KEYS & config.keys()
+    if found:
+        raise TrainingError(
+            f"the model {str(name)!r} asks to run its own code ({', '.join(sorted(found))} in config.json), which is never "
+            "done here; use a model of an architecture that transformers has built in",
+            param="model",
+        )
+    for value in config.values():
+        if isinstance(value, Mapping):
+            _refuse_code(name, value)
+
+
+def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        TrainingError: There is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(name), trust_remote_code=False, local_files_only=is_offline
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(
+            f"the model {str(name)!r} has no tokenizer that can be loaded: {error}", param="model"
+        ) from error
+    return tokenizer
+
+
+def merge_adapters(model: PreTrainedModel, adapters: Sequence[Path]) -> PreTrainedModel:
+    """Fold adapters into the weights of ``model``, in order.
+
+    Raises:
+        TrainingError: A folder holds no safetensors adapter for this model.
+    """
+    for folder in adapters:
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise TrainingError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}", param="model")
+        try:
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise TrainingError(
+                f"the adapter {folder} does not fit the model: {error}", param="model"
+            ) from error
+    return model
+
+
+def lora_config(spec: LoraSpec) -> LoraConfig:
+    """The adapter of a job spec as peft wants it."""
+    return LoraConfig(
+        r=spec.r,
+        lora_alpha=cast("int", spec.lora_alpha),  # peft divides by r, so a float will do
+        lora_dropout=spec.lora_dropout,
+        target_modules=spec.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: log-probabilities are compared between passes, and noise would be taken for signal."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            is_probability = name == "p" and isinstance(module, nn.Dropout)
+            if isinstance(value, float) and (is_probability or "drop" in name):
+                setattr(module, name, 0.0)
+
+
+def context_length(model: LanguageModel) -> int | None:
+    """Longest sequence that the model was built for, or None where its config does not say."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def eos_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a completion: all of the model's generation config, and the tokenizer's."""
+    found: set[int] = set()
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        model.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    ):
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)

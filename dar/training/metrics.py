@@ -1,0 +1,148 @@
+"""The numbers and samples of a step, as they are reported. Names, units and meanings: `dar.protocol.metrics`."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dar.protocol.samples import SampleRow
+from dar.training.loss import dar_loss
+from dar.training.steps import ScoredStep
+
+SHOWN_GROUPS = 4
+"""Prompts of a step whose completions are reported for viewing."""
+SHOWN_SAMPLES = 64
+"""Most completions of a step that are reported for viewing."""
+SHOWN_CHARACTERS = 8192
+"""Longest text of a reported prompt or completion."""
+
+
+def step_metrics(step: ScoredStep, *, clip: float) -> dict[str, float]:
+    """Metrics of one step; those that have no value, because nothing was scored, are left out.
+
+    Args:
+        step: After its training pass.
+        clip: Largest weight.
+    """
+    rewards = [reward.reward for reward in step.rewards if reward.reward is not None]
+    lengths = [len(pair.completion_ids) for pair in step.pairs]
+    cut = sum(reason == "length" for reason in step.finish_reasons)
+    values = {
+        "rewards/missing_fraction": 1 - len(rewards) / len(step.pairs),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/truncated_fraction": cut / len(lengths),
+        **_component_means(step),
+    }
+    if rewards:
+        values |= _moments("dar/rewards", torch.tensor(rewards))
+    if step.valid_count:
+        values |= _weight_metrics(step, clip)
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _weight_metrics(step: ScoredStep, clip: float) -> dict[str, float]:
+    rows = step.valid_rows
+    weights, policy = step.weights_B[rows], step.policy_logps_B[rows]
+    behavior = step.behavior_logps_B[rows]
+    mass = weights.sum().square() / weights.square().sum().clamp(min=torch.finfo().tiny)
+    values = {
+        "dar/loss": dar_loss(weights, policy).item(),
+        **_moments("dar/advantages", step.advantages_B[rows]),
+        "dar/weights_mean": weights.mean().item(),
+        "dar/weights_max": weights.max().item(),
+        "dar/logps_policy": policy.mean().item(),
+        "dar/logps_behavior": behavior.mean().item(),
+        "dar/weights_clip_fraction": (weights >= clip).float().mean().item(),
+        "dar/effective_sample_size": mass.item() / len(rows),
+    }
+    if step.ref_logps_B is not None:
+        reference = step.ref_logps_B[rows]
+        values["dar/logps_ref"] = reference.mean().item()
+        values["dar/kl_ref"] = (behavior - reference).mean().item()
+    return values
+
+
+def _moments(name: str, values: Tensor) -> dict[str, float]:
+    return {
+        f"{name}_mean": values.mean().item(),
+        f"{name}_std": values.std(unbiased=False).item(),
+    }
+
+
+def _component_means(step: ScoredStep) -> dict[str, float]:
+    by_name: dict[str, list[float]] = {}
+    for reward in step.rewards:
+        for name, value in reward.components.items():
+            if value is not None:
+                by_name.setdefault(name, []).append(value)
+    return {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
+
+
+def sample_rows(step: ScoredStep) -> list[SampleRow]:
+    """The completions of the step's first prompts, with everything that decided their weight."""
+    k = len(step.pairs) // len(step.prompts)
+    rows = range(min(SHOWN_GROUPS * k, SHOWN_SAMPLES, len(step.pairs)))
+    return [
+        SampleRow(
+            group=row // k,
+            index=row % k,
+            prompt=step.prompts[row // k].text[:SHOWN_CHARACTERS],
+            completion=step.texts[row][:SHOWN_CHARACTERS],
+            finish_reason=step.finish_reasons[row],
+            completion_tokens=len(step.pairs[row].completion_ids),
+            reward=step.rewards[row].reward,
+            reward_status=step.rewards[row].status,
+            reward_message=step.rewards[row].message,
+            components=dict(step.rewards[row].components),
+            advantage=_where_valid(step, step.advantages_B, row),
+            weight=_where_valid(step, step.weights_B, row),
+            logp_policy=_where_valid(step, step.policy_logps_B, row),
+            logp_ref=_where_valid(step, step.ref_logps_B, row),
+            logp_behavior=step.behavior_logps_B[row].item(),
+        )
+        for row in rows
+        if step.behavior_logps_B[row].isfinite()
+    ]
+
+
+def _where_valid(step: ScoredStep, values_B: Tensor | None, row: int) -> float | None:
+    if values_B is None or not step.valid_B[row]:
+        return None
+    return values_B[row].item()
+
+
+class MetricsWindow:
+    """What happened since the last report: means over its steps, the maximum of maxima, the last of counters."""
+
+    LAST = frozenset({"train/learning_rate", "train/epoch", "train/tokens"})
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, float]) -> None:
+        """Take in the metrics of a step."""
+        for name, value in values.items():
+            if name in self.LAST:
+                self._sums[name], self._counts[name] = value, 1
+            elif name.endswith("_max"):
+                self._sums[name] = max(value, self._sums.get(name, value))
+                self._counts[name] = 1
+            else:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The values of the window, which is empty afterwards."""
+        values = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """What has been taken in, as JSON."""
+        return {"sums": self._sums, "counts": self._counts}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])

@@ -1,0 +1,175 @@
+"""`ResumableTrainer`: transformers' trainer with checkpoints of our own, whole, verified and without pickles."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+
+from dar.errors import CheckpointError, InvalidRequestError
+from dar.protocol.checkpoints import RESUME_FOLDER, Manifest
+from dar.training import checkpoint
+from dar.training.config import DARConfig
+from dar.training.fingerprint import environment
+from dar.training.loading import LanguageModel
+from dar.training.sink import NullSink, Sink
+
+
+class ResumableTrainer(Trainer):
+    """Publishes checkpoints in ``output_dir/checkpoints/step-<n>`` and goes on from one as if nothing had happened.
+
+    Replaces everything by which `transformers.Trainer` saves and loads: it writes in place, chooses the highest number
+    instead of a whole checkpoint, and pickles optimizer, scheduler and random states.
+    """
+
+    # What transformers' annotations leave open, and is certain here:
+    args: DARConfig
+    model: LanguageModel
+    processing_class: PreTrainedTokenizerBase
+    optimizer: Optimizer
+    lr_scheduler: LambdaLR
+    data_collator: Any
+    train_dataset: Any
+
+    sink: Sink = NullSink()
+    config_sha256: str = ""
+    """Digest of everything that decides the result."""
+    published_step: int = 0
+    """Step of the newest checkpoint that was written or resumed from."""
+    _resume: checkpoint.ResumeState | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return Path(str(self.args.output_dir)) / "checkpoints"
+
+    def own_state(self) -> dict[str, Any]:
+        """What a subclass has to keep beside transformers' state, as JSON."""
+        return {}
+
+    def restore_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what `own_state` gave."""
+
+    def step_values(self) -> dict[str, float]:
+        """Metrics of the last step, for the manifest."""
+        return {}
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,  # noqa: ANN401 - the signature of transformers
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder of a trainer with the same arguments.
+            trial: Not used.
+            ignore_keys_for_eval: Not used.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged or belongs to other arguments.
+        """
+        checkpoint.sweep(self.checkpoints)
+        resume = self._open(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume, trial, ignore_keys_for_eval)
+
+    def _open(self, folder: str | Path | bool) -> str:
+        if isinstance(folder, bool):
+            raise InvalidRequestError("resume_from_checkpoint must name the checkpoint's folder")
+        manifest = checkpoint.verify(Path(folder))
+        if manifest.config_sha256 != self.config_sha256:
+            raise CheckpointError(
+                f"the checkpoint {folder} was made with other hyperparameters, data or base weights; "
+                "resume with the same ones, or start anew from its model"
+            )
+        self._resume = checkpoint.ResumeState.load(Path(folder))
+        return str(Path(folder) / RESUME_FOLDER)
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401, ARG002 - as transformers
+        step = self.state.global_step
+        self.sink.phase("checkpointing", step)
+        last_seq = self.sink.flush()
+        published = checkpoint.publish(
+            self.checkpoints,
+            step,
+            write=self._write_checkpoint,
+            manifest=lambda files: Manifest(
+                step=step,
+                kind="adapter" if isinstance(self.model, PeftModel) else "full",
+                last_seq=last_seq,
+                config_sha256=self.config_sha256,
+                metrics=self.step_values(),
+                files=files,
+            ),
+        )
+        self.published_step = step
+        self.sink.checkpoint(step, published.folder, published.manifest, published.manifest_sha256)
+        if self.args.save_total_limit:
+            checkpoint.keep_last(self.checkpoints, self.args.save_total_limit)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self._save(str(folder))
+        self.state.save_to_json(str(folder / RESUME_FOLDER / TRAINER_STATE_NAME))
+        checkpoint.save_resume_state(
+            folder,
+            self.optimizer,
+            self.lr_scheduler.state_dict(),
+            {"environment": environment(self.args.device), **self.own_state()},
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401 - as transformers
+        folder = output_dir or str(self.args.output_dir)
+        # peft would ask the hub whether the base model's vocabulary has grown.
+        options: dict[str, Any] = (
+            {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        )
+        self.model.save_pretrained(folder, state_dict=state_dict, **options)
+        self.processing_class.save_pretrained(folder)
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(
+        self,
+        resume_from_checkpoint: str,
+        model: nn.Module | None = None,  # noqa: ARG002 - as transformers
+    ) -> None:
+        checkpoint.load_weights(self.model, Path(resume_from_checkpoint).parent)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._resume is None:
+            return
+        self._resume.restore_optimizer(self.optimizer)
+        self.lr_scheduler.load_state_dict(self._resume.json["scheduler"])
+        self.published_step = self.state.global_step
+        self.state.compute_steps(self.args, self.state.max_steps)
+        own = self._resume.trainer
+        self._compare_environment(own["environment"])
+        self.restore_own_state(own)
+
+    def _compare_environment(self, before: dict[str, str]) -> None:
+        now = environment(torch.device(self.args.device))
+        changed = [
+            f"{name} was {value} and is {now.get(name)}"
+            for name, value in before.items()
+            if now.get(name) != value
+        ]
+        if changed:
+            self.sink.event(
+                "warn",
+                "the environment is not that of the checkpoint, so results may differ in the last digits: "
+                + "; ".join(changed),
+                {"kind": "environment", "changed": changed},
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._resume is not None:
+            self._resume.restore_random()

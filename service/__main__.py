@@ -1,0 +1,94 @@
+"""The service's processes: ``python -m service serve`` and ``python -m service migrate``."""
+
+import argparse
+import signal
+import socket
+import sys
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from dar.errors import DARError
+from dar.settings import Settings
+from service import log, migrate
+from service.app import create_app
+from service.store.database import Database
+
+GRACE_SECONDS = 4
+"""What a request may still take when the service is stopped."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, saying when it is ready and letting no long poll hold up its end."""
+
+    def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve, then say where."""
+        await super().startup(sockets)
+        if self.started:
+            for server in self.servers:
+                for opened in server.sockets:
+                    host, port = opened.getsockname()[:2]
+                    structlog.get_logger().info("ready", url=f"http://{host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop, letting go of everybody who waits."""
+        runtime = getattr(self._app.state, "runtime", None)
+        if runtime is not None:
+            runtime.notifier.release()
+        super().handle_exit(sig, frame)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one of the service's processes; gives its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve_parser = commands.add_parser("serve", help="serve the API")
+    serve_parser.add_argument("--host", help="address to bind to (default: DAR_HOST)")
+    serve_parser.add_argument("--port", type=int, help="port to bind to (default: DAR_PORT)")
+    commands.add_parser("migrate", help="upgrade the database schema and stop")
+    chosen = parser.parse_args(arguments)
+    settings = Settings()
+    log.configure(settings.log_level)
+    try:
+        if chosen.command == "migrate":
+            return _migrate(settings)
+        return _serve(settings, chosen.host or settings.host, chosen.port or settings.port)
+    except DARError as error:
+        structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
+        return 1
+
+
+def _migrate(settings: Settings) -> int:
+    database = Database(settings.sqlalchemy_url)
+    migrate.upgrade(settings.model_copy(update={"is_migrating": True}), database)
+    structlog.get_logger().info("schema is up to date", revision=migrate.current(database))
+    database.close()
+    return 0
+
+
+def _serve(settings: Settings, host: str, port: int) -> int:
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = Server(app, config)
+    server.run()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Uploaded training files."""
+
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import Response
+
+from dar.errors import InvalidRequestError, UnsupportedMediaTypeError
+from dar.protocol.base import Deleted, Page
+from dar.protocol.files import File
+from dar.protocol.ids import new_id
+from service import datasets, downloads
+from service.api.paging import PageCursor, envelope, seconds
+from service.auth import Reader, Submitter, User
+from service.limits import limited
+from service.runtime import CurrentRuntime, Runtime
+from service.store import files, tables
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+PURPOSE = "fine-tune"
+FORM_BYTES = 64 * 1024
+"""Room for what a multipart body holds beside the file."""
+UPLOAD_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": [PURPOSE]},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", openapi_extra=UPLOAD_SCHEMA)
+async def create_file(request: Request, runtime: CurrentRuntime, user: Submitter) -> File:
+    """Upload a JSONL file of prompts. One bad row, and nothing is stored."""
+    form = await _read_form(request, runtime.settings.max_file_bytes)
+    try:
+        upload = _checked(form)
+        return await to_thread.run_sync(_store, runtime, user, upload)
+    finally:
+        await form.close()
+
+
+@router.get("")
+def list_files(
+    runtime: CurrentRuntime,
+    user: Reader,
+    cursor: PageCursor,
+    purpose: Annotated[str | None, Query()] = None,
+) -> Page[File]:
+    """The project's files, newest first."""
+    with runtime.database.read() as transaction:
+        found = files.list_page(transaction, user.project_id, purpose, cursor)
+    return envelope(found, show, lambda file: file.id)
+
+
+@router.get("/{file_id}")
+def get_file(file_id: str, runtime: CurrentRuntime, user: Reader) -> File:
+    """One file."""
+    with runtime.database.read() as transaction:
+        return show(files.get(transaction, user.project_id, file_id))
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
+    """Delete a file that no job needs any more."""
+    with runtime.database.write() as transaction:
+        files.remove(transaction, user.project_id, file_id)
+        path = runtime.artifacts.file(file_id)
+        transaction.after_commit(lambda: path.unlink(missing_ok=True))
+    return Deleted(id=file_id, object="file", deleted=True)
+
+
+@router.get("/{file_id}/content", response_class=Response)
+def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: Reader) -> Response:
+    """The file as it was uploaded, or one range of it."""
+    with runtime.database.read() as transaction:
+        file = files.get(transaction, user.project_id, file_id)
+    path = runtime.artifacts.file(file.id)
+    return downloads.send(request, path, sha256=file.sha256, filename=file.filename)
+
+
+def show(file: tables.File) -> File:
+    """A file as the API shows it."""
+    return File(
+        id=file.id,
+        object="file",
+        bytes=file.bytes,
+        created_at=seconds(file.created_at),
+        filename=file.filename,
+        purpose=file.purpose,
+        status="processed",
+        sha256=file.sha256,
+        num_rows=file.num_rows,
+        columns=datasets.common_columns(file.columns),
+    )
+
+
+async def _read_form(request: Request, limit: int) -> FormData:
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise UnsupportedMediaTypeError(
+            "an upload is multipart/form-data with the fields purpose and file"
+        )
+    # The form is read after the key was checked, and counted while it streams in; the file goes to disk at once.
+    stream = limited(request.stream(), limit + FORM_BYTES, "upload")
+    parser = MultiPartParser(
+        request.headers, stream, max_files=1, max_fields=16, max_part_size=FORM_BYTES
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise InvalidRequestError(
+            f"the upload cannot be read: {error.message}", code="invalid_form"
+        ) from None
+
+
+def _checked(form: FormData) -> UploadFile:
+    for name in form:
+        if name not in {"purpose", "file"}:
+            raise InvalidRequestError(
+                f"{name}: this version takes only purpose and file; leave it out",
+                param=name,
+                code="extra_forbidden",
+            )
+    if form.get("purpose") != PURPOSE:
+        raise InvalidRequestError(
+            f"purpose: send {PURPOSE!r}; this service keeps files for training only",
+            param="purpose",
+        )
+    upload = form.get("file")
+    if not isinstance(upload, UploadFile):
+        raise InvalidRequestError("file: no file was sent", param="file", code="missing")
+    return upload
+
+
+def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
+    file_id = new_id("file-")
+    temporary = runtime.artifacts.new_file(file_id)
+    try:
+        found = datasets.store(upload.file, temporary)
+        runtime.artifacts.keep_file(file_id)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with runtime.database.write() as transaction:
+        file = tables.File(
+            id=file_id,
+            project_id=user.project_id,
+            filename=(upload.filename or "upload")[-256:],
+            purpose=PURPOSE,
+            bytes=found.bytes,
+            sha256=found.sha256,
+            num_rows=found.num_rows,
+            columns=found.columns,
+            created_at=transaction.now,
+        )
+        transaction.add(file)
+    return show(file)

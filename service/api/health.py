@@ -1,0 +1,42 @@
+"""Whether the process runs, and whether it can serve."""
+
+from fastapi import APIRouter, Response
+from sqlalchemy.exc import SQLAlchemyError
+
+from dar import __version__
+from dar.protocol.health import Health, Ready
+from service import migrate
+from service.runtime import CurrentRuntime, Runtime
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz() -> Health:
+    """The process runs. Asks nothing of anybody, so that a dead database does not get it restarted."""
+    return Health(status="ok", version=__version__)
+
+
+@router.get("/readyz", responses={503: {"model": Ready}})
+def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
+    """Requests can be served. Without the broker they can: workers then poll."""
+    checks = {
+        **_database(runtime),
+        "storage": runtime.artifacts.check(),
+        "broker": runtime.waker.check(),
+    }
+    needed = (checks["database"], checks["migrations"], checks["storage"])
+    if any(check != "ok" for check in needed):
+        response.status_code = 503
+        return Ready(status="unavailable", checks=checks)
+    status = "ok" if checks["broker"] in {"ok", "off"} else "degraded"
+    return Ready.model_validate({"status": status, "checks": checks})
+
+
+def _database(runtime: Runtime) -> dict[str, str]:
+    try:
+        found = migrate.current(runtime.database)
+    except SQLAlchemyError:
+        return {"database": "does not answer", "migrations": "unknown"}
+    head = migrate.head()
+    return {"database": "ok", "migrations": "ok" if found == head else f"at {found}, needs {head}"}

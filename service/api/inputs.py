@@ -1,0 +1,83 @@
+"""Files that an attempt needs: its data, its model where that was made here, and the checkpoint it goes on from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from dar.errors import NotFoundError
+from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
+from dar.protocol.worker import InputFile, Inputs, ModelSource
+from service import downloads
+from service.api.checkpoints import entries
+from service.auth import LeaseHolder
+from service.runtime import CurrentRuntime, Runtime
+from service.store import checkpoints, files, leases, tables
+from service.store.database import Transaction
+
+router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
+TRAINING_FILE = "training_file"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    name: str
+    bytes: int
+    sha256: str
+    path: Path
+
+
+@router.get("/{lease_id}/inputs")
+def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
+    """All files of the attempt."""
+    found = _sources(runtime, lease_id)
+    return Inputs(files=[InputFile(name=s.name, bytes=s.bytes, sha256=s.sha256) for s in found])
+
+
+@router.get("/{lease_id}/inputs/{name:path}", response_class=Response)
+def get_input(
+    lease_id: LeaseHolder, name: str, request: Request, runtime: CurrentRuntime
+) -> Response:
+    """One of them, or one range of it."""
+    for source in _sources(runtime, lease_id):
+        if source.name == name:
+            return downloads.send(
+                request, source.path, sha256=source.sha256, filename=source.path.name
+            )
+    raise NotFoundError(f"the attempt has no input {name!r}")
+
+
+def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
+    with runtime.database.read() as transaction:
+        held = leases.look(transaction, lease_id)
+        leases.check_fence(held, held.attempt.number)
+        return list(_of(transaction, runtime, held))
+
+
+def _of(transaction: Transaction, runtime: Runtime, held: leases.Held) -> Iterator[_Source]:
+    job = held.job
+    file = files.get(transaction, job.project_id, job.training_file)
+    yield _Source(TRAINING_FILE, file.bytes, file.sha256, runtime.artifacts.file(file.id))
+    source = ModelSource.model_validate(job.model_source)
+    wanted = {"model": source.checkpoint_id, "resume": held.attempt.resume_checkpoint_id}
+    wanted |= {f"adapters/{n}": made for n, made in enumerate(source.adapter_ids)}
+    found = checkpoints.by_ids(transaction, [item for item in wanted.values() if item])
+    for prefix, checkpoint_id in wanted.items():
+        if checkpoint_id is not None:
+            checkpoint = found[checkpoint_id]
+            yield from _files_of(runtime, checkpoint, prefix, is_resume=prefix == "resume")
+
+
+def _files_of(
+    runtime: Runtime, checkpoint: tables.Checkpoint, prefix: str, *, is_resume: bool
+) -> Iterator[_Source]:
+    folder = runtime.artifacts.checkpoint(checkpoint.job_id, checkpoint.attempt, checkpoint.step)
+    for entry in entries(checkpoint):
+        name = entry["name"]
+        # A model to start from needs its weights only; a resume needs all of it, to be verified as a whole.
+        is_state = name == MANIFEST_NAME or name.startswith(f"{RESUME_FOLDER}/")
+        if is_resume or not is_state:
+            path = folder / name
+            yield _Source(f"{prefix}/{name}", int(entry["bytes"]), entry["sha256"], path)

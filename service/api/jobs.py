@@ -1,0 +1,143 @@
+"""Jobs: submit, look, cancel."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from dar.errors import InvalidRequestError
+from dar.protocol.base import Page
+from dar.protocol.jobs import Job, JobError, Progress
+from dar.protocol.spec import JobSpec
+from dar.protocol.status import TERMINAL, JobStatus
+from service import submission
+from service.api.paging import PageCursor, envelope, seconds
+from service.auth import Reader, Submitter
+from service.limits import body_of, schema_of
+from service.runtime import CurrentRuntime
+from service.store import jobs, tables
+
+PATH = "/v1/fine_tuning/jobs"
+router = APIRouter(prefix=PATH, tags=["jobs"])
+_LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
+Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0)]
+
+
+@router.post("", openapi_extra=schema_of(JobSpec))
+def create_job(
+    response: Response,
+    runtime: CurrentRuntime,
+    user: Submitter,
+    spec: Spec,
+    idempotency_key: IdempotencyKey = None,
+    retry_count: RetryCount = 0,
+) -> Job:
+    """Submit a job. The same ``Idempotency-Key`` again gives the same job."""
+    digest = submission.body_digest(spec)
+    submitted = submission.Request(spec, user, digest, idempotency_key, retry_count)
+    job, replay = submission.submit(runtime, submitted)
+    response.headers["location"] = f"{PATH}/{job.id}"
+    if replay is not None:
+        response.headers["idempotency-replayed"] = replay
+    return show(job)
+
+
+@router.get("")
+def list_jobs(
+    request: Request,
+    runtime: CurrentRuntime,
+    user: Reader,
+    cursor: PageCursor,
+    status: Annotated[JobStatus | None, Query()] = None,
+) -> Page[Job]:
+    """The project's jobs, newest first; ``metadata[key]=value`` keeps those with that label."""
+    labels = _labels(request)
+    with runtime.database.read() as transaction:
+        found = jobs.list_page(transaction, user.project_id, cursor, status=status, labels=labels)
+    return envelope(found, show, lambda job: job.id)
+
+
+@router.get("/{job_id}")
+def get_job(job_id: str, runtime: CurrentRuntime, user: Reader) -> Job:
+    """One job."""
+    with runtime.database.read() as transaction:
+        return show(jobs.get(transaction, user.project_id, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """Cancel a job: at once while it waits, within seconds while it runs. Its checkpoints are kept."""
+    with runtime.database.write() as transaction:
+        job = jobs.cancel(transaction, user.project_id, job_id)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
+def show(job: tables.Job) -> Job:
+    """A job as the API shows it."""
+    is_over = job.status in TERMINAL
+    path = f"{PATH}/{job.id}"
+    belongings = ("events", "metrics", "samples", "checkpoints")
+    return Job.model_validate(
+        {
+            "id": job.id,
+            "object": "fine_tuning.job",
+            "created_at": seconds(job.created_at),
+            "started_at": seconds(job.started_at) if job.started_at else None,
+            "finished_at": seconds(job.finished_at) if job.finished_at else None,
+            "estimated_finish": _estimated_finish(job),
+            "status": job.status,
+            "status_detail": job.status_detail,
+            "status_message": job.status_message,
+            "model": job.model,
+            "fine_tuned_model": job.model_name if job.status == "succeeded" else None,
+            "training_file": job.training_file,
+            "validation_file": None,
+            "result_files": [],
+            "organization_id": job.project_id,
+            "seed": job.seed,
+            "suffix": job.suffix,
+            "metadata": job.labels,
+            "hyperparameters": job.spec["method"]["dar"]["hyperparameters"],
+            "method": job.spec["method"],
+            "integrations": None,
+            "trained_tokens": job.tokens if is_over else None,
+            "error": JobError(**job.error) if job.error else None,
+            "attempt": job.attempt,
+            "progress": _progress(job),
+            "actions": [] if is_over or job.cancel_requested_at else ["cancel"],
+            "links": {"self": path} | {name: f"{path}/{name}" for name in belongings},
+        }
+    )
+
+
+def _progress(job: tables.Job) -> Progress:
+    return Progress(
+        step=job.step,
+        total_steps=job.total_steps,
+        percent=round(100 * job.step / job.total_steps, 1),
+        tokens=job.tokens,
+    )
+
+
+def _estimated_finish(job: tables.Job) -> int | None:
+    if job.status != "running" or job.started_at is None or job.step == 0:
+        return None
+    elapsed = datetime.now(UTC) - job.started_at
+    left: timedelta = elapsed / job.step * (job.total_steps - job.step)
+    return seconds(datetime.now(UTC) + left)
+
+
+def _labels(request: Request) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if (match := _LABEL.match(name)) is not None:
+            labels[match[1]] = value
+        elif name == "metadata" and value != "null":
+            raise InvalidRequestError(
+                "metadata: filter by one label as metadata[key]=value", param="metadata"
+            )
+    return labels

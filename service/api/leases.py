@@ -1,0 +1,200 @@
+"""What a worker says about the job that it runs: claim, heartbeat, rows, end. And what it is told: directives."""
+
+from datetime import timedelta
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Query, Response
+
+from dar.errors import ConflictError, FencedError, InvalidRequestError, Problem
+from dar.protocol.ids import new_id
+from dar.protocol.metrics import is_known
+from dar.protocol.spec import JobSpec
+from dar.protocol.worker import (
+    Batch,
+    BatchAck,
+    Claim,
+    Complete,
+    Directive,
+    Directives,
+    Fail,
+    Heartbeat,
+    Lease,
+    LeaseState,
+    MetricsRow,
+    ModelSource,
+    Outcome,
+    Release,
+)
+from service import errors, keys
+from service.auth import LeaseHolder, LeaseSender, Worker
+from service.limits import body_of, schema_of
+from service.runtime import CurrentRuntime, Runtime
+from service.store import events, leases, rows
+from service.store.database import Transaction
+
+router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
+MAX_WAIT_SECONDS = 30.0
+CANCEL_ID = 1
+"""A job is cancelled once, so that its one directive needs no more than one number."""
+ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
+HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat))]
+BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda r: r.settings.max_batch_bytes))]
+CompleteBody = Annotated[Complete, Depends(body_of(Complete))]
+FailBody = Annotated[Fail, Depends(body_of(Fail))]
+ReleaseBody = Annotated[Release, Depends(body_of(Release))]
+
+
+@router.post(
+    "/claim",
+    openapi_extra=schema_of(Claim),
+    response_model=Lease,
+    responses={204: {"description": "Nothing is due."}},
+)
+def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
+    """Take the oldest queued job, if there is one."""
+    ttl = timedelta(seconds=runtime.settings.lease_ttl_seconds)
+    lease_id = new_id("lease-")
+    token = keys.new_attempt_token(lease_id)
+
+    def work(transaction: Transaction) -> leases.Held | None:
+        credential = leases.Credential(lease_id, keys.digest(token))
+        return leases.claim(transaction, body, credential, ttl)
+
+    held = runtime.database.transact(work)
+    return Response(status_code=204) if held is None else _lease(runtime, held, token)
+
+
+@router.post("/{lease_id}/heartbeat", openapi_extra=schema_of(Heartbeat))
+def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBody) -> LeaseState:
+    """Renew a lease."""
+    seconds = runtime.settings.lease_ttl_seconds
+    with runtime.database.write() as transaction:
+        held = leases.hold(transaction, lease_id, body.attempt)
+        leases.renew(transaction, held, timedelta(seconds=seconds), body.progress)
+    return LeaseState(ttl_seconds=seconds)
+
+
+@router.get("/{lease_id}/directives")
+async def get_directives(
+    lease_id: LeaseHolder,
+    runtime: CurrentRuntime,
+    after: Annotated[str, Query(max_length=20)] = "",
+    wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 20.0,
+) -> Directives:
+    """Wait for something that the service wants of the attempt."""
+    job_id, found = await to_thread.run_sync(_directives, runtime, lease_id, after)
+    if not found:
+        await runtime.notifier.wait(job_id, wait)
+        _, found = await to_thread.run_sync(_directives, runtime, lease_id, after)
+    return Directives(directives=found, cursor=str(found[-1].id) if found else after)
+
+
+@router.post("/{lease_id}/batch", openapi_extra=schema_of(Batch))
+def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody) -> BatchAck:
+    """Store what a trainer said; also from an attempt that has lost its job, for it happened."""
+    _check_rows(body)
+    with runtime.database.write() as transaction:
+        held = leases.lock(transaction, lease_id)
+        if held.attempt.number != body.attempt:
+            raise InvalidRequestError(
+                f"lease {lease_id} is of attempt {held.attempt.number}, not {body.attempt}",
+                param="attempt",
+            )
+        stored = rows.add(transaction, held, body.rows)
+        if isinstance(stored, rows.Contradiction):
+            _tell_of_contradiction(transaction, held, stored.seq)
+    if isinstance(stored, rows.Contradiction):
+        raise ConflictError(
+            f"row {stored.seq} was committed before with other content; the spool was altered",
+            code="integrity",
+        )
+    return BatchAck(acked_seq=stored)
+
+
+@router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete))
+def complete(lease_id: LeaseHolder, runtime: CurrentRuntime, body: CompleteBody) -> Outcome:
+    """The attempt trained to the end."""
+    return _ended(runtime, lease_id, lambda tx: leases.complete(tx, lease_id, body))
+
+
+@router.post("/{lease_id}/fail", openapi_extra=schema_of(Fail))
+def fail(lease_id: LeaseHolder, runtime: CurrentRuntime, body: FailBody) -> Outcome:
+    """The attempt ended badly."""
+    return _ended(runtime, lease_id, lambda tx: leases.fail(tx, lease_id, body))
+
+
+@router.post("/{lease_id}/release", openapi_extra=schema_of(Release))
+def release(lease_id: LeaseHolder, runtime: CurrentRuntime, body: ReleaseBody) -> Outcome:
+    """The attempt gives its job back, or confirms a cancellation."""
+    return _ended(runtime, lease_id, lambda tx: leases.release(tx, lease_id, body))
+
+
+def _ended(runtime: Runtime, lease_id: str, work: "leases.Ending") -> Outcome:
+    with runtime.database.write() as transaction:
+        job_id = leases.find(transaction, lease_id).job_id
+        outcome = work(transaction)
+        if outcome.status == "queued":
+            transaction.after_commit(runtime.waker.wake)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return outcome
+
+
+def _lease(runtime: Runtime, held: leases.Held, token: str) -> Lease:
+    job, attempt = held.job, held.attempt
+    return Lease(
+        lease_id=attempt.lease_id,
+        job_id=job.id,
+        attempt=attempt.number,
+        token=token,
+        ttl_seconds=runtime.settings.lease_ttl_seconds,
+        spec=JobSpec.model_validate(job.spec),
+        seed=job.seed,
+        total_steps=job.total_steps,
+        model=ModelSource.model_validate(job.model_source),
+        resume_checkpoint_id=attempt.resume_checkpoint_id,
+        reward_secret=runtime.reward_secret,
+    )
+
+
+def _directives(runtime: Runtime, lease_id: str, after: str) -> tuple[str, list[Directive]]:
+    with runtime.database.read() as transaction:
+        held = leases.look(transaction, lease_id)
+    job, attempt = held.job, held.attempt
+    if not leases.is_live(attempt, job):
+        raise FencedError(
+            f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
+        )
+    is_told = after == str(CANCEL_ID)
+    is_wanted = job.cancel_requested_at is not None and not is_told
+    return job.id, [Directive(id=CANCEL_ID, type="cancel")] if is_wanted else []
+
+
+def _check_rows(body: Batch) -> None:
+    problems = []
+    for index, row in enumerate(body.rows):
+        if row.seq != body.rows[0].seq + index:
+            message = (
+                f"the rows must be consecutive, but {row.seq} follows {body.rows[index - 1].seq}"
+            )
+            problems.append(Problem(message, f"rows[{index}].seq", "not_consecutive"))
+            break
+        if isinstance(row, MetricsRow):
+            unknown = [name for name in row.values if not is_known(name)]
+            problems += [
+                Problem(
+                    f"there is no metric {name!r}; register it in dar/protocol/metrics.py",
+                    f"rows[{index}].values",
+                    "unknown_metric",
+                )
+                for name in unknown
+            ]
+    if problems:
+        raise errors.invalid(problems)
+
+
+def _tell_of_contradiction(transaction: Transaction, held: leases.Held, seq: int) -> None:
+    number = held.attempt.number
+    message = f"attempt {number} sent row {seq} again with other content; the first one stands"
+    data = {"kind": "integrity", "attempt": number, "seq": seq}
+    events.append(transaction, held.job.id, [events.NewEvent(message, level="error", data=data)])

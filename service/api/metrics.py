@@ -1,0 +1,87 @@
+"""Metrics of a job, column by column."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+
+from dar.errors import InvalidRequestError
+from dar.protocol.base import Page
+from dar.protocol.metrics import METRICS, MetricName, Metrics, is_known
+from dar.protocol.status import TERMINAL
+from service.api.jobs import PATH
+from service.api.paging import whole
+from service.auth import Reader
+from service.runtime import CurrentRuntime
+from service.store import jobs, metrics
+
+router = APIRouter(tags=["metrics"])
+POLL_MS = 1000
+Step = Annotated[int | None, Query(ge=0)]
+
+
+@router.get("/v1/fine_tuning/metrics/names")
+def list_names(_user: Reader) -> Page[MetricName]:
+    """Every registered metric, its unit and its meaning."""
+    names = [MetricName(name=m.name, unit=m.unit, meaning=m.meaning) for m in METRICS]
+    return whole(names, lambda metric: metric.name)
+
+
+@router.get(PATH + "/{job_id}/metrics", response_model=Metrics, responses={304: {}})
+def get_metrics(
+    job_id: str,
+    request: Request,
+    runtime: CurrentRuntime,
+    user: Reader,
+    names: Annotated[str | None, Query(description="Comma-separated; default: all.")] = None,
+    after: Annotated[str | None, Query(description="Cursor of the answer before.")] = None,
+    from_step: Step = None,
+    to_step: Step = None,
+) -> Response:
+    """The series of a job. With ``after``, only what is new since then, replayed steps included."""
+    wanted, behind = _names(names), _cursor(after)
+    with runtime.database.read() as transaction:
+        job = jobs.get(transaction, user.project_id, job_id)
+        newest = metrics.last_id(transaction, job.id)
+        etag = f'W/"{newest}-{job.status}"'
+        if etag == request.headers.get("if-none-match"):
+            return Response(status_code=304, headers={"etag": etag})
+        series = metrics.read(
+            transaction, job.id, names=wanted, after=behind, from_step=from_step, to_step=to_step
+        )
+    body = {
+        "object": "metrics",
+        "series": {name: asdict(points) for name, points in sorted(series.items())},
+        "cursor": str(max(newest, behind)),
+        "status": job.status,
+        "poll_after_ms": 60 * POLL_MS if job.status in TERMINAL else POLL_MS,
+    }
+    headers = {"etag": etag, "cache-control": "private, no-cache"}
+    return Response(orjson.dumps(body), media_type="application/json", headers=headers)
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not is_known(name):
+            raise InvalidRequestError(
+                f"names: there is no metric {name!r}; GET /v1/fine_tuning/metrics/names lists those there are",
+                param="names",
+                code="unknown_metric",
+            )
+    return names
+
+
+def _cursor(text: str | None) -> int:
+    if text is None:
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise InvalidRequestError(
+            "after: send the cursor of an earlier answer, or leave it out",
+            param="after",
+            code="invalid_cursor",
+        )
+    return int(text)

@@ -1,0 +1,27 @@
+"""Models that a job may start from."""
+
+from fastapi import APIRouter
+
+from dar.protocol.base import Page
+from dar.protocol.models import Model
+from service import models
+from service.api.paging import whole
+from service.auth import Reader
+from service.runtime import CurrentRuntime
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("")
+def list_models(runtime: CurrentRuntime, user: Reader) -> Page[Model]:
+    """Base models of the installation, and what jobs have made, newest first."""
+    with runtime.database.read() as transaction:
+        found = models.list_all(transaction, runtime.settings, user.project_id)
+    return whole(found, lambda model: model.id)
+
+
+@router.get("/{model:path}")
+def get_model(model: str, runtime: CurrentRuntime, user: Reader) -> Model:
+    """One model."""
+    with runtime.database.read() as transaction:
+        return models.get(transaction, runtime.settings, user.project_id, model)

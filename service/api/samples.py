@@ -1,0 +1,68 @@
+"""Samples of a job."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from dar.errors import InvalidRequestError
+from dar.protocol.base import Page
+from dar.protocol.samples import Sample
+from service.api.jobs import PATH
+from service.api.paging import MAX_LIMIT, envelope, seconds
+from service.auth import Reader
+from service.runtime import CurrentRuntime
+from service.store import jobs, samples, tables
+from service.store.paging import Slice
+
+router = APIRouter(prefix=PATH, tags=["samples"])
+PREFIX = "sample-"
+
+
+@router.get("/{job_id}/samples")
+def list_samples(
+    job_id: str,
+    runtime: CurrentRuntime,
+    user: Reader,
+    step: Annotated[int | None, Query(ge=1)] = None,
+    order: Annotated[
+        samples.Order, Query(description="By age or value; '-': highest first.")
+    ] = "desc",
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 20,
+    after: Annotated[
+        str | None, Query(description="Id of the last sample of the page before.")
+    ] = None,
+) -> Page[Sample]:
+    """Completions that were kept for viewing, newest first."""
+    with runtime.database.read() as transaction:
+        job = jobs.get(transaction, user.project_id, job_id)
+        rows = samples.read(
+            transaction, job.id, step=step, order=order, limit=limit + 1, after=_id(after)
+        )
+    return envelope(Slice(rows[:limit], len(rows) > limit), show, lambda sample: sample.id)
+
+
+def show(row: tables.SampleRow) -> Sample:
+    """A sample as the API shows it."""
+    return Sample.model_validate(
+        {
+            **row.body,
+            "id": f"{PREFIX}{row.id}",
+            "object": "fine_tuning.job.sample",
+            "created_at": seconds(row.created_at),
+            "step": row.step,
+            "attempt": row.attempt,
+        }
+    )
+
+
+def _id(after: str | None) -> int | None:
+    if after is None:
+        return None
+    number = after.removeprefix(PREFIX)
+    if not (
+        after.startswith(PREFIX) and number.isascii() and number.isdigit() and len(number) < 19
+    ):
+        raise InvalidRequestError(
+            f"after={after!r} is no id of a sample", param="after", code="invalid_cursor"
+        )
+    return int(number)

@@ -1,0 +1,138 @@
+"""Checkpoints on their way in: announced, sent in parts that can go on where they broke off, verified, then visible."""
+
+import os
+from typing import Annotated, BinaryIO
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Query, Request
+
+from dar.errors import ConflictError, InvalidRequestError, NotFoundError
+from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
+from dar.protocol.worker import AttemptOf, CheckpointUpload, RegisterCheckpoint
+from service import artifacts
+from service.auth import LeaseHolder
+from service.limits import body_of, limited, schema_of
+from service.runtime import CurrentRuntime, Runtime
+from service.store import checkpoints, leases, tables
+
+router = APIRouter(prefix="/v1/worker/leases/{lease_id}/checkpoints", tags=["worker"])
+MAX_MANIFEST_BYTES = 8 * 1024**2
+"""A manifest of 10,000 files with long names has about 3 MB."""
+RegisterBody = Annotated[
+    RegisterCheckpoint, Depends(body_of(RegisterCheckpoint, lambda _: MAX_MANIFEST_BYTES))
+]
+AttemptBody = Annotated[AttemptOf, Depends(body_of(AttemptOf))]
+
+
+@router.post("", openapi_extra=schema_of(RegisterCheckpoint))
+def register(
+    lease_id: LeaseHolder, runtime: CurrentRuntime, body: RegisterBody
+) -> CheckpointUpload:
+    """Announce a checkpoint; the answer says which bytes are here already."""
+    _check_manifest(body.manifest)
+    runtime.artifacts.reserve(sum(file.bytes for file in body.manifest.files))
+    with runtime.database.write() as transaction:
+        held = leases.hold(transaction, lease_id, body.attempt)
+        if body.manifest.step > held.job.total_steps:
+            raise InvalidRequestError(
+                f"manifest.step: the job has only {held.job.total_steps} steps",
+                param="manifest.step",
+            )
+        checkpoint = checkpoints.register(
+            transaction, held.job, held.attempt, body.manifest, body.manifest_sha256
+        )
+    return _show(runtime, checkpoint)
+
+
+@router.put("/{checkpoint_id}/files/{name:path}")
+async def put_file(
+    lease_id: LeaseHolder,
+    checkpoint_id: str,
+    name: str,
+    request: Request,
+    runtime: CurrentRuntime,
+    attempt: Annotated[int, Query(ge=1)],
+    offset: Annotated[int, Query(ge=0)] = 0,
+) -> CheckpointUpload:
+    """Send a file, or go on with it at ``offset``; 0 starts it anew."""
+    checkpoint = await to_thread.run_sync(_pending, runtime, lease_id, checkpoint_id, attempt)
+    upload = _upload(runtime, checkpoint)
+    if name not in upload.names:
+        raise NotFoundError(f"the manifest of checkpoint {checkpoint_id} names no file {name!r}")
+    size = upload.names[name]
+    room = (MAX_MANIFEST_BYTES if size is None else size) - offset
+    file = await to_thread.run_sync(artifacts.open_part, upload, name, offset)
+    try:
+        async for chunk in limited(request.stream(), max(room, 0), f"file {name!r}"):
+            await to_thread.run_sync(file.write, chunk)
+        await to_thread.run_sync(_sync, file)
+    finally:
+        await to_thread.run_sync(file.close)
+    return await to_thread.run_sync(_show, runtime, checkpoint)
+
+
+@router.post("/{checkpoint_id}/commit", openapi_extra=schema_of(AttemptOf))
+def commit(
+    lease_id: LeaseHolder, checkpoint_id: str, runtime: CurrentRuntime, body: AttemptBody
+) -> CheckpointUpload:
+    """Verify every byte, then make the checkpoint visible, together with the job that resumes from it."""
+    checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
+    if checkpoint.status == "pending":
+        manifest_bytes = artifacts.verify(_upload(runtime, checkpoint))
+        with runtime.database.write() as transaction:
+            held = leases.hold(transaction, lease_id, body.attempt)
+            checkpoints.publish(transaction, held.job, checkpoint, manifest_bytes)
+    checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
+    if checkpoint.status != "available":
+        raise ConflictError(f"checkpoint {checkpoint_id} is {checkpoint.status}")
+    return _show(runtime, checkpoint)
+
+
+def _find(runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int) -> tables.Checkpoint:
+    with runtime.database.read() as transaction:
+        held = leases.look(transaction, lease_id)
+        leases.check_fence(held, attempt)
+        checkpoint = checkpoints.find(transaction, held.job.id, checkpoint_id)
+    if checkpoint is None or checkpoint.attempt != attempt:
+        raise NotFoundError(f"attempt {attempt} has announced no checkpoint {checkpoint_id!r}")
+    return checkpoint
+
+
+def _pending(
+    runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int
+) -> tables.Checkpoint:
+    checkpoint = _find(runtime, lease_id, checkpoint_id, attempt)
+    if checkpoint.status != "pending":
+        raise ConflictError(
+            f"checkpoint {checkpoint_id} is {checkpoint.status}; nothing more is to be sent"
+        )
+    return checkpoint
+
+
+def _upload(runtime: Runtime, checkpoint: tables.Checkpoint) -> artifacts.Upload:
+    manifest = Manifest.model_validate(checkpoint.manifest)
+    return runtime.artifacts.upload(
+        checkpoint.job_id, checkpoint.attempt, manifest, checkpoint.manifest_sha256
+    )
+
+
+def _show(runtime: Runtime, checkpoint: tables.Checkpoint) -> CheckpointUpload:
+    status = "available" if checkpoint.status == "available" else "pending"
+    received = artifacts.received(_upload(runtime, checkpoint))
+    return CheckpointUpload.model_validate(
+        {"checkpoint_id": checkpoint.id, "status": status, "received": received}
+    )
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    names = [file.name for file in manifest.files]
+    if len(set(names)) != len(names) or MANIFEST_NAME in names:
+        raise InvalidRequestError(
+            "manifest.files: every file must be named once, and the manifest itself not at all",
+            param="manifest.files",
+        )

@@ -1,0 +1,132 @@
+"""The application: its routes, and what starts and stops with it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from anyio import to_thread
+from fastapi import Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from dar import __version__
+from dar.protocol import spec, worker
+from dar.settings import Settings
+from service import auth, errors, keys, migrate
+from service.api import (
+    checkpoints,
+    events,
+    files,
+    health,
+    inputs,
+    jobs,
+    leases,
+    metrics,
+    models,
+    samples,
+    uploads,
+)
+from service.artifacts import Artifacts
+from service.log import RequestMiddleware
+from service.notifier import Notifier
+from service.reconciler import Reconciler
+from service.runtime import Runtime
+from service.store.database import Database
+from service.waker import Waker
+
+ROUTERS = (files, jobs, events, metrics, samples, checkpoints, models, leases, inputs, uploads)
+BODIES = (
+    spec.JobSpec,
+    worker.Claim,
+    worker.Heartbeat,
+    worker.Batch,
+    worker.RegisterCheckpoint,
+    worker.AttemptOf,
+    worker.Complete,
+    worker.Fail,
+    worker.Release,
+)
+
+
+def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        settings: Of this installation.
+        database: Replaces the one of the settings; for tests with a clock of their own.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        runtime = await to_thread.run_sync(_prepare, settings, database)
+        app.state.runtime = runtime
+        reconciler = Reconciler(
+            runtime.database,
+            runtime.artifacts,
+            runtime.waker,
+            runtime.notifier,
+            ttl_seconds=settings.lease_ttl_seconds,
+            pause_seconds=settings.reconcile_seconds,
+        )
+        runtime.notifier.start()
+        runtime.waker.start()
+        reconciler.start()
+        try:
+            yield
+        finally:
+            await runtime.notifier.close()
+            await to_thread.run_sync(reconciler.close)
+            await to_thread.run_sync(runtime.waker.close)
+            runtime.database.close()
+
+    app = FastAPI(
+        title="DAR training service",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    errors.install(app)
+    app.add_middleware(RequestMiddleware)
+    app.include_router(health.router)
+    for module in ROUTERS:
+        app.include_router(module.router)
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(auth.principal)])
+    def openapi() -> dict[str, Any]:
+        return describe(app)
+
+    return app
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the bodies that `service.limits.body_of` reads."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, bodies = models_json_schema(
+            [(model, "validation") for model in BODIES], ref_template="#/components/schemas/{model}"
+        )
+        components = document.setdefault("components", {})
+        components["schemas"] = {**bodies["$defs"], **components.get("schemas", {})}
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"bearer": []}]
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _prepare(settings: Settings, database: Database | None) -> Runtime:
+    database = database or Database(settings.sqlalchemy_url)
+    migrate.upgrade(settings, database)
+    artifacts = Artifacts(settings.artifacts_path)
+    artifacts.prepare()
+    broker = settings.broker_url
+    return Runtime(
+        settings=settings,
+        database=database,
+        artifacts=artifacts,
+        waker=Waker(None if broker is None else broker.get_secret_value()),
+        notifier=Notifier(database),
+        reward_secret=keys.configure(settings, database),
+    )

@@ -1,0 +1,218 @@
+"""Files of the installation: uploads and checkpoints in one folder.
+
+A name inside it is made of ids and of manifest entries that were checked before, never of what a client asks for.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dar.errors import ConflictError, ServiceUnavailableError
+from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
+
+CHUNK_BYTES = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A checkpoint on its way in."""
+
+    staging: Path
+    final: Path
+    manifest: Manifest
+    manifest_sha256: str
+
+    @property
+    def names(self) -> Mapping[str, int | None]:
+        """Expected size of each file; the manifest's own is not known beforehand."""
+        sizes: dict[str, int | None] = {file.name: file.bytes for file in self.manifest.files}
+        return sizes | {MANIFEST_NAME: None}
+
+
+class Artifacts:
+    """The folder of uploads and checkpoints.
+
+    Args:
+        root: Where it is; made if it is not there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def prepare(self) -> None:
+        """Make the folders and sweep what an interrupted upload left."""
+        for folder in (self.root, self._files, self._files / "tmp", self._checkpoints):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def check(self) -> str:
+        """``ok``, or why nothing can be written."""
+        probe = self.root / f".probe-{os.getpid()}"
+        try:
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            return f"not writable: {error}"
+        return "ok"
+
+    # --- uploaded files -----------------------------------------------------------------------------------------
+
+    @property
+    def _files(self) -> Path:
+        return self.root / "files"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def file(self, file_id: str) -> Path:
+        """Where an uploaded file is."""
+        return self._files / file_id
+
+    def new_file(self, file_id: str) -> Path:
+        """Where an upload is written until it is whole."""
+        return self._files / "tmp" / file_id
+
+    def keep_file(self, file_id: str) -> None:
+        """Make a whole upload durable under its name."""
+        self.new_file(file_id).rename(self.file(file_id))
+        sync_folder(self._files)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint(self, job_id: str, attempt: int, step: int) -> Path:
+        """Folder of a checkpoint; by attempt, so that a late one cannot write into its successor's."""
+        return self._checkpoints / job_id / f"attempt-{attempt}" / f"step-{step}"
+
+    def upload(self, job_id: str, attempt: int, manifest: Manifest, manifest_sha256: str) -> Upload:
+        """Where a checkpoint is received."""
+        final = self.checkpoint(job_id, attempt, manifest.step)
+        staging = final.with_name(f".tmp-{final.name}")
+        return Upload(staging, final, manifest, manifest_sha256)
+
+    def reserve(self, size: int) -> None:
+        """Raise when a checkpoint of ``size`` bytes would fill the disk.
+
+        Raises:
+            ServiceUnavailableError: Less than twice as much is free.
+        """
+        free = shutil.disk_usage(self.root).free
+        if free < 2 * size:
+            raise ServiceUnavailableError(
+                f"the artifact store has {free:,} bytes left and the checkpoint needs {size:,}; make room, "
+                "the upload goes on by itself",
+                code="storage_full",
+                retry_after_seconds=30,
+            )
+
+    def remove_checkpoint(self, job_id: str, attempt: int, step: int) -> None:
+        """Remove the files of a checkpoint, whole or half received."""
+        final = self.checkpoint(job_id, attempt, step)
+        for folder in (final, final.with_name(f".tmp-{final.name}")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def received(upload: Upload) -> dict[str, int]:
+    """Bytes that are here of each file of an upload."""
+    folder = upload.final if upload.final.is_dir() else upload.staging
+    sizes = {}
+    for name in upload.names:
+        path = folder / name
+        sizes[name] = path.stat().st_size if path.is_file() else 0
+    return sizes
+
+
+def open_part(upload: Upload, name: str, offset: int) -> BinaryIO:
+    """Open a file of an upload to go on at ``offset``; nobody else writes it meanwhile.
+
+    Raises:
+        ConflictError: Another request writes it (``upload_busy``), or it does not end there (``offset_mismatch``).
+    """
+    path = upload.staging / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConflictError(f"another request is writing {name!r}", code="upload_busy") from None
+    size = path.stat().st_size
+    if offset == 0 and size > 0:
+        file.truncate(0)
+    elif size != offset:
+        file.close()
+        raise ConflictError(
+            f"{size} bytes of {name!r} are here, not {offset}; go on from {size}",
+            code="offset_mismatch",
+        )
+    return file
+
+
+def verify(upload: Upload) -> int:
+    """Check an upload byte for byte and move it into place, durably. Doing it again is harmless.
+
+    Returns:
+        Size of the manifest's own file.
+
+    Raises:
+        ConflictError: A file is incomplete (``upload_incomplete``) or altered (``checksum_mismatch``).
+    """
+    folder = upload.final if upload.final.is_dir() else upload.staging
+    manifest_bytes = _verify_manifest(upload, folder)
+    for file in upload.manifest.files:
+        _verify_file(folder / file.name, file.name, file.bytes, file.sha256)
+    if folder is upload.staging:
+        for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+            sync_folder(inner)
+        folder.rename(upload.final)
+    sync_folder(upload.final.parent)
+    return manifest_bytes
+
+
+def _verify_manifest(upload: Upload, folder: Path) -> int:
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        # A worker need not send what it has announced; the trainer writes manifests in this form.
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, upload.manifest.model_dump_json(indent=1).encode())
+    size = path.stat().st_size
+    _verify_file(path, MANIFEST_NAME, size, upload.manifest_sha256)
+    return size
+
+
+def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
+    here = path.stat().st_size if path.is_file() else 0
+    if here != size or not path.is_file():
+        raise ConflictError(
+            f"{here} of {size} bytes of {name!r} are here; send the rest first",
+            code="upload_incomplete",
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    if found != sha256:
+        path.unlink()
+        raise ConflictError(
+            f"{name!r} arrived with sha256 {found}, but the manifest says {sha256}; send it again from the start",
+            code="checksum_mismatch",
+        )
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: without it a rename may be forgotten when the power fails."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,141 @@
+"""Who may do what: keys of users, keys of workers, and the token of one attempt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import Depends, Request
+
+from dar.errors import AuthenticationError, NotFoundError, PermissionDeniedError
+from service import keys
+from service.runtime import CurrentRuntime, Runtime
+from service.store import keys as key_store
+from service.store import leases
+
+Scope = Literal["read", "submit", "admin", "worker"]
+HINT = "send 'Authorization: Bearer <key>'; the embedded default keeps it in $DAR_HOME/api_key"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who sent a request, by its key."""
+
+    key_id: str
+    project_id: str | None
+    scopes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user's key, and the project all whose objects it may see."""
+
+    key_id: str
+    project_id: str
+
+
+def bearer(request: Request) -> str:
+    """The credential of a request.
+
+    Raises:
+        AuthenticationError: There is none.
+    """
+    scheme, _, credential = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not credential.strip():
+        raise AuthenticationError(f"no API key was sent; {HINT}", code="missing_api_key")
+    return credential.strip()
+
+
+def principal(request: Request, runtime: CurrentRuntime) -> Principal:
+    """Who sent the request.
+
+    Raises:
+        AuthenticationError: The key is missing, unknown, expired or revoked.
+    """
+    key = bearer(request)
+    with runtime.database.read() as transaction:
+        record = key_store.find(transaction, keys.key_id(key))
+    # An unknown id is compared too, so that both refusals take the same time.
+    if not keys.is_equal(key, record.sha256 if record else keys.digest("")) or record is None:
+        raise AuthenticationError(f"the API key is not known here; {HINT}")
+    return Principal(record.id, record.project_id, frozenset(record.scopes.split()))
+
+
+def user_with(scope: Scope) -> Callable[[Principal], User]:
+    """A dependency that lets users' keys of ``scope`` pass."""
+
+    def check(who: Annotated[Principal, Depends(principal)]) -> User:
+        if scope not in who.scopes or who.project_id is None:
+            raise PermissionDeniedError(
+                f"this key has the scopes {' '.join(sorted(who.scopes))!r}, but {scope!r} is needed"
+            )
+        return User(who.key_id, who.project_id)
+
+    return check
+
+
+Reader = Annotated[User, Depends(user_with("read"))]
+Submitter = Annotated[User, Depends(user_with("submit"))]
+
+
+def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:
+    """Lets workers' keys pass.
+
+    Raises:
+        PermissionDeniedError: It is a user's key.
+    """
+    if "worker" not in who.scopes:
+        raise PermissionDeniedError(
+            "this route takes a worker's key; the embedded default keeps it in $DAR_HOME/worker_key"
+        )
+    return who
+
+
+def lease_holder(lease_id: str, request: Request, runtime: CurrentRuntime) -> str:
+    """Lets the token of the lease's own attempt pass; gives the lease's id. Whether it still holds is checked later.
+
+    Raises:
+        AuthenticationError: It is no token of any attempt.
+        NotFoundError: It is the token of another lease.
+    """
+    token = bearer(request)
+    claimed = keys.lease_of_token(token)
+    if claimed is None:
+        raise AuthenticationError("this route takes the token of an attempt, which a claim gives")
+    _check_token(runtime, claimed, token)
+    if claimed != lease_id:
+        raise NotFoundError(f"there is no lease {lease_id!r}")
+    return lease_id
+
+
+def lease_sender(lease_id: str, request: Request, runtime: CurrentRuntime) -> str:
+    """Lets the attempt's token pass, and a worker's key for attempts that ran on its node (``x-dar-node``).
+
+    Raises:
+        AuthenticationError: The credential is unknown.
+        PermissionDeniedError: It is a user's key.
+        NotFoundError: The attempt is another's, or ran elsewhere.
+    """
+    token = bearer(request)
+    if keys.lease_of_token(token) is not None:
+        return lease_holder(lease_id, request, runtime)
+    worker(principal(request, runtime))
+    with runtime.database.read() as transaction:
+        attempt = leases.find(transaction, lease_id)
+    if attempt.node != request.headers.get("x-dar-node"):
+        raise NotFoundError(f"lease {lease_id!r} was not held on the node that x-dar-node names")
+    return lease_id
+
+
+def _check_token(runtime: Runtime, lease_id: str, token: str) -> None:
+    try:
+        with runtime.database.read() as transaction:
+            sha256 = leases.find(transaction, lease_id).token_sha256
+    except NotFoundError:
+        sha256 = keys.digest("")
+    if not keys.is_equal(token, sha256):
+        raise AuthenticationError("the attempt's token is not known here")
+
+
+LeaseHolder = Annotated[str, Depends(lease_holder)]
+LeaseSender = Annotated[str, Depends(lease_sender)]
+Worker = Annotated[Principal, Depends(worker)]

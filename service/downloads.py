@@ -1,0 +1,65 @@
+"""Sending files: whole or one range of bytes, with a digest for a tag, so that a broken download can go on."""
+
+import base64
+import re
+from pathlib import Path
+
+from fastapi import Request
+from starlette.responses import FileResponse, Response
+
+from dar.errors import NotFoundError, RangeNotSatisfiableError
+from service import errors
+from service.artifacts import CHUNK_BYTES
+
+_ONE_RANGE = re.compile(r"^bytes=(\d*)-(\d*)$", re.ASCII)
+
+
+class _Download(FileResponse):
+    chunk_size = CHUNK_BYTES  # 1,400 MB/s instead of 330 at Starlette's 64 KiB
+
+
+def send(request: Request, path: Path, *, sha256: str, filename: str) -> Response:
+    """The answer with a file's content.
+
+    Args:
+        request: Its ``Range``, ``If-Range`` and ``If-None-Match`` are honoured.
+        path: The file.
+        sha256: Digest of the whole file, in hex.
+        filename: What a browser saves it as.
+
+    Raises:
+        NotFoundError: The file is gone.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise NotFoundError(f"the content of {filename!r} is gone")
+    etag = f'"{sha256}"'
+    headers = {
+        "etag": etag,
+        "repr-digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:",
+        "x-content-type-options": "nosniff",
+        "cache-control": "private, no-transform",
+    }
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    size = path.stat().st_size
+    wanted = request.headers.get("range")
+    is_current = request.headers.get("if-range", etag) == etag
+    if wanted is not None and is_current and not _is_satisfiable(wanted, size):
+        error = RangeNotSatisfiableError(
+            f"range {wanted[:100]!r} does not fit a file of {size} bytes; send one like 'bytes=0-99'"
+        )
+        id_ = errors.request_id(request)
+        return errors.render(error, id_, {"content-range": f"bytes */{size}"})
+    return _Download(
+        path, headers=headers, media_type="application/octet-stream", filename=filename
+    )
+
+
+def _is_satisfiable(wanted: str, size: int) -> bool:
+    match = _ONE_RANGE.match(wanted.strip())
+    if match is None or match[0] == "bytes=-":
+        return False
+    first, last = match[1], match[2]
+    if not first:
+        return int(last) > 0 and size > 0
+    return int(first) < size and (not last or int(first) <= int(last))

@@ -1,0 +1,188 @@
+"""The one place where a failure becomes an answer, whatever raised it and on whatever route."""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import JSONResponse, Response
+
+from dar.errors import (
+    ConflictError,
+    DARError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    PayloadTooLargeError,
+    Problem,
+    ServiceUnavailableError,
+)
+from service.store.database import is_outage
+
+log = structlog.get_logger()
+
+RETRY_AFTER_SECONDS = 1.0
+MAX_RETRY_AFTER_SECONDS = 120.0
+"""The OpenAI client does not retry at all when it is told to wait longer."""
+_WORDS = {
+    "extra_forbidden": "unknown field",
+    "missing": "this field is required",
+    "finite_number": "must be a finite number, not NaN or infinity",
+}
+
+
+def install(app: FastAPI) -> None:
+    """Render every failure of ``app`` as design.md's error body."""
+    app.add_exception_handler(DARError, _on_dar_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(StarletteHTTPException, _on_http_exception)
+    app.add_exception_handler(SQLAlchemyError, _on_database_error)
+
+
+def request_id(request: Request) -> str | None:
+    """The id that the request's answer carries."""
+    value = request.scope.get("dar_request_id")
+    return value if isinstance(value, str) else None
+
+
+def render(
+    error: DARError, request_id: str | None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The answer to a failed request."""
+    extra = dict(headers or {})
+    if isinstance(error, ConflictError):
+        # Without it the OpenAI client sends a request that can never succeed three times.
+        extra["x-should-retry"] = "false"
+    if error.status == 401:
+        extra["www-authenticate"] = "Bearer"
+    if error.status in {429, 503}:
+        wait = min(error.retry_after_seconds or RETRY_AFTER_SECONDS, MAX_RETRY_AFTER_SECONDS)
+        extra["retry-after"] = str(max(1, round(wait)))
+        extra["retry-after-ms"] = str(round(wait * 1000))
+    return JSONResponse(error.body(request_id), status_code=error.status, headers=extra)
+
+
+def internal_error(request_id: str | None) -> Response:
+    """The answer to a mistake of ours: what went wrong is in the log, not in the answer."""
+    error = DARError(
+        "the service has made a mistake; quote the request id to its operator, whose log says more"
+    )
+    return render(error, request_id)
+
+
+def problems_of(
+    errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None = None
+) -> list[Problem]:
+    """Pydantic's findings with the path as a user writes it, like ``method.dar.hyperparameters.alpha``."""
+    return [
+        Problem(
+            message=_message(item, model),
+            param=path_of(item["loc"]) or None,
+            code=str(item["type"]),
+        )
+        for item in errors
+    ]
+
+
+def path_of(location: Sequence[str | int]) -> str:
+    """A location as a path: ``("rewards", "components", 0, "url")`` is ``rewards.components[0].url``."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
+
+
+def invalid(problems: Sequence[Problem]) -> InvalidRequestError:
+    """One error out of all that is wrong; its message is the first problem's."""
+    first = problems[0]
+    where = f"{first.param}: " if first.param else ""
+    more = f" (and {len(problems) - 1} more, see errors)" if len(problems) > 1 else ""
+    return InvalidRequestError(
+        f"{where}{first.message}{more}", param=first.param, code=first.code, problems=problems
+    )
+
+
+def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:
+    """What is wrong with a body that should have been a ``model``."""
+    return invalid(problems_of(error.errors(include_url=False, include_input=False), model))
+
+
+def _message(item: Mapping[str, Any], model: type[BaseModel] | None) -> str:
+    message = _WORDS.get(item["type"], str(item["msg"]))
+    if item["type"] == "extra_forbidden" and model is not None:
+        names = _field_names(model, item["loc"][:-1])
+        close = get_close_matches(str(item["loc"][-1]), names, n=1)
+        message += f"; did you mean {close[0]!r}?" if close else ""
+        message += f" known here: {', '.join(names)}" if names and not close else ""
+    return message
+
+
+def _field_names(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    current: type[BaseModel] = model
+    for part in location:
+        field = current.model_fields.get(str(part))
+        if isinstance(part, int):
+            continue
+        inner = None if field is None else _model_in(field.annotation)
+        if inner is None:
+            return []
+        current = inner
+    return list(current.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _model_in(inner)) is not None:
+            return found
+    return None
+
+
+async def _on_dar_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DARError)
+    if error.status >= 500:
+        log.warning("request failed", code=error.error_code, message=error.message)
+    return render(error, request_id(request))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    # The first part of a location says where the parameter was (query, path, header), not what it is called.
+    found = [{**item, "loc": item["loc"][1:]} for item in error.errors()]
+    return render(invalid(problems_of(found)), request_id(request))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    here = f"{request.method} {request.url.path}"
+    made: DARError
+    if error.status_code == 404:
+        made = NotFoundError(f"there is no route {here}; /openapi.json lists those there are")
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        made = MethodNotAllowedError(f"{here} is not offered; this path takes {allowed}")
+    elif error.status_code == 413:
+        made = PayloadTooLargeError(str(error.detail))
+    elif error.status_code < 500:
+        made = InvalidRequestError(str(error.detail))
+    else:
+        made = DARError(str(error.detail))
+    return render(made, request_id(request), error.headers)
+
+
+async def _on_database_error(request: Request, error: Exception) -> Response:
+    if not is_outage(error):
+        log.error("database error", exc_info=error)
+        return internal_error(request_id(request))
+    log.warning("database unavailable", error=str(error))
+    made = ServiceUnavailableError(
+        "the database does not answer; nothing was changed, try again in a moment",
+        code="database_unavailable",
+    )
+    return render(made, request_id(request))

@@ -1,0 +1,104 @@
+"""Reading bodies: counted as they stream in, unpacked within bounds, and parsed once into a strict model."""
+
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from dar.errors import InvalidRequestError, PayloadTooLargeError, UnsupportedMediaTypeError
+from service import errors
+from service.runtime import Runtime
+
+Model = TypeVar("Model", bound=BaseModel)
+MAX_GZIP_RATIO = 100
+"""JSON of metrics shrinks tenfold; what shrinks a hundredfold was made to hurt."""
+GZIP_WINDOW_BITS = 31
+
+
+async def limited(
+    stream: AsyncIterator[bytes], limit: int, what: str
+) -> AsyncGenerator[bytes, None]:
+    """The chunks of a body, until it is over ``limit`` bytes.
+
+    Raises:
+        PayloadTooLargeError: It is; the rest is not read.
+    """
+    total = 0
+    async for chunk in stream:
+        total += len(chunk)
+        if total > limit:
+            raise PayloadTooLargeError(
+                f"the {what} is over the limit of {limit:,} bytes; send less at once"
+            )
+        yield chunk
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, unpacked when it is gzip.
+
+    Raises:
+        PayloadTooLargeError: It is over ``limit`` bytes, packed or unpacked.
+        UnsupportedMediaTypeError: Its encoding is neither gzip nor none.
+        InvalidRequestError: It is not the gzip that it says it is.
+    """
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding not in {"identity", "gzip"}:
+        raise UnsupportedMediaTypeError(
+            f"content-encoding {encoding!r} is not read here; send gzip or none"
+        )
+    chunks = [chunk async for chunk in limited(request.stream(), limit, "body")]
+    body = b"".join(chunks)
+    return _gunzip(body, limit) if encoding == "gzip" else body
+
+
+def _gunzip(packed: bytes, limit: int) -> bytes:
+    allowed = min(limit, max(64 * 1024, len(packed) * MAX_GZIP_RATIO))
+    unpacker = zlib.decompressobj(GZIP_WINDOW_BITS)
+    try:
+        body = unpacker.decompress(packed, allowed + 1)
+    except zlib.error as error:
+        raise InvalidRequestError(
+            f"the body is not valid gzip: {error}", code="invalid_gzip"
+        ) from None
+    if len(body) > allowed:
+        raise PayloadTooLargeError(f"the unpacked body is over the limit of {allowed:,} bytes")
+    if not unpacker.eof:
+        raise InvalidRequestError("the gzip body ends too early", code="invalid_gzip")
+    return body
+
+
+def body_of(
+    model: type[Model], limit: Callable[[Runtime], int] | None = None
+) -> Callable[[Request], Coroutine[Any, Any, Model]]:
+    """A dependency that reads the request's JSON body as a ``model``.
+
+    FastAPI's own body parameters are read before any dependency, so before the key is checked; this one comes after.
+
+    Args:
+        model: What the body must be.
+        limit: Picks the limit in bytes; default: the settings' ``max_body_bytes``.
+    """
+
+    async def read(request: Request) -> Model:
+        runtime: Runtime = request.app.state.runtime
+        most = runtime.settings.max_body_bytes if limit is None else limit(runtime)
+        media_type = request.headers.get("content-type", "application/json").split(";")[0].strip()
+        if media_type.lower() != "application/json":
+            raise UnsupportedMediaTypeError(
+                f"content-type {media_type!r} is not read here; send application/json"
+            )
+        body = await read_body(request, most)
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            raise errors.invalid_body(error, model) from None
+
+    return read
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI entry of a body read by `body_of`."""
+    ref = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref}}}}

@@ -1,0 +1,107 @@
+"""Bringing the database's schema up to date when the service starts, however many processes start at once."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, text
+
+from dar.errors import ConfigurationError
+from dar.settings import Settings
+from service.store.database import Database
+
+LOCK_KEY = 0x0DA2_0001
+"""PostgreSQL advisory lock round a migration."""
+
+
+def config(connection: Connection | None = None) -> Config:
+    """Alembic's configuration, built in code so that an installed service can migrate."""
+    made = Config()
+    made.set_main_option("script_location", str(files("migrations")))
+    made.attributes["connection"] = connection
+    return made
+
+
+def head() -> str:
+    """The revision that this code needs."""
+    revision = ScriptDirectory.from_config(config()).get_current_head()
+    assert revision is not None
+    return revision
+
+
+def current(database: Database) -> str | None:
+    """The revision that the database has; None for an empty one."""
+    with database.engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def upgrade(settings: Settings, database: Database) -> None:
+    """Wait for the database and upgrade its schema.
+
+    Raises:
+        ServiceUnavailableError: The database does not answer.
+        ConfigurationError: The schema is newer than this code, or older and ``is_migrating`` is off.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _file_lock(settings.home / "migrate.lock", is_needed=not database.is_postgresql):
+        database.wait(settings.database_wait_seconds)
+        with _locked_connection(database) as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+            connection.rollback()  # Alembic commits only a transaction that it has begun itself
+            if found == head():
+                return
+            _check_known(found)
+            if not settings.is_migrating:
+                raise ConfigurationError(
+                    f"the database schema is at {found or 'nothing'}, this code needs {head()}; "
+                    "run 'dar migrate', or leave DAR_IS_MIGRATING on"
+                )
+            command.upgrade(config(connection), "head")
+
+
+def _check_known(revision: str | None) -> None:
+    if revision is None:
+        return
+    try:
+        ScriptDirectory.from_config(config()).get_revision(revision)
+    except CommandError:
+        raise ConfigurationError(
+            f"the database schema is at {revision}, which is newer than this code; start the version that made it, "
+            "or restore a backup"
+        ) from None
+
+
+@contextmanager
+def _locked_connection(database: Database) -> Iterator[Connection]:
+    with database.engine.connect() as connection:
+        if not database.is_postgresql:
+            yield connection
+            return
+        # The other process may take longer than a statement usually may.
+        connection.execute(text("SET statement_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK_KEY})
+        connection.commit()
+        try:
+            yield connection
+        finally:
+            connection.rollback()
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
+            connection.execute(text("RESET statement_timeout"))
+            connection.commit()
+
+
+@contextmanager
+def _file_lock(path: Path, *, is_needed: bool) -> Iterator[None]:
+    if not is_needed:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,96 @@
+"""Long polls: many waiters, one watcher, no thread held while waiting.
+
+What happens in this process wakes its waiter at once. What happens in another replica is found by one query per second,
+shared by all waiters.
+"""
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Collection
+
+import structlog
+from anyio import to_thread
+from sqlalchemy import or_, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.store.database import Database
+from service.store.tables import Attempt, Job
+
+log = structlog.get_logger()
+WATCH_SECONDS = 1.0
+
+
+class Notifier:
+    """Wakes those who wait for news about a job."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self.is_closing = False
+
+    def start(self) -> None:
+        """Start watching, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._watcher = asyncio.create_task(self._watch(), name="notifier")
+
+    def notify(self, job_id: str) -> None:
+        """Wake those who wait for news about a job; from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake, job_id)
+
+    async def wait(self, job_id: str, seconds: float) -> None:
+        """Return when there may be news about a job, at the latest after ``seconds``."""
+        if self.is_closing or seconds <= 0:
+            return
+        news = asyncio.Event()
+        self._waiters[job_id].add(news)
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), seconds)
+        finally:
+            self._waiters[job_id].discard(news)
+            if not self._waiters[job_id]:
+                del self._waiters[job_id]
+
+    def release(self) -> None:
+        """Wake everybody and let nobody wait any more: the process is about to stop."""
+        self.is_closing = True
+        for job_id in list(self._waiters):
+            self._wake(job_id)
+
+    async def close(self) -> None:
+        """Stop watching."""
+        self.release()
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+
+    def _wake(self, job_id: str) -> None:
+        for news in self._waiters.get(job_id, ()):
+            news.set()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if not self._waiters:
+                continue
+            try:
+                for job_id in await to_thread.run_sync(self._changed, list(self._waiters)):
+                    self._wake(job_id)
+            except SQLAlchemyError as error:
+                log.warning("cannot watch for directives", error=str(error))
+
+    def _changed(self, job_ids: Collection[str]) -> list[str]:
+        """Which of the jobs have something to say to their worker."""
+        is_running = select(Attempt.job_id).where(
+            Attempt.job_id == Job.id, Attempt.number == Job.attempt, Attempt.status == "running"
+        )
+        statement = select(Job.id).where(
+            Job.id.in_(job_ids), or_(Job.cancel_requested_at.is_not(None), ~is_running.exists())
+        )
+        with self._database.read() as transaction:
+            return list(transaction.scalars(statement).all())

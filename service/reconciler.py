@@ -1,0 +1,142 @@
+"""What nobody asks for and must still happen: leases run out, queues are woken again, old checkpoints go.
+
+Every action is a conditional UPDATE, so that two reconcilers do no harm; on PostgreSQL one replica at a time is elected.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import structlog
+from sqlalchemy import and_
+from sqlalchemy.exc import SQLAlchemyError
+
+from dar.errors import DARError
+from service.artifacts import Artifacts
+from service.notifier import Notifier
+from service.store import checkpoints, jobs, leases, transitions
+from service.store.database import Database, Transaction
+from service.store.tables import Job
+from service.waker import Waker
+
+log = structlog.get_logger()
+ELECTION_KEY = 0x0DA2_0002
+UNCLAIMED = timedelta(seconds=5)
+"""A job that has been due for longer has probably lost its wake-up."""
+
+
+class Reconciler:
+    """The service's own pass over its tables, in a thread.
+
+    Args:
+        database: Whose tables.
+        artifacts: Where checkpoints' files are.
+        waker: Told about queued jobs.
+        notifier: Told about jobs that changed.
+        ttl_seconds: How long a lease holds.
+        pause_seconds: Between two passes.
+        monotonic: Clock for durations; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        artifacts: Artifacts,
+        waker: Waker,
+        notifier: Notifier,
+        *,
+        ttl_seconds: float,
+        pause_seconds: float,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database = database
+        self._artifacts = artifacts
+        self._waker = waker
+        self._notifier = notifier
+        self._ttl_seconds = ttl_seconds
+        self._pause_seconds = pause_seconds
+        self._monotonic = monotonic
+        self._last_pass = monotonic()
+        self._patient_until = self._last_pass + ttl_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+
+    def start(self) -> None:
+        """Start the passes."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the present pass."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def run_once(self) -> None:
+        """One pass, if this replica is the one to make it."""
+        is_patient = self._is_patient()
+        with self._database.elected(ELECTION_KEY) as is_elected:
+            if not is_elected:
+                return
+            if not is_patient:
+                self._expire_leases()
+            self._finish_cancellations()
+            self._rewake()
+            self._remove_checkpoints()
+
+    def _is_patient(self) -> bool:
+        """Whether leases are left alone: after a gap of ours, workers had nobody to renew them with."""
+        now = self._monotonic()
+        if now - self._last_pass > self._ttl_seconds / 2:
+            self._patient_until = now + self._ttl_seconds
+        self._last_pass = now
+        return now < self._patient_until
+
+    def _expire_leases(self) -> None:
+        with self._database.read() as transaction:
+            due = leases.expired(transaction)
+        for lease_id in due:
+            self._expire(lease_id)
+
+    def _expire(self, lease_id: str) -> None:
+        with self._database.write() as transaction:
+            job_id = leases.find(transaction, lease_id).job_id
+            if leases.expire(transaction, lease_id):
+                log.info("lease expired", lease_id=lease_id, job_id=job_id)
+                transaction.after_commit(self._waker.wake)
+                transaction.after_commit(lambda: self._notifier.notify(job_id))
+
+    def _finish_cancellations(self) -> None:
+        with self._database.read() as transaction:
+            unattended = leases.unattended_cancellations(transaction)
+        for job_id in unattended:
+            with self._database.write() as transaction:
+                _finish_cancellation(transaction, job_id)
+
+    def _rewake(self) -> None:
+        with self._database.read() as transaction:
+            waiting = jobs.count_due(transaction, UNCLAIMED)
+        if waiting:
+            self._waker.wake(waiting)
+
+    def _remove_checkpoints(self) -> None:
+        with self._database.write() as transaction:
+            checkpoints.mark_superseded(transaction)
+            checkpoints.mark_abandoned(transaction)
+            doomed = checkpoints.to_remove(transaction)
+        for item in doomed:
+            self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
+            with self._database.write() as transaction:
+                checkpoints.mark_removed(transaction, item.id)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._pause_seconds):
+            try:
+                self.run_once()
+            except (SQLAlchemyError, DARError, OSError) as error:
+                log.warning("reconciler pass failed; the next one tries again", error=str(error))
+
+
+def _finish_cancellation(transaction: Transaction, job_id: str) -> None:
+    where = and_(Job.id == job_id, Job.cancel_requested_at.is_not(None))
+    transitions.move(transaction, "cancel_confirmed", where, "cancelled; no worker was left")

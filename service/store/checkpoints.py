@@ -1,0 +1,224 @@
+"""Checkpoints: announced, then available, then removed."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select, update
+
+from dar.errors import ConflictError, NotFoundError
+from dar.protocol.checkpoints import Manifest
+from dar.protocol.ids import new_id
+from dar.protocol.status import TERMINAL
+from service.store import events
+from service.store.database import Transaction
+from service.store.paging import Cursor, Slice, page
+from service.store.tables import Attempt, Checkpoint, Job, JobInput
+
+
+def find(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint | None:
+    """A checkpoint of a job in whatever state, or None."""
+    return transaction.scalars(
+        select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.id == checkpoint_id)
+    ).one_or_none()
+
+
+def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint:
+    """An available checkpoint of a job.
+
+    Raises:
+        NotFoundError: It has none of that id, or it is gone.
+    """
+    found = find(transaction, job_id, checkpoint_id)
+    if found is None or found.status != "available":
+        raise NotFoundError(
+            f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those it has"
+        )
+    return found
+
+
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Checkpoint]:
+    """One page of a job's available checkpoints."""
+    return page(
+        transaction,
+        select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "available"),
+        Checkpoint.id,
+        (Checkpoint.step, Checkpoint.attempt),
+        cursor,
+    )
+
+
+def newest(transaction: Transaction, job_id: str) -> Checkpoint | None:
+    """The checkpoint that the next attempt goes on from."""
+    return transaction.scalars(
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id, Checkpoint.status == "available")
+        .order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())
+        .limit(1)
+    ).one_or_none()
+
+
+def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, Checkpoint]:
+    """Checkpoints by id."""
+    rows = transaction.scalars(select(Checkpoint).where(Checkpoint.id.in_(ids))).all()
+    return {row.id: row for row in rows}
+
+
+def available(transaction: Transaction, project_id: str) -> Sequence[tuple[Checkpoint, Job]]:
+    """All available checkpoints of a project with their jobs, newest first."""
+    rows = transaction.execute(
+        select(Checkpoint, Job)
+        .join(Job, Job.id == Checkpoint.job_id)
+        .where(Job.project_id == project_id, Checkpoint.status == "available")
+        .order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())
+    ).all()
+    return [(row[0], row[1]) for row in rows]
+
+
+def register(
+    transaction: Transaction, job: Job, attempt: Attempt, manifest: Manifest, sha256: str
+) -> Checkpoint:
+    """Announce a checkpoint. The same one again is found, not doubled.
+
+    Raises:
+        ConflictError: The rows said before it are not all here (``spool_behind``), or the attempt has announced
+            another checkpoint at this step (``checkpoint_mismatch``).
+    """
+    if attempt.acked_seq < manifest.last_seq:
+        raise ConflictError(
+            f"the checkpoint was written after row {manifest.last_seq}, but {attempt.acked_seq} is the last one "
+            "committed; send the rows first",
+            code="spool_behind",
+        )
+    found = transaction.scalars(
+        select(Checkpoint).where(
+            Checkpoint.job_id == job.id,
+            Checkpoint.attempt == attempt.number,
+            Checkpoint.step == manifest.step,
+        )
+    ).one_or_none()
+    if found is not None:
+        if found.manifest_sha256 != sha256:
+            raise ConflictError(
+                f"attempt {attempt.number} has announced another checkpoint at step {manifest.step}",
+                code="checkpoint_mismatch",
+            )
+        return found
+    checkpoint = Checkpoint(
+        id=new_id("ckpt-"),
+        job_id=job.id,
+        attempt=attempt.number,
+        step=manifest.step,
+        name=f"{job.model_name}-step-{manifest.step}",
+        status="pending",
+        kind=manifest.kind,
+        bytes=sum(file.bytes for file in manifest.files),
+        manifest=manifest.model_dump(mode="json"),
+        manifest_bytes=0,
+        manifest_sha256=sha256,
+        created_at=transaction.now,
+    )
+    transaction.add(checkpoint)
+    transaction.flush()
+    return checkpoint
+
+
+def publish(
+    transaction: Transaction, job: Job, checkpoint: Checkpoint, manifest_bytes: int
+) -> None:
+    """Make a verified checkpoint visible, together with the job that now resumes from it."""
+    published = transaction.execute(
+        update(Checkpoint)
+        .where(Checkpoint.id == checkpoint.id, Checkpoint.status == "pending")
+        .values(status="available", manifest_bytes=manifest_bytes)
+        .returning(Checkpoint.id)
+    ).one_or_none()
+    if published is None:
+        return
+    transaction.execute(
+        update(Job)
+        .where(Job.id == job.id)
+        .values(latest_checkpoint_id=checkpoint.id, fruitless_attempts=0)
+    )
+    data = {
+        "kind": "checkpoint",
+        "checkpoint_id": checkpoint.id,
+        "step": checkpoint.step,
+        "attempt": checkpoint.attempt,
+        "bytes": checkpoint.bytes,
+        "fine_tuned_model_checkpoint": checkpoint.name,
+    }
+    message = f"checkpoint of step {checkpoint.step} is available"
+    events.append(transaction, job.id, [events.NewEvent(message, data=data)])
+
+
+def mark_superseded(transaction: Transaction) -> int:
+    """Mark for removal what is beyond each job's ``keep_last`` newest; returns how many.
+
+    Never the newest one of a job, and nothing that a job which is not over starts from.
+    """
+    rank = (
+        func.row_number()
+        .over(
+            partition_by=Checkpoint.job_id,
+            order_by=(Checkpoint.step.desc(), Checkpoint.attempt.desc()),
+        )
+        .label("rank")
+    )
+    ranked = (
+        select(Checkpoint.id, Checkpoint.job_id, rank)
+        .where(Checkpoint.status == "available")
+        .subquery()
+    )
+    needed = (
+        select(JobInput.checkpoint_id)
+        .join(Job, Job.id == JobInput.job_id)
+        .where(Job.status.not_in(list(TERMINAL)))
+        .correlate(None)
+    )
+    superseded = (
+        select(ranked.c.id)
+        .join(Job, Job.id == ranked.c.job_id)
+        .where(ranked.c.rank > Job.keep_last, ranked.c.id.not_in(needed))
+    )
+    marked = transaction.scalars(
+        update(Checkpoint)
+        .where(Checkpoint.status == "available", Checkpoint.id.in_(superseded))
+        .values(status="deleting")
+        .returning(Checkpoint.id)
+        .execution_options(synchronize_session=False)
+    ).all()
+    return len(marked)
+
+
+def mark_abandoned(transaction: Transaction) -> int:
+    """Mark for removal what was announced by an attempt that has ended since; returns how many."""
+    ended = (
+        select(Attempt.number)
+        .where(
+            Attempt.job_id == Checkpoint.job_id,
+            Attempt.number == Checkpoint.attempt,
+            Attempt.status != "running",
+        )
+        .exists()
+    )
+    marked = transaction.scalars(
+        update(Checkpoint)
+        .where(Checkpoint.status == "pending", ended)
+        .values(status="deleting")
+        .returning(Checkpoint.id)
+        .execution_options(synchronize_session=False)
+    ).all()
+    return len(marked)
+
+
+def to_remove(transaction: Transaction) -> Sequence[Checkpoint]:
+    """Checkpoints whose files are to be removed."""
+    return transaction.scalars(select(Checkpoint).where(Checkpoint.status == "deleting")).all()
+
+
+def mark_removed(transaction: Transaction, checkpoint_id: str) -> None:
+    """The files of a checkpoint are gone."""
+    transaction.execute(
+        update(Checkpoint)
+        .where(Checkpoint.id == checkpoint_id, Checkpoint.status == "deleting")
+        .values(status="deleted")
+    )

@@ -1,0 +1,70 @@
+"""Keys and the project that owns what they make."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select, update
+
+from dar.protocol.ids import new_id
+from service.store.database import Transaction
+from service.store.tables import ApiKey, Project
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A key as it is stored: never the key itself."""
+
+    id: str
+    sha256: str
+    scopes: str
+    is_of_worker: bool
+
+
+def find(transaction: Transaction, key_id: str) -> ApiKey | None:
+    """The key of that id if it is neither revoked nor expired."""
+    now = transaction.now
+    return transaction.scalars(
+        select(ApiKey).where(
+            ApiKey.id == key_id,
+            ApiKey.revoked_at.is_(None),
+            ApiKey.expires_at.is_(None) | (ApiKey.expires_at > now),
+        )
+    ).one_or_none()
+
+
+def default_project(transaction: Transaction) -> str:
+    """Id of the oldest project; made at the first start."""
+    found = transaction.scalars(select(Project.id).order_by(Project.created_at).limit(1)).first()
+    if found is not None:
+        return found
+    project = Project(id=new_id("proj-"), created_at=transaction.now)
+    transaction.add(project)
+    transaction.flush()
+    return project.id
+
+
+def configure(transaction: Transaction, records: Sequence[KeyRecord]) -> None:
+    """Make ``records`` the keys of the settings and the key files: older ones of that origin are revoked."""
+    project_id = default_project(transaction)
+    transaction.execute(
+        update(ApiKey)
+        .where(
+            ApiKey.is_configured,
+            ApiKey.revoked_at.is_(None),
+            ApiKey.id.not_in([record.id for record in records]),
+        )
+        .values(revoked_at=transaction.now)
+    )
+    for record in records:
+        transaction.merge(
+            ApiKey(
+                id=record.id,
+                project_id=None if record.is_of_worker else project_id,
+                scopes=record.scopes,
+                sha256=record.sha256,
+                is_configured=True,
+                created_at=transaction.now,
+                expires_at=None,
+                revoked_at=None,
+            )
+        )

@@ -1,0 +1,97 @@
+"""Metrics: one row per attempt and step, as one JSON text of all values."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import orjson
+from sqlalchemy import Select, func, insert, select
+from sqlalchemy.orm import aliased
+
+from dar.protocol.worker import MetricsRow
+from service.store.database import Transaction
+from service.store.tables import MetricRow
+
+
+@dataclass(slots=True)
+class Points:
+    """One series: the i-th value was reached at the i-th step."""
+
+    step: list[int] = field(default_factory=list)
+    value: list[float | None] = field(default_factory=list)
+    at: list[float] = field(default_factory=list)
+
+
+def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[MetricsRow]) -> None:
+    """Store the metrics of some steps."""
+    if not rows:
+        return
+    transaction.execute(
+        insert(MetricRow),
+        [
+            {
+                "job_id": job_id,
+                "attempt": attempt,
+                "seq": row.seq,
+                "step": row.step,
+                "at": row.at,
+                "values_json": orjson.dumps(row.values).decode(),
+            }
+            for row in rows
+        ],
+    )
+
+
+def last_id(transaction: Transaction, job_id: str) -> int:
+    """Cursor behind everything that has arrived for a job; 0 when nothing has."""
+    newest = select(func.max(MetricRow.id)).where(MetricRow.job_id == job_id)
+    return transaction.scalars(newest).one() or 0
+
+
+def read(
+    transaction: Transaction,
+    job_id: str,
+    *,
+    names: Collection[str] | None = None,
+    after: int = 0,
+    from_step: int | None = None,
+    to_step: int | None = None,
+) -> dict[str, Points]:
+    """The series of a job by name, each in the order of its steps.
+
+    Where a step was trained twice, the highest attempt's value counts. With ``after``, only steps about which
+    something arrived behind that cursor: replayed ones included.
+    """
+    rows = transaction.execute(_rows(job_id, after, from_step, to_step)).all()
+    series: dict[str, Points] = {}
+    wanted = None if names is None else frozenset(names)
+    for step, at, text in rows:
+        for name, value in orjson.loads(text).items():
+            if wanted is None or name in wanted:
+                _put(series.setdefault(name, Points()), step, at, value)
+    return series
+
+
+def _put(points: Points, step: int, at: float, value: float | None) -> None:
+    if points.step and points.step[-1] == step:
+        points.at[-1], points.value[-1] = at, value
+        return
+    points.step.append(step)
+    points.at.append(at)
+    points.value.append(value)
+
+
+def _rows(
+    job_id: str, after: int, from_step: int | None, to_step: int | None
+) -> Select[int, float, str]:
+    statement = select(MetricRow.step, MetricRow.at, MetricRow.values_json).where(
+        MetricRow.job_id == job_id
+    )
+    if from_step is not None:
+        statement = statement.where(MetricRow.step >= from_step)
+    if to_step is not None:
+        statement = statement.where(MetricRow.step <= to_step)
+    if after:
+        new = aliased(MetricRow)
+        touched = select(new.step).where(new.job_id == job_id, new.id > after)
+        statement = statement.where(MetricRow.step.in_(touched))
+    return statement.order_by(MetricRow.step, MetricRow.attempt, MetricRow.id)

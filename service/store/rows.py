@@ -1,0 +1,142 @@
+"""What a trainer says, as it arrives: numbered rows of one attempt, each stored once.
+
+Rows are facts: they are accepted from an attempt that has lost its job as well, tagged with its number.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import insert, select, update
+
+from dar.errors import ConflictError
+from dar.protocol.worker import EventRow, MetricsRow, Row, SamplesRow
+from service.store import events, metrics, samples
+from service.store.database import Transaction
+from service.store.leases import Held, is_live
+from service.store.tables import Attempt, Job, SpoolRow
+
+DIGEST_BYTES = 16
+HEADLINE = ("dar/loss", "dar/rewards_mean")
+"""Metrics named in the message of a step's event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """A row arrived again with other content."""
+
+    seq: int
+
+
+def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Contradiction:
+    """Store the rows that are new.
+
+    Returns:
+        The highest ``seq`` up to which everything is stored, or the contradiction because of which nothing was.
+
+    Raises:
+        ConflictError: Rows in between are missing (``seq_gap``).
+    """
+    job, attempt = held.job, held.attempt
+    acked = attempt.acked_seq
+    if not rows:
+        return acked
+    if rows[0].seq > acked + 1:
+        raise ConflictError(
+            f"the rows start at {rows[0].seq}, but {acked} is the last one committed; send from {acked + 1}",
+            code="seq_gap",
+        )
+    digests = {row.seq: _digest(row) for row in rows}
+    if (seq := _contradicted(transaction, held, digests)) is not None:
+        return Contradiction(seq)
+    fresh = [row for row in rows if row.seq > acked]
+    if not fresh:
+        return acked
+    transaction.execute(
+        insert(SpoolRow),
+        [
+            {
+                "job_id": job.id,
+                "attempt": attempt.number,
+                "seq": row.seq,
+                "digest": digests[row.seq],
+            }
+            for row in fresh
+        ],
+    )
+    steps = [row for row in fresh if isinstance(row, MetricsRow)]
+    metrics.add(transaction, job.id, attempt.number, steps)
+    samples.add(
+        transaction, job.id, attempt.number, [r for r in fresh if isinstance(r, SamplesRow)]
+    )
+    _tell(transaction, held, fresh)
+    _follow(transaction, held, steps)
+    transaction.execute(
+        update(Attempt)
+        .where(Attempt.job_id == job.id, Attempt.number == attempt.number)
+        .values(acked_seq=fresh[-1].seq)
+    )
+    return fresh[-1].seq
+
+
+def _digest(row: Row) -> bytes:
+    return hashlib.blake2b(row.model_dump_json().encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def _contradicted(transaction: Transaction, held: Held, digests: dict[int, bytes]) -> int | None:
+    first, last = min(digests), min(max(digests), held.attempt.acked_seq)
+    if first > last:
+        return None
+    known = transaction.execute(
+        select(SpoolRow.seq, SpoolRow.digest).where(
+            SpoolRow.job_id == held.job.id,
+            SpoolRow.attempt == held.attempt.number,
+            SpoolRow.seq.between(first, last),
+        )
+    ).all()
+    return next((seq for seq, digest in known if digests[seq] != digest), None)
+
+
+def _tell(transaction: Transaction, held: Held, rows: Sequence[Row]) -> None:
+    job = held.job
+    told = job.metrics_event_step
+    new: list[events.NewEvent] = []
+    for row in rows:
+        if isinstance(row, MetricsRow) and row.step > told:
+            told = row.step
+            new.append(_step_event(row, job.total_steps))
+        elif isinstance(row, EventRow):
+            data: dict[str, Any] = {"kind": "trainer", **(row.data or {})}
+            data["attempt"] = held.attempt.number
+            at = datetime.fromtimestamp(row.at, UTC)
+            new.append(events.NewEvent(row.message, level=row.level, data=data, at=at))
+    events.append(transaction, job.id, new)
+    if told != job.metrics_event_step:
+        transaction.execute(update(Job).where(Job.id == job.id).values(metrics_event_step=told))
+
+
+def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
+    headline = ", ".join(
+        f"{name.removeprefix('dar/')}={value:.4g}"
+        for name in HEADLINE
+        if (value := row.values.get(name)) is not None
+    )
+    message = f"Step {row.step}/{total_steps}" + (f": {headline}" if headline else "")
+    return events.NewEvent(
+        message,
+        type="metrics",
+        data={"step": row.step, **row.values},
+        at=datetime.fromtimestamp(row.at, UTC),
+    )
+
+
+def _follow(transaction: Transaction, held: Held, steps: Sequence[MetricsRow]) -> None:
+    if not steps or not is_live(held.attempt, held.job):
+        return
+    values: dict[str, Any] = {"step": steps[-1].step, "reward_waits": 0}
+    tokens = steps[-1].values.get("train/tokens")
+    if tokens is not None:
+        values["tokens"] = int(tokens)
+    transaction.execute(update(Job).where(Job.id == held.job.id).values(values))

@@ -1,0 +1,147 @@
+"""Transactions: all or nothing, hooks only after a commit, and a clock that is the database's."""
+
+import threading
+from datetime import UTC, datetime
+
+import pytest
+from sqlalchemy import select, text, update
+from sqlalchemy.exc import DBAPIError, StatementError
+
+from service.store.database import Database, is_outage
+from service.store.tables import Job, Project
+
+
+def test_a_block_that_raises_stores_nothing_and_runs_no_hook(database: Database) -> None:
+    ran = []
+
+    def fail() -> None:
+        with database.write() as transaction:
+            transaction.add(Project(id="proj-x", created_at=transaction.now))
+            transaction.flush()
+            transaction.after_commit(lambda: ran.append("hook"))
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    with database.read() as transaction:
+        assert transaction.get(Project, "proj-x") is None
+    assert ran == []
+
+
+def test_a_hook_runs_when_others_can_see_what_was_stored(database: Database) -> None:
+    seen = []
+
+    def look() -> None:
+        with database.read() as transaction:
+            seen.append(transaction.get(Project, "proj-y") is not None)
+
+    with database.write() as transaction:
+        transaction.add(Project(id="proj-y", created_at=transaction.now))
+        transaction.after_commit(look)
+    assert seen == [True]
+
+
+def test_a_reader_stores_nothing(database: Database) -> None:
+    with database.read() as transaction:
+        transaction.add(Project(id="proj-z", created_at=datetime.now(UTC)))
+        transaction.flush()
+    with database.read() as transaction:
+        assert transaction.get(Project, "proj-z") is None
+
+
+def test_instants_come_back_aware_and_exact(database: Database) -> None:
+    instant = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
+    with database.write() as transaction:
+        transaction.add(Project(id="proj-t", created_at=instant))
+    with database.read() as transaction:
+        project = transaction.scalars(select(Project).where(Project.created_at == instant)).one()
+    assert project.created_at == instant
+    assert project.created_at.tzinfo is UTC
+
+
+def test_a_naive_instant_never_reaches_the_database(database: Database) -> None:
+    with pytest.raises(StatementError, match="naive"), database.write() as transaction:
+        transaction.add(Project(id="proj-n", created_at=datetime(2026, 1, 1)))  # noqa: DTZ001 - the mistake under test
+        transaction.flush()
+
+
+def test_many_writers_at_once_all_get_through(database: Database) -> None:
+    def add(number: int) -> None:
+        for index in range(10):
+            with database.write() as transaction:
+                row = Project(id=f"proj-{number}-{index}", created_at=transaction.now)
+                transaction.add(row)
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as transaction:
+        assert len(transaction.scalars(select(Project.id)).all()) == 80
+
+
+def test_without_a_clock_of_its_own_a_test_sees_the_databases(url: str) -> None:
+    database = Database(url)
+    with database.read() as transaction:
+        assert abs((transaction.now - datetime.now(UTC)).total_seconds()) < 5
+        assert transaction.now == transaction.now
+    database.close()
+
+
+@pytest.mark.parametrize("dialect", ["postgresql"], indirect=True)
+def test_of_several_replicas_one_is_elected(database: Database, url: str) -> None:
+    other = Database(url)
+    with database.elected(1) as first, other.elected(1) as second, other.elected(2) as third:
+        assert (first, second, third) == (True, False, True)
+    with other.elected(1) as again:
+        assert again
+    other.close()
+
+
+@pytest.mark.parametrize("dialect", ["postgresql"], indirect=True)
+def test_a_deadlock_is_tried_again_and_both_get_through(database: Database) -> None:
+    with database.write() as transaction:
+        for name in "ab":
+            transaction.add(Project(id=name, created_at=transaction.now))
+    both_hold_one = threading.Barrier(2)
+    tries = []
+
+    def touch(first: str, second: str) -> None:
+        def work(transaction: object) -> None:
+            tries.append(first)
+            is_first_try = tries.count(first) == 1
+            for name in (first, second):
+                statement = update(Project).where(Project.id == name)
+                transaction.execute(statement.values(created_at=datetime.now(UTC)))  # type: ignore[attr-defined] - a Transaction
+                if is_first_try and name == first:
+                    both_hold_one.wait(10)
+
+        database.transact(work)
+
+    threads = [threading.Thread(target=touch, args=names) for names in ("ab", "ba")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(tries) in (["a", "a", "b"], ["a", "b", "b"])
+
+
+def test_a_wrong_statement_is_no_outage(database: Database) -> None:
+    with pytest.raises(DBAPIError) as caught, database.read() as transaction:
+        transaction.execute(text("SELECT * FROM nowhere"))
+    assert not is_outage(caught.value)
+
+
+def test_an_unreachable_database_is_an_outage() -> None:
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    with pytest.raises(DBAPIError) as caught:
+        database.ping()
+    assert is_outage(caught.value)
+    database.close()
+
+
+def test_a_status_that_nobody_knows_is_refused_by_the_database(world: object) -> None:
+    job_id = world.submit()  # type: ignore[attr-defined] - the conftest's World
+    with pytest.raises(DBAPIError), world.database.write() as transaction:  # type: ignore[attr-defined] - the same
+        transaction.execute(update(Job).where(Job.id == job_id).values(status="sleeping"))

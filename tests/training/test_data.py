@@ -1,0 +1,104 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from dar.errors import InvalidRequestError
+from dar.training import DataCollatorForDAR
+from dar.training.data import PromptEncoder, PromptOrder, check_rows, read_rows
+
+
+def test_plain_prompts_get_a_bos_token_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    encode = PromptEncoder(tokenizer, 100)
+    assert encode({"prompt": "w10 w20"}).ids == [2, 10, 20]
+    assert encode({"prompt": "<bos> w10"}).ids == [2, 10]
+    assert encode({"prompt": ""}).ids == [2]
+    assert encode({"prompt_ids": [10, 20], "prompt": "w10 w20"}).ids == [10, 20]
+
+
+def test_conversations_go_through_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = PromptEncoder(tokenizer, 100)({"prompt": [{"role": "user", "content": "w60 w32"}]})
+    assert prompt.ids == [2, 10, 60, 32, 11]
+    assert prompt.messages == [{"role": "user", "content": "w60 w32"}]
+    assert prompt.text == "<bos> w10 w60 w32 w11"
+
+
+def test_a_conversation_without_chat_template_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        PromptEncoder(plain, 100)({"prompt": [{"role": "user", "content": "w60"}]})
+
+
+def test_a_prompt_without_any_token_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    without_bos = copy.deepcopy(tokenizer)
+    without_bos.bos_token = None
+    with pytest.raises(InvalidRequestError, match="no tokens"):
+        PromptEncoder(without_bos, 100)({"prompt": ""})
+
+
+def test_long_prompts_lose_their_beginning_but_not_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = PromptEncoder(tokenizer, 4)({"prompt": "w10 w20 w30 w40 w50"})
+    assert prompt.ids == [2, 30, 40, 50]
+    assert prompt.cut_tokens == 2
+
+
+def test_other_columns_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"prompt": "w10", "answer": "42", "difficulty": 3}
+    assert PromptEncoder(tokenizer, 9)(row).columns == {"answer": "42", "difficulty": 3}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"prompt": "a"}, {"text": "b"}], "row 2: prompt must be"),
+        ([{"prompt": []}], "row 1: prompt must be"),
+        ([{"prompt": 3}], "row 1: prompt must be"),
+        ([{"prompt": [{"content": "x"}]}], "role and content"),
+        ([{"prompt_ids": []}], "prompt_ids is empty"),
+        (["text"], "not a mapping"),
+    ],
+)
+def test_unusable_rows_are_refused_by_number(rows: list[Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        check_rows(rows)
+
+
+def test_json_lines_are_read_and_bad_ones_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "x": 1}\n')
+    assert read_rows(path) == [{"prompt": "a"}, {"prompt": "b", "x": 1}]
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(InvalidRequestError, match="line 2"):
+        read_rows(path)
+    path.write_text("[1]\n")
+    with pytest.raises(InvalidRequestError, match="line 1: not a JSON object"):
+        read_rows(path)
+
+
+def test_each_epoch_is_another_permutation_and_a_function_of_seed_and_position() -> None:
+    order = PromptOrder(50, seed=1)
+    first = [order.row(position) for position in range(50)]
+    second = [order.row(position) for position in range(50, 100)]
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert [PromptOrder(50, seed=1).row(position) for position in (73, 7)] == [second[23], first[7]]
+    assert [PromptOrder(50, seed=2).row(position) for position in range(50)] != first
+
+
+def test_the_collator_pads_prompts_left_and_completions_right() -> None:
+    batch = DataCollatorForDAR(pad_token_id=9)(
+        [
+            {"prompt_ids": [1, 2, 3], "completion_ids": [4]},
+            {"prompt_ids": [5], "completion_ids": [9, 7]},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 9], [9, 9, 5, 9, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert batch["position_ids"][1].tolist() == [0, 0, 0, 1, 2]
+    assert batch["completion_mask"].tolist() == [[True, False], [True, True]]

@@ -1,0 +1,95 @@
+"""A trainer that speaks the whole protocol of `worker.attempt` and computes nothing: its steps take a moment each.
+
+The weights it publishes are a function of the job's seed and the step alone. What else it does stands in the job's
+metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an error), ``seconds`` (per step), ``deaf`` (no order is
+heeded). With ``die`` it kills itself at ``crash_at``.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dar.errors import RewardUnavailableError, TrainingError
+from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
+from worker.attempt import How, SpoolSink, StdinControl, leave, main
+from worker.launch import Launch
+
+
+def publish(launch: Launch, sink: SpoolSink, step: int) -> None:
+    folder = launch.folder / "work" / "checkpoints" / f"step-{step}"
+    fresh = folder.with_name(f".tmp-{folder.name}")
+    (fresh / "resume").mkdir(parents=True, exist_ok=True)
+    contents = {
+        "config.json": b"{}",
+        "empty.txt": b"",
+        "model.safetensors": hashlib.sha256(f"{launch.seed}/{step}".encode()).digest() * 40_000,
+        "resume/state.json": json.dumps({"step": step}).encode(),
+    }
+    for name, content in contents.items():
+        (fresh / name).write_bytes(content)
+    manifest = Manifest(
+        step=step,
+        kind="full",
+        last_seq=sink.flush(),
+        config_sha256="0" * 64,
+        files=[
+            ManifestFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            for name, content in contents.items()
+        ],
+    )
+    text = manifest.model_dump_json(indent=1).encode()
+    (fresh / MANIFEST_NAME).write_bytes(text)
+    fresh.rename(folder)
+    sink.checkpoint(step, folder, manifest, hashlib.sha256(text).hexdigest())
+
+
+def begin(launch: Launch, script: dict[str, str]) -> int:
+    assert launch.training_file.read_bytes().startswith(b"{")
+    assert launch.model_folder is not None
+    assert (launch.model_folder / "config.json").is_file()
+    if script.get("exit") == "user":
+        raise TrainingError("the data cannot work", param="training_file")
+    if script.get("exit") == "reward":
+        raise RewardUnavailableError("reward service http://127.0.0.1:1 : connection refused")
+    if launch.resume_from is None:
+        return 0
+    step = json.loads((launch.resume_from / "resume" / "state.json").read_text())["step"]
+    assert isinstance(step, int)
+    return step
+
+
+def crash(launch: Launch, script: dict[str, str], step: int) -> None:
+    if step != int(script.get("crash_at", -1)) or launch.resume_from is not None:
+        return
+    if "die" in script:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("a cosmic ray")
+
+
+def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
+    control.begin()
+    script = launch.spec.metadata or {}
+    every = launch.spec.dar.checkpointing.every_steps or launch.total_steps
+    first = begin(launch, script)
+    for step in range(first + 1, launch.total_steps + 1):
+        sink.phase("training", step)
+        time.sleep(float(script.get("seconds", "0.02")))
+        request = None if "deaf" in script else control.requested()
+        if request == "cancel":
+            return "cancelled"
+        sink.metrics(step, {"dar/loss": 1 / step, "dar/rewards_mean": float("nan")})
+        if step % every == 0 or step == launch.total_steps or request == "drain":
+            publish(launch, sink, step)
+        if request == "drain":
+            return "drained"
+        crash(launch, script, step)
+    return "finished"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    leave(main(train))

@@ -1,0 +1,74 @@
+"""``python -m worker``: one slot, until SIGTERM."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import structlog
+
+from dar.errors import ConfigurationError
+from dar.settings import Settings
+from worker.app import Process
+from worker.folders import SlotFolder
+from worker.identity import slot_held
+from worker.slot import Slot
+from worker.supervisor import TRAINER_COMMAND
+
+EXIT_CONFIGURATION = 78
+
+
+def start_logging(level: str) -> None:
+    """Send one line per event to stderr, those of libraries included."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING))
+
+
+def worker_key(settings: Settings) -> str:
+    """The key that this worker claims jobs with.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    key = settings.secret_from(settings.worker_key, "worker_key")
+    if key is None:
+        raise ConfigurationError(
+            f"no worker key: set DAR_WORKER_KEY, or start the service once, which writes {settings.home / 'worker_key'}"
+        )
+    return key
+
+
+def main(command: Sequence[str] = TRAINER_COMMAND) -> int:
+    """Run one worker.
+
+    Args:
+        command: Command line of a trainer.
+
+    Returns:
+        The exit code: 0 after a clean stop, 78 when the configuration forbids a start.
+    """
+    settings = Settings()
+    start_logging(settings.log_level)
+    try:
+        key = worker_key(settings)
+        folder = SlotFolder.of(settings.work_path, settings.slot)
+        broker_url = None if settings.broker_url is None else settings.broker_url.get_secret_value()
+        with slot_held(folder, settings.slot):
+            return Process(Slot(settings, key, folder, command), broker_url).run()
+    except ConfigurationError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return EXIT_CONFIGURATION
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The trainer process: ``python -m worker.attempt``. The only part of the worker that reaches torch.
+
+It reads its launch from stdin, trains, writes what it has to say to its folder (`worker.folders`) and ends with an
+`ExitCode`. When stdin ends its worker is dead, and so it ends too.
+"""
+
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from dar.errors import DARError, RewardUnavailableError
+from dar.protocol.checkpoints import Manifest
+from dar.protocol.events import Level
+from dar.protocol.samples import SampleRow
+from dar.protocol.worker import (
+    AttemptProgress,
+    CheckpointRow,
+    EventRow,
+    MetricsRow,
+    Phase,
+    SamplesRow,
+)
+from worker.folders import AttemptFolder, write_atomically
+from worker.launch import ExitCode, Launch, Order, Result
+from worker.spool import SpoolWriter
+from worker.trainer import die_with_parent
+
+log = logging.getLogger(__name__)
+
+SAMPLES_PER_ROW = 64
+EVENT_LENGTH = 4000
+PROGRESS_LENGTH = 2000
+
+How = Literal["finished", "drained", "cancelled"]
+Train = Callable[[Launch, "SpoolSink", "StdinControl"], How]
+
+EXIT_CODES: Mapping[How, ExitCode] = {
+    "finished": ExitCode.FINISHED,
+    "drained": ExitCode.DRAINED,
+    "cancelled": ExitCode.CANCELLED,
+}
+
+
+class StdinControl:
+    """What the supervisor wants, read from stdin by a thread of its own.
+
+    Until `begin` is called there is nothing to save, so a request ends the process at once.
+    """
+
+    def __init__(self, stdin: BinaryIO) -> None:
+        self._stdin = stdin
+        self._lock = threading.Lock()
+        self._request: Literal["cancel", "drain"] | None = None
+        self._has_begun = False
+
+    def listen(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._read, name="control", daemon=True).start()
+
+    def begin(self) -> None:
+        """From now on requests wait until they are asked for."""
+        with self._lock:
+            self._has_begun = True
+
+    def requested(self) -> Literal["cancel", "drain"] | None:
+        """What is wanted; a cancellation outranks a drain."""
+        return self._request
+
+    def _read(self) -> None:
+        for line in self._stdin:
+            order = Order.model_validate_json(line)
+            with self._lock:
+                if self._request != "cancel":
+                    self._request = order.type
+                if not self._has_begun:
+                    code = ExitCode.CANCELLED if order.type == "cancel" else ExitCode.DRAINED
+                    os._exit(code)
+        os._exit(ExitCode.CRASHED)  # the worker is dead: nobody would read another word
+
+
+class SpoolSink:
+    """Writes what a trainer says to the attempt's folder. Safe to use from several threads."""
+
+    def __init__(self, folder: AttemptFolder) -> None:
+        self._folder = folder
+        self._spool = SpoolWriter(folder.spool)
+        self._lock = threading.Lock()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of a step; a value that is no number is kept as null."""
+        checked = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._spool.append(
+            lambda seq, at: MetricsRow(type="metrics", seq=seq, at=at, step=step, values=checked)
+        )
+
+    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+        """Some of the step's completions."""
+        for start in range(0, len(samples), SAMPLES_PER_ROW):
+            self._append_samples(step, list(samples[start : start + SAMPLES_PER_ROW]))
+
+    def _append_samples(self, step: int, samples: list[SampleRow]) -> None:
+        self._spool.append(
+            lambda seq, at: SamplesRow(type="samples", seq=seq, at=at, step=step, samples=samples)
+        )
+
+    def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
+        """Something worth telling the user."""
+        facts = None if data is None else dict(data)
+        self._spool.append(
+            lambda seq, at: EventRow(
+                type="event",
+                seq=seq,
+                at=at,
+                level=level,
+                message=message[:EVENT_LENGTH],
+                data=facts,
+            )
+        )
+
+    def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
+        """What is being done now."""
+        shown = None if message is None else message[:PROGRESS_LENGTH]
+        progress = AttemptProgress(phase=phase, step=step, message=shown)
+        with self._lock:
+            write_atomically(self._folder.progress, progress.model_dump_json().encode())
+
+    def flush(self) -> int:
+        """Make everything said so far durable; returns the number of rows."""
+        return self._spool.flush()
+
+    def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - the folder holds it
+        """A checkpoint was published: have it uploaded."""
+        self._spool.append(
+            lambda seq, at: CheckpointRow(
+                type="checkpoint",
+                seq=seq,
+                at=at,
+                step=step,
+                folder=folder.name,
+                manifest_sha256=manifest_sha256,
+            )
+        )
+
+    def close(self, error: DARError | None = None) -> None:
+        """Say how the trainer ended, and nothing after it."""
+        self._spool.close()
+        result = Result(last_seq=self._spool.last_seq)
+        if error is not None:
+            result = Result(
+                last_seq=self._spool.last_seq,
+                code=error.error_code,
+                message=error.message,
+                param=error.param,
+            )
+        write_atomically(self._folder.result, result.model_dump_json().encode())
+
+
+def train_with_torch(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
+    """Train with `dar.training`."""
+    from dar.training.job import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be heard
+        JobInputs,
+        train_job,
+    )
+
+    control.begin()
+    model = launch.model_folder or launch.hub_model
+    assert model is not None
+    inputs = JobInputs(
+        job_id=launch.job_id,
+        spec=launch.spec,
+        seed=launch.seed,
+        total_steps=launch.total_steps,
+        model=model,
+        adapters=launch.adapters,
+        training_file=launch.training_file,
+        work_dir=AttemptFolder(launch.folder).work,
+        resume_from=launch.resume_from,
+        reward_secret=launch.reward_secret,
+        threads=launch.threads,
+        offline=launch.is_offline,
+    )
+    return train_job(inputs, sink, control)
+
+
+def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
+    """Train, and put what comes of it into words."""
+    sink = SpoolSink(AttemptFolder(launch.folder))
+    try:
+        how = train(launch, sink, control)
+    except RewardUnavailableError as error:
+        sink.close(error)
+        return ExitCode.REWARD_UNAVAILABLE
+    except DARError as error:
+        if error.retryable:
+            raise
+        log.warning("the job cannot work: %s", error.message)
+        sink.close(error)
+        return ExitCode.USER_ERROR
+    sink.close()
+    return EXIT_CODES[how]
+
+
+def main(train: Train = train_with_torch) -> ExitCode:
+    """Be a trainer.
+
+    Args:
+        train: Does the training.
+    """
+    die_with_parent()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    stdin = sys.stdin.buffer
+    launch = Launch.model_validate_json(stdin.readline())
+    control = StdinControl(stdin)
+    control.listen()
+    try:
+        return attend(launch, control, train)
+    except Exception:  # outermost frame of the process: the supervisor reads this from the log
+        log.exception("training crashed")
+        return ExitCode.CRASHED
+
+
+def leave(code: ExitCode) -> None:
+    """End without the interpreter's own end, in which native libraries may hang or crash after all is done."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,141 @@
+"""Uploads published checkpoints beside training: registered, sent in parts that survive a break, committed."""
+
+import collections
+import shutil
+import threading
+from pathlib import Path
+
+import structlog
+
+from dar.errors import CheckpointError, ConflictError, FencedError
+from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
+from dar.protocol.worker import CheckpointRow, CheckpointUpload, RegisterCheckpoint
+from worker.api import Backoff, WorkerClient
+from worker.state import AttemptState
+
+log = structlog.get_logger(__name__)
+
+PART_BYTES = 8 * 1024**2
+UPLOAD_ATTEMPTS = 5
+"""Times that an upload is begun again after the service and we disagreed about it."""
+LOOK_SECONDS = 0.5
+
+
+class CheckpointUploader:
+    """Uploads one checkpoint at a time, in order; `run` is the body of its thread.
+
+    A checkpoint that the job would not keep anyway, because ``keep_last`` newer ones already wait, is skipped.
+    """
+
+    def __init__(self, state: AttemptState, client: WorkerClient) -> None:
+        self._state = state
+        self._lease = state.lease
+        self._client = client
+        self._keep = state.lease.spec.dar.checkpointing.keep_last
+        self._waiting: collections.deque[CheckpointRow] = collections.deque()
+        self._arrived = threading.Event()
+        self._ended = threading.Event()
+        self.committed: dict[int, str] = {}
+        """Checkpoint ids by step."""
+
+    def take(self, row: CheckpointRow) -> None:
+        """Upload the checkpoint that ``row`` announces."""
+        self._waiting.append(row)
+        while len(self._waiting) > self._keep:
+            skipped = self._waiting.popleft()
+            log.warning("checkpoint skipped: newer ones wait", step=skipped.step)
+            self._drop(skipped)
+        self._arrived.set()
+
+    def finish(self) -> None:
+        """No more will come: `run` returns when all are committed."""
+        self._ended.set()
+        self._arrived.set()
+
+    def run(self) -> None:
+        """Upload until all are committed."""
+        previous: CheckpointRow | None = None
+        while not self._state.is_given_up():
+            self._arrived.clear()
+            is_last = self._ended.is_set()
+            if self._waiting:
+                row = self._waiting.popleft()
+                self.committed[row.step] = self._upload(row)
+                if previous is not None:
+                    self._drop(previous)
+                previous = row
+            elif is_last:
+                return
+            else:
+                self._arrived.wait(LOOK_SECONDS)
+
+    def _folder(self, row: CheckpointRow) -> Path:
+        return self._state.folder.work / "checkpoints" / Path(row.folder).name
+
+    def _drop(self, row: CheckpointRow) -> None:
+        shutil.rmtree(self._folder(row), ignore_errors=True)
+
+    def _upload(self, row: CheckpointRow) -> str:
+        folder = self._folder(row)
+        content = (folder / MANIFEST_NAME).read_bytes()
+        manifest = Manifest.model_validate_json(content)
+        register = RegisterCheckpoint(
+            attempt=self._lease.attempt, manifest=manifest, manifest_sha256=row.manifest_sha256
+        )
+        backoff, left = Backoff(), UPLOAD_ATTEMPTS
+        while True:
+            try:
+                return self._upload_once(folder, register, len(content))
+            except FencedError:
+                raise
+            except (
+                ConflictError
+            ) as error:  # we disagree about what has arrived: ask, and go on there
+                left -= 1
+                log.warning("upload goes on anew", step=row.step, error=error.message)
+                if left == 0:
+                    raise CheckpointError(
+                        f"the checkpoint of step {row.step} could not be uploaded: {error.message}"
+                    ) from error
+                self._state.over.wait(backoff.next())
+
+    def _upload_once(self, folder: Path, register: RegisterCheckpoint, manifest_bytes: int) -> str:
+        lease_id, attempt = self._lease.lease_id, self._lease.attempt
+        upload = self._client.persist(
+            lambda: self._client.register(lease_id, register), "register checkpoint"
+        )
+        if upload.status == "pending":
+            files = list(register.manifest.files)
+            if MANIFEST_NAME in upload.received:
+                files.append(
+                    ManifestFile(
+                        name=MANIFEST_NAME, bytes=manifest_bytes, sha256=register.manifest_sha256
+                    )
+                )
+            for file in files:
+                self._send_file(folder, upload, file)
+            self._client.persist(
+                lambda: self._client.commit(lease_id, upload.checkpoint_id, attempt),
+                "commit checkpoint",
+            )
+        log.info("checkpoint committed", step=register.manifest.step, id=upload.checkpoint_id)
+        return upload.checkpoint_id
+
+    def _send_file(self, folder: Path, upload: CheckpointUpload, file: ManifestFile) -> None:
+        offset = upload.received.get(file.name, 0)
+        with (folder / file.name).open("rb") as content:
+            is_sent = False
+            while offset < file.bytes or (file.bytes == 0 and not is_sent):
+                content.seek(offset)
+                self._send_part(upload.checkpoint_id, file.name, content.read(PART_BYTES), offset)
+                offset, is_sent = content.tell(), True
+
+    def _send_part(self, checkpoint_id: str, name: str, part: bytes, offset: int) -> None:
+        lease_id, attempt = self._lease.lease_id, self._lease.attempt
+
+        def put() -> CheckpointUpload:
+            return self._client.put_part(
+                lease_id, checkpoint_id, name, part, attempt=attempt, offset=offset
+            )
+
+        self._client.persist(put, f"upload {name}")

@@ -1,0 +1,167 @@
+"""Where a worker keeps what on disk.
+
+Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
+
+    slot-<slot>/
+      lock                        held by the slot's worker; its content is the holder's process id
+      logs/<job>-<attempt>.log    what the trainers of failed attempts printed, the newest 20
+      attempts/<lease>/
+        attempt.json              whose rows these are: enough to send them after a restart
+        trainer.json              process id and start time of the trainer
+        trainer.log               what the trainer printed
+        progress.json             what the trainer does now
+        result.json               how the trainer ended, in its own words
+        inputs/                   training file, model, adapters, resume checkpoint
+        work/checkpoints/         published checkpoints: those to be uploaded, and the newest
+        spool/                    rows that are not acknowledged yet
+
+No key or token is ever written here.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict
+
+LOGS_KEPT = 20
+
+
+class AttemptRecord(BaseModel):
+    """Whose folder it is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lease_id: str
+    job_id: str
+    attempt: int
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` so that a reader sees the old content or the new one, never a part."""
+    fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
+
+def read_if_there(path: Path) -> bytes | None:
+    """Content of ``path``; None when there is no such file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFolder:
+    """Files of one attempt."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """Whose folder it is."""
+        return self.path / "attempt.json"
+
+    @property
+    def trainer(self) -> Path:
+        """Which process trains."""
+        return self.path / "trainer.json"
+
+    @property
+    def log(self) -> Path:
+        """What that process prints."""
+        return self.path / "trainer.log"
+
+    @property
+    def progress(self) -> Path:
+        """What it does now."""
+        return self.path / "progress.json"
+
+    @property
+    def result(self) -> Path:
+        """How it ended."""
+        return self.path / "result.json"
+
+    @property
+    def inputs(self) -> Path:
+        """What it needs."""
+        return self.path / "inputs"
+
+    @property
+    def work(self) -> Path:
+        """What it makes."""
+        return self.path / "work"
+
+    @property
+    def spool(self) -> Path:
+        """What it says."""
+        return self.path / "spool"
+
+    def create(self, record: AttemptRecord) -> None:
+        """Make the folder for an attempt."""
+        for folder in (self.path, self.inputs, self.work, self.spool):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(self.record, record.model_dump_json().encode())
+
+    def read_record(self) -> AttemptRecord | None:
+        """Whose folder it is; None if it was never finished."""
+        content = read_if_there(self.record)
+        return None if content is None else AttemptRecord.model_validate_json(content)
+
+    def strip(self) -> None:
+        """Remove what only a running trainer needs; rows and log stay."""
+        for folder in (self.inputs, self.work):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFolder:
+    """Files of one slot."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, work_path: Path, slot: str) -> "SlotFolder":
+        """The folder of ``slot``, made if it is new."""
+        folder = cls(work_path / f"slot-{quote(slot, safe='')}")
+        for path in (folder.attempts, folder.logs):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    @property
+    def lock(self) -> Path:
+        """Held by the slot's worker."""
+        return self.path / "lock"
+
+    @property
+    def attempts(self) -> Path:
+        """One folder per attempt."""
+        return self.path / "attempts"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of failed attempts."""
+        return self.path / "logs"
+
+    def attempt(self, lease_id: str) -> AttemptFolder:
+        """The folder of an attempt."""
+        return AttemptFolder(self.attempts / quote(lease_id, safe=""))
+
+    def all_attempts(self) -> list[AttemptFolder]:
+        """The folders of all attempts, the oldest first."""
+        return [AttemptFolder(path) for path in sorted(self.attempts.iterdir()) if path.is_dir()]
+
+    def keep_log(self, folder: AttemptFolder, record: AttemptRecord) -> None:
+        """Put an attempt's log aside, and remove the oldest of those that lie there."""
+        if folder.log.exists():
+            folder.log.replace(self.logs / f"{record.job_id}-{record.attempt}.log")
+        logs = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in logs[:-LOGS_KEPT]:
+            path.unlink(missing_ok=True)

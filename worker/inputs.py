@@ -1,0 +1,145 @@
+"""Brings an attempt's files to this machine: resumable, and verified by SHA-256."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import structlog
+
+from dar.errors import DARError
+from dar.protocol.worker import InputFile, Lease
+from worker.api import GaveUpError, WorkerClient
+from worker.state import AttemptState
+
+log = structlog.get_logger(__name__)
+
+Answer = TypeVar("Answer")
+VERIFY_ATTEMPTS = 3
+SPARE_BYTES = 256 * 1024**2
+"""Room on the disk that fetching must leave."""
+
+
+class InputError(DARError):
+    """An input cannot be brought here: it is altered, oddly named, or there is no room."""
+
+    code = "input_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalInputs:
+    """Where the files of an attempt lie."""
+
+    training_file: Path
+    model_folder: Path | None
+    """None: the model comes from the hub."""
+    adapters: tuple[Path, ...]
+    resume_from: Path | None
+
+
+def local_model(lease: Lease, models_path: Path) -> Path | None:
+    """The folder of the job's model on this machine, if it need not be fetched."""
+    if lease.model.kind != "folder" or lease.model.checkpoint_id is not None:
+        return None
+    folder = models_path / lease.model.name
+    return folder if lease.model.name and folder.is_dir() else None
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """``folder / name`` for a name that stays inside.
+
+    Raises:
+        InputError: It would not.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or any(part in {"..", "."} for part in parts):
+        raise InputError(f"the service named an input {name!r}, which is no path inside a folder")
+    return folder.joinpath(*parts)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class InputFetcher:
+    """Fetches the inputs of one attempt."""
+
+    def __init__(self, state: AttemptState, client: WorkerClient, models_path: Path) -> None:
+        self._state = state
+        self._lease = state.lease
+        self._client = client
+        self._models_path = models_path
+        self._folder = state.folder.inputs
+
+    def fetch(self) -> LocalInputs:
+        """Bring everything that is not here yet; waits for a service that is away.
+
+        Raises:
+            InputError: A file cannot be brought here.
+            GaveUpError: The attempt is to stop.
+            DARError: The service refuses.
+        """
+        lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
+        files = self._persist(lambda: self._client.inputs(lease_id).files, "inputs")
+        wanted = [file for file in files if here is None or not file.name.startswith("model/")]
+        self._check_room(sum(file.bytes for file in wanted))
+        for file in wanted:
+            self._fetch_one(file)
+        model = here
+        if model is None and (self._folder / "model").is_dir():
+            model = self._folder / "model"
+        if model is None and self._lease.model.kind == "folder":
+            raise InputError(
+                f"the model {self._lease.model.name!r} is neither in {self._models_path} nor served"
+            )
+        resumes = self._lease.resume_checkpoint_id is not None
+        return LocalInputs(
+            training_file=self._folder / "training_file",
+            model_folder=model,
+            adapters=tuple(
+                self._folder / "adapters" / str(number)
+                for number in range(len(self._lease.model.adapter_ids))
+            ),
+            resume_from=self._folder / "resume" if resumes else None,
+        )
+
+    def _persist(self, call: Callable[[], Answer], what: str) -> Answer:
+        return self._client.persist(call, what, give_up=self._state.must_stop)
+
+    def _check_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self._folder).free
+        if free < needed + SPARE_BYTES:
+            raise InputError(
+                f"{self._folder} has {free:,} bytes free, but the job's inputs need {needed:,} and "
+                f"{SPARE_BYTES:,} must stay: make room on this worker"
+            )
+
+    def _fetch_one(self, file: InputFile) -> None:
+        target = safe_path(self._folder, file.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".tmp-{target.name}")
+        for _ in range(VERIFY_ATTEMPTS):
+            self._persist(lambda: self._download(file, part), f"download {file.name}")
+            if _digest(part) == file.sha256:
+                part.replace(target)
+                return
+            log.warning("input arrived altered", name=file.name)
+            part.unlink()
+        raise InputError(
+            f"{file.name} arrived altered {VERIFY_ATTEMPTS} times: its SHA-256 differs"
+        )
+
+    def _download(self, file: InputFile, part: Path) -> None:
+        with part.open("ab") as out:
+
+            def take(chunks: Iterable[bytes]) -> None:
+                for chunk in chunks:
+                    if self._state.must_stop():
+                        raise GaveUpError(file.name)
+                    out.write(chunk)
+
+            if out.tell() < file.bytes:
+                self._client.download(self._lease.lease_id, file.name, out.tell(), take)

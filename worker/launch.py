@@ -1,0 +1,70 @@
+"""What a supervisor and its trainer say to each other.
+
+The supervisor writes to the trainer's stdin: one line with the `Launch`, then one line per `Order`. The end of that stream
+means that the supervisor is dead. The trainer answers through its folder (`worker.folders`) and its `ExitCode`. Secrets
+travel in the launch line alone: never in arguments, environment or files.
+"""
+
+from enum import IntEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dar.protocol.spec import JobSpec
+
+
+class ExitCode(IntEnum):
+    """How a trainer ends; the numbers are those of ``sysexits.h`` where one fits."""
+
+    FINISHED = 0
+    CRASHED = 1
+    USER_ERROR = 64
+    REWARD_UNAVAILABLE = 69
+    DRAINED = 75
+    CANCELLED = 76
+
+
+class Launch(BaseModel):
+    """All that a trainer needs to start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    """The attempt's folder."""
+    job_id: str
+    spec: JobSpec
+    seed: int
+    total_steps: int
+    model_folder: Path | None
+    """Folder of the model; None: ``hub_model`` names it."""
+    hub_model: str | None
+    adapters: tuple[Path, ...]
+    """Adapters that are merged into the model, in this order."""
+    training_file: Path
+    resume_from: Path | None
+    """Checkpoint that training goes on from."""
+    reward_secret: str | None = Field(repr=False)
+    threads: int
+    is_offline: bool
+
+
+class Order(BaseModel):
+    """What the supervisor wants of a running trainer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    type: Literal["cancel", "drain"]
+
+
+class Result(BaseModel):
+    """How a trainer ended, in its own words."""
+
+    model_config = ConfigDict(frozen=True)
+
+    last_seq: int
+    """Rows in its spool."""
+    code: str | None = None
+    """Code of the error that ended it."""
+    message: str | None = None
+    param: str | None = None

@@ -1,0 +1,115 @@
+"""What attempts leave behind: trainers of dead workers are killed, unsent rows are sent, folders are removed."""
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import structlog
+
+from dar.errors import ConflictError, DARError
+from worker.api import WorkerClient
+from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
+from worker.sender import send_batch
+from worker.spool import SpoolDamagedError, SpoolReader
+from worker.trainer import kill_leftover
+
+log = structlog.get_logger(__name__)
+
+REFUSED_KEPT = timedelta(days=7)
+"""How long rows that the service refuses stay on disk."""
+
+
+def sweep_processes(folder: SlotFolder) -> None:
+    """Kill the trainers that a dead predecessor left, and remove what they alone needed."""
+    for attempt in folder.all_attempts():
+        if kill_leftover(attempt):
+            log.warning("killed the trainer of a dead worker", folder=str(attempt.path))
+        attempt.strip()
+
+
+class Leftovers:
+    """Sends the rows of attempts that are over, with the worker's own key; `run` is the body of a thread.
+
+    Args:
+        active: Id of the lease that is being served; its folder is not touched.
+        pause_seconds: Pause between two passes.
+    """
+
+    def __init__(
+        self,
+        folder: SlotFolder,
+        client: WorkerClient,
+        active: Callable[[], str | None],
+        pause_seconds: float,
+    ) -> None:
+        self._folder = folder
+        self._client = client
+        self._active = active
+        self._pause_seconds = pause_seconds
+        self._refused: set[AttemptFolder] = set()
+        self._wake = threading.Event()
+        self._stopped = False
+
+    def look(self) -> None:
+        """Have a pass made now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Have `run` return after the row batch it is at."""
+        self._stopped = True
+        self._wake.set()
+
+    def run(self) -> None:
+        """Make passes until `stop`."""
+        while not self._stopped:
+            self._wake.clear()
+            try:
+                self.sweep()
+            except DARError as error:
+                log.info("rows of earlier attempts wait", error=error.message)
+            except Exception:  # outermost frame of a thread that must not end before its worker
+                log.exception("leftovers could not be swept")
+            self._wake.wait(self._pause_seconds)
+
+    def sweep(self) -> None:
+        """One pass over all attempts that are over.
+
+        Raises:
+            DARError: The service is away; another pass will do.
+        """
+        for attempt in self._folder.all_attempts():
+            if self._stopped:
+                return
+            if attempt == self._current() or attempt in self._refused:
+                continue
+            record = attempt.read_record()
+            if record is None or self._send(attempt, record):
+                attempt.remove()
+
+    def _current(self) -> AttemptFolder | None:
+        lease_id = self._active()
+        return None if lease_id is None else self._folder.attempt(lease_id)
+
+    def _send(self, attempt: AttemptFolder, record: AttemptRecord) -> bool:
+        """Send all rows of an attempt; returns whether its folder is of no more use."""
+        reader = SpoolReader(attempt.spool)
+        facts = {"job": record.job_id, "attempt": record.attempt}
+        try:
+            while not self._stopped and (rows := send_batch(reader, self._client, record)):
+                log.info("sent rows of an earlier attempt", rows=len(rows), **facts)
+        except SpoolDamagedError as error:
+            log.warning("rest of a spool is unreadable", error=error.message, **facts)
+        except DARError as error:
+            if error.retryable:
+                raise
+            return self._refuse(attempt, error, facts)
+        return not self._stopped
+
+    def _refuse(self, attempt: AttemptFolder, error: DARError, facts: dict[str, object]) -> bool:
+        written_at = datetime.fromtimestamp(attempt.record.stat().st_mtime, UTC)
+        if datetime.now(UTC) - written_at > REFUSED_KEPT:
+            return True
+        level = "error" if isinstance(error, ConflictError) else "warning"
+        getattr(log, level)("rows of an earlier attempt are refused", error=error.message, **facts)
+        self._refused.add(attempt)
+        return False

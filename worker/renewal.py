@@ -1,0 +1,107 @@
+"""The two threads that keep in touch with the service about a lease: heartbeats go out, directives come in."""
+
+import time
+
+import structlog
+from pydantic import ValidationError
+
+from dar.errors import DARError
+from dar.protocol.worker import AttemptProgress, Heartbeat
+from worker.api import Backoff, WorkerClient
+from worker.folders import read_if_there
+from worker.state import LOST, AttemptState
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 0.2
+"""How often the trainer's progress is read."""
+NEWS_SECONDS = 1.0
+"""Shortest pause between two heartbeats that are sent because the phase changed."""
+
+
+class Heartbeats:
+    """Renews a lease until the attempt is over; `run` is the body of its thread.
+
+    A change of phase or message is sent within a second, so that a user sees at once that a job waits for rewards.
+
+    Args:
+        interval_seconds: Longest pause; never over a quarter of the lease's time to live.
+    """
+
+    def __init__(self, state: AttemptState, client: WorkerClient, interval_seconds: float) -> None:
+        self._state = state
+        self._client = client
+        self._interval = min(interval_seconds, state.lease.ttl_seconds / 4)
+
+    def run(self) -> None:
+        """Renew until the attempt is over."""
+        while not self._state.over.is_set():
+            sent = self._send()
+            self._await_next(sent)
+
+    def _send(self) -> AttemptProgress:
+        """Send one heartbeat, however often it takes; the progress is the newest at each try."""
+        lease, said = self._state.lease, [self.progress()]
+
+        def beat() -> None:
+            said[0] = self.progress()
+            heartbeat = Heartbeat(attempt=lease.attempt, progress=said[0])
+            self._client.heartbeat(lease.lease_id, heartbeat)
+
+        self._client.persist(beat, "heartbeat", longest=self._interval)
+        return said[0]
+
+    def _await_next(self, sent: AttemptProgress) -> None:
+        start = time.monotonic()
+        while not self._state.over.wait(LOOK_SECONDS):
+            waited = time.monotonic() - start
+            if waited >= self._interval:
+                return
+            if waited >= NEWS_SECONDS:
+                now = self.progress()
+                if (now.phase, now.message) != (sent.phase, sent.message):
+                    return
+
+    def progress(self) -> AttemptProgress:
+        """What the trainer does now."""
+        content = read_if_there(self._state.folder.progress)
+        if content is None:
+            return self._state.first_progress
+        try:
+            return AttemptProgress.model_validate_json(content)
+        except ValidationError as error:
+            log.warning("progress cannot be read", error=str(error))
+            return self._state.first_progress
+
+
+class DirectiveListener:
+    """Listens for what the service wants of an attempt; `run` is the body of its thread.
+
+    Args:
+        client: Its own, closed at the end: a long poll may outlast the attempt by its waiting time.
+    """
+
+    def __init__(self, state: AttemptState, client: WorkerClient) -> None:
+        self._state = state
+        self._client = client
+
+    def run(self) -> None:
+        """Listen until the attempt is over. After an outage the service is asked again within two seconds."""
+        with self._client:
+            self._listen()
+
+    def _listen(self) -> None:
+        cursor, backoff = "", Backoff(longest=2.0)
+        while not self._state.over.is_set():
+            try:
+                answer = self._client.directives(self._state.lease.lease_id, cursor)
+            except LOST:
+                raise
+            except DARError as error:
+                self._state.over.wait(backoff.next(error.retry_after_seconds))
+                continue
+            backoff = Backoff(longest=2.0)
+            cursor = answer.cursor
+            if any(directive.type == "cancel" for directive in answer.directives):
+                log.info("cancellation received", lease=self._state.lease.lease_id)
+                self._state.cancel.set()

@@ -1,0 +1,271 @@
+"""The spool: everything a trainer says, durable on the worker's disk until the service has committed it.
+
+The trainer appends (`SpoolWriter`), its supervisor reads and sends (`SpoolReader`). A row is one line: the CRC32 of its
+JSON in eight hex digits, a space, the JSON. Rows are numbered from 1 without gaps. Lines go to segments named by their
+first number; a segment is deleted when all of it is acknowledged. A torn last line is a row that was never said.
+"""
+
+import os
+import re
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import FileIO
+from pathlib import Path
+
+import orjson
+
+from dar.errors import DARError
+from dar.protocol.worker import Row
+from worker.folders import read_if_there, write_atomically
+
+SEGMENT_BYTES = 4 * 1024**2
+SYNC_SECONDS = 1.0
+BATCH_ROWS = 500
+BATCH_BYTES = 1024**2
+_LINE = re.compile(rb"([0-9a-f]{8}) (.*)", re.DOTALL)
+
+
+class SpoolDamagedError(DARError):
+    """A spool holds a line that its writer did not write, or lacks one."""
+
+    code = "spool_damaged"
+
+
+def frame(payload: bytes) -> bytes:
+    """The line that holds ``payload``, which has no newline."""
+    return b"%08x %s\n" % (zlib.crc32(payload), payload)
+
+
+def unframe(line: bytes) -> bytes:
+    """The payload of a line without its newline.
+
+    Raises:
+        SpoolDamagedError: The line is not what `frame` made.
+    """
+    match = _LINE.fullmatch(line)
+    if match is None or int(match[1], 16) != zlib.crc32(match[2]):
+        raise SpoolDamagedError(f"a line of the spool is damaged: {line[:80]!r}")
+    return match[2]
+
+
+def _segments(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"))
+
+
+def _lines(segment: Path, offset: int) -> Iterator[tuple[bytes, int]]:
+    """Payload and end offset of each whole line from ``offset`` on."""
+    with segment.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield unframe(line[:-1]), offset
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class SpoolWriter:
+    """Appends rows. Safe to use from several threads; written bytes reach the disk within a second.
+
+    Args:
+        folder: Where the segments lie; one writer at a time. What a dead writer left is gone on with.
+        segment_bytes: Size at which a new segment is begun.
+    """
+
+    def __init__(self, folder: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._is_dirty = False
+        self._sync_error: OSError | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._next, self._file, self._size = self._recover()
+        self._syncer = threading.Thread(target=self._sync_often, name="spool-sync", daemon=True)
+        self._syncer.start()
+
+    def _recover(self) -> tuple[int, FileIO, int]:
+        segments = _segments(self._folder)
+        if not segments:
+            return (1, *self._open(1))
+        segment, size, following = segments[-1], 0, int(segments[-1].stem)
+        try:
+            for _, end in _lines(segment, 0):
+                size, following = end, following + 1
+        except SpoolDamagedError:
+            pass  # power was lost while the line was written: like a torn one, it was never said
+        file = segment.open("r+b", buffering=0)
+        file.truncate(size)
+        file.seek(size)
+        return following, file, size
+
+    def _open(self, first: int) -> tuple[FileIO, int]:
+        file = (self._folder / f"{first:012d}.jsonl").open("xb", buffering=0)
+        _sync_folder(self._folder)
+        return file, 0
+
+    def append(self, make: Callable[[int, float], Row]) -> int:
+        """Append the row that ``make`` builds from its number and the present instant.
+
+        Args:
+            make: Gets ``seq`` and seconds since 1970.
+
+        Returns:
+            The row's number.
+
+        Raises:
+            OSError: The disk is full or broken; nothing of the row stays.
+        """
+        with self._lock:
+            if self._sync_error is not None:
+                raise self._sync_error
+            seq = self._next
+            row = make(seq, datetime.now(UTC).timestamp())
+            line = frame(row.model_dump_json().encode())
+            if self._size and self._size + len(line) > self._segment_bytes:
+                self._sync()
+                self._file.close()
+                self._file, self._size = self._open(seq)
+            self._write(line)
+            self._next += 1
+            self._is_dirty = True
+            return seq
+
+    def _write(self, line: bytes) -> None:
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._size)
+            self._file.seek(self._size)
+            raise
+        self._size += len(line)
+
+    def _sync(self) -> None:
+        if self._is_dirty:
+            os.fsync(self._file.fileno())
+            self._is_dirty = False
+
+    def _sync_often(self) -> None:
+        while not self._closed.wait(SYNC_SECONDS):
+            with self._lock:
+                try:
+                    self._sync()
+                except OSError as error:  # the pages are gone: a second fsync would lie
+                    self._sync_error = error
+                    return
+
+    def flush(self) -> int:
+        """Make every row durable.
+
+        Returns:
+            The number of the last one; 0 if there is none.
+
+        Raises:
+            OSError: They could not be made durable.
+        """
+        with self._lock:
+            if self._sync_error is not None:
+                raise self._sync_error
+            self._sync()
+            return self.last_seq
+
+    @property
+    def last_seq(self) -> int:
+        """Number of the last row; 0 if there is none."""
+        return self._next - 1
+
+    def close(self) -> None:
+        """Make every row durable and stop."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._syncer.join()
+            self.flush()
+            self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledRow:
+    """A row as it lies in the spool."""
+
+    seq: int
+    type: str
+    payload: bytes
+    """Its JSON."""
+    segment: Path
+    end: int
+    """Offset behind its line."""
+
+
+class SpoolReader:
+    """Reads rows that are not acknowledged yet, while a writer appends or after it died.
+
+    What was acknowledged is remembered on disk, so that a new reader goes on there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mark = folder / "acked"
+        self.acked = int(read_if_there(self._mark) or 0)
+        """Number of the last acknowledged row."""
+        self._at: tuple[Path | None, int] = (None, 0)
+        self._read: list[SpooledRow] = []
+
+    def read(self, max_rows: int = BATCH_ROWS, max_bytes: int = BATCH_BYTES) -> list[SpooledRow]:
+        """The rows behind the last acknowledged one, in order; at least one if there is one.
+
+        Args:
+            max_rows: Most rows.
+            max_bytes: Most bytes of JSON, unless the first row alone has more.
+
+        Raises:
+            SpoolDamagedError: A line is damaged or a number is missing.
+        """
+        self._read, size = [], 0
+        for row in self._following():
+            size += len(row.payload)
+            if self._read and (len(self._read) >= max_rows or size > max_bytes):
+                break
+            self._read.append(row)
+        return self._read
+
+    def _following(self) -> Iterator[SpooledRow]:
+        current, offset = self._at
+        expected = self.acked + 1
+        for segment in _segments(self._folder):
+            if current is not None and segment < current:
+                continue
+            for payload, end in _lines(segment, offset if segment == current else 0):
+                row = orjson.loads(payload)
+                if row["seq"] < expected:
+                    continue
+                if row["seq"] > expected:
+                    raise SpoolDamagedError(
+                        f"the spool lacks row {expected}: {segment} has {row['seq']} instead"
+                    )
+                expected += 1
+                yield SpooledRow(row["seq"], row["type"], payload, segment, end)
+
+    def ack(self, seq: int) -> None:
+        """Never read rows up to ``seq`` again, and delete the segments that hold nothing else."""
+        if seq <= self.acked:
+            return
+        self.acked = seq
+        write_atomically(self._mark, b"%d" % seq)
+        done = [row for row in self._read if row.seq <= seq]
+        if done:
+            self._at = (done[-1].segment, done[-1].end)
+            for segment in _segments(self._folder):
+                if segment < done[-1].segment:
+                    segment.unlink(missing_ok=True)

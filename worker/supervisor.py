@@ -1,0 +1,241 @@
+"""Carries one attempt from its lease to its outcome.
+
+The thread that calls `Supervisor.run` starts the trainer and waits for it. Beside it run four threads: heartbeats,
+directives, the sender of the spool and the uploader of checkpoints. At the end the order is: every row acknowledged, every
+checkpoint committed, then the outcome; so a job that has succeeded is all there.
+"""
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import structlog
+
+from dar.errors import DARError
+from dar.protocol.worker import Complete, Fail, Lease, Release
+from dar.settings import Settings
+from worker.api import GaveUpError, WorkerClient
+from worker.checkpoints import CheckpointUploader
+from worker.folders import AttemptRecord, SlotFolder, read_if_there
+from worker.inputs import InputFetcher, LocalInputs
+from worker.launch import ExitCode, Launch, Result
+from worker.renewal import DirectiveListener, Heartbeats
+from worker.sender import SpoolSender
+from worker.spool import SpoolReader
+from worker.state import LOST, AttemptState
+from worker.stopping import Stopping
+from worker.trainer import TrainerExit, TrainerProcess, trainer_environment
+from worker.verdict import Finished, Verdict, failure, judge
+
+log = structlog.get_logger(__name__)
+
+TRAINER_COMMAND = (sys.executable, "-m", "worker.attempt")
+LOOK_SECONDS = 0.05
+LAST_ROWS_SECONDS = 20.0
+"""How long a worker that is being stopped goes on sending; the rest stays on disk for its next start."""
+LAST_WORD_SECONDS = 5.0
+"""How long it then tries to report the outcome; without it the next start of the worker frees the job."""
+CANCELLED_ROWS_SECONDS = 2.0
+"""How long a cancellation waits for the last rows; they are sent afterwards in any case."""
+
+
+class Supervisor:
+    """Runs one attempt.
+
+    Args:
+        settings: This installation's.
+        lease: The job to run.
+        folder: The slot's.
+        drain: Set when the worker is being stopped.
+        command: The trainer's command line.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        lease: Lease,
+        folder: SlotFolder,
+        drain: threading.Event,
+        command: Sequence[str] = TRAINER_COMMAND,
+    ) -> None:
+        self._settings = settings
+        self._lease = lease
+        self._slot_folder = folder
+        self._folder = folder.attempt(lease.lease_id)
+        self._record = AttemptRecord(
+            lease_id=lease.lease_id, job_id=lease.job_id, attempt=lease.attempt
+        )
+        self._state = AttemptState(lease, self._folder, drain)
+        self._command = command
+        self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
+        self._client = self._new_client()
+        self._uploader = CheckpointUploader(self._state, self._client)
+        self._sender = SpoolSender(
+            SpoolReader(self._folder.spool),
+            self._client,
+            self._record,
+            self._uploader.take,
+            settings.spool_seconds,
+        )
+
+    def _new_client(self) -> WorkerClient:
+        return WorkerClient(
+            self._settings.service_url,
+            self._lease.token,
+            node=self._settings.node,
+            give_up=self._state.is_given_up,
+        )
+
+    def run(self) -> None:
+        """Run the attempt to its end. Never raises what concerns this attempt alone: that is reported."""
+        context = {"job": self._lease.job_id, "attempt": self._lease.attempt}
+        log.info("attempt begins", **context)
+        self._folder.create(self._record)
+        self._spawn_messengers()
+        verdict: Verdict | None = None
+        try:
+            verdict = self._execute()
+            if verdict is not None:
+                self._report(verdict)
+        except GaveUpError:
+            log.warning("outcome not reported", **context)
+        except LOST as error:
+            self._state.lose(error)
+        finally:
+            self._state.over.set()
+            self._client.close()
+            self._tidy(verdict)
+            log.info("attempt ends", verdict=repr(verdict)[:500], **context)
+
+    def _spawn_messengers(self) -> None:
+        heartbeats = Heartbeats(self._state, self._client, self._settings.heartbeat_seconds)
+        listener = DirectiveListener(self._state, self._new_client())
+        self._state.spawn("heartbeats", heartbeats.run)
+        self._state.spawn("directives", listener.run)
+
+    def _execute(self) -> Verdict | None:
+        """Fetch, train, send; None when the lease is lost."""
+        try:
+            inputs = InputFetcher(self._state, self._client, self._settings.models_path).fetch()
+        except GaveUpError:
+            return self._verdict_without_trainer()
+        except LOST:
+            raise
+        except DARError as error:
+            return failure(self._lease.attempt, error)
+        ended = self._train(inputs)
+        if self._state.lost.is_set():
+            return None
+        return self._judge(ended)
+
+    def _verdict_without_trainer(self) -> Verdict | None:
+        if self._state.lost.is_set():
+            return None
+        if self._state.failure is not None:
+            return failure(self._lease.attempt, self._state.failure)
+        reason = self._stopping.reason() or "drain"
+        return Release(
+            attempt=self._lease.attempt, reason="cancelled" if reason == "cancel" else "drained"
+        )
+
+    def _train(self, inputs: LocalInputs) -> TrainerExit:
+        environment = trainer_environment(
+            self._settings.devices,
+            self._settings.torch_threads,
+            is_offline=self._settings.is_offline,
+        )
+        sender = self._state.spawn("sender", self._sender.run)
+        uploader = self._state.spawn("uploader", self._uploader.run)
+        trainer = TrainerProcess(self._command, self._folder, self._launch(inputs), environment)
+        log.info("trainer started", pid=trainer.pid)
+        try:
+            while (ended := trainer.poll()) is None:
+                self._stopping.enforce(trainer)
+                time.sleep(LOOK_SECONDS)
+        finally:
+            trainer.kill()
+        log.info("trainer ended", code=ended.code)
+        self._deliver(sender, uploader, is_finished=ended.code == ExitCode.FINISHED)
+        return ended
+
+    def _launch(self, inputs: LocalInputs) -> Launch:
+        lease = self._lease
+        return Launch(
+            folder=self._folder.path,
+            job_id=lease.job_id,
+            spec=lease.spec,
+            seed=lease.seed,
+            total_steps=lease.total_steps,
+            model_folder=inputs.model_folder,
+            hub_model=None if inputs.model_folder is not None else lease.model.name,
+            adapters=inputs.adapters,
+            training_file=inputs.training_file,
+            resume_from=inputs.resume_from,
+            reward_secret=lease.reward_secret,
+            threads=self._settings.torch_threads,
+            is_offline=self._settings.is_offline,
+        )
+
+    def _deliver(
+        self, sender: threading.Thread, uploader: threading.Thread, *, is_finished: bool
+    ) -> None:
+        """Wait until all rows and checkpoints have arrived, or nobody may wait any more."""
+        is_cancelled = self._stopping.asked == "cancel" and not is_finished
+        until = time.monotonic() + CANCELLED_ROWS_SECONDS if is_cancelled else math.inf
+        self._sender.finish()
+        self._await(sender, until)
+        self._uploader.finish()
+        self._await(uploader, until)
+
+    def _await(self, thread: threading.Thread, until: float) -> None:
+        while thread.is_alive() and time.monotonic() < until:
+            thread.join(LOOK_SECONDS)
+            if self._state.drain.is_set() and self._state.gives_up_at is None:
+                self._state.gives_up_at = self._stopping.last_call(LAST_ROWS_SECONDS)
+
+    def _judge(self, ended: TrainerExit) -> Verdict:
+        if self._state.failure is not None:
+            return failure(self._lease.attempt, self._state.failure)
+        content = read_if_there(self._folder.result)
+        result = None if content is None else Result.model_validate_json(content)
+        return judge(self._lease.attempt, ended, result, self._stopping.asked)
+
+    def _report(self, verdict: Verdict) -> None:
+        said = self._complete(verdict) if isinstance(verdict, Finished) else verdict
+        self._state.gives_up_at = (
+            None  # what was spent on rows and checkpoints leaves time for this
+        )
+        self._state.reporting.set()
+        outcome = self._client.persist(
+            lambda: self._client.end(self._lease.lease_id, said), "outcome", give_up=self._is_late
+        )
+        log.info("outcome reported", job=self._lease.job_id, status=outcome.status)
+
+    def _is_late(self) -> bool:
+        if self._state.drain.is_set() and self._state.gives_up_at is None:
+            self._state.gives_up_at = time.monotonic() + LAST_WORD_SECONDS
+        return self._state.is_given_up()
+
+    def _complete(self, finished: Finished) -> Complete | Fail:
+        checkpoint_id = self._uploader.committed.get(self._lease.total_steps)
+        if checkpoint_id is None:
+            if self._state.is_given_up():
+                raise GaveUpError("complete")
+            error = DARError(
+                f"the trainer said that it finished, but published no checkpoint of step {self._lease.total_steps}",
+                code="checkpoint_missing",
+            )
+            return failure(self._lease.attempt, error)
+        return Complete(
+            attempt=self._lease.attempt,
+            last_seq=finished.last_seq,
+            checkpoint_id=checkpoint_id,
+        )
+
+    def _tidy(self, verdict: Verdict | None) -> None:
+        """Remove what nobody needs any more; unsent rows stay, and are sent with the worker's own key."""
+        if isinstance(verdict, Fail):
+            self._slot_folder.keep_log(self._folder, self._record)
+        self._folder.strip()

@@ -1,0 +1,183 @@
+"""The trainer process: started fresh, in a session of its own, and never outliving its worker.
+
+Three things end it with its worker: the kernel (`die_with_parent`), the end of its stdin, and the next worker of the slot,
+which kills what it finds (`kill_leftover`).
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from dar.settings import inherited_environment
+from worker.folders import AttemptFolder, read_if_there, write_atomically
+from worker.launch import Launch, Order
+
+PR_SET_PDEATHSIG = 1
+LOG_TAIL_BYTES = 4096
+KILL_SECONDS = 10.0
+PASSED_ON = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+)
+"""Variables of the worker's environment that its trainers see; no key is among them."""
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def trainer_environment(devices: str | None, threads: int, *, is_offline: bool) -> dict[str, str]:
+    """The whole environment of a trainer.
+
+    Args:
+        devices: ``CUDA_VISIBLE_DEVICES``; None: all.
+        threads: CPU threads.
+        is_offline: Whether it may not reach the model hub.
+    """
+    environment = inherited_environment(PASSED_ON) | {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    if is_offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    return environment
+
+
+def start_ticks(pid: int) -> int | None:
+    """When process ``pid`` started, in clock ticks since boot: with the pid it names a process. None: it is gone."""
+    content = read_if_there(Path(f"/proc/{pid}/stat"))
+    if content is None:
+        return None
+    fields = content.rpartition(b")")[2].split()  # the command before it may hold spaces
+    return None if fields[0] == b"Z" else int(fields[19])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerExit:
+    """How a trainer process ended."""
+
+    code: int
+    """Exit code; the negative number of the signal that killed it."""
+    log_tail: str
+
+    @property
+    def signal_name(self) -> str | None:
+        """Name of the signal that killed it, if one did."""
+        return signal.Signals(-self.code).name if self.code < 0 else None
+
+
+class TrainerProcess:
+    """A running trainer.
+
+    The thread that makes it must live until it has ended: the kernel counts that thread's end as the parent's death.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: AttemptFolder,
+        launch: Launch,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._folder = folder
+        self._secret = launch.reward_secret
+        with folder.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=folder.path,
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        identity = {"pid": self.pid, "started": start_ticks(self.pid)}
+        write_atomically(folder.trainer, orjson.dumps(identity))
+        self._tell(launch.model_dump_json())
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died; `poll` reports how
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+
+    def order(self, order: Order) -> None:
+        """Tell the trainer what is wanted of it."""
+        self._tell(order.model_dump_json())
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the trainer and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def poll(self) -> TrainerExit | None:
+        """How the trainer ended; None while it runs. What it started and left behind is killed first."""
+        if self._process.returncode is None:
+            how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if how is None:
+                return None
+            self.signal(
+                signal.SIGKILL
+            )  # while the leader is not reaped, the group's id is still its own
+            self._process.wait()
+            self._close_stdin()
+            self._folder.trainer.unlink(missing_ok=True)
+        return TrainerExit(self._process.returncode, self.log_tail())
+
+    def kill(self) -> TrainerExit:
+        """End the trainer and everything it started at once."""
+        while (ended := self.poll()) is None:
+            self.signal(signal.SIGKILL)
+            time.sleep(0.01)
+        return ended
+
+    def _close_stdin(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def log_tail(self) -> str:
+        """The end of what the trainer printed, without the reward secret."""
+        with self._folder.log.open("rb") as file:
+            file.seek(max(0, self._folder.log.stat().st_size - LOG_TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+        return text.replace(self._secret, "…") if self._secret else text
+
+
+def kill_leftover(folder: AttemptFolder) -> bool:
+    """Kill the trainer that a dead worker left in ``folder``, if that very process still runs.
+
+    Returns:
+        Whether there was one.
+    """
+    content = read_if_there(folder.trainer)
+    if content is None:
+        return False
+    identity = orjson.loads(content)
+    pid, started = identity["pid"], identity["started"]
+    if started is None or start_ticks(pid) != started:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    until = time.monotonic() + KILL_SECONDS
+    while start_ticks(pid) == started and time.monotonic() < until:
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,75 @@
+"""What the service is told about an attempt that has ended: a pure function of how it ended."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dar.errors import DARError
+from dar.protocol.worker import Fail, Release
+from worker.launch import ExitCode, Result
+from worker.trainer import TrainerExit
+
+Reason = Literal["cancel", "drain"]
+
+MESSAGE_LENGTH = 8000
+"""What `Fail.message` may hold."""
+OUT_OF_MEMORY_HINT = (
+    "The usual reason is that the machine ran out of memory: use a smaller batch_size, dar_k, max_new_tokens or model, "
+    "or give the worker more memory."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The trainer trained to the end; what it made must arrive before the job succeeds."""
+
+    last_seq: int
+
+
+Verdict = Finished | Fail | Release
+
+
+def judge(attempt: int, ended: TrainerExit, result: Result | None, asked: Reason | None) -> Verdict:
+    """What became of an attempt.
+
+    Args:
+        attempt: Its number.
+        ended: How its trainer's process ended.
+        result: What the trainer said of it; None when it could not.
+        asked: What the trainer was asked to do.
+    """
+    if ended.code == ExitCode.FINISHED and result is not None:
+        return Finished(result.last_seq)
+    if asked == "cancel":
+        return Release(attempt=attempt, reason="cancelled")
+    if asked == "drain" or ended.code == ExitCode.DRAINED:
+        return Release(attempt=attempt, reason="drained")
+    if result is not None and result.message is not None:
+        code = result.code or "trainer_failed"
+        if ended.code == ExitCode.USER_ERROR:
+            return Fail(
+                attempt=attempt,
+                kind="user",
+                code=code[:64],
+                message=result.message[:MESSAGE_LENGTH],
+                param=result.param,
+            )
+        if ended.code == ExitCode.REWARD_UNAVAILABLE:
+            return Release(
+                attempt=attempt, reason="waiting_for_reward", message=result.message[:2000]
+            )
+    return Fail(attempt=attempt, kind="transient", code="trainer_crashed", message=crash(ended))
+
+
+def crash(ended: TrainerExit) -> str:
+    """A crash in words, with the end of the trainer's log."""
+    how = f"exit code {ended.code}" if ended.signal_name is None else ended.signal_name
+    hint = f" {OUT_OF_MEMORY_HINT}" if ended.signal_name == "SIGKILL" else ""
+    tail = f"\n{ended.log_tail.strip()}" if ended.log_tail.strip() else ""
+    return f"the trainer ended with {how}.{hint}{tail}"[:MESSAGE_LENGTH]
+
+
+def failure(attempt: int, error: BaseException) -> Fail:
+    """What to say when the worker itself could not go on with the attempt."""
+    code = error.error_code if isinstance(error, DARError) else "worker_error"
+    message = f"the worker could not go on with the attempt: {error}"
+    return Fail(attempt=attempt, kind="transient", code=code, message=message[:MESSAGE_LENGTH])
