@@ -6,11 +6,12 @@ Importing this package is light: each name is loaded when it is first used, so t
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dar.version import __version__
+
 if TYPE_CHECKING:
     from dar.client import Client
     from dar.training import DARConfig, DARTrainer, DataCollatorForDAR
 
-__version__ = "0.1.0"
 __all__ = ["Client", "DARConfig", "DARTrainer", "DataCollatorForDAR", "__version__"]
 
 _HOMES = {

@@ -116,8 +116,9 @@ def reference() -> str:
         "Metrics": metrics(),
         "Commands": commands(),
     }  # fmt: skip
+    text = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
     head = "# Reference\n\nWritten by `python docs/build_reference.py` from the code.\n"
-    return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+    return head + text.replace("``", "`")
 
 
 if __name__ == "__main__":

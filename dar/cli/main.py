@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from dar import __version__
 from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
+from dar.version import __version__
 
 EXIT_ERROR, EXIT_AUTH, EXIT_NOT_FOUND, EXIT_UNREACHABLE = 1, 4, 5, 7
 

