@@ -9,9 +9,9 @@ from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from dar import __version__
 from dar.protocol import spec, worker
 from dar.settings import Settings
+from dar.version import __version__
 from service import auth, errors, keys, migrate
 from service.api import (
     checkpoints,
@@ -23,6 +23,7 @@ from service.api import (
     leases,
     metrics,
     models,
+    query,
     samples,
     uploads,
 )
@@ -87,12 +88,13 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     errors.install(app)
     app.add_middleware(RequestMiddleware)
     app.include_router(health.router)
     for module in ROUTERS:
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Depends(query.refuse_unknown)])
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(auth.principal)])
     def openapi() -> dict[str, Any]:

@@ -58,6 +58,8 @@ def render(
     if isinstance(error, ConflictError):
         # Without it the OpenAI client sends a request that can never succeed three times.
         extra["x-should-retry"] = "false"
+    if error.status == 413:
+        extra["connection"] = "close"  # the rest of the body is never read
     if error.status == 401:
         extra["www-authenticate"] = "Bearer"
     if error.status in {429, 503}:
@@ -165,8 +167,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         made = NotFoundError(f"there is no route {here}; /openapi.json lists those there are")
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        made = MethodNotAllowedError(f"{here} is not offered; this path takes {allowed}")
+        made = MethodNotAllowedError(f"{here} is not offered; this path takes other methods")
     elif error.status_code == 413:
         made = PayloadTooLargeError(str(error.detail))
     elif error.status_code < 500:

@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dar.protocol.ids import new_id
@@ -37,6 +38,7 @@ def configure(level: str) -> None:
             processor=structlog.processors.JSONRenderer(), foreign_pre_chain=shared
         )
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.INFO))
@@ -67,7 +69,10 @@ class RequestMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self.app(scope, receive, send_with_id)
+            except ClientDisconnect:
+                log.debug("client left", method=scope["method"], path=scope["path"])
             except Exception:
+                # Outermost frame of a request: whatever it was, the client gets an answer.
                 log.exception("unhandled error", method=scope["method"], path=scope["path"])
                 if status == 0:
                     await errors.internal_error(request_id)(scope, receive, send_with_id)

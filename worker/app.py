@@ -66,21 +66,22 @@ class Process:
         """Run until SIGTERM or SIGINT, and until the running job has left. Returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._drain)
+        code = 0
         if self._broker_url is None:
             self._poll.start()
         else:
-            self._run_celery(self._broker_url)
+            code = self._run_celery(self._broker_url)
             self._slot.drain.set()
         while self._poll.is_alive():
             self._poll.join(JOIN_SECONDS)  # in slices, so that a signal is handled meanwhile
-        log.info("worker stopped")
-        return 0
+        log.info("worker stopped", code=code)
+        return code
 
     def _drain(self, number: int, _frame: FrameType | None) -> None:
         log.info("stopping: the running job writes a checkpoint and leaves", signal=number)
         self._slot.drain.set()
 
-    def _run_celery(self, broker_url: str) -> None:
+    def _run_celery(self, broker_url: str) -> int:
         app = make_app(broker_url, self._slot)
 
         def start_polling(**_: object) -> None:
@@ -110,3 +111,4 @@ class Process:
             without_heartbeat=True,
         )
         worker.start()
+        return int(worker.exitcode or 0)

@@ -43,8 +43,8 @@ def local_model(lease: Lease, models_path: Path) -> Path | None:
     """The folder of the job's model on this machine, if it need not be fetched."""
     if lease.model.kind != "folder" or lease.model.checkpoint_id is not None:
         return None
-    folder = models_path / lease.model.name
-    return folder if lease.model.name and folder.is_dir() else None
+    folder = safe_path(models_path, lease.model.name)
+    return folder if folder.is_dir() else None
 
 
 def safe_path(folder: Path, name: str) -> Path:

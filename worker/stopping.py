@@ -14,6 +14,8 @@ log = structlog.get_logger(__name__)
 
 TERMINATION_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
+LAST_ROWS_SECONDS = 20.0
+"""How long a worker that is being stopped goes on sending; the rest stays on disk for its next start."""
 
 
 class Stopping:
@@ -63,10 +65,13 @@ class Stopping:
             trainer.signal(signal.SIGTERM)
             self._is_terminated = True
 
-    def last_call(self, seconds: float) -> float:
+    def last_call(self) -> float:
         """Monotonic instant until which a worker that is being stopped may still send.
 
-        At least ``seconds`` from now; more, if the trainer left early, because its last checkpoint has to arrive too.
+        Twenty seconds from now, or longer if the trainer left early, because its last checkpoint has to arrive too.
         """
-        drain_began = self._asked_at if self.asked == "drain" else time.monotonic()
-        return max(time.monotonic() + seconds, drain_began + self._drain_seconds)
+        now = time.monotonic()
+        drain_began = self._asked_at if self.asked == "drain" else now
+        return max(
+            now + min(LAST_ROWS_SECONDS, self._drain_seconds), drain_began + self._drain_seconds
+        )

@@ -33,8 +33,6 @@ log = structlog.get_logger(__name__)
 
 TRAINER_COMMAND = (sys.executable, "-m", "worker.attempt")
 LOOK_SECONDS = 0.05
-LAST_ROWS_SECONDS = 20.0
-"""How long a worker that is being stopped goes on sending; the rest stays on disk for its next start."""
 LAST_WORD_SECONDS = 5.0
 """How long it then tries to report the outcome; without it the next start of the worker frees the job."""
 CANCELLED_ROWS_SECONDS = 2.0
@@ -89,14 +87,12 @@ class Supervisor:
         )
 
     def run(self) -> None:
-        """Run the attempt to its end. Never raises what concerns this attempt alone: that is reported."""
+        """Run the attempt to its end. What goes wrong is reported to the service, not raised."""
         context = {"job": self._lease.job_id, "attempt": self._lease.attempt}
         log.info("attempt begins", **context)
-        self._folder.create(self._record)
-        self._spawn_messengers()
         verdict: Verdict | None = None
         try:
-            verdict = self._execute()
+            verdict = self._execute_or_fail()
             if verdict is not None:
                 self._report(verdict)
         except GaveUpError:
@@ -108,6 +104,19 @@ class Supervisor:
             self._client.close()
             self._tidy(verdict)
             log.info("attempt ends", verdict=repr(verdict)[:500], **context)
+
+    def _execute_or_fail(self) -> Verdict | None:
+        try:
+            self._folder.create(self._record)
+            self._spawn_messengers()
+            return self._execute()
+        except (GaveUpError, *LOST):
+            raise
+        except (
+            Exception
+        ) as error:  # outermost frame of an attempt: whatever it is, the job must go on elsewhere
+            log.exception("attempt cannot go on")
+            return failure(self._lease.attempt, error)
 
     def _spawn_messengers(self) -> None:
         heartbeats = Heartbeats(self._state, self._client, self._settings.heartbeat_seconds)
@@ -193,7 +202,7 @@ class Supervisor:
         while thread.is_alive() and time.monotonic() < until:
             thread.join(LOOK_SECONDS)
             if self._state.drain.is_set() and self._state.gives_up_at is None:
-                self._state.gives_up_at = self._stopping.last_call(LAST_ROWS_SECONDS)
+                self._state.gives_up_at = self._stopping.last_call()
 
     def _judge(self, ended: TrainerExit) -> Verdict:
         if self._state.failure is not None:

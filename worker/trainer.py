@@ -80,7 +80,12 @@ class TrainerExit:
     @property
     def signal_name(self) -> str | None:
         """Name of the signal that killed it, if one did."""
-        return signal.Signals(-self.code).name if self.code < 0 else None
+        if self.code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.code).name
+        except ValueError:  # a real-time signal
+            return f"signal {-self.code}"
 
 
 class TrainerProcess:

@@ -42,7 +42,7 @@ SPEC: dict[str, Any] = {
         "dar_k": 4,
         "dar_wclip": 20,
         "adv_norm": "none",
-        "learning_rate": 2e-4,
+        "learning_rate": 3e-4,
         "batch_size": 16,
         "max_steps": JOB_STEPS,
         "warmup_steps": 5,
@@ -186,7 +186,8 @@ def run(*, home: Path | None, as_json: bool) -> None:
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     screen = Screen()
     screen.console.print(
-        "A small model learns to write pleased reviews. Its reward comes from a service of yours, over HTTP.\n"
+        "A small model learns to write pleased reviews. Its reward comes from a service of yours, over HTTP.\n",
+        soft_wrap=True,
     )
     with Session(settings.home) as session:
         port = free_port()

@@ -1,6 +1,8 @@
 """What the demo shows, all on stderr: a bar for what takes long, a line for what is done, samples at the end."""
 
 import contextlib
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,16 +89,18 @@ def show_next(screen: Screen, settings: Settings, job: Job, weights: Path) -> No
     """How to look further."""
     key = settings.home / "api_key"
     url = settings.service_url
+    # `make demo` runs the command of a virtual environment that is not on the PATH.
+    dar = "dar" if shutil.which("dar") else sys.argv[0]
     home = f" --home {settings.home}" if "home" in settings.model_fields_set else ""
     screen.console.print(
         f"""
 The weights are in {weights}
 Everything is stopped now. To look at the job again:
 
-  dar up{home}
+  {dar} up{home}
   curl -H "Authorization: Bearer $(cat {key})" {url}/v1/fine_tuning/jobs/{job.id}
   curl -H "Authorization: Bearer $(cat {key})" {url}/v1/fine_tuning/jobs/{job.id}/metrics
-  curl -H "Authorization: Bearer $(cat {key})" {url}/v1/fine_tuning/jobs/{job.id}/samples?limit=3
+  curl -H "Authorization: Bearer $(cat {key})" '{url}/v1/fine_tuning/jobs/{job.id}/samples?limit=3'
 
 Your own reward is a function and a URL: see the README.""",
         soft_wrap=True,

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from dar import __version__
 from dar.errors import RewardContractError, RewardMisconfiguredError
 from dar.protocol.rewards import MAX_REQUEST_BYTES, decode_response
 from dar.protocol.spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
@@ -31,6 +30,7 @@ from dar.rewards.wire import (
     encode_request,
     encode_sample,
 )
+from dar.version import __version__
 
 logger = logging.getLogger(__name__)
 KEEPALIVE_SECONDS = 15.0

@@ -37,7 +37,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dar import __version__
 from dar.errors import (
     DARError,
     InvalidRequestError,
@@ -56,6 +55,7 @@ from dar.protocol.rewards import (
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Skipped
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.rewards.signing import decode_secret, verify
+from dar.version import __version__
 
 logger = logging.getLogger(__name__)
 REMEMBERED_ANSWERS = 256

@@ -91,6 +91,12 @@ def publish(
     return Published(target, made, hashlib.sha256(body).hexdigest())
 
 
+def copy_files(source: Path, target: Path, manifest: Manifest) -> None:
+    """Copy what ``manifest`` lists from one checkpoint folder into another that has its sub-folders."""
+    for file in manifest.files:
+        shutil.copyfile(source / file.name, target / file.name)
+
+
 def sweep(root: Path) -> None:
     """Remove what killed processes left half-written."""
     for leftover in root.glob(f"{TEMPORARY_PREFIX}*"):

@@ -27,6 +27,12 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "include_num_input_tokens_seen": ("no", False),
     "enable_jit_checkpoint": (False,),
     "save_only_model": (False,),
+    "save_strategy": ("steps", "no"),
+    "logging_strategy": ("steps", "no"),
+    "push_to_hub": (False,),
+    "data_seed": (None,),
+    "torch_empty_cache_steps": (None,),
+    "train_sampling_strategy": ("random",),
 }
 """Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
 refused: an option is never accepted and then ignored."""

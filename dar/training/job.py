@@ -70,11 +70,10 @@ def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
     _prepare_process(inputs.threads)
     sink.phase("starting", 0, "loading the model")
     trainer = build_trainer(inputs, sink, control)
-    first_step = trainer.state.global_step
     try:
         trainer.train(resume_from_checkpoint=inputs.resume_from)
     except torch.OutOfMemoryError as error:
-        if trainer.state.global_step > first_step:
+        if trainer.state.global_step > 0:
             raise  # it had fitted before, so it may fit again
         raise TrainingError(
             f"the model does not fit into the GPU's memory: {error}; train an adapter (peft), or lower max_new_tokens",
@@ -142,6 +141,7 @@ def job_config(inputs: JobInputs) -> DARConfig:
         adam_beta1=hyper.adam_beta1,
         adam_beta2=hyper.adam_beta2,
         bf16=_is_bf16(spec),
+        use_cpu=not torch.cuda.is_available(),
         seed=inputs.seed,
         save_strategy="steps",
         save_steps=spec.checkpointing.every_steps
@@ -154,9 +154,13 @@ def job_config(inputs: JobInputs) -> DARConfig:
 
 
 def _is_bf16(spec: DARSpec) -> bool:
-    if spec.precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return spec.precision == "bf16"
+    has_gpu = torch.cuda.is_available()
+    is_supported = not has_gpu or torch.cuda.is_bf16_supported()
+    if spec.precision == "bf16" and not is_supported:
+        raise TrainingError(
+            "this GPU has no bfloat16; send precision fp32 or auto", param="method.dar.precision"
+        )
+    return spec.precision == "bf16" or (spec.precision == "auto" and has_gpu and is_supported)
 
 
 def _prepare_process(threads: int) -> None:

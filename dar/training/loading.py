@@ -1,11 +1,15 @@
 """Loading models without running anything that comes with them."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -97,12 +101,36 @@ def merge_adapters(model: PreTrainedModel, adapters: Sequence[Path]) -> PreTrain
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise TrainingError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}", param="model")
         try:
-            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            with _quiet_peft():
+                model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise TrainingError(
                 f"the adapter {folder} does not fit the model: {error}", param="model"
             ) from error
-    return model
+    return model.requires_grad_(requires_grad=True)  # peft has frozen it
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put a fresh adapter on ``model``, which is frozen.
+
+    Raises:
+        TrainingError: The adapter names modules that the model has not.
+    """
+    try:
+        with _quiet_peft():
+            return get_peft_model(model, copy.deepcopy(config))  # which peft fills in
+    except ValueError as error:
+        raise TrainingError(
+            f"the adapter does not fit the model: {error}", param="method.dar.peft.target_modules"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # peft 0.19 asks transformers 5.23 for a property that is being renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def lora_config(spec: LoraSpec) -> LoraConfig:
@@ -118,11 +146,29 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0: log-probabilities are compared between passes, and noise would be taken for signal."""
-    for module in model.modules():
+    for path, module in model.named_modules():
+        if "lora_dropout" in path:
+            continue  # an adapter's own dropout is asked for by name, and acts in training passes only
         for name, value in list(vars(module).items()):
             is_probability = name == "p" and isinstance(module, nn.Dropout)
             if isinstance(value, float) and (is_probability or "drop" in name):
                 setattr(module, name, 0.0)
+
+
+def check_forward(model: LanguageModel) -> None:
+    """Refuse an architecture that cannot be told positions, or cannot leave out logits.
+
+    Raises:
+        TrainingError: It is one.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    missing = {"position_ids", "logits_to_keep"} - inspect.signature(base.forward).parameters.keys()
+    if missing:
+        raise TrainingError(
+            f"{type(base).__name__} takes no {' and no '.join(sorted(missing))}, without which padded sequences have wrong "
+            "log-probabilities; use a decoder-only model of another architecture",
+            param="model",
+        )
 
 
 def context_length(model: LanguageModel) -> int | None:

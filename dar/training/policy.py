@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dar.errors import InvalidRequestError
 from dar.training import loading
 from dar.training.config import DARConfig
 from dar.training.fingerprint import weights_sketch
@@ -40,6 +41,7 @@ class Policy:
         """Load what is missing, add the adapter, freeze the reference; see `dar.DARTrainer` for the arguments.
 
         Raises:
+            InvalidRequestError: ``model`` has an adapter already and is to get another.
             TrainingError: A model or tokenizer cannot be loaded.
         """
         source = model if isinstance(model, str) else str(model.name_or_path)
@@ -47,14 +49,19 @@ class Policy:
         policy = (
             loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
         )
+        loading.check_forward(policy)
         loading.disable_dropout(policy)
         sketch = weights_sketch(policy)
         reference: nn.Module | None = ref_model
         transformers.set_seed(config.seed)  # an adapter begins at random
         if peft_config is not None:
-            policy = get_peft_model(policy, peft_config)
+            if isinstance(policy, PeftModel):
+                raise InvalidRequestError(
+                    "the model has an adapter already; leave peft_config out to train that one, or merge it first"
+                )
+            policy = loading.add_adapter(policy, peft_config)
         if isinstance(policy, PeftModel):
-            policy.active_peft_config.base_model_name_or_path = base_name or source
+            policy.active_peft_config.base_model_name_or_path = base_name or source or None
         elif reference is None and config.alpha > 0:
             reference = copy.deepcopy(policy)
         if reference is not None:

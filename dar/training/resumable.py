@@ -1,5 +1,7 @@
 """`ResumableTrainer`: transformers' trainer with checkpoints of our own, whole, verified and without pickles."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import CheckpointError, InvalidRequestError
-from dar.protocol.checkpoints import RESUME_FOLDER, Manifest
+from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile
 from dar.training import checkpoint
 from dar.training.config import DARConfig
 from dar.training.fingerprint import environment
@@ -77,39 +79,63 @@ class ResumableTrainer(Trainer):
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
         """
         checkpoint.sweep(self.checkpoints)
-        resume = self._open(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume, trial, ignore_keys_for_eval)
-
-    def _open(self, folder: str | Path | bool) -> str:
-        if isinstance(folder, bool):
+        if not resume_from_checkpoint:
+            return super().train(None, trial, ignore_keys_for_eval)
+        if isinstance(resume_from_checkpoint, bool):
             raise InvalidRequestError("resume_from_checkpoint must name the checkpoint's folder")
-        manifest = checkpoint.verify(Path(folder))
+        folder = Path(resume_from_checkpoint)
+        manifest = self._open(folder)
+        if manifest.step >= self.args.max_steps:
+            return self._finish_again(folder, manifest)
+        return super().train(str(folder / RESUME_FOLDER), trial, ignore_keys_for_eval)
+
+    def _open(self, folder: Path) -> Manifest:
+        manifest = checkpoint.verify(folder)
         if manifest.config_sha256 != self.config_sha256:
             raise CheckpointError(
                 f"the checkpoint {folder} was made with other hyperparameters, data or base weights; "
                 "resume with the same ones, or start anew from its model"
             )
-        self._resume = checkpoint.ResumeState.load(Path(folder))
-        return str(Path(folder) / RESUME_FOLDER)
+        self._resume = checkpoint.ResumeState.load(folder)
+        return manifest
+
+    def _finish_again(self, folder: Path, manifest: Manifest) -> TrainOutput:
+        """The last step was done before: publish its checkpoint here too, so that whoever waits for it finds it."""
+        checkpoint.load_weights(self.model, folder)
+        self.state.global_step = manifest.step
+        self._publish(
+            lambda target: checkpoint.copy_files(folder, target, manifest),
+            lambda files, last_seq: manifest.model_copy(
+                update={"files": files, "last_seq": last_seq}
+            ),
+        )
+        return TrainOutput(manifest.step, math.nan, {})
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401, ARG002 - as transformers
-        step = self.state.global_step
-        self.sink.phase("checkpointing", step)
-        last_seq = self.sink.flush()
-        published = checkpoint.publish(
-            self.checkpoints,
-            step,
-            write=self._write_checkpoint,
-            manifest=lambda files: Manifest(
-                step=step,
+        self._publish(
+            self._write_checkpoint,
+            lambda files, last_seq: Manifest(
+                step=self.state.global_step,
                 kind="adapter" if isinstance(self.model, PeftModel) else "full",
                 last_seq=last_seq,
                 config_sha256=self.config_sha256,
                 metrics=self.step_values(),
                 files=files,
             ),
+        )
+
+    def _publish(
+        self,
+        write: Callable[[Path], None],
+        manifest: Callable[[list[ManifestFile], int], Manifest],
+    ) -> None:
+        step = self.state.global_step
+        self.sink.phase("checkpointing", step)
+        last_seq = self.sink.flush()
+        published = checkpoint.publish(
+            self.checkpoints, step, write=write, manifest=lambda files: manifest(files, last_seq)
         )
         self.published_step = step
         self.sink.checkpoint(step, published.folder, published.manifest, published.manifest_sha256)

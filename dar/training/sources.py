@@ -1,6 +1,7 @@
 """Where the scored completions of a step come from: sampled and scored now, or read from the data set."""
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 
@@ -10,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.rewards.base import RewardContext, RewardSample, SampleReward
 from dar.rewards.scorer import RewardScorer, ScoringStoppedError
+from dar.training import loading
 from dar.training.config import DARConfig
-from dar.training.data import Prompt, TokenPair
+from dar.training.data import Prompt, PromptEncoder, Rows, TokenPair
 from dar.training.loading import LanguageModel
+from dar.training.policy import Policy
 from dar.training.sampling import Completion, Sampler
 from dar.training.sink import Control, Sink, StopRequestedError, check
 from dar.training.steps import PromptStream, ScoredStep, Weigher
@@ -215,3 +218,46 @@ def _given(reward: float | None) -> SampleReward:
     if reward is None or not math.isfinite(reward):
         return SampleReward(None, "skip", None, {})
     return SampleReward(float(reward), "reward", None, {})
+
+
+def make_source(
+    policy: Policy,
+    config: DARConfig,
+    rows: Rows,
+    weigher: Weigher,
+    *,
+    scorer: RewardScorer | None,
+    job_id: str | None,
+    sink: Sink,
+    control: Control,
+) -> OnlineSource | ReplaySource:
+    """The step source of a training run: online with a scorer, offline without one.
+
+    Raises:
+        InvalidRequestError: A prompt and ``max_new_tokens`` do not fit into the model's context.
+    """
+    longest = config.max_length or loading.context_length(policy.model) or sys.maxsize
+    prompt_length = config.max_prompt_length or longest - config.max_new_tokens
+    if not 0 < prompt_length < longest:
+        raise InvalidRequestError(
+            f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, which is the most that "
+            "max_length or the model allows; lower max_new_tokens",
+            param="max_new_tokens",
+        )
+    tokenizer = policy.tokenizer
+    stream = PromptStream(rows, PromptEncoder(tokenizer, prompt_length), config, sink)
+    if scorer is None:
+        return ReplaySource(stream, weigher, config, tokenizer=tokenizer, sink=sink)
+    eos_ids = loading.eos_ids(policy.model, tokenizer)
+    sampler = Sampler(config, tokenizer, eos_ids=eos_ids, max_length=longest)
+    return OnlineSource(
+        policy.model,
+        stream,
+        sampler,
+        scorer,
+        weigher,
+        tokenizer=tokenizer,
+        sink=sink,
+        control=control,
+        job_id=job_id,
+    )

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +19,14 @@ from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.spec import Rewards
 from dar.rewards.functions import RewardFunction
 from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
-from dar.training import loading
 from dar.training.config import DARConfig
-from dar.training.data import DataCollatorForDAR, PromptEncoder, Rows, TokenPair, check_rows
+from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
 from dar.training.fingerprint import config_sha256
 from dar.training.logprobs import all_logps, completion_logps, forward_batches
 from dar.training.loss import dar_loss
 from dar.training.metrics import MetricsWindow, sample_rows, step_metrics
 from dar.training.policy import Policy
 from dar.training.resumable import ResumableTrainer
-from dar.training.sampling import Sampler
 from dar.training.sink import (
     Control,
     NullControl,
@@ -39,8 +36,8 @@ from dar.training.sink import (
     StopRequestedError,
     check,
 )
-from dar.training.sources import OnlineSource, ReplaySource
-from dar.training.steps import PromptStream, ScoredStep, StepShare, StepSource, Weigher
+from dar.training.sources import make_source
+from dar.training.steps import ScoredStep, StepShare, StepSource, Weigher
 
 RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Rewards
 """A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a job spec."""
@@ -151,7 +148,8 @@ class DARTrainer(ResumableTrainer):
         """What ended `train` before its time."""
         self._control: Control = control or NullControl()
         self._policy = policy
-        self._rewards = (reward_funcs, reward_weights, reward_secret, job_id)
+        self._rewards = (reward_funcs, reward_weights, reward_secret)
+        self._job_id = job_id
         self._window = MetricsWindow()
         self._reported: dict[str, float] = {}
         self._source: StepSource | None = None
@@ -180,7 +178,21 @@ class DARTrainer(ResumableTrainer):
         """
         self.stopped_by = None
         with contextlib.ExitStack() as stack:
-            self._source = self._make_source(stack)
+            weigher = Weigher(
+                self.args,
+                self._reference_logps if self.args.alpha > 0 else None,
+                self._policy_logps,
+            )
+            self._source = make_source(
+                self._policy,
+                self.args,
+                self.train_dataset,
+                weigher,
+                scorer=self._open_scorer(stack),
+                job_id=self._job_id,
+                sink=self.sink,
+                control=self._control,
+            )
             try:
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             except StopRequestedError:
@@ -194,52 +206,19 @@ class DARTrainer(ResumableTrainer):
 
     # --- what comes before the gradient ------------------------------------------------------------------------------
 
-    def _make_source(self, stack: contextlib.ExitStack) -> StepSource:
-        config, tokenizer = self.args, self._policy.tokenizer
-        longest = config.max_length or loading.context_length(self.model) or sys.maxsize
-        prompt_length = config.max_prompt_length or longest - config.max_new_tokens
-        if not 0 < prompt_length < longest:
-            raise InvalidRequestError(
-                f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, which is the most "
-                "that max_length or the model allows; lower max_new_tokens",
-                param="max_new_tokens",
-            )
-        encoder = PromptEncoder(tokenizer, prompt_length)
-        stream = PromptStream(self.train_dataset, encoder, config, self.sink)
-        reference = self._reference_logps if config.alpha > 0 else None
-        weigher = Weigher(config, reference, self._policy_logps)
-        scorer = self._make_scorer()
-        if scorer is None:
-            return ReplaySource(stream, weigher, config, tokenizer=tokenizer, sink=self.sink)
-        sampler = Sampler(
-            config,
-            tokenizer,
-            eos_ids=loading.eos_ids(self.model, tokenizer),
-            max_length=longest,
-        )
-        return OnlineSource(
-            self.model,
-            stream,
-            sampler,
-            stack.enter_context(scorer),
-            weigher,
-            tokenizer=tokenizer,
-            sink=self.sink,
-            control=self._control,
-            job_id=self._rewards[-1],
-        )
-
-    def _make_scorer(self) -> RewardScorer | None:
-        functions, weights, secret, job_id = self._rewards
+    def _open_scorer(self, stack: contextlib.ExitStack) -> RewardScorer | None:
+        functions, weights, secret = self._rewards
         if functions is None:
             return None
         if isinstance(functions, Rewards):
-            return scorer_from_spec(
-                functions, secret=secret, job_id=job_id, on_wait=self._tell_waiting
+            scorer = scorer_from_spec(
+                functions, secret=secret, job_id=self._job_id, on_wait=self._tell_waiting
             )
-        return scorer_from_functions(
-            functions, weights=weights, secret=secret, on_wait=self._tell_waiting
-        )
+        else:
+            scorer = scorer_from_functions(
+                functions, weights=weights, secret=secret, on_wait=self._tell_waiting
+            )
+        return stack.enter_context(scorer)
 
     def _tell_waiting(self, message: str) -> None:
         self.sink.phase("waiting_for_reward", self.state.global_step + 1, message)

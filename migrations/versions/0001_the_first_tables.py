@@ -95,11 +95,11 @@ def upgrade() -> None:
         sa.Column("retry_count", sa.Integer(), nullable=False),
         sa.CheckConstraint(
             "(finished_at IS NOT NULL) = (status IN ('cancelled', 'failed', 'succeeded'))",
-            name="ck_jobs_finished",
+            name=op.f("ck_jobs_finished"),
         ),
         sa.CheckConstraint(
             "status IN ('cancelled', 'failed', 'paused', 'pausing', 'queued', 'running', 'succeeded', 'validating_files')",
-            name="ck_jobs_status",
+            name=op.f("ck_jobs_status"),
         ),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name="fk_jobs_project_id_projects"
@@ -143,7 +143,7 @@ def upgrade() -> None:
         sa.Column("outcome", sa.JSON(none_as_null=True), nullable=True),
         sa.CheckConstraint(
             "status IN ('running', 'succeeded', 'failed', 'lost', 'drained', 'cancelled')",
-            name="ck_attempts_status",
+            name=op.f("ck_attempts_status"),
         ),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_attempts_job_id_jobs"),
         sa.PrimaryKeyConstraint("job_id", "number", name="pk_attempts"),
@@ -177,7 +177,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
             "status IN ('pending', 'available', 'deleting', 'deleted')",
-            name="ck_checkpoints_status",
+            name=op.f("ck_checkpoints_status"),
         ),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_checkpoints_job_id_jobs"),
         sa.PrimaryKeyConstraint("id", name="pk_checkpoints"),

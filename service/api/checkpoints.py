@@ -14,6 +14,7 @@ from service.runtime import CurrentRuntime
 from service.store import checkpoints, jobs, tables
 
 router = APIRouter(prefix=PATH, tags=["checkpoints"])
+FILE_PATH = "/{job_id}/checkpoints/{checkpoint_id}/files/{name:path}"
 
 
 @router.get("/{job_id}/checkpoints")
@@ -37,11 +38,8 @@ def get_checkpoint(
         return show(checkpoints.get(transaction, job.id, checkpoint_id))
 
 
-@router.api_route(
-    "/{job_id}/checkpoints/{checkpoint_id}/files/{name:path}",
-    methods=["GET", "HEAD"],
-    response_class=Response,
-)
+@router.head(FILE_PATH, response_class=Response, include_in_schema=False)
+@router.get(FILE_PATH, response_class=Response)
 def get_checkpoint_file(
     job_id: str,
     checkpoint_id: str,

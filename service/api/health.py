@@ -3,8 +3,8 @@
 from fastapi import APIRouter, Response
 from sqlalchemy.exc import SQLAlchemyError
 
-from dar import __version__
 from dar.protocol.health import Health, Ready
+from dar.version import __version__
 from service import migrate
 from service.runtime import CurrentRuntime, Runtime
 

@@ -52,6 +52,7 @@ def list_jobs(
     user: Reader,
     cursor: PageCursor,
     status: Annotated[JobStatus | None, Query()] = None,
+    _metadata: Annotated[str | None, Query(alias="metadata", description="See above.")] = None,
 ) -> Page[Job]:
     """The project's jobs, newest first; ``metadata[key]=value`` keeps those with that label."""
     labels = _labels(request)

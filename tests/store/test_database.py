@@ -60,9 +60,12 @@ def test_instants_come_back_aware_and_exact(database: Database) -> None:
 
 
 def test_a_naive_instant_never_reaches_the_database(database: Database) -> None:
-    with pytest.raises(StatementError, match="naive"), database.write() as transaction:
-        transaction.add(Project(id="proj-n", created_at=datetime(2026, 1, 1)))  # noqa: DTZ001 - the mistake under test
-        transaction.flush()
+    naive = datetime.now(UTC).replace(tzinfo=None)
+    with database.write() as transaction:
+        transaction.add(Project(id="proj-n", created_at=naive))
+        with pytest.raises(StatementError, match="naive"):
+            transaction.flush()
+        transaction.rollback()
 
 
 def test_many_writers_at_once_all_get_through(database: Database) -> None:

@@ -53,7 +53,7 @@ def test_gradient_checkpointing_does_not_cost_sampling_its_cache(
 ) -> None:
     model = make_model(scale=0.3)
     plain = sampler().sample(model, PROMPTS, step=1)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert sampler().sample(model.train(), PROMPTS, step=1) == plain
 
 

@@ -1,7 +1,6 @@
 """A whole installation made of real processes; only the training is scripted (`scripted_trainer.py`)."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -102,15 +101,16 @@ class Installation:
         self.service.kill()
         self.service.wait()
 
-    def start_worker(self, **changes: object) -> subprocess.Popen[bytes]:
-        worker = self._start("worker", [str(HERE / "scripted_worker.py")], changes)
+    def start_worker(self, *, real: bool = False, **changes: object) -> subprocess.Popen[bytes]:
+        command = ["-m", "worker"] if real else [str(HERE / "scripted_worker.py")]
+        worker = self._start("worker", command, changes)
         self.workers.append(worker)
         return worker
 
-    def stop_worker(self, worker: subprocess.Popen[bytes]) -> float:
+    def stop_worker(self, worker: subprocess.Popen[bytes], *, seconds: float = 20.0) -> float:
         start = time.monotonic()
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(20) == 0, self.log("worker")
+        assert worker.wait(seconds) == 0, self.log("worker")
         return time.monotonic() - start
 
     def close(self) -> None:
@@ -131,29 +131,28 @@ class Installation:
         return answer.json()
 
     def submit(self, *, steps: int = 4, every: int = 2, **script: object) -> str:
-        file = self.api(
-            "POST",
-            "/files",
-            data={"purpose": "fine-tune"},
-            files={"file": ("prompts.jsonl", b'{"prompt": "Once"}\n')},
-        )
         dar = {
             "hyperparameters": {"max_steps": steps},
             "checkpointing": {"every_steps": every},
             "rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:1/score"}]},
         }
-        job = self.api(
+        metadata = {name: str(value) for name, value in script.items()}
+        return self.submit_spec(b'{"prompt": "Once"}\n', dar, metadata=metadata)
+
+    def submit_spec(self, prompts: bytes, dar: dict[str, Any], **fields: Any) -> str:
+        file = self.api(
             "POST",
-            "/fine_tuning/jobs",
-            json={
-                "model": "tiny",
-                "training_file": file["id"],
-                "seed": 7,
-                "metadata": {name: str(value) for name, value in script.items()},
-                "method": {"type": "dar", "dar": dar},
-            },
+            "/files",
+            data={"purpose": "fine-tune"},
+            files={"file": ("prompts.jsonl", prompts)},
         )
-        return str(job["id"])
+        spec = {
+            "model": "tiny",
+            "training_file": file["id"],
+            "seed": 7,
+            "method": {"type": "dar", "dar": dar},
+        }
+        return str(self.api("POST", "/fine_tuning/jobs", json=spec | fields)["id"])
 
     def job(self, job_id: str) -> Any:
         return self.api("GET", f"/fine_tuning/jobs/{job_id}")
@@ -190,8 +189,17 @@ class Installation:
                 found.append(process)
         return found
 
+    def trainers_of(self, slot: str) -> list[psutil.Process]:
+        folder = str(self.home / "worker" / f"slot-{slot}")
+        return [process for process in self.trainers() if process.info["cwd"].startswith(folder)]
+
+    @staticmethod
+    def until(look: Callable[[], Any], *, seconds: float = 20.0) -> Any:
+        return wait_until(look, seconds=seconds)
+
     def attempt_folders(self) -> list[str]:
-        return os.listdir(self.home / "worker" / "slot-0" / "attempts")
+        folder = self.home / "worker" / "slot-0" / "attempts"
+        return [path.name for path in folder.iterdir()] if folder.exists() else []
 
 
 class Valkey:
@@ -222,7 +230,13 @@ class Valkey:
             self.process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def unused_port() -> Callable[[], int]:
+    """Gives ports that nobody listens on."""
+    return free_port
+
+
+@pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """A service for tests that leave it alone."""
     installation = Installation(tmp_path_factory.mktemp("home"))

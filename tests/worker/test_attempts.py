@@ -2,18 +2,164 @@
 
 import signal
 import time
-from pathlib import Path
-
-import psutil
-import pytest
+from typing import Any
 
 
-def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(installation) -> None:
+def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(installation: Any) -> None:
     job_id = installation.submit(steps=4, every=2)
     installation.start_worker()
     job = installation.wait(job_id, "succeeded", "failed")
     assert job["status"] == "succeeded", job
     assert installation.steps(job_id) == [1, 2, 3, 4]
     assert [item["step_number"] for item in installation.checkpoints(job_id)] == [4, 2]
-    time.sleep(0.5)
-    assert installation.attempt_folders() == []
+    installation.until(lambda: installation.attempt_folders() == [])
+
+
+def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(installation: Any) -> None:
+    job_id = installation.submit(steps=6, every=2, crash_at=4)
+    installation.start_worker()
+    job = installation.wait(job_id, "succeeded", "failed")
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    assert installation.steps(job_id) == [1, 2, 3, 4, 5, 6]
+    crash = next(text for text in installation.messages(job_id) if "exit code 1" in text)
+    assert "RuntimeError: a cosmic ray" in crash
+    kept = (installation.home / "worker" / "slot-0" / "logs" / f"{job_id}-1.log").read_text()
+    assert "a cosmic ray" in kept
+
+
+def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(installation: Any) -> None:
+    job_id = installation.submit(steps=3, every=1, crash_at=1, die="")
+    installation.start_worker()
+    job = installation.wait(job_id, "succeeded", "failed")
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    assert any("SIGKILL" in text and "memory" in text for text in installation.messages(job_id))
+
+
+def test_an_error_of_the_users_fails_the_job_with_its_parameter(installation: Any) -> None:
+    job_id = installation.submit(exit="user")
+    installation.start_worker()
+    job = installation.wait(job_id, "succeeded", "failed")
+    assert job["error"] == {
+        "code": "training_failed",
+        "message": "the data cannot work",
+        "param": "training_file",
+    }
+    assert job["attempt"] == 1
+
+
+def test_a_reward_service_that_is_down_puts_the_job_back_with_the_reason(installation: Any) -> None:
+    job_id = installation.submit(exit="reward")
+    installation.start_worker()
+    job = installation.until(
+        lambda: (j := installation.job(job_id))["status_detail"] == "waiting_for_reward" and j
+    )
+    assert job["status"] == "queued"
+    assert "connection refused" in job["status_message"]
+    installation.cancel(job_id)
+
+
+def test_a_cancelled_trainer_stops_within_two_seconds(installation: Any) -> None:
+    job_id = installation.submit(steps=1000, every=1000, seconds=0.05)
+    installation.start_worker()
+    installation.wait_step(job_id, 2)
+    start = time.monotonic()
+    installation.cancel(job_id)
+    installation.wait(job_id, "cancelled")
+    assert time.monotonic() - start < 2
+    installation.until(lambda: installation.trainers() == [])
+
+
+def test_a_trainer_that_does_not_heed_a_cancellation_is_terminated(installation: Any) -> None:
+    job_id = installation.submit(steps=1000, every=1000, seconds=0.05, deaf="")
+    installation.start_worker(cancel_seconds=0.3)
+    installation.wait_step(job_id, 2)
+    installation.cancel(job_id)
+    installation.wait(job_id, "cancelled")
+    installation.until(lambda: installation.trainers() == [])
+
+
+def test_a_stopped_worker_drains_with_a_checkpoint_and_its_successor_goes_on(
+    installation: Any,
+) -> None:
+    job_id = installation.submit(steps=40, every=1000, seconds=0.05)
+    worker = installation.start_worker()
+    installation.wait_step(job_id, 3)
+    assert installation.stop_worker(worker) < 3
+    job = installation.job(job_id)
+    assert job["status"] == "queued"
+    (checkpoint,) = installation.checkpoints(job_id)
+    done = installation.steps(job_id)
+    assert done == list(range(1, checkpoint["step_number"] + 1)), "a drain loses no step"
+    installation.start_worker()
+    assert installation.wait(job_id, "succeeded", "failed")["attempt"] == 2
+    assert installation.steps(job_id) == list(range(1, 41))
+
+
+def test_a_trainer_that_does_not_drain_in_time_is_killed_and_the_job_goes_back(
+    installation: Any,
+) -> None:
+    job_id = installation.submit(steps=1000, every=1000, seconds=0.05, deaf="")
+    worker = installation.start_worker(drain_seconds=0.5)
+    installation.wait_step(job_id, 2)
+    assert installation.stop_worker(worker) < 3
+    assert installation.trainers() == []
+    assert installation.job(job_id)["status"] == "queued"
+    installation.cancel(job_id)
+
+
+def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_once(
+    installation: Any,
+) -> None:
+    job_id = installation.submit(steps=40, every=5, seconds=0.05)
+    worker = installation.start_worker(spool_seconds=0.5)
+    installation.until(lambda: installation.checkpoints(job_id))
+    worker.kill()
+    worker.wait()
+    killed = time.monotonic()
+    installation.until(lambda: installation.trainers() == [], seconds=2)
+    assert time.monotonic() - killed < 2
+    start = time.monotonic()
+    installation.start_worker()
+    installation.until(lambda: installation.job(job_id)["attempt"] == 2)
+    assert time.monotonic() - start < 5
+    assert installation.wait(job_id, "succeeded", "failed")["status"] == "succeeded"
+    assert installation.steps(job_id) == list(range(1, 41))
+    installation.until(lambda: installation.attempt_folders() == [])
+
+
+def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(installation: Any) -> None:
+    job_id = installation.submit(steps=1000, every=1000, seconds=0.02)
+    worker = installation.start_worker(spool_seconds=60.0)
+    (folder,) = installation.until(installation.attempt_folders)
+    spool = installation.home / "worker" / "slot-0" / "attempts" / folder / "spool"
+    written = spool / "000000000001.jsonl"
+    installation.until(lambda: written.exists() and written.read_bytes().count(b"\n") >= 20)
+    worker.kill()
+    worker.wait()
+    assert len(installation.steps(job_id)) < 20
+    installation.cancel(job_id)
+    installation.start_worker()
+    installation.until(lambda: len(installation.steps(job_id)) >= 20)
+    installation.wait(job_id, "cancelled")
+
+
+def test_a_worker_that_was_frozen_is_turned_away_when_it_wakes(own: Any) -> None:
+    own.start_service(lease_ttl_seconds=1.0)
+    job_id = own.submit(steps=60, every=5, seconds=0.05)
+    frozen = own.start_worker(slot="frozen")
+    own.until(lambda: own.checkpoints(job_id))
+    frozen.send_signal(signal.SIGSTOP)
+    for trainer in own.trainers():
+        trainer.suspend()
+    successor = own.start_worker(slot="successor")
+    own.until(lambda: own.job(job_id)["attempt"] == 2)
+    zombies = own.trainers_of("frozen")
+    assert zombies
+    frozen.send_signal(signal.SIGCONT)
+    for zombie in zombies:
+        zombie.resume()
+    own.until(lambda: own.trainers_of("frozen") == [])
+    assert own.wait(job_id, "succeeded", "failed")["attempt"] == 2
+    assert own.steps(job_id) == list(range(1, 61))
+    assert frozen.poll() is None
+    own.stop_worker(successor)

@@ -1,0 +1,74 @@
+"""Checkpoints of a job, and their download."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from dar.client.download import Download
+from dar.client.paging import Listing
+from dar.client.transport import Transport, escaped
+from dar.protocol.base import Page
+from dar.protocol.checkpoints import RESUME_FOLDER, Checkpoint
+
+Order = Literal["asc", "desc"]
+
+
+class Checkpoints:
+    """What jobs have trained: ``client.checkpoints``."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Checkpoint]:
+        """A job's checkpoints, newest first; ``limit`` is the size of a page."""
+        params = {"order": order, "limit": limit}
+        return Listing(self._transport, _path(job_id), Page[Checkpoint], params)
+
+    def retrieve(self, job_id: str, checkpoint_id: str) -> Checkpoint:
+        """One checkpoint's facts, with its files."""
+        return self._transport.get(f"{_path(job_id)}/{escaped(checkpoint_id)}", Checkpoint)
+
+    def download(
+        self,
+        job_id: str,
+        checkpoint_id: str,
+        directory: str | Path,
+        *,
+        include_optimizer: bool = False,
+        on_bytes: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Download a checkpoint's files into ``directory`` and verify each by its SHA-256.
+
+            folder = client.checkpoints.download(job.id, checkpoint.id, "weights/")
+            model = AutoModelForCausalLM.from_pretrained(folder)
+
+        A file appears under its name only when it is complete and right. After an interruption the same call goes on
+        where it was; files that are there and right are not fetched again.
+
+        Args:
+            job_id: The job.
+            checkpoint_id: The checkpoint.
+            directory: Folder to write into; made if it does not exist.
+            include_optimizer: Also fetch what only a resume needs (``resume/…``).
+            on_bytes: Called with the bytes there so far and the bytes in all.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: A file's content or name is not what it should be.
+            OSError: The folder cannot be written.
+        """
+        checkpoint = self.retrieve(job_id, checkpoint_id)
+        files = [
+            file
+            for file in checkpoint.files
+            if include_optimizer or not file.name.startswith(f"{RESUME_FOLDER}/")
+        ]
+        path = f"{_path(job_id)}/{escaped(checkpoint_id)}/files"
+        download = Download(self._transport, path, Path(directory), files, on_bytes)
+        return download.run()
+
+
+def _path(job_id: str) -> str:
+    return f"/fine_tuning/jobs/{escaped(job_id)}/checkpoints"

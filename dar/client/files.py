@@ -1,0 +1,94 @@
+"""Training files."""
+
+import contextlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from dar.client.paging import Listing
+from dar.client.transport import Transport, escaped
+from dar.protocol.base import Deleted, Page
+from dar.protocol.files import File
+
+PATH = "/files"
+Order = Literal["asc", "desc"]
+
+
+class Files:
+    """Uploaded files: ``client.files``."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(
+        self,
+        file: str | Path | bytes | BinaryIO,
+        *,
+        purpose: str = "fine-tune",
+        filename: str | None = None,
+    ) -> File:
+        """Upload a JSONL file of prompts.
+
+            file = client.files.create("prompts.jsonl")
+            file = client.files.create(b'{"prompt": "The soup was"}')
+
+        Args:
+            file: A path, the content, or an open binary file, read from where it stands.
+            purpose: What it is for; the service knows only ``fine-tune``.
+            filename: Name that the service shows; default: the path's.
+
+        Raises:
+            InvalidRequestError: A row is bad; the problems name the rows, and nothing is stored.
+            OSError: The file cannot be read.
+        """
+        with contextlib.ExitStack() as stack:
+            content, name = _opened(file, stack)
+
+            def upload() -> Mapping[str, Any]:
+                content.seek(0)
+                return {
+                    "data": {"purpose": purpose},
+                    "files": {"file": (filename or name, content, "application/jsonl")},
+                }
+
+            return self._transport.post(PATH, File, upload=upload)
+
+    def list(
+        self, *, purpose: str | None = None, order: Order = "desc", limit: int = 20
+    ) -> Listing[File]:
+        """All files, newest first; ``limit`` is the size of a page."""
+        params = {"purpose": purpose, "order": order, "limit": limit}
+        return Listing(self._transport, PATH, Page[File], params)
+
+    def retrieve(self, file_id: str) -> File:
+        """One file's facts."""
+        return self._transport.get(f"{PATH}/{escaped(file_id)}", File)
+
+    def content(self, file_id: str) -> bytes:
+        """A file as it was uploaded."""
+        return self._transport.send("GET", f"{PATH}/{escaped(file_id)}/content").content
+
+    def delete(self, file_id: str) -> Deleted:
+        """Delete a file.
+
+        Raises:
+            ConflictError: A job still needs it.
+        """
+        return self._transport.delete(f"{PATH}/{escaped(file_id)}", Deleted)
+
+
+def _opened(
+    file: str | Path | bytes | BinaryIO, stack: contextlib.ExitStack
+) -> tuple[BinaryIO, str]:
+    """The content as a file that can be read again from its start, for a retry, and its name."""
+    if isinstance(file, bytes):
+        return io.BytesIO(file), "upload.jsonl"
+    if isinstance(file, str | Path):
+        return stack.enter_context(Path(file).open("rb")), Path(file).name
+    name = getattr(file, "name", None)
+    is_whole = file.seekable() and file.tell() == 0
+    return (
+        file if is_whole else io.BytesIO(file.read()),
+        Path(name).name if isinstance(name, str) else "upload.jsonl",
+    )

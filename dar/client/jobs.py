@@ -1,0 +1,199 @@
+"""Training jobs, with their metrics, samples and events."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from ulid import ULID
+
+from dar.client.paging import Listing
+from dar.client.transport import Transport, escaped
+from dar.errors import ServiceConnectionError, ServiceUnavailableError
+from dar.protocol.base import Page
+from dar.protocol.events import Event
+from dar.protocol.jobs import Job
+from dar.protocol.metrics import Metrics
+from dar.protocol.samples import Sample
+from dar.protocol.spec import JobSpec
+from dar.protocol.status import TERMINAL, JobStatus
+
+PATH = "/fine_tuning/jobs"
+Order = Literal["asc", "desc"]
+SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage"]
+OUTAGE_SECONDS = 300.0
+"""How long `Jobs.wait` bears with a service that cannot be reached: jobs go on through its restarts."""
+
+
+class Jobs:
+    """Training jobs: ``client.jobs``."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(
+        self,
+        spec: JobSpec | Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        **fields: object,
+    ) -> Job:
+        """Submit a job.
+
+            job = client.jobs.create(
+                model="my-model",
+                training_file=file.id,
+                method={"type": "dar", "dar": {"rewards": {"components": [
+                    {"name": "short", "url": "http://127.0.0.1:9000/score"}]}}},
+            )
+
+        Args:
+            spec: The whole spec; fields given by name are added to it and win.
+            idempotency_key: The same key again gives the same job; default: a fresh one, kept over this call's retries.
+            **fields: Fields of the spec.
+
+        Raises:
+            InvalidRequestError: The spec is wrong; ``param`` and ``problems`` say where.
+            IdempotencyMismatchError: The key was used with another spec.
+        """
+        given = (
+            spec.model_dump(mode="json", exclude_unset=True)
+            if isinstance(spec, JobSpec)
+            else dict(spec or {})
+        )
+        headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
+        return self._transport.post(PATH, Job, body={**given, **fields}, headers=headers)
+
+    def retrieve(self, job_id: str) -> Job:
+        """A job as it is now."""
+        return self._transport.get(_path(job_id), Job)
+
+    def list(
+        self,
+        *,
+        status: JobStatus | None = None,
+        metadata: Mapping[str, str] | None = None,
+        order: Order = "desc",
+        limit: int = 20,
+    ) -> Listing[Job]:
+        """All jobs, newest first.
+
+        Args:
+            status: Only jobs in this state.
+            metadata: Only jobs with these labels.
+            order: ``asc``: oldest first.
+            limit: Size of a page.
+        """
+        labels = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        params = {"status": status, "order": order, "limit": limit, **labels}
+        return Listing(self._transport, PATH, Page[Job], params)
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel a job; its checkpoints are kept. Cancelling it again is no error.
+
+        Raises:
+            ConflictError: It has already succeeded or failed.
+        """
+        return self._transport.post(f"{_path(job_id)}/cancel", Job)
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        on_progress: Callable[[Job], None] | None = None,
+        poll_seconds: float = 1.0,
+        timeout_seconds: float | None = None,
+    ) -> Job:
+        """Wait for the end of a job, through restarts of the service.
+
+            job = client.jobs.wait(job.id, on_progress=lambda job: print(job.progress.step))
+            assert job.status == "succeeded", job.error
+
+        Args:
+            job_id: The job.
+            on_progress: Called with the job at first and whenever something about it has changed.
+            poll_seconds: Pause between two looks.
+            timeout_seconds: Longest wait; default: as long as it takes.
+
+        Returns:
+            The job, ``succeeded``, ``failed`` or ``cancelled``.
+
+        Raises:
+            TimeoutError: The job has not ended in time; it goes on.
+            ServiceConnectionError: The service could not be reached for 300 s.
+        """
+        started = answered = time.monotonic()
+        seen: Job | None = None
+        while True:
+            try:
+                job = self.retrieve(job_id)
+                answered = time.monotonic()
+            except (ServiceConnectionError, ServiceUnavailableError):
+                if time.monotonic() - answered > OUTAGE_SECONDS:
+                    raise
+            else:
+                if job != seen and on_progress is not None:
+                    on_progress(job)
+                if job.status in TERMINAL:
+                    return job
+                seen = job
+            if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
+                state = "not reached" if seen is None else seen.status
+                raise TimeoutError(f"job {job_id} is {state} after {timeout_seconds:g} s")
+            time.sleep(poll_seconds)
+
+    def events(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Event]:
+        """What happened to a job, newest first; ``limit`` is the size of a page."""
+        params = {"order": order, "limit": limit}
+        return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
+
+    def metrics(
+        self,
+        job_id: str,
+        *,
+        names: Sequence[str] | None = None,
+        after: str | None = None,
+        from_step: int | None = None,
+        to_step: int | None = None,
+    ) -> Metrics:
+        """The series of a job, each with its own steps.
+
+            metrics = client.jobs.metrics(job.id, names=["dar/rewards_mean"])
+            news = client.jobs.metrics(job.id, names=["dar/rewards_mean"], after=metrics.cursor)
+
+        Args:
+            job_id: The job.
+            names: Which series; default: all.
+            after: ``cursor`` of an earlier answer: gives only what is new since then.
+            from_step: First step that is wanted.
+            to_step: Last step that is wanted.
+        """
+        params = {
+            "names": None if names is None else ",".join(names),
+            "after": after,
+            "from_step": from_step,
+            "to_step": to_step,
+        }
+        return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
+
+    def samples(
+        self,
+        job_id: str,
+        *,
+        step: int | None = None,
+        order: SampleOrder = "desc",
+        limit: int = 20,
+    ) -> Listing[Sample]:
+        """Completions that were kept for viewing, with their reward, advantage and weight.
+
+        Args:
+            job_id: The job.
+            step: Only those of this step.
+            order: By age or by value; ``-reward``: highest reward first.
+            limit: Size of a page.
+        """
+        params = {"step": step, "order": order, "limit": limit}
+        return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
+
+
+def _path(job_id: str) -> str:
+    return f"{PATH}/{escaped(job_id)}"

@@ -1,0 +1,207 @@
+"""Every failure, on every route, has the one shape; nothing opens without a key."""
+
+import json
+import re
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute, iter_route_contexts
+
+OPEN = {"/healthz", "/readyz"}
+
+
+def routes(app: FastAPI) -> list[tuple[str, str]]:
+    """Method and path of every route, with something in place of its parameters."""
+    found = []
+    for context in iter_route_contexts(app.routes):
+        if isinstance(context.original_route, APIRoute):
+            path = re.sub(r"{\w+(:path)?}", "x", context.path or "")
+            found += [(method, path) for method in sorted(context.methods or ())]
+    return found
+
+
+def test_every_route_but_health_wants_a_key(live: Any, error_of: Callable[..., Any]) -> None:
+    known = routes(live.app)
+    assert len(known) > 25
+    stranger = live.client(None)
+    for method, path in known:
+        answer = stranger.request(method, path)
+        if path in OPEN:
+            assert answer.status_code == 200
+            continue
+        assert answer.status_code == 401, (method, path)
+        assert answer.headers["www-authenticate"] == "Bearer"
+        if method != "HEAD":
+            assert error_of(answer)["type"] == "authentication_error"
+
+
+def test_every_route_refuses_a_wrong_key(live: Any, error_of: Callable[..., Any]) -> None:
+    right = live.key("api_key")
+    for wrong in (
+        right[:-1] + ("A" if right[-1] != "A" else "B"),
+        "nonsense",
+        "dar-sk-x-" + "y" * 43,
+    ):
+        stranger = live.client(wrong)
+        for method, path in routes(live.app):
+            if path not in OPEN and method != "HEAD":
+                assert error_of(stranger.request(method, path))["code"] == "invalid_api_key"
+
+
+def test_every_route_answers_nonsense_with_the_one_shape(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    headers = {"content-type": "application/json"}
+    for client in (live.http, live.worker()):
+        for method, path in routes(live.app):
+            answer = client.request(method, path, content=b'{"x": [}', headers=headers)
+            assert answer.status_code < 500, (method, path, answer.text)
+            if answer.status_code >= 400 and method != "HEAD":
+                error_of(answer)
+
+
+def test_unknown_paths_and_methods_have_the_one_shape(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    assert error_of(live.http.get("/v1/nowhere"))["code"] == "not_found"
+    assert error_of(live.http.get("/docs"))["code"] == "not_found"
+    assert error_of(live.http.get("/v1/files/"))["code"] == "not_found"
+    answer = live.http.patch("/v1/files")
+    assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed")
+
+
+def test_a_mistake_of_ours_is_a_500_that_tells_nothing(
+    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError("the secret is 42")
+
+    monkeypatch.setattr("service.api.jobs.jobs.get", broken)
+    answer = live.http.get("/v1/fine_tuning/jobs/x")
+    assert answer.status_code == 500
+    assert error_of(answer)["type"] == "server_error"
+    assert "42" not in answer.text
+
+
+def test_a_database_that_is_gone_is_a_503_that_says_when_to_come_again(
+    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (live.settings.home / "dar.db").rename(live.settings.home / "moved.db")
+    (live.settings.home / "dar.db").mkdir()
+    live.runtime.database.engine.dispose()
+    answer = live.http.get("/v1/files")
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "database_unavailable")
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["retry-after-ms"] == "1000"
+    assert live.http.get("/healthz").status_code == 200
+    ready = live.http.get("/readyz")
+    assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+
+
+def test_a_users_key_is_not_a_workers_and_the_other_way_round(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    answer = live.http.post("/v1/worker/leases/claim", json={})
+    assert (answer.status_code, error_of(answer)["code"]) == (403, "insufficient_scope")
+    for method, path in (("GET", "/v1/files"), ("POST", "/v1/fine_tuning/jobs")):
+        answer = live.worker().request(method, path)
+        assert (answer.status_code, error_of(answer)["code"]) == (403, "insufficient_scope")
+
+
+def test_a_sane_request_id_is_kept_and_a_strange_one_replaced(live: Any) -> None:
+    kept = live.http.get("/healthz", headers={"x-request-id": "abc-1"})
+    assert kept.headers["x-request-id"] == "abc-1"
+    for strange in ("a b", "x" * 200, "<script>"):
+        replaced = live.http.get("/healthz", headers={"x-request-id": strange})
+        assert replaced.headers["x-request-id"].startswith("req-")
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(live: Any) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {live.key('api_key')}\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
+    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head.encode())
+        # Just over the limit of 1 MiB; the end of the body is never sent.
+        for _ in range(17):
+            connection.sendall(chunk)
+        answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    assert answer.startswith("HTTP/1.1 413")
+    assert '"payload_too_large"' in answer
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_number_that_is_none_is_told_with_its_path(
+    live: Any, error_of: Callable[..., Any], word: str
+) -> None:
+    body = json.dumps(live.spec(dar={"hyperparameters": {"alpha": 12345}})).replace("12345", word)
+    headers = {"content-type": "application/json"}
+    answer = live.http.post("/v1/fine_tuning/jobs", content=body, headers=headers)
+    error = error_of(answer)
+    assert answer.status_code == 400
+    assert error["param"] == "method.dar.hyperparameters.alpha"
+    assert "finite" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[", b"null", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"NaN"],
+)
+def test_a_body_that_is_no_job_is_a_400(
+    live: Any, error_of: Callable[..., Any], body: bytes
+) -> None:
+    headers = {"content-type": "application/json"}
+    answer = live.http.post("/v1/fine_tuning/jobs", content=body, headers=headers)
+    assert answer.status_code == 400
+    error_of(answer)
+
+
+def test_a_body_of_another_type_is_a_415(live: Any, error_of: Callable[..., Any]) -> None:
+    answer = live.http.post("/v1/fine_tuning/jobs", data={"model": "base"})
+    assert (answer.status_code, error_of(answer)["code"]) == (415, "unsupported_media_type")
+
+
+def test_all_problems_are_told_at_once_with_their_paths(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    spec = live.spec(dar={"hyperparameters": {"alpha": -1, "learning_rat": 1.0}})
+    spec["method"]["dar"]["rewards"]["components"][0]["url"] = "ftp://x"
+    spec["method"]["dar"]["overlap"] = "stream"
+    error = error_of(live.http.post("/v1/fine_tuning/jobs", json=spec))
+    told = {problem["param"]: problem["message"] for problem in error["errors"]}
+    assert set(told) == {
+        "method.dar.hyperparameters.alpha",
+        "method.dar.hyperparameters.learning_rat",
+        "method.dar.rewards.components[0].url",
+        "method.dar.overlap",
+    }
+    assert "did you mean 'learning_rate'" in told["method.dar.hyperparameters.learning_rat"]
+    assert "supports only 'none'" in told["method.dar.overlap"]
+    assert live.http.get("/v1/fine_tuning/jobs").json()["data"] == []
+
+
+def test_an_unknown_query_parameter_is_refused(live: Any, error_of: Callable[..., Any]) -> None:
+    error = error_of(live.http.get("/v1/files", params={"limt": 3}))
+    assert error["param"] == "limt"
+    assert "limit" in error["message"]
+
+
+@pytest.mark.parametrize("limit", ["0", "101", "x", "1.5", ""])
+def test_a_bad_limit_is_a_400(live: Any, error_of: Callable[..., Any], limit: str) -> None:
+    answer = live.http.get("/v1/fine_tuning/jobs", params={"limit": limit})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "limit")
+
+
+def test_the_openapi_document_names_every_route_and_body(live: Any) -> None:
+    document = live.http.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.")
+    schemas = document["components"]["schemas"]
+    assert {"JobSpec", "Batch", "Job", "Metrics", "Hyperparameters"} <= set(schemas)
+    references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert references <= set(schemas)

@@ -1,0 +1,136 @@
+"""Uploads: every row is read, one bad row and nothing is stored."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+GOOD = b'{"prompt": "hi", "topic": "a"}\n{"prompt": [{"role": "user", "content": "ho"}], "topic": null}\n'
+
+
+def test_an_upload_comes_back_as_it_was_with_what_was_found_in_it(live: Any) -> None:
+    file = live.upload(GOOD).json()
+    assert (file["object"], file["status"], file["purpose"]) == ("file", "processed", "fine-tune")
+    assert (file["num_rows"], file["columns"], file["bytes"]) == (2, ["prompt"], len(GOOD))
+    assert file["sha256"] == hashlib.sha256(GOOD).hexdigest()
+    assert live.http.get(f"/v1/files/{file['id']}").json() == file
+    content = live.http.get(f"/v1/files/{file['id']}/content")
+    assert content.content == GOOD
+    assert content.headers["etag"] == f'"{file["sha256"]}"'
+
+
+def test_a_part_of_a_file_can_be_fetched(live: Any, error_of: Callable[..., Any]) -> None:
+    path = f"/v1/files/{live.upload(GOOD).json()['id']}/content"
+    part = live.http.get(path, headers={"range": "bytes=5-9"})
+    assert (part.status_code, part.content) == (206, GOOD[5:10])
+    tail = live.http.get(path, headers={"range": "bytes=-4"})
+    assert (tail.status_code, tail.content) == (206, GOOD[-4:])
+    stale = live.http.get(path, headers={"range": "bytes=5-9", "if-range": '"old"'})
+    assert (stale.status_code, stale.content) == (200, GOOD)
+    known = live.http.get(path, headers={"if-none-match": part.headers["etag"]})
+    assert (known.status_code, known.content) == (304, b"")
+    for wrong in ("bytes=900-", "bytes=0-1,3-4", "bytes=9-5", "bytes=-0", "bytes=-", "x"):
+        answer = live.http.get(path, headers={"range": wrong})
+        assert (answer.status_code, error_of(answer)["code"]) == (416, "range_not_satisfiable")
+        assert answer.headers["content-range"] == f"bytes */{len(GOOD)}"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (b"{", "not JSON"),
+        (b"[1]", "must be a JSON object, but it is a list"),
+        (b'{"text": "x"}', "no 'prompt'; its columns: text"),
+        (b'{"prompt": ""}', "the prompt is empty"),
+        (b'{"prompt": 3}', "it is a number"),
+        (b'{"prompt": []}', "it is an empty list"),
+        (b'{"prompt": [{"role": "user"}]}', "exactly 'role' and 'content'"),
+        (b'{"prompt": [{"role": "king", "content": "x"}]}', "the role must be one of"),
+        (b'{"prompt": [{"role": "user", "content": ""}]}', "not empty"),
+        (b'{"prompt": "a", "prompt": "b"}', "'prompt' occurs twice"),
+        (b'{"prompt": "a", "x": NaN}', "NaN is not JSON"),
+        (b'{"prompt": "a", "x": 1e999}', "too large"),
+        (b'{"prompt": "\\ud800"}', "lone surrogate"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b"", "the row is blank"),
+        (b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"}", "nested too deeply"),
+    ],
+)
+def test_one_bad_row_among_thousands_is_named(
+    live: Any, error_of: Callable[..., Any], row: bytes, says: str
+) -> None:
+    rows = [b'{"prompt": "fine"}'] * 3000
+    rows[1233] = row
+    answer = live.upload(b"\n".join(rows))
+    error = error_of(answer)
+    assert (answer.status_code, error["code"]) == (400, "invalid_training_file")
+    assert [problem["row"] for problem in error["errors"]] == [1234]
+    assert says in error["message"]
+    assert error["message"].startswith("row 1234: ")
+    assert live.http.get("/v1/files").json()["data"] == []
+    stored = [p for p in live.settings.artifacts_path.rglob("*") if p.is_file()]
+    assert stored == []
+
+
+def test_the_first_fifty_bad_rows_are_told(live: Any, error_of: Callable[..., Any]) -> None:
+    error = error_of(live.upload(b"{}\n" * 80))
+    assert [problem["row"] for problem in error["errors"]] == list(range(1, 51))
+
+
+def test_blank_lines_are_forgiven_at_the_end_only(live: Any, error_of: Callable[..., Any]) -> None:
+    assert live.upload(GOOD + b"\n \n\n").json()["num_rows"] == 2
+    assert error_of(live.upload(b"\n" + GOOD))["errors"][0]["row"] == 1
+    assert error_of(live.upload(b"\n\n"))["errors"][0]["code"] == "empty_file"
+
+
+def test_an_upload_over_the_limit_is_refused(
+    serve: Callable[..., Any], error_of: Callable[..., Any]
+) -> None:
+    live = serve(max_file_bytes=1000)
+    answer = live.upload(b'{"prompt": "%s"}\n' % (b"x" * 200_000))
+    assert (answer.status_code, error_of(answer)["code"]) == (413, "payload_too_large")
+
+
+def test_a_form_that_is_not_as_it_should_be_is_a_400(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    file = {"file": ("a.jsonl", GOOD)}
+    tries: list[dict[str, Any]] = [
+        {"files": file, "data": {"purpose": "batch"}},
+        {"files": file, "data": {"purpose": "fine-tune", "expires_after[seconds]": "3600"}},
+        {"files": {"purpose": (None, "fine-tune")}},
+    ]
+    params = [error_of(live.http.post("/v1/files", **one))["param"] for one in tries]
+    assert params == ["purpose", "expires_after[seconds]", "file"]
+    answer = live.http.post("/v1/files", json={"purpose": "fine-tune"})
+    assert (answer.status_code, error_of(answer)["code"]) == (415, "unsupported_media_type")
+    broken = {"content-type": "multipart/form-data; boundary=x"}
+    answer = live.http.post("/v1/files", content=b"--x\r\nnonsense", headers=broken)
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "invalid_form")
+
+
+def test_a_file_that_a_job_needs_stays(live: Any, error_of: Callable[..., Any]) -> None:
+    job = live.submit()
+    path = f"/v1/files/{job['training_file']}"
+    answer = live.http.delete(path)
+    assert (answer.status_code, error_of(answer)["code"]) == (409, "file_in_use")
+    live.http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+    deleted = live.http.delete(path)
+    assert deleted.json() == {"id": job["training_file"], "object": "file", "deleted": True}
+    assert live.http.get(path).status_code == 404
+    assert not any(p.is_file() for p in live.settings.artifacts_path.rglob("*"))
+
+
+def test_columns_that_do_not_fit_the_method_are_told_with_their_row(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    rows = [{"prompt": "a", "topic": "x"}, {"prompt": "b", "completion": "c"}, {"prompt": "c"}]
+    file_id = live.upload("\n".join(map(json.dumps, rows)).encode()).json()["id"]
+    component = {"name": "a", "url": "http://h/", "columns": ["topic", "none"]}
+    spec = live.spec(training_file=file_id, dar={"rewards": {"components": [component]}})
+    error = error_of(live.http.post("/v1/fine_tuning/jobs", json=spec))
+    told = [(problem["param"], problem["row"]) for problem in error["errors"]]
+    path = "method.dar.rewards.components[0].columns"
+    assert told == [("training_file", 2), (f"{path}[0]", 2), (f"{path}[1]", 1)]

@@ -1,0 +1,290 @@
+"""A real service in its own process, and a scripted one for what a healthy service never does."""
+
+import hashlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from dar.client import Client
+from dar.protocol.checkpoints import Checkpoint
+from dar.protocol.jobs import Job
+from dar.settings import environment
+
+PROMPTS = b"".join(
+    json.dumps({"prompt": f"prompt {n}", "ground_truth": "x"}).encode() + b"\n" for n in range(5)
+)
+METHOD: dict[str, Any] = {
+    "type": "dar",
+    "dar": {
+        "hyperparameters": {"max_steps": 2},
+        "rewards": {"components": [{"name": "none", "url": "http://127.0.0.1:9/score"}]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service."""
+
+    url: str
+    home: Path
+    api_key: str
+    worker_key: str
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx2.get(f"{url}/readyz", trust_env=False).is_success:
+                return
+        except httpx2.TransportError:
+            time.sleep(0.05)
+    pytest.fail(f"the service did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("home")
+    model = home / "models" / "tiny"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    log = home / "service.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve", "--port", str(port)],
+            env=environment(home=home),
+            stdout=sink,
+            stderr=sink,
+        )
+    try:
+        _wait_for(url, process, log)
+        keys = [(home / name).read_text().strip() for name in ("api_key", "worker_key")]
+        yield Service(url, home, *keys)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=20)
+        shutil.copy(log, "/tmp/service.log"); shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[Client]:
+    with Client(service.api_key, service.url) as client:
+        yield client
+
+
+@pytest.fixture
+def prompts() -> bytes:
+    return PROMPTS
+
+
+@pytest.fixture
+def method() -> dict[str, Any]:
+    return METHOD
+
+
+@pytest.fixture
+def new_job(client: Client) -> Callable[..., Job]:
+    def create(**fields: Any) -> Job:
+        file = client.files.create(PROMPTS)
+        return client.jobs.create(model="tiny", training_file=file.id, method=METHOD, **fields)
+
+    return create
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A job with a checkpoint and all that a worker says on the way."""
+
+    job_id: str
+    checkpoint: Checkpoint
+    content: dict[str, bytes]
+
+
+class Worker:
+    """What a worker says to the service, without training anything."""
+
+    def __init__(self, service: Service) -> None:
+        self._http = httpx2.Client(base_url=f"{service.url}/v1/worker", trust_env=False)
+        claim = {"node": "n", "slot": "0", "incarnation": "i", "boot_id": "b"}
+        key = {"authorization": f"Bearer {service.worker_key}"}
+        answer = self._http.post("/leases/claim", json=claim, headers=key)
+        self.lease = answer.json()
+        self._http.headers["authorization"] = f"Bearer {self.lease['token']}"
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        body = {"attempt": self.lease["attempt"], **body}
+        answer = self._http.post(f"/leases/{self.lease['lease_id']}/{path}", json=body)
+        assert answer.is_success, answer.text
+        return dict(answer.json())
+
+    def upload(self, content: dict[str, bytes], step: int) -> str:
+        manifest = {
+            "step": step,
+            "kind": "full",
+            "last_seq": 2,
+            "config_sha256": "0" * 64,
+            "metrics": {"dar/rewards_mean": 0.5},
+            "files": [
+                {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in sorted(content.items())
+            ],
+        }
+        text = json.dumps(manifest).encode()
+        content = {**content, "MANIFEST.json": text}
+        digest = hashlib.sha256(text).hexdigest()
+        made = self.post("checkpoints", manifest=manifest, manifest_sha256=digest)
+        folder = f"checkpoints/{made['checkpoint_id']}"
+        for name, data in content.items():
+            path = f"/leases/{self.lease['lease_id']}/{folder}/files/{name}"
+            query = {"attempt": self.lease["attempt"], "offset": 0}
+            answer = self._http.put(path, content=data, params=query)
+            assert answer.is_success, answer.text
+        self.post(f"{folder}/commit")
+        return str(made["checkpoint_id"])
+
+    def close(self) -> None:
+        self._http.close()
+
+
+SAMPLE = {
+    "group": 0,
+    "prompt": "prompt 0",
+    "finish_reason": "stop",
+    "completion_tokens": 3,
+    "reward_status": "reward",
+    "advantage": 0.0,
+    "weight": 1.0,
+    "logp_policy": -1.0,
+    "logp_ref": -1.0,
+    "logp_behavior": -1.0,
+}
+
+
+@pytest.fixture(scope="session")
+def trained(service: Service, request: pytest.FixtureRequest) -> Trained:
+    content = {
+        "config.json": b"{}",
+        "model.safetensors": bytes(range(256)) * 12_000,
+        "resume/optimizer.safetensors": b"o" * 1000,
+        "resume/state.json": b"{}",
+    }
+    with Client(service.api_key, service.url) as client:
+        file = client.files.create(PROMPTS)
+        job = client.jobs.create(model="tiny", training_file=file.id, method=METHOD)
+        worker = Worker(service)
+        request.addfinalizer(worker.close)
+        assert worker.lease["job_id"] == job.id
+        samples = [
+            {**SAMPLE, "index": n, "completion": f"text {n}", "reward": float(n)} for n in range(3)
+        ]
+        values = {"dar/rewards_mean": 0.5, "dar/loss": None}
+        rows = [
+            {"type": "metrics", "seq": 1, "at": 1.0, "step": 1, "values": values},
+            {"type": "samples", "seq": 2, "at": 1.0, "step": 1, "samples": samples},
+        ]
+        worker.post("batch", rows=rows)
+        checkpoint_id = worker.upload(content, step=1)
+        return Trained(job.id, client.checkpoints.retrieve(job.id, checkpoint_id), content)
+
+
+@dataclass
+class Answer:
+    """One scripted answer; a status of 0 closes the connection instead."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    raw: bytes | None = None
+    declared_bytes: int | None = None
+
+
+@dataclass
+class Scripted:
+    """A server that gives its answers in turn, the last one for ever, and keeps what it was sent."""
+
+    answers: list[Answer]
+    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+    url: str = ""
+
+
+def _handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            size = int(self.headers.get("content-length", 0))
+            headers = {key.lower(): value for key, value in self.headers.items()}
+            sent = self.rfile.read(size)
+            script.requests.append((f"{self.command} {self.path}", headers, sent))
+            answer = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
+            if answer.status == 0:
+                self.close_connection = True
+                return
+            body = json.dumps(answer.body).encode() if answer.raw is None else answer.raw
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(answer.declared_bytes or len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            self.close_connection = answer.declared_bytes is not None
+
+        do_GET = do_POST = do_DELETE = answer  # noqa: N815 - the names that http.server calls
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    return Handler
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Scripted]]:
+    servers: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+
+    def start(*answers: Answer) -> Scripted:
+        script = Scripted(list(answers))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
+        thread = threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        script.url = f"http://127.0.0.1:{server.server_port}"
+        return script
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def answer() -> type[Answer]:
+    return Answer
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back-off in hundredths of its length."""
+    monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.005)

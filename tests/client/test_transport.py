@@ -1,0 +1,230 @@
+"""Keys, retries and errors of the SDK."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dar
+from dar.client import Client
+from dar.errors import (
+    ConfigurationError,
+    ConflictError,
+    DARError,
+    InvalidRequestError,
+    RateLimitError,
+    ServiceConnectionError,
+    ServiceUnavailableError,
+)
+
+EMPTY = {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name in ("DAR_API_KEY", "DAR_BASE_URL", "DAR_HOST", "DAR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DAR_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_key_of_the_installation_is_found(no_settings: Path) -> None:
+    (no_settings / "api_key").write_text("dar-sk-1\n")
+    with dar.Client() as client:
+        assert client.base_url == "http://127.0.0.1:8321"
+
+
+def test_a_missing_key_says_what_to_do(no_settings: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"DAR_API_KEY.*dar up"):
+        Client()
+
+
+@pytest.mark.parametrize("url", ["localhost:8321", "ftp://x", "http://", "nonsense"])
+def test_a_base_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="base_url"):
+        Client("key", url)
+
+
+def test_openais_base_url_works_too(scripted: Callable[..., Any], answer: Any) -> None:
+    server = scripted(answer(body=EMPTY))
+    with Client("key", f"{server.url}/v1/") as client:
+        assert list(client.models.list()) == []
+    assert server.requests[0][0] == "GET /v1/models"
+    assert server.requests[0][1]["authorization"] == "Bearer key"
+
+
+def test_an_unreachable_service_is_named_with_what_to_do(quick: None) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with Client("key", url) as client, pytest.raises(ServiceConnectionError) as caught:
+            client.jobs.list().page()
+    assert url in caught.value.message
+    assert "dar up" in caught.value.message
+
+
+@pytest.mark.parametrize("status", [0, 408, 429, 500, 503])
+def test_passing_failures_are_tried_again(
+    scripted: Callable[..., Any], answer: Any, quick: None, status: int
+) -> None:
+    server = scripted(answer(status), answer(status), answer(body=EMPTY))
+    with Client("key", server.url) as client:
+        assert client.jobs.list().page().data == []
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "count"),
+    [
+        (409, {}, 1),
+        (400, {}, 1),
+        (409, {"x-should-retry": "true"}, 3),
+        (503, {"x-should-retry": "false"}, 1),
+    ],
+)
+def test_the_service_says_what_is_worth_a_retry(
+    scripted: Callable[..., Any],
+    answer: Any,
+    quick: None,
+    status: int,
+    headers: dict[str, str],
+    count: int,
+) -> None:
+    server = scripted(answer(status, headers=headers))
+    with Client("key", server.url) as client, pytest.raises(DARError):
+        client.jobs.list().page()
+    assert len(server.requests) == count
+
+
+def test_retries_can_be_turned_off(scripted: Callable[..., Any], answer: Any) -> None:
+    server = scripted(answer(503))
+    with (
+        Client("key", server.url, max_retries=0) as client,
+        pytest.raises(ServiceUnavailableError),
+    ):
+        client.jobs.list().page()
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("headers", [{"retry-after-ms": "150"}, {"retry-after": "0.15"}])
+def test_the_wait_that_is_asked_for_is_kept(
+    scripted: Callable[..., Any], answer: Any, quick: None, headers: dict[str, str]
+) -> None:
+    server = scripted(answer(429, headers=headers), answer(body=EMPTY))
+    started = time.monotonic()
+    with Client("key", server.url) as client:
+        client.jobs.list().page()
+    assert 0.14 < time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("value", ["-1", "soon", "nan", "inf", ""])
+def test_a_nonsensical_wait_is_not_kept(
+    scripted: Callable[..., Any], answer: Any, quick: None, value: str
+) -> None:
+    server = scripted(answer(429, headers={"retry-after": value}), answer(body=EMPTY))
+    started = time.monotonic()
+    with Client("key", server.url) as client:
+        client.jobs.list().page()
+    assert time.monotonic() - started < 5
+
+
+def test_one_idempotency_key_covers_all_retries_of_a_submission(
+    scripted: Callable[..., Any], answer: Any, quick: None
+) -> None:
+    body = {"error": {"message": "busy", "type": "x", "param": None, "code": "busy"}}
+    server = scripted(answer(429, body=body))
+    with Client("key", server.url) as client:
+        for _ in range(2):
+            with pytest.raises(RateLimitError, match="busy"):
+                client.jobs.create(model="m")
+    keys = [headers["idempotency-key"] for _, headers, _ in server.requests]
+    assert len(keys) == 6
+    assert len(set(keys[:3])) == len(set(keys[3:])) == 1
+    assert len(set(keys)) == 2
+    assert {sent for _, _, sent in server.requests} == {json.dumps({"model": "m"}).encode()}
+
+
+def test_an_upload_is_sent_whole_on_every_attempt(
+    scripted: Callable[..., Any], answer: Any, quick: None, prompts: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(prompts)
+    server = scripted(answer(500), answer(400))
+    with Client("key", server.url) as client, pytest.raises(InvalidRequestError):
+        client.files.create(path)
+    assert len(server.requests) == 2
+    assert all(prompts in sent and b"fine-tune" in sent for _, _, sent in server.requests)
+
+
+def test_an_error_keeps_everything_that_the_service_said(
+    scripted: Callable[..., Any], answer: Any
+) -> None:
+    error = {
+        "message": "not now",
+        "type": "conflict_error",
+        "param": "p",
+        "code": "finer_code",
+        "errors": [{"param": "a.b", "message": "m", "code": "c", "row": 3}],
+        "request_id": "req-1",
+    }
+    server = scripted(answer(409, body={"error": error}))
+    with Client("key", server.url) as client, pytest.raises(ConflictError) as caught:
+        client.jobs.cancel("ftjob-1")
+    raised = caught.value
+    assert (raised.message, raised.param, raised.error_code) == ("not now", "p", "finer_code")
+    assert raised.request_id == "req-1"
+    assert (raised.problems[0].row, raised.problems[0].param) == (3, "a.b")
+
+
+def test_a_stranger_on_the_port_is_recognised(scripted: Callable[..., Any], answer: Any) -> None:
+    server = scripted(answer(raw=b"<html>hello</html>"))
+    with Client("key", server.url) as client, pytest.raises(DARError, match="is it a DAR service"):
+        client.jobs.retrieve("ftjob-1")
+
+
+def test_an_id_cannot_leave_its_place_in_the_path(
+    scripted: Callable[..., Any], answer: Any
+) -> None:
+    server = scripted(answer(404))
+    with Client("key", server.url) as client, pytest.raises(DARError):
+        client.jobs.retrieve("../files/x?y=1")
+    assert server.requests[0][0] == "GET /v1/fine_tuning/jobs/..%2Ffiles%2Fx%3Fy%3D1"
+
+
+def test_waiting_survives_a_restart_of_the_service(
+    scripted: Callable[..., Any], answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {
+        **dict.fromkeys(
+            ("started_at", "finished_at", "estimated_finish", "status_detail", "status_message")
+        ),
+        **dict.fromkeys(
+            ("fine_tuned_model", "validation_file", "suffix", "metadata", "method", "error")
+        ),
+        **dict.fromkeys(("integrations", "trained_tokens")),
+        "id": "ftjob-1",
+        "object": "fine_tuning.job",
+        "created_at": 1,
+        "model": "m",
+        "training_file": "f",
+        "result_files": [],
+        "organization_id": "o",
+        "seed": 1,
+        "hyperparameters": {},
+        "attempt": 1,
+        "actions": [],
+        "links": {},
+        "progress": {"step": 1, "total_steps": 2, "percent": 50.0, "tokens": 1},
+    }
+    running, over = {**job, "status": "running"}, {**job, "status": "succeeded"}
+    server = scripted(answer(body=running), answer(0), answer(503), answer(body=over))
+    with Client("key", server.url, max_retries=0) as client:
+        assert client.jobs.wait("ftjob-1", poll_seconds=0.01).status == "succeeded"
+        monkeypatch.setattr("dar.client.jobs.OUTAGE_SECONDS", 0.0)
+        server.answers[:] = [answer(503)]
+        with pytest.raises(ServiceUnavailableError):
+            client.jobs.wait("ftjob-1", poll_seconds=0.01)

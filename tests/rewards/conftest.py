@@ -1,0 +1,202 @@
+"""Reward services of both kinds: real ones made by the decorator, and hostile ones on bare sockets."""
+
+import contextlib
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+
+from dar.protocol.spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
+from dar.rewards.base import RewardContext, RewardSample
+from dar.rewards.http import HttpOptions
+
+SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+@pytest.fixture
+def secret() -> str:
+    return SECRET
+
+
+@pytest.fixture
+def context() -> RewardContext:
+    return RewardContext(step=3, job_id="ftjob-1")
+
+
+@pytest.fixture
+def make_samples() -> Callable[..., list[RewardSample]]:
+    """``make_samples(n)``: n samples in groups of K, whose completions are ``c0``, ``c1``, …"""
+
+    def make(count: int, k: int = 4, **fields: Any) -> list[RewardSample]:
+        base: dict[str, Any] = {
+            "prompt": "p",
+            "messages": None,
+            "finish_reason": "stop",
+            "completion_tokens": 2,
+            **fields,
+        }
+        return [
+            RewardSample(
+                id=f"s{n}",
+                group_id=f"g{n // k}",
+                index=n % k,
+                **{"completion": f"c{n}", **base},
+            )
+            for n in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def fast() -> HttpOptions:
+    """Everything that waits, scaled down."""
+    return HttpOptions(
+        batch=RewardBatching(max_samples=16),
+        limits=RewardLimits(concurrency=4),
+        timeouts=RewardTimeouts(connect=0.3, read=0.25, attempt=0.4, deadline=5.0),
+        retry=RewardRetry(attempts=3, base=0.005, cap=0.01, retry_after_cap=0.2),
+    )
+
+
+@pytest.fixture
+def serve_app() -> Iterator[Callable[[Starlette], str]]:
+    """Serves an application on a free port in a thread; gives its address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(app: Starlette) -> str:
+            server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+            thread = threading.Thread(target=server.run, daemon=True)
+            thread.start()
+            while not server.started:
+                threading.Event().wait(0.005)
+                assert thread.is_alive()
+
+            def stop() -> None:
+                server.should_exit = True
+                thread.join()
+
+            stack.callback(stop)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            return f"http://127.0.0.1:{port}"
+
+        yield start
+
+
+@dataclass
+class Received:
+    """One request as it came in, with its connection."""
+
+    line: str
+    headers: dict[str, str]
+    body: bytes
+    connection: socket.socket
+    stopping: threading.Event
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return dict(orjson.loads(self.body))
+
+    @property
+    def ids(self) -> list[str]:
+        return [sample["id"] for sample in self.content["samples"]]
+
+    def send(self, data: bytes) -> None:
+        self.connection.sendall(data)
+
+    def answer(
+        self,
+        body: bytes,
+        *,
+        status: str = "200 OK",
+        content_type: str = "application/json",
+        **headers: str,
+    ) -> None:
+        lines = [f"HTTP/1.1 {status}", f"content-type: {content_type}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        if "content_length" not in headers:
+            lines.append(f"content-length: {len(body)}")
+        self.send("\r\n".join([*lines, "connection: close", "", ""]).encode() + body)
+
+    def rewards(self, rewards: list[Any]) -> None:
+        """A conforming answer in the short form."""
+        content = {"request_id": self.content["request_id"], "rewards": rewards}
+        self.answer(orjson.dumps(content))
+
+    def fine(self) -> None:
+        """0.5 for every sample."""
+        self.rewards([0.5] * len(self.ids))
+
+    def hang(self) -> None:
+        self.stopping.wait(20)
+
+
+Behaviour = Callable[[Received], None]
+
+
+@dataclass
+class Hostile:
+    """A server that behaves as it is told, in turn, the last behaviour for ever."""
+
+    url: str
+    behaviours: list[Behaviour]
+    requests: list[Received] = field(default_factory=list)
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        server: Any = self.server
+        line = self.rfile.readline().decode().strip()
+        if not line:
+            return
+        headers = {}
+        while text := self.rfile.readline().decode().strip():
+            name, _, value = text.partition(":")
+            headers[name.lower()] = value.strip()
+        body = self.rfile.read(int(headers.get("content-length", 0)))
+        request = Received(line, headers, body, self.connection, server.stopping)
+        hostile: Hostile = server.hostile
+        with server.lock:
+            hostile.requests.append(request)
+            turns = hostile.behaviours
+            behave = turns.pop(0) if len(turns) > 1 else turns[0]
+        with contextlib.suppress(OSError):
+            behave(request)
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, behaviours: list[Behaviour]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+        self.hostile = Hostile(f"http://127.0.0.1:{self.server_address[1]}/score", behaviours)
+
+
+@pytest.fixture
+def hostile() -> Iterator[Callable[..., Hostile]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*behaviours: Behaviour) -> Hostile:
+            server = stack.enter_context(_Server(list(behaviours)))
+            thread = threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True)
+            thread.start()
+
+            def stop() -> None:
+                server.stopping.set()
+                server.shutdown()
+                thread.join()
+
+            stack.callback(stop)
+            return server.hostile
+
+        yield start

@@ -1,0 +1,94 @@
+"""Checkpoints: announced once, visible once verified, removed when newer ones make them needless."""
+
+from typing import Any
+
+import pytest
+
+from dar.errors import ConflictError
+from service.store import checkpoints, leases
+from service.store.tables import JobInput
+
+
+def register(world: Any, held: leases.Held, step: int, sha256: str, **manifest: Any) -> Any:
+    with world.database.write() as transaction:
+        now = leases.hold(transaction, held.attempt.lease_id, held.attempt.number)
+        made = world.manifest(step, **manifest)
+        return checkpoints.register(transaction, now.job, now.attempt, made, sha256)
+
+
+def visible(world: Any, job_id: str) -> list[int]:
+    with world.database.read() as transaction:
+        page = checkpoints.list_page(transaction, job_id, checkpoints.Cursor())
+    return [row.step for row in page.rows]
+
+
+def test_announcing_twice_makes_one(world: Any) -> None:
+    held = world.running()
+    first = register(world, held, 5, "a" * 64)
+    assert register(world, held, 5, "a" * 64).id == first.id
+    with pytest.raises(ConflictError) as caught:
+        register(world, held, 5, "b" * 64)
+    assert caught.value.error_code == "checkpoint_mismatch"
+    assert visible(world, held.job.id) == []
+
+
+def test_a_checkpoint_waits_for_the_rows_said_before_it(world: Any) -> None:
+    held = world.running()
+    with pytest.raises(ConflictError) as caught:
+        register(world, held, 5, "a" * 64, last_seq=1)
+    assert caught.value.error_code == "spool_behind"
+
+
+def test_publishing_is_told_once(world: Any) -> None:
+    held = world.running()
+    made = world.publish(held, 5)
+    with world.database.write() as transaction:
+        now = leases.hold(transaction, held.attempt.lease_id, 1)
+        checkpoints.publish(transaction, now.job, made, manifest_bytes=1)
+    told = [event for event in world.events(held.job.id) if event.data["kind"] == "checkpoint"]
+    assert [event.data["step"] for event in told] == [5]
+    assert world.job(held.job.id).latest_checkpoint_id == made.id
+
+
+def test_only_the_newest_are_kept(world: Any) -> None:
+    held = world.running(keep_last=2)
+    other = world.running(keep_last=2)
+    for step in (2, 4, 6, 8):
+        world.publish(held, step)
+    world.publish(other, 2)
+    with world.database.write() as transaction:
+        assert checkpoints.mark_superseded(transaction) == 2
+        assert checkpoints.mark_superseded(transaction) == 0
+        doomed = checkpoints.to_remove(transaction)
+    assert sorted(item.step for item in doomed) == [2, 4]
+    assert visible(world, held.job.id) == [8, 6]
+    assert visible(world, other.job.id) == [2]
+
+
+def test_what_another_job_starts_from_is_kept_until_that_job_is_over(world: Any) -> None:
+    held = world.running(keep_last=1)
+    base = world.publish(held, 2)
+    world.publish(held, 4)
+    user = world.submit()
+    with world.database.write() as transaction:
+        transaction.add(JobInput(job_id=user, checkpoint_id=base.id))
+    with world.database.write() as transaction:
+        assert checkpoints.mark_superseded(transaction) == 0
+    with world.database.write() as transaction:
+        from_queue = world.job(user)
+        assert from_queue.status == "queued"
+        leases.transitions.move(transaction, "cancelled", leases.Job.id == user, "x")
+        assert checkpoints.mark_superseded(transaction) == 1
+
+
+def test_half_an_upload_of_an_ended_attempt_is_removed(world: Any) -> None:
+    held = world.running()
+    register(world, held, 5, "a" * 64)
+    with world.database.write() as transaction:
+        assert checkpoints.mark_abandoned(transaction) == 0
+    world.claim(held.attempt.slot, incarnation="life-2")
+    with world.database.write() as transaction:
+        assert checkpoints.mark_abandoned(transaction) == 1
+        doomed = checkpoints.to_remove(transaction)
+        checkpoints.mark_removed(transaction, doomed[0].id)
+        assert checkpoints.to_remove(transaction) == []

@@ -1,0 +1,79 @@
+"""Jobs in lists: pages without gaps, labels compared as they are, nothing of anybody else's."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from dar.errors import InvalidRequestError, NotFoundError
+from service.store import jobs
+from service.store.paging import Cursor
+from service.store.tables import Project
+
+
+def ids(world: Any, cursor: Cursor, **wanted: Any) -> tuple[list[str], bool]:
+    with world.database.read() as transaction:
+        page = jobs.list_page(transaction, world.project_id, cursor, **wanted)
+    return [job.id for job in page.rows], page.has_more
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_pages_go_forth_and_back_without_gaps(world: Any, order: Any) -> None:
+    made = [world.submit() for _ in range(5)]
+    expected = made if order == "asc" else made[::-1]
+    assert ids(world, Cursor(limit=2, order=order)) == (expected[:2], True)
+    assert ids(world, Cursor(limit=2, order=order, after=expected[1])) == (expected[2:4], True)
+    assert ids(world, Cursor(limit=2, order=order, after=expected[3])) == (expected[4:], False)
+    assert ids(world, Cursor(limit=2, order=order, before=expected[3])) == (expected[1:3], True)
+    assert ids(world, Cursor(limit=5, order=order, before=expected[2])) == (expected[:2], False)
+
+
+def test_a_cursor_that_names_nothing_is_refused(world: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        ids(world, Cursor(after="ftjob-none"))
+    assert caught.value.param == "after"
+
+
+@pytest.mark.parametrize("key", ["team", 'quo"te', "do.t", "$", "a b", "[0]", "ü'; --"])
+def test_a_label_is_compared_as_it_is(world: Any, key: str) -> None:
+    mine = world.submit(labels={key: "a", "other": "b"})
+    world.submit(labels={key: "b"})
+    world.submit(labels=None)
+    assert ids(world, Cursor(), labels={key: "a"}) == ([mine], False)
+    assert ids(world, Cursor(), labels={key: "a", "other": "c"}) == ([], False)
+
+
+def test_jobs_are_narrowed_by_status(world: Any) -> None:
+    held, waiting = world.running(), world.submit()
+    assert ids(world, Cursor(), status="queued") == ([waiting], False)
+    assert ids(world, Cursor(), status="running") == ([held.job.id], False)
+
+
+def test_a_job_of_another_project_is_not_there(world: Any) -> None:
+    with world.database.write() as transaction:
+        transaction.add(Project(id="proj-other", created_at=transaction.now))
+    theirs = world.submit(project_id="proj-other")
+    with pytest.raises(NotFoundError):
+        world.job(theirs)
+    assert ids(world, Cursor()) == ([], False)
+
+
+def test_a_key_makes_one_job(world: Any) -> None:
+    world.submit(idempotency_key="k")
+    with pytest.raises(IntegrityError):
+        world.submit(idempotency_key="k")
+
+
+def test_a_retried_body_is_recognised_for_ten_minutes(world: Any) -> None:
+    job_id = world.submit(body_sha256="f" * 64)
+
+    def find(retry_count: int, key: str = "key-1") -> str | None:
+        with world.database.read() as transaction:
+            job = jobs.find_retried(transaction, key, "f" * 64, retry_count)
+        return job and job.id
+
+    assert find(1) == job_id
+    assert find(0) is None
+    assert find(1, "key-2") is None
+    world.clock.advance(601)
+    assert find(1) is None

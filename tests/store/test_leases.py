@@ -1,0 +1,307 @@
+"""Leases: one attempt at a time, the fence, and what becomes of a job when its attempt ends."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from dar.errors import ConflictError, FencedError
+from dar.protocol.worker import AttemptProgress, Complete, Fail, Outcome, Release
+from service.store import jobs, leases
+
+
+def end(world: Any, held: leases.Held, said: Complete | Fail | Release) -> Outcome:
+    call: Any = {Complete: leases.complete, Fail: leases.fail, Release: leases.release}[type(said)]
+    with world.database.write() as transaction:
+        outcome: Outcome = call(transaction, held.attempt.lease_id, said)
+    return outcome
+
+
+def transient(attempt: int = 1) -> Fail:
+    return Fail(attempt=attempt, kind="transient", code="trainer_died", message="signal 9")
+
+
+def cancel(world: Any, job_id: str) -> None:
+    with world.database.write() as transaction:
+        jobs.cancel(transaction, world.project_id, job_id)
+
+
+def test_the_oldest_job_that_is_due_is_given_first(world: Any) -> None:
+    later = world.clock.now.replace(year=2030)
+    world.submit(not_before=later)
+    second, third = world.submit(), world.submit()
+    claims = [world.claim(slot) for slot in "abc"]
+    assert [held and held.job.id for held in claims] == [second, third, None]
+
+
+def test_a_claim_starts_an_attempt(world: Any) -> None:
+    held = world.running()
+    job = world.job(held.job.id)
+    assert (job.status, job.status_detail, job.attempt) == ("running", "starting", 1)
+    assert job.started_at == world.clock.now
+    assert world.attempt(held).status == "running"
+    assert world.events(job.id)[-1].data["node"] == "node-1"
+
+
+def test_many_claimers_never_get_the_same_job(world: Any) -> None:
+    expected = {world.submit() for _ in range(20)}
+    claimed: list[str] = []
+
+    def take(worker: int) -> None:
+        count = 0
+        while (held := world.claim(f"{worker}-{count}")) is not None:
+            claimed.append(held.job.id)
+            count += 1
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == sorted(expected)
+
+
+def test_a_new_life_of_the_slot_frees_what_the_old_one_held(world: Any) -> None:
+    job_id = world.submit()
+    first = world.claim("0", incarnation="life-1")
+    second = world.claim("0", incarnation="life-2")
+    assert second.job.id == job_id
+    assert second.attempt.number == 2
+    assert world.attempt(first).status == "lost"
+    assert world.job(job_id).status == "running"
+
+
+def test_another_slot_of_the_node_keeps_its_lease(world: Any) -> None:
+    held = world.running()
+    assert world.claim("other", incarnation="life-9") is None
+    assert world.attempt(held).status == "running"
+
+
+def test_a_restart_of_the_machine_frees_all_its_slots(world: Any) -> None:
+    held = [world.running(), world.running()]
+    elsewhere_job = world.submit()
+    elsewhere = world.claim("0", node="node-2")
+    assert world.claim("new-slot", boot_id="boot-2") is not None
+    assert [world.attempt(one).status for one in held] == ["lost", "lost"]
+    assert world.attempt(elsewhere).status == "running"
+    assert world.job(elsewhere_job).status == "running"
+
+
+def test_the_fence_turns_a_late_attempt_away(world: Any) -> None:
+    job_id = world.submit()
+    first = world.claim("0", incarnation="life-1")
+    world.claim("0", incarnation="life-2")
+    for said in (transient(), Release(attempt=1, reason="drained")):
+        with pytest.raises(FencedError):
+            end(world, first, said)
+    with pytest.raises(FencedError), world.database.write() as transaction:
+        leases.hold(transaction, first.attempt.lease_id, 1)
+    assert world.job(job_id).attempt == 2
+
+
+def test_an_attempt_cannot_write_under_another_number(world: Any) -> None:
+    held = world.running()
+    with pytest.raises(FencedError), world.database.write() as transaction:
+        leases.hold(transaction, held.attempt.lease_id, 2)
+
+
+def test_a_heartbeat_renews_the_lease_and_shows_what_is_done(
+    world: Any, ttl_seconds: float
+) -> None:
+    held = world.running()
+    world.clock.advance(ttl_seconds - 1)
+    progress = AttemptProgress(phase="sampling", step=3, message="24 of 64")
+    with world.database.write() as transaction:
+        now = leases.hold(transaction, held.attempt.lease_id, 1)
+        assert leases.renew(transaction, now, leases.timedelta(seconds=ttl_seconds), progress)
+    world.clock.advance(ttl_seconds - 1)
+    with world.database.read() as transaction:
+        assert leases.expired(transaction) == []
+    job = world.job(held.job.id)
+    assert (job.step, job.status_detail, job.status_message) == (3, "sampling", "24 of 64")
+
+
+def test_a_lease_runs_out_and_the_job_waits_again(world: Any, ttl_seconds: float) -> None:
+    held = world.running()
+    lease_id = held.attempt.lease_id
+    world.clock.advance(ttl_seconds + 1)
+    with world.database.write() as transaction:
+        assert leases.expired(transaction) == [lease_id]
+        assert leases.expire(transaction, lease_id)
+        assert not leases.expire(transaction, lease_id)
+    assert world.job(held.job.id).status == "queued"
+    assert world.attempt(held).status == "lost"
+
+
+def test_three_attempts_without_a_newer_checkpoint_are_poison(world: Any) -> None:
+    job_id = world.submit()
+    for number in (1, 2, 3):
+        world.claim("0", incarnation=f"life-{number}")
+    assert world.claim("0", incarnation="life-4") is None
+    job = world.job(job_id)
+    assert (job.status, job.status_detail, job.error["code"]) == ("failed", "poison", "poison")
+    assert "out of memory" in job.error["message"]
+
+
+def test_a_newer_checkpoint_starts_the_count_anew(world: Any) -> None:
+    job_id = world.submit()
+    world.claim("0", incarnation="life-1")
+    held = world.claim("0", incarnation="life-2")
+    world.publish(held, 5)
+    for number in (3, 4):
+        held = world.claim("0", incarnation=f"life-{number}")
+    assert (held.job.id, held.attempt.number) == (job_id, 4)
+    assert held.attempt.start_step == 5
+
+
+def test_drained_attempts_are_never_poison(world: Any) -> None:
+    job_id = world.submit()
+    for number in range(1, 6):
+        held = world.claim()
+        end(world, held, Release(attempt=number, reason="drained"))
+    assert world.job(job_id).status == "queued"
+
+
+def test_twenty_failures_are_too_many_even_with_progress(world: Any) -> None:
+    job_id = world.submit(total_steps=100)
+    for number in range(1, 21):
+        held = world.claim("0", incarnation=f"life-{number}")
+        world.publish(held, number)
+    assert world.claim("0", incarnation="life-21") is None
+    assert world.job(job_id).status_detail == "poison"
+
+
+def test_the_next_attempt_goes_on_from_the_newest_checkpoint(world: Any) -> None:
+    held = world.running()
+    world.publish(held, 4)
+    newest = world.publish(held, 8)
+    again = world.claim(held.attempt.slot, incarnation="life-2")
+    assert again.attempt.resume_checkpoint_id == newest.id
+    assert world.job(held.job.id).step == 8
+
+
+def test_complete_needs_every_row_and_the_final_checkpoint(world: Any) -> None:
+    held = world.running(total_steps=10)
+    half = world.publish(held, 5)
+    with pytest.raises(ConflictError, match="rows up to 3") as behind:
+        end(world, held, Complete(attempt=1, last_seq=3, checkpoint_id=half.id))
+    with pytest.raises(ConflictError, match="not an available one of step 10") as missing:
+        end(world, held, Complete(attempt=1, last_seq=0, checkpoint_id=half.id))
+    assert (behind.value.error_code, missing.value.error_code) == (
+        "spool_behind",
+        "checkpoint_missing",
+    )
+    assert world.job(held.job.id).status == "running"
+
+
+def test_complete_again_gets_the_same_answer(world: Any) -> None:
+    held = world.running()
+    final = world.publish(held, 10)
+    said = Complete(attempt=1, last_seq=0, checkpoint_id=final.id)
+    first, events = end(world, held, said), world.events(held.job.id)
+    assert end(world, held, said) == first == Outcome(status="succeeded", status_detail=None)
+    assert len(world.events(held.job.id)) == len(events)
+    with pytest.raises(FencedError):
+        end(world, held, transient())
+
+
+def test_a_users_mistake_ends_the_job_with_its_reason(world: Any) -> None:
+    held = world.running()
+    said = Fail(attempt=1, kind="user", code="training_failed", message="no", param="model")
+    assert end(world, held, said) == Outcome(status="failed", status_detail="user_error")
+    job = world.job(held.job.id)
+    assert job.error == {"code": "training_failed", "message": "no", "param": "model"}
+
+
+def test_a_transient_failure_is_tried_again_after_a_growing_pause(world: Any) -> None:
+    held = world.running()
+    pauses = []
+    for number in (1, 2):
+        end(world, held, transient(number))
+        job = world.job(held.job.id)
+        assert (job.status, job.status_detail) == ("queued", "backoff")
+        assert world.claim() is None
+        pauses.append((job.not_before - world.clock.now).total_seconds())
+        world.clock.advance(pauses[-1])
+        held = world.claim()
+    assert 1 <= pauses[0] <= 2 <= pauses[1] <= 4
+    assert end(world, held, transient(3)).status_detail == "poison"
+
+
+def test_a_job_whose_reward_service_is_down_waits_longer_each_time(world: Any) -> None:
+    held = world.running()
+    waits = []
+    for number in range(1, 7):
+        said = Release(attempt=number, reason="waiting_for_reward", message="refused")
+        assert end(world, held, said).status_detail == "waiting_for_reward"
+        job = world.job(held.job.id)
+        assert job.status_message == "refused"
+        waits.append((job.not_before - world.clock.now).total_seconds())
+        world.clock.advance(waits[-1])
+        held = world.claim()
+    assert waits == [5, 10, 20, 40, 60, 60]
+
+
+def test_cancelling_a_waiting_job_is_done_at_once(world: Any) -> None:
+    job_id = world.submit()
+    cancel(world, job_id)
+    cancel(world, job_id)
+    assert world.job(job_id).status == "cancelled"
+    assert world.claim() is None
+
+
+def test_cancelling_a_running_job_waits_for_its_worker(world: Any) -> None:
+    held = world.running()
+    cancel(world, held.job.id)
+    cancel(world, held.job.id)
+    job = world.job(held.job.id)
+    assert (job.status, job.status_detail) == ("running", "cancelling")
+    with world.database.write() as transaction:
+        now = leases.hold(transaction, held.attempt.lease_id, 1)
+        progress = AttemptProgress(phase="training", step=2)
+        leases.renew(transaction, now, leases.timedelta(seconds=60), progress)
+    assert world.job(held.job.id).status_detail == "cancelling"
+    assert end(world, held, Release(attempt=1, reason="cancelled")).status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        transient(),
+        Fail(attempt=1, kind="user", code="x", message="x"),
+        Release(attempt=1, reason="drained"),
+        Release(attempt=1, reason="waiting_for_reward"),
+    ],
+)
+def test_a_job_to_be_cancelled_never_goes_back_into_the_queue(world: Any, said: Any) -> None:
+    held = world.running()
+    cancel(world, held.job.id)
+    assert end(world, held, said).status == "cancelled"
+
+
+def test_a_lost_attempt_of_a_job_to_be_cancelled_cancels_it(world: Any) -> None:
+    held = world.running()
+    cancel(world, held.job.id)
+    assert world.claim(held.attempt.slot, incarnation="life-2") is None
+    assert world.job(held.job.id).status == "cancelled"
+
+
+def test_a_job_that_finished_first_has_succeeded(world: Any) -> None:
+    held = world.running()
+    final = world.publish(held, 10)
+    cancel(world, held.job.id)
+    said = Complete(attempt=1, last_seq=0, checkpoint_id=final.id)
+    assert end(world, held, said).status == "succeeded"
+
+
+def test_a_cancellation_that_nobody_asked_for_is_refused(world: Any) -> None:
+    held = world.running()
+    with pytest.raises(ConflictError, match="nobody has asked"):
+        end(world, held, Release(attempt=1, reason="cancelled"))
+
+
+def test_a_finished_job_cannot_be_cancelled(world: Any) -> None:
+    held = world.running()
+    end(world, held, Fail(attempt=1, kind="user", code="x", message="x"))
+    with pytest.raises(ConflictError, match="has already failed"):
+        cancel(world, held.job.id)

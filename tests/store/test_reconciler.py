@@ -1,0 +1,109 @@
+"""The reconciler: patient when nobody could have renewed, thorough otherwise."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.artifacts import Artifacts
+from service.notifier import Notifier
+from service.reconciler import Reconciler
+from service.store import jobs
+from service.waker import Waker
+
+
+class Counter(Waker):
+    """A waker that only counts."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.count = 0
+
+    def wake(self, count: int = 1) -> None:
+        self.count += count
+
+
+class Setup:
+    """A reconciler whose clocks a test moves."""
+
+    def __init__(self, world: Any, folder: Path, ttl_seconds: float) -> None:
+        self.world, self.waker, self.elapsed = world, Counter(), 0.0
+        self.artifacts = Artifacts(folder)
+        self.artifacts.prepare()
+        self.reconciler = Reconciler(
+            world.database,
+            self.artifacts,
+            self.waker,
+            Notifier(world.database),
+            ttl_seconds=ttl_seconds,
+            pause_seconds=1,
+            monotonic=lambda: self.elapsed,
+        )
+
+    def pass_time(self, seconds: float, step: float = 10) -> None:
+        """Passes of the reconciler while time goes by."""
+        while seconds > 0:
+            self.elapsed += min(step, seconds)
+            self.world.clock.advance(min(step, seconds))
+            seconds -= step
+            self.reconciler.run_once()
+
+
+@pytest.fixture
+def setup(world: Any, tmp_path: Path, ttl_seconds: float) -> Iterator[Setup]:
+    return Setup(world, tmp_path / "artifacts", ttl_seconds)
+
+
+def test_no_lease_ends_within_one_ttl_of_the_start(setup: Setup, ttl_seconds: float) -> None:
+    held = setup.world.running()
+    setup.world.clock.advance(10 * ttl_seconds)
+    setup.pass_time(ttl_seconds - 1)
+    assert setup.world.attempt(held).status == "running"
+    setup.pass_time(20)
+    assert setup.world.attempt(held).status == "lost"
+    assert setup.waker.count > 0
+
+
+def test_no_lease_ends_within_one_ttl_of_a_gap(setup: Setup, ttl_seconds: float) -> None:
+    setup.pass_time(2 * ttl_seconds)
+    held = setup.world.running()
+    setup.pass_time(2 * ttl_seconds, step=2 * ttl_seconds)
+    setup.pass_time(ttl_seconds - 20)
+    assert setup.world.attempt(held).status == "running"
+    setup.pass_time(40)
+    assert setup.world.attempt(held).status == "lost"
+
+
+def test_a_job_that_nobody_claims_is_called_out_again(setup: Setup) -> None:
+    setup.world.submit()
+    setup.reconciler.run_once()
+    assert setup.waker.count == 0
+    setup.pass_time(10)
+    assert setup.waker.count == 1
+
+
+def test_a_job_that_is_not_due_wakes_nobody(setup: Setup) -> None:
+    setup.world.submit(not_before=setup.world.clock.now.replace(year=2030))
+    setup.pass_time(20)
+    assert setup.waker.count == 0
+
+
+def test_files_of_superseded_checkpoints_go(setup: Setup) -> None:
+    held = setup.world.running(keep_last=1)
+    folders = []
+    for step in (2, 4):
+        setup.world.publish(held, step)
+        folders.append(setup.artifacts.checkpoint(held.job.id, 1, step))
+        folders[-1].mkdir(parents=True)
+        (folders[-1] / "model.safetensors").write_bytes(b"abc")
+    setup.reconciler.run_once()
+    assert [folder.exists() for folder in folders] == [False, True]
+
+
+def test_a_cancelled_job_whose_worker_is_gone_ends(setup: Setup, ttl_seconds: float) -> None:
+    held = setup.world.running()
+    with setup.world.database.write() as transaction:
+        jobs.cancel(transaction, setup.world.project_id, held.job.id)
+    setup.pass_time(3 * ttl_seconds)
+    assert setup.world.job(held.job.id).status == "cancelled"

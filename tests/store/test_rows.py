@@ -1,0 +1,179 @@
+"""What a trainer says is stored once, in order, whatever is sent twice or late."""
+
+from typing import Any
+
+import pytest
+
+from dar.errors import ConflictError
+from dar.protocol.worker import Batch
+from service.store import leases, metrics, rows, samples
+
+
+def metric(seq: int, step: int, **values: float | None) -> dict[str, Any]:
+    named = {f"dar/{name}": value for name, value in values.items()}
+    return {"type": "metrics", "seq": seq, "at": 1000.0 + seq, "step": step, "values": named}
+
+
+def say(world: Any, held: leases.Held, *said: dict[str, Any]) -> int | rows.Contradiction:
+    batch = Batch.model_validate({"attempt": held.attempt.number, "rows": list(said)})
+    with world.database.write() as transaction:
+        now = leases.lock(transaction, held.attempt.lease_id)
+        return rows.add(transaction, now, batch.rows)
+
+
+def read(world: Any, job_id: str, **wanted: Any) -> dict[str, list[tuple[int, float | None]]]:
+    with world.database.read() as transaction:
+        found = metrics.read(transaction, job_id, **wanted)
+    return {
+        name: list(zip(points.step, points.value, strict=True)) for name, points in found.items()
+    }
+
+
+def test_rows_are_acknowledged_up_to_the_last(world: Any) -> None:
+    held = world.running()
+    assert say(world, held, metric(1, 1, loss=3.0), metric(2, 2, loss=2.0)) == 2
+    assert say(world, held) == 2
+    assert read(world, held.job.id) == {"dar/loss": [(1, 3.0), (2, 2.0)]}
+    assert world.job(held.job.id).step == 2
+
+
+def test_rows_sent_again_are_stored_once(world: Any) -> None:
+    held = world.running()
+    for _ in range(3):
+        assert say(world, held, metric(1, 1, loss=3.0), metric(2, 2, loss=2.0)) == 2
+    assert say(world, held, metric(2, 2, loss=2.0), metric(3, 3, loss=1.0)) == 3
+    assert read(world, held.job.id) == {"dar/loss": [(1, 3.0), (2, 2.0), (3, 1.0)]}
+    steps = [event for event in world.events(held.job.id) if event.type == "metrics"]
+    assert [event.data["step"] for event in steps] == [1, 2, 3]
+
+
+def test_a_gap_is_refused_and_says_where_to_go_on(world: Any) -> None:
+    held = world.running()
+    say(world, held, metric(1, 1, loss=3.0))
+    with pytest.raises(ConflictError, match="send from 2") as caught:
+        say(world, held, metric(3, 3, loss=1.0))
+    assert caught.value.error_code == "seq_gap"
+
+
+def test_the_same_row_with_other_content_is_a_contradiction(world: Any) -> None:
+    held = world.running()
+    say(world, held, metric(1, 1, loss=3.0))
+    said = say(world, held, metric(1, 1, loss=3.5), metric(2, 2, loss=2.0))
+    assert said == rows.Contradiction(seq=1)
+    assert read(world, held.job.id) == {"dar/loss": [(1, 3.0)]}
+
+
+def test_a_value_that_is_no_number_is_null(world: Any) -> None:
+    held = world.running()
+    say(world, held, metric(1, 1, loss=None, rewards_mean=0.5))
+    assert read(world, held.job.id)["dar/loss"] == [(1, None)]
+
+
+def test_replayed_steps_count_once_and_get_no_second_event(world: Any) -> None:
+    first = world.running()
+    say(world, first, *[metric(n, n, loss=float(n)) for n in (1, 2, 3)])
+    second = world.claim(first.attempt.slot, incarnation="life-2")
+    say(world, second, metric(1, 2, loss=20.0), metric(2, 3, loss=30.0), metric(3, 4, loss=40.0))
+    assert read(world, first.job.id) == {"dar/loss": [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]}
+    events = [event for event in world.events(first.job.id) if event.type == "metrics"]
+    assert [event.data["step"] for event in events] == [1, 2, 3, 4]
+
+
+def test_a_late_attempts_rows_are_kept_and_change_nothing(world: Any) -> None:
+    first = world.running()
+    second = world.claim(first.attempt.slot, incarnation="life-2")
+    say(world, second, metric(1, 1, loss=10.0), metric(2, 2, loss=20.0))
+    assert say(world, first, metric(1, 1, loss=1.0), metric(2, 7, advantages_mean=0.0)) == 2
+    assert read(world, first.job.id)["dar/loss"] == [(1, 10.0), (2, 20.0)]
+    assert world.job(first.job.id).step == 2
+
+
+def test_a_cursor_brings_what_is_new_and_what_was_replayed(world: Any) -> None:
+    first = world.running()
+    say(world, first, *[metric(n, n, loss=float(n)) for n in (1, 2, 3)])
+    with world.database.read() as transaction:
+        cursor = metrics.last_id(transaction, first.job.id)
+    assert read(world, first.job.id, after=cursor) == {}
+    second = world.claim(first.attempt.slot, incarnation="life-2")
+    say(world, second, metric(1, 3, loss=30.0), metric(2, 4, loss=40.0))
+    say(world, first, metric(4, 4, loss=4.0))
+    assert read(world, first.job.id, after=cursor) == {"dar/loss": [(3, 30.0), (4, 40.0)]}
+
+
+def test_series_are_narrowed_by_name_and_step(world: Any) -> None:
+    held = world.running()
+    say(world, held, *[metric(n, n, loss=float(n), rewards_mean=0.0) for n in (1, 2, 3)])
+    wanted = {"names": ["dar/loss"], "from_step": 2, "to_step": 2}
+    assert read(world, held.job.id, **wanted) == {"dar/loss": [(2, 2.0)]}
+
+
+def test_what_a_trainer_tells_becomes_an_event_of_its_attempt(world: Any) -> None:
+    held = world.running()
+    said = {"type": "event", "seq": 1, "at": 1000.5, "level": "warn", "message": "hm"}
+    say(world, held, said | {"data": {"kind": "memory", "free": 3}})
+    event = world.events(held.job.id)[-1]
+    assert (event.level, event.message, event.created_at.timestamp()) == ("warn", "hm", 1000.5)
+    assert event.data == {"kind": "memory", "free": 3, "attempt": 1}
+
+
+def sample(group: int, reward: float | None) -> dict[str, Any]:
+    return {
+        "group": group,
+        "index": 0,
+        "prompt": "p",
+        "completion": "c",
+        "finish_reason": "stop",
+        "completion_tokens": 3,
+        "reward": reward,
+        "reward_status": "error" if reward is None else "reward",
+        "advantage": reward,
+        "weight": 1.0,
+        "logp_policy": None,
+        "logp_ref": None,
+        "logp_behavior": -1.0,
+    }
+
+
+def groups(world: Any, job_id: str, **wanted: Any) -> list[int]:
+    asked = {"step": None, "order": "asc", "limit": 10, "after": None} | wanted
+    with world.database.read() as transaction:
+        return [row.body["group"] for row in samples.read(transaction, job_id, **asked)]
+
+
+def test_samples_are_ordered_by_age_or_reward_with_missing_last(world: Any) -> None:
+    held = world.running()
+    made = [sample(0, 0.5), sample(1, None), sample(2, -1.0), sample(3, 0.5)]
+    say(world, held, {"type": "samples", "seq": 1, "at": 1.0, "step": 1, "samples": made})
+    job_id = held.job.id
+    assert groups(world, job_id) == [0, 1, 2, 3]
+    assert groups(world, job_id, order="desc") == [3, 2, 1, 0]
+    assert groups(world, job_id, order="reward") == [2, 0, 3, 1]
+    assert groups(world, job_id, order="-reward") == [0, 3, 2, 1]
+    assert groups(world, job_id, step=2) == []
+
+
+@pytest.mark.parametrize("order", ["asc", "desc", "reward", "-reward", "advantage", "-advantage"])
+def test_pages_of_samples_neither_skip_nor_repeat(world: Any, order: str) -> None:
+    held = world.running()
+    made = [sample(n, value) for n, value in enumerate([0.5, None, 0.5, -1.0, None, 2.0])]
+    say(world, held, {"type": "samples", "seq": 1, "at": 1.0, "step": 1, "samples": made})
+    whole, paged, after = groups(world, held.job.id, order=order), list[int](), None
+    while True:
+        with world.database.read() as transaction:
+            page = samples.read(
+                transaction, held.job.id, step=None, order=order, limit=2, after=after
+            )
+        if not page:
+            break
+        paged += [row.body["group"] for row in page]
+        after = page[-1].id
+    assert paged == whole
+
+
+def test_samples_of_a_replayed_step_are_those_of_the_last_attempt(world: Any) -> None:
+    first = world.running()
+    row = {"type": "samples", "seq": 1, "at": 1.0, "step": 1}
+    say(world, first, row | {"samples": [sample(0, 0.0)]})
+    second = world.claim(first.attempt.slot, incarnation="life-2")
+    say(world, second, row | {"samples": [sample(7, 0.0)]})
+    assert groups(world, first.job.id) == [7]

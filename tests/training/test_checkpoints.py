@@ -1,0 +1,255 @@
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from dar.errors import CheckpointError, InvalidRequestError
+from dar.protocol.checkpoints import Manifest
+from dar.training import DARTrainer
+from dar.training.checkpoint import publish, verify
+from dar.training.fingerprint import environment
+
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+@pytest.fixture
+def trained(train: Callable[..., DARTrainer], sink: Any) -> Path:
+    """A folder of checkpoints of steps 2, 4 and 6."""
+    train(sink=sink, settings=SAVING)
+    return sink.published[0][1].parent
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_ends_bit_identical_to_an_undisturbed_one(
+    train: Callable[..., DARTrainer],
+    new_sink: Callable[[], Any],
+    tmp_path: Path,
+    is_adapter: bool,
+    step: int,
+) -> None:
+    undisturbed, resumed = new_sink(), new_sink()
+    peft = {"peft_config": lora()} if is_adapter else {}
+    train(sink=undisturbed, settings=SAVING, **peft)
+    first = undisturbed.published[0][1].parent
+    other = {**SAVING, "output_dir": str(tmp_path / "other")}
+    torch.manual_seed(99)
+    train(first / f"step-{step}", sink=resumed, settings=other, **peft)
+
+    last, again = undisturbed.published[-1], resumed.published[-1]
+    assert (last[0], again[0]) == (6, 6)
+    names = [file.name for file in last[2].files if file.name.endswith(".safetensors")]
+    assert len(names) == 2
+    for name in names:
+        one, two = load_file(last[1] / name), load_file(again[1] / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    before, after = undisturbed.deterministic_reports(), resumed.deterministic_reports()
+    assert after == {number: before[number] for number in after}
+    assert sorted(after) == ([3, 6] if step == 2 else [6])
+    assert resumed.events == []
+
+
+def test_a_checkpoint_loads_like_any_model(trained: Path) -> None:
+    folder = trained / "step-6"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == 3
+    assert model.config.use_cache
+    assert tokenizer.decode(tokenizer("w10 w11")["input_ids"]) == "w10 w11"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
+def test_an_adapter_checkpoint_names_its_base_as_it_was_given(
+    train: Callable[..., DARTrainer],
+    make_model: Callable[..., LlamaForCausalLM],
+    sink: Any,
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base"
+    make_model().save_pretrained(base)
+    train(model=str(base), sink=sink, settings={"save_strategy": "steps"}, peft_config=lora())
+    folder = sink.published[-1][1]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    assert sink.published[-1][2].kind == "adapter"
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert any("lora_B" in name and p.abs().sum() > 0 for name, p in model.named_parameters())
+
+
+def test_a_checkpoint_holds_tensors_and_json_and_no_pickle(trained: Path) -> None:
+    for path in trained.rglob("*"):
+        if path.is_file():
+            assert path.suffix in {".safetensors", ".json", ".jinja"}, path
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+
+
+def test_the_manifest_describes_every_file(trained: Path, sink: Any) -> None:
+    step, folder, manifest, sha256 = sink.published[1]
+    assert (step, folder) == (4, trained / "step-4")
+    body = (folder / "MANIFEST.json").read_bytes()
+    assert hashlib.sha256(body).hexdigest() == sha256
+    assert Manifest.model_validate_json(body) == manifest == verify(folder)
+    names = [file.name for file in manifest.files]
+    assert names == sorted(names)
+    assert {"model.safetensors", "resume/optimizer.safetensors", "resume/state.json"} < set(names)
+    assert manifest.last_seq == 2  # the report of step 3 and its samples
+    assert manifest.metrics == sink.reports[3]
+
+
+def damage(folder: Path, kind: str) -> None:
+    weights = folder / "model.safetensors"
+    if kind == "altered":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif kind == "missing":
+        (folder / "resume" / "state.json").unlink()
+    elif kind == "foreign":
+        (folder / "rng_state.pth").write_bytes(b"")
+    elif kind == "no manifest":
+        (folder / "MANIFEST.json").unlink()
+    elif kind == "broken manifest":
+        (folder / "MANIFEST.json").write_text("{")
+    else:
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        manifest["config_sha256"] = "0" * 64
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(
+    train: Callable[..., DARTrainer], trained: Path, tmp_path: Path
+) -> None:
+    expected = {
+        "altered": "model.safetensors was altered",
+        "cut": "model.safetensors was altered",
+        "missing": "resume/state.json is missing",
+        "foreign": "rng_state.pth does not belong",
+        "no manifest": "is no checkpoint",
+        "broken manifest": "cannot be read",
+        "other config": "made with other hyperparameters",
+    }
+    for kind, message in expected.items():
+        copy = tmp_path / kind
+        shutil.copytree(trained / "step-4", copy)
+        damage(copy, kind)
+        with pytest.raises(CheckpointError, match=message):
+            train(copy, settings=SAVING)
+
+
+@pytest.mark.parametrize(
+    "change", [{"beta": 0.4}, {"seed": 1}, {"learning_rate": 1e-4}, {"dar_k": 2}, {"max_steps": 7}]
+)
+def test_a_resume_under_another_configuration_is_refused(
+    train: Callable[..., DARTrainer], trained: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match="made with other hyperparameters"):
+        train(trained / "step-2", settings={**SAVING, **change})
+
+
+def test_a_resume_under_other_data_or_weights_is_refused(
+    train: Callable[..., DARTrainer],
+    trained: Path,
+    make_model: Callable[..., LlamaForCausalLM],
+    prompts: list[dict[str, Any]],
+) -> None:
+    with pytest.raises(CheckpointError):
+        train(trained / "step-2", settings=SAVING, train_dataset=prompts[:4])
+    with pytest.raises(CheckpointError):
+        train(trained / "step-2", settings=SAVING, model=make_model(1))
+
+
+def test_a_resume_on_another_machine_says_so(
+    train: Callable[..., DARTrainer],
+    trained: Path,
+    sink: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = environment(torch.device("cpu")) | {"threads": "64"}
+    monkeypatch.setattr("dar.training.resumable.environment", lambda _: elsewhere)
+    train(trained / "step-4", sink=sink, settings=SAVING)
+    assert [data["changed"] for _, _, data in sink.events] == [["threads was 1 and is 64"]]
+
+
+def test_a_resume_must_name_its_folder(train: Callable[..., DARTrainer]) -> None:
+    with pytest.raises(InvalidRequestError, match="must name"):
+        train(True)  # type: ignore[arg-type]  # what scripts for transformers do
+
+
+def test_only_the_newest_checkpoints_are_kept_when_asked_for(
+    train: Callable[..., DARTrainer], sink: Any
+) -> None:
+    train(sink=sink, settings={**SAVING, "save_total_limit": 2})
+    folder = sink.published[0][1].parent
+    assert sorted(path.name for path in folder.iterdir()) == ["step-4", "step-6"]
+
+
+def test_a_failed_write_leaves_no_checkpoint_and_leftovers_are_swept(
+    train: Callable[..., DARTrainer], tmp_path: Path
+) -> None:
+    root = tmp_path / "out" / "checkpoints"
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        publish(root, 1, write=write, manifest=lambda _: pytest.fail("never reached"))
+    assert list(root.iterdir()) == []
+    (root / ".tmp-step-9-1").mkdir()
+    train()
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("when", "step"), [("sampling", 2), ("waiting_for_reward", 2), ("training", 2), ("edge", 3)]
+)
+def test_draining_ends_at_a_step_edge_with_a_checkpoint(
+    train: Callable[..., DARTrainer],
+    new_control: Callable[..., Any],
+    sink: Any,
+    when: str,
+    step: int,
+) -> None:
+    async def score(completions: list[str], **columns: Any) -> list[float]:
+        is_hanging = when == "waiting_for_reward" and sink.phases[-1][1] == 3
+        await asyncio.sleep(60 * is_hanging)
+        return [float(len(text)) for text in completions]
+
+    def is_time() -> bool:
+        return 3 in sink.reports if when == "edge" else (when, 3, None) in sink.phases
+
+    control = new_control("drain", is_time)
+    trainer = train(sink=sink, control=control, settings={"max_steps": 6}, reward_funcs=score)
+    assert trainer.stopped_by == "drain"
+    assert [published[0] for published in sink.published] == [step]
+    assert verify(sink.published[0][1]).step == step
+    assert max(sink.reports) == step
+
+
+def test_cancelling_leaves_at_once_and_writes_nothing(
+    train: Callable[..., DARTrainer], new_control: Callable[..., Any], sink: Any
+) -> None:
+    control = new_control("cancel", lambda: 2 in sink.reports)
+    trainer = train(sink=sink, control=control, settings={**SAVING, "logging_steps": 1})
+    assert trainer.stopped_by == "cancel"
+    assert [step for step, *_ in sink.published] == [2]
+    assert max(sink.reports) == 2

@@ -1,0 +1,67 @@
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from dar.errors import InvalidRequestError
+from dar.protocol.spec import Hyperparameters, Sampling
+from dar.training import DARConfig
+from dar.training.loss import Normalization
+
+SAME_MEANING = {"batch_size": "per_device_train_batch_size"}
+NOT_OURS = {"max_steps", "n_epochs", "optim", "lr_scheduler_type"}
+
+
+def test_defaults_are_those_of_a_job_spec(tmp_path: Path) -> None:
+    config = DARConfig(output_dir=str(tmp_path))
+    for part in (Hyperparameters(), Sampling()):
+        for name, value in part.model_dump().items():
+            if name not in NOT_OURS:
+                assert getattr(config, SAME_MEANING.get(name, name)) == value, name
+    assert config.max_steps == -1
+    assert config.num_train_epochs == 1
+    assert config.lr_scheduler_type == Hyperparameters().lr_scheduler_type
+    assert str(config.optim.value).startswith(Hyperparameters().optim)
+    assert set(get_args(Normalization)) == set(
+        get_args(Hyperparameters.model_fields["adv_norm"].annotation)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", -0.1),
+        ("alpha", float("nan")),
+        ("beta", 0.0),
+        ("beta", float("inf")),
+        ("dar_k", 0),
+        ("dar_wclip", 0.0),
+        ("adv_norm", "zscore"),
+        ("max_new_tokens", 0),
+        ("temperature", 0.0),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("stop", [""]),
+        ("max_length", 1),
+        ("eval_strategy", "steps"),
+        ("label_smoothing_factor", 0.1),
+        ("dataloader_num_workers", 2),
+        ("torch_compile", True),
+    ],
+)
+def test_values_out_of_range_and_options_without_effect_are_refused(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    extra = {"eval_steps": 5} if name == "eval_strategy" else {}
+    with pytest.raises(InvalidRequestError, match=name) as caught:
+        DARConfig(output_dir=str(tmp_path), **{name: value}, **extra)
+    assert caught.value.param == name
+
+
+def test_a_single_completion_without_anything_to_compare_it_with_is_refused(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InvalidRequestError, match="nothing to be compared with"):
+        DARConfig(output_dir=str(tmp_path), dar_k=1, per_device_train_batch_size=1)

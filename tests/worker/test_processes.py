@@ -1,0 +1,200 @@
+"""Trainer processes, and the lock of a slot."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dar.protocol.spec import JobSpec
+from dar.protocol.worker import Fail
+from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
+from worker.launch import Launch, Order, Result
+from worker.trainer import TrainerExit, TrainerProcess, kill_leftover, trainer_environment
+from worker.verdict import Finished, failure, judge
+
+SECRET = "whsec_c2VjcmV0"
+
+ECHO = """
+import subprocess, sys, time
+print(sys.stdin.readline(), flush=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("child", child.pid, flush=True)
+print(sys.stdin.readline(), flush=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> AttemptFolder:
+    folder = SlotFolder.of(tmp_path, "0").attempt("lease-1")
+    folder.create(AttemptRecord(lease_id="lease-1", job_id="ftjob-1", attempt=1))
+    return folder
+
+
+@pytest.fixture
+def start(folder: AttemptFolder) -> Callable[[str], TrainerProcess]:
+    def start(script: str) -> TrainerProcess:
+        command = [sys.executable, "-c", script]
+        environment = trainer_environment("1,2", 1, is_offline=True)
+        return TrainerProcess(command, folder, launch(folder), environment)
+
+    return start
+
+
+def launch(folder: AttemptFolder) -> Launch:
+    component = {"name": "r", "url": "http://127.0.0.1:1/score"}
+    dar = {"rewards": {"components": [component]}}
+    spec = {"model": "m", "training_file": "f", "method": {"type": "dar", "dar": dar}}
+    return Launch(
+        folder=folder.path,
+        job_id="ftjob-1",
+        spec=JobSpec.model_validate(spec),
+        seed=1,
+        total_steps=1,
+        model_folder=folder.path,
+        hub_model=None,
+        adapters=(),
+        training_file=folder.path,
+        resume_from=None,
+        reward_secret=SECRET,
+        threads=1,
+        is_offline=True,
+    )
+
+
+def ended(trainer: TrainerProcess) -> TrainerExit:
+    until = time.monotonic() + 10
+    while (how := trainer.poll()) is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return how
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_trainer_reads_its_launch_and_its_orders_and_its_log_hides_the_secret(
+    folder: AttemptFolder, start: Callable[[str], TrainerProcess]
+) -> None:
+    trainer = start(ECHO)
+    trainer.order(Order(type="drain"))
+    how = ended(trainer)
+    log = folder.log.read_text()
+    assert Launch.model_validate_json(log.splitlines()[0]) == launch(folder)
+    assert '{"type":"drain"}' in log
+    assert how.code == 0
+    assert SECRET in log
+    assert SECRET not in how.log_tail
+
+
+def test_what_a_trainer_started_ends_with_it(
+    folder: AttemptFolder, start: Callable[[str], TrainerProcess]
+) -> None:
+    trainer = start(ECHO)
+    trainer.order(Order(type="cancel"))
+    ended(trainer)
+    child = int(folder.log.read_text().partition("child ")[2].split()[0])
+    until = time.monotonic() + 2
+    while not is_gone(child):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_killed_trainer_reports_its_signal(start: Callable[[str], TrainerProcess]) -> None:
+    how = start("import time; time.sleep(60)").kill()
+    assert (how.code, how.signal_name) == (-9, "SIGKILL")
+
+
+def test_a_trainer_sees_no_key(start: Callable[[str], TrainerProcess], folder: Any) -> None:
+    trainer = start("import os, sys, time; print(sorted(os.environ), sys.argv); time.sleep(60)")
+    while not folder.log.read_text().endswith("\n"):
+        time.sleep(0.02)
+    trainer.kill()
+    said = folder.log.read_text()
+    assert "CUDA_VISIBLE_DEVICES" in said
+    assert "DAR_" not in said
+    stored = [path.read_bytes() for path in folder.path.rglob("*") if path.is_file()]
+    assert not any(SECRET.encode() in content for content in stored)
+
+
+def test_a_trainer_dies_with_the_process_that_started_it_even_when_it_is_deaf(
+    tmp_path: Path,
+) -> None:
+    deaf = "import time; from worker.trainer import die_with_parent; die_with_parent(); print('up', flush=True); time.sleep(60)"
+    parent = f"""
+        import subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", {deaf!r}], start_new_session=True, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        print(child.pid, flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()
+        until = time.monotonic() + 2
+        while not is_gone(pid):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def test_the_trainer_of_a_dead_worker_is_killed_but_never_another_process_with_its_id(
+    folder: AttemptFolder, start: Callable[[str], TrainerProcess]
+) -> None:
+    trainer = start("import time; time.sleep(60)")
+    identity = folder.trainer.read_text()
+    folder.trainer.write_text(identity.replace('"started":', '"started":1'))
+    assert not kill_leftover(folder)
+    assert trainer.poll() is None
+    folder.trainer.write_text(identity)
+    assert kill_leftover(folder)
+    assert ended(trainer).signal_name == "SIGKILL"
+
+
+def test_a_second_worker_on_a_slot_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    hold = """
+        import sys, time
+        from pathlib import Path
+        from worker.folders import SlotFolder
+        from worker.identity import slot_held
+        with slot_held(SlotFolder.of(Path(sys.argv[1]), "0"), "0"):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(hold), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        second = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        assert f"taken by the worker with process id {holder.pid}" in second.stderr
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as third:
+        assert third.stdout is not None
+        assert third.stdout.readline() == "held\n", "a dead worker's slot is free"
+        third.kill()
+
+
+@pytest.mark.parametrize("asked", ["cancel", "drain", None])
+def test_a_job_that_finished_first_has_finished_whatever_was_asked(asked: Any) -> None:
+    assert judge(1, TrainerExit(0, ""), Result(last_seq=9), asked) == Finished(9)
+
+
+def test_an_exit_code_without_words_is_a_crash() -> None:
+    verdict = judge(1, TrainerExit(os.EX_USAGE, "Traceback"), None, None)
+    assert isinstance(verdict, Fail)
+    assert (verdict.kind, verdict.code) == ("transient", "trainer_crashed")
+    assert "exit code 64" in verdict.message
+
+
+def test_an_error_of_the_worker_is_tried_again() -> None:
+    assert failure(2, OSError("no space left")).kind == "transient"

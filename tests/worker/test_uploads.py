@@ -1,0 +1,256 @@
+"""Checkpoints and inputs over a network that breaks."""
+
+import hashlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from dar.errors import CheckpointError, FencedError, ServiceConnectionError
+from dar.protocol.checkpoints import Manifest, ManifestFile
+from dar.protocol.worker import CheckpointRow, Fail, Lease
+from worker import checkpoints
+from worker.api import Backoff, GaveUpError, WorkerClient, error_of
+from worker.checkpoints import CheckpointUploader
+from worker.folders import AttemptRecord, SlotFolder
+from worker.identity import Identity
+from worker.inputs import InputError, InputFetcher, safe_path
+from worker.state import AttemptState
+
+PART = 256 * 1024
+SIZE = 10 * PART
+
+
+class CuttingProxy:
+    """Forwards bytes to a service, and cuts each of the first connections after some of them."""
+
+    def __init__(self, port: int, *, cuts: int, after: int) -> None:
+        self._target = port
+        self._cuts, self._after = cuts, after
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.sent = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def cuts_left(self) -> int:
+        return self._cuts
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            for source, sink, counts in ((client, server, True), (server, client, False)):
+                threading.Thread(
+                    target=self._pump, args=(source, sink, counts), daemon=True
+                ).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
+        passed = 0
+        with source, sink:
+            while data := self._receive(source):
+                passed += len(data)
+                if counts:
+                    self.sent += len(data)
+                    if self._cuts and passed > self._after:
+                        self._cuts -= 1
+                        break
+                try:
+                    sink.sendall(data)
+                except OSError:
+                    break
+            for end in (source, sink):
+                try:
+                    end.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    continue
+
+    @staticmethod
+    def _receive(source: socket.socket) -> bytes:
+        try:
+            return source.recv(64 * 1024)
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def lease(installation: Any) -> Iterator[Lease]:
+    installation.submit(steps=4)
+    key = (installation.home / "worker_key").read_text().strip()
+    settings = installation.settings(node="test", slot="uploads")
+    with WorkerClient(installation.url, key, node="test") as client:
+        lease = client.claim(Identity.of(settings).claim())
+        assert lease is not None
+        yield lease
+    with WorkerClient(installation.url, lease.token, node="test") as client:
+        fail = Fail(attempt=lease.attempt, kind="user", code="over", message="the test is over")
+        client.end(lease.lease_id, fail)
+
+
+@pytest.fixture
+def state(lease: Lease, tmp_path: Path) -> AttemptState:
+    folder = SlotFolder.of(tmp_path, "uploads").attempt(lease.lease_id)
+    folder.create(AttemptRecord(lease_id=lease.lease_id, job_id=lease.job_id, attempt=1))
+    return AttemptState(lease, folder, threading.Event())
+
+
+@pytest.fixture
+def connect(state: AttemptState) -> Iterator[Callable[[str], WorkerClient]]:
+    clients: list[WorkerClient] = []
+
+    def connect(url: str) -> WorkerClient:
+        client = WorkerClient(url, state.lease.token, node="test", give_up=state.is_given_up)
+        clients.append(client)
+        return client
+
+    yield connect
+    for client in clients:
+        client.close()
+
+
+def publish(state: AttemptState, step: int) -> CheckpointRow:
+    folder = state.folder.work / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    content = os.urandom(SIZE)
+    (folder / "model.safetensors").write_bytes(content)
+    file = ManifestFile(
+        name="model.safetensors", bytes=SIZE, sha256=hashlib.sha256(content).hexdigest()
+    )
+    manifest = Manifest(step=step, kind="full", config_sha256="0" * 64, files=[file])
+    text = manifest.model_dump_json(indent=1).encode()
+    (folder / "MANIFEST.json").write_bytes(text)
+    return CheckpointRow(
+        type="checkpoint",
+        seq=1,
+        at=0.0,
+        step=step,
+        folder=folder.name,
+        manifest_sha256=hashlib.sha256(text).hexdigest(),
+    )
+
+
+def test_an_upload_that_breaks_goes_on_where_it_was(
+    installation: Any,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
+    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.05)
+    proxy = CuttingProxy(installation.port, cuts=3, after=int(2.5 * PART))
+    uploader = CheckpointUploader(state, connect(proxy.url))
+    uploader.take(publish(state, 2))
+    uploader.finish()
+    uploader.run()
+    proxy.close()
+    assert proxy.cuts_left == 0, "the network must have broken"
+    (found,) = installation.checkpoints(state.lease.job_id)
+    assert uploader.committed == {2: found["id"]}
+    assert proxy.sent < SIZE + 4 * PART, "only what was cut off is sent again"
+
+
+def test_local_copies_go_when_a_newer_checkpoint_is_committed(
+    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+) -> None:
+    uploader = CheckpointUploader(state, connect(installation.url))
+    for step in (1, 2):
+        uploader.take(publish(state, step))
+    uploader.finish()
+    uploader.run()
+    assert list(uploader.committed) == [1, 2]
+    left = [path.name for path in (state.folder.work / "checkpoints").iterdir()]
+    assert left == ["step-2"]
+
+
+def test_checkpoints_beyond_keep_last_are_not_uploaded(
+    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+) -> None:
+    uploader = CheckpointUploader(state, connect(installation.url))
+    for step in (1, 2, 3, 4):
+        uploader.take(publish(state, step))
+    uploader.finish()
+    uploader.run()
+    assert list(uploader.committed) == [2, 3, 4]
+
+
+def test_an_altered_local_checkpoint_never_becomes_visible(
+    installation: Any,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.01)
+    row = publish(state, 2)
+    file = state.folder.work / "checkpoints" / row.folder / "model.safetensors"
+    file.write_bytes(bytes(SIZE))
+    uploader = CheckpointUploader(state, connect(installation.url))
+    uploader.take(row)
+    with pytest.raises(CheckpointError, match="could not be uploaded"):
+        uploader.run()
+    assert installation.checkpoints(state.lease.job_id) == []
+
+
+def test_inputs_are_fetched_over_a_broken_network_and_verified(
+    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+) -> None:
+    proxy = CuttingProxy(installation.port, cuts=1, after=10)
+    models = installation.home / "models"
+    inputs = InputFetcher(state, connect(proxy.url), models).fetch()
+    proxy.close()
+    assert proxy.cuts_left == 0
+    assert inputs.training_file.read_bytes() == b'{"prompt": "Once"}\n'
+    assert inputs.model_folder == models / "tiny"
+
+
+def test_a_model_that_is_nowhere_is_said(
+    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="'tiny' is neither in"):
+        InputFetcher(state, connect(installation.url), tmp_path).fetch()
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "."])
+def test_an_input_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="no path inside"):
+        safe_path(tmp_path, name)
+
+
+def test_a_token_of_another_attempt_is_fenced_or_refused_and_not_tried_again(
+    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+) -> None:
+    client = connect(installation.url)
+    late = Fail(attempt=99, kind="transient", code="late", message="too late")
+    with pytest.raises(FencedError):
+        client.persist(lambda: client.end(state.lease.lease_id, late), "outcome")
+
+
+def test_a_service_that_is_away_is_asked_until_nobody_waits_any_more(
+    state: AttemptState, connect: Callable[[str], WorkerClient], unused_port: Callable[[], int]
+) -> None:
+    client = connect(f"http://127.0.0.1:{unused_port()}")
+    with pytest.raises(ServiceConnectionError, match="no answer from the service"):
+        client.inputs(state.lease.lease_id)
+    threading.Timer(0.3, state.over.set).start()
+    with pytest.raises(GaveUpError):
+        client.persist(lambda: client.inputs(state.lease.lease_id), "inputs")
+
+
+def test_a_retry_after_is_heeded_and_pauses_grow_to_their_limit() -> None:
+    error = error_of(httpx2.Response(503, headers={"retry-after": "7"}))
+    assert error.retryable
+    assert Backoff().next(error.retry_after_seconds) == 7
+    backoff = Backoff(longest=2.0)
+    drawn = [backoff.next() for _ in range(6)]
+    assert all(pause <= 2.0 for pause in drawn)
+    assert drawn[-1] >= 1.0
