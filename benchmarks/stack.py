@@ -54,7 +54,8 @@ def stack(workers: int) -> Iterator[Stack]:
     )
     try:
         wait_until_up(url)
-        yield Stack(home, url, Client(api_key=(home / "api_key").read_text().strip(), base_url=url))
+        with Client(api_key=(home / "api_key").read_text().strip(), base_url=url) as client:
+            yield Stack(home, url, client)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()

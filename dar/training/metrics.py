@@ -1,6 +1,7 @@
 """The numbers and samples of a step, as they are reported. Names, units and meanings: `dar.protocol.metrics`."""
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dar.protocol.samples import SampleRow
 from dar.training.loss import dar_loss
+from dar.training.sink import Sink
 from dar.training.steps import ScoredStep
 
 SHOWN_GROUPS = 4
@@ -146,3 +148,67 @@ class MetricsWindow:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+class Reporter:
+    """Collects what steps were like, and tells it when a report is due.
+
+    Args:
+        clip: Largest weight.
+    """
+
+    def __init__(self, *, clip: float) -> None:
+        self._clip = clip
+        self._window = MetricsWindow()
+        self._started = 0.0
+        self._tokens = 0
+        self._last: ScoredStep | None = None
+        self.reported: dict[str, float] = {}
+        """The last report."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a step has ended since the last report."""
+        return self._last is not None
+
+    def begin_step(self) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def end_step(self, step: ScoredStep, *, grad_norm: float, learning_rate: float) -> None:
+        """Take in a step after its optimizer step."""
+        elapsed = time.monotonic() - self._started
+        self._last = step
+        self._tokens += step.tokens
+        self._window.add(
+            step_metrics(step, clip=self._clip)
+            | {f"time/{name}_seconds": seconds for name, seconds in step.seconds.items()}
+            | {
+                "train/grad_norm": grad_norm,
+                "train/learning_rate": learning_rate,
+                "train/epoch": step.epoch,
+                "train/tokens": float(self._tokens),
+                "time/training_seconds": elapsed - sum(step.seconds.values()),
+                "time/step_seconds": elapsed,
+            }
+        )
+
+    def report(self, sink: Sink, number: int) -> dict[str, float]:
+        """Tell ``sink`` the metrics since the last report, and samples of the last step, which has this number."""
+        assert self._last is not None
+        self.reported = self._window.take()
+        sink.metrics(number, self.reported)
+        samples = sample_rows(self._last)
+        if samples:
+            sink.samples(number, samples)
+        self._last = None
+        return self.reported
+
+    def state(self) -> dict[str, Any]:
+        """What has been taken in, as JSON."""
+        return {"tokens": self._tokens, "window": self._window.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._tokens = state["tokens"]
+        self._window.restore(state["window"])

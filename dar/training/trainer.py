@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
 from dar.training.fingerprint import config_sha256
 from dar.training.logprobs import all_logps, completion_logps, forward_batches
 from dar.training.loss import dar_loss
-from dar.training.metrics import MetricsWindow, sample_rows, step_metrics
+from dar.training.metrics import Reporter
 from dar.training.policy import Policy
 from dar.training.resumable import ResumableTrainer
 from dar.training.sink import (
@@ -116,7 +115,7 @@ class DARTrainer(ResumableTrainer):
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
         check_rows(train_dataset)
-        config = _with_length(args or DARConfig(output_dir="dar-output"), len(train_dataset))
+        config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
         policy = Policy.make(
             model,
             config,
@@ -137,10 +136,6 @@ class DARTrainer(ResumableTrainer):
         )
         # transformers turns the cache off for training, and would write that into every checkpoint
         policy.model.config.use_cache = is_using_cache
-        if config.world_size > 1:
-            raise InvalidRequestError(
-                "this trainer runs in one process; start it without a launcher"
-            )
         policy.place_reference(config.device)
         self.sink = sink or NullSink()
         self.config_sha256 = config_sha256(config, policy.model, train_dataset, policy.base_sketch)
@@ -150,13 +145,10 @@ class DARTrainer(ResumableTrainer):
         self._policy = policy
         self._rewards = (reward_funcs, reward_weights, reward_secret)
         self._job_id = job_id
-        self._window = MetricsWindow()
-        self._reported: dict[str, float] = {}
+        self._reporter = Reporter(clip=config.dar_wclip)
         self._source: StepSource | None = None
         self._step: ScoredStep | None = None
-        self._shown: ScoredStep | None = None
-        self._step_started = 0.0
-        self._tokens = self._empty_steps = 0
+        self._empty_steps = 0
 
     def train(
         self,
@@ -258,7 +250,7 @@ class DARTrainer(ResumableTrainer):
         """Begin a step: its completions, sampled and scored, in ``num_batches`` shares."""
         assert self._source is not None
         check(self._control)
-        self._step_started = time.monotonic()
+        self._reporter.begin_step()
         self._step = self._source(self.state.global_step + 1)
         return list(self._step.shares(num_batches)), None
 
@@ -327,22 +319,9 @@ class DARTrainer(ResumableTrainer):
         )
 
     def _end_step(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> None:
-        self._step, self._shown = None, step
-        self._tokens += step.tokens
+        self._step = None
         self.state.epoch = step.epoch
-        elapsed = time.monotonic() - self._step_started
-        self._window.add(
-            step_metrics(step, clip=self.args.dar_wclip)
-            | {f"time/{name}_seconds": seconds for name, seconds in step.seconds.items()}
-            | {
-                "train/grad_norm": grad_norm,
-                "train/learning_rate": learning_rate,
-                "train/epoch": step.epoch,
-                "train/tokens": float(self._tokens),
-                "time/training_seconds": elapsed - sum(step.seconds.values()),
-                "time/step_seconds": elapsed,
-            }
-        )
+        self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
         self._count_empty(step)
         self.stopped_by = self._control.requested()
         if self.stopped_by == "cancel":
@@ -373,14 +352,9 @@ class DARTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report to the sink and, with DAR's metrics, to the callbacks of transformers."""
-        if self._shown is not None:
-            self._reported = self._window.take()
-            self.sink.metrics(self.state.global_step, self._reported)
-            samples = sample_rows(self._shown)
-            if samples:
-                self.sink.samples(self.state.global_step, samples)
-            self._shown = None
-            logs = logs | self._reported | {"loss": self._reported.get("dar/loss", 0.0)}
+        if self._reporter.is_due:
+            values = self._reporter.report(self.sink, self.state.global_step)
+            logs = logs | values | {"loss": values.get("dar/loss", 0.0)}
         super().log(logs, start_time)
         del self.state.log_history[:-LOG_HISTORY]
 
@@ -388,24 +362,22 @@ class DARTrainer(ResumableTrainer):
 
     def step_values(self) -> dict[str, float]:
         """The last report."""
-        return self._reported
+        return self._reporter.reported
 
     def own_state(self) -> dict[str, Any]:
         """Counters, and what has happened since the last report."""
-        return {
-            "tokens": self._tokens,
-            "empty_steps": self._empty_steps,
-            "window": self._window.state(),
-        }
+        return {"empty_steps": self._empty_steps, "reporter": self._reporter.state()}
 
     def restore_own_state(self, state: dict[str, Any]) -> None:
         """Take back what `own_state` gave."""
-        self._tokens, self._empty_steps = state["tokens"], state["empty_steps"]
-        self._window.restore(state["window"])
+        self._empty_steps = state["empty_steps"]
+        self._reporter.restore(state["reporter"])
 
 
-def _with_length(config: DARConfig, row_count: int) -> DARConfig:
+def _settled(config: DARConfig, row_count: int) -> DARConfig:
     """A copy of ``config`` whose length is counted in steps; the last batch of an epoch runs on into the next."""
+    if config.world_size > 1:
+        raise InvalidRequestError("this trainer runs in one process; start it without a launcher")
     config = copy.copy(config)
     if config.max_steps <= 0:
         prompts = config.num_train_epochs * row_count

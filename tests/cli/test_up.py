@@ -94,16 +94,13 @@ def test_children_die_with_their_parent(start_up: Callable[..., Up]) -> None:
 def test_a_second_start_on_the_same_home_goes_on_where_it_was(start_up: Callable[..., Up]) -> None:
     first = start_up().wait()
     key = (first.home / "api_key").read_text()
-    file_id = (
-        Client(api_key=key.strip(), base_url=first.url)
-        .files.create(b'{"prompt": "x"}\n', filename="one.jsonl")
-        .id
-    )
+    with Client(api_key=key.strip(), base_url=first.url) as client:
+        file_id = client.files.create(b'{"prompt": "x"}\n', filename="one.jsonl").id
     assert first.stop()[0] == 0
     second = start_up().wait()
     assert (second.home / "api_key").read_text() == key
-    client = Client(api_key=key.strip(), base_url=second.url)
-    assert client.files.retrieve(file_id).id == file_id
+    with Client(api_key=key.strip(), base_url=second.url) as client:
+        assert client.files.retrieve(file_id).id == file_id
 
 
 def test_a_home_that_is_in_use_is_refused(start_up: Callable[..., Up]) -> None:

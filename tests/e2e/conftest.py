@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,14 @@ class Installation:
         return process.wait(60)
 
     def stop(self) -> None:
+        if "client" in self.__dict__:
+            self.client.close()
         for name in ("worker", "reward", "service", "valkey"):
             if name in self.processes:
                 with contextlib.suppress(ProcessLookupError):
                     self.end(name, signal.SIGKILL if name != "valkey" else signal.SIGTERM)
 
-    @property
+    @cached_property
     def client(self) -> Client:
         return Client(api_key=(self.home / "api_key").read_text().strip(), base_url=self.url)
 

@@ -138,4 +138,4 @@ def test_the_downloaded_weights_load_and_score_higher(
     rows = (reviews_base / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(row)["prompt"] for row in rows]
     before, after = mean_share_of_the_letter([reviews_base / "model", undisturbed], prompts)
-    assert after > before + 0.05
+    assert after > 1.3 * before

@@ -1,0 +1,174 @@
+"""The service as a process of its own: start, keys, memory, and a prompt end."""
+
+import json
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+from dar.settings import environment
+
+MAX_IDLE_BYTES = 150 * 1024**2
+
+
+class Process:
+    """``python -m service serve`` on a home."""
+
+    def __init__(self, home: Path, port: int, **settings: object) -> None:
+        variables = {f"DAR_{name.upper()}": str(value) for name, value in settings.items()}
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = home.parent / f"log-{port}"
+        with self.log.open("wb") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "service", "serve", "--port", str(port)],
+                env=environment() | {"DAR_HOME": str(home)} | variables,
+                stderr=log,
+            )
+        self.home = home
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 30
+        while b'"ready"' not in self.log.read_bytes():
+            assert self.popen.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def client(self, key: str = "api_key") -> httpx2.Client:
+        headers = {"authorization": f"Bearer {(self.home / key).read_text().strip()}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+
+
+@pytest.fixture
+def run(free_port: Callable[[], int]) -> Callable[..., Any]:
+    @contextmanager
+    def start(home: Path, **settings: object) -> Iterator[Process]:
+        process = Process(home, free_port(), **settings)
+        try:
+            yield process
+        finally:
+            process.popen.kill()
+            process.popen.wait(10)
+
+    return start
+
+
+def test_an_idle_service_is_small_and_without_torch(run: Any, home: Path) -> None:
+    with run(home, broker_url="redis://127.0.0.1:1/0") as process:
+        process.wait()
+        with process.client() as client:
+            assert client.get("/v1/files").status_code == 200
+        seen = psutil.Process(process.popen.pid)
+        assert seen.memory_info().rss < MAX_IDLE_BYTES
+        assert not [item.path for item in seen.memory_maps() if "torch" in item.path]
+
+
+def test_the_first_start_makes_keys_that_only_their_owner_reads(run: Any, tmp_path: Path) -> None:
+    home = tmp_path / "new" / "home"
+    home.parent.mkdir()
+    with run(home) as process:
+        process.wait()
+        assert stat.S_IMODE(home.stat().st_mode) == 0o700
+        for name in ("api_key", "worker_key", "reward_secret"):
+            assert stat.S_IMODE((home / name).stat().st_mode) == 0o600
+        key = (home / "api_key").read_text().strip()
+        database = b"".join(path.read_bytes() for path in home.glob("dar.db*"))
+        assert key.rsplit("-", 1)[1].encode() not in database
+        assert key not in process.log.read_text()
+
+
+def test_two_services_that_start_at_once_share_keys_and_schema(run: Any, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with run(home) as one, run(home) as two:
+        for process in (one, two):
+            process.wait()
+        for process in (one, two):
+            with process.client() as client:
+                assert client.get("/v1/files").status_code == 200
+
+
+def test_a_term_signal_ends_it_promptly_though_a_worker_waits(run: Any, home: Path) -> None:
+    with run(home) as process:
+        process.wait()
+        with process.client() as client, process.client("worker_key") as worker:
+            file = {"file": ("a.jsonl", b'{"prompt": "x"}\n')}
+            form = {"purpose": "fine-tune"}
+            file_id = client.post("/v1/files", data=form, files=file).json()["id"]
+            rewards = {"components": [{"name": "a", "url": "http://h/"}]}
+            method = {"type": "dar", "dar": {"rewards": rewards}}
+            spec = {"model": "base", "training_file": file_id, "method": method}
+            assert client.post("/v1/fine_tuning/jobs", json=spec).status_code == 200
+            asks = {"node": "n", "slot": "0", "incarnation": "i", "boot_id": "b"}
+            lease = worker.post("/v1/worker/leases/claim", json=asks).json()
+            answers = []
+
+            def listen() -> None:
+                headers = {"authorization": f"Bearer {lease['token']}"}
+                path = f"/v1/worker/leases/{lease['lease_id']}/directives"
+                answers.append(worker.get(path, headers=headers, params={"wait": 20}))
+
+            listener = threading.Thread(target=listen)
+            listener.start()
+            time.sleep(0.3)
+            started = time.monotonic()
+            process.popen.send_signal(signal.SIGTERM)
+            status = process.popen.wait(10)
+            listener.join(10)
+        assert time.monotonic() - started < 5
+        assert status in {0, -signal.SIGTERM}
+        assert [answer.status_code for answer in answers] == [200]
+        # The job is still there, and still its worker's.
+        with run(home) as again:
+            again.wait()
+            with again.client() as client:
+                [job] = client.get("/v1/fine_tuning/jobs").json()["data"]
+        assert (job["status"], job["attempt"]) == ("running", 1)
+
+
+def test_a_setting_replaces_a_key_and_the_old_one_is_refused(run: Any, home: Path) -> None:
+    with run(home) as process:
+        process.wait()
+        old = (home / "api_key").read_text().strip()
+    with run(home, api_key="made-up-by-an-operator") as process:
+        process.wait()
+        statuses = [
+            httpx2.get(
+                f"{process.url}/v1/files",
+                headers={"authorization": f"Bearer {key}"},
+                trust_env=False,
+            ).status_code
+            for key in ("made-up-by-an-operator", old)
+        ]
+    assert statuses == [200, 401]
+
+
+def test_a_newer_schema_stops_the_start_with_a_reason(run: Any, home: Path) -> None:
+    with run(home) as process:
+        process.wait()
+    database = sqlite3.connect(home / "dar.db")
+    database.execute("UPDATE alembic_version SET version_num = '9999'")
+    database.commit()
+    database.close()
+    with run(home) as process:
+        assert process.popen.wait(30) != 0
+        assert "newer than this code" in process.log.read_text()
+
+
+def test_log_lines_are_json_with_the_requests_id(run: Any, home: Path) -> None:
+    with run(home, log_level="debug") as process:
+        process.wait()
+        with process.client() as client:
+            client.get("/v1/files", headers={"x-request-id": "find-me"})
+        lines = [json.loads(line) for line in process.log.read_text().splitlines()]
+    [line] = [line for line in lines if line.get("request_id") == "find-me"]
+    assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/files", 200)

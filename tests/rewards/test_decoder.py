@@ -1,0 +1,186 @@
+"""From bytes to rewards: what comes out was sent, or nothing comes out."""
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dar.errors import InvalidRequestError, RewardContractError
+from dar.protocol.rewards import (
+    MAX_REWARD,
+    RewardRequest,
+    SampleResult,
+    decode_request,
+    decode_response,
+)
+from dar.rewards.base import RewardContext, RewardSample
+from dar.rewards.wire import batches, encode_request, encode_sample
+
+ID = "rwq_1"
+numbers = st.floats(-MAX_REWARD, MAX_REWARD) | st.integers(-(10**6), 10**6)
+outcomes = st.one_of(
+    st.builds(lambda reward: {"reward": reward}, numbers),
+    st.just({"skip": True, "reason": "r"}),
+    st.just({"error": {"code": "c", "message": "m", "retryable": True}}),
+    st.just({"reward": None}),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**60), 2**60) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def decode(content: object, count: int) -> list[SampleResult]:
+    ids = [f"s{n}" for n in range(count)]
+    return decode_response(orjson.dumps(content), request_id=ID, ids=ids)
+
+
+@given(st.lists(numbers | st.none(), min_size=1, max_size=20))
+def test_the_short_form_keeps_every_number_in_its_place(rewards: list[float | None]) -> None:
+    found = decode({"request_id": ID, "rewards": rewards}, len(rewards))
+    assert [result.reward for result in found] == rewards
+
+
+@given(st.lists(outcomes, min_size=1, max_size=10), st.randoms())
+def test_the_long_form_is_matched_by_id(given_outcomes: list[Any], random: Any) -> None:
+    entries = [{"id": f"s{n}", **outcome} for n, outcome in enumerate(given_outcomes)]
+    shuffled = random.sample(entries, len(entries))
+    found = decode({"request_id": ID, "results": shuffled}, len(entries))
+    assert [result.id for result in found] == [entry["id"] for entry in entries]
+    assert [result.reward for result in found] == [entry.get("reward") for entry in entries]
+    assert [result.skip for result in found] == [entry.get("skip", False) for entry in entries]
+    assert [result.error is None for result in found] == ["error" not in e for e in entries]
+
+
+def sent_numbers(value: object) -> set[float]:
+    if isinstance(value, bool):
+        return set()
+    if isinstance(value, int | float):
+        return {float(value)}
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {number for item in inner for number in sent_numbers(item)}
+
+
+@given(json_values | st.fixed_dictionaries({"request_id": st.just(ID), "rewards": json_values}))
+def test_no_number_is_made_up_whatever_is_answered(content: Any) -> None:
+    try:
+        found = decode(content, 2)
+    except RewardContractError as error:
+        assert error.error_code.startswith("contract.")
+        return
+    rewards = [result.reward for result in found if result.reward is not None]
+    assert len(found) == 2
+    assert all(math.isfinite(reward) for reward in rewards)
+    assert set(rewards) <= sent_numbers(content)
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_mean_nothing_are_refused(body: bytes) -> None:
+    with pytest.raises(RewardContractError):
+        decode_response(body, request_id=ID, ids=["s0"])
+
+
+def test_a_message_about_a_broken_answer_says_where_and_what() -> None:
+    with pytest.raises(RewardContractError, match=r"rewards\.1: Input should be a valid number"):
+        decode({"request_id": ID, "rewards": [1, "0.7"]}, 2)
+    with pytest.raises(RewardContractError, match="1 missing .*s1.*, 1 unknown .*s7"):
+        entries = [{"id": "s0", "reward": 1}, {"id": "s7", "reward": 1}]
+        decode({"request_id": ID, "results": entries}, 2)
+
+
+texts = st.text(st.characters(exclude_categories=()), max_size=30)
+samples = st.builds(
+    RewardSample,
+    id=st.just("s0"),
+    group_id=st.just("g0"),
+    index=st.integers(0, 9),
+    prompt=texts,
+    messages=st.none(),
+    completion=texts,
+    finish_reason=st.sampled_from(["stop", "length"]),
+    completion_tokens=st.integers(0, 99),
+    columns=st.fixed_dictionaries({"ground_truth": texts, "level": texts, "secret": texts}),
+)
+
+
+def request_of(*given_samples: RewardSample, columns: list[str] | None = None) -> RewardRequest:
+    encoded = [encode_sample(sample, columns, 2) for sample in given_samples]
+    now = datetime.now(UTC)
+    context = RewardContext(3, "eval", "ftjob-1")
+    return decode_request(
+        encode_request(encoded, "helpful", context, created_at=now, deadline=now).body
+    )
+
+
+@given(samples)
+def test_what_is_encoded_is_a_strict_request_whatever_the_texts(sample: RewardSample) -> None:
+    request = request_of(sample, columns=["ground_truth", "level", "absent"])
+    (sent,) = request.samples
+    assert sent.completion == sample.completion.encode("utf-8", "surrogatepass").decode(
+        "utf-8", "replace"
+    ) or not any("\ud800" <= ch <= "\udfff" for ch in sent.completion)
+    assert len(sent.completion) == len(sample.completion)
+    assert set(sent.columns) == {"level"}
+    assert sent.metadata.truncated == (sample.finish_reason == "length")
+    assert (request.component, request.step, request.mode) == ("helpful", 3, "eval")
+
+
+def test_only_the_ground_truth_is_sent_unless_more_is_allowed(make_samples: Any) -> None:
+    (sample,) = make_samples(1, columns={"ground_truth": 42, "level": "x"})
+    assert request_of(sample).samples[0].ground_truth == 42
+    assert request_of(sample).samples[0].columns == {}
+    allowed = request_of(sample, columns=["level"]).samples[0]
+    assert (allowed.ground_truth, allowed.columns) == (None, {"level": "x"})
+
+
+def test_messages_and_nested_columns_lose_their_lone_surrogates(make_samples: Any) -> None:
+    message = {"role": "user", "content": "a\ud800b"}
+    columns = {"ground_truth": {"\udfff": ["\ud800", 1, None]}}
+    (sample,) = make_samples(1, prompt=None, messages=[message], columns=columns)
+    sent = request_of(sample).samples[0]
+    assert sent.messages == [{"role": "user", "content": "a\ufffdb"}]
+    assert sent.ground_truth == {"\ufffd": ["\ufffd", 1, None]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"[]", None),
+        (b"{", None),
+        (b"{}", "type"),
+        (b'{"samples": NaN}', None),
+    ],
+)
+def test_a_request_that_is_none_is_refused(body: bytes, param: str | None) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        decode_request(body)
+    assert (caught.value.param or None) == param
+
+
+def sizes(count: int, k: int, make_samples: Any, **limits: int) -> list[list[str]]:
+    encoded = [encode_sample(sample, None, 0) for sample in make_samples(count, k)]
+    limits = {"max_samples": 16, "max_bytes": 10**6, **limits}
+    return [[sample.group_id for sample in batch] for batch in batches(encoded, **limits)]
+
+
+def test_groups_stay_together_unless_one_alone_is_too_large(make_samples: Any) -> None:
+    whole = sizes(12, 4, make_samples, max_samples=10)
+    assert whole == [["g0"] * 4 + ["g1"] * 4, ["g2"] * 4]
+    assert sizes(6, 6, make_samples, max_samples=4) == [["g0"] * 4, ["g0"] * 2]
+    by_size = sizes(8, 4, make_samples, max_bytes=1600)
+    assert by_size == [["g0"] * 4, ["g1"] * 4]
+    assert sizes(3, 3, make_samples, max_bytes=1024) == [["g0"] * 2, ["g0"]]
+
+
+def test_a_body_keeps_within_its_limit(make_samples: Any) -> None:
+    now = datetime.now(UTC)
+    context = RewardContext(10**9, "validate", "ftjob-" + "x" * 26)
+    encoded = [encode_sample(sample, None, 0) for sample in make_samples(64, 4)]
+    for batch in batches(encoded, max_samples=256, max_bytes=4096):
+        request = encode_request(batch, "c" * 32, context, created_at=now, deadline=now)
+        assert len(request.body) <= 4096

@@ -1,0 +1,175 @@
+"""Reward functions with TRL's signature."""
+
+import asyncio
+import functools
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dar.errors import ConfigurationError, RewardContractError
+from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.functions import FunctionReward, function_name
+
+MakeSamples = Callable[..., list[RewardSample]]
+
+
+@pytest.fixture
+def score(make_samples: MakeSamples, context: RewardContext) -> Callable[..., Any]:
+    async def run(function: Any, count: int = 2, **fields: Any) -> list[RewardResult]:
+        return await FunctionReward(function).score(make_samples(count, **fields), context)
+
+    return run
+
+
+async def test_a_function_gets_texts_columns_and_ids(score: Any) -> None:
+    seen: dict[str, Any] = {}
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [1, 2.5]
+
+    found = await score(reward, columns={"ground_truth": "a", "level": 3}, completion_ids=(7, 8))
+    assert found == [Scored(1.0), Scored(2.5)]
+    assert seen == {
+        "prompts": ["p", "p"],
+        "completions": ["c0", "c1"],
+        "completion_ids": [[7, 8], [7, 8]],
+        "ground_truth": ["a", "a"],
+        "level": [3, 3],
+    }
+
+
+async def test_only_what_the_signature_names_is_passed(score: Any) -> None:
+    def reward(completions: list[str], *, level: list[int]) -> list[int]:
+        return level
+
+    assert await score(reward, columns={"level": 3, "other": 1}) == [Scored(3.0)] * 2
+
+
+async def test_a_column_that_some_rows_lack_is_none_there(
+    make_samples: MakeSamples, context: RewardContext
+) -> None:
+    samples = make_samples(1, columns={"level": 1}) + make_samples(1)
+
+    def reward(completions: list[str], level: list[int | None]) -> list[int | None]:
+        return level
+
+    assert await FunctionReward(reward).score(samples, context) == [Scored(1.0), Skipped()]
+
+
+async def test_a_conversation_is_passed_as_messages(score: Any) -> None:
+    seen: list[Any] = []
+
+    def reward(prompts: Any, completions: Any) -> list[float]:
+        seen.extend([prompts[0], completions[0]])
+        return [0.0, 0.0]
+
+    messages = [{"role": "user", "content": "hi"}]
+    await score(reward, prompt=None, messages=messages)
+    assert seen == [messages, [{"role": "assistant", "content": "c0"}]]
+
+
+async def test_none_is_a_skip_and_what_is_no_number_a_failure(score: Any) -> None:
+    values = [None, math.nan, math.inf, -math.inf, 1e9, True, 0]
+    found = await score(lambda completions: values, 7)
+    assert found[0] == Skipped()
+    assert [result.code for result in found[1:5]] == ["nonfinite"] * 3 + ["out_of_range"]
+    assert not any(result.is_transient for result in found[1:5] if isinstance(result, Failed))
+    assert found[5:] == [Scored(1.0), Scored(0.0)]
+
+
+@pytest.mark.parametrize(
+    ("returned", "code"),
+    [
+        ([1.0], "contract.length"),
+        ([1.0, 2.0, 3.0], "contract.length"),
+        ([], "contract.length"),
+        (1.0, "contract.type"),
+        (None, "contract.type"),
+        ("ab", "contract.type"),
+        ({"a": 1, "b": 2}, "contract.type"),
+        (["1.0", "2.0"], "contract.type"),
+        ([[1.0], [2.0]], "contract.type"),
+        ([1j, 2j], "contract.type"),
+        ([10**400, 1], "contract.type"),
+    ],
+)
+async def test_another_return_value_is_refused_by_name(
+    score: Any, returned: Any, code: str
+) -> None:
+    def my_reward(completions: list[str]) -> Any:
+        return returned
+
+    with pytest.raises(RewardContractError, match="my_reward returned") as caught:
+        await score(my_reward)
+    assert caught.value.error_code == code
+
+
+async def test_what_a_function_raises_comes_out_unchanged_after_one_call(score: Any) -> None:
+    calls: list[int] = []
+    error = TypeError("my own")
+
+    def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(TypeError) as caught:
+        await score(reward)
+    assert caught.value is error
+    assert len(calls) == 1
+
+
+class Judge:
+    """A callable object."""
+
+    def __call__(self, completions: list[str]) -> list[int]:
+        return [len(text) for text in completions]
+
+
+class AsyncJudge:
+    """A callable object whose call is a coroutine."""
+
+    async def __call__(self, completions: list[str], **columns: Any) -> list[int]:
+        await asyncio.sleep(0)
+        return [len(text) for text in completions]
+
+
+async def async_length(completions: list[str], factor: int = 1) -> list[int]:
+    await asyncio.sleep(0)
+    return [factor * len(text) for text in completions]
+
+
+@pytest.mark.parametrize(
+    "function", [Judge(), AsyncJudge(), async_length, functools.partial(async_length, factor=1)]
+)
+async def test_every_kind_of_callable_works(score: Any, function: Any) -> None:
+    assert await score(function) == [Scored(2.0)] * 2
+
+
+async def test_a_plain_function_may_block(score: Any) -> None:
+    released = threading.Event()
+
+    def reward(completions: list[str]) -> list[float]:
+        assert released.wait(5)
+        return [1.0, 1.0]
+
+    waiting = asyncio.create_task(score(reward))
+    await asyncio.sleep(0.01)  # the loop goes on
+    released.set()
+    assert await waiting == [Scored(1.0)] * 2
+
+
+def test_a_function_without_completions_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"f\(prompts, completions, \*\*columns\)"):
+        FunctionReward(lambda x, y: [])
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(async_length, "async_length"), (Judge(), "judge"), (lambda completions: [], "lambda")],
+)
+def test_a_component_is_named_after_its_function(function: Any, name: str) -> None:
+    assert function_name(function) == name
