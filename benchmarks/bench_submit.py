@@ -60,7 +60,7 @@ def read_claims(database: Path) -> list[float]:
     """Seconds between each job's creation and its first attempt."""
     query = """
         select (julianday(attempts.started_at) - julianday(jobs.created_at)) * 86400
-        from attempts join jobs on jobs.id = attempts.job_id where attempts.attempt = 1
+        from attempts join jobs on jobs.id = attempts.job_id where attempts.number = 1
     """
     with sqlite3.connect(database) as connection:
         return [row[0] for row in connection.execute(query)]

@@ -85,10 +85,12 @@ def _serve(settings: Settings, host: str, port: int) -> int:
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = Server(app, config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn stops gracefully, then raises the signal again for whoever had it before: that is nobody.
+        signal.signal(number, lambda _number, _frame: None)
     server.run()
     return 0 if server.started else 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -4,10 +4,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from anyio import to_thread
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
+from starlette.concurrency import run_in_threadpool
 
 from dar.protocol import spec, worker
 from dar.settings import Settings
@@ -59,7 +59,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runtime = await to_thread.run_sync(_prepare, settings, database)
+        runtime = await run_in_threadpool(_prepare, settings, database)
         app.state.runtime = runtime
         reconciler = Reconciler(
             runtime.database,
@@ -76,8 +76,8 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
             yield
         finally:
             await runtime.notifier.close()
-            await to_thread.run_sync(reconciler.close)
-            await to_thread.run_sync(runtime.waker.close)
+            await run_in_threadpool(reconciler.close)
+            await run_in_threadpool(runtime.waker.close)
             runtime.database.close()
 
     app = FastAPI(

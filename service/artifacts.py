@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,8 @@ from dar.errors import ConflictError, ServiceUnavailableError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
 CHUNK_BYTES = 1024**2
+LEFTOVER_SECONDS = 24 * 3600
+"""No upload takes longer; another process may be at a younger one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,10 @@ class Artifacts:
         """Make the folders and sweep what an interrupted upload left."""
         for folder in (self.root, self._files, self._files / "tmp", self._checkpoints):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        too_old = datetime.now(UTC).timestamp() - LEFTOVER_SECONDS
+        for leftover in (self._files / "tmp").iterdir():
+            if leftover.stat().st_mtime < too_old:
+                leftover.unlink(missing_ok=True)
 
     def check(self) -> str:
         """``ok``, or why nothing can be written."""

@@ -9,8 +9,8 @@ from fastapi import Depends, Request
 from dar.errors import AuthenticationError, NotFoundError, PermissionDeniedError
 from service import keys
 from service.runtime import CurrentRuntime, Runtime
+from service.store import fence
 from service.store import keys as key_store
-from service.store import leases
 
 Scope = Literal["read", "submit", "admin", "worker"]
 HINT = "send 'Authorization: Bearer <key>'; the embedded default keeps it in $DAR_HOME/api_key"
@@ -120,7 +120,7 @@ def lease_sender(lease_id: str, request: Request, runtime: CurrentRuntime) -> st
         return lease_holder(lease_id, request, runtime)
     worker(principal(request, runtime))
     with runtime.database.read() as transaction:
-        attempt = leases.find(transaction, lease_id)
+        attempt = fence.find(transaction, lease_id)
     if attempt.node != request.headers.get("x-dar-node"):
         raise NotFoundError(f"lease {lease_id!r} was not held on the node that x-dar-node names")
     return lease_id
@@ -129,7 +129,7 @@ def lease_sender(lease_id: str, request: Request, runtime: CurrentRuntime) -> st
 def _check_token(runtime: Runtime, lease_id: str, token: str) -> None:
     try:
         with runtime.database.read() as transaction:
-            sha256 = leases.find(transaction, lease_id).token_sha256
+            sha256 = fence.find(transaction, lease_id).token_sha256
     except NotFoundError:
         sha256 = keys.digest("")
     if not keys.is_equal(token, sha256):

@@ -58,8 +58,6 @@ def render(
     if isinstance(error, ConflictError):
         # Without it the OpenAI client sends a request that can never succeed three times.
         extra["x-should-retry"] = "false"
-    if error.status == 413:
-        extra["connection"] = "close"  # the rest of the body is never read
     if error.status == 401:
         extra["www-authenticate"] = "Bearer"
     if error.status in {429, 503}:

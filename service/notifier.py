@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Collection
 
 import structlog
-from anyio import to_thread
 from sqlalchemy import or_, select
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
 
 from service.store.database import Database
 from service.store.tables import Attempt, Job
@@ -79,7 +79,7 @@ class Notifier:
             if not self._waiters:
                 continue
             try:
-                for job_id in await to_thread.run_sync(self._changed, list(self._waiters)):
+                for job_id in await run_in_threadpool(self._changed, list(self._waiters)):
                     self._wake(job_id)
             except SQLAlchemyError as error:
                 log.warning("cannot watch for directives", error=str(error))

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.notifier import Notifier
-from service.store import checkpoints, jobs, leases, transitions
+from service.store import checkpoints, fence, jobs, leases, transitions
 from service.store.database import Database, Transaction
 from service.store.tables import Job
 from service.waker import Waker
@@ -100,7 +100,7 @@ class Reconciler:
 
     def _expire(self, lease_id: str) -> None:
         with self._database.write() as transaction:
-            job_id = leases.find(transaction, lease_id).job_id
+            job_id = fence.find(transaction, lease_id).job_id
             if leases.expire(transaction, lease_id):
                 log.info("lease expired", lease_id=lease_id, job_id=job_id)
                 transaction.after_commit(self._waker.wake)

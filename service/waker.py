@@ -8,7 +8,7 @@ import threading
 
 import structlog
 from celery import Celery
-from kombu.exceptions import OperationalError
+from celery.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 

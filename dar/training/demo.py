@@ -149,7 +149,7 @@ def sample(
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[misc] # transformers declares `self` as a protocol that its own models miss
         **inputs,
         do_sample=True,
         top_k=0,

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +44,7 @@ def load_model(
 
     Raises:
         TrainingError: There is no such model, it wants to run code, or it is no causal language model.
+        OSError: The hub cannot be reached.
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(name), local_files_only=is_offline)
@@ -53,12 +56,36 @@ def load_model(
             use_safetensors=True,
             local_files_only=is_offline,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if not is_offline and _is_hub_unreachable(error):
+            raise
         raise TrainingError(
             f"the model {str(name)!r} cannot be loaded as a causal language model from safetensors: {error}",
             param="model",
         ) from error
+    _make_savable(model)
     return model
+
+
+def _is_hub_unreachable(error: BaseException | None) -> bool:
+    """Whether the model may well exist, and only the network failed."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """Some published models set a temperature and no sampling.
+
+    transformers loads that, aligns its special tokens with the tokenizer's when training begins, and then refuses to save what
+    it has changed: the first checkpoint would fail.
+    """
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
 
 
 def _refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:

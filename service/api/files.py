@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import APIRouter, Query, Request
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
@@ -48,7 +49,7 @@ async def create_file(request: Request, runtime: CurrentRuntime, user: Submitter
     form = await _read_form(request, runtime.settings.max_file_bytes)
     try:
         upload = _checked(form)
-        return await to_thread.run_sync(_store, runtime, user, upload)
+        return await run_in_threadpool(_store, runtime, user, upload)
     finally:
         await form.close()
 
@@ -153,17 +154,21 @@ def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
         runtime.artifacts.keep_file(file_id)
     finally:
         temporary.unlink(missing_ok=True)
-    with runtime.database.write() as transaction:
-        file = tables.File(
-            id=file_id,
-            project_id=user.project_id,
-            filename=(upload.filename or "upload")[-256:],
-            purpose=PURPOSE,
-            bytes=found.bytes,
-            sha256=found.sha256,
-            num_rows=found.num_rows,
-            columns=found.columns,
-            created_at=transaction.now,
-        )
-        transaction.add(file)
+    file = tables.File(
+        id=file_id,
+        project_id=user.project_id,
+        filename=(upload.filename or "upload")[-256:],
+        purpose=PURPOSE,
+        bytes=found.bytes,
+        sha256=found.sha256,
+        num_rows=found.num_rows,
+        columns=found.columns,
+    )
+    try:
+        with runtime.database.write() as transaction:
+            file.created_at = transaction.now
+            transaction.add(file)
+    except SQLAlchemyError:
+        runtime.artifacts.file(file_id).unlink(missing_ok=True)
+        raise
     return show(file)

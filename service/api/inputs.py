@@ -14,7 +14,7 @@ from service import downloads
 from service.api.checkpoints import entries
 from service.auth import LeaseHolder
 from service.runtime import CurrentRuntime, Runtime
-from service.store import checkpoints, files, leases, tables
+from service.store import checkpoints, fence, files, tables
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
@@ -51,12 +51,12 @@ def get_input(
 
 def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
     with runtime.database.read() as transaction:
-        held = leases.look(transaction, lease_id)
-        leases.check_fence(held, held.attempt.number)
+        held = fence.look(transaction, lease_id)
+        fence.check_fence(held, held.attempt.number)
         return list(_of(transaction, runtime, held))
 
 
-def _of(transaction: Transaction, runtime: Runtime, held: leases.Held) -> Iterator[_Source]:
+def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterator[_Source]:
     job = held.job
     file = files.get(transaction, job.project_id, job.training_file)
     yield _Source(TRAINING_FILE, file.bytes, file.sha256, runtime.artifacts.file(file.id))

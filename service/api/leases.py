@@ -3,8 +3,8 @@
 from datetime import timedelta
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Response
+from starlette.concurrency import run_in_threadpool
 
 from dar.errors import ConflictError, FencedError, InvalidRequestError, Problem
 from dar.protocol.ids import new_id
@@ -30,7 +30,7 @@ from service import errors, keys
 from service.auth import LeaseHolder, LeaseSender, Worker
 from service.limits import body_of, schema_of
 from service.runtime import CurrentRuntime, Runtime
-from service.store import events, leases, rows
+from service.store import events, fence, leases, outcomes, rows
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
@@ -57,7 +57,7 @@ def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | 
     lease_id = new_id("lease-")
     token = keys.new_attempt_token(lease_id)
 
-    def work(transaction: Transaction) -> leases.Held | None:
+    def work(transaction: Transaction) -> fence.Held | None:
         credential = leases.Credential(lease_id, keys.digest(token))
         return leases.claim(transaction, body, credential, ttl)
 
@@ -70,7 +70,7 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
     """Renew a lease."""
     seconds = runtime.settings.lease_ttl_seconds
     with runtime.database.write() as transaction:
-        held = leases.hold(transaction, lease_id, body.attempt)
+        held = fence.hold(transaction, lease_id, body.attempt)
         leases.renew(transaction, held, timedelta(seconds=seconds), body.progress)
     return LeaseState(ttl_seconds=seconds)
 
@@ -83,10 +83,10 @@ async def get_directives(
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 20.0,
 ) -> Directives:
     """Wait for something that the service wants of the attempt."""
-    job_id, found = await to_thread.run_sync(_directives, runtime, lease_id, after)
+    job_id, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     if not found:
         await runtime.notifier.wait(job_id, wait)
-        _, found = await to_thread.run_sync(_directives, runtime, lease_id, after)
+        _, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     return Directives(directives=found, cursor=str(found[-1].id) if found else after)
 
 
@@ -95,7 +95,7 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
     """Store what a trainer said; also from an attempt that has lost its job, for it happened."""
     _check_rows(body)
     with runtime.database.write() as transaction:
-        held = leases.lock(transaction, lease_id)
+        held = fence.lock(transaction, lease_id)
         if held.attempt.number != body.attempt:
             raise InvalidRequestError(
                 f"lease {lease_id} is of attempt {held.attempt.number}, not {body.attempt}",
@@ -115,24 +115,24 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
 @router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete))
 def complete(lease_id: LeaseHolder, runtime: CurrentRuntime, body: CompleteBody) -> Outcome:
     """The attempt trained to the end."""
-    return _ended(runtime, lease_id, lambda tx: leases.complete(tx, lease_id, body))
+    return _ended(runtime, lease_id, lambda tx: outcomes.complete(tx, lease_id, body))
 
 
 @router.post("/{lease_id}/fail", openapi_extra=schema_of(Fail))
 def fail(lease_id: LeaseHolder, runtime: CurrentRuntime, body: FailBody) -> Outcome:
     """The attempt ended badly."""
-    return _ended(runtime, lease_id, lambda tx: leases.fail(tx, lease_id, body))
+    return _ended(runtime, lease_id, lambda tx: outcomes.fail(tx, lease_id, body))
 
 
 @router.post("/{lease_id}/release", openapi_extra=schema_of(Release))
 def release(lease_id: LeaseHolder, runtime: CurrentRuntime, body: ReleaseBody) -> Outcome:
     """The attempt gives its job back, or confirms a cancellation."""
-    return _ended(runtime, lease_id, lambda tx: leases.release(tx, lease_id, body))
+    return _ended(runtime, lease_id, lambda tx: outcomes.release(tx, lease_id, body))
 
 
-def _ended(runtime: Runtime, lease_id: str, work: "leases.Ending") -> Outcome:
+def _ended(runtime: Runtime, lease_id: str, work: "outcomes.Ending") -> Outcome:
     with runtime.database.write() as transaction:
-        job_id = leases.find(transaction, lease_id).job_id
+        job_id = fence.find(transaction, lease_id).job_id
         outcome = work(transaction)
         if outcome.status == "queued":
             transaction.after_commit(runtime.waker.wake)
@@ -140,7 +140,7 @@ def _ended(runtime: Runtime, lease_id: str, work: "leases.Ending") -> Outcome:
     return outcome
 
 
-def _lease(runtime: Runtime, held: leases.Held, token: str) -> Lease:
+def _lease(runtime: Runtime, held: fence.Held, token: str) -> Lease:
     job, attempt = held.job, held.attempt
     return Lease(
         lease_id=attempt.lease_id,
@@ -159,9 +159,9 @@ def _lease(runtime: Runtime, held: leases.Held, token: str) -> Lease:
 
 def _directives(runtime: Runtime, lease_id: str, after: str) -> tuple[str, list[Directive]]:
     with runtime.database.read() as transaction:
-        held = leases.look(transaction, lease_id)
+        held = fence.look(transaction, lease_id)
     job, attempt = held.job, held.attempt
-    if not leases.is_live(attempt, job):
+    if not fence.is_live(attempt, job):
         raise FencedError(
             f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
         )
@@ -193,7 +193,7 @@ def _check_rows(body: Batch) -> None:
         raise errors.invalid(problems)
 
 
-def _tell_of_contradiction(transaction: Transaction, held: leases.Held, seq: int) -> None:
+def _tell_of_contradiction(transaction: Transaction, held: fence.Held, seq: int) -> None:
     number = held.attempt.number
     message = f"attempt {number} sent row {seq} again with other content; the first one stands"
     data = {"kind": "integrity", "attempt": number, "seq": seq}

@@ -3,8 +3,8 @@
 import os
 from typing import Annotated, BinaryIO
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
+from starlette.concurrency import run_in_threadpool
 
 from dar.errors import ConflictError, InvalidRequestError, NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
@@ -13,7 +13,7 @@ from service import artifacts
 from service.auth import LeaseHolder
 from service.limits import body_of, limited, schema_of
 from service.runtime import CurrentRuntime, Runtime
-from service.store import checkpoints, leases, tables
+from service.store import checkpoints, fence, tables
 
 router = APIRouter(prefix="/v1/worker/leases/{lease_id}/checkpoints", tags=["worker"])
 MAX_MANIFEST_BYTES = 8 * 1024**2
@@ -32,7 +32,7 @@ def register(
     _check_manifest(body.manifest)
     runtime.artifacts.reserve(sum(file.bytes for file in body.manifest.files))
     with runtime.database.write() as transaction:
-        held = leases.hold(transaction, lease_id, body.attempt)
+        held = fence.hold(transaction, lease_id, body.attempt)
         if body.manifest.step > held.job.total_steps:
             raise InvalidRequestError(
                 f"manifest.step: the job has only {held.job.total_steps} steps",
@@ -55,20 +55,20 @@ async def put_file(
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> CheckpointUpload:
     """Send a file, or go on with it at ``offset``; 0 starts it anew."""
-    checkpoint = await to_thread.run_sync(_pending, runtime, lease_id, checkpoint_id, attempt)
+    checkpoint = await run_in_threadpool(_pending, runtime, lease_id, checkpoint_id, attempt)
     upload = _upload(runtime, checkpoint)
     if name not in upload.names:
         raise NotFoundError(f"the manifest of checkpoint {checkpoint_id} names no file {name!r}")
     size = upload.names[name]
     room = (MAX_MANIFEST_BYTES if size is None else size) - offset
-    file = await to_thread.run_sync(artifacts.open_part, upload, name, offset)
+    file = await run_in_threadpool(artifacts.open_part, upload, name, offset)
     try:
         async for chunk in limited(request.stream(), max(room, 0), f"file {name!r}"):
-            await to_thread.run_sync(file.write, chunk)
-        await to_thread.run_sync(_sync, file)
+            await run_in_threadpool(file.write, chunk)
+        await run_in_threadpool(_sync, file)
     finally:
-        await to_thread.run_sync(file.close)
-    return await to_thread.run_sync(_show, runtime, checkpoint)
+        await run_in_threadpool(file.close)
+    return await run_in_threadpool(_show, runtime, checkpoint)
 
 
 @router.post("/{checkpoint_id}/commit", openapi_extra=schema_of(AttemptOf))
@@ -80,7 +80,7 @@ def commit(
     if checkpoint.status == "pending":
         manifest_bytes = artifacts.verify(_upload(runtime, checkpoint))
         with runtime.database.write() as transaction:
-            held = leases.hold(transaction, lease_id, body.attempt)
+            held = fence.hold(transaction, lease_id, body.attempt)
             checkpoints.publish(transaction, held.job, checkpoint, manifest_bytes)
     checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
     if checkpoint.status != "available":
@@ -90,8 +90,8 @@ def commit(
 
 def _find(runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int) -> tables.Checkpoint:
     with runtime.database.read() as transaction:
-        held = leases.look(transaction, lease_id)
-        leases.check_fence(held, attempt)
+        held = fence.look(transaction, lease_id)
+        fence.check_fence(held, attempt)
         checkpoint = checkpoints.find(transaction, held.job.id, checkpoint_id)
     if checkpoint is None or checkpoint.attempt != attempt:
         raise NotFoundError(f"attempt {attempt} has announced no checkpoint {checkpoint_id!r}")

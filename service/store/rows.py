@@ -15,7 +15,7 @@ from dar.errors import ConflictError
 from dar.protocol.worker import EventRow, MetricsRow, Row, SamplesRow
 from service.store import events, metrics, samples
 from service.store.database import Transaction
-from service.store.leases import Held, is_live
+from service.store.fence import Held, is_live
 from service.store.tables import Attempt, Job, SpoolRow
 
 DIGEST_BYTES = 16

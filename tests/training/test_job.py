@@ -210,11 +210,29 @@ def test_a_model_that_brings_code_is_refused(
 def test_a_pickled_or_absent_model_is_refused(
     job: Callable[..., JobInputs], base: Path, sink: Any, tmp_path: Path
 ) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    weights = base / "model.safetensors"
+    weights.rename(base / "pytorch_model.bin")
     with pytest.raises(TrainingError, match="cannot be loaded"):
         train_job(job(), sink, NullControl())
     with pytest.raises(TrainingError, match="cannot be loaded"):
         train_job(job(model=tmp_path / "nowhere"), sink, NullControl())
+
+
+def test_damaged_weights_are_refused(job: Callable[..., JobInputs], base: Path, sink: Any) -> None:
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match="cannot be loaded"):
+        train_job(job(), sink, NullControl())
+
+
+def test_a_generation_config_that_could_not_be_saved_is_mended_at_the_start(
+    job: Callable[..., JobInputs], base: Path, sink: Any
+) -> None:
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": 3, "temperature": 0.6, "do_sample": False}))
+    assert train_job(job(total_steps=1), sink, NullControl()) == "finished"
+    saved = json.loads((sink.published[-1][1] / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["pad_token_id"]) == (0.6, 1)
 
 
 def test_a_model_without_tokenizer_is_refused(

@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,11 @@ def lease(installation: Any) -> Iterator[Lease]:
 def state(lease: Lease, tmp_path: Path) -> AttemptState:
     folder = SlotFolder.of(tmp_path, "uploads").attempt(lease.lease_id)
     folder.create(AttemptRecord(lease_id=lease.lease_id, job_id=lease.job_id, attempt=1))
-    return AttemptState(lease, folder, threading.Event())
+    state = AttemptState(lease, folder, threading.Event())
+    state.gives_up_at = (
+        time.monotonic() + 20
+    )  # a broken service fails the test instead of being waited for
+    return state
 
 
 @pytest.fixture

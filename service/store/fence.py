@@ -1,0 +1,94 @@
+"""The fence: whether the attempt that calls is the one that runs the job.
+
+A worker's call names its attempt. `hold` locks the job's row and checks that this attempt still runs it, in the same
+transaction as the write: a process that was frozen and wakes up late is turned away, and nothing that it says about the
+job's state is stored.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+
+from dar.errors import FencedError, NotFoundError
+from dar.protocol.status import TERMINAL
+from service.store.database import Transaction
+from service.store.tables import Attempt, Job
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A job and the attempt that runs it, both locked for the rest of the transaction."""
+
+    job: Job
+    attempt: Attempt
+
+
+def find(transaction: Transaction, lease_id: str) -> Attempt:
+    """The attempt of a lease, running or not.
+
+    Raises:
+        NotFoundError: There is no such lease.
+    """
+    found = transaction.scalars(select(Attempt).where(Attempt.lease_id == lease_id)).one_or_none()
+    if found is None:
+        raise NotFoundError(f"there is no lease {lease_id!r}")
+    return found
+
+
+def look(transaction: Transaction, lease_id: str) -> Held:
+    """The attempt of a lease and its job, as they are just now: for reading.
+
+    Raises:
+        NotFoundError: There is no such lease.
+    """
+    attempt = find(transaction, lease_id)
+    return Held(transaction.scalars(select(Job).where(Job.id == attempt.job_id)).one(), attempt)
+
+
+def lock(transaction: Transaction, lease_id: str) -> Held:
+    """The attempt of a lease and its job, locked, whether the lease still holds or not.
+
+    Raises:
+        NotFoundError: There is no such lease.
+    """
+    attempt = find(transaction, lease_id)
+    job = transaction.scalars(select(Job).where(Job.id == attempt.job_id).with_for_update()).one()
+    # Read again under the lock: what was read before it may be a moment old.
+    transaction.refresh(attempt)
+    return Held(job, attempt)
+
+
+def hold(transaction: Transaction, lease_id: str, number: int) -> Held:
+    """Lock the job of a lease for its attempt ``number``.
+
+    Raises:
+        NotFoundError: There is no such lease.
+        FencedError: The lease has ended or is another attempt's.
+    """
+    held = lock(transaction, lease_id)
+    check_fence(held, number)
+    return held
+
+
+def check_fence(held: Held, number: int) -> None:
+    """Raise unless attempt ``number`` still runs the job.
+
+    Raises:
+        FencedError: It does not: its process must stop.
+    """
+    attempt = held.attempt
+    is_mine = attempt.number == number == held.job.attempt
+    if not is_mine or attempt.status != "running":
+        raise FencedError(
+            f"attempt {number} no longer holds job {attempt.job_id} "
+            f"(attempt {attempt.number} is {attempt.status}); stop the trainer"
+        )
+
+
+def is_live(attempt: Attempt, job: Job) -> bool:
+    """Whether the attempt still runs the job."""
+    return (
+        attempt.status == "running"
+        and attempt.number == job.attempt
+        and (job.status not in TERMINAL)
+    )

@@ -1,0 +1,191 @@
+"""How attempts end, and what becomes of their jobs.
+
+A worker that did not hear the answer calls again: the same call of the same attempt gets the same answer.
+"""
+
+import random
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import and_, update
+
+from dar.errors import ConflictError
+from dar.protocol.status import AttemptStatus
+from dar.protocol.worker import Complete, Fail, Outcome, Release
+from service.store import checkpoints, transitions
+from service.store.database import Transaction
+from service.store.fence import Held, check_fence, lock
+from service.store.tables import Attempt, Job
+
+MAX_FRUITLESS_ATTEMPTS = 3
+MAX_FAILED_ATTEMPTS = 20
+MAX_BACKOFF_SECONDS = 600.0
+FIRST_REWARD_WAIT_SECONDS, MAX_REWARD_WAIT_SECONDS = 5.0, 60.0
+POISON = (
+    "usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens helps), the machine fails, "
+    "or this job's data or model make the trainer crash"
+)
+Ending = Callable[[Transaction], Outcome]
+"""One of `complete`, `fail` and `release`, with what the worker said."""
+
+
+def lose(transaction: Transaction, held: Held, why: str) -> None:
+    """End an attempt that cannot report any more; its job goes back into the queue."""
+    _retry(transaction, held, "lost", why, not_before=0.0)
+
+
+def complete(transaction: Transaction, lease_id: str, said: Complete) -> Outcome:
+    """The attempt trained to the end. The same call again gets the same answer.
+
+    Raises:
+        FencedError: The lease has ended.
+        ConflictError: Rows are missing (``spool_behind``), or the final checkpoint is (``checkpoint_missing``).
+    """
+    held = lock(transaction, lease_id)
+    if (told := _told_before(held, said.attempt, "complete")) is not None:
+        return told
+    check_fence(held, said.attempt)
+    job, attempt = held.job, held.attempt
+    if attempt.acked_seq != said.last_seq:
+        raise ConflictError(
+            f"rows up to {said.last_seq} were said but {attempt.acked_seq} is the last one committed; "
+            "send the rest of the spool first",
+            code="spool_behind",
+        )
+    final = checkpoints.find(transaction, job.id, said.checkpoint_id)
+    if final is None or final.status != "available" or final.step != job.total_steps:
+        raise ConflictError(
+            f"checkpoint {said.checkpoint_id!r} is not an available one of step {job.total_steps}; "
+            "upload and commit the final checkpoint first",
+            code="checkpoint_missing",
+        )
+    values = {"step": job.total_steps, "latest_checkpoint_id": final.id}
+    moved = transitions.move(
+        transaction,
+        "succeeded",
+        Job.id == job.id,
+        f"trained {job.total_steps} steps; the result is the model {job.model_name}",
+        values=values,
+        facts={"fine_tuned_model": job.model_name},
+    )
+    return _end(transaction, held, "succeeded", "complete", moved)
+
+
+def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
+    """The attempt ended badly: a user's error ends the job, anything else is tried again after a pause.
+
+    Raises:
+        FencedError: The lease has ended.
+    """
+    held = lock(transaction, lease_id)
+    if (told := _told_before(held, said.attempt, "fail")) is not None:
+        return told
+    check_fence(held, said.attempt)
+    job = held.job
+    if said.kind == "transient":
+        pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(job.fruitless_attempts + 1, 16))
+        pause *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries; nothing secret hangs on it
+        return _retry(transaction, held, "failed", said.message, not_before=pause, call="fail")
+    if job.cancel_requested_at is not None:
+        return _confirm_cancel(transaction, held, "failed", "fail")
+    error = {"code": said.code, "message": said.message, "param": said.param}
+    moved = transitions.move(
+        transaction, "failed", Job.id == job.id, said.message, values={"error": error}, facts=error
+    )
+    return _end(transaction, held, "failed", "fail", moved)
+
+
+def release(transaction: Transaction, lease_id: str, said: Release) -> Outcome:
+    """The attempt gives its job back, or confirms that it was cancelled.
+
+    Raises:
+        FencedError: The lease has ended.
+        ConflictError: It confirms a cancellation that nobody asked for.
+    """
+    held = lock(transaction, lease_id)
+    if (told := _told_before(held, said.attempt, "release")) is not None:
+        return told
+    check_fence(held, said.attempt)
+    job = held.job
+    if job.cancel_requested_at is not None:
+        return _confirm_cancel(transaction, held, "cancelled", "release")
+    if said.reason == "cancelled":
+        raise ConflictError(f"nobody has asked to cancel job {job.id}")
+    if said.reason == "drained":
+        values: dict[str, Any] = {"not_before": transaction.now}
+        message = said.message or "the worker was stopped; waiting for another slot"
+        moved = transitions.move(transaction, "drained", Job.id == job.id, message, values=values)
+    else:
+        wait = min(FIRST_REWARD_WAIT_SECONDS * 2.0**job.reward_waits, MAX_REWARD_WAIT_SECONDS)
+        values = {
+            "not_before": transaction.now + timedelta(seconds=wait),
+            "reward_waits": min(job.reward_waits + 1, 16),
+        }
+        message = said.message or "the reward service does not answer"
+        moved = transitions.move(
+            transaction, "reward_down", Job.id == job.id, message, values=values
+        )
+    return _end(transaction, held, "drained", "release", moved)
+
+
+def _retry(
+    transaction: Transaction,
+    held: Held,
+    status: AttemptStatus,
+    why: str,
+    *,
+    not_before: float,
+    call: str | None = None,
+) -> Outcome:
+    job = held.job
+    if job.cancel_requested_at is not None:
+        return _confirm_cancel(transaction, held, status, call)
+    fruitless, failed = job.fruitless_attempts + 1, job.failed_attempts + 1
+    values: dict[str, Any] = {"fruitless_attempts": fruitless, "failed_attempts": failed}
+    facts = {"reason": status, "node": held.attempt.node}
+    if fruitless >= MAX_FRUITLESS_ATTEMPTS or failed >= MAX_FAILED_ATTEMPTS:
+        count = f"{fruitless} attempts in a row ended without a newer checkpoint"
+        if fruitless < MAX_FRUITLESS_ATTEMPTS:
+            count = f"{failed} attempts have ended badly"
+        message = f"{count}; the last one: {why}. {POISON}"
+        values["error"] = {"code": "poison", "message": message, "param": None}
+        moved = transitions.move(
+            transaction, "poisoned", Job.id == job.id, message, values=values, facts=facts
+        )
+        return _end(transaction, held, status, call, moved)
+    values["not_before"] = transaction.now + timedelta(seconds=not_before)
+    name: transitions.MoveName = "lost" if status == "lost" else "retried"
+    moved = transitions.move(transaction, name, Job.id == job.id, why, values=values, facts=facts)
+    return _end(transaction, held, status, call, moved)
+
+
+def _confirm_cancel(
+    transaction: Transaction, held: Held, status: AttemptStatus, call: str | None
+) -> Outcome:
+    where = and_(Job.id == held.job.id, Job.attempt == held.attempt.number)
+    moved = transitions.move(transaction, "cancel_confirmed", where, "cancelled while it ran")
+    return _end(transaction, held, status, call, moved)
+
+
+def _end(
+    transaction: Transaction, held: Held, status: AttemptStatus, call: str | None, job: Job | None
+) -> Outcome:
+    if job is None:
+        raise ConflictError(
+            f"job {held.job.id} is {held.job.status}; attempt {held.attempt.number} cannot end it so"
+        )
+    outcome = {"call": call, "status": job.status, "status_detail": job.status_detail}
+    transaction.execute(
+        update(Attempt)
+        .where(Attempt.job_id == job.id, Attempt.number == held.attempt.number)
+        .values(status=status, ended_at=transaction.now, outcome=outcome)
+    )
+    return Outcome(status=job.status, status_detail=job.status_detail)
+
+
+def _told_before(held: Held, number: int, call: str) -> Outcome | None:
+    outcome = held.attempt.outcome
+    if held.attempt.number != number or outcome is None or outcome["call"] != call:
+        return None
+    return Outcome(status=outcome["status"], status_detail=outcome["status_detail"])
