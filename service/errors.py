@@ -118,7 +118,7 @@ def _message(item: Mapping[str, Any], model: type[BaseModel] | None) -> str:
         names = _field_names(model, item["loc"][:-1])
         close = get_close_matches(str(item["loc"][-1]), names, n=1)
         message += f"; did you mean {close[0]!r}?" if close else ""
-        message += f" known here: {', '.join(names)}" if names and not close else ""
+        message += f"; known here: {', '.join(names)}" if names and not close else ""
     return message
 
 

@@ -17,6 +17,18 @@ class ScoringStoppedError(Exception):
     """``should_stop`` became true; nothing is in flight any more."""
 
 
+class ExitRequestedError(Exception):
+    """Carries a SystemExit or KeyboardInterrupt past the event loop, which would die of it, to the caller's thread.
+
+    Args:
+        request: What was raised.
+    """
+
+    def __init__(self, request: BaseException) -> None:
+        super().__init__(f"{type(request).__name__} was raised")
+        self.request = request
+
+
 async def all_of(coroutines: Iterable[Coroutine[Any, Any, Value]]) -> list[Value]:
     """The results of all, in order. The first error cancels the others and comes out itself, not in a group."""
     try:
@@ -84,6 +96,8 @@ class LoopThread:
                     break
             else:
                 return future.result()
+        except ExitRequestedError as carrier:
+            raise carrier.request from None
         finally:
             if future.cancel():
                 ended.wait(STOP_SECONDS)

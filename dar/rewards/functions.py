@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat
 from dar.errors import ConfigurationError, RewardContractError
 from dar.protocol.rewards import MAX_REWARD
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
-from dar.rewards.concurrency import in_daemon_thread
+from dar.rewards.concurrency import ExitRequestedError, in_daemon_thread
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 """Takes ``prompts`` and ``completions`` as lists, and by name what else it wants of the data set's columns.
@@ -58,14 +58,19 @@ class FunctionReward:
             RewardContractError: It returned something else than one number or None per sample.
             Exception: Whatever the function raised.
         """
-        given = self._arguments(samples)
+        try:
+            values = await self._call(self._arguments(samples))
+        except (SystemExit, KeyboardInterrupt) as request:
+            raise ExitRequestedError(request) from request
+        return as_results(values, len(samples), f"reward function {self._name}")
+
+    async def _call(self, given: dict[str, list[Any]]) -> Sequence[float | None]:
         returned: Sequence[float | None] | Awaitable[Sequence[float | None]]
         if inspect.iscoroutinefunction(self._function):
             returned = self._function(**given)
         else:
             returned = await in_daemon_thread(lambda: self._function(**given))
-        values = await returned if inspect.isawaitable(returned) else returned
-        return as_results(values, len(samples), f"reward function {self._name}")
+        return await returned if inspect.isawaitable(returned) else returned
 
     async def aclose(self) -> None:
         """Nothing to free."""

@@ -210,7 +210,7 @@ def scorer_from_spec(
 
 
 def scorer_from_functions(
-    functions: RewardFunction | str | Sequence[RewardFunction | str],
+    funcs: RewardFunction | str | Sequence[RewardFunction | str],
     *,
     weights: Sequence[float] | None = None,
     secret: str | None = None,
@@ -219,7 +219,7 @@ def scorer_from_functions(
     """A scorer of reward functions and reward services.
 
     Args:
-        functions: One or several; a callable has TRL's signature (`RewardFunction`), a text is the URL of a reward
+        funcs: One or several; a callable has TRL's signature (`RewardFunction`), a text is the URL of a reward
             service.
         weights: Factor of each in the sum; default 1.
         secret: Signs requests to the URLs.
@@ -229,7 +229,7 @@ def scorer_from_functions(
         ConfigurationError: ``weights`` has another length, the secret is malformed, or a function cannot take
             ``completions``.
     """
-    given = [functions] if isinstance(functions, str) or callable(functions) else list(functions)
+    given = [funcs] if isinstance(funcs, str) or callable(funcs) else list(funcs)
     factors = [1.0] * len(given) if weights is None else list(weights)
     if len(factors) != len(given):
         raise ConfigurationError(f"{len(factors)} reward weights for {len(given)} reward functions")

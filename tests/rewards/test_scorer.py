@@ -169,6 +169,21 @@ def test_what_a_function_raises_comes_out_and_the_others_are_cancelled(
         assert cancelled.is_set()
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_may_end_the_process(make_samples: MakeSamples, is_async: bool) -> None:
+    def leave(completions: list[str]) -> list[float]:
+        raise SystemExit(3)
+
+    async def leave_later(completions: list[str]) -> list[float]:
+        raise SystemExit(3)
+
+    with scorer_from_functions(leave_later if is_async else leave) as scorer:
+        with pytest.raises(SystemExit, match="3"):
+            scorer.score(make_samples(1), RewardContext(1))
+        with pytest.raises(SystemExit, match="3"):
+            scorer.score(make_samples(1), RewardContext(1))
+
+
 @pytest.fixture
 def scorer_of(fast: HttpOptions) -> Callable[..., RewardScorer]:
     def make(url: str, **more: Any) -> RewardScorer:

@@ -36,7 +36,7 @@ def wait_until(
     while not (found := look()):
         if time.monotonic() > until:
             raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(0.02)
+        time.sleep(0.05)
     return found
 
 
@@ -53,6 +53,7 @@ class Installation:
         self.home = home
         self.broker_url = broker_url
         self.port = 0
+        self._http = httpx2.Client(trust_env=False)  # one: each new client loads certificates again
         self.service: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
         (home / "models" / "tiny").mkdir(parents=True)
@@ -114,6 +115,7 @@ class Installation:
         return time.monotonic() - start
 
     def close(self) -> None:
+        self._http.close()
         for process in [*self.workers, *([self.service] if self.service else [])]:
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -126,7 +128,7 @@ class Installation:
     def api(self, method: str, path: str, **options: Any) -> Any:
         key = (self.home / "api_key").read_text().strip()
         headers = {"authorization": f"Bearer {key}"}
-        answer = httpx2.request(method, f"{self.url}/v1{path}", headers=headers, **options)
+        answer = self._http.request(method, f"{self.url}/v1{path}", headers=headers, **options)
         assert answer.is_success, answer.text
         return answer.json()
 
@@ -183,9 +185,12 @@ class Installation:
 
     def trainers(self) -> list[psutil.Process]:
         found = []
-        for process in psutil.process_iter(["cmdline", "cwd", "status"]):
+        for process in psutil.process_iter(["cwd", "status"]):
             cwd = process.info["cwd"] or ""
-            if cwd.startswith(str(self.home)) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            if (
+                cwd.startswith(str(self.home / "worker"))
+                and process.info["status"] != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         return found
 

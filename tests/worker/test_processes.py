@@ -15,6 +15,7 @@ import pytest
 
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import Fail
+from dar.settings import environment
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import Launch, Order, Result
 from worker.trainer import TrainerExit, TrainerProcess, kill_leftover, trainer_environment
@@ -198,3 +199,20 @@ def test_an_exit_code_without_words_is_a_crash() -> None:
 
 def test_an_error_of_the_worker_is_tried_again() -> None:
     assert failure(2, OSError("no space left")).kind == "transient"
+
+
+def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "worker"]
+    result = subprocess.run(
+        command, env=environment(home=tmp_path), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 78
+    assert (
+        f"no worker key: set DAR_WORKER_KEY, or start the service once, which writes {tmp_path}"
+        in (result.stderr)
+    )
+
+
+def test_a_refused_key_is_said_at_every_poll(installation: Any) -> None:
+    installation.start_worker(worker_key="dar-wk-x-wrong", slot="stranger")
+    installation.until(lambda: installation.log("worker").count("refuses the worker key") >= 2)
