@@ -65,7 +65,10 @@ def errors() -> str:
     def walk(cls: type[DARError]) -> Iterator[type[DARError]]:
         yield cls
         for child in cls.__subclasses__():
-            yield from walk(child)
+            if (
+                child.__module__ == cls.__module__
+            ):  # a package's inner errors are no part of the contract
+                yield from walk(child)
 
     rows = [
         (f"`{cls.code}`", cls.status, "yes" if cls.retryable else "no", f"`{cls.__name__}`",

@@ -11,8 +11,8 @@ from urllib.parse import quote, urlsplit
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from dar import __version__
 from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
+from dar.version import __version__
 
 CONNECT_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.5

@@ -37,8 +37,8 @@ def combine(
 ) -> list[SampleReward]:
     """The total of each sample.
 
-    A component that fails on a sample makes it an error. A component that all scored samples of a group skip is left out
-    for the group; one that only some of them skip makes the whole group a skip.
+    A sample on which a component fails is an error. A sample that every component skips is a skip by itself. Among the
+    others of a group, a component that all of them skip is left out; one that only some skip makes the group a skip.
     """
     groups: dict[str, list[int]] = {}
     for position, sample in enumerate(samples):
@@ -54,9 +54,11 @@ def _combine_group(
 ) -> dict[int, SampleReward]:
     totals: dict[int, SampleReward] = {}
     for position in positions:
-        failure = _failure(results, position)
-        if failure is not None:
-            totals[position] = SampleReward(None, "error", failure, raw_rewards(results, position))
+        raw = raw_rewards(results, position)
+        if (failure := _failure(results, position)) is not None:
+            totals[position] = SampleReward(None, "error", failure, raw)
+        elif (skip := _skip(results, position)) is not None:
+            totals[position] = SampleReward(None, "skip", skip, raw)
     scored = [position for position in positions if position not in totals]
     used, skip_message = _used_components(components, scored, results)
     for position in scored:
@@ -74,21 +76,27 @@ def _used_components(
 ) -> tuple[list[WeightedSource], str | None]:
     """The components that count for a group, or why none can."""
     used = []
-    reason = "every reward component skipped the samples of this prompt"
     for component in components:
         name = component.source.name
-        outcomes = [results[name][position] for position in scored]
-        skips = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
-        if not skips:
+        skips = [isinstance(results[name][position], Skipped) for position in scored]
+        if not any(skips):
             used.append(component)
-        elif len(skips) < len(outcomes):
+        elif not all(skips):
             return [], (
-                f"component {name} skipped {len(skips)} of the {len(outcomes)} completions of this prompt; "
+                f"component {name} skipped {sum(skips)} of the {len(skips)} completions of this prompt; "
                 "sums over different components cannot be compared, so all of them are left out"
             )
-        elif skips[0].reason:
-            reason = f"component {name}: {skips[0].reason}"
-    return used, None if used else reason
+    return used, None
+
+
+def _skip(results: Results, position: int) -> str | None:
+    """Why every component skips the sample, or None when one does not."""
+    outcomes = {name: outcomes[position] for name, outcomes in results.items()}
+    skips = {name: one for name, one in outcomes.items() if isinstance(one, Skipped)}
+    if len(skips) < len(outcomes):
+        return None
+    reasons = [f"component {name}: {skip.reason}" for name, skip in skips.items() if skip.reason]
+    return "; ".join(reasons) or "every reward component skipped this sample"
 
 
 def _failure(results: Results, position: int) -> str | None:

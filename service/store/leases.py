@@ -38,23 +38,7 @@ def claim(
         The job and its new attempt, or None when nothing is due.
     """
     _free_former_lives(transaction, claim)
-    waiting = aliased(Job)
-    oldest = (
-        select(waiting.id)
-        .where(waiting.status == "queued", waiting.not_before <= transaction.now)
-        .order_by(waiting.created_at, waiting.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    job = transitions.move(
-        transaction,
-        "claimed",
-        Job.id == oldest,
-        f"starting on {claim.node}",
-        values={"attempt": Job.attempt + 1},
-        facts={"node": claim.node, "slot": claim.slot},
-    )
+    job = _take_oldest(transaction, claim)
     if job is None:
         return None
     resume = checkpoints.newest(transaction, job.id)
@@ -82,6 +66,26 @@ def claim(
     transaction.add(attempt)
     transaction.flush()
     return Held(job, attempt)
+
+
+def _take_oldest(transaction: Transaction, claim: Claim) -> Job | None:
+    waiting = aliased(Job)
+    oldest = (
+        select(waiting.id)
+        .where(waiting.status == "queued", waiting.not_before <= transaction.now)
+        .order_by(waiting.created_at, waiting.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+    return transitions.move(
+        transaction,
+        "claimed",
+        Job.id == oldest,
+        f"starting on {claim.node}",
+        values={"attempt": Job.attempt + 1},
+        facts={"node": claim.node, "slot": claim.slot},
+    )
 
 
 def _free_former_lives(transaction: Transaction, claim: Claim) -> None:

@@ -63,6 +63,8 @@ def start_up(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Callable[
 
 def test_one_command_starts_all_and_one_interrupt_stops_all(start_up: Callable[..., Up]) -> None:
     running = start_up(workers=1).wait()
+    while not (running.home / "worker").exists():  # the worker starts after the service is ready
+        time.sleep(0.05)
     processes = psutil.Process(running.process.pid).children(recursive=True)
     assert {"service", "worker", "valkey-server"} <= {
         Path(part).name for process in processes for part in process.cmdline()

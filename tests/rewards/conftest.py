@@ -4,7 +4,7 @@ import contextlib
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from dar.protocol.spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
-from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.http import HttpOptions
+from dar.rewards.base import RewardContext, RewardResult, RewardSample
+from dar.rewards.http import HttpOptions, HttpReward
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -200,3 +200,22 @@ def hostile() -> Iterator[Callable[..., Hostile]]:
             return server.hostile
 
         yield start
+
+
+@pytest.fixture
+async def ask(
+    fast: HttpOptions, make_samples: Callable[..., list[RewardSample]], context: RewardContext
+) -> AsyncIterator[Callable[..., Any]]:
+    """Score four samples, or ``count``, with the service at ``url``."""
+    opened: list[HttpReward] = []
+
+    async def score(
+        url: str, count: int = 4, options: HttpOptions = fast, **more: Any
+    ) -> list[RewardResult]:
+        source = HttpReward("r", url, options=options, **more)
+        opened.append(source)
+        return await source.score(make_samples(count), context)
+
+    yield score
+    for source in opened:
+        await source.aclose()

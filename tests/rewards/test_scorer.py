@@ -104,6 +104,13 @@ def test_a_component_that_part_of_a_group_skips_spoils_the_group(
     assert "cannot be compared" in found[0].message
 
 
+def test_a_sample_that_everything_skips_is_left_out_by_itself(make_samples: MakeSamples) -> None:
+    found = totals(make_samples, 3, [SKIP, GOOD, GOOD])
+    assert [total.reward for total in found] == [None, 1.0, 1.0]
+    assert [total.status for total in found] == ["skip", "reward", "reward"]
+    assert found[0].message == "component c0: no maths"
+
+
 def test_a_group_that_everything_skips_is_a_skip_with_the_reason(
     make_samples: MakeSamples,
 ) -> None:

@@ -116,7 +116,7 @@ def test_a_deadlock_is_tried_again_and_both_get_through(database: Database) -> N
             is_first_try = tries.count(first) == 1
             for name in (first, second):
                 statement = update(Project).where(Project.id == name)
-                transaction.execute(statement.values(created_at=datetime.now(UTC)))  # type: ignore[attr-defined] - a Transaction
+                transaction.execute(statement.values(created_at=datetime.now(UTC)))  # type: ignore[attr-defined] # it is a Transaction
                 if is_first_try and name == first:
                     both_hold_one.wait(10)
 
@@ -145,6 +145,6 @@ def test_an_unreachable_database_is_an_outage() -> None:
 
 
 def test_a_status_that_nobody_knows_is_refused_by_the_database(world: object) -> None:
-    job_id = world.submit()  # type: ignore[attr-defined] - the conftest's World
-    with pytest.raises(DBAPIError), world.database.write() as transaction:  # type: ignore[attr-defined] - the same
+    job_id = world.submit()  # type: ignore[attr-defined] # it is the conftest's World
+    with pytest.raises(DBAPIError), world.database.write() as transaction:  # type: ignore[attr-defined] # it is the conftest's World
         transaction.execute(update(Job).where(Job.id == job_id).values(status="sleeping"))
