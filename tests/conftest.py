@@ -9,6 +9,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+LONGEST_FIRST = ("e2e", "worker", "cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the folders that start processes: whole files go to one test process, and a long one must not be last."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
+
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:

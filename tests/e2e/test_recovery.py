@@ -1,4 +1,4 @@
-"""Whatever dies in mid-training, the job ends with the weights it would have had, and no metric is lost or doubled.
+"""Whatever dies in mid-training, the job ends with the weights, optimizer and metrics it would have had.
 
 The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on importing torch.
 """
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +28,43 @@ def submit(installation: Any, file_id: str) -> str:
     return str(installation.client.jobs.create(**installation.spec(file_id)).id)
 
 
-def final_weights(installation: Any, job_id: str, folder: Path) -> dict[str, Any]:
-    checkpoint = next(iter(installation.client.checkpoints.list(job_id)))
-    assert checkpoint.step_number == STEPS
-    installation.client.checkpoints.download(job_id, checkpoint.id, folder)
-    return dict(load_file(folder / "model.safetensors"))
+@dataclass(frozen=True)
+class Result:
+    """What came of a job: its final checkpoint on disk and its metrics."""
+
+    folder: Path
+    metrics: dict[str, tuple[list[int], list[float | None]]]
+
+    @classmethod
+    def of(cls, installation: Any, job_id: str, folder: Path) -> "Result":
+        client = installation.client
+        checkpoint = next(iter(client.checkpoints.list(job_id)))
+        assert checkpoint.step_number == STEPS
+        client.checkpoints.download(job_id, checkpoint.id, folder, include_optimizer=True)
+        series = client.jobs.metrics(job_id).series
+        return cls(folder, {name: (one.step, one.value) for name, one in series.items()})
 
 
 @pytest.fixture(scope="module")
-def undisturbed(installation: Any, file_id: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a run to which nothing happened."""
+def undisturbed(
+    installation: Any, file_id: str, tmp_path_factory: pytest.TempPathFactory
+) -> Result:
+    """What comes of the job when nothing happens to it."""
     job_id = submit(installation, file_id)
     assert installation.until_done(job_id).status == "succeeded"
-    folder = tmp_path_factory.mktemp("undisturbed")
-    final_weights(installation, job_id, folder)
-    return folder
+    return Result.of(installation, job_id, tmp_path_factory.mktemp("undisturbed"))
 
 
-def assert_equal_to(undisturbed: Path, weights: dict[str, Any]) -> None:
-    expected = load_file(undisturbed / "model.safetensors")
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (weights[name] == tensor).all(), name
+def assert_equal(result: Result, undisturbed: Result) -> None:
+    for name in ("model.safetensors", "resume/optimizer.safetensors"):
+        tensors = load_file(result.folder / name)
+        expected = load_file(undisturbed.folder / name)
+        assert tensors.keys() == expected.keys()
+        assert all((tensors[key] == expected[key]).all() for key in expected), name
+    assert result.metrics.keys() == undisturbed.metrics.keys()
+    for name, points in undisturbed.metrics.items():
+        if not name.startswith("time/"):
+            assert result.metrics[name] == points, name
 
 
 def assert_every_step_once(installation: Any, job_id: str) -> None:
@@ -62,7 +78,7 @@ def assert_every_step_once(installation: Any, job_id: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_worker_loses_nothing(
-    installation: Any, file_id: str, undisturbed: Path, tmp_path: Path, until: Callable[..., Any]
+    installation: Any, file_id: str, undisturbed: Result, tmp_path: Path, until: Callable[..., Any]
 ) -> None:
     job_id = submit(installation, file_id)
     installation.until_step(job_id, 8)
@@ -81,13 +97,13 @@ def test_a_killed_worker_loses_nothing(
     job = installation.until_done(job_id)
     assert job.status == "succeeded"
     assert_every_step_once(installation, job_id)
-    assert_equal_to(undisturbed, final_weights(installation, job_id, tmp_path))
+    assert_equal(Result.of(installation, job_id, tmp_path), undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_drained_worker_and_a_restarted_service_lose_nothing(
-    installation: Any, file_id: str, undisturbed: Path, tmp_path: Path
+    installation: Any, file_id: str, undisturbed: Result, tmp_path: Path
 ) -> None:
     job_id = submit(installation, file_id)
     installation.until_step(job_id, 4)
@@ -103,7 +119,7 @@ def test_a_drained_worker_and_a_restarted_service_lose_nothing(
     installation.start_service()
     assert installation.until_done(job_id).status == "succeeded"
     assert_every_step_once(installation, job_id)
-    assert_equal_to(undisturbed, final_weights(installation, job_id, tmp_path))
+    assert_equal(Result.of(installation, job_id, tmp_path), undisturbed)
 
 
 def mean_share_of_the_letter(folders: list[Path], prompts: list[str]) -> list[float]:
@@ -133,9 +149,9 @@ def mean_share_of_the_letter(folders: list[Path], prompts: list[str]) -> list[fl
 
 @pytest.mark.slow
 def test_the_downloaded_weights_load_and_score_higher(
-    undisturbed: Path, reviews_base: Path
+    undisturbed: Result, reviews_base: Path
 ) -> None:
     rows = (reviews_base / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(row)["prompt"] for row in rows]
-    before, after = mean_share_of_the_letter([reviews_base / "model", undisturbed], prompts)
+    before, after = mean_share_of_the_letter([reviews_base / "model", undisturbed.folder], prompts)
     assert after > 1.3 * before
