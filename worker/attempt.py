@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from dar.errors import DARError, RewardUnavailableError
+from dar.processes import die_with_parent
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
 from dar.protocol.samples import SampleRow
@@ -28,7 +29,6 @@ from dar.protocol.worker import (
 from worker.folders import AttemptFolder, write_atomically
 from worker.launch import ExitCode, Launch, Order, Result
 from worker.spool import SpoolWriter
-from worker.trainer import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +215,9 @@ def main(train: Train = train_with_torch) -> ExitCode:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger("httpx2").setLevel(
+        logging.WARNING
+    )  # it logs every URL, query string included
     stdin = sys.stdin.buffer
     launch = Launch.model_validate_json(stdin.readline())
     control = StdinControl(stdin)

@@ -5,11 +5,9 @@ which kills what it finds (`kill_leftover`).
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from dar.settings import inherited_environment
 from worker.folders import AttemptFolder, read_if_there, write_atomically
 from worker.launch import Launch, Order
 
-PR_SET_PDEATHSIG = 1
 LOG_TAIL_BYTES = 4096
 KILL_SECONDS = 10.0
 PASSED_ON = (
@@ -31,12 +28,6 @@ PASSED_ON = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 )
 """Variables of the worker's environment that its trainers see; no key is among them."""
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def trainer_environment(devices: str | None, threads: int, *, is_offline: bool) -> dict[str, str]:

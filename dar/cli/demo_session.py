@@ -5,9 +5,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dar.cli.processes import die_with_parent, log_tail
+from dar.cli.processes import log_tail
 from dar.cli.up import answers
 from dar.errors import ServiceUnavailableError
+from dar.processes import die_with_parent
 from dar.settings import environment
 
 START_SECONDS = 90.0

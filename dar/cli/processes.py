@@ -1,19 +1,17 @@
 """Child processes that are kept alive: started in order, started again when they die, stopped in reverse order."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dar.errors import ServiceUnavailableError
+from dar.processes import die_with_parent
 
-PR_SET_PDEATHSIG = 1
 RESTART_PAUSE_SECONDS = (0.2, 1.0, 2.0, 5.0)
 """Wait before the n-th restart in a row; the last one repeats."""
 SETTLED_SECONDS = 30.0
@@ -34,12 +32,6 @@ class Child:
     """Text the process reads at its start: configuration that must not show in its arguments."""
     stop_seconds: float = 10.0
     """How long it may take to end after SIGTERM."""
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass

@@ -129,7 +129,7 @@ def test_a_trainer_sees_no_key(start: Callable[[str], TrainerProcess], folder: A
 def test_a_trainer_dies_with_the_process_that_started_it_even_when_it_is_deaf(
     tmp_path: Path,
 ) -> None:
-    deaf = "import time; from worker.trainer import die_with_parent; die_with_parent(); print('up', flush=True); time.sleep(60)"
+    deaf = "import time; from dar.processes import die_with_parent; die_with_parent(); print('up', flush=True); time.sleep(60)"
     parent = f"""
         import subprocess, sys, time
         child = subprocess.Popen([sys.executable, "-c", {deaf!r}], start_new_session=True, stdout=subprocess.PIPE)
