@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dar.cli.demo_screen import Scores, Screen, show_next, show_samples
-from dar.cli.demo_session import Session
+from dar.cli.demo_session import Session, StartedProcess, Stopwatch
 from dar.cli.launch import require
 from dar.cli.up import free_port
 from dar.client import Client
@@ -75,13 +76,18 @@ def make_base(screen: Screen, folder: Path) -> None:
         screen.done("base model", f"from {folder}")
         return
     started = time.monotonic()
-    unfinished = folder.with_name(f"{folder.name}.{time.time_ns()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
+        _train_base(screen, Path(unfinished) / "base")
+        (Path(unfinished) / "base").rename(folder)
+    screen.done("base model", f"trained in {time.monotonic() - started:.0f} s, kept in {folder}")
+
+
+def _train_base(screen: Screen, folder: Path) -> None:
     command = [sys.executable, "-m", "dar.training.demo", "base", "--steps", str(BASE_STEPS)]
     with (
         screen.bar("base model", BASE_STEPS) as bar,
-        subprocess.Popen(
-            [*command, "--folder", str(unfinished)], stdout=subprocess.PIPE
-        ) as process,
+        subprocess.Popen([*command, "--folder", str(folder)], stdout=subprocess.PIPE) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -90,8 +96,6 @@ def make_base(screen: Screen, folder: Path) -> None:
                 bar.at(facts["step"], f"loss {facts['loss']:.2f}")
     if process.returncode != 0:
         raise TrainingError(f"the base model could not be made: exit code {process.returncode}")
-    unfinished.rename(folder)
-    screen.done("base model", f"trained in {time.monotonic() - started:.0f} s, kept in {folder}")
 
 
 def install_model(base: Path, models: Path) -> None:
@@ -177,79 +181,26 @@ def score(url: str, secret: str, prompts: Sequence[str], completions: list[list[
     return Scores(completions, rewards)
 
 
-def run(*, home: Path | None, as_json: bool) -> None:
-    """Run the demo; exits with 1 when the reward rose too little."""
-    for package, module in (("service", "fastapi"), ("worker", "torch")):
-        require(package, module)
-    started = time.monotonic()
-    settings = Settings(home=home) if home is not None else Settings()
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    screen = Screen()
-    screen.console.print(
-        "A small model learns to write pleased reviews. Its reward comes from a service of yours, over HTTP.\n",
-        soft_wrap=True,
-    )
-    with Session(settings.home) as session:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        command = [
-            sys.executable,
-            "-m",
-            "dar.cli",
-            "up",
-            "--home",
-            str(settings.home),
-            "--port",
-            str(port),
-        ]
-        stack = session.start("demo-up", command)
-        base = base_folder(settings.cache_home)
-        base_started = time.monotonic()
-        make_base(screen, base)
-        base_seconds = time.monotonic() - base_started
-        install_model(base, settings.models_path)
-        session.wait_for(f"{url}/readyz", *stack)
-        result = train_and_compare(screen, session, settings, url, base)
-    total_seconds = time.monotonic() - started
-    result["seconds"] = {
-        "base": round(base_seconds, 1),
-        "job": result.pop("job_seconds"),
-        "total": round(total_seconds, 1),
-    }
-    rise = result["reward_after"] - result["reward_before"]
-    verdict = f"the mean reward of fresh samples rose by {rise:.2f} in {total_seconds:.0f} s"
-    screen.console.print(f"\n[bold]{verdict}[/bold]")
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    if rise <= LEAST_RISE:
-        raise TrainingError(f"{verdict}, but more than {LEAST_RISE} was expected")
+def start_all(session: Session, settings: Settings) -> tuple[str, StartedProcess]:
+    """Start service, Valkey and worker on a free port; returns the service's URL and what to wait for."""
+    port = free_port()
+    command = [sys.executable, "-m", "dar.cli", "up", "--home", str(settings.home)]
+    return f"http://127.0.0.1:{port}", session.start("demo-up", [*command, "--port", str(port)])
 
 
-def train_and_compare(
-    screen: Screen, session: Session, settings: Settings, url: str, base: Path
-) -> dict[str, Any]:
-    """Run the job and score what came of it; returns the result but for its ``seconds``."""
-    reward_port = free_port()
-    reward_url = f"http://127.0.0.1:{reward_port}/score"
-    secret_file = settings.home / "reward_secret"
-    reward = session.start(
-        "demo-reward",
-        [
-            sys.executable,
-            "-m",
-            "dar.cli.demo_reward",
-            "--port",
-            str(reward_port),
-            "--secret-file",
-            str(secret_file),
-        ],
-    )
-    session.wait_for(f"http://127.0.0.1:{reward_port}/healthz", *reward)
-    screen.done("processes", f"service, Valkey, worker at {url}; reward service at {reward_url}")
-    client = Client(api_key=(settings.home / "api_key").read_text().strip(), base_url=url)
-    file = client.files.create(base / "prompts.jsonl")
+def start_reward_service(session: Session, secret_file: Path) -> str:
+    """Start the demo's reward service and wait for it; returns its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "dar.cli.demo_reward", "--port", str(port)]
+    started = session.start("demo-reward", [*command, "--secret-file", str(secret_file)])
+    session.wait_for(f"http://127.0.0.1:{port}/healthz", started)
+    return f"http://127.0.0.1:{port}/score"
+
+
+def train(screen: Screen, client: Client, prompts_file: Path, reward_url: str) -> Job:
+    """Upload the prompts, submit the job, follow it to its end."""
+    file = client.files.create(prompts_file)
     component = {"name": "positive", "kind": "http", "url": reward_url}
-    started = time.monotonic()
     job = client.jobs.create(
         model=MODEL,
         training_file=file.id,
@@ -258,29 +209,77 @@ def train_and_compare(
         method={"type": "dar", "dar": {**SPEC, "rewards": {"components": [component]}}},
     )
     screen.done("submitted", f"{job.id}, {file.num_rows} prompts")
+    started = time.monotonic()
     job = follow(screen, client, job.id)
-    job_seconds = time.monotonic() - started
-    screen.done(
-        "trained", f"{job.progress.step} steps in {job_seconds:.0f} s → {job.fine_tuned_model}"
-    )
+    seconds = time.monotonic() - started
+    screen.done("trained", f"{job.progress.step} steps in {seconds:.0f} s → {job.fine_tuned_model}")
+    return job
+
+
+def download(screen: Screen, client: Client, job: Job, folder: Path) -> None:
+    """Fetch the weights of the newest checkpoint."""
     checkpoint = next(iter(client.checkpoints.list(job.id)))
-    weights = settings.home / "demo" / job.id
-    client.checkpoints.download(job.id, checkpoint.id, weights)
-    screen.done("downloaded", f"step {checkpoint.step_number} → {weights}")
-    prompts = [
-        json.loads(line)["prompt"] for line in (base / "prompts.jsonl").read_text().splitlines()
-    ]
-    secret = secret_file.read_text().strip()
-    texts = sample([base / "model", weights], prompts)
-    before, after = (score(reward_url, secret, prompts, completions) for completions in texts)
+    client.checkpoints.download(job.id, checkpoint.id, folder)
+    screen.done("downloaded", f"step {checkpoint.step_number} → {folder}")
+
+
+def compare(
+    screen: Screen, folders: Sequence[Path], prompts_file: Path, reward_url: str, secret: str
+) -> list[Scores]:
+    """Sample both models on the same prompts and have the reward service score what they say."""
+    prompts = [json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()]
+    before, after = (
+        score(reward_url, secret, prompts, completions) for completions in sample(folders, prompts)
+    )
     show_samples(screen, prompts, before, after)
+    return [before, after]
+
+
+def run(*, home: Path | None, as_json: bool) -> None:
+    """Run the demo; exits with 1 when the reward rose too little."""
+    for package, module in (("service", "fastapi"), ("worker", "torch")):
+        require(package, module)
+    watch = Stopwatch()
+    settings = Settings(home=home) if home is not None else Settings()
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    screen = Screen()
+    screen.introduce()
+    base = base_folder(settings.cache_home)
+    with Session(settings.home) as session:
+        url, stack = start_all(session, settings)
+        with watch.part("base"):
+            make_base(screen, base)
+        install_model(base, settings.models_path)
+        session.wait_for(f"{url}/readyz", stack)
+        secret_file = settings.home / "reward_secret"
+        reward_url = start_reward_service(session, secret_file)
+        screen.done(
+            "processes", f"service, Valkey, worker at {url}; reward service at {reward_url}"
+        )
+        key = (settings.home / "api_key").read_text().strip()
+        with Client(api_key=key, base_url=url) as client:
+            with watch.part("job"):
+                job = train(screen, client, base / "prompts.jsonl", reward_url)
+            weights = settings.home / "demo" / job.id
+            download(screen, client, job, weights)
+        folders = [base / "model", weights]
+        secret = secret_file.read_text().strip()
+        before, after = compare(screen, folders, base / "prompts.jsonl", reward_url, secret)
     show_next(screen, settings, job, weights)
-    return {
-        "job_id": job.id,
-        "status": job.status,
-        "reward_before": round(before.mean, 4),
-        "reward_after": round(after.mean, 4),
-        "steps": job.progress.step,
-        "job_seconds": round(job_seconds, 1),
-        "checkpoint_dir": str(weights),
-    }
+    rise = after.mean - before.mean
+    seconds = watch.seconds()
+    verdict = f"the mean reward of fresh samples rose by {rise:.2f} in {seconds['total']:.0f} s"
+    screen.console.print(f"\n[bold]{verdict}[/bold]")
+    if as_json:
+        result = {
+            "job_id": job.id,
+            "status": job.status,
+            "reward_before": round(before.mean, 4),
+            "reward_after": round(after.mean, 4),
+            "steps": job.progress.step,
+            "seconds": seconds,
+            "checkpoint_dir": str(weights),
+        }
+        sys.stdout.write(json.dumps(result) + "\n")
+    if rise <= LEAST_RISE:
+        raise TrainingError(f"{verdict}, but more than {LEAST_RISE} was expected")
