@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from dar.errors import ConfigurationError
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
@@ -47,7 +49,7 @@ class Settings(BaseSettings):
     """API key of the SDK and the CLI; default: the content of ``$DAR_HOME/api_key``."""
 
     # --- service ---------------------------------------------------------------------------------------------------
-    database_url: str | None = None
+    database_url: SecretStr | None = None
     """SQLAlchemy URL (``postgresql+psycopg://…``); default: SQLite at ``$DAR_HOME/dar.db``."""
 
     broker_url: SecretStr | None = None
@@ -136,6 +138,17 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("database_url")
+    @classmethod
+    def _is_database(cls, url: SecretStr | None) -> SecretStr | None:
+        schemes = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
+        return _starting_with(url, schemes)
+
+    @field_validator("broker_url")
+    @classmethod
+    def _is_broker(cls, url: SecretStr | None) -> SecretStr | None:
+        return _starting_with(url, ("redis://", "rediss://"))
+
     @property
     def service_url(self) -> str:
         """URL of the service without a slash at its end."""
@@ -144,7 +157,9 @@ class Settings(BaseSettings):
     @property
     def sqlalchemy_url(self) -> str:
         """URL of the database."""
-        return self.database_url or f"sqlite:///{self.home / 'dar.db'}"
+        if self.database_url is None:
+            return f"sqlite:///{self.home / 'dar.db'}"
+        return self.database_url.get_secret_value()
 
     @property
     def models_path(self) -> Path:
@@ -169,12 +184,45 @@ class Settings(BaseSettings):
         return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-def environment(**changes: object) -> dict[str, str]:
-    """This process's environment for a child, with settings changed by field name; None leaves one as it is."""
-    given = {
-        f"DAR_{name.upper()}": str(value) for name, value in changes.items() if value is not None
-    }
-    return {**os.environ, **given}
+def _starting_with(url: SecretStr | None, schemes: tuple[str, ...]) -> SecretStr | None:
+    if url is not None and not url.get_secret_value().startswith(schemes):
+        raise ValueError(f"must start with one of {', '.join(schemes)}")
+    return url
+
+
+def load_settings(**given: object) -> Settings:
+    """The settings of this process, from its environment and from what its command line gave (None: nothing).
+
+    Raises:
+        ConfigurationError: A variable cannot be used; the message names it.
+    """
+    try:
+        return Settings.model_validate(
+            {name: value for name, value in given.items() if value is not None}
+        )
+    except ValidationError as error:
+        problems = [
+            f"{_variable(str(item['loc'][0]))}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_input=False)
+        ]
+        raise ConfigurationError("; ".join(problems)) from None
+
+
+def _variable(name: str) -> str:
+    return name if name.isupper() else f"DAR_{name.upper()}"
+
+
+def environment(without: Iterable[str] = (), /, **changes: object) -> dict[str, str]:
+    """This process's environment for a child.
+
+    Args:
+        without: Settings, by field name, that the child has no business to know.
+        **changes: Settings by field name; None leaves one as it is.
+    """
+    given = {_variable(name): str(value) for name, value in changes.items() if value is not None}
+    withheld = {_variable(name) for name in without}
+    kept = {name: value for name, value in os.environ.items() if name not in withheld}
+    return {**kept, **given}
 
 
 def inherited_environment(names: Iterable[str]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scorer import scorer_from_functions
-from dar.settings import Settings
+from dar.settings import Settings, load_settings
 
 BASE_STEPS = 220
 MODEL = "reviews-base"
@@ -188,11 +188,11 @@ def start_all(session: Session, settings: Settings) -> tuple[str, StartedProcess
     return f"http://127.0.0.1:{port}", session.start("demo-up", [*command, "--port", str(port)])
 
 
-def start_reward_service(session: Session, secret_file: Path) -> str:
+def start_reward_service(session: Session) -> str:
     """Start the demo's reward service and wait for it; returns its URL."""
     port = free_port()
     command = [sys.executable, "-m", "dar.cli.demo_reward", "--port", str(port)]
-    started = session.start("demo-reward", [*command, "--secret-file", str(secret_file)])
+    started = session.start("demo-reward", command)
     session.wait_for(f"http://127.0.0.1:{port}/healthz", started)
     return f"http://127.0.0.1:{port}/score"
 
@@ -240,7 +240,7 @@ def run(*, home: Path | None, as_json: bool) -> None:
     for package, module in (("service", "fastapi"), ("worker", "torch")):
         require(package, module)
     watch = Stopwatch()
-    settings = Settings(home=home) if home is not None else Settings()
+    settings = load_settings(home=home)
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     screen = Screen()
     screen.introduce()
@@ -251,19 +251,19 @@ def run(*, home: Path | None, as_json: bool) -> None:
             make_base(screen, base)
         install_model(base, settings.models_path)
         session.wait_for(f"{url}/readyz", stack)
-        secret_file = settings.home / "reward_secret"
-        reward_url = start_reward_service(session, secret_file)
+        reward_url = start_reward_service(session)
         screen.done(
             "processes", f"service, Valkey, worker at {url}; reward service at {reward_url}"
         )
-        key = (settings.home / "api_key").read_text().strip()
+        key = settings.secret_from(settings.api_key, "api_key")
+        secret = settings.secret_from(settings.reward_secret, "reward_secret")
+        assert secret is not None  # the service has made it before it was ready
         with Client(api_key=key, base_url=url) as client:
             with watch.part("job"):
                 job = train(screen, client, base / "prompts.jsonl", reward_url)
             weights = settings.home / "demo" / job.id
             download(screen, client, job, weights)
         folders = [base / "model", weights]
-        secret = secret_file.read_text().strip()
         before, after = compare(screen, folders, base / "prompts.jsonl", reward_url, secret)
     show_next(screen, settings, job, weights)
     rise = after.mean - before.mean

@@ -5,11 +5,11 @@ It is an ordinary reward service, made of one function: a user's own would look 
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dar.rewards.server import serve
+from dar.settings import load_settings
 
 analyzer = SentimentIntensityAnalyzer()
 
@@ -26,10 +26,10 @@ def main() -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m dar.cli.demo_reward", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--secret-file", type=Path, required=True)
-    arguments = parser.parse_args()
-    secret = arguments.secret_file.read_text(encoding="utf-8").strip()
-    serve(positivity, host="127.0.0.1", port=arguments.port, secret=secret)
+    port = parser.parse_args().port
+    settings = load_settings()
+    secret = settings.secret_from(settings.reward_secret, "reward_secret")
+    serve(positivity, host="127.0.0.1", port=port, secret=secret)
 
 
 if __name__ == "__main__":

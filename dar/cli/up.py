@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
@@ -24,9 +25,11 @@ import httpx2
 from dar.cli.launch import require
 from dar.cli.processes import Child, Processes
 from dar.errors import ConfigurationError
-from dar.settings import Settings, environment
+from dar.settings import Settings, environment, inherited_environment, load_settings
 
 SERVICE_START_SECONDS = 90.0
+WITHHELD_FROM_WORKERS = ("database_url", "api_key", "reward_secret")
+"""A worker speaks HTTP with its own key; secrets of a job come with its lease."""
 
 
 def say(text: str) -> None:
@@ -70,7 +73,7 @@ def valkey_child(binary: str, home: Path, port: int, password: str) -> Child:
     return Child(
         name="valkey",
         command=[binary, "-"],
-        environment=environment(),
+        environment=inherited_environment(("PATH", "HOME", "LANG", "LC_ALL", "TZ")),
         log=home / "logs" / "valkey.log",
         stdin="".join(f"{key} {value}\n" for key, value in configuration.items()),
     )
@@ -133,25 +136,31 @@ def start_all(
         port, password = free_port(), secrets.token_urlsafe(24)
         processes.start(valkey_child(binary, home, port, password))
         broker_url = f"redis://:{password}@127.0.0.1:{port}/0"
-    shared = environment(
-        home=home, host=settings.host, port=settings.port, base_url=url, broker_url=broker_url
+    shared = {
+        "home": home,
+        "host": settings.host,
+        "port": settings.port,
+        "base_url": url,
+        "broker_url": broker_url,
+    }
+    service = Child(
+        name="service",
+        command=[*python, "service", "serve"],
+        environment=environment(**shared),
+        log=home / "logs" / "service.log",
     )
-    processes.start(
-        Child("service", [*python, "service", "serve"], shared, home / "logs" / "service.log")
-    )
-    processes.wait_until(
-        lambda: answers(f"{url}/readyz"), "service", SERVICE_START_SECONDS, should_stop
-    )
+    processes.start(service)
+    is_ready = partial(answers, f"{url}/readyz")
+    processes.wait_until(is_ready, "service", SERVICE_START_SECONDS, should_stop)
     for slot in range(workers):
-        processes.start(
-            Child(
-                name=f"worker-{slot}",
-                command=[*python, "worker"],
-                environment={**shared, "DAR_SLOT": str(slot)},
-                log=home / "logs" / f"worker-{slot}.log",
-                stop_seconds=settings.drain_seconds + 30,
-            )
+        worker = Child(
+            name=f"worker-{slot}",
+            command=[*python, "worker"],
+            environment=environment(WITHHELD_FROM_WORKERS, slot=slot, **shared),
+            log=home / "logs" / f"worker-{slot}.log",
+            stop_seconds=settings.drain_seconds + 30,
         )
+        processes.start(worker)
     return broker_url is not None
 
 
@@ -175,8 +184,7 @@ class StopRequest:
 
 def run(*, home: Path | None, host: str | None, port: int | None, workers: int) -> None:
     """Run everything until SIGINT or SIGTERM."""
-    given = {"home": home, "host": host, "port": port}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type] # the three options carry their fields' types
+    settings = load_settings(home=home, host=host, port=port)
     require("service", "fastapi")
     if workers:
         require("worker", "torch")

@@ -9,7 +9,7 @@ from dar.client.jobs import Jobs
 from dar.client.models import Models
 from dar.client.transport import Transport
 from dar.errors import ConfigurationError
-from dar.settings import Settings
+from dar.settings import load_settings
 
 
 class Client:
@@ -42,7 +42,7 @@ class Client:
         max_retries: int = 2,
     ) -> None:
         if api_key is None or base_url is None:
-            settings = Settings()
+            settings = load_settings()
             base_url = base_url or settings.service_url
             if api_key is None:
                 api_key = settings.secret_from(settings.api_key, "api_key")

@@ -48,5 +48,17 @@ class Deleted(Output):
 Json = Any
 """A JSON value; what it may hold is the reader's business."""
 
+MAX_COUNT = 2**31 - 1
+"""Largest step, attempt or row number: what every database's integer column holds."""
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+"""A number of things, or of a step."""
+
+Number = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+"""The number of an attempt, a row or a step, counted from 1."""
+
+Instant = Annotated[float, Field(ge=0, le=253_402_300_799)]
+"""Seconds since 1970, up to the year 9999."""
+
 UnixSeconds = Annotated[int, Field(ge=0)]
 """An instant on the OpenAI-shaped objects: seconds since 1970, UTC."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dar.protocol.base import Input, Output, UnixSeconds
+from dar.protocol.base import Count, Input, Output, UnixSeconds
 
 CheckpointKind = Literal["full", "adapter"]
 MANIFEST_NAME = "MANIFEST.json"
@@ -23,7 +23,7 @@ class ManifestFile(Input):
     """One file of a checkpoint."""
 
     name: FileName
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, le=2**53)]
     sha256: SHA256
 
 
@@ -31,9 +31,9 @@ class Manifest(Input):
     """``MANIFEST.json`` of a checkpoint: written last, so that a folder without one is not a checkpoint."""
 
     version: Literal[1] = 1
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     kind: CheckpointKind
-    last_seq: Annotated[int, Field(ge=0)] = 0
+    last_seq: Count = 0
     """What the trainer had said when it was written: highest ``seq`` of its spool; 0 outside a service."""
     config_sha256: SHA256
     """Digest of everything that decides the result: a resume under another configuration is refused."""

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dar.protocol.base import Input, Output, UnixSeconds
+from dar.protocol.base import Count, Input, Output, UnixSeconds
 
 RewardStatus = Literal["reward", "skip", "error"]
 FinishReason = Literal["stop", "length"]
@@ -13,14 +13,14 @@ FinishReason = Literal["stop", "length"]
 class SampleRow(Input):
     """A sample as the trainer reports it. All log-probabilities are sums over completion tokens, in nats."""
 
-    group: int
+    group: Count
     """Prompt of the step, from 0."""
-    index: int
+    index: Count
     """Which of the prompt's K completions, from 0."""
     prompt: str
     completion: str
     finish_reason: FinishReason
-    completion_tokens: int
+    completion_tokens: Count
     reward: float | None
     """None: missing, because a source skipped the sample or failed."""
     reward_status: RewardStatus

@@ -63,7 +63,7 @@ class Hyperparameters(Input):
     """Optimizer steps in all; null: from ``n_epochs``."""
     n_epochs: Annotated[float, Field(gt=0, le=10_000)] | None = None
     """Passes over the training file; null: from ``max_steps``, or 1 when both are null."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """What the learning rate does after the warm-up."""
@@ -97,7 +97,7 @@ class Sampling(Input):
     """Divides the logits before sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Smallest probability mass that is kept; 1 turns it off."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """Number of likeliest tokens that are kept; 0 turns it off."""
     min_p: Fraction | None = None
     """Tokens less likely than this fraction of the likeliest one are dropped; null turns it off."""
@@ -276,7 +276,7 @@ class Resources(Input):
 class Checkpointing(Input):
     """When resumable states are written. The last step always gets one."""
 
-    every_steps: Annotated[int, Field(ge=1)] | None = None
+    every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Steps between two checkpoints; null: a twentieth of the job."""
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 3
     """Checkpoints that are kept; older ones are removed."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dar.protocol.base import Input, Output
+from dar.protocol.base import Count, Input, Instant, Number, Output
 from dar.protocol.checkpoints import SHA256, Manifest
 from dar.protocol.events import Level
 from dar.protocol.samples import SampleRow
@@ -79,7 +79,7 @@ class AttemptProgress(Input):
     """What an attempt does right now."""
 
     phase: Phase
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     message: Annotated[str, Field(max_length=2000)] | None = None
     """What is waited for, and why."""
 
@@ -87,7 +87,7 @@ class AttemptProgress(Input):
 class Heartbeat(Input):
     """Renews a lease."""
 
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Number
     progress: AttemptProgress | None = None
 
 
@@ -111,16 +111,13 @@ class Directives(Output):
     cursor: str
 
 
-Seq = Annotated[int, Field(ge=1)]
-
-
 class MetricsRow(Input):
     """The metrics of one step."""
 
     type: Literal["metrics"]
-    seq: Seq
-    at: float
-    step: Annotated[int, Field(ge=1)]
+    seq: Number
+    at: Instant
+    step: Number
     values: dict[str, float | None]
     """By registered name; null stands for a value that is no number."""
 
@@ -129,9 +126,9 @@ class SamplesRow(Input):
     """Samples of one step."""
 
     type: Literal["samples"]
-    seq: Seq
-    at: float
-    step: Annotated[int, Field(ge=1)]
+    seq: Number
+    at: Instant
+    step: Number
     samples: Annotated[list[SampleRow], Field(min_length=1, max_length=256)]
 
 
@@ -139,8 +136,8 @@ class EventRow(Input):
     """Something worth telling the user."""
 
     type: Literal["event"]
-    seq: Seq
-    at: float
+    seq: Number
+    at: Instant
     level: Level
     message: Annotated[str, Field(max_length=4000)]
     data: dict[str, Any] | None = None
@@ -150,9 +147,9 @@ class CheckpointRow(Input):
     """A checkpoint lies on the worker's disk; tells the supervisor to upload it."""
 
     type: Literal["checkpoint"]
-    seq: Seq
-    at: float
-    step: Annotated[int, Field(ge=0)]
+    seq: Number
+    at: Instant
+    step: Count
     folder: Annotated[str, Field(max_length=200)]
     manifest_sha256: SHA256
 
@@ -164,7 +161,7 @@ Row = Annotated[MetricsRow | SamplesRow | EventRow | CheckpointRow, Field(discri
 class Batch(Input):
     """Consecutive rows of one attempt."""
 
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Number
     rows: Annotated[list[Row], Field(max_length=500)]
 
 
@@ -178,7 +175,7 @@ class BatchAck(Output):
 class RegisterCheckpoint(Input):
     """Announces a checkpoint before its files are uploaded."""
 
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Number
     manifest: Manifest
     manifest_sha256: SHA256
 
@@ -195,21 +192,21 @@ class CheckpointUpload(Output):
 class AttemptOf(Input):
     """Names the attempt that writes."""
 
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Number
 
 
 class Complete(Input):
     """The attempt trained to the end."""
 
-    attempt: Annotated[int, Field(ge=1)]
-    last_seq: Annotated[int, Field(ge=0)]
+    attempt: Number
+    last_seq: Count
     checkpoint_id: str
 
 
 class Fail(Input):
     """The attempt ended badly."""
 
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Number
     kind: Literal["user", "transient"]
     """``user``: the spec or its data cannot work, so there is no retry. ``transient``: try again, with backoff."""
     code: Annotated[str, Field(max_length=64)]
@@ -220,7 +217,7 @@ class Fail(Input):
 class Release(Input):
     """The attempt gives its job back, or confirms a cancellation."""
 
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Number
     reason: Literal["drained", "waiting_for_reward", "cancelled"]
     message: Annotated[str, Field(max_length=2000)] | None = None
 
