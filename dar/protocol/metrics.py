@@ -40,7 +40,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "dar/kl_ref",
         "nats",
-        "mean of behavior less reference log-probability: estimates KL(policy || reference) per completion",
+        "mean of behavior less reference log-probability; sampled at temperature 1 without filters it estimates KL(policy || reference) per completion",
     ),
     Metric(
         "rewards/missing_fraction",
@@ -64,8 +64,6 @@ METRICS: tuple[Metric, ...] = (
 )
 
 NAMES: frozenset[str] = frozenset(metric.name for metric in METRICS)
-COMPONENT_PREFIX = "rewards/"
-"""Each reward component adds the series ``rewards/<name>/mean``."""
 
 
 def is_known(name: str) -> bool:

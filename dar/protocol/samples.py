@@ -26,6 +26,9 @@ class SampleRow(Input):
     reward_status: RewardStatus
     reward_message: str | None = None
     components: dict[str, float | None] = Field(default_factory=dict)
+    """Raw reward of each component; a part that its service reported beside it is ``<component>/<part>``."""
+    feedback: dict[str, str] = Field(default_factory=dict)
+    """What reward services said about the sample, by component."""
     advantage: float | None
     weight: float | None
     logp_policy: float | None
@@ -51,6 +54,7 @@ class Sample(Output):
     reward_status: RewardStatus
     reward_message: str | None
     components: dict[str, Any]
+    feedback: dict[str, str]
     advantage: float | None
     weight: float | None
     logp_policy: float | None

@@ -162,7 +162,7 @@ class Installation:
         return eventually(done, seconds, f"{job_id} ends")  # type: ignore[no-any-return] # `eventually` returns what `done` gave
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def installation(
     tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int], reviews_base: Path
 ) -> Iterator[Installation]:

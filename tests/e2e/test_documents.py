@@ -1,0 +1,87 @@
+"""The Python of README and guide runs as it stands, on a small model and with this installation's addresses."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dar.cli.up import answers
+from dar.settings import environment
+
+ROOT = Path(__file__).parents[2]
+SNIPPETS = {
+    f"{document}#{number}": text
+    for document in ("README.md", "docs/guide.md")
+    for number, text in enumerate(
+        re.findall(
+            r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL
+        )
+    )
+}
+SERVERS = [name for name, text in SNIPPETS.items() if "serve(" in text]
+CLIENTS = [name for name in SNIPPETS if name not in SERVERS]
+
+
+def prepare(name: str, installation: Any, folder: Path, reviews_base: Path) -> Path:
+    """Write a snippet to a file, with a local model, a few steps and this installation's addresses."""
+    secret = (installation.home / "reward_secret").read_text().strip()
+    text = SNIPPETS[name]
+    if "DARTrainer" in text:
+        text = text.replace('"my-model"', repr(str(reviews_base / "model")))
+    for written, used in {
+        '"Qwen/Qwen2-0.5B-Instruct"': repr(str(reviews_base / "model")),
+        '"my-model"': '"base"',
+        "http://127.0.0.1:9000/score": installation.reward_url,
+        "~/.local/share/dar": str(installation.home),
+        "whsec_…": secret,
+        "max_steps=100, save_steps=50": "max_steps=2, save_steps=1",
+        '"max_steps": 200': '"max_steps": 2',
+        '"batch_size": 16': '"batch_size": 2',
+    }.items():
+        text = text.replace(written, used)
+    (folder / "prompts.jsonl").write_bytes((reviews_base / "prompts.jsonl").read_bytes())
+    program = folder / "snippet.py"
+    program.write_text(text)
+    return program
+
+
+def test_the_documents_have_snippets() -> None:
+    assert len(SERVERS) == 2
+    assert len(CLIENTS) == 3
+
+
+@pytest.mark.slow  # each starts an interpreter with torch, or a job
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_snippet_runs(name: str, installation: Any, tmp_path: Path, reviews_base: Path) -> None:
+    program = prepare(name, installation, tmp_path, reviews_base)
+    result = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env=environment(home=installation.home, port=installation.port),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_reward_service_of_the_documents_starts(
+    name: str,
+    installation: Any,
+    tmp_path: Path,
+    reviews_base: Path,
+    free_port: Callable[[], int],
+    until: Callable[..., Any],
+) -> None:
+    program = prepare(name, installation, tmp_path, reviews_base)
+    port = free_port()
+    program.write_text(program.read_text().replace("port=9000", f"port={port}"))
+    with subprocess.Popen([sys.executable, str(program)], stderr=subprocess.DEVNULL) as process:
+        until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), 30, "the service answers")
+        process.terminate()
