@@ -191,7 +191,7 @@ class RateLimitError(DARError):
 
 
 class ServiceUnavailableError(DARError):
-    """The service cannot answer now; nothing was changed."""
+    """The service cannot answer now; the message says when to come again."""
 
     code = "service_unavailable"
     status = 503

@@ -11,9 +11,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from dar.errors import DARError
-from dar.settings import Settings
+from dar.settings import Settings, load_settings
 from service import log, migrate
-from service.app import create_app
+from service.app import create_app, prepare
 from service.store.database import Database
 
 GRACE_SECONDS = 4
@@ -53,18 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
     serve_parser.add_argument("--port", type=int, help="port to bind to (default: DAR_PORT)")
     commands.add_parser("migrate", help="upgrade the database schema and stop")
     chosen = parser.parse_args(arguments)
-    settings = Settings()
-    log.configure(settings.log_level)
+    log.configure("info")
     try:
         if chosen.command == "migrate":
-            return _migrate(settings)
-        return _serve(settings, chosen.host or settings.host, chosen.port or settings.port)
+            return _migrate(load_settings())
+        return _serve(load_settings(host=chosen.host, port=chosen.port))
     except DARError as error:
         structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
-        return 1
+    except OSError as error:
+        structlog.get_logger().error("cannot start", code="os_error", message=str(error))
+    return 1
 
 
 def _migrate(settings: Settings) -> int:
+    log.configure(settings.log_level)
     database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings.model_copy(update={"is_migrating": True}), database)
     structlog.get_logger().info("schema is up to date", revision=migrate.current(database))
@@ -72,12 +74,13 @@ def _migrate(settings: Settings) -> int:
     return 0
 
 
-def _serve(settings: Settings, host: str, port: int) -> int:
-    app = create_app(settings)
+def _serve(settings: Settings) -> int:
+    log.configure(settings.log_level)
+    app = create_app(settings, prepare(settings))
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
+        host=settings.host,
+        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,

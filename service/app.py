@@ -49,36 +49,36 @@ BODIES = (
 )
 
 
-def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
+def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     """The service as an ASGI application.
 
     Args:
         settings: Of this installation.
-        database: Replaces the one of the settings; for tests with a clock of their own.
+        runtime: What `prepare` has made of them; default: it is made when the application starts.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runtime = await run_in_threadpool(_prepare, settings, database)
-        app.state.runtime = runtime
+        ready = await run_in_threadpool(prepare, settings) if runtime is None else runtime
+        app.state.runtime = ready
         reconciler = Reconciler(
-            runtime.database,
-            runtime.artifacts,
-            runtime.waker,
-            runtime.notifier,
+            ready.database,
+            ready.artifacts,
+            ready.waker,
+            ready.notifier,
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
-        runtime.notifier.start()
-        runtime.waker.start()
+        ready.notifier.start()
+        ready.waker.start()
         reconciler.start()
         try:
             yield
         finally:
-            await runtime.notifier.close()
+            await ready.notifier.close()
             await run_in_threadpool(reconciler.close)
-            await run_in_threadpool(runtime.waker.close)
-            runtime.database.close()
+            await run_in_threadpool(ready.waker.close)
+            ready.database.close()
 
     app = FastAPI(
         title="DAR training service",
@@ -94,7 +94,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
     app.add_middleware(RequestMiddleware)
     app.include_router(health.router)
     for module in ROUTERS:
-        app.include_router(module.router, dependencies=[Depends(query.refuse_unknown)])
+        app.include_router(module.router, dependencies=[Depends(query.refuse_unusable)])
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(auth.principal)])
     def openapi() -> dict[str, Any]:
@@ -118,8 +118,14 @@ def describe(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _prepare(settings: Settings, database: Database | None) -> Runtime:
-    database = database or Database(settings.sqlalchemy_url)
+def prepare(settings: Settings) -> Runtime:
+    """Everything that a process serves with: the schema up to date, folders and keys made.
+
+    Raises:
+        ServiceUnavailableError: The database does not answer.
+        ConfigurationError: A setting cannot be used.
+    """
+    database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings, database)
     artifacts = Artifacts(settings.artifacts_path)
     artifacts.prepare()

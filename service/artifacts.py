@@ -3,11 +3,12 @@
 A name inside it is made of ids and of manifest entries that were checked before, never of what a client asks for.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ from dar.errors import ConflictError, ServiceUnavailableError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
 CHUNK_BYTES = 1024**2
+SPARE_FACTOR = 2
+"""Room for several uploads at once, none of which knows of the others."""
 LEFTOVER_SECONDS = 24 * 3600
 """No upload takes longer; another process may be at a younger one."""
 
@@ -51,10 +54,8 @@ class Artifacts:
         """Make the folders and sweep what an interrupted upload left."""
         for folder in (self.root, self._files, self._files / "tmp", self._checkpoints):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        too_old = datetime.now(UTC).timestamp() - LEFTOVER_SECONDS
-        for leftover in (self._files / "tmp").iterdir():
-            if leftover.stat().st_mtime < too_old:
-                leftover.unlink(missing_ok=True)
+        for leftover in _old(self._files / "tmp"):
+            leftover.unlink(missing_ok=True)
 
     def check(self) -> str:
         """``ok``, or why nothing can be written."""
@@ -89,6 +90,10 @@ class Artifacts:
         self.new_file(file_id).rename(self.file(file_id))
         sync_folder(self._files)
 
+    def old_files(self) -> list[str]:
+        """Ids of uploads that are older than any upload still under way."""
+        return [path.name for path in _old(self._files)]
+
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def checkpoint(self, job_id: str, attempt: int, step: int) -> Path:
@@ -101,17 +106,21 @@ class Artifacts:
         staging = final.with_name(f".tmp-{final.name}")
         return Upload(staging, final, manifest, manifest_sha256)
 
-    def reserve(self, size: int) -> None:
-        """Raise when a checkpoint of ``size`` bytes would fill the disk.
+    def reserve(self, size: int, what: str) -> None:
+        """Raise when ``size`` more bytes would fill the disk.
+
+        Args:
+            size: How many are still to come.
+            what: What they are for, in words.
 
         Raises:
-            ServiceUnavailableError: Less than twice as much is free.
+            ServiceUnavailableError: Less than `SPARE_FACTOR` times as much is free (``storage_full``).
         """
         free = shutil.disk_usage(self.root).free
-        if free < 2 * size:
+        if free < SPARE_FACTOR * size:
             raise ServiceUnavailableError(
-                f"the artifact store has {free:,} bytes left and the checkpoint needs {size:,}; make room, "
-                "the upload goes on by itself",
+                f"{what} needs {size:,} more bytes, of which {SPARE_FACTOR} times as many must be free, but the "
+                f"artifact store has {free:,} left; make room and send it again",
                 code="storage_full",
                 retry_after_seconds=30,
             )
@@ -176,7 +185,9 @@ def verify(upload: Upload) -> int:
         for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
             sync_folder(inner)
         folder.rename(upload.final)
-    sync_folder(upload.final.parent)
+    # Folders of the attempt and the job may be new too: each is a name in the one above it.
+    for outer in upload.final.parents[:3]:
+        sync_folder(outer)
     return manifest_bytes
 
 
@@ -207,6 +218,14 @@ def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
             f"{name!r} arrived with sha256 {found}, but the manifest says {sha256}; send it again from the start",
             code="checksum_mismatch",
         )
+
+
+def _old(folder: Path) -> Iterator[Path]:
+    too_old = datetime.now(UTC).timestamp() - LEFTOVER_SECONDS
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+            if entry.is_file() and entry.stat().st_mtime < too_old:
+                yield Path(entry.path)
 
 
 def _write(path: Path, content: bytes) -> None:

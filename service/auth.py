@@ -60,6 +60,19 @@ def principal(request: Request, runtime: CurrentRuntime) -> Principal:
     return Principal(record.id, record.project_id, frozenset(record.scopes.split()))
 
 
+def authenticate(request: Request, runtime: Runtime) -> None:
+    """Raise unless the request carries a key or token that is known here, whatever it opens.
+
+    Raises:
+        AuthenticationError: It does not.
+    """
+    lease_id = keys.lease_of_token(bearer(request))
+    if lease_id is None:
+        principal(request, runtime)
+    else:
+        _check_token(runtime, lease_id, bearer(request))
+
+
 def user_with(scope: Scope) -> Callable[[Principal], User]:
     """A dependency that lets users' keys of ``scope`` pass."""
 

@@ -37,7 +37,7 @@ _WORDS = {
 
 
 def install(app: FastAPI) -> None:
-    """Render every failure of ``app`` as design.md's error body."""
+    """Render every failure of ``app`` as the one error body."""
     app.add_exception_handler(DARError, _on_dar_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(StarletteHTTPException, _on_http_exception)
@@ -181,7 +181,7 @@ async def _on_database_error(request: Request, error: Exception) -> Response:
         return internal_error(request_id(request))
     log.warning("database unavailable", error=str(error))
     made = ServiceUnavailableError(
-        "the database does not answer; nothing was changed, try again in a moment",
+        "the database does not answer; try again in a moment (a change may have been stored all the same)",
         code="database_unavailable",
     )
     return render(made, request_id(request))

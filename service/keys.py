@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ulid import ULID
 
+from dar.errors import ConfigurationError
 from dar.settings import Settings
 from service.store import keys
 from service.store.database import Database
@@ -39,6 +40,13 @@ def new_worker_key() -> str:
 def new_reward_secret() -> str:
     """A fresh Standard Webhooks secret."""
     return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+MAKERS = {
+    API_KEY_FILE: new_api_key,
+    WORKER_KEY_FILE: new_worker_key,
+    REWARD_SECRET_FILE: new_reward_secret,
+}
 
 
 def new_attempt_token(lease_id: str) -> str:
@@ -69,27 +77,58 @@ def is_equal(secret: str, sha256: str) -> bool:
 
 
 def configure(settings: Settings, database: Database) -> str:
-    """Make what is missing, and make the keys of the settings the ones that open the door.
+    """Make what an installation lacks, and make the keys of the settings the ones that open the door.
+
+    A key that a setting names replaces its predecessor. One of a key file does so only in SQLite, whose one home is
+    the whole installation: in PostgreSQL another host may still use the predecessor.
 
     Returns:
         The secret that signs requests to inline reward URLs.
+
+    Raises:
+        ConfigurationError: Other hosts have keys, and this one lacks some of theirs.
     """
-    home = settings.home
-    home.mkdir(parents=True, exist_ok=True)
-    home.chmod(0o700)
-    user = settings.secret_from(settings.api_key, API_KEY_FILE)
-    worker = settings.secret_from(settings.worker_key, WORKER_KEY_FILE)
-    reward = settings.secret_from(settings.reward_secret, REWARD_SECRET_FILE)
-    user = user or _make(home / API_KEY_FILE, new_api_key)
-    worker = worker or _make(home / WORKER_KEY_FILE, new_worker_key)
-    reward = reward or _make(home / REWARD_SECRET_FILE, new_reward_secret)
-    records = [
-        keys.KeyRecord(key_id(user), digest(user), USER_SCOPES, is_of_worker=False),
-        keys.KeyRecord(key_id(worker), digest(worker), WORKER_SCOPES, is_of_worker=True),
-    ]
+    settings.home.mkdir(parents=True, exist_ok=True)
+    settings.home.chmod(0o700)
     with database.write() as transaction:
+        keys.lock(transaction)
+        given = _given(settings)
+        missing = [name for name, value in given.items() if value is None]
+        if missing and database.is_postgresql and keys.is_any_configured(transaction):
+            raise ConfigurationError(
+                f"this database is used with other keys, and {', '.join(missing)} are not in {settings.home}; copy "
+                "them from a host that has them, or set DAR_API_KEY, DAR_WORKER_KEY and DAR_REWARD_SECRET"
+            )
+        user, worker, reward = (
+            value or _make(settings.home / name, MAKERS[name]) for name, value in given.items()
+        )
+        is_alone = not database.is_postgresql
+        records = [
+            keys.KeyRecord(
+                key_id(user),
+                digest(user),
+                USER_SCOPES,
+                is_of_worker=False,
+                is_only=is_alone or settings.api_key is not None,
+            ),
+            keys.KeyRecord(
+                key_id(worker),
+                digest(worker),
+                WORKER_SCOPES,
+                is_of_worker=True,
+                is_only=is_alone or settings.worker_key is not None,
+            ),
+        ]
         keys.configure(transaction, records)
     return reward
+
+
+def _given(settings: Settings) -> dict[str, str | None]:
+    return {
+        API_KEY_FILE: settings.secret_from(settings.api_key, API_KEY_FILE),
+        WORKER_KEY_FILE: settings.secret_from(settings.worker_key, WORKER_KEY_FILE),
+        REWARD_SECRET_FILE: settings.secret_from(settings.reward_secret, REWARD_SECRET_FILE),
+    }
 
 
 def _make(path: Path, make: Callable[[], str]) -> str:

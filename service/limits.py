@@ -1,18 +1,31 @@
 """Reading bodies: counted as they stream in, unpacked within bounds, and parsed once into a strict model."""
 
+import json
+import re
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from dar.errors import InvalidRequestError, PayloadTooLargeError, UnsupportedMediaTypeError
+from dar.errors import (
+    InvalidRequestError,
+    PayloadTooLargeError,
+    Problem,
+    UnsupportedMediaTypeError,
+)
 from service import errors
 from service.runtime import Runtime
 
 Model = TypeVar("Model", bound=BaseModel)
 GZIP_WINDOW_BITS = 31
+MAX_INTEGER = 2**63 - 1
+MAX_EXACT = 2**53
+"""Up to here every integer is a float too."""
+NUL = "must not contain the character NUL (U+0000), which the database cannot store"
+# Looking through a whole body takes longer than parsing it, and hardly any has one of these.
+_SUSPICIOUS = re.compile(rb"\\u0000|\d{19}")
 
 
 async def limited(
@@ -88,11 +101,30 @@ def body_of(
             )
         body = await read_body(request, most)
         try:
-            return model.model_validate_json(body)
+            made = model.model_validate_json(body)
         except ValidationError as error:
             raise errors.invalid_body(error, model) from None
+        if _SUSPICIOUS.search(body) and (problems := list(_unstorable(json.loads(body)))):
+            raise errors.invalid(problems)
+        return made
 
     return read
+
+
+def _unstorable(value: object, path: tuple[str | int, ...] = ()) -> Iterator[Problem]:
+    where = errors.path_of(path).replace("\0", "\\u0000") or None
+    if isinstance(value, str) and "\0" in value:
+        yield Problem(NUL, where, "nul_character")
+    elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+        yield Problem(f"must be an integer of at most {MAX_INTEGER}", where, "integer_too_large")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _unstorable(item, (*path, index))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if "\0" in name:
+                yield Problem(f"the name of a field {NUL}", where, "nul_character")
+            yield from _unstorable(item, (*path, name))
 
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:

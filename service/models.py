@@ -11,7 +11,7 @@ from dar.errors import ModelNotFoundError, NotFoundError
 from dar.protocol.models import Model
 from dar.protocol.worker import ModelSource
 from dar.settings import Settings
-from service.store import checkpoints, jobs
+from service.store import checkpoints
 from service.store.database import Transaction
 from service.store.tables import Checkpoint, Job
 
@@ -43,10 +43,11 @@ def resolve(transaction: Transaction, settings: Settings, project_id: str, name:
         return Resolved(_hub(settings, name))
     if _folder(settings.models_path, name) is not None:
         return Resolved(ModelSource(kind="folder", name=name, checkpoint_id=None, adapter_ids=[]))
-    for model, checkpoint, job in _made_here(transaction, project_id):
-        if model.id == name:
-            return Resolved(_of_checkpoint(checkpoint, job))
-    there = [model.id for model in list_all(transaction, settings, project_id)]
+    for _, checkpoint, job in _made_here(transaction, project_id, checkpoints.Wanted(name=name)):
+        return Resolved(_of_checkpoint(checkpoint, job))
+    few = checkpoints.Wanted(limit=MAX_NAMED + 1)
+    made = [model.id for model, _, _ in _made_here(transaction, project_id, few)]
+    there = [*(model.id for model in _folders(settings.models_path)), *made]
     known = ", ".join(there[:MAX_NAMED]) + (", …" if len(there) > MAX_NAMED else "")
     raise ModelNotFoundError(
         f"there is no model {name!r}; there are: {known or 'none yet'}. A new one is a folder with a config.json "
@@ -57,7 +58,8 @@ def resolve(transaction: Transaction, settings: Settings, project_id: str, name:
 
 def list_all(transaction: Transaction, settings: Settings, project_id: str) -> list[Model]:
     """All models that this installation has: folders, then results, newest first."""
-    made = [model for model, _, _ in _made_here(transaction, project_id)]
+    every = _made_here(transaction, project_id, checkpoints.Wanted())
+    made = [model for model, _, _ in every]
     return [*_folders(settings.models_path), *made]
 
 
@@ -70,9 +72,8 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
     folder = _folder(settings.models_path, name)
     if folder is not None:
         return _base(folder)
-    for model, _, _ in _made_here(transaction, project_id):
-        if model.id == name:
-            return model
+    for model, _, _ in _made_here(transaction, project_id, checkpoints.Wanted(name=name)):
+        return model
     raise NotFoundError(f"there is no model {name!r}; GET /v1/models lists those there are")
 
 
@@ -106,12 +107,12 @@ def _of_checkpoint(checkpoint: Checkpoint, job: Job) -> ModelSource:
 
 
 def _made_here(
-    transaction: Transaction, project_id: str
+    transaction: Transaction, project_id: str, wanted: checkpoints.Wanted
 ) -> Iterator[tuple[Model, Checkpoint, Job]]:
-    for job, checkpoint in jobs.finished_models(transaction, project_id):
+    for checkpoint, job in checkpoints.results(transaction, project_id, wanted):
         yield _result(job.model_name, checkpoint), checkpoint, job
     seen: set[str] = set()
-    for checkpoint, job in checkpoints.available(transaction, project_id):
+    for checkpoint, job in checkpoints.available(transaction, project_id, wanted):
         if checkpoint.name not in seen:
             seen.add(checkpoint.name)
             yield _result(checkpoint.name, checkpoint), checkpoint, job

@@ -7,10 +7,10 @@ shared by all waiters.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import structlog
-from sqlalchemy import or_, select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
@@ -26,7 +26,8 @@ class Notifier:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._waiters: defaultdict[str, dict[asyncio.Event, bool]] = defaultdict(dict)
+        # By job; whether the waiter knows already that the job is to be cancelled.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.is_closing = False
@@ -41,17 +42,20 @@ class Notifier:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, job_id)
 
-    async def wait(self, job_id: str, seconds: float) -> None:
-        """Return when there may be news about a job, at the latest after ``seconds``."""
+    async def wait(self, job_id: str, seconds: float, *, is_told: bool = False) -> None:
+        """Return when there may be news about a job, at the latest after ``seconds``.
+
+        With ``is_told``, that it is to be cancelled is no news.
+        """
         if self.is_closing or seconds <= 0:
             return
         news = asyncio.Event()
-        self._waiters[job_id].add(news)
+        self._waiters[job_id][news] = is_told
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), seconds)
         finally:
-            self._waiters[job_id].discard(news)
+            del self._waiters[job_id][news]
             if not self._waiters[job_id]:
                 del self._waiters[job_id]
 
@@ -70,7 +74,7 @@ class Notifier:
                 await self._watcher
 
     def _wake(self, job_id: str) -> None:
-        for news in self._waiters.get(job_id, ()):
+        for news in self._waiters.get(job_id, {}):
             news.set()
 
     async def _watch(self) -> None:
@@ -79,18 +83,24 @@ class Notifier:
             if not self._waiters:
                 continue
             try:
-                for job_id in await run_in_threadpool(self._changed, list(self._waiters)):
+                waiting = {job_id: all(told.values()) for job_id, told in self._waiters.items()}
+                for job_id in await run_in_threadpool(self._changed, waiting):
                     self._wake(job_id)
             except SQLAlchemyError as error:
                 log.warning("cannot watch for directives", error=str(error))
 
-    def _changed(self, job_ids: Collection[str]) -> list[str]:
-        """Which of the jobs have something to say to their worker."""
+    def _changed(self, waiting: Mapping[str, bool]) -> list[str]:
+        """Which of the jobs have something to say to their worker, by whether it knows of a cancellation."""
+        untold = [job_id for job_id, is_told in waiting.items() if not is_told]
         is_running = select(Attempt.job_id).where(
             Attempt.job_id == Job.id, Attempt.number == Job.attempt, Attempt.status == "running"
         )
         statement = select(Job.id).where(
-            Job.id.in_(job_ids), or_(Job.cancel_requested_at.is_not(None), ~is_running.exists())
+            Job.id.in_(waiting),
+            or_(
+                and_(Job.cancel_requested_at.is_not(None), Job.id.in_(untold)),
+                ~is_running.exists(),
+            ),
         )
         with self._database.read() as transaction:
             return list(transaction.scalars(statement).all())

@@ -15,13 +15,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.notifier import Notifier
-from service.store import checkpoints, fence, jobs, leases, transitions
+from service.store import checkpoints, fence, files, jobs, leases, transitions
 from service.store.database import Database, Transaction
 from service.store.tables import Job
 from service.waker import Waker
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0002
+SWEEP_SECONDS = 3600.0
 UNCLAIMED = timedelta(seconds=5)
 """A job that has been due for longer has probably lost its wake-up."""
 
@@ -59,6 +60,7 @@ class Reconciler:
         self._monotonic = monotonic
         self._last_pass = monotonic()
         self._patient_until = self._last_pass + ttl_seconds
+        self._next_sweep = self._last_pass
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
 
@@ -83,11 +85,12 @@ class Reconciler:
             self._finish_cancellations()
             self._rewake()
             self._remove_checkpoints()
+            self._sweep_files()
 
     def _is_patient(self) -> bool:
         """Whether leases are left alone: after a gap of ours, workers had nobody to renew them with."""
         now = self._monotonic()
-        if now - self._last_pass > self._ttl_seconds / 2:
+        if now - self._last_pass > max(self._ttl_seconds / 2, 3 * self._pause_seconds):
             self._patient_until = now + self._ttl_seconds
         self._last_pass = now
         return now < self._patient_until
@@ -129,12 +132,26 @@ class Reconciler:
             with self._database.write() as transaction:
                 checkpoints.mark_removed(transaction, item.id)
 
+    def _sweep_files(self) -> None:
+        """Remove files that lost their upload's process before it stored a row, or their row before they were removed."""
+        if self._monotonic() < self._next_sweep:
+            return
+        self._next_sweep = self._monotonic() + SWEEP_SECONDS
+        there = self._artifacts.old_files()
+        with self._database.read() as transaction:
+            known = files.known(transaction, there)
+        for file_id in set(there) - known:
+            self._artifacts.file(file_id).unlink(missing_ok=True)
+
     def _run(self) -> None:
         while not self._stop.wait(self._pause_seconds):
             try:
                 self.run_once()
             except (SQLAlchemyError, DARError, OSError) as error:
                 log.warning("reconciler pass failed; the next one tries again", error=str(error))
+            except Exception:
+                # Outermost frame of a thread without which no lease ever ends.
+                log.exception("reconciler pass failed by a mistake; the next one tries again")
 
 
 def _finish_cancellation(transaction: Transaction, job_id: str) -> None:

@@ -8,13 +8,18 @@ from typing import Literal
 import orjson
 from sqlalchemy.exc import IntegrityError
 
-from dar.errors import IdempotencyMismatchError, InvalidRequestError, NotFoundError
+from dar.errors import (
+    IdempotencyMismatchError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotFoundError,
+)
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
 from service import datasets, errors, models
 from service.auth import User
 from service.runtime import Runtime
-from service.store import files, jobs
+from service.store import checkpoints, files, jobs
 from service.store.database import Transaction
 from service.store.tables import Job
 
@@ -87,7 +92,7 @@ def _replayed(transaction: Transaction, request: Request) -> tuple[Job, Replay] 
 def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
     try:
-        file = files.get(transaction, project_id, spec.training_file)
+        file = files.get(transaction, project_id, spec.training_file, is_keeping=True)
     except NotFoundError as error:
         raise InvalidRequestError(
             f"training_file: {error.message}", param="training_file", code="file_not_found"
@@ -95,6 +100,10 @@ def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tu
     if problems := datasets.check_for(spec, file.columns):
         raise errors.invalid(problems)
     resolved = models.resolve(transaction, runtime.settings, project_id, spec.model)
+    if not checkpoints.keep(transaction, resolved.checkpoint_ids):
+        raise ModelNotFoundError(
+            f"model {spec.model!r} is made of checkpoints that are no longer kept", param="model"
+        )
     job_id = new_id("ftjob-")
     job = Job(
         id=job_id,

@@ -80,6 +80,9 @@ class Waker:
                 self._publish(count)
             except (OperationalError, RedisError, OSError) as error:
                 log.warning("broker does not take wake-ups; workers poll", error=str(error))
+            except Exception:
+                # Outermost frame of a thread that nobody would start again.
+                log.exception("wake-ups failed by a mistake; workers poll")
 
     def _publish(self, count: int) -> None:
         assert self._celery is not None

@@ -3,7 +3,6 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -16,7 +15,7 @@ from dar.protocol.ids import new_id
 from service import datasets, downloads
 from service.api.paging import PageCursor, envelope, seconds
 from service.auth import Reader, Submitter, User
-from service.limits import limited
+from service.limits import NUL, limited
 from service.runtime import CurrentRuntime, Runtime
 from service.store import files, tables
 
@@ -143,11 +142,14 @@ def _checked(form: FormData) -> UploadFile:
     upload = form.get("file")
     if not isinstance(upload, UploadFile):
         raise InvalidRequestError("file: no file was sent", param="file", code="missing")
+    if "\0" in (upload.filename or ""):
+        raise InvalidRequestError(f"the filename {NUL}", param="file", code="nul_character")
     return upload
 
 
 def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
     file_id = new_id("file-")
+    runtime.artifacts.reserve(upload.size or 0, "the file")
     temporary = runtime.artifacts.new_file(file_id)
     try:
         found = datasets.store(upload.file, temporary)
@@ -164,11 +166,8 @@ def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
         num_rows=found.num_rows,
         columns=found.columns,
     )
-    try:
-        with runtime.database.write() as transaction:
-            file.created_at = transaction.now
-            transaction.add(file)
-    except SQLAlchemyError:
-        runtime.artifacts.file(file_id).unlink(missing_ok=True)
-        raise
+    # When this fails the row may be stored all the same: whether the file stays is for the reconciler to find out.
+    with runtime.database.write() as transaction:
+        file.created_at = transaction.now
+        transaction.add(file)
     return show(file)

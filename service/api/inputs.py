@@ -1,7 +1,9 @@
-"""Files that an attempt needs: its data, its model where that was made here, and the checkpoint it goes on from."""
+"""Files that an attempt needs: its data, its model unless the hub has it, and the checkpoint it goes on from."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -53,7 +55,9 @@ def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
     with runtime.database.read() as transaction:
         held = fence.look(transaction, lease_id)
         fence.check_fence(held, held.attempt.number)
-        return list(_of(transaction, runtime, held))
+        found = list(_of(transaction, runtime, held))
+    # Digests of a large model take longer than a transaction may.
+    return [*found, *_base_model(runtime, ModelSource.model_validate(held.job.model_source))]
 
 
 def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterator[_Source]:
@@ -68,6 +72,26 @@ def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterato
         if checkpoint_id is not None:
             checkpoint = found[checkpoint_id]
             yield from _files_of(runtime, checkpoint, prefix, is_resume=prefix == "resume")
+
+
+def _base_model(runtime: Runtime, source: ModelSource) -> Iterator[_Source]:
+    """Files of a folder under the models directory, for workers that do not have it themselves."""
+    if source.kind != "folder" or source.checkpoint_id is not None:
+        return
+    folder = runtime.settings.models_path / source.name
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            target = path.resolve()  # the hub's own cache keeps its files behind links
+            state = target.stat()
+            sha256 = _sha256(target, state.st_mtime_ns, state.st_size)
+            yield _Source(f"model/{name.as_posix()}", state.st_size, sha256, target)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, _modified_ns: int, _size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files_of(

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from dar.errors import InvalidRequestError
-from dar.protocol.base import Page
+from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
@@ -23,7 +23,7 @@ router = APIRouter(prefix=PATH, tags=["jobs"])
 _LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
-RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0)]
+RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0, le=MAX_COUNT)]
 
 
 @router.post("", openapi_extra=schema_of(JobSpec))

@@ -28,13 +28,14 @@ from dar.protocol.worker import (
 )
 from service import errors, keys
 from service.auth import LeaseHolder, LeaseSender, Worker
-from service.limits import body_of, schema_of
+from service.limits import MAX_EXACT, body_of, schema_of
 from service.runtime import CurrentRuntime, Runtime
 from service.store import events, fence, leases, outcomes, rows
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 MAX_WAIT_SECONDS = 30.0
+TOKENS = "train/tokens"
 CANCEL_ID = 1
 """A job is cancelled once, so that its one directive needs no more than one number."""
 ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
@@ -85,7 +86,7 @@ async def get_directives(
     """Wait for something that the service wants of the attempt."""
     job_id, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     if not found:
-        await runtime.notifier.wait(job_id, wait)
+        await runtime.notifier.wait(job_id, wait, is_told=after == str(CANCEL_ID))
         _, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     return Directives(directives=found, cursor=str(found[-1].id) if found else after)
 
@@ -189,6 +190,10 @@ def _check_rows(body: Batch) -> None:
                 )
                 for name in unknown
             ]
+            if not 0 <= (row.values.get(TOKENS) or 0) <= MAX_EXACT:
+                problems.append(
+                    Problem("must be a count of tokens", f"rows[{index}].values", "invalid_count")
+                )
     if problems:
         raise errors.invalid(problems)
 

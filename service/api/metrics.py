@@ -7,7 +7,7 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from dar.errors import InvalidRequestError
-from dar.protocol.base import Page
+from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.metrics import METRICS, MetricName, Metrics, is_known
 from dar.protocol.status import TERMINAL
 from service.api.jobs import PATH
@@ -18,7 +18,7 @@ from service.store import jobs, metrics
 
 router = APIRouter(tags=["metrics"])
 POLL_MS = 1000
-Step = Annotated[int | None, Query(ge=0)]
+Step = Annotated[int | None, Query(ge=0, le=MAX_COUNT)]
 
 
 @router.get("/v1/fine_tuning/metrics/names")

@@ -1,4 +1,4 @@
-"""Query parameters are as strict as bodies: a misspelt one is an error, never ignored."""
+"""Query and path parameters are as strict as bodies: a misspelt one is an error, never ignored."""
 
 from difflib import get_close_matches
 
@@ -7,26 +7,43 @@ from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 
 from dar.errors import Problem
-from service import errors
+from service import auth, errors
+from service.limits import NUL
+from service.runtime import CurrentRuntime
 
 
-def refuse_unknown(request: Request) -> None:
-    """Raise when the route takes no such parameter.
+def refuse_unusable(request: Request, runtime: CurrentRuntime) -> None:
+    """Raise when the route takes no such parameter, or its value can be nobody's.
 
     Raises:
-        InvalidRequestError: It does not; the message names those that it takes.
+        AuthenticationError: So it is, but a stranger is not told how a route works.
+        InvalidRequestError: The message names the parameters that the route takes.
     """
+    problems = [*_unknown(request), *_unstorable(request)]
+    if problems:
+        auth.authenticate(request, runtime)
+        raise errors.invalid(problems)
+
+
+def _unknown(request: Request) -> list[Problem]:
     route = request.scope["route"]
     if not request.query_params or not isinstance(route, APIRoute):
-        return
+        return []
     known = _known(route)
-    problems = [
+    return [
         Problem(_message(name, known), name, "unknown_parameter")
         for name in request.query_params
         if name.partition("[")[0] not in known
     ]
-    if problems:
-        raise errors.invalid(problems)
+
+
+def _unstorable(request: Request) -> list[Problem]:
+    given = [*request.path_params.items(), *request.query_params.multi_items()]
+    return [
+        Problem(NUL, name.replace("\0", "\\u0000"), "nul_character")
+        for name, value in given
+        if "\0" in name or "\0" in value
+    ]
 
 
 def _known(route: APIRoute) -> tuple[str, ...]:

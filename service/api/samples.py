@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from dar.errors import InvalidRequestError
-from dar.protocol.base import Page
+from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.samples import Sample
 from service.api.jobs import PATH
 from service.api.paging import MAX_LIMIT, envelope, seconds
@@ -23,7 +23,7 @@ def list_samples(
     job_id: str,
     runtime: CurrentRuntime,
     user: Reader,
-    step: Annotated[int | None, Query(ge=1)] = None,
+    step: Annotated[int | None, Query(ge=1, le=MAX_COUNT)] = None,
     order: Annotated[
         samples.Order, Query(description="By age or value; '-': highest first.")
     ] = "desc",

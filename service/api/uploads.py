@@ -7,11 +7,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from dar.errors import ConflictError, InvalidRequestError, NotFoundError
+from dar.protocol.base import MAX_COUNT
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 from dar.protocol.worker import AttemptOf, CheckpointUpload, RegisterCheckpoint
 from service import artifacts
 from service.auth import LeaseHolder
-from service.limits import body_of, limited, schema_of
+from service.limits import MAX_EXACT, body_of, limited, schema_of
 from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, fence, tables
 
@@ -30,7 +31,7 @@ def register(
 ) -> CheckpointUpload:
     """Announce a checkpoint; the answer says which bytes are here already."""
     _check_manifest(body.manifest)
-    runtime.artifacts.reserve(sum(file.bytes for file in body.manifest.files))
+    _reserve(runtime, lease_id, body)
     with runtime.database.write() as transaction:
         held = fence.hold(transaction, lease_id, body.attempt)
         if body.manifest.step > held.job.total_steps:
@@ -51,8 +52,8 @@ async def put_file(
     name: str,
     request: Request,
     runtime: CurrentRuntime,
-    attempt: Annotated[int, Query(ge=1)],
-    offset: Annotated[int, Query(ge=0)] = 0,
+    attempt: Annotated[int, Query(ge=1, le=MAX_COUNT)],
+    offset: Annotated[int, Query(ge=0, le=MAX_EXACT)] = 0,
 ) -> CheckpointUpload:
     """Send a file, or go on with it at ``offset``; 0 starts it anew."""
     checkpoint = await run_in_threadpool(_pending, runtime, lease_id, checkpoint_id, attempt)
@@ -86,6 +87,15 @@ def commit(
     if checkpoint.status != "available":
         raise ConflictError(f"checkpoint {checkpoint_id} is {checkpoint.status}")
     return _show(runtime, checkpoint)
+
+
+def _reserve(runtime: Runtime, lease_id: str, body: RegisterCheckpoint) -> None:
+    with runtime.database.read() as transaction:
+        job_id = fence.find(transaction, lease_id).job_id
+    upload = runtime.artifacts.upload(job_id, body.attempt, body.manifest, body.manifest_sha256)
+    here = artifacts.received(upload)
+    missing = sum(max(0, file.bytes - here[file.name]) for file in body.manifest.files)
+    runtime.artifacts.reserve(missing, "the checkpoint")
 
 
 def _find(runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int) -> tables.Checkpoint:

@@ -1,8 +1,10 @@
 """Checkpoints: announced, then available, then removed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Select, func, select, update
+from sqlalchemy.orm import InstrumentedAttribute, defer
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.checkpoints import Manifest
@@ -46,6 +48,17 @@ def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Ch
     )
 
 
+def keep(transaction: Transaction, ids: Sequence[str]) -> bool:
+    """Keep checkpoints from being removed until the transaction ends. Returns whether all are available."""
+    kept = transaction.scalars(
+        select(Checkpoint.id)
+        .where(Checkpoint.id.in_(ids), Checkpoint.status == "available")
+        .order_by(Checkpoint.id)
+        .with_for_update(read=True)
+    ).all()
+    return len(kept) == len(set(ids))
+
+
 def newest(transaction: Transaction, job_id: str) -> Checkpoint | None:
     """The checkpoint that the next attempt goes on from."""
     return transaction.scalars(
@@ -62,14 +75,53 @@ def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, Checkpoint
     return {row.id: row for row in rows}
 
 
-def available(transaction: Transaction, project_id: str) -> Sequence[tuple[Checkpoint, Job]]:
-    """All available checkpoints of a project with their jobs, newest first."""
-    rows = transaction.execute(
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which of a project's models are read: those of a ``name``, at most ``limit``; without either, all."""
+
+    name: str | None = None
+    limit: int | None = None
+
+
+def results(
+    transaction: Transaction, project_id: str, wanted: Wanted
+) -> Sequence[tuple[Checkpoint, Job]]:
+    """Results of a project's jobs, of each the checkpoint and the job, newest job first."""
+    statement = (
+        _with_job(project_id)
+        .where(Job.status == "succeeded", Checkpoint.id == Job.latest_checkpoint_id)
+        .order_by(Job.created_at.desc(), Job.id.desc())
+    )
+    return _of(transaction, statement, Job.model_name, wanted)
+
+
+def available(
+    transaction: Transaction, project_id: str, wanted: Wanted
+) -> Sequence[tuple[Checkpoint, Job]]:
+    """Available checkpoints of a project with their jobs, newest first."""
+    statement = _with_job(project_id).order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())
+    return _of(transaction, statement, Checkpoint.name, wanted)
+
+
+def _with_job(project_id: str) -> Select[Checkpoint, Job]:
+    # A manifest names every file and a spec every setting: neither says where a model comes from.
+    return (
         select(Checkpoint, Job)
         .join(Job, Job.id == Checkpoint.job_id)
         .where(Job.project_id == project_id, Checkpoint.status == "available")
-        .order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())
-    ).all()
+        .options(defer(Checkpoint.manifest), defer(Job.spec))
+    )
+
+
+def _of(
+    transaction: Transaction,
+    statement: Select[Checkpoint, Job],
+    name: InstrumentedAttribute[str],
+    wanted: Wanted,
+) -> Sequence[tuple[Checkpoint, Job]]:
+    if wanted.name is not None:
+        statement = statement.where(name == wanted.name)
+    rows = transaction.execute(statement.limit(wanted.limit)).all()
     return [(row[0], row[1]) for row in rows]
 
 
@@ -179,9 +231,20 @@ def mark_superseded(transaction: Transaction) -> int:
         .join(Job, Job.id == ranked.c.job_id)
         .where(ranked.c.rank > Job.keep_last, ranked.c.id.not_in(needed))
     )
+    # Whoever submits a job keeps what it starts from until it can be seen here: by the second statement.
+    locked = transaction.scalars(
+        select(Checkpoint.id)
+        .where(Checkpoint.id.in_(superseded))
+        .order_by(Checkpoint.id)
+        .with_for_update()
+    ).all()
     marked = transaction.scalars(
         update(Checkpoint)
-        .where(Checkpoint.status == "available", Checkpoint.id.in_(superseded))
+        .where(
+            Checkpoint.status == "available",
+            Checkpoint.id.in_(locked),
+            Checkpoint.id.in_(superseded),
+        )
         .values(status="deleting")
         .returning(Checkpoint.id)
         .execution_options(synchronize_session=False)

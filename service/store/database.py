@@ -12,11 +12,11 @@ import orjson
 import stamina
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from dar.errors import ServiceUnavailableError
+from dar.errors import ConfigurationError, ServiceUnavailableError
 
 Result = TypeVar("Result")
 Clock = Callable[[], datetime]
@@ -69,6 +69,9 @@ class Database:
     Args:
         url: SQLAlchemy URL.
         clock: Replaces the database's clock; for tests.
+
+    Raises:
+        ConfigurationError: The URL cannot be read.
     """
 
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
@@ -173,13 +176,19 @@ def _was_rolled_back(error: Exception) -> bool:
 
 
 def _engine(url: str) -> Engine:
-    dialect = make_url(url).get_backend_name()
-    if dialect == "sqlite":
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "DAR_DATABASE_URL: cannot be read as a URL like postgresql+psycopg://user:password@host/name"
+        ) from None
+    if parsed.get_backend_name() == "sqlite":
         return _sqlite_engine(url)
     return create_engine(
-        url,
+        parsed.set(drivername="postgresql+psycopg"),
         json_serializer=_dumps,
         json_deserializer=orjson.loads,
+        hide_parameters=True,  # prompts and digests do not belong into a log
         pool_size=10,
         max_overflow=20,
         pool_timeout=10,
@@ -198,6 +207,7 @@ def _sqlite_engine(url: str) -> Engine:
         url,
         json_serializer=_dumps,
         json_deserializer=orjson.loads,
+        hide_parameters=True,
         pool_size=20,
         max_overflow=30,
         pool_timeout=10,

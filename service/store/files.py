@@ -1,5 +1,7 @@
 """Uploaded files."""
 
+from collections.abc import Collection
+
 from sqlalchemy import delete, func, select
 
 from dar.errors import ConflictError, NotFoundError
@@ -9,18 +11,32 @@ from service.store.paging import Cursor, Slice, page
 from service.store.tables import File, Job
 
 
-def get(transaction: Transaction, project_id: str, file_id: str) -> File:
+def get(
+    transaction: Transaction, project_id: str, file_id: str, *, is_keeping: bool = False
+) -> File:
     """A file of the project.
+
+    Args:
+        transaction: Where it is read.
+        project_id: Whose it is.
+        file_id: Which it is.
+        is_keeping: Keep it from being removed until the transaction ends.
 
     Raises:
         NotFoundError: The project has none of that id.
     """
-    found = transaction.scalars(
-        select(File).where(File.project_id == project_id, File.id == file_id)
-    ).one_or_none()
+    statement = select(File).where(File.project_id == project_id, File.id == file_id)
+    if is_keeping:
+        statement = statement.with_for_update(read=True)
+    found = transaction.scalars(statement).one_or_none()
     if found is None:
         raise NotFoundError(f"there is no file {file_id!r}; GET /v1/files lists those there are")
     return found
+
+
+def known(transaction: Transaction, ids: Collection[str]) -> set[str]:
+    """Which of the ids are files' of some project."""
+    return set(transaction.scalars(select(File.id).where(File.id.in_(ids))).all())
 
 
 def list_page(
@@ -41,6 +57,8 @@ def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
         ConflictError: A job that is not over needs it.
     """
     get(transaction, project_id, file_id)
+    # Whoever submits a job with the file keeps it until the job can be seen here.
+    transaction.execute(select(File.id).where(File.id == file_id).with_for_update())
     needed_by = transaction.scalars(
         select(func.min(Job.id)).where(
             Job.training_file == file_id, Job.status.not_in(list(TERMINAL))

@@ -10,7 +10,7 @@ from dar.protocol.status import JobStatus
 from service.store import events, transitions
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import Checkpoint, Job, JobInput
+from service.store.tables import Job, JobInput
 
 REPLAY_WINDOW = timedelta(minutes=10)
 """How long a retried submission without a key is recognised by its body."""
@@ -105,7 +105,9 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> Job:
         NotFoundError: The project has none of that id.
         ConflictError: The job has already succeeded or failed.
     """
-    job = get(transaction, project_id, job_id)
+    get(transaction, project_id, job_id)
+    # Locked, so that it cannot get out of the way of one move into the sources of the other.
+    job = transaction.scalars(select(Job).where(Job.id == job_id).with_for_update()).one()
     asked = {"cancel_requested_at": transaction.now}
     this = Job.id == job_id
     moved = transitions.move(
@@ -134,18 +136,3 @@ def count_due(transaction: Transaction, older_than: timedelta) -> int:
         .select_from(Job)
         .where(Job.status == "queued", Job.not_before <= transaction.now - older_than)
     ).one()
-
-
-def finished_models(transaction: Transaction, project_id: str) -> Sequence[tuple[Job, Checkpoint]]:
-    """Jobs whose result can be used as a model, with the checkpoint that is the result."""
-    rows = transaction.execute(
-        select(Job, Checkpoint)
-        .join(Checkpoint, Checkpoint.id == Job.latest_checkpoint_id)
-        .where(
-            Job.project_id == project_id,
-            Job.status == "succeeded",
-            Checkpoint.status == "available",
-        )
-        .order_by(Job.created_at.desc())
-    ).all()
-    return [(row[0], row[1]) for row in rows]

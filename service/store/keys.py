@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from dar.protocol.ids import new_id
 from service.store.database import Transaction
 from service.store.tables import ApiKey, Project
+
+LOCK_KEY = 0x0DA2_0003
+"""PostgreSQL advisory lock round the configuration of keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,8 @@ class KeyRecord:
     sha256: str
     scopes: str
     is_of_worker: bool
+    is_only: bool
+    """Whether other configured keys of its kind are revoked."""
 
 
 def find(transaction: Transaction, key_id: str) -> ApiKey | None:
@@ -43,19 +48,33 @@ def default_project(transaction: Transaction) -> str:
     return project.id
 
 
+def lock(transaction: Transaction) -> None:
+    """Let one process at a time configure keys; until the transaction ends."""
+    if transaction.is_postgresql:
+        transaction.execute(select(func.pg_advisory_xact_lock(LOCK_KEY)))
+
+
+def is_any_configured(transaction: Transaction) -> bool:
+    """Whether some host has configured a key that is still good."""
+    usable = select(ApiKey.id).where(ApiKey.is_configured, ApiKey.revoked_at.is_(None))
+    return transaction.scalars(usable.limit(1)).first() is not None
+
+
 def configure(transaction: Transaction, records: Sequence[KeyRecord]) -> None:
-    """Make ``records`` the keys of the settings and the key files: older ones of that origin are revoked."""
+    """Let the keys of the settings and the key files open the door."""
     project_id = default_project(transaction)
-    transaction.execute(
-        update(ApiKey)
-        .where(
-            ApiKey.is_configured,
-            ApiKey.revoked_at.is_(None),
-            ApiKey.id.not_in([record.id for record in records]),
-        )
-        .values(revoked_at=transaction.now)
-    )
     for record in records:
+        if record.is_only:
+            transaction.execute(
+                update(ApiKey)
+                .where(
+                    ApiKey.is_configured,
+                    ApiKey.revoked_at.is_(None),
+                    ApiKey.scopes == record.scopes,
+                    ApiKey.id != record.id,
+                )
+                .values(revoked_at=transaction.now)
+            )
         transaction.merge(
             ApiKey(
                 id=record.id,

@@ -69,10 +69,10 @@ def read(
                 f"after=sample-{after} is not in this list", param="after", code="invalid_cursor"
             )
         statement = statement.where(_behind(key, _value(order, edge), after, is_descending))
-    # A missing value comes last either way; among equals the older sample comes first.
-    ordering = [key.is_(None), key.desc() if is_descending else key.asc()]
+    ordering: list[ColumnElement[Any]] = [key.desc() if is_descending else key.asc()]
     if key is not SampleRow.id:
-        ordering.append(SampleRow.id.asc())
+        # A missing value comes last either way; among equals the older sample comes first.
+        ordering = [key.is_(None), *ordering, SampleRow.id.asc()]
     return transaction.scalars(statement.order_by(*ordering).limit(limit)).all()
 
 

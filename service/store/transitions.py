@@ -106,7 +106,7 @@ def move(
         transaction: Where it happens; the event goes into the same one.
         name: Which row of `MOVES`.
         job: Picks the job, and guards it further: ``and_(Job.id == ..., Job.attempt == ...)``.
-        message: The move in words: the event's message and, unless the job is over, its ``status_message``.
+        message: The move in words: the event's message and the job's ``status_message``.
         values: Other columns to set at once. ``status_detail`` replaces the table's.
         facts: Added to the event's data.
 

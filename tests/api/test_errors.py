@@ -207,3 +207,39 @@ def test_the_openapi_document_names_every_route_and_body(live: Any) -> None:
     assert {"JobSpec", "Batch", "Job", "Metrics", "Hyperparameters"} <= set(schemas)
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
     assert references <= set(schemas)
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/fine_tuning/jobs/a%00b", "job_id"),
+        ("/v1/files?after=%00", "after"),
+        ("/v1/fine_tuning/jobs?metadata[a]=%00", "metadata[a]"),
+        ("/v1/models/a%00b", "model"),
+        ("/v1/fine_tuning/jobs/x/metrics?from_step=2147483648", "from_step"),
+        ("/v1/fine_tuning/jobs/x/samples?step=2147483648", "step"),
+    ],
+)
+def test_a_parameter_that_no_database_can_hold_is_a_400(
+    live: Any, error_of: Callable[..., Any], path: str, param: str
+) -> None:
+    answer = live.http.get(path)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, param)
+
+
+def test_a_body_that_no_database_can_hold_is_a_400(live: Any, error_of: Callable[..., Any]) -> None:
+    answer = live.http.post("/v1/fine_tuning/jobs", json=live.spec(training_file="a\0b"))
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "training_file")
+    answer = live.http.post("/v1/fine_tuning/jobs", json=live.spec(metadata={"a": "b\0"}))
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "metadata.a")
+    headers = {"x-stainless-retry-count": "9" * 30}
+    answer = live.http.post("/v1/fine_tuning/jobs", json=live.spec(), headers=headers)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "x-stainless-retry-count")
+
+
+def test_a_stranger_is_not_told_how_a_route_works(live: Any, error_of: Callable[..., Any]) -> None:
+    for key in (None, "wrong"):
+        for path in ("/v1/files?zzz=1", "/v1/worker/leases/x/inputs?zzz=1", "/v1/files/%00"):
+            answer = live.client(key).get(path)
+            assert (answer.status_code, error_of(answer)["type"]) == (401, "authentication_error")
+    assert live.http.get("/v1/files?zzz=1").status_code == 400

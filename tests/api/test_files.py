@@ -3,11 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 GOOD = b'{"prompt": "hi", "topic": "a"}\n{"prompt": [{"role": "user", "content": "ho"}], "topic": null}\n'
+
+LONG = f"bytes={'9' * 5000}-"
 
 
 def test_an_upload_comes_back_as_it_was_with_what_was_found_in_it(live: Any) -> None:
@@ -31,10 +34,13 @@ def test_a_part_of_a_file_can_be_fetched(live: Any, error_of: Callable[..., Any]
     assert (stale.status_code, stale.content) == (200, GOOD)
     known = live.http.get(path, headers={"if-none-match": part.headers["etag"]})
     assert (known.status_code, known.content) == (304, b"")
-    for wrong in ("bytes=900-", "bytes=0-1,3-4", "bytes=9-5", "bytes=-0", "bytes=-", "x"):
+    for wrong in ("bytes=900-", "bytes=0-1,3-4", "bytes=9-5", "bytes=-0", "bytes=-", LONG):
         answer = live.http.get(path, headers={"range": wrong})
         assert (answer.status_code, error_of(answer)["code"]) == (416, "range_not_satisfiable")
         assert answer.headers["content-range"] == f"bytes */{len(GOOD)}"
+    for unknown in ("rows=1-2", "x"):
+        ignored = live.http.get(path, headers={"range": unknown})
+        assert (ignored.status_code, ignored.content) == (200, GOOD)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +140,12 @@ def test_columns_that_do_not_fit_the_method_are_told_with_their_row(
     told = [(problem["param"], problem["row"]) for problem in error["errors"]]
     path = "method.dar.rewards.components[0].columns"
     assert told == [("training_file", 2), (f"{path}[0]", 2), (f"{path}[1]", 1)]
+
+
+def test_an_upload_for_which_there_is_no_room_is_a_503(
+    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=2 * len(GOOD) - 1)
+    monkeypatch.setattr("service.artifacts.shutil.disk_usage", lambda _: free)
+    answer = live.upload(GOOD)
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_full")

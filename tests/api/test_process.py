@@ -154,3 +154,30 @@ def test_a_setting_replaces_a_key_and_the_old_one_is_refused(serve: Callable[...
     live = serve(api_key=new)
     statuses = [live.client(key).get("/v1/files").status_code for key in (new, old)]
     assert statuses == [200, 401]
+
+
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DAR_DATABASE_URL", "postgresql+psycopg://nobody:hush@127.0.0.1:1/none"),
+        ("DAR_DATABASE_URL", "postgresql://u:hush@host:port/none"),
+        ("DAR_BROKER_URL", "amqp://x"),
+    ],
+)
+def test_what_it_cannot_start_with_is_told_in_one_line(
+    tmp_path: Path, free_port: Callable[[], int], command: str, name: str, value: str
+) -> None:
+    given = {"DAR_HOME": str(tmp_path), "DAR_DATABASE_WAIT_SECONDS": "0.1", name: value}
+    port = str(free_port())
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", command],
+        env=environment() | given | {"DAR_PORT": port},
+        check=False,
+        capture_output=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    [line] = ended.stderr.decode().splitlines()
+    assert name in json.loads(line)["message"]
+    assert "hush" not in line

@@ -20,8 +20,9 @@ def test_a_job_from_claim_to_download(live: Any) -> None:
     assert lease.body["total_steps"] == 4
     assert lease.body["seed"] == 3
     assert lease.body["reward_secret"].startswith("whsec_")
-    [entry] = lease.http.get("/inputs").json()["files"]
-    assert entry["name"] == "training_file"
+    model, entry = sorted(lease.http.get("/inputs").json()["files"], key=lambda file: file["name"])
+    assert (model["name"], entry["name"]) == ("model/config.json", "training_file")
+    assert lease.http.get("/inputs/model/config.json").content == b"{}"
     assert len(lease.http.get("/inputs/training_file").content) == entry["bytes"]
     progress = {"phase": "sampling", "step": 0, "message": "8 of 16"}
     assert lease.post("/heartbeat", progress=progress).json()["ttl_seconds"] == 300
@@ -71,7 +72,8 @@ def test_the_next_attempt_gets_the_whole_checkpoint_it_goes_on_from(live: Any) -
     assert again.attempt == 2
     names = {file["name"] for file in again.http.get("/inputs").json()["files"]}
     inside = {"MANIFEST.json", "model.safetensors", "resume/state.json"}
-    assert names == {"training_file", *(f"resume/{name}" for name in inside)}
+    base = {"training_file", "model/config.json"}
+    assert names == base | {f"resume/{name}" for name in inside}
 
 
 def test_a_broken_upload_goes_on_where_it_broke_off(

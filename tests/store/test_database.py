@@ -148,3 +148,9 @@ def test_a_status_that_nobody_knows_is_refused_by_the_database(world: object) ->
     job_id = world.submit()  # type: ignore[attr-defined] # it is the conftest's World
     with pytest.raises(DBAPIError), world.database.write() as transaction:  # type: ignore[attr-defined] # it is the conftest's World
         transaction.execute(update(Job).where(Job.id == job_id).values(status="sleeping"))
+
+
+def test_what_a_failed_statement_held_is_not_told(database: Database) -> None:
+    with pytest.raises(DBAPIError) as caught, database.read() as transaction:
+        transaction.execute(text("SELECT * FROM nowhere WHERE a = :prompt"), {"prompt": "hush"})
+    assert "hush" not in str(caught.value)

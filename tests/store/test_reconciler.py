@@ -1,6 +1,8 @@
 """The reconciler: patient when nobody could have renewed, thorough otherwise."""
 
+import os
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from service.artifacts import Artifacts
 from service.notifier import Notifier
 from service.reconciler import Reconciler
 from service.store import jobs
+from service.store.tables import File
 from service.waker import Waker
 
 
@@ -107,3 +110,53 @@ def test_a_cancelled_job_whose_worker_is_gone_ends(setup: Setup, ttl_seconds: fl
         jobs.cancel(transaction, setup.world.project_id, held.job.id)
     setup.pass_time(3 * ttl_seconds)
     assert setup.world.job(held.job.id).status == "cancelled"
+
+
+def test_a_lease_shorter_than_a_pass_still_ends(world: Any, tmp_path: Path) -> None:
+    setup = Setup(world, tmp_path / "artifacts", ttl_seconds=1.0)
+    held = setup.world.running()
+    setup.pass_time(80, step=1)
+    assert setup.world.attempt(held).status == "lost"
+
+
+def test_a_mistake_in_one_pass_does_not_end_the_passes(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    passes = []
+
+    def fail() -> None:
+        passes.append("pass")
+        raise LookupError
+
+    monkeypatch.setattr(setup.reconciler, "run_once", fail)
+    monkeypatch.setattr(setup.reconciler, "_pause_seconds", 0.01)
+    setup.reconciler.start()
+    eventually(lambda: len(passes) > 1)
+    setup.reconciler.close()
+
+
+def test_files_without_a_row_go_after_a_day(setup: Setup) -> None:
+    now = datetime.now(UTC).timestamp()
+    with setup.world.database.write() as transaction:
+        transaction.add(uploaded(setup, "file-known"))
+    for name, age in (("file-known", 90_000), ("file-orphan", 90_000), ("file-young", 80_000)):
+        path = setup.artifacts.file(name)
+        path.write_bytes(b"{}")
+        os.utime(path, (now - age, now - age))
+    setup.reconciler.run_once()
+    left = {path.name for path in setup.artifacts.root.glob("files/file-*")}
+    assert left == {"file-known", "file-young"}
+
+
+def uploaded(setup: Setup, file_id: str) -> File:
+    return File(
+        id=file_id,
+        project_id=setup.world.project_id,
+        filename="rows.jsonl",
+        purpose="fine-tune",
+        bytes=2,
+        sha256="0" * 64,
+        num_rows=1,
+        columns={},
+        created_at=setup.world.clock.now,
+    )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from dar.errors import ConflictError
 from dar.protocol.worker import Batch
@@ -177,3 +178,20 @@ def test_samples_of_a_replayed_step_are_those_of_the_last_attempt(world: Any) ->
     second = world.claim(first.attempt.slot, incarnation="life-2")
     say(world, second, row | {"samples": [sample(7, 0.0)]})
     assert groups(world, first.job.id) == [7]
+
+
+@pytest.mark.parametrize("dialect", ["sqlite"], indirect=True)
+def test_the_newest_samples_are_read_along_the_index(world: Any) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def note(*said: Any) -> None:
+        asked.append((said[2], said[3]))
+
+    event.listen(world.database.engine, "before_cursor_execute", note)
+    groups(world, "ftjob-none", order="desc")
+    statement, values = asked[-1]
+    with world.database.read() as transaction:
+        plan = transaction.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)
+        steps = " ".join(row[-1] for row in plan)
+    assert "ix_samples_job_id" in steps
+    assert "TEMP B-TREE" not in steps

@@ -1,0 +1,90 @@
+"""What a worker may send and ask for, at the edges: models, room, cancellations told twice, values that cannot be kept."""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+WEIGHTS = b"weights" * 1000
+
+
+def test_a_base_model_is_served_as_it_is_now_without_what_is_hidden(live: Any) -> None:
+    folder = live.settings.models_path / "base"
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "blob").write_bytes(b"weights")
+    (folder / "model.safetensors").symlink_to(folder / ".cache" / "blob")
+    _, lease = live.running()
+
+    def digests() -> dict[str, str]:
+        files = lease.http.get("/inputs").json()["files"]
+        return {file["name"]: file["sha256"] for file in files if file["name"] != "training_file"}
+
+    first = digests()
+    assert set(first) == {"model/config.json", "model/model.safetensors"}
+    assert lease.http.get("/inputs/model/model.safetensors").content == b"weights"
+    (folder / "config.json").write_text('{"a": 1}')
+    second = digests()
+    assert second["model/config.json"] != first["model/config.json"]
+    assert second["model/model.safetensors"] == first["model/model.safetensors"]
+
+
+def test_only_bytes_that_are_still_to_come_need_room(
+    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lease = live.running()
+    files = {"model.safetensors": WEIGHTS}
+    checkpoint_id = lease.announce(2, files).json()["checkpoint_id"]
+    lease.put(checkpoint_id, "model.safetensors", WEIGHTS[:6000])
+    room = [2000]
+    usage = SimpleNamespace
+    monkeypatch.setattr("service.artifacts.shutil.disk_usage", lambda _: usage(free=room[0]))
+    again = lease.announce(2, files)
+    assert again.json()["received"]["model.safetensors"] == 6000
+    room[0] = 1999
+    full = lease.announce(2, files)
+    assert (full.status_code, error_of(full)["code"]) == (503, "storage_full")
+    assert "1,000 more bytes, of which 2 times as many must be free" in error_of(full)["message"]
+
+
+def test_a_worker_that_was_told_of_a_cancellation_is_not_told_every_second(live: Any) -> None:
+    job_id, lease = live.running()
+    live.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    told = lease.http.get("/directives", params={"wait": 5}).json()
+    started = time.monotonic()
+    after = {"after": told["cursor"], "wait": 2.5}
+    assert lease.http.get("/directives", params=after).json()["directives"] == []
+    assert time.monotonic() - started > 2.4
+
+
+@pytest.mark.parametrize(
+    ("row", "param"),
+    [
+        ({"type": "event", "level": "info", "message": "a\0b"}, "rows[0].message"),
+        (
+            {"type": "event", "level": "info", "message": "a", "data": {"n": 10**19}},
+            "rows[0].data.n",
+        ),
+        (
+            {"type": "event", "level": "info", "message": "a", "data": {"n": ["\0"]}},
+            "rows[0].data.n[0]",
+        ),
+        ({"type": "metrics", "step": 1, "values": {"train/tokens": 1e300}}, "rows[0].values"),
+        ({"type": "event", "level": "info", "message": "a", "at": 1e20}, "rows[0].event.at"),
+        ({"type": "event", "level": "info", "message": "a", "at": -5}, "rows[0].event.at"),
+    ],
+)
+def test_what_no_database_can_store_is_a_400(
+    live: Any, error_of: Callable[..., Any], row: dict[str, Any], param: str
+) -> None:
+    _, lease = live.running()
+    refused = lease.say(row)
+    assert (refused.status_code, error_of(refused)["param"]) == (400, param)
+
+
+def test_a_text_that_only_looks_like_nul_is_stored(live: Any) -> None:
+    _, lease = live.running()
+    data = {"digits": "1234567890123456789", "float": 0.1234567890123456789}
+    row = {"type": "event", "level": "info", "message": r"\u0000", "data": data}
+    assert lease.say(row).json() == {"acked_seq": 1}

@@ -1,0 +1,92 @@
+"""What happens when two requests meet: the second waits for the first and sees what it did."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from dar.errors import ConflictError
+from service.store import checkpoints, files, jobs, transitions
+from service.store.database import Transaction
+from service.store.tables import File, Job, JobInput
+
+pytestmark = pytest.mark.parametrize("dialect", ["postgresql"], indirect=True)
+HEAD_START = 0.3
+
+
+@contextmanager
+def meanwhile(work: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Runs ``work`` in a thread that has got to its first wait when the block begins; gives its outcome afterwards."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except ConflictError as error:
+            outcome.append(error.error_code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(HEAD_START)
+    assert thread.is_alive(), outcome
+    yield outcome
+    thread.join(10)
+
+
+def in_transaction(world: Any, work: Callable[[Transaction], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with world.database.write() as transaction:
+            return work(transaction)
+
+    return run
+
+
+def test_a_cancellation_waits_for_a_drain_and_then_holds(world: Any) -> None:
+    held = world.running()
+    cancel = in_transaction(world, lambda tx: jobs.cancel(tx, world.project_id, held.job.id).status)
+    with world.database.write() as drain:
+        transitions.move(drain, "drained", Job.id == held.job.id, "drained")
+        with meanwhile(cancel) as outcome:
+            drain.commit()
+    assert outcome == ["cancelled"]
+
+
+def test_a_file_is_not_deleted_under_a_submission(world: Any) -> None:
+    with world.database.write() as transaction:
+        transaction.add(
+            File(
+                id="file-1",
+                project_id=world.project_id,
+                filename="rows.jsonl",
+                purpose="fine-tune",
+                bytes=2,
+                sha256="0" * 64,
+                num_rows=1,
+                columns={},
+                created_at=world.clock.now,
+            )
+        )
+    delete = in_transaction(world, lambda tx: files.remove(tx, world.project_id, "file-1"))
+    with world.database.write() as submission:
+        files.get(submission, world.project_id, "file-1", is_keeping=True)
+        with meanwhile(delete) as outcome:
+            world.submit()
+            submission.commit()
+    assert outcome == ["file_in_use"]
+
+
+def test_a_checkpoint_is_not_removed_under_a_submission(world: Any) -> None:
+    held = world.running(keep_last=1)
+    base = world.publish(held, 2)
+    world.publish(held, 4)
+    with world.database.write() as submission:
+        assert checkpoints.keep(submission, [base.id])
+        with meanwhile(in_transaction(world, checkpoints.mark_superseded)) as outcome:
+            user = world.submit()
+            submission.add(JobInput(job_id=user, checkpoint_id=base.id))
+            submission.commit()
+    assert outcome == [0]
+    with world.database.write() as submission:
+        assert not checkpoints.keep(submission, ["ckpt-none"])
