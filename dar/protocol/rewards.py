@@ -19,7 +19,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from dar.errors import InvalidRequestError, Problem, RewardContractError
 from dar.protocol.samples import FinishReason
@@ -189,9 +189,12 @@ def decode_request(body: bytes) -> RewardRequest:
         InvalidRequestError: It is not a request of ``dar.reward.v1``; the problems name the fields.
     """
     try:
-        return RewardRequest.model_validate(orjson.loads(body))
-    except orjson.JSONDecodeError as error:
+        # Not orjson: it would round integers over 64 bits, which columns may hold.
+        content = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+    try:
+        return RewardRequest.model_validate(content)
     except ValidationError as error:
         problems = [
             Problem(item["msg"], ".".join(map(str, item["loc"])), item["type"])

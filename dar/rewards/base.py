@@ -28,7 +28,8 @@ class RewardSample:
     """The bare text, without special tokens."""
     finish_reason: FinishReason
     completion_tokens: int
-    completion_ids: Sequence[int] = ()
+    completion_ids: Sequence[int] | None = None
+    """Its tokens; None: not known here, as behind a reward service."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the prompt's row."""
 
@@ -106,4 +107,6 @@ class SampleReward:
     status: RewardStatus
     message: str | None
     components: Mapping[str, float | None]
-    """Raw reward of each component; None where it is missing."""
+    """Raw reward of each component, None where it is missing; a part reported beside it is ``<component>/<part>``."""
+    feedback: Mapping[str, str] = field(default_factory=dict)
+    """What the sources said about the sample, by component; for viewing only."""

@@ -7,6 +7,7 @@ components cannot be compared, and comparing is all that an advantage does.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dar.protocol.samples import RewardStatus
 from dar.rewards.base import (
     Failed,
     RewardResult,
@@ -54,20 +55,18 @@ def _combine_group(
 ) -> dict[int, SampleReward]:
     totals: dict[int, SampleReward] = {}
     for position in positions:
-        raw = raw_rewards(results, position)
         if (failure := _failure(results, position)) is not None:
-            totals[position] = SampleReward(None, "error", failure, raw)
+            totals[position] = _sample_reward(None, "error", failure, results, position)
         elif (skip := _skip(results, position)) is not None:
-            totals[position] = SampleReward(None, "skip", skip, raw)
+            totals[position] = _sample_reward(None, "skip", skip, results, position)
     scored = [position for position in positions if position not in totals]
     used, skip_message = _used_components(components, scored, results)
     for position in scored:
-        raw = raw_rewards(results, position)
         if skip_message is not None:
-            totals[position] = SampleReward(None, "skip", skip_message, raw)
+            totals[position] = _sample_reward(None, "skip", skip_message, results, position)
         else:
-            total = sum(_term(component, raw[component.source.name]) for component in used)
-            totals[position] = SampleReward(float(total), "reward", None, raw)
+            terms = (_term(one, results[one.source.name][position]) for one in used)
+            totals[position] = _sample_reward(float(sum(terms)), "reward", None, results, position)
     return totals
 
 
@@ -107,16 +106,31 @@ def _failure(results: Results, position: int) -> str | None:
     return None
 
 
-def raw_rewards(results: Results, position: int) -> dict[str, float | None]:
-    """The raw reward of each component for one sample; None where it is missing."""
-    return {
-        name: outcome.reward if isinstance(outcome := outcomes[position], Scored) else None
-        for name, outcomes in results.items()
-    }
+def _sample_reward(
+    reward: float | None,
+    status: RewardStatus,
+    message: str | None,
+    results: Results,
+    position: int,
+) -> SampleReward:
+    """A total with what each component said about the sample."""
+    components: dict[str, float | None] = {}
+    feedback: dict[str, str] = {}
+    for name, outcomes in results.items():
+        outcome = outcomes[position]
+        if not isinstance(outcome, Scored):
+            components[name] = None
+            continue
+        components[name] = outcome.reward
+        components |= {f"{name}/{part}": value for part, value in outcome.components.items()}
+        if outcome.feedback:
+            feedback[name] = outcome.feedback
+    return SampleReward(reward, status, message, components, feedback)
 
 
-def _term(component: WeightedSource, reward: float | None) -> float:
-    assert reward is not None  # a component that counts was neither skipped nor failed
+def _term(component: WeightedSource, result: RewardResult) -> float:
+    assert isinstance(result, Scored)  # a component that counts was neither skipped nor failed
+    reward = result.reward
     if component.clip is not None:
         low, high = component.clip
         reward = min(max(reward, low), high)

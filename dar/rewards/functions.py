@@ -35,7 +35,8 @@ class FunctionReward:
     def __init__(self, function: RewardFunction, name: str | None = None) -> None:
         self._function = function
         self._name = name or function_name(function)
-        self._accepted = _accepted_names(function)
+        self._parameters = _parameters(function)
+        self._accepted = _names_taken(self._parameters)
         if self._accepted is not None and "completions" not in self._accepted:
             raise ConfigurationError(
                 f"reward function {self._name} has no parameter named completions; "
@@ -46,6 +47,12 @@ class FunctionReward:
     def name(self) -> str:
         """Component name."""
         return self._name
+
+    @property
+    def needs_completion_ids(self) -> bool:
+        """Whether the function cannot be called without ``completion_ids``."""
+        parameter = self._parameters.get("completion_ids")
+        return parameter is not None and parameter.default is parameter.empty
 
     async def score(
         self,
@@ -82,7 +89,9 @@ class FunctionReward:
         }
         arguments["prompts"] = [_prompt(sample) for sample in samples]
         arguments["completions"] = [_completion(sample) for sample in samples]
-        arguments["completion_ids"] = [list(sample.completion_ids) for sample in samples]
+        ids = [sample.completion_ids for sample in samples if sample.completion_ids is not None]
+        if len(ids) == len(samples):
+            arguments["completion_ids"] = [list(item) for item in ids]
         if self._accepted is None:
             return arguments
         return {name: values for name, values in arguments.items() if name in self._accepted}
@@ -95,16 +104,20 @@ def function_name(function: object) -> str:
     return (plain if plain[:1].isalpha() else f"reward_{plain}")[:32].rstrip("_")
 
 
-def _accepted_names(function: RewardFunction) -> frozenset[str] | None:
-    """Names that the function takes as keywords; None: any."""
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
     try:
-        parameters = inspect.signature(function).parameters.values()
+        return inspect.signature(function).parameters
     except (TypeError, ValueError):  # some built-in callables do not say
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        anything = inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)
+        return {anything.name: anything}
+
+
+def _names_taken(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str] | None:
+    """Names that can be passed as keywords; None: any."""
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
     by_name = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-    return frozenset(parameter.name for parameter in parameters if parameter.kind in by_name)
+    return frozenset(name for name, parameter in parameters.items() if parameter.kind in by_name)
 
 
 def _prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:

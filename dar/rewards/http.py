@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -35,6 +36,10 @@ from dar.version import __version__
 logger = logging.getLogger(__name__)
 KEEPALIVE_SECONDS = 15.0
 """Idle connections are closed after this; below the 60 to 75 s of common servers, so that we close first."""
+CONNECTING = "connection.connect_tcp.started"
+"""Trace event of httpx2 that a request gets a new connection; without it, it goes over a kept-alive one."""
+ANSWERED = "http11.receive_response_headers.complete"
+"""Trace event of httpx2 that the head of an answer has come."""
 SECONDS_PER_MEGABYTE = 3.0
 """What an attempt's limit grows by with each MB of body above the first."""
 
@@ -44,7 +49,7 @@ class HttpOptions:
     """How a reward service is driven; the parts are those of the job spec."""
 
     columns: Sequence[str] | None = None
-    """Columns of the prompt's row that are sent; None: only ``ground_truth``."""
+    """Columns of the prompt's row that are sent beside ``ground_truth``; None: no others."""
     batch: RewardBatching = field(default_factory=RewardBatching)
     limits: RewardLimits = field(default_factory=RewardLimits)
     timeouts: RewardTimeouts = field(default_factory=RewardTimeouts)
@@ -80,7 +85,8 @@ class HttpReward:
         self._keys = () if secret is None else (decode_secret(secret),)
         self.on_wait = on_wait
         parts = urlsplit(url)
-        self._label = f"reward service {parts.scheme}://{parts.netloc}{parts.path}"
+        host = parts.netloc.rpartition("@")[2]
+        self._label = f"reward service {parts.scheme}://{host}{parts.path}"
         self._max_samples = self._options.batch.max_samples
         self._slots = asyncio.Semaphore(self._options.limits.concurrency)
         self._paused_until = 0.0
@@ -184,7 +190,7 @@ class HttpReward:
             )
         try:
             async with asyncio.timeout(seconds):
-                body = await self._post(request, self._headers(request, schedule.attempt, seconds))
+                body = await self._post(request, schedule.attempt, time.monotonic() + seconds)
         except TimeoutError:
             raise AttemptFailedError(
                 "transient", "timeout", f"no complete answer within {seconds:.3g} s"
@@ -217,9 +223,34 @@ class HttpReward:
             **signed_headers(self._keys, request.request_id, timestamp, request.body),
         }
 
-    async def _post(self, request: EncodedRequest, headers: Mapping[str, str]) -> bytes:
+    async def _post(self, request: EncodedRequest, number: int, ends_at: float) -> bytes:
+        """The answer to one attempt.
+
+        A server may close a kept-alive connection just when it is used again. That says nothing about the service, and
+        the request's id makes a repetition harmless: it is sent once more at once, as the same attempt.
+        """
+        seen: set[str] = set()
+
+        async def trace(event: str, _: Mapping[str, Any]) -> None:
+            seen.add(event)
+
+        headers = self._headers(request, number, ends_at - time.monotonic())
+        try:
+            return await self._post_once(request, headers, {"trace": trace})
+        except (httpx2.NetworkError, httpx2.RemoteProtocolError):
+            if CONNECTING in seen or ANSWERED in seen:
+                raise
+        headers = self._headers(request, number, ends_at - time.monotonic())
+        return await self._post_once(request, headers)
+
+    async def _post_once(
+        self,
+        request: EncodedRequest,
+        headers: Mapping[str, str],
+        extensions: dict[str, Any] | None = None,
+    ) -> bytes:
         async with self._connect().stream(
-            "POST", self._url, content=request.body, headers=headers
+            "POST", self._url, content=request.body, headers=headers, extensions=extensions
         ) as response:
             if response.status_code != 200:
                 raise await refusal_of(response)

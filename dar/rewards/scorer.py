@@ -14,8 +14,15 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from dar.errors import ConfigurationError, RewardContractError, RewardUnavailableError
-from dar.protocol.spec import COMPONENT_NAME, Rewards
+from pydantic import TypeAdapter, ValidationError
+
+from dar.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    RewardContractError,
+    RewardUnavailableError,
+)
+from dar.protocol.spec import COMPONENT_NAME, Rewards, RewardURL
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -36,6 +43,7 @@ __all__ = [
     "scorer_from_functions",
     "scorer_from_spec",
 ]
+_REWARD_URL: TypeAdapter[str] = TypeAdapter(RewardURL)
 
 
 class RewardScorer:
@@ -228,6 +236,7 @@ def scorer_from_functions(
     Raises:
         ConfigurationError: ``weights`` has another length, the secret is malformed, or a function cannot take
             ``completions``.
+        InvalidRequestError: A text is no usable URL.
     """
     given = [funcs] if isinstance(funcs, str) or callable(funcs) else list(funcs)
     factors = [1.0] * len(given) if weights is None else list(weights)
@@ -238,11 +247,20 @@ def scorer_from_functions(
     for function, weight in zip(given, factors, strict=True):
         source: HttpReward | FunctionReward
         if isinstance(function, str):
-            source = HttpReward(_free_name("remote", taken), function, secret=secret)
+            url = _checked_url(function)
+            source = HttpReward(_free_name("remote", taken), url, secret=secret)
         else:
             source = FunctionReward(function, _free_name(FunctionReward(function).name, taken))
         components.append(WeightedSource(source, weight))
     return RewardScorer(components, on_wait=on_wait)
+
+
+def _checked_url(url: str) -> str:
+    """``url``, by the rules of job specs; the message of an error does not repeat it, as it may hold a password."""
+    try:
+        return _REWARD_URL.validate_python(url)
+    except ValidationError as error:
+        raise InvalidRequestError(error.errors()[0]["msg"], param="reward_funcs") from None
 
 
 def _free_name(name: str, taken: set[str]) -> str:

@@ -38,6 +38,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dar.errors import (
+    ConfigurationError,
     DARError,
     InvalidRequestError,
     MethodNotAllowedError,
@@ -72,6 +73,9 @@ class RewardEndpoint:
         keys: Accepted secrets, decoded; none accepts every request.
         max_calls: Calls of the function in progress at once.
         max_body_bytes: Largest request.
+
+    Raises:
+        ConfigurationError: The function cannot take ``completions``, or cannot do without ``completion_ids``.
     """
 
     def __init__(
@@ -83,6 +87,11 @@ class RewardEndpoint:
         max_body_bytes: int,
     ) -> None:
         self._source = FunctionReward(function)
+        if self._source.needs_completion_ids:
+            raise ConfigurationError(
+                f"reward function {self._source.name} needs completion_ids, which are not sent to reward services; "
+                "score the texts in completions, or give the parameter a default"
+            )
         self._keys = tuple(keys)
         self._slots = asyncio.Semaphore(max_calls)
         self._max_body_bytes = max_body_bytes
@@ -177,18 +186,21 @@ async def _healthz(_: Request) -> Response:
 
 
 async def _render(_: Request, error: Exception) -> Response:
-    """Every failure in the one error shape of the product."""
+    """Every refusal in the one error shape of the product."""
     if isinstance(error, HTTPException):
         kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
         error = kind("a reward server answers a POST to its own path, and GET /healthz")
-    elif isinstance(error, ClientDisconnect):
+    elif not isinstance(error, DARError):
         error = InvalidRequestError("the request broke off")
-    elif not isinstance(error, DARError):  # the server logs it
-        error = DARError(
-            f"the reward function raised {type(error).__name__}; the reward server's log has more",
-            code="reward_function_failed",
-        )
     return JSONResponse(error.body(), error.status)
+
+
+def _function_failed(error: Exception) -> Response:
+    failure = DARError(
+        f"the reward function raised {type(error).__name__}; the reward server's log has more",
+        code="reward_function_failed",
+    )
+    return JSONResponse(failure.body(), failure.status)
 
 
 @overload
@@ -226,7 +238,8 @@ def reward_server(
         max_body_bytes: Largest request; a larger one gets a 413, and the sender splits it.
 
     Raises:
-        ConfigurationError: A secret is malformed, or the function cannot take ``completions``.
+        ConfigurationError: A secret is malformed, or the function cannot take ``completions`` or cannot do without
+            ``completion_ids``.
         OSError: ``secret_file`` cannot be read.
     """
     keys = [decode_secret(text) for text in _secrets(secret, secret_file)]
@@ -246,10 +259,17 @@ def reward_server(
         )
 
         async def score(request: Request) -> Response:
-            return await endpoint(request)
+            try:
+                return await endpoint(request)
+            except (DARError, ClientDisconnect):
+                raise
+            except Exception as error:
+                # Not left to Starlette: what its last handler sees it raises again, and uvicorn then drops the connection.
+                logger.exception("the reward function failed")
+                return _function_failed(error)
 
         routes = [Route(path, score, methods=["POST"]), Route("/healthz", _healthz)]
-        failures = (HTTPException, DARError, ClientDisconnect, Exception)
+        failures = (HTTPException, DARError, ClientDisconnect)
         return Starlette(routes=routes, exception_handlers=dict.fromkeys(failures, _render))
 
     return make if function is None else make(function)
@@ -274,7 +294,7 @@ def serve(
     """Serve a reward function, or an application of `reward_server`, until Ctrl-C or SIGTERM.
 
     Args:
-        function: The reward function.
+        function: The reward function, or an application, which brings its own secret and limits.
         host: Address to bind to; ``0.0.0.0`` for other machines.
         port: Port to bind to.
         secret: See `reward_server`.
@@ -282,16 +302,20 @@ def serve(
         max_calls: See `reward_server`.
 
     Raises:
-        ConfigurationError: A secret is malformed, or the function cannot take ``completions``.
+        ConfigurationError: An application came with a secret or ``max_calls``; or see `reward_server`.
         OSError: ``secret_file`` cannot be read.
     """
-    app = (
-        function
-        if isinstance(function, Starlette)
-        else reward_server(secret=secret, secret_file=secret_file, max_calls=max_calls)(function)
-    )
+    if not isinstance(function, Starlette):
+        function = reward_server(secret=secret, secret_file=secret_file, max_calls=max_calls)(
+            function
+        )
+    elif any(option is not None for option in (secret, secret_file, max_calls)):
+        raise ConfigurationError(
+            "an application brings its own secret and limits; "
+            "pass secret, secret_file and max_calls to reward_server, not to serve"
+        )
     uvicorn.run(
-        app,
+        function,
         host=host,
         port=port,
         access_log=False,

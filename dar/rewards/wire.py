@@ -1,9 +1,12 @@
 """From samples to the bytes of requests: encoded once, put together by group, split where a limit demands it."""
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import orjson
 
@@ -41,13 +44,12 @@ def encode_sample(
 
     Args:
         sample: What is to be scored.
-        columns: Columns of the row that are sent; None: only ``ground_truth``.
+        columns: Columns of the row that are sent beside ``ground_truth``; None: no others.
         policy_version: Optimizer steps that the policy had done.
 
     Raises:
         TypeError: A column holds a value that JSON has no word for.
     """
-    allowed = ("ground_truth",) if columns is None else columns
     content = {
         "id": sample.id,
         "group_id": sample.group_id,
@@ -57,10 +59,10 @@ def encode_sample(
         "completion": sample.completion,
         "finish_reason": sample.finish_reason,
         "completion_tokens": sample.completion_tokens,
-        "ground_truth": sample.columns.get("ground_truth") if "ground_truth" in allowed else None,
+        "ground_truth": sample.columns.get("ground_truth"),
         "columns": {
             name: sample.columns[name]
-            for name in allowed
+            for name in columns or ()
             if name in sample.columns and name != "ground_truth"
         },
         "metadata": {
@@ -68,11 +70,17 @@ def encode_sample(
             "truncated": sample.finish_reason == "length",
         },
     }
-    try:
-        encoded = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    except orjson.JSONEncodeError:
-        encoded = orjson.dumps(_without_surrogates(content), option=orjson.OPT_SERIALIZE_NUMPY)
-    return EncodedSample(sample.id, sample.group_id, encoded)
+    return EncodedSample(sample.id, sample.group_id, _as_json(content))
+
+
+def _as_json(content: Mapping[str, Any]) -> bytes:
+    with contextlib.suppress(orjson.JSONEncodeError):
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    readable = _without_surrogates(content)
+    with contextlib.suppress(orjson.JSONEncodeError):
+        return orjson.dumps(readable, option=orjson.OPT_SERIALIZE_NUMPY)
+    # orjson stops at integers of 64 bits, JSON does not.
+    return json.dumps(readable, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _without_surrogates(value: object) -> object:

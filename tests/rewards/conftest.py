@@ -5,7 +5,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -57,13 +57,20 @@ def make_samples() -> Callable[..., list[RewardSample]]:
 
 @pytest.fixture
 def fast() -> HttpOptions:
-    """Everything that waits, scaled down."""
+    """Short waits between attempts, and time limits that no busy machine reaches."""
     return HttpOptions(
         batch=RewardBatching(max_samples=16),
         limits=RewardLimits(concurrency=4),
-        timeouts=RewardTimeouts(connect=0.3, read=0.25, attempt=0.4, deadline=5.0),
+        timeouts=RewardTimeouts(connect=10, read=20, attempt=20, deadline=60),
         retry=RewardRetry(attempts=3, base=0.005, cap=0.01, retry_after_cap=0.2),
     )
+
+
+@pytest.fixture
+def impatient(fast: HttpOptions) -> HttpOptions:
+    """Time limits that are meant to be reached."""
+    timeouts = RewardTimeouts(connect=10, read=0.3, attempt=0.4, deadline=60)
+    return replace(fast, timeouts=timeouts)
 
 
 @pytest.fixture

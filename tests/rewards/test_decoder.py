@@ -139,12 +139,20 @@ def test_what_is_encoded_is_a_strict_request_whatever_the_texts(sample: RewardSa
     assert (request.component, request.step, request.mode) == ("helpful", 3, "eval")
 
 
+def test_an_integer_of_any_size_goes_through_unchanged(make_samples: Any) -> None:
+    columns = {"ground_truth": 2**70, "level": [-(2**64), 2**53 + 1, "é\ud800"]}
+    (sample,) = make_samples(1, columns=columns)
+    received = request_of(sample, columns=["level"]).samples[0]
+    assert received.ground_truth == 2**70
+    assert received.columns == {"level": [-(2**64), 2**53 + 1, "é\ufffd"]}
+
+
 def test_only_the_ground_truth_is_sent_unless_more_is_allowed(make_samples: Any) -> None:
     (sample,) = make_samples(1, columns={"ground_truth": 42, "level": "x"})
     assert request_of(sample).samples[0].ground_truth == 42
     assert request_of(sample).samples[0].columns == {}
     allowed = request_of(sample, columns=["level"]).samples[0]
-    assert (allowed.ground_truth, allowed.columns) == (None, {"level": "x"})
+    assert (allowed.ground_truth, allowed.columns) == (42, {"level": "x"})
 
 
 def test_messages_and_nested_columns_lose_their_lone_surrogates(make_samples: Any) -> None:

@@ -49,6 +49,18 @@ async def test_only_what_the_signature_names_is_passed(score: Any) -> None:
     assert await score(reward, columns={"level": 3, "other": 1}) == [Scored(3.0)] * 2
 
 
+async def test_ids_that_are_not_known_are_not_passed(score: Any) -> None:
+    seen: list[Any] = []
+
+    def reward(completions: list[str], completion_ids: Any = "none") -> list[float]:
+        seen.append(completion_ids)
+        return [0.0] * len(completions)
+
+    await score(reward)
+    await score(reward, completion_ids=())  # known: the completion is empty
+    assert seen == ["none", [[], []]]
+
+
 async def test_a_column_that_some_rows_lack_is_none_there(
     make_samples: MakeSamples, context: RewardContext
 ) -> None:

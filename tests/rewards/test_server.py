@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from typing import Any
 import httpx2
 import pytest
 
-from dar.errors import RewardMisconfiguredError
+from dar.errors import ConfigurationError, RewardMisconfiguredError
+from dar.protocol.spec import RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.http import HttpOptions, HttpReward
 from dar.rewards.scorer import scorer_from_functions
-from dar.rewards.server import reward_server
+from dar.rewards.server import reward_server, serve
 from dar.rewards.signing import decode_secret, signed_headers
 from dar.rewards.wire import encode_request, encode_sample
 
@@ -206,31 +208,41 @@ async def test_a_repetition_gets_the_first_answer_and_is_not_scored_again(reques
     assert len(calls) == 1
 
 
-async def test_a_failure_is_not_remembered(requests: Any) -> None:
+async def test_a_failure_is_logged_and_not_remembered(
+    requests: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     calls: list[int] = []
 
     def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
         calls.append(1)
         if len(calls) == 1:
-            raise RuntimeError
+            raise RuntimeError("my own")
         return [1.0] * len(completions)
 
     server = requests(reward)
-    assert [(await server.post()).status_code for _ in range(3)] == [500, 200, 200]
+    with caplog.at_level(logging.ERROR, logger="dar.rewards.server"):
+        answers = [await server.post() for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [500, 200, 200]
     assert len(calls) == 2
+    assert "RuntimeError: my own" in caplog.text
+    # Over one connection: the failure did not break it.
+    assert len({a.extensions["network_stream"] for a in answers}) == 1
 
 
 async def test_an_attempt_that_was_given_up_is_answered_at_the_next(
-    serve_app: Any, make_samples: Any, fast: HttpOptions, context: RewardContext
+    serve_app: Any, make_samples: Any, impatient: HttpOptions, context: RewardContext
 ) -> None:
     calls: list[int] = []
+    given_up = threading.Event()
 
     def slow(prompts: Any, completions: Any, **_: Any) -> list[float]:
         calls.append(1)
-        time.sleep(0.6)  # longer than one attempt may take, shorter than two
+        given_up.wait(20)
         return [1.0] * len(completions)
 
-    source = HttpReward("r", serve_app(reward_server(slow)) + "/score", options=fast)
+    options = replace(impatient, retry=RewardRetry(attempts=20, cap=0.01))
+    url = serve_app(reward_server(slow)) + "/score"
+    source = HttpReward("r", url, options=options, on_wait=lambda _: given_up.set())
     assert await source.score(make_samples(2), context) == [Scored(1.0)] * 2
     assert len(calls) == 1
     await source.aclose()
@@ -271,15 +283,17 @@ async def test_a_plain_function_is_called_one_at_a_time_unless_told_otherwise(
     options: Any,
     most: int,
 ) -> None:
-    lock, running, peak = threading.Lock(), 0, 0
+    changed, running, peak = threading.Condition(), 0, 0
 
     def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
         nonlocal running, peak
-        with lock:
+        with changed:
             running += 1
             peak = max(peak, running)
-        time.sleep(0.02)
-        with lock:
+            changed.notify_all()
+            changed.wait_for(lambda: peak >= most, timeout=20)
+        time.sleep(0.02)  # in which one too many could come in
+        with changed:
             running -= 1
         return [1.0] * len(completions)
 
@@ -288,6 +302,22 @@ async def test_a_plain_function_is_called_one_at_a_time_unless_told_otherwise(
     assert len(await source.score(make_samples(64, 16), context)) == 64
     assert peak == most
     await source.aclose()
+
+
+def test_a_function_that_needs_token_ids_is_refused() -> None:
+    def by_tokens(completions: Any, completion_ids: list[list[int]]) -> list[float]:
+        return [-float(len(ids)) for ids in completion_ids]
+
+    with pytest.raises(ConfigurationError, match="completion_ids, which are not sent"):
+        reward_server(by_tokens)
+
+
+@pytest.mark.parametrize(
+    "options", [{"secret": "whsec_x"}, {"secret_file": "secret"}, {"max_calls": 2}]
+)
+def test_an_application_is_not_served_with_options_that_it_would_ignore(options: Any) -> None:
+    with pytest.raises(ConfigurationError, match="to reward_server, not to serve"):
+        serve(reward_server(length), port=-1, **options)  # a port that cannot be bound
 
 
 async def test_a_wrong_path_is_told_to_the_job(
