@@ -103,13 +103,6 @@ def sweep(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def keep_last(root: Path, count: int) -> None:
-    """Remove all but the ``count`` newest checkpoints."""
-    folders = sorted(root.glob("step-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    for folder in folders[:-count]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def verify(folder: Path) -> Manifest:
     """Read a checkpoint's manifest and check every file against it.
 

@@ -12,12 +12,25 @@ from dar.training.loss import Normalization
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "auto_find_batch_size": (False,),
     "eval_strategy": ("no",),
+    "do_eval": (False,),
+    "do_predict": (False,),
     "eval_on_start": (False,),
+    "eval_steps": (None,),
+    "eval_delay": (0,),
+    "eval_accumulation_steps": (None,),
+    "per_device_eval_batch_size": (8,),
+    "prediction_loss_only": (False,),
+    "batch_eval_metrics": (False,),
+    "include_for_metrics": ([],),
     "fp16": (False,),
     "fp16_full_eval": (False,),
     "bf16_full_eval": (False,),
     "label_smoothing_factor": (0.0,),
     "load_best_model_at_end": (False,),
+    "metric_for_best_model": (None,),
+    "greater_is_better": (None,),
+    "resume_from_checkpoint": (None,),
+    "restore_callback_states_from_checkpoint": (False,),
     "neftune_noise_alpha": (None,),
     "torch_compile": (False,),
     "deepspeed": (None,),
@@ -30,9 +43,13 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "save_strategy": ("steps", "no"),
     "logging_strategy": ("steps", "no"),
     "push_to_hub": (False,),
+    "hub_strategy": ("every_save",),
+    "hub_model_id": (None,),
+    "hub_always_push": (False,),
     "data_seed": (None,),
     "torch_empty_cache_steps": (None,),
     "train_sampling_strategy": ("random",),
+    "length_column_name": ("length",),
 }
 """Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
 refused: an option is never accepted and then ignored."""
@@ -43,8 +60,8 @@ class DARConfig(TrainingArguments):
     """Arguments of `dar.DARTrainer`: those of `transformers.TrainingArguments` and DAR's own.
 
     ``per_device_train_batch_size`` counts prompts; each gives ``dar_k`` completions. One optimizer step takes
-    ``per_device_train_batch_size * gradient_accumulation_steps`` prompts, and how that product is split changes nothing in
-    the result: the completions of a step are sampled and scored together, and forward passes are cut to fit the memory.
+    ``per_device_train_batch_size * gradient_accumulation_steps`` prompts, and how that product is split changes the
+    result by no more than rounding (in bfloat16, now and then a token): the completions of a step are sampled and scored together, and forward passes are cut to fit the memory.
 
     The defaults are those of a job spec (`dar.protocol.spec`).
 
@@ -152,7 +169,7 @@ class DARConfig(TrainingArguments):
         inherited = {
             "learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type",
             "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1",
-            "adam_beta2", "adam_epsilon", "bf16", "seed",
+            "adam_beta2", "adam_epsilon", "bf16", "seed", "optim_target_modules", "use_liger_kernel", "liger_kernel_config",
         }  # fmt: skip
         values = {name: getattr(self, name) for name in sorted(own | inherited)}
         values = {name: getattr(value, "value", value) for name, value in values.items()}

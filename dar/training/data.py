@@ -1,7 +1,7 @@
 """Rows of prompts: what they may look like, how they become token ids, and in which order they are used."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 
 Row = Mapping[str, Any]
-PROMPT_COLUMNS = frozenset({"prompt", "prompt_ids"})
 
 
 class Rows(Protocol):
@@ -124,8 +124,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_rows(rows: Rows) -> None:
+def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
     """Refuse a data set that could not be trained on, before anything is sampled.
+
+    Args:
+        rows: The data set.
+        is_replay: Whether rows hold their completions; ``prompt_ids`` then stand for the prompt where a row has them.
 
     Raises:
         InvalidRequestError: There is no row, or a row has no usable prompt; the message names the row, from 1.
@@ -133,15 +137,17 @@ def check_rows(rows: Rows) -> None:
     if len(rows) == 0:
         raise InvalidRequestError("the data set has no rows", param="training_file")
     for index in range(len(rows)):
-        problem = _problem(rows[index])
+        problem = _problem(rows[index], is_replay=is_replay)
         if problem:
             raise InvalidRequestError(f"row {index + 1}: {problem}", param="training_file")
 
 
-def _problem(row: object) -> str | None:
+def _problem(row: object, *, is_replay: bool) -> str | None:
     if not isinstance(row, Mapping):
         return "is not a mapping of columns"
-    if "prompt_ids" in row:
+    if is_replay and "completion_ids" not in row:
+        return "has no completion_ids; give reward_funcs, or rows with completion_ids and rewards"
+    if is_replay and "prompt_ids" in row:
         return None if row["prompt_ids"] else "prompt_ids is empty"
     prompt = row.get("prompt")
     if isinstance(prompt, str):
@@ -159,37 +165,49 @@ class PromptEncoder:
 
     Args:
         tokenizer: Of the model that is trained.
-        max_prompt_length: Longest prompt in tokens; a longer one loses its beginning, but never its BOS token.
+        max_prompt_length: Longest prompt in tokens. A longer conversation loses its earliest turns, but never what stands
+            before the first; a longer text or last turn loses its beginning, but never its BOS token.
+        is_replay: Whether ``prompt_ids`` stand for the prompt where a row has them; otherwise they are a column like any.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_length: int,
+        *,
+        is_replay: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_prompt_length
+        self._own_columns = {"prompt", "prompt_ids"} if is_replay else {"prompt"}
 
     def __call__(self, row: Row) -> Prompt:
         """Encode one row.
 
         Raises:
-            InvalidRequestError: The prompt has no token, or is a conversation and the model has no chat template.
+            InvalidRequestError: The prompt has no token, or is a conversation that the model's chat template refuses, or
+                there is no template.
         """
         value = row.get("prompt")
         messages = None if value is None or isinstance(value, str) else list(value)
-        if "prompt_ids" in row:
+        shorter: Iterator[list[int]] = iter(())
+        if "prompt_ids" in self._own_columns and "prompt_ids" in row:
             ids = list(row["prompt_ids"])
         elif messages is not None:
             ids = self._conversation(messages)
+            shorter = self._without_early_turns(messages)
         else:
             ids = self._plain(str(value))
         if not ids:
             raise InvalidRequestError(
                 f"the prompt {value!r} has no tokens, and the tokenizer has no BOS token to start from"
             )
-        kept = self._cut(ids)
+        kept = self._cut(ids, shorter)
         return Prompt(
             ids=kept,
             text=value if isinstance(value, str) else str(self._tokenizer.decode(kept)),
             messages=messages,
-            columns={name: row[name] for name in row if name not in PROMPT_COLUMNS},
+            columns={name: row[name] for name in row if name not in self._own_columns},
             cut_tokens=len(ids) - len(kept),
         )
 
@@ -209,16 +227,29 @@ class PromptEncoder:
                 "send plain texts or use an instruction-tuned model"
             )
         is_continued = messages[-1]["role"] == "assistant"
-        encoded: Any = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=not is_continued,
-            continue_final_message=is_continued,
-            tokenize=True,
-            return_dict=True,
-        )
+        try:
+            encoded: Any = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=not is_continued,
+                continue_final_message=is_continued,
+                tokenize=True,
+                return_dict=True,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses the conversation: {error}"
+            ) from error
         return list(encoded["input_ids"])
 
-    def _cut(self, ids: list[int]) -> list[int]:
+    def _without_early_turns(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
+        """The conversation without its first turn, without its first two, and so on to the last; a user begins a turn."""
+        starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        for start in starts[1:]:
+            yield self._conversation([*messages[: starts[0]], *messages[start:]])
+
+    def _cut(self, ids: list[int], shorter: Iterator[list[int]]) -> list[int]:
+        while len(ids) > self._max_length and (rest := next(shorter, None)):
+            ids = rest
         if len(ids) <= self._max_length:
             return ids
         if ids[0] == self._tokenizer.bos_token_id:

@@ -1,14 +1,18 @@
 """What decides the result of a training run, as one digest: a checkpoint is resumed under the same digest only."""
 
 import hashlib
+import itertools
 import json
 import platform
+from collections.abc import Mapping, Sequence
 
 import torch
 import transformers
 from peft import PeftModel
 from torch import nn
 
+from dar.protocol.spec import Rewards
+from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.training.checkpoint import digest
 from dar.training.config import DARConfig
 from dar.training.data import Rows
@@ -37,7 +41,36 @@ def rows_sha256(rows: Rows) -> str:
     return content.hexdigest()
 
 
-def config_sha256(config: DARConfig, policy: LanguageModel, rows: Rows, base: str) -> str:
+def reward_terms(
+    rewards: RewardFunction | str | Sequence[RewardFunction | str] | Rewards | None,
+    weights: Sequence[float] | None,
+) -> list[dict[str, object]]:
+    """Name, weight and clip of each reward: what decides their sum, but not where they are computed.
+
+    Args:
+        rewards: What gives rewards; None where the data set does.
+        weights: Factor of each function; default 1.
+    """
+    if isinstance(rewards, Rewards):
+        return [
+            c.model_dump(mode="json", include={"name", "weight", "clip"})
+            for c in rewards.components
+        ]
+    if rewards is None:
+        return []
+    given = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    names = ["remote" if isinstance(one, str) else FunctionReward(one).name for one in given]
+    factors = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
+    return [{"name": n, "weight": w} for n, w in itertools.zip_longest(names, factors)]
+
+
+def config_sha256(
+    config: DARConfig,
+    policy: LanguageModel,
+    rows: Rows,
+    base: str,
+    rewards: Sequence[Mapping[str, object]],
+) -> str:
     """Digest of everything that decides the result, except what a reward service answers.
 
     Args:
@@ -45,6 +78,7 @@ def config_sha256(config: DARConfig, policy: LanguageModel, rows: Rows, base: st
         policy: The model that is trained; of an adapter, its configuration.
         rows: The data set.
         base: Sketch of the weights that training and reference start from.
+        rewards: What `reward_terms` gives.
     """
     adapter: object = None
     if isinstance(policy, PeftModel):
@@ -57,6 +91,7 @@ def config_sha256(config: DARConfig, policy: LanguageModel, rows: Rows, base: st
             "adapter": json.loads(json.dumps(adapter, default=_as_list)),
             "rows": rows_sha256(rows),
             "base": base,
+            "rewards": [dict(term) for term in rewards],
         }
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -141,12 +142,12 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Put a fresh adapter on ``model``, which is frozen.
 
     Raises:
-        TrainingError: The adapter names modules that the model has not.
+        TrainingError: The adapter names modules that the model has not, or by a pattern that is none.
     """
     try:
         with _quiet_peft():
             return get_peft_model(model, copy.deepcopy(config))  # which peft fills in
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise TrainingError(
             f"the adapter does not fit the model: {error}", param="method.dar.peft.target_modules"
         ) from error

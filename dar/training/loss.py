@@ -22,7 +22,6 @@ Departures from the papers, each off by default here:
 2. ``valid``: a completion without a reward is left out of every mean, deviation and loss. It never counts as 0.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -31,8 +30,8 @@ from torch import Tensor
 Normalization = Literal["none", "per_prompt", "batch"]
 Baseline = Literal["mean", "leave_one_out"]
 
-MAX_LOG_WEIGHT = math.log(torch.finfo(torch.float32).max)
-"""Exponents are held below this (88.7), so that no weight overflows before it is clipped."""
+MAX_LOG_WEIGHT = 88.0
+"""Exponents are held at this, so that no weight overflows before it is clipped: float32 ends at e^88.72."""
 
 
 def normalized_advantages(

@@ -76,7 +76,7 @@ def _component_means(step: ScoredStep) -> dict[str, float]:
     by_name: dict[str, list[float]] = {}
     for reward in step.rewards:
         for name, value in reward.components.items():
-            if value is not None:
+            if value is not None and "/" not in name:  # a part is for viewing only
                 by_name.setdefault(name, []).append(value)
     return {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
 
@@ -97,6 +97,7 @@ def sample_rows(step: ScoredStep) -> list[SampleRow]:
             reward_status=step.rewards[row].status,
             reward_message=step.rewards[row].message,
             components=dict(step.rewards[row].components),
+            feedback=dict(step.rewards[row].feedback),
             advantage=_where_valid(step, step.advantages_B, row),
             weight=_where_valid(step, step.weights_B, row),
             logp_policy=_where_valid(step, step.policy_logps_B, row),

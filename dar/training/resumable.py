@@ -1,9 +1,10 @@
 """`ResumableTrainer`: transformers' trainer with checkpoints of our own, whole, verified and without pickles."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
@@ -45,6 +46,8 @@ class ResumableTrainer(Trainer):
     published_step: int = 0
     """Step of the newest checkpoint that was written or resumed from."""
     _resume: checkpoint.ResumeState | None = None
+    _own_folders: tuple[Path, ...] = ()
+    """Checkpoints of this run that are still kept, oldest first."""
 
     @property
     def checkpoints(self) -> Path:
@@ -89,6 +92,19 @@ class ResumableTrainer(Trainer):
             return self._finish_again(folder, manifest)
         return super().train(str(folder / RESUME_FOLDER), trial, ignore_keys_for_eval)
 
+    def evaluate(self, *_: Any, **__: Any) -> NoReturn:  # noqa: ANN401 - whatever transformers takes
+        """Refuse: a policy is judged by the rewards of its own samples, which every step reports.
+
+        Raises:
+            InvalidRequestError: Always.
+        """
+        raise InvalidRequestError(
+            "evaluate and predict are for labelled data, which DAR has not; what training reports as dar/rewards_mean "
+            "is the reward of the policy's own samples"
+        )
+
+    predict = evaluate
+
     def _open(self, folder: Path) -> Manifest:
         manifest = checkpoint.verify(folder)
         if manifest.config_sha256 != self.config_sha256:
@@ -97,6 +113,8 @@ class ResumableTrainer(Trainer):
                 "resume with the same ones, or start anew from its model"
             )
         self._resume = checkpoint.ResumeState.load(folder)
+        if folder.resolve().parent == self.checkpoints.resolve():
+            self._own_folders = (self.checkpoints / folder.name,)
         return manifest
 
     def _finish_again(self, folder: Path, manifest: Manifest) -> TrainOutput:
@@ -139,8 +157,15 @@ class ResumableTrainer(Trainer):
         )
         self.published_step = step
         self.sink.checkpoint(step, published.folder, published.manifest, published.manifest_sha256)
-        if self.args.save_total_limit:
-            checkpoint.keep_last(self.checkpoints, self.args.save_total_limit)
+        self._keep_last(published.folder)
+
+    def _keep_last(self, newest: Path) -> None:
+        """Remove what is beyond the limit; what another run left in the same folder is not ours to remove."""
+        folders = (*(folder for folder in self._own_folders if folder != newest), newest)
+        excess = len(folders) - (self.args.save_total_limit or len(folders))
+        for folder in folders[: max(0, excess)]:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._own_folders = folders[max(0, excess) :]
 
     def _write_checkpoint(self, folder: Path) -> None:
         self._save(str(folder))

@@ -3,7 +3,8 @@
 One loop of our own instead of ``generate``: prompts are read once and their key-value cache is then repeated for the K
 completions of each; finished rows leave the batch; positions and masks come from lengths; and every token costs one uniform
 number that is a function of (seed, step, row, token position), turned into a token by the inverse of the cumulative
-distribution. So a completion depends neither on its neighbours in the batch nor on how the batch was cut.
+distribution. So a completion depends neither on its neighbours in the batch nor on how the batch was cut, up to rounding:
+other shapes may change the last digits of the logits, and in bfloat16 now and then a token.
 
 The law that is sampled, in this order: padding is impossible; the repetition penalty acts on the raw logits; then
 temperature, top-k, top-p, min-p, as in transformers. The behavior log-probability is that of the law after all of these.
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -150,7 +152,7 @@ class Sampler:
         self._max_length = max_length
         pad = tokenizer.pad_token_id
         self._impossible = None if pad is None or pad in eos_ids else pad
-        self._collate = DataCollatorForDAR(pad or 0)
+        self._collate = DataCollatorForDAR()
         self._warpers: list[Warper] = []
         if config.temperature != 1:
             self._warpers.append(TemperatureLogitsWarper(float(config.temperature)))
@@ -162,6 +164,27 @@ class Sampler:
             self._warpers.append(MinPLogitsWarper(config.min_p))
         # A token may stand for less than a character but not for less than a byte, and a character has at most 4.
         self._stop_window = 4 * max(map(len, config.stop), default=0) + 8
+
+    @torch.no_grad()
+    def check(self, model: LanguageModel) -> None:
+        """Refuse a model whose key-value cache cannot be repeated and cut row by row, as sampling does.
+
+        Raises:
+            TrainingError: It is one: in most cases a hybrid with recurrent layers.
+        """
+        model.eval()
+        try:
+            with autocast(next(model.parameters()).device, is_bf16=self._config.bf16):
+                batch, logits_BV = self._prefill(model, [[0], [0, 0]], first=0)
+                batch.keep([0, len(batch.rows) - 1])
+                self._read(model, batch, logits_BV[:2].argmax(dim=-1), width=3)
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            raise TrainingError(
+                f"{type(base).__name__} cannot be sampled from here ({error}): its cache does not hold one row per "
+                "completion; use a model with attention layers only",
+                param="model",
+            ) from error
 
     @torch.no_grad()
     def sample(
@@ -277,18 +300,23 @@ class Sampler:
                 batch.keep(kept)
                 index = torch.tensor(kept, device=tokens_B.device)
                 tokens_B, noise_BN = tokens_B[index], noise_BN[index]
-            logits_BV = model(
-                input_ids=tokens_B.unsqueeze(1),
-                attention_mask=batch.attention_BT[:, : prompt_width + position + 1],
-                position_ids=batch.positions_B.unsqueeze(1),
-                past_key_values=batch.cache,
-                use_cache=True,
-            ).logits[:, -1]
-            batch.positions_B = batch.positions_B + 1
+            logits_BV = self._read(model, batch, tokens_B, width=prompt_width + position + 1)
+
+    def _read(self, model: LanguageModel, batch: _Batch, tokens_B: Tensor, *, width: int) -> Tensor:
+        """Logits ``[B, V]`` after one more token of each row; ``width`` columns have been written then."""
+        logits_BV: Tensor = model(
+            input_ids=tokens_B.unsqueeze(1),
+            attention_mask=batch.attention_BT[:, :width],
+            position_ids=batch.positions_B.unsqueeze(1),
+            past_key_values=batch.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        batch.positions_B = batch.positions_B + 1
+        return logits_BV
 
     def _law(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
         scores_BV = logits_BV.float()
-        if self._impossible is not None:
+        if self._impossible is not None and self._impossible < scores_BV.shape[1]:
             scores_BV = scores_BV.clone()
             scores_BV[:, self._impossible] = -torch.inf
         if seen_BV is not None:

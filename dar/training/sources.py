@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from dar.rewards.base import RewardContext, RewardSample, SampleReward
 from dar.rewards.scorer import RewardScorer, ScoringStoppedError
 from dar.training import loading
 from dar.training.config import DARConfig
-from dar.training.data import Prompt, PromptEncoder, Rows, TokenPair
+from dar.training.data import Prompt, PromptEncoder, Row, Rows, TokenPair
 from dar.training.loading import LanguageModel
 from dar.training.policy import Policy
 from dar.training.sampling import Completion, Sampler
@@ -144,7 +145,7 @@ class ReplaySource:
     Args:
         prompts: The prompts of each step.
         weigher: Turns rewards into weights.
-        config: K, and the longest completion.
+        k: Completions of each row.
         tokenizer: Makes text of completions.
         sink: Is told the phases.
     """
@@ -153,27 +154,21 @@ class ReplaySource:
         self,
         prompts: PromptStream,
         weigher: Weigher,
-        config: DARConfig,
+        k: int,
         *,
         tokenizer: PreTrainedTokenizerBase,
         sink: Sink,
     ) -> None:
         self._prompts = prompts
         self._weigher = weigher
-        self._k = config.dar_k
+        self._k = k
         self._tokenizer = tokenizer
         self._sink = sink
 
     def __call__(self, number: int) -> ScoredStep:
-        """Completions and rewards of step ``number`` from the data set; see `StepSource`.
-
-        Raises:
-            InvalidRequestError: A row has not K completions and rewards.
-        """
+        """Completions and rewards of step ``number`` from the data set; see `StepSource`."""
         self._sink.phase("training", number)
         prompts = self._prompts.of_step(number)
-        for prompt in prompts:
-            self._check(prompt)
         pairs = [
             TokenPair(prompt.ids, list(ids))
             for prompt in prompts
@@ -197,21 +192,63 @@ class ReplaySource:
         )
         return self._weigher(step, is_behavior_known=is_behavior_known)
 
-    def _check(self, prompt: Prompt) -> None:
-        for name in ("completion_ids", "rewards", "behavior_logps"):
-            values = prompt.columns.get(name)
-            if name == "behavior_logps" and values is None:
-                continue
-            if values is None or len(values) != self._k:
-                raise InvalidRequestError(
-                    f"each row needs {self._k} {name} (dar_k is {self._k}), but the row of {prompt.text[:80]!r} has "
-                    f"{'none' if values is None else len(values)}",
-                    param="training_file",
-                )
-        if not all(prompt.columns["completion_ids"]):
-            raise InvalidRequestError(
-                f"a completion of {prompt.text[:80]!r} has no tokens", param="training_file"
+
+def check_replay(rows: Rows, k: int, *, vocabulary: int, longest: int) -> int:
+    """Refuse rows that cannot be replayed, before the first step.
+
+    Args:
+        rows: The data set.
+        k: Completions of each row.
+        vocabulary: Token ids are below it.
+        longest: Longest prompt + completion, in tokens.
+
+    Returns:
+        Tokens that the longest completion leaves for a prompt; at least 1.
+
+    Raises:
+        InvalidRequestError: A row has not K completions, rewards and log-probabilities that are such; the message names it.
+    """
+    room = longest
+    for index in range(len(rows)):
+        row = rows[index]
+        problem = _replay_problem(row, k, vocabulary, longest)
+        if problem:
+            raise InvalidRequestError(f"row {index + 1}: {problem}", param="training_file")
+        room = min(room, longest - max(map(len, row["completion_ids"])))
+    return room
+
+
+def _replay_problem(row: Row, k: int, vocabulary: int, longest: int) -> str | None:
+    for name in ("completion_ids", "rewards", "behavior_logps"):
+        values = row.get(name)
+        if values is None and name == "behavior_logps":
+            continue
+        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != k:
+            return f"needs {k} {name} (dar_k is {k}), but has {values!r:.80}"
+    if not all(reward is None or _is_number(reward) for reward in row["rewards"]):
+        return f"rewards must be numbers or null, not {row['rewards']!r:.80}"
+    logps = row.get("behavior_logps") or ()
+    if not all(_is_number(logp) and math.isfinite(logp) for logp in logps):
+        return f"behavior_logps must be finite numbers, or left out for the whole row, not {logps!r:.80}"
+    for ids in (row.get("prompt_ids"), *row["completion_ids"]):
+        if ids is not None and not _are_tokens(ids, vocabulary):
+            return (
+                f"token ids must be a list of integers from 0 to {vocabulary - 1}, not {ids!r:.80}"
             )
+    for ids in row["completion_ids"]:
+        if not 0 < len(ids) < longest:
+            return f"a completion has {len(ids)} tokens, but must have at least 1 and fewer than {longest}"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_tokens(ids: object, vocabulary: int) -> bool:
+    return isinstance(ids, Sequence) and all(
+        isinstance(token, Integral) and 0 <= int(token) < vocabulary for token in ids
+    )
 
 
 def _given(reward: float | None) -> SampleReward:
@@ -234,9 +271,19 @@ def make_source(
     """The step source of a training run: online with a scorer, offline without one.
 
     Raises:
-        InvalidRequestError: A prompt and ``max_new_tokens`` do not fit into the model's context.
+        InvalidRequestError: A row cannot be used, or a prompt and ``max_new_tokens`` do not fit into the model's context.
+        TrainingError: The model cannot be sampled from.
     """
-    longest = config.max_length or loading.context_length(policy.model) or sys.maxsize
+    tokenizer = policy.tokenizer
+    context = loading.context_length(policy.model) or sys.maxsize
+    longest = min(config.max_length or context, context)
+    if scorer is None:
+        room = check_replay(rows, config.dar_k, vocabulary=policy.vocabulary, longest=longest)
+        encoder = PromptEncoder(
+            tokenizer, min(config.max_prompt_length or room, room), is_replay=True
+        )
+        stream = PromptStream(rows, encoder, config, sink)
+        return ReplaySource(stream, weigher, config.dar_k, tokenizer=tokenizer, sink=sink)
     prompt_length = config.max_prompt_length or longest - config.max_new_tokens
     if not 0 < prompt_length < longest:
         raise InvalidRequestError(
@@ -244,12 +291,10 @@ def make_source(
             "max_length or the model allows; lower max_new_tokens",
             param="max_new_tokens",
         )
-    tokenizer = policy.tokenizer
     stream = PromptStream(rows, PromptEncoder(tokenizer, prompt_length), config, sink)
-    if scorer is None:
-        return ReplaySource(stream, weigher, config, tokenizer=tokenizer, sink=sink)
     eos_ids = loading.eos_ids(policy.model, tokenizer)
     sampler = Sampler(config, tokenizer, eos_ids=eos_ids, max_length=longest)
+    sampler.check(policy.model)
     return OnlineSource(
         policy.model,
         stream,

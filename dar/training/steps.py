@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dar.errors import InvalidRequestError
 from dar.protocol.samples import FinishReason
 from dar.rewards.base import SampleReward
 from dar.training.config import DARConfig
@@ -112,6 +113,10 @@ class PromptStream:
         encoder: Makes token ids of a row.
         config: Batch size and seed.
         sink: Is told once when a prompt had to be cut.
+
+    Raises:
+        InvalidRequestError: A conversation cannot be encoded; the message names the row. All are tried here, as a chat
+            template may refuse what stands in the last row.
     """
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
@@ -121,12 +126,15 @@ class PromptStream:
         self._order = PromptOrder(len(rows), config.seed)
         self._sink = sink
         self._has_warned = False
+        for row in range(len(rows)):
+            if not isinstance(rows[row].get("prompt"), str):
+                self._encode(row)
 
     def of_step(self, number: int) -> list[Prompt]:
         """The P prompts of step ``number``, from 1."""
         start = (number - 1) * self._count
         numbers = [self._order.row(position) for position in range(start, start + self._count)]
-        prompts = [self._encoder(self._rows[row]) for row in numbers]
+        prompts = [self._encode(row) for row in numbers]
         for row, prompt in zip(numbers, prompts, strict=True):
             if prompt.cut_tokens and not self._has_warned:
                 self._has_warned = True
@@ -137,6 +145,12 @@ class PromptStream:
                     {"kind": "prompt_cut", "row": row + 1, "cut_tokens": prompt.cut_tokens},
                 )
         return prompts
+
+    def _encode(self, row: int) -> Prompt:
+        try:
+            return self._encoder(self._rows[row])
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"row {row + 1}: {error}", param="training_file") from error
 
     def epoch(self, number: int) -> float:
         """Passes over the data set after step ``number``."""

@@ -20,7 +20,7 @@ from dar.rewards.functions import RewardFunction
 from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
-from dar.training.fingerprint import config_sha256
+from dar.training.fingerprint import config_sha256, reward_terms
 from dar.training.logprobs import all_logps, completion_logps, forward_batches
 from dar.training.loss import dar_loss
 from dar.training.metrics import Reporter
@@ -114,7 +114,7 @@ class DARTrainer(ResumableTrainer):
     ) -> None:
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
-        check_rows(train_dataset)
+        check_rows(train_dataset, is_replay=reward_funcs is None)
         config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
         policy = Policy.make(
             model,
@@ -129,7 +129,7 @@ class DARTrainer(ResumableTrainer):
         super().__init__(
             model=policy.model,
             args=config,
-            data_collator=DataCollatorForDAR(policy.tokenizer.pad_token_id or 0),
+            data_collator=DataCollatorForDAR(),
             train_dataset=train_dataset,
             processing_class=policy.tokenizer,
             callbacks=callbacks,
@@ -138,7 +138,10 @@ class DARTrainer(ResumableTrainer):
         policy.model.config.use_cache = is_using_cache
         policy.place_reference(config.device)
         self.sink = sink or NullSink()
-        self.config_sha256 = config_sha256(config, policy.model, train_dataset, policy.base_sketch)
+        terms = reward_terms(reward_funcs, reward_weights)
+        self.config_sha256 = config_sha256(
+            config, policy.model, train_dataset, policy.base_sketch, terms
+        )
         self.stopped_by: Request | None = None
         """What ended `train` before its time."""
         self._control: Control = control or NullControl()

@@ -12,11 +12,12 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dar.errors import CheckpointError, InvalidRequestError
+from dar.errors import CheckpointError, InvalidRequestError, TrainingError
 from dar.protocol.checkpoints import Manifest
+from dar.protocol.spec import Rewards
 from dar.training import DARTrainer
 from dar.training.checkpoint import publish, verify
-from dar.training.fingerprint import environment
+from dar.training.fingerprint import environment, reward_terms
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
 
@@ -177,6 +178,44 @@ def test_a_resume_under_other_data_or_weights_is_refused(
         train(trained / "step-2", settings=SAVING, model=make_model(1))
 
 
+def test_a_resume_under_other_reward_terms_is_refused(
+    train: Callable[..., DARTrainer], trained: Path
+) -> None:
+    def renamed(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    with pytest.raises(CheckpointError):
+        train(trained / "step-2", settings=SAVING, reward_weights=[2.0])
+    with pytest.raises(CheckpointError):
+        train(trained / "step-2", settings=SAVING, reward_funcs=renamed)
+
+
+def test_reward_terms_leave_out_where_rewards_are_computed() -> None:
+    component = {"name": "a", "url": "https://one.example/r", "clip": [0, 1]}
+    there = Rewards.model_validate({"components": [component]})
+    moved = Rewards.model_validate({"components": [component | {"url": "https://two.example/r"}]})
+    assert reward_terms(there, None) == reward_terms(moved, None)
+    clipped = Rewards.model_validate({"components": [component | {"clip": [0, 2]}]})
+    assert reward_terms(there, None) != reward_terms(clipped, None)
+    urls = ["https://one.example/r", "https://two.example/r"]
+    assert reward_terms(urls[0], None) == reward_terms(urls[1], [1])
+
+
+def test_empty_steps_are_counted_on_across_a_resume(
+    train: Callable[..., DARTrainer], sink: Any, new_sink: Callable[[], Any]
+) -> None:
+    def skip(completions: list[str], **columns: Any) -> list[None]:
+        return [None] * len(completions)
+
+    settings = {**SAVING, "save_steps": 1, "logging_steps": 1}
+    with pytest.raises(TrainingError, match="no usable rewards"):
+        train(sink=sink, reward_funcs=skip, settings=settings)
+    resumed = new_sink()
+    with pytest.raises(TrainingError, match="no usable rewards"):
+        train(sink.published[1][1], sink=resumed, reward_funcs=skip, settings=settings)
+    assert [data["step"] for _, _, data in resumed.events] == [3]
+
+
 def test_a_resume_on_another_machine_says_so(
     train: Callable[..., DARTrainer],
     trained: Path,
@@ -200,6 +239,20 @@ def test_only_the_newest_checkpoints_are_kept_when_asked_for(
     train(sink=sink, settings={**SAVING, "save_total_limit": 2})
     folder = sink.published[0][1].parent
     assert sorted(path.name for path in folder.iterdir()) == ["step-4", "step-6"]
+
+
+def test_checkpoints_of_another_run_in_the_same_folder_are_left_alone(
+    train: Callable[..., DARTrainer], sink: Any, new_sink: Callable[[], Any]
+) -> None:
+    train(settings={**SAVING, "max_steps": 4})
+    shorter = {**SAVING, "max_steps": 2, "save_steps": 1, "save_total_limit": 1}
+    train(sink=sink, settings=shorter)
+    folder = sink.published[0][1].parent
+    assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-4"]
+    assert verify(folder / "step-2") == sink.published[-1][2]
+    again = new_sink()
+    train(folder / "step-2", sink=again, settings=shorter)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-4"]
 
 
 def test_a_failed_write_leaves_no_checkpoint_and_leftovers_are_swept(

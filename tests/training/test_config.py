@@ -49,6 +49,15 @@ def test_defaults_are_those_of_a_job_spec(tmp_path: Path) -> None:
         ("label_smoothing_factor", 0.1),
         ("dataloader_num_workers", 2),
         ("torch_compile", True),
+        ("do_eval", True),
+        ("eval_steps", 5),
+        ("per_device_eval_batch_size", 4),
+        ("batch_eval_metrics", True),
+        ("metric_for_best_model", "loss"),
+        ("hub_strategy", "end"),
+        ("resume_from_checkpoint", "step-2"),
+        ("restore_callback_states_from_checkpoint", True),
+        ("length_column_name", "tokens"),
     ],
 )
 def test_values_out_of_range_and_options_without_effect_are_refused(
@@ -58,6 +67,17 @@ def test_values_out_of_range_and_options_without_effect_are_refused(
     with pytest.raises(InvalidRequestError, match=name) as caught:
         DARConfig(output_dir=str(tmp_path), **{name: value}, **extra)
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_liger_kernel": True}, {"optim": "galore_adamw", "optim_target_modules": "q"}]
+)
+def test_options_that_change_the_result_are_decisive(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    plain = DARConfig(output_dir=str(tmp_path)).decisive_values()
+    changed = DARConfig(output_dir=str(tmp_path), **change).decisive_values()
+    assert {name for name in plain if plain[name] != changed[name]} == change.keys()
 
 
 def test_a_single_completion_without_anything_to_compare_it_with_is_refused(

@@ -15,7 +15,17 @@ def test_plain_prompts_get_a_bos_token_once(tokenizer: PreTrainedTokenizerBase) 
     assert encode({"prompt": "w10 w20"}).ids == [2, 10, 20]
     assert encode({"prompt": "<bos> w10"}).ids == [2, 10]
     assert encode({"prompt": ""}).ids == [2]
-    assert encode({"prompt_ids": [10, 20], "prompt": "w10 w20"}).ids == [10, 20]
+
+
+def test_prompt_ids_stand_for_the_prompt_in_replay_and_are_a_column_online(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    row = {"prompt_ids": [10, 20], "prompt": "w30"}
+    assert PromptEncoder(tokenizer, 100, is_replay=True)(row).ids == [10, 20]
+    online = PromptEncoder(tokenizer, 100)(row)
+    assert online.ids == [2, 30]
+    assert online.columns == {"prompt_ids": [10, 20]}
+    check_rows([{"prompt_ids": [], "prompt": "w30"}])
 
 
 def test_conversations_go_through_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -47,6 +57,31 @@ def test_long_prompts_lose_their_beginning_but_not_bos(tokenizer: PreTrainedToke
     assert prompt.cut_tokens == 2
 
 
+@pytest.mark.parametrize(
+    ("longest", "ids"),
+    [
+        (12, [2, 12, 4, 10, 60, 11, 5, 10, 61, 11]),
+        (7, [2, 12, 4, 10, 61, 11]),
+        (5, [2, 4, 10, 61, 11]),
+    ],
+)
+def test_long_conversations_lose_their_earliest_turns_and_never_the_system_message(
+    tokenizer: PreTrainedTokenizerBase, longest: int, ids: list[int]
+) -> None:
+    with_roles = copy.deepcopy(tokenizer)
+    with_roles.chat_template = (
+        "{{ '<bos>' }}{% for message in messages %}"
+        "{{ {'system': ' w12 ', 'user': ' w10 ', 'assistant': ' '}[message.role] + message.content }}"
+        "{% if message.role == 'user' %}{{ ' w11' }}{% endif %}{% endfor %}"
+    )
+    turns = [("system", "w4"), ("user", "w60"), ("assistant", "w5"), ("user", "w61")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    prompt = PromptEncoder(with_roles, longest)({"prompt": messages})
+    assert prompt.ids == ids
+    assert prompt.cut_tokens == 10 - len(ids)
+    assert prompt.messages == messages
+
+
 def test_other_columns_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     row = {"prompt": "w10", "answer": "42", "difficulty": 3}
     assert PromptEncoder(tokenizer, 9)(row).columns == {"answer": "42", "difficulty": 3}
@@ -60,13 +95,20 @@ def test_other_columns_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
         ([{"prompt": []}], "row 1: prompt must be"),
         ([{"prompt": 3}], "row 1: prompt must be"),
         ([{"prompt": [{"content": "x"}]}], "role and content"),
-        ([{"prompt_ids": []}], "prompt_ids is empty"),
+        ([{"prompt_ids": [4]}], "row 1: prompt must be"),
         (["text"], "not a mapping"),
     ],
 )
 def test_unusable_rows_are_refused_by_number(rows: list[Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         check_rows(rows)
+
+
+def test_rows_that_cannot_be_replayed_are_refused_by_number() -> None:
+    with pytest.raises(InvalidRequestError, match="row 1: prompt_ids is empty"):
+        check_rows([{"prompt_ids": [], "completion_ids": [[4]]}], is_replay=True)
+    with pytest.raises(InvalidRequestError, match=r"row 1: .*give reward_funcs, or rows with"):
+        check_rows([{"prompt": "w10"}], is_replay=True)
 
 
 def test_json_lines_are_read_and_bad_ones_named(tmp_path: Path) -> None:

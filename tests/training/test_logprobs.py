@@ -40,6 +40,19 @@ def test_a_sequence_has_the_same_sum_alone_and_beside_longer_ones() -> None:
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
 
+def test_bfloat16_is_used_when_asked_for_and_only_then(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    model, pairs = make_model(scale=0.3), [TokenPair([2, 7], [9, 30, 12, 3])]
+    seen: list[torch.dtype] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
+    exact = all_logps(model, pairs, collate=COLLATE, vocabulary=64)
+    rounded = all_logps(model, pairs, collate=COLLATE, vocabulary=64, is_bf16=True)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0)
+
+
 def test_padding_and_end_tokens_inside_a_completion_count_like_any_other(
     make_model: Callable[..., LlamaForCausalLM],
 ) -> None:

@@ -1,22 +1,32 @@
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dar.training.loss import dar_loss, importance_weights, normalized_advantages
+from dar.rewards.base import SampleReward
+from dar.training.data import TokenPair
+from dar.training.loss import (
+    MAX_LOG_WEIGHT,
+    dar_loss,
+    importance_weights,
+    normalized_advantages,
+)
+from dar.training.metrics import step_metrics
+from dar.training.steps import ScoredStep
 
 
 def tensor(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def names(cases: list[dict[str, Any]]) -> list[str]:
+def case_names(cases: list[dict[str, Any]]) -> list[str]:
     return [case["name"] for case in cases]
 
 
 def test_all_golden_cases_are_here(weight_cases: list[dict[str, Any]]) -> None:
-    assert len(set(names(weight_cases))) == 15
+    assert len(set(case_names(weight_cases))) == 15
 
 
 @pytest.mark.parametrize("index", range(15))
@@ -54,8 +64,78 @@ def test_weights_and_loss_agree_with_the_golden_figures(
         torch.testing.assert_close(
             policy_PK.grad[row], tensor(expected["dloss_dpolicy_logps"][row]), **tolerance
         )
+        torch.testing.assert_close(
+            -weights_PK[row] * policy_PK[row].detach(),
+            tensor(expected["per_sequence_losses"][row]),
+            **tolerance,
+        )
     tolerance = {"rtol": 1e-3} if case["name"] == "reward_scale_extremes" else {"rtol": 1e-5}
     torch.testing.assert_close(loss.detach(), tensor(expected["loss"]), atol=1e-6, **tolerance)
+
+
+METRICS = {
+    f"dar/{name}": f"dar/{name}"
+    for name in (
+        "rewards_mean", "rewards_std", "advantages_mean", "advantages_std", "weights_mean", "weights_max",
+        "weights_clip_fraction", "logps_policy", "logps_ref", "logps_behavior", "loss",
+    )
+}  # fmt: skip
+ON_POLICY_METRICS = METRICS | {"dar/kl_from_ref": "dar/kl_ref"}
+"""The golden figure is that of the policy, and ours that of what sampled."""
+
+
+@pytest.mark.parametrize("index", range(15))
+def test_metrics_agree_with_the_golden_figures(
+    weight_cases: list[dict[str, Any]], index: int
+) -> None:
+    case = weight_cases[index]
+    inputs, expected = case["inputs"], case["expected"]
+    count = inputs["B"] * inputs["K"]
+    behavior = inputs["behavior_logps"] or inputs["policy_logps"]
+    step = ScoredStep(
+        number=1,
+        epoch=1.0,
+        prompts=[],
+        pairs=[TokenPair([2], [4])] * count,
+        texts=[""] * count,
+        finish_reasons=["stop"] * count,
+        rewards=[SampleReward(r, "reward", None, {}) for row in inputs["rewards"] for r in row],
+        behavior_logps_B=tensor(behavior).flatten(),
+        ref_logps_B=tensor(inputs["ref_logps"]).flatten() * (not inputs["reference_free"]),
+    )
+    step.valid_B[:] = True
+    step.advantages_B = tensor(expected["advantages"]).flatten()
+    step.weights_B = tensor(expected["weights"]).flatten()
+    step.policy_logps_B = tensor(inputs["policy_logps"]).flatten()
+
+    values = step_metrics(step, clip=inputs["dar_wclip"])
+
+    names = ON_POLICY_METRICS if inputs["behavior_logps"] is None else METRICS
+    for golden, name in names.items():
+        assert values[name] == pytest.approx(expected["metrics"][golden], rel=1e-5, abs=1e-5), name
+    weights = step.weights_B.double()
+    share = weights.sum() ** 2 / (weights**2).sum() / count
+    assert values["dar/effective_sample_size"] == pytest.approx(share.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("index", range(15))
+def test_both_terms_of_the_log_weight_agree_with_the_golden_figures(
+    weight_cases: list[dict[str, Any]], index: int
+) -> None:
+    inputs, expected = weight_cases[index]["inputs"], weight_cases[index]["expected"]
+    ref_PK = tensor(inputs["ref_logps"]) * (not inputs["reference_free"])
+    behavior_PK = tensor(inputs["behavior_logps"] or inputs["policy_logps"])
+    strengths = {"alpha": inputs["alpha"], "beta": inputs["beta"], "clip": math.inf}
+    none_PK = torch.zeros_like(ref_PK)
+    for name, weights_PK in (
+        ("log_reg_weight", importance_weights(none_PK, ref_PK, behavior_PK, **strengths)),
+        (
+            "log_adv_weight",
+            importance_weights(tensor(expected["advantages"]), none_PK, none_PK, **strengths),
+        ),
+    ):
+        expected_PK = tensor(expected[name]).clamp(max=MAX_LOG_WEIGHT).exp()
+        torch.testing.assert_close(weights_PK, expected_PK, rtol=1e-4, atol=1e-6)
 
 
 def test_leave_one_out_scales_advantages_by_k_over_k_minus_one() -> None:
@@ -93,6 +173,11 @@ def test_huge_log_weights_are_clipped_and_never_overflow() -> None:
         tensor([1e30, -1e30]), torch.zeros(2), torch.zeros(2), alpha=0, beta=1e-3, clip=20
     )
     assert weights.tolist() == [20, 0]
+    unclipped = importance_weights(
+        tensor([1e30]), torch.zeros(1), torch.zeros(1), alpha=0, beta=1e-3, clip=math.inf
+    )
+    assert unclipped.isfinite().all()
+    assert unclipped.item() > 1e38
 
 
 def test_no_gradient_flows_through_the_weights() -> None:

@@ -194,6 +194,22 @@ def test_a_stop_string_ends_a_completion_as_soon_as_it_contains_it(
     assert hits > 30
 
 
+def test_a_stop_string_of_several_tokens_ends_a_completion(
+    make_model: Callable[..., LlamaForCausalLM],
+    sampler: Callable[..., Sampler],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    completions = sampler().sample(make_model(), PROMPTS, step=1)
+    row = next(i for i, completion in enumerate(completions) if min(completion.ids[:6]) > 3)
+    plain = completions[row]
+    stop = tokenizer.decode(plain.ids[2:6], skip_special_tokens=True)
+    stopped = sampler(stop=[stop]).sample(make_model(), PROMPTS, step=1)[row]
+    assert len(stop.split()) == 4
+    assert stopped.ids[:5] == plain.ids[:5]
+    assert len(stopped.ids) == 6
+    assert stopped.finish_reason == "stop"
+
+
 def test_prompt_and_completion_stay_within_the_longest_sequence(
     make_model: Callable[..., LlamaForCausalLM], sampler: Callable[..., Sampler]
 ) -> None:

@@ -1,3 +1,4 @@
+import copy
 import math
 import subprocess
 import sys
@@ -7,73 +8,23 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol import metrics as registry
 from dar.training import DARConfig, DARTrainer
 from dar.training.loading import add_adapter
 
-SEED_METRICS = {
-    "dar/rewards_mean", "dar/rewards_std", "dar/advantages_mean", "dar/advantages_std", "dar/weights_mean",
-    "dar/weights_max", "dar/logps_policy", "dar/logps_ref", "dar/logps_behavior", "dar/loss",
-}  # fmt: skip
-
 
 def weights_of(trainer: DARTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def replayed_rows(case: dict[str, Any], k: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt_ids": case["prompt_ids"][row],
-            "completion_ids": case["completion_ids"][row : row + k],
-            "rewards": case["rewards"][row : row + k],
-        }
-        for row in range(0, len(case["rewards"]), k)
-    ]
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_golden_cases_give_the_golden_loss_and_gradients(
-    end_to_end: dict[str, Any],
-    golden_model: Callable[[str], LlamaForCausalLM],
-    config: Callable[..., DARConfig],
-    tokenizer: PreTrainedTokenizerBase,
-    sink: Any,
-    index: int,
-) -> None:
-    case = end_to_end["cases"][index]
-    names = ("alpha", "beta", "dar_k", "dar_wclip", "adv_norm")
-    settings = {name: case["config"][name] for name in names}
-    norms: dict[str, float] = {}
-
-    class Trainer(DARTrainer):
-        def training_step(self, model: nn.Module, *rest: Any) -> torch.Tensor:
-            loss = super().training_step(model, *rest)
-            norms.update({n: p.grad.norm().item() for n, p in model.named_parameters()})
-            return loss
-
-    trainer = Trainer(
-        golden_model("policy"),
-        config(per_device_train_batch_size=4, max_steps=1, **settings),
-        replayed_rows(case, settings["dar_k"]),
-        processing_class=tokenizer,
-        ref_model=golden_model("ref"),
-        sink=sink,
-    )
-    trainer.train()
-
-    report = sink.reports[1]
-    for name, expected in case["metrics"].items():
-        if name in report:
-            assert report[name] == pytest.approx(expected, rel=1e-4, abs=1e-4), name
-    assert report.keys() >= SEED_METRICS
-    assert report["dar/loss"] == pytest.approx(case["loss"], rel=1e-4)
-    assert report["train/grad_norm"] == pytest.approx(case["total_grad_norm"], rel=1e-4)
-    assert norms == pytest.approx(case["grad_norms"], rel=1e-4)
 
 
 def test_the_reward_rises(
@@ -330,30 +281,6 @@ def test_completions_that_cannot_fit_the_model_are_refused(
         train(settings={"max_new_tokens": 128})
 
 
-def test_offline_rows_with_another_number_of_completions_are_refused(
-    train: Callable[..., DARTrainer],
-) -> None:
-    rows = [{"prompt": "w10", "completion_ids": [[4], [5]], "rewards": [1.0, 0.0]}]
-    with pytest.raises(InvalidRequestError, match="needs 4 completion_ids"):
-        train(train_dataset=rows, reward_funcs=None)
-
-
-def test_stored_behavior_log_probabilities_are_used(
-    train: Callable[..., DARTrainer], sink: Any
-) -> None:
-    row = {
-        "prompt": "w10",
-        "completion_ids": [[4], [5]],
-        "rewards": [1.0, None],
-        "behavior_logps": [-7.0, -9.0],
-    }
-    rows = [row, row | {"rewards": [1.0, 0.0]}]
-    settings = {"dar_k": 2, "max_steps": 1, "per_device_train_batch_size": 2}
-    train(train_dataset=rows, reward_funcs=None, sink=sink, settings=settings)
-    assert sink.reports[1]["dar/logps_behavior"] == -8
-    assert sink.reports[1]["rewards/missing_fraction"] == 0.25
-
-
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, dar.training; assert 'torch' not in sys.modules; dir(dar.training)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -378,6 +305,60 @@ def test_models_that_cannot_be_told_positions_are_refused(
     model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(TrainingError, match="BloomForCausalLM takes no position_ids"):
         DARTrainer(model, config(), prompts, reward, processing_class=tokenizer)
+
+
+def test_models_whose_cache_cannot_be_repeated_are_refused_before_the_first_step(
+    train: Callable[..., DARTrainer], sink: Any
+) -> None:
+    hybrid = Qwen3NextConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_key_heads=1,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, intermediate_size=16,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="Qwen3NextForCausalLM cannot be sampled") as caught:
+        train(model=Qwen3NextForCausalLM(hybrid), sink=sink)
+    assert caught.value.param == "model"
+    assert sink.phases == []
+
+
+@pytest.mark.parametrize("modules", ["(", "no_such_module"])
+def test_adapters_for_modules_that_are_none_are_refused(
+    make_model: Callable[..., LlamaForCausalLM], modules: str
+) -> None:
+    with pytest.raises(TrainingError, match="does not fit the model") as caught:
+        add_adapter(make_model(), LoraConfig(target_modules=modules, task_type="CAUSAL_LM"))
+    assert caught.value.param == "method.dar.peft.target_modules"
+
+
+def test_a_padding_token_beyond_the_vocabulary_changes_nothing(
+    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: Any
+) -> None:
+    enlarged = copy.deepcopy(tokenizer)
+    enlarged.add_special_tokens({"pad_token": "<new>"})
+    assert enlarged.pad_token_id == 64
+    train(processing_class=enlarged, sink=sink, settings={"max_steps": 1})
+    assert 1 in sink.reports
+
+
+def test_a_conversation_that_the_template_refuses_is_named_before_the_first_step(
+    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: Any
+) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('no such role') }}{% endif %}w10"
+    )
+    rows = [{"prompt": [{"role": role, "content": "w4"}]} for role in ("user",) * 19 + ("tool",)]
+    with pytest.raises(InvalidRequestError, match=r"row 20: .*no such role"):
+        train(train_dataset=rows, processing_class=strict, sink=sink)
+    assert sink.phases == []
+
+
+def test_evaluating_and_predicting_are_refused(train: Callable[..., DARTrainer]) -> None:
+    trainer = train(settings={"max_steps": 1})
+    for refused in (trainer.evaluate, trainer.predict):
+        with pytest.raises(InvalidRequestError, match="labelled data"):
+            refused([])
 
 
 def test_an_adapter_keeps_its_own_dropout_and_gets_no_second_adapter(
