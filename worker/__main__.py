@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import structlog
 
 from dar.errors import ConfigurationError
-from dar.settings import Settings
+from dar.settings import Settings, load_settings
 from worker.app import Process
 from worker.folders import SlotFolder
 from worker.identity import slot_held
@@ -57,9 +57,9 @@ def main(command: Sequence[str] = TRAINER_COMMAND) -> int:
     Returns:
         The exit code: 0 after a clean stop, 78 when the configuration forbids a start.
     """
-    settings = Settings()
-    start_logging(settings.log_level)
     try:
+        settings = load_settings()
+        start_logging(settings.log_level)
         key = worker_key(settings)
         folder = SlotFolder.of(settings.work_path, settings.slot)
         broker_url = None if settings.broker_url is None else settings.broker_url.get_secret_value()

@@ -1,9 +1,10 @@
 """The worker's side of ``/v1/worker``: one method per route, and patience with a service that is away."""
 
+import contextlib
 import gzip
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
@@ -12,7 +13,13 @@ import httpx2
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from dar.errors import DARError, ServiceConnectionError, ServiceUnavailableError, error_from_body
+from dar.errors import (
+    DARError,
+    NotFoundError,
+    ServiceConnectionError,
+    ServiceUnavailableError,
+    error_from_body,
+)
 from dar.protocol.worker import (
     AttemptOf,
     BatchAck,
@@ -29,6 +36,7 @@ from dar.protocol.worker import (
     RegisterCheckpoint,
     Release,
 )
+from worker.wire import encode
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +49,8 @@ COMMIT_SECONDS = 600.0
 DIRECTIVES_WAIT_SECONDS = 20
 LOOK_SECONDS = 0.1
 """How often a pause looks whether it should be given up."""
+BROKEN_ANSWERS = 10
+"""HTTP 500s in a row, over a minute and a half, after which a call is not repeated any more."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 Answer = TypeVar("Answer")
@@ -49,6 +59,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 class GaveUpError(Exception):
     """A call was not repeated any more, because nobody waits for its answer."""
+
+
+class ServiceBrokenError(DARError):
+    """The service failed at a request (HTTP 500), and may well fail at it for ever."""
+
+
+class MissingError(DARError):
+    """The service lacks a file or a checkpoint of a lease."""
+
+    code = "missing"
+    retryable = False
 
 
 class Backoff:
@@ -91,8 +112,20 @@ def error_of(response: httpx2.Response) -> DARError:
     error = error_from_body(
         response.status_code, body, request_id=response.headers.get("x-request-id")
     )
+    if response.status_code == ServiceBrokenError.status:
+        message = f"{error.message} (request {error.request_id})"
+        error = ServiceBrokenError(message, code=error.error_code, request_id=error.request_id)
     error.retry_after_seconds = _retry_after(response.headers)
     return error
+
+
+@contextlib.contextmanager
+def _of_a_lease() -> Iterator[None]:
+    """What is not found here belongs to a lease. Were it the lease itself, its other calls would say so."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise MissingError(error.message, request_id=error.request_id) from error
 
 
 class WorkerClient:
@@ -147,6 +180,8 @@ class WorkerClient:
     ) -> Answer:
         """Repeat ``call`` until the service answers, with growing pauses.
 
+        A service that is away is waited for however long it takes; one that fails at the call each time is not.
+
         Args:
             call: One of this client's methods with its arguments.
             what: Its name in log lines.
@@ -155,14 +190,16 @@ class WorkerClient:
 
         Raises:
             GaveUpError: ``give_up`` became true first.
+            ServiceBrokenError: The service failed ten times in a row.
             DARError: The service refused, and would refuse again.
         """
-        backoff, give_up = Backoff(longest), give_up or self._give_up
+        backoff, give_up, broken = Backoff(longest), give_up or self._give_up, 0
         while not give_up():
             try:
                 return call()
             except DARError as error:
-                if not error.retryable:
+                broken = broken + 1 if isinstance(error, ServiceBrokenError) else 0
+                if not error.retryable or broken == BROKEN_ANSWERS:
                     raise
                 pause = backoff.next(error.retry_after_seconds)
                 log.warning("repeating", call=what, seconds=round(pause, 1), error=error.message)
@@ -208,7 +245,7 @@ class WorkerClient:
         **options: Unpack[_Options],
     ) -> Model:
         if body is not None:
-            options["content"] = body.model_dump_json()
+            options["content"] = encode(body)
             options["headers"] = {"content-type": "application/json"}
         return self._parse(answer, self._send(method, path, read_seconds=read_seconds, **options))
 
@@ -225,14 +262,15 @@ class WorkerClient:
         response = self._send(
             "POST",
             "/leases/claim",
-            content=claim.model_dump_json(),
+            content=encode(claim),
             headers={"content-type": "application/json"},
         )
         return None if response.status_code == 204 else self._parse(Lease, response)
 
     def inputs(self, lease_id: str) -> Inputs:
         """The files of the attempt."""
-        return self._ask(Inputs, "GET", f"/leases/{lease_id}/inputs")
+        with _of_a_lease():
+            return self._ask(Inputs, "GET", f"/leases/{lease_id}/inputs")
 
     def download(
         self, lease_id: str, name: str, offset: int, take: Callable[[Iterable[bytes]], None]
@@ -242,7 +280,10 @@ class WorkerClient:
         timeout = httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
         path = f"/leases/{lease_id}/inputs/{quote(name)}"
         try:
-            with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+            with (
+                _of_a_lease(),
+                self._http.stream("GET", path, headers=headers, timeout=timeout) as response,
+            ):
                 if not response.is_success:
                     response.read()
                     raise error_of(response)
@@ -294,24 +335,26 @@ class WorkerClient:
         offset: int,
     ) -> CheckpointUpload:
         """Send a part of a checkpoint's file."""
-        return self._ask(
-            CheckpointUpload,
-            "PUT",
-            f"/leases/{lease_id}/checkpoints/{checkpoint_id}/files/{quote(name)}",
-            params={"attempt": attempt, "offset": offset},
-            content=part,
-            headers={"content-type": "application/octet-stream"},
-        )
+        with _of_a_lease():
+            return self._ask(
+                CheckpointUpload,
+                "PUT",
+                f"/leases/{lease_id}/checkpoints/{checkpoint_id}/files/{quote(name)}",
+                params={"attempt": attempt, "offset": offset},
+                content=part,
+                headers={"content-type": "application/octet-stream"},
+            )
 
     def commit(self, lease_id: str, checkpoint_id: str, attempt: int) -> CheckpointUpload:
         """Have the service verify a checkpoint and show it."""
-        return self._ask(
-            CheckpointUpload,
-            "POST",
-            f"/leases/{lease_id}/checkpoints/{checkpoint_id}/commit",
-            AttemptOf(attempt=attempt),
-            read_seconds=COMMIT_SECONDS,
-        )
+        with _of_a_lease():
+            return self._ask(
+                CheckpointUpload,
+                "POST",
+                f"/leases/{lease_id}/checkpoints/{checkpoint_id}/commit",
+                AttemptOf(attempt=attempt),
+                read_seconds=COMMIT_SECONDS,
+            )
 
     def end(self, lease_id: str, verdict: Complete | Fail | Release) -> Outcome:
         """Say how the attempt ended."""

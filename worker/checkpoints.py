@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 PART_BYTES = 8 * 1024**2
 UPLOAD_ATTEMPTS = 5
-"""Times that an upload is begun again after the service and we disagreed about it."""
+"""Times that an upload is begun without getting on, because the service and we disagree about it."""
 LOOK_SECONDS = 0.5
 
 
@@ -82,10 +82,14 @@ class CheckpointUploader:
         register = RegisterCheckpoint(
             attempt=self._lease.attempt, manifest=manifest, manifest_sha256=row.manifest_sha256
         )
-        backoff, left = Backoff(), UPLOAD_ATTEMPTS
+        backoff, left, most = Backoff(), UPLOAD_ATTEMPTS, 0
         while True:
             try:
-                return self._upload_once(folder, register, len(content))
+                upload = self._register(register)
+                arrived = sum(upload.received.values())
+                if arrived > most:  # more than ever before, so that this cannot go on for ever
+                    backoff, left, most = Backoff(), UPLOAD_ATTEMPTS, arrived
+                return self._upload_rest(folder, register, upload, len(content))
             except FencedError:
                 raise
             except (
@@ -99,11 +103,19 @@ class CheckpointUploader:
                     ) from error
                 self._state.over.wait(backoff.next())
 
-    def _upload_once(self, folder: Path, register: RegisterCheckpoint, manifest_bytes: int) -> str:
-        lease_id, attempt = self._lease.lease_id, self._lease.attempt
-        upload = self._client.persist(
-            lambda: self._client.register(lease_id, register), "register checkpoint"
+    def _register(self, register: RegisterCheckpoint) -> CheckpointUpload:
+        return self._client.persist(
+            lambda: self._client.register(self._lease.lease_id, register), "register checkpoint"
         )
+
+    def _upload_rest(
+        self,
+        folder: Path,
+        register: RegisterCheckpoint,
+        upload: CheckpointUpload,
+        manifest_bytes: int,
+    ) -> str:
+        lease_id, attempt = self._lease.lease_id, self._lease.attempt
         if upload.status == "pending":
             files = list(register.manifest.files)
             if MANIFEST_NAME in upload.received:

@@ -39,10 +39,20 @@ class AttemptRecord(BaseModel):
     attempt: int
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` so that a reader sees the old content or the new one, never a part."""
+def write_atomically(path: Path, content: bytes, *, is_durable: bool = False) -> None:
+    """Replace ``path`` so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: The file.
+        content: All of it.
+        is_durable: That holds after a power loss too.
+    """
     fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    fresh.write_bytes(content)
+    with fresh.open("wb") as file:
+        file.write(content)
+        if is_durable:
+            file.flush()
+            os.fsync(file.fileno())
     fresh.replace(path)
 
 

@@ -7,16 +7,16 @@ from datetime import UTC, datetime, timedelta
 import structlog
 
 from dar.errors import ConflictError, DARError
-from worker.api import WorkerClient
+from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.sender import send_batch
-from worker.spool import SpoolDamagedError, SpoolReader
+from worker.spool import SpoolDamagedError, SpooledRow, SpoolReader
 from worker.trainer import kill_leftover
 
 log = structlog.get_logger(__name__)
 
-REFUSED_KEPT = timedelta(days=7)
-"""How long rows that the service refuses stay on disk."""
+KEPT_ASIDE = timedelta(days=7)
+"""How long rows that cannot be sent stay on disk."""
 
 
 def sweep_processes(folder: SlotFolder) -> None:
@@ -46,7 +46,7 @@ class Leftovers:
         self._client = client
         self._active = active
         self._pause_seconds = pause_seconds
-        self._refused: set[AttemptFolder] = set()
+        self._aside: set[AttemptFolder] = set()
         self._wake = threading.Event()
         self._stopped = False
 
@@ -65,22 +65,16 @@ class Leftovers:
             self._wake.clear()
             try:
                 self.sweep()
-            except DARError as error:
-                log.info("rows of earlier attempts wait", error=error.message)
             except Exception:  # outermost frame of a thread that must not end before its worker
                 log.exception("leftovers could not be swept")
             self._wake.wait(self._pause_seconds)
 
     def sweep(self) -> None:
-        """One pass over all attempts that are over.
-
-        Raises:
-            DARError: The service is away; another pass will do.
-        """
+        """One pass over all attempts that are over; waits for a service that is away."""
         for attempt in self._folder.all_attempts():
             if self._stopped:
                 return
-            if attempt == self._current() or attempt in self._refused:
+            if attempt == self._current() or attempt in self._aside:
                 continue
             record = attempt.read_record()
             if record is None or self._send(attempt, record):
@@ -95,21 +89,29 @@ class Leftovers:
         reader = SpoolReader(attempt.spool)
         facts = {"job": record.job_id, "attempt": record.attempt}
         try:
-            while not self._stopped and (rows := send_batch(reader, self._client, record)):
+            while rows := self._send_some(reader, record):
                 log.info("sent rows of an earlier attempt", rows=len(rows), **facts)
-        except SpoolDamagedError as error:
-            log.warning("rest of a spool is unreadable", error=error.message, **facts)
+        except GaveUpError:
+            return False
         except DARError as error:
-            if error.retryable:
-                raise
-            return self._refuse(attempt, error, facts)
-        return not self._stopped
+            return self._put_aside(attempt, error, facts)
+        return True
 
-    def _refuse(self, attempt: AttemptFolder, error: DARError, facts: dict[str, object]) -> bool:
-        written_at = datetime.fromtimestamp(attempt.record.stat().st_mtime, UTC)
-        if datetime.now(UTC) - written_at > REFUSED_KEPT:
+    def _send_some(self, reader: SpoolReader, record: AttemptRecord) -> list[SpooledRow]:
+        return self._client.persist(
+            lambda: send_batch(reader, self._client, record),
+            "rows of an earlier attempt",
+            give_up=lambda: self._stopped,
+            longest=self._pause_seconds,
+        )
+
+    def _put_aside(self, attempt: AttemptFolder, error: DARError, facts: dict[str, object]) -> bool:
+        """Leave the rows alone until the worker's next start; returns whether they have lain long enough."""
+        changed_at = datetime.fromtimestamp(attempt.spool.stat().st_mtime, UTC)
+        if datetime.now(UTC) - changed_at > KEPT_ASIDE:
             return True
-        level = "error" if isinstance(error, ConflictError) else "warning"
-        getattr(log, level)("rows of an earlier attempt are refused", error=error.message, **facts)
-        self._refused.add(attempt)
+        is_serious = isinstance(error, ConflictError | SpoolDamagedError)
+        say = log.error if is_serious else log.warning
+        say("rows of an earlier attempt cannot be sent", error=error.message, **facts)
+        self._aside.add(attempt)
         return False

@@ -20,6 +20,7 @@ import orjson
 from dar.errors import DARError
 from dar.protocol.worker import Row
 from worker.folders import read_if_there, write_atomically
+from worker.wire import encode
 
 SEGMENT_BYTES = 4 * 1024**2
 SYNC_SECONDS = 1.0
@@ -32,6 +33,7 @@ class SpoolDamagedError(DARError):
     """A spool holds a line that its writer did not write, or lacks one."""
 
     code = "spool_damaged"
+    retryable = False
 
 
 def frame(payload: bytes) -> bytes:
@@ -131,7 +133,7 @@ class SpoolWriter:
                 raise self._sync_error
             seq = self._next
             row = make(seq, datetime.now(UTC).timestamp())
-            line = frame(row.model_dump_json().encode())
+            line = frame(encode(row))
             if self._size and self._size + len(line) > self._segment_bytes:
                 self._sync()
                 self._file.close()
@@ -225,19 +227,25 @@ class SpoolReader:
     def read(self, max_rows: int = BATCH_ROWS, max_bytes: int = BATCH_BYTES) -> list[SpooledRow]:
         """The rows behind the last acknowledged one, in order; at least one if there is one.
 
+        Those before a damage are still given; it is raised when they are acknowledged.
+
         Args:
             max_rows: Most rows.
             max_bytes: Most bytes of JSON, unless the first row alone has more.
 
         Raises:
-            SpoolDamagedError: A line is damaged or a number is missing.
+            SpoolDamagedError: The next line is damaged or its number is missing.
         """
         self._read, size = [], 0
-        for row in self._following():
-            size += len(row.payload)
-            if self._read and (len(self._read) >= max_rows or size > max_bytes):
-                break
-            self._read.append(row)
+        try:
+            for row in self._following():
+                size += len(row.payload)
+                if self._read and (len(self._read) >= max_rows or size > max_bytes):
+                    break
+                self._read.append(row)
+        except SpoolDamagedError:
+            if not self._read:
+                raise
         return self._read
 
     def _following(self) -> Iterator[SpooledRow]:
@@ -262,10 +270,15 @@ class SpoolReader:
         if seq <= self.acked:
             return
         self.acked = seq
-        write_atomically(self._mark, b"%d" % seq)
+        write_atomically(self._mark, b"%d" % seq, is_durable=True)
         done = [row for row in self._read if row.seq <= seq]
         if done:
             self._at = (done[-1].segment, done[-1].end)
-            for segment in _segments(self._folder):
-                if segment < done[-1].segment:
-                    segment.unlink(missing_ok=True)
+            self._delete_before(done[-1].segment)
+
+    def _delete_before(self, segment: Path) -> None:
+        done = [path for path in _segments(self._folder) if path < segment]
+        if done:
+            _sync_folder(self._folder)  # a power loss must not take the mark and spare the deletion
+        for path in done:
+            path.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 The weights it publishes are a function of the job's seed and the step alone. What else it does stands in the job's
 metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an error), ``seconds`` (per step), ``deaf`` (no order is
-heeded). With ``die`` it kills itself at ``crash_at``.
+heeded), ``metric`` (one more, by that name), ``nul`` (whatever it says holds one). With ``die`` it kills itself at ``crash_at``.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dar.errors import RewardUnavailableError, TrainingError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
+from dar.protocol.samples import SampleRow
 from worker.attempt import How, SpoolSink, StdinControl, leave, main
 from worker.launch import Launch
 
@@ -47,6 +48,28 @@ def publish(launch: Launch, sink: SpoolSink, step: int) -> None:
     sink.checkpoint(step, folder, manifest, hashlib.sha256(text).hexdigest())
 
 
+def say_nul(sink: SpoolSink) -> None:
+    sample = SampleRow(
+        group=0,
+        index=0,
+        prompt="a\0b",
+        completion="c\0d",
+        finish_reason="stop",
+        completion_tokens=1,
+        reward=1.0,
+        reward_status="reward",
+        feedback={"r": "e\0f"},
+        advantage=None,
+        weight=None,
+        logp_policy=None,
+        logp_ref=None,
+        logp_behavior=0.0,
+    )
+    sink.samples(1, [sample])
+    sink.event("info", "an odd\0event", {"k\0": ["v\0"]})
+    raise TrainingError("an odd\0prompt")
+
+
 def begin(launch: Launch, script: dict[str, str]) -> int:
     assert launch.training_file.read_bytes().startswith(b"{")
     assert launch.model_folder is not None
@@ -74,6 +97,9 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     control.begin()
     script = launch.spec.metadata or {}
     every = launch.spec.dar.checkpointing.every_steps or launch.total_steps
+    odd = {script["metric"]: 1.0} if "metric" in script else {}
+    if "nul" in script:
+        say_nul(sink)
     first = begin(launch, script)
     for step in range(first + 1, launch.total_steps + 1):
         sink.phase("training", step)
@@ -81,7 +107,7 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
         request = None if "deaf" in script else control.requested()
         if request == "cancel":
             return "cancelled"
-        sink.metrics(step, {"dar/loss": 1 / step, "dar/rewards_mean": float("nan")})
+        sink.metrics(step, {"dar/loss": 1 / step, "dar/rewards_mean": float("nan")} | odd)
         if step % every == 0 or step == launch.total_steps or request == "drain":
             publish(launch, sink, step)
         if request == "drain":

@@ -47,6 +47,38 @@ def test_an_error_of_the_users_fails_the_job_with_its_parameter(installation: An
     assert job["attempt"] == 1
 
 
+def test_a_nul_is_shown_as_a_replacement_character(installation: Any) -> None:
+    job_id = installation.submit(nul="")
+    installation.start_worker()
+    job = installation.wait(job_id, "succeeded", "failed")
+    assert job["error"]["message"] == "an odd\N{REPLACEMENT CHARACTER}prompt"
+    assert "an odd\N{REPLACEMENT CHARACTER}event" in installation.messages(job_id)
+    (sample,) = installation.api("GET", f"/fine_tuning/jobs/{job_id}/samples")["data"]
+    said = [sample["prompt"], sample["completion"], sample["feedback"]["r"]]
+    assert said == [f"{a}\N{REPLACEMENT CHARACTER}{b}" for a, b in ("ab", "cd", "ef")]
+
+
+def test_rows_that_the_service_refuses_end_the_attempt_with_its_words(own: Any) -> None:
+    own.start_service()
+    job_id = own.submit(steps=1000, every=1000, seconds=0.05, metric="dar/none")
+    own.start_worker()
+    own.until(lambda: any("no metric 'dar/none'" in text for text in own.messages(job_id)))
+    assert own.job(job_id)["status"] == "queued"
+    assert own.trainers() == []
+    assert len(own.attempt_folders()) == 1, "the rows are kept for whoever looks into it"
+
+
+def test_an_input_that_is_gone_is_said(installation: Any) -> None:
+    job_id = installation.submit()
+    file_id = installation.job(job_id)["training_file"]
+    (installation.home / "artifacts" / "files" / file_id).unlink()
+    installation.start_worker()
+    installation.until(
+        lambda: any("is gone" in text for text in installation.messages(job_id)), seconds=10
+    )
+    installation.cancel(job_id)
+
+
 def test_a_reward_service_that_is_down_puts_the_job_back_with_the_reason(installation: Any) -> None:
     job_id = installation.submit(exit="reward")
     installation.start_worker()

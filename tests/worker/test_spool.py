@@ -105,6 +105,27 @@ def test_acknowledged_segments_are_deleted(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_what_was_acknowledged_is_on_the_disk_before_segments_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = written(tmp_path, 50, segment_bytes=1000)
+    reader = SpoolReader(tmp_path)
+    reader.read()
+    synced: list[tuple[str, bool]] = []
+    first, fsync = tmp_path / "000000000001.jsonl", os.fsync
+
+    def watch(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, first.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    reader.ack(50)
+    monkeypatch.undo()
+    assert synced == [(f".tmp-acked-{os.getpid()}", True), (tmp_path.name, True)]
+    assert not first.exists()
+    writer.close()
+
+
 def test_a_row_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
     written(tmp_path, 2).close()
     (segment,) = tmp_path.glob("*.jsonl")
@@ -127,13 +148,16 @@ def test_a_row_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None
     ],
     ids=["wrong checksum", "missing number", "zeros after a power loss"],
 )
-def test_a_damaged_spool_is_not_sent(tmp_path: Path, line: bytes) -> None:
+def test_a_spool_is_read_up_to_a_damage(tmp_path: Path, line: bytes) -> None:
     written(tmp_path, 2).close()
     (segment,) = tmp_path.glob("*.jsonl")
     with segment.open("ab") as file:
         file.write(line)
+    reader = SpoolReader(tmp_path)
+    assert seqs(reader) == [1, 2]
+    reader.ack(2)
     with pytest.raises(SpoolDamagedError):
-        SpoolReader(tmp_path).read()
+        reader.read()
 
 
 def test_a_reader_keeps_up_with_several_writing_threads(tmp_path: Path) -> None:

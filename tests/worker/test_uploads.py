@@ -14,7 +14,7 @@ import pytest
 
 from dar.errors import CheckpointError, FencedError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
-from dar.protocol.worker import CheckpointRow, Fail, Lease
+from dar.protocol.worker import CheckpointRow, CheckpointUpload, Fail, Lease
 from worker import checkpoints
 from worker.api import Backoff, GaveUpError, WorkerClient, error_of
 from worker.checkpoints import CheckpointUploader
@@ -165,6 +165,32 @@ def test_an_upload_that_breaks_goes_on_where_it_was(
     assert proxy.sent < SIZE + 4 * PART, "only what was cut off is sent again"
 
 
+class AnswerLost(WorkerClient):
+    """A client that hears no answer to the parts behind the first, and so sends each again."""
+
+    def put_part(self, *args: Any, offset: int, **options: Any) -> CheckpointUpload:
+        answer = super().put_part(*args, offset=offset, **options)
+        if offset:
+            raise ServiceConnectionError("the answer was lost")
+        return answer
+
+
+def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
+    installation: Any, state: AttemptState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
+    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.01)
+    assert SIZE // PART > checkpoints.UPLOAD_ATTEMPTS
+    with AnswerLost(
+        installation.url, state.lease.token, node="test", give_up=state.is_given_up
+    ) as client:
+        uploader = CheckpointUploader(state, client)
+        uploader.take(publish(state, 2))
+        uploader.finish()
+        uploader.run()
+    assert list(uploader.committed) == [2]
+
+
 def test_local_copies_go_when_a_newer_checkpoint_is_committed(
     installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
@@ -218,11 +244,24 @@ def test_inputs_are_fetched_over_a_broken_network_and_verified(
     assert inputs.model_folder == models / "tiny"
 
 
+def test_a_model_that_is_not_here_comes_from_the_service(
+    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+) -> None:
+    inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
+    assert inputs.model_folder == state.folder.inputs / "model"
+    assert (inputs.model_folder / "config.json").read_text() == "{}"
+
+
 def test_a_model_that_is_nowhere_is_said(
     installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="'tiny' is neither in"):
-        InputFetcher(state, connect(installation.url), tmp_path).fetch()
+    folder = installation.home / "models" / "tiny"
+    aside = folder.rename(tmp_path / "aside")
+    try:
+        with pytest.raises(InputError, match="'tiny' is neither in"):
+            InputFetcher(state, connect(installation.url), tmp_path).fetch()
+    finally:
+        aside.rename(folder)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "."])

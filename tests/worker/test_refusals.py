@@ -1,0 +1,165 @@
+"""Rows that cannot be sent: a spool that is damaged, a service that fails at them each time."""
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dar.protocol.worker import EventRow, Fail
+from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient
+from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
+from worker.leftovers import Leftovers
+from worker.sender import SpoolSender
+from worker.spool import SpoolDamagedError, SpoolReader, SpoolWriter
+from worker.wire import encode
+
+RECORD = AttemptRecord(lease_id="lease-1", job_id="job-1", attempt=1)
+
+
+class Service:
+    """Answers whatever is asked with the statuses it is given, the last one for ever."""
+
+    def __init__(self, *statuses: int) -> None:
+        self.calls = 0
+        self.url = ""
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                status = statuses[min(service.calls, len(statuses) - 1)]
+                service.calls += 1
+                body = b'{"acked_seq": 2}' if status == 200 else b"{}"
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Service, Any]]]:
+    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("worker.api.LONGEST_PAUSE_SECONDS", 0.01)
+    over = threading.Event()
+    timer = threading.Timer(5.0, over.set)  # what would wait for ever fails instead
+    timer.start()
+    made: list[tuple[Service, WorkerClient]] = []
+
+    def connect(*statuses: int) -> tuple[Service, WorkerClient]:
+        service = Service(*statuses)
+        client = WorkerClient(service.url, "key", node="test", give_up=over.is_set)
+        made.append((service, client))
+        return service, client
+
+    yield connect
+    timer.cancel()
+    for service, client in made:
+        client.close()
+        service.close()
+
+
+def said(folder: AttemptFolder, *, is_damaged: bool = False) -> AttemptFolder:
+    folder.create(RECORD)
+    writer = SpoolWriter(folder.spool)
+    for _ in range(2):
+        writer.append(
+            lambda seq, at: EventRow(type="event", seq=seq, at=at, level="info", message="said")
+        )
+    writer.close()
+    if is_damaged:
+        with (folder.spool / "000000000001.jsonl").open("ab") as file:
+            file.write(b"deadbeef {}\n")
+    return folder
+
+
+def batch(client: WorkerClient) -> object:
+    return client.persist(lambda: client.batch("lease-1", 1, [b"{}"]), "batch", longest=0.01)
+
+
+def test_a_call_that_the_service_fails_at_each_time_is_given_up(connect: Any) -> None:
+    service, client = connect(500)
+    with pytest.raises(ServiceBrokenError, match="HTTP 500"):
+        batch(client)
+    assert service.calls == BROKEN_ANSWERS
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_service_that_is_away_is_asked_without_limit(connect: Any, status: int) -> None:
+    service, client = connect(*[status] * (2 * BROKEN_ANSWERS), 200)
+    batch(client)
+    assert service.calls == 2 * BROKEN_ANSWERS + 1
+
+
+def test_only_failures_in_a_row_count(connect: Any) -> None:
+    row = [500] * (BROKEN_ANSWERS - 1)
+    service, client = connect(*row, 503, *row, 200)
+    batch(client)
+    assert service.calls == 2 * BROKEN_ANSWERS
+
+
+def test_a_sender_ends_at_a_damaged_spool_when_all_before_it_is_sent(
+    connect: Any, tmp_path: Path
+) -> None:
+    service, client = connect(200)
+    reader = SpoolReader(said(AttemptFolder(tmp_path), is_damaged=True).spool)
+    sender = SpoolSender(reader, client, RECORD, lambda _: None, 0.01)
+    with pytest.raises(SpoolDamagedError):
+        sender.run()
+    assert (service.calls, reader.acked) == (1, 2)
+
+
+@pytest.mark.parametrize(("status", "is_damaged"), [(200, True), (500, False)])
+def test_rows_that_cannot_be_sent_are_kept_and_hold_up_no_others(
+    connect: Any, tmp_path: Path, status: int, is_damaged: bool
+) -> None:
+    service, client = connect(status)
+    slot = SlotFolder.of(tmp_path, "0")
+    kept = said(slot.attempt("a"), is_damaged=is_damaged)
+    behind = slot.attempt("b")
+    behind.path.mkdir()
+    leftovers = Leftovers(slot, client, lambda: None, 0.01)
+    leftovers.sweep()
+    asked = service.calls
+    leftovers.sweep()
+    assert service.calls == asked, "they are left alone until the next start"
+    assert slot.all_attempts() == [kept]
+    assert list(kept.spool.glob("*.jsonl"))
+    assert not behind.path.exists()
+
+
+def test_stopping_ends_the_wait_for_a_service_that_is_away(connect: Any, tmp_path: Path) -> None:
+    _, client = connect(503)
+    slot = SlotFolder.of(tmp_path, "0")
+    kept = said(slot.attempt("a"))
+    leftovers = Leftovers(slot, client, lambda: None, 0.01)
+    thread = threading.Thread(target=leftovers.run)
+    thread.start()
+    leftovers.stop()
+    thread.join(3)
+    assert not thread.is_alive()
+    assert slot.all_attempts() == [kept]
+
+
+def test_a_message_is_sent_without_nul() -> None:
+    fail = Fail(attempt=1, kind="transient", code="c", message=r"a \u0000 and a" + " \0, \\\0")
+    sent = Fail.model_validate_json(encode(fail))
+    assert (
+        sent.message
+        == r"a \u0000 and a" + " \N{REPLACEMENT CHARACTER}, \\\N{REPLACEMENT CHARACTER}"
+    )
