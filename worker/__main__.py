@@ -14,6 +14,8 @@ from worker.identity import slot_held
 from worker.slot import Slot
 from worker.supervisor import TRAINER_COMMAND
 
+log = structlog.get_logger(__name__)
+
 EXIT_CONFIGURATION = 78
 
 
@@ -64,6 +66,7 @@ def main(command: Sequence[str] = TRAINER_COMMAND) -> int:
         folder = SlotFolder.of(settings.work_path, settings.slot)
         broker_url = None if settings.broker_url is None else settings.broker_url.get_secret_value()
         with slot_held(folder, settings.slot):
+            log.info("worker waits for jobs", service=settings.service_url, slot=settings.slot)
             return Process(Slot(settings, key, folder, command), broker_url).run()
     except ConfigurationError as error:
         sys.stderr.write(f"{error.message}\n")
