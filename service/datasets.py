@@ -118,7 +118,8 @@ def check_for(spec: JobSpec, columns: Mapping[str, Mapping[str, int | None]]) ->
         for name in OWN_SAMPLES
         if name in columns
     ]
-    for index, component in enumerate(spec.dar.rewards.components):
+    components = [] if spec.dar.rewards is None else spec.dar.rewards.components
+    for index, component in enumerate(components):
         path = f"method.dar.rewards.components[{index}].columns"
         for position, name in enumerate(component.columns or ()):
             row = columns[name]["missing"] if name in columns else 1

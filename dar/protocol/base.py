@@ -2,7 +2,33 @@
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def only(value: object) -> BeforeValidator:
+    """Accept just ``value``; the error names it, so that a client knows what to send."""
+
+    def check(given: object) -> object:
+        if given != value or isinstance(given, bool) != isinstance(value, bool):
+            raise PydanticCustomError(
+                "unsupported_value",
+                "this version supports only {supported} here; send that or leave the field out",
+                {
+                    "supported": "null"
+                    if value is None
+                    else repr(value).lower()
+                    if isinstance(value, bool)
+                    else repr(value)
+                },
+            )
+        return given
+
+    return BeforeValidator(check)
 
 
 class Input(BaseModel):

@@ -5,41 +5,13 @@ accepted and then ignored.
 """
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dar.protocol.base import Input
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-COMPONENT_NAME = r"^[a-z][a-z0-9_]{0,31}$"
-RESERVED_COLUMNS = frozenset(
-    {"prompt", "prompts", "completion", "completions", "completion_ids", "messages"}
-)
-
-
-def only(value: object) -> BeforeValidator:
-    """Accept just ``value``; the error names it, so that a client knows what to send."""
-
-    def check(given: object) -> object:
-        if given != value or isinstance(given, bool) != isinstance(value, bool):
-            raise PydanticCustomError(
-                "unsupported_value",
-                "this version supports only {supported} here; send that or leave the field out",
-                {
-                    "supported": "null"
-                    if value is None
-                    else repr(value).lower()
-                    if isinstance(value, bool)
-                    else repr(value)
-                },
-            )
-        return given
-
-    return BeforeValidator(check)
+from dar.protocol.base import Fraction, Input, NonNegative, Positive, only
+from dar.protocol.presets import PRESETS, Preset
+from dar.protocol.reward_spec import Rewards
 
 
 class Hyperparameters(Input):
@@ -55,6 +27,22 @@ class Hyperparameters(Input):
     """Largest weight of a completion."""
     adv_norm: Literal["none", "per_prompt", "batch"] = "none"
     """Normalisation of the advantages after centring."""
+    baseline: Literal["mean", "leave_one_out"] = "leave_one_out"
+    """What a reward is compared with: the mean of its prompt's rewards, or the mean of its siblings'."""
+    log_ratio: Literal["sum", "mean"] = "sum"
+    """log(reference / behavior) of a completion: the sum over its tokens, or the mean."""
+    tie_tolerance: NonNegative = 0.0
+    """Rewards of a prompt that lie within this range are equal: their advantages are 0."""
+    drop_ties: bool = False
+    """Whether prompts whose rewards are all equal are left out of the step."""
+    allow_missing: bool = True
+    """Whether completions without a reward are left out; otherwise one ends the job."""
+    weight_norm: Literal["none", "batch", "per_prompt"] = "none"
+    """Whether weights are divided by their mean, over the step or over the prompt."""
+    min_ess: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Weights are flattened until the effective sample size is this share of the completions; 0 turns it off."""
+    behavior: Literal["sampled", "policy"] = "sampled"
+    """Behavior log-probabilities: of the law that sampled, filters and temperature included, or the policy's own."""
     learning_rate: Positive = 1e-6
     """Peak learning rate."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8
@@ -107,149 +95,10 @@ class Sampling(Input):
         default_factory=list, max_length=16
     )
     """Strings that end a completion as soon as it contains one of them."""
-
-
-def _check_reward_url(url: str) -> str:
-    def refuse(why: str) -> PydanticCustomError:
-        return PydanticCustomError("reward_url", "not a usable reward URL: {why}", {"why": why})
-
-    if any(ch.isspace() or ord(ch) < 0x20 for ch in url):
-        raise refuse("it contains a space or a control character")
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise refuse(str(error)) from None
-    if parts.scheme not in {"http", "https"}:
-        raise refuse("it must start with http:// or https://")
-    if not parts.hostname:
-        raise refuse("it names no host")
-    if port == 0:
-        raise refuse("port 0 cannot be reached")
-    if parts.username is not None or parts.password is not None:
-        raise refuse(
-            "a user name or password does not belong in a URL; it would be kept with the job"
-        )
-    if parts.fragment:
-        raise refuse("a fragment (#…) is never sent to a server")
-    return url
-
-
-RewardURL = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_check_reward_url)]
-
-
-class RewardTimeouts(Input):
-    """Hard limits on waiting for a reward service, in seconds."""
-
-    connect: Annotated[float, Field(gt=0, le=60)] = 5.0
-    """To open a connection."""
-    read: Annotated[float, Field(gt=0, le=600)] = 30.0
-    """Between two pieces of an answer."""
-    attempt: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """For one attempt, from dialling to the last byte."""
-    deadline: Annotated[float, Field(gt=0, le=3600)] = 300.0
-    """For one request over all its attempts and the waits between them."""
-
-
-class RewardRetry(Input):
-    """How transient failures of a reward service are retried."""
-
-    attempts: Annotated[int, Field(ge=1, le=20)] = 4
-    """Attempts in all, the first included."""
-    base: Annotated[float, Field(gt=0, le=60)] = 0.5
-    """Seconds; the wait before attempt n+1 is drawn from 0 to ``base * 2**n``."""
-    cap: Annotated[float, Field(gt=0, le=600)] = 30.0
-    """Longest drawn wait, in seconds."""
-    retry_after_cap: Annotated[float, Field(gt=0, le=600)] = 60.0
-    """Longest wait that a ``Retry-After`` header can ask for, in seconds."""
-
-
-class RewardBatching(Input):
-    """How samples are put together into requests; the completions of one prompt stay together."""
-
-    by: Annotated[Literal["group"], only("group")] = "group"
-    """What is never split over two requests, unless it alone is over the limits."""
-    max_samples: Annotated[int, Field(ge=1, le=256)] = 16
-    """Most samples in one request."""
-    max_bytes: Annotated[int, Field(ge=1024, le=8 * 1024**2)] = 1024**2
-    """Largest body of a request."""
-
-
-class RewardLimits(Input):
-    """How hard a reward service may be driven."""
-
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
-    """Requests in flight at once."""
-
-
-class RewardComponent(Input):
-    """One reward source of a job."""
-
-    name: Annotated[str, Field(pattern=COMPONENT_NAME)]
-    """Unique in the job; names the component's metrics."""
-    kind: Annotated[Literal["http"], only("http")] = "http"
-    """Where the reward comes from."""
-    url: RewardURL
-    """The user's reward service, reached from the worker."""
-    protocol: Annotated[Literal["dar.reward.v1"], only("dar.reward.v1")] = "dar.reward.v1"
-    """What is spoken with it."""
-    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-    """Factor of this component in the sum."""
-    required: Annotated[Literal[True], only(True)] = True
-    """Whether a sample that this component cannot score counts as missing."""
-    clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
-    """Bounds that the raw reward is held to: ``[low, high]``."""
-    normalize: Annotated[Literal["none"], only("none")] = "none"
-    """Normalisation of the raw reward."""
-    batch: RewardBatching = RewardBatching()
-    limits: RewardLimits = RewardLimits()
-    timeouts: RewardTimeouts = RewardTimeouts()
-    retry: RewardRetry = RewardRetry()
-    reply: Annotated[Literal["sync"], only("sync")] = "sync"
-    """How the service may answer."""
-    columns: (
-        Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=64)]
-        | None
-    ) = None
-    """Columns of the training file that are sent along; null: only ``ground_truth``."""
-
-    @field_validator("clip")
-    @classmethod
-    def _ordered(cls, clip: list[float] | None) -> list[float] | None:
-        if clip is not None and not clip[0] < clip[1]:
-            raise PydanticCustomError("clip_order", "the lower bound must be below the upper one")
-        return clip
-
-    @field_validator("columns")
-    @classmethod
-    def _free_names(cls, columns: list[str] | None) -> list[str] | None:
-        for name in columns or ():
-            if name in RESERVED_COLUMNS:
-                raise PydanticCustomError(
-                    "reserved_column",
-                    "{name} is always sent and cannot be named here",
-                    {"name": name},
-                )
-        return columns
-
-
-class Rewards(Input):
-    """Where the rewards of a job come from: the weighted sum of its components."""
-
-    components: Annotated[list[RewardComponent], Field(min_length=1, max_length=16)]
-    combine: Annotated[None, only(None)] = None
-    failure: Annotated[None, only(None)] = None
-
-    @field_validator("components")
-    @classmethod
-    def _unique(cls, components: list[RewardComponent]) -> list[RewardComponent]:
-        names = [component.name for component in components]
-        for name in names:
-            if names.count(name) > 1:
-                raise PydanticCustomError(
-                    "duplicate_name", "two components are named {name}", {"name": name}
-                )
-        return components
+    max_length: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+    """Longest prompt and completion together, in tokens; null: the model's context."""
+    max_prompt_length: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Longest prompt, in tokens; null: what a completion leaves."""
 
 
 class LoraSpec(Input):
@@ -269,8 +118,20 @@ class LoraSpec(Input):
 class Resources(Input):
     """Hardware of the job."""
 
-    processes: Annotated[int, only(1)] = 1
-    strategy: Annotated[Literal["auto"], only("auto")] = "auto"
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that train together, one for each GPU of the worker's slot."""
+    strategy: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = "auto"
+    """How they share the work: ``ddp`` keeps whole weights in each process, ``fsdp`` and ``zero3`` cut them into shards, ``zero2``
+    cuts gradients and optimizer state; ``auto`` is ``ddp``."""
+
+
+class Evaluation(Input):
+    """How often the policy is tried on the validation file."""
+
+    every_steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Steps between two evaluations; the last step always has one."""
+    max_prompts: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Prompts that are used, from the first; null: all."""
 
 
 class Checkpointing(Input):
@@ -293,20 +154,40 @@ class Limits(Input):
 class DARSpec(Input):
     """A training job by Direct Advantage Regression."""
 
-    preset: Annotated[Literal["default"], only("default")] = "default"
+    preset: Preset = "default"
+    """Where values that are not sent come from: ``default``, ``paper`` or ``reference``."""
     hyperparameters: Hyperparameters = Hyperparameters()
     sampling: Sampling = Sampling()
-    rewards: Rewards
+    rewards: Rewards | None = None
+    """Null: the training file holds completions and their rewards."""
     peft: LoraSpec | None = None
     """Null trains the full weights."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward and backward pass; auto: bf16 on GPUs that have it, else fp32."""
     overlap: Annotated[Literal["none"], only("none")] = "none"
     order: Annotated[Literal["fixed"], only("fixed")] = "fixed"
     resources: Resources = Resources()
     checkpointing: Checkpointing = Checkpointing()
-    evaluation: Annotated[None, only(None)] = None
+    evaluation: Evaluation | None = None
+    """Null: none."""
     limits: Limits = Limits()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _put_preset_behind(cls, given: object) -> object:
+        """Values of the preset stand where the client has sent none."""
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset", "default")
+        values = PRESETS.get(preset) if isinstance(preset, str) else None
+        if values is None:
+            return given
+        filled = dict(given)
+        for name in ("hyperparameters", "sampling"):
+            sent = given.get(name, {})
+            if isinstance(sent, dict):
+                filled[name] = {**getattr(values, name), **sent}
+        return filled
 
 
 class Method(Input):
@@ -326,7 +207,8 @@ class JobSpec(Input):
     """A folder under the models directory, a fine-tuned model, or a hub id (with a slash)."""
     training_file: Annotated[str, Field(min_length=1, max_length=256)]
     """Id of an uploaded file of prompts."""
-    validation_file: Annotated[None, only(None)] = None
+    validation_file: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Id of an uploaded file of prompts that the policy is tried on; see ``method.dar.evaluation``."""
     method: Method
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Fixes data order and sampling; null: the service draws one and records it."""
@@ -349,6 +231,23 @@ class JobSpec(Input):
                 {"count": len(metadata)},
             )
         return metadata
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "JobSpec":
+        dar = self.method.dar
+        if (dar.evaluation is None) != (self.validation_file is None):
+            raise PydanticCustomError(
+                "evaluation_incomplete",
+                "validation_file and method.dar.evaluation belong together; send both or neither",
+            )
+        prompts, processes = dar.hyperparameters.batch_size, dar.resources.processes
+        if prompts % processes:
+            raise PydanticCustomError(
+                "batch_not_divisible",
+                "{processes} processes cannot share a batch_size of {prompts} evenly; send a multiple",
+                {"processes": processes, "prompts": prompts},
+            )
+        return self
 
     @property
     def dar(self) -> DARSpec:

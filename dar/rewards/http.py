@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httpx2
 
 from dar.errors import RewardContractError, RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.protocol.rewards import MAX_REQUEST_BYTES, decode_response
-from dar.protocol.spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.rewards.answers import failure_of, read_answer, refusal_of
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.concurrency import all_of

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-from dar.protocol.spec import RewardRetry
+from dar.protocol.reward_spec import RewardRetry
 
 Kind = Literal["transient", "contract", "name", "refused", "too_large", "permanent"]
 """How a failed attempt is treated.

@@ -22,7 +22,7 @@ from dar.errors import (
     RewardContractError,
     RewardUnavailableError,
 )
-from dar.protocol.spec import COMPONENT_NAME, Rewards, RewardURL
+from dar.protocol.reward_spec import COMPONENT_NAME, Rewards, RewardURL
 from dar.rewards.base import (
     Failed,
     RewardContext,

@@ -1,13 +1,15 @@
 """`DARConfig`: everything that decides how a policy is trained."""
 
+import functools
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from dar.errors import InvalidRequestError
-from dar.training.loss import Normalization
+from dar.protocol.presets import PRESETS, Preset
+from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
 
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "auto_find_batch_size": (False,),
@@ -55,6 +57,49 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
 refused: an option is never accepted and then ignored."""
 
 
+OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
+"""What a job spec calls an optimizer, and transformers' name of it."""
+SCHEDULERS = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",  # what transformers calls "constant" ignores warmup_steps
+}
+"""The same for learning-rate schedules."""
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """What a preset says, as arguments of `DARConfig`.
+
+    Raises:
+        InvalidRequestError: There is no such preset.
+    """
+    if preset not in PRESETS:
+        raise InvalidRequestError(
+            f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}", param="preset"
+        )
+    values = dict(PRESETS[preset].hyperparameters) | dict(PRESETS[preset].sampling)
+    if "batch_size" in values:
+        values["per_device_train_batch_size"] = values.pop("batch_size")
+    if "optim" in values:
+        values["optim"] = OPTIMIZERS[values["optim"]]
+    if "lr_scheduler_type" in values:
+        values["lr_scheduler_type"] = SCHEDULERS[values["lr_scheduler_type"]]
+    return values
+
+
+def _with_presets(cls: type["DARConfig"]) -> type["DARConfig"]:
+    """Let ``preset`` stand behind every argument that is not given."""
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: "DARConfig", *args: Any, **given: Any) -> None:  # noqa: ANN401 - the fields of the class
+        plain(self, *args, **(preset_values(given.get("preset", "default")) | given))
+
+    cls.__init__ = init  # type: ignore[method-assign]  # only the defaults change
+    return cls
+
+
+@_with_presets
 @dataclass
 class DARConfig(TrainingArguments):
     """Arguments of `dar.DARTrainer`: those of `transformers.TrainingArguments` and DAR's own.
@@ -63,12 +108,19 @@ class DARConfig(TrainingArguments):
     ``per_device_train_batch_size * gradient_accumulation_steps`` prompts, and how that product is split changes the
     result by no more than rounding (in bfloat16, now and then a token): the completions of a step are sampled and scored together, and forward passes are cut to fit the memory.
 
-    The defaults are those of a job spec (`dar.protocol.spec`).
+    The defaults are those of a job spec (`dar.protocol.spec`); ``preset`` puts others in their place
+    (`dar.protocol.presets`), and what is given beside it goes before both.
 
     Raises:
         InvalidRequestError: A value is out of range, or an option is set that would have no effect.
     """
 
+    preset: Preset = field(
+        default="default",
+        metadata={
+            "help": "Where arguments that are not given come from: default, paper or reference."
+        },
+    )
     alpha: float = field(
         default=0.1, metadata={"help": "Pull towards the reference, in units of reward."}
     )
@@ -81,6 +133,41 @@ class DARConfig(TrainingArguments):
     adv_norm: Normalization = field(
         default="none",
         metadata={"help": "Normalisation after centring: none, per_prompt or batch."},
+    )
+    baseline: Baseline = field(
+        default="leave_one_out",
+        metadata={"help": "What a reward is compared with: the mean, or the mean of its siblings."},
+    )
+    log_ratio: LogRatio = field(
+        default="sum",
+        metadata={
+            "help": "log(reference / behavior) of a completion: sum over its tokens, or mean."
+        },
+    )
+    tie_tolerance: float = field(
+        default=0.0,
+        metadata={"help": "Rewards of a prompt that lie within this range are equal."},
+    )
+    drop_ties: bool = field(
+        default=False, metadata={"help": "Leave out prompts whose rewards are all equal."}
+    )
+    allow_missing: bool = field(
+        default=True,
+        metadata={"help": "Leave out completions without a reward; otherwise training ends."},
+    )
+    weight_norm: WeightNormalization = field(
+        default="none",
+        metadata={"help": "Divide weights by their mean over the step or the prompt."},
+    )
+    min_ess: float = field(
+        default=0.0,
+        metadata={"help": "Flatten weights until the effective sample size is this share; 0: off."},
+    )
+    behavior: Behavior = field(
+        default="sampled",
+        metadata={
+            "help": "Behavior log-probabilities: of the sampled law, or the policy's at T=1."
+        },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest completion, in tokens."})
     temperature: float = field(
@@ -138,6 +225,16 @@ class DARConfig(TrainingArguments):
                 self.adv_norm in ("none", "per_prompt", "batch"),
                 "none, per_prompt or batch",
             ),
+            ("baseline", self.baseline in get_args(Baseline), "mean or leave_one_out"),
+            ("log_ratio", self.log_ratio in get_args(LogRatio), "sum or mean"),
+            ("tie_tolerance", 0 <= self.tie_tolerance < math.inf, "at least 0"),
+            (
+                "weight_norm",
+                self.weight_norm in get_args(WeightNormalization),
+                "none, batch or per_prompt",
+            ),
+            ("min_ess", 0 <= self.min_ess < 1, "at least 0 and below 1"),
+            ("behavior", self.behavior in get_args(Behavior), "sampled or policy"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 < self.temperature < math.inf, "above 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),

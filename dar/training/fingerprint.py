@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from dar.protocol.spec import Rewards
+from dar.protocol.reward_spec import Rewards
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.training.checkpoint import digest
 from dar.training.config import DARConfig

@@ -12,19 +12,15 @@ from transformers.utils import logging as transformers_logging
 from dar.errors import TrainingError
 from dar.protocol.spec import DARSpec, JobSpec
 from dar.training import loading
-from dar.training.config import DARConfig
+from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data import read_rows
 from dar.training.sink import Control, Sink
 from dar.training.trainer import DARTrainer
 
 Ending = Literal["finished", "drained", "cancelled"]
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
-SCHEDULERS = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant_with_warmup",  # what transformers calls "constant" ignores warmup_steps
-}
+RENAMED = {"batch_size", "max_steps", "n_epochs", "lr_scheduler_type", "optim"}
+"""Hyperparameters of a job spec that `DARConfig` has by another name."""
 CHECKPOINTS_PER_JOB = 20
 """How many checkpoints a job gets when its spec does not say."""
 
@@ -124,22 +120,13 @@ def job_config(inputs: JobInputs) -> DARConfig:
     hyper, sampling = spec.hyperparameters, spec.sampling
     return DARConfig(
         output_dir=str(inputs.work_dir),
-        alpha=hyper.alpha,
-        beta=hyper.beta,
-        dar_k=hyper.dar_k,
-        dar_wclip=hyper.dar_wclip,
-        adv_norm=hyper.adv_norm,
+        preset=spec.preset,
+        **hyper.model_dump(exclude=RENAMED),
         **sampling.model_dump(),
-        learning_rate=hyper.learning_rate,
         per_device_train_batch_size=hyper.batch_size,
         max_steps=inputs.total_steps,
-        warmup_steps=hyper.warmup_steps,
         lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler_type],
-        weight_decay=hyper.weight_decay,
-        max_grad_norm=hyper.max_grad_norm,
         optim=OPTIMIZERS[hyper.optim],
-        adam_beta1=hyper.adam_beta1,
-        adam_beta2=hyper.adam_beta2,
         bf16=_is_bf16(spec),
         use_cpu=not torch.cuda.is_available(),
         seed=inputs.seed,

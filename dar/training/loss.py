@@ -29,6 +29,9 @@ from torch import Tensor
 
 Normalization = Literal["none", "per_prompt", "batch"]
 Baseline = Literal["mean", "leave_one_out"]
+LogRatio = Literal["sum", "mean"]
+WeightNormalization = Literal["none", "batch", "per_prompt"]
+Behavior = Literal["sampled", "policy"]
 
 MAX_LOG_WEIGHT = 88.0
 """Exponents are held at this, so that no weight overflows before it is clipped: float32 ends at e^88.72."""

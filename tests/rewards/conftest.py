@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
-from dar.protocol.spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
+from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.rewards.base import RewardContext, RewardResult, RewardSample
 from dar.rewards.http import HttpOptions, HttpReward
 

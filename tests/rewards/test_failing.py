@@ -17,7 +17,7 @@ import orjson
 import pytest
 
 from dar.errors import RewardMisconfiguredError
-from dar.protocol.spec import RewardBatching, RewardRetry
+from dar.protocol.reward_spec import RewardBatching, RewardRetry
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http import HttpOptions, HttpReward
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from dar.protocol.spec import RewardRetry
+from dar.protocol.reward_spec import RewardRetry
 from dar.rewards.answers import failure_of
 from dar.rewards.retry import RETRIES, AttemptFailedError, Kind, RetrySchedule, parse_retry_after
 

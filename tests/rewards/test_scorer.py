@@ -16,7 +16,7 @@ from dar.errors import (
     RewardMisconfiguredError,
     RewardUnavailableError,
 )
-from dar.protocol.spec import Rewards
+from dar.protocol.reward_spec import Rewards
 from dar.rewards.base import (
     Failed,
     RewardContext,

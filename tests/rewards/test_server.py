@@ -20,7 +20,7 @@ import httpx2
 import pytest
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
-from dar.protocol.spec import RewardRetry
+from dar.protocol.reward_spec import RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.http import HttpOptions, HttpReward
 from dar.rewards.scorer import scorer_from_functions

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dar.errors import CheckpointError, InvalidRequestError, TrainingError
 from dar.protocol.checkpoints import Manifest
-from dar.protocol.spec import Rewards
+from dar.protocol.reward_spec import Rewards
 from dar.training import DARTrainer
 from dar.training.checkpoint import publish, verify
 from dar.training.fingerprint import environment, reward_terms

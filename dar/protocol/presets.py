@@ -1,0 +1,71 @@
+"""Presets: named sets of hyperparameters, for job specs and for `dar.DARConfig` alike.
+
+``default`` is what the fields themselves say; how it was chosen stands in ``docs/decisions``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Preset = Literal["default", "paper", "reference"]
+
+_NO_DEPARTURES = {
+    "baseline": "mean",
+    "log_ratio": "sum",
+    "tie_tolerance": 0.0,
+    "drop_ties": False,
+    "allow_missing": False,
+    "weight_norm": "none",
+    "min_ess": 0.0,
+    "behavior": "policy",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PresetValues:
+    """What a preset puts in the place of the defaults, by the names of a job spec."""
+
+    meaning: str
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+PRESETS: Mapping[str, PresetValues] = {
+    "default": PresetValues(
+        "chosen by experiment: leave-one-out baseline, true sampling log-probabilities"
+    ),
+    "paper": PresetValues(
+        "the recipe of arXiv 2602.11523: alpha + beta = 0.05, alpha / (alpha + beta) = 0.1",
+        {
+            **_NO_DEPARTURES,
+            "alpha": 0.005,
+            "beta": 0.045,
+            "dar_k": 4,
+            "dar_wclip": 20.0,
+            "adv_norm": "batch",
+            "learning_rate": 1e-6,
+            "batch_size": 128,
+            "warmup_steps": 15,
+            "lr_scheduler_type": "constant",
+            "optim": "adafactor",
+        },
+        {"temperature": 0.9},
+    ),
+    "reference": PresetValues(
+        "the defaults of the first public trainer, without any departure from it",
+        {
+            **_NO_DEPARTURES,
+            "alpha": 0.1,
+            "beta": 0.1,
+            "dar_k": 2,
+            "dar_wclip": 50.0,
+            "adv_norm": "per_prompt",
+            "learning_rate": 1e-6,
+            "batch_size": 8,
+            "warmup_steps": 0,
+            "lr_scheduler_type": "linear",
+            "optim": "adamw",
+        },
+        {"max_new_tokens": 128, "temperature": 1.0, "max_length": 1024, "max_prompt_length": 512},
+    ),
+}
