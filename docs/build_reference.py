@@ -7,13 +7,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
+import orjson
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from dar.cli.main import app as command_line
 from dar.errors import DARError
 from dar.protocol.metrics import METRICS
+from dar.protocol.presets import PRESETS, PresetValues
+from dar.protocol.spec import JobSpec
 from dar.settings import Settings
 from service.app import create_app
 
@@ -57,6 +62,62 @@ def settings() -> str:
         shown = ",".join(default) if isinstance(default, tuple) else default
         rows.append((f"`{variable}`", "" if shown is None else f"`{shown}`", docs[name]))
     return table(("variable", "default", "meaning"), rows)
+
+
+def job_spec() -> str:
+    """Every field of a job spec, then what the presets put in their place."""
+    rows = [
+        (f"`{path}`", _shown(field), _meaning(field)) for path, field in _fields(JobSpec, prefix="")
+    ]
+    names = dict.fromkeys(name for preset in PRESETS.values() for name in _preset(preset))
+    presets = [
+        (f"`{name}`", *(f"`{_preset(preset)[name]}`" if name in _preset(preset) else "" for preset in PRESETS.values()))
+        for name in names
+    ]  # fmt: skip
+    return f"{table(('field', 'default', 'meaning'), rows)}\n\n{_PRESETS}\n\n{table(('field', *PRESETS), presets)}"
+
+
+_PRESETS = (
+    "A preset stands behind whatever is not sent; an empty cell is the default above. "
+    + " ".join(f"`{name}`: {preset.meaning}." for name, preset in PRESETS.items())
+)  # fmt: skip
+
+
+def _preset(preset: PresetValues) -> dict[str, Any]:
+    return {**preset.hyperparameters, **preset.sampling}
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        inner = [kind for kind in _kinds(field.annotation) if _is_model(kind)]
+        if not inner:
+            yield f"{prefix}{name}", field
+            continue
+        is_list = get_origin(field.annotation) is list
+        if field.is_required() is False and field.default is None:
+            yield f"{prefix}{name}", field
+        for kind in inner:
+            yield from _fields(kind, f"{prefix}{name}{'[]' if is_list else ''}.")
+
+
+def _kinds(annotation: object) -> list[Any]:
+    parts = get_args(annotation)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
+
+
+def _is_model(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _shown(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return f"`{orjson.dumps(value).decode()}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
 
 
 def errors() -> str:
@@ -114,6 +175,8 @@ def reference() -> str:
         "Settings": "All processes read the same variables from their environment.\n\n" + settings(),
         "Routes": "All want `Authorization: Bearer <key>` but `/healthz` and `/readyz`. The full schemas are in "
         "`GET /openapi.json`.\n\n" + routes(),
+        "Job spec": "The body of `POST /v1/fine_tuning/jobs`. Unknown fields are refused; the DAR fields of `dar.DARConfig` "
+        "have the same names and defaults.\n\n" + job_spec(),
         "Errors": "Every failure of every route has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\", "
         "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`; the SDK raises the class.\n\n" + errors(),
         "Metrics": metrics(),
