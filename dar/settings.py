@@ -6,7 +6,7 @@ Every process of the product uses the same class, so one environment describes o
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -63,6 +63,9 @@ class Settings(BaseSettings):
 
     hub_models: Annotated[tuple[str, ...], NoDecode] = ("*/*",)
     """Comma-separated patterns of hub models that a job may name, like ``Qwen/*``."""
+
+    hub_datasets: Annotated[tuple[str, ...], NoDecode] = ("*/*",)
+    """Comma-separated patterns of hub data sets that a job may name as ``hf://…``, like ``trl-lib/*``."""
 
     reward_secret: SecretStr | None = None
     """Secret (``whsec_…``) that signs requests to inline reward URLs; default: ``$DAR_HOME/reward_secret``."""
@@ -131,7 +134,7 @@ class Settings(BaseSettings):
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
 
-    @field_validator("hub_models", mode="before")
+    @field_validator("hub_models", "hub_datasets", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -223,6 +226,11 @@ def environment(without: Iterable[str] = (), /, **changes: object) -> dict[str, 
     withheld = {_variable(name) for name in without}
     kept = {name: value for name, value in os.environ.items() if name not in withheld}
     return {**kept, **given}
+
+
+def own_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """All variables of this process with some changes, for a child that does the same work."""
+    return {**os.environ, **changes}
 
 
 def inherited_environment(names: Iterable[str]) -> dict[str, str]:

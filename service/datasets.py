@@ -1,4 +1,4 @@
-"""Reading an uploaded training file row by row: JSONL of prompts, with any further columns.
+"""Reading an uploaded file row by row: JSONL of prompts, or of completions with their rewards, with any further columns.
 
 All that is wrong is found in one pass over the file (the first `MAX_PROBLEMS` are told), which is copied and hashed in
 the same pass and never held in memory.
@@ -7,28 +7,33 @@ the same pass and never held in memory.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from dar.errors import InvalidRequestError, Problem
+from dar.protocol.cells import kind_of_value
+from dar.protocol.reward_spec import RewardComponent
+from dar.protocol.rows import (
+    KINDS,
+    REWARD_COLUMNS,
+    RowError,
+    kind_of,
+    read_offline,
+    read_prompt,
+)
 from dar.protocol.spec import JobSpec
 
 MAX_PROBLEMS = 50
 MAX_ROW_BYTES = 4 * 1024**2
 MAX_COLUMNS = 256
 ROLES = ("system", "user", "assistant", "tool")
-OWN_SAMPLES = ("completion", "completions", "chosen", "rejected")
-"""Columns of data sets for other methods: this one samples its own completions."""
-
-
-class _RowError(Exception):
-    """A row that cannot be used, and why."""
-
-    def __init__(self, message: str, param: str | None = None, code: str = "invalid_row") -> None:
-        super().__init__(message)
-        self.message, self.param, self.code = message, param, code
+CONVERSATIONS = ("prompt", "completion", "completions", "chosen", "rejected")
+"""Columns that may hold messages."""
+FileParam = Literal["training_file", "validation_file"]
+Columns = Mapping[str, Mapping[str, int | None]]
+"""What `Dataset.columns` says."""
 
 
 @dataclass(slots=True)
@@ -36,11 +41,11 @@ class Dataset:
     """What was found in a file.
 
     Attributes:
-        num_rows: Rows, all of them prompts.
+        num_rows: Rows, each of them a prompt, with or without completions.
         bytes: Size of the file.
         sha256: Its digest, in hex.
-        columns: By name, the ``first`` row (from 1) that has the column and the first one where it is ``missing``
-            or null; None when no row lacks it.
+        columns: By name, the ``first`` row (from 1) that has a value there, the first one where it is ``missing`` or null, and the
+            first one where it is ``absent``; None when no row is such.
     """
 
     num_rows: int = 0
@@ -54,12 +59,18 @@ class Dataset:
         for name in row:
             if name not in self.columns:
                 missing = 1 if self.num_rows > 1 else None
-                self.columns[name] = {"first": self.num_rows, "missing": missing}
+                self.columns[name] = {"first": None, "missing": missing, "absent": missing}
         for name, seen in self.columns.items():
-            if seen["missing"] is None and row.get(name) is None:
-                seen["missing"] = self.num_rows
+            is_there = row.get(name) is not None
+            for place, is_so in (
+                ("first", is_there),
+                ("missing", not is_there),
+                ("absent", name not in row),
+            ):
+                if is_so and seen[place] is None:
+                    seen[place] = self.num_rows
         if len(self.columns) > MAX_COLUMNS:
-            raise _RowError(f"the file has more than {MAX_COLUMNS} different columns")
+            raise RowError(f"the file has more than {MAX_COLUMNS} different columns")
 
 
 def store(source: BinaryIO, target: Path) -> Dataset:
@@ -79,11 +90,11 @@ def store(source: BinaryIO, target: Path) -> Dataset:
                 blank_at = blank_at or number
                 continue
             if blank_at is not None:
-                problems.append(_problem(blank_at, _RowError("the row is blank; remove it")))
+                problems.append(_problem(blank_at, RowError("the row is blank; remove it")))
                 blank_at = None
             try:
                 found.add(_row(line))
-            except _RowError as error:
+            except RowError as error:
                 problems.append(_problem(number, error))
             if len(problems) >= MAX_PROBLEMS:
                 break
@@ -100,34 +111,95 @@ def store(source: BinaryIO, target: Path) -> Dataset:
     return found
 
 
-def common_columns(columns: Mapping[str, Mapping[str, int | None]]) -> list[str]:
+def common_columns(columns: Columns) -> list[str]:
     """Names of the columns that every row has."""
     return sorted(name for name, seen in columns.items() if seen["missing"] is None)
 
 
-def check_for(spec: JobSpec, columns: Mapping[str, Mapping[str, int | None]]) -> list[Problem]:
-    """What keeps a file from serving a job: by column, with the first row that is wrong."""
-    problems = [
+def check_for(spec: JobSpec, columns: Columns, param: FileParam = "training_file") -> list[Problem]:
+    """What keeps a file from serving a job: by column, with the first row that is wrong.
+
+    Args:
+        spec: Of the job.
+        columns: Of the file.
+        param: Which of its files it is.
+    """
+    if spec.dar.rewards is None:
+        return _offline_problems(columns, param)
+    return [
+        *_completions(columns, param),
+        *_missing_columns(spec.dar.rewards.components, columns, param),
+    ]
+
+
+def _completions(columns: Columns, param: FileParam) -> list[Problem]:
+    return [
         Problem(
-            f"row {columns[name]['first']} has the column {name!r}, but DAR samples its own completions; "
-            "send a file of prompts, or rename the column",
-            "training_file",
+            f"row {columns[name]['first']} of the {_words(param)} has the column {name!r}, but a job with rewards samples its own "
+            "completions; send a file of prompts, rename the column, or leave the rewards out to train on what the file holds",
+            param,
             "unexpected_column",
             columns[name]["first"],
         )
-        for name in OWN_SAMPLES
-        if name in columns
+        for name in _filled(KINDS, columns)
     ]
-    components = [] if spec.dar.rewards is None else spec.dar.rewards.components
+
+
+def _missing_columns(
+    components: Iterable[RewardComponent], columns: Columns, param: FileParam
+) -> Iterator[Problem]:
     for index, component in enumerate(components):
-        path = f"method.dar.rewards.components[{index}].columns"
         for position, name in enumerate(component.columns or ()):
             row = columns[name]["missing"] if name in columns else 1
-            if row is not None:
-                there = ", ".join(common_columns(columns))
-                message = f"row {row} of the training file has no value for {name!r}; every row has: {there}"
-                problems.append(Problem(message, f"{path}[{position}]", "missing_column", row))
-    return problems
+            if row is None:
+                continue
+            path = f"method.dar.rewards.components[{index}].columns[{position}]"
+            there = ", ".join(common_columns(columns))
+            yield Problem(
+                f"row {row} of the {_words(param)} has no value for {name!r}; every row has: {there}",
+                path if param == "training_file" else param,
+                "missing_column",
+                row,
+            )
+
+
+def _offline_problems(columns: Columns, param: FileParam) -> list[Problem]:
+    """What keeps a file from being trained on as it stands: each row was checked by itself when it was uploaded."""
+    completions, rewards = _filled(KINDS, columns), [n for n in REWARD_COLUMNS if n in columns]
+    if not completions:
+        lack = "no completions, but a job without rewards trains on what the file holds"
+        advice = "send 'completions' with 'rewards', or 'chosen' with 'rejected', or give the job rewards"
+        return [_offline_problem(param, 1, f"{lack}: {advice}")]
+    if not rewards and any(KINDS[name] != "preferences" for name in completions):
+        return [
+            _offline_problem(
+                param, 1, "completions but no rewards: add 'rewards', or give the job some"
+            )
+        ]
+    places = dict.fromkeys((*completions, *_filled(["behavior_logps"], columns)), "missing")
+    places |= dict.fromkeys(rewards, "absent")  # null says that a reward is missing
+    return [
+        _offline_problem(
+            param, row, f"no {name!r}, but others have it: keep to one format", "mixed_format"
+        )
+        for name, place in places.items()
+        if (row := columns[name].get(place)) is not None
+    ]
+
+
+def _filled(names: Iterable[str], columns: Columns) -> list[str]:
+    """Those that have a value in some row."""
+    return [name for name in names if name in columns and columns[name]["first"] is not None]
+
+
+def _offline_problem(
+    param: FileParam, row: int, what: str, code: str = "missing_column"
+) -> Problem:
+    return Problem(f"row {row} of the {_words(param)} has {what}", param, code, row)
+
+
+def _words(param: FileParam) -> str:
+    return param.replace("_", " ")
 
 
 def _invalid_file(problems: list[Problem]) -> InvalidRequestError:
@@ -143,8 +215,8 @@ def _invalid_file(problems: list[Problem]) -> InvalidRequestError:
     )
 
 
-def _problem(number: int, error: _RowError) -> Problem:
-    return Problem(error.message, error.param, error.code, number)
+def _problem(number: int, error: RowError) -> Problem:
+    return Problem(error.message, error.param, error.error_code, number)
 
 
 def _lines(source: BinaryIO) -> Iterator[bytes]:
@@ -154,14 +226,11 @@ def _lines(source: BinaryIO) -> Iterator[bytes]:
 
 def _row(line: bytes) -> Mapping[str, Any]:
     if len(line) > MAX_ROW_BYTES:
-        raise _RowError(f"the row is longer than {MAX_ROW_BYTES:,} bytes")
+        raise RowError(f"the row is longer than {MAX_ROW_BYTES:,} bytes")
     row = _parse(line)
     if not isinstance(row, dict):
-        raise _RowError(f"the row must be a JSON object, but it is {_kind(row)}")
-    if "prompt" not in row:
-        there = ", ".join(list(row)[:10]) or "none"
-        raise _RowError(f"the row has no 'prompt'; its columns: {there}", "prompt", "missing")
-    _check_prompt(row["prompt"])
+        raise RowError(f"the row must be a JSON object, but it is {kind_of_value(row)}")
+    _check_content(row)
     return row
 
 
@@ -169,11 +238,11 @@ def _parse(line: bytes) -> object:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _RowError(
+        raise RowError(
             f"byte {error.start + 1} is not UTF-8; save the file as UTF-8", code="not_utf8"
         ) from None
     if text.startswith("\ufeff"):
-        raise _RowError(
+        raise RowError(
             "the file starts with a byte order mark; save it without one", code="not_json"
         )
     try:
@@ -181,13 +250,13 @@ def _parse(line: bytes) -> object:
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except json.JSONDecodeError as error:
-        raise _RowError(
+        raise RowError(
             f"not JSON: {error.msg} at character {error.pos + 1}", code="not_json"
         ) from None
     except RecursionError:
-        raise _RowError("the row is nested too deeply", code="not_json") from None
+        raise RowError("the row is nested too deeply", code="not_json") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise _RowError(f"not usable JSON: {error}", code="not_json") from None
+        raise RowError(f"not usable JSON: {error}", code="not_json") from None
     if "\\u" in text or "\\U" in text:
         _check_surrogates(row)
     return row
@@ -198,18 +267,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
         double = next(name for name in names if names.count(name) > 1)
-        raise _RowError(f"the key {double!r} occurs twice", double, "duplicate_key")
+        raise RowError(f"the key {double!r} occurs twice", double, "duplicate_key")
     return row
 
 
 def _no_constant(word: str) -> None:
-    raise _RowError(f"{word} is not JSON; leave the value out or send null", code="finite_number")
+    raise RowError(f"{word} is not JSON; leave the value out or send null", code="finite_number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if value in {float("inf"), float("-inf")}:
-        raise _RowError(f"{digits} is too large for a number", code="finite_number")
+        raise RowError(f"{digits} is too large for a number", code="finite_number")
     return value
 
 
@@ -217,41 +286,38 @@ def _check_surrogates(row: object) -> None:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise _RowError(
+        raise RowError(
             "a \\u escape is half of a character (a lone surrogate)", code="not_utf8"
         ) from None
 
 
-def _check_prompt(prompt: object) -> None:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise _RowError("the prompt is empty", "prompt")
-        return
-    if not isinstance(prompt, list) or not prompt:
-        raise _RowError(
-            f"the prompt must be a text or a list of messages, but it is {_kind(prompt)}", "prompt"
-        )
-    for index, message in enumerate(prompt):
-        _check_message(message, f"prompt[{index}]")
+def _check_content(row: Mapping[str, Any]) -> None:
+    """The trainer's own rules, and those of the way there: a text is not empty, a message has role and content alone."""
+    if kind_of(row) == "prompts":
+        if read_prompt(row) == "":
+            raise RowError("the prompt is empty", "prompt")
+    elif any(name in row for name in REWARD_COLUMNS) or kind_of(row) == "preferences":
+        read_offline(row)
+    else:  # `check_for` tells that rewards are missing, when it is known what the file is for
+        read_offline({**row, "rewards": None})
+    for name in CONVERSATIONS:
+        for path, message in _messages(row.get(name), name):
+            _check_message(message, path)
 
 
-def _check_message(message: object, path: str) -> None:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise _RowError("a message is an object with exactly 'role' and 'content'", path)
+def _messages(value: object, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All messages in a column, with their places: of a conversation, or of a list of them."""
+    if isinstance(value, dict):
+        yield path, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _messages(item, f"{path}[{index}]")
+
+
+def _check_message(message: Mapping[str, Any], path: str) -> None:
+    if set(message) != {"role", "content"}:
+        raise RowError("a message is an object with exactly 'role' and 'content'", path)
     if message["role"] not in ROLES:
-        raise _RowError(f"the role must be one of {', '.join(ROLES)}", f"{path}.role")
+        raise RowError(f"the role must be one of {', '.join(ROLES)}", f"{path}.role")
     if not isinstance(message["content"], str) or not message["content"]:
-        raise _RowError("the content must be a text that is not empty", f"{path}.content")
-
-
-def _kind(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    return names.get(type(value), "a number")
+        raise RowError("the content must be a text that is not empty", f"{path}.content")

@@ -2,7 +2,9 @@
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import orjson
@@ -13,7 +15,9 @@ from dar.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     NotFoundError,
+    Problem,
 )
+from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
 from service import datasets, errors, models
@@ -21,7 +25,7 @@ from service.auth import User
 from service.runtime import Runtime
 from service.store import checkpoints, files, jobs
 from service.store.database import Transaction
-from service.store.tables import Job
+from service.store.tables import File, Job
 
 Replay = Literal["true", "inferred"]
 
@@ -89,16 +93,63 @@ def _replayed(transaction: Transaction, request: Request) -> tuple[Job, Replay] 
     return None if job is None else (job, "inferred")
 
 
-def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tuple[Job, list[str]]:
-    spec, project_id = request.spec, request.user.project_id
+def _files_of(
+    transaction: Transaction, runtime: Runtime, request: Request
+) -> tuple[str, int | None]:
+    """Check the job's files, and keep them from being removed.
+
+    Returns:
+        Id of the training file (empty for a data set of a hub) and its rows (None: not known here).
+    """
+    spec = request.spec
+    problems: list[Problem] = []
+    found: tuple[str, int | None]
+    if spec.training_file.startswith(SCHEME):
+        found = _hub_data(runtime.settings.hub_datasets, spec)
+    else:
+        file = _file(transaction, request, "training_file", spec.training_file)
+        problems += datasets.check_for(spec, file.columns)
+        found = file.id, file.num_rows
+    if spec.validation_file is not None:
+        file = _file(transaction, request, "validation_file", spec.validation_file)
+        problems += datasets.check_for(spec, file.columns, "validation_file")
+    if problems:
+        raise errors.invalid(problems)
+    return found
+
+
+def _file(transaction: Transaction, request: Request, param: str, file_id: str) -> File:
     try:
-        file = files.get(transaction, project_id, spec.training_file, is_keeping=True)
+        return files.get(transaction, request.user.project_id, file_id, is_keeping=True)
     except NotFoundError as error:
         raise InvalidRequestError(
-            f"training_file: {error.message}", param="training_file", code="file_not_found"
+            f"{param}: {error.message}", param=param, code="file_not_found"
         ) from None
-    if problems := datasets.check_for(spec, file.columns):
-        raise errors.invalid(problems)
+
+
+def _hub_data(patterns: Sequence[str], spec: JobSpec) -> tuple[str, None]:
+    """Whether the data set is allowed; whether it is there, the worker finds out."""
+    name = HubData.parse(spec.training_file).name
+    if not any(fnmatchcase(name, pattern) for pattern in patterns):
+        allowed = ", ".join(patterns) or "none"
+        raise InvalidRequestError(
+            f"hub data set {name!r} is not allowed here; allowed patterns: {allowed} (DAR_HUB_DATASETS)",
+            param="training_file",
+            code="dataset_not_allowed",
+        )
+    if spec.dar.hyperparameters.max_steps is None:
+        raise InvalidRequestError(
+            "the rows of a hub data set are counted only where it is loaded, so the job's length cannot follow from n_epochs; "
+            "send max_steps",
+            param="method.dar.hyperparameters.max_steps",
+            code="missing",
+        )
+    return "", None
+
+
+def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tuple[Job, list[str]]:
+    spec, project_id = request.spec, request.user.project_id
+    file_id, num_rows = _files_of(transaction, runtime, request)
     resolved = models.resolve(transaction, runtime.settings, project_id, spec.model)
     if not checkpoints.keep(transaction, resolved.checkpoint_ids):
         raise ModelNotFoundError(
@@ -115,12 +166,12 @@ def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tu
         model=spec.model,
         model_source=resolved.source.model_dump(),
         model_name=models.result_name(spec.model, spec.suffix, job_id),
-        training_file=file.id,
+        training_file=file_id,
         spec=spec.model_dump(mode="json"),
         labels=spec.metadata,
         suffix=spec.suffix,
         seed=secrets.randbelow(2**31) if spec.seed is None else spec.seed,
-        total_steps=total_steps(spec.dar.hyperparameters, file.num_rows),
+        total_steps=total_steps(spec.dar.hyperparameters, num_rows or 0),
         keep_last=spec.dar.checkpointing.keep_last,
         not_before=transaction.now,
         idempotency_key=request.idempotency_key,

@@ -26,8 +26,10 @@ from dar.protocol.worker import (
     Phase,
     SamplesRow,
 )
+from dar.training.sink import NullSink, Sink
 from worker.folders import AttemptFolder, write_atomically
 from worker.launch import ExitCode, Launch, Order, Result
+from worker.siblings import Siblings
 from worker.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ EVENT_LENGTH = 4000
 PROGRESS_LENGTH = 2000
 
 How = Literal["finished", "drained", "cancelled"]
-Train = Callable[[Launch, "SpoolSink", "StdinControl"], How]
+Train = Callable[[Launch, Sink, "StdinControl"], How]
 
 EXIT_CODES: Mapping[How, ExitCode] = {
     "finished": ExitCode.FINISHED,
@@ -160,14 +162,17 @@ class SpoolSink:
         write_atomically(self._folder.result, result.model_dump_json().encode())
 
 
-def train_with_torch(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
-    """Train with `dar.training`."""
+def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
+    """Train with `dar.training`, perhaps as one of several processes."""
     from dar.training.job import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be heard
         JobInputs,
         train_job,
     )
+    from dar.training.ranks import meet  # noqa: PLC0415 - takes seconds of CPU too
 
     control.begin()
+    if launch.processes > 1:
+        meet(launch.process, launch.processes, port=launch.port, listener=launch.listener)
     model = launch.model_folder or launch.hub_model
     assert model is not None
     inputs = JobInputs(
@@ -178,6 +183,7 @@ def train_with_torch(launch: Launch, sink: SpoolSink, control: StdinControl) -> 
         model=model,
         adapters=launch.adapters,
         training_file=launch.training_file,
+        validation_file=launch.validation_file,
         work_dir=AttemptFolder(launch.folder).work,
         resume_from=launch.resume_from,
         reward_secret=launch.reward_secret,
@@ -190,8 +196,10 @@ def train_with_torch(launch: Launch, sink: SpoolSink, control: StdinControl) -> 
 def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
     """Train, and put what comes of it into words."""
     sink = SpoolSink(AttemptFolder(launch.folder))
+    siblings = Siblings(launch)
     try:
-        how = train(launch, sink, control)
+        how = train(siblings.launch, sink, control)
+        siblings.finish()
     except RewardUnavailableError as error:
         sink.close(error)
         return ExitCode.REWARD_UNAVAILABLE
@@ -203,6 +211,18 @@ def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
         return ExitCode.USER_ERROR
     sink.close()
     return EXIT_CODES[how]
+
+
+def attend_as_sibling(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
+    """Train along with process 0, which alone speaks of it."""
+    try:
+        return EXIT_CODES[train(launch, NullSink(), control)]
+    except RewardUnavailableError:
+        return ExitCode.REWARD_UNAVAILABLE
+    except DARError as error:
+        if error.retryable:
+            raise
+        return ExitCode.USER_ERROR
 
 
 def main(train: Train = train_with_torch) -> ExitCode:
@@ -223,7 +243,7 @@ def main(train: Train = train_with_torch) -> ExitCode:
     control = StdinControl(stdin)
     control.listen()
     try:
-        return attend(launch, control, train)
+        return (attend_as_sibling if launch.process else attend)(launch, control, train)
     except Exception:  # outermost frame of the process: the supervisor reads this from the log
         log.exception("training crashed")
         return ExitCode.CRASHED

@@ -4,11 +4,12 @@ Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
 
     slot-<slot>/
       lock                        held by the slot's worker; its content is the holder's process id
-      logs/<job>-<attempt>.log    what the trainers of failed attempts printed, the newest 20
+      logs/<job>-<attempt>.log    what the trainers of failed attempts printed, the newest 20 (``-1.log``, …: further processes)
       attempts/<lease>/
         attempt.json              whose rows these are: enough to send them after a restart
         trainer.json              process id and start time of the trainer
         trainer.log               what the trainer printed
+        trainer-1.log, …            what its further processes printed, if it has any
         progress.json             what the trainer does now
         result.json               how the trainer ended, in its own words
         inputs/                   training file, model, adapters, resume checkpoint
@@ -84,6 +85,15 @@ class AttemptFolder:
     def log(self) -> Path:
         """What that process prints."""
         return self.path / "trainer.log"
+
+    def log_of(self, process: int) -> Path:
+        """What a process of several that train together prints; number 0 is the trainer itself."""
+        return self.log if process == 0 else self.path / f"trainer-{process}.log"
+
+    def logs(self) -> list[tuple[str, Path]]:
+        """The logs that are there, each with what its name has beside the trainer's."""
+        found = sorted(self.path.glob("trainer*.log"))
+        return [(path.stem.removeprefix("trainer"), path) for path in found]
 
     @property
     def progress(self) -> Path:
@@ -169,9 +179,9 @@ class SlotFolder:
         return [AttemptFolder(path) for path in sorted(self.attempts.iterdir()) if path.is_dir()]
 
     def keep_log(self, folder: AttemptFolder, record: AttemptRecord) -> None:
-        """Put an attempt's log aside, and remove the oldest of those that lie there."""
-        if folder.log.exists():
-            folder.log.replace(self.logs / f"{record.job_id}-{record.attempt}.log")
+        """Put an attempt's logs aside, and remove the oldest of those that lie there."""
+        for suffix, path in folder.logs():
+            path.replace(self.logs / f"{record.job_id}-{record.attempt}{suffix}.log")
         logs = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
         for path in logs[:-LOGS_KEPT]:
             path.unlink(missing_ok=True)

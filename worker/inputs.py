@@ -32,7 +32,9 @@ class InputError(DARError):
 class LocalInputs:
     """Where the files of an attempt lie."""
 
-    training_file: Path
+    training_file: Path | None
+    """None: the job names a data set of the hub."""
+    validation_file: Path | None
     model_folder: Path | None
     """None: the model comes from the hub."""
     adapters: tuple[Path, ...]
@@ -97,7 +99,8 @@ class InputFetcher:
             )
         resumes = self._lease.resume_checkpoint_id is not None
         return LocalInputs(
-            training_file=self._folder / "training_file",
+            training_file=self._uploaded("training_file", wanted),
+            validation_file=self._uploaded("validation_file", wanted),
             model_folder=model,
             adapters=tuple(
                 self._folder / "adapters" / str(number)
@@ -105,6 +108,9 @@ class InputFetcher:
             ),
             resume_from=self._folder / "resume" if resumes else None,
         )
+
+    def _uploaded(self, name: str, files: Iterable[InputFile]) -> Path | None:
+        return self._folder / name if any(file.name == name for file in files) else None
 
     def _persist(self, call: Callable[[], Answer], what: str) -> Answer:
         return self._client.persist(call, what, give_up=self._state.must_stop)

@@ -41,12 +41,26 @@ class Launch(BaseModel):
     hub_model: str | None
     adapters: tuple[Path, ...]
     """Adapters that are merged into the model, in this order."""
-    training_file: Path
+    training_file: Path | None
+    """None: the spec names a data set of the hub."""
+    validation_file: Path | None = None
     resume_from: Path | None
     """Checkpoint that training goes on from."""
     reward_secret: str | None = Field(repr=False)
     threads: int
+    """CPU threads of this process."""
     is_offline: bool
+    process: int = 0
+    """Number of this process among those that train together; 0 has started the others."""
+    port: int = 0
+    """Where on the loopback address process 0 waits for the others; 0: there are none."""
+    listener: int | None = None
+    """File descriptor of its socket there."""
+
+    @property
+    def processes(self) -> int:
+        """Processes that train together."""
+        return self.spec.dar.resources.processes
 
 
 class Order(BaseModel):

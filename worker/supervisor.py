@@ -150,14 +150,16 @@ class Supervisor:
         )
 
     def _train(self, inputs: LocalInputs) -> TrainerExit:
+        launch = self._launch(inputs)
         environment = trainer_environment(
             self._settings.devices,
-            self._settings.torch_threads,
-            is_offline=self._settings.is_offline,
+            launch.threads,
+            is_offline=launch.is_offline,
+            processes=launch.processes,
         )
         sender = self._state.spawn("sender", self._sender.run)
         uploader = self._state.spawn("uploader", self._uploader.run)
-        trainer = TrainerProcess(self._command, self._folder, self._launch(inputs), environment)
+        trainer = TrainerProcess(self._command, self._folder, launch, environment)
         log.info("trainer started", pid=trainer.pid)
         try:
             while (ended := trainer.poll()) is None:
@@ -181,9 +183,10 @@ class Supervisor:
             hub_model=None if inputs.model_folder is not None else lease.model.name,
             adapters=inputs.adapters,
             training_file=inputs.training_file,
+            validation_file=inputs.validation_file,
             resume_from=inputs.resume_from,
             reward_secret=lease.reward_secret,
-            threads=self._settings.torch_threads,
+            threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
             is_offline=self._settings.is_offline,
         )
 

@@ -30,13 +30,16 @@ PASSED_ON = (
 """Variables of the worker's environment that its trainers see; no key is among them."""
 
 
-def trainer_environment(devices: str | None, threads: int, *, is_offline: bool) -> dict[str, str]:
+def trainer_environment(
+    devices: str | None, threads: int, *, is_offline: bool, processes: int = 1
+) -> dict[str, str]:
     """The whole environment of a trainer.
 
     Args:
         devices: ``CUDA_VISIBLE_DEVICES``; None: all.
-        threads: CPU threads.
+        threads: CPU threads of each of its processes.
         is_offline: Whether it may not reach the model hub.
+        processes: Processes that train together; the others get theirs from the first (`worker.siblings`).
     """
     environment = inherited_environment(PASSED_ON) | {
         "PYTHONUNBUFFERED": "1",
@@ -44,6 +47,13 @@ def trainer_environment(devices: str | None, threads: int, *, is_offline: bool) 
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
     }
+    if processes > 1:
+        environment |= {
+            **dict.fromkeys(("RANK", "LOCAL_RANK"), "0"),
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)),
+            **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo"),
+            "MASTER_ADDR": "127.0.0.1",
+        }
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
     if is_offline:

@@ -1,8 +1,9 @@
 """``dar demo``: a real job through the real system, on the public API only, in about two minutes.
 
 What happens, in order: everything is started (`dar up`) and a base model is made, once, from random weights; a reward
-service is started that likes pleased reviews; prompts are uploaded and a job is submitted with that service's URL; the job
-is followed over REST; its weights are downloaded, loaded and sampled; base and result are scored by the same service.
+service is started that likes pleased reviews (or balanced brackets); prompts are uploaded and a job is submitted with that
+service's URL; the job is followed over REST; its weights are downloaded, loaded and sampled; base and result are scored by the
+same service, or, where the optimum is known, compared with it.
 """
 
 import hashlib
@@ -13,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+from dar.cli import demo_brackets
 from dar.cli.demo_screen import Scores, Screen, show_next, show_samples
 from dar.cli.demo_session import Session, StartedProcess, Stopwatch
+from dar.cli.demo_tasks import BRACKETS, REVIEWS, DemoTask
 from dar.cli.launch import require
 from dar.cli.up import free_port
 from dar.client import Client
@@ -29,48 +32,24 @@ from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scorer import scorer_from_functions
 from dar.settings import Settings, load_settings
 
-BASE_STEPS = 220
-MODEL = "reviews-base"
-JOB_STEPS = 100
 SAMPLES_PER_PROMPT = 6
 LEAST_RISE = 0.4
-"""The demo has failed when the mean reward of fresh samples rose by less."""
-
-SPEC: dict[str, Any] = {
-    "hyperparameters": {
-        "alpha": 0.1,
-        "beta": 0.3,
-        "dar_k": 4,
-        "dar_wclip": 20,
-        "adv_norm": "none",
-        "learning_rate": 3e-4,
-        "batch_size": 16,
-        "max_steps": JOB_STEPS,
-        "warmup_steps": 5,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 10,
-        "adam_beta2": 0.95,
-    },
-    "sampling": {"max_new_tokens": 24},
-    "peft": None,
-    "checkpointing": {"every_steps": 25, "keep_last": 3},
-}
-"""The job, but for its reward URL. alpha + beta of 0.4 suits rewards in [-1, 1]: few weights reach the clip."""
+"""The reviews demo has failed when the mean reward of fresh samples rose by less."""
 
 
-def base_folder(cache_home: Path) -> Path:
+def base_folder(cache_home: Path, task: DemoTask = REVIEWS) -> Path:
     """Where this version's base model is kept: a change to what makes it gives it another folder."""
-    digest = hashlib.sha256(str(BASE_STEPS).encode())
-    for name in ("demo.py", "demo_reviews.py"):
+    digest = hashlib.sha256(" ".join(task.base_command).encode())
+    for name in task.sources:
         digest.update((files("dar.training") / name).read_bytes())
     return cache_home / "dar" / "demo" / digest.hexdigest()[:16]
 
 
-def make_base(screen: Screen, folder: Path) -> None:
-    """Train the base model, unless it is there.
+def make_base(screen: Screen, folder: Path, task: DemoTask = REVIEWS) -> None:
+    """Make the base model, unless it is there.
 
     Raises:
-        TrainingError: It could not be trained.
+        TrainingError: It could not be made.
     """
     if folder.is_dir():
         screen.done("base model", f"from {folder}")
@@ -78,15 +57,15 @@ def make_base(screen: Screen, folder: Path) -> None:
     started = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as unfinished:
-        _train_base(screen, Path(unfinished) / "base")
+        _make_base(screen, Path(unfinished) / "base", task)
         (Path(unfinished) / "base").rename(folder)
-    screen.done("base model", f"trained in {time.monotonic() - started:.0f} s, kept in {folder}")
+    screen.done("base model", f"made in {time.monotonic() - started:.0f} s, kept in {folder}")
 
 
-def _train_base(screen: Screen, folder: Path) -> None:
-    command = [sys.executable, "-m", "dar.training.demo", "base", "--steps", str(BASE_STEPS)]
+def _make_base(screen: Screen, folder: Path, task: DemoTask) -> None:
+    command = [sys.executable, "-m", "dar.training.demo", *task.base_command]
     with (
-        screen.bar("base model", BASE_STEPS) as bar,
+        screen.bar("base model", task.base_steps) as bar,
         subprocess.Popen([*command, "--folder", str(folder)], stdout=subprocess.PIPE) as process,
     ):
         assert process.stdout is not None
@@ -98,15 +77,15 @@ def _train_base(screen: Screen, folder: Path) -> None:
         raise TrainingError(f"the base model could not be made: exit code {process.returncode}")
 
 
-def install_model(base: Path, models: Path) -> None:
+def install_model(base: Path, models: Path, task: DemoTask) -> None:
     """Put the base model where jobs find it."""
-    target = models / MODEL
+    target = models / task.model
     if target.is_dir():
         shutil.rmtree(target)
     shutil.copytree(base / "model", target)
 
 
-def follow(screen: Screen, client: Client, job_id: str) -> Job:
+def follow(screen: Screen, client: Client, job_id: str, steps: int) -> Job:
     """Watch a job to its end over REST.
 
     Raises:
@@ -114,7 +93,7 @@ def follow(screen: Screen, client: Client, job_id: str) -> Job:
     """
     cursor: str | None = None
     reward = ""
-    with screen.bar("training", JOB_STEPS) as bar:
+    with screen.bar("training", steps) as bar:
         while True:
             job = client.jobs.retrieve(job_id)
             metrics = client.jobs.metrics(job_id, names=["dar/rewards_mean"], after=cursor)
@@ -188,29 +167,32 @@ def start_all(session: Session, settings: Settings) -> tuple[str, StartedProcess
     return f"http://127.0.0.1:{port}", session.start("demo-up", [*command, "--port", str(port)])
 
 
-def start_reward_service(session: Session) -> str:
+def start_reward_service(session: Session, task: DemoTask) -> str:
     """Start the demo's reward service and wait for it; returns its URL."""
     port = free_port()
     command = [sys.executable, "-m", "dar.cli.demo_reward", "--port", str(port)]
+    command += ["--task", task.name]
     started = session.start("demo-reward", command)
     session.wait_for(f"http://127.0.0.1:{port}/healthz", started)
     return f"http://127.0.0.1:{port}/score"
 
 
-def train(screen: Screen, client: Client, prompts_file: Path, reward_url: str) -> Job:
+def train(
+    screen: Screen, client: Client, prompts_file: Path, reward_url: str, task: DemoTask
+) -> Job:
     """Upload the prompts, submit the job, follow it to its end."""
     file = client.files.create(prompts_file)
-    component = {"name": "positive", "kind": "http", "url": reward_url}
+    component = {"name": task.reward, "kind": "http", "url": reward_url}
     job = client.jobs.create(
-        model=MODEL,
+        model=task.model,
         training_file=file.id,
-        seed=7,
-        suffix="positivity",
-        method={"type": "dar", "dar": {**SPEC, "rewards": {"components": [component]}}},
+        seed=task.seed,
+        suffix=task.suffix,
+        method={"type": "dar", "dar": {**task.spec, "rewards": {"components": [component]}}},
     )
     screen.done("submitted", f"{job.id}, {file.num_rows} prompts")
     started = time.monotonic()
-    job = follow(screen, client, job.id)
+    job = follow(screen, client, job.id, task.steps)
     seconds = time.monotonic() - started
     screen.done("trained", f"{job.progress.step} steps in {seconds:.0f} s → {job.fine_tuned_model}")
     return job
@@ -223,35 +205,76 @@ def download(screen: Screen, client: Client, job: Job, folder: Path) -> None:
     screen.done("downloaded", f"step {checkpoint.step_number} → {folder}")
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a demo has shown."""
+
+    verdict: str
+    is_good: bool
+    expected: str
+    facts: dict[str, object]
+    """For ``--json``, beside what every demo tells."""
+
+
 def compare(
     screen: Screen, folders: Sequence[Path], prompts_file: Path, reward_url: str, secret: str
-) -> list[Scores]:
+) -> Outcome:
     """Sample both models on the same prompts and have the reward service score what they say."""
     prompts = [json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()]
     before, after = (
         score(reward_url, secret, prompts, completions) for completions in sample(folders, prompts)
     )
     show_samples(screen, prompts, before, after)
-    return [before, after]
+    rise = after.mean - before.mean
+    return Outcome(
+        verdict=f"the mean reward of fresh samples rose by {rise:.2f}",
+        is_good=rise > LEAST_RISE,
+        expected=f"more than {LEAST_RISE} was expected",
+        facts={"reward_before": round(before.mean, 4), "reward_after": round(after.mean, 4)},
+    )
 
 
-def run(*, home: Path | None, as_json: bool) -> None:
-    """Run the demo; exits with 1 when the reward rose too little."""
+def compare_exactly(
+    screen: Screen, folders: Sequence[Path], rewards: Sequence[float], task: DemoTask
+) -> Outcome:
+    """Compare both models with the optimum, which is known for brackets."""
+    verdict = demo_brackets.judge(folders, task.spec["hyperparameters"])
+    demo_brackets.show(screen, rewards, verdict)
+    exact = {name: round(value, 4) for name, value in verdict.after.items()}
+    return Outcome(
+        verdict=str(verdict),
+        is_good=verdict.is_near,
+        expected=f"a reward within {demo_brackets.MOST_REWARD_OFF} of the optimum's and at most "
+        f"{demo_brackets.MOST_KL_OFF} nats were expected",
+        facts={
+            "reward_before": round(verdict.before["reward"], 4),
+            "reward_after": exact["reward"],
+            "exact": exact,
+        },
+    )
+
+
+def run(*, home: Path | None, as_json: bool, task: DemoTask = REVIEWS) -> None:
+    """Run the demo; raises when training did not reach what it should.
+
+    Raises:
+        TrainingError: It did not.
+    """
     for package, module in (("service", "fastapi"), ("worker", "torch")):
         require(package, module)
     watch = Stopwatch()
     settings = load_settings(home=home)
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     screen = Screen()
-    screen.introduce()
-    base = base_folder(settings.cache_home)
+    screen.introduce(task.introduction)
+    base = base_folder(settings.cache_home, task)
     with Session(settings.home) as session:
         url, stack = start_all(session, settings)
         with watch.part("base"):
-            make_base(screen, base)
-        install_model(base, settings.models_path)
+            make_base(screen, base, task)
+        install_model(base, settings.models_path, task)
         session.wait_for(f"{url}/readyz", stack)
-        reward_url = start_reward_service(session)
+        reward_url = start_reward_service(session, task)
         screen.done(
             "processes", f"service, Valkey, worker at {url}; reward service at {reward_url}"
         )
@@ -260,26 +283,44 @@ def run(*, home: Path | None, as_json: bool) -> None:
         assert secret is not None  # the service has made it before it was ready
         with Client(api_key=key, base_url=url) as client:
             with watch.part("job"):
-                job = train(screen, client, base / "prompts.jsonl", reward_url)
+                job = train(screen, client, base / "prompts.jsonl", reward_url, task)
             weights = settings.home / "demo" / job.id
             download(screen, client, job, weights)
+            rewards = demo_brackets.rewards_of(client, job.id)
         folders = [base / "model", weights]
-        before, after = compare(screen, folders, base / "prompts.jsonl", reward_url, secret)
+        if task is BRACKETS:
+            outcome = compare_exactly(screen, folders, rewards, task)
+        else:
+            outcome = compare(screen, folders, base / "prompts.jsonl", reward_url, secret)
     show_next(screen, settings, job, weights)
-    rise = after.mean - before.mean
-    seconds = watch.seconds()
-    verdict = f"the mean reward of fresh samples rose by {rise:.2f} in {seconds['total']:.0f} s"
-    screen.console.print(f"\n[bold]{verdict}[/bold]")
+    conclude(screen, outcome, job, weights, watch.seconds(), as_json=as_json)
+
+
+def conclude(
+    screen: Screen,
+    outcome: Outcome,
+    job: Job,
+    weights: Path,
+    seconds: dict[str, float],
+    *,
+    as_json: bool,
+) -> None:
+    """Say how it went, on stdout too if asked for.
+
+    Raises:
+        TrainingError: Not as it should.
+    """
+    verdict = f"{outcome.verdict} (in {seconds['total']:.0f} s)"
+    screen.console.print(f"\n[bold]{verdict}[/bold]", soft_wrap=True)
     if as_json:
         result = {
             "job_id": job.id,
             "status": job.status,
-            "reward_before": round(before.mean, 4),
-            "reward_after": round(after.mean, 4),
+            **outcome.facts,
             "steps": job.progress.step,
             "seconds": seconds,
             "checkpoint_dir": str(weights),
         }
         sys.stdout.write(json.dumps(result) + "\n")
-    if rise <= LEAST_RISE:
-        raise TrainingError(f"{verdict}, but more than {LEAST_RISE} was expected")
+    if not outcome.is_good:
+        raise TrainingError(f"{verdict}, but {outcome.expected}")

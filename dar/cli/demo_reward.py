@@ -1,4 +1,4 @@
-"""The demo's reward service: how pleased a review sounds, from -1 to 1, by the VADER lexicon.
+"""The demo's reward service: how pleased a review sounds, from -1 to 1, by the VADER lexicon; or whether brackets balance.
 
 It is an ordinary reward service, made of one function: a user's own would look the same.
 """
@@ -10,6 +10,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dar.rewards.server import serve
 from dar.settings import load_settings
+from dar.training.demo_brackets import balanced
 
 analyzer = SentimentIntensityAnalyzer()
 
@@ -22,14 +23,18 @@ def positivity(prompts: Sequence[str], completions: Sequence[str], **_: object) 
     ]
 
 
+REWARDS = {"reviews": positivity, "brackets": balanced}
+
+
 def main() -> None:
     """Serve until SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m dar.cli.demo_reward", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    port = parser.parse_args().port
+    parser.add_argument("--task", choices=REWARDS, default="reviews")
+    arguments = parser.parse_args()
     settings = load_settings()
     secret = settings.secret_from(settings.reward_secret, "reward_secret")
-    serve(positivity, host="127.0.0.1", port=port, secret=secret)
+    serve(REWARDS[arguments.task], host="127.0.0.1", port=arguments.port, secret=secret)
 
 
 if __name__ == "__main__":

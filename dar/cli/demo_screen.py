@@ -34,12 +34,9 @@ class Screen:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
 
-    def introduce(self) -> None:
+    def introduce(self, text: str) -> None:
         """Say what is going to happen."""
-        self.console.print(
-            "A small model learns to write pleased reviews. Its reward comes from a service of yours, over HTTP.\n",
-            soft_wrap=True,
-        )
+        self.console.print(f"{text}\n", soft_wrap=True)
 
     def done(self, what: str, detail: str) -> None:
         """Say that a part is finished."""

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dar.cli.demo_tasks import TASKS, TaskName
 from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
 from dar.version import __version__
 
@@ -69,6 +70,10 @@ def up(
 @app.command()
 def demo(
     home: Home = None,
+    task: Annotated[
+        TaskName,
+        typer.Option(help="What is trained: reviews, or brackets, whose optimum is known."),
+    ] = "reviews",
     json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")
     ] = False,
@@ -76,9 +81,10 @@ def demo(
     """Train a small model against a reward service, through the real system, in about two minutes.
 
     Makes a base model on the first run, starts everything, submits a job over the public API, follows it, downloads the
-    weights and samples them. Exits with 0 only if the mean reward of fresh samples rose by more than 0.4.
+    weights and samples them. Exits with 0 only if the mean reward of fresh samples rose by more than 0.4; with
+    ``--task brackets``, only if the model ends near the optimum.
     """
-    import_module("dar.cli.demo").run(home=home, as_json=json)
+    import_module("dar.cli.demo").run(home=home, as_json=json, task=TASKS[task])
 
 
 @app.command()
@@ -107,6 +113,20 @@ def worker(
 def migrate(home: Home = None) -> None:
     """Bring the database to this version's schema, then exit."""
     import_module("dar.cli.launch").migrate(home=home)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    options_metavar="--model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER [OPTIONS]",
+)
+def train(context: typer.Context) -> None:
+    """Train a model in this terminal, without any service.
+
+    The same as python -m dar.training, which accelerate launch starts in several processes. dar train --help lists all
+    options, which may also come from a YAML file (--config); --dry-run scores two prompts and writes nothing.
+    """
+    import_module("dar.cli.train").run(context.args)
 
 
 def _exit_code(error: DARError) -> int:

@@ -17,7 +17,12 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("dar/loss", "nats", "-mean over scored completions of weight x policy log-probability"),
+    Metric(
+        "dar/loss",
+        "nats",
+        "-mean over the completions that count of weight x policy log-probability; a completion counts when it is scored and so "
+        "is another one that it is compared with",
+    ),
     Metric("dar/rewards_mean", "reward", "mean reward of the step's scored completions"),
     Metric("dar/rewards_std", "reward", "biased standard deviation of those rewards"),
     Metric("dar/advantages_mean", "advantage", "mean advantage after normalisation"),
@@ -31,6 +36,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("dar/logps_ref", "nats", "the same under the frozen reference"),
     Metric("dar/logps_behavior", "nats", "the same under the distribution that sampled it"),
+    Metric(
+        "dar/entropy",
+        "nats per token",
+        "mean entropy of the policy's next token at temperature 1, before the step, over the tokens of the completions that count",
+    ),
     Metric("dar/weights_clip_fraction", "fraction", "share of weights held at the clip"),
     Metric(
         "dar/effective_sample_size",
@@ -40,18 +50,36 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "dar/kl_ref",
         "nats",
-        "mean of behavior less reference log-probability; sampled at temperature 1 without filters it estimates KL(policy || reference) per completion",
+        "mean over completions of d = behavior less reference log-probability (the estimator k1 of KL(behavior || reference) of whole "
+        "completions); sampled at temperature 1 without filters, behavior is the policy",
+    ),
+    Metric(
+        "dar/kl_ref_k3",
+        "nats",
+        "mean over completions of exp(-d) - 1 + d (the estimator k3 of the same): never negative, but of use only while it is small",
+    ),
+    Metric(
+        "dar/staleness",
+        "steps",
+        "optimizer steps between the policy that sampled and the one that is trained; 0: on-policy; none for stored completions",
     ),
     Metric(
         "rewards/missing_fraction",
         "fraction",
         "share of completions without a reward; they are left out, never counted as 0",
     ),
+    Metric(
+        "rewards/zero_variance_fraction",
+        "fraction",
+        "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",
+    ),
     Metric("completions/mean_length", "tokens", "mean completion length"),
+    Metric("completions/min_length", "tokens", "shortest completion"),
+    Metric("completions/max_length", "tokens", "longest completion"),
     Metric(
         "completions/truncated_fraction",
         "fraction",
-        "share of completions cut off at max_new_tokens",
+        "share of completions cut off at max_new_tokens or max_length",
     ),
     Metric("train/learning_rate", "1", "learning rate of the step"),
     Metric("train/grad_norm", "1", "gradient norm before clipping"),
@@ -60,14 +88,29 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/step_seconds", "s", "wall time of the whole step"),
     Metric("time/sampling_seconds", "s", "part of it spent sampling"),
     Metric("time/reward_seconds", "s", "part of it spent waiting for rewards"),
+    Metric(
+        "time/reference_seconds",
+        "s",
+        "part of it spent in forward passes of the reference, and of the policy where behavior log-probabilities are unknown",
+    ),
     Metric("time/training_seconds", "s", "part of it spent in forward, backward and optimizer"),
+    Metric(
+        "time/idle_seconds",
+        "s",
+        "time since the end of the step before in which the policy was neither sampled from nor trained: waiting for rewards, and "
+        "what lay between the steps (checkpoints, evaluation, reports)",
+    ),
+    Metric("time/tokens_per_second", "tokens/s", "completion tokens of the step / its wall time"),
 )
 
 NAMES: frozenset[str] = frozenset(metric.name for metric in METRICS)
+EVALUATION = "eval_"
+"""What the names of metrics begin with that were reached on the validation file."""
 
 
 def is_known(name: str) -> bool:
-    """Whether ``name`` is a registered metric or a reward component's mean."""
+    """Whether ``name`` is a registered metric or a reward component's mean, of training or of an evaluation."""
+    name = name.removeprefix(EVALUATION)
     if name in NAMES:
         return True
     parts = name.split("/")

@@ -185,6 +185,8 @@ class DARSpec(Input):
         filled = dict(given)
         for name in ("hyperparameters", "sampling"):
             sent = given.get(name, {})
+            if isinstance(sent, Input):  # in Python, not over the wire
+                sent = sent.model_dump(exclude_unset=True)
             if isinstance(sent, dict):
                 filled[name] = {**getattr(values, name), **sent}
         return filled
@@ -206,9 +208,10 @@ class JobSpec(Input):
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """A folder under the models directory, a fine-tuned model, or a hub id (with a slash)."""
     training_file: Annotated[str, Field(min_length=1, max_length=256)]
-    """Id of an uploaded file of prompts."""
+    """Id of an uploaded file of prompts, or of completions with their rewards; or a data set of the hub,
+    ``hf://owner/name?split=train``."""
     validation_file: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    """Id of an uploaded file of prompts that the policy is tried on; see ``method.dar.evaluation``."""
+    """Id of an uploaded file, of the training file's format, that the policy is tried on; see ``method.dar.evaluation``."""
     method: Method
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Fixes data order and sampling; null: the service draws one and records it."""

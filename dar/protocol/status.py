@@ -13,6 +13,7 @@ StatusDetail = Literal[
     "starting",
     "sampling",
     "training",
+    "evaluating",
     "checkpointing",
     "cancelling",
     "user_error",

@@ -11,7 +11,9 @@ from dar.protocol.samples import SampleRow
 from dar.protocol.spec import JobSpec
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
-Phase = Literal["starting", "sampling", "waiting_for_reward", "training", "checkpointing"]
+Phase = Literal[
+    "starting", "sampling", "waiting_for_reward", "training", "evaluating", "checkpointing"
+]
 WAKE_TASK = "worker.wake"
 """Name of the Celery task that says «look for queued jobs»; it carries nothing."""
 WAKE_QUEUE = "dar.wake"
@@ -64,7 +66,7 @@ class InputFile(Output):
     """A file that an attempt needs."""
 
     name: str
-    """``training_file``, ``model/<file>``, ``adapters/<n>/<file>`` or ``resume/<file>``."""
+    """``training_file``, ``validation_file``, ``model/<file>``, ``adapters/<n>/<file>`` or ``resume/<file>``."""
     bytes: int
     sha256: str
 

@@ -39,9 +39,14 @@ class RewardContext:
     """What the samples of one call have in common."""
 
     step: int
-    """Optimizer step that the samples are for, from 1."""
+    """Optimizer step that the samples are for, from 1; in an evaluation the steps done before it, from 0."""
     mode: Literal["train", "eval", "validate"] = "train"
     job_id: str | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that the policy had done when it sampled."""
+        return self.step if self.mode == "eval" else self.step - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class HttpReward:
             RewardMisconfiguredError: The service refuses for good; requests in flight are cancelled.
         """
         encoded = [
-            encode_sample(sample, self._options.columns, context.step - 1) for sample in samples
+            encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]
         found: dict[str, RewardResult] = {}
         work = batches(

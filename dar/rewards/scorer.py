@@ -28,6 +28,7 @@ from dar.rewards.base import (
     RewardContext,
     RewardResult,
     RewardSample,
+    RewardSource,
     SampleReward,
     Scored,
 )
@@ -221,6 +222,7 @@ def scorer_from_functions(
     funcs: RewardFunction | str | Sequence[RewardFunction | str],
     *,
     weights: Sequence[float] | None = None,
+    sources: Sequence[RewardSource] = (),
     secret: str | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> RewardScorer:
@@ -229,7 +231,8 @@ def scorer_from_functions(
     Args:
         funcs: One or several; a callable has TRL's signature (`RewardFunction`), a text is the URL of a reward
             service.
-        weights: Factor of each in the sum; default 1.
+        weights: Factor of each in the sum, those of ``sources`` last; default 1.
+        sources: Further sources, under their own names.
         secret: Signs requests to the URLs.
         on_wait: See `RewardScorer`.
 
@@ -239,12 +242,17 @@ def scorer_from_functions(
         InvalidRequestError: A text is no usable URL.
     """
     given = [funcs] if isinstance(funcs, str) or callable(funcs) else list(funcs)
-    factors = [1.0] * len(given) if weights is None else list(weights)
-    if len(factors) != len(given):
-        raise ConfigurationError(f"{len(factors)} reward weights for {len(given)} reward functions")
+    count = len(given) + len(sources)
+    factors = [1.0] * count if weights is None else list(weights)
+    if len(factors) != count:
+        raise ConfigurationError(
+            f"{len(factors)} reward weights for {count} rewards: give one for each function, then for each model"
+            if sources
+            else f"{len(factors)} reward weights for {count} reward functions"
+        )
     components: list[WeightedSource] = []
-    taken: set[str] = set()
-    for function, weight in zip(given, factors, strict=True):
+    taken = {source.name for source in sources}
+    for function, weight in zip(given, factors, strict=False):
         source: HttpReward | FunctionReward
         if isinstance(function, str):
             url = _checked_url(function)
@@ -252,6 +260,7 @@ def scorer_from_functions(
         else:
             source = FunctionReward(function, _free_name(FunctionReward(function).name, taken))
         components.append(WeightedSource(source, weight))
+    components += map(WeightedSource, sources, factors[len(given) :])
     return RewardScorer(components, on_wait=on_wait)
 
 

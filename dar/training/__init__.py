@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dar.training.config import DARConfig
     from dar.training.data import DataCollatorForDAR
+    from dar.training.evaluation import Predictions
     from dar.training.job import JobInputs, train_job
     from dar.training.sink import Control, NullControl, NullSink, Sink
     from dar.training.trainer import DARTrainer
@@ -21,6 +22,7 @@ __all__ = [
     "JobInputs",
     "NullControl",
     "NullSink",
+    "Predictions",
     "Sink",
     "train_job",
 ]
@@ -33,6 +35,7 @@ _HOMES = {
     "JobInputs": "dar.training.job",
     "NullControl": "dar.training.sink",
     "NullSink": "dar.training.sink",
+    "Predictions": "dar.training.evaluation",
     "Sink": "dar.training.sink",
     "train_job": "dar.training.job",
 }

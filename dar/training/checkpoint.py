@@ -24,7 +24,6 @@ from peft import PeftModel, set_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dar.errors import CheckpointError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Manifest, ManifestFile
@@ -157,13 +156,16 @@ def _sync_tree(folder: Path) -> None:
 
 
 def save_resume_state(
-    folder: Path, optimizer: Optimizer, scheduler: Mapping[str, Any], own: Mapping[str, Any]
+    folder: Path,
+    optimizer: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    own: Mapping[str, Any],
 ) -> None:
     """Write optimizer, scheduler, random states and the trainer's own counters into ``folder/resume``.
 
     Args:
         folder: The checkpoint.
-        optimizer: Its state goes into safetensors, its hyperparameters into JSON.
+        optimizer: ``state_dict`` of the optimizer: its state goes into safetensors, its hyperparameters into JSON.
         scheduler: ``state_dict`` of the learning-rate scheduler.
         own: JSON values of the trainer.
     """
@@ -201,8 +203,8 @@ class ResumeState:
         own: dict[str, Any] = self.json["trainer"]
         return own
 
-    def restore_optimizer(self, optimizer: Optimizer) -> None:
-        """Give ``optimizer`` the state it had."""
+    def optimizer_state(self) -> dict[str, Any]:
+        """``state_dict`` of the optimizer."""
         state: dict[int, dict[str, Any]] = {
             int(index): dict(values) for index, values in self.json["optimizer"]["state"].items()
         }
@@ -211,8 +213,7 @@ class ResumeState:
             if kind == "optimizer":
                 index, name = rest.split("/", 1)
                 state.setdefault(int(index), {})[name] = tensor
-        groups = self.json["optimizer"]["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return {"state": state, "param_groups": self.json["optimizer"]["param_groups"]}
 
     def restore_random(self) -> None:
         """Put every random generator where it was."""
@@ -244,8 +245,7 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
 
 
-def _split_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    whole = optimizer.state_dict()
+def _split_optimizer(whole: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
     for index, values in whole["state"].items():

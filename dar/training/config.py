@@ -5,57 +5,20 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
+import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import PRESETS, Preset
 from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
+from dar.training.options import refuse_without_effect
 
-_WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
-    "auto_find_batch_size": (False,),
-    "eval_strategy": ("no",),
-    "do_eval": (False,),
-    "do_predict": (False,),
-    "eval_on_start": (False,),
-    "eval_steps": (None,),
-    "eval_delay": (0,),
-    "eval_accumulation_steps": (None,),
-    "per_device_eval_batch_size": (8,),
-    "prediction_loss_only": (False,),
-    "batch_eval_metrics": (False,),
-    "include_for_metrics": ([],),
-    "fp16": (False,),
-    "fp16_full_eval": (False,),
-    "bf16_full_eval": (False,),
-    "label_smoothing_factor": (0.0,),
-    "load_best_model_at_end": (False,),
-    "metric_for_best_model": (None,),
-    "greater_is_better": (None,),
-    "resume_from_checkpoint": (None,),
-    "restore_callback_states_from_checkpoint": (False,),
-    "neftune_noise_alpha": (None,),
-    "torch_compile": (False,),
-    "deepspeed": (None,),
-    "fsdp": (None, "", [], False),
-    "dataloader_num_workers": (0,),
-    "dataloader_drop_last": (False,),
-    "include_num_input_tokens_seen": ("no", False),
-    "enable_jit_checkpoint": (False,),
-    "save_only_model": (False,),
-    "save_strategy": ("steps", "no"),
-    "logging_strategy": ("steps", "no"),
-    "push_to_hub": (False,),
-    "hub_strategy": ("every_save",),
-    "hub_model_id": (None,),
-    "hub_always_push": (False,),
-    "data_seed": (None,),
-    "torch_empty_cache_steps": (None,),
-    "train_sampling_strategy": ("random",),
-    "length_column_name": ("length",),
+_CHECKPOINTING = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
-"""Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
-refused: an option is never accepted and then ignored."""
-
+"""New and usual names of options of transformers."""
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
 """What a job spec calls an optimizer, and transformers' name of it."""
@@ -87,6 +50,31 @@ def preset_values(preset: str) -> dict[str, Any]:
     return values
 
 
+_TRANSFORMERS = "transformers.TrainingArguments"
+_GENERATION = "transformers.GenerationConfig"
+_FIRST_TRAINER = "the first public trainer"
+
+
+class Meaning(str):
+    """What a field of `DARConfig` is: text for the command line, with what the documents say beside it.
+
+    A text of its own kind, because transformers' parser hands every other key of a field's metadata to argparse.
+    """
+
+    __slots__ = ("source", "unit")
+
+    source: str
+    """Where it comes from: an equation or departure of `dar.training.loss`, a paper, a library."""
+    unit: str
+    """Of its value; empty: a pure number or a word."""
+
+
+def _says(meaning: str, *, source: str, unit: str = "") -> dict[str, Meaning]:
+    said = Meaning(meaning)
+    said.source, said.unit = source, unit
+    return {"help": said}
+
+
 def _with_presets(cls: type["DARConfig"]) -> type["DARConfig"]:
     """Let ``preset`` stand behind every argument that is not given."""
     plain = cls.__init__
@@ -105,8 +93,9 @@ class DARConfig(TrainingArguments):
     """Arguments of `dar.DARTrainer`: those of `transformers.TrainingArguments` and DAR's own.
 
     ``per_device_train_batch_size`` counts prompts; each gives ``dar_k`` completions. One optimizer step takes
-    ``per_device_train_batch_size * gradient_accumulation_steps`` prompts, and how that product is split changes the
-    result by no more than rounding (in bfloat16, now and then a token): the completions of a step are sampled and scored together, and forward passes are cut to fit the memory.
+    ``per_device_train_batch_size * gradient_accumulation_steps`` prompts in each process, and how the product of these and the
+    number of processes is split changes the result by no more than rounding (in bfloat16, now and then a token): the
+    completions of a step are scored together, and forward passes are cut to fit the memory.
 
     The defaults are those of a job spec (`dar.protocol.spec`); ``preset`` puts others in their place
     (`dar.protocol.presets`), and what is given beside it goes before both.
@@ -117,96 +106,182 @@ class DARConfig(TrainingArguments):
 
     preset: Preset = field(
         default="default",
-        metadata={
-            "help": "Where arguments that are not given come from: default, paper or reference."
-        },
+        metadata=_says(
+            "Where arguments that are not given come from: default, paper or reference.",
+            source="docs/decisions",
+        ),
     )
     alpha: float = field(
-        default=0.1, metadata={"help": "Pull towards the reference, in units of reward."}
+        default=0.1,
+        metadata=_says("Pull towards the reference.", unit="reward", source="equations (1), (4)"),
     )
     beta: float = field(
         default=0.3,
-        metadata={"help": "Pull towards the sampling policy: sets the step, not the optimum."},
+        metadata=_says(
+            "Pull towards the sampling policy: sets the step, not the optimum.",
+            unit="reward",
+            source="equations (1), (4)",
+        ),
     )
-    dar_k: int = field(default=4, metadata={"help": "Completions sampled per prompt (K)."})
-    dar_wclip: float = field(default=20.0, metadata={"help": "Largest weight of a completion."})
+    dar_k: int = field(
+        default=4,
+        metadata=_says("Completions sampled per prompt (K).", source="arXiv 2602.11523: 4"),
+    )
+    dar_wclip: float = field(
+        default=20.0, metadata=_says("Largest weight of a completion.", source="equation (5)")
+    )
     adv_norm: Normalization = field(
         default="none",
-        metadata={"help": "Normalisation after centring: none, per_prompt or batch."},
+        metadata=_says(
+            "Normalisation after centring: none, per_prompt or batch.",
+            source="equation (3); arXiv 2602.11523: batch",
+        ),
     )
     baseline: Baseline = field(
         default="leave_one_out",
-        metadata={"help": "What a reward is compared with: the mean, or the mean of its siblings."},
+        metadata=_says(
+            "What a reward is compared with: the mean, or the mean of its siblings (leave_one_out).",
+            source="departure 1",
+        ),
     )
     log_ratio: LogRatio = field(
         default="sum",
-        metadata={
-            "help": "log(reference / behavior) of a completion: sum over its tokens, or mean."
-        },
+        metadata=_says(
+            "log(reference / behavior) of a completion: sum over its tokens, or mean.",
+            unit="nats",
+            source="departure 3",
+        ),
     )
     tie_tolerance: float = field(
         default=0.0,
-        metadata={"help": "Rewards of a prompt that lie within this range are equal."},
+        metadata=_says(
+            "Rewards of a prompt that lie within this range are equal.",
+            unit="reward",
+            source="departure 4",
+        ),
     )
     drop_ties: bool = field(
-        default=False, metadata={"help": "Leave out prompts whose rewards are all equal."}
+        default=False,
+        metadata=_says("Leave out prompts whose rewards are all equal.", source="departure 4"),
     )
     allow_missing: bool = field(
         default=True,
-        metadata={"help": "Leave out completions without a reward; otherwise training ends."},
+        metadata=_says(
+            "Leave out completions without a reward; otherwise training ends.", source="departure 2"
+        ),
     )
     weight_norm: WeightNormalization = field(
         default="none",
-        metadata={"help": "Divide weights by their mean over the step or the prompt."},
+        metadata=_says(
+            "Divide weights by their mean: none, over the batch or per_prompt.",
+            source="departure 5",
+        ),
     )
     min_ess: float = field(
         default=0.0,
-        metadata={"help": "Flatten weights until the effective sample size is this share; 0: off."},
+        metadata=_says(
+            "Flatten weights until the effective sample size is this share; 0: off.",
+            unit="fraction",
+            source="departure 6",
+        ),
     )
     behavior: Behavior = field(
         default="sampled",
-        metadata={
-            "help": "Behavior log-probabilities: of the sampled law, or the policy's at T=1."
-        },
+        metadata=_says(
+            "Behavior log-probabilities: of the sampled law, or the policy's at T=1.",
+            source="departure 7",
+        ),
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion, in tokens."})
+    max_new_tokens: int = field(
+        default=128, metadata=_says("Longest completion.", unit="tokens", source=_GENERATION)
+    )
     temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits before sampling."}
+        default=1.0,
+        metadata=_says(
+            "Divides the logits before sampling.", source="transformers; arXiv 2602.11523: 0.9"
+        ),
     )
-    top_p: float = field(default=1.0, metadata={"help": "Smallest mass that is kept; 1: off."})
-    top_k: int = field(default=0, metadata={"help": "Likeliest tokens that are kept; 0: off."})
+    top_p: float = field(
+        default=1.0,
+        metadata=_says(
+            "Smallest mass that is kept; 1: off.", unit="probability", source=_GENERATION
+        ),
+    )
+    top_k: int = field(
+        default=0,
+        metadata=_says(
+            "Likeliest tokens that are kept; 0: off.", unit="tokens", source=_GENERATION
+        ),
+    )
     min_p: float | None = field(
-        default=None, metadata={"help": "Least probability relative to the likeliest token."}
+        default=None,
+        metadata=_says(
+            "Least probability relative to the likeliest token.",
+            unit="fraction",
+            source=_GENERATION,
+        ),
     )
     repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Divides the scores of tokens that occurred; 1: off."}
+        default=1.0,
+        metadata=_says("Divides the scores of tokens that occurred; 1: off.", source=_GENERATION),
     )
     stop: list[str] = field(
-        default_factory=list, metadata={"help": "Strings that end a completion containing them."}
+        default_factory=list,
+        metadata=_says("Strings that end a completion containing them.", source="OpenAI's API"),
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt + completion; none: the model's context."}
+        default=None,
+        metadata=_says(
+            "Longest prompt + completion; none: the model's context.",
+            unit="tokens",
+            source=_FIRST_TRAINER,
+        ),
     )
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Longest prompt; cut from the left. None: what a completion leaves."},
+        metadata=_says(
+            "Longest prompt; cut from the left. None: what a completion leaves.",
+            unit="tokens",
+            source=_FIRST_TRAINER,
+        ),
+    )
+    reward_model_path: str | None = field(
+        default=None,
+        metadata=_says(
+            "Reward model: folder or hub id of a sequence classifier with one label.",
+            source=_FIRST_TRAINER,
+        ),
     )
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two reports."})
+    optim: OptimizerNames | str = field(
+        default=OPTIMIZERS["adamw"],
+        metadata=_says("Optimizer, by transformers' name.", source=_TRANSFORMERS),
+    )
+    learning_rate: float = field(
+        default=1e-6, metadata=_says("Peak learning rate.", source="arXiv 2602.11523: 1e-6")
+    )
+    num_train_epochs: float = field(
+        default=1.0, metadata=_says("Passes over the prompts.", source=_TRANSFORMERS)
+    )
+    logging_steps: float = field(
+        default=1, metadata=_says("Steps between two reports.", unit="steps", source=_TRANSFORMERS)
+    )
 
     def __post_init__(self) -> None:
         """Validate, then let transformers set up the rest."""
         self._check_ranges()
+        # transformers warns of these names, which are what everybody writes; both mean the same.
+        for new, usual in _CHECKPOINTING.items():
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, usual))
+            setattr(self, usual, None)
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers is only partly typed
-        for name, neutral in _WITHOUT_EFFECT.items():
-            value = getattr(self, name, neutral[0])
-            if getattr(value, "value", value) not in neutral:
-                raise InvalidRequestError(
-                    f"{name}={value!r} has no effect on DAR training; leave it at {neutral[0]!r}",
-                    param=name,
-                )
+        refuse_without_effect(self)
+        if self.fp16 and self.device.type != "cuda":
+            raise InvalidRequestError(
+                f"fp16 needs a CUDA device, and this runs on {self.device.type}; use bf16, or neither",
+                param="fp16",
+            )
         if self.dar_k == 1 and self.prompts_per_step == 1:
             raise InvalidRequestError(
                 "one completion of one prompt has nothing to be compared with, so every advantage would be 0; "
@@ -241,7 +316,11 @@ class DARConfig(TrainingArguments):
             ("top_k", self.top_k >= 0, "at least 0"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("stop", all(self.stop), "a list of strings, none of them empty"),
+            (
+                "stop",
+                not isinstance(self.stop, str) and all(self.stop),  # type: ignore[redundant-expr]  # a user's mistake
+                "a list of strings, none of them empty",
+            ),
             ("max_length", self.max_length is None or self.max_length >= 2, "at least 2"),
             ("max_prompt_length", (self.max_prompt_length or 1) >= 1, "at least 1"),
         ):
@@ -256,17 +335,25 @@ class DARConfig(TrainingArguments):
         return min(1, int(super().n_gpu))
 
     @property
+    def half(self) -> torch.dtype | None:
+        """Number format of forward and backward passes; None: that of the weights."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    @property
     def prompts_per_step(self) -> int:
-        """Prompts of one optimizer step."""
-        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps)
+        """Prompts of one optimizer step, over all processes."""
+        return int(
+            self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        )
 
     def decisive_values(self) -> dict[str, Any]:
         """Everything here that decides the result of training, as JSON values."""
         own = {f.name for f in fields(DARConfig)} - {f.name for f in fields(TrainingArguments)}
+        own -= {"reward_model_path"}  # its weights decide, not where they lie
         inherited = {
             "learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type",
             "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1",
-            "adam_beta2", "adam_epsilon", "bf16", "seed", "optim_target_modules", "use_liger_kernel", "liger_kernel_config",
+            "adam_beta2", "adam_epsilon", "bf16", "fp16", "seed", "optim_target_modules", "use_liger_kernel", "liger_kernel_config",
         }  # fmt: skip
         values = {name: getattr(self, name) for name in sorted(own | inherited)}
         values = {name: getattr(value, "value", value) for name, value in values.items()}

@@ -1,7 +1,8 @@
-"""Rows of prompts: what they may look like, how they become token ids, and in which order they are used."""
+"""Rows of data sets: checking them, making token ids of their prompts, and the order in which they are used."""
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
-
-Row = Mapping[str, Any]
+from dar.protocol.rows import (
+    Message,
+    Row,
+    RowError,
+    check_online,
+    form_of,
+    read_offline,
+    read_prompt,
+)
+from dar.protocol.samples import FinishReason
 
 
 class Rows(Protocol):
@@ -45,25 +54,43 @@ class TokenPair:
 
 @dataclass(frozen=True, slots=True)
 class DataCollatorForDAR:
-    """Lays out prompts with completions as one rectangle.
+    """Lays out prompts with completions as one rectangle: the batch that a forward pass takes.
 
     Prompts are padded on the left and completions on the right, so that all completions start in the same column and only
     the last columns need logits. Masks and positions come from lengths, never from token ids: a padding or end-of-sequence
-    token inside a completion is a token like any other.
+    token inside a completion is a token like any other, and a tokenizer whose padding is its end-of-sequence token trains the
+    end as any other does. Nothing is appended, cut or tokenized here: `dar.training.data.PromptEncoder` and
+    `dar.training.offline.RowEncoder` have done that.
+
+    ```python
+    collate = DataCollatorForDAR()
+    batch = collate([{"prompt_ids": [5, 6, 7], "completion_ids": [8, 2]}, {"prompt_ids": [5], "completion_ids": [9]}])
+    batch["input_ids"]        # [[5, 6, 7, 8, 2], [0, 0, 5, 9, 0]]
+    batch["position_ids"]     # [[0, 1, 2, 3, 4], [0, 0, 0, 1, 1]]
+    batch["completion_mask"]  # [[True, True], [True, False]]
+    ```
+
+    Args:
+        pad_token_id: Stands where there is no token. Attention never sees it, so what it is changes nothing; default 0, which every
+            vocabulary has (a tokenizer's own padding token may lie beyond the model's embeddings).
     """
 
     pad_token_id: int = 0
-    """Stands where there is no token; what it is changes nothing."""
 
     def __call__(self, features: Sequence[TokenPair | Mapping[str, Any]]) -> dict[str, Tensor]:
         """Pad.
 
         Args:
-            features: B `TokenPair`, or mappings with ``prompt_ids`` and ``completion_ids``.
+            features: B `TokenPair`, or mappings with ``prompt_ids`` and ``completion_ids`` (other keys are not looked at); at least
+                one, none of them without any token.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``position_ids`` ``[B, L + C]``, and ``completion_mask`` ``[B, C]``,
-            true where a completion has a token; L and C are the longest prompt and completion.
+            With L and C the most tokens of a prompt and of a completion: ``input_ids``, ``attention_mask`` (1 where there is a
+            token) and ``position_ids`` (counted from 0 at the first token of each row), all int64 ``[B, L + C]``; and
+            ``completion_mask``, bool ``[B, C]``, true where a completion has a token.
+
+        Raises:
+            KeyError: A mapping lacks one of the two.
         """
         pairs = [
             feature
@@ -89,6 +116,19 @@ class DataCollatorForDAR:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredCompletion:
+    """A completion that stands in the data set."""
+
+    ids: list[int]
+    finish_reason: FinishReason
+    """``length``: it was cut on the right, or does not end with an end-of-sequence token."""
+    reward: float | None
+    """None: missing."""
+    behavior_logp: float | None
+    """Sum over its tokens, in nats; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A row's prompt, ready for the model."""
 
@@ -101,6 +141,8 @@ class Prompt:
     """All other columns of the row."""
     cut_tokens: int
     """How many tokens were cut off, from the left, to keep within the longest prompt."""
+    completions: tuple[StoredCompletion, ...] = ()
+    """Offline: what the row holds. Online: none."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -125,39 +167,59 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
-    """Refuse a data set that could not be trained on, before anything is sampled.
+    """Refuse a data set that could not be trained on, before anything is loaded or sampled.
 
     Args:
         rows: The data set.
-        is_replay: Whether rows hold their completions; ``prompt_ids`` then stand for the prompt where a row has them.
+        is_replay: Whether rows hold their completions and rewards: offline training.
 
     Raises:
-        InvalidRequestError: There is no row, or a row has no usable prompt; the message names the row, from 1.
+        InvalidRequestError: It is no data set with rows, or a row cannot be used; the message names the row, from 1, and the
+            column.
     """
+    if isinstance(rows, Mapping):
+        names = ", ".join(map(str, rows))
+        raise InvalidRequestError(
+            f"the data set is a dictionary of splits ({names}); give one of them",
+            param="training_file",
+        )
+    if not hasattr(rows, "__len__"):
+        raise InvalidRequestError(
+            f"a {type(rows).__name__} cannot be trained on: rows are taken by number, in a random order, so a data set needs a "
+            "length; load it without streaming",
+            param="training_file",
+        )
     if len(rows) == 0:
         raise InvalidRequestError("the data set has no rows", param="training_file")
+    form: tuple[str, ...] | None = None
     for index in range(len(rows)):
-        problem = _problem(rows[index], is_replay=is_replay)
-        if problem:
-            raise InvalidRequestError(f"row {index + 1}: {problem}", param="training_file")
+        with naming_row(index):
+            row = rows[index]
+            if not isinstance(row, Mapping):
+                raise RowError("the row is not a mapping of columns")
+            if not is_replay:
+                check_online(row)
+                continue
+            read_offline(row)
+            form = form or form_of(row)
+            if form_of(row) != form:
+                raise RowError(
+                    f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}: keep to one format",
+                    code="mixed_format",
+                )
 
 
-def _problem(row: object, *, is_replay: bool) -> str | None:
-    if not isinstance(row, Mapping):
-        return "is not a mapping of columns"
-    if is_replay and "completion_ids" not in row:
-        return "has no completion_ids; give reward_funcs, or rows with completion_ids and rewards"
-    if is_replay and "prompt_ids" in row:
-        return None if row["prompt_ids"] else "prompt_ids is empty"
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        return None
-    if not isinstance(prompt, Sequence) or not prompt:
-        return "prompt must be a text or a list of messages"
-    for message in prompt:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            return "each message of prompt must be an object with role and content"
-    return None
+@contextlib.contextmanager
+def naming_row(index: int) -> Iterator[None]:
+    """Say which row, from 0, is wrong.
+
+    Raises:
+        InvalidRequestError: For one inside.
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"row {index + 1}: {error}", param="training_file") from error
 
 
 class PromptEncoder:
@@ -166,48 +228,51 @@ class PromptEncoder:
     Args:
         tokenizer: Of the model that is trained.
         max_prompt_length: Longest prompt in tokens. A longer conversation loses its earliest turns, but never what stands
-            before the first; a longer text or last turn loses its beginning, but never its BOS token.
-        is_replay: Whether ``prompt_ids`` stand for the prompt where a row has them; otherwise they are a column like any.
+            before the first; a longer last turn loses the beginning of its text, a longer text its beginning, but never its BOS
+            token.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_prompt_length: int,
-        *,
-        is_replay: bool = False,
-    ) -> None:
+    own_columns: frozenset[str] = frozenset({"prompt"})
+    """Columns that are not passed on."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_prompt_length
-        self._own_columns = {"prompt", "prompt_ids"} if is_replay else {"prompt"}
 
     def __call__(self, row: Row) -> Prompt:
         """Encode one row.
 
         Raises:
-            InvalidRequestError: The prompt has no token, or is a conversation that the model's chat template refuses, or
-                there is no template.
+            InvalidRequestError: There is no prompt, or it has no token, or is a conversation that the model's chat template refuses,
+                or there is no template.
         """
-        value = row.get("prompt")
-        messages = None if value is None or isinstance(value, str) else list(value)
-        shorter: Iterator[list[int]] = iter(())
-        if "prompt_ids" in self._own_columns and "prompt_ids" in row:
-            ids = list(row["prompt_ids"])
-        elif messages is not None:
-            ids = self._conversation(messages)
-            shorter = self._without_early_turns(messages)
-        else:
-            ids = self._plain(str(value))
+        prompt = read_prompt(row)
+        return self.fitted(row, prompt, self.encoded(prompt), self._max_length)
+
+    def encoded(self, prompt: str | Sequence[Message]) -> list[int]:
+        """All token ids of a prompt.
+
+        Raises:
+            InvalidRequestError: There are none; see `__call__`.
+        """
+        ids = self._plain(prompt) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise InvalidRequestError(
-                f"the prompt {value!r} has no tokens, and the tokenizer has no BOS token to start from"
+                f"the prompt {prompt!r:.80} has no tokens, and the tokenizer has no BOS token to start from"
             )
-        kept = self._cut(ids, shorter)
+        return ids
+
+    def fitted(
+        self, row: Row, prompt: str | Sequence[Message] | None, ids: list[int], longest: int
+    ) -> Prompt:
+        """The prompt of a row, cut to ``longest`` tokens; ``prompt`` is None where the row gives token ids."""
+        messages = None if prompt is None or isinstance(prompt, str) else list(prompt)
+        kept = ids if len(ids) <= longest else self._cut(ids, messages, longest)
         return Prompt(
             ids=kept,
-            text=value if isinstance(value, str) else str(self._tokenizer.decode(kept)),
+            text=prompt if isinstance(prompt, str) else str(self._tokenizer.decode(kept)),
             messages=messages,
-            columns={name: row[name] for name in row if name not in self._own_columns},
+            columns={name: row[name] for name in row if name not in self.own_columns},
             cut_tokens=len(ids) - len(kept),
         )
 
@@ -220,7 +285,12 @@ class PromptEncoder:
             ids = ids[:-1]  # a tokenizer that closes texts would have us continue after the end
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
-    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def rendered(self, messages: Sequence[Message], *, is_whole: bool = False) -> str:
+        """A conversation as the model reads it, up to where it is to answer, or whole.
+
+        Raises:
+            InvalidRequestError: The chat template refuses it, or there is none.
+        """
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(
                 "the prompts are conversations, but the model's tokenizer has no chat template; "
@@ -228,33 +298,61 @@ class PromptEncoder:
             )
         is_continued = messages[-1]["role"] == "assistant"
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=not is_continued,
-                continue_final_message=is_continued,
-                tokenize=True,
-                return_dict=True,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    add_generation_prompt=not is_continued and not is_whole,
+                    continue_final_message=is_continued and not is_whole,
+                    tokenize=False,
+                )
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses the conversation: {error}"
             ) from error
-        return list(encoded["input_ids"])
 
-    def _without_early_turns(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
+    def _conversation(self, messages: Sequence[Message]) -> list[int]:
+        return self.bare(self.rendered(messages))
+
+    def bare(self, text: str) -> list[int]:
+        """Token ids of exactly this text."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _cut(self, ids: list[int], messages: Sequence[Message] | None, longest: int) -> list[int]:
+        for rest in self._without_early_turns(messages or ()):
+            ids = self._conversation(rest)
+            messages = rest
+            if len(ids) <= longest:
+                return ids
+        head = self._head(ids, messages)
+        if head >= longest:
+            head = int(ids[0] == self._tokenizer.bos_token_id)
+        return [*ids[:head], *ids[len(ids) - longest + head :]]
+
+    def _without_early_turns(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
         """The conversation without its first turn, without its first two, and so on to the last; a user begins a turn."""
         starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
         for start in starts[1:]:
-            yield self._conversation([*messages[: starts[0]], *messages[start:]])
+            yield [*messages[: starts[0]], *messages[start:]]
 
-    def _cut(self, ids: list[int], shorter: Iterator[list[int]]) -> list[int]:
-        while len(ids) > self._max_length and (rest := next(shorter, None)):
-            ids = rest
-        if len(ids) <= self._max_length:
-            return ids
-        if ids[0] == self._tokenizer.bos_token_id:
-            return [ids[0], *ids[len(ids) - self._max_length + 1 :]]
-        return ids[-self._max_length :]
+    def _head(self, ids: list[int], messages: Sequence[Message] | None) -> int:
+        """Tokens that stand before the text of the last turn; of a plain text, its BOS token."""
+        if messages is not None:
+            emptied = [*messages[:-1], {**messages[-1], "content": ""}]
+            with contextlib.suppress(InvalidRequestError):  # some templates want words
+                return common_length(ids, self._conversation(emptied))
+        return int(ids[0] == self._tokenizer.bos_token_id)
+
+
+def common_length(one: Iterable[int], other: Iterable[int]) -> int:
+    """How many leading items two sequences share."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
 
 
 class PromptOrder:

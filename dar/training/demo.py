@@ -1,7 +1,8 @@
-"""The torch part of the demo: ``python -m dar.training.demo base`` and ``… sample``.
+"""The torch part of the demo: ``python -m dar.training.demo base`` and ``… sample``, ``… brackets`` and ``… judge``.
 
 ``base`` trains a small Llama on the little language of `dar.training.demo_reviews`, from random weights, and writes it with
-its tokenizer as a folder that any loader of transformers reads. ``sample`` continues prompts with saved models. Both
+its tokenizer as a folder that any loader of transformers reads. ``sample`` continues prompts with saved models.
+``brackets`` writes the base model of `dar.training.brackets`, and ``judge`` compares saved models with its optimum. All
 report on stdout as JSON lines, so that the command that started them can draw progress and use the result.
 """
 
@@ -9,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +31,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from dar.training.brackets import Brackets
+from dar.training.config import DARConfig
+from dar.training.demo_brackets import PROMPTS
 from dar.training.demo_reviews import OPENINGS, reviews
 
 BATCH = 96
@@ -128,12 +133,34 @@ def train_base(folder: Path, *, steps: int, seed: int) -> float:
         losses.append(loss.item())
         if (step + 1) % 5 == 0 or step + 1 == steps:
             report(step=step + 1, steps=steps, loss=losses[-1])
+    save_base(folder, model, tokenizer, OPENINGS)
+    tail = losses[-max(1, steps // 10) :]
+    return sum(tail) / len(tail)
+
+
+def save_base(
+    folder: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+) -> None:
+    """Write ``model/`` and ``prompts.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"prompt": opening}) + "\n" for opening in OPENINGS)
-    tail = losses[-max(1, steps // 10) :]
-    return sum(tail) / len(tail)
+        file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+
+
+def judge(folders: Sequence[Path], *, alpha: float, beta: float, dar_k: int) -> None:
+    """Report how near each model is to the optimum of the brackets task; the first one is the reference."""
+    task = Brackets()
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
+    ref_PY = task.law(models[0])
+    with tempfile.TemporaryDirectory() as unused:
+        config = DARConfig(output_dir=unused, use_cpu=True, alpha=alpha, beta=beta, dar_k=dar_k)
+    for model in models:
+        report(**task.standing(model, ref_PY, config).as_dict())
 
 
 @torch.inference_mode()
@@ -162,37 +189,60 @@ def sample(
     return [texts[i * count : (i + 1) * count] for i in range(len(prompts))]
 
 
-def main() -> None:
-    """Parse the arguments, do the one thing asked for, report it."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dar.training.demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    base = commands.add_parser("base", help="train the base model")
-    base.add_argument("--folder", type=Path, required=True, help="gets model/ and prompts.jsonl")
+    base = commands.add_parser("base", help="train the base model of the reviews")
     base.add_argument("--steps", type=int, required=True)
-    base.add_argument("--seed", type=int, default=0)
+    brackets = commands.add_parser("brackets", help="make the base model of the brackets")
+    for one in (base, brackets):
+        one.add_argument("--folder", type=Path, required=True, help="gets model/ and prompts.jsonl")
+        one.add_argument("--seed", type=int, default=0)
     draw = commands.add_parser("sample", help="continue prompts; a JSON list of them on stdin")
     draw.add_argument("--folder", type=Path, required=True, nargs="+", help="one or more models")
     draw.add_argument("--count", type=int, default=6)
     draw.add_argument("--max-new-tokens", type=int, default=24)
     draw.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    compare = commands.add_parser("judge", help="compare models of brackets with the optimum")
+    compare.add_argument("--folder", type=Path, required=True, nargs="+", help="the base first")
+    compare.add_argument("--alpha", type=float, required=True)
+    compare.add_argument("--beta", type=float, required=True)
+    compare.add_argument("--dar_k", type=int, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Do the one thing asked for, and report it."""
+    arguments = parse()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     if arguments.command == "base":
         loss = train_base(arguments.folder, steps=arguments.steps, seed=arguments.seed)
         report(done=True, loss=loss)
-        return
-    prompts = json.load(sys.stdin)
-    for folder in arguments.folder:
-        completions = sample(
-            folder,
-            prompts,
-            count=arguments.count,
-            max_new_tokens=arguments.max_new_tokens,
-            seed=arguments.seed,
+    elif arguments.command == "brackets":
+        task = Brackets()
+        save_base(arguments.folder, task.model(arguments.seed), task.tokenizer(), PROMPTS)
+        report(done=True)
+    elif arguments.command == "judge":
+        judge(
+            arguments.folder,
+            alpha=arguments.alpha,
+            beta=arguments.beta,
+            dar_k=arguments.dar_k,
         )
-        report(folder=str(folder), completions=completions)
+    else:
+        prompts = json.load(sys.stdin)
+        for folder in arguments.folder:
+            completions = sample(
+                folder,
+                prompts,
+                count=arguments.count,
+                max_new_tokens=arguments.max_new_tokens,
+                seed=arguments.seed,
+            )
+            report(folder=str(folder), completions=completions)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,14 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from dar.errors import TrainingError
+from dar.errors import InvalidRequestError, TrainingError
+from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
 from dar.training import loading
 from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
-from dar.training.data import read_rows
+from dar.training.data import Rows, read_rows
+from dar.training.hub_data import load_hub_rows
+from dar.training.launching import strategy_options
 from dar.training.sink import Control, Sink
 from dar.training.trainer import DARTrainer
 
@@ -37,8 +40,8 @@ class JobInputs:
     """Folder or hub id of the base model."""
     adapters: tuple[Path, ...]
     """Adapters that are merged into the model, in order, before anything else."""
-    training_file: Path
-    """JSON Lines."""
+    training_file: Path | None
+    """JSON Lines; None: the spec names a data set of the hub."""
     work_dir: Path
     """Checkpoints are published as ``checkpoints/step-<n>`` in here."""
     resume_from: Path | None
@@ -47,6 +50,8 @@ class JobInputs:
     threads: int
     offline: bool
     """Whether the model hub may not be asked."""
+    validation_file: Path | None = None
+    """JSON Lines of prompts; None: no evaluation."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -89,21 +94,22 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
     spec = inputs.spec.dar
     config = job_config(inputs)
     # Master weights stay in float32 where they are trained; under an adapter they are frozen, and half the size is enough.
-    is_half = bool(config.bf16) and spec.peft is not None
+    half = config.half if spec.peft is not None else None
     model = loading.load_model(
         inputs.model,
-        dtype=torch.bfloat16 if is_half else torch.float32,
+        dtype=half or torch.float32,
         is_offline=inputs.offline,
     )
     tokenizer = loading.load_tokenizer(inputs.model, is_offline=inputs.offline)
     trainer = DARTrainer(
         loading.merge_adapters(model, inputs.adapters),
         config,
-        read_rows(inputs.training_file),
+        training_rows(inputs),
         spec.rewards,
         reward_secret=inputs.reward_secret,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
+        eval_dataset=_validation_rows(inputs),
         sink=sink,
         control=control,
         base_name=inputs.spec.model,
@@ -112,6 +118,29 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
     )
     trainer.remove_callback(PrinterCallback)  # it prints every report on stdout
     return trainer
+
+
+def training_rows(inputs: JobInputs) -> Rows:
+    """The rows that a job trains on, from its file or from the hub.
+
+    Raises:
+        TrainingError: The hub has no such data set.
+        InvalidRequestError: A line of the file is no row.
+    """
+    if inputs.training_file is not None:
+        return read_rows(inputs.training_file)
+    return load_hub_rows(HubData.parse(inputs.spec.training_file), is_offline=inputs.offline)
+
+
+def _validation_rows(inputs: JobInputs) -> Rows | None:
+    evaluation = inputs.spec.dar.evaluation
+    if evaluation is None:
+        return None
+    if inputs.validation_file is None:
+        raise InvalidRequestError(
+            "the job evaluates, but its validation file is not here", param="validation_file"
+        )
+    return read_rows(inputs.validation_file)[: evaluation.max_prompts]
 
 
 def job_config(inputs: JobInputs) -> DARConfig:
@@ -123,11 +152,15 @@ def job_config(inputs: JobInputs) -> DARConfig:
         preset=spec.preset,
         **hyper.model_dump(exclude=RENAMED),
         **sampling.model_dump(),
-        per_device_train_batch_size=hyper.batch_size,
+        per_device_train_batch_size=hyper.batch_size // spec.resources.processes,
+        **strategy_options(spec.resources),
         max_steps=inputs.total_steps,
         lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler_type],
         optim=OPTIMIZERS[hyper.optim],
         bf16=_is_bf16(spec),
+        fp16=_is_fp16(spec),
+        eval_strategy="no" if spec.evaluation is None else "steps",
+        eval_steps=None if spec.evaluation is None else spec.evaluation.every_steps,
         use_cpu=not torch.cuda.is_available(),
         seed=inputs.seed,
         save_strategy="steps",
@@ -148,6 +181,15 @@ def _is_bf16(spec: DARSpec) -> bool:
             "this GPU has no bfloat16; send precision fp32 or auto", param="method.dar.precision"
         )
     return spec.precision == "bf16" or (spec.precision == "auto" and has_gpu and is_supported)
+
+
+def _is_fp16(spec: DARSpec) -> bool:
+    if spec.precision == "fp16" and not torch.cuda.is_available():
+        raise TrainingError(
+            "precision fp16 needs a GPU, and this worker has none; send bf16, fp32 or auto",
+            param="method.dar.precision",
+        )
+    return spec.precision == "fp16"
 
 
 def _prepare_process(threads: int) -> None:

@@ -49,7 +49,7 @@ def load_model(
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(name), local_files_only=is_offline)
-        _refuse_code(name, config)
+        refuse_code(name, config)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(name),
             dtype=dtype,
@@ -58,7 +58,7 @@ def load_model(
             local_files_only=is_offline,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if not is_offline and _is_hub_unreachable(error):
+        if not is_offline and is_hub_unreachable(error):
             raise
         raise TrainingError(
             f"the model {str(name)!r} cannot be loaded as a causal language model from safetensors: {error}",
@@ -68,8 +68,8 @@ def load_model(
     return model
 
 
-def _is_hub_unreachable(error: BaseException | None) -> bool:
-    """Whether the model may well exist, and only the network failed."""
+def is_hub_unreachable(error: BaseException | None) -> bool:
+    """Whether what was asked for may well exist, and only the network failed."""
     while error is not None:
         if isinstance(error, LocalEntryNotFoundError):
             return True
@@ -89,7 +89,12 @@ def _make_savable(model: PreTrainedModel) -> None:
         model.generation_config.do_sample = True
 
 
-def _refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:
+def refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose configuration names code of its own.
+
+    Raises:
+        TrainingError: It does.
+    """
     found = CODE_KEYS & config.keys()
     if found:
         raise TrainingError(
@@ -99,7 +104,7 @@ def _refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:
         )
     for value in config.values():
         if isinstance(value, Mapping):
-            _refuse_code(name, value)
+            refuse_code(name, value)
 
 
 def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedTokenizerBase:
@@ -203,6 +208,22 @@ def context_length(model: LanguageModel) -> int | None:
     """Longest sequence that the model was built for, or None where its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Refuse a tokenizer whose first or last token the model has not; its padding is never read.
+
+    Raises:
+        TrainingError: It is one.
+    """
+    for name in ("bos_token", "eos_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id >= vocabulary:
+            raise TrainingError(
+                f"the tokenizer's {name} {getattr(tokenizer, name)!r} has id {token_id}, but the model has tokens 0 to "
+                f"{vocabulary - 1} only; use the model's own tokenizer, or resize the model's embeddings",
+                param="model",
+            )
 
 
 def eos_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -26,23 +26,59 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         batch: B sequences as `dar.training.data.DataCollatorForDAR` lays them out, on the model's device.
 
     Returns:
-        ``[B]`` float32: sums over the tokens of each completion, in nats.
+        ``[B]``: sums over the tokens of each completion, in nats; float64 for a float64 model, else float32.
     """
-    mask_BC = batch["completion_mask"]
-    width = mask_BC.shape[1]
-    logits_BCV = model(
+    return _summed_logps(_completion_logits(model, batch), batch)
+
+
+def logps_and_entropies(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same as `completion_logps`, with what the policy's distributions were like on the way.
+
+    Args:
+        model: A causal language model.
+        batch: As `completion_logps` takes it.
+
+    Returns:
+        Log-probabilities ``[B]``, and ``[B]`` entropies of the next token at temperature 1, summed over the tokens of each
+        completion, in nats, without gradient.
+    """
+    logits_BCV = _completion_logits(model, batch)
+    with torch.no_grad():  # one sequence at a time: probabilities take as much memory as logits
+        entropies_B = torch.stack(
+            [
+                torch.special.entr(_precise(logits_CV[mask_C]).softmax(dim=-1)).sum()
+                for logits_CV, mask_C in zip(logits_BCV, batch["completion_mask"], strict=True)
+            ]
+        )
+    return _summed_logps(logits_BCV, batch), entropies_B
+
+
+def _completion_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """``[B, C, V]`` logits of the completions' tokens."""
+    logits_BCV: Tensor = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
         use_cache=False,
-        logits_to_keep=width + 1,
+        logits_to_keep=batch["completion_mask"].shape[1] + 1,
     ).logits[:, :-1]
+    return logits_BCV
+
+
+def _summed_logps(logits_BCV: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    mask_BC = batch["completion_mask"]
+    width = mask_BC.shape[1]
     losses_BC = nn.functional.cross_entropy(
-        logits_BCV.float().flatten(0, 1),
+        _precise(logits_BCV).flatten(0, 1),
         batch["input_ids"][:, -width:].flatten(),
         reduction="none",
     ).view(-1, width)
     return -losses_BC.masked_fill(~mask_BC, 0.0).sum(dim=1)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In float32, or in float64 where it was that."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def forward_batches(pairs: Sequence[TokenPair], vocabulary: int) -> Iterator[list[int]]:
@@ -82,7 +118,7 @@ def all_logps(
     *,
     collate: Collator,
     vocabulary: int,
-    is_bf16: bool = False,
+    half: torch.dtype | None = None,
     before_each: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Log-probabilities of any number of completions, without gradients and without dropout.
@@ -92,23 +128,24 @@ def all_logps(
         pairs: B sequences.
         collate: Lays out the sequences of a forward pass.
         vocabulary: Size of the model's vocabulary.
-        is_bf16: Whether forward passes run under bfloat16 autocast.
+        half: What forward passes are cast to; None: nothing.
         before_each: Called before each forward pass; may raise to stop.
 
     Returns:
-        ``[B]`` float32 on the CPU, in nats.
+        ``[B]`` on the CPU, in nats; float64 for a float64 model, else float32.
     """
     model.eval()
-    device = next(model.parameters()).device
-    logps_B = torch.zeros(len(pairs))
+    parameter = next(model.parameters())
+    device = parameter.device
+    logps_B = torch.zeros(len(pairs), dtype=torch.promote_types(parameter.dtype, torch.float32))
     for rows in forward_batches(pairs, vocabulary):
         before_each()
         batch = {k: v.to(device) for k, v in collate([pairs[i] for i in rows]).items()}
-        with autocast(device, is_bf16=is_bf16):
+        with autocast(device, half):
             logps_B[rows] = completion_logps(model, batch).cpu()
     return logps_B
 
 
-def autocast(device: torch.device, *, is_bf16: bool) -> AbstractContextManager[object]:
-    """Bfloat16 autocast on ``device``, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext()
+def autocast(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast on ``device`` to this number format, or nothing."""
+    return nullcontext() if half is None else torch.autocast(device.type, dtype=half)

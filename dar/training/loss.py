@@ -1,4 +1,4 @@
-"""Direct Advantage Regression as three pure functions (He et al., arXiv 2504.14177 and 2602.11523).
+"""Direct Advantage Regression as pure functions (He et al., arXiv 2504.14177 and 2602.11523).
 
 The policy of the next step is regressed onto the optimum of a reward that is pulled towards two anchors, the frozen reference
 pi_ref (strength alpha) and the policy pi_t that sampled (strength beta):
@@ -12,16 +12,29 @@ Sampling from pi_t, that regression is maximum likelihood on the policy's own sa
     log w = alpha / (alpha + beta) (log pi_ref - log pi_t) + A / (alpha + beta)   `importance_weights`      (4)
     L     = - mean( min(w, clip) log pi )                                         `dar_loss`                (5)
 
-Shapes: P prompts, K completions of each. Log-probabilities are sums over the tokens of a completion, its end-of-sequence
-token included, in nats, at temperature 1. Everything is computed in float32.
+Shapes: P prompts, K completions of each; where their number differs, K is the largest, and the rest is not valid.
+Log-probabilities are sums over the tokens of a completion, its end-of-sequence token included, in nats, at temperature 1.
+float64 stays float64; everything else is computed in float32.
 
-Departures from the papers, each off by default here:
+Departures from the papers, each off by default here and in the presets ``paper`` and ``reference``:
 
 1. ``baseline="leave_one_out"``: the baseline of a completion is the mean of its siblings. With the mean over all K, which
    includes the completion itself, every advantage is smaller by the factor 1 - 1/K, as if alpha and beta were larger.
-2. ``valid``: a completion without a reward is left out of every mean, deviation and loss. It never counts as 0.
+2. ``valid``: a completion without a reward is left out of every mean, deviation and loss. It never counts as 0: a service
+   that fails on a good completion must not teach the policy to avoid it.
+3. ``lengths``: log pi_ref - log pi_t is divided by the completion's tokens. As a sum it drifts by tens of nats over a few
+   hundred tokens, and the weight then says how long a completion is rather than how good.
+4. ``tie_tolerance``: in a group whose rewards lie within it, all advantages are 0. Normalising by a deviation makes +1 and -1
+   of the noise in the last digits of a reward; a group that tells nothing can also be dropped (`tied`).
+5. `self_normalized`: clipped weights are divided by their mean, so that the size of a step depends neither on the scale of the
+   rewards nor on how far the policy has moved.
+6. ``min_ess``: when few completions would carry the step, log w is multiplied by the largest number in [0, 1] that keeps the
+   effective sample size at ``min_ess``: as if alpha and beta were both divided by it, in this step alone.
+7. Behavior log-probabilities are those of the law that sampled, temperature, filters and penalties included, where the papers
+   take the policy's own. Nothing here knows the difference; `dar.training.sampling` records the one or the other.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -35,6 +48,8 @@ Behavior = Literal["sampled", "policy"]
 
 MAX_LOG_WEIGHT = 88.0
 """Exponents are held at this, so that no weight overflows before it is clipped: float32 ends at e^88.72."""
+HALVINGS = 40
+"""Of [0, 1] in the search for the power of departure 6: finer than float32 can tell."""
 
 
 def normalized_advantages(
@@ -44,8 +59,9 @@ def normalized_advantages(
     baseline: Baseline = "mean",
     valid: Tensor | None = None,
     eps: float = 1e-6,
+    tie_tolerance: float = 0.0,
 ) -> Tensor:
-    """How much better each completion is than its siblings: equation (3).
+    """How much better each completion is than its siblings: equation (3), with departures 1, 2 and 4.
 
     Deviations are biased (divided by n). With K = 1 there are no siblings, and all advantages are 0.
 
@@ -56,34 +72,53 @@ def normalized_advantages(
         baseline: Mean over the prompt's valid completions, with or without the completion itself.
         valid: ``[P, K]`` boolean, the scored completions; absent: all.
         eps: Least deviation that is divided by.
+        tie_tolerance: Prompts whose rewards lie within this range get advantages of 0; in units of reward.
 
     Returns:
-        ``[P, K]`` float32; 0 where not valid.
+        ``[P, K]``; 0 where not valid.
 
     Raises:
         ValueError: ``mode`` or ``baseline`` is unknown.
     """
     if mode not in ("none", "per_prompt", "batch") or baseline not in ("mean", "leave_one_out"):
         raise ValueError(f"unknown mode {mode!r} or baseline {baseline!r}")
-    rewards_PK = rewards.float()
-    valid_PK = torch.ones_like(rewards_PK, dtype=torch.bool) if valid is None else valid
-    rewards_PK = rewards_PK.masked_fill(~valid_PK, 0.0)
-    count_P1 = valid_PK.sum(dim=1, keepdim=True)
-    mean_P1 = rewards_PK.sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
-    centred_PK = (rewards_PK - mean_P1).masked_fill(~valid_PK, 0.0)
+    valid_PK = _all_of(rewards) if valid is None else valid
+    rewards_PK = _precise(rewards).masked_fill(~valid_PK, 0.0)
+    counts_P1 = valid_PK.sum(dim=1, keepdim=True, dtype=rewards_PK.dtype)
+    mean_P1 = rewards_PK.sum(dim=1, keepdim=True) / counts_P1.clamp(min=1)
+    telling_PK = valid_PK & ~tied(rewards, tolerance=tie_tolerance, valid=valid).unsqueeze(1)
+    centred_PK = (rewards_PK - mean_P1).masked_fill(~telling_PK, 0.0)
     advantages_PK = centred_PK
     if baseline == "leave_one_out":
-        advantages_PK = centred_PK * (count_P1 / (count_P1 - 1).clamp(min=1))
+        # r - mean of the n - 1 others = (r - mean of all n) n / (n - 1)
+        advantages_PK = centred_PK * (counts_P1 / (counts_P1 - 1).clamp(min=1))
     if mode == "per_prompt":
-        std_P1 = (centred_PK.square().sum(dim=1, keepdim=True) / count_P1.clamp(min=1)).sqrt()
+        std_P1 = (centred_PK.square().sum(dim=1, keepdim=True) / counts_P1.clamp(min=1)).sqrt()
         advantages_PK = advantages_PK / std_P1.clamp(min=eps)
     elif mode == "batch":
-        count = count_P1.sum().clamp(min=1)
-        mean = advantages_PK.sum() / count
-        deviations_PK = (advantages_PK - mean).masked_fill(~valid_PK, 0.0)
-        std = (deviations_PK.square().sum() / count).sqrt()
-        advantages_PK = deviations_PK / std.clamp(min=eps)
+        count = counts_P1.sum().clamp(min=1)
+        deviations_PK = advantages_PK - advantages_PK.sum() / count
+        std = (deviations_PK.masked_fill(~valid_PK, 0.0).square().sum() / count).sqrt()
+        advantages_PK = deviations_PK.masked_fill(~telling_PK, 0.0) / std.clamp(min=eps)
     return advantages_PK
+
+
+def tied(rewards: Tensor, *, tolerance: float = 0.0, valid: Tensor | None = None) -> Tensor:
+    """Which prompts have rewards that are all equal, within a tolerance: departure 4.
+
+    Args:
+        rewards: ``[P, K]``.
+        tolerance: Largest difference of two equal rewards.
+        valid: ``[P, K]`` boolean, the scored completions; absent: all.
+
+    Returns:
+        ``[P]`` boolean; true also where a prompt has fewer than two scored completions.
+    """
+    valid_PK = _all_of(rewards) if valid is None else valid
+    rewards_PK = _precise(rewards)
+    largest_P = rewards_PK.masked_fill(~valid_PK, -math.inf).amax(dim=1)
+    least_P = rewards_PK.masked_fill(~valid_PK, math.inf).amin(dim=1)
+    return largest_P - least_P <= tolerance
 
 
 def importance_weights(
@@ -94,8 +129,11 @@ def importance_weights(
     alpha: float,
     beta: float,
     clip: float,
+    lengths: Tensor | None = None,
+    min_ess: float = 0.0,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """Weight of each completion in the regression: equation (4), then ``min(w, clip)``.
+    """Weight of each completion in the regression: equation (4), then ``min(w, clip)``; with departures 2, 3 and 6.
 
     Args:
         advantages: Any shape.
@@ -104,19 +142,103 @@ def importance_weights(
         alpha: Pull towards the reference; at least 0.
         beta: Pull towards the sampling policy; above 0.
         clip: Largest weight; above 0.
+        lengths: Tokens of each completion, same shape: the log-ratio is per token then; absent: per completion.
+        min_ess: Least effective sample size of the weights before they are clipped; 0 turns it off.
+        valid: Boolean, same shape, the completions that count; absent: all.
 
     Returns:
-        Weights in ``[0, clip]``, float32, same shape; constants to autograd.
+        Weights in ``[0, clip]``, same shape, 0 where not valid; constants to autograd.
 
     Raises:
-        ValueError: alpha, beta or clip is out of range.
+        ValueError: alpha, beta, clip or min_ess is out of range.
     """
-    if alpha < 0 or beta <= 0 or clip <= 0:
-        raise ValueError("alpha must be at least 0, beta and clip above 0")
+    if alpha < 0 or beta <= 0 or clip <= 0 or not 0 <= min_ess < 1:
+        raise ValueError(
+            "alpha must be at least 0, beta and clip above 0, min_ess at least 0 and below 1"
+        )
+    log_ratios = _precise(ref_logps.detach()) - _precise(behavior_logps.detach())
+    if lengths is not None:
+        log_ratios = log_ratios / lengths.clamp(min=1)
     temperature = alpha + beta
-    log_ratios = ref_logps.detach().float() - behavior_logps.detach().float()
-    log_weights = alpha / temperature * log_ratios + advantages.detach().float() / temperature
-    return log_weights.clamp(max=MAX_LOG_WEIGHT).exp().clamp(max=clip)
+    log_weights = alpha / temperature * log_ratios + _precise(advantages.detach()) / temperature
+    log_weights = flattening_power(log_weights, min_ess=min_ess, valid=valid) * log_weights
+    weights = log_weights.clamp(max=MAX_LOG_WEIGHT).exp().clamp(max=clip)
+    return weights if valid is None else weights.masked_fill(~valid, 0.0)
+
+
+def flattening_power(log_weights: Tensor, *, min_ess: float, valid: Tensor | None = None) -> Tensor:
+    """The largest power in [0, 1] under which weights keep an effective sample size: departure 6.
+
+    The effective sample size falls as the power rises (its logarithm is 2 L(t) - L(2t) with the convex function
+    L(t) = log sum w^t), so halving an interval finds it. Clipping afterwards can only raise it.
+
+    Args:
+        log_weights: Any shape.
+        min_ess: Least effective sample size, in [0, 1).
+        valid: Boolean, same shape, the weights that count; absent: all.
+
+    Returns:
+        Scalar; 1 where the weights need no flattening, or none is valid.
+    """
+    kept = (log_weights if valid is None else log_weights[valid]).flatten()
+    enough, too_much = 0.0, 1.0
+    if not kept.numel() or _ess_of_power(kept, too_much) >= min_ess:
+        return log_weights.new_tensor(1.0)
+    for _ in range(HALVINGS):
+        middle = (enough + too_much) / 2
+        if _ess_of_power(kept, middle) >= min_ess:
+            enough = middle
+        else:
+            too_much = middle
+    return log_weights.new_tensor(enough)
+
+
+def _ess_of_power(log_weights: Tensor, power: float) -> float:
+    powered = power * log_weights
+    return float(effective_sample_size((powered - powered.max()).exp()))
+
+
+def effective_sample_size(weights: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Share of the completions that carries a step: ``(sum w)^2 / (n sum w^2)``.
+
+    Args:
+        weights: Any shape, none negative.
+        valid: Boolean, same shape, the weights that count; absent: all.
+
+    Returns:
+        Scalar: from 1/n, when one weight is all there is, to 1, when all are equal; 0 when none is above 0.
+    """
+    kept = _precise(weights if valid is None else weights[valid])
+    shares = kept / kept.max().clamp(min=torch.finfo(kept.dtype).tiny) if kept.numel() else kept
+    squares = shares.square().sum() * max(1, shares.numel())
+    return shares.sum().square() / squares.clamp(min=torch.finfo(kept.dtype).tiny)
+
+
+def self_normalized(
+    weights: Tensor, *, mode: WeightNormalization, valid: Tensor | None = None
+) -> Tensor:
+    """Weights of mean 1: departure 5. Relative to each other they stay as they are, so some may exceed the clip now.
+
+    Args:
+        weights: ``[P, K]``, none negative, 0 where not valid.
+        mode: ``"batch"`` divides by the mean over all, ``"per_prompt"`` by the mean over the prompt, ``"none"`` by nothing.
+        valid: ``[P, K]`` boolean, the completions that count; absent: all.
+
+    Returns:
+        ``[P, K]``; weights whose mean is 0 stay 0.
+
+    Raises:
+        ValueError: ``mode`` is unknown.
+    """
+    if mode == "none":
+        return weights
+    if mode not in ("batch", "per_prompt"):
+        raise ValueError(f"unknown mode {mode!r}")
+    valid_PK = _all_of(weights) if valid is None else valid
+    dims = (0, 1) if mode == "batch" else (1,)
+    sums = weights.sum(dim=dims, keepdim=True)
+    means = sums / valid_PK.sum(dim=dims, keepdim=True).clamp(min=1)
+    return weights / means.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def dar_loss(weights: Tensor, policy_logps: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -134,3 +256,12 @@ def dar_loss(weights: Tensor, policy_logps: Tensor, *, valid: Tensor | None = No
     if valid is None:
         return losses.mean()
     return losses.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In float32, or in float64 where it was that."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _all_of(values: Tensor) -> Tensor:
+    return torch.ones_like(values, dtype=torch.bool)

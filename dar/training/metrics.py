@@ -2,13 +2,14 @@
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dar.protocol.samples import SampleRow
-from dar.training.loss import dar_loss
+from dar.training.loss import MAX_LOG_WEIGHT, dar_loss, effective_sample_size
 from dar.training.sink import Sink
 from dar.training.steps import ScoredStep
 
@@ -20,12 +21,11 @@ SHOWN_CHARACTERS = 8192
 """Longest text of a reported prompt or completion."""
 
 
-def step_metrics(step: ScoredStep, *, clip: float) -> dict[str, float]:
+def step_metrics(step: ScoredStep) -> dict[str, float]:
     """Metrics of one step; those that have no value, because nothing was scored, are left out.
 
     Args:
         step: After its training pass.
-        clip: Largest weight.
     """
     rewards = [reward.reward for reward in step.rewards if reward.reward is not None]
     lengths = [len(pair.completion_ids) for pair in step.pairs]
@@ -33,21 +33,26 @@ def step_metrics(step: ScoredStep, *, clip: float) -> dict[str, float]:
     values = {
         "rewards/missing_fraction": 1 - len(rewards) / len(step.pairs),
         "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
         "completions/truncated_fraction": cut / len(lengths),
         **_component_means(step),
     }
+    if step.staleness is not None:
+        values["dar/staleness"] = step.staleness
+    if step.group_count:
+        values["rewards/zero_variance_fraction"] = step.tied_count / step.group_count
     if rewards:
-        values |= _moments("dar/rewards", torch.tensor(rewards))
+        values |= _moments("dar/rewards", torch.tensor(rewards, dtype=step.advantages_B.dtype))
     if step.valid_count:
-        values |= _weight_metrics(step, clip)
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+        values |= _weight_metrics(step)
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
-def _weight_metrics(step: ScoredStep, clip: float) -> dict[str, float]:
+def _weight_metrics(step: ScoredStep) -> dict[str, float]:
     rows = step.valid_rows
     weights, policy = step.weights_B[rows], step.policy_logps_B[rows]
     behavior = step.behavior_logps_B[rows]
-    mass = weights.sum().square() / weights.square().sum().clamp(min=torch.finfo().tiny)
     values = {
         "dar/loss": dar_loss(weights, policy).item(),
         **_moments("dar/advantages", step.advantages_B[rows]),
@@ -55,14 +60,27 @@ def _weight_metrics(step: ScoredStep, clip: float) -> dict[str, float]:
         "dar/weights_max": weights.max().item(),
         "dar/logps_policy": policy.mean().item(),
         "dar/logps_behavior": behavior.mean().item(),
-        "dar/weights_clip_fraction": (weights >= clip).float().mean().item(),
-        "dar/effective_sample_size": mass.item() / len(rows),
+        "dar/entropy": step.entropies_B[rows].sum().item() / step.tokens,
+        "dar/weights_clip_fraction": step.clipped_B[rows].float().mean().item(),
+        "dar/effective_sample_size": effective_sample_size(weights).item(),
     }
     if step.ref_logps_B is not None:
         reference = step.ref_logps_B[rows]
         values["dar/logps_ref"] = reference.mean().item()
-        values["dar/kl_ref"] = (behavior - reference).mean().item()
+        values |= _divergences(reference - behavior)
     return values
+
+
+def _divergences(log_ratios: Tensor) -> dict[str, float]:
+    """KL(behavior || reference) of whole completions, estimated from log(reference / behavior) of those that were sampled.
+
+    Both estimators are unbiased; k3 is never negative and varies less while the two are close, but explodes when they are not.
+    """
+    ratios = log_ratios.clamp(max=MAX_LOG_WEIGHT).exp()
+    return {
+        "dar/kl_ref": -log_ratios.mean().item(),
+        "dar/kl_ref_k3": (ratios - 1 - log_ratios).mean().item(),
+    }
 
 
 def _moments(name: str, values: Tensor) -> dict[str, float]:
@@ -83,13 +101,13 @@ def _component_means(step: ScoredStep) -> dict[str, float]:
 
 def sample_rows(step: ScoredStep) -> list[SampleRow]:
     """The completions of the step's first prompts, with everything that decided their weight."""
-    k = len(step.pairs) // len(step.prompts)
-    rows = range(min(SHOWN_GROUPS * k, SHOWN_SAMPLES, len(step.pairs)))
+    places = step.places
+    rows = range(min(sum(step.counts[:SHOWN_GROUPS]), SHOWN_SAMPLES))
     return [
         SampleRow(
-            group=row // k,
-            index=row % k,
-            prompt=step.prompts[row // k].text[:SHOWN_CHARACTERS],
+            group=places[row][0],
+            index=places[row][1],
+            prompt=step.prompts[places[row][0]].text[:SHOWN_CHARACTERS],
             completion=step.texts[row][:SHOWN_CHARACTERS],
             finish_reason=step.finish_reasons[row],
             completion_tokens=len(step.pairs[row].completion_ids),
@@ -116,9 +134,14 @@ def _where_valid(step: ScoredStep, values_B: Tensor | None, row: int) -> float |
 
 
 class MetricsWindow:
-    """What happened since the last report: means over its steps, the maximum of maxima, the last of counters."""
+    """What happened since the last report: means over its steps, extremes of extremes, the last of counters."""
 
     LAST = frozenset({"train/learning_rate", "train/epoch", "train/tokens"})
+    EXTREMES: Mapping[str, Callable[[float, float], float]] = {
+        "dar/weights_max": max,
+        "completions/max_length": max,
+        "completions/min_length": min,
+    }
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -129,8 +152,8 @@ class MetricsWindow:
         for name, value in values.items():
             if name in self.LAST:
                 self._sums[name], self._counts[name] = value, 1
-            elif name.endswith("_max"):
-                self._sums[name] = max(value, self._sums.get(name, value))
+            elif extreme := self.EXTREMES.get(name):
+                self._sums[name] = extreme(value, self._sums.get(name, value))
                 self._counts[name] = 1
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + value
@@ -152,16 +175,12 @@ class MetricsWindow:
 
 
 class Reporter:
-    """Collects what steps were like, and tells it when a report is due.
+    """Collects what steps were like, and tells it when a report is due."""
 
-    Args:
-        clip: Largest weight.
-    """
-
-    def __init__(self, *, clip: float) -> None:
-        self._clip = clip
+    def __init__(self) -> None:
         self._window = MetricsWindow()
         self._started = 0.0
+        self._ended: float | None = None
         self._tokens = 0
         self._last: ScoredStep | None = None
         self.reported: dict[str, float] = {}
@@ -178,21 +197,31 @@ class Reporter:
 
     def end_step(self, step: ScoredStep, *, grad_norm: float, learning_rate: float) -> None:
         """Take in a step after its optimizer step."""
-        elapsed = time.monotonic() - self._started
-        self._last = step
         self._tokens += step.tokens
+        self._last = step
         self._window.add(
-            step_metrics(step, clip=self._clip)
-            | {f"time/{name}_seconds": seconds for name, seconds in step.seconds.items()}
+            step_metrics(step)
+            | self._times(step)
             | {
-                "train/grad_norm": grad_norm,
                 "train/learning_rate": learning_rate,
                 "train/epoch": step.epoch,
                 "train/tokens": float(self._tokens),
-                "time/training_seconds": elapsed - sum(step.seconds.values()),
-                "time/step_seconds": elapsed,
             }
+            # none where a scaled float16 gradient overflowed
+            | ({"train/grad_norm": grad_norm} if math.isfinite(grad_norm) else {})
         )
+
+    def _times(self, step: ScoredStep) -> dict[str, float]:
+        now = time.monotonic()
+        elapsed = now - self._started
+        between_steps = 0.0 if self._ended is None else self._started - self._ended
+        self._ended = now
+        return {f"time/{name}_seconds": seconds for name, seconds in step.seconds.items()} | {
+            "time/training_seconds": elapsed - sum(step.seconds.values()),
+            "time/step_seconds": elapsed,
+            "time/idle_seconds": between_steps + step.seconds.get("reward", 0.0),
+            "time/tokens_per_second": int(step.lengths.sum()) / elapsed,
+        }
 
     def report(self, sink: Sink, number: int) -> dict[str, float]:
         """Tell ``sink`` the metrics since the last report, and samples of the last step, which has this number."""

@@ -1,135 +1,264 @@
-"""`ReplaySource`: completions and rewards of a step are read from the data set."""
+"""Offline training: completions and rewards of a step are read from the data set."""
 
 import math
-from collections.abc import Sequence
-from numbers import Integral, Real
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
+from dar.protocol.rows import (
+    OFFLINE_COLUMNS,
+    Completion,
+    Message,
+    OfflineRow,
+    Row,
+    RowError,
+    read_offline,
+)
 from dar.rewards.base import SampleReward
-from dar.training.data import Row, Rows, TokenPair
+from dar.training.data import (
+    Prompt,
+    PromptEncoder,
+    Rows,
+    StoredCompletion,
+    TokenPair,
+    common_length,
+    naming_row,
+)
 from dar.training.sink import Sink
-from dar.training.steps import PromptStream, ScoredStep, Weigher
+from dar.training.steps import Mode, PromptStream, ScoredStep, Weigher
+
+
+class RowEncoder(PromptEncoder):
+    """Turns rows with completions into token ids.
+
+    A completion's tokens are those that follow the prompt's when both are one text, so that the policy is trained on what it
+    would see; its end-of-sequence token is appended where it has none. A conversation goes through the chat template with the
+    assistant's turn. Token ids are taken as they are.
+
+    Where prompt and completion are longer than ``longest`` together, the prompt gives way first, down to ``longest // 2`` tokens
+    (cut from the left, as `PromptEncoder` says), then the completion, cut from the right. Token ids of completions are never cut.
+    Nothing depends on the other rows.
+
+    Args:
+        tokenizer: Of the model that is trained.
+        max_prompt_length: Longest prompt in tokens; None: what its completions leave.
+        longest: Most tokens of prompt and completion together.
+        vocabulary: Token ids are below it.
+        eos_ids: Tokens that end a completion.
+    """
+
+    own_columns = OFFLINE_COLUMNS
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_length: int | None,
+        *,
+        longest: int,
+        vocabulary: int,
+        eos_ids: Collection[int],
+    ) -> None:
+        super().__init__(tokenizer, max_prompt_length or longest)
+        self._longest = longest
+        self.vocabulary = vocabulary
+        self._eos_ids = frozenset(eos_ids)
+
+    def __call__(self, row: Row) -> Prompt:
+        """Encode one row, its completions included.
+
+        Raises:
+            InvalidRequestError: The row cannot be trained on, or does not fit the model's chat template.
+        """
+        found = read_offline(row, self.vocabulary)
+        if found.prompt_ids is not None:
+            ids = found.prompt_ids
+        else:
+            assert found.prompt is not None
+            ids = self.encoded(found.prompt)
+        completions = [self._completion_ids(found.prompt, ids, one) for one in found.completions]
+        longest_completion = max(map(len, completions))
+        if min(map(len, completions)) == 0:
+            raise RowError(
+                "a completion has 0 tokens, and the tokenizer no EOS token to end it with",
+                "completion",
+            )
+        room = self._longest - longest_completion
+        if found.kind == "tokens" and room < 1:
+            raise RowError(
+                f"a completion has {longest_completion} tokens, but must have at least 1 and fewer than {self._longest}",
+                "completion_ids",
+            )
+        if found.kind != "tokens":
+            room = max(room, self._longest // 2)
+        prompt = self.fitted(row, found.prompt, ids, min(room, self._max_length))
+        return replace(prompt, completions=self._stored(found, completions, len(prompt.ids)))
+
+    def _stored(
+        self, row: OfflineRow, completions: Sequence[list[int]], prompt_length: int
+    ) -> tuple[StoredCompletion, ...]:
+        room = self._longest - prompt_length
+        if row.behavior_logps is not None and max(map(len, completions)) > room:
+            raise RowError(
+                f"a completion of {max(map(len, completions))} tokens must be cut to {room}, and then its behavior_logps do not "
+                "fit it any more; raise max_length, shorten it, or leave behavior_logps out of all rows",
+                "behavior_logps",
+            )
+        known: Sequence[float | None] = row.behavior_logps or [None] * len(completions)
+        return tuple(
+            StoredCompletion(
+                ids=ids[:room],
+                finish_reason="stop" if len(ids) <= room and self._is_ended(ids) else "length",
+                reward=reward,
+                behavior_logp=logp,
+            )
+            for ids, reward, logp in zip(completions, row.rewards, known, strict=True)
+        )
+
+    def _is_ended(self, ids: Sequence[int]) -> bool:
+        return not self._eos_ids or ids[-1] in self._eos_ids
+
+    # --- tokens of a completion ------------------------------------------------------------------------------------------
+
+    def _completion_ids(
+        self, prompt: str | Sequence[Message] | None, prompt_ids: list[int], completion: Completion
+    ) -> list[int]:
+        if isinstance(completion, list):
+            return completion
+        if isinstance(completion, str):
+            assert isinstance(prompt, str)
+            return self._ended(
+                self._following(prompt_ids, self._plain(prompt + completion), completion)
+            )
+        assert prompt is not None
+        assert not isinstance(prompt, str)
+        return self._ended(self._turn(prompt, prompt_ids, completion))
+
+    def _following(self, prompt_ids: list[int], whole: list[int], text: str) -> list[int]:
+        """Tokens of ``text`` behind the prompt; by itself where the tokenizer would merge across the border between both."""
+        count = len(prompt_ids)
+        return whole[count:] if common_length(prompt_ids, whole) == count else self.bare(text)
+
+    def _turn(self, prompt: Sequence[Message], prompt_ids: list[int], answer: Message) -> list[int]:
+        before = self.rendered(prompt)
+        last = prompt[-1]
+        if last["role"] == "assistant":  # the answer goes on where the prompt's last message ends
+            whole = [*prompt[:-1], {**answer, "content": last["content"] + answer["content"]}]
+        else:
+            whole = [*prompt, answer]
+        text = self.rendered(whole, is_whole=True)
+        if not text.startswith(before):
+            at = common_length(map(ord, before), map(ord, text))
+            raise InvalidRequestError(
+                "the model's chat template writes the prompt differently when the answer follows: alone it has "
+                f"{before[at : at + 40]!r} where with the answer it has {text[at : at + 40]!r}. What the policy would be trained on "
+                "is not what it is asked; use a template that only appends, or send prompt_ids and completion_ids"
+            )
+        rest = text[len(before) :]
+        ids = self._following(prompt_ids, self.bare(text), rest)
+        ends = [place for place, token in enumerate(ids) if token in self._eos_ids]
+        # Templates put a line break behind the end of a turn; sampling stops at the end itself.
+        if ends and not str(self._tokenizer.decode(ids[ends[-1] + 1 :])).strip():
+            return ids[: ends[-1] + 1]
+        return ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        if not self._eos_ids or (ids and ids[-1] in self._eos_ids):
+            return ids
+        eos: int | None = self._tokenizer.eos_token_id
+        return [*ids, min(self._eos_ids) if eos is None else eos]
 
 
 class ReplaySource:
     """Reads completions and rewards from the data set: offline training.
 
-    Rows hold ``completion_ids`` (K lists of token ids, to which nothing is appended), ``rewards`` (K numbers or null) and
-    perhaps ``behavior_logps`` (K numbers); without the last, the policy as it is stands for what sampled.
+    The number of completions may differ between rows. Where rows hold no ``behavior_logps``, the policy as it is stands for what
+    sampled.
 
     Args:
-        prompts: The prompts of each step.
+        prompts: The prompts of each step, with their completions.
         weigher: Turns rewards into weights.
-        k: Completions of each row.
         tokenizer: Makes text of completions.
         sink: Is told the phases.
+        mode: Which of them.
     """
 
     def __init__(
         self,
         prompts: PromptStream,
         weigher: Weigher,
-        k: int,
         *,
         tokenizer: PreTrainedTokenizerBase,
         sink: Sink,
+        mode: Mode = "train",
     ) -> None:
         self._prompts = prompts
         self._weigher = weigher
-        self._k = k
         self._tokenizer = tokenizer
         self._sink = sink
+        self._mode = mode
 
     def __call__(self, number: int) -> ScoredStep:
         """Completions and rewards of step ``number`` from the data set; see `StepSource`."""
-        self._sink.phase("training", number)
+        self._sink.phase("training" if self._mode == "train" else "evaluating", number)
         prompts = self._prompts.of_step(number)
-        pairs = [
-            TokenPair(prompt.ids, list(ids))
-            for prompt in prompts
-            for ids in prompt.columns["completion_ids"]
-        ]
-        known = [prompt.columns.get("behavior_logps") for prompt in prompts]
-        is_behavior_known = all(logps is not None for logps in known)
-        behavior_logps = [logp for logps in known for logp in (logps or [math.nan] * self._k)]
+        stored = [(prompt, one) for prompt in prompts for one in prompt.completions]
+        known = [one.behavior_logp for _, one in stored]
         step = ScoredStep(
             number=number,
             epoch=self._prompts.epoch(number),
             prompts=prompts,
-            pairs=pairs,
+            pairs=[TokenPair(prompt.ids, one.ids) for prompt, one in stored],
             texts=[
-                str(self._tokenizer.decode(list(pair.completion_ids), skip_special_tokens=True))
-                for pair in pairs
+                str(self._tokenizer.decode(one.ids, skip_special_tokens=True)) for _, one in stored
             ],
-            finish_reasons=["stop"] * len(pairs),
-            rewards=[_given(reward) for prompt in prompts for reward in prompt.columns["rewards"]],
-            behavior_logps_B=torch.tensor(behavior_logps, dtype=torch.float32),
+            finish_reasons=[one.finish_reason for _, one in stored],
+            rewards=[_given(one.reward) for _, one in stored],
+            behavior_logps_B=torch.tensor(
+                [math.nan if logp is None else logp for logp in known], dtype=torch.float64
+            ),
+            counts=[len(prompt.completions) for prompt in prompts],
+            staleness=None,
         )
-        return self._weigher(step, is_behavior_known=is_behavior_known)
+        return self._weigher(step, is_behavior_known=None not in known)
 
 
-def check_replay(rows: Rows, k: int, *, vocabulary: int, longest: int) -> int:
+def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None:
     """Refuse rows that cannot be replayed, before the first step.
 
     Args:
         rows: The data set.
-        k: Completions of each row.
-        vocabulary: Token ids are below it.
-        longest: Longest prompt + completion, in tokens.
-
-    Returns:
-        Tokens that the longest completion leaves for a prompt; at least 1.
+        encoder: Of its rows.
+        prompts_per_step: Rows of an optimizer step.
 
     Raises:
-        InvalidRequestError: A row has not K completions, rewards and log-probabilities that are such; the message names it.
+        InvalidRequestError: A row cannot be encoded, or no completion would have another to be compared with; the message names
+            the row.
     """
-    room = longest
+    most = 0
     for index in range(len(rows)):
         row = rows[index]
-        problem = _replay_problem(row, k, vocabulary, longest)
-        if problem:
-            raise InvalidRequestError(f"row {index + 1}: {problem}", param="training_file")
-        room = min(room, longest - max(map(len, row["completion_ids"])))
-    return room
-
-
-def _replay_problem(row: Row, k: int, vocabulary: int, longest: int) -> str | None:
-    for name in ("completion_ids", "rewards", "behavior_logps"):
-        values = row.get(name)
-        if values is None and name == "behavior_logps":
-            continue
-        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != k:
-            return f"needs {k} {name} (dar_k is {k}), but has {values!r:.80}"
-    if not all(reward is None or _is_number(reward) for reward in row["rewards"]):
-        return f"rewards must be numbers or null, not {row['rewards']!r:.80}"
-    logps = row.get("behavior_logps") or ()
-    if not all(_is_number(logp) and math.isfinite(logp) for logp in logps):
-        return f"behavior_logps must be finite numbers, or left out for the whole row, not {logps!r:.80}"
-    for ids in (row.get("prompt_ids"), *row["completion_ids"]):
-        if ids is not None and not _are_tokens(ids, vocabulary):
-            return (
-                f"token ids must be a list of integers from 0 to {vocabulary - 1}, not {ids!r:.80}"
+        with naming_row(index):
+            found = read_offline(row, encoder.vocabulary)
+            most = max(most, len(found.completions))
+            # Rows with conversations are all tried by `PromptStream`; texts that lack nothing cannot fail.
+            is_doubtful = found.behavior_logps is not None or "" in (
+                found.prompt,
+                *found.completions,
             )
-    for ids in row["completion_ids"]:
-        if not 0 < len(ids) < longest:
-            return f"a completion has {len(ids)} tokens, but must have at least 1 and fewer than {longest}"
-    return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _are_tokens(ids: object, vocabulary: int) -> bool:
-    return isinstance(ids, Sequence) and all(
-        isinstance(token, Integral) and 0 <= int(token) < vocabulary for token in ids
-    )
+            if found.kind == "tokens" or is_doubtful:
+                encoder(row)
+    if most == 1 and prompts_per_step == 1:
+        raise InvalidRequestError(
+            "every row holds one completion and a step takes one row, so nothing can be compared and every advantage would be "
+            "0; set the batch size to at least 2",
+            param="per_device_train_batch_size",
+        )
 
 
 def _given(reward: float | None) -> SampleReward:
-    if reward is None or not math.isfinite(reward):
+    if reward is None:
         return SampleReward(None, "skip", None, {})
-    return SampleReward(float(reward), "reward", None, {})
+    return SampleReward(reward, "reward", None, {})

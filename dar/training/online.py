@@ -1,7 +1,9 @@
 """`OnlineSource`: completions of a step are sampled from the policy and scored."""
 
+import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,24 +12,30 @@ from dar.rewards.base import RewardContext, RewardSample, SampleReward
 from dar.rewards.scorer import RewardScorer, ScoringStoppedError
 from dar.training.data import Prompt, TokenPair
 from dar.training.loading import LanguageModel
+from dar.training.ranks import Ranks
 from dar.training.sampling import Completion, Sampler
+from dar.training.sharding import whole
 from dar.training.sink import Control, Sink, StopRequestedError, check
-from dar.training.steps import PromptStream, ScoredStep, Weigher
+from dar.training.steps import Mode, PromptStream, ScoredStep, Weigher
 
 
 class OnlineSource:
     """Samples from the policy and has the completions scored.
 
+    Each process samples for its share of the prompts; the main one has all completions scored, however long that takes.
+
     Args:
         model: The policy.
         prompts: The prompts of each step.
         sampler: Samples K completions of each.
-        scorer: Gives rewards.
+        scorer: Gives rewards; None where this is not the main process.
         weigher: Turns them into weights.
         tokenizer: Makes text of completions.
         sink: Is told the phases.
         control: Is asked whether to go on.
         job_id: Named to reward services.
+        mode: In an evaluation the number of a step is that of the steps done before, and the noise always that of step 0.
+        ranks: The processes that sample together.
     """
 
     def __init__(
@@ -35,13 +43,15 @@ class OnlineSource:
         model: LanguageModel,
         prompts: PromptStream,
         sampler: Sampler,
-        scorer: RewardScorer,
+        scorer: RewardScorer | None,
         weigher: Weigher,
         *,
         tokenizer: PreTrainedTokenizerBase,
         sink: Sink,
         control: Control,
         job_id: str | None,
+        ranks: Ranks,
+        mode: Mode = "train",
     ) -> None:
         self._model = model
         self._prompts = prompts
@@ -52,6 +62,8 @@ class OnlineSource:
         self._sink = sink
         self._control = control
         self._job_id = job_id
+        self._ranks = ranks
+        self._mode: Mode = mode
 
     def __call__(self, number: int) -> ScoredStep:
         """Sample and score step ``number``; see `StepSource`.
@@ -61,24 +73,26 @@ class OnlineSource:
             RewardError: No completion of the step could be scored.
             TrainingError: The policy gave a probability that is no number.
         """
-        self._sink.phase("sampling", number)
+        self._sink.phase("sampling" if self._mode == "train" else "evaluating", number)
         started = time.monotonic()
         prompts = self._prompts.of_step(number)
-        completions = self._sampler.sample(
-            self._model,
-            [prompt.ids for prompt in prompts],
-            step=number,
-            before_each=lambda: check(self._control),
-        )
+        completions = self._sample(number, prompts)
         texts = [
             str(self._tokenizer.decode(completion.ids, skip_special_tokens=True))
             for completion in completions
         ]
         sampled = time.monotonic()
-        self._sink.phase("waiting_for_reward", number)
-        rewards = self._score(number, prompts, completions, texts)
+        if self._mode == "train":
+            self._sink.phase("waiting_for_reward", number)
+        rewards = [
+            SampleReward(**values)
+            for values in self._ranks.from_main(
+                lambda: [asdict(r) for r in self._score(number, prompts, completions, texts)]
+            )
+        ]
         scored = time.monotonic()
-        self._sink.phase("training", number)
+        if self._mode == "train":
+            self._sink.phase("training", number)
         k = len(completions) // len(prompts)
         step = ScoredStep(
             number=number,
@@ -91,10 +105,34 @@ class OnlineSource:
             texts=texts,
             finish_reasons=[completion.finish_reason for completion in completions],
             rewards=rewards,
-            behavior_logps_B=torch.tensor([completion.logp for completion in completions]),
+            behavior_logps_B=torch.tensor(
+                [completion.logp for completion in completions], dtype=torch.float64
+            ),
             seconds={"sampling": sampled - started, "reward": scored - sampled},
         )
         return self._weigher(step, is_behavior_known=True)
+
+    def _sample(self, number: int, prompts: Sequence[Prompt]) -> list[Completion]:
+        share = self._ranks.slice(len(prompts))
+        with whole(self._model):
+            own = self._sampler.sample(
+                self._model,
+                [prompts[i].ids for i in share],
+                step=number if self._mode == "train" else 0,
+                first_prompt=share.start,
+                before_each=self._look_out,
+            )
+        shares = self._ranks.gather([asdict(completion) for completion in own])
+        return [Completion(**values) for values in itertools.chain(*shares)]
+
+    def _look_out(self) -> None:
+        check(self._control)
+        self._ranks.look()
+
+    def _should_stop(self) -> bool:
+        """Asked by the main process while it waits for rewards; what another one has failed with is raised from here."""
+        self._ranks.look()
+        return self._control.requested() is not None
 
     def _score(
         self,
@@ -119,11 +157,12 @@ class OnlineSource:
             )
             for row, (completion, text) in enumerate(zip(completions, texts, strict=True))
         ]
+        assert self._scorer is not None
         try:
             return self._scorer.score(
                 samples,
-                RewardContext(step=number, job_id=self._job_id),
-                should_stop=lambda: self._control.requested() is not None,
+                RewardContext(step=number, mode=self._mode, job_id=self._job_id),
+                should_stop=self._should_stop,
             )
         except ScoringStoppedError:
             raise StopRequestedError from None

@@ -50,6 +50,7 @@ class Policy:
             loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
         )
         loading.check_forward(policy)
+        loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
         loading.disable_dropout(policy)
         sketch = weights_sketch(policy)
         reference: nn.Module | None = ref_model

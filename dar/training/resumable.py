@@ -2,16 +2,18 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -20,11 +22,19 @@ from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile
 from dar.training import checkpoint
 from dar.training.config import DARConfig
 from dar.training.fingerprint import environment
+from dar.training.hub import HubTrainer
 from dar.training.loading import LanguageModel
+from dar.training.ranks import Ranks
+from dar.training.sharding import (
+    is_sharded,
+    load_whole_optimizer_state,
+    whole_optimizer_state,
+    whole_weights,
+)
 from dar.training.sink import NullSink, Sink
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(HubTrainer):
     """Publishes checkpoints in ``output_dir/checkpoints/step-<n>`` and goes on from one as if nothing had happened.
 
     Replaces everything by which `transformers.Trainer` saves and loads: it writes in place, chooses the highest number
@@ -40,6 +50,8 @@ class ResumableTrainer(Trainer):
     data_collator: Any
     train_dataset: Any
 
+    ranks: Ranks = Ranks()
+    """The processes that train together. The main one alone writes, and the others wait for it."""
     sink: Sink = NullSink()
     config_sha256: str = ""
     """Digest of everything that decides the result."""
@@ -48,6 +60,30 @@ class ResumableTrainer(Trainer):
     _resume: checkpoint.ResumeState | None = None
     _own_folders: tuple[Path, ...] = ()
     """Checkpoints of this run that are still kept, oldest first."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set accelerate up; on CPUs, for which it does not offer FSDP, torch has it all the same.
+
+        Raises:
+            InvalidRequestError: The launcher has asked for something that this trainer cannot drive.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:
+            raise InvalidRequestError(
+                "this trainer does not drive DeepSpeed; use FSDP (DARConfig(fsdp=True), or accelerate launch --use_fsdp "
+                "--fsdp_version 2), which cuts weights, gradients and optimizer state into shards as ZeRO-3 does"
+            )
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+            raise InvalidRequestError(
+                "this trainer drives FSDP of version 2 only; set fsdp_config={'version': 2} (accelerate launch "
+                "--fsdp_version 2)",
+                param="fsdp_config",
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -60,6 +96,9 @@ class ResumableTrainer(Trainer):
 
     def restore_own_state(self, state: dict[str, Any]) -> None:
         """Take back what `own_state` gave."""
+
+    def catch_up(self, state: dict[str, Any]) -> None:
+        """Do what was left undone at the last step of a run; ``state`` is what `own_state` gave then."""
 
     def step_values(self) -> dict[str, float]:
         """Metrics of the last step, for the manifest."""
@@ -81,7 +120,7 @@ class ResumableTrainer(Trainer):
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
         """
-        checkpoint.sweep(self.checkpoints)
+        self.ranks.from_main(lambda: checkpoint.sweep(self.checkpoints))
         if not resume_from_checkpoint:
             return super().train(None, trial, ignore_keys_for_eval)
         if isinstance(resume_from_checkpoint, bool):
@@ -90,23 +129,24 @@ class ResumableTrainer(Trainer):
         manifest = self._open(folder)
         if manifest.step >= self.args.max_steps:
             return self._finish_again(folder, manifest)
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            checkpoint.load_weights(self.model, folder)
         return super().train(str(folder / RESUME_FOLDER), trial, ignore_keys_for_eval)
 
-    def evaluate(self, *_: Any, **__: Any) -> NoReturn:  # noqa: ANN401 - whatever transformers takes
-        """Refuse: a policy is judged by the rewards of its own samples, which every step reports.
+    def predict(self, *_: Any, **__: Any) -> NoReturn:  # noqa: ANN401 - whatever transformers takes
+        """Refuse: there are no labels to predict.
 
         Raises:
             InvalidRequestError: Always.
         """
         raise InvalidRequestError(
-            "evaluate and predict are for labelled data, which DAR has not; what training reports as dar/rewards_mean "
-            "is the reward of the policy's own samples"
+            "predict is for labelled data, which DAR has not; evaluate tries the policy on prompts of their own"
         )
 
-    predict = evaluate
-
     def _open(self, folder: Path) -> Manifest:
-        manifest = checkpoint.verify(folder)
+        manifest = Manifest.model_validate(
+            self.ranks.from_main(lambda: checkpoint.verify(folder).model_dump(mode="json"))
+        )
         if manifest.config_sha256 != self.config_sha256:
             raise CheckpointError(
                 f"the checkpoint {folder} was made with other hyperparameters, data or base weights; "
@@ -121,6 +161,8 @@ class ResumableTrainer(Trainer):
         """The last step was done before: publish its checkpoint here too, so that whoever waits for it finds it."""
         checkpoint.load_weights(self.model, folder)
         self.state.global_step = manifest.step
+        assert self._resume is not None
+        self.catch_up(self._resume.trainer)
         self._publish(
             lambda target: checkpoint.copy_files(folder, target, manifest),
             lambda files, last_seq: manifest.model_copy(
@@ -132,8 +174,14 @@ class ResumableTrainer(Trainer):
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401, ARG002 - as transformers
+        weights: dict[str, Tensor] | None = None
+        if is_sharded(self.model):
+            weights = whole_weights(self.model)
+            optimizer = whole_optimizer_state(self.model, self._own_optimizer)
+        else:
+            optimizer = self.optimizer.state_dict()
         self._publish(
-            self._write_checkpoint,
+            lambda folder: self._write_checkpoint(folder, weights, optimizer),
             lambda files, last_seq: Manifest(
                 step=self.state.global_step,
                 kind="adapter" if isinstance(self.model, PeftModel) else "full",
@@ -149,14 +197,22 @@ class ResumableTrainer(Trainer):
         write: Callable[[Path], None],
         manifest: Callable[[list[ManifestFile], int], Manifest],
     ) -> None:
+        self.ranks.from_main(lambda: self._publish_here(write, manifest))
+        self.published_step = self.state.global_step
+
+    def _publish_here(
+        self,
+        write: Callable[[Path], None],
+        manifest: Callable[[list[ManifestFile], int], Manifest],
+    ) -> None:
         step = self.state.global_step
         self.sink.phase("checkpointing", step)
         last_seq = self.sink.flush()
         published = checkpoint.publish(
             self.checkpoints, step, write=write, manifest=lambda files: manifest(files, last_seq)
         )
-        self.published_step = step
         self.sink.checkpoint(step, published.folder, published.manifest, published.manifest_sha256)
+        self._push_from_checkpoint(str(published.folder))
         self._keep_last(published.folder)
 
     def _keep_last(self, newest: Path) -> None:
@@ -167,17 +223,27 @@ class ResumableTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
         self._own_folders = folders[max(0, excess) :]
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        self._save(str(folder))
+    @property
+    def _own_optimizer(self) -> Optimizer:
+        """Without what accelerate has put round it."""
+        inner: Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner
+
+    def _write_checkpoint(
+        self, folder: Path, weights: dict[str, Tensor] | None, optimizer: Mapping[str, Any]
+    ) -> None:
+        self._save(str(folder), weights)
         self.state.save_to_json(str(folder / RESUME_FOLDER / TRAINER_STATE_NAME))
         checkpoint.save_resume_state(
             folder,
-            self.optimizer,
+            optimizer,
             self.lr_scheduler.state_dict(),
-            {"environment": environment(self.args.device), **self.own_state()},
+            {"environment": self._environment(), **self.own_state()},
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401 - as transformers
+        if not self.ranks.is_main:
+            return
         folder = output_dir or str(self.args.output_dir)
         # peft would ask the hub whether the base model's vocabulary has grown.
         options: dict[str, Any] = (
@@ -193,12 +259,18 @@ class ResumableTrainer(Trainer):
         resume_from_checkpoint: str,
         model: nn.Module | None = None,  # noqa: ARG002 - as transformers
     ) -> None:
+        if is_sharded(self.model):
+            return  # done before the weights were cut
         checkpoint.load_weights(self.model, Path(resume_from_checkpoint).parent)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._resume is None:
             return
-        self._resume.restore_optimizer(self.optimizer)
+        state = self._resume.optimizer_state()
+        if is_sharded(self.model):
+            load_whole_optimizer_state(self.model, self._own_optimizer, state)
+        else:
+            self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(self._resume.json["scheduler"])
         self.published_step = self.state.global_step
         self.state.compute_steps(self.args, self.state.max_steps)
@@ -206,8 +278,11 @@ class ResumableTrainer(Trainer):
         self._compare_environment(own["environment"])
         self.restore_own_state(own)
 
+    def _environment(self) -> dict[str, str]:
+        return environment(torch.device(self.args.device)) | {"processes": str(self.ranks.count)}
+
     def _compare_environment(self, before: dict[str, str]) -> None:
-        now = environment(torch.device(self.args.device))
+        now = self._environment()
         changed = [
             f"{name} was {value} and is {now.get(name)}"
             for name, value in before.items()

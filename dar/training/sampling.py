@@ -7,7 +7,8 @@ distribution. So a completion depends neither on its neighbours in the batch nor
 other shapes may change the last digits of the logits, and in bfloat16 now and then a token.
 
 The law that is sampled, in this order: padding is impossible; the repetition penalty acts on the raw logits; then
-temperature, top-k, top-p, min-p, as in transformers. The behavior log-probability is that of the law after all of these.
+temperature, top-k, top-p, min-p, as in transformers. The behavior log-probability is that of the law after all of these,
+or, with ``behavior="policy"``, the policy's own before any of them. Arithmetic is in float32, or in float64 where the model is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dar.errors import TrainingError
+from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.samples import FinishReason
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, TokenPair
@@ -54,7 +55,8 @@ class Completion:
     ids: list[int]
     """Tokens, the end-of-sequence token included where there is one."""
     logp: float
-    """Log-probability of the whole completion under the law that sampled it, in nats."""
+    """Log-probability of the whole completion, in nats: under the law that sampled it, or with ``behavior="policy"`` under the
+    policy at temperature 1 without filters."""
     finish_reason: FinishReason
 
 
@@ -109,6 +111,26 @@ def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
     return torch.from_numpy(np.stack(drawn)).clamp(max=LARGEST_UNIFORM)
 
 
+def raised(values: Tensor) -> Tensor:
+    """Values as float32, or as float64 where they are that already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Refuse a prompt that the model's embeddings cannot read.
+
+    Raises:
+        InvalidRequestError: A token of a prompt is not below ``vocabulary``.
+    """
+    largest = max((max(ids) for ids in prompts), default=0)
+    if largest >= vocabulary:
+        raise InvalidRequestError(
+            f"a prompt has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: the tokenizer is not that of "
+            "the model, or was enlarged without it; use its own tokenizer, or resize the model's embeddings",
+            param="model",
+        )
+
+
 def draw(scores_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse of the cumulative distribution.
 
@@ -117,9 +139,9 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         uniforms_B: float64 in [0, 1).
 
     Returns:
-        Tokens ``[B]`` and their log-probabilities ``[B]``, float32.
+        Tokens ``[B]`` and their log-probabilities ``[B]``, float32, or float64 where the scores are.
     """
-    logps_BV = torch.log_softmax(scores_BV.float(), dim=-1)
+    logps_BV = torch.log_softmax(raised(scores_BV), dim=-1)
     masses_BV = logps_BV.exp().double().cumsum(dim=-1)
     targets_B1 = (uniforms_B * masses_BV[:, -1]).unsqueeze(1)
     tokens_B1 = torch.searchsorted(masses_BV, targets_B1, right=True).clamp(
@@ -174,7 +196,7 @@ class Sampler:
         """
         model.eval()
         try:
-            with autocast(next(model.parameters()).device, is_bf16=self._config.bf16):
+            with autocast(next(model.parameters()).device, self._config.half):
                 batch, logits_BV = self._prefill(model, [[0], [0, 0]], first=0)
                 batch.keep([0, len(batch.rows) - 1])
                 self._read(model, batch, logits_BV[:2].argmax(dim=-1), width=3)
@@ -193,38 +215,43 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         *,
         step: int,
+        first_prompt: int = 0,
         before_each: Callable[[], None] = lambda: None,
     ) -> list[Completion]:
-        """Sample for all prompts of a step.
+        """Sample for prompts of a step, all or a slice of them.
 
         Args:
             model: The policy; it is left in evaluation mode.
-            prompts: Token ids of P prompts.
-            step: Optimizer step, from 1; with the seed of the config it decides the noise.
+            prompts: Token ids of P prompts; none at all give no completions.
+            step: Optimizer step, from 1, or 0 in an evaluation; with the seed of the config and the numbers of prompt and
+                completion it decides the noise.
+            first_prompt: Number of the first of these prompts within the step, from 0.
             before_each: Called every few tokens; may raise to stop.
 
         Returns:
             P * K completions, those of a prompt together.
 
         Raises:
+            InvalidRequestError: A prompt has a token that the model has not.
             TrainingError: The policy gave a probability that is no number.
         """
+        check_tokens(prompts, int(model.config.get_text_config().vocab_size))
         model.eval()
         done: dict[int, Completion] = {}
         # One autocast context round the whole loop: inside it, each weight is cast only once.
-        with autocast(next(model.parameters()).device, is_bf16=self._config.bf16):
-            for first, part in self._parts(prompts):
+        with autocast(next(model.parameters()).device, self._config.half):
+            for first, part in self._parts(prompts, first_prompt):
                 self._decode(self._prefill(model, part, first), model, step, before_each, done)
-        return [done[row] for row in range(len(done))]
+        return [done[row] for row in sorted(done)]
 
     def _parts(
-        self, prompts: Sequence[Sequence[int]]
+        self, prompts: Sequence[Sequence[int]], first_prompt: int
     ) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-        longest = max(map(len, prompts)) + self._config.max_new_tokens
+        longest = max(map(len, prompts), default=0) + self._config.max_new_tokens
         rows = max(1, min(MAX_ROWS, MAX_CACHED_TOKENS // longest))
         count = max(1, rows // self._config.dar_k)
         for first in range(0, len(prompts), count):
-            yield first, prompts[first : first + count]
+            yield first_prompt + first, prompts[first : first + count]
 
     def _prefill(
         self, model: LanguageModel, prompts: Sequence[Sequence[int]], first: int
@@ -266,7 +293,7 @@ class Sampler:
             attention_BT=torch.cat([attention_BT, ones_BT], dim=1),
             positions_B=attention_BT.sum(dim=1),
             seen_BV=seen_BV,
-            logp_sums_B=torch.zeros(len(rows), device=device),
+            logp_sums_B=torch.zeros(len(rows), device=device, dtype=raised(logits_PV).dtype),
         )
         return batch, logits_PV.repeat_interleave(k, dim=0)
 
@@ -290,6 +317,9 @@ class Sampler:
             if position % 16 == 0:
                 before_each()
             tokens_B, logps_B = draw(self._law(logits_BV, batch.seen_BV), noise_BN[:, offset])
+            if self._config.behavior == "policy":
+                policy_BV = raised(logits_BV).log_softmax(dim=-1)
+                logps_B = policy_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
             batch.logp_sums_B += logps_B
             if batch.seen_BV is not None:
                 batch.seen_BV.scatter_(1, tokens_B.unsqueeze(1), value=True)
@@ -315,7 +345,7 @@ class Sampler:
         return logits_BV
 
     def _law(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
-        scores_BV = logits_BV.float()
+        scores_BV = raised(logits_BV)
         if self._impossible is not None and self._impossible < scores_BV.shape[1]:
             scores_BV = scores_BV.clone()
             scores_BV[:, self._impossible] = -torch.inf

@@ -1,18 +1,22 @@
 """Where the scored completions of a step come from: sampled and scored now, or read from the data set."""
 
 import sys
+from collections.abc import Mapping
 
 from dar.errors import InvalidRequestError
 from dar.rewards.scorer import RewardScorer
 from dar.training import loading
 from dar.training.config import DARConfig
-from dar.training.data import PromptEncoder, Rows
-from dar.training.offline import ReplaySource, check_replay
+from dar.training.data import PromptEncoder, Rows, naming_row
+from dar.training.offline import ReplaySource, RowEncoder, check_replay
 from dar.training.online import OnlineSource
 from dar.training.policy import Policy
-from dar.training.sampling import Sampler
+from dar.training.ranks import Ranks
+from dar.training.sampling import Sampler, check_tokens
 from dar.training.sink import Control, Sink
-from dar.training.steps import PromptStream, Weigher
+from dar.training.steps import EvaluationStream, Mode, PromptStream, Weigher
+
+STREAMS: Mapping[Mode, type[PromptStream]] = {"train": PromptStream, "eval": EvaluationStream}
 
 
 def make_source(
@@ -21,12 +25,28 @@ def make_source(
     rows: Rows,
     weigher: Weigher,
     *,
+    is_online: bool,
     scorer: RewardScorer | None,
     job_id: str | None,
     sink: Sink,
     control: Control,
+    ranks: Ranks,
+    mode: Mode = "train",
 ) -> OnlineSource | ReplaySource:
-    """The step source of a training run: online with a scorer, offline without one.
+    """The step source of a training run.
+
+    Args:
+        policy: What is sampled from.
+        config: Of the run.
+        rows: The data set.
+        weigher: Turns rewards into weights.
+        is_online: Whether completions are sampled and scored, not read from ``rows``.
+        scorer: Of the main process of an online run.
+        job_id: Named to reward services.
+        sink: Is told what is done.
+        control: Is asked whether to go on.
+        ranks: The processes that train together.
+        mode: In an evaluation every step is all rows, in their order.
 
     Raises:
         InvalidRequestError: A row cannot be used, or a prompt and ``max_new_tokens`` do not fit into the model's context.
@@ -35,32 +55,63 @@ def make_source(
     tokenizer = policy.tokenizer
     context = loading.context_length(policy.model) or sys.maxsize
     longest = min(config.max_length or context, context)
-    if scorer is None:
-        room = check_replay(rows, config.dar_k, vocabulary=policy.vocabulary, longest=longest)
-        encoder = PromptEncoder(
-            tokenizer, min(config.max_prompt_length or room, room), is_replay=True
-        )
-        stream = PromptStream(rows, encoder, config, sink)
-        return ReplaySource(stream, weigher, config.dar_k, tokenizer=tokenizer, sink=sink)
-    prompt_length = config.max_prompt_length or longest - config.max_new_tokens
-    if not 0 < prompt_length < longest:
-        raise InvalidRequestError(
-            f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, which is the most that "
-            "max_length or the model allows; lower max_new_tokens",
-            param="max_new_tokens",
-        )
-    stream = PromptStream(rows, PromptEncoder(tokenizer, prompt_length), config, sink)
-    eos_ids = loading.eos_ids(policy.model, tokenizer)
-    sampler = Sampler(config, tokenizer, eos_ids=eos_ids, max_length=longest)
-    sampler.check(policy.model)
+    if not is_online:
+        encoder_of_rows = _row_encoder(policy, config, longest)
+        count = config.prompts_per_step if mode == "train" else len(rows)
+        check_replay(rows, encoder_of_rows, count)
+        stream = STREAMS[mode](rows, encoder_of_rows, config, sink)
+        return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=sink, mode=mode)
+    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
+    stream = STREAMS[mode](rows, encoder, config, sink)
+    if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
+        _check_tokens(rows, encoder, policy.vocabulary)
     return OnlineSource(
         policy.model,
         stream,
-        sampler,
+        _sampler(policy, config, longest),
         scorer,
         weigher,
         tokenizer=tokenizer,
         sink=sink,
         control=control,
         job_id=job_id,
+        ranks=ranks,
+        mode=mode,
     )
+
+
+def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
+    return RowEncoder(
+        policy.tokenizer,
+        config.max_prompt_length,
+        longest=longest,
+        vocabulary=policy.vocabulary,
+        eos_ids=loading.eos_ids(policy.model, policy.tokenizer),
+    )
+
+
+def _longest_prompt(config: DARConfig, longest: int) -> int:
+    length = config.max_prompt_length or longest
+    if length >= longest:  # no bound at all
+        length = longest - config.max_new_tokens
+    if length <= 0:
+        raise InvalidRequestError(
+            f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, which is the most that "
+            "max_length or the model allows; lower max_new_tokens",
+            param="max_new_tokens",
+        )
+    return length
+
+
+def _sampler(policy: Policy, config: DARConfig, longest: int) -> Sampler:
+    eos_ids = loading.eos_ids(policy.model, policy.tokenizer)
+    sampler = Sampler(config, policy.tokenizer, eos_ids=eos_ids, max_length=longest)
+    sampler.check(policy.model)
+    return sampler
+
+
+def _check_tokens(rows: Rows, encoder: PromptEncoder, vocabulary: int) -> None:
+    """Where the tokenizer has more tokens than the model, which may be for padding alone, try every prompt."""
+    for index in range(len(rows)):
+        with naming_row(index):
+            check_tokens([encoder(rows[index]).ids], vocabulary)

@@ -1,30 +1,38 @@
 """What an optimizer step is made of: its prompts, its scored completions and their weights."""
 
+import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.samples import FinishReason
 from dar.rewards.base import SampleReward
 from dar.training.config import DARConfig
 from dar.training.data import Prompt, PromptEncoder, PromptOrder, Rows, TokenPair
-from dar.training.loss import importance_weights, normalized_advantages
+from dar.training.loss import (
+    importance_weights,
+    normalized_advantages,
+    self_normalized,
+    tied,
+)
 from dar.training.sink import Sink
 
+Mode = Literal["train", "eval"]
 LogProbabilities = Callable[[Sequence[TokenPair]], Tensor]
-"""Log-probabilities ``[B]`` of completions under some model, float32, in nats."""
+"""Log-probabilities ``[B]`` of completions under some model, in nats."""
 LEAST_VALID = 2
 """Scored completions that a comparison needs: a group with fewer is left out."""
 
 
 @dataclass(slots=True)
 class ScoredStep:
-    """All completions of one optimizer step, B = P * K, those of a prompt together."""
+    """All completions of one optimizer step: B of P prompts, those of a prompt together."""
 
     number: int
     """Optimizer step, from 1."""
@@ -41,23 +49,53 @@ class ScoredStep:
     behavior_logps_B: Tensor
     """NaN where the data do not say what sampled."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of ``sampling`` and ``reward``."""
+    """Wall time of ``sampling``, ``reward`` and ``reference`` (the passes that the `Weigher` needs)."""
     ref_logps_B: Tensor | None = None
     """NaN where not valid; None without a reference (alpha = 0)."""
+    counts: list[int] = field(default_factory=list)
+    """``[P]`` completions of each prompt; left out: equally many."""
+    staleness: int | None = 0
+    """Optimizer steps since the policy was as it sampled; None: it did not sample, or nobody knows when."""
     valid_B: Tensor = field(init=False)
     """True where a completion counts: it has a reward, and so has another one to compare it with."""
     advantages_B: Tensor = field(init=False)
+    """0 where not valid."""
     weights_B: Tensor = field(init=False)
     """0 where not valid."""
+    clipped_B: Tensor = field(init=False)
+    """True where the weight was held at the clip."""
     policy_logps_B: Tensor = field(init=False)
     """NaN until the training pass fills it in."""
+    entropies_B: Tensor = field(init=False)
+    """Entropy of the policy's next token, summed over the completion, in nats; NaN until the training pass fills it in."""
+    group_count: int = field(init=False, default=0)
+    """Groups with anything to compare: those prompts with at least two scored completions."""
+    tied_count: int = field(init=False, default=0)
+    """How many of these groups have rewards that are all equal."""
 
     def __post_init__(self) -> None:
         """Nothing counts before a `Weigher` has seen it."""
-        self.valid_B = torch.zeros(len(self.pairs), dtype=torch.bool)
-        self.advantages_B = torch.zeros(len(self.pairs))
-        self.weights_B = torch.zeros(len(self.pairs))
-        self.policy_logps_B = torch.full((len(self.pairs),), math.nan)
+        count = len(self.pairs)
+        if not self.counts:
+            self.counts = [count // len(self.prompts)] * len(self.prompts)
+        assert len(self.counts) == len(self.prompts)
+        assert sum(self.counts) == count
+        self.valid_B = torch.zeros(count, dtype=torch.bool)
+        self.advantages_B = torch.zeros(count)
+        self.weights_B = torch.zeros(count)
+        self.clipped_B = torch.zeros(count, dtype=torch.bool)
+        self.policy_logps_B = torch.full((count,), math.nan)
+        self.entropies_B = torch.full((count,), math.nan)
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[B]`` tokens of each completion, its end-of-sequence token included."""
+        return torch.tensor([len(pair.completion_ids) for pair in self.pairs])
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """``[B]``: number of each completion's prompt, and its own number among those of the prompt."""
+        return [(p, k) for p, count in enumerate(self.counts) for k in range(count)]
 
     @property
     def valid_count(self) -> int:
@@ -74,23 +112,6 @@ class ScoredStep:
         """Numbers of the completions that count."""
         rows: list[int] = self.valid_B.nonzero().flatten().tolist()
         return rows
-
-    def shares(self, count: int) -> list["StepShare"]:
-        """Cut the step into ``count`` shares of prompts, for as many backward passes."""
-        size = len(self.pairs) // count
-        return [
-            StepShare(self, [row for row in self.valid_rows if row // size == i])
-            for i in range(count)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class StepShare:
-    """Part of a step: a micro-batch as `transformers.Trainer` sees it."""
-
-    step: ScoredStep
-    rows: list[int]
-    """Completions of the share that count."""
 
 
 class StepSource(Protocol):
@@ -122,7 +143,7 @@ class PromptStream:
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
         self._rows = rows
         self._encoder = encoder
-        self._count = config.prompts_per_step
+        self.prompts_per_step = config.prompts_per_step
         self._order = PromptOrder(len(rows), config.seed)
         self._sink = sink
         self._has_warned = False
@@ -132,8 +153,7 @@ class PromptStream:
 
     def of_step(self, number: int) -> list[Prompt]:
         """The P prompts of step ``number``, from 1."""
-        start = (number - 1) * self._count
-        numbers = [self._order.row(position) for position in range(start, start + self._count)]
+        numbers = self.rows_of_step(number)
         prompts = [self._encode(row) for row in numbers]
         for row, prompt in zip(numbers, prompts, strict=True):
             if prompt.cut_tokens and not self._has_warned:
@@ -146,6 +166,12 @@ class PromptStream:
                 )
         return prompts
 
+    def rows_of_step(self, number: int) -> list[int]:
+        """Numbers of their rows, from 0."""
+        start = (number - 1) * self.prompts_per_step
+        positions = range(start, start + self.prompts_per_step)
+        return [self._order.row(position) for position in positions]
+
     def _encode(self, row: int) -> Prompt:
         try:
             return self._encoder(self._rows[row])
@@ -154,54 +180,162 @@ class PromptStream:
 
     def epoch(self, number: int) -> float:
         """Passes over the data set after step ``number``."""
-        return number * self._count / self._order.row_count
+        return number * self.prompts_per_step / self._order.row_count
+
+
+class EvaluationStream(PromptStream):
+    """All rows in every step, in their order."""
+
+    def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
+        super().__init__(rows, encoder, config, sink)
+        self.prompts_per_step = len(rows)
+
+    def rows_of_step(self, number: int) -> list[int]:  # noqa: ARG002 - every step is the same
+        """All of them."""
+        return list(range(self.prompts_per_step))
 
 
 class Weigher:
     """Turns rewards into weights: statistics over the whole step and over scored completions only.
 
+    A completion is compared with the others of its prompt. A prompt with a single completion has no others: all such prompts of
+    a step are one group, whose mean is their baseline (with K = 1 that is the whole step). A completion without any to be
+    compared with (the only scored one of its prompt, or the only single one of its step) is left out, as its advantage
+    could only be 0, which would train on it whatever its reward.
+
     Args:
-        config: K, alpha, beta, clip and normalisation.
+        config: alpha, beta, clip, normalisation and departures.
         reference: Log-probabilities under the frozen reference; None where alpha is 0.
         policy: Log-probabilities under the policy as it is: stands in where behavior log-probabilities are unknown.
+        dtype: What everything of a step is computed in.
     """
 
     def __init__(
-        self, config: DARConfig, reference: LogProbabilities | None, policy: LogProbabilities
+        self,
+        config: DARConfig,
+        reference: LogProbabilities | None,
+        policy: LogProbabilities,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._config = config
         self._reference = reference
         self._policy = policy
+        self._dtype = dtype
 
     def __call__(self, step: ScoredStep, *, is_behavior_known: bool) -> ScoredStep:
-        """Fill in valid, advantages, reference log-probabilities and weights of ``step``."""
-        config = self._config
-        rewards_B = torch.tensor(
-            [math.nan if reward.reward is None else reward.reward for reward in step.rewards]
+        """Fill in valid, advantages, reference log-probabilities and weights of ``step``.
+
+        Raises:
+            TrainingError: A reward is missing, and the config does not allow that.
+        """
+        rewards_B = self._rewards(step)
+        groups_GK = group_rows(step.counts)
+        is_row_GK = groups_GK >= 0
+        self._compare(
+            step, rewards_B[groups_GK], is_row_GK & ~rewards_B[groups_GK].isnan(), groups_GK
         )
-        # With K = 1 a prompt has no siblings: the whole step is the one group, and its mean the baseline.
-        width = len(step.pairs) if config.dar_k == 1 else config.dar_k
-        rewards_GK = rewards_B.view(-1, width)
-        valid_GK = ~rewards_GK.isnan()
-        valid_GK = valid_GK & (valid_GK.sum(dim=1, keepdim=True) >= LEAST_VALID)
-        advantages_GK = normalized_advantages(rewards_GK, mode=config.adv_norm, valid=valid_GK)
-        step.valid_B, step.advantages_B = valid_GK.flatten(), advantages_GK.flatten()
+        started = time.monotonic()
+        self._ask_models(step, is_behavior_known=is_behavior_known)
+        step.seconds["reference"] = time.monotonic() - started
+        self._weigh(step, groups_GK, is_row_GK)
+        return step
+
+    def _rewards(self, step: ScoredStep) -> Tensor:
+        """``[B]``, NaN where missing."""
+        missing = [row for row, reward in enumerate(step.rewards) if reward.reward is None]
+        if missing and not self._config.allow_missing:
+            why = next(
+                (step.rewards[row].message for row in missing if step.rewards[row].message), None
+            )
+            raise TrainingError(
+                f"{len(missing)} of the {len(step.rewards)} completions of step {step.number} have no reward"
+                + (f" ({why})" if why else "")
+                + "; set allow_missing to leave such completions out",
+                code="missing_reward",
+                param="allow_missing",
+            )
+        return torch.tensor(
+            [math.nan if reward.reward is None else reward.reward for reward in step.rewards],
+            dtype=self._dtype,
+        )
+
+    def _compare(
+        self, step: ScoredStep, rewards_GK: Tensor, scored_GK: Tensor, groups_GK: Tensor
+    ) -> None:
+        """Advantages, and which completions count."""
+        config = self._config
+        is_group_G1 = scored_GK.sum(dim=1, keepdim=True) >= LEAST_VALID
+        tied_G1 = tied(rewards_GK, tolerance=config.tie_tolerance, valid=scored_GK).unsqueeze(1)
+        step.group_count = int(is_group_G1.sum())
+        step.tied_count = int((is_group_G1 & tied_G1).sum())
+        valid_GK = scored_GK & is_group_G1
+        if config.drop_ties:
+            valid_GK = valid_GK & ~tied_G1
+        advantages_GK = normalized_advantages(
+            rewards_GK,
+            mode=config.adv_norm,
+            baseline=config.baseline,
+            valid=valid_GK,
+            tie_tolerance=config.tie_tolerance,
+        )
+        step.valid_B = torch.zeros(len(step.pairs), dtype=torch.bool)
+        step.valid_B[groups_GK[valid_GK]] = True
+        step.advantages_B = torch.zeros(len(step.pairs), dtype=self._dtype)
+        step.advantages_B[groups_GK[valid_GK]] = advantages_GK[valid_GK]
+
+    def _ask_models(self, step: ScoredStep, *, is_behavior_known: bool) -> None:
+        """Log-probabilities of the completions that count: of what sampled, where unknown, and of the reference."""
         rows = step.valid_rows
         pairs = [step.pairs[row] for row in rows]
+        step.behavior_logps_B = step.behavior_logps_B.to(self._dtype)
         if rows and not is_behavior_known:
-            step.behavior_logps_B[rows] = self._policy(pairs)
-        behavior_logps = step.behavior_logps_B[rows]
-        ref_logps = behavior_logps
+            step.behavior_logps_B[rows] = self._policy(pairs).to(self._dtype)
         if self._reference is not None:
-            step.ref_logps_B = torch.full_like(rewards_B, math.nan)
+            step.ref_logps_B = torch.full_like(step.behavior_logps_B, math.nan)
             if rows:
-                ref_logps = step.ref_logps_B[rows] = self._reference(pairs)
-        step.weights_B[rows] = importance_weights(
-            step.advantages_B[rows],
-            ref_logps,
-            behavior_logps,
+                step.ref_logps_B[rows] = self._reference(pairs).to(self._dtype)
+
+    def _weigh(self, step: ScoredStep, groups_GK: Tensor, is_row_GK: Tensor) -> None:
+        config = self._config
+        valid_GK = step.valid_B[groups_GK] & is_row_GK
+        behavior_GK = step.behavior_logps_B[groups_GK]
+        ref_GK = behavior_GK if step.ref_logps_B is None else step.ref_logps_B[groups_GK]
+        weights_GK = importance_weights(
+            step.advantages_B[groups_GK],
+            ref_GK,
+            behavior_GK,
             alpha=config.alpha,
             beta=config.beta,
             clip=config.dar_wclip,
+            lengths=step.lengths[groups_GK] if config.log_ratio == "mean" else None,
+            min_ess=config.min_ess,
+            valid=valid_GK,
         )
-        return step
+        step.clipped_B = torch.zeros_like(step.valid_B)
+        step.clipped_B[groups_GK[valid_GK]] = (weights_GK >= config.dar_wclip)[valid_GK]
+        weights_GK = self_normalized(weights_GK, mode=config.weight_norm, valid=valid_GK)
+        step.weights_B = torch.zeros(len(step.pairs), dtype=self._dtype)
+        step.weights_B[groups_GK[valid_GK]] = weights_GK[valid_GK]
+        step.policy_logps_B = step.policy_logps_B.to(self._dtype)
+        step.entropies_B = step.entropies_B.to(self._dtype)
+
+
+def group_rows(counts: Sequence[int]) -> Tensor:
+    """Which completions are compared with each other.
+
+    Args:
+        counts: ``[P]`` completions of each prompt, those of a prompt together; B in all.
+
+    Returns:
+        ``[G, K]`` numbers from 0 to B - 1, -1 where a group has fewer than K: a group for each prompt with several
+        completions, and one for all prompts with a single one.
+    """
+    starts = itertools.accumulate(counts, initial=0)
+    rows = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=False)]
+    groups = [group for group in rows if len(group) > 1]
+    singles = [row for group in rows if len(group) == 1 for row in group]
+    if singles:
+        groups.append(singles)
+    width = max(map(len, groups), default=0)
+    return torch.tensor([group + [-1] * (width - len(group)) for group in groups])

@@ -3,42 +3,45 @@
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import fsdp2_prepare_model
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError
-from dar.protocol.reward_spec import Rewards
-from dar.rewards.functions import RewardFunction
-from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
+from dar.rewards.scorer import RewardScorer
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
-from dar.training.fingerprint import config_sha256, reward_terms
+from dar.training.evaluation import (
+    ComputeMetrics,
+    EvaluatingTrainer,
+    Predictions,
+    check_evaluation_rows,
+    measured,
+)
+from dar.training.fingerprint import config_sha256
+from dar.training.launching import refuse_if_left_alone
 from dar.training.logprobs import all_logps
 from dar.training.metrics import Reporter
 from dar.training.policy import Policy
-from dar.training.sink import (
-    Control,
-    NullControl,
-    NullSink,
-    Sink,
-    StopRequestedError,
-    check,
-)
+from dar.training.ranks import Ranks
+from dar.training.reward_model import RewardModels
+from dar.training.reward_sources import GivenRewards, RewardFunctions
+from dar.training.sharding import is_sharded, whole
+from dar.training.sink import Control, NullControl, NullSink, Sink, StopRequestedError
 from dar.training.sources import make_source
-from dar.training.stepping import StepTrainer
-from dar.training.steps import Weigher
+from dar.training.steps import Mode, ScoredStep, StepSource, Weigher
 
-RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Rewards
-"""A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a job spec."""
+__all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
 
 
-class DARTrainer(StepTrainer):
+class DARTrainer(EvaluatingTrainer):
     """Trains a language model by Direct Advantage Regression on its own samples.
 
     ```python
@@ -56,8 +59,8 @@ class DARTrainer(StepTrainer):
     trainer.train()
     ```
 
-    A data set whose rows hold ``completion_ids`` and ``rewards`` is trained on as it stands
-    (`dar.training.sources.ReplaySource`); no reward function is given then.
+    A data set whose rows hold completions and rewards is trained on as it stands
+    (`dar.training.offline.ReplaySource`); no reward function is given then.
 
     Checkpoints lie in ``output_dir/checkpoints/step-<n>``; ``train(resume_from_checkpoint=folder)`` goes on from one as if
     nothing had happened: on a CPU, to the last bit. The reference is always made from ``model``, never from a checkpoint.
@@ -65,9 +68,17 @@ class DARTrainer(StepTrainer):
     Args:
         model: Folder or hub id, or a model; it is trained in place.
         args: All hyperparameters.
-        train_dataset: Rows with a ``prompt`` (a text or a list of messages); other columns go to the reward function.
-        reward_funcs: What gives rewards.
-        reward_weights: Factor of each reward in their sum; default 1.
+        train_dataset: Rows with a ``prompt`` (a text or a list of messages); other columns go to the reward function. Offline: rows
+            of `dar.protocol.rows`, with completions and rewards, or ``chosen`` and ``rejected``; their number of completions may
+            differ.
+        reward_funcs: What gives rewards: a function ``f(prompts, completions, **columns)`` of TRL's signature, sync or async, the
+            URL of a reward service, a list of these, or the rewards of a job spec.
+        eval_dataset: Rows that the policy is tried on, or several data sets by name; of the same kind as ``train_dataset``.
+            ``args.eval_strategy``, ``eval_steps``, ``eval_delay`` and ``eval_on_start`` say when, besides `evaluate`.
+        compute_metrics: Further metrics of an evaluation: takes `Predictions`, returns numbers by name.
+        reward_model: Gives rewards too: folder or hub id of a sequence classifier with one label, such a model, or a list.
+        reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
+        reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
@@ -84,6 +95,8 @@ class DARTrainer(StepTrainer):
         TrainingError: The model cannot be loaded.
     """
 
+    _scorer: RewardScorer | None = None
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -91,6 +104,12 @@ class DARTrainer(StepTrainer):
         train_dataset: Rows | None = None,
         reward_funcs: RewardFunctions | None = None,
         *,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        compute_metrics: ComputeMetrics | None = None,
+        reward_model: RewardModels | None = None,
+        reward_processing_class: PreTrainedTokenizerBase
+        | Sequence[PreTrainedTokenizerBase | None]
+        | None = None,
         reward_weights: Sequence[float] | None = None,
         reward_secret: str | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -105,39 +124,42 @@ class DARTrainer(StepTrainer):
     ) -> None:
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
-        check_rows(train_dataset, is_replay=reward_funcs is None)
         config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
+        given = GivenRewards.of(
+            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config,
+        )  # fmt: skip
+        _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
-            model,
-            config,
-            tokenizer=processing_class,
-            ref_model=ref_model,
-            peft_config=peft_config,
-            base_name=base_name,
-            is_offline=is_offline,
-        )
+            model, config, tokenizer=processing_class, ref_model=ref_model, peft_config=peft_config,
+            base_name=base_name, is_offline=is_offline,
+        )  # fmt: skip
         is_using_cache = policy.model.config.use_cache
         super().__init__(
-            model=policy.model,
-            args=config,
-            data_collator=DataCollatorForDAR(),
-            train_dataset=train_dataset,
-            processing_class=policy.tokenizer,
-            callbacks=callbacks,
-        )
+            model=policy.model, args=config, data_collator=DataCollatorForDAR(), callbacks=callbacks,
+            train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=policy.tokenizer,
+        )  # fmt: skip
         # transformers turns the cache off for training, and would write that into every checkpoint
         policy.model.config.use_cache = is_using_cache
         policy.place_reference(config.device)
-        self.sink = sink or NullSink()
-        terms = reward_terms(reward_funcs, reward_weights)
+        self._policy = policy
+        self._compute = compute_metrics
+        self._job_id = job_id
+        self._reporter = Reporter()
+        self._meet(sink, control)
+        self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
+        terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
             config, policy.model, train_dataset, policy.base_sketch, terms
         )
-        self._control: Control = control or NullControl()
-        self._policy = policy
-        self._rewards = (reward_funcs, reward_weights, reward_secret)
-        self._job_id = job_id
-        self._reporter = Reporter(clip=config.dar_wclip)
+        name = base_name or (model if isinstance(model, str) else model.name_or_path)
+        self.describe(name, [str(term["name"]) for term in terms])
+
+    def _meet(self, sink: Sink | None, control: Control | None) -> None:
+        """Find the other processes; one speaks and listens for all."""
+        self.ranks = Ranks.of_launch(self.args.process_index, self.args.world_size)
+        is_main = self.ranks.is_main
+        self.sink = (sink if is_main else None) or NullSink()
+        self._control: Control = (control if is_main else None) or NullControl()
 
     def train(
         self,
@@ -152,83 +174,176 @@ class DARTrainer(StepTrainer):
             trial: Not used.
             ignore_keys_for_eval: Not used.
 
+        Returns:
+            Steps done, and transformers' own figures of the run.
+
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
             RewardError: No completion of a step could be scored.
             TrainingError: The loss or the policy is no number, or three steps in a row had no usable reward.
         """
         self.stopped_by = None
-        with contextlib.ExitStack() as stack:
-            weigher = Weigher(
-                self.args,
-                self._reference_logps if self.args.alpha > 0 else None,
-                self._policy_logps,
+        try:
+            with self.ranks.together():
+                return self._train_together(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except StopRequestedError:
+            # What was begun is dropped; nothing has changed since the last step edge.
+            self.stopped_by = self.ranks.from_main(self._control.requested)
+            if self.stopped_by == "drain" and self.state.global_step > self.published_step:
+                self._save_checkpoint(self.model, None)
+            return TrainOutput(self.state.global_step, math.nan, {})
+        finally:
+            self.is_in_train = False
+
+    def _train_together(
+        self,
+        resume_from_checkpoint: str | Path | bool | None,
+        trial: Any,  # noqa: ANN401 - the signature of transformers
+        ignore_keys_for_eval: list[str] | None,
+    ) -> TrainOutput:
+        if len(set(self.ranks.gather(self.config_sha256))) > 1:
+            raise InvalidRequestError(
+                "the processes of this training run have different arguments, data or base models; give all the same"
             )
-            self._source = make_source(
-                self._policy,
-                self.args,
-                self.train_dataset,
-                weigher,
-                scorer=self._open_scorer(stack),
-                job_id=self._job_id,
-                sink=self.sink,
-                control=self._control,
-            )
-            try:
+        with self._scoring():
+            self._source = self._source_of(self.train_dataset, "train")
+            with self._evaluating():
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            except StopRequestedError:
-                # What was begun is dropped; nothing has changed since the last step edge.
-                self.stopped_by = self._control.requested()
-                if self.stopped_by == "drain" and self.state.global_step > self.published_step:
-                    self._save_checkpoint(self.model, None)
-                return TrainOutput(self.state.global_step, math.nan, {})
-            finally:
-                self.is_in_train = False
+
+    def preview(self, prompts: int = 2) -> ScoredStep:
+        """Sample and score the prompts that a run would begin with; nothing is trained or written.
+
+        Args:
+            prompts: How many; at least one for each process.
+
+        Raises:
+            RewardError: No completion could be scored.
+            TrainingError: The model cannot be sampled from.
+        """
+        config = copy.copy(self.args)
+        config.per_device_train_batch_size = math.ceil(prompts / self.ranks.count)
+        config.gradient_accumulation_steps = 1
+        with self.ranks.together(), self._scoring():
+            step = self._source_of(self.train_dataset, "train", config)(1)
+            rows = step.valid_rows
+            if rows:
+                step.policy_logps_B[rows] = self._policy_logps([step.pairs[row] for row in rows])
+        return step
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that stay in the memory of the main process, by what they hold; activations come on top."""
+        trained = [p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad]
+        held = {
+            "model": module_bytes(self.model),
+            "reference": module_bytes(self._policy.reference),
+            "reward models": sum(model.size_bytes for model in self._rewards.models),
+            "gradients": sum(trained),
+            "AdamW's moments": 2 * sum(trained) if "adamw" in str(self.args.optim).lower() else 0,
+        }
+        return {name: size for name, size in held.items() if size}
 
     # --- what comes before the gradient ------------------------------------------------------------------------------
 
-    def _open_scorer(self, stack: contextlib.ExitStack) -> RewardScorer | None:
-        functions, weights, secret = self._rewards
-        if functions is None:
-            return None
-        if isinstance(functions, Rewards):
-            scorer = scorer_from_spec(
-                functions, secret=secret, job_id=self._job_id, on_wait=self._tell_waiting
-            )
-        else:
-            scorer = scorer_from_functions(
-                functions, weights=weights, secret=secret, on_wait=self._tell_waiting
-            )
-        return stack.enter_context(scorer)
+    @property
+    def _is_replay(self) -> bool:
+        return not self._rewards.given.is_online
+
+    def _source_of(self, rows: Rows, mode: Mode, config: DARConfig | None = None) -> StepSource:
+        weigher = Weigher(
+            self.args,
+            self._reference_logps if self.args.alpha > 0 else None,
+            self._policy_logps,
+            dtype=torch.promote_types(self._policy.model.dtype, torch.float32),
+        )
+        return make_source(
+            self._policy,
+            config or self.args,
+            rows,
+            weigher,
+            is_online=self._rewards.given.is_online,
+            scorer=self._scorer,
+            job_id=self._job_id,
+            sink=self.sink,
+            control=self._control,
+            ranks=self.ranks,
+            mode=mode,
+        )
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Keep open what gives rewards, on the main process; inside of another of these, nothing."""
+        with contextlib.ExitStack() as stack:
+            if self._scorer is None and self.ranks.is_main:
+                scorer = self._rewards.open(job_id=self._job_id, on_wait=self._tell_waiting)
+                if scorer is not None:
+                    self._scorer = stack.enter_context(scorer)
+                    stack.callback(setattr, self, "_scorer", None)
+            yield
 
     def _tell_waiting(self, message: str) -> None:
         self.sink.phase("waiting_for_reward", self.state.global_step + 1, message)
 
+    def _measured(self, pairs: Sequence[TokenPair]) -> Tensor:
+        with whole(self.model):
+            own = measured(
+                self.model,
+                [pairs[i] for i in self.ranks.slice(len(pairs))],
+                collate=self.data_collator,
+                vocabulary=self._policy.vocabulary,
+                half=self.args.half,
+                before_each=self._look_out,
+            )
+        return torch.cat(self.ranks.gather(own), dim=1)
+
     def _logps(self, model: nn.Module, pairs: Sequence[TokenPair]) -> Tensor:
-        return all_logps(
-            model,
-            pairs,
-            collate=self.data_collator,
-            vocabulary=self._policy.vocabulary,
-            is_bf16=self.args.bf16,
-            before_each=lambda: check(self._control),
-        )
+        """Each process goes through its share, and all get the whole."""
+        with whole(model):
+            own_logps = all_logps(
+                model,
+                [pairs[i] for i in self.ranks.slice(len(pairs))],
+                collate=self.data_collator,
+                vocabulary=self._policy.vocabulary,
+                half=self.args.half,
+                before_each=self._look_out,
+            )
+        return torch.cat(self.ranks.gather(own_logps))
 
     def _policy_logps(self, pairs: Sequence[TokenPair]) -> Tensor:
         return self._logps(self.model, pairs)
 
     def _reference_logps(self, pairs: Sequence[TokenPair]) -> Tensor:
-        if self._policy.reference is not None:
-            return self._logps(self._policy.reference, pairs)
+        reference = self._policy.reference
+        if reference is not None:
+            if self.is_fsdp_enabled and not is_sharded(reference):
+                fsdp2_prepare_model(self.accelerator, reference)
+            return self._logps(reference, pairs)
         assert isinstance(self.model, PeftModel)
         with self.model.disable_adapter():
             return self._logps(self.model, pairs)
 
 
+def module_bytes(module: nn.Module | None) -> int:
+    """Memory of a module's weights; 0 for none."""
+    return 0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _check_data(
+    rows: Rows, evaluated: Rows | Mapping[str, Rows] | None, config: DARConfig, *, is_replay: bool
+) -> None:
+    check_rows(rows, is_replay=is_replay)
+    is_needed = config.eval_strategy != "no" or bool(config.eval_on_start)
+    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=is_needed)
+
+
 def _settled(config: DARConfig, row_count: int) -> DARConfig:
     """A copy of ``config`` whose length is counted in steps; the last batch of an epoch runs on into the next."""
-    if config.world_size > 1:
-        raise InvalidRequestError("this trainer runs in one process; start it without a launcher")
+    refuse_if_left_alone()
+    if config.fsdp and config.world_size == 1:
+        raise InvalidRequestError(
+            "fsdp shares a model among processes, but there is one; start several (torchrun --nproc-per-node N …), "
+            "or leave fsdp out",
+            param="fsdp",
+        )
     config = copy.copy(config)
     if config.max_steps <= 0:
         prompts = config.num_train_epochs * row_count

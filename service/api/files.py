@@ -44,7 +44,7 @@ UPLOAD_SCHEMA = {
 
 @router.post("", openapi_extra=UPLOAD_SCHEMA)
 async def create_file(request: Request, runtime: CurrentRuntime, user: Submitter) -> File:
-    """Upload a JSONL file of prompts. One bad row, and nothing is stored."""
+    """Upload a JSONL file of prompts, or of completions with their rewards. One bad row, and nothing is stored."""
     form = await _read_form(request, runtime.settings.max_file_bytes)
     try:
         upload = _checked(form)

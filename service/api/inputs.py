@@ -21,6 +21,7 @@ from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 TRAINING_FILE = "training_file"
+VALIDATION_FILE = "validation_file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,11 @@ def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
 
 def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterator[_Source]:
     job = held.job
-    file = files.get(transaction, job.project_id, job.training_file)
-    yield _Source(TRAINING_FILE, file.bytes, file.sha256, runtime.artifacts.file(file.id))
+    uploaded = {TRAINING_FILE: job.training_file, VALIDATION_FILE: job.spec.get(VALIDATION_FILE)}
+    for name, file_id in uploaded.items():
+        if file_id:
+            file = files.get(transaction, job.project_id, file_id)
+            yield _Source(name, file.bytes, file.sha256, runtime.artifacts.file(file.id))
     source = ModelSource.model_validate(job.model_source)
     wanted = {"model": source.checkpoint_id, "resume": held.attempt.resume_checkpoint_id}
     wanted |= {f"adapters/{n}": made for n, made in enumerate(source.adapter_ids)}

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, or_, select
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL
@@ -61,7 +61,11 @@ def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
     transaction.execute(select(File.id).where(File.id == file_id).with_for_update())
     needed_by = transaction.scalars(
         select(func.min(Job.id)).where(
-            Job.training_file == file_id, Job.status.not_in(list(TERMINAL))
+            or_(
+                Job.training_file == file_id,
+                Job.spec["validation_file"].as_string() == file_id,
+            ),
+            Job.status.not_in(list(TERMINAL)),
         )
     ).one()
     if needed_by is not None:

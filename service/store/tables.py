@@ -114,7 +114,7 @@ class File(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     num_rows: Mapped[int]
     columns: Mapped[dict[str, Any]]
-    """By name: ``first`` row that has the column, and first ``missing`` row that lacks it or null."""
+    """By name: the ``first`` row with a value, the first where it is ``missing`` or null, the first where it is ``absent``."""
     created_at: Mapped[datetime]
 
 
@@ -152,6 +152,7 @@ class Job(Base):
     model_name: Mapped[str] = mapped_column(String(256))
     """Name of the result; shown as ``fine_tuned_model`` once the job has succeeded."""
     training_file: Mapped[str] = mapped_column(Id)
+    """Id of the file; empty where the spec names a data set of a hub."""
     spec: Mapped[dict[str, Any]]
     """The resolved spec: every default written out."""
     labels: Mapped[dict[str, Any] | None]

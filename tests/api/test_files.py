@@ -49,6 +49,15 @@ def test_a_part_of_a_file_can_be_fetched(live: Any, error_of: Callable[..., Any]
         (b"{", "not JSON"),
         (b"[1]", "must be a JSON object, but it is a list"),
         (b'{"text": "x"}', "no 'prompt'; its columns: text"),
+        (b'{"prompt": "a", "completions": ["b"], "rewards": [1, 2]}', "needs 1 rewards"),
+        (b'{"prompt": "a", "completions": "b", "chosen": "c"}', "keep the columns of one format"),
+        (b'{"prompt": "a", "chosen": "b"}', "'chosen' but no 'rejected'"),
+        (b'{"chosen": "yes", "rejected": "no"}', "no common beginning"),
+        (
+            b'{"prompt": "a", "chosen": [{"role": "assistant", "content": ""}], "rejected": "c"}',
+            "one of chosen and rejected is a text",
+        ),
+        (b'{"prompt_ids": [-1], "completion_ids": [[2]], "rewards": [1]}', "integers from 0"),
         (b'{"prompt": ""}', "the prompt is empty"),
         (b'{"prompt": 3}', "it is a number"),
         (b'{"prompt": []}', "it is an empty list"),
@@ -149,3 +158,78 @@ def test_an_upload_for_which_there_is_no_room_is_a_503(
     monkeypatch.setattr("service.artifacts.shutil.disk_usage", lambda _: free)
     answer = live.upload(GOOD)
     assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_full")
+
+
+def offline(live: Any, rows: list[dict[str, Any]], **values: Any) -> Any:
+    """Answer to a job without rewards over a file of these rows."""
+    file = live.upload("\n".join(map(json.dumps, rows)).encode())
+    assert file.status_code == 200, file.text
+    spec = live.spec(training_file=file.json()["id"], dar={"rewards": None} | values)
+    return live.http.post("/v1/fine_tuning/jobs", json=spec)
+
+
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+OFFLINE_FILES: list[list[dict[str, Any]]] = [
+    [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+    [{"chosen": TALK, "rejected": [*TALK[:1], {"role": "assistant", "content": "hu"}]}],
+    [
+        {"prompt": "a", "completions": ["b", "c"], "rewards": [1, None]},
+        {"prompt": "a", "completions": ["b"], "rewards": None},
+    ],
+    [{"prompt": TALK[:1], "completion": "b", "reward": 0.5, "behavior_logps": -2.5}],
+    [{"prompt_ids": [1, 2], "completion_ids": [[3], [4, 5]], "rewards": [0, 1]}],
+]
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+SCORED = {"prompt": "a", "completion": "b", "reward": 1}
+NO_OFFLINE_FILES: list[tuple[list[dict[str, Any]], int, str, str]] = [
+    ([{"prompt": "a"}, {"prompt": "b"}], 1, "missing_column", "no completions"),
+    ([{"prompt": "a", "completion": "b"}], 1, "missing_column", "no rewards"),
+    ([SCORED, {"prompt": "a", "completion": "b"}], 2, "mixed_format", "no 'reward'"),
+    ([SCORED, {"prompt": "a"}], 2, "mixed_format", "no 'completion'"),
+    ([PAIR, {**PAIR, "behavior_logps": [-1, -2]}], 1, "mixed_format", "no 'behavior_logps'"),
+    ([SCORED, PAIR], 2, "mixed_format", "no 'completion'"),
+]
+
+
+def test_a_job_without_rewards_takes_files_with_completions(live: Any) -> None:
+    for rows in OFFLINE_FILES:
+        answer = offline(live, rows * 3, hyperparameters={"n_epochs": 2, "batch_size": 2})
+        assert answer.status_code == 200, answer.text
+        job = answer.json()
+        assert job["method"]["dar"]["rewards"] is None
+        assert job["progress"]["total_steps"] == len(rows) * 3
+    assert live.claim().body["spec"]["method"]["dar"]["rewards"] is None
+
+
+def test_files_that_a_job_without_rewards_cannot_train_on_are_refused(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    for rows, row, code, says in NO_OFFLINE_FILES:
+        first = error_of(offline(live, rows))["errors"][0]
+        assert (first["param"], first["row"], first["code"]) == ("training_file", row, code)
+        assert says in first["message"]
+
+
+def test_files_with_completions_are_refused_where_completions_are_sampled(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    rows = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    file_id = live.upload(rows).json()["id"]
+    spec = live.spec(training_file=file_id)
+    error = error_of(live.http.post("/v1/fine_tuning/jobs", json=spec))
+    told = [(problem["param"], problem["row"], problem["code"]) for problem in error["errors"]]
+    assert told == [("training_file", 1, "unexpected_column")] * 2
+    dar = {"evaluation": {"every_steps": 1}}
+    error = error_of(
+        live.http.post("/v1/fine_tuning/jobs", json=live.spec(validation_file=file_id, dar=dar))
+    )
+    assert {problem["param"] for problem in error["errors"]} == {"validation_file"}
+    without = {**dar, "rewards": None}
+    taken = live.spec(training_file=file_id, validation_file=file_id, dar=without)
+    assert live.http.post("/v1/fine_tuning/jobs", json=taken).status_code == 200
+    prompts = live.upload().json()["id"]
+    refused = live.spec(training_file=file_id, validation_file=prompts, dar=without)
+    error = error_of(live.http.post("/v1/fine_tuning/jobs", json=refused))
+    assert [problem["param"] for problem in error["errors"]] == ["validation_file"]

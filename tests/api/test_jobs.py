@@ -42,17 +42,30 @@ def test_a_job_without_a_seed_gets_one_that_is_told(live: Any) -> None:
         ({"metadata": {"k": 3}}, "metadata.k", "string_type"),
         ({"seed": -1}, "seed", "greater_than_equal"),
         ({"webhook": "https://h"}, "webhook", "extra_forbidden"),
-        ({"validation_file": "file-1"}, "validation_file", "unsupported_value"),
+        ({"validation_file": "file-none"}, None, "evaluation_incomplete"),
+        (
+            {"validation_file": "file-none", "dar": {"evaluation": {"every_steps": 2}}},
+            "validation_file",
+            "file_not_found",
+        ),
+        ({"training_file": "hf://trl-lib"}, "training_file", "invalid_request"),
+        ({"training_file": "hf://a/b?split=x&split=y"}, "training_file", "invalid_request"),
+        ({"training_file": "hf://other/data"}, "training_file", "dataset_not_allowed"),
+        (
+            {"training_file": "hf://trl-lib/data", "dar": {"hyperparameters": {}}},
+            "method.dar.hyperparameters.max_steps",
+            "missing",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_at_submission(
     serve: Callable[..., Any],
     error_of: Callable[..., Any],
     values: dict[str, Any],
-    param: str,
+    param: str | None,
     code: str,
 ) -> None:
-    live = serve(hub_models=("Qwen/*",))
+    live = serve(hub_models=("Qwen/*",), hub_datasets=("trl-lib/*",))
     answer = live.http.post(PATH, json=live.spec(**values))
     error = error_of(answer)
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
@@ -73,6 +86,31 @@ def test_an_allowed_hub_model_is_left_to_the_worker(serve: Callable[..., Any]) -
     assert lease.body["job_id"] == job["id"]
     assert lease.body["model"]["kind"] == "hub"
     assert lease.body["model"]["name"] == "Qwen/Qwen3-0.6B"
+
+
+def test_an_allowed_hub_data_set_is_left_to_the_worker(serve: Callable[..., Any]) -> None:
+    live = serve(hub_datasets=("trl-lib/*",))
+    address = "hf://trl-lib/ultrafeedback-prompt?split=train"
+    job_id, lease = live.running(training_file=address)
+    assert live.job(job_id)["training_file"] == lease.body["spec"]["training_file"] == address
+    names = [file["name"] for file in lease.http.get("/inputs").json()["files"]]
+    assert names == ["model/config.json"]
+
+
+def test_a_validation_file_is_shown_kept_and_given_to_the_worker(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    content = b'{"prompt": "try"}\n'
+    file_id = live.upload(content).json()["id"]
+    dar = {"evaluation": {"every_steps": 2}}
+    job_id, lease = live.running(validation_file=file_id, dar=dar)
+    job = live.job(job_id)
+    assert (job["validation_file"], job["training_file"] != file_id) == (file_id, True)
+    assert lease.http.get("/inputs/validation_file").content == content
+    answer = live.http.delete(f"/v1/files/{file_id}")
+    assert (answer.status_code, error_of(answer)["code"]) == (409, "file_in_use")
+    lease.post("/fail", kind="user", code="training_failed", message="over")
+    assert live.http.delete(f"/v1/files/{file_id}").status_code == 200
 
 
 def test_the_same_key_and_body_make_one_job(live: Any, error_of: Callable[..., Any]) -> None:

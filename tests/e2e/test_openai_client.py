@@ -1,5 +1,6 @@
 """The unmodified ``openai`` client drives the service, against a live server and a live worker."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,30 @@ def test_a_job_runs_to_its_end(client: openai.OpenAI, finished: str) -> None:
     assert job.fine_tuned_model in [model.id for model in client.models.list()]
     assert job.method is not None
     assert job.method.type == "dar"
+
+
+def test_a_job_without_rewards_trains_on_what_its_file_holds(
+    installation: Any, client: openai.OpenAI
+) -> None:
+    rows = [
+        {
+            "prompt": "The soup was",
+            "completions": [" good.", " bad.", " hot."],
+            "rewards": [1, 0, None],
+        },
+        {"prompt": "The film was", "completions": [" fun.", " dull."], "rewards": [1, 0]},
+    ]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file_id = client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
+    hyperparameters = {"max_steps": None, "n_epochs": 4, "batch_size": 4}
+    spec = installation.spec(file_id, hyperparameters=hyperparameters, rewards=None)
+    job = client.fine_tuning.jobs.create(**spec)
+    assert installation.until_done(job.id).status == "succeeded"
+    series = installation.client.jobs.metrics(job.id).series
+    assert series["dar/loss"].step == [1, 2]
+    assert series["rewards/missing_fraction"].value == pytest.approx([0.2, 0.2])
+    samples = list(installation.client.jobs.samples(job.id))
+    assert {sample.completion for sample in samples} >= {" good.", " dull."}
 
 
 def test_jobs_are_listed_and_filtered_by_metadata(client: openai.OpenAI, finished: str) -> None:

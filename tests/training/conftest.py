@@ -36,7 +36,7 @@ class RecordingSink:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.seq += 1
-        self.reports[step] = dict(values)
+        self.reports.setdefault(step, {}).update(values)
 
     def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         self.seq += 1
@@ -204,5 +204,18 @@ def train(
         trainer = DARTrainer(**values)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
+
+    return run
+
+
+@pytest.fixture
+def replay(train: Callable[..., DARTrainer]) -> Callable[..., dict[str, torch.Tensor]]:
+    """Trains offline; returns the weights."""
+
+    def run(rows: Any, **arguments: Any) -> dict[str, torch.Tensor]:
+        settings = {"max_steps": 2, "per_device_train_batch_size": 2}
+        settings |= arguments.pop("settings", {})
+        trainer = train(train_dataset=rows, reward_funcs=None, settings=settings, **arguments)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
     return run

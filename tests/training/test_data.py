@@ -17,12 +17,10 @@ def test_plain_prompts_get_a_bos_token_once(tokenizer: PreTrainedTokenizerBase) 
     assert encode({"prompt": ""}).ids == [2]
 
 
-def test_prompt_ids_stand_for_the_prompt_in_replay_and_are_a_column_online(
+def test_prompt_ids_are_a_column_where_completions_are_sampled(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    row = {"prompt_ids": [10, 20], "prompt": "w30"}
-    assert PromptEncoder(tokenizer, 100, is_replay=True)(row).ids == [10, 20]
-    online = PromptEncoder(tokenizer, 100)(row)
+    online = PromptEncoder(tokenizer, 100)({"prompt_ids": [10, 20], "prompt": "w30"})
     assert online.ids == [2, 30]
     assert online.columns == {"prompt_ids": [10, 20]}
     check_rows([{"prompt_ids": [], "prompt": "w30"}])
@@ -62,7 +60,8 @@ def test_long_prompts_lose_their_beginning_but_not_bos(tokenizer: PreTrainedToke
     [
         (12, [2, 12, 4, 10, 60, 11, 5, 10, 61, 11]),
         (7, [2, 12, 4, 10, 61, 11]),
-        (5, [2, 4, 10, 61, 11]),
+        (6, [2, 12, 4, 10, 61, 11]),
+        (5, [2, 12, 4, 10, 11]),
     ],
 )
 def test_long_conversations_lose_their_earliest_turns_and_never_the_system_message(
@@ -91,24 +90,32 @@ def test_other_columns_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     ("rows", "message"),
     [
         ([], "no rows"),
-        ([{"prompt": "a"}, {"text": "b"}], "row 2: prompt must be"),
+        ([{"prompt": "a"}, {"text": "b"}], "row 2: the row has no 'prompt'; its columns: text"),
         ([{"prompt": []}], "row 1: prompt must be"),
         ([{"prompt": 3}], "row 1: prompt must be"),
         ([{"prompt": [{"content": "x"}]}], "role and content"),
-        ([{"prompt_ids": [4]}], "row 1: prompt must be"),
+        ([{"prompt_ids": [4]}], "row 1: the row has no 'prompt'"),
+        (
+            [{"prompt": "a"}, {"prompt": "b", "chosen": "c"}],
+            "row 2: .*'chosen'.* remove the column",
+        ),
+        ({"train": [{"prompt": "a"}]}, r"splits \(train\); give one of them"),
+        (iter([{"prompt": "a"}]), "without streaming"),
         (["text"], "not a mapping"),
     ],
 )
-def test_unusable_rows_are_refused_by_number(rows: list[Any], message: str) -> None:
+def test_unusable_rows_are_refused_by_number(rows: Any, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         check_rows(rows)
 
 
-def test_rows_that_cannot_be_replayed_are_refused_by_number() -> None:
-    with pytest.raises(InvalidRequestError, match="row 1: prompt_ids is empty"):
-        check_rows([{"prompt_ids": [], "completion_ids": [[4]]}], is_replay=True)
-    with pytest.raises(InvalidRequestError, match=r"row 1: .*give reward_funcs, or rows with"):
-        check_rows([{"prompt": "w10"}], is_replay=True)
+def test_a_last_turn_that_is_too_long_loses_its_words_and_nothing_of_the_template(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    messages = [{"role": "user", "content": " ".join(f"w{i}" for i in range(20, 60))}]
+    encode = PromptEncoder(tokenizer, 6)
+    assert encode({"prompt": messages}).ids == [2, 10, 57, 58, 59, 11]
+    assert encode({"prompt": messages}).cut_tokens == 37
 
 
 def test_json_lines_are_read_and_bad_ones_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dar.protocol.spec import JobSpec
 from dar.rewards.server import reward_server
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
 from dar.training.checkpoint import verify
-from dar.training.job import job_config
+from dar.training.job import build_trainer, job_config
 
 SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0NTY="
 
@@ -76,6 +76,7 @@ def job(
             {
                 "model": "tiny",
                 "training_file": "file-1",
+                "validation_file": "file-2" if "evaluation" in method else None,
                 "method": {"type": "dar", "dar": method},
             }
         )
@@ -316,3 +317,32 @@ def test_every_optimizer_and_precision_resumes_exactly(
     one, two = (load_file(s.published[-1][1] / "model.safetensors") for s in (whole, rest))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+
+
+def test_a_job_is_evaluated_on_its_validation_file_and_at_its_last_step(
+    job: Callable[..., JobInputs], sink: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "validation.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in (11, 12, 13)))
+    dar = {"evaluation": {"every_steps": 3, "max_prompts": 2}}
+    inputs = job(dar=dar, validation_file=path)
+    assert train_job(inputs, sink, NullControl()) == "finished"
+    found = [step for step, values in sink.reports.items() if "eval_dar/rewards_mean" in values]
+    assert found == [3, 4]
+    assert build_trainer(inputs, sink, NullControl()).eval_dataset == [
+        {"prompt": "w11"}, {"prompt": "w12"}
+    ]  # fmt: skip
+    assert "eval_rewards/words/mean" in sink.reports[4]
+    path.write_text('{"prompt": "w10"}\n{"text": "w10"}\n')
+    with pytest.raises(InvalidRequestError, match="row 2") as caught:
+        train_job(inputs, sink, NullControl())
+    assert caught.value.param == "validation_file"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU, so float16 is allowed")
+def test_float16_is_refused_where_the_worker_has_no_gpu(
+    job: Callable[..., JobInputs], sink: Any
+) -> None:
+    with pytest.raises(TrainingError, match="needs a GPU") as caught:
+        train_job(job(dar={"precision": "fp16"}), sink, NullControl())
+    assert caught.value.param == "method.dar.precision"

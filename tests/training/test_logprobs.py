@@ -47,7 +47,7 @@ def test_bfloat16_is_used_when_asked_for_and_only_then(
     seen: list[torch.dtype] = []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
     exact = all_logps(model, pairs, collate=COLLATE, vocabulary=64)
-    rounded = all_logps(model, pairs, collate=COLLATE, vocabulary=64, is_bf16=True)
+    rounded = all_logps(model, pairs, collate=COLLATE, vocabulary=64, half=torch.bfloat16)
     assert seen == [torch.float32, torch.bfloat16]
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dar.rewards.base import SampleReward
-from dar.training.data import TokenPair
+from dar.training.data import Prompt, TokenPair
 from dar.training.loss import (
     MAX_LOG_WEIGHT,
     dar_loss,
@@ -95,7 +95,7 @@ def test_metrics_agree_with_the_golden_figures(
     step = ScoredStep(
         number=1,
         epoch=1.0,
-        prompts=[],
+        prompts=[Prompt([2], "", None, {}, 0)] * inputs["B"],
         pairs=[TokenPair([2], [4])] * count,
         texts=[""] * count,
         finish_reasons=["stop"] * count,
@@ -106,9 +106,10 @@ def test_metrics_agree_with_the_golden_figures(
     step.valid_B[:] = True
     step.advantages_B = tensor(expected["advantages"]).flatten()
     step.weights_B = tensor(expected["weights"]).flatten()
+    step.clipped_B = step.weights_B >= inputs["dar_wclip"]
     step.policy_logps_B = tensor(inputs["policy_logps"]).flatten()
 
-    values = step_metrics(step, clip=inputs["dar_wclip"])
+    values = step_metrics(step)
 
     names = ON_POLICY_METRICS if inputs["behavior_logps"] is None else METRICS
     for golden, name in names.items():

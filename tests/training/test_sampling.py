@@ -1,3 +1,5 @@
+import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -5,11 +7,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from dar.errors import TrainingError
+from dar.errors import InvalidRequestError, TrainingError
 from dar.training import DARConfig
 from dar.training.data import DataCollatorForDAR, TokenPair
 from dar.training.logprobs import all_logps
 from dar.training.sampling import Completion, Sampler, draw, uniforms
+
+
+def chi_square_quantile(degrees: int) -> float:
+    """99.9 % quantile, by Wilson and Hilferty."""
+    ninth = 2 / (9 * degrees)
+    return degrees * (1 - ninth + 3.0902 * math.sqrt(ninth)) ** 3
+
 
 PROMPTS = [[2, 10, 20], [2, 33], [2, 4, 5, 6, 7, 8], [2, 60, 61]]
 EOS = frozenset({3})
@@ -46,6 +55,95 @@ def test_unfiltered_sampling_records_the_policys_own_log_probabilities(
     recorded = torch.tensor([completion.logp for completion in completions])
     torch.testing.assert_close(recorded, policy_logps(model, completions), atol=1e-4, rtol=0)
     assert len({tuple(completion.ids) for completion in completions}) > 8
+
+
+def test_a_slice_of_the_prompts_is_sampled_as_within_the_whole(
+    make_model: Callable[..., LlamaForCausalLM], sampler: Callable[..., Sampler]
+) -> None:
+    model = make_model(scale=0.3)
+    whole = sampler().sample(model, PROMPTS, step=3)
+    first = sampler().sample(model, PROMPTS[:1], step=3)
+    rest = sampler().sample(model, PROMPTS[1:], step=3, first_prompt=1)
+    assert [c.ids for c in [*first, *rest]] == [c.ids for c in whole]
+    assert sampler().sample(model, [], step=3, first_prompt=4) == []
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        {"temperature": 0.5},
+        {"temperature": 1.5, "top_k": 3, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.4},
+    ],
+)
+def test_the_policys_own_log_probabilities_are_recorded_instead_of_the_laws_when_asked_for(
+    make_model: Callable[..., LlamaForCausalLM],
+    sampler: Callable[..., Sampler],
+    law: dict[str, float],
+) -> None:
+    model = make_model(scale=0.3)
+    sampled = sampler(**law).sample(model, PROMPTS, step=1)
+    own = sampler(**law, behavior="policy").sample(model, PROMPTS, step=1)
+    assert [c.ids for c in own] == [c.ids for c in sampled]
+    recorded = torch.tensor([completion.logp for completion in own])
+    torch.testing.assert_close(recorded, policy_logps(model, own), atol=1e-4, rtol=0)
+    assert all(c.logp < of_law.logp - 0.1 for c, of_law in zip(own, sampled, strict=True))
+
+
+def test_a_double_precision_model_is_sampled_in_double_precision(
+    make_model: Callable[..., LlamaForCausalLM], sampler: Callable[..., Sampler]
+) -> None:
+    model = make_model(scale=0.3).double()
+    completions = sampler(frozenset({1, 3})).sample(model, PROMPTS, step=1)
+    recorded = torch.tensor([completion.logp for completion in completions], dtype=torch.float64)
+    own = policy_logps(model, completions)
+    assert own.dtype == torch.float64
+    torch.testing.assert_close(recorded, own, atol=1e-10, rtol=0)
+    _, logps_B = draw(torch.randn(5, 7, dtype=torch.float64), torch.rand(5, dtype=torch.float64))
+    assert logps_B.dtype == torch.float64
+
+
+def law_of_texts(
+    model: LlamaForCausalLM, prompt: list[int], length: int, law: dict[str, float]
+) -> dict[tuple[int, ...], float]:
+    """Probability of every completion of at most ``length`` tokens that token 3 ends."""
+    open_texts, closed = {(): 0.0}, {}
+    for position in range(length):
+        following = {}
+        for text, logp in open_texts.items():
+            logps = filtered(next_logps(model, [*prompt, *text]), **law).tolist()
+            for token, own in enumerate(logps):
+                is_closed = token == 3 or position == length - 1
+                (closed if is_closed else following)[(*text, token)] = logp + own
+        open_texts = following
+    return {text: math.exp(logp) for text, logp in closed.items() if logp > -math.inf}
+
+
+@pytest.mark.parametrize("law", [{"temperature": 0.6}, {"top_p": 0.9, "top_k": 6}])
+def test_whole_completions_occur_as_often_as_the_law_says(
+    make_model: Callable[..., LlamaForCausalLM],
+    sampler: Callable[..., Sampler],
+    law: dict[str, float],
+) -> None:
+    model, prompt, count = make_model(vocab_size=8, scale=0.2), [2, 5], 4096
+    expected = law_of_texts(model, prompt, 3, law)
+    assert sum(expected.values()) == pytest.approx(1, abs=1e-4)
+    completions = sampler(dar_k=count, max_new_tokens=3, **law).sample(model, [prompt], step=1)
+    seen = Counter(tuple(completion.ids) for completion in completions)
+    assert seen.keys() <= expected.keys()
+    common = [text for text, p in expected.items() if p * count >= 5]
+    rest = 1 - sum(expected[text] for text in common)
+    cells = [(seen[text], expected[text] * count) for text in common]
+    cells.append((count - sum(n for n, _ in cells), rest * count))
+    statistic = sum((n - mean) ** 2 / mean for n, mean in cells if mean >= 1)
+    assert len(common) > 20
+    assert statistic < chi_square_quantile(len(cells) - 1)
+
+
+def test_a_prompt_with_a_token_that_the_model_has_not_is_refused(
+    make_model: Callable[..., LlamaForCausalLM], sampler: Callable[..., Sampler]
+) -> None:
+    with pytest.raises(InvalidRequestError, match="token 64, but the model has tokens 0 to 63"):
+        sampler().sample(make_model(), [[2, 5], [2, 64]], step=1)
 
 
 def test_gradient_checkpointing_does_not_cost_sampling_its_cache(

@@ -93,7 +93,8 @@ def test_samples_tell_everything_that_decided_their_weight(
     for row in rows:
         group = [other.reward for other in rows if other.group == row.group]
         assert row.reward is not None
-        assert row.advantage == pytest.approx(row.reward - sum(group) / 4, abs=1e-6)
+        siblings = (sum(group) - row.reward) / 3
+        assert row.advantage == pytest.approx(row.reward - siblings, abs=1e-6)
         log_weight = (0.1 / 0.4) * (row.logp_ref - row.logp_behavior) + row.advantage / 0.4
         assert row.weight == pytest.approx(min(math.exp(log_weight), 20), rel=1e-4)
         assert row.components == {"share_of_w40": row.reward}
@@ -190,7 +191,7 @@ def test_one_completion_per_prompt_is_compared_with_the_whole_step(
         return [float(i) for i in range(len(completions))]
 
     train(sink=sink, reward_funcs=score, settings={"dar_k": 1, "max_steps": 1})
-    assert [row.advantage for row in sink.shown[1]] == [-1, 0, 1]
+    assert [row.advantage for row in sink.shown[1]] == [-1.5, 0, 1.5]
     assert sink.reports[1]["dar/weights_max"] > 1
 
 
@@ -248,7 +249,7 @@ def test_an_adapters_reference_is_the_model_without_it(
     trainer = train(model=model, peft_config=peft, sink=sink, settings={"learning_rate": 0.05})
     drift = {step: v["dar/logps_policy"] - v["dar/logps_ref"] for step, v in sink.reports.items()}
     assert drift[1] == pytest.approx(0, abs=1e-4)
-    assert abs(drift[3]) > 1e-2
+    assert abs(drift[3]) > 1e-3
     after = dict(trainer.model.get_base_model().named_parameters())
     for name, weight in before.items():
         same = name if name in after else name.replace(".weight", ".base_layer.weight")
@@ -354,11 +355,10 @@ def test_a_conversation_that_the_template_refuses_is_named_before_the_first_step
     assert sink.phases == []
 
 
-def test_evaluating_and_predicting_are_refused(train: Callable[..., DARTrainer]) -> None:
+def test_predicting_is_refused(train: Callable[..., DARTrainer]) -> None:
     trainer = train(settings={"max_steps": 1})
-    for refused in (trainer.evaluate, trainer.predict):
-        with pytest.raises(InvalidRequestError, match="labelled data"):
-            refused([])
+    with pytest.raises(InvalidRequestError, match="labelled data"):
+        trainer.predict([])
 
 
 def test_an_adapter_keeps_its_own_dropout_and_gets_no_second_adapter(

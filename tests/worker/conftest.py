@@ -141,16 +141,14 @@ class Installation:
         metadata = {name: str(value) for name, value in script.items()}
         return self.submit_spec(b'{"prompt": "Once"}\n', dar, metadata=metadata)
 
+    def upload(self, rows: bytes) -> str:
+        files = {"file": ("prompts.jsonl", rows)}
+        return str(self.api("POST", "/files", data={"purpose": "fine-tune"}, files=files)["id"])
+
     def submit_spec(self, prompts: bytes, dar: dict[str, Any], **fields: Any) -> str:
-        file = self.api(
-            "POST",
-            "/files",
-            data={"purpose": "fine-tune"},
-            files={"file": ("prompts.jsonl", prompts)},
-        )
         spec = {
             "model": "tiny",
-            "training_file": file["id"],
+            "training_file": self.upload(prompts),
             "seed": 7,
             "method": {"type": "dar", "dar": dar},
         }

@@ -70,8 +70,17 @@ def say_nul(sink: SpoolSink) -> None:
     raise TrainingError("an odd\0prompt")
 
 
+def say_files(launch: Launch, sink: SpoolSink) -> None:
+    """Which data there are; a data set of a hub is named in the spec alone."""
+    if launch.training_file is None:
+        sink.event("info", f"no training file: {launch.spec.training_file}")
+    else:
+        assert launch.training_file.read_bytes().startswith(b"{")
+    if launch.validation_file is not None:
+        sink.event("info", f"validation file: {launch.validation_file.read_text()}")
+
+
 def begin(launch: Launch, script: dict[str, str]) -> int:
-    assert launch.training_file.read_bytes().startswith(b"{")
     assert launch.model_folder is not None
     assert (launch.model_folder / "config.json").is_file()
     if script.get("exit") == "user":
@@ -100,6 +109,7 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     odd = {script["metric"]: 1.0} if "metric" in script else {}
     if "nul" in script:
         say_nul(sink)
+    say_files(launch, sink)
     first = begin(launch, script)
     for step in range(first + 1, launch.total_steps + 1):
         sink.phase("training", step)

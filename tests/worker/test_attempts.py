@@ -15,6 +15,28 @@ def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(installati
     installation.until(lambda: installation.attempt_folders() == [])
 
 
+def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
+    installation: Any,
+) -> None:
+    content = '{"prompt": "Twice"}\n'
+    dar = {
+        "hyperparameters": {"max_steps": 1},
+        "rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:1/score"}]},
+        "evaluation": {"every_steps": 1},
+    }
+    fields = {
+        "training_file": "hf://trl-lib/ultrafeedback-prompt?split=train",
+        "validation_file": installation.upload(content.encode()),
+    }
+    job_id = installation.submit_spec(b'{"prompt": "unused"}\n', dar, **fields)
+    installation.start_worker()
+    job = installation.wait(job_id, "succeeded", "failed")
+    assert job["status"] == "succeeded", job
+    said = installation.messages(job_id)
+    assert f"validation file: {content}" in said
+    assert "no training file: hf://trl-lib/ultrafeedback-prompt?split=train" in said
+
+
 def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(installation: Any) -> None:
     job_id = installation.submit(steps=6, every=2, crash_at=4)
     installation.start_worker()

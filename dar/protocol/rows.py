@@ -1,0 +1,392 @@
+"""What a row of a data set may look like: one set of rules for the trainer and for uploaded files.
+
+A row holds a prompt alone (`prompts`: completions are sampled), or also what is trained on as it stands (offline):
+
+- `preferences`: ``chosen`` and ``rejected``, which get the rewards 1 and 0; their common beginning is the prompt where there is none;
+- `completions`: ``completion`` or ``completions``, with ``reward`` or ``rewards`` and perhaps ``behavior_logps``;
+- `tokens`: the same with ``completion_ids``, and ``prompt_ids`` where the prompt is given as tokens too.
+
+A text goes with texts, a conversation (a list of messages) with messages or texts of the assistant. Null is the same as nothing,
+except for rewards: there it says that the reward is missing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal
+
+from dar.errors import InvalidRequestError
+from dar.protocol.cells import as_list, is_number, kind_of_value
+from dar.protocol.preferences import common_prompt_length
+
+Row = Mapping[str, Any]
+Message = Mapping[str, Any]
+Kind = Literal["prompts", "preferences", "completions", "tokens"]
+Completion = str | Message | list[int]
+
+KINDS: Mapping[str, Kind] = {
+    "completion": "completions",
+    "completions": "completions",
+    "completion_ids": "tokens",
+    "chosen": "preferences",
+    "rejected": "preferences",
+}
+"""Columns that hold completions, and what they make of a row."""
+REWARD_COLUMNS = ("reward", "rewards")
+OFFLINE_COLUMNS = frozenset({"prompt", "prompt_ids", "behavior_logps", *KINDS, *REWARD_COLUMNS})
+"""Columns that offline training reads; all others are the user's own."""
+
+
+class RowError(InvalidRequestError):
+    """A row that cannot be used, and why.
+
+    Args:
+        message: What is wrong, and what to do.
+        param: The column, with the place in it.
+        code: Machine-readable kind.
+    """
+
+    code = "invalid_row"
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineRow:
+    """A row with K completions, brought into one form."""
+
+    kind: Kind
+    prompt: str | list[Message] | None
+    """None where ``prompt_ids`` stand for it."""
+    prompt_ids: list[int] | None
+    completions: list[Completion]
+    """``[K]`` texts of a text prompt, assistant messages of a conversation, or token ids."""
+    rewards: list[float | None]
+    """``[K]``; None: missing."""
+    behavior_logps: list[float] | None
+    """``[K]`` sums of log-probabilities, in nats; None: unknown."""
+
+
+def kind_of(row: Row) -> Kind:
+    """What a row holds.
+
+    Raises:
+        RowError: Completions of two kinds.
+    """
+    there = [name for name in KINDS if row.get(name) is not None]
+    kinds = {KINDS[name] for name in there}
+    if len(kinds) > 1:
+        raise RowError(
+            f"the row has {' and '.join(map(repr, there))}: keep the columns of one format",
+            there[-1],
+            "mixed_format",
+        )
+    return kinds.pop() if kinds else "prompts"
+
+
+def form_of(row: Row) -> tuple[str, ...]:
+    """Names of the columns that make the format of a row; all rows of a data set have the same."""
+    filled = (*KINDS, "behavior_logps")
+    return (
+        *(name for name in filled if row.get(name) is not None),
+        *(name for name in REWARD_COLUMNS if name in row),  # null says that one is missing
+    )
+
+
+def read_prompt(row: Row) -> str | list[Message]:
+    """The prompt: a text or a conversation.
+
+    Raises:
+        RowError: There is none, or it is neither.
+    """
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        return prompt
+    if prompt is None:
+        there = ", ".join(map(str, list(row)[:10])) or "none"
+        raise RowError(f"the row has no 'prompt'; its columns: {there}", "prompt", "missing")
+    return _messages(prompt, "prompt")
+
+
+def check_online(row: Row) -> None:
+    """Check a row whose completions are sampled.
+
+    Raises:
+        RowError: It has no usable prompt, or completions of its own.
+    """
+    for name in KINDS:
+        if row.get(name) is not None:
+            raise RowError(
+                f"the row has the column {name!r}, but completions are sampled and scored where a reward source is given; "
+                f"remove the column, or leave the reward source out to train on what the rows hold",
+                name,
+                "unexpected_column",
+            )
+    read_prompt(row)
+
+
+def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
+    """Bring a row with completions and rewards into one form.
+
+    Args:
+        row: The row.
+        vocabulary: Token ids are below it; None: not known here.
+
+    Raises:
+        RowError: It cannot be trained on.
+    """
+    kind, prompt_ids = kind_of(row), row.get("prompt_ids")
+    if kind == "prompts":
+        raise RowError(
+            "the row has no completions to train on; give reward_funcs, or rows with 'completion' or 'completion_ids' and "
+            "'reward', or with 'chosen' and 'rejected'",
+            "completion",
+            "missing",
+        )
+    if kind == "tokens":
+        return _read_tokens(row, vocabulary)
+    if prompt_ids is not None:
+        raise RowError(
+            "'prompt_ids' go with 'completion_ids'; remove the column", "prompt_ids", "mixed_format"
+        )
+    prompt, completions = _read_preference(row) if kind == "preferences" else _read_texts(row)
+    count = len(completions)
+    rewards: list[float | None] = [1.0, 0.0]
+    if kind != "preferences":
+        rewards = _rewards(row, count)
+    return OfflineRow(kind, prompt, None, completions, rewards, _behavior_logps(row, count))
+
+
+# --- completions ---------------------------------------------------------------------------------------------------------
+
+
+def _read_texts(row: Row) -> tuple[str | list[Message], list[Completion]]:
+    name = _one_of(row, ("completion", "completions"))
+    value, prompt = row[name], read_prompt(row)
+    items: list[Any] = [value] if isinstance(value, str) else _list(value, name, "a text")
+    if all(isinstance(item, Mapping) for item in items):
+        items = [items]
+    if not items or not all(isinstance(item, str | list | tuple) for item in items):
+        raise RowError(
+            f"{name} must be a text, a message list of the assistant, or a list of either, but it is {value!r:.80}",
+            name,
+        )
+    if len({isinstance(item, str) for item in items}) > 1:
+        raise RowError(f"{name} mixes texts and messages", name, "mixed_format")
+    return prompt, [_completion_of(item, prompt, name) for item in items]
+
+
+def _completion_of(
+    value: str | Sequence[Any], prompt: str | Sequence[Message], name: str
+) -> Completion:
+    if isinstance(value, str):
+        return value if isinstance(prompt, str) else {"role": "assistant", "content": value}
+    messages = _messages(value, name)
+    if isinstance(prompt, str):
+        raise RowError(f"prompt is a text, but {name} is a conversation", name, "mixed_format")
+    return _answer(messages, name)
+
+
+def _answer(messages: Sequence[Message], name: str) -> Message:
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"]:
+        raise RowError(
+            f"{name} must hold one message of the assistant after the prompt, but holds: {', '.join(roles) or 'none'}",
+            name,
+        )
+    return messages[0]
+
+
+def _read_tokens(row: Row, vocabulary: int | None) -> OfflineRow:
+    name = "completion_ids"
+    value = _list(row[name], name, "a list of token ids, or a list of such lists")
+    is_single = bool(value) and isinstance(value[0], Integral)
+    completions: list[Completion] = [
+        _tokens(ids, name, vocabulary) for ids in ([value] if is_single else value)
+    ]
+    prompt_ids = row.get("prompt_ids")
+    return OfflineRow(
+        kind="tokens",
+        prompt=read_prompt(row) if prompt_ids is None else None,
+        prompt_ids=None if prompt_ids is None else _tokens(prompt_ids, "prompt_ids", vocabulary),
+        completions=completions,
+        rewards=_rewards(row, len(completions)),
+        behavior_logps=_behavior_logps(row, len(completions)),
+    )
+
+
+def _tokens(value: object, name: str, vocabulary: int | None) -> list[int]:
+    ids = _list(value, name, "a list of token ids")
+    most = math.inf if vocabulary is None else vocabulary - 1
+    if not all(isinstance(token, Integral) and 0 <= int(token) <= most for token in ids):
+        bound = "0 up" if vocabulary is None else f"0 to {vocabulary - 1}"
+        raise RowError(
+            f"{name}: token ids must be a list of integers from {bound}, not {ids!r:.80}", name
+        )
+    return [int(token) for token in ids]
+
+
+# --- preferences ---------------------------------------------------------------------------------------------------------
+
+
+def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
+    for name, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if row.get(name) is None:
+            raise RowError(f"the row has {other!r} but no {name!r}", name, "missing")
+    for name in REWARD_COLUMNS:
+        if row.get(name) is not None:
+            raise RowError(
+                f"'chosen' and 'rejected' have the rewards 1 and 0; remove the column {name!r}, or send 'completions' with it",
+                name,
+                "mixed_format",
+            )
+    pair = [row["chosen"], row["rejected"]]
+    if all(isinstance(value, str) for value in pair):
+        return _texts_of_preference(row, *pair)
+    if any(isinstance(value, str) for value in pair):
+        raise RowError("one of chosen and rejected is a text, but the other is not", "rejected")
+    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
+    prompt = _prompt_of_conversations(row, chosen, rejected)
+    answers = ((_after(prompt, chosen), "chosen"), (_after(prompt, rejected), "rejected"))
+    return prompt, [_answer(messages, name) for messages, name in answers]
+
+
+def _texts_of_preference(
+    row: Row, chosen: str, rejected: str
+) -> tuple[str | list[Message], list[Completion]]:
+    if row.get("prompt") is not None:
+        prompt = read_prompt(row)
+        return prompt, [_completion_of(text, prompt, "chosen") for text in (chosen, rejected)]
+    cut = common_prompt_length(chosen, rejected)
+    if cut == 0:
+        raise RowError(
+            "chosen and rejected have no common beginning that could be the prompt; add a column 'prompt'",
+            "prompt",
+            "missing",
+        )
+    return chosen[:cut], [chosen[cut:], rejected[cut:]]
+
+
+def _prompt_of_conversations(
+    row: Row, chosen: Sequence[Message], rejected: Sequence[Message]
+) -> list[Message]:
+    given = row.get("prompt")
+    if given is not None and not isinstance(given, str):
+        return _messages(given, "prompt")
+    shared = min(len(chosen), len(rejected)) - 1
+    pairs = zip(chosen[:shared], rejected[:shared], strict=True)
+    count = next((i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)), shared)
+    if count == 0:
+        raise RowError(
+            "chosen and rejected have no common first message that could be the prompt; add a column 'prompt'",
+            "prompt",
+            "missing",
+        )
+    if given is not None and given.strip() != str(chosen[count - 1].get("content")).strip():
+        raise RowError(
+            "prompt is a text, but chosen and rejected are conversations in which it is not the last common message",
+            "prompt",
+            "mixed_format",
+        )
+    return list(chosen[:count])
+
+
+def _after(prompt: Sequence[Message], messages: Sequence[Message]) -> Sequence[Message]:
+    """What a conversation adds to the prompt, whether or not it repeats it."""
+    count = len(prompt)
+    is_repeating = len(messages) > count and all(
+        _is_same(a, b) for a, b in zip(prompt, messages[:count], strict=True)
+    )
+    return messages[count:] if is_repeating else messages
+
+
+def _is_same(one: Message, other: Message) -> bool:
+    return _without_nulls(one) == _without_nulls(other)
+
+
+def _without_nulls(message: Message) -> dict[str, Any]:
+    """A table gives every message the columns of all."""
+    return {name: value for name, value in message.items() if value is not None}
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------------
+
+
+def _rewards(row: Row, count: int) -> list[float | None]:
+    if not any(name in row for name in REWARD_COLUMNS):
+        raise RowError(
+            "the row has completions but no rewards; add 'reward' or 'rewards' (null where one is missing)",
+            "reward",
+            "missing",
+        )
+    name = _one_of(row, REWARD_COLUMNS)
+    if row.get(name) is None:
+        return [None] * count
+    values = _numbers(row[name], name, count)
+    if not all(value is None or is_number(value) for value in values):
+        raise RowError(f"{name} must be numbers or null, not {row[name]!r:.80}", name)
+    return [
+        float(value) if value is not None and math.isfinite(value) else None for value in values
+    ]
+
+
+def _behavior_logps(row: Row, count: int) -> list[float] | None:
+    name = "behavior_logps"
+    if row.get(name) is None:
+        return None
+    values = _numbers(row[name], name, count)
+    if not all(is_number(value) and math.isfinite(value) for value in values):
+        raise RowError(
+            f"{name} must be finite numbers, or left out for the whole row, not {row[name]!r:.80}",
+            name,
+        )
+    return [float(value) for value in values]
+
+
+def _numbers(value: Any, name: str, count: int) -> list[Any]:  # noqa: ANN401 - any cell of a table
+    if count == 1 and is_number(value):
+        return [value]
+    values = None if isinstance(value, str | Mapping) else as_list(value)
+    if values is None or len(values) != count:
+        raise RowError(
+            f"needs {count} {name}, one for each completion, but has {value!r:.80}",
+            name,
+            "wrong_length",
+        )
+    return values
+
+
+# --- columns and lists ---------------------------------------------------------------------------------------------------
+
+
+def _one_of(row: Row, names: Sequence[str]) -> str:
+    """The column of two that stand for each other which has a value, or else which is there."""
+    given = [name for name in names if row.get(name) is not None]
+    if len(given) > 1:
+        raise RowError(
+            f"the row has both {given[0]!r} and {given[1]!r}; remove one", given[1], "mixed_format"
+        )
+    return (given or [name for name in names if name in row])[0]
+
+
+def _list(value: object, name: str, wanted: str) -> list[Any]:
+    found = as_list(value)
+    if not found:
+        empty = found is not None
+        if empty and name in ("prompt_ids", "completion_ids"):
+            which = "prompt_ids is empty" if name == "prompt_ids" else "a completion has 0 tokens"
+            raise RowError(which, name)
+        raise RowError(f"{name} must be {wanted}, but it is {kind_of_value(value)}", name)
+    return found
+
+
+def _messages(value: object, name: str) -> list[Message]:
+    messages = _list(value, name, "a text or a list of messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RowError(
+                "each message must be an object with role and content", f"{name}[{index}]"
+            )
+    return messages

@@ -1,0 +1,11 @@
+"""``python -m dar.training`` trains a model from the command line."""
+
+import sys
+
+from dar.training.launching import start_all_processes
+
+if __name__ == "__main__":
+    start_all_processes()  # it may put another program in place of this one
+    from dar.training.script import main
+
+    sys.exit(main())

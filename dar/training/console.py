@@ -1,0 +1,254 @@
+"""What `dar train` shows, all on stderr: a bar on a terminal and a line per report elsewhere, samples now and then, a summary."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dar.protocol.checkpoints import Manifest
+from dar.protocol.events import Level
+from dar.protocol.samples import SampleRow
+from dar.protocol.worker import Phase
+
+SHOWN_PROMPTS = 2
+SHOWN_COMPLETIONS = 4
+LONGEST_TEXT = 240
+"""Characters of a prompt or completion in a table of samples."""
+DOING: Mapping[str, str] = {
+    "starting": "starting",
+    "sampling": "sampling",
+    "waiting_for_reward": "waiting for rewards",
+    "training": "training",
+    "evaluating": "evaluating",
+    "checkpointing": "writing a checkpoint",
+}
+
+
+class TrainingConsole:
+    """A sink for people.
+
+    Args:
+        sample_every: Steps between two tables of samples; 0: none.
+        console: Where to write; default: stderr.
+    """
+
+    def __init__(self, sample_every: int = 10, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._sample_every = sample_every
+        self._next_samples = 1
+        self._total = 0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._note = ""
+        self._waiting: str | None = None
+        self._started = time.monotonic()
+        self._first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        """The newest value of every metric."""
+        self._rates: list[float] = []
+        self.newest_checkpoint: Path | None = None
+
+    # --- a run, from beginning to end --------------------------------------------------------------------------------
+
+    def begin(self, total: int, done: int = 0) -> None:
+        """Start the bar; ``done`` of ``total`` steps lie behind."""
+        self._total = total
+        self._next_samples = done + 1
+        self._started = time.monotonic()
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done, note="")
+        self._progress.start()
+
+    def end(self) -> None:
+        """Take the bar away; may be called again."""
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    # --- as a sink ---------------------------------------------------------------------------------------------------
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
+        self._waiting = None
+        evaluated = {k.removeprefix("eval_"): v for k, v in values.items() if k.startswith("eval_")}
+        if evaluated:
+            self._line(f"step {step}/{self._total}  evaluation  {report_line(evaluated)}")
+        if evaluated.keys() == {k.removeprefix("eval_") for k in values}:
+            return
+        self.last |= values
+        for name, value in values.items():
+            self._first.setdefault(name, value)
+        if "time/tokens_per_second" in values:
+            self._rates.append(values["time/tokens_per_second"])
+        self._note = report_line(values)
+        if self._progress is None:
+            self._line(f"step {step}/{self._total}  {self._note}")
+        else:
+            self._progress.update(self._task, completed=step, note=self._note)
+
+    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+        """Show some of the step's completions, every so many steps."""
+        if not self._sample_every or step < self._next_samples:
+            return
+        self._next_samples = step - step % self._sample_every + self._sample_every
+        self.console.print()
+        self.console.print(f"[bold]samples of step {step}[/bold]")
+        self.console.print(samples_table(samples))
+        self.console.print()
+
+    def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - data is for machines
+        """Show what is worth telling."""
+        colour = {"warn": "yellow", "error": "red"}.get(level, "blue")
+        self.console.print(Text.assemble((f"{level}: ", colour), message), soft_wrap=True)
+
+    def phase(self, phase: Phase, step: int, message: str | None = None) -> None:  # noqa: ARG002 - the step is in the bar
+        """Show what is being done; what is waited for is worth a line of its own."""
+        if message is not None and message != self._waiting:
+            self._waiting = message
+            self.event("info", message)
+        if self._progress is not None:
+            note = self._note or f"[dim]{DOING[phase]} …[/dim]"
+            self._progress.update(self._task, note=note)
+
+    def flush(self) -> int:
+        """Nothing is kept, so nothing is counted."""
+        return 0
+
+    def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - part of the Sink interface
+        """Remember the newest."""
+        self.newest_checkpoint = folder
+        if self._progress is None:
+            self._line(f"step {step}/{self._total}  checkpoint {folder}")
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def summary(self, headline: str, facts: Mapping[str, str]) -> None:
+        """Say how it went.
+
+        Args:
+            headline: In one sentence.
+            facts: Beside what the metrics say: label and text.
+        """
+        self.end()
+        show_facts(self.console, headline, {**self._numbers(), **facts})
+
+    def _numbers(self) -> dict[str, str]:
+        first, last = self._first.get("dar/rewards_mean"), self.last.get("dar/rewards_mean")
+        shown = {}
+        if first is not None and last is not None:
+            shown["reward"] = f"{first:+.3f} → {last:+.3f}  (first and last report)"
+        if "dar/kl_ref" in self.last:
+            shown["KL"] = f"{self.last['dar/kl_ref']:.2f} nats from the reference"
+        if "dar/weights_clip_fraction" in self.last:
+            shown["weights"] = (
+                f"{self.last['dar/weights_clip_fraction']:.1%} at the clip, "
+                f"effective sample size {self.last.get('dar/effective_sample_size', math.nan):.0%}"
+            )
+        if self._rates:
+            rate = sum(self._rates) / len(self._rates)
+            shown["time"] = f"{duration(self.seconds)}, {rate:,.0f} tokens/s"
+        return shown
+
+    def _line(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def show_facts(console: Console, headline: str, facts: Mapping[str, str]) -> None:
+    """A headline, and labelled facts under it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in facts.items():
+        table.add_row(f"  {label}", Text(text))
+    console.print()
+    console.print(Text(headline, style="bold"))
+    console.print(table)
+
+
+def report_line(values: Mapping[str, float]) -> str:
+    """The numbers of a step that one looks at first, in at most 50 characters."""
+    shown = []
+    for name, label, form in (
+        ("dar/rewards_mean", "reward", "+.3f"),
+        ("dar/kl_ref", "KL", ".2f"),
+        ("dar/weights_clip_fraction", "clip", ".0%"),
+        ("time/tokens_per_second", "tok/s", ",.0f"),
+    ):
+        if name in values:
+            shown.append(f"{label} {values[name]:{form}}")
+    return "  ".join(shown)
+
+
+def samples_table(samples: Sequence[SampleRow]) -> Table:
+    """The completions of a few prompts with their rewards and weights, for any width from 60 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+    table.add_column("reward", justify="right", no_wrap=True, style="cyan", min_width=7)
+    table.add_column("weight", justify="right", no_wrap=True, min_width=6)
+    table.add_column("completion", overflow="fold", ratio=1)
+    for group in list(dict.fromkeys(row.group for row in samples))[:SHOWN_PROMPTS]:
+        rows = [row for row in samples if row.group == group]
+        table.add_row("", "", Text(f"» {plain(rows[0].prompt, from_end=True)}", style="bold"))
+        for row in rows[:SHOWN_COMPLETIONS]:
+            table.add_row(_number(row.reward, "+.3f"), _number(row.weight, ".2f"), _completion(row))
+        if len(rows) > SHOWN_COMPLETIONS:
+            table.add_row("", "", Text(f"… {len(rows) - SHOWN_COMPLETIONS} more", style="dim"))
+    return table
+
+
+def _completion(row: SampleRow) -> Text:
+    text = Text(plain(row.completion) or "(nothing)")
+    if row.finish_reason == "length":
+        text.append(" … cut", style="dim")
+    if row.reward is None:
+        text.append(f"  [{row.reward_message or row.reward_status}]", style="yellow")
+    return text
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def plain(text: str, *, from_end: bool = False) -> str:
+    """One line of printable text, cut to a length that can be looked at."""
+    flat = " ".join("".join(ch if ch.isprintable() else " " for ch in text).split())
+    if len(flat) <= LONGEST_TEXT:
+        return flat
+    return f"…{flat[-LONGEST_TEXT:]}" if from_end else f"{flat[:LONGEST_TEXT]}…"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,145 @@
+"""The model card: what a folder of trained weights says of itself, for people and for the hub's index."""
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import peft
+import torch
+import transformers
+from huggingface_hub import ModelCardData
+
+from dar.version import __version__
+
+TAGS = ("dar", "alignment", "generated_from_trainer")
+"""By these the hub finds models that were trained by this method."""
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""What a name on the hub looks like; it refuses a card that names anything else as a base model."""
+SHOWN_METRICS = (
+    "dar/rewards_mean",
+    "dar/kl_ref",
+    "dar/weights_clip_fraction",
+    "dar/effective_sample_size",
+    "completions/mean_length",
+)
+PAPER = """\
+```bibtex
+@article{he2025direct,
+  title = {Direct Advantage Regression: Aligning LLMs with Online AI Reward},
+  author = {He, Li and Zhao, He and Wan, Stephen and Wang, Dadong and Yao, Lina and Liu, Tongliang},
+  journal = {arXiv preprint arXiv:2504.14177},
+  year = {2025},
+  url = {https://arxiv.org/abs/2504.14177},
+}
+```"""
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card tells."""
+
+    name: str
+    base: str | None
+    """Name of the model that training started from, as the user gave it."""
+    is_adapter: bool
+    steps: int
+    values: Mapping[str, Any]
+    """Hyperparameters."""
+    metrics: Mapping[str, float]
+    """Of the last report."""
+    datasets: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+    rewards: Sequence[str] = field(default=())
+    """Names of the reward components."""
+
+
+def hub_name(name: str | None) -> str | None:
+    """``name`` if the hub could know it; None for a folder."""
+    if not name or Path(name).exists() or not REPO_ID.fullmatch(name):
+        return None
+    return name
+
+
+def card_text(facts: CardFacts) -> str:
+    """The card, as Markdown with the hub's metadata on top."""
+    data = ModelCardData(
+        base_model=hub_name(facts.base),
+        datasets=[name for name in facts.datasets if hub_name(name)] or None,
+        language=list(facts.language)
+        if isinstance(facts.language, Sequence) and not isinstance(facts.language, str)
+        else facts.language,
+        library_name="peft" if facts.is_adapter else "transformers",
+        license=facts.license,
+        model_name=facts.name,
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *(["lora"] if facts.is_adapter else []), *facts.tags],
+    )
+    parts = [_introduction(facts), _use(facts), _training(facts), _versions(), _citation()]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(facts: CardFacts) -> str:
+    what = "A LoRA adapter for" if facts.is_adapter else "A fine-tuned version of"
+    known = hub_name(facts.base)
+    if known and "/" in known:
+        base = f"[{known}](https://huggingface.co/{known})"
+    else:
+        base = f"`{Path(facts.base).name}`" if facts.base else "a language model"
+    return (
+        f"# {facts.name}\n\n{what} {base}, trained by Direct Advantage Regression (DAR): for each prompt the model samples "
+        "completions, each gets a reward, and the model is fine-tuned on its own samples, weighted by how much better they "
+        "are than their siblings, and held near to the model it started from."
+    )
+
+
+def _use(facts: CardFacts) -> str:
+    model_class = "AutoPeftModelForCausalLM" if facts.is_adapter else "AutoModelForCausalLM"
+    imports = (
+        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        if facts.is_adapter
+        else "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    )
+    return f"""## Use
+
+```python
+{imports}
+
+folder = "{facts.name}"  # this folder, or the repository's id
+model = {model_class}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
+
+
+def _training(facts: CardFacts) -> str:
+    lines = [f"## Training\n\n{facts.steps} optimizer steps."]
+    if facts.rewards:
+        lines[0] += f" Reward: {', '.join(f'`{name}`' for name in facts.rewards)}."
+    rows = [(name, facts.metrics[name]) for name in SHOWN_METRICS if name in facts.metrics]
+    if rows:
+        lines.append("| last report | |\n|---|---|")
+        lines[-1] += "".join(f"\n| `{name}` | {value:.4g} |" for name, value in rows)
+    lines.append("### Hyperparameters\n\n| name | value |\n|---|---|")
+    lines[-1] += "".join(f"\n| `{name}` | `{value}` |" for name, value in facts.values.items())
+    return "\n\n".join(lines)
+
+
+def _versions() -> str:
+    versions = {
+        "dar-service": __version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "torch": torch.__version__,
+        "huggingface_hub": huggingface_hub.__version__,
+        "Python": platform.python_version(),
+    }
+    return "### Framework versions\n\n" + "\n".join(f"- {k}: {v}" for k, v in versions.items())
+
+
+def _citation() -> str:
+    return f"## Citation\n\nThe method: [arXiv 2504.14177](https://arxiv.org/abs/2504.14177).\n\n{PAPER}"

@@ -1,0 +1,74 @@
+"""Options of transformers that do nothing here: refused, so that none is ever accepted and then ignored."""
+
+from transformers import TrainingArguments
+
+from dar.errors import InvalidRequestError
+
+WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
+    "auto_find_batch_size": (False,),
+    "do_train": (False,),
+    "do_predict": (False,),
+    "eval_do_concat_batches": (True,),
+    "eval_use_gather_object": (False,),
+    "eval_accumulation_steps": (None,),
+    "per_device_eval_batch_size": (8,),
+    "prediction_loss_only": (False,),
+    "batch_eval_metrics": (False,),
+    "include_for_metrics": ([],),
+    "fp16_full_eval": (False,),
+    "bf16_full_eval": (False,),
+    "label_smoothing_factor": (0.0,),
+    "load_best_model_at_end": (False,),
+    "metric_for_best_model": (None,),
+    "greater_is_better": (None,),
+    "resume_from_checkpoint": (None,),
+    "restore_callback_states_from_checkpoint": (False,),
+    "neftune_noise_alpha": (None,),
+    "torch_compile": (False,),
+    "deepspeed": (None,),
+    "dataloader_num_workers": (0,),
+    "dataloader_drop_last": (False,),
+    "dataloader_persistent_workers": (False,),
+    "dataloader_prefetch_factor": (None,),
+    "dataloader_multiprocessing_context": (None,),
+    "dataloader_in_order": (True,),
+    "label_names": (None,),
+    "logging_nan_inf_filter": (True,),
+    "save_on_each_node": (False,),
+    "use_cache": (False,),
+    "include_num_input_tokens_seen": ("no", False),
+    "enable_jit_checkpoint": (False,),
+    "save_only_model": (False,),
+    "save_strategy": ("steps", "no"),
+    "logging_strategy": ("steps", "no"),
+    "data_seed": (None,),
+    "torch_empty_cache_steps": (None,),
+    "train_sampling_strategy": ("random",),
+    "length_column_name": ("length",),
+}
+"""Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
+refused: an option is never accepted and then ignored."""
+
+OF_EVALUATION: dict[str, dict[str, tuple[object, ...]]] = {
+    "no": {"do_eval": (False,), "eval_steps": (None,), "eval_delay": (0,)},
+    "steps": {},
+    "epoch": {"eval_steps": (None,)},
+}
+"""The same for each ``eval_strategy``."""
+
+
+def refuse_without_effect(arguments: TrainingArguments) -> None:
+    """Refuse options that are set and would do nothing.
+
+    Raises:
+        InvalidRequestError: One is.
+    """
+    strategy = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+    for name, neutral in (WITHOUT_EFFECT | OF_EVALUATION[strategy]).items():
+        value = getattr(arguments, name, neutral[0])
+        if getattr(value, "value", value) not in neutral:
+            when = f" with eval_strategy={strategy!r}" if name not in WITHOUT_EFFECT else ""
+            raise InvalidRequestError(
+                f"{name}={value!r} has no effect on DAR training{when}; leave it at {neutral[0]!r}",
+                param=name,
+            )

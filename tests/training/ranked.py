@@ -1,0 +1,215 @@
+"""Training runs of `test_ranks.py`: the same in one process, by import, and in two, as a program."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dar.errors import RewardMisconfiguredError, TrainingError
+from dar.training import DARConfig, DARTrainer, NullSink
+from dar.training.ranks import Ranks
+from dar.training.sink import Request, StopRequestedError
+
+TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
+PATIENCE = 6
+"""Seconds that torch lets a process wait inside a collective; a reward may take longer."""
+PROMPTS = [
+    {"prompt": " ".join(f"w{4 + (7 * i + 3 * j) % 60}" for j in range(1 + i % 5))}
+    for i in range(12)
+]
+COMPLETIONS = [
+    {
+        "prompt_ids": [2, 10 + i],
+        "completion_ids": [
+            [4 + (i * k + j) % 60 for j in range(1 + 3 * k)] + [3] for k in range(3)
+        ],
+        "rewards": [0.1 * i, -0.3 * i, None if i == 4 else 1.0],
+    }
+    for i in range(10)
+]
+WHOLE = {"per_device_train_batch_size": 8}
+IN_SHARES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+HALF = {"per_device_train_batch_size": 4}
+HALF_IN_SHARES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+def share_of_w40(completions: list[str], **_: Any) -> list[float]:
+    return [text.split().count("w40") - len(text.split()) / 8 for text in completions]
+
+
+class Kept(NullSink):
+    """Metrics without times, completions, and events."""
+
+    def __init__(self) -> None:
+        self.metrics_of: dict[str, dict[str, float]] = {}
+        self.completions_of: dict[str, list[str]] = {}
+        self.events: list[str] = []
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        kept = {k: v for k, v in values.items() if not k.startswith("time/")}
+        self.metrics_of[str(step)] = kept
+
+    def samples(self, step: int, samples: Any) -> None:
+        self.completions_of[str(step)] = [sample.completion for sample in samples]
+
+    def event(self, level: str, message: str, data: Any = None) -> None:
+        self.events.append(message)
+
+
+class AfterStep:
+    """A control that requests something once a step is done."""
+
+    def __init__(self, request: Request, sink: Kept, step: str) -> None:
+        self._request: Request = request
+        self._sink = sink
+        self._step = step
+
+    def requested(self) -> Request | None:
+        return self._request if self._step in self._sink.metrics_of else None
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def train(
+    folder: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    is_lora: bool = False,
+    is_offline: bool = False,
+    resume: Path | None = None,
+    reward: Callable[..., list[float]] = share_of_w40,
+    stop: tuple[Request, str] | None = None,
+) -> DARTrainer:
+    """Train in float64; the last checkpoint and what was said lie in ``folder / name`` afterwards."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    sink = Kept()
+    values: dict[str, Any] = {
+        "output_dir": str(folder / name),
+        "dar_k": 3,
+        "max_new_tokens": 8,
+        "max_steps": 3,
+        "learning_rate": 3e-3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "optim": "adamw_torch",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "report_to": "none",
+        "ddp_timeout": PATIENCE,
+    }
+    trainer = DARTrainer(
+        make_model(),
+        DARConfig(**values | dict(settings)),
+        COMPLETIONS if is_offline else PROMPTS,
+        None if is_offline else reward,
+        processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+        peft_config=lora if is_lora else None,
+        sink=sink,
+        control=None if stop is None else AfterStep(stop[0], sink, stop[1]),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.ranks.is_main:
+        told = {
+            "metrics": sink.metrics_of,
+            "completions": sink.completions_of,
+            "events": sink.events,
+        }
+        (folder / name / "told.json").write_text(json.dumps(told))
+    return trainer
+
+
+# --- what the two processes do ---------------------------------------------------------------------------------------
+
+
+def talk(ranks: Ranks) -> dict[str, Any]:
+    """Everything that a channel is for."""
+    heard: dict[str, Any] = {
+        "gathered": ranks.gather({"index": ranks.index, "number": float("inf")}),
+        "tensors": [t.tolist() for t in ranks.gather(torch.full((2,), float(ranks.index)))],
+        "from_main": ranks.from_main(lambda: ["only", ranks.index]),
+        "large": [len(text) for text in ranks.gather("x" * 9_000_000)],
+        "slices": ranks.gather(list(ranks.slice(5))),
+    }
+
+    def refuse() -> None:
+        raise RewardMisconfiguredError("a wrong path", param="rewards")
+
+    try:
+        ranks.from_main(refuse)
+    except RewardMisconfiguredError as error:
+        heard["misconfigured"] = [error.message, error.param]
+    errors = (TrainingError("of one", code="diverged"), StopRequestedError("now"), KeyError("odd"))
+    for error in errors:
+        try:
+            with ranks.together():
+                if ranks.index == 1:
+                    raise error  # noqa: TRY301 - one process fails, and all are to hear of it
+                ranks.from_main(lambda: time.sleep(0.2))
+                ranks.gather(0)
+        except Exception as raised:  # noqa: BLE001 - which one is the question
+            heard[type(error).__name__] = [type(raised).__name__, str(raised)]
+    return heard | {"afterwards": ranks.gather(ranks.index)}
+
+
+def slow(completions: list[str], **_: Any) -> list[float]:
+    """A judge that takes longer than a collective of torch may."""
+    time.sleep(PATIENCE + 1)
+    return share_of_w40(completions)
+
+
+def broken(completions: list[str], **_: Any) -> list[float]:
+    raise RewardMisconfiguredError("the judge is gone")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    settled = train(folder, "ddp", HALF)
+    heard = talk(settled.ranks)
+    train(folder, "ddp in shares", HALF_IN_SHARES)
+    train(folder, "ddp offline", HALF, is_offline=True)
+    train(folder, "ddp lora", HALF, is_lora=True)
+    checkpoint = folder / "whole" / "checkpoints" / "step-2"
+    train(folder, "ddp resumed", HALF, resume=checkpoint)
+    train(folder, "fsdp", HALF_IN_SHARES | {"fsdp": True})
+    train(folder, "fsdp lora", HALF | {"fsdp": True}, is_lora=True)
+    train(folder, "fsdp resumed", HALF | {"fsdp": True}, resume=checkpoint)
+    train(folder, "slow", HALF | {"max_steps": 1}, reward=slow)
+    stopped = train(
+        folder, "drained", HALF | {"save_strategy": "no", "logging_steps": 1}, stop=("drain", "1")
+    )
+    heard["drained"] = [stopped.stopped_by, stopped.state.global_step, stopped.published_step]
+    try:
+        train(folder, "broken", HALF, reward=broken)
+    except Exception as raised:  # noqa: BLE001 - which one is the question here too
+        heard["broken"] = [type(raised).__name__, str(raised)]
+    (folder / f"heard-{settled.ranks.index}.json").write_text(json.dumps(heard))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,49 @@
+"""The brackets task with a mean that includes the completion itself, with an end to learn, and sampled cold."""
+
+import pytest
+
+from dar.training.brackets import Brackets
+from dar.training.brackets_trial import VARIANTS, Run, train
+
+
+def trained(variant: str, **arguments: object) -> Run:
+    can_stop, settings = VARIANTS[variant]
+    return train(Brackets(can_stop=can_stop), seed=0, **{**settings, **arguments})
+
+
+@pytest.mark.slow  # 200 steps are what the optimum needs
+def test_a_mean_that_includes_the_completion_itself_has_an_optimum_of_its_own() -> None:
+    run = trained("plain", baseline="mean", max_steps=200)
+    assert run.final.share > 0.95
+    assert run.final.kl_target < 0.10
+    loo = 0.9562  # the optimum with the leave-one-out baseline earns more
+    assert run.final.best_reward < loo - 0.03
+
+
+@pytest.mark.slow  # 200 steps are what the optimum needs
+def test_the_end_of_a_completion_is_learnt() -> None:
+    run = trained("end", max_steps=200)
+    assert run.final.share > 0.95
+    assert run.final.kl_target < 0.10
+
+
+def test_an_end_that_is_masked_is_never_learnt() -> None:
+    run = trained("end", max_steps=60, mistake="end_masked")
+    assert run.final.share < 0
+    assert run.final.kl_target > 1
+    assert run.final.reward < 0.5 * run.curve[0].reward
+
+
+@pytest.mark.slow  # 300 steps are what the point of rest needs
+def test_sampling_cold_comes_to_rest_where_the_tempered_law_says() -> None:
+    run = trained("cold")
+    assert run.final.kl_target < 0.15
+    # At temperature 1 the same settings have another optimum, of reward 0.805.
+    assert run.final.best_reward == pytest.approx(0.860, abs=0.002)
+
+
+@pytest.mark.slow  # long enough that a right trainer would be near its point of rest
+def test_behavior_log_probabilities_of_the_wrong_temperature_miss_it() -> None:
+    run = trained("cold", max_steps=150, mistake="wrong_temperature")
+    assert run.final.kl_target > 0.5
+    assert run.final.kl_ref > 1.3 * run.final.best_kl_ref

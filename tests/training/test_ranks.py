@@ -1,0 +1,153 @@
+"""Two real processes that train together, against one that trains alone."""
+
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from dar.settings import environment
+from dar.training.ranks import Ranks
+
+PROGRAM = Path(__file__).with_name("ranked.py")
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ranked", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(folder: Path) -> None:
+    """Run `ranked.main` in two processes, as any launcher would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder)],
+            env=environment() | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each run: those of one process, then those of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    ranked = load()
+    ranked.train(folder, "whole", ranked.WHOLE)
+    ranked.train(folder, "in shares", ranked.IN_SHARES)
+    ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True)
+    ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True)
+    start(folder)
+    return folder
+
+
+def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
+    """Weights and optimizer to 1e-10 of their norm, the same completions, and metrics to 1e-10."""
+    for pattern in ("*model.safetensors", "resume/optimizer.safetensors"):
+        ours, theirs = (
+            load_file(next((runs / name / "checkpoints" / f"step-{last}").glob(pattern)))
+            for name in (one, other)
+        )
+        for key in ours:
+            if not key.startswith("random/"):
+                distance = (ours[key] - theirs[key]).norm()
+                assert distance <= 1e-10 * max(1e-12, ours[key].norm()), key
+    told = [json.loads((runs / name / "told.json").read_text()) for name in (one, other)]
+    for step, completions in told[1]["completions"].items():
+        assert completions == told[0]["completions"][step]
+    for step, values in told[1]["metrics"].items():
+        assert values == pytest.approx(told[0]["metrics"][step], rel=1e-10, abs=1e-12)
+    assert str(last) in told[1]["metrics"]
+
+
+@pytest.mark.slow  # the first starts two processes that import torch and train eleven times
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("whole", "in shares"),
+        ("whole", "ddp"),
+        ("whole", "ddp in shares"),
+        ("whole offline", "ddp offline"),
+        ("whole lora", "ddp lora"),
+        ("whole", "fsdp"),
+        ("whole lora", "fsdp lora"),
+    ],
+)
+def test_how_a_step_is_shared_changes_nothing(runs: Path, one: str, other: str) -> None:
+    assert_same(runs, one, other)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_go_on_from_the_checkpoint_of_one(runs: Path, strategy: str) -> None:
+    assert_same(runs, "whole", f"{strategy} resumed")
+    told = json.loads((runs / f"{strategy} resumed" / "told.json").read_text())
+    assert list(told["metrics"]) == ["3"]
+    assert any("processes was 1 and is 2" in message for message in told["events"])
+
+
+def test_a_reward_may_take_longer_than_a_collective_of_torch(runs: Path) -> None:
+    assert "1" in json.loads((runs / "slow" / "told.json").read_text())["metrics"]
+
+
+def test_a_drain_and_an_error_reach_all_processes(runs: Path) -> None:
+    for index in range(2):
+        heard = json.loads((runs / f"heard-{index}.json").read_text())
+        assert heard["drained"] == ["drain", 1, 1]
+        assert heard["broken"] == ["RewardMisconfiguredError", "the judge is gone"]
+    assert [path.name for path in (runs / "drained" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_processes_tell_each_other_values_errors_and_stops(runs: Path) -> None:
+    heard: list[dict[str, Any]] = [
+        json.loads((runs / f"heard-{index}.json").read_text()) for index in range(2)
+    ]
+    odd = "process 1 of this training run has failed with KeyError: 'odd'"
+    assert [values.pop("KeyError") for values in heard] == [
+        ["ProcessFailedError", odd],
+        ["KeyError", "'odd'"],
+    ]
+    assert heard[0] == heard[1]
+    assert heard[0]["gathered"] == [{"index": i, "number": float("inf")} for i in range(2)]
+    assert heard[0]["tensors"] == [[0.0, 0.0], [1.0, 1.0]]
+    assert heard[0]["from_main"] == ["only", 0]
+    assert heard[0]["large"] == [9_000_000, 9_000_000]
+    assert heard[0]["slices"] == [[0, 1], [2, 3, 4]]
+    assert heard[0]["misconfigured"] == ["a wrong path", "rewards"]
+    assert heard[0]["TrainingError"] == ["TrainingError", "of one"]
+    assert heard[0]["StopRequestedError"] == ["StopRequestedError", "now"]
+    assert heard[0]["afterwards"] == [0, 1]
+
+
+def test_one_process_is_the_identity() -> None:
+    ranks, thing = Ranks(), object()
+    assert ranks.gather(thing) == [thing]
+    assert ranks.from_main(lambda: thing) is thing
+    assert list(ranks.slice(3)) == [0, 1, 2]
+    assert ranks.is_main
+    ranks.look()

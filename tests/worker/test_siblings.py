@@ -1,0 +1,88 @@
+"""Jobs whose trainer is several processes; the training is real, on a model of a few thousand weights."""
+
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uvicorn
+
+from dar.rewards.server import reward_server
+
+GOLDEN = Path(__file__).parents[1] / "training" / "golden"
+PROMPTS = b'{"prompt": "w10 w20"}\n{"prompt": "w30"}\n{"prompt": "w5 w6 w7"}\n'
+
+
+@pytest.fixture
+def reward_url(installation: Any) -> Iterator[str]:
+    """A signed reward service that takes its time."""
+    secret = (installation.home / "reward_secret").read_text().strip()
+
+    @reward_server(secret=secret)
+    def app(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+        time.sleep(0.1)
+        return [text.count("w4") / 8 for text in completions]
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def model(installation: Any) -> str:
+    folder = installation.home / "models" / "golden"
+    shutil.copytree(GOLDEN / "tokenizer", folder)
+    config = json.loads((GOLDEN / "end_to_end.json").read_text())["model_config"]
+    config["architectures"] = ["LlamaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(GOLDEN / "policy.safetensors", folder / "model.safetensors")
+    return folder.name
+
+
+def siblings(installation: Any) -> list[psutil.Process]:
+    trainers = installation.trainers()
+    pids = {trainer.pid for trainer in trainers}
+    return [trainer for trainer in trainers if trainer.ppid() in pids]
+
+
+@pytest.mark.slow  # two real attempts of two processes, each of which imports torch
+def test_a_job_ends_when_its_second_process_dies_and_resumes_from_its_checkpoint(
+    installation: Any, reward_url: str, model: str
+) -> None:
+    dar = {
+        "hyperparameters": {"max_steps": 6, "batch_size": 2, "dar_k": 2, "learning_rate": 1e-3},
+        "sampling": {"max_new_tokens": 6},
+        "rewards": {"components": [{"name": "r", "url": reward_url}]},
+        "checkpointing": {"every_steps": 2},
+        "resources": {"processes": 2},
+    }
+    installation.start_worker(real=True)
+    job_id = installation.submit_spec(PROMPTS, dar, model=model)
+    installation.until(lambda: len(installation.checkpoints(job_id)) >= 1, seconds=60)
+    (sibling,) = siblings(installation)
+    secret = (installation.home / "reward_secret").read_text().strip()
+    assert secret not in " ".join(sibling.environ().values())
+    killed_at = time.monotonic()
+    sibling.send_signal(signal.SIGKILL)
+    installation.until(lambda: not sibling.is_running() and not siblings(installation))
+    assert time.monotonic() - killed_at < 5
+
+    job = installation.wait(job_id, "succeeded", "failed", seconds=60)
+    assert job["status"] == "succeeded", job["error"]
+    messages = " ".join(installation.messages(job_id))
+    assert "process 1 of this trainer has ended with SIGKILL" in messages
+    assert installation.steps(job_id) == [1, 2, 3, 4, 5, 6]
+    logs = {path.name for path in (installation.home / "worker" / "slot-0" / "logs").iterdir()}
+    assert {f"{job_id}-1.log", f"{job_id}-1-1.log"} <= logs

@@ -1,0 +1,121 @@
+"""The further processes of a trainer: started and watched by the first, in its process group, and never outliving it.
+
+Each is told its launch on stdin, as the trainer is by its worker; the reward secret is not among it, because the first process
+alone asks for rewards. Three things end them with the first: the end of their stdin, the kernel, and whoever kills the group.
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from dar.settings import own_environment
+from worker.folders import AttemptFolder
+from worker.launch import ExitCode, Launch
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.1
+LOG_TAIL_BYTES = 2048
+AGREED = frozenset(ExitCode) - {ExitCode.CRASHED}
+"""Exit codes that all processes come to together."""
+AGREED_SECONDS = 60.0
+"""What the first process then has to end in the same way."""
+CRASHED_SECONDS = 10.0
+"""What it has after a crash of another, whose reason it hears through the store if it is not inside a collective of torch."""
+FINISH_SECONDS = 20.0
+
+
+class Siblings:
+    """The processes 1, 2, … of a trainer; made by the thread that trains, which must live as long as they.
+
+    Args:
+        launch: The trainer's own.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._folder = AttemptFolder(launch.folder)
+        self._is_finished = False
+        self._ended_at: dict[int, float] = {}
+        self._listener = socket.create_server(("127.0.0.1", 0)) if launch.processes > 1 else None
+        self.launch = launch
+        """The trainer's, with where the processes meet."""
+        if self._listener is not None:
+            port = int(self._listener.getsockname()[1])
+            self.launch = launch.model_copy(
+                update={"port": port, "listener": self._listener.detach()}
+            )
+        self._processes = {number: self._start(number) for number in range(1, launch.processes)}
+        if self._processes:
+            threading.Thread(target=self._watch, name="siblings", daemon=True).start()
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        launch = self.launch.model_copy(
+            update={"process": number, "listener": None, "reward_secret": None}
+        )
+        with self._folder.log_of(number).open("ab") as output:
+            process = subprocess.Popen(
+                sys.orig_argv,
+                env=own_environment({"RANK": str(number), "LOCAL_RANK": str(number)}),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        assert process.stdin is not None
+        process.stdin.write(f"{launch.model_dump_json()}\n".encode())
+        process.stdin.flush()
+        return process
+
+    def finish(self) -> None:
+        """Wait until they have ended, as they should now."""
+        self._is_finished = True
+        until = time.monotonic() + FINISH_SECONDS
+        for number, process in self._processes.items():
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("process %d does not end and is left to be killed", number)
+
+    def _watch(self) -> None:
+        while not self._is_finished:
+            for number, process in self._processes.items():
+                code = process.poll()
+                if code is not None and self._is_overdue(number, code):
+                    self._end_like(number, code)
+            time.sleep(LOOK_SECONDS)
+
+    def _is_overdue(self, number: int, code: int) -> bool:
+        """Whether the trainer had the time to end by itself after a process has ended."""
+        waited = time.monotonic() - self._ended_at.setdefault(number, time.monotonic())
+        if code in AGREED:
+            return waited > AGREED_SECONDS
+        return code < 0 or waited > CRASHED_SECONDS
+
+    def _end_like(self, number: int, code: int) -> None:
+        """End the trainer as one of its processes has ended: it can neither go on without it nor know that it is gone."""
+        how = f"exit code {code}" if code >= 0 else _signal_name(-code)
+        log.error(
+            "process %d of this trainer has ended with %s, and nothing goes on without it; the end of its log:\n%s",
+            number,
+            how,
+            self._log_tail(number),
+        )
+        logging.shutdown()
+        if code < 0:
+            os.kill(os.getpid(), -code)
+            time.sleep(1.0)  # a signal that does not end us
+        os._exit(ExitCode.CRASHED)
+
+    def _log_tail(self, number: int) -> str:
+        return self._folder.log_of(number).read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
