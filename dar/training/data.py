@@ -64,9 +64,14 @@ class DataCollatorForDAR:
 
     ```python
     collate = DataCollatorForDAR()
-    batch = collate([{"prompt_ids": [5, 6, 7], "completion_ids": [8, 2]}, {"prompt_ids": [5], "completion_ids": [9]}])
-    batch["input_ids"]        # [[5, 6, 7, 8, 2], [0, 0, 5, 9, 0]]
-    batch["position_ids"]     # [[0, 1, 2, 3, 4], [0, 0, 0, 1, 1]]
+    batch = collate(
+        [
+            {"prompt_ids": [5, 6, 7], "completion_ids": [8, 2]},
+            {"prompt_ids": [5], "completion_ids": [9]},
+        ]
+    )
+    batch["input_ids"]  # [[5, 6, 7, 8, 2], [0, 0, 5, 9, 0]]
+    batch["position_ids"]  # [[0, 1, 2, 3, 4], [0, 0, 0, 1, 1]]
     batch["completion_mask"]  # [[True, True], [True, False]]
     ```
 

@@ -313,7 +313,7 @@ def test_callbacks_of_transformers_hear_every_event_with_our_metrics(
         *((name, 1 if name in step[:2] else 2) for name in step),
         ("log", 2), ("evaluate", 2), ("save", 2), ("log", 2), ("train_end", 2),
     ]  # fmt: skip
-    assert {"dar/rewards_mean", "train/grad_norm", "loss", "epoch"} <= watching.logs[0].keys()
+    assert {"dar/rewards_mean", "grad_norm", "loss", "epoch"} <= watching.logs[0].keys()
     assert watching.metrics[0].items() <= watching.logs[2].items()
     assert "eval_dar/rewards_mean" in watching.metrics[0]
 
