@@ -42,17 +42,16 @@ DEFAULT: dict[str, Any] = {
     "baseline": "leave_one_out",
     "behavior": "sampled",
 }
-ABOUT_SPEED = {
-    "learning_rate", "per_device_train_batch_size", "warmup_steps", "lr_scheduler_type", "optim", "max_new_tokens",
-    "max_length", "max_prompt_length",
+ALGORITHM = {
+    *DEFAULT, "log_ratio", "tie_tolerance", "drop_ties", "allow_missing", "weight_norm", "min_ess", "temperature",
 }  # fmt: skip
-"""What a preset says beside the algorithm; every run here has the task's own."""
+"""What is taken of a preset; batch, optimizer and lengths are the task's own in every run."""
 
 
 def preset(name: str) -> dict[str, Any]:
     """The algorithm of a preset."""
     values = preset_values(name)
-    return {key: value for key, value in values.items() if key not in ABOUT_SPEED}
+    return {key: value for key, value in values.items() if key in ALGORITHM}
 
 
 CASES: dict[str, dict[str, Any]] = {
