@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from transformers import Trainer, TrainingArguments
 
@@ -140,6 +140,8 @@ def config() -> str:
     """`DARConfig`: its own fields in full, then the inherited ones."""
     doc = Doc.of(DARConfig)
     presets = {name: preset_values(name) for name in PRESETS if name != "default"}
+    # Not the fields' own types: transformers' argument parser narrows these in place.
+    types = get_type_hints(DARConfig)
     rows = []
     for one in fields(DARConfig):
         meaning = one.metadata.get("help")
@@ -148,7 +150,7 @@ def config() -> str:
                 f"`{values[one.name]}`" if one.name in values else "" for values in presets.values()
             )
             rows.append(
-                (f"`{one.name}`", shown_type(one.type), meaning.unit, shown_value(default(one)), *others, meaning, meaning.source)
+                (f"`{one.name}`", shown_type(types[one.name]), meaning.unit, shown_value(default(one)), *others, meaning, meaning.source)
             )  # fmt: skip
     headings = ("field", "type", "unit", "default", *presets, "meaning", "source")
     own = table(headings, rows)
