@@ -9,6 +9,11 @@ from typing import Any, Literal
 
 Preset = Literal["default", "paper", "reference"]
 
+ONLINE_ONLY = (
+    "dar_k", "behavior", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop",
+)  # fmt: skip
+"""Hyperparameters and sampling options that mean nothing where completions are read from the data."""
+
 _NO_DEPARTURES = {
     "baseline": "mean",
     "log_ratio": "sum",

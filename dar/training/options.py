@@ -1,8 +1,13 @@
 """Options of transformers that do nothing here: refused, so that none is ever accepted and then ignored."""
 
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
 from transformers import TrainingArguments
 
 from dar.errors import InvalidRequestError
+from dar.protocol.presets import ONLINE_ONLY
 
 WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "auto_find_batch_size": (False,),
@@ -72,3 +77,20 @@ def refuse_without_effect(arguments: TrainingArguments) -> None:
                 f"{name}={value!r} has no effect on DAR training{when}; leave it at {neutral[0]!r}",
                 param=name,
             )
+
+
+def online_only(arguments: TrainingArguments, preset: Mapping[str, Any]) -> list[str]:
+    """Options of sampling that differ from what they are by themselves, where nothing is sampled.
+
+    Args:
+        arguments: Of a run that reads its completions from the data set.
+        preset: Values that stand in for what the user has not given.
+    """
+    found = []
+    for one in fields(arguments):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if one.name in ONLINE_ONLY and getattr(arguments, one.name) != preset.get(
+            one.name, default
+        ):
+            found.append(one.name)
+    return found

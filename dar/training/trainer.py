@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError
 from dar.rewards.scorer import RewardScorer
-from dar.training.config import DARConfig
+from dar.training.config import DARConfig, preset_values
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
 from dar.training.evaluation import (
     ComputeMetrics,
@@ -29,6 +30,7 @@ from dar.training.fingerprint import config_sha256
 from dar.training.launching import refuse_if_left_alone
 from dar.training.logprobs import all_logps
 from dar.training.metrics import Reporter
+from dar.training.options import online_only
 from dar.training.policy import Policy
 from dar.training.ranks import Ranks
 from dar.training.reward_model import RewardModels
@@ -38,6 +40,7 @@ from dar.training.sink import Control, NullControl, NullSink, Sink, StopRequeste
 from dar.training.sources import make_source
 from dar.training.steps import Mode, ScoredStep, StepSource, Weigher
 
+logger = logging.getLogger(__name__)
 __all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
 
 
@@ -331,6 +334,12 @@ def _check_data(
     rows: Rows, evaluated: Rows | Mapping[str, Rows] | None, config: DARConfig, *, is_replay: bool
 ) -> None:
     check_rows(rows, is_replay=is_replay)
+    if is_replay and (names := online_only(config, preset_values(config.preset))):
+        # Not refused, as a config is often shared by online and offline runs of one script.
+        logger.warning(
+            "%s: without effect, as there is no reward source and completions are read from the data set",
+            ", ".join(names),
+        )
     is_needed = config.eval_strategy != "no" or bool(config.eval_on_start)
     check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=is_needed)
 

@@ -203,6 +203,19 @@ def test_a_job_without_rewards_takes_files_with_completions(live: Any) -> None:
     assert live.claim().body["spec"]["method"]["dar"]["rewards"] is None
 
 
+def test_a_job_without_rewards_takes_no_options_of_sampling(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    rows = OFFLINE_FILES[0]
+    assert (
+        offline(live, rows, preset="paper").status_code == 200
+    )  # which has a temperature of its own
+    for part in ({"hyperparameters": {"dar_k": 7}}, {"sampling": {"temperature": 0.5}}):
+        error = error_of(offline(live, rows, **part))
+        assert error["param"] == "method.dar"
+        assert next(iter(next(iter(part.values())))) in error["message"]
+
+
 def test_files_that_a_job_without_rewards_cannot_train_on_are_refused(
     live: Any, error_of: Callable[..., Any]
 ) -> None:

@@ -69,7 +69,7 @@ def test_a_job_without_rewards_trains_on_what_its_file_holds(
     content = "\n".join(map(json.dumps, rows)).encode()
     file_id = client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
     hyperparameters = {"max_steps": None, "n_epochs": 4, "batch_size": 4}
-    spec = installation.spec(file_id, hyperparameters=hyperparameters, rewards=None)
+    spec = installation.spec(file_id, hyperparameters=hyperparameters, rewards=None, sampling={})
     job = client.fine_tuning.jobs.create(**spec)
     assert installation.until_done(job.id).status == "succeeded"
     series = installation.client.jobs.metrics(job.id).series
@@ -77,6 +77,28 @@ def test_a_job_without_rewards_trains_on_what_its_file_holds(
     assert series["rewards/missing_fraction"].value == pytest.approx([0.2, 0.2])
     samples = list(installation.client.jobs.samples(job.id))
     assert {sample.completion for sample in samples} >= {" good.", " dull."}
+
+
+def test_a_job_is_evaluated_on_its_validation_file(
+    installation: Any, client: openai.OpenAI
+) -> None:
+    def upload(prompts: list[str]) -> str:
+        content = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
+        return client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
+
+    spec = installation.spec(
+        upload(["The soup was", "The film was"]),
+        hyperparameters={"max_steps": 3, "batch_size": 2},
+        evaluation={"every_steps": 2, "max_prompts": 2},
+    )
+    validation = upload(["The room was", "The tea was", "The bus was"])
+    job = client.fine_tuning.jobs.create(**spec | {"validation_file": validation})
+    assert installation.until_done(job.id).status == "succeeded"
+    series = installation.client.jobs.metrics(job.id).series
+    rewards = series["eval_dar/rewards_mean"]
+    assert rewards.step == [2, 3]  # every second step, and the last one
+    assert all(0 < value < 1 for value in rewards.value)
+    assert series["dar/rewards_mean"].step == [1, 2, 3]
 
 
 def test_jobs_are_listed_and_filtered_by_metadata(client: openai.OpenAI, finished: str) -> None:

@@ -229,6 +229,15 @@ def test_rows_that_cannot_be_trained_on_are_refused_before_a_model_is_loaded(
     assert caught.value.param == "training_file"
 
 
+def test_options_of_sampling_that_cannot_matter_are_named(
+    train: Callable[..., DARTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"preset": "paper", "dar_k": 7, "stop": ["x"], "max_new_tokens": 128}
+    train(train_dataset=[GOOD], reward_funcs=None, settings={"max_steps": 1} | settings)
+    told = [record.getMessage() for record in caplog.records if "without effect" in record.message]
+    assert [message.partition(":")[0] for message in told] == ["dar_k, stop"]
+
+
 @pytest.mark.parametrize("column", ["completion", "completions", "completion_ids", "chosen"])
 def test_completions_beside_a_reward_source_are_refused(
     train: Callable[..., DARTrainer], column: str
