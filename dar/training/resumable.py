@@ -257,7 +257,7 @@ class ResumableTrainer(HubTrainer):
         )
 
     def _save_whole(self, output_dir: str | None) -> None:
-        # transformers writes shards for FSDP and DeepSpeed, those of ZeRO-3 as pickles
+        # transformers would leave the shards of ZeRO-3 to DeepSpeed, which pickles them
         self._save(output_dir, whole_weights(self.model) if is_sharded(self.model) else None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401 - as transformers
@@ -287,13 +287,12 @@ class ResumableTrainer(HubTrainer):
         train_dataloader: Any,  # noqa: ANN401 - as transformers
         resume_from_checkpoint: str | None,
     ) -> Any:  # noqa: ANN401 - as transformers
-        if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(
-                max_steps, train_dataloader, resume_from_checkpoint
-            )
-        # With a checkpoint transformers would look for DeepSpeed's own, which holds pickles.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        is_ours = self.is_deepspeed_enabled  # else transformers would look for DeepSpeed's pickles
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]  # transformers is only partly typed
+            max_steps, train_dataloader, None if is_ours else resume_from_checkpoint
+        )
+        if is_ours:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
     # --- reading -----------------------------------------------------------------------------------------------------

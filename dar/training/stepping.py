@@ -195,10 +195,7 @@ class StepTrainer(ResumableTrainer):
             norm = norm.full_tensor()
         # What overflows float16 is stepped over by the scaler, which then scales less; what overflows unscaled has diverged.
         may_overflow = self._scaler is not None and self._scaler.get_scale() >= 1
-        is_finite = (
-            math.isfinite(float(norm)) and float(norm) >= 0
-        )  # below 0: DeepSpeed's word for it
-        if not is_finite and not may_overflow:
+        if not math.isfinite(float(norm)) and not may_overflow:
             raise _not_a_number("gradient", self.state.global_step + 1)
         return norm
 

@@ -92,7 +92,9 @@ def whole_optimizer_state(
     """
     _link(optimizer)
     gather = zero_config.load().utils.safe_get_full_optimizer_state
-    first = next(iter(optimizer.optimizer.state.values()), {})  # the others differ in sizes alone
+    first: dict[str, Tensor] = next(
+        iter(optimizer.optimizer.state.values()), {}
+    )  # the others differ in sizes alone
     state: dict[int, dict[str, Any]] = {}
     for number, parameter in enumerate(_weights(groups)):
         for name, value in first.items():

@@ -91,7 +91,7 @@ def config_of(strategy: str) -> dict[str, Any]:
 
 def leave_loading_alone() -> None:
     """Have `from_pretrained` give whole models: they are read, copied and compared before they are cut."""
-    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # transformers is only partly typed
+    unset_hf_deepspeed_config()
 
 
 def forget_launch() -> None:
