@@ -236,3 +236,8 @@ def own_environment(changes: Mapping[str, str]) -> dict[str, str]:
 def inherited_environment(names: Iterable[str]) -> dict[str, str]:
     """The variables among ``names`` that this process has, for a child that may see no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def forget_environment(name: str) -> None:
+    """Unset a variable of this process that a library has set for itself and left behind."""
+    os.environ.pop(name, None)

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import PRESETS, Preset
+from dar.training import zero_config
 from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
 from dar.training.options import refuse_without_effect
 
@@ -275,7 +276,10 @@ class DARConfig(TrainingArguments):
             if getattr(self, new) is None:
                 setattr(self, new, getattr(self, usual))
             setattr(self, usual, None)
+        if self.deepspeed or zero_config.is_launched() or zero_config.is_installed():
+            zero_config.load()
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers is only partly typed
+        zero_config.leave_loading_alone()
         refuse_without_effect(self)
         if self.fp16 and self.device.type != "cuda":
             raise InvalidRequestError(

@@ -75,10 +75,14 @@ class HubTrainer(Trainer):
         Raises:
             TrainingError: The hub cannot be reached, or refuses.
         """
-        super().save_model(output_dir, _internal_call=True)
+        self._save_whole(output_dir)
         self._write_card(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub("Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, output_dir: str | None) -> None:
+        """Save weights and tokenizer; all processes call it, and the main one writes."""
+        super().save_model(output_dir, _internal_call=True)
 
     def create_model_card(  # type: ignore[override]  # transformers takes facts that nothing here could use
         self,

@@ -9,6 +9,7 @@ from typing import Any
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.spec import Resources
 from dar.settings import inherited_environment
+from dar.training import zero_config
 
 _MEETING = ("ACCELERATE_USE_CPU", "MASTER_ADDR")
 _MEMBERSHIP = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -73,8 +74,10 @@ def strategy_options(resources: Resources) -> dict[str, Any]:
         )
     if resources.strategy == "fsdp":
         return {"fsdp": True}
-    raise TrainingError(
-        f"strategy {resources.strategy!r} needs DeepSpeed, which this trainer does not drive; send fsdp, which cuts weights, "
-        "gradients and optimizer state into shards as zero3 does",
-        param="method.dar.resources.strategy",
-    )
+    if not zero_config.is_installed():
+        raise TrainingError(
+            f"strategy {resources.strategy!r} needs DeepSpeed, which this worker has not; {zero_config.INSTALLATION} there, or "
+            "send fsdp, which cuts weights, gradients and optimizer state into shards as zero3 does",
+            param="method.dar.resources.strategy",
+        )
+    return {"deepspeed": zero_config.config_of(resources.strategy)}

@@ -30,7 +30,6 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "restore_callback_states_from_checkpoint": (False,),
     "neftune_noise_alpha": (None,),
     "torch_compile": (False,),
-    "deepspeed": (None,),
     "dataloader_num_workers": (0,),
     "dataloader_drop_last": (False,),
     "dataloader_persistent_workers": (False,),

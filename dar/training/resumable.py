@@ -1,5 +1,6 @@
 """`ResumableTrainer`: transformers' trainer with checkpoints of our own, whole, verified and without pickles."""
 
+import copy
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dar.errors import CheckpointError, InvalidRequestError
 from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile
-from dar.training import checkpoint
+from dar.training import checkpoint, zero, zero_config
 from dar.training.config import DARConfig
 from dar.training.fingerprint import environment
 from dar.training.hub import HubTrainer
@@ -49,6 +50,7 @@ class ResumableTrainer(HubTrainer):
     lr_scheduler: LambdaLR
     data_collator: Any
     train_dataset: Any
+    deepspeed: Any
 
     ranks: Ranks = Ranks()
     """The processes that train together. The main one alone writes, and the others wait for it."""
@@ -60,6 +62,8 @@ class ResumableTrainer(HubTrainer):
     _resume: checkpoint.ResumeState | None = None
     _own_folders: tuple[Path, ...] = ()
     """Checkpoints of this run that are still kept, oldest first."""
+    _groups: zero.Groups = ()
+    """The optimizer's parameter groups, as they were made."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Set accelerate up; on CPUs, for which it does not offer FSDP, torch has it all the same.
@@ -67,13 +71,15 @@ class ResumableTrainer(HubTrainer):
         Raises:
             InvalidRequestError: The launcher has asked for something that this trainer cannot drive.
         """
+        self.args.deepspeed_plugin = copy.deepcopy(self.args.deepspeed_plugin)  # it is changed here
         super().create_accelerator_and_postprocess()
-        if self.is_deepspeed_enabled:
-            raise InvalidRequestError(
-                "this trainer does not drive DeepSpeed; use FSDP (DARConfig(fsdp=True), or accelerate launch --use_fsdp "
-                "--fsdp_version 2), which cuts weights, gradients and optimizer state into shards as ZeRO-3 does"
-            )
         state = self.accelerator.state
+        if self.is_deepspeed_enabled:
+            zero_config.leave_loading_alone()
+            if self.args.deepspeed:
+                zero_config.forget_launch()
+            zero_config.settle(state.deepspeed_plugin.deepspeed_config, self.args)
+            zero_config.check_weights(self.model)
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -120,6 +126,10 @@ class ResumableTrainer(HubTrainer):
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
         """
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise InvalidRequestError(
+                "DeepSpeed has taken this trainer's model, and takes none twice; make another trainer"
+            )
         self.ranks.from_main(lambda: checkpoint.sweep(self.checkpoints))
         if not resume_from_checkpoint:
             return super().train(None, trial, ignore_keys_for_eval)
@@ -129,7 +139,7 @@ class ResumableTrainer(HubTrainer):
         manifest = self._open(folder)
         if manifest.step >= self.args.max_steps:
             return self._finish_again(folder, manifest)
-        if self.is_fsdp_enabled and not is_sharded(self.model):
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not is_sharded(self.model)):
             checkpoint.load_weights(self.model, folder)
         return super().train(str(folder / RESUME_FOLDER), trial, ignore_keys_for_eval)
 
@@ -174,12 +184,8 @@ class ResumableTrainer(HubTrainer):
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401, ARG002 - as transformers
-        weights: dict[str, Tensor] | None = None
-        if is_sharded(self.model):
-            weights = whole_weights(self.model)
-            optimizer = whole_optimizer_state(self.model, self._own_optimizer)
-        else:
-            optimizer = self.optimizer.state_dict()
+        weights = whole_weights(self.model) if is_sharded(self.model) else None
+        optimizer = self._whole_optimizer_state()
         self._publish(
             lambda folder: self._write_checkpoint(folder, weights, optimizer),
             lambda files, last_seq: Manifest(
@@ -223,6 +229,15 @@ class ResumableTrainer(HubTrainer):
             shutil.rmtree(folder, ignore_errors=True)
         self._own_folders = folders[max(0, excess) :]
 
+    def _whole_optimizer_state(self) -> Mapping[str, Any]:
+        if self.is_deepspeed_enabled:
+            return zero.whole_optimizer_state(
+                self._own_optimizer, self._groups, is_main=self.ranks.is_main
+            )
+        if is_sharded(self.model):
+            return whole_optimizer_state(self.model, self._own_optimizer)
+        return self.optimizer.state_dict()
+
     @property
     def _own_optimizer(self) -> Optimizer:
         """Without what accelerate has put round it."""
@@ -241,6 +256,10 @@ class ResumableTrainer(HubTrainer):
             {"environment": self._environment(), **self.own_state()},
         )
 
+    def _save_whole(self, output_dir: str | None) -> None:
+        # transformers would leave the shards of ZeRO-3 to DeepSpeed, which pickles them
+        self._save(output_dir, whole_weights(self.model) if is_sharded(self.model) else None)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401 - as transformers
         if not self.ranks.is_main:
             return
@@ -251,6 +270,30 @@ class ResumableTrainer(HubTrainer):
         )
         self.model.save_pretrained(folder, state_dict=state_dict, **options)
         self.processing_class.save_pretrained(folder)
+
+    # --- what DeepSpeed needs ----------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As transformers does, without empty groups: DeepSpeed drops them, and a checkpoint has the same everywhere."""
+        if self.optimizer is None:
+            made = super().create_optimizer(model)
+            made.param_groups[:] = [group for group in made.param_groups if group["params"]]
+            self._groups = [dict(group) for group in made.param_groups]
+        return self.optimizer
+
+    def _prepare_for_training(
+        self,
+        max_steps: int,
+        train_dataloader: Any,  # noqa: ANN401 - as transformers
+        resume_from_checkpoint: str | None,
+    ) -> Any:  # noqa: ANN401 - as transformers
+        is_ours = self.is_deepspeed_enabled  # else transformers would look for DeepSpeed's pickles
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]  # transformers is only partly typed
+            max_steps, train_dataloader, None if is_ours else resume_from_checkpoint
+        )
+        if is_ours:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -267,7 +310,9 @@ class ResumableTrainer(HubTrainer):
         if checkpoint is None or self._resume is None:
             return
         state = self._resume.optimizer_state()
-        if is_sharded(self.model):
+        if self.is_deepspeed_enabled:
+            zero.load_whole_optimizer_state(self._own_optimizer, self._groups, state)
+        elif is_sharded(self.model):
             load_whole_optimizer_state(self.model, self._own_optimizer, state)
         else:
             self.optimizer.load_state_dict(state)

@@ -1,8 +1,10 @@
-"""Weights that are cut into shards, one for each process (FSDP2): made whole to sample, and to be written down.
+"""Weights that are cut into shards, one for each process (FSDP2, ZeRO-3): made whole to sample, and to be written down.
 
 A forward pass of a sharded model is full of collectives, and all processes must make the same number of them. Sampling cannot
 promise that: completions end where they end. So whoever only reads the weights makes them whole first, on every process, and
 is then alone with them. Training passes stay sharded; `StepTrainer` gives each process as many of them.
+
+What is particular to DeepSpeed lies in `dar.training.zero`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +21,23 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from dar.training import zero
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether any weight of ``model`` is cut into shards."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return zero.is_cut(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Have all weights on every process, so that forward passes inside need no other process. Entered by all together."""
+    if zero.is_cut(model):
+        with zero.whole(model):
+            yield
+        return
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(reshard_after_forward=False, recurse=False)
@@ -47,6 +55,8 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """All weights of a sharded model, on the CPU of process 0; empty elsewhere. Called by all together."""
+    if zero.is_cut(model):
+        return zero.whole_weights(model)
     weights: Any = get_model_state_dict(model, options=WHOLE)
     return cast("dict[str, Tensor]", weights)
 

@@ -176,17 +176,19 @@ class StepTrainer(ResumableTrainer):
         return scaler
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:  # noqa: ANN401 - as transformers
-        if self._is_scaling_nothing():
-            # The scaler cannot step over an optimizer without gradients; this one does not step then.
+        if self._has_no_gradient():
+            # The scaler cannot step over an optimizer without gradients; this one does not step then. Nor does DeepSpeed.
             self.accelerator.gradient_state._set_sync_gradients(False)  # noqa: SLF001 - as transformers does
             return torch.zeros(())
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]  # transformers is only partly typed
 
-    def _is_scaling_nothing(self) -> bool:
-        return self._scaler is not None and self._step is not None and not self._step.valid_count
+    def _has_no_gradient(self) -> bool:
+        """Whether gradients are asked for where they are missed, and a step has none."""
+        is_missing = self._step is not None and not self._step.valid_count
+        return is_missing and (self._scaler is not None or self.is_deepspeed_enabled)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401 - as transformers
-        if grad_norm is None and self._is_scaling_nothing():
+        if grad_norm is None and self._has_no_gradient():
             return self._clip_grad_norm(model)
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]  # transformers is only partly typed
         if isinstance(norm, DTensor):  # of sharded gradients

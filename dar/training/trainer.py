@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError
 from dar.rewards.scorer import RewardScorer
+from dar.training import zero
 from dar.training.config import DARConfig, preset_values
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
 from dar.training.evaluation import (
@@ -317,12 +318,19 @@ class DARTrainer(EvaluatingTrainer):
     def _reference_logps(self, pairs: Sequence[TokenPair]) -> Tensor:
         reference = self._policy.reference
         if reference is not None:
-            if self.is_fsdp_enabled and not is_sharded(reference):
-                fsdp2_prepare_model(self.accelerator, reference)
+            if not is_sharded(reference):
+                self._shard(reference)
             return self._logps(reference, pairs)
         assert isinstance(self.model, PeftModel)
         with self.model.disable_adapter():
             return self._logps(self.model, pairs)
+
+    def _shard(self, reference: nn.Module) -> None:
+        """Cut the reference into shards where the policy is."""
+        if self.is_fsdp_enabled:
+            fsdp2_prepare_model(self.accelerator, reference)
+        elif zero.is_cut(self.model):
+            zero.cut(reference)
 
 
 def module_bytes(module: nn.Module | None) -> int:
@@ -347,12 +355,13 @@ def _check_data(
 def _settled(config: DARConfig, row_count: int) -> DARConfig:
     """A copy of ``config`` whose length is counted in steps; the last batch of an epoch runs on into the next."""
     refuse_if_left_alone()
-    if config.fsdp and config.world_size == 1:
-        raise InvalidRequestError(
-            "fsdp shares a model among processes, but there is one; start several (torchrun --nproc-per-node N …), "
-            "or leave fsdp out",
-            param="fsdp",
-        )
+    for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
+        if is_set and config.world_size == 1:
+            raise InvalidRequestError(
+                f"{name} shares a model among processes, but there is one; start several (torchrun --nproc-per-node N …), "
+                f"or leave {name} out",
+                param=name,
+            )
     config = copy.copy(config)
     if config.max_steps <= 0:
         prompts = config.num_train_epochs * row_count

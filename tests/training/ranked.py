@@ -1,7 +1,9 @@
-"""Training runs of `test_ranks.py`: the same in one process, by import, and in two, as a program."""
+"""Training runs of `test_ranks.py` and `test_zero.py`: the same in one process, by import, and in two, as a program."""
 
 import json
 import os
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +14,11 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dar.errors import RewardMisconfiguredError, TrainingError
+from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
+from dar.settings import environment
 from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.ranks import Ranks
+from dar.training.sharding import is_sharded
 from dar.training.sink import Request, StopRequestedError
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
@@ -38,6 +42,19 @@ WHOLE = {"per_device_train_batch_size": 8}
 IN_SHARES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 HALF = {"per_device_train_batch_size": 4}
 HALF_IN_SHARES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+ZERO2: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+ZERO3: dict[str, Any] = {
+    "deepspeed": {
+        # These models are so small that by default no weight would be cut.
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": "auto",
+        },
+        "bf16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+    }
+}
 
 
 def share_of_w40(completions: list[str], **_: Any) -> list[float]:
@@ -75,12 +92,12 @@ class AfterStep:
         return self._request if self._step in self._sink.metrics_of else None
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
-        intermediate_size=64,
+        intermediate_size=63,  # with LoRA's rank, weights that two processes cannot share evenly
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=128,
@@ -89,7 +106,7 @@ def make_model() -> LlamaForCausalLM:
         bos_token_id=2,
         eos_token_id=3,
     )
-    return LlamaForCausalLM(config).double()
+    return LlamaForCausalLM(config).to(dtype)
 
 
 def train(
@@ -102,9 +119,10 @@ def train(
     resume: Path | None = None,
     reward: Callable[..., list[float]] = share_of_w40,
     stop: tuple[Request, str] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> DARTrainer:
-    """Train in float64; the last checkpoint and what was said lie in ``folder / name`` afterwards."""
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    """Train; the last checkpoint and what was said lie in ``folder / name`` afterwards."""
+    lora = LoraConfig(r=3, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     sink = Kept()
     values: dict[str, Any] = {
         "output_dir": str(folder / name),
@@ -122,7 +140,7 @@ def train(
         "ddp_timeout": PATIENCE,
     }
     trainer = DARTrainer(
-        make_model(),
+        make_model(dtype),
         DARConfig(**values | dict(settings)),
         COMPLETIONS if is_offline else PROMPTS,
         None if is_offline else reward,
@@ -209,7 +227,76 @@ def main(folder: Path) -> None:
     (folder / f"heard-{settled.ranks.index}.json").write_text(json.dumps(heard))
 
 
+def equal_rewards(completions: list[str], **_: Any) -> list[float]:
+    return [0.5 for _ in completions]
+
+
+def zero(folder: Path) -> None:
+    """The same with DeepSpeed, which trains in float32."""
+    torch.set_num_threads(1)
+    heard: dict[str, Any] = {}
+    single: dict[str, Any] = {"dtype": torch.float32}
+    bf16 = train(folder, "ddp bf16", HALF | {"bf16": True}, **single)
+    for name, stage in (("zero2", ZERO2), ("zero3", ZERO3)):
+        trainer = train(folder, name, HALF_IN_SHARES | stage, **single)
+        trainer.save_model(str(folder / name / "model"))
+        heard[f"{name} is sharded"] = is_sharded(trainer.model)
+        heard[f"{name} held"] = sum(p.numel() for p in trainer.model.parameters())
+        train(folder, f"{name} lora", HALF | stage, is_lora=True, **single)
+        whole = folder / "whole" / "checkpoints" / "step-2"
+        train(folder, f"{name} resumed", HALF | stage, resume=whole, **single)
+        own = folder / f"{name} lora" / "checkpoints" / "step-2"
+        train(folder, f"{name} lora resumed", HALF | stage, is_lora=True, resume=own, **single)
+    train(folder, "zero3 offline", HALF | ZERO3, is_offline=True, **single)
+    train(folder, "zero3 bf16", HALF | ZERO3 | {"bf16": True}, **single)
+    ties = {"drop_ties": True, "max_steps": 2}
+    train(folder, "zero2 empty", HALF | ZERO2 | ties, reward=equal_rewards, **single)
+    try:
+        too_fast = {"learning_rate": 1e30, "save_strategy": "no"}
+        train(folder, "zero2 fast", HALF | ZERO2 | too_fast, is_offline=True, **single)
+    except TrainingError as raised:
+        heard["fast"] = raised.message
+    asked = HALF | ZERO3 | {"save_strategy": "no", "logging_steps": 1}
+    stopped = train(folder, "zero3 drained", asked, stop=("drain", "1"), **single)
+    heard["drained"] = [stopped.stopped_by, stopped.state.global_step, stopped.published_step]
+    try:
+        stopped.train()
+    except InvalidRequestError as raised:
+        heard["again"] = raised.message
+    after = train(folder, "ddp", HALF | {"max_steps": 1}, **single)
+    heard["afterwards"] = after.is_deepspeed_enabled
+    (folder / f"heard-{bf16.ranks.index}.json").write_text(json.dumps(heard))
+
+
+def start(folder: Path, part: str) -> list[str]:
+    """Run `main` or `zero` in two processes, as any launcher would; what they have written to the standard output."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), part],
+            env=environment() | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=150) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(map("".join, said))
+    return [output for output, _ in said]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"main": main, "zero": zero}[sys.argv[2]](Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)

@@ -39,7 +39,11 @@ def reward_url() -> Iterator[str]:
 
 
 @pytest.mark.slow  # accelerate, torchrun and two trainers import torch
+@pytest.mark.parametrize(
+    "how", [("--cpu",), ("--use_deepspeed", "--zero_stage", "3", "--main_process_port", "0")]
+)
 def test_accelerate_launches_two_processes_on_a_cpu(
+    how: tuple[str, ...],
     reward_url: str,
     make_model: Callable[..., LlamaForCausalLM],
     tokenizer: PreTrainedTokenizerBase,
@@ -49,7 +53,7 @@ def test_accelerate_launches_two_processes_on_a_cpu(
     make_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    launch = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "dar.training"]
+    launch = ["accelerate.commands.launch", "--num_processes", "2", *how, "-m", "dar.training"]
     options = {
         "model_name_or_path": tmp_path / "base",
         "dataset_name": tmp_path / "prompts.jsonl",
@@ -97,7 +101,7 @@ def test_shards_need_several_processes(train: Callable[..., DARTrainer]) -> None
 
 @pytest.mark.parametrize(
     ("processes", "strategy", "reason"),
-    [(1, "fsdp", "the job has one"), (2, "zero2", "DeepSpeed"), (2, "zero3", "send fsdp")],
+    [(1, "fsdp", "the job has one"), (1, "zero3", "the job has one")],
 )
 def test_a_strategy_that_cannot_be_used_is_refused(
     processes: int, strategy: Any, reason: str

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +9,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dar.settings import environment
 from dar.training.ranks import Ranks
 
 PROGRAM = Path(__file__).with_name("ranked.py")
@@ -27,33 +23,6 @@ def load() -> ModuleType:
     return module
 
 
-def start(folder: Path) -> None:
-    """Run `ranked.main` in two processes, as any launcher would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder)],
-            env=environment() | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=150)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each run: those of one process, then those of two."""
@@ -63,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranked.train(folder, "in shares", ranked.IN_SHARES)
     ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True)
     ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True)
-    start(folder)
+    ranked.start(folder, "main")
     return folder
 
 

@@ -247,13 +247,10 @@ def test_an_adapters_reference_is_the_model_without_it(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     peft = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = train(model=model, peft_config=peft, sink=sink, settings={"learning_rate": 0.05})
-    # Of each completion: in the mean over a step, which is a metric, they cancel.
-    drifts = {
-        step: [abs(row.logp_policy - row.logp_ref) for row in rows]
-        for step, rows in sink.shown.items()
-    }
-    assert max(drifts[1]) < 1e-4
-    assert max(drifts[3]) > 1e-2
+    # Of each completion: in the mean of a step they cancel.
+    first, last = (max(abs(s.logp_policy - s.logp_ref) for s in sink.shown[i]) for i in (1, 3))
+    assert first < 1e-4
+    assert last > 0.1
     after = dict(trainer.model.get_base_model().named_parameters())
     for name, weight in before.items():
         same = name if name in after else name.replace(".weight", ".base_layer.weight")
