@@ -29,8 +29,8 @@ from dar.training.config import preset_values
 from dar.training.demo_reviews import OPENINGS
 
 PROCESSES = 2
-BRACKETS_STEPS, BRACKETS_COMPLETIONS, BRACKETS_SEEDS = 150, 96, (0,)
-REVIEWS_STEPS, REVIEWS_COMPLETIONS, REVIEWS_SEEDS = 25, 64, (0,)
+BRACKETS_STEPS, BRACKETS_COMPLETIONS, BRACKETS_SEEDS = 200, 96, (0, 1, 2)
+REVIEWS_STEPS, REVIEWS_COMPLETIONS, REVIEWS_SEEDS = 25, 64, (0, 1)
 LAST_STEPS = 5
 """Of the reviews that are looked at: 320 completions."""
 DEFAULT: dict[str, Any] = {
@@ -82,9 +82,14 @@ CASES: dict[str, dict[str, Any]] = {
     "T = 0.9, behavior policy": {"temperature": 0.9, "behavior": "policy"},
     "preset paper": preset("paper"),
     "preset reference": preset("reference"),
+    "1 in 5 rewards missing": {},
+    "1 in 5 missing, counted as 0": {},
 }
-MISSING = "1 in 5 rewards missing"
-"""A further case of the reviews."""
+LOST: dict[str, float | None] = {
+    "1 in 5 rewards missing": None,
+    "1 in 5 missing, counted as 0": 0.0,
+}
+"""What arrives in place of every fifth reward; the second is the mistake that departure 2 avoids."""
 
 
 def settings_of(case: str, completions: int) -> dict[str, Any]:
@@ -93,11 +98,22 @@ def settings_of(case: str, completions: int) -> dict[str, Any]:
     return {**settings, "per_device_train_batch_size": completions // settings["dar_k"]}
 
 
+def losing(case: str) -> Callable[[list[float]], list[float | None]]:
+    """What becomes of the rewards of a step."""
+    if case not in LOST:
+        return list
+    return lambda values: [LOST[case] if row % 5 == 4 else v for row, v in enumerate(values)]
+
+
 def brackets(case: str, seed: int) -> dict[str, float]:
     """Exact figures of one run."""
     settings = settings_of(case, BRACKETS_COMPLETIONS)
     run = train(
-        Brackets(), seed=seed, judged_as=DEFAULT, **{**settings, "max_steps": BRACKETS_STEPS}
+        Brackets(),
+        seed=seed,
+        judged_as=DEFAULT,
+        losing=losing(case),
+        **{**settings, "max_steps": BRACKETS_STEPS},
     )
     return {
         "reward": run.final.reward,
@@ -124,8 +140,8 @@ class Recorder(NullSink):
         return statistics.mean(values[name] for values in steps)
 
 
-def positivity(*, is_lossy: bool, texts: list[str]) -> Callable[..., list[float | None]]:
-    """The demo's reward, in this process; it notes the texts, and may lose one reward in five."""
+def positivity(case: str, texts: list[str]) -> Callable[..., list[float | None]]:
+    """The demo's reward, in this process; it notes the texts."""
     analyzer = SentimentIntensityAnalyzer()
 
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> list[float | None]:
@@ -133,7 +149,7 @@ def positivity(*, is_lossy: bool, texts: list[str]) -> Callable[..., list[float 
         scores = [
             float(analyzer.polarity_scores(text)["compound"]) for text in texts[-len(prompts) :]
         ]
-        return [None if is_lossy and row % 5 == 4 else score for row, score in enumerate(scores)]
+        return losing(case)(scores)
 
     return reward
 
@@ -141,7 +157,7 @@ def positivity(*, is_lossy: bool, texts: list[str]) -> Callable[..., list[float 
 def reviews(case: str, seed: int, model: str) -> dict[str, float]:
     """Figures of one run over the demo's prompts."""
     sink, texts = Recorder(), list[str]()
-    reward = positivity(is_lossy=case == MISSING, texts=texts)
+    reward = positivity(case, texts)
     with tempfile.TemporaryDirectory() as folder:
         config = DARConfig(
             **settings_of(case, REVIEWS_COMPLETIONS),
@@ -185,16 +201,18 @@ def prepare() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def mean_of(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over seeds, to three digits."""
-    return {key: round(statistics.mean(run[key] for run in runs), 3) for key in runs[0]}
+def summary(runs: Sequence[Mapping[str, float]], spread_of: str) -> dict[str, Any]:
+    """Means over seeds, and of one figure the least and the largest, to three digits."""
+    means = {key: round(statistics.mean(run[key] for run in runs), 3) for key in runs[0]}
+    values = [round(run[spread_of], 3) for run in runs]
+    return {**means, f"{spread_of}_range": [min(values), max(values)]}
 
 
-def show(case: str, exact: Mapping[str, float] | None, sampled: Mapping[str, float]) -> None:
+def show(case: str, exact: Mapping[str, Any], sampled: Mapping[str, Any]) -> None:
     """A row of the table."""
     left = ("reward", "kl_ref", "share", "ess", "clipped")
     right = ("reward", "kl_ref", "ess", "clipped", "distinct", "unfinished", "length")
-    cells = [f"{exact[name]:7.3f}" if exact else f"{'-':>7}" for name in left]
+    cells = [f"{exact[name]:7.3f}" for name in left]
     cells += [f"{sampled[name]:7.3f}" if name in sampled else f"{'-':>7}" for name in right]
     print(f"{case:<26}", *cells, flush=True)
 
@@ -217,15 +235,14 @@ def main() -> None:
         }
         sampled = {
             case: [pool.submit(reviews, case, seed, model) for seed in REVIEWS_SEEDS]
-            for case in (*CASES, MISSING)
+            for case in CASES
         }
         for case, futures in sampled.items():
-            own = mean_of([future.result() for future in exact[case]]) if case in exact else None
             figures[case] = {
-                "brackets": own,
-                "reviews": mean_of([future.result() for future in futures]),
+                "brackets": summary([future.result() for future in exact[case]], "share"),
+                "reviews": summary([future.result() for future in futures], "reward"),
             }
-            show(case, own, figures[case]["reviews"])
+            show(case, figures[case]["brackets"], figures[case]["reviews"])
     report("ablations", cases=figures)
 
 

@@ -103,6 +103,7 @@ def train(
     mistake: str | None = None,
     every: int = 1_000_000,
     judged_as: Mapping[str, Any] | None = None,
+    losing: Callable[[list[float]], Sequence[float | None]] = list,
     **settings: Any,  # noqa: ANN401 - arguments of DARConfig
 ) -> Run:
     """Train a random model through `dar.DARTrainer` and compare it with what it should be.
@@ -113,6 +114,7 @@ def train(
         mistake: A key of `MISTAKES`; the result is judged as if it were not made.
         every: Steps between two points of the curve.
         judged_as: Arguments of `dar.DARConfig` that say what the optimum is; default: ``settings``.
+        losing: What becomes of the rewards of a step on their way to the trainer.
         settings: Arguments of `dar.DARConfig` in place of `SETTINGS`.
     """
     planted = MISTAKES[mistake] if mistake else Mistake("", {})
@@ -128,9 +130,9 @@ def train(
         )
         made = DARConfig(**process | dict(SETTINGS) | settings | dict(planted.settings))
 
-        def reward(prompts: Any, completions: Any, completion_ids: Any) -> list[float]:  # noqa: ANN401 - TRL's signature
+        def reward(prompts: Any, completions: Any, completion_ids: Any) -> Sequence[float | None]:  # noqa: ANN401 - TRL's signature
             values = task.reward(prompts, completions, completion_ids)
-            return [planted.reward_sign * value for value in values]
+            return losing([planted.reward_sign * value for value in values])
 
         curve = {0: task.standing(model, ref_PY, meant)}
 

@@ -7,6 +7,7 @@ report on stdout as JSON lines, so that the command that started them can draw p
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -47,9 +48,8 @@ IGNORED = -100
 
 
 def report(**facts: object) -> None:
-    """Tell the starting process something: one JSON line."""
-    sys.stdout.write(json.dumps(facts) + "\n")
-    sys.stdout.flush()
+    """Tell the starting process something: one JSON line on the process's own standard output."""
+    print(json.dumps(facts), file=sys.__stdout__, flush=True)  # noqa: T201 - what this program is for
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -246,4 +246,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Some libraries log to the standard output, DeepSpeed among them; there only reports may stand.
+    with contextlib.redirect_stdout(sys.stderr):
+        main()
