@@ -49,7 +49,7 @@ IGNORED = -100
 
 def report(**facts: object) -> None:
     """Tell the starting process something: one JSON line on the process's own standard output."""
-    print(json.dumps(facts), file=sys.__stdout__, flush=True)  # noqa: T201 - what this program is for
+    print(json.dumps(facts), file=sys.__stdout__, flush=True)
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -11,8 +11,12 @@ def trained(variant: str, *, seed: int = 0, **arguments: object) -> Run:
     return train(Brackets(can_stop=can_stop), seed=seed, **{**settings, **arguments})
 
 
-def is_at_rest(run: Run) -> bool:
-    """What a right trainer reaches when it samples cold: there the objective is no measure, as the target does not maximise it."""
+def is_near(run: Run) -> bool:
+    """Whether a trainer that samples cold has come near its point of rest; the objective is no measure there.
+
+    With 96 completions a step, of which the rare ones are hardly drawn at 0.7, a right trainer ends 0.06 to 0.13 nats from it (with
+    768, which `benchmarks/bench_brackets.py` takes, 0.08), and one with the wrong log-probabilities 0.25 to 0.69.
+    """
     return run.final.kl_target < 0.15
 
 
@@ -40,13 +44,13 @@ def test_an_end_that_is_masked_is_never_learnt() -> None:
 
 
 @pytest.mark.slow  # 300 steps are what the point of rest needs
-def test_sampling_cold_comes_to_rest_where_the_tempered_law_says() -> None:
+def test_sampling_cold_comes_near_to_the_point_of_rest_of_the_tempered_law() -> None:
     run = trained("cold", seed=1)
-    assert is_at_rest(run)
+    assert is_near(run)
     # At temperature 1 the same settings have another optimum, of reward 0.79.
     assert run.final.best_reward == pytest.approx(0.848, abs=0.002)
 
 
 @pytest.mark.slow  # as many steps as the right trainer has
 def test_behavior_log_probabilities_of_the_wrong_temperature_miss_it() -> None:
-    assert not is_at_rest(trained("cold", seed=1, mistake="wrong_temperature"))
+    assert not is_near(trained("cold", seed=1, mistake="wrong_temperature"))
