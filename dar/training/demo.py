@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from dar.training import zero_config
 from dar.training.brackets import Brackets
 from dar.training.config import DARConfig
 from dar.training.demo_brackets import PROMPTS
@@ -215,6 +216,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Do the one thing asked for, and report it."""
     arguments = parse()
+    if zero_config.is_installed():
+        zero_config.load()  # accelerate would import it to save a model, and it would speak
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
