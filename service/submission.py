@@ -17,6 +17,7 @@ from dar.errors import (
     NotFoundError,
     Problem,
 )
+from dar.protocol import sense
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
@@ -149,6 +150,8 @@ def _hub_data(patterns: Sequence[str], spec: JobSpec) -> tuple[str, None]:
 
 def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
+    if problems := sense.problems_of(spec):
+        raise errors.invalid(problems)
     file_id, num_rows = _files_of(transaction, runtime, request)
     resolved = models.resolve(transaction, runtime.settings, project_id, spec.model)
     if not checkpoints.keep(transaction, resolved.checkpoint_ids):

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dar.protocol.base import Fraction, Input, NonNegative, Positive, only
-from dar.protocol.presets import ONLINE_ONLY, PRESETS, Preset
+from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
 
 
@@ -190,27 +190,6 @@ class DARSpec(Input):
             if isinstance(sent, dict):
                 filled[name] = {**getattr(values, name), **sent}
         return filled
-
-    @model_validator(mode="after")
-    def _sample_or_read(self) -> "DARSpec":
-        """Without a reward source completions are read, and what only sampling needs must not be asked for."""
-        preset = PRESETS[self.preset]
-        usual = (Hyperparameters(**preset.hyperparameters), Sampling(**preset.sampling))
-        sent = (self.hyperparameters, self.sampling)
-        given = [
-            name
-            for own, theirs in zip(sent, usual, strict=True)
-            for name in type(own).model_fields
-            if name in ONLINE_ONLY and getattr(own, name) != getattr(theirs, name)
-        ]
-        if self.rewards is None and given:
-            raise PydanticCustomError(
-                "online_only",
-                "without rewards the completions are read from the training file, and {names} would have no effect; "
-                "leave out, or send rewards",
-                {"names": ", ".join(given)},
-            )
-        return self
 
 
 class Method(Input):

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ def build(
         *script.reward_url,
     ]
     evaluated: dict[str, Any] = {}
-    if _is_evaluating(config):
+    if config.is_evaluating:
+        if script.eval_dataset_name is None and Path(script.dataset_name).expanduser().is_file():
+            raise InvalidRequestError(
+                f"{script.dataset_name} is one split, which is trained on; name other prompts with --eval_dataset_name to "
+                "evaluate",
+                param="eval_dataset_name",
+            )
         evaluated["eval_dataset"] = open_rows(
             script.eval_dataset_name or script.dataset_name,
             split=script.dataset_test_split,
@@ -116,10 +123,6 @@ def config_of(values: Mapping[str, Any]) -> DARConfig:
         return DARConfig(**{**quiet, **values})
     except (ValueError, TypeError) as error:  # transformers' own checks
         raise InvalidRequestError(str(error)) from error
-
-
-def _is_evaluating(config: DARConfig) -> bool:
-    return getattr(config.eval_strategy, "value", config.eval_strategy) != "no"
 
 
 def _model(script: ScriptArguments, config: DARConfig, *, is_offline: bool) -> PreTrainedModel:

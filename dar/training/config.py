@@ -1,9 +1,8 @@
 """`DARConfig`: everything that decides how a policy is trained."""
 
 import functools
-import math
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -14,6 +13,7 @@ from dar.protocol.presets import PRESETS, Preset
 from dar.training import zero_config
 from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
 from dar.training.options import refuse_without_effect
+from dar.training.ranges import check_ranges
 
 _CHECKPOINTING = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -270,7 +270,7 @@ class DARConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Validate, then let transformers set up the rest."""
-        self._check_ranges()
+        check_ranges(self)
         # transformers warns of these names, which are what everybody writes; both mean the same.
         for new, usual in _CHECKPOINTING.items():
             if getattr(self, new) is None:
@@ -293,50 +293,29 @@ class DARConfig(TrainingArguments):
                 param="dar_k",
             )
 
-    def _check_ranges(self) -> None:
-        for name, is_right, rule in (
-            ("alpha", 0 <= self.alpha < math.inf, "at least 0"),
-            ("beta", 0 < self.beta < math.inf, "above 0"),
-            ("dar_k", self.dar_k >= 1, "at least 1"),
-            ("dar_wclip", 0 < self.dar_wclip < math.inf, "above 0"),
-            (
-                "adv_norm",
-                self.adv_norm in ("none", "per_prompt", "batch"),
-                "none, per_prompt or batch",
-            ),
-            ("baseline", self.baseline in get_args(Baseline), "mean or leave_one_out"),
-            ("log_ratio", self.log_ratio in get_args(LogRatio), "sum or mean"),
-            ("tie_tolerance", 0 <= self.tie_tolerance < math.inf, "at least 0"),
-            (
-                "weight_norm",
-                self.weight_norm in get_args(WeightNormalization),
-                "none, batch or per_prompt",
-            ),
-            ("min_ess", 0 <= self.min_ess < 1, "at least 0 and below 1"),
-            ("behavior", self.behavior in get_args(Behavior), "sampled or policy"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 < self.temperature < math.inf, "above 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            (
-                "stop",
-                not isinstance(self.stop, str) and all(self.stop),  # type: ignore[redundant-expr]  # a user's mistake
-                "a list of strings, none of them empty",
-            ),
-            ("max_length", self.max_length is None or self.max_length >= 2, "at least 2"),
-            ("max_prompt_length", (self.max_prompt_length or 1) >= 1, "at least 1"),
-        ):
-            if not is_right:
-                raise InvalidRequestError(
-                    f"{name} is {getattr(self, name)!r}, but must be {rule}", param=name
-                )
-
     @property
     def n_gpu(self) -> int:
         """At most one: several GPUs in one process would be driven by DataParallel, which splits a step wrongly."""
         return min(1, int(super().n_gpu))
+
+    @property
+    def coldest(self) -> float:
+        """Sampling temperature at and below which training has no point of rest: the policy sharpens for ever.
+
+        Derived in `dar.training.brackets`. Without a pull towards the reference (alpha = 0) there is no point of rest at all,
+        whatever the temperature, and none is told.
+        """
+        if self.alpha == 0:
+            return 0.0
+        if self.behavior == "sampled":
+            return self.beta / (self.alpha + self.beta)
+        return (self.alpha + self.beta) / (2 * self.alpha + self.beta)
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether training tries the policy on evaluation data."""
+        strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
+        return strategy != "no" or bool(self.eval_on_start)
 
     @property
     def half(self) -> torch.dtype | None:

@@ -182,20 +182,7 @@ def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
         InvalidRequestError: It is no data set with rows, or a row cannot be used; the message names the row, from 1, and the
             column.
     """
-    if isinstance(rows, Mapping):
-        names = ", ".join(map(str, rows))
-        raise InvalidRequestError(
-            f"the data set is a dictionary of splits ({names}); give one of them",
-            param="training_file",
-        )
-    if not hasattr(rows, "__len__"):
-        raise InvalidRequestError(
-            f"a {type(rows).__name__} cannot be trained on: rows are taken by number, in a random order, so a data set needs a "
-            "length; load it without streaming",
-            param="training_file",
-        )
-    if len(rows) == 0:
-        raise InvalidRequestError("the data set has no rows", param="training_file")
+    check_table(rows)
     form: tuple[str, ...] | None = None
     for index in range(len(rows)):
         with naming_row(index):
@@ -212,6 +199,28 @@ def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
                     f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}: keep to one format",
                     code="mixed_format",
                 )
+
+
+def check_table(rows: Rows) -> None:
+    """Refuse what is no table of rows.
+
+    Raises:
+        InvalidRequestError: It is a dictionary of splits, has no length, or is empty.
+    """
+    if isinstance(rows, Mapping):
+        names = ", ".join(map(str, rows))
+        raise InvalidRequestError(
+            f"the data set is a dictionary of splits ({names}); give one of them",
+            param="training_file",
+        )
+    if not hasattr(rows, "__len__"):
+        raise InvalidRequestError(
+            f"a {type(rows).__name__} cannot be trained on: rows are taken by number, in a random order, so a data set needs a "
+            "length; load it without streaming",
+            param="training_file",
+        )
+    if len(rows) == 0:
+        raise InvalidRequestError("the data set has no rows", param="training_file")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from dar.training.hub_data import load_hub_rows
 BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """What reads a file that is not JSON Lines."""
 PARAM = "dataset_name"
+ONLY_SPLIT = ("train", "test")
+"""What a file may be called: the defaults of a command line."""
 
 
 def open_rows(
@@ -22,7 +24,7 @@ def open_rows(
     """The rows of a split.
 
     Args:
-        name: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, which is one split whatever ``split`` says; a folder with
+        name: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, which is one split; a folder with
             a file ``<split>.jsonl`` (or of another of these kinds), or one that `datasets.Dataset.save_to_disk` has
             written; or a data set of the hub.
         split: Which of its splits.
@@ -41,6 +43,12 @@ def open_rows(
             param="dataset_config",
         )
     if path.is_file():
+        if split not in ONLY_SPLIT:
+            raise InvalidRequestError(
+                f"{path} is a file, which is one split, and not {split!r}; leave the split out, or give a folder with "
+                f"{split}{path.suffix}",
+                param=PARAM,
+            )
         return _from_file(path)
     if path.is_dir():
         return _from_folder(path, split)

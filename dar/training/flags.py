@@ -230,7 +230,7 @@ class FlagParser(HfArgumentParser):
 
 def _help(name: str, options: Mapping[str, Any]) -> str:
     """The help of a flag with its default; none for an option that training could not honour anyway."""
-    if name in WITHOUT_EFFECT and name not in COMMON:
+    if name.removeprefix("no_") in WITHOUT_EFFECT and name not in COMMON:
         return argparse.SUPPRESS
     if name.startswith("no_"):
         return f"Not --{name[3:]}."
@@ -280,12 +280,22 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     for name, other in ONLY_WITH.items():
         if name in given and not given.get(other):
             raise InvalidRequestError(f"--{name} has no effect without --{other}", param=name)
+    if "eval_dataset_name" in given and not _evaluates(given):
+        raise InvalidRequestError(
+            "--eval_dataset_name has no effect without --eval_strategy or --eval_on_start",
+            param="eval_dataset_name",
+        )
     own = {f.name for f in fields(ScriptArguments)}
     return CommandLine(
         ScriptArguments(**{name: value for name, value in given.items() if name in own}),
         {name: value for name, value in given.items() if name not in own},
         is_dry_run,
     )
+
+
+def _evaluates(given: Mapping[str, Any]) -> bool:
+    strategy = given.get("eval_strategy", "no")
+    return getattr(strategy, "value", strategy) != "no" or bool(given.get("eval_on_start"))
 
 
 def _underscored(argument: str) -> str:

@@ -49,6 +49,8 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "torch_empty_cache_steps": (None,),
     "train_sampling_strategy": ("random",),
     "length_column_name": ("length",),
+    "remove_unused_columns": (True,),
+    "ignore_data_skip": (False,),
 }
 """Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
 refused: an option is never accepted and then ignored."""

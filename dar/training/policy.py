@@ -41,9 +41,14 @@ class Policy:
         """Load what is missing, add the adapter, freeze the reference; see `dar.DARTrainer` for the arguments.
 
         Raises:
-            InvalidRequestError: ``model`` has an adapter already and is to get another.
+            InvalidRequestError: ``model`` has an adapter already and is to get another, or a reference has no part.
             TrainingError: A model or tokenizer cannot be loaded.
         """
+        if ref_model is not None and config.alpha == 0:
+            raise InvalidRequestError(
+                "ref_model has no effect with alpha=0, which takes no reference; leave it out",
+                param="ref_model",
+            )
         source = model if isinstance(model, str) else str(model.name_or_path)
         tokenizer = tokenizer or loading.load_tokenizer(source, is_offline=is_offline)
         policy = (

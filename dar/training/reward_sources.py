@@ -43,7 +43,8 @@ class GivenRewards:
         """Bring together what was given.
 
         Raises:
-            InvalidRequestError: A reward model was given twice, or beside the rewards of a job spec.
+            InvalidRequestError: A reward model was given twice, or beside the rewards of a job spec; or weights without
+                anything that they could weigh.
         """
         path = config.reward_model_path
         if models is not None and path is not None:
@@ -56,6 +57,13 @@ class GivenRewards:
             raise InvalidRequestError(
                 "the rewards of a job spec cannot be combined with reward_model; give functions and URLs instead",
                 param="reward_model",
+            )
+        if weights is not None and (
+            isinstance(functions, Rewards) or (functions is None and not given)
+        ):
+            why = "there is no reward" if functions is None else "a job spec brings its own weights"
+            raise InvalidRequestError(
+                f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
         return cls(functions, given, tokenizers, weights, secret)
 

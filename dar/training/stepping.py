@@ -91,10 +91,7 @@ class StepTrainer(ResumableTrainer):
 
     def _passes(self, step: ScoredStep, index: int, count: int) -> list[list[list[int]]]:
         """Completions of each pass of process ``index``, in ``count`` shares of prompts."""
-        counts = getattr(step, "counts", None) or [len(step.pairs) // len(step.prompts)] * len(
-            step.prompts
-        )
-        ends = list(itertools.accumulate(counts, initial=0))
+        ends = list(itertools.accumulate(step.counts, initial=0))
         prompts = self.ranks.slice_of(index, len(step.prompts))
         cuts = [prompts.start + len(prompts) * i // count for i in range(count + 1)]
         shares = []

@@ -136,8 +136,8 @@ class PromptStream:
         sink: Is told once when a prompt had to be cut.
 
     Raises:
-        InvalidRequestError: A conversation cannot be encoded; the message names the row. All are tried here, as a chat
-            template may refuse what stands in the last row.
+        InvalidRequestError: A prompt cannot be encoded; the message names the row. All conversations and empty texts are
+            tried here, as a chat template may refuse what stands in the last row, and not every tokenizer begins a text.
     """
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
@@ -148,7 +148,8 @@ class PromptStream:
         self._sink = sink
         self._has_warned = False
         for row in range(len(rows)):
-            if not isinstance(rows[row].get("prompt"), str):
+            prompt = rows[row].get("prompt")
+            if not isinstance(prompt, str) or not prompt:
                 self._encode(row)
 
     def of_step(self, number: int) -> list[Prompt]:

@@ -19,7 +19,7 @@ from dar.errors import InvalidRequestError
 from dar.rewards.scorer import RewardScorer
 from dar.training import zero
 from dar.training.config import DARConfig, preset_values
-from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
+from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows, check_table
 from dar.training.evaluation import (
     ComputeMetrics,
     EvaluatingTrainer,
@@ -128,6 +128,7 @@ class DARTrainer(EvaluatingTrainer):
     ) -> None:
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
+        check_table(train_dataset)
         config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
         given = GivenRewards.of(
             reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config,
@@ -150,6 +151,8 @@ class DARTrainer(EvaluatingTrainer):
         self._job_id = job_id
         self._reporter = Reporter()
         self._meet(sink, control)
+        if given.is_online:
+            self._warn_of_cold(config)
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
@@ -164,6 +167,15 @@ class DARTrainer(EvaluatingTrainer):
         is_main = self.ranks.is_main
         self.sink = (sink if is_main else None) or NullSink()
         self._control: Control = (control if is_main else None) or NullControl()
+
+    def _warn_of_cold(self, config: DARConfig) -> None:
+        if config.temperature <= config.coldest + 1e-9:
+            self.sink.event(
+                "warn",
+                f"temperature {config.temperature:g} is not above {config.coldest:.3g}, so with this alpha and beta training has "
+                "no point of rest: the policy sharpens until it is stopped; raise temperature, or alpha relative to beta",
+                {"kind": "no_point_of_rest", "coldest": config.coldest},
+            )
 
     def train(
         self,
@@ -348,8 +360,7 @@ def _check_data(
             "%s: without effect, as there is no reward source and completions are read from the data set",
             ", ".join(names),
         )
-    is_needed = config.eval_strategy != "no" or bool(config.eval_on_start)
-    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=is_needed)
+    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating)
 
 
 def _settled(config: DARConfig, row_count: int) -> DARConfig:

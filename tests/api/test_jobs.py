@@ -52,6 +52,26 @@ def test_a_job_without_a_seed_gets_one_that_is_told(live: Any) -> None:
         ({"training_file": "hf://a/b?split=x&split=y"}, "training_file", "invalid_request"),
         ({"training_file": "hf://other/data"}, "training_file", "dataset_not_allowed"),
         (
+            {"dar": {"hyperparameters": {"dar_k": 1, "batch_size": 1, "max_steps": 1}}},
+            "method.dar.hyperparameters.dar_k",
+            "nothing_to_compare",
+        ),
+        (
+            {"dar": {"resources": {"processes": 1, "strategy": "fsdp"}}},
+            "method.dar.resources.strategy",
+            "one_process",
+        ),
+        (
+            {
+                "dar": {
+                    "resources": {"processes": 2, "strategy": "zero3"},
+                    "hyperparameters": {"optim": "adafactor", "max_steps": 1},
+                }
+            },
+            "method.dar.hyperparameters.optim",
+            "optimizer_not_sharded",
+        ),
+        (
             {"training_file": "hf://trl-lib/data", "dar": {"hyperparameters": {}}},
             "method.dar.hyperparameters.max_steps",
             "missing",

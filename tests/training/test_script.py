@@ -213,7 +213,7 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
     [
         (["--alpha", "three"], "argument --alpha: invalid float value: 'three'"),
         (["--alhpa", "3"], "unrecognized arguments: --alhpa 3"),
-        (["--alpha", "-1"], "alpha is -1.0, but must be at least 0"),
+        (["--alpha", "-1"], "alpha is -1.0, but must be a number, at least 0"),
         (["--fp16_full_eval"], "fp16_full_eval=True has no effect"),
         (["--dataset_name", "nothing.jsonl"], "there is no file or folder nothing.jsonl"),
         (["--dataset_name", "judge.py"], "must end with .jsonl"),

@@ -1,0 +1,65 @@
+"""What a job spec may say and cannot be meant: told when a job is submitted, and not asked again of a job that was accepted."""
+
+from collections.abc import Iterator
+
+from dar.errors import Problem
+from dar.protocol.presets import ONLINE_ONLY, PRESETS
+from dar.protocol.spec import Hyperparameters, JobSpec, Sampling
+
+SHARDING = ("fsdp", "zero2", "zero3")
+
+
+def problems_of(spec: JobSpec) -> list[Problem]:
+    """Everything in a job spec that would have no effect or cannot work, whatever the data."""
+    return [*_of_sampling(spec), *_of_groups(spec), *_of_resources(spec)]
+
+
+def _of_sampling(spec: JobSpec) -> Iterator[Problem]:
+    """Without a reward source completions are read, and what only sampling needs must not be asked for."""
+    if spec.dar.rewards is not None:
+        return
+    preset = PRESETS[spec.dar.preset]
+    parts = (
+        ("hyperparameters", spec.dar.hyperparameters, Hyperparameters(**preset.hyperparameters)),
+        ("sampling", spec.dar.sampling, Sampling(**preset.sampling)),
+    )
+    for part, sent, usual in parts:
+        for name in type(sent).model_fields:
+            if name in ONLINE_ONLY and getattr(sent, name) != getattr(usual, name):
+                yield Problem(
+                    f"{name} has no effect without rewards, as the completions are read from the training file; "
+                    "leave it out, or send rewards",
+                    f"method.dar.{part}.{name}",
+                    "online_only",
+                )
+
+
+def _of_groups(spec: JobSpec) -> Iterator[Problem]:
+    hyper = spec.dar.hyperparameters
+    if spec.dar.rewards is not None and hyper.dar_k == 1 and hyper.batch_size == 1:
+        yield Problem(
+            "one completion of one prompt has nothing to be compared with, so every advantage would be 0; send a dar_k or a "
+            "batch_size of at least 2",
+            "method.dar.hyperparameters.dar_k",
+            "nothing_to_compare",
+        )
+
+
+def _of_resources(spec: JobSpec) -> Iterator[Problem]:
+    resources = spec.dar.resources
+    if resources.strategy not in SHARDING:
+        return
+    if resources.processes == 1:
+        yield Problem(
+            f"strategy {resources.strategy!r} shares a model among processes, but the job has one; send resources.processes of "
+            "at least 2, or leave strategy at auto",
+            "method.dar.resources.strategy",
+            "one_process",
+        )
+    if resources.strategy.startswith("zero") and spec.dar.hyperparameters.optim != "adamw":
+        yield Problem(
+            f"strategy {resources.strategy!r} steps slices of the weights, which {spec.dar.hyperparameters.optim} cannot; send "
+            "optim adamw, or another strategy",
+            "method.dar.hyperparameters.optim",
+            "optimizer_not_sharded",
+        )
