@@ -200,7 +200,7 @@ def scorer_from_spec(
         WeightedSource(
             HttpReward(
                 component.name,
-                component.url,
+                component.url or "",
                 secret=secret,
                 options=HttpOptions(
                     component.columns,
