@@ -70,6 +70,19 @@ class Settings(BaseSettings):
     reward_secret: SecretStr | None = None
     """Secret (``whsec_…``) that signs requests to inline reward URLs; default: ``$DAR_HOME/reward_secret``."""
 
+    secret_keys: SecretStr | None = None
+    """Comma-separated Fernet keys that the secrets of reward endpoints are stored under, the newest first; default: the content of
+    ``$DAR_HOME/secret_keys``."""
+
+    egress_allow_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Comma-separated hosts that reward services may have whatever their address, private ones included."""
+
+    egress_allow_cidrs: Annotated[tuple[str, ...], NoDecode] = ()
+    """Comma-separated networks that reward services may be in though they are private, like ``10.1.0.0/16``."""
+
+    egress_allow_http: Annotated[tuple[str, ...], NoDecode] = ()
+    """Comma-separated hosts that may be reached by plain http."""
+
     is_migrating: bool = True
     """Whether the service upgrades the database schema when it starts."""
 
@@ -134,7 +147,14 @@ class Settings(BaseSettings):
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
 
-    @field_validator("hub_models", "hub_datasets", mode="before")
+    @field_validator(
+        "hub_models",
+        "hub_datasets",
+        "egress_allow_hosts",
+        "egress_allow_cidrs",
+        "egress_allow_http",
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -26,6 +26,10 @@ from service.runtime import Runtime
 from service.store.database import Database
 
 
+LOOPBACK = {"egress_allow_cidrs": ("127.0.0.0/8",), "egress_allow_http": ("127.0.0.1",)}
+"""Reward services of tests are on this machine."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     """Logs of provoked failures are no news, and structlog's own default prints every local variable."""
@@ -191,7 +195,7 @@ def serve(home: Path) -> Iterator[Callable[..., Live]]:
     stops: list[Callable[[], None]] = []
 
     def start(**values: Any) -> Live:
-        settings = Settings(home=home, **{"reconcile_seconds": 0.2, **values})
+        settings = Settings(home=home, **{"reconcile_seconds": 0.2, **LOOPBACK, **values})
         app = create_app(settings)
         config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)

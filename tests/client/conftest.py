@@ -75,7 +75,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "serve", "--port", str(port)],
-            env=environment(home=home),
+            env=environment(
+                home=home, egress_allow_cidrs="127.0.0.0/8", egress_allow_http="127.0.0.1"
+            ),
             stdout=sink,
             stderr=sink,
         )

@@ -26,6 +26,8 @@ FAST = {
     "reconcile_seconds": 0.3,
     "cancel_seconds": 1.0,
     "lease_ttl_seconds": 60.0,
+    "egress_allow_cidrs": "127.0.0.0/8",
+    "egress_allow_http": "127.0.0.1",
 }
 
 

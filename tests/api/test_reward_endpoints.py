@@ -1,0 +1,447 @@
+"""Reward endpoints over HTTP: secrets go in and never come out, and only the endpoint itself sees them."""
+
+import base64
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import structlog
+from sqlalchemy import text
+
+from dar.rewards.signing import decode_secret, verify
+from service import log
+
+PATH = "/v1/reward_endpoints"
+JOBS = "/v1/fine_tuning/jobs"
+TOKEN = "Bearer s3cret-of-the-header"
+OWN = "whsec_" + base64.b64encode(b"a secret of the user's own, 40 bytes long").decode()
+
+
+@dataclass
+class Judge:
+    """A reward service: gives each completion its length, and remembers what it was sent."""
+
+    port: int = 0
+    status: int = 200
+    extra: dict[str, Any] = field(default_factory=dict)
+    answer: Callable[[dict[str, Any]], Any] | None = None
+    delay: float = 0.0
+    seen: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/score"
+
+    def reply(self, body: bytes) -> bytes:
+        asked = json.loads(body)
+        if self.answer is not None:
+            return json.dumps(self.answer(asked)).encode()
+        rewards = [float(len(sample["completion"])) for sample in asked["samples"]]
+        return json.dumps({"request_id": asked["request_id"], "rewards": rewards}).encode()
+
+
+@pytest.fixture
+def judge() -> Iterator[Judge]:
+    made = Judge()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            made.seen.append(({k.lower(): v for k, v in self.headers.items()}, body))
+            time.sleep(made.delay)
+            content = made.reply(body)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response(made.status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield made
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def create(live: Any, url: str, **values: Any) -> dict[str, Any]:
+    body = {"name": "judge", "url": url, "headers": {"Authorization": TOKEN}, **values}
+    answer = live.http.post(PATH, json=body)
+    assert answer.status_code == 200, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def naming(endpoint_id: str, **values: Any) -> dict[str, Any]:
+    return {"rewards": {"components": [{"name": "j", "endpoint": endpoint_id, **values}]}}
+
+
+def headers_of(endpoint: dict[str, Any]) -> list[str]:
+    return [secret["name"] for secret in endpoint["secrets"] if secret["kind"] == "header"]
+
+
+def test_an_endpoint_is_made_shown_listed_changed_and_deleted(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    made = create(live, "https://judge.example/score", batch={"max_samples": 8})
+    assert made["id"].startswith("rwe_")
+    assert (made["object"], made["revision"], made["state"]) == ("reward_endpoint", 1, "ok")
+    assert made["signing_secret"].startswith("whsec_")
+    shown = live.http.get(f"{PATH}/{made['id']}").json()
+    assert shown == {name: value for name, value in made.items() if name != "signing_secret"}
+    assert (shown["batch"]["max_samples"], shown["batch"]["linger_ms"]) == (8, 50.0)
+    others = [create(live, "https://judge.example/score")["id"] for _ in range(3)]
+    page = live.http.get(PATH, params={"limit": 2}).json()
+    assert ([item["id"] for item in page["data"]], page["has_more"]) == (others[:0:-1], True)
+    rest = live.http.get(PATH, params={"after": page["last_id"]}).json()
+    assert [item["id"] for item in rest["data"]] == [others[0], made["id"]]
+    changed = live.http.patch(f"{PATH}/{made['id']}", json={"name": "other"}).json()
+    assert (changed["name"], changed["revision"], changed["batch"]) == ("other", 1, made["batch"])
+    assert live.http.delete(f"{PATH}/{made['id']}").json()["deleted"]
+    gone = live.http.get(f"{PATH}/{made['id']}")
+    assert (gone.status_code, error_of(gone)["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [
+        ({"url": "ftp://x/"}, "url"),
+        ({"url": "https://u:p@x/"}, "url"),
+        ({"headers": {"host": "x"}}, "headers.host"),
+        ({"headers": {"Content-Type": "x"}}, "headers.Content-Type"),
+        ({"headers": {"webhook-id": "x"}}, "headers.webhook-id"),
+        ({"headers": {"X-DAR-attempt": "x"}}, "headers.X-DAR-attempt"),
+        ({"headers": {"transfer-encoding": "x"}}, "headers.transfer-encoding"),
+        ({"headers": {"bad name": "x"}}, "headers.bad name"),
+        ({"headers": {"x-a": "line\r\nx-b: c"}}, "headers.x-a"),
+        ({"headers": {"x-a": ""}}, "headers.x-a"),
+        ({"headers": {"x-a": "\u00e9"}}, "headers.x-a"),
+        ({"signing_secret": "whsec_c2hvcnQ="}, "signing_secret"),
+        ({"protocol": "plain"}, None),
+        ({"protocol": "nonsense"}, "protocol"),
+        ({"weight": 2.0}, "weight"),
+    ],
+)
+def test_what_an_endpoint_cannot_be_is_refused(
+    live: Any, error_of: Callable[..., Any], values: dict[str, Any], param: str | None
+) -> None:
+    answer = live.http.post(PATH, json={"name": "judge", "url": "https://x/", **values})
+    error = error_of(answer)
+    assert answer.status_code == 400
+    assert param is None or error["param"].startswith(param.split(".")[0])
+    assert "line" not in answer.text
+    assert live.http.get(PATH).json()["data"] == []
+
+
+def test_secrets_are_nowhere_but_in_the_one_answer(
+    serve: Callable[..., Any], judge: Judge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _logging():
+        live = serve(log_level="debug")
+        made = create(live, judge.url, signing_secret=OWN)
+        secrets = [TOKEN, TOKEN.split()[1], OWN, OWN.removeprefix("whsec_")]
+        spoken = [
+            live.http.get(f"{PATH}/{made['id']}").text,
+            live.http.get(PATH).text,
+            live.http.patch(f"{PATH}/{made['id']}", json={"headers": {"x-k": TOKEN}}).text,
+            live.http.post(f"{PATH}/{made['id']}/probe").text,
+            live.http.get(f"{PATH}/{made['id']}/stats").text,
+            live.http.post(PATH, json={"name": "", "url": "x", "headers": {"te": TOKEN}}).text,
+            live.http.get("/openapi.json").text,
+        ]
+        job = live.submit(dar=naming(made["id"]))
+        spoken += [json.dumps(job), live.http.get(f"{JOBS}/{job['id']}/events").text]
+        judge.status = 401
+        spoken.append(live.http.post(f"{PATH}/{made['id']}/probe").text)
+        refused = live.http.post(JOBS, json=live.spec(dar=naming(made["id"], coerce=True)))
+        assert refused.status_code == 400
+        spoken.append(refused.text)
+    assert made["signing_secret"] == OWN
+    database = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*"))
+    output = capsys.readouterr()
+    for secret in secrets:
+        assert secret.encode() not in database
+        assert secret not in output.err + output.out
+        assert not [answer for answer in spoken if secret in answer]
+    assert '"path": "/v1/reward_endpoints"' in output.err  # the log was looked at, and it was one
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Logs of the real service, as its process writes them."""
+    before = structlog.get_config()
+    log.configure("debug")
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+def test_a_lease_brings_what_the_endpoint_has_now_and_only_to_its_job(live: Any) -> None:
+    made = create(live, "https://judge.example/score", timeouts={"attempt": 7.0})
+    component = {"weight": 2.0, "timeouts": {"connect": 1.0}}
+    job = live.submit(dar=naming(made["id"], **component), skip_validation=True)
+    [stored] = job["method"]["dar"]["rewards"]["components"]
+    assert (stored["endpoint"], stored["url"], stored["weight"]) == (made["id"], None, 2.0)
+    assert (stored["timeouts"]["connect"], stored["timeouts"]["attempt"]) == (1.0, 7.0)
+    new = live.http.post(f"{PATH}/{made['id']}/rotate_secret").json()
+    live.http.patch(f"{PATH}/{made['id']}", json={"headers": {"x-more": "m"}})
+    lease = live.claim()
+    assert lease.body["rewards"] == {
+        "j": {
+            "url": "https://judge.example/score",
+            "secrets": [new["signing_secret"], made["signing_secret"]],
+            "headers": {"authorization": TOKEN, "x-more": "m"},
+        }
+    }
+    live.submit()
+    assert live.claim(slot="1").body["rewards"] == {}
+
+
+def test_a_rotated_secret_overlaps_with_the_old_one_for_a_day_or_not_at_all(live: Any) -> None:
+    made = create(live, "https://judge.example/score")
+    path = f"{PATH}/{made['id']}/rotate_secret"
+    second = live.http.post(path, json={}).json()
+    signing = [secret for secret in second["secrets"] if secret["kind"] == "signing"]
+    assert [secret["expires_at"] is None for secret in signing] == [True, False]
+    in_a_day = datetime.now(UTC) + timedelta(hours=24)
+    assert abs(signing[1]["expires_at"] - in_a_day.timestamp()) < 120
+    assert second["revision"] == 2
+    third = live.http.post(path, json={"keep_old_secret_active_for_24_hours": False}).json()
+    signing = [secret for secret in third["secrets"] if secret["kind"] == "signing"]
+    assert [secret["expires_at"] for secret in signing] == [None]
+    assert len({made["signing_secret"], second["signing_secret"], third["signing_secret"]}) == 3
+
+
+def test_an_old_secret_stops_signing_after_its_day(live: Any) -> None:
+    made = create(live, "https://judge.example/score")
+    live.http.post(f"{PATH}/{made['id']}/rotate_secret")
+    with live.runtime.database.write() as transaction:
+        past = datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=1)
+        late = text("UPDATE reward_secrets SET expires_at = :past WHERE expires_at IS NOT NULL")
+        transaction.execute(late, {"past": past})
+    live.submit(dar=naming(made["id"]), skip_validation=True)
+    assert len(live.claim().body["rewards"]["j"]["secrets"]) == 1
+
+
+def test_another_origin_drops_the_headers_and_says_so(live: Any) -> None:
+    made = create(live, "https://judge.example/score", headers={"authorization": TOKEN, "x-b": "b"})
+    path = f"{PATH}/{made['id']}"
+    same = live.http.patch(path, json={"url": "https://judge.example:443/v2"}).json()
+    assert (same["dropped_headers"], headers_of(same)) == ([], ["x-b", "authorization"])
+    body = {"url": "https://evil.example/score", "headers": {"x-b": "fresh"}}
+    moved = live.http.patch(path, json=body).json()
+    assert (moved["dropped_headers"], headers_of(moved)) == (["authorization"], ["x-b"])
+    live.submit(dar=naming(made["id"]), skip_validation=True)
+    access = live.claim().body["rewards"]["j"]
+    assert access["headers"] == {"x-b": "fresh"}
+    assert access["secrets"] == [made["signing_secret"]]
+
+
+def test_who_writes_another_address_into_the_database_gets_no_secret(live: Any) -> None:
+    made = create(live, "https://judge.example/score")
+    job = live.submit(dar=naming(made["id"]), skip_validation=True)
+    with live.runtime.database.write() as transaction:
+        transaction.execute(text("UPDATE reward_endpoints SET url = 'https://evil.example/'"))
+    assert live.claim() is None
+    ended = live.job(job["id"])
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "secret_unreadable")
+
+
+def test_an_endpoint_that_a_job_needs_stays(live: Any, error_of: Callable[..., Any]) -> None:
+    made = create(live, "https://judge.example/score")
+    job = live.submit(dar=naming(made["id"]), skip_validation=True)
+    answer = live.http.delete(f"{PATH}/{made['id']}")
+    assert (answer.status_code, error_of(answer)["code"]) == (409, "endpoint_in_use")
+    stats = live.http.get(f"{PATH}/{made['id']}/stats").json()
+    assert (stats["jobs"], stats["last_job_id"]) == ({"queued": 1}, job["id"])
+    live.http.post(f"{JOBS}/{job['id']}/cancel")
+    assert live.http.delete(f"{PATH}/{made['id']}").status_code == 200
+
+
+def test_an_unknown_endpoint_is_a_400_at_its_place(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    unknown = "rwe_" + "0" * 26
+    answer = live.http.post(JOBS, json=live.spec(dar=naming(unknown)))
+    error = error_of(answer)
+    assert (answer.status_code, error["code"]) == (400, "endpoint_not_found")
+    assert error["param"] == "method.dar.rewards.components[0].endpoint"
+
+
+def test_a_components_fields_that_do_not_fit_its_endpoint_are_told(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    made = create(live, "https://judge.example/score")
+    dar = naming(made["id"], protocol="plain")
+    answer = live.http.post(JOBS, json=live.spec(dar=dar, skip_validation=True))
+    error = error_of(answer)
+    assert (answer.status_code, error["code"]) == (400, "missing_field")
+    assert error["param"] == "method.dar.rewards.components[0]"
+
+
+def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Judge) -> None:
+    made = create(live, judge.url)
+    report = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
+    assert (report["ok"], report["errors"]) == (True, [])
+    headers, body = judge.seen[0]
+    verify([decode_secret(made["signing_secret"])], headers, body)
+    assert headers["authorization"] == TOKEN
+    judge.status = 403
+    failed = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
+    assert (failed["ok"], failed["errors"][0]["code"]) == (False, "http_403")
+    stats = live.http.get(f"{PATH}/{made['id']}/stats").json()
+    assert (stats["state"], stats["last_probe"]["ok"]) == ("misconfigured", False)
+    assert live.http.get(f"{PATH}/{made['id']}").json()["state"] == "misconfigured"
+    changed = live.http.patch(f"{PATH}/{made['id']}", json={"headers": {"authorization": "b"}})
+    assert changed.json()["state"] == "ok"
+
+
+def test_an_inline_probe_sends_the_users_samples(
+    live: Any, judge: Judge, error_of: Callable[..., Any]
+) -> None:
+    samples = [{"prompt": "hi", "completion": "ho", "ground_truth": 3}] * 2
+    component = {"name": "a", "url": judge.url}
+    body = {"component": component, "samples": samples, "light": True}
+    assert live.http.post(f"{PATH}/probe", json=body).json()["ok"]
+    headers, sent = judge.seen[0]
+    asked = json.loads(sent)["samples"]
+    assert {(item["completion"], item["ground_truth"]) for item in asked} == {("ho", 3)}
+    verify([decode_secret(live.key("reward_secret"))], headers, sent)
+    for wrong in ({"component": component, "samples": samples[:1]}, {"component": {"name": "a"}}):
+        assert live.http.post(f"{PATH}/probe", json=wrong).status_code == 400
+    builtin = {"component": {"name": "a", "kind": "builtin", "fn": "brevity"}}
+    assert error_of(live.http.post(f"{PATH}/probe", json=builtin))["code"] == "not_inline"
+
+
+def test_probes_are_rationed(live: Any, judge: Judge, error_of: Callable[..., Any]) -> None:
+    body = {"component": {"name": "a", "url": judge.url}, "light": True}
+    answers = [live.http.post(f"{PATH}/probe", json=body) for _ in range(7)]
+    assert [answer.status_code for answer in answers] == [200] * 6 + [429]
+    assert error_of(answers[-1])["code"] == "rate_limit_exceeded"
+    assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "code"),
+    [
+        (404, None, "http_404"),
+        (302, None, "config.redirect"),
+        (200, {"rewards": [1.0]}, "contract"),
+        (200, {"rewards": ["1", "2"]}, "contract"),
+    ],
+)
+def test_a_service_that_must_be_mended_first_refuses_the_job(
+    live: Any, judge: Judge, error_of: Callable[..., Any], status: int, answer: Any, code: str
+) -> None:
+    judge.status = status
+    if answer is not None:
+        judge.answer = lambda asked: {"request_id": asked["request_id"], **answer}
+    dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
+    refused = live.http.post(JOBS, json=live.spec(dar=dar))
+    error = error_of(refused)
+    assert refused.status_code == 400
+    assert error["code"].startswith(code)
+    assert error["param"] == "method.dar.rewards.components[0].url"
+    assert live.http.get(JOBS).json()["data"] == []
+    live.submit(dar=dar, skip_validation=True)
+
+
+def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Judge) -> None:
+    judge.status = 503
+    live.submit(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
+    assert len(judge.seen) == 1  # nobody waits for retries at a submission
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+        components = [{"name": name, "url": f"{url}{name}"} for name in ("a", "b", "c")]
+        started = time.monotonic()
+        live.submit(dar={"rewards": {"components": components}})
+        # All at once: one after the other they would take three times as long.
+        assert time.monotonic() - started < 11
+
+
+def test_a_sweep_tries_its_service_once(live: Any, judge: Judge) -> None:
+    dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
+    for seed in range(5):
+        live.submit(dar=dar, seed=seed)
+    first = len(judge.seen)
+    spec = live.spec(dar=dar)
+    for _ in range(2):
+        live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
+    assert len(judge.seen) == first > 0
+
+
+def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Judge) -> None:
+    spec = live.spec(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
+    first = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
+    judge.status = 404
+    live.runtime.remembered._until.clear()
+    again = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
+    assert again.json()["id"] == first.json()["id"]
+
+
+def test_private_addresses_are_refused_unless_the_operator_allows_them(
+    serve: Callable[..., Any], judge: Judge, error_of: Callable[..., Any]
+) -> None:
+    live = serve(egress_allow_cidrs=(), egress_allow_http=())
+    made = create(live, judge.url)
+    assert live.http.post(f"{PATH}/{made['id']}/probe").json()["errors"][0]["code"] in {
+        "egress_denied",
+        "config.url",
+    }
+    for dar in (naming(made["id"]), {"rewards": {"components": [{"name": "a", "url": judge.url}]}}):
+        answer = live.http.post(JOBS, json=live.spec(dar=dar))
+        assert answer.status_code == 400
+        assert error_of(answer)["code"] in {"egress_denied", "config.url"}
+    grader = {"type": "endpoint", "name": "g", "endpoint": made["id"]}
+    body = {"grader": grader, "model_sample": "x"}
+    run = live.http.post("/v1/fine_tuning/alpha/graders/run", json=body).json()
+    assert (run["reward"], run["metadata"]["errors"]["other_error"]) == (None, True)
+    assert judge.seen == []
+
+
+def test_a_key_that_only_reads_changes_nothing(live: Any, error_of: Callable[..., Any]) -> None:
+    made = create(live, "https://judge.example/score")
+    with live.runtime.database.write() as transaction:
+        transaction.execute(text("UPDATE api_keys SET scopes = 'read' WHERE scopes LIKE 'read%'"))
+    path = f"{PATH}/{made['id']}"
+    assert live.http.get(path).status_code == live.http.get(f"{path}/stats").status_code == 200
+    for method, where in (
+        ("POST", PATH), ("PATCH", path), ("DELETE", path), ("POST", f"{path}/rotate_secret"),
+        ("POST", f"{path}/probe"), ("POST", f"{PATH}/probe"),
+        ("POST", "/v1/fine_tuning/alpha/graders/run"),
+    ):  # fmt: skip
+        answer = live.http.request(method, where, json={})
+        assert (answer.status_code, error_of(answer)["code"]) == (403, "insufficient_scope"), where
+
+
+def test_endpoints_of_another_project_are_not_there(live: Any) -> None:
+    made = create(live, "https://judge.example/score")
+    with live.runtime.database.write() as transaction:
+        now = datetime.now(UTC).replace(tzinfo=None)
+        other = "INSERT INTO projects (id, created_at) VALUES ('proj-other', :now)"
+        transaction.execute(text(other), {"now": now})
+        transaction.execute(text("UPDATE reward_endpoints SET project_id = 'proj-other'"))
+    path = f"{PATH}/{made['id']}"
+    assert live.http.get(PATH).json()["data"] == []
+    for method, where in (
+        ("GET", path), ("PATCH", path), ("DELETE", path), ("GET", f"{path}/stats"),
+        ("POST", f"{path}/rotate_secret"), ("POST", f"{path}/probe"),
+    ):  # fmt: skip
+        assert live.http.request(method, where, json={}).status_code == 404, where
