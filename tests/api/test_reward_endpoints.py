@@ -4,12 +4,9 @@ import base64
 import contextlib
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -23,59 +20,6 @@ PATH = "/v1/reward_endpoints"
 JOBS = "/v1/fine_tuning/jobs"
 TOKEN = "Bearer s3cret-of-the-header"
 OWN = "whsec_" + base64.b64encode(b"a secret of the user's own, 40 bytes long").decode()
-
-
-@dataclass
-class Judge:
-    """A reward service: gives each completion its length, and remembers what it was sent."""
-
-    port: int = 0
-    status: int = 200
-    extra: dict[str, Any] = field(default_factory=dict)
-    answer: Callable[[dict[str, Any]], Any] | None = None
-    delay: float = 0.0
-    seen: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/score"
-
-    def reply(self, body: bytes) -> bytes:
-        asked = json.loads(body)
-        if self.answer is not None:
-            return json.dumps(self.answer(asked)).encode()
-        rewards = [float(len(sample["completion"])) for sample in asked["samples"]]
-        return json.dumps({"request_id": asked["request_id"], "rewards": rewards}).encode()
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    made = Judge()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            made.seen.append(({k.lower(): v for k, v in self.headers.items()}, body))
-            time.sleep(made.delay)
-            content = made.reply(body)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.send_response(made.status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield made
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def create(live: Any, url: str, **values: Any) -> dict[str, Any]:
@@ -148,7 +92,7 @@ def test_what_an_endpoint_cannot_be_is_refused(
 
 
 def test_secrets_are_nowhere_but_in_the_one_answer(
-    serve: Callable[..., Any], judge: Judge, capsys: pytest.CaptureFixture[str]
+    serve: Callable[..., Any], judge: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _logging():
         live = serve(log_level="debug")
@@ -273,9 +217,7 @@ def test_an_endpoint_that_a_job_needs_stays(live: Any, error_of: Callable[..., A
     assert live.http.delete(f"{PATH}/{made['id']}").status_code == 200
 
 
-def test_an_unknown_endpoint_is_a_400_at_its_place(
-    live: Any, error_of: Callable[..., Any]
-) -> None:
+def test_an_unknown_endpoint_is_a_400_at_its_place(live: Any, error_of: Callable[..., Any]) -> None:
     unknown = "rwe_" + "0" * 26
     answer = live.http.post(JOBS, json=live.spec(dar=naming(unknown)))
     error = error_of(answer)
@@ -294,7 +236,7 @@ def test_a_components_fields_that_do_not_fit_its_endpoint_are_told(
     assert error["param"] == "method.dar.rewards.components[0]"
 
 
-def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Judge) -> None:
+def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Any) -> None:
     made = create(live, judge.url)
     report = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
     assert (report["ok"], report["errors"]) == (True, [])
@@ -312,7 +254,7 @@ def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Judge) 
 
 
 def test_an_inline_probe_sends_the_users_samples(
-    live: Any, judge: Judge, error_of: Callable[..., Any]
+    live: Any, judge: Any, error_of: Callable[..., Any]
 ) -> None:
     samples = [{"prompt": "hi", "completion": "ho", "ground_truth": 3}] * 2
     component = {"name": "a", "url": judge.url}
@@ -328,7 +270,7 @@ def test_an_inline_probe_sends_the_users_samples(
     assert error_of(live.http.post(f"{PATH}/probe", json=builtin))["code"] == "not_inline"
 
 
-def test_probes_are_rationed(live: Any, judge: Judge, error_of: Callable[..., Any]) -> None:
+def test_probes_are_rationed(live: Any, judge: Any, error_of: Callable[..., Any]) -> None:
     body = {"component": {"name": "a", "url": judge.url}, "light": True}
     answers = [live.http.post(f"{PATH}/probe", json=body) for _ in range(7)]
     assert [answer.status_code for answer in answers] == [200] * 6 + [429]
@@ -346,7 +288,7 @@ def test_probes_are_rationed(live: Any, judge: Judge, error_of: Callable[..., An
     ],
 )
 def test_a_service_that_must_be_mended_first_refuses_the_job(
-    live: Any, judge: Judge, error_of: Callable[..., Any], status: int, answer: Any, code: str
+    live: Any, judge: Any, error_of: Callable[..., Any], status: int, answer: Any, code: str
 ) -> None:
     judge.status = status
     if answer is not None:
@@ -361,7 +303,7 @@ def test_a_service_that_must_be_mended_first_refuses_the_job(
     live.submit(dar=dar, skip_validation=True)
 
 
-def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Judge) -> None:
+def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Any) -> None:
     judge.status = 503
     live.submit(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
     assert len(judge.seen) == 1  # nobody waits for retries at a submission
@@ -376,7 +318,7 @@ def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Judge)
         assert time.monotonic() - started < 11
 
 
-def test_a_sweep_tries_its_service_once(live: Any, judge: Judge) -> None:
+def test_a_sweep_tries_its_service_once(live: Any, judge: Any) -> None:
     dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
     for seed in range(5):
         live.submit(dar=dar, seed=seed)
@@ -387,7 +329,7 @@ def test_a_sweep_tries_its_service_once(live: Any, judge: Judge) -> None:
     assert len(judge.seen) == first > 0
 
 
-def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Judge) -> None:
+def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) -> None:
     spec = live.spec(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
     first = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
     judge.status = 404
@@ -397,7 +339,7 @@ def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Judge) 
 
 
 def test_private_addresses_are_refused_unless_the_operator_allows_them(
-    serve: Callable[..., Any], judge: Judge, error_of: Callable[..., Any]
+    serve: Callable[..., Any], judge: Any, error_of: Callable[..., Any]
 ) -> None:
     live = serve(egress_allow_cidrs=(), egress_allow_http=())
     made = create(live, judge.url)
