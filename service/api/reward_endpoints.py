@@ -166,10 +166,10 @@ async def probe_reward_endpoint(
     endpoint_id: str, runtime: CurrentRuntime, user: Submitter, body: ProbeBody
 ) -> ProbeReport:
     """Try a registered reward endpoint, as a job would use it."""
-    target = await run_in_threadpool(_target, runtime, user, endpoint_id)
+    target, revision = await run_in_threadpool(_target, runtime, user, endpoint_id)
     runtime.probes.take(user.key_id)
     report = await probing.report_on(target, probing.as_samples(body.samples), light=body.light)
-    await run_in_threadpool(_note, runtime, endpoint_id, report)
+    await run_in_threadpool(_note, runtime, endpoint_id, revision, report)
     return report
 
 
@@ -262,16 +262,18 @@ def _set_options(endpoint: tables.RewardEndpoint, sent: dict[str, Any]) -> None:
     endpoint.options = options
 
 
-def _target(runtime: Runtime, user: User, endpoint_id: str) -> ProbeTarget:
+def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget, int]:
     with runtime.database.read() as transaction:
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id)
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
     guard = endpoints.egress_policy(runtime.settings)
     component = component_of(endpoint)
-    return ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    target = ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    return target, endpoint.revision
 
 
-def _note(runtime: Runtime, endpoint_id: str, report: ProbeReport) -> None:
+def _note(runtime: Runtime, endpoint_id: str, revision: int, report: ProbeReport) -> None:
     kept = report.model_dump(mode="json", include=KEPT_OF_REPORT)
     with runtime.database.write() as transaction:
-        reward_endpoints.note_probe(transaction, endpoint_id, kept, probing.state_after(report))
+        state = probing.state_after(report)
+        reward_endpoints.note_probe(transaction, endpoint_id, kept, revision=revision, state=state)

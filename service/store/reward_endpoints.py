@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL
@@ -96,12 +96,32 @@ def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
     transaction.flush()
 
 
+def set_state(transaction: Transaction, endpoint_id: str, state: State) -> None:
+    """Note that an endpoint has refused a job for good, or that it works again."""
+    transaction.execute(
+        update(RewardEndpoint).where(RewardEndpoint.id == endpoint_id).values(state=state)
+    )
+
+
 def note_probe(
-    transaction: Transaction, endpoint_id: str, report: Mapping[str, Any], state: State | None
+    transaction: Transaction,
+    endpoint_id: str,
+    report: Mapping[str, Any],
+    *,
+    revision: int,
+    state: State | None,
 ) -> None:
-    """Keep the outcome of a probe; ``state`` None leaves the endpoint's as it is."""
+    """Keep the outcome of a probe, unless the endpoint was changed meanwhile.
+
+    Args:
+        transaction: Where it happens.
+        endpoint_id: What was probed.
+        report: The outcome, as JSON.
+        revision: What it was then.
+        state: The endpoint's new state; None: as it was.
+    """
     endpoint = transaction.get(RewardEndpoint, endpoint_id, with_for_update=True)
-    if endpoint is None:
+    if endpoint is None or endpoint.revision != revision:
         return
     endpoint.last_probe = {"at": int(transaction.now.timestamp()), **report}
     if state is not None:
