@@ -9,14 +9,13 @@ from dar.protocol.reward_endpoints import merged
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.guard import EgressPolicy
-from dar.settings import Settings
 from service import errors
 from service.runtime import Runtime
 from service.secrets import SecretBox
 from service.store import reward_endpoints, reward_secrets
 from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpoint
+from service.store.tables import Job
 
 COMPONENTS = "method.dar.rewards.components"
 
@@ -33,15 +32,6 @@ class Resolved:
     def links(self) -> dict[str, str]:
         """Ids of the endpoints, by component."""
         return {name: endpoint.id for name, endpoint in self.endpoints.items()}
-
-
-def egress_policy(settings: Settings) -> EgressPolicy:
-    """Which addresses reward services may have here."""
-    return EgressPolicy(
-        allow_http=settings.egress_allow_http,
-        allow_hosts=settings.egress_allow_hosts,
-        allow_cidrs=settings.egress_allow_cidrs,
-    )
 
 
 def resolve(
@@ -122,3 +112,17 @@ def access_of(
     return {
         name: access_to(transaction, runtime.secrets, endpoint) for name, endpoint in found.items()
     }
+
+
+def access_for(runtime: Runtime, job: Job, component: RewardComponent) -> ComponentAccess | None:
+    """How the service itself may call a component's reward service, to see whether it is back; None: it has none, or no secrets."""
+    if component.kind != "http":
+        return None
+    if component.url is not None:
+        return ComponentAccess(url=component.url, secrets=[runtime.reward_secret], headers={})
+    with runtime.database.read() as transaction:
+        endpoint = reward_endpoints.of_job(transaction, job.id).get(component.name)
+        try:
+            return None if endpoint is None else access_to(transaction, runtime.secrets, endpoint)
+        except SecretUnreadableError:
+            return None

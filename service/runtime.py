@@ -9,9 +9,9 @@ from dar.settings import Settings
 from service.artifacts import Artifacts
 from service.notifier import Notifier
 from service.probing import Remembered
+from service.rationing import Throttle
 from service.secrets import SecretBox
 from service.store.database import Database
-from service.throttle import Throttle
 from service.waker import Waker
 
 

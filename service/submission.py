@@ -20,6 +20,7 @@ from dar.errors import (
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
+from dar.rewards.guard import EgressPolicy
 from dar.rewards.probe import ProbeTarget
 from service import datasets, endpoints, errors, models
 from service.auth import User
@@ -81,7 +82,7 @@ def _try(
 ) -> Try:
     assert resolved.spec.dar.rewards is not None
     component = resolved.spec.dar.rewards.components[index]
-    guard = endpoints.egress_policy(runtime.settings)
+    guard = EgressPolicy.from_settings(runtime.settings)
     path = f"{endpoints.COMPONENTS}[{index}]"
     endpoint = resolved.endpoints.get(component.name)
     if endpoint is None:

@@ -30,6 +30,9 @@ from dar.settings import Settings, environment, inherited_environment, load_sett
 SERVICE_START_SECONDS = 90.0
 WITHHELD_FROM_WORKERS = ("database_url", "api_key", "reward_secret", "secret_keys")
 """A worker speaks HTTP with its own key; secrets of a job come with its lease."""
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
+"""On one machine the reward service is usually beside us, and without a certificate."""
 
 
 def say(text: str) -> None:
@@ -142,7 +145,12 @@ def start_all(
         "port": settings.port,
         "base_url": url,
         "broker_url": broker_url,
-        **_loopback_egress(settings),
+        "egress_allow_http": ",".join(
+            dict.fromkeys((*settings.egress_allow_http, *LOOPBACK_HOSTS))
+        ),
+        "egress_allow_cidrs": ",".join(
+            dict.fromkeys((*settings.egress_allow_cidrs, *LOOPBACK_NETWORKS))
+        ),
     }
     service = Child(
         name="service",
@@ -163,15 +171,6 @@ def start_all(
         )
         processes.start(worker)
     return broker_url is not None
-
-
-def _loopback_egress(settings: Settings) -> dict[str, str]:
-    """On a machine of one's own, jobs may call reward services on it, beside what its settings allow."""
-    allowed = {
-        "egress_allow_cidrs": (*settings.egress_allow_cidrs, "127.0.0.0/8", "::1/128"),
-        "egress_allow_http": (*settings.egress_allow_http, "127.0.0.1", "localhost", "::1"),
-    }
-    return {name: ",".join(dict.fromkeys(values)) for name, values in allowed.items()}
 
 
 class StopRequest:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from dar.errors import RewardMisconfiguredError
+from dar.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,15 @@ class EgressPolicy:
     """Hosts that may have any address."""
     allow_cidrs: tuple[str, ...] = ()
     """Networks that are reachable though they are private."""
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "EgressPolicy":
+        """The policy of this installation."""
+        return cls(
+            allow_http=settings.egress_allow_http,
+            allow_hosts=settings.egress_allow_hosts,
+            allow_cidrs=settings.egress_allow_cidrs,
+        )
 
 
 def check_url(url: str, policy: EgressPolicy) -> None:

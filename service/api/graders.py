@@ -24,6 +24,7 @@ from dar.protocol.graders import (
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, Rewards, RewardTimeouts
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample, SampleReward
+from dar.rewards.guard import EgressPolicy
 from dar.rewards.scorer import scorer_from_spec
 from service import endpoints
 from service.api.reward_endpoints import component_of
@@ -48,7 +49,7 @@ def run_grader(runtime: CurrentRuntime, user: Submitter, body: RunBody) -> Grade
     sample = _sample(body)
     runtime.gradings.take(user.key_id)
     started = time.perf_counter()
-    guard = endpoints.egress_policy(runtime.settings)
+    guard = EgressPolicy.from_settings(runtime.settings)
     rewards = Rewards(components=[component])
     failure: DARError | None = None
     scored: SampleReward | None = None

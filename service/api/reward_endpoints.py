@@ -25,6 +25,7 @@ from dar.protocol.reward_endpoints import (
 )
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
+from dar.rewards.guard import EgressPolicy
 from dar.rewards.probe import ProbeTarget
 from dar.rewards.signing import decode_secret
 from service import endpoints, errors, keys, probing
@@ -156,7 +157,7 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
         )
         raise InvalidRequestError(message, param="component", code="not_inline")
     runtime.probes.take(user.key_id)
-    guard = endpoints.egress_policy(runtime.settings)
+    guard = EgressPolicy.from_settings(runtime.settings)
     target = ProbeTarget(component, component.url, [runtime.reward_secret], {}, guard)
     return await probing.report_on(target, probing.as_samples(body.samples), light=body.light)
 
@@ -266,7 +267,7 @@ def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget
     with runtime.database.read() as transaction:
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id)
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
-    guard = endpoints.egress_policy(runtime.settings)
+    guard = EgressPolicy.from_settings(runtime.settings)
     component = component_of(endpoint)
     target = ProbeTarget(component, access.url, access.secrets, access.headers, guard)
     return target, endpoint.revision

@@ -145,7 +145,7 @@ class Live:
         return self.http.post("/v1/files", data=form, files={"file": ("rows.jsonl", content)})
 
     def spec(self, **values: Any) -> dict[str, Any]:
-        component = {"name": "letters", "url": "http://127.0.0.1:9/score"}
+        component = {"name": "letters", "url": "http://127.0.0.1:61999/score"}
         dar = {"hyperparameters": {"max_steps": 4}, "rewards": {"components": [component]}}
         file_id = values.pop("training_file", None) or self.upload().json()["id"]
         method = {"type": "dar", "dar": dar | values.pop("dar", {})}

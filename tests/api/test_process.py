@@ -141,7 +141,7 @@ def test_a_term_signal_ends_it_promptly_though_a_worker_waits(
 def submit_and_claim(client: httpx2.Client, worker: httpx2.Client) -> dict[str, Any]:
     file = {"file": ("a.jsonl", b'{"prompt": "x"}\n')}
     file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files=file).json()["id"]
-    rewards = {"components": [{"name": "a", "url": "http://127.0.0.1:9/"}]}
+    rewards = {"components": [{"name": "a", "url": "http://127.0.0.1:61999/"}]}
     spec = {"model": "base", "training_file": file_id}
     method = {"type": "dar", "dar": {"rewards": rewards}}
     assert client.post("/v1/fine_tuning/jobs", json=spec | {"method": method}).status_code == 200

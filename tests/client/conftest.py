@@ -31,7 +31,7 @@ METHOD: dict[str, Any] = {
     "type": "dar",
     "dar": {
         "hyperparameters": {"max_steps": 2},
-        "rewards": {"components": [{"name": "none", "url": "http://127.0.0.1:9/score"}]},
+        "rewards": {"components": [{"name": "none", "url": "http://127.0.0.1:61999/score"}]},
     },
 }
 

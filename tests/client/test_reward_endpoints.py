@@ -30,7 +30,7 @@ def test_an_endpoint_lives_from_its_creation_to_its_deletion(client: Client) -> 
 
 
 def test_a_probe_says_what_is_wrong(client: Client) -> None:
-    component = {"name": "a", "url": "http://127.0.0.1:9/score", "retry": {"attempts": 1}}
+    component = {"name": "a", "url": "http://127.0.0.1:61999/score", "retry": {"attempts": 1}}
     report = client.reward_endpoints.probe(component=component, light=True)
     assert (report.ok, report.errors[0].code) == (False, "connect")
     with pytest.raises(ValueError, match="endpoint_id or component"):
@@ -60,7 +60,7 @@ def test_failures_are_the_services_own_errors(
 
 
 def test_too_many_probes_are_a_rate_limit(service: Any) -> None:
-    component = {"name": "a", "url": "http://127.0.0.1:9/score", "retry": {"attempts": 1}}
+    component = {"name": "a", "url": "http://127.0.0.1:61999/score", "retry": {"attempts": 1}}
     with Client(service.api_key, service.url, max_retries=0) as client:
 
         def probe_often() -> None:
