@@ -73,8 +73,8 @@ async def _ask(target: ProbeTarget, samples: Sequence[RewardSample]) -> list[Rew
         component.limits,
         component.timeouts,
         component.retry,
-        target.headers,
-        target.guard,
+        headers=target.headers,
+        guard=target.guard,
     )
     source = HttpReward(component.name, target.url, secrets=target.secrets, options=options)
     try:

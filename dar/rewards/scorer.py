@@ -225,8 +225,8 @@ def _http_source(
         component.limits,
         component.timeouts,
         component.retry,
-        {} if access is None else access.headers,
-        guard,
+        headers={} if access is None else access.headers,
+        guard=guard,
     )
     if access is None:
         return HttpReward(component.name, component.url or "", secret=secret, options=options)
