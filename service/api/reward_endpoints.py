@@ -5,7 +5,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.concurrency import run_in_threadpool
 
-from dar.errors import ConfigurationError, InvalidRequestError, Problem
+from dar.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    Problem,
+    RewardMisconfiguredError,
+)
 from dar.protocol.base import Deleted, Page
 from dar.protocol.ids import new_id
 from dar.protocol.reward_endpoints import (
@@ -25,7 +30,7 @@ from dar.protocol.reward_endpoints import (
 )
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
-from dar.rewards.guard import EgressPolicy
+from dar.rewards.guard import EgressPolicy, check_url
 from dar.rewards.probe import ProbeTarget
 from dar.rewards.signing import decode_secret
 from service import endpoints, errors, keys, probing
@@ -52,6 +57,7 @@ def create_reward_endpoint(
     runtime: CurrentRuntime, user: Submitter, body: CreateBody
 ) -> NewRewardEndpoint:
     """Register a reward service. Its signing secret is in the answer, this once."""
+    _check_egress(runtime, body.url)
     secret = _signing_secret(body)
     options = body.model_dump(mode="json", include=set(OPTIONS), exclude_unset=True)
     endpoint = tables.RewardEndpoint(
@@ -98,6 +104,8 @@ def update_reward_endpoint(
     for name in NOT_NULL:
         if name in sent and getattr(body, name) is None:
             raise errors.invalid([Problem("must not be null", name, "null_value")])
+    if body.url is not None:
+        _check_egress(runtime, body.url)
     box = runtime.secrets
     with runtime.database.write() as transaction:
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id, lock="change")
@@ -233,6 +241,18 @@ def show(endpoint: tables.RewardEndpoint, secrets: "list[tables.RewardSecret]") 
 
 def _shown(transaction: Transaction, endpoint: tables.RewardEndpoint) -> RewardEndpoint:
     return show(endpoint, reward_secrets.list_all(transaction, [endpoint.id]))
+
+
+def _check_egress(runtime: Runtime, url: str) -> None:
+    """Refuse now what would be refused at every request.
+
+    Raises:
+        InvalidRequestError: The operator does not allow this URL.
+    """
+    try:
+        check_url(url, EgressPolicy.from_settings(runtime.settings))
+    except RewardMisconfiguredError as error:
+        raise InvalidRequestError(error.message, param="url", code=error.error_code) from None
 
 
 def _signing_secret(body: CreateRewardEndpoint) -> str:

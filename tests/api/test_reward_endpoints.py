@@ -235,6 +235,32 @@ def test_an_unknown_endpoint_is_a_400_at_its_place(live: Any, error_of: Callable
     assert error["param"] == "method.dar.rewards.components[0].endpoint"
 
 
+def test_an_endpoint_brings_what_its_protocol_needs(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    template = {"text": "{{completion}}"}
+    plain = {"protocol": "plain", "template": template, "pointer": "/score"}
+    made = create(live, "https://judge.example/score", **plain)
+    assert (made["template"], made["pointer"]) == (template, "/score")
+    job = live.submit(dar=naming(made["id"], pointer="/other"), skip_validation=True)
+    [stored] = job["method"]["dar"]["rewards"]["components"]
+    assert (stored["protocol"], stored["template"], stored["pointer"]) == (
+        "plain",
+        template,
+        "/other",
+    )
+    path = f"{PATH}/{made['id']}"
+    error = error_of(live.http.patch(path, json={"pointer": None}))
+    assert error["code"] == "endpoint_options"
+    native = {"protocol": "dar.reward.v1", "template": None, "pointer": None}
+    changed = live.http.patch(path, json=native).json()
+    assert (changed["protocol"], changed["template"], changed["revision"]) == (
+        "dar.reward.v1",
+        None,
+        2,
+    )
+
+
 def test_a_components_fields_that_do_not_fit_its_endpoint_are_told(
     live: Any, error_of: Callable[..., Any]
 ) -> None:
@@ -351,8 +377,14 @@ def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) ->
 def test_private_addresses_are_refused_unless_the_operator_allows_them(
     serve: Callable[..., Any], judge: Any, error_of: Callable[..., Any]
 ) -> None:
-    live = serve(egress_allow_cidrs=(), egress_allow_http=())
-    made = create(live, judge.url)
+    lenient, live = serve(), serve(egress_allow_cidrs=(), egress_allow_http=())
+    made = create(lenient, judge.url)  # before the operator forbade it
+    answer = live.http.post(PATH, json={"name": "judge", "url": judge.url})
+    error = error_of(answer)
+    assert (answer.status_code, error["param"]) == (400, "url")
+    assert error["code"] in {"egress_denied", "config.url"}
+    moved = live.http.patch(f"{PATH}/{made['id']}", json={"url": "http://169.254.169.254/"})
+    assert (moved.status_code, error_of(moved)["param"]) == (400, "url")
     assert live.http.post(f"{PATH}/{made['id']}/probe").json()["errors"][0]["code"] in {
         "egress_denied",
         "config.url",
