@@ -6,10 +6,11 @@ may be well when the job starts: the job is accepted, and waits.
 
 import asyncio
 import hashlib
+import json
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -104,6 +105,22 @@ def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None
     ]
 
 
+def without(text: str, secrets: Iterable[str], headers: Iterable[str]) -> str:
+    """``text``, which may be JSON, without any secret: a service may well send back what it was sent.
+
+    Args:
+        text: What it said.
+        secrets: Signing secrets.
+        headers: Values of secret headers; of ``Bearer abc`` the second part is hidden by itself, too.
+    """
+    given = list(headers)
+    hidden = {*secrets, *given, *(value.rpartition(" ")[2] for value in given)} - {""}
+    for secret in sorted(hidden, key=len, reverse=True):
+        for spelling in (secret, json.dumps(secret)[1:-1]):
+            text = text.replace(spelling, "…")
+    return text
+
+
 async def report_on(
     target: ProbeTarget, samples: Sequence[RewardSample] | None, *, light: bool
 ) -> ProbeReport:
@@ -111,7 +128,9 @@ async def report_on(
     seconds = LIGHT_SECONDS if light else FULL_SECONDS
     try:
         async with asyncio.timeout(seconds):
-            return await probe(target, samples, light=light)
+            report = await probe(target, samples, light=light)
+            hidden = without(report.model_dump_json(), target.secrets, target.headers.values())
+            return ProbeReport.model_validate_json(hidden)
     except TimeoutError:
         detail = f"the probe was not done within {seconds:g} s"
         return ProbeReport(

@@ -26,7 +26,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample, SampleReward
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.scorer import scorer_from_spec
-from service import endpoints
+from service import endpoints, probing
 from service.api.reward_endpoints import component_of
 from service.auth import Submitter, User
 from service.limits import body_of, schema_of
@@ -60,7 +60,13 @@ def run_grader(runtime: CurrentRuntime, user: Submitter, body: RunBody) -> Grade
             [scored] = scorer.score([sample], RewardContext(step=1, mode="validate"))
     except RewardError as error:
         failure = error
-    return _answer(body.grader, scored, failure, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    said = None if scored is None else scored.message
+    if failure is not None:
+        said = failure.message
+    if said is not None:
+        said = probing.without(said, access.secrets, access.headers.values())
+    return _answer(body.grader, scored, failure, said, seconds)
 
 
 @router.post("/validate", openapi_extra=schema_of(ValidateGrader))
@@ -110,11 +116,14 @@ def _sample(body: RunGrader) -> RewardSample:
 
 
 def _answer(
-    grader: EndpointGrader, scored: SampleReward | None, failure: DARError | None, seconds: float
+    grader: EndpointGrader,
+    scored: SampleReward | None,
+    failure: DARError | None,
+    said: str | None,
+    seconds: float,
 ) -> GraderRun:
     reward = None if scored is None else scored.reward
     parts = {} if scored is None else scored.components
-    message = None if scored is None else scored.message
     is_error = failure is not None or (scored is not None and scored.status == "error")
     is_silent = isinstance(failure, RewardUnavailableError)
     errors = GraderErrors(
@@ -133,7 +142,7 @@ def _answer(
         truncated_observation_error=False,
         unresponsive_reward_error=is_silent,
         endpoint_error_code=None if failure is None else failure.error_code,
-        endpoint_error_details=message if failure is None else failure.message,
+        endpoint_error_details=said,
     )
     metadata = GraderMetadata(
         name=grader.name,

@@ -110,10 +110,18 @@ def test_secrets_are_nowhere_but_in_the_one_answer(
         job = live.submit(dar=naming(made["id"]))
         spoken += [json.dumps(job), live.http.get(f"{JOBS}/{job['id']}/events").text]
         judge.status = 401
+        judge.answer = lambda _asked: {"echo": judge.seen[-1][0]}
         spoken.append(live.http.post(f"{PATH}/{made['id']}/probe").text)
         refused = live.http.post(JOBS, json=live.spec(dar=naming(made["id"], coerce=True)))
         assert refused.status_code == 400
-        spoken.append(refused.text)
+        assert (
+            "echo" in refused.text
+        )  # the owner sees what the service says, without what it was told
+        grader = {"type": "endpoint", "name": "g", "endpoint": made["id"]}
+        run = {"grader": grader, "model_sample": "x"}
+        graded = live.http.post("/v1/fine_tuning/alpha/graders/run", json=run)
+        assert graded.json()["metadata"]["errors"]["other_error"]
+        spoken += [refused.text, graded.text]
     assert made["signing_secret"] == OWN
     database = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*"))
     output = capsys.readouterr()
@@ -242,7 +250,9 @@ def test_an_endpoint_brings_what_its_protocol_needs(
     plain = {"protocol": "plain", "template": template, "pointer": "/score"}
     made = create(live, "https://judge.example/score", **plain)
     assert (made["template"], made["pointer"]) == (template, "/score")
-    job = live.submit(dar=naming(made["id"], pointer="/other"), skip_validation=True)
+    job = live.submit(
+        dar=naming(made["id"], protocol="plain", pointer="/other"), skip_validation=True
+    )
     [stored] = job["method"]["dar"]["rewards"]["components"]
     assert (stored["protocol"], stored["template"], stored["pointer"]) == (
         "plain",
