@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
@@ -28,6 +29,8 @@ LIGHT_SECONDS = 4.0
 FULL_SECONDS = 300.0
 REMEMBERED_SECONDS = 30.0
 """How long a service that was let pass is not tried again: a sweep submits many jobs with one service."""
+MIN_HIDDEN = 4
+"""Characters of a header value below which it is no secret, and hiding it would only spoil what is shown."""
 _PASSING = frozenset(
     {"connect", "connect_timeout", "timeout", "deadline", "protocol", "dns", "unavailable"}
     | {"too_large", "http_408", "http_413", "http_425", "http_429", "breaker_open"}
@@ -105,20 +108,31 @@ def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None
     ]
 
 
-def without(text: str, secrets: Iterable[str], headers: Iterable[str]) -> str:
-    """``text``, which may be JSON, without any secret: a service may well send back what it was sent.
+def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  # noqa: ANN401 - any JSON
+    """What a service said, in the texts of a JSON value, without any secret: it may well send back what it was sent.
 
     Args:
-        text: What it said.
+        said: A text, or a JSON value.
         secrets: Signing secrets.
         headers: Values of secret headers; of ``Bearer abc`` the second part is hidden by itself, too.
     """
     given = list(headers)
-    hidden = {*secrets, *given, *(value.rpartition(" ")[2] for value in given)} - {""}
-    for secret in sorted(hidden, key=len, reverse=True):
-        for spelling in (secret, json.dumps(secret)[1:-1]):
-            text = text.replace(spelling, "…")
-    return text
+    hidden = {*secrets, *given, *(value.rpartition(" ")[2] for value in given)}
+    long = sorted((text for text in hidden if len(text) >= MIN_HIDDEN), key=len, reverse=True)
+    spellings = [spelling for text in long for spelling in (text, json.dumps(text)[1:-1])]
+    return _hide(said, spellings)
+
+
+def _hide(value: Any, hidden: Sequence[str]) -> Any:  # noqa: ANN401 - any JSON
+    if isinstance(value, str):
+        for text in hidden:
+            value = value.replace(text, "…")
+        return value
+    if isinstance(value, list):
+        return [_hide(item, hidden) for item in value]
+    if isinstance(value, dict):
+        return {_hide(name, hidden): _hide(item, hidden) for name, item in value.items()}
+    return value
 
 
 async def report_on(
@@ -129,8 +143,10 @@ async def report_on(
     try:
         async with asyncio.timeout(seconds):
             report = await probe(target, samples, light=light)
-            hidden = without(report.model_dump_json(), target.secrets, target.headers.values())
-            return ProbeReport.model_validate_json(hidden)
+            said = report.model_dump(mode="json")
+            return ProbeReport.model_validate(
+                without(said, target.secrets, target.headers.values())
+            )
     except TimeoutError:
         detail = f"the probe was not done within {seconds:g} s"
         return ProbeReport(

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
 
+MIN_HIDDEN = 4
+"""Characters of a secret below which it is not looked for in a log."""
+
 
 class ExitCode(IntEnum):
     """How a trainer ends; the numbers are those of ``sysexits.h`` where one fits."""
@@ -68,7 +71,9 @@ class Launch(BaseModel):
             found.update(access.secrets, access.headers.values())
             # `Bearer abc`: a program may well print only the second part
             found.update(value.rpartition(" ")[2] for value in access.headers.values())
-        return tuple(sorted(found - {""}, key=len, reverse=True))
+        # A shorter header value is no secret, and hiding it would only spoil the log.
+        long = (text for text in found if len(text) >= MIN_HIDDEN)
+        return tuple(sorted(long, key=len, reverse=True))
 
     @property
     def processes(self) -> int:

@@ -151,6 +151,15 @@ class Live:
         method = {"type": "dar", "dar": dar | values.pop("dar", {})}
         return {"model": "base", "training_file": file_id, "method": method, **values}
 
+    def register(self, url: str, **values: Any) -> dict[str, Any]:
+        """A reward endpoint with a secret header."""
+        headers = {"Authorization": "Bearer s3cret-of-the-header"}
+        body = {"name": "judge", "url": url, "headers": headers, **values}
+        answer = self.http.post("/v1/reward_endpoints", json=body)
+        assert answer.status_code == 200, answer.text
+        made: dict[str, Any] = answer.json()
+        return made
+
     def submit(self, **values: Any) -> dict[str, Any]:
         answer = self.http.post("/v1/fine_tuning/jobs", json=self.spec(**values))
         assert answer.status_code == 200, answer.text

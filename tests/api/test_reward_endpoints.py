@@ -3,8 +3,6 @@
 import base64
 import contextlib
 import json
-import socket
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,21 +11,12 @@ import pytest
 import structlog
 from sqlalchemy import text
 
-from dar.rewards.signing import decode_secret, verify
 from service import log
 
 PATH = "/v1/reward_endpoints"
 JOBS = "/v1/fine_tuning/jobs"
-TOKEN = "Bearer s3cret-of-the-header"
+TOKEN = "Bearer s3cret-of-the-header"  # what `live.register` sends
 OWN = "whsec_" + base64.b64encode(b"a secret of the user's own, 40 bytes long").decode()
-
-
-def create(live: Any, url: str, **values: Any) -> dict[str, Any]:
-    body = {"name": "judge", "url": url, "headers": {"Authorization": TOKEN}, **values}
-    answer = live.http.post(PATH, json=body)
-    assert answer.status_code == 200, answer.text
-    made: dict[str, Any] = answer.json()
-    return made
 
 
 def naming(endpoint_id: str, **values: Any) -> dict[str, Any]:
@@ -41,14 +30,14 @@ def headers_of(endpoint: dict[str, Any]) -> list[str]:
 def test_an_endpoint_is_made_shown_listed_changed_and_deleted(
     live: Any, error_of: Callable[..., Any]
 ) -> None:
-    made = create(live, "https://judge.example/score", batch={"max_samples": 8})
+    made = live.register("https://judge.example/score", batch={"max_samples": 8})
     assert made["id"].startswith("rwe_")
     assert (made["object"], made["revision"], made["state"]) == ("reward_endpoint", 1, "ok")
     assert made["signing_secret"].startswith("whsec_")
     shown = live.http.get(f"{PATH}/{made['id']}").json()
     assert shown == {name: value for name, value in made.items() if name != "signing_secret"}
     assert (shown["batch"]["max_samples"], shown["batch"]["linger_ms"]) == (8, 50.0)
-    others = [create(live, "https://judge.example/score")["id"] for _ in range(3)]
+    others = [live.register("https://judge.example/score")["id"] for _ in range(3)]
     page = live.http.get(PATH, params={"limit": 2}).json()
     assert ([item["id"] for item in page["data"]], page["has_more"]) == (others[:0:-1], True)
     rest = live.http.get(PATH, params={"after": page["last_id"]}).json()
@@ -96,7 +85,7 @@ def test_secrets_are_nowhere_but_in_the_one_answer(
 ) -> None:
     with _logging():
         live = serve(log_level="debug")
-        made = create(live, judge.url, signing_secret=OWN)
+        made = live.register(judge.url, signing_secret=OWN)
         secrets = [TOKEN, TOKEN.split()[1], OWN, OWN.removeprefix("whsec_")]
         spoken = [
             live.http.get(f"{PATH}/{made['id']}").text,
@@ -144,7 +133,7 @@ def _logging() -> Iterator[None]:
 
 
 def test_a_lease_brings_what_the_endpoint_has_now_and_only_to_its_job(live: Any) -> None:
-    made = create(live, "https://judge.example/score", timeouts={"attempt": 7.0})
+    made = live.register("https://judge.example/score", timeouts={"attempt": 7.0})
     component = {"weight": 2.0, "timeouts": {"connect": 1.0}}
     job = live.submit(dar=naming(made["id"], **component), skip_validation=True)
     [stored] = job["method"]["dar"]["rewards"]["components"]
@@ -165,7 +154,7 @@ def test_a_lease_brings_what_the_endpoint_has_now_and_only_to_its_job(live: Any)
 
 
 def test_a_rotated_secret_overlaps_with_the_old_one_for_a_day_or_not_at_all(live: Any) -> None:
-    made = create(live, "https://judge.example/score")
+    made = live.register("https://judge.example/score")
     path = f"{PATH}/{made['id']}/rotate_secret"
     second = live.http.post(path, json={}).json()
     signing = [secret for secret in second["secrets"] if secret["kind"] == "signing"]
@@ -180,7 +169,7 @@ def test_a_rotated_secret_overlaps_with_the_old_one_for_a_day_or_not_at_all(live
 
 
 def test_an_old_secret_stops_signing_after_its_day(live: Any) -> None:
-    made = create(live, "https://judge.example/score")
+    made = live.register("https://judge.example/score")
     live.http.post(f"{PATH}/{made['id']}/rotate_secret")
     with live.runtime.database.write() as transaction:
         past = datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=1)
@@ -191,7 +180,9 @@ def test_an_old_secret_stops_signing_after_its_day(live: Any) -> None:
 
 
 def test_another_origin_drops_the_headers_and_says_so(live: Any) -> None:
-    made = create(live, "https://judge.example/score", headers={"authorization": TOKEN, "x-b": "b"})
+    made = live.register(
+        "https://judge.example/score", headers={"authorization": TOKEN, "x-b": "b"}
+    )
     path = f"{PATH}/{made['id']}"
     same = live.http.patch(path, json={"url": "https://judge.example:443/v2"}).json()
     assert (same["dropped_headers"], headers_of(same)) == ([], ["x-b", "authorization"])
@@ -214,7 +205,7 @@ def test_another_origin_drops_the_headers_and_says_so(live: Any) -> None:
 def test_a_job_without_its_secrets_fails_and_the_next_one_is_given_out(
     live: Any, change: str, code: str
 ) -> None:
-    made = create(live, "https://judge.example/score")
+    made = live.register("https://judge.example/score")
     job = live.submit(dar=naming(made["id"]), skip_validation=True)
     following = live.submit()
     with live.runtime.database.write() as transaction:
@@ -225,7 +216,7 @@ def test_a_job_without_its_secrets_fails_and_the_next_one_is_given_out(
 
 
 def test_an_endpoint_that_a_job_needs_stays(live: Any, error_of: Callable[..., Any]) -> None:
-    made = create(live, "https://judge.example/score")
+    made = live.register("https://judge.example/score")
     job = live.submit(dar=naming(made["id"]), skip_validation=True)
     answer = live.http.delete(f"{PATH}/{made['id']}")
     assert (answer.status_code, error_of(answer)["code"]) == (409, "endpoint_in_use")
@@ -248,7 +239,7 @@ def test_an_endpoint_brings_what_its_protocol_needs(
 ) -> None:
     template = {"text": "{{completion}}"}
     plain = {"protocol": "plain", "template": template, "pointer": "/score"}
-    made = create(live, "https://judge.example/score", **plain)
+    made = live.register("https://judge.example/score", **plain)
     assert (made["template"], made["pointer"]) == (template, "/score")
     job = live.submit(
         dar=naming(made["id"], protocol="plain", pointer="/other"), skip_validation=True
@@ -274,7 +265,7 @@ def test_an_endpoint_brings_what_its_protocol_needs(
 def test_a_components_fields_that_do_not_fit_its_endpoint_are_told(
     live: Any, error_of: Callable[..., Any]
 ) -> None:
-    made = create(live, "https://judge.example/score")
+    made = live.register("https://judge.example/score")
     dar = naming(made["id"], protocol="plain")
     answer = live.http.post(JOBS, json=live.spec(dar=dar, skip_validation=True))
     error = error_of(answer)
@@ -282,113 +273,11 @@ def test_a_components_fields_that_do_not_fit_its_endpoint_are_told(
     assert error["param"] == "method.dar.rewards.components[0]"
 
 
-def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Any) -> None:
-    made = create(live, judge.url)
-    report = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
-    assert (report["ok"], report["errors"]) == (True, [])
-    headers, body = judge.seen[0]
-    verify([decode_secret(made["signing_secret"])], headers, body)
-    assert headers["authorization"] == TOKEN
-    judge.status = 403
-    failed = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
-    assert (failed["ok"], failed["errors"][0]["code"]) == (False, "http_403")
-    stats = live.http.get(f"{PATH}/{made['id']}/stats").json()
-    assert (stats["state"], stats["last_probe"]["ok"]) == ("misconfigured", False)
-    assert live.http.get(f"{PATH}/{made['id']}").json()["state"] == "misconfigured"
-    changed = live.http.patch(f"{PATH}/{made['id']}", json={"headers": {"authorization": "b"}})
-    assert changed.json()["state"] == "ok"
-
-
-def test_an_inline_probe_sends_the_users_samples(
-    live: Any, judge: Any, error_of: Callable[..., Any]
-) -> None:
-    samples = [{"prompt": "hi", "completion": "ho", "ground_truth": 3}] * 2
-    component = {"name": "a", "url": judge.url}
-    body = {"component": component, "samples": samples, "light": True}
-    assert live.http.post(f"{PATH}/probe", json=body).json()["ok"]
-    headers, sent = judge.seen[0]
-    asked = json.loads(sent)["samples"]
-    assert {(item["completion"], item["ground_truth"]) for item in asked} == {("ho", 3)}
-    verify([decode_secret(live.key("reward_secret"))], headers, sent)
-    for wrong in ({"component": component, "samples": samples[:1]}, {"component": {"name": "a"}}):
-        assert live.http.post(f"{PATH}/probe", json=wrong).status_code == 400
-    builtin = {"component": {"name": "a", "kind": "builtin", "fn": "brevity"}}
-    assert error_of(live.http.post(f"{PATH}/probe", json=builtin))["code"] == "not_inline"
-
-
-def test_probes_are_rationed(live: Any, judge: Any, error_of: Callable[..., Any]) -> None:
-    body = {"component": {"name": "a", "url": judge.url}, "light": True}
-    answers = [live.http.post(f"{PATH}/probe", json=body) for _ in range(7)]
-    assert [answer.status_code for answer in answers] == [200] * 6 + [429]
-    assert error_of(answers[-1])["code"] == "rate_limit_exceeded"
-    assert 0 < int(answers[-1].headers["retry-after"]) <= 60
-
-
-@pytest.mark.parametrize(
-    ("status", "answer", "code"),
-    [
-        (404, None, "http_404"),
-        (302, None, "config.redirect"),
-        (200, {"rewards": [1.0]}, "contract"),
-        (200, {"rewards": ["1", "2"]}, "contract"),
-    ],
-)
-def test_a_service_that_must_be_mended_first_refuses_the_job(
-    live: Any, judge: Any, error_of: Callable[..., Any], status: int, answer: Any, code: str
-) -> None:
-    judge.status = status
-    if answer is not None:
-        judge.answer = lambda asked: {"request_id": asked["request_id"], **answer}
-    dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
-    refused = live.http.post(JOBS, json=live.spec(dar=dar))
-    error = error_of(refused)
-    assert refused.status_code == 400
-    assert error["code"].startswith(code)
-    assert error["param"] == "method.dar.rewards.components[0].url"
-    assert live.http.get(JOBS).json()["data"] == []
-    live.submit(dar=dar, skip_validation=True)
-
-
-def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Any) -> None:
-    judge.status = 503
-    live.submit(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
-    assert len(judge.seen) == 1  # nobody waits for retries at a submission
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen()
-        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
-        components = [{"name": name, "url": f"{url}{name}"} for name in ("a", "b", "c")]
-        started = time.monotonic()
-        live.submit(dar={"rewards": {"components": components}})
-        # All at once: one after the other they would take three times as long.
-        assert time.monotonic() - started < 11
-
-
-def test_a_sweep_tries_its_service_once(live: Any, judge: Any) -> None:
-    dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
-    for seed in range(5):
-        live.submit(dar=dar, seed=seed)
-    first = len(judge.seen)
-    spec = live.spec(dar=dar)
-    for _ in range(2):
-        live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
-    assert len(judge.seen) == first > 0
-
-
-def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) -> None:
-    spec = live.spec(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
-    first = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
-    judge.status = 404
-    live.runtime.remembered._until.clear()
-    again = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
-    assert again.json()["id"] == first.json()["id"]
-
-
 def test_private_addresses_are_refused_unless_the_operator_allows_them(
     serve: Callable[..., Any], judge: Any, error_of: Callable[..., Any]
 ) -> None:
     lenient, live = serve(), serve(egress_allow_cidrs=(), egress_allow_http=())
-    made = create(lenient, judge.url)  # before the operator forbade it
+    made = lenient.register(judge.url)  # before the operator forbade it
     answer = live.http.post(PATH, json={"name": "judge", "url": judge.url})
     error = error_of(answer)
     assert (answer.status_code, error["param"]) == (400, "url")
@@ -411,7 +300,7 @@ def test_private_addresses_are_refused_unless_the_operator_allows_them(
 
 
 def test_a_key_that_only_reads_changes_nothing(live: Any, error_of: Callable[..., Any]) -> None:
-    made = create(live, "https://judge.example/score")
+    made = live.register("https://judge.example/score")
     with live.runtime.database.write() as transaction:
         transaction.execute(text("UPDATE api_keys SET scopes = 'read' WHERE scopes LIKE 'read%'"))
     path = f"{PATH}/{made['id']}"
@@ -426,7 +315,7 @@ def test_a_key_that_only_reads_changes_nothing(live: Any, error_of: Callable[...
 
 
 def test_endpoints_of_another_project_are_not_there(live: Any) -> None:
-    made = create(live, "https://judge.example/score")
+    made = live.register("https://judge.example/score")
     with live.runtime.database.write() as transaction:
         now = datetime.now(UTC).replace(tzinfo=None)
         other = "INSERT INTO projects (id, created_at) VALUES ('proj-other', :now)"
