@@ -108,7 +108,7 @@ def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None
     ]
 
 
-def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  # noqa: ANN401 - any JSON
+def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape
     """What a service said, in the texts of a JSON value, without any secret: it may well send back what it was sent.
 
     Args:
@@ -123,7 +123,7 @@ def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  
     return _hide(said, spellings)
 
 
-def _hide(value: Any, hidden: Sequence[str]) -> Any:  # noqa: ANN401 - any JSON
+def _hide(value: Any, hidden: Sequence[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape
     if isinstance(value, str):
         for text in hidden:
             value = value.replace(text, "…")
