@@ -212,6 +212,13 @@ class ConfigurationError(DARError):
     retryable = False
 
 
+class SecretUnreadableError(DARError):
+    """A stored secret cannot be decrypted, or was stored for another endpoint."""
+
+    code = "secret_unreadable"
+    retryable = False
+
+
 class RewardError(DARError):
     """A reward source could not give rewards; the message names the source and its last answer."""
 

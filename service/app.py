@@ -9,6 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
+from dar.protocol import graders as wire_graders
+from dar.protocol import reward_endpoints as endpoints
 from dar.protocol import spec, worker
 from dar.settings import Settings
 from dar.version import __version__
@@ -17,6 +19,7 @@ from service.api import (
     checkpoints,
     events,
     files,
+    graders,
     health,
     inputs,
     jobs,
@@ -24,6 +27,7 @@ from service.api import (
     metrics,
     models,
     query,
+    reward_endpoints,
     samples,
     uploads,
 )
@@ -32,12 +36,23 @@ from service.log import RequestMiddleware
 from service.notifier import Notifier
 from service.reconciler import Reconciler
 from service.runtime import Runtime
+from service.secrets import SecretBox
 from service.store.database import Database
 from service.waker import Waker
 
-ROUTERS = (files, jobs, events, metrics, samples, checkpoints, models, leases, inputs, uploads)
+ROUTERS = (
+    *(files, jobs, events, metrics, samples, checkpoints, models, reward_endpoints, graders),
+    *(leases, inputs, uploads),
+)
 BODIES = (
     spec.JobSpec,
+    endpoints.CreateRewardEndpoint,
+    endpoints.UpdateRewardEndpoint,
+    endpoints.RotateSecret,
+    endpoints.ProbeEndpoint,
+    endpoints.ProbeInline,
+    wire_graders.RunGrader,
+    wire_graders.ValidateGrader,
     worker.Claim,
     worker.Heartbeat,
     worker.Batch,
@@ -137,4 +152,5 @@ def prepare(settings: Settings) -> Runtime:
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
         reward_secret=keys.configure(settings, database),
+        secrets=SecretBox(keys.secret_keys(settings, database)),
     )

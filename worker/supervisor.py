@@ -186,6 +186,7 @@ class Supervisor:
             validation_file=inputs.validation_file,
             resume_from=inputs.resume_from,
             reward_secret=lease.reward_secret,
+            reward_access=lease.rewards,
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
             is_offline=self._settings.is_offline,
         )

@@ -221,6 +221,8 @@ class JobSpec(Input):
     """Part of the fine-tuned model's name."""
     metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue] | None = None
     """Up to 16 labels of the user's own."""
+    skip_validation: bool = False
+    """Whether the job is accepted without trying its reward services first."""
     hyperparameters: Annotated[None, only(None)] = None
     integrations: Annotated[None, only(None)] = None
 

@@ -43,6 +43,16 @@ class ModelSource(Output):
     """Adapters to be merged in this order: their files are the inputs ``adapters/<n>/…``."""
 
 
+class ComponentAccess(Output):
+    """How a component's registered endpoint is reached; kept in memory only."""
+
+    url: str
+    secrets: Annotated[list[str], Field(repr=False)]
+    """Sign its requests, the newest first."""
+    headers: Annotated[dict[str, str], Field(repr=False)]
+    """Secret headers, sent to this URL alone."""
+
+
 class Lease(Output):
     """A job given to a slot for a limited time; answer to a claim."""
 
@@ -60,6 +70,8 @@ class Lease(Output):
     resume_checkpoint_id: str | None
     reward_secret: str | None
     """Signs requests to inline reward URLs; kept in memory only."""
+    rewards: dict[str, ComponentAccess] = Field(default_factory=dict)
+    """By component, for those that name a registered endpoint."""
 
 
 class InputFile(Output):

@@ -21,6 +21,7 @@ from dar.protocol.rewards import MAX_REQUEST_BYTES, decode_response
 from dar.rewards.answers import failure_of, read_answer, refusal_of
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.concurrency import all_of
+from dar.rewards.guard import EgressPolicy, check_url
 from dar.rewards.retry import AttemptFailedError, RetrySchedule
 from dar.rewards.signing import decode_secret, signed_headers
 from dar.rewards.wire import (
@@ -54,6 +55,10 @@ class HttpOptions:
     limits: RewardLimits = field(default_factory=RewardLimits)
     timeouts: RewardTimeouts = field(default_factory=RewardTimeouts)
     retry: RewardRetry = field(default_factory=RewardRetry)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Secret headers of the endpoint; never logged."""
+    guard: EgressPolicy | None = None
+    """Which addresses may be reached; None: all."""
 
 
 class HttpReward:
@@ -63,6 +68,7 @@ class HttpReward:
         name: Component name.
         url: Where requests are posted.
         secret: ``whsec_…``; None sends unsigned requests.
+        secrets: Several of them, each of which signs.
         options: Batching, limits, timeouts and retries.
         on_wait: Called with a message whenever a retry is being waited for.
 
@@ -76,13 +82,15 @@ class HttpReward:
         url: str,
         *,
         secret: str | None = None,
+        secrets: Sequence[str] = (),
         options: HttpOptions | None = None,
         on_wait: Callable[[str], None] | None = None,
     ) -> None:
         self._name = name
         self._url = url
         self._options = options or HttpOptions()
-        self._keys = () if secret is None else (decode_secret(secret),)
+        given = (*secrets, *(() if secret is None else (secret,)))
+        self._keys = tuple(decode_secret(item) for item in given)
         self.on_wait = on_wait
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
@@ -105,6 +113,8 @@ class HttpReward:
         Raises:
             RewardMisconfiguredError: The service refuses for good; requests in flight are cancelled.
         """
+        if self._options.guard is not None:
+            await asyncio.to_thread(check_url, self._url, self._options.guard)
         encoded = [
             encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]
@@ -213,6 +223,7 @@ class HttpReward:
     def _headers(self, request: EncodedRequest, number: int, seconds: float) -> Mapping[str, str]:
         timestamp = int(datetime.now(UTC).timestamp())
         return {
+            **self._options.headers,
             "content-type": "application/json",
             "accept": "application/json",
             "accept-encoding": "identity",

@@ -9,7 +9,7 @@ trainer's thread waits and can be told to stop.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -22,7 +22,8 @@ from dar.errors import (
     RewardContractError,
     RewardUnavailableError,
 )
-from dar.protocol.reward_spec import COMPONENT_NAME, Rewards, RewardURL
+from dar.protocol.reward_spec import COMPONENT_NAME, RewardComponent, Rewards, RewardURL
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -35,6 +36,7 @@ from dar.rewards.base import (
 from dar.rewards.combine import Results, WeightedSource, combine
 from dar.rewards.concurrency import LoopThread, ScoringStoppedError, all_of
 from dar.rewards.functions import FunctionReward, RewardFunction
+from dar.rewards.guard import EgressPolicy
 from dar.rewards.http import HttpOptions, HttpReward
 
 __all__ = [
@@ -183,6 +185,8 @@ def scorer_from_spec(
     *,
     secret: str | None,
     job_id: str | None,
+    access: Mapping[str, ComponentAccess] | None = None,
+    guard: EgressPolicy | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> RewardScorer:
     """The scorer of a job.
@@ -190,6 +194,8 @@ def scorer_from_spec(
     Args:
         rewards: The spec's ``rewards``.
         secret: Signs requests to inline URLs; None sends them unsigned.
+        access: URL and secrets of the components that name a registered endpoint.
+        guard: Which addresses may be reached; None: all.
         job_id: Named in the requests.
         on_wait: See `RewardScorer`.
 
@@ -198,24 +204,33 @@ def scorer_from_spec(
     """
     components = [
         WeightedSource(
-            HttpReward(
-                component.name,
-                component.url,
-                secret=secret,
-                options=HttpOptions(
-                    component.columns,
-                    component.batch,
-                    component.limits,
-                    component.timeouts,
-                    component.retry,
-                ),
-            ),
+            _http_source(component, (access or {}).get(component.name), secret, guard),
             component.weight,
             None if component.clip is None else (component.clip[0], component.clip[1]),
         )
         for component in rewards.components
     ]
     return RewardScorer(components, on_wait=on_wait, job_id=job_id)
+
+
+def _http_source(
+    component: RewardComponent,
+    access: ComponentAccess | None,
+    secret: str | None,
+    guard: EgressPolicy | None,
+) -> HttpReward:
+    options = HttpOptions(
+        component.columns,
+        component.batch,
+        component.limits,
+        component.timeouts,
+        component.retry,
+        headers={} if access is None else access.headers,
+        guard=guard,
+    )
+    if access is None:
+        return HttpReward(component.name, component.url or "", secret=secret, options=options)
+    return HttpReward(component.name, access.url, secrets=access.secrets, options=options)
 
 
 def scorer_from_functions(

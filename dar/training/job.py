@@ -1,6 +1,7 @@
 """`train_job`: a job spec, trained from its files to its last checkpoint."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
+from dar.protocol.worker import ComponentAccess
 from dar.training import loading
 from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data import Rows, read_rows
@@ -52,6 +54,8 @@ class JobInputs:
     """Whether the model hub may not be asked."""
     validation_file: Path | None = None
     """JSON Lines of prompts; None: no evaluation."""
+    reward_access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    """URL and secrets of the components that name a registered endpoint."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -107,6 +111,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         training_rows(inputs),
         spec.rewards,
         reward_secret=inputs.reward_secret,
+        reward_access=inputs.reward_access,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
         eval_dataset=_validation_rows(inputs),

@@ -1,7 +1,7 @@
 """Everything that gives rewards in a training run: functions, services and models, as its user gave them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.functions import RewardFunction
 from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
 from dar.training.config import DARConfig
@@ -29,6 +30,7 @@ class GivenRewards:
     tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
     weights: Sequence[float] | None
     secret: str | None
+    access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -39,6 +41,7 @@ class GivenRewards:
         weights: Sequence[float] | None,
         secret: str | None,
         config: DARConfig,
+        access: Mapping[str, ComponentAccess] | None = None,
     ) -> "GivenRewards":
         """Bring together what was given.
 
@@ -65,7 +68,7 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        return cls(functions, given, tokenizers, weights, secret)
+        return cls(functions, given, tokenizers, weights, secret, access or {})
 
     @property
     def is_online(self) -> bool:
@@ -128,7 +131,11 @@ class LoadedRewards:
             return None
         if isinstance(given.functions, Rewards):
             return scorer_from_spec(
-                given.functions, secret=given.secret, job_id=job_id, on_wait=on_wait
+                given.functions,
+                secret=given.secret,
+                job_id=job_id,
+                access=given.access,
+                on_wait=on_wait,
             )
         return scorer_from_functions(
             given.functions or [],

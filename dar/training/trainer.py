@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.scorer import RewardScorer
 from dar.training import zero
 from dar.training.config import DARConfig, preset_values
@@ -84,6 +85,7 @@ class DARTrainer(EvaluatingTrainer):
         reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
         reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
+        reward_access: URL and secrets of components that name a registered endpoint; only a job has them.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
@@ -116,6 +118,7 @@ class DARTrainer(EvaluatingTrainer):
         | None = None,
         reward_weights: Sequence[float] | None = None,
         reward_secret: str | None = None,
+        reward_access: Mapping[str, ComponentAccess] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
@@ -131,7 +134,7 @@ class DARTrainer(EvaluatingTrainer):
         check_table(train_dataset)
         config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
         given = GivenRewards.of(
-            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config,
+            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access,
         )  # fmt: skip
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(

@@ -5,13 +5,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
-from service import submission
+from service import errors, probing, submission
 from service.api.paging import PageCursor, envelope, seconds
 from service.auth import Reader, Submitter
 from service.limits import body_of, schema_of
@@ -27,7 +28,7 @@ RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0, le=MAX
 
 
 @router.post("", openapi_extra=schema_of(JobSpec))
-def create_job(
+async def create_job(
     response: Response,
     runtime: CurrentRuntime,
     user: Submitter,
@@ -35,10 +36,13 @@ def create_job(
     idempotency_key: IdempotencyKey = None,
     retry_count: RetryCount = 0,
 ) -> Job:
-    """Submit a job. The same ``Idempotency-Key`` again gives the same job."""
+    """Submit a job, once its reward services were tried. The same ``Idempotency-Key`` again gives the same job."""
     digest = submission.body_digest(spec)
     submitted = submission.Request(spec, user, digest, idempotency_key, retry_count)
-    job, replay = submission.submit(runtime, submitted)
+    tries = await run_in_threadpool(submission.to_try, runtime, submitted)
+    if problems := await probing.problems_of(tries, runtime.remembered):
+        raise errors.invalid(problems)
+    job, replay = await run_in_threadpool(submission.submit, runtime, submitted)
     response.headers["location"] = f"{PATH}/{job.id}"
     if replay is not None:
         response.headers["idempotency-replayed"] = replay

@@ -6,7 +6,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Response
 from starlette.concurrency import run_in_threadpool
 
-from dar.errors import ConflictError, FencedError, InvalidRequestError, Problem
+from dar.errors import (
+    ConflictError,
+    FencedError,
+    InvalidRequestError,
+    Problem,
+    SecretUnreadableError,
+)
 from dar.protocol.ids import new_id
 from dar.protocol.metrics import is_known
 from dar.protocol.spec import JobSpec
@@ -15,6 +21,7 @@ from dar.protocol.worker import (
     BatchAck,
     Claim,
     Complete,
+    ComponentAccess,
     Directive,
     Directives,
     Fail,
@@ -26,7 +33,7 @@ from dar.protocol.worker import (
     Outcome,
     Release,
 )
-from service import errors, keys
+from service import endpoints, errors, keys
 from service.auth import LeaseHolder, LeaseSender, Worker
 from service.limits import MAX_EXACT, body_of, schema_of
 from service.runtime import CurrentRuntime, Runtime
@@ -54,16 +61,13 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release))]
 )
 def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
     """Take the oldest queued job, if there is one."""
-    ttl = timedelta(seconds=runtime.settings.lease_ttl_seconds)
-    lease_id = new_id("lease-")
-    token = keys.new_attempt_token(lease_id)
-
-    def work(transaction: Transaction) -> fence.Held | None:
-        credential = leases.Credential(lease_id, keys.digest(token))
-        return leases.claim(transaction, body, credential, ttl)
-
-    held = runtime.database.transact(work)
-    return Response(status_code=204) if held is None else _lease(runtime, held, token)
+    while True:
+        found = _claim_once(runtime, body)
+        if found is None:
+            return Response(status_code=204)
+        if not isinstance(found, str):
+            return found
+        runtime.notifier.notify(found)
 
 
 @router.post("/{lease_id}/heartbeat", openapi_extra=schema_of(Heartbeat))
@@ -141,7 +145,32 @@ def _ended(runtime: Runtime, lease_id: str, work: "outcomes.Ending") -> Outcome:
     return outcome
 
 
-def _lease(runtime: Runtime, held: fence.Held, token: str) -> Lease:
+def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
+    """A lease of the oldest job; its id where that job cannot run, for its secrets are gone, and has failed; None: nothing is due."""
+    lease_id = new_id("lease-")
+    token = keys.new_attempt_token(lease_id)
+    ttl = timedelta(seconds=runtime.settings.lease_ttl_seconds)
+
+    def work(transaction: Transaction) -> Lease | str | None:
+        credential = leases.Credential(lease_id, keys.digest(token))
+        held = leases.claim(transaction, body, credential, ttl)
+        if held is None:
+            return None
+        try:
+            access = endpoints.access_of(transaction, runtime, held.job.id)
+        except SecretUnreadableError as error:
+            number, code = held.attempt.number, error.error_code
+            said = Fail(attempt=number, kind="user", code=code, message=error.message, param=None)
+            outcomes.fail(transaction, lease_id, said)
+            return held.job.id
+        return _lease(runtime, held, token, access)
+
+    return runtime.database.transact(work)
+
+
+def _lease(
+    runtime: Runtime, held: fence.Held, token: str, access: dict[str, ComponentAccess]
+) -> Lease:
     job, attempt = held.job, held.attempt
     return Lease(
         lease_id=attempt.lease_id,
@@ -155,6 +184,7 @@ def _lease(runtime: Runtime, held: fence.Held, token: str) -> Lease:
         model=ModelSource.model_validate(job.model_source),
         resume_checkpoint_id=attempt.resume_checkpoint_id,
         reward_secret=runtime.reward_secret,
+        rewards=access,
     )
 
 

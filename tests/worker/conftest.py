@@ -26,6 +26,8 @@ FAST = {
     "reconcile_seconds": 0.3,
     "cancel_seconds": 1.0,
     "lease_ttl_seconds": 60.0,
+    "egress_allow_cidrs": "127.0.0.0/8",
+    "egress_allow_http": "127.0.0.1",
 }
 
 
@@ -136,7 +138,7 @@ class Installation:
         dar = {
             "hyperparameters": {"max_steps": steps},
             "checkpointing": {"every_steps": every},
-            "rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:1/score"}]},
+            "rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:61999/score"}]},
         }
         metadata = {name: str(value) for name, value in script.items()}
         return self.submit_spec(b'{"prompt": "Once"}\n', dar, metadata=metadata)
