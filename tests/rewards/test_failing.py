@@ -280,11 +280,18 @@ async def test_a_request_that_is_too_large_is_halved_and_the_size_remembered(
     server = hostile(at_most_five)
     source = HttpReward("r", server.url, options=fast)
     assert await source.score(make_samples(16), context) == [Scored(0.5)] * 16
-    assert sorted(len(r.ids) for r in server.requests) == [4, 4, 4, 4, 8, 8, 16]
+    assert sorted(len(r.ids) for r in server.requests) == [4, 4, 4, 4, 8, 16]
     server.requests.clear()
     await source.score(make_samples(16), context)
     assert [len(r.ids) for r in server.requests] == [4, 4, 4, 4]
+    kept = source.state()
     await source.aclose()
+    server.requests.clear()
+    restarted = HttpReward("r", server.url, options=fast)
+    restarted.restore(kept)
+    await restarted.score(make_samples(16), context)
+    assert [len(r.ids) for r in server.requests] == [4, 4, 4, 4]
+    await restarted.aclose()
 
 
 async def test_a_single_sample_that_is_too_large_fails(

@@ -130,13 +130,13 @@ async def test_results_are_matched_by_id_in_any_order(
     feedback = "why\x00\x1b[31m " + "x" * 5000
     entries = [
         {"id": "s3", "reward": 3, "components": {"a": 1.5}, "feedback": feedback, "new": 1},
-        {"id": "s1", "error": {"code": "judge", "message": "m", "retryable": True}},
+        {"id": "s1", "error": {"code": "judge", "message": "m"}},
         {"id": "s0", "skip": True, "reason": "no maths"},
         {"id": "s2", "error": {"code": "bad", "message": ""}},
     ]
     first, second, third, fourth = await ask(hostile(results(*entries)).url)
     assert first == Skipped("no maths")
-    assert second == Failed("service.judge", "m", is_transient=True)
+    assert second == Failed("service.judge", "m", is_transient=False)
     assert (third.code, third.is_transient) == ("service.bad", False)
     assert fourth.reward == 3.0
     assert fourth.components == {"a": 1.5}
