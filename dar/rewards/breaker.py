@@ -63,6 +63,7 @@ class CircuitBreaker:
         self._state: State = "closed"
         self._refusal: RewardMisconfiguredError | None = None
         self._outcomes: deque[tuple[float, bool]] = deque()
+        self._failures = 0
         self._generation = 0
         self._is_probing = False
         self._pauses = 0
@@ -130,10 +131,10 @@ class CircuitBreaker:
     def _count(self, is_failure: bool, reason: str) -> None:
         now = self._now()
         self._outcomes.append((now, is_failure))
+        self._failures += is_failure
         while self._outcomes[0][0] < now - self._options.window_seconds:
-            self._outcomes.popleft()
-        calls = len(self._outcomes)
-        failures = sum(failed for _, failed in self._outcomes)
+            self._failures -= self._outcomes.popleft()[1]
+        calls, failures = len(self._outcomes), self._failures
         too_many = failures >= self._options.failure_fraction * calls
         if is_failure and calls >= self._options.min_calls and too_many:
             self._pause("open", f"{failures} of the last {calls} requests failed: {reason}")
@@ -149,6 +150,7 @@ class CircuitBreaker:
         self._generation += 1
         self._is_probing = False
         self._outcomes.clear()
+        self._failures = 0
         self._wake()
         self._on_change(state, reason)
 

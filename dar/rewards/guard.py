@@ -20,6 +20,7 @@ import httpx2
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.rewards.resolving import RESOLVE_SECONDS, resolve_in_thread
+from dar.rewards.streams import JoinedStream
 from dar.settings import Settings
 
 MAX_URL = 2048
@@ -299,9 +300,10 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         for place, address in enumerate(addresses):
             share = max(0.001, ends_at - time.monotonic()) / (len(addresses) - place)
             try:
-                return await self._dialler.connect_tcp(
+                stream = await self._dialler.connect_tcp(
                     str(address), port, share, local_address, socket_options
                 )
+                return JoinedStream(stream)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure
