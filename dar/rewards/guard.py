@@ -320,15 +320,19 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
     async def _resolve(self, host: str, port: int, ends_at: float) -> list[Address]:
         seconds = min(RESOLVE_SECONDS, max(0.001, ends_at - time.monotonic()))
         try:
-            texts = await asyncio.wait_for(
-                resolve_in_thread(lambda: self._resolver(host, port)), seconds
-            )
-        except TimeoutError:
-            error = socket.gaierror(socket.EAI_AGAIN, "the resolver did not answer in time")
-            raise httpcore2.ConnectError(str(error)) from error
+            texts = await self._looked_up(host, port, seconds)
         except (socket.gaierror, UnicodeError) as error:
+            # The pool drops the cause of an error but keeps its context, which this is as well.
             raise httpcore2.ConnectError(str(error)) from error
         return list(dict.fromkeys(map(ipaddress.ip_address, texts)))
+
+    async def _looked_up(self, host: str, port: int, seconds: float) -> Sequence[str]:
+        try:
+            async with asyncio.timeout(seconds):
+                return await resolve_in_thread(lambda: self._resolver(host, port))
+        except TimeoutError:
+            reason = "the resolver did not answer in time"
+            raise socket.gaierror(socket.EAI_AGAIN, reason) from None
 
     async def connect_unix_socket(self, *_: object, **__: object) -> httpcore2.AsyncNetworkStream:
         """Never opened: a reward service is not on this machine's file system.

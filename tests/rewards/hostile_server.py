@@ -500,7 +500,9 @@ async def hostile_server(tls: ssl.SSLContext | None = None) -> AsyncIterator[Hos
         task.add_done_callback(handlers.discard)
         await hostile.handle(reader, writer)
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls, backlog=128)
+    # The client says no goodbye in TLS; asyncio would wait 30 s for it.
+    more = {} if tls is None else {"ssl_shutdown_timeout": 0.2}
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls, backlog=128, **more)  # type: ignore[arg-type]
     hostile.port = server.sockets[0].getsockname()[1]
     try:
         yield hostile
