@@ -7,7 +7,7 @@ error or the sample browser unless it has been through a `Redactor`.
 import base64
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import quote
 
 from dar.errors import ConfigurationError
@@ -72,17 +72,21 @@ class Redactor:
         for secret in secrets:
             values |= {secret, secret.removeprefix("whsec_")}
         for value in (headers or {}).values():
-            _, _, token = value.rpartition(" ")
-            values |= {value, token}
+            words = value.split(" ")
+            values.add(words[1] if len(words) == 2 else value)
         forms = {form for value in values if len(value) >= SHORTEST for form in _forms(value)}
-        self._forms = sorted(forms, key=len, reverse=True)
-        self.longest = max(map(len, self._forms), default=0)
+        self._forms = tuple(forms)
 
     def __call__(self, text: str) -> str:
         """``text`` without secrets."""
-        for form in self._forms:
-            text = _without(text, form)
-        return _SHAPES.sub(REDACTED, text)
+        spans = sorted(span for form in self._forms for span in _spans(text, form))
+        parts: list[str] = []
+        end = 0
+        for start, stop in spans:
+            if start > end or not parts:
+                parts += (text[end:start], REDACTED)
+            end = max(end, stop)
+        return _SHAPES.sub(REDACTED, "".join([*parts, text[end:]]))
 
 
 def _forms(value: str) -> set[str]:
@@ -96,20 +100,16 @@ def _forms(value: str) -> set[str]:
     }
 
 
-def _without(text: str, secret: str) -> str:
+def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
+    """Where ``secret`` stands in ``text``, or as much of its beginning as gives it away."""
     head = secret[:_HEAD]
     start = text.find(head)
-    if start < 0:
-        return text
-    parts: list[str] = []
-    end = 0
     while start >= 0:
-        parts += (text[end:start], REDACTED)
         end = start + len(head)
         while end < len(text) and end - start < len(secret) and text[end] == secret[end - start]:
             end += 1
+        yield start, end
         start = text.find(head, end)
-    return "".join([*parts, text[end:]])
 
 
 class _NoHeaders(logging.Filter):
