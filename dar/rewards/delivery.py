@@ -32,6 +32,7 @@ from dar.rewards.base import (
 from dar.rewards.breaker import Outcome
 from dar.rewards.endpoint import Endpoint, Patience
 from dar.rewards.options import HttpOptions
+from dar.rewards.redaction import redacted
 from dar.rewards.retry import AttemptFailedError, Kind, RetrySchedule, parse_retry_after
 from dar.rewards.signing import signed_headers, verify
 from dar.rewards.wire import EncodedSample, as_result, request_id_of
@@ -200,7 +201,7 @@ class Delivery:
         if results is None:
             results = await self._result_that_follows()
         self._record("ok", is_final=True)
-        return [self._without_secrets(result) for result in results]
+        return [redacted(result, self._endpoint.redact) for result in results]
 
     def _waits_for_breaker(self, message: str) -> None:
         self._sender.reporter.waits(f"{self._sender.label}: {message}")
@@ -348,17 +349,6 @@ class Delivery:
             result if isinstance(result, Scored | Skipped | Failed) else as_result(result)
             for result in await self._later.result(poll)
         ]
-
-    def _without_secrets(self, result: RewardResult) -> RewardResult:
-        """A service may put what it was sent into any text; these texts are shown."""
-        redact = self._endpoint.redact
-        if isinstance(result, Scored):
-            if result.feedback is None:
-                return result
-            return replace(result, feedback=redact(result.feedback))
-        if isinstance(result, Skipped):
-            return result if result.reason is None else Skipped(redact(result.reason))
-        return Failed(redact(result.code), redact(result.message), result.is_transient)
 
     def _record_failure(self, failure: AttemptFailedError, *, is_final: bool) -> None:
         if failure.status is not None:

@@ -7,10 +7,12 @@ error or the sample browser unless it has been through a `Redactor`.
 import base64
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from urllib.parse import quote
 
 from dar.errors import ConfigurationError
+from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 
 REDACTED = "[redacted]"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
@@ -110,6 +112,17 @@ def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
             end += 1
         yield start, end
         start = text.find(head, end)
+
+
+def redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult:
+    """A result without secrets in its texts: a service may put what it was sent into any of them, and they are shown."""
+    if isinstance(result, Scored):
+        return (
+            result if result.feedback is None else replace(result, feedback=redact(result.feedback))
+        )
+    if isinstance(result, Skipped):
+        return result if result.reason is None else Skipped(redact(result.reason))
+    return Failed(redact(result.code), redact(result.message), result.is_transient)
 
 
 class _NoHeaders(logging.Filter):

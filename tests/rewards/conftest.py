@@ -240,19 +240,22 @@ async def ask(
         await source.aclose()
 
 
+def _beside(name: str) -> ModuleType:
+    """A module beside this one. It belongs to a program as well, so it is loaded by its file."""
+    if name not in sys.modules:
+        path = Path(__file__).with_name(f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def _hostile_server() -> ModuleType:
-    """The module beside this one; it is a program as well, so it is loaded by its file."""
-    known = sys.modules.get("hostile_server")
-    if known is not None:
-        return known
-    path = Path(__file__).with_name("hostile_server.py")
-    spec = importlib.util.spec_from_file_location("hostile_server", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hostile_server"] = module
-    spec.loader.exec_module(module)
-    return module
+    _beside("hostile_exchange")
+    _beside("hostile_behaviours")
+    return _beside("hostile_server")
 
 
 @pytest.fixture
@@ -335,6 +338,11 @@ async def score(
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert memory().rss - before < GROWTH_BYTES
-    everything = "\n".join([caplog.text, *said, *seen.messages, *map(repr, seen.records)])
+    logged = [
+        record.getMessage()
+        for phase in ("call", "teardown")
+        for record in caplog.get_records(phase)
+    ]
+    everything = "\n".join([*logged, *said, *seen.messages, *map(repr, seen.records)])
     for hidden in (SECRET, SECRET.removeprefix("whsec_"), TOKEN, KEY):
         assert hidden[:12] not in everything

@@ -219,12 +219,13 @@ def test_a_port_list_replaces_the_rule() -> None:
 
 
 def test_the_policy_comes_from_the_settings() -> None:
-    settings = Settings(
-        egress_allow_hosts="a.example, *.b.example",  # type: ignore[arg-type]  # as in the environment
-        egress_allow_cidrs="10.0.0.0/8",  # type: ignore[arg-type]
-        egress_allow_http="a.example",  # type: ignore[arg-type]
-        egress_ports="443,9000",  # type: ignore[arg-type]
-    )
+    given = {
+        "egress_allow_hosts": "a.example, *.b.example",
+        "egress_allow_cidrs": "10.0.0.0/8",
+        "egress_allow_http": "a.example",
+        "egress_ports": "443,9000",
+    }
+    settings = Settings.model_validate(given)
     policy = EgressPolicy.from_settings(settings)
     assert policy == EgressPolicy(
         ("a.example",), ("a.example", "*.b.example"), ("10.0.0.0/8",), (443, 9000)
