@@ -5,11 +5,11 @@ import hashlib
 import importlib
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -30,7 +30,7 @@ from dar.rewards.base import (
     Skipped,
 )
 from dar.rewards.breaker import Outcome
-from dar.rewards.endpoint import Endpoint, Patience
+from dar.rewards.endpoint import Endpoint, Patience, Slot
 from dar.rewards.options import HttpOptions
 from dar.rewards.redaction import redacted
 from dar.rewards.retry import AttemptFailedError, Kind, RetrySchedule, parse_retry_after
@@ -51,14 +51,6 @@ _OUTCOMES: Mapping[Kind, Outcome] = {
 """What a failed attempt tells the breaker. One that refuses these samples alone is alive; `CircuitBreaker.trip` is told apart."""
 
 
-class Reporter(Protocol):
-    """Whom a delivery tells of its waits."""
-
-    def waits(self, message: str) -> None:
-        """A request is waiting."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Sender:
     """What all requests of one component have in common."""
@@ -71,7 +63,8 @@ class Sender:
     endpoint: Endpoint
     observer: RewardObserver | None
     inbox: Inbox | None
-    reporter: Reporter
+    waits: Callable[[str], None]
+    """Is told when a request is waiting."""
 
 
 @dataclass(slots=True)
@@ -91,9 +84,11 @@ class Delivery:
         sender: The component.
         context: Job, step and mode.
         ready_at: When the samples were ready, on the monotonic clock.
+        slot: The delivery's place among those in flight.
     """
 
-    def __init__(self, sender: Sender, context: RewardContext, ready_at: float) -> None:
+    def __init__(self, sender: Sender, context: RewardContext, ready_at: float, slot: Slot) -> None:
+        self._slot = slot
         self._sender = sender
         self._options = sender.options
         self._endpoint = sender.endpoint
@@ -142,7 +137,7 @@ class Delivery:
             pause = self._schedule.pause(number)
             if not waiting or not self._schedule.next_request(pause):
                 return found
-            self._sender.reporter.waits(
+            self._sender.waits(
                 f"{self._sender.label}: {len(waiting)} samples are to be asked for again in {pause:.1f} s"
             )
             await asyncio.sleep(pause)
@@ -175,12 +170,13 @@ class Delivery:
 
     def _waits(self, failure: AttemptFailedError, attempt: int, wait: float) -> None:
         attempts = self._options.retry.attempts
-        self._sender.reporter.waits(
+        self._sender.waits(
             f"{self._sender.label}: {failure.reason}; attempt {attempt} of {attempts} in {wait:.1f} s"
         )
 
     async def _attempt(self, samples: list[EncodedSample]) -> list[RewardResult]:
         self._tried = _Tried(self._schedule.attempt, time.monotonic())
+        await self._slot.acquire()
         call = await self._endpoint.admit(self._schedule, self._patience, self._waits_for_breaker)
         outcome: Outcome = "neutral"
         reason = ""
@@ -190,7 +186,7 @@ class Delivery:
                 await self._begin(samples)
             answer = await self._send()
             results = self._decoded(answer) if answer.status == 200 else None
-            outcome = "ok"
+            outcome = "neutral" if self._tried.status is None else "ok"
         except AttemptFailedError as failure:
             outcome, reason = _OUTCOMES[failure.kind], failure.code
             if failure.kind == "permanent":
@@ -199,12 +195,13 @@ class Delivery:
         finally:
             self._endpoint.breaker.done(call, outcome, reason)
         if results is None:
+            self._slot.release()
             results = await self._result_that_follows()
         self._record("ok", is_final=True)
         return [redacted(result, self._endpoint.redact) for result in results]
 
     def _waits_for_breaker(self, message: str) -> None:
-        self._sender.reporter.waits(f"{self._sender.label}: {message}")
+        self._sender.waits(f"{self._sender.label}: {message}")
 
     def _refusal(self, failure: AttemptFailedError) -> RewardMisconfiguredError:
         return RewardMisconfiguredError(
@@ -295,6 +292,11 @@ class Delivery:
             **signed_headers(self._sender.keys, request_id, timestamp, self._body),
         }
 
+    def _poll_headers(self) -> Mapping[str, str]:
+        timestamp = int(datetime.now(UTC).timestamp())
+        signed = signed_headers(self._sender.keys, self._request_id, timestamp, b"")
+        return {**self._plain_headers(), **signed}
+
     def _plain_headers(self) -> dict[str, str]:
         return {
             "accept": "application/json",
@@ -337,9 +339,13 @@ class Delivery:
             limits = {"connect": timeouts.connect, "read": timeouts.read, "pool": most}
             try:
                 async with asyncio.timeout(most):
-                    polled = await self._endpoint.get(target, self._plain_headers(), limits)
+                    polled = await self._endpoint.get(target, self._poll_headers(), limits)
             except TimeoutError:
                 raise AttemptFailedError("transient", "timeout", "no answer to a poll") from None
+            except AttemptFailedError as failure:
+                if failure.kind in {"permanent", "too_large"}:
+                    failure.kind = "refused"  # it concerns this request, not the service
+                raise
             if polled.status == 200:
                 self._check_signature(polled)
             after = parse_retry_after(polled.headers.get("retry-after"))

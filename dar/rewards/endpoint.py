@@ -69,6 +69,30 @@ class Patience:
     seconds: float
 
 
+class Slot:
+    """A request's place among those that may be in flight.
+
+    Args:
+        places: Those of the endpoint.
+    """
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._is_held = False
+
+    async def acquire(self) -> None:
+        """Wait for the place, unless it is held."""
+        if not self._is_held:
+            await self._places.acquire()
+            self._is_held = True
+
+    def release(self) -> None:
+        """Leave it to another, if it is held: while a result is waited for that comes later, nothing is in flight."""
+        if self._is_held:
+            self._is_held = False
+            self._places.release()
+
+
 Listener = Callable[[State, str], None]
 
 
@@ -80,7 +104,7 @@ class Endpoint:
         self._registry = registry
         self._users = 0
         concurrency, rps = connection.limits
-        self.slots = asyncio.Semaphore(concurrency)
+        self._places = asyncio.Semaphore(concurrency)
         self.breaker = CircuitBreaker(connection.breaker, self._breaker_changed)
         self.budget = RetryBudget(connection.budget)
         self.listeners: set[Listener] = set()
@@ -119,6 +143,10 @@ class Endpoint:
         if self._users == 0:
             self._registry.pop(self._connection, None)
             await self._pool.aclose()
+
+    def slot(self) -> Slot:
+        """A place for one request, not held yet."""
+        return Slot(self._places)
 
     def redact(self, text: str) -> str:
         """``text`` without the endpoint's secrets."""

@@ -15,7 +15,7 @@ from dar.rewards.base import Inbox, RewardContext, RewardObserver, RewardResult,
 from dar.rewards.batcher import Batcher, Piece, Request
 from dar.rewards.breaker import State
 from dar.rewards.delivery import Delivery, Sender
-from dar.rewards.endpoint import Connection, Endpoint, open_endpoint
+from dar.rewards.endpoint import Connection, Endpoint, Slot, open_endpoint
 from dar.rewards.guard import parse_url
 from dar.rewards.options import HttpOptions
 from dar.rewards.redaction import check_headers
@@ -184,15 +184,19 @@ class HttpReward:
         endpoint, batcher = self._endpoint, self._batcher
         assert endpoint is not None
         assert batcher is not None
-        async with endpoint.slots:
+        slot = endpoint.slot()
+        try:
+            await slot.acquire()
             batcher.leaves_queue(request)
-            found = await self._deliver(list(request.samples), request, endpoint)
+            found = await self._deliver(list(request.samples), request, endpoint, slot)
+        finally:
+            slot.release()
         for piece in request.pieces:
             if not piece.outcome.done():
                 piece.outcome.set_result({sample.id: found[sample.id] for sample in piece.samples})
 
     async def _deliver(
-        self, samples: Batch, request: Request, endpoint: Endpoint
+        self, samples: Batch, request: Request, endpoint: Endpoint, slot: Slot
     ) -> dict[str, RewardResult]:
         """The results of ``samples``, over as many requests as the limit on their size demands, which may sink on the way."""
         found: dict[str, RewardResult] = {}
@@ -200,7 +204,7 @@ class HttpReward:
         while waiting:
             max_bytes = self._options.batch.max_bytes
             part = next(batches(waiting, max_samples=self._max_samples, max_bytes=max_bytes))
-            delivery = Delivery(self._sender(endpoint), request.context, request.ready_at)
+            delivery = Delivery(self._sender(endpoint), request.context, request.ready_at, slot)
             try:
                 found.update(await delivery.results(part))
             except AttemptFailedError as failure:
@@ -229,7 +233,7 @@ class HttpReward:
             endpoint=endpoint,
             observer=self.observer,
             inbox=self.inbox,
-            reporter=self,
+            waits=self.waits,
         )
 
     def _breaker_changed(self, state: State, reason: str) -> None:
