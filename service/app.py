@@ -1,6 +1,6 @@
 """The application: its routes, and what starts and stops with it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from service.api import (
     metrics,
     models,
     query,
+    reward_stats,
     samples,
     uploads,
 )
@@ -31,11 +32,26 @@ from service.artifacts import Artifacts
 from service.log import RequestMiddleware
 from service.notifier import Notifier
 from service.reconciler import Reconciler
+from service.reward_watch import RewardWatch
 from service.runtime import Runtime
+from service.store import jobs as jobs_store
 from service.store.database import Database
+from service.telemetry import Telemetry
 from service.waker import Waker
 
-ROUTERS = (files, jobs, events, metrics, samples, checkpoints, models, leases, inputs, uploads)
+ROUTERS = (
+    files,
+    jobs,
+    events,
+    metrics,
+    samples,
+    reward_stats,
+    checkpoints,
+    models,
+    leases,
+    inputs,
+    uploads,
+)
 BODIES = (
     spec.JobSpec,
     worker.Claim,
@@ -69,13 +85,16 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
+        watch = RewardWatch(ready)
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()
+        watch.start()
         try:
             yield
         finally:
             await ready.notifier.close()
+            await run_in_threadpool(watch.close)
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()
@@ -130,11 +149,17 @@ def prepare(settings: Settings) -> Runtime:
     artifacts = Artifacts(settings.artifacts_path)
     artifacts.prepare()
     broker = settings.broker_url
+
+    def count_jobs() -> Mapping[str, int]:
+        with database.read() as transaction:
+            return jobs_store.count_by_status(transaction)
+
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
+        telemetry=Telemetry(count_jobs),
         reward_secret=keys.configure(settings, database),
     )

@@ -9,6 +9,7 @@ from dar.settings import Settings
 from service.artifacts import Artifacts
 from service.notifier import Notifier
 from service.store.database import Database
+from service.telemetry import Telemetry
 from service.waker import Waker
 
 
@@ -21,6 +22,7 @@ class Runtime:
     artifacts: Artifacts
     waker: Waker
     notifier: Notifier
+    telemetry: Telemetry
     reward_secret: str
 
 

@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     REWARD_UNAVAILABLE = 69
     DRAINED = 75
     CANCELLED = 76
+    REWARD_PAUSED = 77
 
 
 class Launch(BaseModel):
@@ -82,3 +83,5 @@ class Result(BaseModel):
     """Code of the error that ended it."""
     message: str | None = None
     param: str | None = None
+    is_outage: bool = False
+    """Whether it ended for want of rewards that may simply come back."""

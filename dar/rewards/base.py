@@ -115,3 +115,47 @@ class SampleReward:
     """Raw reward of each component, None where it is missing; a part reported beside it is ``<component>/<part>``."""
     feedback: Mapping[str, str] = field(default_factory=dict)
     """What the sources said about the sample, by component; for viewing only."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """What became of an attempt at a request, or of the whole request."""
+
+    component: str
+    request_id: str
+    step: int
+    mode: str
+    attempts: int
+    """Attempts made so far, this one included."""
+    samples: int
+    """How many the request holds."""
+    outcome: str
+    """``ok``, or the code of the failure."""
+    status: int | None
+    """HTTP status; None where no answer came."""
+    seconds: float
+    """From sending to the last byte, or to the failure; of all attempts where it is final."""
+    queued_seconds: float
+    """What it waited before the first attempt."""
+    bytes_out: int
+    bytes_in: int
+    final: bool
+    """Whether nothing more is done about the request; otherwise it is tried again."""
+    quote: str = ""
+    """First bytes of what the service said about a failure, without secrets; at most 512 characters."""
+
+
+class RewardObserver(Protocol):
+    """Is told what happens between us and reward services; called from the scorer's thread, and must not block."""
+
+    def request_done(self, record: RequestRecord) -> None:
+        """A request was answered, has failed, or is going to be tried again."""
+        ...
+
+    def breaker_changed(self, component: str, state: str, reason: str) -> None:
+        """A component's circuit breaker is now ``closed``, ``open`` or ``half_open`` (or ``misconfigured``)."""
+        ...
+
+    def waiting(self, component: str, message: str) -> None:
+        """A component is waited for, and why."""
+        ...

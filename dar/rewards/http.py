@@ -19,7 +19,14 @@ from dar.errors import RewardContractError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.protocol.rewards import MAX_REQUEST_BYTES, decode_response
 from dar.rewards.answers import failure_of, read_answer, refusal_of
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
+from dar.rewards.base import (
+    Failed,
+    RequestRecord,
+    RewardContext,
+    RewardObserver,
+    RewardResult,
+    RewardSample,
+)
 from dar.rewards.concurrency import all_of
 from dar.rewards.retry import AttemptFailedError, RetrySchedule
 from dar.rewards.signing import decode_secret, signed_headers
@@ -65,6 +72,7 @@ class HttpReward:
         secret: ``whsec_…``; None sends unsigned requests.
         options: Batching, limits, timeouts and retries.
         on_wait: Called with a message whenever a retry is being waited for.
+        observer: Is told of every attempt that failed and of every request that ended.
 
     Raises:
         ConfigurationError: The secret is malformed.
@@ -78,12 +86,14 @@ class HttpReward:
         secret: str | None = None,
         options: HttpOptions | None = None,
         on_wait: Callable[[str], None] | None = None,
+        observer: RewardObserver | None = None,
     ) -> None:
         self._name = name
         self._url = url
         self._options = options or HttpOptions()
         self._keys = () if secret is None else (decode_secret(secret),)
         self.on_wait = on_wait
+        self.observer = observer
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
         self._label = f"reward service {parts.scheme}://{host}{parts.path}"
@@ -159,14 +169,55 @@ class HttpReward:
         if len(request.body) > MAX_REQUEST_BYTES:
             size = len(request.body)
             raise AttemptFailedError("too_large", "too_large", f"a request of {size} bytes")
+        started = time.monotonic()
         while True:
+            number = schedule.attempt
             try:
-                return await self._attempt(request, schedule)
+                results = await self._attempt(request, schedule)
             except AttemptFailedError as failure:
                 wait = schedule.wait_after(failure)
+                self._observe(request, context, number, started, failure, is_final=wait is None)
                 if wait is None:
                     raise
+            else:
+                self._observe(request, context, number, started, None, is_final=True)
+                return results
             await asyncio.sleep(wait)
+
+    def _observe(
+        self,
+        request: EncodedRequest,
+        context: RewardContext,
+        number: int,
+        started: float,
+        failure: AttemptFailedError | None,
+        *,
+        is_final: bool,
+    ) -> None:
+        if self.observer is None:
+            return
+        outcome = "ok" if failure is None else failure.code
+        status = 200 if failure is None or failure.kind == "contract" else None
+        if outcome.startswith("http_") and outcome[5:].isdigit():
+            status = int(outcome[5:])
+        self.observer.request_done(
+            RequestRecord(
+                component=self._name,
+                request_id=request.request_id,
+                step=context.step,
+                mode=context.mode,
+                attempts=number,
+                samples=len(request.ids),
+                outcome=outcome,
+                status=status,
+                seconds=time.monotonic() - started,
+                queued_seconds=0.0,
+                bytes_out=len(request.body),
+                bytes_in=0,
+                final=is_final,
+                quote="" if failure is None else failure.quote,
+            )
+        )
 
     def _report_wait(self, failure: AttemptFailedError, attempt: int, wait: float) -> None:
         if failure.retry_after_seconds is not None:

@@ -26,6 +26,7 @@ from dar.protocol.reward_spec import COMPONENT_NAME, Rewards, RewardURL
 from dar.rewards.base import (
     Failed,
     RewardContext,
+    RewardObserver,
     RewardResult,
     RewardSample,
     RewardSource,
@@ -54,6 +55,7 @@ class RewardScorer:
         components: The sources, with distinct names.
         on_wait: Called from the scorer's thread with a message whenever a retry is being waited for.
         job_id: Named in requests whose context names none.
+        observer: Is told what happens between us and reward services.
 
     Raises:
         ConfigurationError: There is no component, or two have one name.
@@ -65,6 +67,7 @@ class RewardScorer:
         *,
         on_wait: Callable[[str], None] | None = None,
         job_id: str | None = None,
+        observer: RewardObserver | None = None,
     ) -> None:
         names = [component.source.name for component in components]
         if not names or len(set(names)) < len(names):
@@ -73,6 +76,8 @@ class RewardScorer:
         for component in components:
             if on_wait is not None and isinstance(component.source, HttpReward):
                 component.source.on_wait = on_wait
+            if observer is not None and isinstance(component.source, HttpReward):
+                component.source.observer = observer
         self._job_id = job_id
         self._loop: LoopThread | None = None
 
@@ -184,6 +189,7 @@ def scorer_from_spec(
     secret: str | None,
     job_id: str | None,
     on_wait: Callable[[str], None] | None = None,
+    observer: RewardObserver | None = None,
 ) -> RewardScorer:
     """The scorer of a job.
 
@@ -192,6 +198,7 @@ def scorer_from_spec(
         secret: Signs requests to inline URLs; None sends them unsigned.
         job_id: Named in the requests.
         on_wait: See `RewardScorer`.
+        observer: See `RewardScorer`.
 
     Raises:
         ConfigurationError: The secret is malformed.
@@ -215,7 +222,7 @@ def scorer_from_spec(
         )
         for component in rewards.components
     ]
-    return RewardScorer(components, on_wait=on_wait, job_id=job_id)
+    return RewardScorer(components, on_wait=on_wait, job_id=job_id, observer=observer)
 
 
 def scorer_from_functions(
@@ -225,6 +232,7 @@ def scorer_from_functions(
     sources: Sequence[RewardSource] = (),
     secret: str | None = None,
     on_wait: Callable[[str], None] | None = None,
+    observer: RewardObserver | None = None,
 ) -> RewardScorer:
     """A scorer of reward functions and reward services.
 
@@ -235,6 +243,7 @@ def scorer_from_functions(
         sources: Further sources, under their own names.
         secret: Signs requests to the URLs.
         on_wait: See `RewardScorer`.
+        observer: See `RewardScorer`.
 
     Raises:
         ConfigurationError: ``weights`` has another length, the secret is malformed, or a function cannot take
@@ -261,7 +270,7 @@ def scorer_from_functions(
             source = FunctionReward(function, _free_name(FunctionReward(function).name, taken))
         components.append(WeightedSource(source, weight))
     components += map(WeightedSource, sources, factors[len(given) :])
-    return RewardScorer(components, on_wait=on_wait)
+    return RewardScorer(components, on_wait=on_wait, observer=observer)
 
 
 def _checked_url(url: str) -> str:

@@ -9,7 +9,12 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from dar.errors import InvalidRequestError, TrainingError
+from dar.errors import (
+    InvalidRequestError,
+    RewardBudgetError,
+    RewardUnavailableError,
+    TrainingError,
+)
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
 from dar.training import loading
@@ -66,13 +71,23 @@ def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
         InvalidRequestError: A row or a parameter is wrong.
         RewardMisconfiguredError: The reward service refuses us for good.
         RewardContractError: The reward service breaks its contract.
-        RewardUnavailableError: The reward service cannot be reached.
+        RewardUnavailableError: The reward service cannot be reached, and could not be so far.
+        RewardBudgetError: It cannot be reached any more, or too few completions got a reward. As with every want of rewards, a
+            checkpoint of the last whole step lies on disk, if any step was done since the start.
     """
     _prepare_process(inputs.threads)
     sink.phase("starting", 0, "loading the model")
     trainer = build_trainer(inputs, sink, control)
     try:
         trainer.train(resume_from_checkpoint=inputs.resume_from)
+    except RewardUnavailableError as error:
+        if trainer.state.global_step == 0:
+            raise
+        raise RewardBudgetError(
+            f"after step {trainer.state.global_step}: {error.message}",
+            code=error.error_code,
+            is_outage=True,
+        ) from error
     except torch.OutOfMemoryError as error:
         if trainer.state.global_step > 0:
             raise  # it had fitted before, so it may fit again

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
+from dar.rewards.base import RewardObserver
 from dar.rewards.functions import RewardFunction
 from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
 from dar.training.config import DARConfig
@@ -107,7 +108,13 @@ class LoadedRewards:
             for factor, sketch in zip(factors, self.sketches, strict=False)
         ]
 
-    def open(self, *, job_id: str | None, on_wait: Callable[[str], None]) -> RewardScorer | None:
+    def open(
+        self,
+        *,
+        job_id: str | None,
+        on_wait: Callable[[str], None],
+        observer: RewardObserver | None = None,
+    ) -> RewardScorer | None:
         """The scorer of these rewards; None where there are none.
 
         Raises:
@@ -120,7 +127,11 @@ class LoadedRewards:
             return None
         if isinstance(given.functions, Rewards):
             return scorer_from_spec(
-                given.functions, secret=given.secret, job_id=job_id, on_wait=on_wait
+                given.functions,
+                secret=given.secret,
+                job_id=job_id,
+                on_wait=on_wait,
+                observer=observer,
             )
         return scorer_from_functions(
             given.functions or [],
@@ -128,4 +139,5 @@ class LoadedRewards:
             sources=self.models,
             secret=given.secret,
             on_wait=on_wait,
+            observer=observer,
         )

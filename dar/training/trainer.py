@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, RewardError
+from dar.rewards.observing import StepObserver
 from dar.rewards.scorer import RewardScorer
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
@@ -192,6 +193,11 @@ class DARTrainer(EvaluatingTrainer):
             if self.stopped_by == "drain" and self.state.global_step > self.published_step:
                 self._save_checkpoint(self.model, None)
             return TrainOutput(self.state.global_step, math.nan, {})
+        except RewardError:
+            # As after a drain: the job may go on from here when there are rewards again.
+            if self.state.global_step > self.published_step:
+                self._save_checkpoint(self.model, None)
+            raise
         finally:
             self.is_in_train = False
 
@@ -274,8 +280,18 @@ class DARTrainer(EvaluatingTrainer):
         """Keep open what gives rewards, on the main process; inside of another of these, nothing."""
         with contextlib.ExitStack() as stack:
             if self._scorer is None and self.ranks.is_main:
-                scorer = self._rewards.open(job_id=self._job_id, on_wait=self._tell_waiting)
+                observer = self._reporter.observer = StepObserver(
+                    self.sink.event, self._tell_waiting
+                )
+                scorer = self._rewards.open(
+                    job_id=self._job_id, on_wait=self._tell_waiting, observer=observer
+                )
                 if scorer is not None:
+                    stack.callback(
+                        lambda: self._reporter.report_requests(
+                            self.sink, self.state.global_step + 1
+                        )
+                    )
                     self._scorer = stack.enter_context(scorer)
                     stack.callback(setattr, self, "_scorer", None)
             yield

@@ -30,6 +30,7 @@ class RecordingSink:
         self.reports: dict[int, dict[str, float]] = {}
         self.shown: dict[int, list[SampleRow]] = {}
         self.events: list[tuple[str, str, Mapping[str, Any] | None]] = []
+        self.requests: list[tuple[int, list[Any], list[Any]]] = []
         self.phases: list[tuple[str, int, str | None]] = []
         self.published: list[tuple[int, Path, Manifest, str]] = []
         self.seq = 0
@@ -41,6 +42,10 @@ class RecordingSink:
     def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         self.seq += 1
         self.shown[step] = list(samples)
+
+    def rewards(self, step: int, requests: Sequence[Any], failures: Sequence[Any]) -> None:
+        self.seq += 1
+        self.requests.append((step, list(requests), list(failures)))
 
     def event(self, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:
         self.seq += 1
