@@ -241,6 +241,8 @@ def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
         if code == ExitCode.CRASHED:
             raise
         log.warning("training ends with %s: %s", code.name, error.error_code)
+        if launch.reward_secret:  # a reward service may have been told it by mistake, and is quoted
+            error.message = error.message.replace(launch.reward_secret, "…")
         sink.close(error)
         return code
     sink.close()

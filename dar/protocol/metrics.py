@@ -82,7 +82,7 @@ METRICS: tuple[Metric, ...] = (
         Metric(
             f"reward/n_error/{family}",
             "completions",
-            f"those whose first failure was of class {family}; none: 0",
+            f"those whose first failure was of class {family}; left out where there are none",
         )
         for family in FAMILIES
     ),
