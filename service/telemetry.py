@@ -49,6 +49,8 @@ class Telemetry(Collector):
         self._samples = dict.fromkeys(RESULTS.values(), 0.0)
         self._errors: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
         self._breakers = dict.fromkeys(BREAKER_STATES, 0.0)
+        self._groups = {"rewards/dropped_groups": 0.0, "rewards/refilled_groups": 0.0}
+        self._idle = {"reward": 0.0, "generation": 0.0}
         self._totals: Counter[str] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -86,8 +88,10 @@ class Telemetry(Collector):
             self._samples[result] += values.get(name) or 0
         for family in FAMILIES:
             self._errors[family] += values.get(f"reward/n_error/{family}") or 0
-        for name in ("reward/n_dropped_groups", "reward/n_refilled", "time/idle_seconds"):
-            self._totals[name] += values.get(name) or 0  # type: ignore[assignment]  # a Counter may hold seconds too
+        for name in self._groups:
+            self._groups[name] += values.get(name) or 0
+        for cause in self._idle:
+            self._idle[cause] += values.get(f"time/idle_{cause}_seconds") or 0
 
     def render(self) -> bytes:
         """Everything in the text format of Prometheus."""
@@ -132,11 +136,13 @@ class Telemetry(Collector):
         errors = "Samples that could not be scored, by class of failure."
         yield _labelled("dar_reward_errors", errors, "class", self._errors)
         dropped = "Groups without enough scored samples to learn from."
-        yield _counter("dar_reward_groups_dropped", dropped, totals["reward/n_dropped_groups"])
+        yield _counter("dar_reward_groups_dropped", dropped, self._groups["rewards/dropped_groups"])
         refilled = "Groups sampled to replace those."
-        yield _counter("dar_reward_groups_refilled", refilled, totals["reward/n_refilled"])
-        idle = "Seconds in which trainers neither sampled nor trained."
-        yield _counter("dar_trainer_idle_seconds", idle, totals["time/idle_seconds"])
+        yield _counter(
+            "dar_reward_groups_refilled", refilled, self._groups["rewards/refilled_groups"]
+        )
+        idle = "Seconds in which trainers waited for rewards, or for each other's samples."
+        yield _labelled("dar_trainer_idle_seconds", idle, "cause", self._idle)
         pauses = "Jobs paused because they got too few rewards."
         yield _counter("dar_reward_pauses", pauses, totals["reward_pauses"])
         resumes = "Such jobs that went on because their reward service answered again."

@@ -87,13 +87,11 @@ METRICS: tuple[Metric, ...] = (
         for family in FAMILIES
     ),
     Metric(
-        "reward/n_dropped_groups",
+        "rewards/dropped_groups",
         "prompts",
-        "prompts without enough scored completions to learn from",
+        "prompts left out, as too few of their completions had a reward",
     ),
-    Metric(
-        "reward/n_refilled", "prompts", "prompts sampled beyond the batch size to replace those"
-    ),
+    Metric("rewards/refilled_groups", "prompts", "how many of these were sampled once more"),
     Metric("completions/mean_length", "tokens", "mean completion length"),
     Metric("completions/min_length", "tokens", "shortest completion"),
     Metric("completions/max_length", "tokens", "longest completion"),
@@ -120,6 +118,14 @@ METRICS: tuple[Metric, ...] = (
         "s",
         "time since the end of the step before in which the policy was neither sampled from nor trained: waiting for rewards, and "
         "what lay between the steps (checkpoints, evaluation, reports)",
+    ),
+    Metric(
+        "time/idle_reward_seconds", "s", "part of the idle time that was spent waiting for rewards"
+    ),
+    Metric(
+        "time/idle_generation_seconds",
+        "s",
+        "part of the sampling time in which the main process waited for the other processes",
     ),
     Metric("time/tokens_per_second", "tokens/s", "completion tokens of the step / its wall time"),
 )

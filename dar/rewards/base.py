@@ -119,14 +119,14 @@ class SampleReward:
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """What became of an attempt at a request, or of the whole request."""
+    """One attempt at a request, as it ended."""
 
     component: str
     request_id: str
     step: int
     mode: str
-    attempts: int
-    """Attempts made so far, this one included."""
+    attempt: int
+    """Number of the attempt, from 1."""
     samples: int
     """How many the request holds."""
     outcome: str
@@ -134,13 +134,13 @@ class RequestRecord:
     status: int | None
     """HTTP status; None where no answer came."""
     seconds: float
-    """From sending to the last byte, or to the failure; of all attempts where it is final."""
+    """From the attempt's start to its end."""
     queued_seconds: float
-    """What it waited before the first attempt."""
+    """What the request waited before its first attempt."""
     bytes_out: int
     bytes_in: int
-    final: bool
-    """Whether nothing more is done about the request; otherwise it is tried again."""
+    is_final: bool
+    """Whether no further attempt follows."""
     quote: str = ""
     """First bytes of what the service said about a failure, without secrets; at most 512 characters."""
 
@@ -149,7 +149,7 @@ class RewardObserver(Protocol):
     """Is told what happens between us and reward services; called from the scorer's thread, and must not block."""
 
     def request_done(self, record: RequestRecord) -> None:
-        """A request was answered, has failed, or is going to be tried again."""
+        """An attempt has ended."""
         ...
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:

@@ -57,7 +57,8 @@ class FailureBudget:
     service that fails altogether is one long before the window is full.
 
     What `state` gives is as of the last `end_step`, as a checkpoint is: groups of a step that was dropped are counted when that
-    step is made again. Once the budget is spent, counting starts anew, so that a job that is resumed has its whole budget.
+    step is made again. Once the budget is spent, counting starts anew; and a job that goes on from a checkpoint, which may have been
+    written just before, has at least half of its budget, so that its next failure is no reason to pause it again.
 
     Args:
         policy: The job's.
@@ -133,12 +134,17 @@ class FailureBudget:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave, perhaps with another window."""
+        """Go on from what `state` gave, perhaps with another window; the oldest failures beyond half of the budget are forgiven."""
         self._forget()
         self._groups.extend((int(failed), int(samples)) for failed, samples in state["groups"])
         self._failed = sum(failed for failed, _ in self._groups)
         self._samples = sum(samples for _, samples in self._groups)
-        self._empty_steps = int(state["empty_steps"])
+        for place, (failed, samples) in enumerate(self._groups):
+            if self.failed_fraction <= self._policy.max_failed_fraction / 2:
+                break
+            self._groups[place] = (0, samples)
+            self._failed -= failed
+        self._empty_steps = min(int(state["empty_steps"]), self._policy.max_empty_steps // 2)
         self._edge = {"groups": list(self._groups), "empty_steps": self._empty_steps}
 
     def _forget(self) -> None:

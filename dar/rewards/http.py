@@ -169,9 +169,8 @@ class HttpReward:
         if len(request.body) > MAX_REQUEST_BYTES:
             size = len(request.body)
             raise AttemptFailedError("too_large", "too_large", f"a request of {size} bytes")
-        started = time.monotonic()
         while True:
-            number = schedule.attempt
+            started, number = time.monotonic(), schedule.attempt
             try:
                 results = await self._attempt(request, schedule)
             except AttemptFailedError as failure:
@@ -206,7 +205,7 @@ class HttpReward:
                 request_id=request.request_id,
                 step=context.step,
                 mode=context.mode,
-                attempts=number,
+                attempt=number,
                 samples=len(request.ids),
                 outcome=outcome,
                 status=status,
@@ -214,7 +213,7 @@ class HttpReward:
                 queued_seconds=0.0,
                 bytes_out=len(request.body),
                 bytes_in=0,
-                final=is_final,
+                is_final=is_final,
                 quote="" if failure is None else failure.quote,
             )
         )

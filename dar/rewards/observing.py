@@ -30,6 +30,20 @@ QUOTED_CHARACTERS = 512
 
 
 @dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """A request with its last attempt."""
+
+    record: RequestRecord
+    seconds: float
+    """Of all its attempts, without the waits between them."""
+
+    @property
+    def retries(self) -> int:
+        """Attempts beyond the first."""
+        return max(0, self.record.attempt - 1)
+
+
+@dataclass(frozen=True, slots=True)
 class StepRequests:
     """The requests since the last report."""
 
@@ -51,7 +65,9 @@ class StepObserver:
         self._tell = tell
         self._on_wait = on_wait
         self._lock = threading.Lock()
-        self._records: list[RequestRecord] = []
+        self._requests: list[FinishedRequest] = []
+        self._seconds: dict[str, float] = {}
+        """Of the attempts so far at requests that are not finished."""
         self._told: set[tuple[str, str]] = set()
         self._breakers: dict[str, str] = {}
 
@@ -59,8 +75,11 @@ class StepObserver:
         """Count a finished request; tell the first failure of its class, be it final or not."""
         is_new = False
         with self._lock:
-            if record.final:
-                self._records.append(record)
+            seconds = self._seconds.pop(record.request_id, 0.0) + record.seconds
+            if record.is_final:
+                self._requests.append(FinishedRequest(record, seconds))
+            else:
+                self._seconds[record.request_id] = seconds
             if record.outcome != "ok":
                 kind = (record.component, family_of(record.outcome))
                 is_new = kind not in self._told
@@ -94,12 +113,14 @@ class StepObserver:
     def take(self) -> StepRequests:
         """What has been counted since the last call."""
         with self._lock:
-            records, self._records = self._records, []
+            finished, self._requests = self._requests, []
             breakers = dict(self._breakers)
         return StepRequests(
-            requests=_requests(records),
-            failures=[_failure(r) for r in records if r.outcome != "ok"][:MAX_FAILURES],
-            metrics=_metrics(records, breakers),
+            requests=_requests(finished),
+            failures=[_failure(one) for one in finished if one.record.outcome != "ok"][
+                :MAX_FAILURES
+            ],
+            metrics=_metrics(finished, breakers),
         )
 
     def _tell_failure(self, record: RequestRecord) -> None:
@@ -111,14 +132,14 @@ class StepObserver:
             "status": record.status,
             "step": record.step,
             "request_id": record.request_id,
-            "attempts": record.attempts,
+            "attempt": record.attempt,
             "samples": record.samples,
             "seconds": round(record.seconds, 3),
             "bytes_out": record.bytes_out,
             "bytes_in": record.bytes_in,
             "answer": record.quote[:QUOTED_CHARACTERS],
         }
-        then = "given up" if record.final else "tried again"
+        then = "given up" if record.is_final else "tried again"
         quote = f": {record.quote[:QUOTED_CHARACTERS]}" if record.quote else ""
         self._tell(
             "warn",
@@ -128,63 +149,61 @@ class StepObserver:
         )
 
 
-def _outcome(record: RequestRecord) -> Outcome:
-    return "ok" if record.outcome == "ok" else family_of(record.outcome)
-
-
-def _requests(records: Sequence[RequestRecord]) -> list[ComponentRequests]:
-    kinds: defaultdict[tuple[str, Outcome], list[RequestRecord]] = defaultdict(list)
-    for record in records:
-        kinds[record.component, _outcome(record)].append(record)
+def _requests(finished: Sequence[FinishedRequest]) -> list[ComponentRequests]:
+    kinds: defaultdict[tuple[str, Outcome], list[FinishedRequest]] = defaultdict(list)
+    for one in finished:
+        outcome: Outcome = "ok" if one.record.outcome == "ok" else family_of(one.record.outcome)
+        kinds[one.record.component, outcome].append(one)
     return [
         ComponentRequests(
             component=component,
             outcome=outcome,
-            samples=sum(record.samples for record in found),
-            retries=sum(max(0, record.attempts - 1) for record in found),
+            samples=sum(one.record.samples for one in found),
+            retries=sum(one.retries for one in found),
             buckets=_buckets(found),
-            seconds=sum(record.seconds for record in found),
-            queued_seconds=sum(record.queued_seconds for record in found),
+            seconds=sum(one.seconds for one in found),
+            queued_seconds=sum(one.record.queued_seconds for one in found),
         )
         for (component, outcome), found in sorted(kinds.items())
     ]
 
 
-def _buckets(records: Sequence[RequestRecord]) -> list[int]:
+def _buckets(finished: Sequence[FinishedRequest]) -> list[int]:
     counts = [0] * (len(REQUEST_SECONDS) + 1)
-    for record in records:
-        counts[bisect_left(REQUEST_SECONDS, record.seconds)] += 1
+    for one in finished:
+        counts[bisect_left(REQUEST_SECONDS, one.seconds)] += 1
     return counts
 
 
-def _failure(record: RequestRecord) -> FailedRequest:
+def _failure(finished: FinishedRequest) -> FailedRequest:
+    record = finished.record
     return FailedRequest(
         component=record.component,
         request_id=record.request_id[:64],
         code=record.outcome[:64],
         family=family_of(record.outcome),
         status=record.status,
-        attempts=max(1, record.attempts),
+        attempts=max(1, record.attempt),
         samples=record.samples,
-        seconds=record.seconds,
+        seconds=finished.seconds,
         quote=record.quote[:QUOTED_CHARACTERS],
     )
 
 
-def _metrics(records: Sequence[RequestRecord], breakers: Mapping[str, str]) -> dict[str, float]:
+def _metrics(finished: Sequence[FinishedRequest], breakers: Mapping[str, str]) -> dict[str, float]:
     values: dict[str, float] = {
         f"reward/{component}/breaker": BREAKER_STATES.get(state, BREAKER_STATES["open"])
         for component, state in breakers.items()
     }
-    by_component: defaultdict[str, list[RequestRecord]] = defaultdict(list)
-    for record in records:
-        by_component[record.component].append(record)
+    by_component: defaultdict[str, list[FinishedRequest]] = defaultdict(list)
+    for one in finished:
+        by_component[one.record.component].append(one)
     for component, found in by_component.items():
-        seconds = sorted(record.seconds for record in found)
+        seconds = sorted(one.seconds for one in found)
         values |= {
             f"reward/{component}/requests": len(found),
-            f"reward/{component}/failed_requests": sum(r.outcome != "ok" for r in found),
-            f"reward/{component}/retries": sum(max(0, r.attempts - 1) for r in found),
+            f"reward/{component}/failed_requests": sum(one.record.outcome != "ok" for one in found),
+            f"reward/{component}/retries": sum(one.retries for one in found),
             f"time/reward/{component}/p50_seconds": quantile(seconds, 0.5),
             f"time/reward/{component}/p95_seconds": quantile(seconds, 0.95),
         }

@@ -39,8 +39,6 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
         "completions/truncated_fraction": cut / len(lengths),
         **sample_metrics(step.rewards),
     }
-    if min(step.counts) > 1:  # else prompts with a single completion are compared with each other
-        values["reward/n_dropped_groups"] = len(step.prompts) - step.group_count
     if step.staleness is not None:
         values["dar/staleness"] = step.staleness
     if step.group_count:

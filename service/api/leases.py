@@ -38,9 +38,14 @@ from service.store.database import Transaction
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
-DIRECTIVES: Mapping[Told, int] = {"pause": 1, "cancel": 2}
-"""What an attempt is told at most once: an attempt that was told to pause leaves, and a cancellation outranks a pause. So the
-number of the last one says which are known."""
+DIRECTIVES: Mapping[Told, int] = {"cancel": 1, "pause": 2}
+"""What an attempt is told at most once: one that was told to pause leaves, whatever comes after."""
+TOLD: Mapping[str, frozenset[Told]] = {
+    "1": frozenset({"cancel", "pause"}),
+    "2": frozenset({"pause"}),
+}
+"""Cursor -> what a worker knows, or need not know any more: a cancellation outranks a pause."""
+NOTHING: frozenset[Told] = frozenset()
 ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
 HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat))]
 BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda r: r.settings.max_batch_bytes))]
@@ -89,7 +94,7 @@ async def get_directives(
     """Wait for something that the service wants of the attempt."""
     job_id, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     if not found:
-        await runtime.notifier.wait(job_id, wait, told=_told(after))
+        await runtime.notifier.wait(job_id, wait, told=TOLD.get(after, NOTHING))
         _, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     return Directives(directives=found, cursor=str(found[-1].id) if found else after)
 
@@ -180,14 +185,9 @@ def _directives(runtime: Runtime, lease_id: str, after: str) -> tuple[str, list[
         wanted = "cancel"
     elif job.status == "pausing":
         wanted = "pause"
-    if wanted is None or wanted in _told(after):
+    if wanted is None or wanted in TOLD.get(after, NOTHING):
         return job.id, []
     return job.id, [Directive(id=DIRECTIVES[wanted], type=wanted)]
-
-
-def _told(cursor: str) -> frozenset[Told]:
-    """What a worker with this cursor knows."""
-    return frozenset(name for name, number in DIRECTIVES.items() if cursor >= str(number))
 
 
 def _check_rows(body: Batch) -> None:

@@ -36,8 +36,8 @@ def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> Rewa
         skips=_total(series, "reward/n_skip"),
         errors=_total(series, "reward/n_error"),
         errors_by_class={family: count for family, count in errors.items() if count},
-        dropped_groups=_total(series, "reward/n_dropped_groups"),
-        refilled_groups=_total(series, "reward/n_refilled"),
+        dropped_groups=_total(series, "rewards/dropped_groups"),
+        refilled_groups=_total(series, "rewards/refilled_groups"),
         components=[_component(series, name) for name in components],
     )
 

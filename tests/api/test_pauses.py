@@ -67,12 +67,12 @@ def test_a_pause_reaches_the_worker_within_a_second_and_a_cancellation_after_it(
     assert (job["status"], job["status_detail"]) == ("pausing", None)
     [(heard, answer)] = told
     assert heard - asked < 1
-    assert answer == {"directives": [{"id": 1, "type": "pause"}], "cursor": "1"}
-    thread = listen(lease.http, told, after="1")
+    assert answer == {"directives": [{"id": 2, "type": "pause"}], "cursor": "2"}
+    thread = listen(lease.http, told, after="2")
     assert len(told) == 1, "what was told is not told again"
     post(live, job_id, "cancel")
     thread.join(20)
-    assert told[1][1] == {"directives": [{"id": 2, "type": "cancel"}], "cursor": "2"}
+    assert told[1][1] == {"directives": [{"id": 1, "type": "cancel"}], "cursor": "1"}
     assert lease.post("/release", reason="paused").json()["status"] == "cancelled"
 
 
@@ -83,7 +83,7 @@ def test_a_pause_in_another_replica_is_found(serve: Callable[..., Any], live: An
     thread = listen(lease.http, told)
     post(replica, job_id, "pause")
     thread.join(20)
-    assert told[0][1]["directives"] == [{"id": 1, "type": "pause"}]
+    assert told[0][1]["directives"] == [{"id": 2, "type": "pause"}]
 
 
 def test_want_of_rewards_is_shown_with_its_reason(live: Any) -> None:
@@ -115,9 +115,9 @@ def report(lease: Any) -> None:
     values = {"reward/n_valid": 16.0, "reward/n_skip": 0.0, "reward/n_error": 0.0}
     worse = {
         "reward/n_valid": 11.0, "reward/n_skip": 1.0, "reward/n_error": 4.0, "reward/n_error/http_5xx": 4.0,
-        "reward/n_dropped_groups": 1.0, "reward/letters/requests": 4.0, "reward/letters/failed_requests": 1.0,
+        "rewards/dropped_groups": 1.0, "reward/letters/requests": 4.0, "reward/letters/failed_requests": 1.0,
         "reward/letters/retries": 3.0, "time/reward/letters/p50_seconds": 0.08, "time/reward/letters/p95_seconds": 9.5,
-        "time/idle_seconds": 2.5,
+        "time/idle_reward_seconds": 2.5,
     }  # fmt: skip
     failures = [failed(), failed(request_id="rwq_2", code="timeout", family="timeout", status=None)]
     breaker = {"kind": "reward_breaker", "component": "letters", "state": "open"}
@@ -199,7 +199,7 @@ def test_prometheus_gets_what_workers_report_once(live: Any) -> None:
         "dar_reward_retries_total": 3,
         "dar_reward_queue_seconds_total": 1.5,
         "dar_reward_groups_dropped_total": 1,
-        "dar_trainer_idle_seconds_total": 2.5,
+        'dar_trainer_idle_seconds_total{cause="reward"}': 2.5,
         'dar_jobs{status="running"}': 1,
         "dar_reward_pauses_total": 0,
     }

@@ -241,9 +241,9 @@ def test_a_cancellation_reaches_the_worker_within_a_second(live: Any) -> None:
     assert (job["status"], job["status_detail"], job["actions"]) == ("running", "cancelling", [])
     [(heard, answer)] = told
     assert heard - asked < 1
-    assert answer == {"directives": [{"id": 2, "type": "cancel"}], "cursor": "2"}
-    again = lease.http.get("/directives", params={"after": "2", "wait": 0.1}).json()
-    assert again == {"directives": [], "cursor": "2"}
+    assert answer == {"directives": [{"id": 1, "type": "cancel"}], "cursor": "1"}
+    again = lease.http.get("/directives", params={"after": "1", "wait": 0.1}).json()
+    assert again == {"directives": [], "cursor": "1"}
     ended = lease.post("/release", reason="cancelled").json()
     assert ended == {"status": "cancelled", "status_detail": None}
 
@@ -259,7 +259,7 @@ def test_a_cancellation_in_another_replica_is_found(serve: Callable[..., Any], l
     time.sleep(0.2)
     replica.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
     listener.join(5)
-    assert [item["directives"] for item in told] == [[{"id": 2, "type": "cancel"}]]
+    assert [item["directives"] for item in told] == [[{"id": 1, "type": "cancel"}]]
 
 
 def test_waiting_workers_hold_no_thread(live: Any) -> None:

@@ -15,8 +15,8 @@ from dar.rewards.observing import StepObserver, quantile, sample_metrics
 
 def record(**values: Any) -> RequestRecord:
     given: dict[str, Any] = {
-        "component": "judge", "request_id": "rwq_1", "step": 3, "mode": "train", "attempts": 1, "samples": 4,
-        "outcome": "ok", "status": 200, "seconds": 0.05, "queued_seconds": 0.5, "bytes_out": 10, "bytes_in": 20, "final": True,
+        "component": "judge", "request_id": "rwq_1", "step": 3, "mode": "train", "attempt": 1, "samples": 4,
+        "outcome": "ok", "status": 200, "seconds": 0.05, "queued_seconds": 0.5, "bytes_out": 10, "bytes_in": 20, "is_final": True,
         **values,
     }  # fmt: skip
     return RequestRecord(**given)
@@ -34,9 +34,11 @@ def observer(events: list[tuple[str, str, Any]]) -> StepObserver:
 
 def test_requests_are_summed_up_by_component_and_outcome(observer: StepObserver) -> None:
     observer.request_done(record())
-    observer.request_done(record(outcome="http_503", status=503, attempts=1, final=False))
-    observer.request_done(record(attempts=3, seconds=400.0))
-    observer.request_done(record(outcome="http_503", status=503, attempts=4, quote="busy"))
+    observer.request_done(
+        record(outcome="http_503", status=503, request_id="rwq_2", seconds=1.0, is_final=False)
+    )
+    observer.request_done(record(request_id="rwq_2", attempt=3, seconds=399.0))
+    observer.request_done(record(outcome="http_503", status=503, attempt=4, quote="busy"))
     observer.request_done(record(component="brief"))
     taken = observer.take()
     sums = {(r.component, r.outcome): (r.count, r.retries, r.samples) for r in taken.requests}
@@ -65,7 +67,7 @@ def test_the_first_failure_of_each_class_is_told_at_once(
     observer: StepObserver, events: list[tuple[str, str, Any]]
 ) -> None:
     for outcome, status in (("http_500", 500), ("http_503", 503), ("timeout", None), ("ok", 200)):
-        observer.request_done(record(outcome=outcome, status=status, final=False, quote="<b>"))
+        observer.request_done(record(outcome=outcome, status=status, is_final=False, quote="<b>"))
     observer.request_done(record(component="brief", outcome="http_500", status=500))
     assert [(data["component"], data["class"]) for _, _, data in events] == [
         ("judge", "http_5xx"), ("judge", "timeout"), ("brief", "http_5xx"),
