@@ -154,6 +154,16 @@ EVALUATION = "eval_"
 """What the names of metrics begin with that were reached on the validation file."""
 
 
+DELIVERY = ("requests", "failed_requests", "retries", "breaker")
+"""Last parts of the series that tell how rewards were fetched: like those of time, they may differ between equal runs."""
+
+
+def is_reproducible(name: str) -> bool:
+    """Whether a run of the same job gives the same values of ``name`` again."""
+    is_delivery = name.startswith("reward/") and name.rpartition("/")[2] in DELIVERY
+    return not name.startswith("time/") and not is_delivery
+
+
 def is_known(name: str) -> bool:
     """Whether ``name`` is a registered metric or one of a reward component, of training or of an evaluation."""
     name = name.removeprefix(EVALUATION)

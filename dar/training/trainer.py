@@ -289,7 +289,7 @@ class DARTrainer(EvaluatingTrainer):
                 if scorer is not None:
                     stack.callback(
                         lambda: self._reporter.report_requests(
-                            self.sink, self.state.global_step + 1
+                            self.sink, min(self.state.global_step + 1, max(1, self.args.max_steps))
                         )
                     )
                     self._scorer = stack.enter_context(scorer)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.utils import logging as transformers_logging
 
 from dar.protocol.checkpoints import Manifest
+from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import SampleRow
 from dar.training import DARConfig, DARTrainer
 from dar.training.sink import Request
@@ -61,9 +62,9 @@ class RecordingSink:
         self.published.append((step, folder, manifest, manifest_sha256))
 
     def deterministic_reports(self) -> dict[int, dict[str, float]]:
-        """Without wall times."""
+        """Without wall times, and without what depends on how requests were put together."""
         return {
-            step: {name: value for name, value in values.items() if not name.startswith("time/")}
+            step: {name: value for name, value in values.items() if is_reproducible(name)}
             for step, values in self.reports.items()
         }
 
