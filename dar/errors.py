@@ -250,6 +250,40 @@ class RewardContractError(RewardError):
     retryable = False
 
 
+class RewardBudgetError(RewardError):
+    """Too many completions got no reward, or the reward service went away in mid-training: more than the job's policy allows.
+
+    Args:
+        message: See `DARError`.
+        errors: Failed samples by kind of failure.
+        sample_ids: Some of them.
+        last_status: HTTP status of the newest failure that had one.
+        is_outage: Whether every failure was of a kind that passes, so that the service may simply come back.
+        **details: See `DARError`.
+    """
+
+    code = "reward_budget_exhausted"
+    status = 400
+    type = "invalid_request_error"
+    retryable = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errors: Mapping[str, int] | None = None,
+        sample_ids: Sequence[str] = (),
+        last_status: int | None = None,
+        is_outage: bool = False,
+        **details: Any,  # noqa: ANN401 - what `DARError` takes, whatever its type
+    ) -> None:
+        super().__init__(message, **details)
+        self.errors = dict(errors or {})
+        self.sample_ids = tuple(sample_ids)
+        self.last_status = last_status
+        self.is_outage = is_outage
+
+
 class TrainingError(DARError):
     """Training cannot go on with this spec: bad data, an unloadable model, a loss that is no number."""
 

@@ -110,6 +110,10 @@ class Settings(BaseSettings):
     reconcile_seconds: Seconds = 5.0
     """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
 
+    reward_probe_seconds: Seconds = 5.0
+    """Pause before the service looks whether the reward service of a paused job is back; doubles up to 12 times that. Where the
+    reward service refused us or answered wrongly, 12 times longer."""
+
     # --- worker ----------------------------------------------------------------------------------------------------
     worker_key: SecretStr | None = None
     """Key of scope ``worker``; default: the content of ``$DAR_HOME/worker_key``."""

@@ -1,6 +1,7 @@
 """The application: its routes, and what starts and stops with it."""
 
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from dar.protocol import reward_endpoints as endpoints
 from dar.protocol import spec, worker
 from dar.settings import Settings
 from dar.version import __version__
-from service import auth, errors, keys, migrate
+from service import auth, endpoints, errors, keys, migrate
 from service.api import (
     checkpoints,
     events,
@@ -28,6 +29,7 @@ from service.api import (
     models,
     query,
     reward_endpoints,
+    reward_stats,
     samples,
     uploads,
 )
@@ -35,14 +37,17 @@ from service.artifacts import Artifacts
 from service.log import RequestMiddleware
 from service.notifier import Notifier
 from service.reconciler import Reconciler
+from service.reward_watch import RewardWatch
 from service.runtime import Runtime
 from service.secrets import SecretBox
+from service.store import jobs as jobs_store
 from service.store.database import Database
+from service.telemetry import Telemetry
 from service.waker import Waker
 
 ROUTERS = (
-    *(files, jobs, events, metrics, samples, checkpoints, models, reward_endpoints, graders),
-    *(leases, inputs, uploads),
+    *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
+    *(reward_endpoints, graders, leases, inputs, uploads),
 )
 BODIES = (
     spec.JobSpec,
@@ -84,13 +89,16 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
+        watch = RewardWatch(ready, access_of=functools.partial(endpoints.access_for, ready))
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()
+        watch.start()
         try:
             yield
         finally:
             await ready.notifier.close()
+            await run_in_threadpool(watch.close)
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()
@@ -145,12 +153,18 @@ def prepare(settings: Settings) -> Runtime:
     artifacts = Artifacts(settings.artifacts_path)
     artifacts.prepare()
     broker = settings.broker_url
+
+    def count_jobs() -> Mapping[str, int]:
+        with database.read() as transaction:
+            return jobs_store.count_by_status(transaction)
+
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
+        telemetry=Telemetry(count_jobs),
         reward_secret=keys.configure(settings, database),
         secrets=SecretBox(keys.secret_keys(settings, database)),
     )

@@ -12,6 +12,7 @@ from service.probing import Remembered
 from service.rationing import Throttle
 from service.secrets import SecretBox
 from service.store.database import Database
+from service.telemetry import Telemetry
 from service.waker import Waker
 
 
@@ -24,6 +25,7 @@ class Runtime:
     artifacts: Artifacts
     waker: Waker
     notifier: Notifier
+    telemetry: Telemetry
     reward_secret: str = field(repr=False)
     secrets: SecretBox
     """Opens the secrets of reward endpoints."""

@@ -27,6 +27,7 @@ class ExitCode(IntEnum):
     REWARD_UNAVAILABLE = 69
     DRAINED = 75
     CANCELLED = 76
+    REWARD_PAUSED = 77
 
 
 class Launch(BaseModel):
@@ -53,6 +54,8 @@ class Launch(BaseModel):
     reward_secret: str | None = Field(repr=False)
     reward_access: dict[str, ComponentAccess] = Field(default_factory=dict, repr=False)
     """URL and secrets of registered reward endpoints, by component."""
+    reward_guard: EgressPolicy
+    """Which addresses reward requests may reach."""
     threads: int
     """CPU threads of this process."""
     is_offline: bool
@@ -100,3 +103,5 @@ class Result(BaseModel):
     """Code of the error that ended it."""
     message: str | None = None
     param: str | None = None
+    is_outage: bool = False
+    """Whether it ended for want of rewards that may simply come back."""

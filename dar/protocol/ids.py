@@ -14,6 +14,7 @@ Prefix = Literal[
     "rwq_",
     "rwe_",
     "rws_",
+    "rwf_",
     "key-",
     "proj-",
     "inc-",

@@ -27,6 +27,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import (
     Failed,
     RewardContext,
+    RewardObserver,
     RewardResult,
     RewardSample,
     RewardSource,
@@ -56,6 +57,7 @@ class RewardScorer:
         components: The sources, with distinct names.
         on_wait: Called from the scorer's thread with a message whenever a retry is being waited for.
         job_id: Named in requests whose context names none.
+        observer: Is told what happens between us and reward services.
 
     Raises:
         ConfigurationError: There is no component, or two have one name.
@@ -67,6 +69,7 @@ class RewardScorer:
         *,
         on_wait: Callable[[str], None] | None = None,
         job_id: str | None = None,
+        observer: RewardObserver | None = None,
     ) -> None:
         names = [component.source.name for component in components]
         if not names or len(set(names)) < len(names):
@@ -75,6 +78,8 @@ class RewardScorer:
         for component in components:
             if on_wait is not None and isinstance(component.source, HttpReward):
                 component.source.on_wait = on_wait
+            if observer is not None and isinstance(component.source, HttpReward):
+                component.source.observer = observer
         self._job_id = job_id
         self._loop: LoopThread | None = None
 
@@ -188,6 +193,7 @@ def scorer_from_spec(
     access: Mapping[str, ComponentAccess] | None = None,
     guard: EgressPolicy | None = None,
     on_wait: Callable[[str], None] | None = None,
+    observer: RewardObserver | None = None,
 ) -> RewardScorer:
     """The scorer of a job.
 
@@ -198,6 +204,7 @@ def scorer_from_spec(
         guard: Which addresses may be reached; None: all.
         job_id: Named in the requests.
         on_wait: See `RewardScorer`.
+        observer: See `RewardScorer`.
 
     Raises:
         ConfigurationError: The secret is malformed.
@@ -210,7 +217,7 @@ def scorer_from_spec(
         )
         for component in rewards.components
     ]
-    return RewardScorer(components, on_wait=on_wait, job_id=job_id)
+    return RewardScorer(components, on_wait=on_wait, job_id=job_id, observer=observer)
 
 
 def _http_source(
@@ -227,6 +234,7 @@ def _http_source(
         component.retry,
         headers={} if access is None else access.headers,
         guard=guard,
+        bound_origin=None if access is None else access.url,
     )
     if access is None:
         return HttpReward(component.name, component.url or "", secret=secret, options=options)
@@ -240,6 +248,7 @@ def scorer_from_functions(
     sources: Sequence[RewardSource] = (),
     secret: str | None = None,
     on_wait: Callable[[str], None] | None = None,
+    observer: RewardObserver | None = None,
 ) -> RewardScorer:
     """A scorer of reward functions and reward services.
 
@@ -250,6 +259,7 @@ def scorer_from_functions(
         sources: Further sources, under their own names.
         secret: Signs requests to the URLs.
         on_wait: See `RewardScorer`.
+        observer: See `RewardScorer`.
 
     Raises:
         ConfigurationError: ``weights`` has another length, the secret is malformed, or a function cannot take
@@ -276,7 +286,7 @@ def scorer_from_functions(
             source = FunctionReward(function, _free_name(FunctionReward(function).name, taken))
         components.append(WeightedSource(source, weight))
     components += map(WeightedSource, sources, factors[len(given) :])
-    return RewardScorer(components, on_wait=on_wait)
+    return RewardScorer(components, on_wait=on_wait, observer=observer)
 
 
 def _checked_url(url: str) -> str:

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.base import RewardObserver
 from dar.rewards.functions import RewardFunction
+from dar.rewards.guard import EgressPolicy
 from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
 from dar.training.config import DARConfig
 from dar.training.fingerprint import reward_terms
@@ -31,6 +33,7 @@ class GivenRewards:
     weights: Sequence[float] | None
     secret: str | None
     access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    guard: EgressPolicy | None = None
 
     @classmethod
     def of(
@@ -42,6 +45,7 @@ class GivenRewards:
         secret: str | None,
         config: DARConfig,
         access: Mapping[str, ComponentAccess] | None = None,
+        guard: EgressPolicy | None = None,
     ) -> "GivenRewards":
         """Bring together what was given.
 
@@ -68,7 +72,7 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        return cls(functions, given, tokenizers, weights, secret, access or {})
+        return cls(functions, given, tokenizers, weights, secret, access or {}, guard)
 
     @property
     def is_online(self) -> bool:
@@ -118,7 +122,13 @@ class LoadedRewards:
             for factor, sketch in zip(factors, self.sketches, strict=False)
         ]
 
-    def open(self, *, job_id: str | None, on_wait: Callable[[str], None]) -> RewardScorer | None:
+    def open(
+        self,
+        *,
+        job_id: str | None,
+        on_wait: Callable[[str], None],
+        observer: RewardObserver | None = None,
+    ) -> RewardScorer | None:
         """The scorer of these rewards; None where there are none.
 
         Raises:
@@ -135,7 +145,9 @@ class LoadedRewards:
                 secret=given.secret,
                 job_id=job_id,
                 access=given.access,
+                guard=given.guard,
                 on_wait=on_wait,
+                observer=observer,
             )
         return scorer_from_functions(
             given.functions or [],
@@ -143,4 +155,5 @@ class LoadedRewards:
             sources=self.models,
             secret=given.secret,
             on_wait=on_wait,
+            observer=observer,
         )

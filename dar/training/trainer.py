@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.guard import EgressPolicy
+from dar.rewards.observing import StepObserver
 from dar.rewards.scorer import RewardScorer
 from dar.training import zero
 from dar.training.config import DARConfig, preset_values
@@ -86,6 +88,7 @@ class DARTrainer(EvaluatingTrainer):
         reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
         reward_access: URL and secrets of components that name a registered endpoint; only a job has them.
+        reward_guard: Which addresses requests to reward services may reach; default: all.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
@@ -119,6 +122,7 @@ class DARTrainer(EvaluatingTrainer):
         reward_weights: Sequence[float] | None = None,
         reward_secret: str | None = None,
         reward_access: Mapping[str, ComponentAccess] | None = None,
+        reward_guard: EgressPolicy | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
@@ -134,7 +138,7 @@ class DARTrainer(EvaluatingTrainer):
         check_table(train_dataset)
         config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
         given = GivenRewards.of(
-            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access,
+            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access, reward_guard,
         )  # fmt: skip
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
@@ -211,6 +215,11 @@ class DARTrainer(EvaluatingTrainer):
             if self.stopped_by == "drain" and self.state.global_step > self.published_step:
                 self._save_checkpoint(self.model, None)
             return TrainOutput(self.state.global_step, math.nan, {})
+        except RewardError:
+            # As after a drain: the job may go on from here when there are rewards again.
+            if self.state.global_step > self.published_step:
+                self._save_checkpoint(self.model, None)
+            raise
         finally:
             self.is_in_train = False
 
@@ -293,8 +302,18 @@ class DARTrainer(EvaluatingTrainer):
         """Keep open what gives rewards, on the main process; inside of another of these, nothing."""
         with contextlib.ExitStack() as stack:
             if self._scorer is None and self.ranks.is_main:
-                scorer = self._rewards.open(job_id=self._job_id, on_wait=self._tell_waiting)
+                observer = self._reporter.observer = StepObserver(
+                    self.sink.event, self._tell_waiting
+                )
+                scorer = self._rewards.open(
+                    job_id=self._job_id, on_wait=self._tell_waiting, observer=observer
+                )
                 if scorer is not None:
+                    stack.callback(
+                        lambda: self._reporter.report_requests(
+                            self.sink, min(self.state.global_step + 1, max(1, self.args.max_steps))
+                        )
+                    )
                     self._scorer = stack.enter_context(scorer)
                     stack.callback(setattr, self, "_scorer", None)
             yield

@@ -1,6 +1,7 @@
-"""Jobs: submit, look, cancel."""
+"""Jobs: submit, look, cancel, pause, resume."""
 
 import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -21,6 +22,17 @@ from service.store import jobs, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
+ACTIONS: Mapping[str, Sequence[str]] = {
+    "validating_files": ["cancel"],
+    "queued": ["cancel", "pause"],
+    "running": ["cancel", "pause"],
+    "pausing": ["cancel", "resume"],
+    "paused": ["cancel", "resume"],
+    "succeeded": [],
+    "failed": ["resume"],
+    "cancelled": ["resume"],
+}
+"""Status -> what can be asked of the job."""
 _LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
@@ -81,6 +93,25 @@ def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """Pause a job: at once while it waits; while it runs, after a checkpoint of the step that is being made."""
+    with runtime.database.write() as transaction:
+        job = jobs.pause(transaction, user.project_id, job_id)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint."""
+    with runtime.database.write() as transaction:
+        job = jobs.resume(transaction, user.project_id, job_id)
+        transaction.after_commit(runtime.waker.wake)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
 def show(job: tables.Job) -> Job:
     """A job as the API shows it."""
     is_over = job.status in TERMINAL
@@ -110,10 +141,10 @@ def show(job: tables.Job) -> Job:
             "method": job.spec["method"],
             "integrations": None,
             "trained_tokens": job.tokens if is_over else None,
-            "error": JobError(**job.error) if job.error else None,
+            "error": JobError.model_validate(job.error) if job.error else None,
             "attempt": job.attempt,
             "progress": _progress(job),
-            "actions": [] if is_over or job.cancel_requested_at else ["cancel"],
+            "actions": [] if job.cancel_requested_at and not is_over else ACTIONS[job.status],
             "links": {"self": path} | {name: f"{path}/{name}" for name in belongings},
         }
     )

@@ -245,6 +245,28 @@ class SampleRow(Base):
     body: Mapped[dict[str, Any]]
 
 
+class RewardFailure(Base):
+    """A request to a reward service that was given up."""
+
+    __tablename__ = "reward_failures"
+    __table_args__ = (Index(None, "job_id", "created_at", "id"), Index(None, "job_id", "step"))
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    step: Mapped[int]
+    created_at: Mapped[datetime]
+    component: Mapped[str] = mapped_column(String(32))
+    request_id: Mapped[str] = mapped_column(String(64))
+    code: Mapped[str] = mapped_column(String(64))
+    family: Mapped[str] = mapped_column(String(16))
+    status: Mapped[int | None]
+    attempts: Mapped[int]
+    samples: Mapped[int]
+    seconds: Mapped[float] = mapped_column(Float(53))
+    quote: Mapped[str] = mapped_column(Text)
+
+
 class Checkpoint(Base):
     """A resumable state of a job at a step."""
 

@@ -71,6 +71,7 @@ class Installation:
             "DAR_RECONCILE_SECONDS": "0.5",
             "DAR_EGRESS_ALLOW_CIDRS": "127.0.0.0/8",
             "DAR_EGRESS_ALLOW_HTTP": "127.0.0.1",
+            "DAR_REWARD_PROBE_SECONDS": "0.5",
             **{f"DAR_{key.upper()}": str(value) for key, value in settings.items()},
         }
         with (self.home / f"{name}.log").open("ab") as log:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.utils import logging as transformers_logging
 
 from dar.protocol.checkpoints import Manifest
+from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import SampleRow
 from dar.training import DARConfig, DARTrainer
 from dar.training.sink import Request
@@ -30,6 +31,7 @@ class RecordingSink:
         self.reports: dict[int, dict[str, float]] = {}
         self.shown: dict[int, list[SampleRow]] = {}
         self.events: list[tuple[str, str, Mapping[str, Any] | None]] = []
+        self.requests: list[tuple[int, list[Any], list[Any]]] = []
         self.phases: list[tuple[str, int, str | None]] = []
         self.published: list[tuple[int, Path, Manifest, str]] = []
         self.seq = 0
@@ -41,6 +43,10 @@ class RecordingSink:
     def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         self.seq += 1
         self.shown[step] = list(samples)
+
+    def rewards(self, step: int, requests: Sequence[Any], failures: Sequence[Any]) -> None:
+        self.seq += 1
+        self.requests.append((step, list(requests), list(failures)))
 
     def event(self, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:
         self.seq += 1
@@ -56,9 +62,9 @@ class RecordingSink:
         self.published.append((step, folder, manifest, manifest_sha256))
 
     def deterministic_reports(self) -> dict[int, dict[str, float]]:
-        """Without wall times."""
+        """Without wall times, and without what depends on how requests were put together."""
         return {
-            step: {name: value for name, value in values.items() if not name.startswith("time/")}
+            step: {name: value for name, value in values.items() if is_reproducible(name)}
             for step, values in self.reports.items()
         }
 
