@@ -11,11 +11,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from dar.protocol import graders as wire_graders
-from dar.protocol import reward_endpoints as endpoints
+from dar.protocol import reward_endpoints as wire_endpoints
 from dar.protocol import spec, worker
 from dar.settings import Settings
 from dar.version import __version__
-from service import auth, endpoints, errors, keys, migrate
+from service import auth, errors, keys, migrate
 from service.api import (
     checkpoints,
     events,
@@ -34,6 +34,7 @@ from service.api import (
     uploads,
 )
 from service.artifacts import Artifacts
+from service.endpoints import access_for
 from service.log import RequestMiddleware
 from service.notifier import Notifier
 from service.reconciler import Reconciler
@@ -51,11 +52,11 @@ ROUTERS = (
 )
 BODIES = (
     spec.JobSpec,
-    endpoints.CreateRewardEndpoint,
-    endpoints.UpdateRewardEndpoint,
-    endpoints.RotateSecret,
-    endpoints.ProbeEndpoint,
-    endpoints.ProbeInline,
+    wire_endpoints.CreateRewardEndpoint,
+    wire_endpoints.UpdateRewardEndpoint,
+    wire_endpoints.RotateSecret,
+    wire_endpoints.ProbeEndpoint,
+    wire_endpoints.ProbeInline,
     wire_graders.RunGrader,
     wire_graders.ValidateGrader,
     worker.Claim,
@@ -89,7 +90,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
-        watch = RewardWatch(ready, access_of=functools.partial(endpoints.access_for, ready))
+        watch = RewardWatch(ready, access_of=functools.partial(access_for, ready))
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()

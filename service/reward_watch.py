@@ -10,7 +10,6 @@ import itertools
 import json
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -19,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from dar.errors import DARError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, RewardRetry, Rewards
 from dar.protocol.spec import JobSpec
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.http import HttpOptions, HttpReward
@@ -37,24 +37,17 @@ PROBE_ROWS: Sequence[Mapping[str, object]] = ({"prompt": "Hello"}, {"prompt": "G
 COMPLETION = "This completion only asks whether rewards are given again."
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Where a component's reward service is, and what opens it; kept in memory only."""
-
-    url: str
-    secrets: Sequence[str] = field(default=(), repr=False)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-AccessOf = Callable[[Job, RewardComponent], Access | None]
+AccessOf = Callable[[Job, RewardComponent], ComponentAccess | None]
 """The access to a component of a job; None: not known here, so that only the user can resume the job."""
-Probe = Callable[[RewardComponent, Access, Sequence[RewardSample], RewardContext], Awaitable[bool]]
+Probe = Callable[
+    [RewardComponent, ComponentAccess, Sequence[RewardSample], RewardContext], Awaitable[bool]
+]
 """Asks a reward service for rewards once; whether it gave any. Raises `DARError` where it refuses."""
 
 
 async def light_probe(
     component: RewardComponent,
-    access: Access,
+    access: ComponentAccess,
     samples: Sequence[RewardSample],
     context: RewardContext,
     *,
@@ -153,11 +146,11 @@ class RewardWatch:
             return False
         return True
 
-    def _inline_access(self, job: Job, component: RewardComponent) -> Access | None:
+    def _inline_access(self, job: Job, component: RewardComponent) -> ComponentAccess | None:
         del job  # every job of a project is signed for with the same secret
         if component.url is None:
             return None
-        return Access(component.url, (self._runtime.reward_secret,))
+        return ComponentAccess(component.url, (self._runtime.reward_secret,))
 
     def _samples(self, job: Job) -> list[RewardSample]:
         """The first prompts of the job, as a reward service may need their columns, with a completion of ours."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.guard import EgressPolicy
 
 MIN_HIDDEN = 4
 """Characters of a secret below which it is not looked for in a log."""

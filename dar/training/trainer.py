@@ -34,7 +34,7 @@ from dar.training.fingerprint import config_sha256
 from dar.training.launching import refuse_if_left_alone
 from dar.training.logprobs import all_logps
 from dar.training.metrics import Reporter
-from dar.training.options import online_only
+from dar.training.options import no_point_of_rest, online_only
 from dar.training.policy import Policy
 from dar.training.ranks import Ranks
 from dar.training.reward_model import RewardModels
@@ -158,8 +158,8 @@ class DARTrainer(EvaluatingTrainer):
         self._job_id = job_id
         self._reporter = Reporter()
         self._meet(sink, control)
-        if given.is_online:
-            self._warn_of_cold(config)
+        if given.is_online and (why := no_point_of_rest(config)):
+            self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
@@ -174,15 +174,6 @@ class DARTrainer(EvaluatingTrainer):
         is_main = self.ranks.is_main
         self.sink = (sink if is_main else None) or NullSink()
         self._control: Control = (control if is_main else None) or NullControl()
-
-    def _warn_of_cold(self, config: DARConfig) -> None:
-        if config.temperature <= config.coldest + 1e-9:
-            self.sink.event(
-                "warn",
-                f"temperature {config.temperature:g} is not above {config.coldest:.3g}, so with this alpha and beta training has "
-                "no point of rest: the policy sharpens until it is stopped; raise temperature, or alpha relative to beta",
-                {"kind": "no_point_of_rest", "coldest": config.coldest},
-            )
 
     def train(
         self,

@@ -14,8 +14,8 @@ from sqlalchemy import update
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent
+from dar.protocol.worker import RewardWatch
 from dar.rewards.base import RewardContext, RewardSample
-from service.reward_watch import Access, RewardWatch
 from service.store.tables import Job
 
 
