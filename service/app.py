@@ -1,6 +1,5 @@
 """The application: its routes, and what starts and stops with it."""
 
-import functools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,7 +33,6 @@ from service.api import (
     uploads,
 )
 from service.artifacts import Artifacts
-from service.endpoints import access_for
 from service.log import RequestMiddleware
 from service.notifier import Notifier
 from service.reconciler import Reconciler
@@ -90,7 +88,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
-        watch = RewardWatch(ready, access_of=functools.partial(access_for, ready))
+        watch = RewardWatch(ready)
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()

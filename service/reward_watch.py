@@ -22,6 +22,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.http import HttpOptions, HttpReward
+from service.endpoints import access_for
 from service.runtime import Runtime
 from service.store import reward_pauses
 from service.store.tables import Job
@@ -84,7 +85,7 @@ class RewardWatch:
     Args:
         runtime: Of this process.
         probe: Asks a reward service; replaced in tests.
-        access_of: Knows where it is; default: components with an inline URL, signed with the project's reward secret.
+        access_of: Knows where it is; default: the registered endpoints, and the project's reward secret for inline URLs.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class RewardWatch:
         self._runtime = runtime
         guard = EgressPolicy.from_settings(runtime.settings)
         self._probe = probe or functools.partial(light_probe, guard=guard)
-        self._access_of = access_of or self._inline_access
+        self._access_of = access_of or functools.partial(access_for, runtime)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reward-watch", daemon=True)
 
@@ -145,12 +146,6 @@ class RewardWatch:
             log.info("reward service is not back", job_id=job.id, code=code)
             return False
         return True
-
-    def _inline_access(self, job: Job, component: RewardComponent) -> ComponentAccess | None:
-        del job  # every job of a project is signed for with the same secret
-        if component.url is None:
-            return None
-        return ComponentAccess(component.url, (self._runtime.reward_secret,))
 
     def _samples(self, job: Job) -> list[RewardSample]:
         """The first prompts of the job, as a reward service may need their columns, with a completion of ours."""

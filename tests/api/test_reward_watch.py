@@ -14,8 +14,9 @@ from sqlalchemy import update
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent
-from dar.protocol.worker import RewardWatch
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample
+from service.reward_watch import RewardWatch
 from service.store.tables import Job
 
 
@@ -130,7 +131,7 @@ def test_a_refusal_and_a_hanging_service_hold_up_no_other_job(
 
     async def probe(
         component: RewardComponent,
-        access: Access,
+        access: ComponentAccess,
         samples: Sequence[RewardSample],
         context: RewardContext,
     ) -> bool:
