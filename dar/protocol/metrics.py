@@ -73,6 +73,16 @@ METRICS: tuple[Metric, ...] = (
         "fraction",
         "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",
     ),
+    Metric(
+        "rewards/dropped_groups",
+        "prompts",
+        "prompts of the step that were left out at first, as fewer than two of their completions had a reward",
+    ),
+    Metric(
+        "rewards/refilled_groups",
+        "prompts",
+        "how many of these were sampled once more (failure.refill of a job)",
+    ),
     Metric("completions/mean_length", "tokens", "mean completion length"),
     Metric("completions/min_length", "tokens", "shortest completion"),
     Metric("completions/max_length", "tokens", "longest completion"),
@@ -87,7 +97,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/tokens", "tokens", "completion tokens trained on so far"),
     Metric("time/step_seconds", "s", "wall time of the whole step"),
     Metric("time/sampling_seconds", "s", "part of it spent sampling"),
-    Metric("time/reward_seconds", "s", "part of it spent waiting for rewards"),
+    Metric(
+        "time/reward_seconds",
+        "s",
+        "part of it spent waiting for rewards, with nothing else to do",
+    ),
     Metric(
         "time/reference_seconds",
         "s",
@@ -99,6 +113,17 @@ METRICS: tuple[Metric, ...] = (
         "s",
         "time since the end of the step before in which the policy was neither sampled from nor trained: waiting for rewards, and "
         "what lay between the steps (checkpoints, evaluation, reports)",
+    ),
+    Metric(
+        "time/idle_reward_seconds",
+        "s",
+        "part of the idle time that was spent waiting for rewards; the rest of a reward's latency is hidden behind sampling and "
+        "training (overlap)",
+    ),
+    Metric(
+        "time/idle_generation_seconds",
+        "s",
+        "part of the sampling time in which the main process waited until the others had sampled their prompts",
     ),
     Metric("time/tokens_per_second", "tokens/s", "completion tokens of the step / its wall time"),
 )

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import PRESETS, Preset
+from dar.protocol.spec import Order, Overlap
 from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
 from dar.training.options import refuse_without_effect
 
@@ -253,6 +254,22 @@ class DARConfig(TrainingArguments):
         ),
     )
 
+    overlap: Overlap = field(
+        default="stream",
+        metadata=_says(
+            "What is done while rewards are pending: nothing (none), training on what is scored (stream), or sampling of the next "
+            "step too, one update staler (one_step).",
+            source="docs/dar.md",
+        ),
+    )
+    order: Order = field(
+        default="fixed",
+        metadata=_says(
+            "In which order prompts are trained on: fixed (bit-reproducible), or as they are scored (completion).",
+            source="docs/dar.md",
+        ),
+    )
+
     optim: OptimizerNames | str = field(
         default=OPTIMIZERS["adamw"],
         metadata=_says("Optimizer, by transformers' name.", source=_TRANSFORMERS),
@@ -310,6 +327,8 @@ class DARConfig(TrainingArguments):
             ),
             ("min_ess", 0 <= self.min_ess < 1, "at least 0 and below 1"),
             ("behavior", self.behavior in get_args(Behavior), "sampled or policy"),
+            ("overlap", self.overlap in get_args(Overlap), "none, stream or one_step"),
+            ("order", self.order in get_args(Order), "fixed or completion"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 < self.temperature < math.inf, "above 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -350,6 +369,7 @@ class DARConfig(TrainingArguments):
         """Everything here that decides the result of training, as JSON values."""
         own = {f.name for f in fields(DARConfig)} - {f.name for f in fields(TrainingArguments)}
         own -= {"reward_model_path"}  # its weights decide, not where they lie
+        own -= {"overlap", "order"}  # they decide only as far as one step is sampled ahead
         inherited = {
             "learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type",
             "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1",
@@ -357,4 +377,7 @@ class DARConfig(TrainingArguments):
         }  # fmt: skip
         values = {name: getattr(self, name) for name in sorted(own | inherited)}
         values = {name: getattr(value, "value", value) for name, value in values.items()}
-        return values | {"prompts_per_step": self.prompts_per_step}
+        return values | {
+            "prompts_per_step": self.prompts_per_step,
+            "is_one_step_ahead": self.overlap == "one_step",
+        }

@@ -35,6 +35,8 @@ from dar.training.data import DataCollatorForDAR, TokenPair
 from dar.training.loading import LanguageModel
 from dar.training.logprobs import autocast
 
+OnGroup = Callable[[int, list["Completion"]], None]
+"""Takes the number of a prompt within the step and its K completions, as soon as the last of them has ended."""
 Warper = Callable[[Any, Any], Any]
 """A filter of transformers: takes what was read and the scores, gives scores."""
 
@@ -88,6 +90,28 @@ class _Batch:
         self.positions_B = self.positions_B[index]
         self.seen_BV = None if self.seen_BV is None else self.seen_BV[index]
         self.logp_sums_B = self.logp_sums_B[index]
+
+
+class _Done:
+    """Completions that have ended, by row; tells of each prompt that has all of its own.
+
+    Args:
+        k: Completions of a prompt.
+        on_group: Is told.
+    """
+
+    def __init__(self, k: int, on_group: OnGroup) -> None:
+        self.rows: dict[int, Completion] = {}
+        self._k = k
+        self._on_group = on_group
+
+    def add(self, row: int, completion: Completion) -> None:
+        """Take in one more."""
+        self.rows[row] = completion
+        number = row // self._k
+        rows = range(number * self._k, (number + 1) * self._k)
+        if all(row in self.rows for row in rows):
+            self._on_group(number, [self.rows[row] for row in rows])
 
 
 def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
@@ -197,7 +221,7 @@ class Sampler:
         model.eval()
         try:
             with autocast(next(model.parameters()).device, self._config.half):
-                batch, logits_BV = self._prefill(model, [[0], [0, 0]], first=0)
+                batch, logits_BV = self._prefill(model, [[0], [0, 0]], range(2))
                 batch.keep([0, len(batch.rows) - 1])
                 self._read(model, batch, logits_BV[:2].argmax(dim=-1), width=3)
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
@@ -216,17 +240,21 @@ class Sampler:
         *,
         step: int,
         first_prompt: int = 0,
+        numbers: Sequence[int] | None = None,
         before_each: Callable[[], None] = lambda: None,
+        on_group: OnGroup = lambda _number, _completions: None,
     ) -> list[Completion]:
-        """Sample for prompts of a step, all or a slice of them.
+        """Sample for prompts of a step, all or some of them.
 
         Args:
             model: The policy; it is left in evaluation mode.
             prompts: Token ids of P prompts; none at all give no completions.
             step: Optimizer step, from 1, or 0 in an evaluation; with the seed of the config and the numbers of prompt and
                 completion it decides the noise.
-            first_prompt: Number of the first of these prompts within the step, from 0.
+            first_prompt: Number of the first of these prompts within the step, from 0; the others follow.
+            numbers: The number of each, ascending, where they do not follow each other.
             before_each: Called every few tokens; may raise to stop.
+            on_group: Called between two tokens with every prompt whose completions have all ended; may raise to stop.
 
         Returns:
             P * K completions, those of a prompt together.
@@ -237,24 +265,26 @@ class Sampler:
         """
         check_tokens(prompts, int(model.config.get_text_config().vocab_size))
         model.eval()
-        done: dict[int, Completion] = {}
+        if numbers is None:
+            numbers = range(first_prompt, first_prompt + len(prompts))
+        done = _Done(self._config.dar_k, on_group)
         # One autocast context round the whole loop: inside it, each weight is cast only once.
         with autocast(next(model.parameters()).device, self._config.half):
-            for first, part in self._parts(prompts, first_prompt):
-                self._decode(self._prefill(model, part, first), model, step, before_each, done)
-        return [done[row] for row in sorted(done)]
+            for part, own in self._parts(prompts, numbers):
+                self._decode(self._prefill(model, part, own), model, step, before_each, done)
+        return [done.rows[row] for row in sorted(done.rows)]
 
     def _parts(
-        self, prompts: Sequence[Sequence[int]], first_prompt: int
-    ) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> Iterator[tuple[Sequence[Sequence[int]], Sequence[int]]]:
         longest = max(map(len, prompts), default=0) + self._config.max_new_tokens
         rows = max(1, min(MAX_ROWS, MAX_CACHED_TOKENS // longest))
         count = max(1, rows // self._config.dar_k)
         for first in range(0, len(prompts), count):
-            yield first_prompt + first, prompts[first : first + count]
+            yield prompts[first : first + count], numbers[first : first + count]
 
     def _prefill(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], first: int
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
     ) -> tuple[_Batch, Tensor]:
         """Read the prompts once and repeat what was read for the K completions of each."""
         k, device = self._config.dar_k, next(model.parameters()).device
@@ -284,7 +314,7 @@ class Sampler:
                 1, inputs["input_ids"], inputs["attention_mask"].to(torch.int8), "amax"
             )
             seen_BV = seen_PV.bool().repeat_interleave(k, dim=0)
-        rows = list(range(first * k, first * k + len(budgets)))
+        rows = [number * k + i for number in numbers for i in range(k)]
         batch = _Batch(
             rows=rows,
             written=[[] for _ in rows],
@@ -303,7 +333,7 @@ class Sampler:
         model: LanguageModel,
         step: int,
         before_each: Callable[[], None],
-        done: dict[int, Completion],
+        done: "_Done",
     ) -> None:
         batch, logits_BV = start
         prompt_width = batch.cache.get_seq_length()
@@ -359,7 +389,7 @@ class Sampler:
             scores_BV = warper(scores_BV, scores_BV)  # none of them reads its first argument
         return scores_BV
 
-    def _finish(self, batch: _Batch, tokens: list[int], done: dict[int, Completion]) -> list[int]:
+    def _finish(self, batch: _Batch, tokens: list[int], done: "_Done") -> list[int]:
         """Take in one token per row; returns the places of the rows that go on."""
         ended: list[tuple[int, FinishReason]] = []
         kept: list[int] = []
@@ -379,7 +409,7 @@ class Sampler:
                         "the policy gives probabilities that are no numbers, so nothing can be sampled; "
                         "lower learning_rate or max_grad_norm, or raise beta"
                     )
-                done[batch.rows[place]] = Completion(batch.written[place], sums[place], reason)
+                done.add(batch.rows[place], Completion(batch.written[place], sums[place], reason))
         return kept
 
     def _has_stopped(self, written: list[int]) -> bool:
