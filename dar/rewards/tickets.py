@@ -95,6 +95,7 @@ class InFlight:
         self._changed = threading.Condition()
         self._under_way = 0
         self._done_count = 0
+        self._error: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # touched by the loop's thread alone
         self._turns: dict[str, asyncio.Lock] = {}
 
@@ -103,7 +104,9 @@ class InFlight:
 
         Raises:
             ScoringStoppedError: ``should_stop`` became true meanwhile.
+            Exception: Whatever a source has raised about another group: nobody need sample on for it.
         """
+        self._raise(self._error)
         self._wait_for(lambda: self._under_way < MOST_UNDER_WAY, should_stop)
         with self._changed:
             self._under_way += 1
@@ -142,11 +145,16 @@ class InFlight:
         self._wait_for(is_there, should_stop)
         done = sorted((t for t in tickets if t.done_at is not None), key=lambda t: t.place)
         for ticket in done:
-            if isinstance(ticket.error, ExitRequestedError):
-                raise ticket.error.request from None
-            if ticket.error is not None:
-                raise ticket.error
+            self._raise(ticket.error)
         return tickets[0] if order == "fixed" else done[0]
+
+    def _raise(self, error: BaseException | None) -> None:
+        if error is None:
+            return
+        self._error = None
+        if isinstance(error, ExitRequestedError):
+            raise error.request from None
+        raise error
 
     def cancel(self) -> None:
         """Drop everything under way; returns when it has ended, or after a second."""
@@ -188,6 +196,7 @@ class InFlight:
             ticket.error = error
             if isinstance(error, asyncio.CancelledError):
                 raise
+            self._error = self._error or error
         finally:
             with self._changed:
                 ticket.place = self._done_count

@@ -1,5 +1,6 @@
-"""A reward service on loopback whose rewards are a function of the completion, and whose manners can be spoiled."""
+"""Rewards that come late, and a reward service on loopback whose manners can be spoiled; a reward is a function of its completion."""
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -12,6 +13,14 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
+
+from dar.protocol.reward_spec import Rewards
+from dar.training import DARTrainer
+
+WIDE = {"per_device_train_batch_size": 12, "dar_k": 4, "max_new_tokens": 5, "learning_rate": 1e-2}
+"""48 completions: three parts."""
+
 Manners = Callable[["Request"], bool]
 """Is shown each request; whether it has spoiled it."""
 
@@ -19,6 +28,26 @@ Manners = Callable[["Request"], bool]
 def reward_of(completion: str) -> float:
     """Between 0 and 1, different for nearly all completions."""
     return int.from_bytes(hashlib.sha256(completion.encode()).digest()[:4]) / 2**32
+
+
+async def late(completions: list[str], **_: Any) -> list[float | None]:
+    """Each group after a time of its own; every ninth completion has no reward."""
+    rewards = [reward_of(text) for text in completions]
+    await asyncio.sleep(0.05 * rewards[0])
+    return [None if int(1e6 * reward) % 9 == 0 else reward for reward in rewards]
+
+
+def result_of(trainer: DARTrainer, sink: Any) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Weights, and everything said that is no time."""
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return weights, sink.deterministic_reports()
+
+
+def assert_same(one: tuple[DARTrainer, Any], other: tuple[DARTrainer, Any]) -> None:
+    """To the last bit."""
+    (weights, reports), (others, other_reports) = result_of(*one), result_of(*other)
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+    assert reports == other_reports
 
 
 class Request(BaseHTTPRequestHandler):
@@ -141,3 +170,44 @@ class Chaos:
             return [self._random.choice(["short", "text"])]
         passing = ["503", "429", "reset", "hang"]
         return self._random.choices(passing, k=self._random.randrange(3))
+
+
+def rewards_of(url: str, **fields: Any) -> Rewards:
+    component = {
+        "name": "hash", "url": url, "batch": {"max_samples": 4, "linger_ms": 0},
+        "retry": {"attempts": 6, "base": 0.01, "cap": 0.02}, "limits": {"concurrency": 4},
+        "timeouts": {"attempt": 20, "read": 20, "deadline": 120},
+    } | fields.pop("component", {})  # fmt: skip
+    return Rewards.model_validate({"components": [component], **fields})
+
+
+class Failing:
+    """Cannot score the first completions of some prompts, those of the step's first round."""
+
+    def __init__(
+        self,
+        *,
+        prompts: tuple[str, ...],
+        indices: tuple[int, ...],
+        again: bool = False,
+        count: int = 12,
+    ) -> None:
+        self._prompts, self._indices, self._again = prompts, indices, again
+        self._count = count
+
+    def __call__(self, request: Any) -> bool:
+        request.fine(
+            [
+                self._failed(one["id"]) if self._fails(sample) else one
+                for sample, one in zip(request.content["samples"], request.results(), strict=True)
+            ]
+        )
+        return True
+
+    def _fails(self, sample: dict[str, Any]) -> bool:
+        is_named = sample["prompt"] in self._prompts and sample["index"] in self._indices
+        return is_named and (self._again or int(sample["group_id"][1:]) < self._count)
+
+    def _failed(self, name: str) -> dict[str, Any]:
+        error = {"code": "judge_lost", "message": "gone", "retryable": False}
+        return {"id": name, "error": error}

@@ -1,11 +1,9 @@
 """What is overlapped with what changes when rewards are waited for, and nothing else."""
 
 import asyncio
-import importlib.util
-import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +13,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from dar.errors import InvalidRequestError, TrainingError
-from dar.protocol.reward_spec import Rewards
+from dar.errors import InvalidRequestError
 from dar.protocol.spec import JobSpec
 from dar.rewards.base import RewardContext
 from dar.rewards.tickets import Ticket
@@ -26,64 +23,9 @@ from dar.training.parts import StepInProgress
 from dar.training.ranks import Ranks
 from dar.training.steps import Weigher, is_streamable
 
-WIDE = {"per_device_train_batch_size": 12, "dar_k": 4, "max_new_tokens": 5, "learning_rate": 1e-2}
-"""48 completions: three parts."""
 LORA = LoraConfig(
     r=2, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"
 )
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-chaos = _load("reward_chaos")
-
-
-async def late(completions: list[str], **_: Any) -> list[float | None]:
-    """Each group after a time of its own; every ninth completion has no reward."""
-    rewards = [chaos.reward_of(text) for text in completions]
-    await asyncio.sleep(0.05 * rewards[0])
-    return [None if int(1e6 * reward) % 9 == 0 else reward for reward in rewards]
-
-
-def result_of(trainer: DARTrainer, sink: Any) -> tuple[dict[str, Any], dict[int, Any]]:
-    """Weights, and everything said that is no time."""
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return weights, sink.deterministic_reports()
-
-
-@pytest.fixture
-def run(
-    train: Callable[..., DARTrainer], new_sink: Callable[[], Any], make_model: Callable[..., Any]
-) -> Callable[..., tuple[DARTrainer, Any]]:
-    """Train with rewards that come late; the trainer, and what it said."""
-
-    def train_late(
-        resume: Path | None = None, sink: Any = None, **settings: Any
-    ) -> tuple[DARTrainer, Any]:
-        sink = sink or new_sink()
-        arguments = {
-            name: settings.pop(name)
-            for name in ("reward_funcs", "peft_config", "control", "callbacks")
-            if name in settings
-        }
-        values = {"reward_funcs": late, "model": make_model(scale=0.3), "sink": sink} | arguments
-        return train(resume, settings=WIDE | settings, **values), sink
-
-    return train_late
-
-
-def assert_same(one: tuple[DARTrainer, Any], other: tuple[DARTrainer, Any]) -> None:
-    """To the last bit."""
-    (weights, reports), (others, other_reports) = result_of(*one), result_of(*other)
-    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
-    assert reports == other_reports
 
 
 @pytest.mark.parametrize(
@@ -99,10 +41,10 @@ def assert_same(one: tuple[DARTrainer, Any], other: tuple[DARTrainer, Any]) -> N
     ids=["default", "adapter, shares", "per prompt", "batch", "over the step", "K = 1"],
 )
 def test_streaming_in_fixed_order_changes_no_bit(
-    run: Callable[..., Any], settings: dict[str, Any]
+    run: Callable[..., Any], settings: dict[str, Any], chaos: ModuleType
 ) -> None:
     barrier, stream = run(overlap="none", **settings), run(overlap="stream", **settings)
-    assert_same(barrier, stream)
+    chaos.assert_same(barrier, stream)
     missing = [values["rewards/missing_fraction"] for values in stream[1].reports.values()]
     assert max(missing) > 0
     waited = [
@@ -122,7 +64,7 @@ def test_only_statistics_of_a_prompt_are_streamed(config: Callable[..., Any]) ->
 
 
 def test_training_begins_before_the_last_reward_has_come(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, chaos: ModuleType
 ) -> None:
     asked: list[str] = []
     may_answer = asyncio.Event()
@@ -152,9 +94,14 @@ def test_training_begins_before_the_last_reward_has_come(
     assert sink.reports[1]["dar/loss"] != 0
 
 
-def test_the_order_of_completion_changes_no_more_than_rounding(run: Callable[..., Any]) -> None:
+def test_the_order_of_completion_changes_no_more_than_rounding(
+    run: Callable[..., Any], chaos: ModuleType
+) -> None:
     fixed, completion = run(max_steps=1), run(max_steps=1, order="completion")
-    (weights, reports), (others, other_reports) = result_of(*fixed), result_of(*completion)
+    (weights, reports), (others, other_reports) = (
+        chaos.result_of(*fixed),
+        chaos.result_of(*completion),
+    )
     for name, values in reports[1].items():
         assert other_reports[1][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
     # AdamW's first step is the sign of the gradient, so weights may differ where that is rounding
@@ -207,7 +154,7 @@ def test_a_run_resumed_at_any_step_goes_on_to_the_same_bits(
 
 
 def test_a_run_drained_while_it_waits_goes_on_with_what_it_had_sampled(
-    run: Callable[..., Any], new_sink: Callable[[], Any], tmp_path: Path
+    run: Callable[..., Any], new_sink: Callable[[], Any], tmp_path: Path, chaos: ModuleType
 ) -> None:
     settings = {"overlap": "one_step", "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
     whole = run(output_dir=str(tmp_path / "whole"), **settings)
@@ -216,7 +163,7 @@ def test_a_run_drained_while_it_waits_goes_on_with_what_it_had_sampled(
     async def slow_from_3(completions: list[str], **columns: Any) -> list[float | None]:
         if 2 in sink.reports:
             await asyncio.sleep(60)
-        return await late(completions, **columns)
+        return await chaos.late(completions, **columns)
 
     class Draining:
         def requested(self) -> str | None:
@@ -233,7 +180,7 @@ def test_a_run_drained_while_it_waits_goes_on_with_what_it_had_sampled(
     resumed = run(sink.published[0][1], output_dir=folder, **settings)
     reports = whole[1].deterministic_reports()
     assert resumed[1].deterministic_reports() == {n: reports[n] for n in (3, 4)}
-    weights, others = result_of(*whole)[0], result_of(*resumed)[0]
+    weights, others = chaos.result_of(*whole)[0], chaos.result_of(*resumed)[0]
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
@@ -294,178 +241,6 @@ def test_an_error_of_one_group_ends_the_step_without_waiting_for_the_others(
 
     with pytest.raises(KeyError, match="own mistake"):
         run(reward_funcs=one_breaks)
-
-
-# --- reward services ---------------------------------------------------------------------------------------------------------
-
-
-def rewards_of(url: str, **fields: Any) -> Rewards:
-    component = {
-        "name": "hash", "url": url, "batch": {"max_samples": 4, "linger_ms": 0},
-        "retry": {"attempts": 6, "base": 0.01, "cap": 0.02}, "limits": {"concurrency": 4},
-        "timeouts": {"attempt": 20, "read": 20, "deadline": 120},
-    } | fields.pop("component", {})  # fmt: skip
-    return Rewards.model_validate({"components": [component], **fields})
-
-
-@pytest.mark.parametrize("overlap", ["stream", "one_step"])
-def test_a_chaotic_service_gives_the_bits_of_a_perfect_one(
-    run: Callable[..., Any], overlap: str
-) -> None:
-    spoiled = chaos.Chaos(hang_seconds=2.5)
-    impatient = {"timeouts": {"attempt": 1.0, "read": 1.0, "deadline": 120}}
-    outcomes = []
-    for manners, component in ((lambda _: False, {}), (spoiled, impatient)):
-        with chaos.Service(manners).open() as service:
-            rewards = rewards_of(service.url, component=component)
-            outcomes.append(run(reward_funcs=rewards, overlap=overlap, max_steps=2))
-    assert_same(*outcomes)
-    shown = [
-        {step: [row.model_dump() for row in rows] for step, rows in sink.shown.items()}
-        for _, sink in outcomes
-    ]
-    assert shown[0] == shown[1]
-    assert all(row["reward"] is not None for row in shown[0][1])
-    assert {"503", "429", "reset", "hang", "short", "text"} <= set(spoiled.met)
-
-
-class Failing:
-    """Cannot score the first completions of some prompts, those of the step's first round."""
-
-    def __init__(
-        self, *, prompts: tuple[str, ...], indices: tuple[int, ...], again: bool = False
-    ) -> None:
-        self._prompts, self._indices, self._again = prompts, indices, again
-
-    def __call__(self, request: Any) -> bool:
-        request.fine(
-            [
-                self._failed(one["id"]) if self._fails(sample) else one
-                for sample, one in zip(request.content["samples"], request.results(), strict=True)
-            ]
-        )
-        return True
-
-    def _fails(self, sample: dict[str, Any]) -> bool:
-        is_named = sample["prompt"] in self._prompts and sample["index"] in self._indices
-        return is_named and (self._again or int(sample["group_id"][1:]) < 12)
-
-    def _failed(self, name: str) -> dict[str, Any]:
-        error = {"code": "judge_lost", "message": "gone", "retryable": False}
-        return {"id": name, "error": error}
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Any]]:
-    opened = []
-
-    def start(manners: Any) -> Any:
-        opened.append(chaos.Service(manners).open())
-        return opened[-1].__enter__()
-
-    yield start
-    for service in opened:
-        service.__exit__(None, None, None)
-
-
-def test_dropped_groups_are_sampled_again_in_the_same_way_whatever_is_overlapped(
-    run: Callable[..., Any], serve: Callable[..., Any]
-) -> None:
-    failing = Failing(prompts=("w55",), indices=(0, 1, 2))
-    outcomes, services = [], []
-    for overlap in ("none", "stream"):
-        services.append(serve(failing))
-        rewards = rewards_of(services[-1].url, failure={"refill": 1.5, "max_failed_fraction": 1})
-        outcomes.append(run(reward_funcs=rewards, overlap=overlap, max_steps=2))
-    assert_same(*outcomes)
-    for values in outcomes[0][1].reports.values():
-        assert values["rewards/dropped_groups"] == values["rewards/refilled_groups"] > 0
-        assert values["rewards/missing_fraction"] == 0
-    again = {
-        sample["group_id"]
-        for body in services[0].requests
-        for sample in body["samples"]
-        if int(sample["group_id"][1:]) >= 12
-    }
-    assert again
-    rewards = rewards_of(serve(failing).url, failure={"max_failed_fraction": 1})
-    _, dropped = run(reward_funcs=rewards, max_steps=1)
-    assert dropped.reports[1]["rewards/refilled_groups"] == 0
-    assert dropped.reports[1]["rewards/missing_fraction"] > 0
-
-
-def test_a_refill_that_fails_too_leaves_its_groups_out(
-    run: Callable[..., Any], serve: Callable[..., Any]
-) -> None:
-    failing = Failing(prompts=("w55",), indices=(0, 1, 2, 3), again=True)
-    rewards = rewards_of(
-        serve(failing).url, failure={"refill": 4, "max_failed_fraction": 1, "window_groups": 1000}
-    )
-    _, sink = run(reward_funcs=rewards, max_steps=1)
-    assert sink.reports[1]["rewards/refilled_groups"] > 0
-    assert 0 < sink.reports[1]["rewards/missing_fraction"] < 0.5
-
-
-@pytest.mark.parametrize(
-    ("failure", "missing_per_group"),
-    [
-        ({}, 1),
-        ({"on_error": "drop_group"}, 4),
-        ({"min_valid": 4}, 4),
-        ({"min_valid": 3}, 1),
-    ],
-)
-def test_a_failed_sample_costs_what_the_policy_says(
-    run: Callable[..., Any],
-    serve: Callable[..., Any],
-    failure: dict[str, Any],
-    missing_per_group: int,
-) -> None:
-    service = serve(Failing(prompts=("w55",), indices=(2,)))
-    rewards = rewards_of(service.url, failure={"max_failed_fraction": 1, **failure})
-    _, sink = run(reward_funcs=rewards, max_steps=1)
-    groups = {
-        sample["group_id"]
-        for body in service.requests
-        for sample in body["samples"]
-        if sample["prompt"] == "w55"
-    }
-    expected = len(groups) * missing_per_group / 48
-    assert sink.reports[1]["rewards/missing_fraction"] == pytest.approx(expected)
-
-
-def test_a_job_may_end_at_the_first_failure(
-    run: Callable[..., Any], serve: Callable[..., Any]
-) -> None:
-    service = serve(Failing(prompts=("w55",), indices=(2,)))
-    rewards = rewards_of(service.url, failure={"on_error": "fail_job"})
-    with pytest.raises(TrainingError, match="judge_lost"):
-        run(reward_funcs=rewards, max_steps=1)
-
-
-def test_ties_of_a_job_spec_tell_nothing(
-    run: Callable[..., Any], serve: Callable[..., Any]
-) -> None:
-    rewards = rewards_of(serve(lambda _: False).url, combine={"tie_eps": 2.0})
-    _, sink = run(reward_funcs=rewards, max_steps=1)
-    assert sink.reports[1]["rewards/zero_variance_fraction"] == 1
-    assert sink.reports[1]["dar/advantages_std"] == 0
-
-
-def test_a_service_that_cannot_keep_up_is_named_with_the_concurrency_it_needs(
-    run: Callable[..., Any], serve: Callable[..., Any]
-) -> None:
-    def slowly(_: Any) -> bool:
-        time.sleep(0.1 + random.random() / 100)
-        return False
-
-    rewards = rewards_of(serve(slowly).url, component={"limits": {"concurrency": 1}})
-    _, sink = run(reward_funcs=rewards, max_steps=2)
-    told = [data for level, _, data in sink.events if level == "warn" and data]
-    assert [data["kind"] for data in told][:1] == ["reward_capacity"]
-    assert told[0]["component"] == "hash"
-    assert told[0]["concurrency"] == 1
-    assert told[0]["needed_concurrency"] > 1
 
 
 def test_needed_concurrency_follows_littles_law() -> None:
