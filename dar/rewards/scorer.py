@@ -29,6 +29,7 @@ from dar.protocol.reward_spec import COMPONENT_NAME, Rewards, RewardURL
 from dar.rewards.base import (
     Failed,
     RewardContext,
+    RewardResult,
     RewardSample,
     RewardSource,
     SampleReward,
@@ -173,13 +174,17 @@ class RewardScorer:
         under_way.complete(tickets)
         left = list(tickets)
         has_failed = not may_all_fail
+        results: dict[str, list[RewardResult]] = {name: [] for name in self.names}
         while left:
             ticket = under_way.next_of(left, order, should_stop)
             left.remove(ticket)
             totals = combine(self._components, ticket.samples, ticket.results)
             has_failed = has_failed and all(total.status == "error" for total in totals)
-            if has_failed and not left:
-                raise _all_failed(ticket.results, sum(len(one.samples) for one in tickets))
+            if has_failed:
+                for name, found in ticket.results.items():
+                    results[name] += found
+                if not left:
+                    raise _all_failed(results, sum(len(one.samples) for one in tickets))
             yield ticket, totals
 
     def close(self) -> None:

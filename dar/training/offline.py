@@ -206,7 +206,7 @@ class ReplaySource:
         number: int,
         *,
         staleness: int = 0,  # noqa: ARG002 - of what is sampled
-        stored: object = None,  # noqa: ARG002 - the same
+        stored: object = None,  # noqa: ARG002 - of what is sampled too
     ) -> StepInProgress:
         """Step ``number``, with everything known; see `dar.training.pipeline.Pipeline`."""
         return StepInProgress(self(number))

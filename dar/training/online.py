@@ -15,12 +15,13 @@ from dar.rewards.failure import FailureBudget
 from dar.rewards.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.rewards.tickets import Order
 from dar.training.capacity import Capacity
+from dar.training.completions import Completion
 from dar.training.data import Prompt, TokenPair
 from dar.training.feed import PENDING, Delivery, RewardFeed
 from dar.training.loading import LanguageModel
 from dar.training.parts import StepInProgress
 from dar.training.ranks import Ranks
-from dar.training.sampling import Completion, Sampler
+from dar.training.sampling import Sampler
 from dar.training.sharding import whole
 from dar.training.sink import Control, Sink, StopRequestedError, check
 from dar.training.steps import Mode, PromptStream, ScoredStep, Weigher

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dar.training.completions import Completion
 from dar.training.ranks import Ranks
-from dar.training.sampling import Completion
 from dar.training.steps import ScoredStep
 
 LEAST_ROWS = 16

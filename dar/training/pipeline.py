@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from dar.protocol.spec import Overlap
+from dar.training.completions import Completion
 from dar.training.parts import StepInProgress
-from dar.training.sampling import Completion
 
 
 class BeginningSource(Protocol):

@@ -13,7 +13,7 @@ or, with ``behavior="policy"``, the policy's own before any of them. Arithmetic 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,14 +29,15 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError, TrainingError
-from dar.protocol.samples import FinishReason
+from dar.training.completions import Completion, Done, OnGroup
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, TokenPair
 from dar.training.loading import LanguageModel
 from dar.training.logprobs import autocast
 
-OnGroup = Callable[[int, list["Completion"]], None]
-"""Takes the number of a prompt within the step and its K completions, as soon as the last of them has ended."""
+if TYPE_CHECKING:
+    from dar.protocol.samples import FinishReason
+
 Warper = Callable[[Any, Any], Any]
 """A filter of transformers: takes what was read and the scores, gives scores."""
 
@@ -48,18 +49,6 @@ NOISE_BLOCK = 64
 """Tokens for which noise is drawn at once."""
 LARGEST_UNIFORM = 1 - 2**-40
 """Keeps the product of a uniform number and the total mass below the total mass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What was sampled for a prompt."""
-
-    ids: list[int]
-    """Tokens, the end-of-sequence token included where there is one."""
-    logp: float
-    """Log-probability of the whole completion, in nats: under the law that sampled it, or with ``behavior="policy"`` under the
-    policy at temperature 1 without filters."""
-    finish_reason: FinishReason
 
 
 @dataclass(slots=True)
@@ -90,28 +79,6 @@ class _Batch:
         self.positions_B = self.positions_B[index]
         self.seen_BV = None if self.seen_BV is None else self.seen_BV[index]
         self.logp_sums_B = self.logp_sums_B[index]
-
-
-class _Done:
-    """Completions that have ended, by row; tells of each prompt that has all of its own.
-
-    Args:
-        k: Completions of a prompt.
-        on_group: Is told.
-    """
-
-    def __init__(self, k: int, on_group: OnGroup) -> None:
-        self.rows: dict[int, Completion] = {}
-        self._k = k
-        self._on_group = on_group
-
-    def add(self, row: int, completion: Completion) -> None:
-        """Take in one more."""
-        self.rows[row] = completion
-        number = row // self._k
-        rows = range(number * self._k, (number + 1) * self._k)
-        if all(row in self.rows for row in rows):
-            self._on_group(number, [self.rows[row] for row in rows])
 
 
 def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
@@ -267,7 +234,7 @@ class Sampler:
         model.eval()
         if numbers is None:
             numbers = range(first_prompt, first_prompt + len(prompts))
-        done = _Done(self._config.dar_k, on_group)
+        done = Done(self._config.dar_k, on_group)
         # One autocast context round the whole loop: inside it, each weight is cast only once.
         with autocast(next(model.parameters()).device, self._config.half):
             for part, own in self._parts(prompts, numbers):
@@ -333,7 +300,7 @@ class Sampler:
         model: LanguageModel,
         step: int,
         before_each: Callable[[], None],
-        done: "_Done",
+        done: Done,
     ) -> None:
         batch, logits_BV = start
         prompt_width = batch.cache.get_seq_length()
@@ -389,7 +356,7 @@ class Sampler:
             scores_BV = warper(scores_BV, scores_BV)  # none of them reads its first argument
         return scores_BV
 
-    def _finish(self, batch: _Batch, tokens: list[int], done: "_Done") -> list[int]:
+    def _finish(self, batch: _Batch, tokens: list[int], done: Done) -> list[int]:
         """Take in one token per row; returns the places of the rows that go on."""
         ended: list[tuple[int, FinishReason]] = []
         kept: list[int] = []

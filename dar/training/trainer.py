@@ -130,17 +130,11 @@ class DARTrainer(EvaluatingTrainer):
     ) -> None:
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
-        config = _settled(
-            args or DARConfig(output_dir="dar-output"), len(train_dataset), reward_funcs
-        )
+        args = args or DARConfig(output_dir="dar-output")
+        config = _settled(args, len(train_dataset), reward_funcs)
         given = GivenRewards.of(
             reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config,
         )  # fmt: skip
-        if config.overlap == "one_step" and not given.is_online:
-            raise InvalidRequestError(
-                "overlap='one_step' samples one step ahead, but the data hold their completions; leave it out",
-                param="overlap",
-            )
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
             model, config, tokenizer=processing_class, ref_model=ref_model, peft_config=peft_config,
@@ -367,6 +361,11 @@ def _check_data(
     rows: Rows, evaluated: Rows | Mapping[str, Rows] | None, config: DARConfig, *, is_replay: bool
 ) -> None:
     check_rows(rows, is_replay=is_replay)
+    if config.overlap == "one_step" and is_replay:
+        raise InvalidRequestError(
+            "overlap='one_step' samples one step ahead, but the data hold their completions; leave it out",
+            param="overlap",
+        )
     is_needed = config.eval_strategy != "no" or bool(config.eval_on_start)
     check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=is_needed)
 
