@@ -89,9 +89,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/dropped_groups",
         "prompts",
-        "prompts left out, as too few of their completions had a reward",
+        "prompts of the step that were left out at first, as fewer than two of their completions had a reward",
     ),
-    Metric("rewards/refilled_groups", "prompts", "how many of these were sampled once more"),
+    Metric(
+        "rewards/refilled_groups",
+        "prompts",
+        "how many of these were sampled once more (failure.refill of a job)",
+    ),
     Metric("completions/mean_length", "tokens", "mean completion length"),
     Metric("completions/min_length", "tokens", "shortest completion"),
     Metric("completions/max_length", "tokens", "longest completion"),
@@ -106,7 +110,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/tokens", "tokens", "completion tokens trained on so far"),
     Metric("time/step_seconds", "s", "wall time of the whole step"),
     Metric("time/sampling_seconds", "s", "part of it spent sampling"),
-    Metric("time/reward_seconds", "s", "part of it spent waiting for rewards"),
+    Metric(
+        "time/reward_seconds",
+        "s",
+        "part of it spent waiting for rewards, with nothing else to do",
+    ),
     Metric(
         "time/reference_seconds",
         "s",
@@ -120,12 +128,15 @@ METRICS: tuple[Metric, ...] = (
         "what lay between the steps (checkpoints, evaluation, reports)",
     ),
     Metric(
-        "time/idle_reward_seconds", "s", "part of the idle time that was spent waiting for rewards"
+        "time/idle_reward_seconds",
+        "s",
+        "part of the idle time that was spent waiting for rewards; the rest of a reward's latency is hidden behind sampling and "
+        "training (overlap)",
     ),
     Metric(
         "time/idle_generation_seconds",
         "s",
-        "part of the sampling time in which the main process waited for the other processes",
+        "part of the sampling time in which the main process waited until the others had sampled their prompts",
     ),
     Metric("time/tokens_per_second", "tokens/s", "completion tokens of the step / its wall time"),
 )

@@ -45,11 +45,13 @@ class RewardContext:
     """Optimizer step that the samples are for, from 1; in an evaluation the steps done before it, from 0."""
     mode: Literal["train", "eval", "validate"] = "train"
     job_id: str | None = None
+    staleness: int = 0
+    """Optimizer steps between the policy that sampled and the one that is trained on the samples."""
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps that the policy had done when it sampled."""
-        return self.step if self.mode == "eval" else self.step - 1
+        return (self.step if self.mode == "eval" else self.step - 1) - self.staleness
 
 
 @dataclass(frozen=True, slots=True)

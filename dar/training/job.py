@@ -181,6 +181,8 @@ def job_config(inputs: JobInputs) -> DARConfig:
         max_steps=inputs.total_steps,
         lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler_type],
         optim=OPTIMIZERS[hyper.optim],
+        overlap=spec.overlap,
+        order=spec.order,
         bf16=_is_bf16(spec),
         fp16=_is_fp16(spec),
         eval_strategy="no" if spec.evaluation is None else "steps",

@@ -37,6 +37,8 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/truncated_fraction": cut / len(lengths),
+        "rewards/dropped_groups": step.dropped_count,
+        "rewards/refilled_groups": step.refilled_count,
         **sample_metrics(step.rewards),
     }
     if step.staleness is not None:
@@ -197,13 +199,16 @@ class Reporter:
         """Start the clock."""
         self._started = time.monotonic()
 
-    def end_step(self, step: ScoredStep, *, grad_norm: float, learning_rate: float) -> None:
-        """Take in a step after its optimizer step."""
+    def end_step(
+        self, step: ScoredStep, *, grad_norm: float, learning_rate: float
+    ) -> dict[str, float]:
+        """Take in a step after its optimizer step; returns its times."""
         self._tokens += step.tokens
         self._last = step
+        times = self._times(step)
         self._window.add(
             step_metrics(step)
-            | self._times(step)
+            | times
             | {
                 "train/learning_rate": learning_rate,
                 "train/epoch": step.epoch,
@@ -212,6 +217,7 @@ class Reporter:
             # none where a scaled float16 gradient overflowed
             | ({"train/grad_norm": grad_norm} if math.isfinite(grad_norm) else {})
         )
+        return times
 
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
@@ -222,6 +228,8 @@ class Reporter:
             "time/training_seconds": elapsed - sum(step.seconds.values()),
             "time/step_seconds": elapsed,
             "time/idle_seconds": between_steps + step.seconds.get("reward", 0.0),
+            "time/idle_reward_seconds": step.seconds.get("reward", 0.0),
+            "time/idle_generation_seconds": step.idle_generation_seconds,
             "time/tokens_per_second": int(step.lengths.sum()) / elapsed,
         }
 

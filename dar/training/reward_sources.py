@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
-from dar.protocol.reward_spec import Rewards
+from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardObserver
 from dar.rewards.functions import RewardFunction
@@ -121,6 +121,31 @@ class LoadedRewards:
             {"name": "reward_model", "weight": float(factor), "model": sketch}
             for factor, sketch in zip(factors, self.sketches, strict=False)
         ]
+
+    @property
+    def failure(self) -> FailurePolicy | None:
+        """What a job spec says of rewards that fail; None of other rewards."""
+        functions = self.given.functions
+        return functions.failure if isinstance(functions, Rewards) else None
+
+    def rules(self) -> list[dict[str, object]]:
+        """What decides which completions count when rewards are missing."""
+        policy = self.failure
+        decisive = {"on_error", "min_valid", "refill"}
+        return [] if policy is None else [policy.model_dump(mode="json", include=decisive)]
+
+    def concurrency(self) -> dict[str, int]:
+        """Most requests in flight, for each reward service."""
+        functions = self.given.functions
+        if isinstance(functions, Rewards):
+            return {c.name: c.limits.concurrency for c in functions.components if c.kind == "http"}
+        names = [str(term["name"]) for term in reward_terms(functions, None)]
+        given = [functions] if isinstance(functions, str) or callable(functions) else functions
+        return {
+            name: RewardLimits().concurrency
+            for name, one in zip(names, given or (), strict=False)
+            if isinstance(one, str)
+        }
 
     def open(
         self,

@@ -16,11 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError, RewardError
+from dar.protocol.reward_spec import Rewards
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.failure import FailureBudget
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.observing import StepObserver
 from dar.rewards.scorer import RewardScorer
 from dar.training import zero
+from dar.training.capacity import Capacity
 from dar.training.config import DARConfig, preset_values
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows, check_table
 from dar.training.evaluation import (
@@ -34,7 +37,10 @@ from dar.training.fingerprint import config_sha256
 from dar.training.launching import refuse_if_left_alone
 from dar.training.logprobs import all_logps
 from dar.training.metrics import Reporter
+from dar.training.offline import ReplaySource
+from dar.training.online import OnlineSource, Scoring
 from dar.training.options import no_point_of_rest, online_only
+from dar.training.pipeline import Pipeline
 from dar.training.policy import Policy
 from dar.training.ranks import Ranks
 from dar.training.reward_model import RewardModels
@@ -42,7 +48,7 @@ from dar.training.reward_sources import GivenRewards, RewardFunctions
 from dar.training.sharding import is_sharded, whole
 from dar.training.sink import Control, NullControl, NullSink, Sink, StopRequestedError
 from dar.training.sources import make_source
-from dar.training.steps import Mode, ScoredStep, StepSource, Weigher
+from dar.training.steps import Mode, ScoredStep, Weigher, is_streamable
 
 logger = logging.getLogger(__name__)
 __all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
@@ -136,7 +142,8 @@ class DARTrainer(EvaluatingTrainer):
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
         check_table(train_dataset)
-        config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
+        args = args or DARConfig(output_dir="dar-output")
+        config = _settled(args, len(train_dataset), reward_funcs)
         given = GivenRewards.of(
             reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access, reward_guard,
         )  # fmt: skip
@@ -163,8 +170,9 @@ class DARTrainer(EvaluatingTrainer):
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
-            config, policy.model, train_dataset, policy.base_sketch, terms
-        )
+            config, policy.model, train_dataset, policy.base_sketch,
+            [*terms, *self._rewards.rules()],
+        )  # fmt: skip
         name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
 
@@ -220,12 +228,22 @@ class DARTrainer(EvaluatingTrainer):
         trial: Any,  # noqa: ANN401 - the signature of transformers
         ignore_keys_for_eval: list[str] | None,
     ) -> TrainOutput:
+        policy = self._rewards.failure
+        self._budget = self._capacity = self._budget_state = None
+        self._has_budget = policy is not None
+        if self.ranks.is_main:
+            self._budget = None if policy is None else FailureBudget(policy)
+            self._capacity = Capacity(self._rewards.concurrency(), self.sink)
         if len(set(self.ranks.gather(self.config_sha256))) > 1:
             raise InvalidRequestError(
                 "the processes of this training run have different arguments, data or base models; give all the same"
             )
         with self._scoring():
-            self._source = self._source_of(self.train_dataset, "train")
+            self._pipeline = Pipeline(
+                self._source_of(self.train_dataset, "train"),
+                overlap=self.args.overlap,
+                last_step=self.args.max_steps,
+            )
             with self._evaluating():
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -267,7 +285,9 @@ class DARTrainer(EvaluatingTrainer):
     def _is_replay(self) -> bool:
         return not self._rewards.given.is_online
 
-    def _source_of(self, rows: Rows, mode: Mode, config: DARConfig | None = None) -> StepSource:
+    def _source_of(
+        self, rows: Rows, mode: Mode, config: DARConfig | None = None
+    ) -> OnlineSource | ReplaySource:
         weigher = Weigher(
             self.args,
             self._reference_logps if self.args.alpha > 0 else None,
@@ -279,13 +299,23 @@ class DARTrainer(EvaluatingTrainer):
             config or self.args,
             rows,
             weigher,
-            is_online=self._rewards.given.is_online,
-            scorer=self._scorer,
+            scoring=self._how_to_score() if self._rewards.given.is_online else None,
             job_id=self._job_id,
             sink=self.sink,
             control=self._control,
             ranks=self.ranks,
             mode=mode,
+        )
+
+    def _how_to_score(self) -> Scoring:
+        return Scoring(
+            self._scorer,
+            overlap=self.args.overlap,
+            order=self.args.order,
+            is_streamable=is_streamable(self.args),
+            policy=self._rewards.failure,
+            budget=self._budget,
+            capacity=self._capacity,
         )
 
     @contextlib.contextmanager
@@ -373,11 +403,19 @@ def _check_data(
             "%s: without effect, as there is no reward source and completions are read from the data set",
             ", ".join(names),
         )
+    if config.overlap == "one_step" and is_replay:
+        raise InvalidRequestError(
+            "overlap='one_step' samples one step ahead, but the data hold their completions; leave it out",
+            param="overlap",
+        )
     check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating)
 
 
-def _settled(config: DARConfig, row_count: int) -> DARConfig:
-    """A copy of ``config`` whose length is counted in steps; the last batch of an epoch runs on into the next."""
+def _settled(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
+    """A copy of ``config`` whose length is counted in steps, with what the rewards of a job spec say of ties.
+
+    The last batch of an epoch runs on into the next.
+    """
     refuse_if_left_alone()
     for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
         if is_set and config.world_size == 1:
@@ -390,5 +428,7 @@ def _settled(config: DARConfig, row_count: int) -> DARConfig:
     if config.max_steps <= 0:
         prompts = config.num_train_epochs * row_count
         config.max_steps = max(1, math.ceil(prompts / config.prompts_per_step))
+    if isinstance(rewards, Rewards):
+        config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
     config.ignore_data_skip = True  # the position in the data is a function of the step
     return config

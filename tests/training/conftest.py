@@ -1,6 +1,8 @@
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -212,6 +214,49 @@ def train(
         return trainer
 
     return run
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def chaos() -> ModuleType:
+    """`reward_chaos.py`."""
+    return _load("reward_chaos")
+
+
+@pytest.fixture
+def run(
+    train: Callable[..., DARTrainer],
+    new_sink: Callable[[], Any],
+    make_model: Callable[..., Any],
+    chaos: ModuleType,
+) -> Callable[..., tuple[DARTrainer, Any]]:
+    """Train with rewards that come late; the trainer, and what it said."""
+
+    def train_late(
+        resume: Path | None = None, sink: Any = None, **settings: Any
+    ) -> tuple[DARTrainer, Any]:
+        sink = sink or new_sink()
+        arguments = {
+            name: settings.pop(name)
+            for name in ("reward_funcs", "peft_config", "control", "callbacks")
+            if name in settings
+        }
+        values = {
+            "reward_funcs": chaos.late,
+            "model": make_model(scale=0.3),
+            "sink": sink,
+        } | arguments
+        return train(resume, settings=chaos.WIDE | settings, **values), sink
+
+    return train_late
 
 
 @pytest.fixture
