@@ -55,8 +55,8 @@ class Launch(BaseModel):
     reward_secret: str | None = Field(repr=False)
     reward_access: dict[str, ComponentAccess] = Field(default_factory=dict, repr=False)
     """URL and secrets of registered reward endpoints, by component."""
-    reward_guard: EgressPolicy
-    """Which addresses reward requests may reach."""
+    reward_guard: EgressPolicy = EgressPolicy()
+    """Which addresses reward requests may reach; default: public ones over HTTPS."""
     threads: int
     """CPU threads of this process."""
     is_offline: bool

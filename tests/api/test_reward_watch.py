@@ -127,7 +127,7 @@ def test_a_refusal_and_a_hanging_service_hold_up_no_other_job(
 ) -> None:
     monkeypatch.setattr("service.reward_watch.PROBE_SECONDS", 0.2)
     names = ("hangs", "refuses", "fine")
-    ids = {name: paused({"name": name, "url": f"http://127.0.0.1:1/{name}"}) for name in names}
+    ids = {name: paused({"name": name, "url": f"http://127.0.0.1:61999/{name}"}) for name in names}
 
     async def probe(
         component: RewardComponent,
@@ -135,7 +135,7 @@ def test_a_refusal_and_a_hanging_service_hold_up_no_other_job(
         samples: Sequence[RewardSample],
         context: RewardContext,
     ) -> bool:
-        assert access.secrets == (live.runtime.reward_secret,)
+        assert access.secrets == [live.runtime.reward_secret]
         assert access.secrets[0] not in repr(access)
         if component.name == "hangs":
             await asyncio.sleep(60)
