@@ -148,7 +148,7 @@ def test_training_gives_the_golden_weights_loss_gradient_and_metrics(
         config(**settings_of(inputs)),
         table_rows(inputs),
         processing_class=tokenizer,
-        ref_model=table(inputs["ref_logps"]),
+        ref_model=table(inputs["ref_logps"]) if inputs["alpha"] else None,
         sink=sink,
     )
     probabilities_VV = policy.logits_VV.detach().softmax(dim=-1)
