@@ -40,10 +40,16 @@ def reward_url() -> Iterator[str]:
 
 @pytest.mark.slow  # accelerate, torchrun and two trainers import torch
 @pytest.mark.parametrize(
-    "how", [("--cpu",), ("--use_deepspeed", "--zero_stage", "3", "--main_process_port", "0")]
+    ("how", "adapter"),
+    [
+        (("--cpu",), ("--use_peft",)),
+        (("--cpu",), ()),
+        (("--use_deepspeed", "--zero_stage", "3", "--main_process_port", "0"), ("--use_peft",)),
+    ],
 )
 def test_accelerate_launches_two_processes_on_a_cpu(
     how: tuple[str, ...],
+    adapter: tuple[str, ...],
     reward_url: str,
     make_model: Callable[..., LlamaForCausalLM],
     tokenizer: PreTrainedTokenizerBase,
@@ -68,7 +74,7 @@ def test_accelerate_launches_two_processes_on_a_cpu(
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-m", *launch, *flags, "--use_cpu", "--use_peft"],
+        [sys.executable, "-m", *launch, *flags, "--use_cpu", *adapter],
         env=environment() | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -80,8 +86,13 @@ def test_accelerate_launches_two_processes_on_a_cpu(
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
     state = json.loads((checkpoint / "resume" / "state.json").read_text())
     assert state["trainer"]["environment"]["processes"] == "2"
-    weights = load_file(checkpoint / "adapter_model.safetensors")
-    assert any("lora_B" in name and tensor.any() for name, tensor in weights.items())
+    if adapter:
+        weights = load_file(checkpoint / "adapter_model.safetensors")
+        assert any("lora_B" in name and tensor.any() for name, tensor in weights.items())
+    else:
+        before = load_file(tmp_path / "base" / "model.safetensors")
+        after = load_file(checkpoint / "model.safetensors")
+        assert any(not tensor.equal(before[name]) for name, tensor in after.items())
 
 
 def test_one_process_of_several_that_were_wanted_is_refused(
