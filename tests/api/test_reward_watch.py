@@ -72,7 +72,7 @@ def paused(live: Any) -> Callable[..., str]:
             b'{"prompt": "hi", "ground_truth": "42", "more": 1}\n{"prompt": [{"role": "user", "content": "ho"}]}\n'
         ).json()["id"]
         dar = {"rewards": {"components": list(components)}}
-        job_id, lease = live.running(dar=dar, training_file=file_id)
+        job_id, lease = live.running(dar=dar, training_file=file_id, skip_validation=True)
         said = {"reason": "paused_reward", "code": "http_503", "message": "HTTP 503", **release}
         assert lease.post("/release", **said).json()["status"] == "paused"
         return str(job_id)
