@@ -25,6 +25,7 @@ from dar.rewards.concurrency import all_of
 from dar.rewards.retry import AttemptFailedError, RetrySchedule
 from dar.rewards.signing import decode_secret, signed_headers
 from dar.rewards.wire import (
+    CALLBACK_BYTES,
     Batch,
     EncodedRequest,
     as_result,
@@ -124,9 +125,8 @@ class HttpReward:
             encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]
         found: dict[str, RewardResult] = {}
-        work = batches(
-            encoded, max_samples=self._max_samples, max_bytes=self._options.batch.max_bytes
-        )
+        room = self._options.batch.max_bytes - CALLBACK_BYTES * self._options.allow_async
+        work = batches(encoded, max_samples=self._max_samples, max_bytes=room)
         await all_of(self._score_batch(batch, context, found) for batch in work)
         return [found[sample.id] for sample in samples]
 

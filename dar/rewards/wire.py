@@ -15,8 +15,10 @@ from dar.protocol.ids import new_id
 from dar.protocol.rewards import VERSION, Reply, SampleResult
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
 
-ENVELOPE_BYTES = 768
-"""Room for everything in a body that is not a sample; a real envelope takes about 330 bytes, and 500 with a callback."""
+ENVELOPE_BYTES = 512
+"""Room for everything in a body that is not a sample; a real envelope takes about 330 bytes."""
+CALLBACK_BYTES = 300
+"""Room for a callback beside it; with a URL of 60 characters it takes 150."""
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 ID_CHARACTERS = 26
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -77,7 +77,7 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
     return LeaseState(ttl_seconds=seconds)
 
 
-@router.get("/{lease_id}/directives")
+@router.get("/{lease_id}/directives", response_model_exclude_none=True)
 async def get_directives(
     lease_id: LeaseHolder,
     runtime: CurrentRuntime,

@@ -21,7 +21,7 @@ from dar.protocol.rewards import (
     decode_response,
 )
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.wire import batches, encode_request, encode_sample
+from dar.rewards.wire import CALLBACK_BYTES, batches, encode_request, encode_sample
 
 ID = "rwq_1"
 patient = settings(deadline=None, derandomize=True)  # a busy machine is no failure
@@ -209,7 +209,7 @@ def test_a_body_keeps_within_its_limit(make_samples: Any) -> None:
     reply = Reply(modes=["sync", "async"], deadline=now, callback=callback)
     context = RewardContext(10**9, "validate", "ftjob-" + "x" * 26)
     encoded = [encode_sample(sample, None, 0) for sample in make_samples(64, 4)]
-    for batch in batches(encoded, max_samples=256, max_bytes=4096):
+    for batch in batches(encoded, max_samples=256, max_bytes=4096 - CALLBACK_BYTES):
         request = encode_request(
             batch, "c" * 32, context, request_id="rwq_" + "0" * 26, created_at=now, reply=reply
         )
