@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     base_url: str | None = None
     """URL of the service as clients and workers reach it; default ``http://host:port``."""
 
-    public_url: str | None = None
+    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")] | None = None
     """URL of the service as reward services reach it, for callbacks; default: that for clients and workers."""
 
     host: str = "127.0.0.1"

@@ -33,6 +33,8 @@ class PipeInbox:
         self._lock = threading.Lock()
         self._stored: dict[str, Stored] = {}
         self._results: dict[str, bytes] = {}
+        self._open: set[str] = set()
+        # Requests whose result is still wanted; what comes for others is dropped.
         self._waiters: defaultdict[str, set[Wake]] = defaultdict(set)
         self._unsent: queue.SimpleQueue[RewardNote] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="reward-notes", daemon=True).start()
@@ -49,7 +51,7 @@ class PipeInbox:
                     state.poll_url,
                     None if state.result is None else state.result.encode(),
                 )
-            if news.result is not None:
+            if news.result is not None and news.request_id in self._open:
                 self._results[news.request_id] = news.result.encode()
             waiters = list(self._waiters.get(news.request_id, ()))
         for wake in waiters:
@@ -75,12 +77,18 @@ class PipeInbox:
         )
         with self._lock:
             self._results.pop(request_id, None)
+            self._open.add(request_id)
         self._unsent.put(RewardNote(request_id=request_id, announcement=wanted))
-        return await self._arrival(self._stored, request_id)
+        stored = await self._arrival(self._stored, request_id)
+        if stored.result is not None:
+            self._settle(request_id)
+        return stored
 
     async def wait(self, request_id: str) -> bytes:
         """The result that was posted for a request; waits for it however long it takes."""
-        return await self._arrival(self._results, request_id)
+        result = await self._arrival(self._results, request_id)
+        self._settle(request_id)
+        return result
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
         """Have the service remember that the reward service took the request."""
@@ -88,7 +96,13 @@ class PipeInbox:
 
     def close(self, request_id: str) -> None:
         """Have the service take no callback for the request any more."""
+        self._settle(request_id)
         self._unsent.put(RewardNote(request_id=request_id, state="closed"))
+
+    def _settle(self, request_id: str) -> None:
+        with self._lock:
+            self._open.discard(request_id)
+            self._results.pop(request_id, None)
 
     async def _arrival(self, arrived: dict[str, Value], request_id: str) -> Value:
         loop, news = asyncio.get_running_loop(), asyncio.Event()

@@ -29,6 +29,8 @@ from service.store.tables import RewardRequest
 router = APIRouter(prefix="/v1/reward_callbacks", tags=["reward callbacks"])
 WEBHOOK_PREFIX = "rwr_"
 """How the ``webhook-id`` of a callback begins; our own requests' begins otherwise, so that none can be sent back to us."""
+MAX_ERROR = 1000
+"""Characters of an error that are kept."""
 _NO_HASH = "0" * 64
 
 
@@ -121,7 +123,7 @@ def _settle(request: Request, runtime: Runtime, row: RewardRequest, body: bytes)
     result = reward_requests.Result(
         text="" if error else body.decode(),
         sha256=hashlib.sha256(body).hexdigest(),
-        error=None if error is None else f"{error.error_code}: {error.message}"[:1000],
+        error=None if error is None else _storable(f"{error.error_code}: {error.message}"),
         webhook_id=webhook_id,
     )
     fate, job_id = runtime.database.transact(lambda tx: reward_requests.settle(tx, row.id, result))
@@ -136,6 +138,11 @@ def _settle(request: Request, runtime: Runtime, row: RewardRequest, body: bytes)
     raise _as_error(fate, row.id, error)
 
 
+def _storable(text: str) -> str:
+    """A message that may quote what was sent, without NUL, which no database holds."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:MAX_ERROR]
+
+
 def _as_error(
     fate: reward_requests.Fate, request_id: str, error: RewardContractError | None
 ) -> DARError:
@@ -145,9 +152,9 @@ def _as_error(
         )
     if fate == "invalid":
         assert error is not None
-        problem = Problem(error.message, None, error.error_code)
+        problem = Problem(error.message[:MAX_ERROR], None, error.error_code)
         return InvalidResultError(
-            f"not a result of request {request_id}: {error.message}; the token is still good for "
+            f"not a result of request {request_id}: {error.message[:MAX_ERROR]}; the token is still good for "
             "a corrected one, but not for many tries",
             problems=[problem],
         )

@@ -200,6 +200,7 @@ INVALID = {
     "too few": b'{"type":"reward.result","request_id":"rwq_1","rewards":[1]}',
     "NaN": b'{"type":"reward.result","request_id":"rwq_1","rewards":[1,NaN]}',
     "a text": b'{"type":"reward.result","request_id":"rwq_1","rewards":[1,"2"]}',
+    "a NUL": b'{"type":"reward.result","request_id":"rwq_1","results":[{"id":"s0","reward":1,"components":{"\\u0000":1}}]}',
     "bad UTF-8": b'{"type":"reward.result","request_id":"rwq_1","rewards":[1,2],"x":"\xff"}',
 }
 

@@ -11,10 +11,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
-import pytest
 
 from dar.protocol.rewards import RewardRequest, decode_request
-from dar.rewards import asynchronous
 from dar.rewards.asynchronous import Stored
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http import HttpOptions, HttpReward
@@ -59,96 +57,32 @@ class Service:
         self.said.append(("closed",))
 
 
-@pytest.fixture
-def later(fast: HttpOptions) -> HttpOptions:
-    return replace(fast, allow_async=True)
-
-
-@pytest.fixture(autouse=True)
-def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asynchronous, "FIRST_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(asynchronous, "SHORTEST_POLL_SECONDS", 0.01)
-
-
 def hurried(options: HttpOptions, seconds: float) -> HttpOptions:
     return replace(options, timeouts=options.timeouts.model_copy(update={"deadline": seconds}))
-
-
-def accept(**more: Any) -> Callable[[Any], None]:
-    def behave(request: Any) -> None:
-        content = {"request_id": request.content["request_id"], "status": "accepted", **more}
-        request.answer(orjson.dumps(content), status="202 Accepted")
-
-    return behave
-
-
-def result_of(request: Any, *rewards: float, **more: Any) -> bytes:
-    return orjson.dumps({"request_id": request.content["request_id"], "rewards": rewards, **more})
-
-
-class Judge:
-    """A service that accepts, and answers the polls that follow in turn."""
-
-    def __init__(self, poll_url: str | None, *polls: Callable[[Any, Any], None]) -> None:
-        self.poll_url = poll_url
-        self.polls = list(polls)
-        self.asked: list[Any] = []
-        self.times: list[float] = []
-        self.posts: list[Any] = []
-
-    def __call__(self, request: Any) -> None:
-        if request.line.startswith("POST"):
-            self.posts.append(request)
-            accept(**({} if self.poll_url is None else {"poll_url": self.poll_url}))(request)
-            return
-        self.asked.append(request)
-        self.times.append(time.monotonic())
-        turn = self.polls.pop(0) if len(self.polls) > 1 else self.polls[0]
-        turn(request, self.posts[-1])
-
-
-def not_yet(request: Any, _: Any) -> None:
-    request.answer(b"{}", status="202 Accepted")
-
-
-def ready(request: Any, post: Any) -> None:
-    request.answer(result_of(post, 1, 2, 3, 4))
 
 
 def posted(found: Sequence[Any], *rewards: float) -> bool:
     return list(found) == [Scored(float(reward)) for reward in rewards]
 
 
-async def test_without_a_training_service_async_is_offered_for_polling_alone(
-    hostile: Ask, ask: Ask, later: HttpOptions
-) -> None:
-    judge = Judge("/results/7?x=1", not_yet, ready)
-    found = await ask(hostile(judge).url, options=later)
-    assert posted(found, 1, 2, 3, 4)
-    reply = judge.posts[0].content["reply"]
-    assert (reply["modes"], set(reply)) == (["sync", "async"], {"modes", "deadline"})
-    assert [request.line.split()[:2] for request in judge.asked] == [["GET", "/results/7?x=1"]] * 2
-    assert len(judge.posts) == 1
-
-
 async def test_sync_is_what_is_offered_where_nothing_else_is_allowed(
-    hostile: Ask, ask: Ask, fast: HttpOptions
+    judging: Any, hostile: Ask, ask: Ask, fast: HttpOptions
 ) -> None:
-    server = hostile(accept(poll_url="/r"))
+    server = hostile(judging.accept(poll_url="/r"))
     found = await ask(server.url, options=fast)
     assert {result.code for result in found} == {"contract.status"}
     assert server.requests[0].content["reply"]["modes"] == ["sync"]
 
 
 async def test_a_callback_brings_the_result_and_its_request_was_announced_before(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
 ) -> None:
     service = Service()
 
     def behave(request: Any) -> None:
         assert service.said[0] == ("announced", "r", "3", "s0", "s1", "s2", "s3")
-        accept()(request)
-        body = result_of(request, 4, 3, 2, 1, type="reward.result")
+        judging.accept()(request)
+        body = judging.result_of(request, 4, 3, 2, 1, type="reward.result")
         service.results[request.content["request_id"]] = body
 
     server = hostile(behave)
@@ -174,180 +108,49 @@ async def test_an_answer_at_once_closes_the_callback(
 
 
 async def test_the_faster_of_callback_and_poll_wins(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
 ) -> None:
     polled = Service()
     assert posted(
-        await ask(hostile(Judge("/r", ready)).url, options=later, inbox=polled), 1, 2, 3, 4
+        await ask(hostile(judging.Judge("/r", judging.ready)).url, options=later, inbox=polled),
+        1,
+        2,
+        3,
+        4,
     )
     assert polled.said[1:] == [("accepted", "/r"), ("closed",)]
     called = Service()
 
     def poll_in_vain(request: Any, post: Any) -> None:
-        not_yet(request, post)
-        called.results[post.content["request_id"]] = result_of(post, 9, 9, 9, 9)
+        judging.not_yet(request, post)
+        called.results[post.content["request_id"]] = judging.result_of(post, 9, 9, 9, 9)
 
-    found = await ask(hostile(Judge("/r", poll_in_vain)).url, options=later, inbox=called)
+    found = await ask(hostile(judging.Judge("/r", poll_in_vain)).url, options=later, inbox=called)
     assert posted(found, 9, 9, 9, 9)
 
 
 async def test_a_poll_that_fails_for_good_leaves_the_callback(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
 ) -> None:
     service = Service()
 
     def gone(request: Any, post: Any) -> None:
         request.answer(b"", status="404 Gone")
-        service.results[post.content["request_id"]] = result_of(post, 1, 1, 1, 1)
+        service.results[post.content["request_id"]] = judging.result_of(post, 1, 1, 1, 1)
 
-    found = await ask(hostile(Judge("/r", gone)).url, options=later, inbox=service)
+    found = await ask(hostile(judging.Judge("/r", gone)).url, options=later, inbox=service)
     assert posted(found, 1, 1, 1, 1)
 
 
-async def test_without_a_callback_a_poll_that_fails_for_good_fails_these_samples_only(
-    hostile: Ask, ask: Ask, later: HttpOptions
-) -> None:
-    judge = Judge("/r", lambda request, _: request.answer(b"", status="401 No"))
-    found = await ask(hostile(judge).url, options=later)
-    assert {result.code for result in found} == {"http_401"}
-    assert (len(judge.asked), len(judge.posts)) == (1, 1)
-
-
-async def test_polls_outlive_passing_failures_and_heed_retry_after(
-    hostile: Ask, ask: Ask, later: HttpOptions
-) -> None:
-    judge = Judge(
-        "/r",
-        lambda request, _: request.answer(b"", status="500 Oops"),
-        lambda request, _: request.connection.close(),
-        lambda request, _: request.answer(b"{}", status="202 Accepted", retry_after="0.4"),
-        ready,
-    )
-    assert posted(await ask(hostile(judge).url, options=later), 1, 2, 3, 4)
-    assert judge.times[3] - judge.times[2] >= 0.39
-    assert len(judge.posts) == 1
-
-
-async def test_waits_between_polls_grow_to_a_bound(
-    hostile: Ask, ask: Ask, later: HttpOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    real = asyncio.sleep
-
-    async def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        await real(0)
-
-    monkeypatch.setattr(asynchronous, "FIRST_POLL_SECONDS", 1.0)
-    monkeypatch.setattr(asynchronous.asyncio, "sleep", sleep)
-    judge = Judge("/r", *[not_yet] * 11, ready)
-    assert posted(await ask(hostile(judge).url, options=later), 1, 2, 3, 4)
-    expected = [min(1.5**n, 15.0) for n in range(12)]
-    assert len(waits) == 12
-    assert all(0.8 * e <= w <= 1.2 * e for w, e in zip(waits, expected, strict=True)), waits
-
-
-POLL_URLS = {
-    "another host": "http://127.0.0.2:{port}/r",
-    "another port": "http://127.0.0.1:1/r",
-    "another scheme": "https://127.0.0.1:{port}/r",
-    "a file": "file:///etc/passwd",
-    "no scheme": "//169.254.169.254/latest",
-    "a user name": "http://me@127.0.0.1:{port}/r",
-    "a password": "http://me:pw@127.0.0.1:{port}/r",
-    "a fragment": "/r#x",
-    "a name for the same address": "http://localhost:{port}/r",
-    "a backslash": "\\\\169.254.169.254\\r",
-    "a newline": "/r\nhost: x",
-}
-
-
-@pytest.mark.parametrize("name", POLL_URLS)
-async def test_nothing_but_the_origin_of_the_reward_service_is_polled(
-    hostile: Ask, ask: Ask, later: HttpOptions, name: str
-) -> None:
-    judge = Judge(None, not_yet)
-    server = hostile(judge)
-    port = server.url.split(":")[2].split("/")[0]
-    judge.poll_url = POLL_URLS[name].replace("{port}", port)
-    found = await ask(server.url, options=hurried(later, 5))
-    if name == "a backslash":  # a strange path, but on this server
-        assert all(request.line.startswith("GET /") for request in judge.asked)
-        return
-    assert {result.code for result in found} == {"contract.poll_url"}
-    assert judge.asked == []
-    assert len(judge.posts) == 2  # a broken contract is tried once more
-
-
-BROKEN_PROMISES = {
-    "nothing to poll and nobody to call": (b'{"request_id":"ID","status":"accepted"}', "poll_url"),
-    "no JSON": (b"<html>", "json"),
-    "another request": (
-        b'{"request_id":"x","status":"accepted","poll_url":"/r"}',
-        "request_mismatch",
-    ),
-    "another status": (b'{"request_id":"ID","status":"queued","poll_url":"/r"}', "type"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_PROMISES)
-async def test_a_202_must_be_a_promise(
-    hostile: Ask, ask: Ask, later: HttpOptions, name: str
-) -> None:
-    body, code = BROKEN_PROMISES[name]
-
-    def behave(request: Any) -> None:
-        known = body.replace(b"ID", request.content["request_id"].encode())
-        request.answer(known, status="202 Accepted")
-
-    found = await ask(hostile(behave).url, options=later)
-    assert {result.code for result in found} == {f"contract.{code}"}
-
-
-async def test_what_a_202_says_beyond_the_contract_does_no_harm(
-    hostile: Ask, ask: Ask, later: HttpOptions
-) -> None:
-    judge = Judge("/r", ready)
-
-    def behave(request: Any) -> None:
-        if request.line.startswith("POST"):
-            judge.posts.append(request)
-            accept(poll_url="/r", eta_ms=20, queue={"length": 3})(request)
-        else:
-            judge(request)
-
-    assert posted(await ask(hostile(behave).url, options=later), 1, 2, 3, 4)
-
-
-async def test_a_polled_result_passes_the_same_checks_and_is_asked_for_once_more(
-    hostile: Ask, ask: Ask, later: HttpOptions
-) -> None:
-    judge = Judge("/r", lambda request, post: request.answer(result_of(post, 1)))
-    found = await ask(hostile(judge).url, options=later)
-    assert {result.code for result in found} == {"contract.length"}
-    assert len(judge.posts) == 2
-    ids = {post.content["request_id"] for post in judge.posts}
-    assert len(ids) == 1
-    assert judge.posts[0].body == judge.posts[1].body
-
-
 async def test_a_result_that_does_not_come_in_time_is_missing(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
 ) -> None:
     started = time.monotonic()
-    judge = Judge("/r", not_yet)
+    judge = judging.Judge("/r", judging.not_yet)
     found = await ask(hostile(judge).url, options=hurried(later, 0.5), inbox=Service())
     assert [(result.code, result.is_transient) for result in found] == [("deadline", True)] * 4
     assert 0.4 < time.monotonic() - started < 10
     assert len(judge.posts) == 1
-
-
-async def test_a_poll_that_never_ends_ends_at_the_deadline(
-    hostile: Ask, ask: Ask, later: HttpOptions
-) -> None:
-    judge = Judge("/r", lambda request, _: request.hang())
-    found = await ask(hostile(judge).url, options=hurried(later, 0.5))
-    assert {result.code for result in found} == {"deadline"}
 
 
 async def test_a_request_that_cannot_be_announced_is_never_sent(
@@ -406,18 +209,8 @@ async def test_the_deadline_of_the_earlier_process_holds(
     assert server.requests == []
 
 
-async def test_polls_carry_a_signature_and_the_requests_id(
-    hostile: Ask, ask: Ask, later: HttpOptions, secret: str
-) -> None:
-    judge = Judge("/r", ready)
-    assert posted(await ask(hostile(judge).url, options=later, secret=secret), 1, 2, 3, 4)
-    headers = judge.asked[0].headers
-    assert headers["webhook-id"] == judge.posts[0].headers["webhook-id"]
-    assert headers["webhook-signature"].startswith("v1,")
-    assert headers["accept-encoding"] == "identity"
-
-
 async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
+    judging: Any,
     hostile: Ask,
     later: HttpOptions,
     make_samples: Callable[..., Any],
@@ -427,13 +220,13 @@ async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
     lock, posts = threading.Lock(), []
 
     def behave(request: Any) -> None:
-        accept()(request)
+        judging.accept()(request)
         with lock:
             posts.append(request)
             if len(posts) == 12:  # three times the concurrency: no result before all were sent
                 for post in posts:
                     rewards = [1.0] * len(post.ids)
-                    service.results[post.content["request_id"]] = result_of(post, *rewards)
+                    service.results[post.content["request_id"]] = judging.result_of(post, *rewards)
 
     options = replace(later, batch=later.batch.model_copy(update={"max_samples": 4}))
     source = HttpReward("r", hostile(behave).url, options=options, inbox=service)
@@ -444,11 +237,11 @@ async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
 
 
 async def test_a_cancellation_leaves_no_task_behind(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
 ) -> None:
     before = asyncio.all_tasks()
     waiting = asyncio.create_task(
-        ask(hostile(Judge("/r", not_yet)).url, options=later, inbox=Service())
+        ask(hostile(judging.Judge("/r", judging.not_yet)).url, options=later, inbox=Service())
     )
     await asyncio.sleep(0.3)
     waiting.cancel()
