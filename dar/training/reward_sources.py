@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
+from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.functions import RewardFunction
-from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
+from dar.rewards.scorer import RewardScorer, scorer_from_functions
 from dar.training.config import DARConfig
 from dar.training.fingerprint import reward_terms
 from dar.training.ranks import Ranks
