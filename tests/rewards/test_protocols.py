@@ -124,7 +124,7 @@ def as_service(function: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
 
 async def test_a_reward_function_of_trl_scores_texts_and_may_skip(serve_app: Serve) -> None:
     def accuracy(
-        prompts: list[str], completions: list[str], solution: list[str], **kwargs: Any
+        prompts: list[str], completions: list[str], solution: list[str | None], **kwargs: Any
     ) -> list[float | None]:
         assert kwargs["trainer_state"] == {"global_step": 2}
         assert kwargs["completion_ids"] == [[7], [8], [9]]
