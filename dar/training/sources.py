@@ -60,9 +60,11 @@ def make_source(
         count = config.prompts_per_step if mode == "train" else len(rows)
         check_replay(rows, encoder_of_rows, count)
         stream = STREAMS[mode](rows, encoder_of_rows, config, sink)
+        ranks.from_main(stream.try_rows)
         return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=sink, mode=mode)
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
     stream = STREAMS[mode](rows, encoder, config, sink)
+    ranks.from_main(stream.try_rows)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
         _check_tokens(rows, encoder, policy.vocabulary)
     return OnlineSource(

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from dar.errors import InvalidRequestError, TrainingError
+from dar.errors import TrainingError
 from dar.protocol.samples import FinishReason
 from dar.rewards.base import SampleReward
 from dar.training.config import DARConfig
-from dar.training.data import Prompt, PromptEncoder, PromptOrder, Rows, TokenPair
+from dar.training.data import Prompt, PromptEncoder, PromptOrder, Rows, TokenPair, naming_row
 from dar.training.loss import (
     importance_weights,
     normalized_advantages,
@@ -135,9 +135,6 @@ class PromptStream:
         config: Batch size and seed.
         sink: Is told once when a prompt had to be cut.
 
-    Raises:
-        InvalidRequestError: A prompt cannot be encoded; the message names the row. All conversations and empty texts are
-            tried here, as a chat template may refuse what stands in the last row, and not every tokenizer begins a text.
     """
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
@@ -147,10 +144,19 @@ class PromptStream:
         self._order = PromptOrder(len(rows), config.seed)
         self._sink = sink
         self._has_warned = False
-        for row in range(len(rows)):
-            prompt = rows[row].get("prompt")
+
+    def try_rows(self) -> None:
+        """Try what may fail: a chat template may refuse what stands in the last row, and not every tokenizer begins a text.
+
+        Raises:
+            InvalidRequestError: A prompt cannot be encoded; the message names the row.
+        """
+        for index in range(len(self._rows)):
+            row = self._rows[index]
+            prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt:
-                self._encode(row)
+                with naming_row(index):
+                    self._encoder.check(row)
 
     def of_step(self, number: int) -> list[Prompt]:
         """The P prompts of step ``number``, from 1."""
@@ -174,10 +180,8 @@ class PromptStream:
         return [self._order.row(position) for position in positions]
 
     def _encode(self, row: int) -> Prompt:
-        try:
+        with naming_row(row):
             return self._encoder(self._rows[row])
-        except InvalidRequestError as error:
-            raise InvalidRequestError(f"row {row + 1}: {error}", param="training_file") from error
 
     def epoch(self, number: int) -> float:
         """Passes over the data set after step ``number``."""
