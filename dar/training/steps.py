@@ -5,8 +5,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from dar.errors import TrainingError
 from dar.protocol.samples import FinishReason
 from dar.rewards.base import SampleReward
 from dar.training.config import DARConfig
-from dar.training.data import Prompt, PromptEncoder, PromptOrder, Rows, TokenPair, naming_row
+from dar.training.data import Prompt, PromptEncoder, Rows, TokenPair, naming_row
 from dar.training.loss import (
     importance_weights,
     normalized_advantages,
@@ -126,6 +128,28 @@ class StepSource(Protocol):
         ...
 
 
+class PromptOrder:
+    """Which row stands at each position of the endless stream of prompts: a function of seed and position alone.
+
+    Every epoch is another permutation; a step may take its last prompts from the next epoch.
+    """
+
+    def __init__(self, row_count: int, seed: int) -> None:
+        self.row_count = row_count
+        self._seed = seed
+        self._permutation = lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, epoch: int) -> Sequence[int]:
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+        order: list[int] = np.random.Generator(bits).permutation(self.row_count).tolist()
+        return order
+
+    def row(self, position: int) -> int:
+        """Number of the row at ``position``, both from 0."""
+        epoch, index = divmod(position, self.row_count)
+        return self._permutation(epoch)[index]
+
+
 class PromptStream:
     """The prompts of each step: a function of the seed and the step's number.
 
@@ -134,7 +158,6 @@ class PromptStream:
         encoder: Makes token ids of a row.
         config: Batch size and seed.
         sink: Is told once when a prompt had to be cut.
-
     """
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:

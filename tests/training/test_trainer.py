@@ -208,9 +208,7 @@ def test_columns_are_repeated_for_every_completion(train: Callable[..., DARTrain
     assert answers[:4] == [answers[0]] * 4
 
 
-def test_an_exception_of_a_reward_function_comes_out_unchanged(
-    train: Callable[..., DARTrainer],
-) -> None:
+def test_a_reward_functions_exception_comes_out_unchanged(train: Callable[..., DARTrainer]) -> None:
     calls = []
 
     def score(completions: list[str], **columns: Any) -> list[float]:
