@@ -17,7 +17,7 @@ from dar.rewards.functions import RewardFunction
 from dar.settings import Settings
 from dar.training import loading
 from dar.training.config import DARConfig
-from dar.training.data_sets import open_rows
+from dar.training.data_sets import is_one_split, open_rows
 from dar.training.flags import ScriptArguments
 from dar.training.sink import Control, Sink
 from dar.training.trainer import DARTrainer
@@ -50,7 +50,9 @@ def build(
     ]
     evaluated: dict[str, Any] = {}
     if config.is_evaluating:
-        if script.eval_dataset_name is None and Path(script.dataset_name).expanduser().is_file():
+        if script.eval_dataset_name is None and is_one_split(
+            Path(script.dataset_name).expanduser()
+        ):
             raise InvalidRequestError(
                 f"{script.dataset_name} is one split, which is trained on; name other prompts with --eval_dataset_name to "
                 "evaluate",

@@ -15,7 +15,7 @@ BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """What reads a file that is not JSON Lines."""
 PARAM = "dataset_name"
 ONLY_SPLIT = ("train", "test")
-"""What a file may be called: the defaults of a command line."""
+"""What rows without splits may be called: the defaults of a command line."""
 
 
 def open_rows(
@@ -42,19 +42,24 @@ def open_rows(
             f"{name} lies on this machine and has no configurations; leave --dataset_config out",
             param="dataset_config",
         )
+    if is_one_split(path) and split not in ONLY_SPLIT:
+        raise InvalidRequestError(
+            f"{path} has no splits, so there is no {split!r}; leave the split out, or give a folder with "
+            f"{split}{path.suffix or '.jsonl'}",
+            param=PARAM,
+        )
     if path.is_file():
-        if split not in ONLY_SPLIT:
-            raise InvalidRequestError(
-                f"{path} is a file, which is one split, and not {split!r}; leave the split out, or give a folder with "
-                f"{split}{path.suffix}",
-                param=PARAM,
-            )
         return _from_file(path)
     if path.is_dir():
         return _from_folder(path, split)
     if path.suffix in {".jsonl", *BUILDERS} or name.startswith((".", "/", "~")):
         raise InvalidRequestError(f"there is no file or folder {name}", param=PARAM)
     return _from_hub(name, split, config, is_offline=is_offline)
+
+
+def is_one_split(path: Path) -> bool:
+    """Whether the name is that of rows without splits: a file, or a folder that `datasets.Dataset.save_to_disk` has written."""
+    return path.is_file() or (path / "state.json").is_file()
 
 
 def _from_file(path: Path) -> Rows:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from dar.errors import InvalidRequestError
 from dar.training.config import DARConfig
@@ -140,6 +141,10 @@ CLEARER = {
     "output_dir": "Folder of checkpoints and of the trained model.",
     "per_device_train_batch_size": "Prompts of each process in an optimizer step, before accumulation.",
     "gradient_accumulation_steps": "Factor on that number; the result is that of one large batch.",
+    "gradient_checkpointing": "Compute activations again in the backward pass: less memory, more time.",
+    "gradient_checkpointing_kwargs": "How; arguments of torch.utils.checkpoint as JSON.",
+    "activation_checkpointing": "Another name of --gradient_checkpointing.",
+    "activation_checkpointing_kwargs": "Another name of --gradient_checkpointing_kwargs.",
     "max_steps": "Optimizer steps; goes before --num_train_epochs.",
     "logging_strategy": "Whether to report: steps, or no.",
     "save_strategy": "Whether to write checkpoints: steps, or no.",
@@ -244,8 +249,8 @@ def _help(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _metavar(kind: object) -> str:
-    names: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
-    return names.get(kind, "true|false")
+    names: dict[object, str] = {int: "N", float: "X", str: "TEXT", string_to_bool: "true|false"}
+    return names.get(kind, "NAME" if isinstance(kind, type) else "JSON")
 
 
 def make_parser() -> FlagParser:
@@ -280,11 +285,11 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     for name, other in ONLY_WITH.items():
         if name in given and not given.get(other):
             raise InvalidRequestError(f"--{name} has no effect without --{other}", param=name)
-    if "eval_dataset_name" in given and not _evaluates(given):
-        raise InvalidRequestError(
-            "--eval_dataset_name has no effect without --eval_strategy or --eval_on_start",
-            param="eval_dataset_name",
-        )
+    for name in ("eval_dataset_name", "dataset_test_split"):
+        if name in given and not _evaluates(given):
+            raise InvalidRequestError(
+                f"--{name} has no effect without --eval_strategy or --eval_on_start", param=name
+            )
     own = {f.name for f in fields(ScriptArguments)}
     return CommandLine(
         ScriptArguments(**{name: value for name, value in given.items() if name in own}),

@@ -149,3 +149,33 @@ def all_logps(
 def autocast(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast on ``device`` to this number format, or nothing."""
     return nullcontext() if half is None else torch.autocast(device.type, dtype=half)
+
+
+def idle_weights(model: nn.Module) -> list[str]:
+    """Names of trained weights that have no part in the log-probability of a completion: of unused experts, or an image encoder."""
+    device = next(model.parameters()).device
+    ones = torch.ones((1, 2), dtype=torch.long, device=device)
+    batch = {
+        "input_ids": 0 * ones,
+        "attention_mask": ones,
+        "position_ids": ones.cumsum(dim=1) - 1,
+        "completion_mask": ones[:, 1:].bool(),
+    }
+    is_training = model.training
+    model.eval()  # checkpointed blocks would hide their weights
+    with torch.enable_grad():
+        reached = [completion_logps(model, batch).grad_fn]
+    model.train(is_training)
+    seen = set(reached)
+    used: set[int] = set()
+    while reached:
+        node = reached.pop()
+        used.add(id(getattr(node, "variable", None)))
+        new = {following for following, _ in (node.next_functions if node else ())} - seen - {None}
+        seen |= new
+        reached += new
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in used
+    ]

@@ -96,6 +96,22 @@ class RowEncoder(PromptEncoder):
         prompt = self.fitted(row, found.prompt, ids, min(room, self._max_length))
         return replace(prompt, completions=self._stored(found, completions, len(prompt.ids)))
 
+    def check(self, row: Row) -> None:
+        """See `PromptEncoder.check`."""
+        found = read_offline(row, self.vocabulary)
+        prompt = found.prompt
+        if prompt is None or isinstance(prompt, str):
+            self(row)
+            return
+        answers = [
+            self._answer(prompt, one)[1]
+            for one in found.completions
+            if not isinstance(one, str | list)
+        ]
+        longest = min(self._max_length, self._longest // 2)
+        if not all(answers) or self._needs_tokens(prompt, self.rendered(prompt), longest):
+            self(row)
+
     def _stored(
         self, row: OfflineRow, completions: Sequence[list[int]], prompt_length: int
     ) -> tuple[StoredCompletion, ...]:
@@ -141,7 +157,8 @@ class RowEncoder(PromptEncoder):
         count = len(prompt_ids)
         return whole[count:] if common_length(prompt_ids, whole) == count else self.bare(text)
 
-    def _turn(self, prompt: Sequence[Message], prompt_ids: list[int], answer: Message) -> list[int]:
+    def _answer(self, prompt: Sequence[Message], answer: Message) -> tuple[str, str]:
+        """A conversation with its answer as the model reads it, and what of that follows the prompt."""
         before = self.rendered(prompt)
         last = prompt[-1]
         if last["role"] == "assistant":  # the answer goes on where the prompt's last message ends
@@ -156,7 +173,10 @@ class RowEncoder(PromptEncoder):
                 f"{before[at : at + 40]!r} where with the answer it has {text[at : at + 40]!r}. What the policy would be trained on "
                 "is not what it is asked; use a template that only appends, or send prompt_ids and completion_ids"
             )
-        rest = text[len(before) :]
+        return text, text[len(before) :]
+
+    def _turn(self, prompt: Sequence[Message], prompt_ids: list[int], answer: Message) -> list[int]:
+        text, rest = self._answer(prompt, answer)
         ids = self._following(prompt_ids, self.bare(text), rest)
         ends = [place for place, token in enumerate(ids) if token in self._eos_ids]
         # Templates put a line break behind the end of a turn; sampling stops at the end itself.

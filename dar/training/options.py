@@ -5,6 +5,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import ONLINE_ONLY
@@ -30,6 +31,8 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "restore_callback_states_from_checkpoint": (False,),
     "neftune_noise_alpha": (None,),
     "torch_compile": (False,),
+    "torch_compile_backend": (None,),
+    "torch_compile_mode": (None,),
     "dataloader_num_workers": (0,),
     "dataloader_drop_last": (False,),
     "dataloader_persistent_workers": (False,),
@@ -51,6 +54,11 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "length_column_name": ("length",),
     "remove_unused_columns": (True,),
     "ignore_data_skip": (False,),
+    "average_tokens_across_devices": (True,),
+    "dataloader_pin_memory": (True,),
+    "accelerator_config": (None,),
+    "parallelism_config": (None,),
+    "local_rank": (-1,),
 }
 """Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
 refused: an option is never accepted and then ignored."""
@@ -72,12 +80,25 @@ def refuse_without_effect(arguments: TrainingArguments) -> None:
     strategy = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
     for name, neutral in (WITHOUT_EFFECT | OF_EVALUATION[strategy]).items():
         value = getattr(arguments, name, neutral[0])
-        if getattr(value, "value", value) not in neutral:
+        if getattr(value, "value", value) not in neutral and not _is_settled(arguments, name):
             when = f" with eval_strategy={strategy!r}" if name not in WITHOUT_EFFECT else ""
             raise InvalidRequestError(
                 f"{name}={value!r} has no effect on DAR training{when}; leave it at {neutral[0]!r}",
                 param=name,
             )
+
+
+def _is_settled(arguments: TrainingArguments, name: str) -> bool:
+    """Whether a value that is not neutral comes from transformers or a launcher, or says what holds anyway."""
+    if name == "dataloader_pin_memory":  # transformers turns it off on CPUs
+        return arguments.use_cpu
+    if name == "local_rank":  # torch.distributed.launch tells every process
+        return bool(arguments.local_rank == arguments.local_process_index)
+    if name == "accelerator_config":
+        ours, usual = vars(arguments.accelerator_config), vars(AcceleratorConfig())
+        # All but this are about data loaders, or count shares of a step, which is done here.
+        return all(ours[key] == usual[key] for key in ours if key != "use_configured_state")
+    return False
 
 
 def online_only(arguments: TrainingArguments, preset: Mapping[str, Any]) -> list[str]:

@@ -83,6 +83,13 @@ RANGES: Mapping[str, Rule] = {
     "max_grad_norm": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,
     "num_train_epochs": _ABOVE_0,
+    "max_steps": _count(-1),
+    "logging_steps": _ABOVE_0,
+    "save_steps": _ABOVE_0,
+    "eval_steps": _or_none(_ABOVE_0),
+    "eval_delay": _AT_LEAST_0,
+    "save_total_limit": _or_none(_count(1)),
+    "ddp_timeout": _count(1),
     "per_device_train_batch_size": _count(1),
     "gradient_accumulation_steps": _count(1),
     "seed": (

@@ -59,10 +59,10 @@ def make_source(
         encoder_of_rows = _row_encoder(policy, config, longest)
         count = config.prompts_per_step if mode == "train" else len(rows)
         check_replay(rows, encoder_of_rows, count)
-        stream = STREAMS[mode](rows, encoder_of_rows, config, sink)
+        stream = _stream(mode, rows, encoder_of_rows, config, sink, ranks)
         return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=sink, mode=mode)
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
-    stream = STREAMS[mode](rows, encoder, config, sink)
+    stream = _stream(mode, rows, encoder, config, sink, ranks)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
         _check_tokens(rows, encoder, policy.vocabulary)
     return OnlineSource(
@@ -78,6 +78,14 @@ def make_source(
         ranks=ranks,
         mode=mode,
     )
+
+
+def _stream(
+    mode: Mode, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink, ranks: Ranks
+) -> PromptStream:
+    stream = STREAMS[mode](rows, encoder, config, sink)
+    ranks.from_main(stream.try_rows)
+    return stream
 
 
 def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:

@@ -5,16 +5,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dar.errors import InvalidRequestError, TrainingError
+from dar.errors import TrainingError
 from dar.protocol.samples import FinishReason
 from dar.rewards.base import SampleReward
 from dar.training.config import DARConfig
-from dar.training.data import Prompt, PromptEncoder, PromptOrder, Rows, TokenPair
+from dar.training.data import Prompt, PromptEncoder, Rows, TokenPair, naming_row
 from dar.training.loss import (
     importance_weights,
     normalized_advantages,
@@ -126,6 +128,28 @@ class StepSource(Protocol):
         ...
 
 
+class PromptOrder:
+    """Which row stands at each position of the endless stream of prompts: a function of seed and position alone.
+
+    Every epoch is another permutation; a step may take its last prompts from the next epoch.
+    """
+
+    def __init__(self, row_count: int, seed: int) -> None:
+        self.row_count = row_count
+        self._seed = seed
+        self._permutation = lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, epoch: int) -> Sequence[int]:
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+        order: list[int] = np.random.Generator(bits).permutation(self.row_count).tolist()
+        return order
+
+    def row(self, position: int) -> int:
+        """Number of the row at ``position``, both from 0."""
+        epoch, index = divmod(position, self.row_count)
+        return self._permutation(epoch)[index]
+
+
 class PromptStream:
     """The prompts of each step: a function of the seed and the step's number.
 
@@ -134,10 +158,6 @@ class PromptStream:
         encoder: Makes token ids of a row.
         config: Batch size and seed.
         sink: Is told once when a prompt had to be cut.
-
-    Raises:
-        InvalidRequestError: A prompt cannot be encoded; the message names the row. All conversations and empty texts are
-            tried here, as a chat template may refuse what stands in the last row, and not every tokenizer begins a text.
     """
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
@@ -147,10 +167,19 @@ class PromptStream:
         self._order = PromptOrder(len(rows), config.seed)
         self._sink = sink
         self._has_warned = False
-        for row in range(len(rows)):
-            prompt = rows[row].get("prompt")
+
+    def try_rows(self) -> None:
+        """Try what may fail: a chat template may refuse what stands in the last row, and not every tokenizer begins a text.
+
+        Raises:
+            InvalidRequestError: A prompt cannot be encoded; the message names the row.
+        """
+        for index in range(len(self._rows)):
+            row = self._rows[index]
+            prompt = row.get("prompt")
             if not isinstance(prompt, str) or not prompt:
-                self._encode(row)
+                with naming_row(index):
+                    self._encoder.check(row)
 
     def of_step(self, number: int) -> list[Prompt]:
         """The P prompts of step ``number``, from 1."""
@@ -174,10 +203,8 @@ class PromptStream:
         return [self._order.row(position) for position in positions]
 
     def _encode(self, row: int) -> Prompt:
-        try:
+        with naming_row(row):
             return self._encoder(self._rows[row])
-        except InvalidRequestError as error:
-            raise InvalidRequestError(f"row {row + 1}: {error}", param="training_file") from error
 
     def epoch(self, number: int) -> float:
         """Passes over the data set after step ``number``."""

@@ -29,7 +29,7 @@ from dar.training.evaluation import (
 )
 from dar.training.fingerprint import config_sha256
 from dar.training.launching import refuse_if_left_alone
-from dar.training.logprobs import all_logps
+from dar.training.logprobs import all_logps, idle_weights
 from dar.training.metrics import Reporter
 from dar.training.options import online_only
 from dar.training.policy import Policy
@@ -146,6 +146,7 @@ class DARTrainer(EvaluatingTrainer):
         # transformers turns the cache off for training, and would write that into every checkpoint
         policy.model.config.use_cache = is_using_cache
         policy.place_reference(config.device)
+        self._leave_unused_alone()
         self._policy = policy
         self._compute = compute_metrics
         self._job_id = job_id
@@ -160,6 +161,15 @@ class DARTrainer(EvaluatingTrainer):
         )
         name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
+
+    def _leave_unused_alone(self) -> None:
+        """Have DDP look for weights without a gradient only where there are any: it takes time, and torch warns of it."""
+        handler = self.accelerator.ddp_handler
+        is_ddp = self.args.world_size > 1 and not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )
+        if is_ddp and self.args.ddp_find_unused_parameters is None and not idle_weights(self.model):
+            handler.find_unused_parameters = False
 
     def _meet(self, sink: Sink | None, control: Control | None) -> None:
         """Find the other processes; one speaks and listens for all."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dar.protocol import sense
+
 PATH = "/v1/fine_tuning/jobs"
 
 
@@ -90,6 +92,18 @@ def test_what_cannot_run_is_refused_at_submission(
     error = error_of(answer)
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
     assert live.http.get(PATH).json()["data"] == []
+
+
+def test_a_job_that_was_accepted_before_a_rule_came_is_still_given_out(
+    live: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dar = {"resources": {"processes": 1, "strategy": "fsdp"}}
+    with monkeypatch.context() as patched:
+        patched.setattr(sense, "problems_of", lambda _: [])
+        job = live.submit(dar=dar)
+    lease = live.claim()
+    assert lease.body["job_id"] == job["id"]
+    assert lease.body["spec"]["method"]["dar"]["resources"]["strategy"] == "fsdp"
 
 
 def test_an_unknown_model_is_answered_with_those_there_are(

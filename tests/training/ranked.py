@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
 from dar.settings import environment
@@ -41,6 +46,7 @@ COMPLETIONS = [
 WHOLE = {"per_device_train_batch_size": 8}
 IN_SHARES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 HALF = {"per_device_train_batch_size": 4}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 HALF_IN_SHARES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ZERO2: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 ZERO3: dict[str, Any] = {
@@ -70,8 +76,8 @@ class Kept(NullSink):
         self.events: list[str] = []
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        kept = {k: v for k, v in values.items() if not k.startswith("time/")}
-        self.metrics_of[str(step)] = kept
+        kept = {k: v for k, v in values.items() if "time/" not in k}
+        self.metrics_of.setdefault(str(step), {}).update(kept)
 
     def samples(self, step: int, samples: Any) -> None:
         self.completions_of[str(step)] = [sample.completion for sample in samples]
@@ -92,9 +98,8 @@ class AfterStep:
         return self._request if self._step in self._sink.metrics_of else None
 
 
-def make_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def make_config() -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=63,  # with LoRA's rank, weights that two processes cannot share evenly
@@ -106,7 +111,26 @@ def make_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
         bos_token_id=2,
         eos_token_id=3,
     )
-    return LlamaForCausalLM(config).to(dtype)
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(make_config()).to(dtype)
+
+
+def make_judge() -> LlamaForSequenceClassification:
+    torch.manual_seed(1)
+    config = make_config()
+    config.num_labels = 1
+    return LlamaForSequenceClassification(config).to(torch.float64)
+
+
+class Idle(LlamaForCausalLM):
+    """A model with a weight that text does not reach."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.for_images = torch.nn.Linear(3, 3)
 
 
 def train(
@@ -116,6 +140,8 @@ def train(
     *,
     is_lora: bool = False,
     is_offline: bool = False,
+    is_judged: bool = False,
+    model: LlamaForCausalLM | None = None,
     resume: Path | None = None,
     reward: Callable[..., list[float]] = share_of_w40,
     stop: tuple[Request, str] | None = None,
@@ -140,10 +166,13 @@ def train(
         "ddp_timeout": PATIENCE,
     }
     trainer = DARTrainer(
-        make_model(dtype),
+        make_model(dtype) if model is None else model,
         DARConfig(**values | dict(settings)),
         COMPLETIONS if is_offline else PROMPTS,
-        None if is_offline else reward,
+        None if is_offline or is_judged else reward,
+        reward_model=make_judge() if is_judged else None,
+        eval_dataset={"few": PROMPTS[:5], "one": PROMPTS[5:6]} if is_judged else None,
+        reward_processing_class=AutoTokenizer.from_pretrained(TOKENIZER) if is_judged else None,
         processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
         peft_config=lora if is_lora else None,
         sink=sink,
@@ -209,7 +238,17 @@ def main(folder: Path) -> None:
     heard = talk(settled.ranks)
     train(folder, "ddp in shares", HALF_IN_SHARES)
     train(folder, "ddp offline", HALF, is_offline=True)
-    train(folder, "ddp lora", HALF, is_lora=True)
+    adapted = train(folder, "ddp lora", HALF, is_lora=True)
+    judged = train(folder, "ddp judged", HALF | EVALUATED, is_judged=True)
+    heard["judge bytes"] = judged.ranks.gather(judged.memory().get("reward models", 0))
+    torch.manual_seed(0)
+    model = Idle(make_config()).to(torch.float64)
+    idle = train(folder, "idle", HALF | {"max_steps": 2}, model=model)
+    trainers = {"whole": settled, "lora": adapted, "idle": idle}
+    heard["looks for unused"] = {
+        name: trainer.accelerator.ddp_handler.find_unused_parameters
+        for name, trainer in trainers.items()
+    }
     checkpoint = folder / "whole" / "checkpoints" / "step-2"
     train(folder, "ddp resumed", HALF, resume=checkpoint)
     train(folder, "fsdp", HALF_IN_SHARES | {"fsdp": True})

@@ -1,14 +1,30 @@
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from transformers import TrainingArguments
 
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import Hyperparameters, Sampling
 from dar.training import DARConfig
 from dar.training.loss import Normalization
+from dar.training.options import OF_EVALUATION, WITHOUT_EFFECT
 
 SAME_MEANING = {"batch_size": "per_device_train_batch_size"}
+WITH_EFFECT = {
+    "activation_checkpointing", "activation_checkpointing_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16",
+    "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph",
+    "ddp_timeout", "debug", "deepspeed", "disable_tqdm", "eval_on_start", "eval_strategy", "fp16", "fsdp", "fsdp_config",
+    "full_determinism", "gradient_accumulation_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "learning_rate",
+    "liger_kernel_config", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps",
+    "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs", "optim", "optim_args",
+    "optim_target_modules", "output_dir", "per_device_train_batch_size", "project", "push_to_hub", "report_to", "run_name",
+    "save_steps", "save_total_limit", "seed", "skip_memory_metrics", "tf32", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "use_cpu", "use_liger_kernel", "warmup_steps", "weight_decay",
+}  # fmt: skip
+"""Options of transformers that do here what they say."""
 NOT_OURS = {"max_steps", "n_epochs", "optim", "lr_scheduler_type"}
 
 
@@ -60,6 +76,10 @@ def test_defaults_are_those_of_a_job_spec(tmp_path: Path) -> None:
         ("length_column_name", "tokens"),
         ("remove_unused_columns", False),
         ("ignore_data_skip", True),
+        ("average_tokens_across_devices", False),
+        ("accelerator_config", {"split_batches": True}),
+        ("accelerator_config", {"gradient_accumulation_kwargs": {"num_steps": 4}}),
+        ("local_rank", 3),
         ("dar_k", 2.5),
         ("dar_k", True),
         ("max_new_tokens", 2.0),
@@ -70,6 +90,8 @@ def test_defaults_are_those_of_a_job_spec(tmp_path: Path) -> None:
         ("num_train_epochs", float("inf")),
         ("seed", -1),
         ("seed", 99_999_999_999),
+        ("max_steps", 2.5),
+        ("save_steps", -1),
         ("report_to", "nonsense"),
         ("report_to", ["tensorboard", "nonsense"]),
     ],
@@ -80,6 +102,26 @@ def test_values_out_of_range_and_options_without_effect_are_refused(
     with pytest.raises(InvalidRequestError, match=name) as caught:
         DARConfig(output_dir=str(tmp_path), **{name: value})
     assert caught.value.param == name
+
+
+def test_every_option_of_transformers_is_refused_or_known_to_work() -> None:
+    inherited = {f.name for f in fields(TrainingArguments) if f.init}
+    refused = WITHOUT_EFFECT.keys() | OF_EVALUATION["no"].keys()
+    assert inherited - refused == WITH_EFFECT
+    assert refused <= inherited
+
+
+def test_what_transformers_and_launchers_set_themselves_is_no_mistake(tmp_path: Path) -> None:
+    config = DARConfig(output_dir=str(tmp_path), use_cpu=True, local_rank=0)
+    assert not config.dataloader_pin_memory
+    DARConfig(output_dir=str(tmp_path), accelerator_config={"use_configured_state": True})
+
+
+def test_memory_that_is_pinned_for_no_data_loader_is_refused_where_it_could_be(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InvalidRequestError, match="dataloader_pin_memory"):
+        DARConfig(output_dir=str(tmp_path), dataloader_pin_memory=False)
 
 
 @pytest.mark.parametrize(

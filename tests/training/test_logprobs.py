@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from dar.training.data import DataCollatorForDAR, TokenPair
-from dar.training.logprobs import all_logps, completion_logps, forward_batches
+from dar.training.logprobs import all_logps, completion_logps, forward_batches, idle_weights
 
 COLLATE = DataCollatorForDAR(1)
 
@@ -76,3 +76,16 @@ def test_forward_passes_hold_every_sequence_once_within_bounds() -> None:
         assert len(batch) <= 64
         assert len(batch) * (prompt + completion) <= 16_384
         assert len(batch) * (completion + 1) * 32_000 <= 2**28 or len(batch) == 1
+
+
+def test_weights_that_text_does_not_reach_are_found_and_frozen_ones_are_not(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    model = make_model().train()
+    assert idle_weights(model) == []
+    model.activation_checkpointing_enable()
+    model.for_images = torch.nn.Linear(3, 3)
+    model.model.norm.weight.requires_grad_(requires_grad=False)
+    assert idle_weights(model) == ["for_images.weight", "for_images.bias"]
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())

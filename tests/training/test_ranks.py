@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranked.train(folder, "in shares", ranked.IN_SHARES)
     ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True)
     ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True)
+    settings = ranked.WHOLE | ranked.EVALUATED
+    ranked.train(folder, "whole judged", settings, is_judged=True)
     ranked.start(folder, "main")
     return folder
 
@@ -55,7 +58,7 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
     assert str(last) in told[1]["metrics"]
 
 
-@pytest.mark.slow  # the first starts two processes that import torch and train eleven times
+@pytest.mark.slow  # the first starts two processes that import torch and train thirteen times
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -78,6 +81,25 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(runs: Path, strategy: st
     told = json.loads((runs / f"{strategy} resumed" / "told.json").read_text())
     assert list(told["metrics"]) == ["3"]
     assert any("processes was 1 and is 2" in message for message in told["events"])
+
+
+def test_two_processes_evaluate_as_one_with_a_reward_model_that_only_the_main_one_holds(
+    runs: Path,
+) -> None:
+    assert_same(runs, "whole judged", "ddp judged")
+    metrics = json.loads((runs / "ddp judged" / "told.json").read_text())["metrics"]
+    for step in ("0", "2", "3"):
+        names = [name for name in metrics[step] if name.startswith("eval")]
+        assert {"few", "one"} <= {part for name in names for part in re.split("[/_]", name)}
+    held = json.loads((runs / "heard-1.json").read_text())["judge bytes"]
+    assert held[0] > held[1] == 0
+
+
+def test_weights_without_a_gradient_are_looked_for_only_where_there_are_any(runs: Path) -> None:
+    for index in range(2):
+        heard = json.loads((runs / f"heard-{index}.json").read_text())
+        assert heard["looks for unused"] == {"whole": False, "lora": False, "idle": True}
+    assert "2" in json.loads((runs / "idle" / "told.json").read_text())["metrics"]
 
 
 def test_a_reward_may_take_longer_than_a_collective_of_torch(runs: Path) -> None:

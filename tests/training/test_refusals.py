@@ -9,7 +9,12 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
-from dar.training import DARTrainer
+from dar.protocol.reward_spec import Rewards
+from dar.training import DARConfig, DARTrainer, NullSink
+from dar.training.data import PromptEncoder
+from dar.training.flags import read_command_line
+from dar.training.offline import RowEncoder
+from dar.training.steps import PromptStream
 
 STORED = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 
@@ -31,6 +36,20 @@ def test_weights_of_rewards_that_are_not_there_are_refused(
     with pytest.raises(InvalidRequestError, match="there is no reward") as refused:
         train(train_dataset=[STORED], reward_funcs=None, reward_weights=[2.0])
     assert refused.value.param == "reward_weights"
+
+
+def test_weights_beside_those_of_a_job_spec_are_refused(train: Callable[..., DARTrainer]) -> None:
+    component = {"name": "r", "url": "http://127.0.0.1:9/score"}
+    rewards = Rewards.model_validate({"components": [component]})
+    with pytest.raises(InvalidRequestError, match="brings its own weights") as refused:
+        train(reward_funcs=rewards, reward_weights=[2.0])
+    assert refused.value.param == "reward_weights"
+
+
+def test_data_for_evaluation_may_serve_its_start_alone() -> None:
+    names = ("model_name_or_path", "dataset_name", "output_dir", "eval_dataset_name")
+    line = read_command_line([*(f"--{name}=x" for name in names), "--eval_on_start"])
+    assert line.script.eval_dataset_name == "x"
 
 
 def test_a_reference_that_has_no_part_is_refused(
@@ -70,3 +89,49 @@ def test_a_temperature_at_which_training_never_rests_is_told(
     train(sink=sink, settings={**settings, "max_steps": 1})
     kinds = [data["kind"] for _, _, data in sink.events if data]
     assert ("no_point_of_rest" in kinds) == is_told
+
+
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_conversations_are_tried_without_making_tokens_of_them(
+    config: Callable[..., DARConfig], tokenizer: PreTrainedTokenizerBase, is_offline: bool
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    asked = {"prompt": [{"role": "user", "content": "w10"}]}
+    answered = asked | {"completion": [{"role": "assistant", "content": "w11"}], "reward": 1.0}
+    tokenized: list[str] = []
+
+    class Counting(RowEncoder if is_offline else PromptEncoder):  # type: ignore[misc]  # a mixin of either
+        def bare(self, text: str) -> list[int]:
+            tokenized.append(text)
+            return super().bare(text)
+
+    limits: dict[str, Any] = {"longest": 64, "vocabulary": 64, "eos_ids": {3}} if is_offline else {}
+    row = answered if is_offline else asked
+    encoder = Counting(tokenizer, 64, **limits)
+    PromptStream([row] * 5, encoder, config(), NullSink()).try_rows()
+    assert tokenized == []
+    encoder(row)
+    assert tokenized
+    system = {"role": "system", "content": "w5"}
+    tokenizer.chat_template = "{{ raise_exception('no system') if messages[0].role == 'system' }}w4"
+    bad = row | {"prompt": [system, *asked["prompt"]]}
+    stream = PromptStream([row, bad], encoder, config(), NullSink())
+    with pytest.raises(InvalidRequestError, match=r"row 2: .*no system"):
+        stream.try_rows()
+
+
+def test_a_conversation_that_loses_turns_is_tried_as_it_is_cut(
+    config: Callable[..., DARConfig], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{{ raise_exception('too few') if messages | length < 3 }}"
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    turns = ["w10 w11 w12 w13", "w14 w15 w16 w17", "w18 w19 w20 w21"]
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]
+    stream = PromptStream([{"prompt": messages}], PromptEncoder(tokenizer, 8), config(), NullSink())
+    with pytest.raises(InvalidRequestError, match=r"row 1: .*too few"):
+        stream.try_rows()

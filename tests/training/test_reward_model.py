@@ -309,3 +309,17 @@ def test_the_reward_model_is_frozen_and_scores_in_evaluation_mode(
     assert not model.training
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_reward_model_keeps_the_number_format_it_was_saved_in(
+    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = classifier().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    trainer = train(
+        reward_funcs=None,
+        reward_model=str(tmp_path / "half"),
+        reward_processing_class=tokenizer,
+        settings={"max_steps": 1},
+    )
+    assert trainer.memory()["reward models"] == 2 * sum(p.numel() for p in model.parameters())

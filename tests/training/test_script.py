@@ -229,6 +229,10 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
         (["--config", "missing.yaml"], "No such file"),
         (["--eval_strategy", "steps", "--eval_dataset_name", "no.jsonl"], "no file or folder no.jsonl"),
+        (["--eval_strategy", "steps"], "prompts.jsonl is one split, which is trained on"),
+        (["--eval_dataset_name", "prompts.jsonl"], "--eval_dataset_name has no effect without --eval_strategy"),
+        (["--dataset_test_split", "x"], "--dataset_test_split has no effect without --eval_strategy"),
+        (["--dataset_train_split", "nonsense"], "has no splits, so there is no 'nonsense'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_paragraph_and_exit_code_64(
@@ -260,7 +264,10 @@ def test_every_config_field_is_a_flag_and_the_help_says_so(
     said = capsys.readouterr().out
     for name in ("alpha", "dar_k", "reward_url", "preset", "dry_run", "learning_rate", "stop"):
         assert f"--{name}" in said
-    assert "--label_smoothing_factor" not in said  # it would be refused
+    hidden = ("label_smoothing_factor", "no_eval_do_concat_batches", "parallelism_config")
+    for name in hidden:  # they would be refused
+        assert f"--{name}" not in said
+    assert "Deprecated" not in said
 
 
 def test_flags_go_before_the_file_and_both_before_the_preset(tmp_path: Path) -> None:
@@ -315,6 +322,10 @@ def test_data_sets_come_from_files_and_folders(tmp_path: Path) -> None:
     assert list(open_rows(str(tmp_path / "saved"))) == rows
     with pytest.raises(InvalidRequestError, match="has no split 'test', but train"):
         open_rows(str(tmp_path / "saved"), split="test")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    assert list(open_rows(str(tmp_path / "one"))) == rows
+    with pytest.raises(InvalidRequestError, match="has no splits"):
+        open_rows(str(tmp_path / "one"), split="validation")
 
 
 def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:

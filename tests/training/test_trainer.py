@@ -208,14 +208,16 @@ def test_columns_are_repeated_for_every_completion(train: Callable[..., DARTrain
     assert answers[:4] == [answers[0]] * 4
 
 
-def test_an_exception_of_a_reward_function_comes_out_unchanged(
-    train: Callable[..., DARTrainer],
-) -> None:
+def test_a_reward_functions_exception_comes_out_unchanged(train: Callable[..., DARTrainer]) -> None:
+    calls = []
+
     def score(completions: list[str], **columns: Any) -> list[float]:
+        calls.append(completions)
         raise TypeError("my own mistake")
 
     with pytest.raises(TypeError, match="my own mistake"):
         train(reward_funcs=score)
+    assert len(calls) == 1  # it is not taken for a wrong signature and tried in another way
 
 
 def test_a_loss_that_is_no_number_ends_training_before_the_weights_change(
