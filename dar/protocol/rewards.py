@@ -247,7 +247,7 @@ def decode_response(body: bytes, *, request_id: str, ids: Sequence[str]) -> list
     return [by_id[sample_id] for sample_id in ids]
 
 
-def load_json(body: bytes) -> Any:
+def load_json(body: bytes) -> object:
     """The JSON value in an answer; of a name that occurs twice in an object the last counts.
 
     Raises:
