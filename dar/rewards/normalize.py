@@ -89,8 +89,8 @@ def normalized(
 
 def _z_scores(rewards: Sequence[float]) -> list[float]:
     """Deviations from the mean in biased standard deviations, of which there are at least `MIN_STD`."""
-    if not rewards:
-        return []
+    if not rewards or min(rewards) == max(rewards):
+        return [0.0] * len(rewards)  # the mean of equal numbers may be off by its last digit
     mean = math.fsum(rewards) / len(rewards)
     std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
     return [(reward - mean) / max(std, MIN_STD) for reward in rewards]

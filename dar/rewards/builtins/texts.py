@@ -168,7 +168,7 @@ class Contains(_Comparison):
 class JsonValid(Builtin):
     """``valid`` if the completion is JSON of the wanted type with the wanted keys, else ``invalid``.
 
-    NaN and infinity are no JSON; more than about 200 levels of nesting are refused.
+    NaN and infinity are no JSON; more than about 200 levels of nesting and integers of more than 4,300 digits are refused.
     """
 
     fn: ClassVar[str] = "json_valid"
