@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
         "completions/truncated_fraction": cut / len(lengths),
         **_component_means(step),
     }
+    if fallbacks := sum(reward.is_fallback for reward in step.rewards):
+        values["rewards/fallback_fraction"] = fallbacks / len(step.rewards)
     if step.staleness is not None:
         values["dar/staleness"] = step.staleness
     if step.group_count:
@@ -92,11 +95,16 @@ def _moments(name: str, values: Tensor) -> dict[str, float]:
 
 def _component_means(step: ScoredStep) -> dict[str, float]:
     by_name: dict[str, list[float]] = {}
+    missing: Counter[str] = Counter()
     for reward in step.rewards:
         for name, value in reward.components.items():
-            if value is not None and "/" not in name:  # a part is for viewing only
+            if value is None:
+                missing[name] += 1
+            elif "/" not in name:  # a part is for viewing only
                 by_name.setdefault(name, []).append(value)
-    return {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
+    means = {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
+    count = len(step.rewards)
+    return means | {f"rewards/{name}/missing_fraction": n / count for name, n in missing.items()}
 
 
 def sample_rows(step: ScoredStep) -> list[SampleRow]:

@@ -183,6 +183,9 @@ def test_a_fallback_is_the_reward_of_what_failed_and_the_failure_stays_visible(
     for row in sink.shown[1]:
         assert (row.reward, row.reward_status) == (-0.25, "error")
         assert "holds no number" in str(row.reward_message)
+    assert sink.reports[1]["rewards/fallback_fraction"] == 1.0
+    assert sink.reports[1]["rewards/right/missing_fraction"] == 1.0
+    assert sink.reports[1]["rewards/missing_fraction"] == 0.0
 
 
 def test_reward_models_are_given_by_the_names_of_the_spec(
