@@ -147,7 +147,7 @@ def metrics() -> str:
         (
             "`rewards/<component>/missing_fraction`",
             "fraction",
-            "share of completions that the component gave no reward for; told only where there are some",
+            "share of completions that the component gave no reward for",
         )
     )
     return table(("name", "unit", "meaning"), rows)

@@ -71,7 +71,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/fallback_fraction",
         "fraction",
-        "share of completions that could not be scored and whose reward is the job's fallback_value; told only where there are some",
+        "share of completions that could not be scored and whose reward is the job's fallback_value",
     ),
     Metric(
         "rewards/zero_variance_fraction",

@@ -30,17 +30,17 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
     """
     rewards = [reward.reward for reward in step.rewards if reward.reward is not None]
     lengths = [len(pair.completion_ids) for pair in step.pairs]
+    fallbacks = sum(reward.is_fallback for reward in step.rewards)
     cut = sum(reason == "length" for reason in step.finish_reasons)
     values = {
         "rewards/missing_fraction": 1 - len(rewards) / len(step.pairs),
+        "rewards/fallback_fraction": fallbacks / len(step.pairs),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/truncated_fraction": cut / len(lengths),
         **_component_means(step),
     }
-    if fallbacks := sum(reward.is_fallback for reward in step.rewards):
-        values["rewards/fallback_fraction"] = fallbacks / len(step.rewards)
     if step.staleness is not None:
         values["dar/staleness"] = step.staleness
     if step.group_count:
@@ -98,9 +98,10 @@ def _component_means(step: ScoredStep) -> dict[str, float]:
     missing: Counter[str] = Counter()
     for reward in step.rewards:
         for name, value in reward.components.items():
-            if value is None:
-                missing[name] += 1
-            elif "/" not in name:  # a part is for viewing only
+            if "/" in name:  # a part is for viewing only
+                continue
+            missing[name] += value is None
+            if value is not None:
                 by_name.setdefault(name, []).append(value)
     means = {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
     count = len(step.rewards)
