@@ -43,7 +43,7 @@ def reward_url(installation: Any) -> Iterator[str]:
 @pytest.fixture
 def model(installation: Any) -> str:
     folder = installation.home / "models" / "golden"
-    shutil.copytree(GOLDEN / "tokenizer", folder)
+    shutil.copytree(GOLDEN / "tokenizer", folder, dirs_exist_ok=True)
     config = json.loads((GOLDEN / "end_to_end.json").read_text())["model_config"]
     config["architectures"] = ["LlamaForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -57,19 +57,23 @@ def siblings(installation: Any) -> list[psutil.Process]:
     return [trainer for trainer in trainers if trainer.ppid() in pids]
 
 
+def shared(reward_url: str, steps: int, **resources: Any) -> dict[str, Any]:
+    """A job of two processes, with a checkpoint every second step."""
+    return {
+        "hyperparameters": {"max_steps": steps, "batch_size": 2, "dar_k": 2, "learning_rate": 1e-3},
+        "sampling": {"max_new_tokens": 6},
+        "rewards": {"components": [{"name": "r", "url": reward_url}]},
+        "checkpointing": {"every_steps": 2},
+        "resources": {"processes": 2, **resources},
+    }
+
+
 @pytest.mark.slow  # two real attempts of two processes, each of which imports torch
 def test_a_job_ends_when_its_second_process_dies_and_resumes_from_its_checkpoint(
     installation: Any, reward_url: str, model: str
 ) -> None:
-    dar = {
-        "hyperparameters": {"max_steps": 6, "batch_size": 2, "dar_k": 2, "learning_rate": 1e-3},
-        "sampling": {"max_new_tokens": 6},
-        "rewards": {"components": [{"name": "r", "url": reward_url}]},
-        "checkpointing": {"every_steps": 2},
-        "resources": {"processes": 2},
-    }
     installation.start_worker(real=True)
-    job_id = installation.submit_spec(PROMPTS, dar, model=model)
+    job_id = installation.submit_spec(PROMPTS, shared(reward_url, 6), model=model)
     installation.until(lambda: len(installation.checkpoints(job_id)) >= 1, seconds=60)
     (sibling,) = siblings(installation)
     secret = (installation.home / "reward_secret").read_text().strip()
@@ -86,3 +90,18 @@ def test_a_job_ends_when_its_second_process_dies_and_resumes_from_its_checkpoint
     assert installation.steps(job_id) == [1, 2, 3, 4, 5, 6]
     logs = {path.name for path in (installation.home / "worker" / "slot-0" / "logs").iterdir()}
     assert {f"{job_id}-1.log", f"{job_id}-1-1.log"} <= logs
+
+
+@pytest.mark.slow  # a real attempt of two processes, each of which imports torch, and DeepSpeed too
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_a_job_is_cut_into_shards_as_its_strategy_says(
+    installation: Any, reward_url: str, model: str, strategy: str
+) -> None:
+    installation.start_worker(real=True)
+    dar = shared(reward_url, 2, strategy=strategy)
+    job_id = installation.submit_spec(PROMPTS, dar, model=model)
+    job = installation.wait(job_id, "succeeded", "failed", seconds=60)
+    assert job["status"] == "succeeded", job["error"]
+    assert installation.steps(job_id) == [1, 2]
+    (checkpoint,) = installation.checkpoints(job_id)
+    assert {file["name"] for file in checkpoint["files"]} >= {"config.json", "model.safetensors"}
