@@ -21,7 +21,7 @@ def make_model(stack: Stack) -> None:
 
 def submit(stack: Stack, file_id: str) -> str:
     """Submit a job; returns its id."""
-    component = {"name": "none", "url": "http://127.0.0.1:9/score"}
+    component = {"name": "none", "url": "http://127.0.0.1:61999/score"}
     method = {"type": "dar", "dar": {"rewards": {"components": [component]}}}
     return stack.client.jobs.create(model="nothing", training_file=file_id, method=method).id
 

@@ -212,6 +212,13 @@ class ConfigurationError(DARError):
     retryable = False
 
 
+class SecretUnreadableError(DARError):
+    """A stored secret cannot be decrypted, or was stored for another endpoint."""
+
+    code = "secret_unreadable"
+    retryable = False
+
+
 class RewardError(DARError):
     """A reward source could not give rewards; the message names the source and its last answer."""
 
@@ -241,6 +248,40 @@ class RewardContractError(RewardError):
     status = 400
     type = "invalid_request_error"
     retryable = False
+
+
+class RewardBudgetError(RewardError):
+    """Too many completions got no reward, or the reward service went away in mid-training: more than the job's policy allows.
+
+    Args:
+        message: See `DARError`.
+        errors: Failed samples by kind of failure.
+        sample_ids: Some of them.
+        last_status: HTTP status of the newest failure that had one.
+        is_outage: Whether every failure was of a kind that passes, so that the service may simply come back.
+        **details: See `DARError`.
+    """
+
+    code = "reward_budget_exhausted"
+    status = 400
+    type = "invalid_request_error"
+    retryable = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errors: Mapping[str, int] | None = None,
+        sample_ids: Sequence[str] = (),
+        last_status: int | None = None,
+        is_outage: bool = False,
+        **details: Any,  # noqa: ANN401 - what `DARError` takes, whatever its type
+    ) -> None:
+        super().__init__(message, **details)
+        self.errors = dict(errors or {})
+        self.sample_ids = tuple(sample_ids)
+        self.last_status = last_status
+        self.is_outage = is_outage
 
 
 class TrainingError(DARError):

@@ -4,6 +4,7 @@ Built only where a process starts (`Settings()`), then passed down; reading the 
 Every process of the product uses the same class, so one environment describes one installation.
 """
 
+import ipaddress
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -70,11 +71,28 @@ class Settings(BaseSettings):
     reward_secret: SecretStr | None = None
     """Secret (``whsec_…``) that signs requests to inline reward URLs; default: ``$DAR_HOME/reward_secret``."""
 
+    egress_allow_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Comma-separated hosts of reward services whose addresses may be private, like ``rewards.internal,*.corp.example``."""
+
+    egress_allow_cidrs: Annotated[tuple[str, ...], NoDecode] = ()
+    """Comma-separated networks in which reward services may be though they are not public, like ``10.20.0.0/16``; the metadata
+    addresses of clouds stay blocked."""
+
+    egress_allow_http: Annotated[tuple[str, ...], NoDecode] = ()
+    """Comma-separated hosts of reward services that may be reached over plain HTTP; ``*`` for all."""
+
+    egress_ports: Annotated[tuple[int, ...], NoDecode] = ()
+    """Comma-separated ports that reward services may have; default: 443, 80 for plain HTTP, and 1024 and above."""
+
     is_migrating: bool = True
     """Whether the service upgrades the database schema when it starts."""
 
     database_wait_seconds: Seconds = 60.0
     """How long the service waits for its database when it starts."""
+
+    secret_keys: SecretStr | None = None
+    """Comma-separated Fernet keys that the secrets of reward endpoints are stored under, the newest first; default: the content of
+    ``$DAR_HOME/secret_keys``."""
 
     max_body_bytes: Bytes = 1024**2
     """Largest JSON body of a request."""
@@ -91,6 +109,10 @@ class Settings(BaseSettings):
 
     reconcile_seconds: Seconds = 5.0
     """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
+
+    reward_probe_seconds: Seconds = 5.0
+    """Pause before the service looks whether the reward service of a paused job is back; doubles up to 12 times that. Where the
+    reward service refused us or answered wrongly, 12 times longer."""
 
     # --- worker ----------------------------------------------------------------------------------------------------
     worker_key: SecretStr | None = None
@@ -134,7 +156,22 @@ class Settings(BaseSettings):
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
 
-    @field_validator("hub_models", "hub_datasets", mode="before")
+    @field_validator("egress_allow_cidrs")
+    @classmethod
+    def _are_networks(cls, cidrs: tuple[str, ...]) -> tuple[str, ...]:
+        for cidr in cidrs:
+            ipaddress.ip_network(cidr)
+        return cidrs
+
+    @field_validator(
+        "hub_models",
+        "hub_datasets",
+        "egress_allow_hosts",
+        "egress_allow_cidrs",
+        "egress_allow_http",
+        "egress_ports",
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

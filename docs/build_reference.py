@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from dar.cli.main import app as command_line
 from dar.errors import DARError
-from dar.protocol.metrics import METRICS
+from dar.protocol.metrics import COMPONENT_METRICS, METRICS
 from dar.protocol.presets import PRESETS, PresetValues
 from dar.protocol.spec import JobSpec
 from dar.settings import Settings
@@ -142,7 +142,11 @@ def errors() -> str:
 def metrics() -> str:
     """Every registered metric."""
     rows: list[tuple[str, str, str]] = [(f"`{m.name}`", m.unit, m.meaning) for m in METRICS]
-    rows.append(("`rewards/<component>/mean`", "reward", "mean raw reward of one component"))
+    rows += [
+        (f"`{prefix}/<component>/{last}`", unit, meaning)
+        for prefix, series in COMPONENT_METRICS.items()
+        for last, (unit, meaning) in series.items()
+    ]
     return table(("name", "unit", "meaning"), rows)
 
 

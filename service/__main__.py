@@ -1,4 +1,4 @@
-"""The service's processes: ``python -m service serve`` and ``python -m service migrate``."""
+"""The service's processes: ``python -m service serve``, ``migrate`` and ``rotate-secrets``."""
 
 import argparse
 import signal
@@ -12,8 +12,10 @@ from fastapi import FastAPI
 
 from dar.errors import DARError
 from dar.settings import Settings, load_settings
-from service import log, migrate
+from service import keys, log, migrate
 from service.app import create_app, prepare
+from service.secrets import SecretBox
+from service.store import reward_secrets
 from service.store.database import Database
 
 GRACE_SECONDS = 4
@@ -52,11 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     serve_parser.add_argument("--host", help="address to bind to (default: DAR_HOST)")
     serve_parser.add_argument("--port", type=int, help="port to bind to (default: DAR_PORT)")
     commands.add_parser("migrate", help="upgrade the database schema and stop")
+    commands.add_parser("rotate-secrets", help="store all secrets under the newest key and stop")
     chosen = parser.parse_args(arguments)
     log.configure("info")
     try:
         if chosen.command == "migrate":
             return _migrate(load_settings())
+        if chosen.command == "rotate-secrets":
+            return _rotate_secrets(load_settings())
         return _serve(load_settings(host=chosen.host, port=chosen.port))
     except DARError as error:
         structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
@@ -70,6 +75,17 @@ def _migrate(settings: Settings) -> int:
     database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings.model_copy(update={"is_migrating": True}), database)
     structlog.get_logger().info("schema is up to date", revision=migrate.current(database))
+    database.close()
+    return 0
+
+
+def _rotate_secrets(settings: Settings) -> int:
+    log.configure(settings.log_level)
+    database = Database(settings.sqlalchemy_url)
+    migrate.upgrade(settings, database)
+    secrets = SecretBox(keys.secret_keys(settings, database))
+    count = database.transact(lambda transaction: reward_secrets.rotate(transaction, secrets))
+    structlog.get_logger().info("secrets are stored under the newest key", count=count)
     database.close()
     return 0
 

@@ -1,6 +1,6 @@
 """The application: its routes, and what starts and stops with it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,6 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
+from dar.protocol import graders as wire_graders
+from dar.protocol import reward_endpoints as wire_endpoints
 from dar.protocol import spec, worker
 from dar.settings import Settings
 from dar.version import __version__
@@ -17,6 +19,7 @@ from service.api import (
     checkpoints,
     events,
     files,
+    graders,
     health,
     inputs,
     jobs,
@@ -24,6 +27,8 @@ from service.api import (
     metrics,
     models,
     query,
+    reward_endpoints,
+    reward_stats,
     samples,
     uploads,
 )
@@ -31,13 +36,27 @@ from service.artifacts import Artifacts
 from service.log import RequestMiddleware
 from service.notifier import Notifier
 from service.reconciler import Reconciler
+from service.reward_watch import RewardWatch
 from service.runtime import Runtime
+from service.secrets import SecretBox
+from service.store import jobs as jobs_store
 from service.store.database import Database
+from service.telemetry import Telemetry
 from service.waker import Waker
 
-ROUTERS = (files, jobs, events, metrics, samples, checkpoints, models, leases, inputs, uploads)
+ROUTERS = (
+    *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
+    *(reward_endpoints, graders, leases, inputs, uploads),
+)
 BODIES = (
     spec.JobSpec,
+    wire_endpoints.CreateRewardEndpoint,
+    wire_endpoints.UpdateRewardEndpoint,
+    wire_endpoints.RotateSecret,
+    wire_endpoints.ProbeEndpoint,
+    wire_endpoints.ProbeInline,
+    wire_graders.RunGrader,
+    wire_graders.ValidateGrader,
     worker.Claim,
     worker.Heartbeat,
     worker.Batch,
@@ -69,13 +88,16 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
+        watch = RewardWatch(ready)
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()
+        watch.start()
         try:
             yield
         finally:
             await ready.notifier.close()
+            await run_in_threadpool(watch.close)
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()
@@ -130,11 +152,18 @@ def prepare(settings: Settings) -> Runtime:
     artifacts = Artifacts(settings.artifacts_path)
     artifacts.prepare()
     broker = settings.broker_url
+
+    def count_jobs() -> Mapping[str, int]:
+        with database.read() as transaction:
+            return jobs_store.count_by_status(transaction)
+
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
+        telemetry=Telemetry(count_jobs),
         reward_secret=keys.configure(settings, database),
+        secrets=SecretBox(keys.secret_keys(settings, database)),
     )

@@ -93,6 +93,8 @@ def path_of(location: Sequence[str | int]) -> str:
     """A location as a path: ``("rewards", "components", 0, "url")`` is ``rewards.components[0].url``."""
     path = ""
     for part in location:
+        if part == "[key]":  # pydantic's mark of a mapping's key, which stands before it
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.removeprefix(".")
 

@@ -17,10 +17,12 @@ from ulid import ULID
 
 from dar.errors import ConfigurationError
 from dar.settings import Settings
-from service.store import keys
+from service import secrets as secrets_
+from service.store import keys, reward_secrets
 from service.store.database import Database
 
 API_KEY_FILE, WORKER_KEY_FILE, REWARD_SECRET_FILE = "api_key", "worker_key", "reward_secret"
+KEYS_OF_SECRETS_FILE = "secret_keys"
 USER_SCOPES = "read submit admin"
 WORKER_SCOPES = "worker"
 _KEY = re.compile(r"^dar-[sw]k-([0-9A-Za-z]{8,40})-[\w-]{43}$", re.ASCII)
@@ -121,6 +123,36 @@ def configure(settings: Settings, database: Database) -> str:
         ]
         keys.configure(transaction, records)
     return reward
+
+
+def secret_keys(settings: Settings, database: Database) -> list[str]:
+    """The keys that secrets are stored under, the newest first; made at the first start.
+
+    Raises:
+        ConfigurationError: Other hosts, or the secrets that are stored here, use keys that this host does not have.
+    """
+    given = settings.secret_from(settings.secret_keys, KEYS_OF_SECRETS_FILE)
+    with database.write() as transaction:
+        keys.lock(transaction)
+        known = reward_secrets.known_keys(transaction)
+        token = reward_secrets.any_token(transaction)
+        if given is None and known and (database.is_postgresql or token is not None):
+            raise ConfigurationError(
+                f"secrets are stored in this database under a key that is not in {settings.home}; copy {KEYS_OF_SECRETS_FILE} "
+                "from the host that has it, or set DAR_SECRET_KEYS"
+            )
+        path = settings.home / KEYS_OF_SECRETS_FILE
+        found = secrets_.split_keys(given or _make(path, secrets_.new_key))
+        digests = [secrets_.key_digest(key) for key in found]
+        is_foreign = database.is_postgresql and bool(known) and known.isdisjoint(digests)
+        box = secrets_.SecretBox(found)
+        if is_foreign or (token is not None and not box.is_readable(token)):
+            raise ConfigurationError(
+                "none of the keys in DAR_SECRET_KEYS (or the file secret_keys) opens what is stored in this database; add "
+                "the one that its secrets were stored under"
+            )
+        reward_secrets.note_keys(transaction, digests)
+    return found
 
 
 def _given(settings: Settings) -> dict[str, str | None]:

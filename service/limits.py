@@ -80,7 +80,10 @@ def _gunzip(packed: bytes, limit: int) -> bytes:
 
 
 def body_of(
-    model: type[Model], limit: Callable[[Runtime], int] | None = None
+    model: type[Model],
+    limit: Callable[[Runtime], int] | None = None,
+    *,
+    is_optional: bool = False,
 ) -> Callable[[Request], Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's JSON body as a ``model``.
 
@@ -89,6 +92,7 @@ def body_of(
     Args:
         model: What the body must be.
         limit: Picks the limit in bytes; default: the settings' ``max_body_bytes``.
+        is_optional: Whether no body stands for an empty object.
     """
 
     async def read(request: Request) -> Model:
@@ -100,6 +104,8 @@ def body_of(
                 f"content-type {media_type!r} is not read here; send application/json"
             )
         body = await read_body(request, most)
+        if is_optional and not body:
+            body = b"{}"
         try:
             made = model.model_validate_json(body)
         except ValidationError as error:

@@ -41,6 +41,8 @@ def configure(level: str) -> None:
         )
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It logs every URL, and that of a reward service may hold a token.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.INFO))

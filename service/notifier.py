@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Literal
 
 import structlog
 from sqlalchemy import and_, or_, select
@@ -18,6 +19,8 @@ from service.store.database import Database
 from service.store.tables import Attempt, Job
 
 log = structlog.get_logger()
+Told = Literal["cancel", "pause"]
+"""What a worker is told, once."""
 WATCH_SECONDS = 1.0
 
 
@@ -26,8 +29,8 @@ class Notifier:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiters: defaultdict[str, dict[asyncio.Event, bool]] = defaultdict(dict)
-        # By job; whether the waiter knows already that the job is to be cancelled.
+        self._waiters: defaultdict[str, dict[asyncio.Event, frozenset[Told]]] = defaultdict(dict)
+        # By job; what the waiter knows already.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.is_closing = False
@@ -42,15 +45,14 @@ class Notifier:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, job_id)
 
-    async def wait(self, job_id: str, seconds: float, *, is_told: bool = False) -> None:
-        """Return when there may be news about a job, at the latest after ``seconds``.
-
-        With ``is_told``, that it is to be cancelled is no news.
-        """
+    async def wait(
+        self, job_id: str, seconds: float, *, told: frozenset[Told] = frozenset()
+    ) -> None:
+        """Return when there may be news about a job, at the latest after ``seconds``; what was ``told`` is no news."""
         if self.is_closing or seconds <= 0:
             return
         news = asyncio.Event()
-        self._waiters[job_id][news] = is_told
+        self._waiters[job_id][news] = told
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), seconds)
@@ -83,22 +85,29 @@ class Notifier:
             if not self._waiters:
                 continue
             try:
-                waiting = {job_id: all(told.values()) for job_id, told in self._waiters.items()}
+                waiting = {
+                    job_id: frozenset.intersection(*told.values())
+                    for job_id, told in self._waiters.items()
+                }
                 for job_id in await run_in_threadpool(self._changed, waiting):
                     self._wake(job_id)
             except SQLAlchemyError as error:
                 log.warning("cannot watch for directives", error=str(error))
 
-    def _changed(self, waiting: Mapping[str, bool]) -> list[str]:
-        """Which of the jobs have something to say to their worker, by whether it knows of a cancellation."""
-        untold = [job_id for job_id, is_told in waiting.items() if not is_told]
+    def _changed(self, waiting: Mapping[str, frozenset[Told]]) -> list[str]:
+        """Which of the jobs have something to say to their worker, by what it knows already."""
+
+        def untold(what: Told) -> list[str]:
+            return [job_id for job_id, told in waiting.items() if what not in told]
+
         is_running = select(Attempt.job_id).where(
             Attempt.job_id == Job.id, Attempt.number == Job.attempt, Attempt.status == "running"
         )
         statement = select(Job.id).where(
             Job.id.in_(waiting),
             or_(
-                and_(Job.cancel_requested_at.is_not(None), Job.id.in_(untold)),
+                and_(Job.cancel_requested_at.is_not(None), Job.id.in_(untold("cancel"))),
+                and_(Job.status == "pausing", Job.id.in_(untold("pause"))),
                 ~is_running.exists(),
             ),
         )

@@ -1,6 +1,6 @@
 """What the parts of one service process share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -8,7 +8,11 @@ from fastapi import Depends, Request
 from dar.settings import Settings
 from service.artifacts import Artifacts
 from service.notifier import Notifier
+from service.probing import Remembered
+from service.rationing import Throttle
+from service.secrets import SecretBox
 from service.store.database import Database
+from service.telemetry import Telemetry
 from service.waker import Waker
 
 
@@ -21,7 +25,15 @@ class Runtime:
     artifacts: Artifacts
     waker: Waker
     notifier: Notifier
-    reward_secret: str
+    telemetry: Telemetry
+    reward_secret: str = field(repr=False)
+    secrets: SecretBox
+    """Opens the secrets of reward endpoints."""
+    probes: Throttle = field(default_factory=lambda: Throttle(6, 60.0, "probes"))
+    gradings: Throttle = field(default_factory=lambda: Throttle(60, 60.0, "runs of a grader"))
+    tries: Throttle = field(default_factory=lambda: Throttle(120, 60.0, "tries at submission"))
+    remembered: Remembered = field(default_factory=Remembered)
+    """Reward services that a submission need not try again yet."""
 
 
 async def current(request: Request) -> Runtime:

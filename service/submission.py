@@ -21,10 +21,13 @@ from dar.protocol import sense
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
-from service import datasets, errors, models
+from dar.rewards.guard import EgressPolicy
+from dar.rewards.probe import ProbeTarget
+from service import datasets, endpoints, errors, models
 from service.auth import User
+from service.probing import Try
 from service.runtime import Runtime
-from service.store import checkpoints, files, jobs
+from service.store import checkpoints, files, jobs, reward_endpoints
 from service.store.database import Transaction
 from service.store.tables import File, Job
 
@@ -48,6 +51,50 @@ def body_digest(spec: JobSpec) -> str:
     return hashlib.sha256(canonical).hexdigest()
 
 
+def to_try(runtime: Runtime, request: Request) -> list[Try]:
+    """The reward services that must be tried before `submit`; none for a repetition, or where the spec says so.
+
+    Raises:
+        InvalidRequestError: A component names an endpoint that is not there or does not fit, or what else is plainly wrong.
+        IdempotencyMismatchError: The key was used with another body.
+    """
+    rewards = request.spec.dar.rewards
+    if request.spec.skip_validation or rewards is None:
+        return []
+    with runtime.database.read() as transaction:
+        if _replayed(transaction, request) is not None:
+            return []
+        resolved = endpoints.resolve(transaction, request.user.project_id, request.spec)
+        tries = [
+            _try(transaction, runtime, resolved, index)
+            for index, component in enumerate(rewards.components)
+            if component.kind == "http"
+        ]
+        fresh = [one for one in tries if not runtime.remembered.has(one.key)]
+        # Nobody is asked for a job that cannot be accepted anyway.
+        if fresh:
+            _new_job(transaction, runtime, request, resolved)
+            transaction.rollback()
+    return [one for one in fresh if runtime.tries.has_room(request.user.key_id)]
+
+
+def _try(
+    transaction: Transaction, runtime: Runtime, resolved: endpoints.Resolved, index: int
+) -> Try:
+    assert resolved.spec.dar.rewards is not None
+    component = resolved.spec.dar.rewards.components[index]
+    guard = EgressPolicy.from_settings(runtime.settings)
+    path = f"{endpoints.COMPONENTS}[{index}]"
+    endpoint = resolved.endpoints.get(component.name)
+    if endpoint is None:
+        assert component.url is not None
+        target = ProbeTarget(component, component.url, [runtime.reward_secret], {}, guard)
+        return Try(f"{path}.url", target)
+    access = endpoints.access_to(transaction, runtime.secrets, endpoint)
+    target = ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    return Try(f"{path}.endpoint", target, endpoint.revision)
+
+
 def submit(runtime: Runtime, request: Request) -> tuple[Job, Replay | None]:
     """Accept a job, or find the one that an earlier try of the same request has made.
 
@@ -60,8 +107,11 @@ def submit(runtime: Runtime, request: Request) -> tuple[Job, Replay | None]:
         earlier = _replayed(transaction, request)
         if earlier is not None:
             return earlier
-        job, inputs = _new_job(transaction, runtime, request)
+        project_id = request.user.project_id
+        resolved = endpoints.resolve(transaction, project_id, request.spec, lock="keep")
+        job, inputs = _new_job(transaction, runtime, request, resolved)
         jobs.submit(transaction, job, inputs)
+        reward_endpoints.link(transaction, job.id, resolved.links)
         transaction.after_commit(runtime.waker.wake)
         return job, None
 
@@ -148,7 +198,9 @@ def _hub_data(patterns: Sequence[str], spec: JobSpec) -> tuple[str, None]:
     return "", None
 
 
-def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tuple[Job, list[str]]:
+def _new_job(
+    transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.Resolved
+) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
     if problems := sense.problems_of(spec):
         raise errors.invalid(problems)
@@ -170,7 +222,7 @@ def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tu
         model_source=resolved.source.model_dump(),
         model_name=models.result_name(spec.model, spec.suffix, job_id),
         training_file=file_id,
-        spec=spec.model_dump(mode="json"),
+        spec=rewarded.spec.model_dump(mode="json"),
         labels=spec.metadata,
         suffix=spec.suffix,
         seed=secrets.randbelow(2**31) if spec.seed is None else spec.seed,

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from dar.errors import DARError, RewardUnavailableError
+from dar.errors import DARError, RewardBudgetError, RewardError, RewardUnavailableError
 from dar.processes import die_with_parent
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
+from dar.protocol.reward_stats import ComponentRequests, FailedRequest
 from dar.protocol.samples import SampleRow
 from dar.protocol.worker import (
     AttemptProgress,
@@ -24,6 +25,7 @@ from dar.protocol.worker import (
     EventRow,
     MetricsRow,
     Phase,
+    RewardsRow,
     SamplesRow,
 )
 from dar.training.sink import NullSink, Sink
@@ -110,6 +112,24 @@ class SpoolSink:
             lambda seq, at: SamplesRow(type="samples", seq=seq, at=at, step=step, samples=samples)
         )
 
+    def rewards(
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+    ) -> None:
+        """How requests to reward services went."""
+        self._spool.append(
+            lambda seq, at: RewardsRow(
+                type="rewards",
+                seq=seq,
+                at=at,
+                step=step,
+                requests=list(requests),
+                failures=list(failures),
+            )
+        )
+
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """Something worth telling the user."""
         facts = None if data is None else dict(data)
@@ -158,6 +178,7 @@ class SpoolSink:
                 code=error.error_code,
                 message=error.message,
                 param=error.param,
+                is_outage=isinstance(error, RewardBudgetError) and error.is_outage,
             )
         write_atomically(self._folder.result, result.model_dump_json().encode())
 
@@ -187,10 +208,27 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         work_dir=AttemptFolder(launch.folder).work,
         resume_from=launch.resume_from,
         reward_secret=launch.reward_secret,
+        reward_access=launch.reward_access,
+        reward_guard=launch.reward_guard,
         threads=launch.threads,
         offline=launch.is_offline,
     )
     return train_job(inputs, sink, control)
+
+
+def ending_of(error: DARError, launch: Launch) -> ExitCode:
+    """How a trainer ends with an error; CRASHED: as with any mistake, so that the job is tried again.
+
+    Want of rewards pauses the job, so that nothing is lost while somebody looks after the reward service, unless the spec says
+    that it fails.
+    """
+    if isinstance(error, RewardUnavailableError):
+        return ExitCode.REWARD_UNAVAILABLE
+    rewards = launch.spec.dar.rewards
+    if isinstance(error, RewardError) and rewards is not None:
+        is_pausing = rewards.failure.on_budget == "pause"
+        return ExitCode.REWARD_PAUSED if is_pausing else ExitCode.USER_ERROR
+    return ExitCode.CRASHED if error.retryable else ExitCode.USER_ERROR
 
 
 def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
@@ -200,15 +238,17 @@ def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
     try:
         how = train(siblings.launch, sink, control)
         siblings.finish()
-    except RewardUnavailableError as error:
-        sink.close(error)
-        return ExitCode.REWARD_UNAVAILABLE
     except DARError as error:
-        if error.retryable:
+        code = ending_of(error, launch)
+        if code == ExitCode.CRASHED:
             raise
-        log.warning("the job cannot work: %s", error.message)
+        log.warning("training ends with %s: %s", code.name, error.error_code)
+        for (
+            secret
+        ) in launch.secrets:  # a reward service may have been told it by mistake, and is quoted
+            error.message = error.message.replace(secret, "…")
         sink.close(error)
-        return ExitCode.USER_ERROR
+        return code
     sink.close()
     return EXIT_CODES[how]
 
@@ -217,12 +257,11 @@ def attend_as_sibling(launch: Launch, control: StdinControl, train: Train) -> Ex
     """Train along with process 0, which alone speaks of it."""
     try:
         return EXIT_CODES[train(launch, NullSink(), control)]
-    except RewardUnavailableError:
-        return ExitCode.REWARD_UNAVAILABLE
     except DARError as error:
-        if error.retryable:
+        code = ending_of(error, launch)
+        if code == ExitCode.CRASHED:
             raise
-        return ExitCode.USER_ERROR
+        return code
 
 
 def main(train: Train = train_with_torch) -> ExitCode:

@@ -12,6 +12,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dar.protocol.spec import JobSpec
+from dar.protocol.worker import ComponentAccess
+from dar.rewards.guard import EgressPolicy
+
+MIN_HIDDEN = 4
+"""Characters of a secret below which it is not looked for in a log."""
 
 
 class ExitCode(IntEnum):
@@ -23,6 +28,7 @@ class ExitCode(IntEnum):
     REWARD_UNAVAILABLE = 69
     DRAINED = 75
     CANCELLED = 76
+    REWARD_PAUSED = 77
 
 
 class Launch(BaseModel):
@@ -47,6 +53,10 @@ class Launch(BaseModel):
     resume_from: Path | None
     """Checkpoint that training goes on from."""
     reward_secret: str | None = Field(repr=False)
+    reward_access: dict[str, ComponentAccess] = Field(default_factory=dict, repr=False)
+    """URL and secrets of registered reward endpoints, by component."""
+    reward_guard: EgressPolicy = EgressPolicy()
+    """Which addresses reward requests may reach; default: public ones over HTTPS."""
     threads: int
     """CPU threads of this process."""
     is_offline: bool
@@ -56,6 +66,18 @@ class Launch(BaseModel):
     """Where on the loopback address process 0 waits for the others; 0: there are none."""
     listener: int | None = None
     """File descriptor of its socket there."""
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret among it, the longest first: none may be shown."""
+        found = {self.reward_secret or ""}
+        for access in self.reward_access.values():
+            found.update(access.secrets, access.headers.values())
+            # `Bearer abc`: a program may well print only the second part
+            found.update(value.rpartition(" ")[2] for value in access.headers.values())
+        # A shorter header value is no secret, and hiding it would only spoil the log.
+        long = (text for text in found if len(text) >= MIN_HIDDEN)
+        return tuple(sorted(long, key=len, reverse=True))
 
     @property
     def processes(self) -> int:
@@ -82,3 +104,5 @@ class Result(BaseModel):
     """Code of the error that ended it."""
     message: str | None = None
     param: str | None = None
+    is_outage: bool = False
+    """Whether it ended for want of rewards that may simply come back."""

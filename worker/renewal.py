@@ -102,6 +102,8 @@ class DirectiveListener:
                 continue
             backoff = Backoff(longest=2.0)
             cursor = answer.cursor
-            if any(directive.type == "cancel" for directive in answer.directives):
-                log.info("cancellation received", lease=self._state.lease.lease_id)
-                self._state.cancel.set()
+            for directive in answer.directives:
+                log.info(
+                    "directive received", type=directive.type, lease=self._state.lease.lease_id
+                )
+                (self._state.cancel if directive.type == "cancel" else self._state.pause).set()

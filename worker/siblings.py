@@ -1,6 +1,6 @@
 """The further processes of a trainer: started and watched by the first, in its process group, and never outliving it.
 
-Each is told its launch on stdin, as the trainer is by its worker; the reward secret is not among it, because the first process
+Each is told its launch on stdin, as the trainer is by its worker; reward secrets are not among it, because the first process
 alone asks for rewards. Three things end them with the first: the end of their stdin, the kernel, and whoever kills the group.
 """
 
@@ -55,7 +55,12 @@ class Siblings:
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         launch = self.launch.model_copy(
-            update={"process": number, "listener": None, "reward_secret": None}
+            update={
+                "process": number,
+                "listener": None,
+                "reward_secret": None,
+                "reward_access": {},
+            }
         )
         with self._folder.log_of(number).open("ab") as output:
             process = subprocess.Popen(

@@ -38,6 +38,8 @@ class AttemptState:
         self.drain = drain
         self.cancel = threading.Event()
         """The user wants the job cancelled."""
+        self.pause = threading.Event()
+        """The user wants the job paused."""
         self.lost = threading.Event()
         """The lease is a successor's: everything stops, nothing is reported."""
         self.reporting = threading.Event()
@@ -63,6 +65,7 @@ class AttemptState:
         """Whether the attempt should not go on, whatever the reason."""
         return (
             self.cancel.is_set()
+            or self.pause.is_set()
             or self.drain.is_set()
             or self.lost.is_set()
             or self.failure is not None

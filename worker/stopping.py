@@ -22,7 +22,8 @@ class Stopping:
     """Watches the reasons to stop and carries them out, step by step.
 
     A lost lease or a failure of the worker kills the trainer at once. A cancellation asks it, sends SIGTERM after
-    ``cancel_seconds`` and SIGKILL ten seconds later. A drain asks it for a checkpoint and kills it after ``drain_seconds``.
+    ``cancel_seconds`` and SIGKILL ten seconds later. A drain asks it for a checkpoint and kills it after ``drain_seconds``, and
+    so does a pause, which is the same to the trainer.
     """
 
     def __init__(self, state: AttemptState, cancel_seconds: float, drain_seconds: float) -> None:
@@ -35,9 +36,11 @@ class Stopping:
         """What the trainer was asked to do."""
 
     def reason(self) -> Reason | None:
-        """Why the attempt should stop; a cancellation outranks a drain."""
+        """Why the attempt should stop; a cancellation outranks a pause, and that a drain."""
         if self._state.cancel.is_set():
             return "cancel"
+        if self._state.pause.is_set():
+            return "pause"
         return "drain" if self._state.drain.is_set() else None
 
     def enforce(self, trainer: TrainerProcess) -> None:
@@ -48,12 +51,14 @@ class Stopping:
         reason = self.reason()
         if reason is not None and reason != self.asked:
             log.info("trainer asked to stop", reason=reason)
-            trainer.order(Order(type=reason))
-            self.asked, self._asked_at = reason, time.monotonic()
+            if self.asked is None or reason == "cancel":
+                trainer.order(Order(type="cancel" if reason == "cancel" else "drain"))
+                self._asked_at = time.monotonic()
+            self.asked = reason
         waited = time.monotonic() - self._asked_at
         if self.asked == "cancel":
             self._enforce_cancel(trainer, waited)
-        elif self.asked == "drain" and waited > self._drain_seconds:
+        elif self.asked is not None and waited > self._drain_seconds:
             log.warning("trainer did not leave in time and is killed")
             trainer.signal(signal.SIGKILL)
 
@@ -71,7 +76,7 @@ class Stopping:
         Twenty seconds from now, or longer if the trainer left early, because its last checkpoint has to arrive too.
         """
         now = time.monotonic()
-        drain_began = self._asked_at if self.asked == "drain" else now
+        drain_began = self._asked_at if self.asked in {"pause", "drain"} else now
         return max(
             now + min(LAST_ROWS_SECONDS, self._drain_seconds), drain_began + self._drain_seconds
         )

@@ -9,12 +9,14 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import structlog
 
 from dar.errors import DARError
 from dar.protocol.worker import Complete, Fail, Lease, Release
+from dar.rewards.guard import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
 from worker.checkpoints import CheckpointUploader
@@ -27,7 +29,7 @@ from worker.spool import SpoolReader
 from worker.state import LOST, AttemptState
 from worker.stopping import Stopping
 from worker.trainer import TrainerExit, TrainerProcess, trainer_environment
-from worker.verdict import Finished, Verdict, failure, judge
+from worker.verdict import Finished, Reason, Verdict, failure, judge
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +39,14 @@ LAST_WORD_SECONDS = 5.0
 """How long it then tries to report the outcome; without it the next start of the worker frees the job."""
 CANCELLED_ROWS_SECONDS = 2.0
 """How long a cancellation waits for the last rows; they are sent afterwards in any case."""
+
+
+RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
+    "cancel": "cancelled",
+    "pause": "paused",
+    "drain": "drained",
+}
+"""Why an attempt is given back that was asked to stop before there was a trainer."""
 
 
 class Supervisor:
@@ -145,9 +155,7 @@ class Supervisor:
         if self._state.failure is not None:
             return failure(self._lease.attempt, self._state.failure)
         reason = self._stopping.reason() or "drain"
-        return Release(
-            attempt=self._lease.attempt, reason="cancelled" if reason == "cancel" else "drained"
-        )
+        return Release(attempt=self._lease.attempt, reason=RELEASES[reason])
 
     def _train(self, inputs: LocalInputs) -> TrainerExit:
         launch = self._launch(inputs)
@@ -186,6 +194,8 @@ class Supervisor:
             validation_file=inputs.validation_file,
             resume_from=inputs.resume_from,
             reward_secret=lease.reward_secret,
+            reward_access=lease.rewards,
+            reward_guard=EgressPolicy.from_settings(self._settings),
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
             is_offline=self._settings.is_offline,
         )

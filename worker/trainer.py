@@ -103,7 +103,7 @@ class TrainerProcess:
         environment: Mapping[str, str],
     ) -> None:
         self._folder = folder
-        self._secret = launch.reward_secret
+        self._secrets = launch.secrets
         with folder.log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -161,11 +161,13 @@ class TrainerProcess:
             self._process.stdin.close()
 
     def log_tail(self) -> str:
-        """The end of what the trainer printed, without the reward secret."""
+        """The end of what the trainer printed, without any secret of its rewards."""
         with self._folder.log.open("rb") as file:
             file.seek(max(0, self._folder.log.stat().st_size - LOG_TAIL_BYTES))
             text = file.read().decode(errors="replace")
-        return text.replace(self._secret, "…") if self._secret else text
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return text
 
 
 def kill_leftover(folder: AttemptFolder) -> bool:

@@ -8,7 +8,7 @@ from dar.protocol.worker import Fail, Release
 from worker.launch import ExitCode, Result
 from worker.trainer import TrainerExit
 
-Reason = Literal["cancel", "drain"]
+Reason = Literal["cancel", "pause", "drain"]
 
 MESSAGE_LENGTH = 8000
 """What `Fail.message` may hold."""
@@ -41,6 +41,8 @@ def judge(attempt: int, ended: TrainerExit, result: Result | None, asked: Reason
         return Finished(result.last_seq)
     if asked == "cancel":
         return Release(attempt=attempt, reason="cancelled")
+    if asked == "pause":
+        return Release(attempt=attempt, reason="paused")
     if asked == "drain" or ended.code == ExitCode.DRAINED:
         return Release(attempt=attempt, reason="drained")
     if result is not None and result.message is not None:
@@ -56,6 +58,14 @@ def judge(attempt: int, ended: TrainerExit, result: Result | None, asked: Reason
         if ended.code == ExitCode.REWARD_UNAVAILABLE:
             return Release(
                 attempt=attempt, reason="waiting_for_reward", message=result.message[:2000]
+            )
+        if ended.code == ExitCode.REWARD_PAUSED:
+            return Release(
+                attempt=attempt,
+                reason="paused_reward",
+                message=result.message[:2000],
+                code=code[:64],
+                is_outage=result.is_outage,
             )
     return Fail(attempt=attempt, kind="transient", code="trainer_crashed", message=crash(ended))
 

@@ -1,4 +1,4 @@
-"""``dar serve``, ``dar worker`` and ``dar migrate``: become the process that was asked for.
+"""``dar serve``, ``dar worker``, ``dar migrate`` and ``dar rotate-secrets``: become the process that was asked for.
 
 The service and the worker are separate packages that this library never imports; they are started by name.
 """
@@ -52,3 +52,9 @@ def migrate(*, home: Path | None) -> NoReturn:
     """Upgrade the database in this process."""
     require("service", "alembic")
     become("service", "migrate", settings={"home": home})
+
+
+def rotate_secrets(*, home: Path | None) -> NoReturn:
+    """Store all secrets under the newest key in this process."""
+    require("service", "alembic")
+    become("service", "rotate-secrets", settings={"home": home})

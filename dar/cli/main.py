@@ -115,6 +115,15 @@ def migrate(home: Home = None) -> None:
     import_module("dar.cli.launch").migrate(home=home)
 
 
+@app.command("rotate-secrets")
+def rotate_secrets(home: Home = None) -> None:
+    """Store the secrets of all reward endpoints under the first of DAR_SECRET_KEYS, then exit.
+
+    Afterwards the other keys are no longer needed.
+    """
+    import_module("dar.cli.launch").rotate_secrets(home=home)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,

@@ -28,8 +28,11 @@ from dar.errors import ConfigurationError
 from dar.settings import Settings, environment, inherited_environment, load_settings
 
 SERVICE_START_SECONDS = 90.0
-WITHHELD_FROM_WORKERS = ("database_url", "api_key", "reward_secret")
+WITHHELD_FROM_WORKERS = ("database_url", "api_key", "reward_secret", "secret_keys")
 """A worker speaks HTTP with its own key; secrets of a job come with its lease."""
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
+"""On one machine the reward service is usually beside us, and without a certificate."""
 
 
 def say(text: str) -> None:
@@ -142,6 +145,12 @@ def start_all(
         "port": settings.port,
         "base_url": url,
         "broker_url": broker_url,
+        "egress_allow_http": ",".join(
+            dict.fromkeys((*settings.egress_allow_http, *LOOPBACK_HOSTS))
+        ),
+        "egress_allow_cidrs": ",".join(
+            dict.fromkeys((*settings.egress_allow_cidrs, *LOOPBACK_NETWORKS))
+        ),
     }
     service = Child(
         name="service",

@@ -1,4 +1,4 @@
-"""The Python SDK: files, jobs, checkpoints and models of a DAR service.
+"""The Python SDK: files, jobs, checkpoints, models and reward endpoints of a DAR service.
 
 import dar
 

@@ -7,6 +7,7 @@ from dar.client.checkpoints import Checkpoints
 from dar.client.files import Files
 from dar.client.jobs import Jobs
 from dar.client.models import Models
+from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.transport import Transport
 from dar.errors import ConfigurationError
 from dar.settings import load_settings
@@ -60,6 +61,8 @@ class Client:
         """What jobs have trained."""
         self.models = Models(self._transport)
         """What jobs can start from."""
+        self.reward_endpoints = RewardEndpoints(self._transport)
+        """Registered reward services."""
 
     @property
     def base_url(self) -> str:

@@ -13,6 +13,7 @@ from dar.protocol.base import Page
 from dar.protocol.events import Event
 from dar.protocol.jobs import Job
 from dar.protocol.metrics import Metrics
+from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
@@ -95,6 +96,22 @@ class Jobs:
         """
         return self._transport.post(f"{_path(job_id)}/cancel", Job)
 
+    def pause(self, job_id: str) -> Job:
+        """Pause a job: at once while it waits; while it runs, after a checkpoint, and it is ``pausing`` until then.
+
+        Raises:
+            ConflictError: It is over, or is being cancelled.
+        """
+        return self._transport.post(f"{_path(job_id)}/pause", Job)
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint.
+
+        Raises:
+            ConflictError: It has succeeded, is being cancelled, or a file that it needs has been deleted.
+        """
+        return self._transport.post(f"{_path(job_id)}/resume", Job)
+
     def wait(
         self,
         job_id: str,
@@ -174,6 +191,25 @@ class Jobs:
             "to_step": to_step,
         }
         return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
+
+    def reward_stats(self, job_id: str) -> RewardStats:
+        """How many samples of a job were scored, skipped or failed, and how each reward service did."""
+        return self._transport.get(f"{_path(job_id)}/reward_stats", RewardStats)
+
+    def reward_failures(
+        self, job_id: str, *, step: int | None = None, order: Order = "desc", limit: int = 20
+    ) -> Listing[RewardFailure]:
+        """Requests to reward services that were given up, newest first.
+
+        Args:
+            job_id: The job.
+            step: Only those of this step.
+            order: ``asc``: oldest first.
+            limit: Size of a page.
+        """
+        params = {"step": step, "order": order, "limit": limit}
+        path = f"{_path(job_id)}/reward_failures"
+        return Listing(self._transport, path, Page[RewardFailure], params)
 
     def samples(
         self,

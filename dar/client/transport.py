@@ -100,6 +100,10 @@ class Transport:
             self.send("POST", path, body=body, upload=upload, headers=headers), answer
         )
 
+    def patch(self, path: str, answer: type[Answer], *, body: object) -> Answer:
+        """What a PATCH of JSON answers."""
+        return self._parse(self.send("PATCH", path, body=body), answer)
+
     def delete(self, path: str, answer: type[Answer]) -> Answer:
         """What a DELETE answers."""
         return self._parse(self.send("DELETE", path), answer)

@@ -5,7 +5,19 @@ from typing import Literal
 from ulid import ULID
 
 Prefix = Literal[
-    "ftjob-", "file-", "ckpt-", "lease-", "req-", "ftevent-", "rwq_", "key-", "proj-", "inc-"
+    "ftjob-",
+    "file-",
+    "ckpt-",
+    "lease-",
+    "req-",
+    "ftevent-",
+    "rwq_",
+    "rwe_",
+    "rws_",
+    "rwf_",
+    "key-",
+    "proj-",
+    "inc-",
 ]
 
 

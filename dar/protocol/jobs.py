@@ -7,7 +7,7 @@ from dar.protocol.status import JobStatus, StatusDetail
 
 
 class JobError(Output):
-    """Why a job failed."""
+    """Why a job failed, or waits in ``paused`` for its rewards."""
 
     code: str
     message: str
@@ -56,7 +56,7 @@ class Job(Output):
     attempt: int
     """Number of the current or last attempt; 0 before the first."""
     progress: Progress
-    actions: list[Literal["cancel"]]
+    actions: list[Literal["cancel", "pause", "resume"]]
     """What can be asked of the job in its present state."""
     links: dict[str, str]
     """Paths of what belongs to the job."""

@@ -1,9 +1,11 @@
 """The metrics of a job: every name, its unit and its meaning. A trainer may send no other."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from dar.protocol.base import Output
+from dar.protocol.reward_stats import FAMILIES
 from dar.protocol.status import JobStatus
 
 
@@ -73,6 +75,27 @@ METRICS: tuple[Metric, ...] = (
         "fraction",
         "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",
     ),
+    Metric("reward/n_valid", "completions", "completions of the step with a reward"),
+    Metric("reward/n_skip", "completions", "completions to which no reward applies"),
+    Metric("reward/n_error", "completions", "completions that could not be scored"),
+    *(
+        Metric(
+            f"reward/n_error/{family}",
+            "completions",
+            f"those whose first failure was of class {family}; left out where there are none",
+        )
+        for family in FAMILIES
+    ),
+    Metric(
+        "rewards/dropped_groups",
+        "prompts",
+        "prompts of the step that were left out at first, as fewer than two of their completions had a reward",
+    ),
+    Metric(
+        "rewards/refilled_groups",
+        "prompts",
+        "how many of these were sampled once more (failure.refill of a job)",
+    ),
     Metric("completions/mean_length", "tokens", "mean completion length"),
     Metric("completions/min_length", "tokens", "shortest completion"),
     Metric("completions/max_length", "tokens", "longest completion"),
@@ -87,7 +110,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/tokens", "tokens", "completion tokens trained on so far"),
     Metric("time/step_seconds", "s", "wall time of the whole step"),
     Metric("time/sampling_seconds", "s", "part of it spent sampling"),
-    Metric("time/reward_seconds", "s", "part of it spent waiting for rewards"),
+    Metric(
+        "time/reward_seconds",
+        "s",
+        "part of it spent waiting for rewards, with nothing else to do",
+    ),
     Metric(
         "time/reference_seconds",
         "s",
@@ -100,21 +127,62 @@ METRICS: tuple[Metric, ...] = (
         "time since the end of the step before in which the policy was neither sampled from nor trained: waiting for rewards, and "
         "what lay between the steps (checkpoints, evaluation, reports)",
     ),
+    Metric(
+        "time/idle_reward_seconds",
+        "s",
+        "part of the idle time that was spent waiting for rewards; the rest of a reward's latency is hidden behind sampling and "
+        "training (overlap)",
+    ),
+    Metric(
+        "time/idle_generation_seconds",
+        "s",
+        "part of the sampling time in which the main process waited until the others had sampled their prompts",
+    ),
     Metric("time/tokens_per_second", "tokens/s", "completion tokens of the step / its wall time"),
 )
 
 NAMES: frozenset[str] = frozenset(metric.name for metric in METRICS)
+COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "rewards": {
+        "mean": ("reward", "mean raw reward of one component"),
+        "std": ("reward", "biased standard deviation of those rewards"),
+        "min": ("reward", "the lowest of them"),
+        "max": ("reward", "the highest of them"),
+    },
+    "reward": {
+        "requests": ("requests", "finished requests to a component's service since the last report"),
+        "failed_requests": ("requests", "those that were given up"),
+        "retries": ("attempts", "attempts beyond the first of each"),
+        "breaker": ("state", "its circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured"),
+    },
+    "time/reward": {
+        "p50_seconds": ("s", "median time of a component's requests, over all attempts"),
+        "p95_seconds": ("s", "95th percentile of the same"),
+    },
+}  # fmt: skip
+"""``<prefix>/<component>/<last>``: unit and meaning of the series that each reward component has, by prefix and last part."""
 EVALUATION = "eval_"
 """What the names of metrics begin with that were reached on the validation file."""
 
 
+DELIVERY = ("requests", "failed_requests", "retries", "breaker")
+"""Last parts of the series that tell how rewards were fetched: like those of time, they may differ between equal runs."""
+
+
+def is_reproducible(name: str) -> bool:
+    """Whether a run of the same job gives the same values of ``name`` again."""
+    is_delivery = name.startswith("reward/") and name.rpartition("/")[2] in DELIVERY
+    return not name.startswith("time/") and not is_delivery
+
+
 def is_known(name: str) -> bool:
-    """Whether ``name`` is a registered metric or a reward component's mean, of training or of an evaluation."""
+    """Whether ``name`` is a registered metric or one of a reward component, of training or of an evaluation."""
     name = name.removeprefix(EVALUATION)
     if name in NAMES:
         return True
-    parts = name.split("/")
-    return len(parts) == 3 and parts[0] == "rewards" and bool(parts[1]) and parts[2] == "mean"
+    start, _, rest = name.rpartition("/")
+    prefix, _, component = start.rpartition("/")
+    return bool(component) and rest in COMPONENT_METRICS.get(prefix, {})
 
 
 class Series(Output):

@@ -13,6 +13,9 @@ from dar.protocol.base import Fraction, Input, NonNegative, Positive, only
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
 
+Overlap = Literal["none", "stream", "one_step"]
+Order = Literal["fixed", "completion"]
+
 
 class Hyperparameters(Input):
     """How the policy is optimised. The same names and defaults as `dar.DARConfig`."""
@@ -164,8 +167,12 @@ class DARSpec(Input):
     """Null trains the full weights."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward and backward pass; auto: bf16 on GPUs that have it, else fp32."""
-    overlap: Annotated[Literal["none"], only("none")] = "none"
-    order: Annotated[Literal["fixed"], only("fixed")] = "fixed"
+    overlap: Overlap = "stream"
+    """What is done while rewards are pending: ``none``: nothing; ``stream``: training on the prompts that are scored already;
+    ``one_step``: that, and the next step is sampled before this one is trained, by a policy that is one update older."""
+    order: Order = "fixed"
+    """In which order the prompts of a step are trained on: ``fixed`` is reproducible to the last bit; ``completion``: as they are
+    scored, which waits least and differs by rounding."""
     resources: Resources = Resources()
     checkpointing: Checkpointing = Checkpointing()
     evaluation: Evaluation | None = None
@@ -221,6 +228,8 @@ class JobSpec(Input):
     """Part of the fine-tuned model's name."""
     metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue] | None = None
     """Up to 16 labels of the user's own."""
+    skip_validation: bool = False
+    """Whether the job is accepted without trying its reward services first."""
     hyperparameters: Annotated[None, only(None)] = None
     integrations: Annotated[None, only(None)] = None
 
@@ -242,6 +251,11 @@ class JobSpec(Input):
             raise PydanticCustomError(
                 "evaluation_incomplete",
                 "validation_file and method.dar.evaluation belong together; send both or neither",
+            )
+        if dar.rewards is None and dar.overlap == "one_step":
+            raise PydanticCustomError(
+                "overlap_without_rewards",
+                "overlap one_step samples one step ahead, but without rewards nothing is sampled; leave it out",
             )
         prompts, processes = dar.hyperparameters.batch_size, dar.resources.processes
         if prompts % processes:

@@ -16,8 +16,11 @@ StatusDetail = Literal[
     "evaluating",
     "checkpointing",
     "cancelling",
+    "by_user",
+    "reward",
     "user_error",
     "poison",
+    "reward_budget_exhausted",
     "system_error",
 ]
 """What a job does within its status, or why it ended."""

@@ -7,6 +7,7 @@ from pydantic import Field
 from dar.protocol.base import Count, Input, Instant, Number, Output
 from dar.protocol.checkpoints import SHA256, Manifest
 from dar.protocol.events import Level
+from dar.protocol.reward_stats import MAX_FAILURES, ComponentRequests, FailedRequest
 from dar.protocol.samples import SampleRow
 from dar.protocol.spec import JobSpec
 
@@ -43,6 +44,16 @@ class ModelSource(Output):
     """Adapters to be merged in this order: their files are the inputs ``adapters/<n>/…``."""
 
 
+class ComponentAccess(Output):
+    """How a component's registered endpoint is reached; kept in memory only."""
+
+    url: str
+    secrets: Annotated[list[str], Field(repr=False)]
+    """Sign its requests, the newest first."""
+    headers: Annotated[dict[str, str], Field(repr=False)]
+    """Secret headers, sent to this URL alone."""
+
+
 class Lease(Output):
     """A job given to a slot for a limited time; answer to a claim."""
 
@@ -60,6 +71,8 @@ class Lease(Output):
     resume_checkpoint_id: str | None
     reward_secret: str | None
     """Signs requests to inline reward URLs; kept in memory only."""
+    rewards: dict[str, ComponentAccess] = Field(default_factory=dict)
+    """By component, for those that name a registered endpoint."""
 
 
 class InputFile(Output):
@@ -103,7 +116,7 @@ class Directive(Output):
     """Something the service wants of a running attempt."""
 
     id: int
-    type: Literal["cancel"]
+    type: Literal["cancel", "pause"]
 
 
 class Directives(Output):
@@ -156,7 +169,21 @@ class CheckpointRow(Input):
     manifest_sha256: SHA256
 
 
-Row = Annotated[MetricsRow | SamplesRow | EventRow | CheckpointRow, Field(discriminator="type")]
+class RewardsRow(Input):
+    """The requests to reward services since the last one of these."""
+
+    type: Literal["rewards"]
+    seq: Number
+    at: Instant
+    step: Number
+    """The step that was reported, or in which training ended."""
+    requests: Annotated[list[ComponentRequests], Field(max_length=1024)]
+    failures: Annotated[list[FailedRequest], Field(max_length=MAX_FAILURES)]
+
+
+Row = Annotated[
+    MetricsRow | SamplesRow | EventRow | CheckpointRow | RewardsRow, Field(discriminator="type")
+]
 """One line of a spool; ``seq`` counts from 1 without gaps within an attempt."""
 
 
@@ -217,11 +244,15 @@ class Fail(Input):
 
 
 class Release(Input):
-    """The attempt gives its job back, or confirms a cancellation."""
+    """The attempt gives its job back, or confirms a cancellation or a pause."""
 
     attempt: Number
-    reason: Literal["drained", "waiting_for_reward", "cancelled"]
+    reason: Literal["drained", "waiting_for_reward", "cancelled", "paused", "paused_reward"]
+    """``paused``: as the user asked. ``paused_reward``: too few rewards to go on with; ``message`` and ``code`` say why."""
     message: Annotated[str, Field(max_length=2000)] | None = None
+    code: Annotated[str, Field(max_length=64)] | None = None
+    is_outage: bool = False
+    """``paused_reward``: whether the reward service may simply come back, so that it is worth looking soon."""
 
 
 class Outcome(Output):

@@ -5,6 +5,7 @@ A missing reward is a third value. Nothing here or above it turns a failure into
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from dar.protocol.samples import FinishReason, RewardStatus
@@ -32,6 +33,8 @@ class RewardSample:
     """Its tokens; None: not known here, as behind a reward service."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the prompt's row."""
+    prompt_text: str | None = None
+    """Of a conversation: the text that the policy saw; None: not known here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,59 @@ class RewardContext:
     """Optimizer step that the samples are for, from 1; in an evaluation the steps done before it, from 0."""
     mode: Literal["train", "eval", "validate"] = "train"
     job_id: str | None = None
+    staleness: int = 0
+    """Optimizer steps between the policy that sampled and the one that is trained on the samples."""
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps that the policy had done when it sampled."""
-        return self.step if self.mode == "eval" else self.step - 1
+        return (self.step if self.mode == "eval" else self.step - 1) - self.staleness
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBatch:
+    """What one request asks, in the words of no protocol yet."""
+
+    request_id: str
+    component: str
+    context: RewardContext
+    samples: tuple[RewardSample, ...]
+    columns: Sequence[str] | None
+    """Columns of the rows that are sent beside ``ground_truth``; None: no others."""
+    created_at: datetime
+    deadline: datetime
+    reply: Mapping[str, Any] | None = None
+    """How the service may answer; None: at once, until ``deadline``."""
+
+
+class RewardProtocol(Protocol):
+    """What is spoken with a reward service: from samples to the bytes of a request, and from an answer to results."""
+
+    @property
+    def name(self) -> str:
+        """Its name in a job spec."""
+        ...
+
+    @property
+    def max_samples(self) -> int | None:
+        """Most samples in one request; None: the protocol has no bound of its own."""
+        ...
+
+    def encode(self, batch: RequestBatch) -> bytes:
+        """The body of a request.
+
+        Raises:
+            RewardMisconfiguredError: The samples cannot be put into words of this protocol.
+        """
+        ...
+
+    def decode(self, body: bytes, batch: RequestBatch) -> "list[RewardResult]":
+        """The results in an answer: one for each sample, in their order.
+
+        Raises:
+            RewardContractError: The answer breaks the protocol; nothing of it is used.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +166,74 @@ class SampleReward:
     """Raw reward of each component, None where it is missing; a part reported beside it is ``<component>/<part>``."""
     feedback: Mapping[str, str] = field(default_factory=dict)
     """What the sources said about the sample, by component; for viewing only."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One attempt at a request, as it ended."""
+
+    component: str
+    request_id: str
+    step: int
+    mode: str
+    attempt: int
+    """Number of the attempt, from 1."""
+    samples: int
+    outcome: str
+    """``ok``, or the failure's code, like ``timeout``, ``http_503`` or ``contract.length``."""
+    status: int | None
+    """Of the answer; None: none came."""
+    seconds: float
+    """From the attempt's start to its end; waits before it are not in it."""
+    queued_seconds: float
+    """From the request's readiness to its first attempt: what concurrency, rate, gate and breaker held it back."""
+    bytes_out: int
+    bytes_in: int
+    is_final: bool
+    """Whether no further attempt follows."""
+    quote: str = ""
+    """First characters of what the service said, without our secrets; at most 512. For the owner of the job only."""
+
+
+class RewardObserver(Protocol):
+    """Is told what happens between us and reward services; called from the event loop, so it must not block."""
+
+    def request_done(self, record: RequestRecord) -> None:
+        """An attempt has ended."""
+        ...
+
+    def breaker_changed(self, component: str, state: str, reason: str) -> None:
+        """The circuit breaker of a component's endpoint is now ``closed``, ``open``, ``half_open`` or ``misconfigured``."""
+        ...
+
+    def waiting(self, component: str, message: str) -> None:
+        """A request waits: for its next attempt, for a ``Retry-After``, or for the breaker."""
+        ...
+
+
+class Inbox(Protocol):
+    """Where results of callbacks arrive, on behalf of this process."""
+
+    async def announce(
+        self,
+        request_id: str,
+        component: str,
+        step: int,
+        token_sha256: str,
+        deadline: datetime,
+        sample_ids: Sequence[str],
+    ) -> object:
+        """Have a request stored before it is sent; waits until it is, and tells what is known of it."""
+        ...
+
+    async def wait(self, request_id: str) -> bytes:
+        """The result that was posted for a request; waits for it however long it takes."""
+        ...
+
+    def accepted(self, request_id: str, poll_url: str | None) -> None:
+        """The reward service has answered 202."""
+        ...
+
+    def close(self, request_id: str) -> None:
+        """The request needs no callback any more."""
+        ...

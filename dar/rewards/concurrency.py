@@ -103,6 +103,10 @@ class LoopThread:
                 ended.wait(STOP_SECONDS)
         raise ScoringStoppedError("scoring was stopped; nothing of it is kept")
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Call ``function`` in the loop's thread, after all that was to be called before; does not wait."""
+        self._loop.call_soon_threadsafe(function)
+
     def close(self) -> None:
         """End the loop and its thread."""
         self._loop.call_soon_threadsafe(self._stop.set)

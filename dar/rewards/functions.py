@@ -22,7 +22,8 @@ class FunctionReward:
     """A Python function as a reward source.
 
     A plain function runs in a thread of its own, so that it may block; one coroutine function runs on the event loop.
-    It is called once per `score`, with all samples, and what it raises comes out unchanged.
+    It is called once per `score`, with all samples, and what it raises comes out unchanged. A plain function gets all samples of a
+    step in one call, as with TRL; a coroutine function those of each prompt as soon as they are sampled.
 
     Args:
         function: The user's function.
@@ -47,6 +48,11 @@ class FunctionReward:
     def name(self) -> str:
         """Component name."""
         return self._name
+
+    @property
+    def takes_whole_steps(self) -> bool:
+        """Whether it is called once for a step: a plain function, which need not bear several threads."""
+        return not inspect.iscoroutinefunction(self._function)
 
     @property
     def needs_completion_ids(self) -> bool:

@@ -5,69 +5,45 @@ none ends as a number.
 """
 
 import asyncio
+import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx2
+from dar.errors import ConfigurationError, RewardMisconfiguredError
+from dar.rewards.base import Inbox, RewardContext, RewardObserver, RewardResult, RewardSample
+from dar.rewards.batcher import Batcher, Piece, Request
+from dar.rewards.breaker import State
+from dar.rewards.delivery import Delivery, Sender
+from dar.rewards.endpoint import Connection, Endpoint, Slot, open_endpoint
+from dar.rewards.guard import parse_url
+from dar.rewards.options import HttpOptions
+from dar.rewards.redaction import check_headers
+from dar.rewards.retry import AttemptFailedError
+from dar.rewards.signing import decode_secret
+from dar.rewards.wire import Batch, EncodedSample, batches, encode_sample
 
-from dar.errors import RewardContractError, RewardMisconfiguredError
-from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
-from dar.protocol.rewards import MAX_REQUEST_BYTES, decode_response
-from dar.rewards.answers import failure_of, read_answer, refusal_of
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
-from dar.rewards.concurrency import all_of
-from dar.rewards.retry import AttemptFailedError, RetrySchedule
-from dar.rewards.signing import decode_secret, signed_headers
-from dar.rewards.wire import (
-    Batch,
-    EncodedRequest,
-    as_result,
-    batches,
-    encode_request,
-    encode_sample,
-)
-from dar.version import __version__
-
+__all__ = ["HttpOptions", "HttpReward"]
 logger = logging.getLogger(__name__)
-KEEPALIVE_SECONDS = 15.0
-"""Idle connections are closed after this; below the 60 to 75 s of common servers, so that we close first."""
-CONNECTING = "connection.connect_tcp.started"
-"""Trace event of httpx2 that a request gets a new connection; without it, it goes over a kept-alive one."""
-ANSWERED = "http11.receive_response_headers.complete"
-"""Trace event of httpx2 that the head of an answer has come."""
-SECONDS_PER_MEGABYTE = 3.0
-"""What an attempt's limit grows by with each MB of body above the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class HttpOptions:
-    """How a reward service is driven; the parts are those of the job spec."""
-
-    columns: Sequence[str] | None = None
-    """Columns of the prompt's row that are sent beside ``ground_truth``; None: no others."""
-    batch: RewardBatching = field(default_factory=RewardBatching)
-    limits: RewardLimits = field(default_factory=RewardLimits)
-    timeouts: RewardTimeouts = field(default_factory=RewardTimeouts)
-    retry: RewardRetry = field(default_factory=RewardRetry)
 
 
 class HttpReward:
-    """A reward service that speaks ``dar.reward.v1``.
+    """A reward service.
 
     Args:
         name: Component name.
         url: Where requests are posted.
-        secret: ``whsec_…``; None sends unsigned requests.
-        options: Batching, limits, timeouts and retries.
+        secret: ``whsec_…``; short for ``secrets`` with one.
+        secrets: Requests are signed with all of them, so that one can replace another; none sends unsigned requests.
+        options: Protocol, batching, limits, timeouts, retries, credentials and egress.
         on_wait: Called with a message whenever a retry is being waited for.
+        observer: Is told of every attempt, every change of the breaker and every wait.
+        inbox: Takes results that come by callback.
 
     Raises:
-        ConfigurationError: The secret is malformed.
+        ConfigurationError: A secret is malformed, a secret header cannot be sent, or signed answers are asked for without a
+            secret.
+        RewardMisconfiguredError: ``config.url``, ``config.origin`` or ``egress_denied``: the URL cannot be used.
     """
 
     def __init__(
@@ -76,202 +52,217 @@ class HttpReward:
         url: str,
         *,
         secret: str | None = None,
+        secrets: Sequence[str] = (),
         options: HttpOptions | None = None,
         on_wait: Callable[[str], None] | None = None,
+        observer: RewardObserver | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
         self._name = name
         self._url = url
         self._options = options or HttpOptions()
-        self._keys = () if secret is None else (decode_secret(secret),)
+        self._secrets = (*secrets, *(() if secret is None else (secret,)))
+        self._keys = tuple(map(decode_secret, self._secrets))
+        self._target = parse_url(url, self._options.guard)
         self.on_wait = on_wait
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        self._label = f"reward service {parts.scheme}://{host}{parts.path}"
-        self._max_samples = self._options.batch.max_samples
-        self._slots = asyncio.Semaphore(self._options.limits.concurrency)
-        self._paused_until = 0.0
-        self._client: httpx2.AsyncClient | None = None
+        self.observer = observer
+        self.inbox = inbox
+        self._label = f"reward service {self._target.label}"
+        check_headers(self._options.headers)
+        self._check_origin()
+        if self._options.require_signed_responses and not self._keys:
+            raise ConfigurationError(
+                f"{self._label}: signed answers are required, but there is no secret to check them with"
+            )
+        bounds = (self._options.batch.max_samples, self._options.protocol.max_samples)
+        self._max_samples = min(bound for bound in bounds if bound is not None)
+        self._endpoint: Endpoint | None = None
+        self._batcher: Batcher | None = None
 
     @property
     def name(self) -> str:
         """Component name."""
         return self._name
 
+    def state(self) -> dict[str, Any]:
+        """What was learned about the service, for a checkpoint."""
+        return {"max_samples": self._max_samples}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what was learned; a limit that the job has lowered since stays lower."""
+        learned = state.get("max_samples")
+        if isinstance(learned, int) and learned > 0:
+            self._max_samples = min(self._max_samples, learned)
+
     async def score(
         self, samples: Sequence[RewardSample], context: RewardContext
     ) -> list[RewardResult]:
         """Score ``samples``: one result each, in order.
 
+        May be called again before it has ended: the groups of all calls are put together into requests. It waits while too
+        many requests do.
+
         Raises:
-            RewardMisconfiguredError: The service refuses for good; requests in flight are cancelled.
+            RewardMisconfiguredError: The service refuses for good.
         """
+        loop = asyncio.get_running_loop()
+        batcher = self._open()
         encoded = [
             encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]
-        found: dict[str, RewardResult] = {}
-        work = batches(
-            encoded, max_samples=self._max_samples, max_bytes=self._options.batch.max_bytes
-        )
-        await all_of(self._score_batch(batch, context, found) for batch in work)
+        pieces = [Piece(batch, loop.create_future()) for batch in self._pieces(encoded)]
+        try:
+            for piece in pieces:
+                await batcher.put(piece, context)
+            outcomes = await _all_or_first_error(pieces)
+        finally:
+            await _leave(pieces)
+        found = {sample_id: result for found in outcomes for sample_id, result in found.items()}
         return [found[sample.id] for sample in samples]
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        """Give up the connections; the last user of an endpoint closes them."""
+        endpoint, self._endpoint, self._batcher = self._endpoint, None, None
+        if endpoint is not None:
+            await endpoint.release(self._breaker_changed)
 
-    async def _score_batch(
-        self, batch: Batch, context: RewardContext, found: dict[str, RewardResult]
-    ) -> None:
-        async with self._slots:
+    def waits(self, message: str) -> None:
+        """A request of this component is waiting."""
+        if self.on_wait is not None:
+            self.on_wait(message)
+        if self.observer is not None:
+            self.observer.waiting(self._name, message)
+
+    def _pieces(self, encoded: Sequence[EncodedSample]) -> list[Batch]:
+        """Whole groups, but for those that alone are over a limit."""
+        groups: dict[str, Batch] = {}
+        for sample in encoded:
+            groups.setdefault(sample.group_id, []).append(sample)
+        limits = {"max_samples": self._max_samples, "max_bytes": self._options.batch.max_bytes}
+        return [piece for group in groups.values() for piece in batches(group, **limits)]
+
+    def _open(self) -> Batcher:
+        """Endpoint and batcher, made at their first use so that they belong to the event loop that uses them."""
+        if self._batcher is None:
+            self._endpoint = open_endpoint(self._connection())
+            self._endpoint.listeners.add(self._breaker_changed)
+            self._batcher = Batcher(
+                self._send,
+                max_samples=lambda: self._max_samples,
+                max_bytes=self._options.batch.max_bytes,
+                linger_seconds=self._options.batch.linger_ms / 1000,
+                slots=self._options.limits.concurrency,
+            )
+        return self._batcher
+
+    def _connection(self) -> Connection:
+        options = self._options
+        return Connection(
+            target=self._target,
+            secrets=self._secrets,
+            headers=tuple(sorted((name.lower(), value) for name, value in options.headers.items())),
+            limits=Connection.limits_of(options.limits),
+            guard=options.guard,
+            breaker=options.breaker,
+            budget=options.budget,
+            tls=options.tls,
+            resolver=options.resolver,
+            owner=None if options.is_shared else self,
+        )
+
+    def _check_origin(self) -> None:
+        bound = self._options.bound_origin
+        if bound is None:
+            return
+        if parse_url(bound, None).origin != self._target.origin:
+            raise RewardMisconfiguredError(
+                f"{self._label}: its secrets belong to {bound} and are sent nowhere else; store them anew for this address",
+                code="config.origin",
+            )
+
+    async def _send(self, request: Request) -> None:
+        endpoint, batcher = self._endpoint, self._batcher
+        assert endpoint is not None
+        assert batcher is not None
+        slot = endpoint.slot()
+        try:
+            await slot.acquire()
+            batcher.leaves_queue(request)
+            found = await self._deliver(list(request.samples), request, endpoint, slot)
+        finally:
+            slot.release()
+        for piece in request.pieces:
+            if not piece.outcome.done():
+                piece.outcome.set_result({sample.id: found[sample.id] for sample in piece.samples})
+
+    async def _deliver(
+        self, samples: Batch, request: Request, endpoint: Endpoint, slot: Slot
+    ) -> dict[str, RewardResult]:
+        """The results of ``samples``, over as many requests as the limit on their size demands, which may sink on the way."""
+        found: dict[str, RewardResult] = {}
+        waiting = samples
+        while waiting:
+            max_bytes = self._options.batch.max_bytes
+            part = next(batches(waiting, max_samples=self._max_samples, max_bytes=max_bytes))
+            delivery = Delivery(self._sender(endpoint), request.context, request.ready_at, slot)
             try:
-                found.update(await self._deliver(batch, context))
+                found.update(await delivery.results(part))
             except AttemptFailedError as failure:
                 if failure.kind in {"permanent", "name"}:
-                    raise RewardMisconfiguredError(
-                        f"{self._label}: {failure.full_reason}", code=failure.code
-                    ) from failure
-                if failure.kind != "too_large" or len(batch) == 1:
-                    found.update(self._all_failed(batch, failure))
-                    return
-            else:
-                return
-        half = len(batch) // 2
-        self._max_samples = min(self._max_samples, half)
-        await self._score_batch(batch[:half], context, found)
-        await self._score_batch(batch[half:], context, found)
+                    raise self._refused(failure, endpoint) from failure
+                if failure.kind == "too_large" and len(part) > 1:
+                    self._max_samples = max(1, min(self._max_samples, len(part) // 2))
+                    continue
+                logger.warning("%s: %d samples failed: %s", self._label, len(part), failure.code)
+                found.update(dict.fromkeys((s.id for s in part), delivery.failed(failure)))
+            waiting = waiting[len(part) :]
+        return found
 
-    def _all_failed(self, batch: Batch, failure: AttemptFailedError) -> dict[str, RewardResult]:
-        logger.warning("%s: %d samples failed: %s", self._label, len(batch), failure.code)
-        message = f"{self._label}: {failure.full_reason}"
-        failed = Failed(failure.code, message, is_transient=failure.kind == "transient")
-        return dict.fromkeys((sample.id for sample in batch), failed)
+    def _refused(self, failure: AttemptFailedError, endpoint: Endpoint) -> RewardMisconfiguredError:
+        error = RewardMisconfiguredError(f"{self._label}: {failure.full_reason}", code=failure.code)
+        endpoint.breaker.trip(error)
+        return error
 
-    async def _deliver(self, batch: Batch, context: RewardContext) -> dict[str, RewardResult]:
-        """Send one request until it is answered or given up."""
-        schedule = RetrySchedule(
-            self._options.retry, self._options.timeouts.deadline, self._report_wait
+    def _sender(self, endpoint: Endpoint) -> Sender:
+        return Sender(
+            name=self._name,
+            label=self._label,
+            url=self._url,
+            options=self._options,
+            keys=self._keys,
+            endpoint=endpoint,
+            observer=self.observer,
+            inbox=self.inbox,
+            waits=self.waits,
         )
-        now = datetime.now(UTC)
-        deadline = now + timedelta(seconds=self._options.timeouts.deadline)
-        request = encode_request(batch, self._name, context, created_at=now, deadline=deadline)
-        if len(request.body) > MAX_REQUEST_BYTES:
-            size = len(request.body)
-            raise AttemptFailedError("too_large", "too_large", f"a request of {size} bytes")
-        while True:
-            try:
-                return await self._attempt(request, schedule)
-            except AttemptFailedError as failure:
-                wait = schedule.wait_after(failure)
-                if wait is None:
-                    raise
-            await asyncio.sleep(wait)
 
-    def _report_wait(self, failure: AttemptFailedError, attempt: int, wait: float) -> None:
-        if failure.retry_after_seconds is not None:
-            self._paused_until = max(self._paused_until, time.monotonic() + wait)
-        if self.on_wait is not None:
-            attempts = self._options.retry.attempts
-            self.on_wait(
-                f"{self._label}: {failure.reason}; attempt {attempt} of {attempts} in {wait:.1f} s"
-            )
+    def _breaker_changed(self, state: State, reason: str) -> None:
+        logger.info("%s: breaker %s: %s", self._label, state, reason)
+        if self.observer is not None:
+            self.observer.breaker_changed(self._name, state, reason)
 
-    async def _attempt(
-        self, request: EncodedRequest, schedule: RetrySchedule
-    ) -> dict[str, RewardResult]:
-        await self._wait_until_welcome(schedule)
-        timeouts = self._options.timeouts
-        extra = max(0.0, len(request.body) / 1e6 - 1) * SECONDS_PER_MEGABYTE
-        seconds = min(timeouts.attempt + extra, schedule.remaining_seconds)
-        if seconds <= 0:
-            raise AttemptFailedError(
-                "transient", "deadline", f"no answer within {timeouts.deadline:g} s"
-            )
-        try:
-            async with asyncio.timeout(seconds):
-                body = await self._post(request, schedule.attempt, time.monotonic() + seconds)
-        except TimeoutError:
-            raise AttemptFailedError(
-                "transient", "timeout", f"no complete answer within {seconds:.3g} s"
-            ) from None
-        except (httpx2.TransportError, httpx2.InvalidURL) as error:
-            raise failure_of(error) from error
-        try:
-            results = decode_response(body, request_id=request.request_id, ids=request.ids)
-        except RewardContractError as error:
-            raise AttemptFailedError("contract", error.error_code, error.message) from None
-        return {result.id: as_result(result) for result in results}
 
-    async def _wait_until_welcome(self, schedule: RetrySchedule) -> None:
-        """A ``Retry-After`` holds back every request to the service, not only the one it answered."""
-        while (pause := self._paused_until - time.monotonic()) > 0:
-            await asyncio.sleep(min(pause, max(0.0, schedule.remaining_seconds)))
-            if schedule.remaining_seconds <= 0:
-                return
+async def _all_or_first_error(pieces: Sequence[Piece]) -> list[dict[str, RewardResult]]:
+    """The outcomes of all, in order; the first error comes out as soon as it is there."""
+    await asyncio.wait([piece.outcome for piece in pieces], return_when=asyncio.FIRST_EXCEPTION)
+    for piece in pieces:
+        if piece.outcome.done():
+            piece.outcome.result()
+    return [piece.outcome.result() for piece in pieces]
 
-    def _headers(self, request: EncodedRequest, number: int, seconds: float) -> Mapping[str, str]:
-        timestamp = int(datetime.now(UTC).timestamp())
-        return {
-            "content-type": "application/json",
-            "accept": "application/json",
-            "accept-encoding": "identity",
-            "user-agent": f"dar-service/{__version__}",
-            "idempotency-key": request.request_id,
-            "x-dar-attempt": str(number),
-            "x-dar-deadline-ms": str(int(seconds * 1000)),
-            **signed_headers(self._keys, request.request_id, timestamp, request.body),
-        }
 
-    async def _post(self, request: EncodedRequest, number: int, ends_at: float) -> bytes:
-        """The answer to one attempt.
-
-        A server may close a kept-alive connection just when it is used again. That says nothing about the service, and
-        the request's id makes a repetition harmless: it is sent once more at once, as the same attempt.
-        """
-        seen: set[str] = set()
-
-        async def trace(event: str, _: Mapping[str, Any]) -> None:
-            seen.add(event)
-
-        headers = self._headers(request, number, ends_at - time.monotonic())
-        try:
-            return await self._post_once(request, headers, {"trace": trace})
-        except (httpx2.NetworkError, httpx2.RemoteProtocolError):
-            if CONNECTING in seen or ANSWERED in seen:
-                raise
-        headers = self._headers(request, number, ends_at - time.monotonic())
-        return await self._post_once(request, headers)
-
-    async def _post_once(
-        self,
-        request: EncodedRequest,
-        headers: Mapping[str, str],
-        extensions: dict[str, Any] | None = None,
-    ) -> bytes:
-        async with self._connect().stream(
-            "POST", self._url, content=request.body, headers=headers, extensions=extensions
-        ) as response:
-            if response.status_code != 200:
-                raise await refusal_of(response)
-            return await read_answer(response)
-
-    def _connect(self) -> httpx2.AsyncClient:
-        """The client, made at its first use so that it belongs to the event loop that uses it."""
-        if self._client is None:
-            timeouts, concurrency = self._options.timeouts, self._options.limits.concurrency
-            self._client = httpx2.AsyncClient(
-                http1=True,
-                http2=False,
-                trust_env=False,
-                follow_redirects=False,
-                timeout=httpx2.Timeout(
-                    timeouts.read, connect=timeouts.connect, pool=timeouts.attempt
-                ),
-                limits=httpx2.Limits(
-                    max_connections=concurrency,
-                    max_keepalive_connections=concurrency,
-                    keepalive_expiry=KEEPALIVE_SECONDS,
-                ),
-            )
-        return self._client
+async def _leave(pieces: Sequence[Piece]) -> None:
+    """Give up what is not answered, and see to it that nothing of it is left in flight."""
+    if all(piece.outcome.done() for piece in pieces):
+        return
+    for piece in pieces:
+        piece.outcome.cancel()
+    await asyncio.sleep(
+        0
+    )  # the outcomes' callbacks cancel the requests that nobody waits for any more
+    tasks = {
+        piece.task for piece in pieces if piece.task is not None and piece.task.cancelling() > 0
+    }
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -4,12 +4,15 @@
         totals = scorer.score(samples, RewardContext(step=1))
 
 One thread runs one event loop for all sources, so that requests to several of them are in flight together while the
-trainer's thread waits and can be told to stop.
+trainer's thread does something else, or waits and can be told to stop:
+
+    tickets = [scorer.submit(group, context) for group in groups_as_they_are_sampled]
+    for ticket, totals in scorer.collect(tickets, "completion"):
+        ...
 """
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -22,24 +25,28 @@ from dar.errors import (
     RewardContractError,
     RewardUnavailableError,
 )
-from dar.protocol.reward_spec import COMPONENT_NAME, Rewards, RewardURL
+from dar.protocol.reward_spec import COMPONENT_NAME, RewardComponent, Rewards, RewardURL
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import (
     Failed,
     RewardContext,
+    RewardObserver,
     RewardResult,
     RewardSample,
     RewardSource,
     SampleReward,
-    Scored,
 )
 from dar.rewards.combine import Results, WeightedSource, combine
-from dar.rewards.concurrency import LoopThread, ScoringStoppedError, all_of
+from dar.rewards.concurrency import LoopThread, ScoringStoppedError
 from dar.rewards.functions import FunctionReward, RewardFunction
+from dar.rewards.guard import EgressPolicy
 from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.tickets import InFlight, Order, Ticket
 
 __all__ = [
     "RewardScorer",
     "ScoringStoppedError",
+    "Ticket",
     "WeightedSource",
     "scorer_from_functions",
     "scorer_from_spec",
@@ -54,6 +61,7 @@ class RewardScorer:
         components: The sources, with distinct names.
         on_wait: Called from the scorer's thread with a message whenever a retry is being waited for.
         job_id: Named in requests whose context names none.
+        observer: Is told what happens between us and reward services.
 
     Raises:
         ConfigurationError: There is no component, or two have one name.
@@ -65,6 +73,7 @@ class RewardScorer:
         *,
         on_wait: Callable[[str], None] | None = None,
         job_id: str | None = None,
+        observer: RewardObserver | None = None,
     ) -> None:
         names = [component.source.name for component in components]
         if not names or len(set(names)) < len(names):
@@ -73,8 +82,11 @@ class RewardScorer:
         for component in components:
             if on_wait is not None and isinstance(component.source, HttpReward):
                 component.source.on_wait = on_wait
+            if observer is not None and isinstance(component.source, HttpReward):
+                component.source.observer = observer
         self._job_id = job_id
         self._loop: LoopThread | None = None
+        self._flight: InFlight | None = None
 
     @property
     def names(self) -> list[str]:
@@ -105,19 +117,89 @@ class RewardScorer:
         """
         if not samples:
             return []
-        known_context = replace(context, job_id=context.job_id or self._job_id)
-        if self._loop is None:
-            self._loop = LoopThread()
-        results = self._loop.run(lambda: self._ask_all(samples, known_context), should_stop)
-        totals = combine(self._components, samples, results)
-        if all(total.status == "error" for total in totals):
-            raise _all_failed(results, len(samples))
+        ticket = self.submit(samples, context, should_stop=should_stop)
+        [(_, totals)] = self.collect([ticket], should_stop=should_stop)
         return totals
 
+    def submit(
+        self,
+        samples: Sequence[RewardSample],
+        context: RewardContext,
+        *,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Ticket:
+        """Have a group scored while the caller goes on; waits only while thousands of groups are under way.
+
+        Args:
+            samples: Whole groups, in most cases one; their ids are distinct in the step.
+            context: What they have in common.
+            should_stop: As for `score`.
+
+        Returns:
+            What `collect` takes.
+
+        Raises:
+            ScoringStoppedError: ``should_stop`` became true.
+        """
+        known_context = replace(context, job_id=context.job_id or self._job_id)
+        ticket = Ticket(samples, known_context)
+        self._under_way().submit(ticket, should_stop)
+        return ticket
+
+    def complete(self, tickets: Sequence[Ticket]) -> None:
+        """Say that ``tickets`` are a whole step: a source that wants all of its samples in one call is asked now.
+
+        `collect` does the same; this is for who has something else to do before.
+        """
+        self._under_way().complete(tickets)
+
+    def collect(
+        self,
+        tickets: Sequence[Ticket],
+        order: Order = "fixed",
+        *,
+        may_all_fail: bool = False,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[tuple[Ticket, list[SampleReward]]]:
+        """Give each of ``tickets`` with the total rewards of its samples, once they are there.
+
+        Args:
+            tickets: A whole step.
+            order: ``fixed``: as they are given. ``completion``: as their rewards come.
+            may_all_fail: Whether it is no error when every sample failed.
+            should_stop: As for `score`.
+
+        Raises:
+            ScoringStoppedError: ``should_stop`` became true; everything in flight is cancelled.
+            RewardMisconfiguredError: A source refuses for good.
+            RewardUnavailableError: Every sample of the step failed, and each for a passing reason.
+            RewardContractError: Every sample of the step failed, and at least one for a reason that will not pass; or a reward
+                function returned something else than one number or None per sample.
+            Exception: Whatever a reward function of the user raised.
+        """
+        under_way = self._under_way()
+        under_way.complete(tickets)
+        left = list(tickets)
+        has_failed = not may_all_fail
+        results: dict[str, list[RewardResult]] = {name: [] for name in self.names}
+        while left:
+            ticket = under_way.next_of(left, order, should_stop)
+            left.remove(ticket)
+            totals = combine(self._components, ticket.samples, ticket.results)
+            has_failed = has_failed and all(total.status == "error" for total in totals)
+            if has_failed:
+                for name, found in ticket.results.items():
+                    results[name] += found
+                if not left:
+                    raise _all_failed(results, sum(len(one.samples) for one in tickets))
+            yield ticket, totals
+
     def close(self) -> None:
-        """Close all connections and end the scorer's thread; may be called again."""
+        """Cancel what is in flight, close all connections and end the scorer's thread; may be called again."""
         loop, self._loop = self._loop, None
-        if loop is not None:
+        under_way, self._flight = self._flight, None
+        if loop is not None and under_way is not None:
+            under_way.cancel()
             loop.run(self._close_sources)
             loop.close()
 
@@ -132,35 +214,15 @@ class RewardScorer:
     ) -> None:
         self.close()
 
-    async def _ask_all(self, samples: Sequence[RewardSample], context: RewardContext) -> Results:
-        asked = await all_of(
-            component.source.score(samples, context) for component in self._components
-        )
-        return {
-            name: _checked(name, results, samples)
-            for name, results in zip(self.names, asked, strict=True)
-        }
+    def _under_way(self) -> InFlight:
+        if self._loop is None or self._flight is None:
+            self._loop = LoopThread()
+            self._flight = InFlight([one.source for one in self._components], self._loop)
+        return self._flight
 
     async def _close_sources(self) -> None:
         for component in self._components:
             await component.source.aclose()
-
-
-def _checked(
-    name: str, results: list[RewardResult], samples: Sequence[RewardSample]
-) -> list[RewardResult]:
-    """The same rules for every source, whoever wrote it: one result per sample, and only finite numbers."""
-    if len(results) != len(samples):
-        raise RewardContractError(
-            f"reward component {name} returned {len(results)} results for {len(samples)} samples",
-            code="contract.length",
-        )
-    return [
-        Failed("nonfinite", f"the reward is {result.reward}", is_transient=False)
-        if isinstance(result, Scored) and not math.isfinite(result.reward)
-        else result
-        for result in results
-    ]
 
 
 def _all_failed(results: Results, count: int) -> RewardUnavailableError | RewardContractError:
@@ -183,39 +245,55 @@ def scorer_from_spec(
     *,
     secret: str | None,
     job_id: str | None,
+    access: Mapping[str, ComponentAccess] | None = None,
+    guard: EgressPolicy | None = None,
     on_wait: Callable[[str], None] | None = None,
+    observer: RewardObserver | None = None,
 ) -> RewardScorer:
     """The scorer of a job.
 
     Args:
         rewards: The spec's ``rewards``.
         secret: Signs requests to inline URLs; None sends them unsigned.
+        access: URL and secrets of the components that name a registered endpoint.
+        guard: Which addresses may be reached; None: all.
         job_id: Named in the requests.
         on_wait: See `RewardScorer`.
+        observer: See `RewardScorer`.
 
     Raises:
         ConfigurationError: The secret is malformed.
     """
     components = [
         WeightedSource(
-            HttpReward(
-                component.name,
-                component.url,
-                secret=secret,
-                options=HttpOptions(
-                    component.columns,
-                    component.batch,
-                    component.limits,
-                    component.timeouts,
-                    component.retry,
-                ),
-            ),
+            _http_source(component, (access or {}).get(component.name), secret, guard),
             component.weight,
             None if component.clip is None else (component.clip[0], component.clip[1]),
         )
         for component in rewards.components
     ]
-    return RewardScorer(components, on_wait=on_wait, job_id=job_id)
+    return RewardScorer(components, on_wait=on_wait, job_id=job_id, observer=observer)
+
+
+def _http_source(
+    component: RewardComponent,
+    access: ComponentAccess | None,
+    secret: str | None,
+    guard: EgressPolicy | None,
+) -> HttpReward:
+    options = HttpOptions(
+        component.columns,
+        component.batch,
+        component.limits,
+        component.timeouts,
+        component.retry,
+        headers={} if access is None else access.headers,
+        guard=guard,
+        bound_origin=None if access is None else access.url,
+    )
+    if access is None:
+        return HttpReward(component.name, component.url or "", secret=secret, options=options)
+    return HttpReward(component.name, access.url, secrets=access.secrets, options=options)
 
 
 def scorer_from_functions(
@@ -225,6 +303,7 @@ def scorer_from_functions(
     sources: Sequence[RewardSource] = (),
     secret: str | None = None,
     on_wait: Callable[[str], None] | None = None,
+    observer: RewardObserver | None = None,
 ) -> RewardScorer:
     """A scorer of reward functions and reward services.
 
@@ -235,6 +314,7 @@ def scorer_from_functions(
         sources: Further sources, under their own names.
         secret: Signs requests to the URLs.
         on_wait: See `RewardScorer`.
+        observer: See `RewardScorer`.
 
     Raises:
         ConfigurationError: ``weights`` has another length, the secret is malformed, or a function cannot take
@@ -261,7 +341,7 @@ def scorer_from_functions(
             source = FunctionReward(function, _free_name(FunctionReward(function).name, taken))
         components.append(WeightedSource(source, weight))
     components += map(WeightedSource, sources, factors[len(given) :])
-    return RewardScorer(components, on_wait=on_wait)
+    return RewardScorer(components, on_wait=on_wait, observer=observer)
 
 
 def _checked_url(url: str) -> str:

@@ -1,6 +1,7 @@
 """From samples to the bytes of requests: encoded once, put together by group, split where a limit demands it."""
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,20 @@ from typing import Any
 import orjson
 
 from dar.protocol.ids import new_id
-from dar.protocol.rewards import VERSION, SampleResult
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.protocol.rewards import MAX_SAMPLES, VERSION, SampleResult, decode_response
+from dar.rewards.base import (
+    Failed,
+    RequestBatch,
+    RewardContext,
+    RewardResult,
+    RewardSample,
+    Scored,
+    Skipped,
+)
 
 ENVELOPE_BYTES = 512
 """Room for everything in a body that is not a sample; a real envelope takes about 330 bytes."""
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -26,6 +36,7 @@ class EncodedSample:
     id: str
     group_id: str
     json: bytes
+    sample: RewardSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ def encode_sample(
             "truncated": sample.finish_reason == "length",
         },
     }
-    return EncodedSample(sample.id, sample.group_id, _as_json(content))
+    return EncodedSample(sample.id, sample.group_id, _as_json(content), sample)
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:
@@ -93,6 +104,31 @@ def _without_surrogates(value: object) -> object:
     return value
 
 
+def request_id_of(
+    samples: Sequence[EncodedSample], component: str, context: RewardContext, *, number: int
+) -> str:
+    """The id of a request: the same for the same samples of a job, whichever process sends it.
+
+    So a service that has scored them already may say so. Without a job id nothing tells one run from another, and the id is
+    drawn.
+
+    Args:
+        samples: What is sent.
+        component: Name of the component.
+        context: Job, step and mode.
+        number: How many requests with these samples were answered before, when some of them are to be scored again.
+    """
+    if context.job_id is None:
+        return new_id("rwq_")
+    digest = hashlib.sha256()
+    for part in (context.job_id, component, str(context.step), context.mode, str(number)):
+        digest.update(part.encode("utf-8", "replace") + b"\0")
+    for sample in samples:
+        digest.update(sample.json + b"\0")
+    number_of_id = int.from_bytes(digest.digest()[:17]) >> 6
+    return "rwq_" + "".join(_CROCKFORD[number_of_id >> shift & 31] for shift in range(125, -1, -5))
+
+
 def encode_request(
     samples: Sequence[EncodedSample],
     component: str,
@@ -100,23 +136,64 @@ def encode_request(
     *,
     created_at: datetime,
     deadline: datetime,
+    request_id: str | None = None,
+    reply: Mapping[str, Any] | None = None,
 ) -> EncodedRequest:
-    """The body of one request, under a fresh request id."""
-    request_id = new_id("rwq_")
+    """The body of one request.
+
+    Args:
+        samples: What is to be scored.
+        component: Name of the component.
+        context: Job, step and mode.
+        created_at: When the request was made.
+        deadline: No answer is read after it.
+        request_id: None: a fresh one.
+        reply: How the service may answer; None: at once.
+    """
+    known_id = request_id or new_id("rwq_")
     content = {
         "type": "reward.request",
         "version": VERSION,
-        "request_id": request_id,
+        "request_id": known_id,
         "job_id": context.job_id,
         "component": component,
         "step": context.step,
         "mode": context.mode,
         "created_at": created_at,
         "samples": [orjson.Fragment(sample.json) for sample in samples],
-        "reply": {"modes": ["sync"], "deadline": deadline},
+        "reply": {"modes": ["sync"], **(reply or {}), "deadline": deadline},
     }
     ids = tuple(sample.id for sample in samples)
-    return EncodedRequest(request_id, ids, orjson.dumps(content, option=orjson.OPT_UTC_Z))
+    return EncodedRequest(known_id, ids, orjson.dumps(content, option=orjson.OPT_UTC_Z))
+
+
+class NativeProtocol:
+    """``dar.reward.v1``."""
+
+    name = VERSION
+    max_samples: int | None = MAX_SAMPLES
+
+    def encode(self, batch: RequestBatch) -> bytes:
+        """The body of a request."""
+        version = batch.context.steps_done
+        return encode_request(
+            [encode_sample(sample, batch.columns, version) for sample in batch.samples],
+            batch.component,
+            batch.context,
+            created_at=batch.created_at,
+            deadline=batch.deadline,
+            request_id=batch.request_id,
+            reply=batch.reply,
+        ).body
+
+    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
+        """The results in an answer: one for each sample, in their order.
+
+        Raises:
+            RewardContractError: The answer breaks the contract; nothing of it is used.
+        """
+        ids = [sample.id for sample in batch.samples]
+        return list(map(as_result, decode_response(body, request_id=batch.request_id, ids=ids)))
 
 
 Batch = list[EncodedSample]

@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import PRESETS, Preset
+from dar.protocol.spec import Order, Overlap
 from dar.training import zero_config
 from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
 from dar.training.options import refuse_without_effect
@@ -254,6 +255,22 @@ class DARConfig(TrainingArguments):
         ),
     )
 
+    overlap: Overlap = field(
+        default="stream",
+        metadata=_says(
+            "What is done while rewards are pending: nothing (none), training on what is scored (stream), or sampling of the next "
+            "step too, one update staler (one_step).",
+            source="docs/dar.md",
+        ),
+    )
+    order: Order = field(
+        default="fixed",
+        metadata=_says(
+            "In which order prompts are trained on: fixed (bit-reproducible), or as they are scored (completion).",
+            source="docs/dar.md",
+        ),
+    )
+
     optim: OptimizerNames | str = field(
         default=OPTIMIZERS["adamw"],
         metadata=_says("Optimizer, by transformers' name.", source=_TRANSFORMERS),
@@ -333,6 +350,7 @@ class DARConfig(TrainingArguments):
         """Everything here that decides the result of training, as JSON values."""
         own = {f.name for f in fields(DARConfig)} - {f.name for f in fields(TrainingArguments)}
         own -= {"reward_model_path"}  # its weights decide, not where they lie
+        own -= {"overlap", "order"}  # they decide only as far as one step is sampled ahead
         inherited = {
             "learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type",
             "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1",
@@ -340,4 +358,7 @@ class DARConfig(TrainingArguments):
         }  # fmt: skip
         values = {name: getattr(self, name) for name in sorted(own | inherited)}
         values = {name: getattr(value, "value", value) for name, value in values.items()}
-        return values | {"prompts_per_step": self.prompts_per_step}
+        return values | {
+            "prompts_per_step": self.prompts_per_step,
+            "is_one_step_ahead": self.overlap == "one_step",
+        }

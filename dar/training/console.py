@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
+from dar.protocol.reward_stats import ComponentRequests, FailedRequest
 from dar.protocol.samples import SampleRow
 from dar.protocol.worker import Phase
 
@@ -105,6 +106,14 @@ class TrainingConsole:
             self._line(f"step {step}/{self._total}  {self._note}")
         else:
             self._progress.update(self._task, completed=step, note=self._note)
+
+    def rewards(
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+    ) -> None:
+        """Not shown: what a user has to hear comes as an event."""
 
     def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Show some of the step's completions, every so many steps."""

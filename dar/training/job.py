@@ -1,6 +1,7 @@
 """`train_job`: a job spec, trained from its files to its last checkpoint."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,16 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from dar.errors import InvalidRequestError, TrainingError
+from dar.errors import (
+    InvalidRequestError,
+    RewardBudgetError,
+    RewardUnavailableError,
+    TrainingError,
+)
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
+from dar.protocol.worker import ComponentAccess
+from dar.rewards.guard import EgressPolicy
 from dar.training import loading
 from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data import Rows, read_rows
@@ -52,6 +60,10 @@ class JobInputs:
     """Whether the model hub may not be asked."""
     validation_file: Path | None = None
     """JSON Lines of prompts; None: no evaluation."""
+    reward_access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    reward_guard: EgressPolicy | None = None
+    """Which addresses reward requests may reach; None: all."""
+    """URL and secrets of the components that name a registered endpoint."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -66,13 +78,23 @@ def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
         InvalidRequestError: A row or a parameter is wrong.
         RewardMisconfiguredError: The reward service refuses us for good.
         RewardContractError: The reward service breaks its contract.
-        RewardUnavailableError: The reward service cannot be reached.
+        RewardUnavailableError: The reward service cannot be reached, and could not be so far.
+        RewardBudgetError: It cannot be reached any more, or too few completions got a reward. As with every want of rewards, a
+            checkpoint of the last whole step lies on disk, if any step was done since the start.
     """
     _prepare_process(inputs.threads)
     sink.phase("starting", 0, "loading the model")
     trainer = build_trainer(inputs, sink, control)
     try:
         trainer.train(resume_from_checkpoint=inputs.resume_from)
+    except RewardUnavailableError as error:
+        if trainer.state.global_step == 0:
+            raise
+        raise RewardBudgetError(
+            f"after step {trainer.state.global_step}: {error.message}",
+            code=error.error_code,
+            is_outage=True,
+        ) from error
     except torch.OutOfMemoryError as error:
         if trainer.state.global_step > 0:
             raise  # it had fitted before, so it may fit again
@@ -107,6 +129,8 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         training_rows(inputs),
         spec.rewards,
         reward_secret=inputs.reward_secret,
+        reward_access=inputs.reward_access,
+        reward_guard=inputs.reward_guard,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
         eval_dataset=_validation_rows(inputs),
@@ -157,6 +181,8 @@ def job_config(inputs: JobInputs) -> DARConfig:
         max_steps=inputs.total_steps,
         lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler_type],
         optim=OPTIMIZERS[hyper.optim],
+        overlap=spec.overlap,
+        order=spec.order,
         bf16=_is_bf16(spec),
         fp16=_is_fp16(spec),
         eval_strategy="no" if spec.evaluation is None else "steps",

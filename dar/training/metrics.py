@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dar.protocol.samples import SampleRow
+from dar.rewards.observing import StepObserver, StepRequests, sample_metrics
 from dar.training.loss import MAX_LOG_WEIGHT, dar_loss, effective_sample_size
 from dar.training.sink import Sink
 from dar.training.steps import ScoredStep
@@ -36,7 +37,9 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/truncated_fraction": cut / len(lengths),
-        **_component_means(step),
+        "rewards/dropped_groups": step.dropped_count,
+        "rewards/refilled_groups": step.refilled_count,
+        **sample_metrics(step.rewards),
     }
     if step.staleness is not None:
         values["dar/staleness"] = step.staleness
@@ -90,15 +93,6 @@ def _moments(name: str, values: Tensor) -> dict[str, float]:
     }
 
 
-def _component_means(step: ScoredStep) -> dict[str, float]:
-    by_name: dict[str, list[float]] = {}
-    for reward in step.rewards:
-        for name, value in reward.components.items():
-            if value is not None and "/" not in name:  # a part is for viewing only
-                by_name.setdefault(name, []).append(value)
-    return {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
-
-
 def sample_rows(step: ScoredStep) -> list[SampleRow]:
     """The completions of the step's first prompts, with everything that decided their weight."""
     places = step.places
@@ -134,9 +128,11 @@ def _where_valid(step: ScoredStep, values_B: Tensor | None, row: int) -> float |
 
 
 class MetricsWindow:
-    """What happened since the last report: means over its steps, extremes of extremes, the last of counters."""
+    """What happened since the last report: means over its steps, sums of counts, extremes of extremes, the last of counters."""
 
     LAST = frozenset({"train/learning_rate", "train/epoch", "train/tokens"})
+    SUMS = "reward/n_"
+    """What the names of counts begin with."""
     EXTREMES: Mapping[str, Callable[[float, float], float]] = {
         "dar/weights_max": max,
         "completions/max_length": max,
@@ -152,12 +148,18 @@ class MetricsWindow:
         for name, value in values.items():
             if name in self.LAST:
                 self._sums[name], self._counts[name] = value, 1
-            elif extreme := self.EXTREMES.get(name):
+            elif name.startswith(self.SUMS):
+                self._sums[name], self._counts[name] = self._sums.get(name, 0.0) + value, 1
+            elif extreme := self._extreme(name):
                 self._sums[name] = extreme(value, self._sums.get(name, value))
                 self._counts[name] = 1
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + value
                 self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _extreme(self, name: str) -> Callable[[float, float], float] | None:
+        of_component = {"min": min, "max": max}.get(name.rpartition("/")[2])
+        return self.EXTREMES.get(name) or of_component
 
     def take(self) -> dict[str, float]:
         """The values of the window, which is empty afterwards."""
@@ -183,6 +185,8 @@ class Reporter:
         self._ended: float | None = None
         self._tokens = 0
         self._last: ScoredStep | None = None
+        self.observer: StepObserver | None = None
+        """Knows the requests to reward services, where there are any."""
         self.reported: dict[str, float] = {}
         """The last report."""
 
@@ -195,13 +199,16 @@ class Reporter:
         """Start the clock."""
         self._started = time.monotonic()
 
-    def end_step(self, step: ScoredStep, *, grad_norm: float, learning_rate: float) -> None:
-        """Take in a step after its optimizer step."""
+    def end_step(
+        self, step: ScoredStep, *, grad_norm: float, learning_rate: float
+    ) -> dict[str, float]:
+        """Take in a step after its optimizer step; returns its times."""
         self._tokens += step.tokens
         self._last = step
+        times = self._times(step)
         self._window.add(
             step_metrics(step)
-            | self._times(step)
+            | times
             | {
                 "train/learning_rate": learning_rate,
                 "train/epoch": step.epoch,
@@ -210,6 +217,7 @@ class Reporter:
             # none where a scaled float16 gradient overflowed
             | ({"train/grad_norm": grad_norm} if math.isfinite(grad_norm) else {})
         )
+        return times
 
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
@@ -220,19 +228,28 @@ class Reporter:
             "time/training_seconds": elapsed - sum(step.seconds.values()),
             "time/step_seconds": elapsed,
             "time/idle_seconds": between_steps + step.seconds.get("reward", 0.0),
+            "time/idle_reward_seconds": step.seconds.get("reward", 0.0),
+            "time/idle_generation_seconds": step.idle_generation_seconds,
             "time/tokens_per_second": int(step.lengths.sum()) / elapsed,
         }
 
     def report(self, sink: Sink, number: int) -> dict[str, float]:
         """Tell ``sink`` the metrics since the last report, and samples of the last step, which has this number."""
         assert self._last is not None
-        self.reported = self._window.take()
+        requests = self.observer.take() if self.observer else StepRequests()
+        self.reported = {**self._window.take(), **requests.metrics}
         sink.metrics(number, self.reported)
+        _tell_requests(sink, number, requests)
         samples = sample_rows(self._last)
         if samples:
             sink.samples(number, samples)
         self._last = None
         return self.reported
+
+    def report_requests(self, sink: Sink, number: int) -> None:
+        """Tell ``sink`` the requests since the last report: of a step that was not finished."""
+        if self.observer is not None:
+            _tell_requests(sink, number, self.observer.take())
 
     def state(self) -> dict[str, Any]:
         """What has been taken in, as JSON."""
@@ -242,3 +259,8 @@ class Reporter:
         """Go on from what `state` gave."""
         self._tokens = state["tokens"]
         self._window.restore(state["window"])
+
+
+def _tell_requests(sink: Sink, number: int, found: StepRequests) -> None:
+    if found.requests:
+        sink.rewards(number, found.requests, found.failures)

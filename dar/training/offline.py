@@ -27,6 +27,7 @@ from dar.training.data import (
     common_length,
     naming_row,
 )
+from dar.training.parts import StepInProgress
 from dar.training.sink import Sink
 from dar.training.steps import Mode, PromptStream, ScoredStep, Weigher
 
@@ -219,6 +220,16 @@ class ReplaySource:
         self._tokenizer = tokenizer
         self._sink = sink
         self._mode = mode
+
+    def begin(
+        self,
+        number: int,
+        *,
+        staleness: int = 0,  # noqa: ARG002 - of what is sampled
+        stored: object = None,  # noqa: ARG002 - of what is sampled too
+    ) -> StepInProgress:
+        """Step ``number``, with everything known; see `dar.training.pipeline.Pipeline`."""
+        return StepInProgress(self(number))
 
     def __call__(self, number: int) -> ScoredStep:
         """Completions and rewards of step ``number`` from the data set; see `StepSource`."""

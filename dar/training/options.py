@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import ONLINE_ONLY
+
+if TYPE_CHECKING:
+    from dar.training.config import DARConfig
 
 WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "auto_find_batch_size": (False,),
@@ -116,3 +119,13 @@ def online_only(arguments: TrainingArguments, preset: Mapping[str, Any]) -> list
         ):
             found.append(one.name)
     return found
+
+
+def no_point_of_rest(config: "DARConfig") -> str | None:
+    """Why training at this temperature would sharpen the policy for ever; None where it would not."""
+    if config.temperature > config.coldest + 1e-9:
+        return None
+    return (
+        f"temperature {config.temperature:g} is not above {config.coldest:.3g}, so with this alpha and beta training has no point "
+        "of rest: the policy sharpens until it is stopped; raise temperature, or alpha relative to beta"
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dar.errors import InvalidRequestError
+from dar.protocol.spec import Order, Overlap
 from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ RANGES: Mapping[str, Rule] = {
     "weight_norm": _one_of(get_args(WeightNormalization)),
     "min_ess": _DECAY,
     "behavior": _one_of(get_args(Behavior)),
+    "overlap": _one_of(get_args(Overlap)),
+    "order": _one_of(get_args(Order)),
     "max_new_tokens": _count(1),
     "temperature": _ABOVE_0,
     "top_p": _number(lambda value: 0 < value <= 1, "a number above 0, at most 1"),

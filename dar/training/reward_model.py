@@ -85,6 +85,11 @@ class RewardModel:
         return self._name
 
     @property
+    def takes_whole_steps(self) -> bool:
+        """Always: forward passes of many texts of like length cost less."""
+        return True
+
+    @property
     def size_bytes(self) -> int:
         """Memory of the weights."""
         return sum(p.numel() * p.element_size() for p in self._model.parameters())

@@ -1,15 +1,18 @@
 """Everything that gives rewards in a training run: functions, services and models, as its user gave them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
-from dar.protocol.reward_spec import Rewards
+from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
+from dar.protocol.worker import ComponentAccess
+from dar.rewards.base import RewardObserver
 from dar.rewards.functions import RewardFunction
+from dar.rewards.guard import EgressPolicy
 from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
 from dar.training.config import DARConfig
 from dar.training.fingerprint import reward_terms
@@ -29,6 +32,8 @@ class GivenRewards:
     tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
     weights: Sequence[float] | None
     secret: str | None
+    access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    guard: EgressPolicy | None = None
 
     @classmethod
     def of(
@@ -39,6 +44,8 @@ class GivenRewards:
         weights: Sequence[float] | None,
         secret: str | None,
         config: DARConfig,
+        access: Mapping[str, ComponentAccess] | None = None,
+        guard: EgressPolicy | None = None,
     ) -> "GivenRewards":
         """Bring together what was given.
 
@@ -65,7 +72,7 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        return cls(functions, given, tokenizers, weights, secret)
+        return cls(functions, given, tokenizers, weights, secret, access or {}, guard)
 
     @property
     def is_online(self) -> bool:
@@ -115,7 +122,38 @@ class LoadedRewards:
             for factor, sketch in zip(factors, self.sketches, strict=False)
         ]
 
-    def open(self, *, job_id: str | None, on_wait: Callable[[str], None]) -> RewardScorer | None:
+    @property
+    def failure(self) -> FailurePolicy | None:
+        """What a job spec says of rewards that fail; None of other rewards."""
+        functions = self.given.functions
+        return functions.failure if isinstance(functions, Rewards) else None
+
+    def rules(self) -> list[dict[str, object]]:
+        """What decides which completions count when rewards are missing."""
+        policy = self.failure
+        decisive = {"on_error", "min_valid", "refill"}
+        return [] if policy is None else [policy.model_dump(mode="json", include=decisive)]
+
+    def concurrency(self) -> dict[str, int]:
+        """Most requests in flight, for each reward service."""
+        functions = self.given.functions
+        if isinstance(functions, Rewards):
+            return {c.name: c.limits.concurrency for c in functions.components if c.kind == "http"}
+        names = [str(term["name"]) for term in reward_terms(functions, None)]
+        given = [functions] if isinstance(functions, str) or callable(functions) else functions
+        return {
+            name: RewardLimits().concurrency
+            for name, one in zip(names, given or (), strict=False)
+            if isinstance(one, str)
+        }
+
+    def open(
+        self,
+        *,
+        job_id: str | None,
+        on_wait: Callable[[str], None],
+        observer: RewardObserver | None = None,
+    ) -> RewardScorer | None:
         """The scorer of these rewards; None where there are none.
 
         Raises:
@@ -128,7 +166,13 @@ class LoadedRewards:
             return None
         if isinstance(given.functions, Rewards):
             return scorer_from_spec(
-                given.functions, secret=given.secret, job_id=job_id, on_wait=on_wait
+                given.functions,
+                secret=given.secret,
+                job_id=job_id,
+                access=given.access,
+                guard=given.guard,
+                on_wait=on_wait,
+                observer=observer,
             )
         return scorer_from_functions(
             given.functions or [],
@@ -136,4 +180,5 @@ class LoadedRewards:
             sources=self.models,
             secret=given.secret,
             on_wait=on_wait,
+            observer=observer,
         )

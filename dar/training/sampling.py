@@ -13,7 +13,7 @@ or, with ``behavior="policy"``, the policy's own before any of them. Arithmetic 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,11 +29,14 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError, TrainingError
-from dar.protocol.samples import FinishReason
+from dar.training.completions import Completion, Done, OnGroup
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, TokenPair
 from dar.training.loading import LanguageModel
 from dar.training.logprobs import autocast
+
+if TYPE_CHECKING:
+    from dar.protocol.samples import FinishReason
 
 Warper = Callable[[Any, Any], Any]
 """A filter of transformers: takes what was read and the scores, gives scores."""
@@ -46,18 +49,6 @@ NOISE_BLOCK = 64
 """Tokens for which noise is drawn at once."""
 LARGEST_UNIFORM = 1 - 2**-40
 """Keeps the product of a uniform number and the total mass below the total mass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What was sampled for a prompt."""
-
-    ids: list[int]
-    """Tokens, the end-of-sequence token included where there is one."""
-    logp: float
-    """Log-probability of the whole completion, in nats: under the law that sampled it, or with ``behavior="policy"`` under the
-    policy at temperature 1 without filters."""
-    finish_reason: FinishReason
 
 
 @dataclass(slots=True)
@@ -197,7 +188,7 @@ class Sampler:
         model.eval()
         try:
             with autocast(next(model.parameters()).device, self._config.half):
-                batch, logits_BV = self._prefill(model, [[0], [0, 0]], first=0)
+                batch, logits_BV = self._prefill(model, [[0], [0, 0]], range(2))
                 batch.keep([0, len(batch.rows) - 1])
                 self._read(model, batch, logits_BV[:2].argmax(dim=-1), width=3)
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
@@ -216,17 +207,21 @@ class Sampler:
         *,
         step: int,
         first_prompt: int = 0,
+        numbers: Sequence[int] | None = None,
         before_each: Callable[[], None] = lambda: None,
+        on_group: OnGroup = lambda _number, _completions: None,
     ) -> list[Completion]:
-        """Sample for prompts of a step, all or a slice of them.
+        """Sample for prompts of a step, all or some of them.
 
         Args:
             model: The policy; it is left in evaluation mode.
             prompts: Token ids of P prompts; none at all give no completions.
             step: Optimizer step, from 1, or 0 in an evaluation; with the seed of the config and the numbers of prompt and
                 completion it decides the noise.
-            first_prompt: Number of the first of these prompts within the step, from 0.
+            first_prompt: Number of the first of these prompts within the step, from 0; the others follow.
+            numbers: The number of each, ascending, where they do not follow each other.
             before_each: Called every few tokens; may raise to stop.
+            on_group: Called between two tokens with every prompt whose completions have all ended; may raise to stop.
 
         Returns:
             P * K completions, those of a prompt together.
@@ -237,24 +232,26 @@ class Sampler:
         """
         check_tokens(prompts, int(model.config.get_text_config().vocab_size))
         model.eval()
-        done: dict[int, Completion] = {}
+        if numbers is None:
+            numbers = range(first_prompt, first_prompt + len(prompts))
+        done = Done(self._config.dar_k, on_group)
         # One autocast context round the whole loop: inside it, each weight is cast only once.
         with autocast(next(model.parameters()).device, self._config.half):
-            for first, part in self._parts(prompts, first_prompt):
-                self._decode(self._prefill(model, part, first), model, step, before_each, done)
-        return [done[row] for row in sorted(done)]
+            for part, own in self._parts(prompts, numbers):
+                self._decode(self._prefill(model, part, own), model, step, before_each, done)
+        return [done.rows[row] for row in sorted(done.rows)]
 
     def _parts(
-        self, prompts: Sequence[Sequence[int]], first_prompt: int
-    ) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> Iterator[tuple[Sequence[Sequence[int]], Sequence[int]]]:
         longest = max(map(len, prompts), default=0) + self._config.max_new_tokens
         rows = max(1, min(MAX_ROWS, MAX_CACHED_TOKENS // longest))
         count = max(1, rows // self._config.dar_k)
         for first in range(0, len(prompts), count):
-            yield first_prompt + first, prompts[first : first + count]
+            yield prompts[first : first + count], numbers[first : first + count]
 
     def _prefill(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], first: int
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
     ) -> tuple[_Batch, Tensor]:
         """Read the prompts once and repeat what was read for the K completions of each."""
         k, device = self._config.dar_k, next(model.parameters()).device
@@ -284,7 +281,7 @@ class Sampler:
                 1, inputs["input_ids"], inputs["attention_mask"].to(torch.int8), "amax"
             )
             seen_BV = seen_PV.bool().repeat_interleave(k, dim=0)
-        rows = list(range(first * k, first * k + len(budgets)))
+        rows = [number * k + i for number in numbers for i in range(k)]
         batch = _Batch(
             rows=rows,
             written=[[] for _ in rows],
@@ -303,7 +300,7 @@ class Sampler:
         model: LanguageModel,
         step: int,
         before_each: Callable[[], None],
-        done: dict[int, Completion],
+        done: Done,
     ) -> None:
         batch, logits_BV = start
         prompt_width = batch.cache.get_seq_length()
@@ -359,7 +356,7 @@ class Sampler:
             scores_BV = warper(scores_BV, scores_BV)  # none of them reads its first argument
         return scores_BV
 
-    def _finish(self, batch: _Batch, tokens: list[int], done: dict[int, Completion]) -> list[int]:
+    def _finish(self, batch: _Batch, tokens: list[int], done: Done) -> list[int]:
         """Take in one token per row; returns the places of the rows that go on."""
         ended: list[tuple[int, FinishReason]] = []
         kept: list[int] = []
@@ -379,7 +376,7 @@ class Sampler:
                         "the policy gives probabilities that are no numbers, so nothing can be sampled; "
                         "lower learning_rate or max_grad_norm, or raise beta"
                     )
-                done[batch.rows[place]] = Completion(batch.written[place], sums[place], reason)
+                done.add(batch.rows[place], Completion(batch.written[place], sums[place], reason))
         return kept
 
     def _has_stopped(self, written: list[int]) -> bool:

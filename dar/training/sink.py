@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
+from dar.protocol.reward_stats import ComponentRequests, FailedRequest
 from dar.protocol.samples import SampleRow
 from dar.protocol.worker import Phase
 
@@ -21,6 +22,15 @@ class Sink(Protocol):
 
     def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Some of the step's completions, for viewing."""
+        ...
+
+    def rewards(
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+    ) -> None:
+        """How requests to reward services went since the last call."""
         ...
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
@@ -51,6 +61,14 @@ class NullSink:
         """Drop it."""
 
     def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+        """Drop it."""
+
+    def rewards(
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+    ) -> None:
         """Drop it."""
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:

@@ -4,12 +4,11 @@ import sys
 from collections.abc import Mapping
 
 from dar.errors import InvalidRequestError
-from dar.rewards.scorer import RewardScorer
 from dar.training import loading
 from dar.training.config import DARConfig
 from dar.training.data import PromptEncoder, Rows, naming_row
 from dar.training.offline import ReplaySource, RowEncoder, check_replay
-from dar.training.online import OnlineSource
+from dar.training.online import OnlineSource, Scoring
 from dar.training.policy import Policy
 from dar.training.ranks import Ranks
 from dar.training.sampling import Sampler, check_tokens
@@ -25,8 +24,7 @@ def make_source(
     rows: Rows,
     weigher: Weigher,
     *,
-    is_online: bool,
-    scorer: RewardScorer | None,
+    scoring: Scoring | None,
     job_id: str | None,
     sink: Sink,
     control: Control,
@@ -40,8 +38,7 @@ def make_source(
         config: Of the run.
         rows: The data set.
         weigher: Turns rewards into weights.
-        is_online: Whether completions are sampled and scored, not read from ``rows``.
-        scorer: Of the main process of an online run.
+        scoring: How completions are scored; None: they are not sampled, but read from ``rows`` with their rewards.
         job_id: Named to reward services.
         sink: Is told what is done.
         control: Is asked whether to go on.
@@ -55,7 +52,7 @@ def make_source(
     tokenizer = policy.tokenizer
     context = loading.context_length(policy.model) or sys.maxsize
     longest = min(config.max_length or context, context)
-    if not is_online:
+    if scoring is None:
         encoder_of_rows = _row_encoder(policy, config, longest)
         count = config.prompts_per_step if mode == "train" else len(rows)
         check_replay(rows, encoder_of_rows, count)
@@ -69,7 +66,7 @@ def make_source(
         policy.model,
         stream,
         _sampler(policy, config, longest),
-        scorer,
+        scoring,
         weigher,
         tokenizer=tokenizer,
         sink=sink,

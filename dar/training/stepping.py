@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dar.errors import TrainingError
+from dar.rewards.failure import FailureBudget
+from dar.training.capacity import Capacity
 from dar.training.logprobs import forward_batches, logps_and_entropies
 from dar.training.loss import dar_loss
 from dar.training.metrics import Reporter
+from dar.training.parts import StepPart
+from dar.training.pipeline import Pipeline
 from dar.training.policy import Policy
 from dar.training.resumable import ResumableTrainer
 from dar.training.sink import Control, Request, StopRequestedError, check
-from dar.training.steps import ScoredStep, StepSource
+from dar.training.steps import ScoredStep, is_streamable
 
 MOST_EMPTY_STEPS = 3
 """Steps in a row without two usable rewards after which training gives up."""
@@ -29,21 +33,24 @@ LOG_HISTORY = 1000
 
 @dataclass(frozen=True, slots=True)
 class StepShare:
-    """What a process does between two calls of transformers' loop: a micro-batch."""
+    """What a process does between two calls of transformers' loop."""
 
     step: ScoredStep
-    passes: list[list[int]]
-    """Completions of each forward and backward pass; none where other processes have more to do than this one."""
+    parts: Iterator[StepPart]
+    """Each comes when it is scored."""
     is_last: bool
     """Whether the optimizer steps after it."""
 
 
 class StepTrainer(ResumableTrainer):
-    """Takes each step from a `StepSource`, trains on it in shares, and reports it.
+    """Takes each step from a `Pipeline`, trains on it part by part as the rewards come, and reports it.
 
-    With several processes each trains on the completions of its own prompts. All of them know the whole step, so each knows
-    without asking how many passes the others make; the shorter ones add passes of weight 0, because a pass may hold a
-    collective of torch. They stop at the same places, and report the same numbers.
+    The loss is a mean over the completions that count, whose number is known only when the last reward is: gradients are summed
+    over n completions as if all n counted, and multiplied once by n / (those that do) before they are clipped.
+
+    With several processes each trains on the completions of its own prompts. All of them know every part, so each knows without
+    asking how many passes the others make; the shorter ones add passes of weight 0, because a pass may hold a collective of
+    torch. They stop at the same places, and report the same numbers.
     """
 
     # Set by `dar.DARTrainer`:
@@ -53,8 +60,18 @@ class StepTrainer(ResumableTrainer):
 
     stopped_by: Request | None = None
     """What ended `train` before its time."""
-    _source: StepSource | None = None
+    _pipeline: Pipeline | None = None
+    _has_budget: bool = False
+    """Whether the rewards have a failure policy; it counts empty steps too."""
+    _budget: FailureBudget | None = None
+    """Of the main process."""
+    _budget_state: dict[str, Any] | None = None
+    """Its state at the last step edge: what it has counted since is of a step that is not done."""
+    _capacity: Capacity | None = None
     _step: ScoredStep | None = None
+    _loss: Tensor | None = None
+    """Of the step under way, so far; None before its first pass."""
+    _pass_count: int = 0
     _empty_steps: int = 0
 
     # --- a step, as transformers' loop goes through it ---------------------------------------------------------------
@@ -69,37 +86,19 @@ class StepTrainer(ResumableTrainer):
         num_batches: int,
         device: torch.device,  # noqa: ARG002 - the signature of transformers
     ) -> tuple[list[Any], None]:
-        """Begin a step: its completions, sampled and scored, in ``num_batches`` shares."""
-        assert self._source is not None
+        """Begin a step: its completions are sampled, and come in ``num_batches`` shares as they are scored."""
+        assert self._pipeline is not None
         self._leave_if(("cancel", "drain"))
         self._reporter.begin_step()
-        step = self._step = self._source(self.state.global_step + 1)
-        # Only an adapter's dropout draws from here: another mask in each process, and the same again after a resume.
-        seeds = np.random.SeedSequence([self.args.seed, step.number, self.ranks.index])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
-        return list(self._shares(step, num_batches)), None
-
-    def _shares(self, step: ScoredStep, count: int) -> Iterator[StepShare]:
-        """This process's passes in ``count`` shares; the last is filled up to the longest of all processes."""
-        shares = self._passes(step, self.ranks.index, count)
-        longest = max(
-            sum(map(len, self._passes(step, index, count))) for index in range(self.ranks.count)
-        )
-        shares[-1] += [[] for _ in range(longest - sum(map(len, shares)))]
-        for i, passes in enumerate(shares):
-            yield StepShare(step, passes, is_last=i == count - 1)
-
-    def _passes(self, step: ScoredStep, index: int, count: int) -> list[list[list[int]]]:
-        """Completions of each pass of process ``index``, in ``count`` shares of prompts."""
-        ends = list(itertools.accumulate(step.counts, initial=0))
-        prompts = self.ranks.slice_of(index, len(step.prompts))
-        cuts = [prompts.start + len(prompts) * i // count for i in range(count + 1)]
-        shares = []
-        for first, last in itertools.pairwise(cuts):
-            rows = [row for row in range(ends[first], ends[last]) if step.valid_B[row]]
-            batches = forward_batches([step.pairs[row] for row in rows], self._policy.vocabulary)
-            shares.append([[rows[place] for place in places] for places in batches])
-        return shares
+        begun = self._pipeline.take(self.state.global_step + 1)
+        self._step, self._loss, self._pass_count = begun.step, None, 0
+        # DeepSpeed keeps gradients where they cannot be scaled afterwards, so it has to know all rewards before.
+        may_stream = is_streamable(self.args) and not self.is_deepspeed_enabled
+        shares = begun.shares(self.ranks, num_batches, is_streamable=may_stream)
+        return [
+            StepShare(begun.step, parts, is_last=i == num_batches - 1)
+            for i, parts in enumerate(shares)
+        ], None
 
     def training_step(
         self,
@@ -110,21 +109,60 @@ class StepTrainer(ResumableTrainer):
         """Backward passes of a share, scaled so that all shares of all processes together give the mean over the step.
 
         Returns:
-            The share's part of the loss, detached; its mean over the processes is the loss.
+            The loss of the step, detached, in its last share, and 0 in the others; its mean over the processes is the loss.
 
         Raises:
-            TrainingError: The loss is no number.
-            StopRequestedError: The job was cancelled.
+            TrainingError: The loss is no number, or a reward is missing and may not be.
+            RewardError: No completion of the step could be scored.
+            StopRequestedError: The job was cancelled, or is to stop while rewards are waited for.
         """
         share: StepShare = inputs
-        model.train()
-        total = torch.zeros((), device=self.args.device)
-        for i, rows in enumerate(share.passes):
-            self._leave_if(("cancel",))
-            is_last_pass = share.is_last and i == len(share.passes) - 1
-            with self._gradients(model, share, is_last_pass=is_last_pass):
-                total += self._backward(model, share.step, rows)
-        return total
+        for part in share.parts:
+            if self._loss is None:
+                self._seed(share.step)
+                self._loss = torch.zeros((), device=self.args.device)
+            model.train()
+            passes = self._passes(share.step, part)
+            for i, rows in enumerate(passes):
+                self._leave_if(("cancel",))
+                is_last_pass = part.is_last and i == len(passes) - 1
+                with self._gradients(model, share, is_last_pass=is_last_pass):
+                    self._loss += self._backward(model, share.step, rows)
+        if not share.is_last:
+            return torch.zeros((), device=self.args.device)
+        self.accelerator.sync_gradients = True  # as the loop had set it: the optimizer is to step
+        assert self._loss is not None
+        return self._loss * self._scale_gradients(share.step)
+
+    def _seed(self, step: ScoredStep) -> None:
+        """Only an adapter's dropout draws from here: another mask in each process, and the same again after a resume."""
+        seeds = np.random.SeedSequence([self.args.seed, step.number, self.ranks.index])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+    def _passes(self, step: ScoredStep, part: StepPart) -> list[list[int]]:
+        """Completions of each pass of this process over a part; as many passes as the longest of all processes has."""
+        of_each = [self._passes_of(step, prompts) for prompts in part.prompts]
+        longest = max(map(len, of_each))
+        if part.is_last and not longest and self._pass_count and self.ranks.count > 1:
+            longest = 1  # gradients meet in the last pass, so there has to be one
+        self._pass_count += longest
+        own = of_each[self.ranks.index]
+        return own + [[] for _ in range(longest - len(own))]
+
+    def _passes_of(self, step: ScoredStep, prompts: list[int]) -> list[list[int]]:
+        rows = [row for row in step.rows_of(prompts) if step.valid_B[row]]
+        batches = forward_batches([step.pairs[row] for row in rows], self._policy.vocabulary)
+        return [[rows[place] for place in places] for places in batches]
+
+    def _scale_gradients(self, step: ScoredStep) -> float:
+        """From a sum over all completions, divided by their number, to a mean over those that count; returns the factor."""
+        if self.is_deepspeed_enabled or step.valid_count in (0, len(step.pairs)):
+            return 1.0
+        factor = len(step.pairs) / step.valid_count
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return factor
 
     @contextlib.contextmanager
     def _gradients(
@@ -148,7 +186,9 @@ class StepTrainer(ResumableTrainer):
             return torch.zeros((), device=device)
         loss = dar_loss(step.weights_B[rows].to(device), logps_B)
         # The gradients of the processes are averaged, so each counts its part as often as there are processes.
-        loss = loss * (len(rows) * self.ranks.count / step.valid_count)
+        # How many completions count may not be known yet: see `_scale_gradients`.
+        count = step.valid_count if self.is_deepspeed_enabled else len(step.pairs)
+        loss = loss * (len(rows) * self.ranks.count / count)
         if self.ranks.count == 1 and not loss.isfinite():  # else all see it in the gradient's norm
             raise _not_a_number("loss", step.number)
         self.accelerator.backward(loss)
@@ -220,10 +260,14 @@ class StepTrainer(ResumableTrainer):
         )
 
     def _end_step(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> None:
+        assert self._pipeline is not None
         self._step = None
+        self._pipeline.end()
         self.state.epoch = step.epoch
         self._bring_policy_values_together(step)
-        self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
+        times = self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
+        if self._capacity is not None:
+            self._capacity.end_step(step.number, times)
         self._count_empty(step)
         self.stopped_by = self.ranks.from_main(self._control.requested)
         if self.stopped_by == "cancel":
@@ -243,24 +287,29 @@ class StepTrainer(ResumableTrainer):
             step.entropies_B[part["rows"]] = part["entropies"]
 
     def _count_empty(self, step: ScoredStep) -> None:
-        if step.valid_count:
-            self._empty_steps = 0
-            return
         # Rewards that are all equal, and dropped for it, are no failure: later steps may tell more.
         self._empty_steps = 0 if step.group_count else self._empty_steps + 1
         message = next((reward.message for reward in step.rewards if reward.message), None)
-        self.sink.event(
-            "warn",
-            f"step {step.number} had no two {'different ' if step.group_count else ''}rewards to compare, so it changed nothing"
-            + (f"; the reward source says: {message}" if message else ""),
-            {"kind": "empty_step", "step": step.number},
-        )
-        if self._empty_steps >= MOST_EMPTY_STEPS:
+        if not step.valid_count:
+            self.sink.event(
+                "warn",
+                f"step {step.number} had no two {'different ' if step.group_count else ''}rewards to compare, so it changed "
+                "nothing" + (f"; the reward source says: {message}" if message else ""),
+                {"kind": "empty_step", "step": step.number},
+            )
+        if self._has_budget:
+            self._budget_state = self.ranks.from_main(lambda: self._end_budget(step))
+        elif self._empty_steps >= MOST_EMPTY_STEPS:
             raise TrainingError(
                 f"the last {MOST_EMPTY_STEPS} steps had no usable rewards: nearly every completion was skipped or failed; "
                 "check what the reward service answers",
                 code="no_rewards",
             )
+
+    def _end_budget(self, step: ScoredStep) -> dict[str, Any]:
+        assert self._budget is not None
+        self._budget.end_step(step.group_count)
+        return self._budget.state()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report to the sink and, with DAR's metrics, to the callbacks of transformers."""
@@ -288,7 +337,8 @@ class StepTrainer(ResumableTrainer):
         """Counters, and what has happened since the last report."""
         scaler = None if self._scaler is None else self._scaler.state_dict()
         return {
-            "empty_steps": self._empty_steps, "reporter": self._reporter.state(), "scaler": scaler
+            "empty_steps": self._empty_steps, "reporter": self._reporter.state(), "scaler": scaler,
+            "budget": self._budget_state, "ahead": None if self._pipeline is None else self._pipeline.state(),
         }  # fmt: skip
 
     def restore_own_state(self, state: dict[str, Any]) -> None:
@@ -297,6 +347,11 @@ class StepTrainer(ResumableTrainer):
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
         self._reporter.restore(state["reporter"])
+        self._budget_state = state.get("budget")
+        if self._budget is not None and self._budget_state is not None:
+            self._budget.restore(self._budget_state)
+        if self._pipeline is not None:
+            self._pipeline.restore(state.get("ahead"))
 
 
 def _not_a_number(what: str, step: int) -> TrainingError:

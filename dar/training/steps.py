@@ -51,7 +51,9 @@ class ScoredStep:
     behavior_logps_B: Tensor
     """NaN where the data do not say what sampled."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of ``sampling``, ``reward`` and ``reference`` (the passes that the `Weigher` needs)."""
+    """Wall time of ``sampling``, ``reward`` (waiting for it) and ``reference`` (the passes that the `Weigher` needs)."""
+    idle_generation_seconds: float = 0.0
+    """Part of ``sampling`` in which this process waited for the others."""
     ref_logps_B: Tensor | None = None
     """NaN where not valid; None without a reference (alpha = 0)."""
     counts: list[int] = field(default_factory=list)
@@ -74,6 +76,10 @@ class ScoredStep:
     """Groups with anything to compare: those prompts with at least two scored completions."""
     tied_count: int = field(init=False, default=0)
     """How many of these groups have rewards that are all equal."""
+    dropped_count: int = field(init=False, default=0)
+    """Prompts that were left out, as too few of their completions had a reward at first."""
+    refilled_count: int = field(init=False, default=0)
+    """How many of these were sampled once more."""
 
     def __post_init__(self) -> None:
         """Nothing counts before a `Weigher` has seen it."""
@@ -93,6 +99,16 @@ class ScoredStep:
     def lengths(self) -> Tensor:
         """``[B]`` tokens of each completion, its end-of-sequence token included."""
         return torch.tensor([len(pair.completion_ids) for pair in self.pairs])
+
+    @property
+    def starts(self) -> list[int]:
+        """``[P + 1]`` row of each prompt's first completion, and B."""
+        return list(itertools.accumulate(self.counts, initial=0))
+
+    def rows_of(self, prompts: Sequence[int]) -> list[int]:
+        """Rows of these prompts."""
+        starts = self.starts
+        return [row for p in prompts for row in range(starts[p], starts[p + 1])]
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -252,51 +268,85 @@ class Weigher:
         self._dtype = dtype
 
     def __call__(self, step: ScoredStep, *, is_behavior_known: bool) -> ScoredStep:
-        """Fill in valid, advantages, reference log-probabilities and weights of ``step``.
+        """Fill in valid, advantages, reference log-probabilities and weights of ``step``, whose rewards are all known.
 
         Raises:
             TrainingError: A reward is missing, and the config does not allow that.
         """
-        rewards_B = self._rewards(step)
-        groups_GK = group_rows(step.counts)
-        is_row_GK = groups_GK >= 0
-        self._compare(
-            step, rewards_B[groups_GK], is_row_GK & ~rewards_B[groups_GK].isnan(), groups_GK
-        )
+        self.begin(step)
+        everything = range(len(step.prompts))
+        self._compare(step, everything)
         started = time.monotonic()
-        self._ask_models(step, is_behavior_known=is_behavior_known)
+        rows = step.valid_rows
+        if rows and not is_behavior_known:
+            policy_logps = self._policy([step.pairs[row] for row in rows])
+            step.behavior_logps_B[rows] = policy_logps.to(self._dtype)
+        self.ask_reference(step, rows)
         step.seconds["reference"] = time.monotonic() - started
-        self._weigh(step, groups_GK, is_row_GK)
+        self._weigh(step, everything)
         return step
 
-    def _rewards(self, step: ScoredStep) -> Tensor:
-        """``[B]``, NaN where missing."""
-        missing = [row for row, reward in enumerate(step.rewards) if reward.reward is None]
+    def begin(self, step: ScoredStep) -> None:
+        """Make room for what `ask_reference` and `weigh` will find."""
+        step.behavior_logps_B = step.behavior_logps_B.to(self._dtype)
+        if self._reference is not None:
+            step.ref_logps_B = torch.full_like(step.behavior_logps_B, math.nan)
+        step.advantages_B = torch.zeros(len(step.pairs), dtype=self._dtype)
+        step.weights_B = torch.zeros(len(step.pairs), dtype=self._dtype)
+        step.policy_logps_B = step.policy_logps_B.to(self._dtype)
+        step.entropies_B = step.entropies_B.to(self._dtype)
+
+    def ask_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
+        """Log-probabilities of these completions under the reference; they need no rewards."""
+        if rows and self._reference is not None and step.ref_logps_B is not None:
+            logps = self._reference([step.pairs[row] for row in rows])
+            step.ref_logps_B[list(rows)] = logps.to(self._dtype)
+
+    def weigh(self, step: ScoredStep, prompts: Sequence[int]) -> None:
+        """Compare and weigh the completions of these prompts, whose rewards and reference log-probabilities are known.
+
+        All prompts must be given together where `is_streamable` is false of the config.
+
+        Raises:
+            TrainingError: A reward is missing, and the config does not allow that.
+        """
+        self._compare(step, prompts)
+        if step.ref_logps_B is not None:
+            left_out = [row for row in step.rows_of(prompts) if not step.valid_B[row]]
+            step.ref_logps_B[left_out] = math.nan
+        self._weigh(step, prompts)
+
+    def _rewards(self, step: ScoredStep, prompts: Sequence[int]) -> Tensor:
+        """``[B]``, NaN where missing or of another prompt."""
+        rows = step.rows_of(prompts)
+        missing = [row for row in rows if step.rewards[row].reward is None]
         if missing and not self._config.allow_missing:
             why = next(
                 (step.rewards[row].message for row in missing if step.rewards[row].message), None
             )
             raise TrainingError(
-                f"{len(missing)} of the {len(step.rewards)} completions of step {step.number} have no reward"
+                f"{len(missing)} of the {len(rows)} completions of step {step.number} have no reward"
                 + (f" ({why})" if why else "")
                 + "; set allow_missing to leave such completions out",
                 code="missing_reward",
                 param="allow_missing",
             )
-        return torch.tensor(
-            [math.nan if reward.reward is None else reward.reward for reward in step.rewards],
-            dtype=self._dtype,
-        )
+        rewards_B = torch.full((len(step.pairs),), math.nan, dtype=self._dtype)
+        for row in rows:
+            reward = step.rewards[row].reward
+            rewards_B[row] = math.nan if reward is None else reward
+        return rewards_B
 
-    def _compare(
-        self, step: ScoredStep, rewards_GK: Tensor, scored_GK: Tensor, groups_GK: Tensor
-    ) -> None:
+    def _compare(self, step: ScoredStep, prompts: Sequence[int]) -> None:
         """Advantages, and which completions count."""
         config = self._config
+        groups_GK = group_rows(step.counts, prompts)
+        rewards_GK = self._rewards(step, prompts)[groups_GK]
+        scored_GK = (groups_GK >= 0) & ~rewards_GK.isnan()
         is_group_G1 = scored_GK.sum(dim=1, keepdim=True) >= LEAST_VALID
         tied_G1 = tied(rewards_GK, tolerance=config.tie_tolerance, valid=scored_GK).unsqueeze(1)
-        step.group_count = int(is_group_G1.sum())
-        step.tied_count = int((is_group_G1 & tied_G1).sum())
+        step.group_count += int(is_group_G1.sum())
+        step.tied_count += int((is_group_G1 & tied_G1).sum())
         valid_GK = scored_GK & is_group_G1
         if config.drop_ties:
             valid_GK = valid_GK & ~tied_G1
@@ -307,26 +357,13 @@ class Weigher:
             valid=valid_GK,
             tie_tolerance=config.tie_tolerance,
         )
-        step.valid_B = torch.zeros(len(step.pairs), dtype=torch.bool)
         step.valid_B[groups_GK[valid_GK]] = True
-        step.advantages_B = torch.zeros(len(step.pairs), dtype=self._dtype)
         step.advantages_B[groups_GK[valid_GK]] = advantages_GK[valid_GK]
 
-    def _ask_models(self, step: ScoredStep, *, is_behavior_known: bool) -> None:
-        """Log-probabilities of the completions that count: of what sampled, where unknown, and of the reference."""
-        rows = step.valid_rows
-        pairs = [step.pairs[row] for row in rows]
-        step.behavior_logps_B = step.behavior_logps_B.to(self._dtype)
-        if rows and not is_behavior_known:
-            step.behavior_logps_B[rows] = self._policy(pairs).to(self._dtype)
-        if self._reference is not None:
-            step.ref_logps_B = torch.full_like(step.behavior_logps_B, math.nan)
-            if rows:
-                step.ref_logps_B[rows] = self._reference(pairs).to(self._dtype)
-
-    def _weigh(self, step: ScoredStep, groups_GK: Tensor, is_row_GK: Tensor) -> None:
+    def _weigh(self, step: ScoredStep, prompts: Sequence[int]) -> None:
         config = self._config
-        valid_GK = step.valid_B[groups_GK] & is_row_GK
+        groups_GK = group_rows(step.counts, prompts)
+        valid_GK = step.valid_B[groups_GK] & (groups_GK >= 0)
         behavior_GK = step.behavior_logps_B[groups_GK]
         ref_GK = behavior_GK if step.ref_logps_B is None else step.ref_logps_B[groups_GK]
         weights_GK = importance_weights(
@@ -340,27 +377,31 @@ class Weigher:
             min_ess=config.min_ess,
             valid=valid_GK,
         )
-        step.clipped_B = torch.zeros_like(step.valid_B)
         step.clipped_B[groups_GK[valid_GK]] = (weights_GK >= config.dar_wclip)[valid_GK]
         weights_GK = self_normalized(weights_GK, mode=config.weight_norm, valid=valid_GK)
-        step.weights_B = torch.zeros(len(step.pairs), dtype=self._dtype)
         step.weights_B[groups_GK[valid_GK]] = weights_GK[valid_GK]
-        step.policy_logps_B = step.policy_logps_B.to(self._dtype)
-        step.entropies_B = step.entropies_B.to(self._dtype)
 
 
-def group_rows(counts: Sequence[int]) -> Tensor:
+def is_streamable(config: DARConfig) -> bool:
+    """Whether a prompt's completions can be weighed before the rewards of the others are known: no statistic spans prompts."""
+    is_per_prompt = config.adv_norm != "batch" and config.weight_norm != "batch"
+    return is_per_prompt and config.min_ess == 0 and config.dar_k >= LEAST_VALID
+
+
+def group_rows(counts: Sequence[int], prompts: Sequence[int] | None = None) -> Tensor:
     """Which completions are compared with each other.
 
     Args:
         counts: ``[P]`` completions of each prompt, those of a prompt together; B in all.
+        prompts: Those that are asked about; None: all.
 
     Returns:
         ``[G, K]`` numbers from 0 to B - 1, -1 where a group has fewer than K: a group for each prompt with several
         completions, and one for all prompts with a single one.
     """
-    starts = itertools.accumulate(counts, initial=0)
-    rows = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=False)]
+    starts = list(itertools.accumulate(counts, initial=0))
+    asked = range(len(counts)) if prompts is None else prompts
+    rows = [list(range(starts[p], starts[p + 1])) for p in asked]
     groups = [group for group in rows if len(group) > 1]
     singles = [row for group in rows if len(group) == 1 for row in group]
     if singles:

@@ -15,9 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, RewardError
+from dar.protocol.reward_spec import Rewards
+from dar.protocol.worker import ComponentAccess
+from dar.rewards.failure import FailureBudget
+from dar.rewards.guard import EgressPolicy
+from dar.rewards.observing import StepObserver
 from dar.rewards.scorer import RewardScorer
 from dar.training import zero
+from dar.training.capacity import Capacity
 from dar.training.config import DARConfig, preset_values
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows, check_table
 from dar.training.evaluation import (
@@ -31,7 +37,10 @@ from dar.training.fingerprint import config_sha256
 from dar.training.launching import refuse_if_left_alone
 from dar.training.logprobs import all_logps, idle_weights
 from dar.training.metrics import Reporter
-from dar.training.options import online_only
+from dar.training.offline import ReplaySource
+from dar.training.online import OnlineSource, Scoring
+from dar.training.options import no_point_of_rest, online_only
+from dar.training.pipeline import Pipeline
 from dar.training.policy import Policy
 from dar.training.ranks import Ranks
 from dar.training.reward_model import RewardModels
@@ -39,7 +48,7 @@ from dar.training.reward_sources import GivenRewards, RewardFunctions
 from dar.training.sharding import is_sharded, whole
 from dar.training.sink import Control, NullControl, NullSink, Sink, StopRequestedError
 from dar.training.sources import make_source
-from dar.training.steps import Mode, ScoredStep, StepSource, Weigher
+from dar.training.steps import Mode, ScoredStep, Weigher, is_streamable
 
 logger = logging.getLogger(__name__)
 __all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
@@ -84,6 +93,8 @@ class DARTrainer(EvaluatingTrainer):
         reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
         reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
+        reward_access: URL and secrets of components that name a registered endpoint; only a job has them.
+        reward_guard: Which addresses requests to reward services may reach; default: all.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
@@ -116,6 +127,8 @@ class DARTrainer(EvaluatingTrainer):
         | None = None,
         reward_weights: Sequence[float] | None = None,
         reward_secret: str | None = None,
+        reward_access: Mapping[str, ComponentAccess] | None = None,
+        reward_guard: EgressPolicy | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
@@ -129,9 +142,10 @@ class DARTrainer(EvaluatingTrainer):
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
         check_table(train_dataset)
-        config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
+        args = args or DARConfig(output_dir="dar-output")
+        config = _settled(args, len(train_dataset), reward_funcs)
         given = GivenRewards.of(
-            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config,
+            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access, reward_guard,
         )  # fmt: skip
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
@@ -152,13 +166,14 @@ class DARTrainer(EvaluatingTrainer):
         self._job_id = job_id
         self._reporter = Reporter()
         self._meet(sink, control)
-        if given.is_online:
-            self._warn_of_cold(config)
+        if given.is_online and (why := no_point_of_rest(config)):
+            self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
-            config, policy.model, train_dataset, policy.base_sketch, terms
-        )
+            config, policy.model, train_dataset, policy.base_sketch,
+            [*terms, *self._rewards.rules()],
+        )  # fmt: skip
         name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
 
@@ -177,15 +192,6 @@ class DARTrainer(EvaluatingTrainer):
         is_main = self.ranks.is_main
         self.sink = (sink if is_main else None) or NullSink()
         self._control: Control = (control if is_main else None) or NullControl()
-
-    def _warn_of_cold(self, config: DARConfig) -> None:
-        if config.temperature <= config.coldest + 1e-9:
-            self.sink.event(
-                "warn",
-                f"temperature {config.temperature:g} is not above {config.coldest:.3g}, so with this alpha and beta training has "
-                "no point of rest: the policy sharpens until it is stopped; raise temperature, or alpha relative to beta",
-                {"kind": "no_point_of_rest", "coldest": config.coldest},
-            )
 
     def train(
         self,
@@ -218,6 +224,11 @@ class DARTrainer(EvaluatingTrainer):
             if self.stopped_by == "drain" and self.state.global_step > self.published_step:
                 self._save_checkpoint(self.model, None)
             return TrainOutput(self.state.global_step, math.nan, {})
+        except RewardError:
+            # As after a drain: the job may go on from here when there are rewards again.
+            if self.state.global_step > self.published_step:
+                self._save_checkpoint(self.model, None)
+            raise
         finally:
             self.is_in_train = False
 
@@ -227,12 +238,22 @@ class DARTrainer(EvaluatingTrainer):
         trial: Any,  # noqa: ANN401 - the signature of transformers
         ignore_keys_for_eval: list[str] | None,
     ) -> TrainOutput:
+        policy = self._rewards.failure
+        self._budget = self._capacity = self._budget_state = None
+        self._has_budget = policy is not None
+        if self.ranks.is_main:
+            self._budget = None if policy is None else FailureBudget(policy)
+            self._capacity = Capacity(self._rewards.concurrency(), self.sink)
         if len(set(self.ranks.gather(self.config_sha256))) > 1:
             raise InvalidRequestError(
                 "the processes of this training run have different arguments, data or base models; give all the same"
             )
         with self._scoring():
-            self._source = self._source_of(self.train_dataset, "train")
+            self._pipeline = Pipeline(
+                self._source_of(self.train_dataset, "train"),
+                overlap=self.args.overlap,
+                last_step=self.args.max_steps,
+            )
             with self._evaluating():
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -274,7 +295,9 @@ class DARTrainer(EvaluatingTrainer):
     def _is_replay(self) -> bool:
         return not self._rewards.given.is_online
 
-    def _source_of(self, rows: Rows, mode: Mode, config: DARConfig | None = None) -> StepSource:
+    def _source_of(
+        self, rows: Rows, mode: Mode, config: DARConfig | None = None
+    ) -> OnlineSource | ReplaySource:
         weigher = Weigher(
             self.args,
             self._reference_logps if self.args.alpha > 0 else None,
@@ -286,8 +309,7 @@ class DARTrainer(EvaluatingTrainer):
             config or self.args,
             rows,
             weigher,
-            is_online=self._rewards.given.is_online,
-            scorer=self._scorer,
+            scoring=self._how_to_score() if self._rewards.given.is_online else None,
             job_id=self._job_id,
             sink=self.sink,
             control=self._control,
@@ -295,13 +317,34 @@ class DARTrainer(EvaluatingTrainer):
             mode=mode,
         )
 
+    def _how_to_score(self) -> Scoring:
+        return Scoring(
+            self._scorer,
+            overlap=self.args.overlap,
+            order=self.args.order,
+            is_streamable=is_streamable(self.args),
+            policy=self._rewards.failure,
+            budget=self._budget,
+            capacity=self._capacity,
+        )
+
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
         """Keep open what gives rewards, on the main process; inside of another of these, nothing."""
         with contextlib.ExitStack() as stack:
             if self._scorer is None and self.ranks.is_main:
-                scorer = self._rewards.open(job_id=self._job_id, on_wait=self._tell_waiting)
+                observer = self._reporter.observer = StepObserver(
+                    self.sink.event, self._tell_waiting
+                )
+                scorer = self._rewards.open(
+                    job_id=self._job_id, on_wait=self._tell_waiting, observer=observer
+                )
                 if scorer is not None:
+                    stack.callback(
+                        lambda: self._reporter.report_requests(
+                            self.sink, min(self.state.global_step + 1, max(1, self.args.max_steps))
+                        )
+                    )
                     self._scorer = stack.enter_context(scorer)
                     stack.callback(setattr, self, "_scorer", None)
             yield
@@ -370,11 +413,19 @@ def _check_data(
             "%s: without effect, as there is no reward source and completions are read from the data set",
             ", ".join(names),
         )
+    if config.overlap == "one_step" and is_replay:
+        raise InvalidRequestError(
+            "overlap='one_step' samples one step ahead, but the data hold their completions; leave it out",
+            param="overlap",
+        )
     check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating)
 
 
-def _settled(config: DARConfig, row_count: int) -> DARConfig:
-    """A copy of ``config`` whose length is counted in steps; the last batch of an epoch runs on into the next."""
+def _settled(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
+    """A copy of ``config`` whose length is counted in steps, with what the rewards of a job spec say of ties.
+
+    The last batch of an epoch runs on into the next.
+    """
     refuse_if_left_alone()
     for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
         if is_set and config.world_size == 1:
@@ -387,5 +438,7 @@ def _settled(config: DARConfig, row_count: int) -> DARConfig:
     if config.max_steps <= 0:
         prompts = config.num_train_epochs * row_count
         config.max_steps = max(1, math.ceil(prompts / config.prompts_per_step))
+    if isinstance(rewards, Rewards):
+        config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
     config.ignore_data_skip = True  # the position in the data is a function of the step
     return config

@@ -1,11 +1,12 @@
 """Whether the process runs, and whether it can serve."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
 from dar.protocol.health import Health, Ready
 from dar.version import __version__
-from service import migrate
+from service import auth, migrate
 from service.runtime import CurrentRuntime, Runtime
 
 router = APIRouter(tags=["health"])
@@ -31,6 +32,12 @@ def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
         return Ready(status="unavailable", checks=checks)
     status = "ok" if checks["broker"] in {"ok", "off"} else "degraded"
     return Ready.model_validate({"status": status, "checks": checks})
+
+
+@router.get("/metrics", dependencies=[Depends(auth.principal)], response_class=Response)
+def get_prometheus_metrics(runtime: CurrentRuntime) -> Response:
+    """Metrics of this process in the text format of Prometheus; any API key opens them."""
+    return Response(runtime.telemetry.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _database(runtime: Runtime) -> dict[str, str]:

@@ -1,17 +1,19 @@
-"""Jobs: submit, look, cancel."""
+"""Jobs: submit, look, cancel, pause, resume."""
 
 import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
-from service import submission
+from service import errors, probing, submission
 from service.api.paging import PageCursor, envelope, seconds
 from service.auth import Reader, Submitter
 from service.limits import body_of, schema_of
@@ -20,6 +22,17 @@ from service.store import jobs, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
+ACTIONS: Mapping[str, Sequence[str]] = {
+    "validating_files": ["cancel"],
+    "queued": ["cancel", "pause"],
+    "running": ["cancel", "pause"],
+    "pausing": ["cancel", "resume"],
+    "paused": ["cancel", "resume"],
+    "succeeded": [],
+    "failed": ["resume"],
+    "cancelled": ["resume"],
+}
+"""Status -> what can be asked of the job."""
 _LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
@@ -27,7 +40,7 @@ RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0, le=MAX
 
 
 @router.post("", openapi_extra=schema_of(JobSpec))
-def create_job(
+async def create_job(
     response: Response,
     runtime: CurrentRuntime,
     user: Submitter,
@@ -35,10 +48,13 @@ def create_job(
     idempotency_key: IdempotencyKey = None,
     retry_count: RetryCount = 0,
 ) -> Job:
-    """Submit a job. The same ``Idempotency-Key`` again gives the same job."""
+    """Submit a job, once its reward services were tried. The same ``Idempotency-Key`` again gives the same job."""
     digest = submission.body_digest(spec)
     submitted = submission.Request(spec, user, digest, idempotency_key, retry_count)
-    job, replay = submission.submit(runtime, submitted)
+    tries = await run_in_threadpool(submission.to_try, runtime, submitted)
+    if problems := await probing.problems_of(tries, runtime.remembered):
+        raise errors.invalid(problems)
+    job, replay = await run_in_threadpool(submission.submit, runtime, submitted)
     response.headers["location"] = f"{PATH}/{job.id}"
     if replay is not None:
         response.headers["idempotency-replayed"] = replay
@@ -77,6 +93,25 @@ def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """Pause a job: at once while it waits; while it runs, after a checkpoint of the step that is being made."""
+    with runtime.database.write() as transaction:
+        job = jobs.pause(transaction, user.project_id, job_id)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint."""
+    with runtime.database.write() as transaction:
+        job = jobs.resume(transaction, user.project_id, job_id)
+        transaction.after_commit(runtime.waker.wake)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
 def show(job: tables.Job) -> Job:
     """A job as the API shows it."""
     is_over = job.status in TERMINAL
@@ -106,10 +141,10 @@ def show(job: tables.Job) -> Job:
             "method": job.spec["method"],
             "integrations": None,
             "trained_tokens": job.tokens if is_over else None,
-            "error": JobError(**job.error) if job.error else None,
+            "error": JobError.model_validate(job.error) if job.error else None,
             "attempt": job.attempt,
             "progress": _progress(job),
-            "actions": [] if is_over or job.cancel_requested_at else ["cancel"],
+            "actions": [] if job.cancel_requested_at and not is_over else ACTIONS[job.status],
             "links": {"self": path} | {name: f"{path}/{name}" for name in belongings},
         }
     )

@@ -1,12 +1,19 @@
 """What a worker says about the job that it runs: claim, heartbeat, rows, end. And what it is told: directives."""
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
 from starlette.concurrency import run_in_threadpool
 
-from dar.errors import ConflictError, FencedError, InvalidRequestError, Problem
+from dar.errors import (
+    ConflictError,
+    FencedError,
+    InvalidRequestError,
+    Problem,
+    SecretUnreadableError,
+)
 from dar.protocol.ids import new_id
 from dar.protocol.metrics import is_known
 from dar.protocol.spec import JobSpec
@@ -15,6 +22,7 @@ from dar.protocol.worker import (
     BatchAck,
     Claim,
     Complete,
+    ComponentAccess,
     Directive,
     Directives,
     Fail,
@@ -26,9 +34,10 @@ from dar.protocol.worker import (
     Outcome,
     Release,
 )
-from service import errors, keys
+from service import endpoints, errors, keys
 from service.auth import LeaseHolder, LeaseSender, Worker
 from service.limits import MAX_EXACT, body_of, schema_of
+from service.notifier import Told
 from service.runtime import CurrentRuntime, Runtime
 from service.store import events, fence, leases, outcomes, rows
 from service.store.database import Transaction
@@ -36,8 +45,14 @@ from service.store.database import Transaction
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
-CANCEL_ID = 1
-"""A job is cancelled once, so that its one directive needs no more than one number."""
+DIRECTIVES: Mapping[Told, int] = {"cancel": 1, "pause": 2}
+"""What an attempt is told at most once: one that was told to pause leaves, whatever comes after."""
+TOLD: Mapping[str, frozenset[Told]] = {
+    "1": frozenset({"cancel", "pause"}),
+    "2": frozenset({"pause"}),
+}
+"""Cursor -> what a worker knows, or need not know any more: a cancellation outranks a pause."""
+NOTHING: frozenset[Told] = frozenset()
 ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
 HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat))]
 BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda r: r.settings.max_batch_bytes))]
@@ -54,16 +69,13 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release))]
 )
 def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
     """Take the oldest queued job, if there is one."""
-    ttl = timedelta(seconds=runtime.settings.lease_ttl_seconds)
-    lease_id = new_id("lease-")
-    token = keys.new_attempt_token(lease_id)
-
-    def work(transaction: Transaction) -> fence.Held | None:
-        credential = leases.Credential(lease_id, keys.digest(token))
-        return leases.claim(transaction, body, credential, ttl)
-
-    held = runtime.database.transact(work)
-    return Response(status_code=204) if held is None else _lease(runtime, held, token)
+    while True:
+        found = _claim_once(runtime, body)
+        if found is None:
+            return Response(status_code=204)
+        if not isinstance(found, str):
+            return found
+        runtime.notifier.notify(found)
 
 
 @router.post("/{lease_id}/heartbeat", openapi_extra=schema_of(Heartbeat))
@@ -86,7 +98,7 @@ async def get_directives(
     """Wait for something that the service wants of the attempt."""
     job_id, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     if not found:
-        await runtime.notifier.wait(job_id, wait, is_told=after == str(CANCEL_ID))
+        await runtime.notifier.wait(job_id, wait, told=TOLD.get(after, NOTHING))
         _, found = await run_in_threadpool(_directives, runtime, lease_id, after)
     return Directives(directives=found, cursor=str(found[-1].id) if found else after)
 
@@ -102,9 +114,12 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
                 f"lease {lease_id} is of attempt {held.attempt.number}, not {body.attempt}",
                 param="attempt",
             )
+        fresh = [row for row in body.rows if row.seq > held.attempt.acked_seq]
         stored = rows.add(transaction, held, body.rows)
         if isinstance(stored, rows.Contradiction):
             _tell_of_contradiction(transaction, held, stored.seq)
+        else:
+            transaction.after_commit(lambda: runtime.telemetry.take(fresh))
     if isinstance(stored, rows.Contradiction):
         raise ConflictError(
             f"row {stored.seq} was committed before with other content; the spool was altered",
@@ -127,21 +142,49 @@ def fail(lease_id: LeaseHolder, runtime: CurrentRuntime, body: FailBody) -> Outc
 
 @router.post("/{lease_id}/release", openapi_extra=schema_of(Release))
 def release(lease_id: LeaseHolder, runtime: CurrentRuntime, body: ReleaseBody) -> Outcome:
-    """The attempt gives its job back, or confirms a cancellation."""
-    return _ended(runtime, lease_id, lambda tx: outcomes.release(tx, lease_id, body))
+    """The attempt gives its job back, or confirms a cancellation or a pause."""
+    seconds = runtime.settings.reward_probe_seconds
+    return _ended(runtime, lease_id, lambda tx: outcomes.release(tx, lease_id, body, seconds))
 
 
 def _ended(runtime: Runtime, lease_id: str, work: "outcomes.Ending") -> Outcome:
     with runtime.database.write() as transaction:
         job_id = fence.find(transaction, lease_id).job_id
         outcome = work(transaction)
+        if (outcome.status, outcome.status_detail) == ("paused", "reward"):
+            transaction.after_commit(lambda: runtime.telemetry.note("reward_pauses"))
         if outcome.status == "queued":
             transaction.after_commit(runtime.waker.wake)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
     return outcome
 
 
-def _lease(runtime: Runtime, held: fence.Held, token: str) -> Lease:
+def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
+    """A lease of the oldest job; its id where that job cannot run, for its secrets are gone, and has failed; None: nothing is due."""
+    lease_id = new_id("lease-")
+    token = keys.new_attempt_token(lease_id)
+    ttl = timedelta(seconds=runtime.settings.lease_ttl_seconds)
+
+    def work(transaction: Transaction) -> Lease | str | None:
+        credential = leases.Credential(lease_id, keys.digest(token))
+        held = leases.claim(transaction, body, credential, ttl)
+        if held is None:
+            return None
+        try:
+            access = endpoints.access_of(transaction, runtime, held.job.id)
+        except SecretUnreadableError as error:
+            number, code = held.attempt.number, error.error_code
+            said = Fail(attempt=number, kind="user", code=code, message=error.message, param=None)
+            outcomes.fail(transaction, lease_id, said)
+            return held.job.id
+        return _lease(runtime, held, token, access)
+
+    return runtime.database.transact(work)
+
+
+def _lease(
+    runtime: Runtime, held: fence.Held, token: str, access: dict[str, ComponentAccess]
+) -> Lease:
     job, attempt = held.job, held.attempt
     return Lease(
         lease_id=attempt.lease_id,
@@ -155,6 +198,7 @@ def _lease(runtime: Runtime, held: fence.Held, token: str) -> Lease:
         model=ModelSource.model_validate(job.model_source),
         resume_checkpoint_id=attempt.resume_checkpoint_id,
         reward_secret=runtime.reward_secret,
+        rewards=access,
     )
 
 
@@ -166,9 +210,14 @@ def _directives(runtime: Runtime, lease_id: str, after: str) -> tuple[str, list[
         raise FencedError(
             f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
         )
-    is_told = after == str(CANCEL_ID)
-    is_wanted = job.cancel_requested_at is not None and not is_told
-    return job.id, [Directive(id=CANCEL_ID, type="cancel")] if is_wanted else []
+    wanted: Told | None = None
+    if job.cancel_requested_at is not None:
+        wanted = "cancel"
+    elif job.status == "pausing":
+        wanted = "pause"
+    if wanted is None or wanted in TOLD.get(after, NOTHING):
+        return job.id, []
+    return job.id, [Directive(id=DIRECTIVES[wanted], type=wanted)]
 
 
 def _check_rows(body: Batch) -> None:

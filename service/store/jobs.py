@@ -1,16 +1,17 @@
-"""Jobs: submission, reading, cancelling. Moves between states are `service.store.transitions`' business."""
+"""Jobs: submission, reading, cancelling, pausing, resuming. Moves between states are `service.store.transitions`' business."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import ColumnElement, exists, func, select
 
 from dar.errors import ConflictError, NotFoundError
-from dar.protocol.status import JobStatus
-from service.store import events, transitions
+from dar.protocol.status import TERMINAL, JobStatus
+from service.store import checkpoints, events, transitions
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import Job, JobInput
+from service.store.tables import File, Job, JobInput
 
 REPLAY_WINDOW = timedelta(minutes=10)
 """How long a retried submission without a key is recognised by its body."""
@@ -105,9 +106,7 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> Job:
         NotFoundError: The project has none of that id.
         ConflictError: The job has already succeeded or failed.
     """
-    get(transaction, project_id, job_id)
-    # Locked, so that it cannot get out of the way of one move into the sources of the other.
-    job = transaction.scalars(select(Job).where(Job.id == job_id).with_for_update()).one()
+    job = _locked(transaction, project_id, job_id)
     asked = {"cancel_requested_at": transaction.now}
     this = Job.id == job_id
     moved = transitions.move(
@@ -127,6 +126,111 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> Job:
         if job.status in {"succeeded", "failed"}
         else f"job {job_id} is {job.status} and cannot be cancelled now"
     )
+
+
+def pause(transaction: Transaction, project_id: str, job_id: str) -> Job:
+    """Pause a waiting job at once; ask the worker of a running one for a checkpoint and to leave. Twice is once.
+
+    Raises:
+        NotFoundError: The project has none of that id.
+        ConflictError: The job is over, or is being cancelled.
+    """
+    job = _locked(transaction, project_id, job_id)
+    if job.status in {"pausing", "paused"}:
+        return job
+    this = Job.id == job_id
+    name: transitions.MoveName = "paused" if job.status == "queued" else "pause_requested"
+    message = (
+        "paused while it waited; resume it to go on"
+        if job.status == "queued"
+        else "waiting for the worker to write a checkpoint and to leave"
+    )
+    if (moved := transitions.move(transaction, name, this, message)) is not None:
+        return moved
+    if job.cancel_requested_at is not None and job.status == "running":
+        raise ConflictError(f"job {job_id} is being cancelled, so it cannot be paused")
+    raise ConflictError(_cannot(job, "paused"))
+
+
+def resume(transaction: Transaction, project_id: str, job_id: str) -> Job:
+    """Put a paused, failed or cancelled job back into the queue, to go on from its newest checkpoint. Twice is once.
+
+    A job that was asked to pause and has not left yet stays: if its trainer leaves all the same, it is queued again.
+
+    Raises:
+        NotFoundError: The project has none of that id.
+        ConflictError: The job has succeeded, is being cancelled, or what it needs has been deleted.
+    """
+    job = _locked(transaction, project_id, job_id)
+    if job.status == "running" and job.cancel_requested_at is not None:
+        raise ConflictError(f"job {job_id} is being cancelled; resume it when it is cancelled")
+    name = _RESUMING.get(job.status)
+    if name is None:
+        if job.status == "succeeded":
+            raise ConflictError(_cannot(job, "resumed"))
+        return job
+    values: dict[str, Any] = {"error": None, "reward_waits": 0}
+    if name != "pause_withdrawn":
+        values["not_before"] = transaction.now
+    if name == "restarted":
+        _check_needs(transaction, job)
+        values |= {"cancel_requested_at": None, "failed_attempts": 0, "fruitless_attempts": 0}
+    moved = transitions.move(transaction, name, Job.id == job_id, "resumed", values=values)
+    assert moved is not None  # the row is locked
+    return moved
+
+
+_RESUMING: Mapping[str, transitions.MoveName] = {
+    "paused": "resumed",
+    "pausing": "pause_withdrawn",
+    "failed": "restarted",
+    "cancelled": "restarted",
+}
+"""Status -> the move of a resume; in any other there is nothing to do."""
+
+
+def _check_needs(transaction: Transaction, job: Job) -> None:
+    """Refuse to restart a job that is over when its files or the checkpoints of its model have been deleted since.
+
+    Raises:
+        ConflictError: One of them is gone.
+    """
+    names = [job.training_file, job.spec.get("validation_file")]
+    needed = {name for name in names if name}
+    kept = transaction.scalars(
+        select(File.id).where(File.id.in_(needed)).with_for_update(read=True)
+    )
+    gone = needed - set(kept.all())
+    if gone:
+        raise ConflictError(
+            f"job {job.id} cannot be resumed: its file {min(gone)} has been deleted; submit it anew",
+            code="file_not_found",
+        )
+    ids = transaction.scalars(select(JobInput.checkpoint_id).where(JobInput.job_id == job.id)).all()
+    if not checkpoints.keep(transaction, list(ids)):
+        raise ConflictError(
+            f"job {job.id} cannot be resumed: the checkpoints that its model is made of are no longer kept",
+            code="model_not_found",
+        )
+
+
+def _locked(transaction: Transaction, project_id: str, job_id: str) -> Job:
+    """A job of the project, locked, so that it cannot get out of the way of one move into the sources of another."""
+    get(transaction, project_id, job_id)
+    locked = select(Job).where(Job.id == job_id).with_for_update()
+    return transaction.scalars(locked.execution_options(populate_existing=True)).one()
+
+
+def _cannot(job: Job, what: str) -> str:
+    if job.status in TERMINAL:
+        return f"job {job.id} has already {job.status.replace('cancelled', 'been cancelled')}, so it cannot be {what}"
+    return f"job {job.id} is {job.status} and cannot be {what} now"
+
+
+def count_by_status(transaction: Transaction) -> dict[str, int]:
+    """How many jobs there are in each status that has any."""
+    rows = transaction.execute(select(Job.status, func.count()).group_by(Job.status)).all()
+    return {status: count for status, count in rows}  # noqa: C416 - `dict(rows)` has no type that fits
 
 
 def count_due(transaction: Transaction, older_than: timedelta) -> int:

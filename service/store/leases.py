@@ -114,10 +114,10 @@ def renew(
 
 
 def note_progress(transaction: Transaction, job: Job, progress: AttemptProgress) -> bool:
-    """Show what the attempt does as the job's detail; a pending cancellation stays on show."""
+    """Show what the attempt does as the job's detail; a pending cancellation or pause stays on show."""
     seen = (job.step, job.status_detail, job.status_message)
     said: tuple[int, str | None, str | None] = (progress.step, progress.phase, progress.message)
-    if job.cancel_requested_at is not None:
+    if job.cancel_requested_at is not None or job.status == "pausing":
         said = (progress.step, job.status_detail, job.status_message)
     if seen == said:
         return False

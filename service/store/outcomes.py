@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlalchemy import and_, update
 
-from dar.errors import ConflictError
+from dar.errors import ConflictError, RewardBudgetError
 from dar.protocol.status import AttemptStatus
 from dar.protocol.worker import Complete, Fail, Outcome, Release
-from service.store import checkpoints, transitions
+from service.store import checkpoints, reward_pauses, transitions
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
 from service.store.tables import Attempt, Job
@@ -21,11 +21,13 @@ from service.store.tables import Attempt, Job
 MAX_FRUITLESS_ATTEMPTS = 3
 MAX_FAILED_ATTEMPTS = 20
 MAX_BACKOFF_SECONDS = 600.0
+PROBE_SECONDS = 5.0
 FIRST_REWARD_WAIT_SECONDS, MAX_REWARD_WAIT_SECONDS = 5.0, 60.0
 POISON = (
     "usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens helps), the machine fails, "
     "or this job's data or model make the trainer crash"
 )
+PAUSED = "paused; resume it to go on from its newest checkpoint."
 Ending = Callable[[Transaction], Outcome]
 """One of `complete`, `fail` and `release`, with what the worker said."""
 
@@ -90,14 +92,28 @@ def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
     if job.cancel_requested_at is not None:
         return _confirm_cancel(transaction, held, "failed", "fail")
     error = {"code": said.code, "message": said.message, "param": said.param}
+    values: dict[str, Any] = {"error": error}
+    if said.code == RewardBudgetError.code:
+        values["status_detail"] = "reward_budget_exhausted"
     moved = transitions.move(
-        transaction, "failed", Job.id == job.id, said.message, values={"error": error}, facts=error
+        transaction, "failed", Job.id == job.id, said.message, values=values, facts=error
     )
     return _end(transaction, held, "failed", "fail", moved)
 
 
-def release(transaction: Transaction, lease_id: str, said: Release) -> Outcome:
-    """The attempt gives its job back, or confirms that it was cancelled.
+def release(
+    transaction: Transaction, lease_id: str, said: Release, probe_seconds: float = PROBE_SECONDS
+) -> Outcome:
+    """The attempt gives its job back, or confirms that it was cancelled or paused.
+
+    A job that the user wants paused is paused whatever the attempt's own reason was; one whose pause was withdrawn
+    meanwhile goes back into the queue.
+
+    Args:
+        transaction: Where it happens.
+        lease_id: The attempt's.
+        said: Why.
+        probe_seconds: `Settings.reward_probe_seconds`.
 
     Raises:
         FencedError: The lease has ended.
@@ -112,10 +128,16 @@ def release(transaction: Transaction, lease_id: str, said: Release) -> Outcome:
         return _confirm_cancel(transaction, held, "cancelled", "release")
     if said.reason == "cancelled":
         raise ConflictError(f"nobody has asked to cancel job {job.id}")
-    if said.reason == "drained":
+    this = Job.id == job.id
+    if job.status == "pausing":
+        message = said.message or PAUSED
+        moved = transitions.move(transaction, "paused", this, message)
+    elif said.reason == "paused_reward":
+        moved = _pause_for_reward(transaction, job, said, probe_seconds)
+    elif said.reason in {"drained", "paused"}:
         values: dict[str, Any] = {"not_before": transaction.now}
         message = said.message or "the worker was stopped; waiting for another slot"
-        moved = transitions.move(transaction, "drained", Job.id == job.id, message, values=values)
+        moved = transitions.move(transaction, "drained", this, message, values=values)
     else:
         wait = min(FIRST_REWARD_WAIT_SECONDS * 2.0**job.reward_waits, MAX_REWARD_WAIT_SECONDS)
         values = {
@@ -123,10 +145,26 @@ def release(transaction: Transaction, lease_id: str, said: Release) -> Outcome:
             "reward_waits": min(job.reward_waits + 1, 16),
         }
         message = said.message or "the reward service does not answer"
-        moved = transitions.move(
-            transaction, "reward_down", Job.id == job.id, message, values=values
-        )
+        moved = transitions.move(transaction, "reward_down", this, message, values=values)
     return _end(transaction, held, "drained", "release", moved)
+
+
+def _pause_for_reward(
+    transaction: Transaction, job: Job, said: Release, probe_seconds: float
+) -> Job | None:
+    message = said.message or "too many completions got no reward"
+    error = {"code": said.code or "reward_error", "message": message, "param": None}
+    kept = {**error, "is_outage": said.is_outage}
+    wait = reward_pauses.wait_before_probe(kept, job.reward_waits, probe_seconds)
+    values = {
+        "error": kept,
+        "not_before": transaction.now + wait,
+        "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
+    }
+    this = Job.id == job.id
+    return transitions.move(
+        transaction, "reward_paused", this, message, values=values, facts={"code": error["code"]}
+    )
 
 
 def _retry(
@@ -152,6 +190,12 @@ def _retry(
         values["error"] = {"code": "poison", "message": message, "param": None}
         moved = transitions.move(
             transaction, "poisoned", Job.id == job.id, message, values=values, facts=facts
+        )
+        return _end(transaction, held, status, call, moved)
+    if job.status == "pausing":
+        message = f"{PAUSED} Its attempt did not end well: {why}"
+        moved = transitions.move(
+            transaction, "paused", Job.id == job.id, message, values=values, facts=facts
         )
         return _end(transaction, held, status, call, moved)
     values["not_before"] = transaction.now + timedelta(seconds=not_before)

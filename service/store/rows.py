@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import insert, select, update
 
 from dar.errors import ConflictError
-from dar.protocol.worker import EventRow, MetricsRow, Row, SamplesRow
-from service.store import events, metrics, samples
+from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRow
+from service.store import events, metrics, reward_failures, samples
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
 from service.store.tables import Attempt, Job, SpoolRow
@@ -71,6 +71,8 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     samples.add(
         transaction, job.id, attempt.number, [r for r in fresh if isinstance(r, SamplesRow)]
     )
+    reports = [row for row in fresh if isinstance(row, RewardsRow)]
+    reward_failures.add(transaction, job.id, attempt.number, reports)
     _tell(transaction, held, fresh)
     _follow(transaction, held, steps)
     transaction.execute(

@@ -1,76 +1,29 @@
 """The tables. Every object of a user carries its ``project_id``; instants are aware UTC."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     BigInteger,
     CheckConstraint,
-    DateTime,
-    Dialect,
     Float,
     ForeignKey,
     Index,
-    Integer,
     LargeBinary,
-    MetaData,
     String,
     Text,
-    TypeDecorator,
     UniqueConstraint,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
 from dar.protocol.status import JOB_STATUSES, TERMINAL
-
-
-class UTCDateTime(TypeDecorator[datetime]):
-    """An aware UTC instant; SQLite, which has no time zones, keeps it as naive UTC."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To the database; a naive value is a mistake."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("a naive datetime must not reach the database")
-        aware = value.astimezone(UTC)
-        return aware.replace(tzinfo=None) if dialect.name == "sqlite" else aware
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """From the database: always aware, always UTC."""
-        del dialect
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-# SQLite counts by itself only in a column declared INTEGER.
-RowId = BigInteger().with_variant(Integer(), "sqlite")
-Id = String(64)
-
-
-def _quoted(words: "frozenset[Any] | tuple[Any, ...]") -> str:
-    return ", ".join(f"'{word}'" for word in sorted(words))
-
-
-class Base(DeclarativeBase):
-    """Root of the tables; names of constraints are fixed, so that migrations can name them."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {datetime: UTCDateTime(), dict[str, Any]: JSON(none_as_null=True)}  # noqa: RUF012 - read by SQLAlchemy as a plain class attribute
+from service.store.columns import Base as Base
+from service.store.columns import Id, RowId, quoted
+from service.store.reward_tables import JobEndpoint as JobEndpoint
+from service.store.reward_tables import RewardEndpoint as RewardEndpoint
+from service.store.reward_tables import RewardSecret as RewardSecret
+from service.store.reward_tables import SecretKey as SecretKey
 
 
 class Project(Base):
@@ -123,9 +76,9 @@ class Job(Base):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        CheckConstraint(f"status IN ({_quoted(JOB_STATUSES)})", name="status"),
+        CheckConstraint(f"status IN ({quoted(JOB_STATUSES)})", name="status"),
         CheckConstraint(
-            f"(finished_at IS NOT NULL) = (status IN ({_quoted(TERMINAL)}))", name="finished"
+            f"(finished_at IS NOT NULL) = (status IN ({quoted(TERMINAL)}))", name="finished"
         ),
         UniqueConstraint("project_id", "idempotency_key"),
         UniqueConstraint("project_id", "model_name"),
@@ -290,6 +243,28 @@ class SampleRow(Base):
     reward: Mapped[float | None] = mapped_column(Float(53))
     advantage: Mapped[float | None] = mapped_column(Float(53))
     body: Mapped[dict[str, Any]]
+
+
+class RewardFailure(Base):
+    """A request to a reward service that was given up."""
+
+    __tablename__ = "reward_failures"
+    __table_args__ = (Index(None, "job_id", "created_at", "id"), Index(None, "job_id", "step"))
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    step: Mapped[int]
+    created_at: Mapped[datetime]
+    component: Mapped[str] = mapped_column(String(32))
+    request_id: Mapped[str] = mapped_column(String(64))
+    code: Mapped[str] = mapped_column(String(64))
+    family: Mapped[str] = mapped_column(String(16))
+    status: Mapped[int | None]
+    attempts: Mapped[int]
+    samples: Mapped[int]
+    seconds: Mapped[float] = mapped_column(Float(53))
+    quote: Mapped[str] = mapped_column(Text)
 
 
 class Checkpoint(Base):

@@ -32,7 +32,9 @@ MoveName = Literal[
     "cancel_requested",
     "cancel_confirmed",
     "pause_requested",
+    "pause_withdrawn",
     "paused",
+    "reward_paused",
     "resumed",
     "restarted",
 ]
@@ -65,16 +67,17 @@ MOVES: Mapping[MoveName, Move] = {
     "succeeded": Move(_of("running", "pausing"), "succeeded", None, "succeeded"),
     "failed": Move(_of("running", "pausing"), "failed", "user_error", "failed", level="error"),
     "retried": Move(
-        _of("running", "pausing"), "queued", "backoff", "failed", is_cancelling=False, level="warn"
+        _of("running"), "queued", "backoff", "failed", is_cancelling=False, level="warn"
     ),
     "drained": Move(_of("running"), "queued", None, "drained", is_cancelling=False),
+    "reward_paused": Move(
+        _of("running"), "paused", "reward", "drained", is_cancelling=False, level="warn"
+    ),
     "reward_down": Move(
         _of("running"), "queued", "waiting_for_reward", "drained", is_cancelling=False, level="warn"
     ),
     # What the service finds out.
-    "lost": Move(
-        _of("running", "pausing"), "queued", None, "lost", is_cancelling=False, level="warn"
-    ),
+    "lost": Move(_of("running"), "queued", None, "lost", is_cancelling=False, level="warn"),
     "poisoned": Move(
         _of("running", "pausing"), "failed", "poison", is_cancelling=False, level="error"
     ),
@@ -85,7 +88,9 @@ MOVES: Mapping[MoveName, Move] = {
     ),
     "cancel_confirmed": Move(_of("running"), "cancelled", None, "cancelled", is_cancelling=True),
     "pause_requested": Move(_of("running"), "pausing", is_cancelling=False),
-    "paused": Move(_of("queued", "pausing"), "paused", is_cancelling=False),
+    "pause_withdrawn": Move(_of("pausing"), "running", is_cancelling=False),
+    # However the attempt of a job in ``pausing`` ends, unless it ends the job.
+    "paused": Move(_of("queued", "pausing"), "paused", "by_user", is_cancelling=False),
     "resumed": Move(_of("paused"), "queued"),
     "restarted": Move(_of("failed", "cancelled"), "queued"),
 }

@@ -1,5 +1,6 @@
 """A live service: a real uvicorn on a real socket, on a migrated SQLite of its own."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from service import migrate
 from service.app import create_app
 from service.runtime import Runtime
 from service.store.database import Database
+
+LOOPBACK = {"egress_allow_cidrs": ("127.0.0.0/8",), "egress_allow_http": ("127.0.0.1",)}
+"""Reward services of tests are on this machine."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -140,11 +145,20 @@ class Live:
         return self.http.post("/v1/files", data=form, files={"file": ("rows.jsonl", content)})
 
     def spec(self, **values: Any) -> dict[str, Any]:
-        component = {"name": "letters", "url": "http://127.0.0.1:9/score"}
+        component = {"name": "letters", "url": "http://127.0.0.1:61999/score"}
         dar = {"hyperparameters": {"max_steps": 4}, "rewards": {"components": [component]}}
         file_id = values.pop("training_file", None) or self.upload().json()["id"]
         method = {"type": "dar", "dar": dar | values.pop("dar", {})}
         return {"model": "base", "training_file": file_id, "method": method, **values}
+
+    def register(self, url: str, **values: Any) -> dict[str, Any]:
+        """A reward endpoint with a secret header."""
+        headers = {"Authorization": "Bearer s3cret-of-the-header"}
+        body = {"name": "judge", "url": url, "headers": headers, **values}
+        answer = self.http.post("/v1/reward_endpoints", json=body)
+        assert answer.status_code == 200, answer.text
+        made: dict[str, Any] = answer.json()
+        return made
 
     def submit(self, **values: Any) -> dict[str, Any]:
         answer = self.http.post("/v1/fine_tuning/jobs", json=self.spec(**values))
@@ -191,7 +205,7 @@ def serve(home: Path) -> Iterator[Callable[..., Live]]:
     stops: list[Callable[[], None]] = []
 
     def start(**values: Any) -> Live:
-        settings = Settings(home=home, **{"reconcile_seconds": 0.2, **values})
+        settings = Settings(home=home, **{"reconcile_seconds": 0.2, **LOOPBACK, **values})
         app = create_app(settings)
         config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
@@ -249,3 +263,56 @@ def error_of() -> Callable[[httpx2.Response], dict[str, Any]]:
         return error
 
     return check
+
+
+@dataclass
+class Judge:
+    """A reward service: gives each completion its length, and remembers what it was sent."""
+
+    port: int = 0
+    status: int = 200
+    extra: dict[str, Any] = field(default_factory=dict)
+    answer: Callable[[dict[str, Any]], Any] | None = None
+    delay: float = 0.0
+    seen: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/score"
+
+    def reply(self, body: bytes) -> bytes:
+        asked = json.loads(body)
+        if self.answer is not None:
+            return json.dumps(self.answer(asked)).encode()
+        rewards = [float(len(sample["completion"])) for sample in asked["samples"]]
+        return json.dumps({"request_id": asked["request_id"], "rewards": rewards}).encode()
+
+
+@pytest.fixture
+def judge() -> Iterator[Judge]:
+    made = Judge()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            made.seen.append(({k.lower(): v for k, v in self.headers.items()}, body))
+            time.sleep(made.delay)
+            content = made.reply(body)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response(made.status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield made
+    server.shutdown()
+    thread.join()
+    server.server_close()

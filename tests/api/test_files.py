@@ -143,7 +143,7 @@ def test_columns_that_do_not_fit_the_method_are_told_with_their_row(
 ) -> None:
     rows = [{"prompt": "a", "topic": "x"}, {"prompt": "b", "completion": "c"}, {"prompt": "c"}]
     file_id = live.upload("\n".join(map(json.dumps, rows)).encode()).json()["id"]
-    component = {"name": "a", "url": "http://h/", "columns": ["topic", "none"]}
+    component = {"name": "a", "url": "http://127.0.0.1:61999/", "columns": ["topic", "none"]}
     spec = live.spec(training_file=file_id, dar={"rewards": {"components": [component]}})
     error = error_of(live.http.post("/v1/fine_tuning/jobs", json=spec))
     told = [(problem["param"], problem["row"]) for problem in error["errors"]]

@@ -210,7 +210,7 @@ def test_cancelling_twice_is_cancelling_once(live: Any, error_of: Callable[..., 
     for _ in range(2):
         answer = live.http.post(f"{PATH}/{job_id}/cancel")
         assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
-    assert live.job(job_id)["actions"] == []
+    assert live.job(job_id)["actions"] == ["resume"]
     assert error_of(live.http.post(f"{PATH}/nothing/cancel"))["code"] == "not_found"
 
 

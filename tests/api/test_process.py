@@ -18,6 +18,7 @@ import pytest
 
 from dar.settings import environment
 
+LOOPBACK = {"egress_allow_cidrs": "127.0.0.0/8", "egress_allow_http": "127.0.0.1"}
 MAX_IDLE_BYTES = 150 * 1024**2
 
 
@@ -31,7 +32,7 @@ class Process:
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "service", "serve", "--port", str(port)],
-                env=environment() | {"DAR_HOME": str(home)} | variables,
+                env=environment(**LOOPBACK) | {"DAR_HOME": str(home)} | variables,
                 stderr=log,
             )
         self.home = home
@@ -140,7 +141,7 @@ def test_a_term_signal_ends_it_promptly_though_a_worker_waits(
 def submit_and_claim(client: httpx2.Client, worker: httpx2.Client) -> dict[str, Any]:
     file = {"file": ("a.jsonl", b'{"prompt": "x"}\n')}
     file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files=file).json()["id"]
-    rewards = {"components": [{"name": "a", "url": "http://h/"}]}
+    rewards = {"components": [{"name": "a", "url": "http://127.0.0.1:61999/"}]}
     spec = {"model": "base", "training_file": file_id}
     method = {"type": "dar", "dar": {"rewards": rewards}}
     assert client.post("/v1/fine_tuning/jobs", json=spec | {"method": method}).status_code == 200

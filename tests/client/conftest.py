@@ -31,7 +31,7 @@ METHOD: dict[str, Any] = {
     "type": "dar",
     "dar": {
         "hyperparameters": {"max_steps": 2},
-        "rewards": {"components": [{"name": "none", "url": "http://127.0.0.1:9/score"}]},
+        "rewards": {"components": [{"name": "none", "url": "http://127.0.0.1:61999/score"}]},
     },
 }
 
@@ -75,7 +75,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "serve", "--port", str(port)],
-            env=environment(home=home),
+            env=environment(
+                home=home, egress_allow_cidrs="127.0.0.0/8", egress_allow_http="127.0.0.1"
+            ),
             stdout=sink,
             stderr=sink,
         )

@@ -111,6 +111,20 @@ def test_jobs_are_filtered_by_label_and_status(client: Client, new_job: Callable
     assert list(client.jobs.list(metadata=labels, status="cancelled"))
 
 
+def test_a_job_is_paused_and_resumed(client: Client, new_job: Callable[..., Job]) -> None:
+    job = new_job()
+    for _ in range(2):
+        assert client.jobs.pause(job.id).status == "paused"
+    assert client.jobs.retrieve(job.id).actions == ["cancel", "resume"]
+    for _ in range(2):
+        assert client.jobs.resume(job.id).status == "queued"
+    client.jobs.cancel(job.id)
+    with pytest.raises(ConflictError):
+        client.jobs.pause(job.id)
+    assert client.jobs.resume(job.id).status == "queued"
+    client.jobs.cancel(job.id)
+
+
 def test_waiting_reports_changes_and_ends_with_the_job(
     client: Client, new_job: Callable[..., Job]
 ) -> None:
@@ -168,3 +182,9 @@ def test_metrics_and_samples_of_a_job(client: Client, trained: Any) -> None:
 
 def test_a_job_is_listed_with_its_checkpoints(client: Client, trained: Any) -> None:
     assert list(client.checkpoints.list(trained.job_id)) == [trained.checkpoint]
+
+
+def test_how_the_rewards_of_a_job_came_is_told(client: Client, trained: Any) -> None:
+    stats = client.jobs.reward_stats(trained.job_id)
+    assert (stats.job_id, stats.errors) == (trained.job_id, 0)
+    assert list(client.jobs.reward_failures(trained.job_id, step=1)) == []

@@ -69,6 +69,9 @@ class Installation:
             "DAR_PORT": str(self.port),
             "DAR_BROKER_URL": f"redis://:secret@127.0.0.1:{self.valkey_port}/0",
             "DAR_RECONCILE_SECONDS": "0.5",
+            "DAR_EGRESS_ALLOW_CIDRS": "127.0.0.0/8",
+            "DAR_EGRESS_ALLOW_HTTP": "127.0.0.1",
+            "DAR_REWARD_PROBE_SECONDS": "0.5",
             **{f"DAR_{key.upper()}": str(value) for key, value in settings.items()},
         }
         with (self.home / f"{name}.log").open("ab") as log:

@@ -136,6 +136,32 @@ def test_a_running_job_is_cancelled(
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
+def test_a_running_job_is_paused_and_resumed(
+    installation: Any, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
+) -> None:
+    spec = installation.spec(file_id, hyperparameters={"max_steps": 100_000})
+    job_id = client.fine_tuning.jobs.create(**spec).id
+    installation.until_step(job_id, 1)
+    for _ in range(2):
+        assert client.fine_tuning.jobs.pause(job_id).status in {"pausing", "paused"}
+    until(
+        lambda: client.fine_tuning.jobs.retrieve(job_id).status == "paused",
+        20,
+        "the job is paused",
+    )
+    assert client.fine_tuning.jobs.pause(job_id).status == "paused"
+    for _ in range(2):
+        assert client.fine_tuning.jobs.resume(job_id).status in {"queued", "running"}
+    client.fine_tuning.jobs.cancel(job_id)
+    until(
+        lambda: client.fine_tuning.jobs.retrieve(job_id).status == "cancelled",
+        20,
+        "the job is cancelled",
+    )
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.pause(job_id)
+
+
 def test_a_bad_spec_is_a_bad_request_that_names_the_field(
     installation: Any, client: openai.OpenAI, file_id: str
 ) -> None:

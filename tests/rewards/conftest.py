@@ -1,23 +1,35 @@
 """Reward services of both kinds: real ones made by the decorator, and hostile ones on bare sockets."""
 
+import asyncio
 import contextlib
+import importlib.util
+import logging
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import orjson
+import psutil
 import pytest
 import uvicorn
 from starlette.applications import Starlette
 
+from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
-from dar.rewards.base import RewardContext, RewardResult, RewardSample
+from dar.rewards.base import RequestRecord, RewardContext, RewardResult, RewardSample
 from dar.rewards.http import HttpOptions, HttpReward
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+TOKEN = "tok-5f0a91c2/7be4+d1"
+KEY = "key-93bd77aa01"
+GROWTH_BYTES = 64 * 1024**2
+"""What no misbehaviour may make this process grow by."""
 
 
 @pytest.fixture
@@ -226,3 +238,111 @@ async def ask(
     yield score
     for source in opened:
         await source.aclose()
+
+
+def _beside(name: str) -> ModuleType:
+    """A module beside this one. It belongs to a program as well, so it is loaded by its file."""
+    if name not in sys.modules:
+        path = Path(__file__).with_name(f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _hostile_server() -> ModuleType:
+    _beside("hostile_exchange")
+    _beside("hostile_behaviours")
+    return _beside("hostile_server")
+
+
+@pytest.fixture
+def hostile_servers() -> ModuleType:
+    return _hostile_server()
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """The hostile server, in a thread, so that what is left in the test's own loop is the client's."""
+    with _hostile_server().hostile_server_in_thread() as running:
+        yield running
+
+
+@dataclass
+class Seen:
+    """An observer that keeps everything."""
+
+    records: list[RequestRecord] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    def request_done(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+    def breaker_changed(self, component: str, state: str, reason: str) -> None:
+        self.states.append(state)
+        self.messages.append(reason)
+
+    def waiting(self, component: str, message: str) -> None:
+        self.messages.append(message)
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest.fixture
+def credentials(fast: HttpOptions) -> HttpOptions:
+    """``fast``, with secret headers."""
+    return replace(fast, headers={"Authorization": f"Bearer {TOKEN}", "X-Key": KEY})
+
+
+@pytest.fixture
+async def score(
+    credentials: HttpOptions,
+    make_samples: Callable[..., list[RewardSample]],
+    context: RewardContext,
+    seen: Seen,
+    caplog: pytest.LogCaptureFixture,
+) -> AsyncIterator[Callable[..., Any]]:
+    """Score samples with the service at a URL, with all credentials.
+
+    Afterwards nothing may be left running, no secret may have been said anywhere, and the process may not have grown.
+    """
+    caplog.set_level(logging.DEBUG)
+    opened: list[HttpReward] = []
+    said: list[str] = []
+    memory = psutil.Process().memory_info
+    before = memory().rss
+
+    async def ask(
+        url: str, count: int = 4, options: HttpOptions = credentials, **more: Any
+    ) -> list[RewardResult]:
+        given = {"secret": SECRET, "observer": seen, "on_wait": said.append, **more}
+        source = HttpReward("r", url, options=options, **given)
+        opened.append(source)
+        try:
+            results = await source.score(make_samples(count), context)
+        except RewardMisconfiguredError as error:
+            said.append(f"{error!r} {error.message}")
+            raise
+        said.append(repr(results))
+        return results
+
+    yield ask
+    for source in opened:
+        await source.aclose()
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert memory().rss - before < GROWTH_BYTES
+    logged = [
+        record.getMessage()
+        for phase in ("call", "teardown")
+        for record in caplog.get_records(phase)
+    ]
+    everything = "\n".join([*logged, *said, *seen.messages, *map(repr, seen.records)])
+    for hidden in (SECRET, SECRET.removeprefix("whsec_"), TOKEN, KEY):
+        assert hidden[:12] not in everything

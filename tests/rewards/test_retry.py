@@ -3,7 +3,7 @@
 import socket
 from typing import Any
 
-import httpx2
+import httpcore2
 import pytest
 
 from dar.protocol.reward_spec import RewardRetry
@@ -87,7 +87,7 @@ def test_retry_after_may_be_a_date() -> None:
 def test_a_name_that_does_not_exist_is_told_from_a_resolver_that_is_down(
     number: int, kind: str
 ) -> None:
-    error = httpx2.ConnectError("failed")
+    error = httpcore2.ConnectError("failed")
     error.__cause__ = ExceptionGroup("all attempts", [socket.gaierror(number, "no")])
     failure = failure_of(error)
     assert (failure.kind, failure.code) == (kind, "dns")

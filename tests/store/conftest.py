@@ -317,3 +317,25 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture
+def a_file(world: World) -> Callable[[str], None]:
+    """Makes the row of an uploaded file."""
+
+    def make(file_id: str) -> None:
+        row = {
+            "id": file_id,
+            "project_id": world.project_id,
+            "filename": "rows.jsonl",
+            "purpose": "fine-tune",
+            "bytes": 2,
+            "sha256": "0" * 64,
+            "num_rows": 1,
+            "columns": {},
+            "created_at": world.clock.now,
+        }
+        with world.database.write() as transaction:
+            transaction.add(tables.File(**row))
+
+    return make

@@ -1,6 +1,8 @@
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.utils import logging as transformers_logging
 
 from dar.protocol.checkpoints import Manifest
+from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import SampleRow
 from dar.training import DARConfig, DARTrainer
 from dar.training.sink import Request
@@ -30,6 +33,7 @@ class RecordingSink:
         self.reports: dict[int, dict[str, float]] = {}
         self.shown: dict[int, list[SampleRow]] = {}
         self.events: list[tuple[str, str, Mapping[str, Any] | None]] = []
+        self.requests: list[tuple[int, list[Any], list[Any]]] = []
         self.phases: list[tuple[str, int, str | None]] = []
         self.published: list[tuple[int, Path, Manifest, str]] = []
         self.seq = 0
@@ -41,6 +45,10 @@ class RecordingSink:
     def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         self.seq += 1
         self.shown[step] = list(samples)
+
+    def rewards(self, step: int, requests: Sequence[Any], failures: Sequence[Any]) -> None:
+        self.seq += 1
+        self.requests.append((step, list(requests), list(failures)))
 
     def event(self, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:
         self.seq += 1
@@ -56,9 +64,9 @@ class RecordingSink:
         self.published.append((step, folder, manifest, manifest_sha256))
 
     def deterministic_reports(self) -> dict[int, dict[str, float]]:
-        """Without wall times."""
+        """Without wall times, and without what depends on how requests were put together."""
         return {
-            step: {name: value for name, value in values.items() if not name.startswith("time/")}
+            step: {name: value for name, value in values.items() if is_reproducible(name)}
             for step, values in self.reports.items()
         }
 
@@ -206,6 +214,49 @@ def train(
         return trainer
 
     return run
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def chaos() -> ModuleType:
+    """`reward_chaos.py`."""
+    return _load("reward_chaos")
+
+
+@pytest.fixture
+def run(
+    train: Callable[..., DARTrainer],
+    new_sink: Callable[[], Any],
+    make_model: Callable[..., Any],
+    chaos: ModuleType,
+) -> Callable[..., tuple[DARTrainer, Any]]:
+    """Train with rewards that come late; the trainer, and what it said."""
+
+    def train_late(
+        resume: Path | None = None, sink: Any = None, **settings: Any
+    ) -> tuple[DARTrainer, Any]:
+        sink = sink or new_sink()
+        arguments = {
+            name: settings.pop(name)
+            for name in ("reward_funcs", "peft_config", "control", "callbacks")
+            if name in settings
+        }
+        values = {
+            "reward_funcs": chaos.late,
+            "model": make_model(scale=0.3),
+            "sink": sink,
+        } | arguments
+        return train(resume, settings=chaos.WIDE | settings, **values), sink
+
+    return train_late
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """Training runs of `test_ranks.py` and `test_zero.py`: the same in one process, by import, and in two, as a program."""
 
+import asyncio
+import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from transformers import (
 
 from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
 from dar.settings import environment
-from dar.training import DARConfig, DARTrainer, NullSink
+from dar.training import DARConfig, DARTrainer, NullSink, parts
 from dar.training.ranks import Ranks
 from dar.training.sharding import is_sharded
 from dar.training.sink import Request, StopRequestedError
@@ -65,6 +68,25 @@ ZERO3: dict[str, Any] = {
 
 def share_of_w40(completions: list[str], **_: Any) -> list[float]:
     return [text.split().count("w40") - len(text.split()) / 8 for text in completions]
+
+
+async def late(completions: list[str], **_: Any) -> list[float | None]:
+    """Group by group, each after a time of its own; some have no rewards at all."""
+    rewards = share_of_w40(completions)
+    await asyncio.sleep(0.02 * (len(completions[0]) % 7))
+    return [None if len(completions[0]) % 4 == 0 else reward for reward in rewards]
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+chaos = _load("reward_chaos")
 
 
 class Kept(NullSink):
@@ -143,7 +165,7 @@ def train(
     is_judged: bool = False,
     model: LlamaForCausalLM | None = None,
     resume: Path | None = None,
-    reward: Callable[..., list[float]] = share_of_w40,
+    reward: Any = share_of_w40,
     stop: tuple[Request, str] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> DARTrainer:
@@ -187,6 +209,22 @@ def train(
         }
         (folder / name / "told.json").write_text(json.dumps(told))
     return trainer
+
+
+def stream(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Train in many parts, whose rewards come late."""
+    usual, parts.LEAST_ROWS = parts.LEAST_ROWS, 4
+    train(folder, name, {"max_steps": 3, **settings}, reward=late)
+    parts.LEAST_ROWS = usual
+
+
+def refill(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Train with a reward service that at first cannot score some prompts; it runs beside the main process."""
+    prompts = tuple(row["prompt"] for row in PROMPTS[::3])
+    failing = chaos.Failing(prompts=prompts, indices=(0, 1), count=8)
+    with chaos.Service(failing).open() as service:
+        rewards = chaos.rewards_of(service.url, failure={"refill": 2, "max_failed_fraction": 1})
+        train(folder, name, settings, reward=rewards)
 
 
 # --- what the two processes do ---------------------------------------------------------------------------------------
@@ -237,6 +275,11 @@ def main(folder: Path) -> None:
     settled = train(folder, "ddp", HALF)
     heard = talk(settled.ranks)
     train(folder, "ddp in shares", HALF_IN_SHARES)
+    stream(folder, "ddp streamed", HALF | {"order": "completion"})
+    stream(folder, "ddp ahead", HALF | {"overlap": "one_step"})
+    stream(folder, "fsdp ahead", HALF_IN_SHARES | {"overlap": "one_step", "fsdp": True})
+    refill(folder, "ddp refilled", HALF)
+    refill(folder, "fsdp refilled", HALF | {"fsdp": True})
     train(folder, "ddp offline", HALF, is_offline=True)
     adapted = train(folder, "ddp lora", HALF, is_lora=True)
     judged = train(folder, "ddp judged", HALF | EVALUATED, is_judged=True)

@@ -273,7 +273,7 @@ def test_a_failed_write_leaves_no_checkpoint_and_leftovers_are_swept(
 
 
 @pytest.mark.parametrize(
-    ("when", "step"), [("sampling", 2), ("waiting_for_reward", 2), ("training", 2), ("edge", 3)]
+    ("when", "step"), [("sampling", 2), ("waiting_for_reward", 2), ("training", 3), ("edge", 3)]
 )
 def test_draining_ends_at_a_step_edge_with_a_checkpoint(
     train: Callable[..., DARTrainer],

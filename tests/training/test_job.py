@@ -290,9 +290,10 @@ def test_a_spec_becomes_arguments_of_the_trainer(job: Callable[..., JobInputs]) 
         "weight_decay": 0.01, "max_grad_norm": 0, "optim": "adafactor", "adam_beta1": 0.8, "adam_beta2": 0.9,
     }  # fmt: skip
     sampling = {"temperature": 0.9, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "stop": ["."]}
-    dar = {"hyperparameters": hyper, "sampling": sampling, "checkpointing": {}}
+    overlap = {"overlap": "one_step", "order": "completion"}
+    dar = {"hyperparameters": hyper, "sampling": sampling, "checkpointing": {}, **overlap}
     config = job_config(job(dar=dar, total_steps=100))
-    for name, value in (hyper | sampling).items():
+    for name, value in (hyper | sampling | overlap).items():
         if name not in ("batch_size", "lr_scheduler_type"):
             assert getattr(config, name) == value, name
     assert config.per_device_train_batch_size == 5

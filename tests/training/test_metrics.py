@@ -109,7 +109,8 @@ def test_times_of_the_phases_make_up_the_step_and_idle_time_is_what_nobody_worke
         time.sleep(0.2)
         return [float(i) for i in range(len(completions))]
 
-    train(reward_funcs=slow, sink=SlowSink(sink), settings={"max_steps": 2})
+    settings = {"max_steps": 2, "overlap": "none"}
+    train(reward_funcs=slow, sink=SlowSink(sink), settings=settings)
     for number, values in sink.reports.items():
         phases = ("sampling", "reward", "reference", "training")
         parts = [values[f"time/{phase}_seconds"] for phase in phases]
@@ -118,6 +119,8 @@ def test_times_of_the_phases_make_up_the_step_and_idle_time_is_what_nobody_worke
         assert values["time/reward_seconds"] > 0.2
         between = values["time/idle_seconds"] - values["time/reward_seconds"]
         assert between == 0 if number == 1 else between > 0.3
+        assert values["time/idle_reward_seconds"] == values["time/reward_seconds"]
+        assert values["time/idle_generation_seconds"] == 0
         tokens = sum(row.completion_tokens for row in sink.shown[number])
         assert values["time/tokens_per_second"] * values["time/step_seconds"] == pytest.approx(
             tokens

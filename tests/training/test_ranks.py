@@ -31,6 +31,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranked = load()
     ranked.train(folder, "whole", ranked.WHOLE)
     ranked.train(folder, "in shares", ranked.IN_SHARES)
+    ranked.stream(folder, "streamed", ranked.WHOLE | {"overlap": "none"})
+    ranked.stream(folder, "ahead", ranked.WHOLE | {"overlap": "one_step"})
+    ranked.refill(folder, "refilled", ranked.WHOLE)
     ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True)
     ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True)
     settings = ranked.WHOLE | ranked.EVALUATED
@@ -58,7 +61,7 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
     assert str(last) in told[1]["metrics"]
 
 
-@pytest.mark.slow  # the first starts two processes that import torch and train thirteen times
+@pytest.mark.slow  # the first starts two processes that import torch and train seventeen times
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -67,12 +70,28 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
         ("whole", "ddp in shares"),
         ("whole offline", "ddp offline"),
         ("whole lora", "ddp lora"),
+        ("streamed", "ddp streamed"),
+        ("refilled", "ddp refilled"),
+        ("refilled", "fsdp refilled"),
+        ("ahead", "ddp ahead"),
+        ("ahead", "fsdp ahead"),
         ("whole", "fsdp"),
         ("whole lora", "fsdp lora"),
     ],
 )
 def test_how_a_step_is_shared_changes_nothing(runs: Path, one: str, other: str) -> None:
     assert_same(runs, one, other)
+
+
+def test_the_streamed_runs_lack_rewards_refill_them_and_are_one_update_stale(runs: Path) -> None:
+    told = [
+        json.loads((runs / name / "told.json").read_text())["metrics"]
+        for name in ("ddp streamed", "ddp ahead")
+    ]
+    assert any(values["rewards/missing_fraction"] > 0 for values in told[0].values())
+    refilled = json.loads((runs / "fsdp refilled" / "told.json").read_text())["metrics"]
+    assert all(values["rewards/refilled_groups"] > 0 for values in refilled.values())
+    assert [values["dar/staleness"] for values in told[1].values()] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -26,6 +26,8 @@ FAST = {
     "reconcile_seconds": 0.3,
     "cancel_seconds": 1.0,
     "lease_ttl_seconds": 60.0,
+    "egress_allow_cidrs": "127.0.0.0/8",
+    "egress_allow_http": "127.0.0.1",
 }
 
 
@@ -132,11 +134,16 @@ class Installation:
         assert answer.is_success, answer.text
         return answer.json()
 
-    def submit(self, *, steps: int = 4, every: int = 2, **script: object) -> str:
+    def submit(
+        self, *, steps: int = 4, every: int = 2, on_budget: str = "pause", **script: object
+    ) -> str:
         dar = {
             "hyperparameters": {"max_steps": steps},
             "checkpointing": {"every_steps": every},
-            "rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:1/score"}]},
+            "rewards": {
+                "components": [{"name": "r", "url": "http://127.0.0.1:61999/score"}],
+                "failure": {"on_budget": on_budget},
+            },
         }
         metadata = {name: str(value) for name, value in script.items()}
         return self.submit_spec(b'{"prompt": "Once"}\n', dar, metadata=metadata)
@@ -177,6 +184,9 @@ class Installation:
 
     def checkpoints(self, job_id: str) -> list[Any]:
         return list(self.api("GET", f"/fine_tuning/jobs/{job_id}/checkpoints")["data"])
+
+    def ask(self, job_id: str, verb: str) -> Any:
+        return self.api("POST", f"/fine_tuning/jobs/{job_id}/{verb}")
 
     def cancel(self, job_id: str) -> None:
         self.api("POST", f"/fine_tuning/jobs/{job_id}/cancel")

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from dar.errors import RewardUnavailableError, TrainingError
+from dar.errors import RewardMisconfiguredError, RewardUnavailableError, TrainingError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.samples import SampleRow
 from worker.attempt import How, SpoolSink, StdinControl, leave, main
@@ -80,11 +80,23 @@ def say_files(launch: Launch, sink: SpoolSink) -> None:
         sink.event("info", f"validation file: {launch.validation_file.read_text()}")
 
 
-def begin(launch: Launch, script: dict[str, str]) -> int:
+def say_refused(launch: Launch, sink: SpoolSink) -> None:
+    """Two steps are done when the reward service refuses; it echoes the secret."""
+    for step in (1, 2):
+        sink.metrics(step, {"dar/loss": 1 / step})
+    publish(launch, sink, 2)
+    raise RewardMisconfiguredError(
+        f"reward service http://127.0.0.1:1 : HTTP 401: not {launch.reward_secret}", code="http_401"
+    )
+
+
+def begin(launch: Launch, script: dict[str, str], sink: SpoolSink) -> int:
     assert launch.model_folder is not None
     assert (launch.model_folder / "config.json").is_file()
     if script.get("exit") == "user":
         raise TrainingError("the data cannot work", param="training_file")
+    if script.get("exit") == "refused" and launch.resume_from is None:
+        say_refused(launch, sink)
     if script.get("exit") == "reward":
         raise RewardUnavailableError("reward service http://127.0.0.1:1 : connection refused")
     if launch.resume_from is None:
@@ -110,7 +122,7 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     if "nul" in script:
         say_nul(sink)
     say_files(launch, sink)
-    first = begin(launch, script)
+    first = begin(launch, script, sink)
     for step in range(first + 1, launch.total_steps + 1):
         sink.phase("training", step)
         time.sleep(float(script.get("seconds", "0.02")))

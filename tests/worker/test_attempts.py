@@ -21,7 +21,7 @@ def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
     content = '{"prompt": "Twice"}\n'
     dar = {
         "hyperparameters": {"max_steps": 1},
-        "rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:1/score"}]},
+        "rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:61999/score"}]},
         "evaluation": {"every_steps": 1},
     }
     fields = {

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dar.protocol.spec import JobSpec
-from dar.protocol.worker import Fail
+from dar.protocol.worker import ComponentAccess, Fail
 from dar.settings import environment
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import Launch, Order, Result
@@ -49,6 +49,13 @@ def start(folder: AttemptFolder) -> Callable[[str], TrainerProcess]:
     return start
 
 
+ACCESS = ComponentAccess(
+    url="http://127.0.0.1:1/score",
+    secrets=["whsec_bmV3", "whsec_b2xk"],
+    headers={"authorization": "Bearer token-of-a-header", "x-key": "key-of-another"},
+)
+
+
 def launch(folder: AttemptFolder) -> Launch:
     component = {"name": "r", "url": "http://127.0.0.1:1/score"}
     dar = {"rewards": {"components": [component]}}
@@ -65,6 +72,7 @@ def launch(folder: AttemptFolder) -> Launch:
         training_file=folder.path,
         resume_from=None,
         reward_secret=SECRET,
+        reward_access={"r": ACCESS},
         threads=1,
         is_offline=True,
     )
@@ -92,8 +100,9 @@ def test_a_trainer_reads_its_launch_and_its_orders_and_its_log_hides_the_secret(
     assert Launch.model_validate_json(log.splitlines()[0]) == launch(folder)
     assert '{"type":"drain"}' in log
     assert how.code == 0
-    assert SECRET in log
-    assert SECRET not in how.log_tail
+    for secret in (SECRET, *ACCESS.secrets, "token-of-a-header", "key-of-another"):
+        assert secret in log
+        assert secret not in how.log_tail
 
 
 def test_what_a_trainer_started_ends_with_it(
@@ -123,7 +132,9 @@ def test_a_trainer_sees_no_key(start: Callable[[str], TrainerProcess], folder: A
     assert "CUDA_VISIBLE_DEVICES" in said
     assert "DAR_" not in said
     stored = [path.read_bytes() for path in folder.path.rglob("*") if path.is_file()]
-    assert not any(SECRET.encode() in content for content in stored)
+    for secret in (SECRET, *ACCESS.secrets, *ACCESS.headers.values()):
+        assert not any(secret.encode() in content for content in stored)
+        assert secret not in repr(launch(folder))
 
 
 def test_a_trainer_dies_with_the_process_that_started_it_even_when_it_is_deaf(

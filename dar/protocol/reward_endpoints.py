@@ -1,0 +1,304 @@
+"""Reward endpoints: a user's reward service, registered once with its secrets and named by jobs as ``rwe_…``."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from dar.protocol.base import Input, Output, UnixSeconds
+from dar.protocol.reward_probe import ProbeFinding
+from dar.protocol.reward_spec import (
+    FIELDS_OF_KIND,
+    Protocol,
+    RewardBatching,
+    RewardComponent,
+    RewardLimits,
+    RewardRetry,
+    RewardTimeouts,
+    RewardURL,
+)
+
+MAX_HEADERS = 16
+MAX_HEADER_CHARACTERS = 4096
+OPTIONS = tuple(name for name in FIELDS_OF_KIND["http"] if name not in {"url", "endpoint"})
+"""Fields of a component that an endpoint can bring."""
+_TOKEN = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$", re.ASCII)
+_VALUE = re.compile(r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", re.ASCII)
+_OURS = frozenset(
+    {
+        *("host", "transfer-encoding", "connection", "te", "trailer", "upgrade", "keep-alive", "expect"),
+        *("accept", "accept-encoding", "idempotency-key", "traceparent"),
+    }
+)  # fmt: skip
+_OUR_PREFIXES = ("content-", "webhook-", "x-dar-", "proxy-")
+
+
+def _check_header_name(name: str) -> str:
+    if not _TOKEN.match(name):
+        raise PydanticCustomError(
+            "header_name",
+            "not a header name of RFC 9110: letters, digits and hyphens, at most 128 of them",
+        )
+    lowered = name.lower()
+    if lowered in _OURS or lowered.startswith(_OUR_PREFIXES):
+        raise PydanticCustomError(
+            "reserved_header",
+            "{name} is set by this service itself; send the secret in another header",
+            {"name": lowered},
+        )
+    return lowered
+
+
+def _check_header_value(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if len(text) > MAX_HEADER_CHARACTERS or not _VALUE.match(text):
+        raise PydanticCustomError(
+            "header_value",
+            "must be 1 to {most} visible ASCII characters, with spaces only between them",
+            {"most": MAX_HEADER_CHARACTERS},
+        )
+    return value
+
+
+HeaderName = Annotated[str, AfterValidator(_check_header_name)]
+HeaderValue = Annotated[SecretStr, AfterValidator(_check_header_value)]
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class EndpointOptions(Input):
+    """How a reward service is spoken to; the fields that a component of a job has, too."""
+
+    protocol: Protocol = "dar.reward.v1"
+    """What is spoken with it."""
+    template: Any = None
+    """Protocol ``plain``: body of a request."""
+    pointer: str | None = None
+    """Protocol ``plain``: JSON pointer to the reward in an answer."""
+    grader: dict[str, Any] | None = None
+    """Protocol ``openai_grader``: sent along as ``grader``."""
+    coerce: bool = False
+    """Whether rewards sent as numeric strings or booleans are taken as numbers."""
+    prompt_format: Literal["auto", "text"] = "auto"
+    """``auto`` sends conversations as ``messages``; ``text`` sends every prompt as text."""
+    batch: RewardBatching = RewardBatching()
+    limits: RewardLimits = RewardLimits()
+    timeouts: RewardTimeouts = RewardTimeouts()
+    retry: RewardRetry = RewardRetry()
+    reply: Literal["sync", "either"] = "sync"
+    """How the service may answer; ``either`` allows a 202 whose result follows."""
+    require_signed_responses: bool = False
+    """Whether an answer must carry a signature of the endpoint's secret."""
+    columns: list[str] | None = None
+    """Columns of the training file that are sent along; null: only ``ground_truth``."""
+
+
+class CreateRewardEndpoint(EndpointOptions):
+    """Body of ``POST /v1/reward_endpoints``. What is sent here stands behind what a job's component leaves out."""
+
+    name: Name
+    """For people; need not be unique."""
+    url: RewardURL
+    """Where requests are posted."""
+    headers: dict[HeaderName, HeaderValue] = Field(default_factory=dict, max_length=MAX_HEADERS)
+    """Secret headers, like ``{"authorization": "Bearer …"}``; write-only, and sent to this URL's origin alone."""
+    signing_secret: SecretStr | None = None
+    """Signs requests (``whsec_…``); null: a fresh one is made."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> "CreateRewardEndpoint":
+        check_options(self.model_dump(include=set(OPTIONS), exclude_unset=True))
+        return self
+
+
+class UpdateRewardEndpoint(Input):
+    """Body of ``PATCH /v1/reward_endpoints/{id}``: what is sent replaces what was there."""
+
+    name: Name | None = None
+    url: RewardURL | None = None
+    """Another origin (scheme, host or port) drops all secret headers that are not sent again with it."""
+    headers: dict[HeaderName, HeaderValue | None] = Field(
+        default_factory=dict, max_length=MAX_HEADERS
+    )
+    """Headers by name; null removes one, those not named stay."""
+    protocol: Protocol | None = None
+    template: Any = None
+    pointer: str | None = None
+    grader: dict[str, Any] | None = None
+    coerce: bool | None = None
+    prompt_format: Literal["auto", "text"] | None = None
+    batch: RewardBatching | None = None
+    limits: RewardLimits | None = None
+    timeouts: RewardTimeouts | None = None
+    retry: RewardRetry | None = None
+    reply: Literal["sync", "either"] | None = None
+    require_signed_responses: bool | None = None
+    columns: list[str] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The endpoint's fields that were sent; null puts a field back to its default."""
+        return self.model_dump(mode="json", include=set(OPTIONS), exclude_unset=True)
+
+
+class RotateSecret(Input):
+    """Body of ``POST /v1/reward_endpoints/{id}/rotate_secret``; may be left out."""
+
+    keep_old_secret_active_for_24_hours: bool = True
+    """Whether requests carry signatures of both secrets for a day, so that the reward service can change over."""
+
+
+class RewardSecret(Output):
+    """A secret of an endpoint, without its value."""
+
+    kind: Literal["signing", "header"]
+    name: str | None
+    """Name of the header."""
+    fingerprint: str
+    """The same for the same value at this endpoint."""
+    created_at: UnixSeconds
+    expires_at: UnixSeconds | None
+    """When a replaced signing secret is no longer used."""
+
+
+class RewardEndpoint(Output):
+    """A registered reward service."""
+
+    id: str
+    object: Literal["reward_endpoint"]
+    created_at: UnixSeconds
+    updated_at: UnixSeconds
+    name: str
+    url: str
+    protocol: str
+    template: Any
+    pointer: str | None
+    grader: dict[str, Any] | None
+    coerce: bool
+    prompt_format: str
+    batch: RewardBatching
+    limits: RewardLimits
+    timeouts: RewardTimeouts
+    retry: RewardRetry
+    reply: str
+    require_signed_responses: bool
+    columns: list[str] | None
+    revision: int
+    """Counts changes of anything but the name."""
+    state: Literal["ok", "misconfigured"]
+    """``misconfigured``: it last refused us for good; a change or a good probe puts it back to ``ok``."""
+    secrets: list[RewardSecret]
+
+
+class NewRewardEndpoint(RewardEndpoint):
+    """An endpoint with a signing secret that is shown this once."""
+
+    signing_secret: str = Field(repr=False)
+
+
+class ChangedRewardEndpoint(RewardEndpoint):
+    """An endpoint after a change."""
+
+    dropped_headers: list[str]
+    """Secret headers that were dropped because the URL's origin changed; send them again for the new one."""
+
+
+class LastProbe(Output):
+    """What the latest probe of an endpoint found."""
+
+    at: UnixSeconds
+    ok: bool
+    errors: list[ProbeFinding]
+    warnings: list[ProbeFinding]
+    latency_ms: dict[str, float | None]
+
+
+class RewardEndpointStats(Output):
+    """How an endpoint is used."""
+
+    id: str
+    object: Literal["reward_endpoint.stats"]
+    state: Literal["ok", "misconfigured"]
+    jobs: dict[str, int]
+    """Jobs that name it, by status."""
+    steps: int
+    """Optimizer steps of those jobs."""
+    last_job_id: str | None
+    last_probe: LastProbe | None
+
+
+class ProbeSample(Input):
+    """A completion for a probe. Exactly one of ``prompt`` and ``messages`` is given."""
+
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    completion: str
+    ground_truth: Any = None
+    columns: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> "ProbeSample":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError(
+                "one_prompt", "exactly one of prompt and messages must be given"
+            )
+        return self
+
+
+ProbeSamples = Annotated[list[ProbeSample], Field(min_length=2, max_length=8)]
+
+
+class ProbeEndpoint(Input):
+    """Body of ``POST /v1/reward_endpoints/{id}/probe``; may be left out."""
+
+    samples: ProbeSamples | None = None
+    """Two to eight completions; null: built-in ones."""
+    light: bool = False
+    """Only the steps that a submission takes."""
+
+
+class ProbeInline(ProbeEndpoint):
+    """Body of ``POST /v1/reward_endpoints/probe``."""
+
+    component: RewardComponent
+    """An ``http`` component, as a job would have it."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise unless a component with these fields could be part of a job.
+
+    Raises:
+        PydanticCustomError: The first thing that is wrong.
+    """
+    try:
+        RewardComponent.model_validate({"name": "endpoint", "url": "https://host", **options})
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in found["loc"])
+        raise PydanticCustomError(
+            "endpoint_options",
+            "{what}",
+            {"what": f"{where}: {found['msg']}" if where else found["msg"]},
+        ) from None
+
+
+def merged(component: RewardComponent, options: Mapping[str, Any]) -> RewardComponent:
+    """A component that names an endpoint, with the endpoint's fields behind its own.
+
+    Args:
+        component: As it was sent; what it leaves out comes from the endpoint, part by part.
+        options: The endpoint's fields (`EndpointOptions`) as JSON.
+
+    Raises:
+        ValidationError: They do not fit together.
+    """
+    own = component.model_dump(mode="json", exclude_unset=True)
+    both = {**options, **own}
+    for name, value in own.items():
+        behind = options.get(name)
+        if name in {"batch", "limits", "timeouts", "retry"} and isinstance(behind, Mapping):
+            both[name] = {**behind, **value}
+    # Without the endpoint, so that what the endpoint may bring must be here now.
+    RewardComponent.model_validate({**both, "endpoint": None, "url": "https://host"})
+    return RewardComponent.model_validate(both)

@@ -1,0 +1,139 @@
+"""Secrets of a reward endpoint: which headers may carry them, and how they are kept out of all that is said.
+
+A service may echo whatever it was sent, in an error page, in a header or as a sample's feedback; nothing of that reaches a log, an
+error or the sample browser unless it has been through a `Redactor`.
+"""
+
+import base64
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from urllib.parse import quote
+
+from dar.errors import ConfigurationError
+from dar.rewards.base import Failed, RewardResult, Scored, Skipped
+
+REDACTED = "[redacted]"
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+"""A header's name, as RFC 9110 has it."""
+_FORBIDDEN = re.compile(
+    r"host|content-.*|transfer-encoding|connection|keep-alive|proxy-.*|te|trailer|upgrade|expect"
+    r"|accept|accept-encoding|user-agent|traceparent|webhook-.*|idempotency-key|x-dar-.*"
+)
+"""Headers that say how a request is framed, signed or told from another; these are ours alone."""
+_SHAPES = re.compile(
+    r"whsec_[A-Za-z0-9+/=_-]{8,}|rwt_[A-Za-z0-9_-]{16,}|(?<=\bbearer )\S{6,}|(?<=\bbasic )\S{6,}",
+    re.IGNORECASE,
+)
+"""What is a secret by its looks, whoever's it is."""
+SHORTEST = 4
+"""Characters of the shortest value that is treated as a secret; a shorter one stands in half of all words."""
+_HEAD = 8
+"""Characters of a secret's beginning that give it away: whoever cut it off after them left enough to be removed."""
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Whether these may be sent as secret headers of an endpoint.
+
+    Raises:
+        ConfigurationError: A name is no header name or one of ours, or a value holds CR, LF, NUL or what no header can carry.
+            The message does not show a value.
+    """
+    for name, value in headers.items():
+        if not _TOKEN.fullmatch(name):
+            raise ConfigurationError(f"{name[:64]!r} is not the name of a header")
+        if _FORBIDDEN.fullmatch(name.lower()):
+            raise ConfigurationError(f"header {name!r} is set by this client and cannot be given")
+        if not value.isascii() or any(
+            (ord(ch) < 0x20 and ch != "\t") or ch == "\x7f" for ch in value
+        ):
+            raise ConfigurationError(
+                f"the value of header {name!r} holds a line break, a control character or a character beyond ASCII"
+            )
+        if value != value.strip():
+            raise ConfigurationError(f"the value of header {name!r} begins or ends with a space")
+
+
+class Redactor:
+    """Removes known secrets from texts, whole or cut off, plain or in the disguises that servers put them in.
+
+    Args:
+        secrets: Signing secrets.
+        headers: Secret headers; a scheme like ``Bearer`` before a token stays readable.
+        query: Query of the endpoint's URL, whose values are secrets as well.
+    """
+
+    def __init__(
+        self,
+        secrets: Iterable[str] = (),
+        headers: Mapping[str, str] | None = None,
+        query: Iterable[str] = (),
+    ) -> None:
+        values: set[str] = set(query)
+        for secret in secrets:
+            values |= {secret, secret.removeprefix("whsec_")}
+        for value in (headers or {}).values():
+            words = value.split(" ")
+            values.add(words[1] if len(words) == 2 else value)
+        forms = {form for value in values if len(value) >= SHORTEST for form in _forms(value)}
+        self._forms = tuple(forms)
+
+    def __call__(self, text: str) -> str:
+        """``text`` without secrets."""
+        spans = sorted(span for form in self._forms for span in _spans(text, form))
+        parts: list[str] = []
+        end = 0
+        for start, stop in spans:
+            if start > end or not parts:
+                parts += (text[end:start], REDACTED)
+            end = max(end, stop)
+        return _SHAPES.sub(REDACTED, "".join([*parts, text[end:]]))
+
+
+def _forms(value: str) -> set[str]:
+    encoded = base64.b64encode(value.encode()).decode()
+    return {
+        value,
+        quote(value, safe=""),
+        quote(value),
+        value.replace("/", "\\/"),
+        encoded.rstrip("="),
+    }
+
+
+def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
+    """Where ``secret`` stands in ``text``, or as much of its beginning as gives it away."""
+    head = secret[:_HEAD]
+    start = text.find(head)
+    while start >= 0:
+        end = start + len(head)
+        while end < len(text) and end - start < len(secret) and text[end] == secret[end - start]:
+            end += 1
+        yield start, end
+        start = text.find(head, end)
+
+
+def redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult:
+    """A result without secrets in its texts: a service may put what it was sent into any of them, and they are shown."""
+    if isinstance(result, Scored):
+        return (
+            result if result.feedback is None else replace(result, feedback=redact(result.feedback))
+        )
+    if isinstance(result, Skipped):
+        return result if result.reason is None else Skipped(redact(result.reason))
+    return Failed(redact(result.code), redact(result.message), result.is_transient)
+
+
+class _NoHeaders(logging.Filter):
+    """Keeps the headers of answers, which may echo ours, out of the debug log of the HTTP library."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("receive_response_headers.complete")
+
+
+def silence_header_logs() -> None:
+    """Install the filter; once is enough."""
+    log = logging.getLogger("httpcore2.http11")
+    if not any(isinstance(known, _NoHeaders) for known in log.filters):
+        log.addFilter(_NoHeaders())

@@ -1,0 +1,75 @@
+"""A connection that sends a request's head and body in one piece, and tells cheaply whether its other end has closed it.
+
+Measured with 32 connections: the pool asks every idle one before each request whether it is readable, which took a fifth of the
+client's time through the layers of the library's own stream; head and body in two writes are two packets and two wake-ups.
+"""
+
+import select
+import socket
+import ssl
+from typing import Any
+
+import httpcore2
+
+FLUSH_BYTES = 256 * 1024
+"""What is collected at most before it is sent."""
+
+
+class JoinedStream(httpcore2.AsyncNetworkStream):
+    """Collects what is written until something is read.
+
+    Args:
+        inner: The connection.
+    """
+
+    def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
+        self._inner = inner
+        self._unsent = bytearray()
+        self._write_timeout: float | None = None
+        self._poll: select.poll | None = None
+        raw = inner.get_extra_info("socket")
+        if isinstance(raw, socket.socket) or hasattr(raw, "fileno"):
+            self._poll = select.poll()
+            self._poll.register(raw.fileno(), select.POLLIN)
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - the base class has it
+        """What has come in; sends first what was written."""
+        try:
+            await self._flush()
+        except httpcore2.WriteError:
+            # A server may answer and close before it has read everything: what it said is what counts.
+            self._unsent.clear()
+        return await self._inner.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the base class has it
+        """Note what is to be sent."""
+        self._unsent += buffer
+        self._write_timeout = timeout
+        if len(self._unsent) >= FLUSH_BYTES:
+            await self._flush()
+
+    async def aclose(self) -> None:
+        """Close; what was not sent never is."""
+        self._unsent.clear()
+        self._poll = None
+        await self._inner.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the base class has it
+    ) -> httpcore2.AsyncNetworkStream:
+        """The same connection, encrypted."""
+        return JoinedStream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - the base class has it
+        """See the base class."""
+        if info == "is_readable" and self._poll is not None:
+            return bool(self._poll.poll(0))
+        return self._inner.get_extra_info(info)
+
+    async def _flush(self) -> None:
+        if self._unsent:
+            unsent, self._unsent = bytes(self._unsent), bytearray()
+            await self._inner.write(unsent, self._write_timeout)

@@ -1,0 +1,98 @@
+"""How the rewards of a job came: totals, and the requests that were given up."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from dar.protocol.base import MAX_COUNT, Page
+from dar.protocol.reward_stats import FAMILIES, ComponentStats, RewardFailure, RewardStats
+from service.api.jobs import PATH
+from service.api.paging import PageCursor, envelope, seconds
+from service.auth import Reader
+from service.runtime import CurrentRuntime
+from service.store import jobs, metrics, reward_failures, tables
+
+router = APIRouter(prefix=PATH, tags=["rewards"])
+Series = Mapping[str, metrics.Points]
+
+
+@router.get("/{job_id}/reward_stats")
+def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> RewardStats:
+    """How many samples were scored, skipped or failed, and how each reward service did."""
+    with runtime.database.read() as transaction:
+        job = jobs.get(transaction, user.project_id, job_id)
+        series = metrics.read(transaction, job.id)
+    errors = {family: _total(series, f"reward/n_error/{family}") for family in FAMILIES}
+    components = [
+        str(component["name"])
+        for component in (job.spec["method"]["dar"]["rewards"] or {}).get("components", [])
+    ]
+    return RewardStats(
+        object="fine_tuning.job.reward_stats",
+        job_id=job.id,
+        steps=len(series["reward/n_valid"].step) if "reward/n_valid" in series else 0,
+        rewards=_total(series, "reward/n_valid"),
+        skips=_total(series, "reward/n_skip"),
+        errors=_total(series, "reward/n_error"),
+        errors_by_class={family: count for family, count in errors.items() if count},
+        dropped_groups=_total(series, "rewards/dropped_groups"),
+        refilled_groups=_total(series, "rewards/refilled_groups"),
+        components=[_component(series, name) for name in components],
+    )
+
+
+def _component(series: Series, name: str) -> ComponentStats:
+    return ComponentStats(
+        component=name,
+        requests=_total(series, f"reward/{name}/requests"),
+        failed_requests=_total(series, f"reward/{name}/failed_requests"),
+        retries=_total(series, f"reward/{name}/retries"),
+        p50_seconds=_newest(series, f"time/reward/{name}/p50_seconds"),
+        p95_seconds=_newest(series, f"time/reward/{name}/p95_seconds"),
+    )
+
+
+def _total(series: Series, name: str) -> int:
+    points = series.get(name)
+    return 0 if points is None else int(sum(value or 0 for value in points.value))
+
+
+def _newest(series: Series, name: str) -> float | None:
+    points = series.get(name)
+    return None if points is None else points.value[-1]
+
+
+@router.get("/{job_id}/reward_failures")
+def list_reward_failures(
+    job_id: str,
+    runtime: CurrentRuntime,
+    user: Reader,
+    cursor: PageCursor,
+    step: Annotated[int | None, Query(ge=1, le=MAX_COUNT, description="Only those of it.")] = None,
+) -> Page[RewardFailure]:
+    """Requests to reward services that were given up, newest first; the newest 10,000 are kept."""
+    with runtime.database.read() as transaction:
+        job = jobs.get(transaction, user.project_id, job_id)
+        found = reward_failures.list_page(transaction, job.id, step, cursor)
+    return envelope(found, show, lambda failure: failure.id)
+
+
+def show(row: tables.RewardFailure) -> RewardFailure:
+    """A failure as the API shows it."""
+    return RewardFailure(
+        id=row.id,
+        object="fine_tuning.job.reward_failure",
+        request_id=row.request_id,
+        created_at=seconds(row.created_at),
+        step=row.step,
+        attempt=row.attempt,
+        component=row.component,
+        code=row.code,
+        error_class=row.family,
+        status=row.status,
+        attempts=row.attempts,
+        samples=row.samples,
+        latency_seconds=row.seconds,
+        quote=row.quote,
+    )

@@ -1,0 +1,128 @@
+"""What a job's components get from the registered endpoints that they name: their fields at submission, access at each lease."""
+
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from dar.errors import NotFoundError, Problem, SecretUnreadableError
+from dar.protocol.reward_endpoints import merged
+from dar.protocol.reward_spec import RewardComponent
+from dar.protocol.spec import JobSpec
+from dar.protocol.worker import ComponentAccess
+from service import errors
+from service.runtime import Runtime
+from service.secrets import SecretBox
+from service.store import reward_endpoints, reward_secrets
+from service.store.database import Transaction
+from service.store.reward_tables import RewardEndpoint
+from service.store.tables import Job
+
+COMPONENTS = "method.dar.rewards.components"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A spec whose components have the fields of their endpoints."""
+
+    spec: JobSpec
+    endpoints: dict[str, RewardEndpoint] = field(default_factory=dict)
+    """By component."""
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Ids of the endpoints, by component."""
+        return {name: endpoint.id for name, endpoint in self.endpoints.items()}
+
+
+def resolve(
+    transaction: Transaction,
+    project_id: str,
+    spec: JobSpec,
+    lock: reward_endpoints.Lock | None = None,
+) -> Resolved:
+    """Find the endpoints that a spec's components name, and put their fields behind the components' own.
+
+    Raises:
+        InvalidRequestError: The project has no such endpoint (``endpoint_not_found``), or its fields do not fit.
+    """
+    rewards = spec.dar.rewards
+    if rewards is None or all(component.endpoint is None for component in rewards.components):
+        return Resolved(spec)
+    problems: list[Problem] = []
+    endpoints: dict[str, RewardEndpoint] = {}
+    components: list[RewardComponent] = []
+    for index, component in enumerate(rewards.components):
+        path = f"{COMPONENTS}[{index}]"
+        if component.endpoint is not None:
+            try:
+                endpoint = reward_endpoints.get(
+                    transaction, project_id, component.endpoint, lock=lock
+                )
+                component = _with_fields_of(endpoint, component)  # noqa: PLW2901 - the same component, completed
+                endpoints[component.name] = endpoint
+            except NotFoundError as error:
+                problems.append(Problem(error.message, f"{path}.endpoint", "endpoint_not_found"))
+            except ValidationError as error:
+                found = error.errors(include_url=False, include_input=False)
+                problems += [_below(path, problem) for problem in errors.problems_of(found)]
+        components.append(component)
+    if problems:
+        raise errors.invalid(problems)
+    complete = rewards.model_copy(update={"components": components})
+    dar = spec.method.dar.model_copy(update={"rewards": complete})
+    method = spec.method.model_copy(update={"dar": dar})
+    return Resolved(spec.model_copy(update={"method": method}), endpoints)
+
+
+def _below(path: str, problem: Problem) -> Problem:
+    param = path if problem.param is None else f"{path}.{problem.param}"
+    return Problem(problem.message, param, problem.code)
+
+
+def _with_fields_of(endpoint: RewardEndpoint, component: RewardComponent) -> RewardComponent:
+    return merged(component, {"protocol": endpoint.protocol, **endpoint.options})
+
+
+def access_to(
+    transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint
+) -> ComponentAccess:
+    """URL and secrets of an endpoint.
+
+    Raises:
+        SecretUnreadableError: A secret cannot be decrypted, or the endpoint was deleted and has none any more.
+    """
+    if endpoint.deleted_at is not None:
+        raise SecretUnreadableError(
+            f"reward endpoint {endpoint.id} was deleted; submit the job again with another one",
+            code="endpoint_not_found",
+        )
+    found = reward_secrets.open_all(transaction, box, endpoint)
+    return ComponentAccess(url=endpoint.url, secrets=found.secrets, headers=found.headers)
+
+
+def access_of(
+    transaction: Transaction, runtime: Runtime, job_id: str
+) -> dict[str, ComponentAccess]:
+    """URL and secrets of a job's endpoints, by component; for the lease of an attempt alone.
+
+    Raises:
+        SecretUnreadableError: A secret cannot be decrypted, or an endpoint was deleted.
+    """
+    found = reward_endpoints.of_job(transaction, job_id)
+    return {
+        name: access_to(transaction, runtime.secrets, endpoint) for name, endpoint in found.items()
+    }
+
+
+def access_for(runtime: Runtime, job: Job, component: RewardComponent) -> ComponentAccess | None:
+    """How the service itself may call a component's reward service, to see whether it is back; None: it has none, or no secrets."""
+    if component.kind != "http":
+        return None
+    if component.url is not None:
+        return ComponentAccess(url=component.url, secrets=[runtime.reward_secret], headers={})
+    with runtime.database.read() as transaction:
+        endpoint = reward_endpoints.of_job(transaction, job.id).get(component.name)
+        try:
+            return None if endpoint is None else access_to(transaction, runtime.secrets, endpoint)
+        except SecretUnreadableError:
+            return None

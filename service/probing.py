@@ -1,0 +1,193 @@
+"""Trying reward services: fully when a user asks, and lightly before a job is accepted.
+
+The light probe refuses only what a change of the spec or of the service must cure. A service that is down, slow or overloaded
+may be well when the job starts: the job is accepted, and waits.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from dar.errors import Problem
+from dar.protocol.reward_endpoints import ProbeSample
+from dar.protocol.reward_probe import ProbeFinding, ProbeReport
+from dar.protocol.reward_spec import RewardComponent, RewardRetry, RewardTimeouts
+from dar.rewards.base import RewardSample
+from dar.rewards.probe import ProbeTarget, probe
+from service.store.reward_endpoints import State
+
+LIGHT_SECONDS = 4.0
+"""What a submission waits for all its reward services together."""
+FULL_SECONDS = 300.0
+REMEMBERED_SECONDS = 30.0
+"""How long a service that was let pass is not tried again: a sweep submits many jobs with one service."""
+MIN_HIDDEN = 4
+"""Characters of a header value below which it is no secret, and hiding it would only spoil what is shown."""
+_PASSING = frozenset(
+    {"connect", "connect_timeout", "timeout", "deadline", "protocol", "dns", "unavailable"}
+    | {"too_large", "http_408", "http_413", "http_425", "http_429", "breaker_open"}
+)
+_CONFIGURATION = re.compile(r"^(config\.|tls\.|egress|http_4(?!08|13|25|29))")
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """A component of a job that is to be tried."""
+
+    param: str
+    """Its path in the spec."""
+    target: ProbeTarget
+    revision: int = 0
+    """Of its endpoint."""
+
+    @property
+    def key(self) -> str:
+        """The same for components that the same service scores in the same way."""
+        content = [self.target.component.model_dump(mode="json"), self.target.url, self.revision]
+        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+class Remembered:
+    """Services that were let pass a moment ago; none that was refused, for it may have been mended since."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[str, float] = {}
+
+    def has(self, key: str) -> bool:
+        """Whether the service need not be tried again yet."""
+        with self._lock:
+            return self._until.get(key, 0.0) > time.monotonic()
+
+    def add(self, key: str) -> None:
+        """Let the service pass for a while."""
+        now = time.monotonic()
+        with self._lock:
+            self._until = {name: until for name, until in self._until.items() if until > now}
+            self._until[key] = now + REMEMBERED_SECONDS
+
+
+def is_passing(code: str) -> bool:
+    """Whether a failure may be over when the job starts."""
+    return code in _PASSING or code.startswith("http_5")
+
+
+def state_after(report: ProbeReport) -> State | None:
+    """The endpoint's state after a probe; None: as it was."""
+    if report.ok:
+        return "ok"
+    is_refused = any(_CONFIGURATION.match(finding.code) for finding in report.errors)
+    return "misconfigured" if is_refused else None
+
+
+def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None:
+    """A user's completions as reward sources take them; all of one group."""
+    if given is None:
+        return None
+    return [
+        RewardSample(
+            id=f"s{index}",
+            group_id="g0",
+            index=index,
+            prompt=sample.prompt,
+            messages=sample.messages,
+            completion=sample.completion,
+            finish_reason="stop",
+            completion_tokens=len(sample.completion.split()),
+            columns={**sample.columns, "ground_truth": sample.ground_truth},
+        )
+        for index, sample in enumerate(given)
+    ]
+
+
+def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    """What a service said, in the texts of a JSON value, without any secret: it may well send back what it was sent.
+
+    Args:
+        said: A text, or a JSON value.
+        secrets: Signing secrets.
+        headers: Values of secret headers; of ``Bearer abc`` the second part is hidden by itself, too.
+    """
+    given = list(headers)
+    hidden = {*secrets, *given, *(value.rpartition(" ")[2] for value in given)}
+    long = sorted((text for text in hidden if len(text) >= MIN_HIDDEN), key=len, reverse=True)
+    spellings = [spelling for text in long for spelling in (text, json.dumps(text)[1:-1])]
+    return _hide(said, spellings)
+
+
+def _hide(value: Any, hidden: Sequence[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    if isinstance(value, str):
+        for text in hidden:
+            value = value.replace(text, "…")
+        return value
+    if isinstance(value, list):
+        return [_hide(item, hidden) for item in value]
+    if isinstance(value, dict):
+        return {_hide(name, hidden): _hide(item, hidden) for name, item in value.items()}
+    return value
+
+
+async def report_on(
+    target: ProbeTarget, samples: Sequence[RewardSample] | None, *, light: bool
+) -> ProbeReport:
+    """Probe a service, within bounds."""
+    seconds = LIGHT_SECONDS if light else FULL_SECONDS
+    try:
+        async with asyncio.timeout(seconds):
+            report = await probe(target, samples, light=light)
+            said = report.model_dump(mode="json")
+            return ProbeReport.model_validate(
+                without(said, target.secrets, target.headers.values())
+            )
+    except TimeoutError:
+        detail = f"the probe was not done within {seconds:g} s"
+        return ProbeReport(
+            ok=False,
+            errors=[ProbeFinding(code="timeout", step=2, detail=detail)],
+            warnings=[],
+            latency_ms={},
+            determinism={},
+            suggested={},
+            exchange=[],
+        )
+
+
+async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Problem]:
+    """What keeps a job from being accepted: tries its services, all at once."""
+    reports = await asyncio.gather(
+        *(report_on(_hurried(one.target), None, light=True) for one in tries)
+    )
+    problems: list[Problem] = []
+    for one, report in zip(tries, reports, strict=True):
+        lasting = [finding for finding in report.errors if not is_passing(finding.code)]
+        problems += [_problem(one, finding) for finding in lasting]
+        if not lasting:
+            remembered.add(one.key)
+    return problems
+
+
+def _problem(one: Try, finding: ProbeFinding) -> Problem:
+    message = f"the reward service cannot be used: {finding.detail}; correct it, or send skip_validation to submit all the same"
+    return Problem(message, one.param, finding.code)
+
+
+def _hurried(target: ProbeTarget) -> ProbeTarget:
+    """The same with one short attempt: nobody waits at a submission."""
+    timeouts = target.component.timeouts
+    short = RewardTimeouts(
+        connect=min(timeouts.connect, LIGHT_SECONDS / 2),
+        read=min(timeouts.read, LIGHT_SECONDS),
+        attempt=min(timeouts.attempt, LIGHT_SECONDS),
+        deadline=min(timeouts.deadline, LIGHT_SECONDS),
+    )
+    changes = {"timeouts": short, "retry": RewardRetry(attempts=1)}
+    component: RewardComponent = target.component.model_copy(update=changes)
+    return ProbeTarget(component, target.url, target.secrets, target.headers, target.guard)

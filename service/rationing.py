@@ -1,0 +1,59 @@
+"""How often something may be done by one user, counted in this process."""
+
+import math
+import threading
+import time
+from collections import deque
+
+from dar.errors import RateLimitError
+
+
+class Throttle:
+    """A sliding window: at most ``limit`` times in ``seconds``, for each user.
+
+    Each replica counts by itself: a store that all share could be down, and would then have to open the door or to shut it.
+
+    Args:
+        limit: Most times.
+        seconds: Length of the window.
+        what: Names the thing in the error.
+    """
+
+    def __init__(self, limit: int, seconds: float, what: str) -> None:
+        self._limit = limit
+        self._seconds = seconds
+        self._what = what
+        self._lock = threading.Lock()
+        self._taken: dict[str, deque[float]] = {}
+
+    def take(self, who: str) -> None:
+        """Count one time.
+
+        Raises:
+            RateLimitError: It would be one too many; says when it will not be.
+        """
+        wait = self._wait_or_take(who)
+        if wait > 0:
+            raise RateLimitError(
+                f"at most {self._limit} {self._what} per {self._seconds:g} s; try again in {math.ceil(wait)} s",
+                retry_after_seconds=math.ceil(wait),
+            )
+
+    def has_room(self, who: str) -> bool:
+        """Count one time, unless it would be one too many."""
+        return self._wait_or_take(who) <= 0
+
+    def _wait_or_take(self, who: str) -> float:
+        now = time.monotonic()
+        with self._lock:
+            for name in [
+                n for n, t in self._taken.items() if not t or t[-1] <= now - self._seconds
+            ]:
+                del self._taken[name]
+            taken = self._taken.setdefault(who, deque())
+            while taken and taken[0] <= now - self._seconds:
+                taken.popleft()
+            if len(taken) >= self._limit:
+                return taken[0] + self._seconds - now
+            taken.append(now)
+        return 0.0

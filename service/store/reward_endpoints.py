@@ -1,0 +1,168 @@
+"""Registered reward endpoints, and which jobs name them."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sqlalchemy import func, select, update
+
+from dar.errors import ConflictError, NotFoundError
+from dar.protocol.status import TERMINAL
+from service.store import reward_secrets
+from service.store.database import Transaction
+from service.store.paging import Cursor, Slice, page
+from service.store.reward_tables import JobEndpoint, RewardEndpoint
+from service.store.tables import Job
+
+State = Literal["ok", "misconfigured"]
+Lock = Literal["keep", "change"]
+
+
+def get(
+    transaction: Transaction, project_id: str, endpoint_id: str, *, lock: Lock | None = None
+) -> RewardEndpoint:
+    """An endpoint of the project.
+
+    Args:
+        transaction: Where it is read.
+        project_id: Whose it is.
+        endpoint_id: Which it is.
+        lock: ``keep``: nobody changes or removes it until the transaction ends; ``change``: nobody else does.
+
+    Raises:
+        NotFoundError: The project has none of that id, or has deleted it.
+    """
+    statement = select(RewardEndpoint).where(
+        RewardEndpoint.project_id == project_id,
+        RewardEndpoint.id == endpoint_id,
+        RewardEndpoint.deleted_at.is_(None),
+    )
+    if lock is not None:
+        statement = statement.with_for_update(read=lock == "keep")
+    found = transaction.scalars(statement).one_or_none()
+    if found is None:
+        raise NotFoundError(
+            f"there is no reward endpoint {endpoint_id!r}; GET /v1/reward_endpoints lists those there are"
+        )
+    return found
+
+
+def list_page(transaction: Transaction, project_id: str, cursor: Cursor) -> Slice[RewardEndpoint]:
+    """One page of the project's endpoints."""
+    statement = select(RewardEndpoint).where(
+        RewardEndpoint.project_id == project_id, RewardEndpoint.deleted_at.is_(None)
+    )
+    keys = (RewardEndpoint.created_at, RewardEndpoint.id)
+    return page(transaction, statement, RewardEndpoint.id, keys, cursor)
+
+
+def add(transaction: Transaction, endpoint: RewardEndpoint) -> None:
+    """Store a new endpoint."""
+    endpoint.revision, endpoint.state = 1, "ok"
+    endpoint.created_at = endpoint.updated_at = transaction.now
+    transaction.add(endpoint)
+    transaction.flush()
+
+
+def touch(transaction: Transaction, endpoint: RewardEndpoint, *, is_revised: bool) -> None:
+    """Note a change; one of more than the name counts as a revision, and as a repair."""
+    endpoint.updated_at = transaction.now
+    if is_revised:
+        endpoint.revision += 1
+        endpoint.state = "ok"
+    transaction.flush()
+
+
+def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
+    """Delete an endpoint and forget its secrets.
+
+    Raises:
+        NotFoundError: The project has none of that id.
+        ConflictError: A job that is not over names it.
+    """
+    # Whoever submits a job with it keeps it until the job can be seen here.
+    endpoint = get(transaction, project_id, endpoint_id, lock="change")
+    needed_by = transaction.scalars(
+        select(func.min(Job.id))
+        .join(JobEndpoint, JobEndpoint.job_id == Job.id)
+        .where(JobEndpoint.endpoint_id == endpoint_id, Job.status.not_in(list(TERMINAL)))
+    ).one()
+    if needed_by is not None:
+        raise ConflictError(
+            f"job {needed_by} still needs reward endpoint {endpoint_id}; cancel the job or wait for its end",
+            code="endpoint_in_use",
+        )
+    reward_secrets.remove_all(transaction, endpoint_id)
+    endpoint.deleted_at = transaction.now
+    transaction.flush()
+
+
+def set_state(transaction: Transaction, endpoint_id: str, state: State) -> None:
+    """Note that an endpoint has refused a job for good, or that it works again."""
+    transaction.execute(
+        update(RewardEndpoint).where(RewardEndpoint.id == endpoint_id).values(state=state)
+    )
+
+
+def note_probe(
+    transaction: Transaction,
+    endpoint_id: str,
+    report: Mapping[str, Any],
+    *,
+    revision: int,
+    state: State | None,
+) -> None:
+    """Keep the outcome of a probe, unless the endpoint was changed meanwhile.
+
+    Args:
+        transaction: Where it happens.
+        endpoint_id: What was probed.
+        report: The outcome, as JSON.
+        revision: What it was then.
+        state: The endpoint's new state; None: as it was.
+    """
+    endpoint = transaction.get(RewardEndpoint, endpoint_id, with_for_update=True)
+    if endpoint is None or endpoint.revision != revision:
+        return
+    endpoint.last_probe = {"at": int(transaction.now.timestamp()), **report}
+    if state is not None:
+        endpoint.state = state
+    transaction.flush()
+
+
+def link(transaction: Transaction, job_id: str, components: Mapping[str, str]) -> None:
+    """Note which endpoints a job's components name: ids by component."""
+    transaction.add_all(
+        JobEndpoint(job_id=job_id, component=name, endpoint_id=endpoint_id)
+        for name, endpoint_id in components.items()
+    )
+    transaction.flush()
+
+
+def of_job(transaction: Transaction, job_id: str) -> dict[str, RewardEndpoint]:
+    """The endpoints of a job, by component; deleted ones too."""
+    rows = transaction.execute(
+        select(JobEndpoint.component, RewardEndpoint)
+        .join(RewardEndpoint, RewardEndpoint.id == JobEndpoint.endpoint_id)
+        .where(JobEndpoint.job_id == job_id)
+        .order_by(JobEndpoint.component)
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def usage(transaction: Transaction, endpoint_id: str) -> tuple[dict[str, int], int, str | None]:
+    """Jobs that name an endpoint by status, their steps in all, and the newest of them."""
+    named = select(JobEndpoint.job_id).where(JobEndpoint.endpoint_id == endpoint_id)
+    rows = transaction.execute(
+        select(Job.status, func.count(), func.sum(Job.step))
+        .where(Job.id.in_(named))
+        .group_by(Job.status)
+        .order_by(Job.status)
+    ).all()
+    newest = transaction.scalars(
+        select(Job.id)
+        .where(Job.id.in_(named))
+        .order_by(Job.created_at.desc(), Job.id.desc())
+        .limit(1)
+    ).first()
+    by_status = {row[0]: row[1] for row in rows}
+    return by_status, sum(int(row[2]) for row in rows), newest

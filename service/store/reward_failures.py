@@ -1,0 +1,57 @@
+"""Requests to reward services that were given up: the newest ones of each job."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from sqlalchemy import delete, insert, select
+
+from dar.protocol.ids import new_id
+from dar.protocol.worker import RewardsRow
+from service.store.database import Transaction
+from service.store.paging import Cursor, Slice, page
+from service.store.tables import RewardFailure
+
+MOST_KEPT = 10_000
+"""Per job; what is older goes. All failures are counted in the job's metrics."""
+
+
+def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[RewardsRow]) -> None:
+    """Store the failures of some reports."""
+    values = [
+        {
+            "id": new_id("rwf_"),
+            "job_id": job_id,
+            "attempt": attempt,
+            "step": row.step,
+            "created_at": datetime.fromtimestamp(row.at, UTC),
+            **failed.model_dump(),
+        }
+        for row in rows
+        for failed in row.failures
+    ]
+    if not values:
+        return
+    transaction.execute(insert(RewardFailure), values)
+    surplus = (
+        select(RewardFailure.id)
+        .where(RewardFailure.job_id == job_id)
+        .order_by(RewardFailure.created_at.desc(), RewardFailure.id.desc())
+        .offset(MOST_KEPT)
+        .limit(MOST_KEPT)
+    )
+    transaction.execute(
+        delete(RewardFailure)
+        .where(RewardFailure.id.in_(surplus))
+        .execution_options(synchronize_session=False)
+    )
+
+
+def list_page(
+    transaction: Transaction, job_id: str, step: int | None, cursor: Cursor
+) -> Slice[RewardFailure]:
+    """One page of a job's failures."""
+    statement = select(RewardFailure).where(RewardFailure.job_id == job_id)
+    if step is not None:
+        statement = statement.where(RewardFailure.step == step)
+    keys = (RewardFailure.created_at, RewardFailure.id)
+    return page(transaction, statement, RewardFailure.id, keys, cursor)

@@ -1,0 +1,208 @@
+"""Secrets of reward endpoints: stored encrypted, read only where a request to the endpoint is made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from sqlalchemy import delete, or_, select
+
+from dar.protocol.ids import new_id
+from service.secrets import Binding, SecretBox, origin_of
+from service.store.database import Transaction
+from service.store.reward_tables import RewardEndpoint, RewardSecret, SecretKey
+
+OVERLAP = timedelta(hours=24)
+"""How long a replaced signing secret signs beside its successor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """An endpoint's secrets, decrypted."""
+
+    secrets: list[str] = field(repr=False)
+    """The newest first."""
+    headers: dict[str, str] = field(repr=False)
+
+
+def _binding(endpoint: RewardEndpoint, kind: str, name: str | None) -> Binding:
+    use = kind if name is None else f"{kind}:{name}"
+    return Binding(endpoint.project_id, endpoint.id, origin_of(endpoint.url), use)
+
+
+def _add(
+    transaction: Transaction,
+    box: SecretBox,
+    endpoint: RewardEndpoint,
+    value: str,
+    *,
+    header: str | None = None,
+) -> None:
+    kind = "signing" if header is None else "header"
+    binding = _binding(endpoint, kind, header)
+    transaction.add(
+        RewardSecret(
+            id=new_id("rws_"),
+            endpoint_id=endpoint.id,
+            kind=kind,
+            name=header,
+            token=box.seal(binding, value),
+            fingerprint=box.fingerprint(binding, value),
+            created_at=transaction.now,
+        )
+    )
+    transaction.flush()
+
+
+def list_all(transaction: Transaction, endpoint_ids: Sequence[str]) -> list[RewardSecret]:
+    """The secrets that are in use, the newest first."""
+    return list(
+        transaction.scalars(
+            select(RewardSecret)
+            .where(
+                RewardSecret.endpoint_id.in_(endpoint_ids),
+                or_(RewardSecret.expires_at.is_(None), RewardSecret.expires_at > transaction.now),
+            )
+            .order_by(RewardSecret.created_at.desc(), RewardSecret.id.desc())
+        ).all()
+    )
+
+
+def open_all(transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint) -> Access:
+    """An endpoint's secrets, decrypted.
+
+    Raises:
+        SecretUnreadableError: One cannot be, or was stored for something else.
+    """
+    found = list_all(transaction, [endpoint.id])
+    # The successor signs first, whatever the clocks said.
+    signing = sorted(
+        (row for row in found if row.kind == "signing"), key=lambda row: row.expires_at is not None
+    )
+    return Access(
+        [box.open(_binding(endpoint, "signing", None), row.token) for row in signing],
+        {
+            row.name: box.open(_binding(endpoint, "header", row.name), row.token)
+            for row in found
+            if row.kind == "header" and row.name is not None
+        },
+    )
+
+
+def add_signing(
+    transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint, value: str
+) -> None:
+    """Store an endpoint's first signing secret."""
+    _add(transaction, box, endpoint, value)
+
+
+def replace_signing(
+    transaction: Transaction,
+    box: SecretBox,
+    endpoint: RewardEndpoint,
+    value: str,
+    *,
+    is_overlapping: bool,
+) -> None:
+    """Let a new secret sign; the present one stays for a day beside it, or goes at once. Older ones go."""
+    signing = RewardSecret.kind == "signing"
+    mine = RewardSecret.endpoint_id == endpoint.id
+    present = transaction.scalars(
+        select(RewardSecret).where(mine, signing, RewardSecret.expires_at.is_(None))
+    ).all()
+    transaction.execute(
+        delete(RewardSecret).where(mine, signing, RewardSecret.expires_at.is_not(None))
+    )
+    for row in present:
+        if is_overlapping:
+            row.expires_at = transaction.now + OVERLAP
+        else:
+            transaction.delete(row)
+    transaction.flush()
+    _add(transaction, box, endpoint, value)
+
+
+def set_headers(
+    transaction: Transaction,
+    box: SecretBox,
+    endpoint: RewardEndpoint,
+    headers: Mapping[str, str | None],
+) -> None:
+    """Set secret headers by name; None removes one, those not named stay."""
+    if headers:
+        transaction.execute(
+            delete(RewardSecret).where(
+                RewardSecret.endpoint_id == endpoint.id,
+                RewardSecret.kind == "header",
+                RewardSecret.name.in_(headers),
+            )
+        )
+    for name, value in headers.items():
+        if value is not None:
+            _add(transaction, box, endpoint, value, header=name)
+
+
+def move(transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint, url: str) -> list[str]:
+    """Give an endpoint another URL. On another origin signing secrets follow, and headers are dropped: they are sent as they are.
+
+    Returns:
+        Names of the dropped headers.
+
+    Raises:
+        SecretUnreadableError: A signing secret cannot be decrypted.
+    """
+    if origin_of(url) == origin_of(endpoint.url):
+        endpoint.url = url
+        return []
+    found = list_all(transaction, [endpoint.id])
+    before = _binding(endpoint, "signing", None)
+    opened = {row.id: box.open(before, row.token) for row in found if row.kind == "signing"}
+    endpoint.url = url
+    after = _binding(endpoint, "signing", None)
+    dropped = []
+    for row in found:
+        if row.id in opened:
+            row.token = box.seal(after, opened[row.id])
+        else:
+            dropped.append(row.name or "")
+            transaction.delete(row)
+    transaction.flush()
+    return sorted(dropped)
+
+
+def remove_all(transaction: Transaction, endpoint_id: str) -> None:
+    """Forget all secrets of an endpoint."""
+    transaction.execute(delete(RewardSecret).where(RewardSecret.endpoint_id == endpoint_id))
+
+
+def rotate(transaction: Transaction, box: SecretBox) -> int:
+    """Store every secret under the newest key.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        SecretUnreadableError: No key fits one of them; nothing is changed.
+    """
+    rows = transaction.scalars(select(RewardSecret).with_for_update()).all()
+    for row in rows:
+        row.token = box.renew(row.token)
+    transaction.flush()
+    return len(rows)
+
+
+def known_keys(transaction: Transaction) -> set[str]:
+    """Digests of the keys that hosts have started with."""
+    return set(transaction.scalars(select(SecretKey.sha256)).all())
+
+
+def note_keys(transaction: Transaction, digests: Sequence[str]) -> None:
+    """Remember the keys of this host."""
+    new = set(digests) - known_keys(transaction)
+    transaction.add_all(SecretKey(sha256=item, created_at=transaction.now) for item in sorted(new))
+    transaction.flush()
+
+
+def any_token(transaction: Transaction) -> str | None:
+    """The newest stored secret, still encrypted; None where there is none."""
+    newest = select(RewardSecret.token).order_by(RewardSecret.created_at.desc()).limit(1)
+    return transaction.scalars(newest).first()

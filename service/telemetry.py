@@ -1,0 +1,169 @@
+"""Prometheus metrics of this process: what workers have reported to it since it started, and how many jobs there are.
+
+No series has a label whose values users can multiply: a job's id or a component's name would make a new series with every job,
+which Prometheus keeps for ever. The labels here have a few fixed values each. What belongs to one job is in its metrics and in
+``reward_stats``. Each replica counts what was reported to it, so that sums over replicas are right.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentRequests
+from dar.protocol.status import JOB_STATUSES
+from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row
+
+OUTCOMES = ("ok", *FAMILIES)
+BREAKER_STATES = ("closed", "half_open", "open", "misconfigured")
+RESULTS: Mapping[str, str] = {
+    "reward/n_valid": "ok",
+    "reward/n_skip": "skip",
+    "reward/n_error": "error",
+}
+"""Metric of a step -> label of its samples."""
+CountJobs = Callable[[], Mapping[str, int]]
+
+
+class Telemetry(Collector):
+    """Counts what workers report. Safe to use from several threads.
+
+    Args:
+        count_jobs: Asked at each scrape for the number of jobs by status.
+    """
+
+    def __init__(self, count_jobs: CountJobs) -> None:
+        self._count_jobs = count_jobs
+        self._lock = threading.Lock()
+        self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
+        self._seconds = dict.fromkeys(OUTCOMES, 0.0)
+        self._queued = [0.0, 0.0]
+        self._samples = dict.fromkeys(RESULTS.values(), 0.0)
+        self._errors: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
+        self._breakers = dict.fromkeys(BREAKER_STATES, 0.0)
+        self._groups = {"rewards/dropped_groups": 0.0, "rewards/refilled_groups": 0.0}
+        self._idle = {"reward": 0.0, "generation": 0.0}
+        self._totals: Counter[str] = Counter()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def take(self, rows: Sequence[Row]) -> None:
+        """Count rows that have just been stored."""
+        with self._lock:
+            for row in rows:
+                if isinstance(row, RewardsRow):
+                    for requests in row.requests:
+                        self._take_requests(requests)
+                elif isinstance(row, MetricsRow):
+                    self._take_metrics(row.values)
+                elif isinstance(row, EventRow):
+                    state = (row.data or {}).get("state")
+                    if (row.data or {}).get("kind") == "reward_breaker" and state in self._breakers:
+                        self._breakers[str(state)] += 1
+
+    def note(self, name: str) -> None:
+        """Count a pause or a resume: ``reward_pauses`` or ``reward_resumes``."""
+        with self._lock:
+            self._totals[name] += 1
+
+    def _take_requests(self, found: ComponentRequests) -> None:
+        buckets = self._buckets[found.outcome]
+        for place, count in enumerate(found.buckets):
+            buckets[place] += count
+        self._seconds[found.outcome] += found.seconds
+        self._queued[0] += found.count
+        self._queued[1] += found.queued_seconds
+        self._totals["retries"] += found.retries
+
+    def _take_metrics(self, values: Mapping[str, float | None]) -> None:
+        for name, result in RESULTS.items():
+            self._samples[result] += values.get(name) or 0
+        for family in FAMILIES:
+            self._errors[family] += values.get(f"reward/n_error/{family}") or 0
+        for name in self._groups:
+            self._groups[name] += values.get(name) or 0
+        for cause in self._idle:
+            self._idle[cause] += values.get(f"time/idle_{cause}_seconds") or 0
+
+    def render(self) -> bytes:
+        """Everything in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not ask the database."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """What a scrape gets."""
+        counts = self._count_jobs()
+        jobs = GaugeMetricFamily("dar_jobs", "Jobs by status.", labels=["status"])
+        for status in JOB_STATUSES:
+            jobs.add_metric([status], counts.get(status, 0))
+        yield jobs
+        with self._lock:
+            yield from self._request_families()
+            yield from self._sample_families()
+
+    def _request_families(self) -> Iterator[Metric]:
+        seconds = HistogramMetricFamily(
+            "dar_reward_request_seconds",
+            "Time of a finished request to a reward service, over all its attempts.",
+            labels=["outcome"],
+        )
+        for outcome in OUTCOMES:
+            seconds.add_metric(
+                [outcome], _cumulative(self._buckets[outcome]), self._seconds[outcome]
+            )
+        yield seconds
+        queued = "Seconds that finished requests waited before they were sent."
+        yield _counter("dar_reward_queue_seconds", queued, self._queued[1])
+        retries = "Attempts beyond the first of each request."
+        yield _counter("dar_reward_retries", retries, self._totals["retries"])
+        breakers = "Circuit breakers that have come into a state."
+        yield _labelled("dar_reward_breaker_changes", breakers, "state", self._breakers)
+
+    def _sample_families(self) -> Iterator[Metric]:
+        totals = self._totals
+        yield _labelled("dar_reward_samples", "Samples by result.", "result", self._samples)
+        errors = "Samples that could not be scored, by class of failure."
+        yield _labelled("dar_reward_errors", errors, "class", self._errors)
+        dropped = "Groups without enough scored samples to learn from."
+        yield _counter("dar_reward_groups_dropped", dropped, self._groups["rewards/dropped_groups"])
+        refilled = "Groups sampled to replace those."
+        yield _counter(
+            "dar_reward_groups_refilled", refilled, self._groups["rewards/refilled_groups"]
+        )
+        idle = "Seconds in which trainers waited for rewards, or for each other's samples."
+        yield _labelled("dar_trainer_idle_seconds", idle, "cause", self._idle)
+        pauses = "Jobs paused because they got too few rewards."
+        yield _counter("dar_reward_pauses", pauses, totals["reward_pauses"])
+        resumes = "Such jobs that went on because their reward service answered again."
+        yield _counter("dar_reward_resumes", resumes, totals["reward_resumes"])
+
+
+def _cumulative(counts: Sequence[int]) -> list[tuple[str, float]]:
+    bounds = [*(str(bound) for bound in REQUEST_SECONDS), "+Inf"]
+    total, buckets = 0, []
+    for bound, count in zip(bounds, counts, strict=True):
+        total += count
+        buckets.append((bound, float(total)))
+    return buckets
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _labelled(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family

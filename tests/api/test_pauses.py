@@ -1,0 +1,216 @@
+"""Pausing and resuming over HTTP, and what the API tells of rewards."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+PATH = "/v1/fine_tuning/jobs"
+
+
+def post(live: Any, job_id: str, verb: str) -> Any:
+    """As OpenAI's client does: no body, and yet a content type."""
+    headers = {"content-type": "application/json"}
+    return live.http.post(f"{PATH}/{job_id}/{verb}", headers=headers)
+
+
+def test_pausing_and_resuming_twice_is_doing_it_once(live: Any) -> None:
+    job_id = live.submit()["id"]
+    for verb, status, actions in (
+        ("pause", "paused", ["cancel", "resume"]),
+        ("resume", "queued", ["cancel", "pause"]),
+    ):
+        for _ in range(2):
+            answer = post(live, job_id, verb)
+            job = answer.json()
+            assert (answer.status_code, job["status"], job["actions"]) == (200, status, actions)
+
+
+def test_what_is_over_is_a_conflict(live: Any, error_of: Callable[..., Any]) -> None:
+    job_id, lease = live.running()
+    lease.post("/fail", kind="user", code="training_failed", message="no")
+    assert error_of(post(live, job_id, "pause"))["code"] == "invalid_state"
+    assert live.job(job_id)["actions"] == ["resume"]
+    resumed = post(live, job_id, "resume").json()
+    assert (resumed["status"], resumed["error"], resumed["finished_at"]) == ("queued", None, None)
+    assert error_of(post(live, "nothing", "pause"))["code"] == "not_found"
+    assert error_of(post(live, "nothing", "resume"))["code"] == "not_found"
+
+
+def test_a_restart_needs_the_training_file(live: Any, error_of: Callable[..., Any]) -> None:
+    job = live.submit()
+    post(live, job["id"], "cancel")
+    assert live.http.delete(f"/v1/files/{job['training_file']}").status_code == 200
+    assert error_of(post(live, job["id"], "resume"))["code"] == "file_not_found"
+
+
+def listen(client: Any, told: list[Any], after: str = "") -> threading.Thread:
+    def wait() -> None:
+        answer = client.get("/directives", params={"after": after, "wait": 20}).json()
+        told.append((time.perf_counter(), answer))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    return thread
+
+
+def test_a_pause_reaches_the_worker_within_a_second_and_a_cancellation_after_it(live: Any) -> None:
+    job_id, lease = live.running()
+    told: list[Any] = []
+    thread = listen(lease.http, told)
+    asked = time.perf_counter()
+    job = post(live, job_id, "pause").json()
+    thread.join(20)
+    assert (job["status"], job["status_detail"]) == ("pausing", None)
+    [(heard, answer)] = told
+    assert heard - asked < 1
+    assert answer == {"directives": [{"id": 2, "type": "pause"}], "cursor": "2"}
+    thread = listen(lease.http, told, after="2")
+    assert len(told) == 1, "what was told is not told again"
+    post(live, job_id, "cancel")
+    thread.join(20)
+    assert told[1][1] == {"directives": [{"id": 1, "type": "cancel"}], "cursor": "1"}
+    assert lease.post("/release", reason="paused").json()["status"] == "cancelled"
+
+
+def test_a_pause_in_another_replica_is_found(serve: Callable[..., Any], live: Any) -> None:
+    job_id, lease = live.running()
+    replica = serve()
+    told: list[Any] = []
+    thread = listen(lease.http, told)
+    post(replica, job_id, "pause")
+    thread.join(20)
+    assert told[0][1]["directives"] == [{"id": 2, "type": "pause"}]
+
+
+def test_want_of_rewards_is_shown_with_its_reason(live: Any) -> None:
+    job_id, lease = live.running()
+    said = {"reason": "paused_reward", "code": "http_401", "message": "HTTP 401: who are you?"}
+    assert lease.post("/release", **said).json() == {"status": "paused", "status_detail": "reward"}
+    job = live.job(job_id)
+    assert (job["status_detail"], job["status_message"]) == ("reward", said["message"])
+    assert job["error"] == {"code": "http_401", "message": said["message"], "param": None}
+    assert post(live, job_id, "resume").json()["error"] is None
+
+
+def requests(outcome: str = "ok", retries: int = 0, count: int = 1) -> dict[str, Any]:
+    return {
+        "component": "letters", "outcome": outcome, "samples": 4 * count, "retries": retries,
+        "buckets": [0, 0, count, 0, 0, 0, 0, 0, 0, 0, 0], "seconds": 0.08 * count, "queued_seconds": 0.5,
+    }  # fmt: skip
+
+
+def failed(**values: Any) -> dict[str, Any]:
+    return {
+        "component": "letters", "request_id": "rwq_1", "code": "http_503", "family": "http_5xx", "status": 503,
+        "attempts": 4, "samples": 4, "seconds": 9.5, "quote": "busy", **values,
+    }  # fmt: skip
+
+
+def report(lease: Any) -> None:
+    """Two steps, the second with failures."""
+    values = {"reward/n_valid": 16.0, "reward/n_skip": 0.0, "reward/n_error": 0.0}
+    worse = {
+        "reward/n_valid": 11.0, "reward/n_skip": 1.0, "reward/n_error": 4.0, "reward/n_error/http_5xx": 4.0,
+        "rewards/dropped_groups": 1.0, "reward/letters/requests": 4.0, "reward/letters/failed_requests": 1.0,
+        "reward/letters/retries": 3.0, "time/reward/letters/p50_seconds": 0.08, "time/reward/letters/p95_seconds": 9.5,
+        "time/idle_reward_seconds": 2.5,
+    }  # fmt: skip
+    failures = [failed(), failed(request_id="rwq_2", code="timeout", family="timeout", status=None)]
+    breaker = {"kind": "reward_breaker", "component": "letters", "state": "open"}
+    answer = lease.say(
+        {"type": "metrics", "step": 1, "values": values},
+        {"type": "rewards", "step": 1, "requests": [requests(count=4)], "failures": []},
+        {"type": "metrics", "step": 2, "values": worse},
+        {
+            "type": "rewards",
+            "step": 2,
+            "requests": [requests(count=3), requests("http_5xx", retries=3)],
+            "failures": failures,
+        },
+        {"type": "event", "level": "warn", "message": "open", "data": breaker},
+    )
+    assert answer.status_code == 200, answer.text
+
+
+def test_reward_stats_sum_over_the_steps(live: Any) -> None:
+    job_id, lease = live.running()
+    empty = live.job(job_id, "/reward_stats")
+    assert (empty["steps"], empty["rewards"]) == (0, 0)
+    report(lease)
+    assert live.job(job_id, "/reward_stats") == {
+        "object": "fine_tuning.job.reward_stats", "job_id": job_id, "steps": 2,
+        "rewards": 27, "skips": 1, "errors": 4, "errors_by_class": {"http_5xx": 4},
+        "dropped_groups": 1, "refilled_groups": 0,
+        "components": [
+            {"component": "letters", "requests": 4, "failed_requests": 1, "retries": 3, "p50_seconds": 0.08,
+             "p95_seconds": 9.5},
+        ],
+    }  # fmt: skip
+
+
+def test_reward_failures_are_pages_and_can_be_narrowed_to_a_step(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    job_id, lease = live.running()
+    report(lease)
+    assert live.job(job_id, "/reward_failures", step=1)["data"] == []
+    page = live.job(job_id, "/reward_failures", step=2, limit=1)
+    rest = live.job(job_id, "/reward_failures", after=page["last_id"])
+    found = {item["request_id"]: item for item in page["data"] + rest["data"]}
+    assert (page["has_more"], rest["has_more"], set(found)) == (True, False, {"rwq_1", "rwq_2"})
+    one = found["rwq_1"]
+    assert (one["step"], one["attempt"], one["error_class"]) == (2, 1, "http_5xx")
+    assert (one["code"], one["status"], one["attempts"]) == ("http_503", 503, 4)
+    assert (one["latency_seconds"], one["quote"]) == (9.5, "busy")
+    assert found["rwq_2"]["status"] is None
+    wrong = live.http.get(f"{PATH}/{job_id}/reward_failures", params={"step": 0})
+    assert error_of(wrong)["param"] == "step"
+
+
+def scraped(live: Any) -> dict[str, float]:
+    answer = live.http.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    lines = [line.rpartition(" ") for line in answer.text.splitlines() if line[:1] != "#"]
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_prometheus_gets_what_workers_report_once(live: Any) -> None:
+    before = scraped(live)
+    assert before["dar_reward_retries_total"] == 0
+    job_id, lease = live.running()
+    report(lease)
+    lease.seq = 0
+    report(lease)  # the same rows again, as after a lost reply
+    values = scraped(live)
+    expected = {
+        'dar_reward_request_seconds_bucket{le="0.03",outcome="ok"}': 0,
+        'dar_reward_request_seconds_bucket{le="0.1",outcome="ok"}': 7,
+        'dar_reward_request_seconds_count{outcome="ok"}': 7,
+        'dar_reward_request_seconds_count{outcome="http_5xx"}': 1,
+        'dar_reward_samples_total{result="ok"}': 27,
+        'dar_reward_samples_total{result="error"}': 4,
+        'dar_reward_errors_total{class="http_5xx"}': 4,
+        'dar_reward_breaker_changes_total{state="open"}': 1,
+        "dar_reward_retries_total": 3,
+        "dar_reward_queue_seconds_total": 1.5,
+        "dar_reward_groups_dropped_total": 1,
+        'dar_trainer_idle_seconds_total{cause="reward"}': 2.5,
+        'dar_jobs{status="running"}': 1,
+        "dar_reward_pauses_total": 0,
+    }
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert values.keys() == before.keys(), "no series is added by a job"
+    assert not any("letters" in name or job_id in name for name in values)
+    lease.post("/release", reason="paused_reward")
+    after = scraped(live)
+    assert (after["dar_reward_pauses_total"], after['dar_jobs{status="paused"}']) == (1, 1)
+
+
+def test_a_worker_key_opens_the_metrics_too(live: Any) -> None:
+    assert live.worker().get("/metrics").status_code == 200
+    assert live.client(None).get("/metrics").status_code == 401

@@ -1,0 +1,124 @@
+"""Probes of reward services, and what a submission finds out about them before it accepts a job."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dar.rewards.signing import decode_secret, verify
+
+PATH = "/v1/reward_endpoints"
+JOBS = "/v1/fine_tuning/jobs"
+TOKEN = "Bearer s3cret-of-the-header"  # what `live.register` sends
+
+
+def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Any) -> None:
+    made = live.register(judge.url)
+    report = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
+    assert (report["ok"], report["errors"]) == (True, [])
+    headers, body = judge.seen[0]
+    verify([decode_secret(made["signing_secret"])], headers, body)
+    assert headers["authorization"] == TOKEN
+    judge.status = 403
+    failed = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
+    assert (failed["ok"], failed["errors"][0]["code"]) == (False, "http_403")
+    stats = live.http.get(f"{PATH}/{made['id']}/stats").json()
+    assert (stats["state"], stats["last_probe"]["ok"]) == ("misconfigured", False)
+    assert live.http.get(f"{PATH}/{made['id']}").json()["state"] == "misconfigured"
+    changed = live.http.patch(f"{PATH}/{made['id']}", json={"headers": {"authorization": "b"}})
+    assert changed.json()["state"] == "ok"
+
+
+def test_a_header_of_one_character_spoils_no_report(live: Any, judge: Any) -> None:
+    made = live.register(judge.url, headers={"x-version": "1", "x-flag": "e"})
+    judge.status = 401
+    report = live.http.post(f"{PATH}/{made['id']}/probe").json()
+    assert report["errors"][0]["code"] == "http_401"
+
+
+def test_an_inline_probe_sends_the_users_samples(
+    live: Any, judge: Any, error_of: Callable[..., Any]
+) -> None:
+    samples = [{"prompt": "hi", "completion": "ho", "ground_truth": 3}] * 2
+    component = {"name": "a", "url": judge.url}
+    body = {"component": component, "samples": samples, "light": True}
+    assert live.http.post(f"{PATH}/probe", json=body).json()["ok"]
+    headers, sent = judge.seen[0]
+    asked = json.loads(sent)["samples"]
+    assert {(item["completion"], item["ground_truth"]) for item in asked} == {("ho", 3)}
+    verify([decode_secret(live.key("reward_secret"))], headers, sent)
+    for wrong in ({"component": component, "samples": samples[:1]}, {"component": {"name": "a"}}):
+        assert live.http.post(f"{PATH}/probe", json=wrong).status_code == 400
+    builtin = {"component": {"name": "a", "kind": "builtin", "fn": "brevity"}}
+    assert error_of(live.http.post(f"{PATH}/probe", json=builtin))["code"] == "not_inline"
+
+
+def test_probes_are_rationed(live: Any, judge: Any, error_of: Callable[..., Any]) -> None:
+    body = {"component": {"name": "a", "url": judge.url}, "light": True}
+    answers = [live.http.post(f"{PATH}/probe", json=body) for _ in range(7)]
+    assert [answer.status_code for answer in answers] == [200] * 6 + [429]
+    assert error_of(answers[-1])["code"] == "rate_limit_exceeded"
+    assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "code"),
+    [
+        (404, None, "http_404"),
+        (302, None, "config.redirect"),
+        (200, {"rewards": [1.0]}, "contract"),
+        (200, {"rewards": ["1", "2"]}, "contract"),
+    ],
+)
+def test_a_service_that_must_be_mended_first_refuses_the_job(
+    live: Any, judge: Any, error_of: Callable[..., Any], status: int, answer: Any, code: str
+) -> None:
+    judge.status = status
+    if answer is not None:
+        judge.answer = lambda asked: {"request_id": asked["request_id"], **answer}
+    dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
+    refused = live.http.post(JOBS, json=live.spec(dar=dar))
+    error = error_of(refused)
+    assert refused.status_code == 400
+    assert error["code"].startswith(code)
+    assert error["param"] == "method.dar.rewards.components[0].url"
+    assert live.http.get(JOBS).json()["data"] == []
+    live.submit(dar=dar, skip_validation=True)
+
+
+def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Any) -> None:
+    judge.status = 503
+    live.submit(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
+    assert len(judge.seen) == 1  # nobody waits for retries at a submission
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+        components = [{"name": name, "url": f"{url}{name}"} for name in ("a", "b", "c")]
+        started = time.monotonic()
+        live.submit(dar={"rewards": {"components": components}})
+        # All at once: one after the other they would take three times as long.
+        assert time.monotonic() - started < 11
+
+
+def test_a_sweep_tries_its_service_once(live: Any, judge: Any) -> None:
+    dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
+    for seed in range(5):
+        live.submit(dar=dar, seed=seed)
+    first = len(judge.seen)
+    spec = live.spec(dar=dar)
+    for _ in range(2):
+        live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
+    assert len(judge.seen) == first > 0
+
+
+def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) -> None:
+    spec = live.spec(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
+    first = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
+    judge.status = 404
+    live.runtime.remembered._until.clear()
+    again = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
+    assert again.json()["id"] == first.json()["id"]

@@ -1,0 +1,232 @@
+"""A reward service that goes away or refuses in mid-training pauses the job and frees its slot; nothing is lost, nothing made up.
+
+The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on importing torch.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from dar.protocol.jobs import Job
+
+STEPS = 8
+OUTAGE = 5
+"""Step whose rewards meet the outage."""
+
+
+class RewardService:
+    """Scores as the installation's does, and refuses when it is told to."""
+
+    def __init__(self) -> None:
+        service = self
+        self.status = 200
+        self.fails_from: int | None = None
+        """Step from which the status turns to 503 by itself, once."""
+        self.trained: list[int] = []
+        """Status of each answer to a trainer."""
+        self.probed = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                status, answer = service.answer(body)
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/score"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def answer(self, asked: Any) -> tuple[int, Any]:
+        if self.fails_from is not None and asked["step"] >= self.fails_from:
+            self.status, self.fails_from = 503, None
+        if asked["mode"] == "validate":
+            self.probed += 1
+        else:
+            self.trained.append(self.status)
+        if self.status != 200:
+            return self.status, {"detail": "who are you?"}
+        texts = [sample["completion"] for sample in asked["samples"]]
+        rewards = [text.count("e") / max(1, len(text)) for text in texts]
+        return 200, {"request_id": asked["request_id"], "rewards": rewards}
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def service() -> Iterator[RewardService]:
+    service = RewardService()
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def file_id(installation: Any, reviews_base: Path) -> str:
+    return str(installation.client.files.create(reviews_base / "prompts.jsonl").id)
+
+
+@pytest.fixture
+def submit(installation: Any, file_id: str, service: RewardService) -> Callable[..., str]:
+    """Submits a job against the test's own reward service, which is given up soon."""
+    component = {
+        "name": "letters",
+        "batch": {"max_samples": 256},
+        "retry": {"attempts": 2, "base": 0.05},
+    }
+
+    def send(steps: int = STEPS, url: str = service.url, **failure: Any) -> str:
+        rewards = {"components": [{**component, "url": url}], "failure": failure}
+        spec = installation.spec(
+            file_id,
+            hyperparameters={"max_steps": steps},
+            rewards=rewards,
+            checkpointing={"every_steps": 3, "keep_last": 3},
+        )
+        return str(installation.client.jobs.create(**spec).id)
+
+    return send
+
+
+def weights(installation: Any, job_id: str, folder: Path) -> Any:
+    client = installation.client
+    checkpoint = next(iter(client.checkpoints.list(job_id)))
+    assert checkpoint.step_number == STEPS
+    client.checkpoints.download(job_id, checkpoint.id, folder, include_optimizer=True)
+    return {
+        name: load_file(folder / name)
+        for name in ("model.safetensors", "resume/optimizer.safetensors")
+    }
+
+
+def paused(installation: Any, job_id: str, until: Callable[..., Any]) -> Job:
+    def look() -> Any:
+        job = installation.client.jobs.retrieve(job_id)
+        assert job.status in {"queued", "running", "paused"}, job
+        return job if job.status == "paused" else None
+
+    job: Job = until(look, 60, "the job is paused")
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_outage_pauses_the_job_until_the_service_is_back_and_changes_nothing(
+    installation: Any,
+    submit: Callable[..., str],
+    service: RewardService,
+    until: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    client = installation.client
+    service.fails_from = OUTAGE
+    job_id = submit()
+    job = paused(installation, job_id, until)
+    assert (job.status_detail, job.error and job.error.code) == ("reward", "reward_unavailable")
+    assert service.url in job.status_message
+    assert "503" in job.status_message
+    assert job.actions == ["cancel", "resume"]
+    checkpoint = next(iter(client.checkpoints.list(job_id)))
+    assert checkpoint.step_number == OUTAGE - 1, "the last whole step is kept"
+    until(lambda: service.probed >= 2, 30, "the service looks whether rewards are given again")
+    undisturbed = submit(url=installation.reward_url)
+    assert installation.until_done(undisturbed).status == "succeeded", "the slot is free"
+    assert client.jobs.retrieve(job_id).status == "paused"
+    service.status = 200
+    assert installation.until_done(job_id).status == "succeeded"
+    first, second = (weights(installation, one, tmp_path / one) for one in (undisturbed, job_id))
+    for name, tensors in first.items():
+        assert tensors.keys() == second[name].keys()
+        assert all((tensors[key] == second[name][key]).all() for key in tensors), name
+    assert client.jobs.metrics(job_id).series["dar/loss"].step == list(range(1, STEPS + 1))
+    failures = client.jobs.reward_failures(job_id, step=OUTAGE)
+    assert {(failure.code, failure.attempts) for failure in failures} == {("http_503", 2)}
+    stats = client.jobs.reward_stats(job_id)
+    assert (stats.rewards, stats.errors) == (STEPS * 24, 0)
+    kinds = [event.data.get("kind") for event in client.jobs.events(job_id) if event.data]
+    assert kinds.count("reward_error") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_refusal_pauses_at_once_and_the_user_resumes_when_it_is_mended(
+    installation: Any,
+    submit: Callable[..., str],
+    service: RewardService,
+    until: Callable[..., Any],
+) -> None:
+    service.status = 401
+    job_id = submit(steps=3)
+    job = paused(installation, job_id, until)
+    assert (job.status_detail, job.error and job.error.code) == ("reward", "http_401")
+    assert "who are you?" in job.status_message
+    time.sleep(1.5)
+    assert service.trained == [401], "a refusal is not tried again"
+    assert service.probed <= 2
+    service.status = 200
+    assert installation.client.jobs.resume(job_id).status in {"queued", "running"}
+    done = installation.until_done(job_id)
+    assert (done.status, done.error) == ("succeeded", None)
+    assert set(service.trained[1:]) == {200}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_refusal_fails_the_job_where_its_spec_says_so(
+    installation: Any, submit: Callable[..., str], service: RewardService
+) -> None:
+    service.status = 403
+    job = installation.until_done(submit(steps=3, on_budget="fail"))
+    assert (job.status, job.error.code) == ("failed", "http_403")
+    assert service.trained == [403]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_running_job_is_paused_with_a_checkpoint_and_resumed(
+    installation: Any, submit: Callable[..., str], until: Callable[..., Any], tmp_path: Path
+) -> None:
+    client = installation.client
+    job_id = submit(steps=100_000)
+    installation.until_step(job_id, 2)
+    assert client.jobs.pause(job_id).status in {"pausing", "paused"}
+    job = paused_by_user(installation, job_id, until)
+    checkpoint = next(iter(client.checkpoints.list(job_id)))
+    assert checkpoint.step_number >= job.progress.step >= 2
+    assert client.jobs.resume(job_id).status == "queued"
+    installation.until_step(job_id, checkpoint.step_number + 1)
+    assert client.jobs.metrics(job_id).series["dar/loss"].step[: checkpoint.step_number] == list(
+        range(1, checkpoint.step_number + 1)
+    )
+    client.jobs.cancel(job_id)
+    until(lambda: client.jobs.retrieve(job_id).status == "cancelled", 20, "it is cancelled")
+
+
+def paused_by_user(installation: Any, job_id: str, until: Callable[..., Any]) -> Job:
+    job: Job = until(
+        lambda: (j := installation.client.jobs.retrieve(job_id)).status == "paused" and j,
+        30,
+        "the job is paused",
+    )
+    assert job.status_detail == "by_user"
+    return job

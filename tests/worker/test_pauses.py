@@ -1,0 +1,105 @@
+"""Pauses, seen from the worker: real service, real worker process, scripted trainer."""
+
+import time
+from typing import Any
+
+import pytest
+
+from dar.protocol.worker import Fail, Release
+from worker.launch import ExitCode, Result
+from worker.trainer import TrainerExit
+from worker.verdict import Finished, Reason, judge
+
+
+def test_a_paused_job_leaves_a_checkpoint_and_its_slot_to_others(installation: Any) -> None:
+    job_id = installation.submit(steps=60, every=1000, seconds=0.05)
+    installation.start_worker(cancel_seconds=30.0, poll_seconds=30.0, heartbeat_seconds=15.0)
+    installation.wait_step(job_id, 3)
+    start = time.monotonic()
+    assert installation.ask(job_id, "pause")["status"] == "pausing"
+    job = installation.wait(job_id, "paused")
+    assert time.monotonic() - start < 10, "no heartbeat, poll or signal was needed"
+    assert (job["status_detail"], job["attempt"]) == ("by_user", 1)
+    (checkpoint,) = installation.checkpoints(job_id)
+    assert installation.steps(job_id) == list(range(1, checkpoint["step_number"] + 1))
+    installation.until(lambda: installation.trainers() == [])
+    other = installation.submit(steps=1)
+    installation.start_worker(slot="other")
+    installation.wait(other, "succeeded")
+    installation.ask(job_id, "resume")
+    job = installation.wait(job_id, "succeeded", "failed", seconds=40)
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    assert installation.steps(job_id) == list(range(1, 61)), "a pause loses no step"
+
+
+def test_a_trainer_that_does_not_heed_a_pause_is_killed_and_the_job_paused(
+    installation: Any,
+) -> None:
+    job_id = installation.submit(steps=1000, every=1000, seconds=0.05, deaf="")
+    installation.start_worker(drain_seconds=0.5)
+    installation.wait_step(job_id, 2)
+    installation.ask(job_id, "pause")
+    installation.wait(job_id, "paused")
+    installation.until(lambda: installation.trainers() == [])
+    installation.cancel(job_id)
+
+
+def test_a_worker_stopped_while_its_job_pauses_leaves_the_job_paused(installation: Any) -> None:
+    job_id = installation.submit(steps=1000, every=1000, seconds=0.2)
+    worker = installation.start_worker()
+    installation.wait_step(job_id, 2)
+    installation.ask(job_id, "pause")
+    assert installation.stop_worker(worker) < 15
+    assert installation.job(job_id)["status"] == "paused"
+    assert len(installation.checkpoints(job_id)) == 1
+    installation.cancel(job_id)
+
+
+def test_a_refusal_of_the_reward_service_pauses_the_job_with_its_reason_and_no_secret(
+    installation: Any,
+) -> None:
+    job_id = installation.submit(steps=4, exit="refused")
+    installation.start_worker()
+    job = installation.wait(job_id, "paused", "failed")
+    assert (job["status"], job["status_detail"], job["error"]["code"]) == (
+        "paused", "reward", "http_401",
+    )  # fmt: skip
+    assert "HTTP 401: not …" in job["status_message"]
+    secret = (installation.home / "reward_secret").read_text().strip()
+    assert secret not in str(job) + str(installation.messages(job_id))
+    assert [item["step_number"] for item in installation.checkpoints(job_id)] == [2]
+    installation.ask(job_id, "resume")
+    job = installation.wait(job_id, "succeeded", "failed")
+    assert (job["status"], job["attempt"], job["error"]) == ("succeeded", 2, None)
+    assert installation.steps(job_id) == [1, 2, 3, 4]
+
+
+def test_a_refusal_fails_the_job_whose_spec_says_so(installation: Any) -> None:
+    job_id = installation.submit(exit="refused", on_budget="fail")
+    installation.start_worker()
+    job = installation.wait(job_id, "paused", "failed")
+    assert (job["status"], job["error"]["code"]) == ("failed", "http_401")
+
+
+def exit_of(code: int) -> TrainerExit:
+    return TrainerExit(code, "")
+
+
+@pytest.mark.parametrize("asked", ["pause", None])
+def test_a_trainer_that_finished_first_has_finished(asked: Reason | None) -> None:
+    assert judge(1, exit_of(ExitCode.FINISHED), Result(last_seq=3), asked) == Finished(3)
+
+
+def test_an_attempt_that_was_asked_to_pause_is_given_back_so() -> None:
+    for code in (ExitCode.DRAINED, -9, ExitCode.CRASHED):
+        assert judge(1, exit_of(code), None, "pause") == Release(attempt=1, reason="paused")
+
+
+def test_want_of_rewards_is_told_as_what_it_is() -> None:
+    said = Result(last_seq=3, code="reward_unavailable", message="HTTP 503", is_outage=True)
+    verdict = judge(2, exit_of(ExitCode.REWARD_PAUSED), said, None)
+    assert verdict == Release(
+        attempt=2, reason="paused_reward", message="HTTP 503", code="reward_unavailable",
+        is_outage=True,
+    )  # fmt: skip
+    assert isinstance(judge(2, exit_of(ExitCode.REWARD_PAUSED), None, None), Fail)
