@@ -143,6 +143,13 @@ def metrics() -> str:
     """Every registered metric."""
     rows: list[tuple[str, str, str]] = [(f"`{m.name}`", m.unit, m.meaning) for m in METRICS]
     rows.append(("`rewards/<component>/mean`", "reward", "mean raw reward of one component"))
+    rows.append(
+        (
+            "`rewards/<component>/missing_fraction`",
+            "fraction",
+            "share of completions that the component gave no reward for",
+        )
+    )
     return table(("name", "unit", "meaning"), rows)
 
 

@@ -20,6 +20,7 @@ from dar.errors import (
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
+from dar.rewards.assembly import PATH, check_rewards
 from service import datasets, errors, models
 from service.auth import User
 from service.runtime import Runtime
@@ -147,8 +148,26 @@ def _hub_data(patterns: Sequence[str], spec: JobSpec) -> tuple[str, None]:
     return "", None
 
 
+def _check_rewards(runtime: Runtime, spec: JobSpec) -> None:
+    """Refuse rewards that can never work.
+
+    Raises:
+        InvalidRequestError: There are some; the problems name their places.
+        ModelNotFoundError: A reward model is not there.
+    """
+    if spec.dar.rewards is None:
+        return
+    if problems := check_rewards(spec.dar.rewards):
+        raise errors.invalid(problems)
+    for index, component in enumerate(spec.dar.rewards.components):
+        if component.model is not None:
+            path = f"{PATH}.components[{index}].model"
+            models.check_reward_model(runtime.settings, component.model, path)
+
+
 def _new_job(transaction: Transaction, runtime: Runtime, request: Request) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
+    _check_rewards(runtime, spec)
     file_id, num_rows = _files_of(transaction, runtime, request)
     resolved = models.resolve(transaction, runtime.settings, project_id, spec.model)
     if not checkpoints.keep(transaction, resolved.checkpoint_ids):

@@ -187,6 +187,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         work_dir=AttemptFolder(launch.folder).work,
         resume_from=launch.resume_from,
         reward_secret=launch.reward_secret,
+        reward_models=launch.reward_models,
         threads=launch.threads,
         offline=launch.is_offline,
     )

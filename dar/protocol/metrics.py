@@ -69,6 +69,11 @@ METRICS: tuple[Metric, ...] = (
         "share of completions without a reward; they are left out, never counted as 0",
     ),
     Metric(
+        "rewards/fallback_fraction",
+        "fraction",
+        "share of completions that could not be scored and whose reward is the job's fallback_value",
+    ),
+    Metric(
         "rewards/zero_variance_fraction",
         "fraction",
         "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",
@@ -104,17 +109,19 @@ METRICS: tuple[Metric, ...] = (
 )
 
 NAMES: frozenset[str] = frozenset(metric.name for metric in METRICS)
+OF_COMPONENT = frozenset({"mean", "missing_fraction"})
+"""Last parts of the names ``rewards/<component>/…``."""
 EVALUATION = "eval_"
 """What the names of metrics begin with that were reached on the validation file."""
 
 
 def is_known(name: str) -> bool:
-    """Whether ``name`` is a registered metric or a reward component's mean, of training or of an evaluation."""
+    """Whether ``name`` is a registered metric or one of a reward component, of training or of an evaluation."""
     name = name.removeprefix(EVALUATION)
     if name in NAMES:
         return True
     parts = name.split("/")
-    return len(parts) == 3 and parts[0] == "rewards" and bool(parts[1]) and parts[2] == "mean"
+    return len(parts) == 3 and parts[0] == "rewards" and bool(parts[1]) and parts[2] in OF_COMPONENT
 
 
 class Series(Output):

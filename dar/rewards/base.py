@@ -5,6 +5,7 @@ A missing reward is a third value. Nothing here or above it turns a failure into
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from dar.protocol.samples import FinishReason, RewardStatus
@@ -32,6 +33,8 @@ class RewardSample:
     """Its tokens; None: not known here, as behind a reward service."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the prompt's row."""
+    prompt_text: str | None = None
+    """Of a conversation: the text that the policy saw; None: not known here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,52 @@ class RewardContext:
     def steps_done(self) -> int:
         """Optimizer steps that the policy had done when it sampled."""
         return self.step if self.mode == "eval" else self.step - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBatch:
+    """What one request asks, in the words of no protocol yet."""
+
+    request_id: str
+    component: str
+    context: RewardContext
+    samples: tuple[RewardSample, ...]
+    columns: Sequence[str] | None
+    """Columns of the rows that are sent beside ``ground_truth``; None: no others."""
+    created_at: datetime
+    deadline: datetime
+    reply: Mapping[str, Any] | None = None
+    """How the service may answer; None: at once, until ``deadline``."""
+
+
+class RewardProtocol(Protocol):
+    """What is spoken with a reward service: from samples to the bytes of a request, and from an answer to results."""
+
+    @property
+    def name(self) -> str:
+        """Its name in a job spec."""
+        ...
+
+    @property
+    def max_samples(self) -> int | None:
+        """Most samples in one request; None: the protocol has no bound of its own."""
+        ...
+
+    def encode(self, batch: RequestBatch) -> bytes:
+        """The body of a request.
+
+        Raises:
+            RewardMisconfiguredError: The samples cannot be put into words of this protocol.
+        """
+        ...
+
+    def decode(self, body: bytes, batch: RequestBatch) -> "list[RewardResult]":
+        """The results in an answer: one for each sample, in their order.
+
+        Raises:
+            RewardContractError: The answer breaks the protocol; nothing of it is used.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +159,13 @@ class SampleReward:
     reward: float | None
     """None: missing."""
     status: RewardStatus
+    """What the sources said. It stays ``error`` where a fallback stands in for the reward."""
     message: str | None
     components: Mapping[str, float | None]
     """Raw reward of each component, None where it is missing; a part reported beside it is ``<component>/<part>``."""
     feedback: Mapping[str, str] = field(default_factory=dict)
     """What the sources said about the sample, by component; for viewing only."""
+    is_fallback: bool = False
+    """Whether ``reward`` is the job's ``fallback_value``, because the sample could not be scored."""
+    left_out: Sequence[str] = ()
+    """Components that failed for the sample and that its sum goes without, as they are not required or only watched."""

@@ -8,29 +8,31 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2
 
 from dar.errors import RewardContractError, RewardMisconfiguredError
+from dar.protocol.ids import new_id
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
-from dar.protocol.rewards import MAX_REQUEST_BYTES, decode_response
+from dar.protocol.rewards import MAX_REQUEST_BYTES
 from dar.rewards.answers import failure_of, read_answer, refusal_of
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
+from dar.rewards.base import (
+    Failed,
+    RequestBatch,
+    RewardContext,
+    RewardProtocol,
+    RewardResult,
+    RewardSample,
+)
 from dar.rewards.concurrency import all_of
+from dar.rewards.protocols.native import NativeProtocol
 from dar.rewards.retry import AttemptFailedError, RetrySchedule
 from dar.rewards.signing import decode_secret, signed_headers
-from dar.rewards.wire import (
-    Batch,
-    EncodedRequest,
-    as_result,
-    batches,
-    encode_request,
-    encode_sample,
-)
+from dar.rewards.wire import Batch, EncodedRequest, batches, encode_sample
 from dar.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -54,10 +56,14 @@ class HttpOptions:
     limits: RewardLimits = field(default_factory=RewardLimits)
     timeouts: RewardTimeouts = field(default_factory=RewardTimeouts)
     retry: RewardRetry = field(default_factory=RewardRetry)
+    protocol: RewardProtocol = field(default_factory=NativeProtocol)
+    """What is spoken with the service."""
+    prompt_format: Literal["auto", "text"] = "auto"
+    """``text`` sends conversations as the text that the policy saw."""
 
 
 class HttpReward:
-    """A reward service that speaks ``dar.reward.v1``.
+    """A reward service behind a URL.
 
     Args:
         name: Component name.
@@ -87,7 +93,8 @@ class HttpReward:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
         self._label = f"reward service {parts.scheme}://{host}{parts.path}"
-        self._max_samples = self._options.batch.max_samples
+        most = self._options.batch.max_samples
+        self._max_samples = min(most, self._options.protocol.max_samples or most)
         self._slots = asyncio.Semaphore(self._options.limits.concurrency)
         self._paused_until = 0.0
         self._client: httpx2.AsyncClient | None = None
@@ -105,6 +112,9 @@ class HttpReward:
         Raises:
             RewardMisconfiguredError: The service refuses for good; requests in flight are cancelled.
         """
+        if self._options.prompt_format == "text":
+            samples = [_with_text(sample) for sample in samples]
+        asked = {sample.id: sample for sample in samples}
         encoded = [
             encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]
@@ -112,7 +122,7 @@ class HttpReward:
         work = batches(
             encoded, max_samples=self._max_samples, max_bytes=self._options.batch.max_bytes
         )
-        await all_of(self._score_batch(batch, context, found) for batch in work)
+        await all_of(self._score_batch(batch, context, asked, found) for batch in work)
         return [found[sample.id] for sample in samples]
 
     async def aclose(self) -> None:
@@ -122,11 +132,15 @@ class HttpReward:
             await client.aclose()
 
     async def _score_batch(
-        self, batch: Batch, context: RewardContext, found: dict[str, RewardResult]
+        self,
+        batch: Batch,
+        context: RewardContext,
+        samples: Mapping[str, RewardSample],
+        found: dict[str, RewardResult],
     ) -> None:
         async with self._slots:
             try:
-                found.update(await self._deliver(batch, context))
+                found.update(await self._deliver(batch, context, samples))
             except AttemptFailedError as failure:
                 if failure.kind in {"permanent", "name"}:
                     raise RewardMisconfiguredError(
@@ -139,8 +153,8 @@ class HttpReward:
                 return
         half = len(batch) // 2
         self._max_samples = min(self._max_samples, half)
-        await self._score_batch(batch[:half], context, found)
-        await self._score_batch(batch[half:], context, found)
+        await self._score_batch(batch[:half], context, samples, found)
+        await self._score_batch(batch[half:], context, samples, found)
 
     def _all_failed(self, batch: Batch, failure: AttemptFailedError) -> dict[str, RewardResult]:
         logger.warning("%s: %d samples failed: %s", self._label, len(batch), failure.code)
@@ -148,20 +162,33 @@ class HttpReward:
         failed = Failed(failure.code, message, is_transient=failure.kind == "transient")
         return dict.fromkeys((sample.id for sample in batch), failed)
 
-    async def _deliver(self, batch: Batch, context: RewardContext) -> dict[str, RewardResult]:
+    async def _deliver(
+        self, batch: Batch, context: RewardContext, samples: Mapping[str, RewardSample]
+    ) -> dict[str, RewardResult]:
         """Send one request until it is answered or given up."""
         schedule = RetrySchedule(
             self._options.retry, self._options.timeouts.deadline, self._report_wait
         )
         now = datetime.now(UTC)
         deadline = now + timedelta(seconds=self._options.timeouts.deadline)
-        request = encode_request(batch, self._name, context, created_at=now, deadline=deadline)
+        asked = RequestBatch(
+            new_id("rwq_"),
+            self._name,
+            context,
+            tuple(samples[sample.id] for sample in batch),
+            self._options.columns,
+            now,
+            deadline,
+        )
+        body = self._options.protocol.encode(asked)
+        ids = tuple(sample.id for sample in batch)
+        request = EncodedRequest(asked.request_id, ids, body)
         if len(request.body) > MAX_REQUEST_BYTES:
             size = len(request.body)
             raise AttemptFailedError("too_large", "too_large", f"a request of {size} bytes")
         while True:
             try:
-                return await self._attempt(request, schedule)
+                return await self._attempt(request, schedule, asked)
             except AttemptFailedError as failure:
                 wait = schedule.wait_after(failure)
                 if wait is None:
@@ -178,7 +205,7 @@ class HttpReward:
             )
 
     async def _attempt(
-        self, request: EncodedRequest, schedule: RetrySchedule
+        self, request: EncodedRequest, schedule: RetrySchedule, asked: RequestBatch
     ) -> dict[str, RewardResult]:
         await self._wait_until_welcome(schedule)
         timeouts = self._options.timeouts
@@ -198,10 +225,10 @@ class HttpReward:
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise failure_of(error) from error
         try:
-            results = decode_response(body, request_id=request.request_id, ids=request.ids)
+            results = self._options.protocol.decode(body, asked)
         except RewardContractError as error:
             raise AttemptFailedError("contract", error.error_code, error.message) from None
-        return {result.id: as_result(result) for result in results}
+        return dict(zip(request.ids, results, strict=True))
 
     async def _wait_until_welcome(self, schedule: RetrySchedule) -> None:
         """A ``Retry-After`` holds back every request to the service, not only the one it answered."""
@@ -275,3 +302,9 @@ class HttpReward:
                 ),
             )
         return self._client
+
+
+def _with_text(sample: RewardSample) -> RewardSample:
+    if sample.messages is None or sample.prompt_text is None:
+        return sample
+    return replace(sample, prompt=sample.prompt_text, messages=None)

@@ -22,7 +22,7 @@ from dar.errors import (
     RewardContractError,
     RewardUnavailableError,
 )
-from dar.protocol.reward_spec import COMPONENT_NAME, Rewards, RewardURL
+from dar.protocol.reward_spec import COMPONENT_NAME, RewardURL
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -32,17 +32,16 @@ from dar.rewards.base import (
     SampleReward,
     Scored,
 )
-from dar.rewards.combine import Results, WeightedSource, combine
+from dar.rewards.combine import Combination, Results, WeightedSource
 from dar.rewards.concurrency import LoopThread, ScoringStoppedError, all_of
 from dar.rewards.functions import FunctionReward, RewardFunction
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http import HttpReward
 
 __all__ = [
     "RewardScorer",
     "ScoringStoppedError",
     "WeightedSource",
     "scorer_from_functions",
-    "scorer_from_spec",
 ]
 _REWARD_URL: TypeAdapter[str] = TypeAdapter(RewardURL)
 
@@ -54,9 +53,10 @@ class RewardScorer:
         components: The sources, with distinct names.
         on_wait: Called from the scorer's thread with a message whenever a retry is being waited for.
         job_id: Named in requests whose context names none.
+        combination: How they become one reward; default: their weighted sum.
 
     Raises:
-        ConfigurationError: There is no component, or two have one name.
+        ConfigurationError: There is no component, two have one name, or all have weight 0.
     """
 
     def __init__(
@@ -65,11 +65,15 @@ class RewardScorer:
         *,
         on_wait: Callable[[str], None] | None = None,
         job_id: str | None = None,
+        combination: Combination | None = None,
     ) -> None:
         names = [component.source.name for component in components]
         if not names or len(set(names)) < len(names):
             raise ConfigurationError(f"rewards need components with distinct names, not {names}")
+        if not any(component.weight for component in components):
+            raise ConfigurationError("every reward has weight 0, so no sample would get a reward")
         self._components = tuple(components)
+        self.combination = combination or Combination(components)
         for component in components:
             if on_wait is not None and isinstance(component.source, HttpReward):
                 component.source.on_wait = on_wait
@@ -109,8 +113,8 @@ class RewardScorer:
         if self._loop is None:
             self._loop = LoopThread()
         results = self._loop.run(lambda: self._ask_all(samples, known_context), should_stop)
-        totals = combine(self._components, samples, results)
-        if all(total.status == "error" for total in totals):
+        totals = self.combination(samples, results, known_context)
+        if all(total.status == "error" and total.reward is None for total in totals):
             raise _all_failed(results, len(samples))
         return totals
 
@@ -176,46 +180,6 @@ def _all_failed(results: Results, count: int) -> RewardUnavailableError | Reward
     if lasting:
         return RewardContractError(f"{message} ({failure.code})", code=failure.code)
     return RewardUnavailableError(message)
-
-
-def scorer_from_spec(
-    rewards: Rewards,
-    *,
-    secret: str | None,
-    job_id: str | None,
-    on_wait: Callable[[str], None] | None = None,
-) -> RewardScorer:
-    """The scorer of a job.
-
-    Args:
-        rewards: The spec's ``rewards``.
-        secret: Signs requests to inline URLs; None sends them unsigned.
-        job_id: Named in the requests.
-        on_wait: See `RewardScorer`.
-
-    Raises:
-        ConfigurationError: The secret is malformed.
-    """
-    components = [
-        WeightedSource(
-            HttpReward(
-                component.name,
-                component.url or "",
-                secret=secret,
-                options=HttpOptions(
-                    component.columns,
-                    component.batch,
-                    component.limits,
-                    component.timeouts,
-                    component.retry,
-                ),
-            ),
-            component.weight,
-            None if component.clip is None else (component.clip[0], component.clip[1]),
-        )
-        for component in rewards.components
-    ]
-    return RewardScorer(components, on_wait=on_wait, job_id=job_id)
 
 
 def scorer_from_functions(

@@ -1,8 +1,5 @@
 """From samples to the bytes of requests: encoded once, put together by group, split where a limit demands it."""
 
-import contextlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,10 +10,10 @@ import orjson
 from dar.protocol.ids import new_id
 from dar.protocol.rewards import VERSION, SampleResult
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.encoding import to_json
 
 ENVELOPE_BYTES = 512
 """Room for everything in a body that is not a sample; a real envelope takes about 330 bytes."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +67,7 @@ def encode_sample(
             "truncated": sample.finish_reason == "length",
         },
     }
-    return EncodedSample(sample.id, sample.group_id, _as_json(content))
-
-
-def _as_json(content: Mapping[str, Any]) -> bytes:
-    with contextlib.suppress(orjson.JSONEncodeError):
-        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    readable = _without_surrogates(content)
-    with contextlib.suppress(orjson.JSONEncodeError):
-        return orjson.dumps(readable, option=orjson.OPT_SERIALIZE_NUMPY)
-    # orjson stops at integers of 64 bits, JSON does not.
-    return json.dumps(readable, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _without_surrogates(value: object) -> object:
-    if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value)
-    if isinstance(value, Mapping):
-        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_surrogates(item) for item in value]
-    return value
+    return EncodedSample(sample.id, sample.group_id, to_json(content))
 
 
 def encode_request(
@@ -100,9 +77,21 @@ def encode_request(
     *,
     created_at: datetime,
     deadline: datetime,
+    request_id: str | None = None,
+    reply: Mapping[str, Any] | None = None,
 ) -> EncodedRequest:
-    """The body of one request, under a fresh request id."""
-    request_id = new_id("rwq_")
+    """The body of one request.
+
+    Args:
+        samples: What is to be scored.
+        component: Name of the component.
+        context: What the samples have in common.
+        created_at: When the request was made.
+        deadline: When its answer is no longer read.
+        request_id: Default: a fresh one.
+        reply: How the service may answer; default: at once, until ``deadline``.
+    """
+    request_id = request_id or new_id("rwq_")
     content = {
         "type": "reward.request",
         "version": VERSION,
@@ -113,7 +102,7 @@ def encode_request(
         "mode": context.mode,
         "created_at": created_at,
         "samples": [orjson.Fragment(sample.json) for sample in samples],
-        "reply": {"modes": ["sync"], "deadline": deadline},
+        "reply": reply or {"modes": ["sync"], "deadline": deadline},
     }
     ids = tuple(sample.id for sample in samples)
     return EncodedRequest(request_id, ids, orjson.dumps(content, option=orjson.OPT_UTC_Z))

@@ -1,6 +1,7 @@
 """`train_job`: a job spec, trained from its files to its last checkpoint."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,8 @@ class JobInputs:
     """Whether the model hub may not be asked."""
     validation_file: Path | None = None
     """JSON Lines of prompts; None: no evaluation."""
+    reward_models: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of reward models by component name; those that are not here come from the hub."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -106,6 +109,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         config,
         training_rows(inputs),
         spec.rewards,
+        reward_model=inputs.reward_models or None,
         reward_secret=inputs.reward_secret,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),

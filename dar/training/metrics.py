@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,9 +30,11 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
     """
     rewards = [reward.reward for reward in step.rewards if reward.reward is not None]
     lengths = [len(pair.completion_ids) for pair in step.pairs]
+    fallbacks = sum(reward.is_fallback for reward in step.rewards)
     cut = sum(reason == "length" for reason in step.finish_reasons)
     values = {
         "rewards/missing_fraction": 1 - len(rewards) / len(step.pairs),
+        "rewards/fallback_fraction": fallbacks / len(step.pairs),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -92,11 +95,17 @@ def _moments(name: str, values: Tensor) -> dict[str, float]:
 
 def _component_means(step: ScoredStep) -> dict[str, float]:
     by_name: dict[str, list[float]] = {}
+    missing: Counter[str] = Counter()
     for reward in step.rewards:
         for name, value in reward.components.items():
-            if value is not None and "/" not in name:  # a part is for viewing only
+            if "/" in name:  # a part is for viewing only
+                continue
+            missing[name] += value is None
+            if value is not None:
                 by_name.setdefault(name, []).append(value)
-    return {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
+    means = {f"rewards/{name}/mean": sum(v) / len(v) for name, v in by_name.items()}
+    count = len(step.rewards)
+    return means | {f"rewards/{name}/missing_fraction": n / count for name, n in missing.items()}
 
 
 def sample_rows(step: ScoredStep) -> list[SampleRow]:

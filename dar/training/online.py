@@ -154,15 +154,19 @@ class OnlineSource:
                 completion_tokens=len(completion.ids),
                 completion_ids=completion.ids,
                 columns=prompts[row // k].columns,
+                prompt_text=prompts[row // k].text,
             )
             for row, (completion, text) in enumerate(zip(completions, texts, strict=True))
         ]
         assert self._scorer is not None
         try:
-            return self._scorer.score(
+            totals = self._scorer.score(
                 samples,
                 RewardContext(step=number, mode=self._mode, job_id=self._job_id),
                 should_stop=self._should_stop,
             )
         except ScoringStoppedError:
             raise StopRequestedError from None
+        if self._mode == "train":
+            self._scorer.combination.end_step(number)
+        return totals

@@ -1,6 +1,6 @@
 """Everything that gives rewards in a training run: functions, services and models, as its user gave them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
+from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.functions import RewardFunction
-from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
+from dar.rewards.scorer import RewardScorer, scorer_from_functions
 from dar.training.config import DARConfig
 from dar.training.fingerprint import reward_terms
 from dar.training.ranks import Ranks
@@ -29,12 +30,14 @@ class GivenRewards:
     tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
     weights: Sequence[float] | None
     secret: str | None
+    names: Sequence[str] | None = None
+    """Component names of the models; None: they are numbered."""
 
     @classmethod
     def of(
         cls,
         functions: RewardFunctions | None,
-        models: RewardModels | None,
+        models: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
         tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
         weights: Sequence[float] | None,
         secret: str | None,
@@ -43,7 +46,7 @@ class GivenRewards:
         """Bring together what was given.
 
         Raises:
-            InvalidRequestError: A reward model was given twice, or beside the rewards of a job spec.
+            InvalidRequestError: A reward model was given twice, or one that the rewards of a job spec do not name.
         """
         path = config.reward_model_path
         if models is not None and path is not None:
@@ -51,12 +54,15 @@ class GivenRewards:
                 "reward_model and args.reward_model_path both name a reward model; give one of them, or a list as reward_model",
                 param="reward_model_path",
             )
-        given = as_list(path if models is None else models)
-        if given and isinstance(functions, Rewards):
+        if isinstance(functions, Rewards):
+            places = _models_of_spec(functions, path if models is None else models)
+            return cls(functions, list(places.values()), tokenizers, weights, secret, list(places))
+        if isinstance(models, Mapping):
             raise InvalidRequestError(
-                "the rewards of a job spec cannot be combined with reward_model; give functions and URLs instead",
+                "reward models are named only by the rewards of a job spec; give a list as reward_model",
                 param="reward_model",
             )
+        given = as_list(path if models is None else models)
         return cls(functions, given, tokenizers, weights, secret)
 
     @property
@@ -76,7 +82,11 @@ class GivenRewards:
         def load() -> list[str]:
             models.extend(
                 make_reward_models(
-                    self.models, self.tokenizers, device=device, is_offline=is_offline
+                    self.models,
+                    self.tokenizers,
+                    device=device,
+                    is_offline=is_offline,
+                    names=self.names,
                 )
             )
             return [model.sketch() for model in models]
@@ -97,6 +107,13 @@ class LoadedRewards:
     def terms(self) -> list[dict[str, object]]:
         """Name and weight of each reward, and the weights of models: what decides their sum."""
         weights = self.given.weights
+        if isinstance(self.given.functions, Rewards):
+            sketches = dict(zip(self.given.names or (), self.sketches, strict=True))
+            return [
+                term
+                | ({"model": sketches[name]} if (name := str(term["name"])) in sketches else {})
+                for term in reward_terms(self.given.functions, None)
+            ]
         split = None if weights is None else len(weights) - len(self.sketches)
         functions = reward_terms(
             self.given.functions, None if weights is None or split is None else weights[:split]
@@ -120,7 +137,11 @@ class LoadedRewards:
             return None
         if isinstance(given.functions, Rewards):
             return scorer_from_spec(
-                given.functions, secret=given.secret, job_id=job_id, on_wait=on_wait
+                given.functions,
+                secret=given.secret,
+                job_id=job_id,
+                on_wait=on_wait,
+                models={model.name: model for model in self.models},
             )
         return scorer_from_functions(
             given.functions or [],
@@ -129,3 +150,28 @@ class LoadedRewards:
             secret=given.secret,
             on_wait=on_wait,
         )
+
+
+def _models_of_spec(
+    rewards: Rewards,
+    given: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
+) -> dict[str, str | Path | PreTrainedModel]:
+    """Where the reward models of a job spec lie, by component name.
+
+    Raises:
+        InvalidRequestError: Something was given that the spec does not name.
+    """
+    named = {c.name: c.model or "" for c in rewards.components if c.kind == "hf_model"}
+    places = {} if given is None else given
+    if not isinstance(places, Mapping):
+        raise InvalidRequestError(
+            "the rewards of a job spec name their own reward models; give reward_model by component name, or functions and "
+            "URLs instead of the spec",
+            param="reward_model",
+        )
+    if unknown := sorted(places.keys() - named.keys()):
+        raise InvalidRequestError(
+            f"reward_model names {unknown[0]!r}, which is no component of kind hf_model; there are {sorted(named)}",
+            param="reward_model",
+        )
+    return {**named, **places}

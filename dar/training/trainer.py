@@ -76,7 +76,8 @@ class DARTrainer(EvaluatingTrainer):
         eval_dataset: Rows that the policy is tried on, or several data sets by name; of the same kind as ``train_dataset``.
             ``args.eval_strategy``, ``eval_steps``, ``eval_delay`` and ``eval_on_start`` say when, besides `evaluate`.
         compute_metrics: Further metrics of an evaluation: takes `Predictions`, returns numbers by name.
-        reward_model: Gives rewards too: folder or hub id of a sequence classifier with one label, such a model, or a list.
+        reward_model: Gives rewards too: folder or hub id of a sequence classifier with one label, such a model, or a list. With the
+            rewards of a job spec: where its reward models lie, by component name, if not where the spec says.
         reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
         reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
@@ -106,7 +107,7 @@ class DARTrainer(EvaluatingTrainer):
         *,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         compute_metrics: ComputeMetrics | None = None,
-        reward_model: RewardModels | None = None,
+        reward_model: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None = None,
         reward_processing_class: PreTrainedTokenizerBase
         | Sequence[PreTrainedTokenizerBase | None]
         | None = None,
@@ -279,6 +280,18 @@ class DARTrainer(EvaluatingTrainer):
                     self._scorer = stack.enter_context(scorer)
                     stack.callback(setattr, self, "_scorer", None)
             yield
+
+    def own_state(self) -> dict[str, Any]:
+        """Beside the counters, what the normalisation of rewards remembers; asked for on the main process."""
+        scorer = self._scorer
+        memory = None if scorer is None else scorer.combination.state(self.state.global_step)
+        return super().own_state() | {"rewards": memory}
+
+    def restore_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what `own_state` gave."""
+        super().restore_own_state(state)
+        if self._scorer is not None and state.get("rewards") is not None:
+            self._scorer.combination.restore(state["rewards"])
 
     def _tell_waiting(self, message: str) -> None:
         self.sink.phase("waiting_for_reward", self.state.global_step + 1, message)
