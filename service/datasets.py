@@ -24,6 +24,7 @@ from dar.protocol.rows import (
     read_prompt,
 )
 from dar.protocol.spec import JobSpec
+from dar.rewards.assembly import PATH, columns_of
 
 MAX_PROBLEMS = 50
 MAX_ROW_BYTES = 4 * 1024**2
@@ -149,11 +150,12 @@ def _missing_columns(
     components: Iterable[RewardComponent], columns: Columns, param: FileParam
 ) -> Iterator[Problem]:
     for index, component in enumerate(components):
-        for position, name in enumerate(component.columns or ()):
+        for place, name in columns_of(component):
             row = columns[name]["missing"] if name in columns else 1
-            if row is None:
+            # Builtins skip a prompt without the value; without the whole column they would skip everything.
+            if row is None or (component.kind == "builtin" and name in columns):
                 continue
-            path = f"method.dar.rewards.components[{index}].columns[{position}]"
+            path = f"{PATH}.components[{index}].{place}"
             there = ", ".join(common_columns(columns))
             yield Problem(
                 f"row {row} of the {_words(param)} has no value for {name!r}; every row has: {there}",

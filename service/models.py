@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dar.errors import ModelNotFoundError, NotFoundError
 from dar.protocol.models import Model
+from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ModelSource
 from dar.settings import Settings
 from service.store import checkpoints
@@ -56,6 +57,30 @@ def resolve(transaction: Transaction, settings: Settings, project_id: str, name:
     )
 
 
+def check_reward_model(settings: Settings, name: str, param: str) -> None:
+    """Whether a reward model may be used: a folder under the models directory, or an allowed hub id.
+
+    What jobs have made is no reward model: a policy has no head that gives a number.
+
+    Raises:
+        ModelNotFoundError: It is neither.
+    """
+    if "/" in name:
+        _hub(settings, name, param)
+    elif _folder(settings.models_path, name) is None:
+        raise ModelNotFoundError(
+            f"there is no reward model {name!r}; it is a folder with a config.json under {settings.models_path}, or a hub id like "
+            "'owner/name'",
+            param=param,
+        )
+
+
+def reward_folders(spec: JobSpec) -> dict[str, str]:
+    """The reward models of a job that are folders under the models directory, by component name."""
+    components = () if spec.dar.rewards is None else spec.dar.rewards.components
+    return {c.name: c.model for c in components if c.model is not None and "/" not in c.model}
+
+
 def list_all(transaction: Transaction, settings: Settings, project_id: str) -> list[Model]:
     """All models that this installation has: folders, then results, newest first."""
     every = _made_here(transaction, project_id, checkpoints.Wanted())
@@ -83,18 +108,18 @@ def result_name(model: str, suffix: str | None, job_id: str) -> str:
     return "-".join(part for part in ("ft", base, suffix, job_id[-8:].lower()) if part)
 
 
-def _hub(settings: Settings, name: str) -> ModelSource:
+def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     if not _HUB_ID.match(name):
         raise ModelNotFoundError(
             f"{name!r} is no hub id; it is written owner/name",
-            param="model",
+            param=param,
             code="model_not_found",
         )
     if not any(fnmatchcase(name, pattern) for pattern in settings.hub_models):
         allowed = ", ".join(settings.hub_models) or "none"
         raise ModelNotFoundError(
             f"hub model {name!r} is not allowed here; allowed patterns: {allowed} (DAR_HUB_MODELS)",
-            param="model",
+            param=param,
         )
     return ModelSource(kind="hub", name=name, checkpoint_id=None, adapter_ids=[])
 

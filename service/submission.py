@@ -21,6 +21,7 @@ from dar.protocol import sense
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
+from dar.rewards.assembly import PATH, check_rewards
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.probe import ProbeTarget
 from service import datasets, endpoints, errors, models
@@ -198,12 +199,30 @@ def _hub_data(patterns: Sequence[str], spec: JobSpec) -> tuple[str, None]:
     return "", None
 
 
+def _check_rewards(runtime: Runtime, spec: JobSpec) -> None:
+    """Refuse rewards that can never work.
+
+    Raises:
+        InvalidRequestError: There are some; the problems name their places.
+        ModelNotFoundError: A reward model is not there.
+    """
+    if spec.dar.rewards is None:
+        return
+    if problems := check_rewards(spec.dar.rewards):
+        raise errors.invalid(problems)
+    for index, component in enumerate(spec.dar.rewards.components):
+        if component.model is not None:
+            path = f"{PATH}.components[{index}].model"
+            models.check_reward_model(runtime.settings, component.model, path)
+
+
 def _new_job(
     transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.Resolved
 ) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
     if problems := sense.problems_of(spec):
         raise errors.invalid(problems)
+    _check_rewards(runtime, rewarded.spec)
     file_id, num_rows = _files_of(transaction, runtime, request)
     resolved = models.resolve(transaction, runtime.settings, project_id, spec.model)
     if not checkpoints.keep(transaction, resolved.checkpoint_ids):

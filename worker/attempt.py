@@ -210,6 +210,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         reward_secret=launch.reward_secret,
         reward_access=launch.reward_access,
         reward_guard=launch.reward_guard,
+        reward_models=launch.reward_models,
         threads=launch.threads,
         offline=launch.is_offline,
     )

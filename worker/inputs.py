@@ -2,15 +2,15 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import structlog
 
 from dar.errors import DARError
-from dar.protocol.worker import InputFile, Lease
+from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
 from worker.state import AttemptState
 
@@ -39,6 +39,8 @@ class LocalInputs:
     """None: the model comes from the hub."""
     adapters: tuple[Path, ...]
     resume_from: Path | None
+    reward_models: Mapping[str, Path] = field(default_factory=dict)
+    """By component name; those that are not here come from the hub."""
 
 
 def local_model(lease: Lease, models_path: Path) -> Path | None:
@@ -47,6 +49,13 @@ def local_model(lease: Lease, models_path: Path) -> Path | None:
         return None
     folder = safe_path(models_path, lease.model.name)
     return folder if folder.is_dir() else None
+
+
+def folder_reward_models(lease: Lease) -> dict[str, str]:
+    """The reward models of the job that are folders under a models directory, by component name."""
+    rewards = lease.spec.dar.rewards
+    components = () if rewards is None else rewards.components
+    return {c.name: c.model for c in components if c.model is not None and "/" not in c.model}
 
 
 def safe_path(folder: Path, name: str) -> Path:
@@ -86,7 +95,11 @@ class InputFetcher:
         """
         lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
         files = self._persist(lambda: self._client.inputs(lease_id).files, "inputs")
-        wanted = [file for file in files if here is None or not file.name.startswith("model/")]
+        reward_models = self._reward_models()
+        lies_here = [f"{REWARD_MODELS}/{name}/" for name in self._local_rewards()]
+        if here is not None:
+            lies_here.append("model/")
+        wanted = [file for file in files if not file.name.startswith(tuple(lies_here))]
         self._check_room(sum(file.bytes for file in wanted))
         for file in wanted:
             self._fetch_one(file)
@@ -97,6 +110,11 @@ class InputFetcher:
             raise InputError(
                 f"the model {self._lease.model.name!r} is neither in {self._models_path} nor served"
             )
+        for name, folder in reward_models.items():
+            if not folder.is_dir():
+                raise InputError(
+                    f"the reward model of component {name} is neither in {self._models_path} nor served"
+                )
         resumes = self._lease.resume_checkpoint_id is not None
         return LocalInputs(
             training_file=self._uploaded("training_file", wanted),
@@ -107,7 +125,21 @@ class InputFetcher:
                 for number in range(len(self._lease.model.adapter_ids))
             ),
             resume_from=self._folder / "resume" if resumes else None,
+            reward_models=reward_models,
         )
+
+    def _local_rewards(self) -> dict[str, Path]:
+        """Reward models that need not be fetched."""
+        named = folder_reward_models(self._lease).items()
+        places = {name: safe_path(self._models_path, model) for name, model in named}
+        return {name: place for name, place in places.items() if place.is_dir()}
+
+    def _reward_models(self) -> dict[str, Path]:
+        """Where each reward model lies once everything is fetched."""
+        fetched = {
+            name: self._folder / REWARD_MODELS / name for name in folder_reward_models(self._lease)
+        }
+        return fetched | self._local_rewards()
 
     def _uploaded(self, name: str, files: Iterable[InputFile]) -> Path | None:
         return self._folder / name if any(file.name == name for file in files) else None

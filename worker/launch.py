@@ -50,6 +50,8 @@ class Launch(BaseModel):
     training_file: Path | None
     """None: the spec names a data set of the hub."""
     validation_file: Path | None = None
+    reward_models: dict[str, Path] = Field(default_factory=dict)
+    """Folders of reward models by component name; those that are not here come from the hub."""
     resume_from: Path | None
     """Checkpoint that training goes on from."""
     reward_secret: str | None = Field(repr=False)

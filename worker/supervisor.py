@@ -192,6 +192,7 @@ class Supervisor:
             adapters=inputs.adapters,
             training_file=inputs.training_file,
             validation_file=inputs.validation_file,
+            reward_models=dict(inputs.reward_models),
             resume_from=inputs.resume_from,
             reward_secret=lease.reward_secret,
             reward_access=lease.rewards,

@@ -71,6 +71,11 @@ METRICS: tuple[Metric, ...] = (
         "share of completions without a reward; they are left out, never counted as 0",
     ),
     Metric(
+        "rewards/fallback_fraction",
+        "fraction",
+        "share of completions that could not be scored and whose reward is the job's fallback_value",
+    ),
+    Metric(
         "rewards/zero_variance_fraction",
         "fraction",
         "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",
@@ -148,6 +153,7 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "std": ("reward", "biased standard deviation of those rewards"),
         "min": ("reward", "the lowest of them"),
         "max": ("reward", "the highest of them"),
+        "missing_fraction": ("fraction", "share of completions that the component gave no reward for"),
     },
     "reward": {
         "requests": ("requests", "finished requests to a component's service since the last report"),

@@ -247,11 +247,20 @@ def decode_response(body: bytes, *, request_id: str, ids: Sequence[str]) -> list
     return [by_id[sample_id] for sample_id in ids]
 
 
-def _parse_response(body: bytes) -> RewardResponse:
+def load_json(body: bytes) -> object:
+    """The JSON value in an answer; of a name that occurs twice in an object the last counts.
+
+    Raises:
+        RewardContractError: It is no JSON (``contract.json``), or a number in it is not finite (``contract.nonfinite``).
+    """
     try:
-        content = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         _refuse_json(body, str(error))
+
+
+def _parse_response(body: bytes) -> RewardResponse:
+    content = load_json(body)
     if not isinstance(content, Mapping):
         _refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
     try:

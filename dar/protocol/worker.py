@@ -32,6 +32,10 @@ class Claim(Input):
     resources: dict[str, Any] = Field(default_factory=dict)
 
 
+REWARD_MODELS = "reward_models"
+"""Inputs under this name are the files of reward models: ``reward_models/<component>/<file>``."""
+
+
 class ModelSource(Output):
     """Where the weights of a job's model come from."""
 
@@ -79,7 +83,8 @@ class InputFile(Output):
     """A file that an attempt needs."""
 
     name: str
-    """``training_file``, ``validation_file``, ``model/<file>``, ``adapters/<n>/<file>`` or ``resume/<file>``."""
+    """``training_file``, ``validation_file``, ``model/<file>``, ``adapters/<n>/<file>``, ``reward_models/<component>/<file>``
+    or ``resume/<file>``."""
     bytes: int
     sha256: str
 

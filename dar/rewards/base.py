@@ -161,11 +161,16 @@ class SampleReward:
     reward: float | None
     """None: missing."""
     status: RewardStatus
+    """What the sources said. It stays ``error`` where a fallback stands in for the reward."""
     message: str | None
     components: Mapping[str, float | None]
     """Raw reward of each component, None where it is missing; a part reported beside it is ``<component>/<part>``."""
     feedback: Mapping[str, str] = field(default_factory=dict)
     """What the sources said about the sample, by component; for viewing only."""
+    is_fallback: bool = False
+    """Whether ``reward`` is the job's ``fallback_value``, because the sample could not be scored."""
+    left_out: Sequence[str] = ()
+    """Components that failed for the sample and that its sum goes without, as they are not required or only watched."""
 
 
 @dataclass(frozen=True, slots=True)

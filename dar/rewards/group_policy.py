@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dar.errors import TrainingError
-from dar.protocol.reward_spec import FailurePolicy
+from dar.protocol.reward_spec import FailurePolicy, FallbackValue
 from dar.rewards.base import SampleReward
 
 
 def under_policy(policy: FailurePolicy, group: Sequence[SampleReward]) -> list[SampleReward]:
     """The rewards of a group, all missing where the policy leaves the whole group out.
+
+    With a ``fallback_value`` it stands in for the reward of each completion that could not be scored: the status stays ``error``,
+    and `SampleReward.is_fallback` is set. What a source skipped stays without a reward.
 
     A group of one completion is compared with those of other prompts, so ``min_valid`` does not apply to it.
 
@@ -31,6 +34,13 @@ def under_policy(policy: FailurePolicy, group: Sequence[SampleReward]) -> list[S
         return _left_out(
             group, f"another completion of this prompt could not be scored: {failed.message}"
         )
+    if isinstance(policy.on_error, FallbackValue):
+        group = [
+            replace(reward, reward=policy.on_error.fallback_value, is_fallback=True)
+            if reward.status == "error"
+            else reward
+            for reward in group
+        ]
     scored = sum(reward.reward is not None for reward in group)
     if scored < min(policy.min_valid, len(group)):
         return _left_out(
@@ -41,9 +51,12 @@ def under_policy(policy: FailurePolicy, group: Sequence[SampleReward]) -> list[S
 
 
 def _left_out(group: Sequence[SampleReward], message: str) -> list[SampleReward]:
-    return [
-        reward
-        if reward.reward is None
-        else replace(reward, reward=None, status="skip", message=message)
-        for reward in group
-    ]
+    return [_without_reward(reward, message) for reward in group]
+
+
+def _without_reward(reward: SampleReward, message: str) -> SampleReward:
+    if reward.reward is None:
+        return reward
+    if reward.is_fallback:  # what it stood in for stays to be told
+        return replace(reward, reward=None, is_fallback=False)
+    return replace(reward, reward=None, status="skip", message=message)

@@ -228,9 +228,12 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
     components: defaultdict[str, list[float]] = defaultdict(list)
     for reward in rewards:
         for name, value in reward.components.items():
-            if value is not None and "/" not in name:  # a part is for viewing only
-                components[name].append(value)
+            if "/" not in name:  # a part is for viewing only
+                components[name] += [] if value is None else [value]
     for name, found in components.items():
+        values[f"rewards/{name}/missing_fraction"] = (len(rewards) - len(found)) / len(rewards)
+        if not found:
+            continue
         values |= {
             f"rewards/{name}/mean": sum(found) / len(found),
             f"rewards/{name}/std": statistics.pstdev(found),

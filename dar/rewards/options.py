@@ -9,8 +9,8 @@ from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, 
 from dar.rewards.base import RewardProtocol
 from dar.rewards.breaker import BreakerOptions
 from dar.rewards.guard import EgressPolicy, Resolver
+from dar.rewards.protocols.native import NativeProtocol
 from dar.rewards.retry_budget import RetryBudgetOptions
-from dar.rewards.wire import NativeProtocol
 
 
 @dataclass(frozen=True, slots=True)

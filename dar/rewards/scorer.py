@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,8 +25,7 @@ from dar.errors import (
     RewardContractError,
     RewardUnavailableError,
 )
-from dar.protocol.reward_spec import COMPONENT_NAME, RewardComponent, Rewards, RewardURL
-from dar.protocol.worker import ComponentAccess
+from dar.protocol.reward_spec import COMPONENT_NAME, RewardURL
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -36,11 +35,10 @@ from dar.rewards.base import (
     RewardSource,
     SampleReward,
 )
-from dar.rewards.combine import Results, WeightedSource, combine
+from dar.rewards.combine import Combination, Results, WeightedSource
 from dar.rewards.concurrency import LoopThread, ScoringStoppedError
 from dar.rewards.functions import FunctionReward, RewardFunction
-from dar.rewards.guard import EgressPolicy
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http import HttpReward
 from dar.rewards.tickets import InFlight, Order, Ticket
 
 __all__ = [
@@ -49,7 +47,6 @@ __all__ = [
     "Ticket",
     "WeightedSource",
     "scorer_from_functions",
-    "scorer_from_spec",
 ]
 _REWARD_URL: TypeAdapter[str] = TypeAdapter(RewardURL)
 
@@ -62,9 +59,10 @@ class RewardScorer:
         on_wait: Called from the scorer's thread with a message whenever a retry is being waited for.
         job_id: Named in requests whose context names none.
         observer: Is told what happens between us and reward services.
+        combination: How they become one reward; default: their weighted sum.
 
     Raises:
-        ConfigurationError: There is no component, or two have one name.
+        ConfigurationError: There is no component, two have one name, or all have weight 0.
     """
 
     def __init__(
@@ -74,11 +72,15 @@ class RewardScorer:
         on_wait: Callable[[str], None] | None = None,
         job_id: str | None = None,
         observer: RewardObserver | None = None,
+        combination: Combination | None = None,
     ) -> None:
         names = [component.source.name for component in components]
         if not names or len(set(names)) < len(names):
             raise ConfigurationError(f"rewards need components with distinct names, not {names}")
+        if not any(component.weight for component in components):
+            raise ConfigurationError("every reward has weight 0, so no sample would get a reward")
         self._components = tuple(components)
+        self.combination = combination or Combination(components)
         for component in components:
             if on_wait is not None and isinstance(component.source, HttpReward):
                 component.source.on_wait = on_wait
@@ -185,7 +187,7 @@ class RewardScorer:
         while left:
             ticket = under_way.next_of(left, order, should_stop)
             left.remove(ticket)
-            totals = combine(self._components, ticket.samples, ticket.results)
+            totals = self.combination(ticket.samples, ticket.results, ticket.context)
             has_failed = has_failed and all(total.status == "error" for total in totals)
             if has_failed:
                 for name, found in ticket.results.items():
@@ -193,6 +195,30 @@ class RewardScorer:
                 if not left:
                     raise _all_failed(results, sum(len(one.samples) for one in tickets))
             yield ticket, totals
+
+    def end_step(self, step: int) -> None:
+        """All rewards of ``step`` are collected: what they tell of a component's scale counts from the next step on."""
+        self.combination.end_step(step)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of ``step`` keeps, as JSON: what is remembered of rewards, and learned about services."""
+        learned = {
+            one.source.name: one.source.state()
+            for one in self._components
+            if isinstance(one.source, HttpReward)
+        }
+        return {"combination": self.combination.state(step), "services": learned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            CheckpointError: It is of other components, or no such state.
+        """
+        self.combination.restore(state["combination"])
+        for one in self._components:
+            if isinstance(one.source, HttpReward):
+                one.source.restore(state["services"].get(one.source.name, {}))
 
     def close(self) -> None:
         """Cancel what is in flight, close all connections and end the scorer's thread; may be called again."""
@@ -238,62 +264,6 @@ def _all_failed(results: Results, count: int) -> RewardUnavailableError | Reward
     if lasting:
         return RewardContractError(f"{message} ({failure.code})", code=failure.code)
     return RewardUnavailableError(message)
-
-
-def scorer_from_spec(
-    rewards: Rewards,
-    *,
-    secret: str | None,
-    job_id: str | None,
-    access: Mapping[str, ComponentAccess] | None = None,
-    guard: EgressPolicy | None = None,
-    on_wait: Callable[[str], None] | None = None,
-    observer: RewardObserver | None = None,
-) -> RewardScorer:
-    """The scorer of a job.
-
-    Args:
-        rewards: The spec's ``rewards``.
-        secret: Signs requests to inline URLs; None sends them unsigned.
-        access: URL and secrets of the components that name a registered endpoint.
-        guard: Which addresses may be reached; None: all.
-        job_id: Named in the requests.
-        on_wait: See `RewardScorer`.
-        observer: See `RewardScorer`.
-
-    Raises:
-        ConfigurationError: The secret is malformed.
-    """
-    components = [
-        WeightedSource(
-            _http_source(component, (access or {}).get(component.name), secret, guard),
-            component.weight,
-            None if component.clip is None else (component.clip[0], component.clip[1]),
-        )
-        for component in rewards.components
-    ]
-    return RewardScorer(components, on_wait=on_wait, job_id=job_id, observer=observer)
-
-
-def _http_source(
-    component: RewardComponent,
-    access: ComponentAccess | None,
-    secret: str | None,
-    guard: EgressPolicy | None,
-) -> HttpReward:
-    options = HttpOptions(
-        component.columns,
-        component.batch,
-        component.limits,
-        component.timeouts,
-        component.retry,
-        headers={} if access is None else access.headers,
-        guard=guard,
-        bound_origin=None if access is None else access.url,
-    )
-    if access is None:
-        return HttpReward(component.name, component.url or "", secret=secret, options=options)
-    return HttpReward(component.name, access.url, secrets=access.secrets, options=options)
 
 
 def scorer_from_functions(

@@ -1,9 +1,6 @@
 """From samples to the bytes of requests: encoded once, put together by group, split where a limit demands it."""
 
-import contextlib
 import hashlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,21 +9,20 @@ from typing import Any
 import orjson
 
 from dar.protocol.ids import new_id
-from dar.protocol.rewards import MAX_SAMPLES, VERSION, SampleResult, decode_response
+from dar.protocol.rewards import VERSION, SampleResult
 from dar.rewards.base import (
     Failed,
-    RequestBatch,
     RewardContext,
     RewardResult,
     RewardSample,
     Scored,
     Skipped,
 )
+from dar.rewards.encoding import to_json
 
 ENVELOPE_BYTES = 512
 """Room for everything in a body that is not a sample; a real envelope takes about 330 bytes."""
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +77,7 @@ def encode_sample(
             "truncated": sample.finish_reason == "length",
         },
     }
-    return EncodedSample(sample.id, sample.group_id, _as_json(content), sample)
-
-
-def _as_json(content: Mapping[str, Any]) -> bytes:
-    with contextlib.suppress(orjson.JSONEncodeError):
-        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    readable = _without_surrogates(content)
-    with contextlib.suppress(orjson.JSONEncodeError):
-        return orjson.dumps(readable, option=orjson.OPT_SERIALIZE_NUMPY)
-    # orjson stops at integers of 64 bits, JSON does not.
-    return json.dumps(readable, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _without_surrogates(value: object) -> object:
-    if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value)
-    if isinstance(value, Mapping):
-        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_surrogates(item) for item in value]
-    return value
+    return EncodedSample(sample.id, sample.group_id, to_json(content), sample)
 
 
 def request_id_of(
@@ -165,35 +141,6 @@ def encode_request(
     }
     ids = tuple(sample.id for sample in samples)
     return EncodedRequest(known_id, ids, orjson.dumps(content, option=orjson.OPT_UTC_Z))
-
-
-class NativeProtocol:
-    """``dar.reward.v1``."""
-
-    name = VERSION
-    max_samples: int | None = MAX_SAMPLES
-
-    def encode(self, batch: RequestBatch) -> bytes:
-        """The body of a request."""
-        version = batch.context.steps_done
-        return encode_request(
-            [encode_sample(sample, batch.columns, version) for sample in batch.samples],
-            batch.component,
-            batch.context,
-            created_at=batch.created_at,
-            deadline=batch.deadline,
-            request_id=batch.request_id,
-            reply=batch.reply,
-        ).body
-
-    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
-        """The results in an answer: one for each sample, in their order.
-
-        Raises:
-            RewardContractError: The answer breaks the contract; nothing of it is used.
-        """
-        ids = [sample.id for sample in batch.samples]
-        return list(map(as_result, decode_response(body, request_id=batch.request_id, ids=ids)))
 
 
 Batch = list[EncodedSample]

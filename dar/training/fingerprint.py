@@ -45,23 +45,39 @@ def reward_terms(
     rewards: RewardFunction | str | Sequence[RewardFunction | str] | Rewards | None,
     weights: Sequence[float] | None,
 ) -> list[dict[str, object]]:
-    """Name, weight and clip of each reward: what decides their sum, but not where they are computed.
+    """Name, weight and clip of each reward and all else that decides their sum, but not where they are computed.
 
     Args:
         rewards: What gives rewards; None where the data set does.
         weights: Factor of each function; default 1.
     """
     if isinstance(rewards, Rewards):
-        return [
-            c.model_dump(mode="json", include={"name", "weight", "clip"})
-            for c in rewards.components
-        ]
+        return _terms_of_spec(rewards)
     if rewards is None:
         return []
     given = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     names = ["remote" if isinstance(one, str) else FunctionReward(one).name for one in given]
     factors = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
     return [{"name": n, "weight": w} for n, w in itertools.zip_longest(names, factors)]
+
+
+def _terms_of_spec(rewards: Rewards) -> list[dict[str, object]]:
+    """What was left at its default is not told, so that a digest outlives new fields."""
+    further: dict[str, object] = {
+        "combine": rewards.combine.model_dump(mode="json", exclude_defaults=True),
+        "failure": rewards.failure.model_dump(
+            mode="json", include={"on_error", "min_valid", "refill"}, exclude_defaults=True
+        ),
+    }
+    shared = {name: value for name, value in further.items() if value}
+    return [
+        component.model_dump(mode="json", include={"name", "weight", "clip"})
+        | component.model_dump(
+            mode="json", include={"normalize", "required", "fn", "params"}, exclude_defaults=True
+        )
+        | shared
+        for component in rewards.components
+    ]
 
 
 def config_sha256(

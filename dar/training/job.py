@@ -61,9 +61,11 @@ class JobInputs:
     validation_file: Path | None = None
     """JSON Lines of prompts; None: no evaluation."""
     reward_access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    """URL and secrets of the components that name a registered endpoint."""
     reward_guard: EgressPolicy | None = None
     """Which addresses reward requests may reach; None: all."""
-    """URL and secrets of the components that name a registered endpoint."""
+    reward_models: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of reward models by component name; those that are not here come from the hub."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -128,6 +130,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         config,
         training_rows(inputs),
         spec.rewards,
+        reward_model=inputs.reward_models or None,
         reward_secret=inputs.reward_secret,
         reward_access=inputs.reward_access,
         reward_guard=inputs.reward_guard,

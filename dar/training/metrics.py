@@ -30,9 +30,11 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
     """
     rewards = [reward.reward for reward in step.rewards if reward.reward is not None]
     lengths = [len(pair.completion_ids) for pair in step.pairs]
+    fallbacks = sum(reward.is_fallback for reward in step.rewards)
     cut = sum(reason == "length" for reason in step.finish_reasons)
     values = {
         "rewards/missing_fraction": 1 - len(rewards) / len(step.pairs),
+        "rewards/fallback_fraction": fallbacks / len(step.pairs),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dar.protocol.reward_spec import FailurePolicy
+from dar.protocol.reward_spec import FailurePolicy, FallbackValue
 from dar.protocol.spec import Overlap
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.failure import FailureBudget
@@ -185,13 +185,16 @@ class OnlineSource:
             return None
         tickets = {asking.place(number): asking.tickets[number] for number in numbers}
         scoring.scorer.complete(list(tickets.values()))
+        has_fallback = scoring.policy is not None and isinstance(
+            scoring.policy.on_error, FallbackValue
+        )
         return Delivery(
             scoring.scorer,
             tickets,
             order,
             policy=scoring.policy,
             budget=scoring.budget if self._mode == "train" else None,
-            may_all_fail=may_all_fail,
+            may_all_fail=may_all_fail or has_fallback,
             should_stop=self._should_stop,
             on_end=lambda: self._end_rewards(list(tickets.values())),
         )
@@ -327,6 +330,7 @@ class _Asking:
                 completion_tokens=len(completion.ids),
                 completion_ids=completion.ids,
                 columns=prompt.columns,
+                prompt_text=prompt.text,
             )
             for i, completion in enumerate(completions)
         ]

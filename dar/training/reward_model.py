@@ -272,8 +272,11 @@ def make_reward_models(
     *,
     device: torch.device,
     is_offline: bool,
+    names: Sequence[str] | None = None,
 ) -> list[RewardModel]:
     """All reward models of a run, on ``device``; see `dar.DARTrainer` for the arguments.
+
+    Their components have ``names``; default: `component_name`.
 
     Raises:
         InvalidRequestError: The number of tokenizers is another, or a model has not exactly one label.
@@ -293,7 +296,7 @@ def make_reward_models(
         )
     made = []
     for number, (model, tokenizer) in enumerate(zip(models, own, strict=True), start=1):
-        name = component_name(number)
+        name = component_name(number) if names is None else names[number - 1]
         if isinstance(model, PreTrainedModel):
             source = RewardModel(model, tokenizer, name=name, is_offline=is_offline)
         else:

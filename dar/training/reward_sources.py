@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.base import RewardObserver
 from dar.rewards.functions import RewardFunction
 from dar.rewards.guard import EgressPolicy
-from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
+from dar.rewards.scorer import RewardScorer, scorer_from_functions
 from dar.training.config import DARConfig
 from dar.training.fingerprint import reward_terms
 from dar.training.ranks import Ranks
@@ -33,13 +34,17 @@ class GivenRewards:
     weights: Sequence[float] | None
     secret: str | None
     access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    """URL and secrets of the components that name a registered endpoint."""
     guard: EgressPolicy | None = None
+    """Which addresses reward requests may reach; None: all."""
+    names: Sequence[str] | None = None
+    """Component names of the models; None: they are numbered."""
 
     @classmethod
     def of(
         cls,
         functions: RewardFunctions | None,
-        models: RewardModels | None,
+        models: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
         tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
         weights: Sequence[float] | None,
         secret: str | None,
@@ -50,8 +55,8 @@ class GivenRewards:
         """Bring together what was given.
 
         Raises:
-            InvalidRequestError: A reward model was given twice, or beside the rewards of a job spec; or weights without
-                anything that they could weigh.
+            InvalidRequestError: A reward model was given twice, or one that the rewards of a job spec do not name; or weights
+                without anything that they could weigh.
         """
         path = config.reward_model_path
         if models is not None and path is not None:
@@ -59,12 +64,16 @@ class GivenRewards:
                 "reward_model and args.reward_model_path both name a reward model; give one of them, or a list as reward_model",
                 param="reward_model_path",
             )
-        given = as_list(path if models is None else models)
-        if given and isinstance(functions, Rewards):
+        if isinstance(functions, Rewards):
+            places = _models_of_spec(functions, path if models is None else models)
+            given, names = list(places.values()), list(places)
+        elif isinstance(models, Mapping):
             raise InvalidRequestError(
-                "the rewards of a job spec cannot be combined with reward_model; give functions and URLs instead",
+                "reward models are named only by the rewards of a job spec; give a list as reward_model",
                 param="reward_model",
             )
+        else:
+            given, names = as_list(path if models is None else models), None
         if weights is not None and (
             isinstance(functions, Rewards) or (functions is None and not given)
         ):
@@ -72,7 +81,7 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        return cls(functions, given, tokenizers, weights, secret, access or {}, guard)
+        return cls(functions, given, tokenizers, weights, secret, access or {}, guard, names)
 
     @property
     def is_online(self) -> bool:
@@ -91,7 +100,11 @@ class GivenRewards:
         def load() -> list[str]:
             models.extend(
                 make_reward_models(
-                    self.models, self.tokenizers, device=device, is_offline=is_offline
+                    self.models,
+                    self.tokenizers,
+                    device=device,
+                    is_offline=is_offline,
+                    names=self.names,
                 )
             )
             return [model.sketch() for model in models]
@@ -112,6 +125,13 @@ class LoadedRewards:
     def terms(self) -> list[dict[str, object]]:
         """Name and weight of each reward, and the weights of models: what decides their sum."""
         weights = self.given.weights
+        if isinstance(self.given.functions, Rewards):
+            sketches = dict(zip(self.given.names or (), self.sketches, strict=True))
+            return [
+                term
+                | ({"model": sketches[name]} if (name := str(term["name"])) in sketches else {})
+                for term in reward_terms(self.given.functions, None)
+            ]
         split = None if weights is None else len(weights) - len(self.sketches)
         functions = reward_terms(
             self.given.functions, None if weights is None or split is None else weights[:split]
@@ -127,12 +147,6 @@ class LoadedRewards:
         """What a job spec says of rewards that fail; None of other rewards."""
         functions = self.given.functions
         return functions.failure if isinstance(functions, Rewards) else None
-
-    def rules(self) -> list[dict[str, object]]:
-        """What decides which completions count when rewards are missing."""
-        policy = self.failure
-        decisive = {"on_error", "min_valid", "refill"}
-        return [] if policy is None else [policy.model_dump(mode="json", include=decisive)]
 
     def concurrency(self) -> dict[str, int]:
         """Most requests in flight, for each reward service."""
@@ -173,6 +187,7 @@ class LoadedRewards:
                 guard=given.guard,
                 on_wait=on_wait,
                 observer=observer,
+                models={model.name: model for model in self.models},
             )
         return scorer_from_functions(
             given.functions or [],
@@ -182,3 +197,28 @@ class LoadedRewards:
             on_wait=on_wait,
             observer=observer,
         )
+
+
+def _models_of_spec(
+    rewards: Rewards,
+    given: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
+) -> dict[str, str | Path | PreTrainedModel]:
+    """Where the reward models of a job spec lie, by component name.
+
+    Raises:
+        InvalidRequestError: Something was given that the spec does not name.
+    """
+    named = {c.name: c.model or "" for c in rewards.components if c.kind == "hf_model"}
+    places = {} if given is None else given
+    if not isinstance(places, Mapping):
+        raise InvalidRequestError(
+            "the rewards of a job spec name their own reward models; give reward_model by component name, or functions and "
+            "URLs instead of the spec",
+            param="reward_model",
+        )
+    if unknown := sorted(places.keys() - named.keys()):
+        raise InvalidRequestError(
+            f"reward_model names {unknown[0]!r}, which is no component of kind hf_model; there are {sorted(named)}",
+            param="reward_model",
+        )
+    return {**named, **places}

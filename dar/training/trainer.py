@@ -89,7 +89,8 @@ class DARTrainer(EvaluatingTrainer):
         eval_dataset: Rows that the policy is tried on, or several data sets by name; of the same kind as ``train_dataset``.
             ``args.eval_strategy``, ``eval_steps``, ``eval_delay`` and ``eval_on_start`` say when, besides `evaluate`.
         compute_metrics: Further metrics of an evaluation: takes `Predictions`, returns numbers by name.
-        reward_model: Gives rewards too: folder or hub id of a sequence classifier with one label, such a model, or a list.
+        reward_model: Gives rewards too: folder or hub id of a sequence classifier with one label, such a model, or a list. With the
+            rewards of a job spec: where its reward models lie, by component name, if not where the spec says.
         reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
         reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
@@ -121,7 +122,7 @@ class DARTrainer(EvaluatingTrainer):
         *,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         compute_metrics: ComputeMetrics | None = None,
-        reward_model: RewardModels | None = None,
+        reward_model: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None = None,
         reward_processing_class: PreTrainedTokenizerBase
         | Sequence[PreTrainedTokenizerBase | None]
         | None = None,
@@ -172,7 +173,7 @@ class DARTrainer(EvaluatingTrainer):
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
             config, policy.model, train_dataset, policy.base_sketch,
-            [*terms, *self._rewards.rules()],
+            terms,
         )  # fmt: skip
         name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
@@ -348,6 +349,23 @@ class DARTrainer(EvaluatingTrainer):
                     self._scorer = stack.enter_context(scorer)
                     stack.callback(setattr, self, "_scorer", None)
             yield
+
+    def own_state(self) -> dict[str, Any]:
+        """Beside the counters, what is known of rewards and their services; asked for on the main process."""
+        scorer = self._scorer
+        memory = None if scorer is None else scorer.state(self.state.global_step)
+        return super().own_state() | {"rewards": memory}
+
+    def restore_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what `own_state` gave."""
+        super().restore_own_state(state)
+        if self._scorer is not None and state.get("rewards") is not None:
+            self._scorer.restore(state["rewards"])
+
+    def _end_step(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> None:
+        if self._scorer is not None:
+            self._scorer.end_step(step.number)
+        super()._end_step(step, grad_norm, learning_rate)
 
     def _tell_waiting(self, message: str) -> None:
         self.sink.phase("waiting_for_reward", self.state.global_step + 1, message)

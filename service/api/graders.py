@@ -23,9 +23,9 @@ from dar.protocol.graders import (
 )
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, Rewards, RewardTimeouts
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.base import RewardContext, RewardSample, SampleReward
 from dar.rewards.guard import EgressPolicy
-from dar.rewards.scorer import scorer_from_spec
 from service import endpoints, probing
 from service.api.reward_endpoints import component_of
 from service.auth import Submitter, User

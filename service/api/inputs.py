@@ -1,4 +1,4 @@
-"""Files that an attempt needs: its data, its model unless the hub has it, and the checkpoint it goes on from."""
+"""Files that an attempt needs: its data, its models unless the hub has them, and the checkpoint it goes on from."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from dar.errors import NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
-from dar.protocol.worker import InputFile, Inputs, ModelSource
-from service import downloads
+from dar.protocol.spec import JobSpec
+from dar.protocol.worker import REWARD_MODELS, InputFile, Inputs, ModelSource
+from service import downloads, models
 from service.api.checkpoints import entries
 from service.auth import LeaseHolder
 from service.runtime import CurrentRuntime, Runtime
@@ -58,7 +59,12 @@ def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
         fence.check_fence(held, held.attempt.number)
         found = list(_of(transaction, runtime, held))
     # Digests of a large model take longer than a transaction may.
-    return [*found, *_base_model(runtime, ModelSource.model_validate(held.job.model_source))]
+    source = ModelSource.model_validate(held.job.model_source)
+    if source.kind == "folder" and source.checkpoint_id is None:
+        found += _folder(runtime, source.name, "model")
+    for component, name in models.reward_folders(JobSpec.model_validate(held.job.spec)).items():
+        found += _folder(runtime, name, f"{REWARD_MODELS}/{component}")
+    return found
 
 
 def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterator[_Source]:
@@ -78,18 +84,16 @@ def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterato
             yield from _files_of(runtime, checkpoint, prefix, is_resume=prefix == "resume")
 
 
-def _base_model(runtime: Runtime, source: ModelSource) -> Iterator[_Source]:
+def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
     """Files of a folder under the models directory, for workers that do not have it themselves."""
-    if source.kind != "folder" or source.checkpoint_id is not None:
-        return
-    folder = runtime.settings.models_path / source.name
+    folder = runtime.settings.models_path / model
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
             target = path.resolve()  # the hub's own cache keeps its files behind links
             state = target.stat()
             sha256 = _sha256(target, state.st_mtime_ns, state.st_size)
-            yield _Source(f"model/{name.as_posix()}", state.st_size, sha256, target)
+            yield _Source(f"{prefix}/{name.as_posix()}", state.st_size, sha256, target)
 
 
 @lru_cache(maxsize=4096)

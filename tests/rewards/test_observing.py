@@ -104,6 +104,7 @@ def test_samples_are_counted_by_what_became_of_them() -> None:
         "reward/n_valid": 2, "reward/n_skip": 1, "reward/n_error": 3,
         "reward/n_error/timeout": 2, "reward/n_error/http_5xx": 1,
         "rewards/judge/mean": 2.0, "rewards/judge/std": 1.0, "rewards/judge/min": 1.0, "rewards/judge/max": 3.0,
+        "rewards/judge/missing_fraction": 4 / 6,
     }  # fmt: skip
     assert all(map(is_known, values))
 

@@ -17,6 +17,7 @@ from dar.errors import (
     RewardUnavailableError,
 )
 from dar.protocol.reward_spec import Rewards
+from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -32,7 +33,6 @@ from dar.rewards.scorer import (
     ScoringStoppedError,
     WeightedSource,
     scorer_from_functions,
-    scorer_from_spec,
 )
 
 MakeSamples = Callable[..., list[RewardSample]]

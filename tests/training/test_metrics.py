@@ -166,6 +166,7 @@ def test_truncation_and_staleness_are_those_of_the_step() -> None:
 def test_metrics_of_an_evaluation_are_known_by_the_names_of_training() -> None:
     assert all(is_known(name) and is_known(f"eval_{name}") for name in NAMES)
     assert is_known("rewards/helpful/mean")
+    assert is_known("rewards/helpful/missing_fraction")
     assert is_known("eval_rewards/helpful/mean")
     assert not is_known("eval_dar/nothing")
     assert not is_known("eval_eval_dar/loss")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import socket
 import threading
 import time
@@ -86,8 +87,13 @@ class CuttingProxy:
 
 
 @pytest.fixture
-def lease(installation: Any) -> Iterator[Lease]:
-    installation.submit(steps=4)
+def lease(installation: Any, request: pytest.FixtureRequest) -> Iterator[Lease]:
+    """Of a job with one reward service, or with the components that are the parameter."""
+    if (components := getattr(request, "param", None)) is None:
+        installation.submit(steps=4)
+    else:
+        dar = {"hyperparameters": {"max_steps": 4}, "rewards": {"components": components}}
+        installation.submit_spec(b'{"prompt": "Once"}\n', dar)
     key = (installation.home / "worker_key").read_text().strip()
     settings = installation.settings(node="test", slot="uploads")
     with WorkerClient(installation.url, key, node="test") as client:
@@ -262,6 +268,53 @@ def test_a_model_that_is_nowhere_is_said(
             InputFetcher(state, connect(installation.url), tmp_path).fetch()
     finally:
         aside.rename(folder)
+
+
+@pytest.fixture
+def judge(installation: Any) -> Iterator[Path]:
+    """A folder of a reward model in the service's models directory."""
+    folder: Path = installation.home / "models" / "judge"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"num_labels": 1}')
+    yield folder
+    shutil.rmtree(folder)
+
+
+MODELS = [
+    {"name": "rm", "kind": "hf_model", "model": "judge"},
+    {"name": "hub", "kind": "hf_model", "model": "owner/judge"},
+]
+
+
+@pytest.mark.usefixtures("judge")
+@pytest.mark.parametrize("lease", [MODELS], indirect=True)
+def test_a_reward_model_comes_from_the_service_unless_it_is_here(
+    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+) -> None:
+    inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
+    fetched = state.folder.inputs / "reward_models" / "rm"
+    assert inputs.reward_models == {"rm": fetched}
+    assert (fetched / "config.json").read_text() == '{"num_labels": 1}'
+    here = tmp_path / "judge"
+    here.mkdir()
+    inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
+    assert inputs.reward_models == {"rm": here}
+
+
+@pytest.mark.parametrize("lease", [MODELS], indirect=True)
+def test_a_reward_model_that_is_nowhere_is_said(
+    installation: Any,
+    judge: Path,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    tmp_path: Path,
+) -> None:
+    aside = judge.rename(tmp_path / "aside")
+    try:
+        with pytest.raises(InputError, match="component rm is neither in"):
+            InputFetcher(state, connect(installation.url), tmp_path).fetch()
+    finally:
+        aside.rename(judge)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "."])

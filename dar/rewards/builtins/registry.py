@@ -1,0 +1,97 @@
+"""All builtins by name, and one of them as a reward source."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from dar.errors import InvalidRequestError, Problem
+from dar.rewards.base import RewardContext, RewardResult, RewardSample
+from dar.rewards.builtins.base import Builtin
+from dar.rewards.builtins.lengths import LengthPenalty, OverlongPenalty, RepetitionPenalty
+from dar.rewards.builtins.numbers import NumericAnswer
+from dar.rewards.builtins.texts import Contains, ExactMatch, FormatTags, JsonValid, RegexMatch
+from dar.rewards.concurrency import in_daemon_thread
+
+BUILTINS: Mapping[str, type[Builtin]] = {
+    builtin.fn: builtin
+    for builtin in (
+        Contains, ExactMatch, FormatTags, JsonValid, LengthPenalty, NumericAnswer, OverlongPenalty, RegexMatch, RepetitionPenalty,
+    )
+}  # fmt: skip
+
+
+def make_builtin(fn: str, params: Mapping[str, Any]) -> Builtin:
+    """The builtin ``fn`` with its parameters.
+
+    Raises:
+        InvalidRequestError: There is no such function or parameter, or a value is out of bounds; ``problems`` names each with its
+            path below the component: ``fn`` or ``params.<name>``.
+    """
+    kind = BUILTINS.get(fn)
+    if kind is None:
+        known = ", ".join(sorted(BUILTINS))
+        raise _invalid(
+            [Problem(f"there is no builtin {fn!r}; there are {known}", "fn", "unknown_builtin")]
+        )
+    try:
+        return kind.model_validate(params)
+    except ValidationError as error:
+        names = ", ".join(kind.model_fields)
+        raise _invalid(
+            [
+                Problem(
+                    f"{item['msg']}; parameters of {fn}: {names}"
+                    if item["type"] in {"extra_forbidden", "missing"}
+                    else item["msg"],
+                    _path(item["loc"]),
+                    item["type"],
+                )
+                for item in error.errors(
+                    include_url=False, include_input=False, include_context=False
+                )
+            ]
+        ) from None
+
+
+def _path(location: Sequence[int | str]) -> str:
+    path = "params"
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path
+
+
+def _invalid(problems: list[Problem]) -> InvalidRequestError:
+    first = problems[0]
+    return InvalidRequestError(first.message, param=first.param, code=first.code, problems=problems)
+
+
+class BuiltinReward:
+    """A builtin as a reward source.
+
+    It runs in a thread, so that a large group does not hold up answers of reward services on the event loop.
+
+    Args:
+        name: Component name.
+        builtin: What it is.
+    """
+
+    def __init__(self, name: str, builtin: Builtin) -> None:
+        self._name = name
+        self._builtin = builtin
+
+    @property
+    def name(self) -> str:
+        """Component name."""
+        return self._name
+
+    async def score(
+        self,
+        samples: Sequence[RewardSample],
+        context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
+    ) -> list[RewardResult]:
+        """Score ``samples``: one result each, in order."""
+        return await in_daemon_thread(lambda: [self._builtin.score(one) for one in samples])
+
+    async def aclose(self) -> None:
+        """Nothing to free."""

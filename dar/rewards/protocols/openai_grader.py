@@ -1,0 +1,100 @@
+"""``openai_grader``: services of the shape of OpenAI's ``POST /fine_tuning/alpha/graders/run``, one sample per request.
+
+A grader reports a reward even when it could not grade, with an error flag beside it: the flag decides.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dar.protocol.rewards import MAX_FEEDBACK, load_json
+from dar.rewards.base import Failed, RequestBatch, RewardResult, RewardSample, Scored
+from dar.rewards.encoding import to_json
+from dar.rewards.protocols.strict import kind, number, parts, refuse, sent_columns
+
+PASSING = frozenset(
+    {"model_grader_server_error", "python_grader_server_error", "unresponsive_reward_error"}
+)
+"""Flags of failures that may pass by themselves."""
+
+
+class OpenAIGraderProtocol:
+    """Speaks with a grader.
+
+    Args:
+        grader: Sent along as it is.
+        coerce: Whether numeric texts and booleans are rewards.
+    """
+
+    name = "openai_grader"
+    max_samples: int | None = 1
+
+    def __init__(self, grader: Mapping[str, Any], *, coerce: bool = False) -> None:
+        self._grader = dict(grader)
+        self._coerce = coerce
+
+    def encode(self, batch: RequestBatch) -> bytes:
+        """The body of a request; see `RewardProtocol`."""
+        (sample,) = batch.samples
+        content = {
+            "grader": self._grader,
+            "model_sample": sample.completion,
+            "item": _item(sample, batch),
+        }
+        return to_json(content)
+
+    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:  # noqa: ARG002 - one answer is for one sample
+        """The results in an answer; see `RewardProtocol`."""
+        answer = load_json(body)
+        if not isinstance(answer, Mapping):
+            refuse("type", f"the answer must be an object, not {kind(answer)}")
+        metadata = _object(answer.get("metadata"), "metadata")
+        errors = _object(metadata.get("errors"), "metadata.errors")
+        flags = sorted(_flags(errors))
+        if flags:
+            return [_failure(flags, errors)]
+        if "reward" not in answer:
+            refuse("form", "the answer has no reward")
+        reward = number(answer["reward"], "reward", coerce=self._coerce)
+        rewards_of_parts = answer.get("sub_rewards")
+        shown = rewards_of_parts.items() if isinstance(rewards_of_parts, Mapping) else ()
+        return [Scored(reward, parts(shown))]
+
+
+def _item(sample: RewardSample, batch: RequestBatch) -> dict[str, Any]:
+    """What graders know as ``item``: the row, and the prompt by the names that no column has."""
+    item = sent_columns(sample, batch.columns)
+    if "ground_truth" in item:
+        item.setdefault("reference_answer", item["ground_truth"])
+    item["prompt"] = sample.prompt if sample.prompt is not None else sample.prompt_text
+    if sample.messages is not None:
+        item["messages"] = [dict(message) for message in sample.messages]
+    return item
+
+
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        refuse("type", f"{where}: {kind(value)} where an object was expected")
+    return value
+
+
+def _flags(errors: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the flags that are set, those of the parts of a multi-grader included."""
+    for name, value in errors.items():
+        if value is True:
+            yield name
+        elif isinstance(value, Mapping):
+            yield from _flags(value)
+
+
+def _failure(flags: list[str], errors: Mapping[str, Any]) -> Failed:
+    details = [f"{name}: {value}" for name, value in errors.items() if isinstance(value, str)]
+    text = "".join(
+        ch if ch.isprintable() else " " for ch in "; ".join([", ".join(flags), *details])
+    )
+    return Failed(
+        f"grader.{flags[0][:64]}",
+        f"the grader could not grade: {text}"[:MAX_FEEDBACK],
+        is_transient=PASSING.issuperset(flags),
+    )

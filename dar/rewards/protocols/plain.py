@@ -1,0 +1,172 @@
+"""``plain``: any JSON API that scores one text per request, described by a template and a JSON pointer.
+
+    template: {"input": "{{text}}", "parameters": {"label": "{{columns.topic}}"}}
+    pointer: /0/score
+
+Values are put into the template as JSON values, never pasted into JSON text: a completion cannot change the shape of a
+request. A text that is one placeholder alone becomes the value with its type; inside of a longer text a value is written out.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dar.errors import InvalidRequestError
+from dar.protocol.rewards import load_json
+from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored
+from dar.rewards.encoding import to_json
+from dar.rewards.protocols.strict import kind, number, prompt_text, refuse, sent_columns
+
+PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
+_COLUMN = "columns."
+
+
+def _messages(sample: RewardSample) -> list[dict[str, Any]]:
+    if sample.messages is not None:
+        return [dict(message) for message in sample.messages]
+    return [{"role": "user", "content": sample.prompt}]
+
+
+VALUES: Mapping[str, Callable[[RewardSample], Any]] = {
+    "completion": lambda sample: sample.completion,
+    "prompt": lambda sample: prompt_text(sample, "plain"),
+    "text": lambda sample: prompt_text(sample, "plain") + sample.completion,
+    "messages": _messages,
+    "conversation": lambda sample: [
+        *_messages(sample), {"role": "assistant", "content": sample.completion},
+    ],
+    "ground_truth": lambda sample: sample.columns.get("ground_truth"),
+    "finish_reason": lambda sample: sample.finish_reason,
+    "completion_tokens": lambda sample: sample.completion_tokens,
+    "id": lambda sample: sample.id,
+    "group_id": lambda sample: sample.group_id,
+}  # fmt: skip
+"""What a placeholder can name, beside ``columns.<name>``."""
+OF_COMPLETION = frozenset({"completion", "text", "conversation"})
+
+
+def check_template(template: object, columns: frozenset[str]) -> None:
+    """Refuse a template that cannot work.
+
+    Args:
+        template: Of a component.
+        columns: The columns that it sends.
+
+    Raises:
+        InvalidRequestError: A placeholder names nothing, or none stands for the completion; ``param`` is the place in the
+            template.
+    """
+    named: set[str] = set()
+    for path, text in _texts(template, ""):
+        for name in map(str.strip, PLACEHOLDER.findall(text)):
+            column = name.removeprefix(_COLUMN) if name.startswith(_COLUMN) else None
+            if column is not None and column not in columns | {"ground_truth"}:
+                raise InvalidRequestError(
+                    f"{{{{{name}}}}} is a column that the component does not send; add it to columns", param=path
+                )  # fmt: skip
+            if column is None and name not in VALUES:
+                raise InvalidRequestError(
+                    f"{{{{{name}}}}} is no value of a sample; there are {', '.join(VALUES)} and columns.<name>", param=path
+                )  # fmt: skip
+            named.add(name)
+    if not named & OF_COMPLETION:
+        raise InvalidRequestError(
+            "the template sends no completion, so every reward would be the same; put {{completion}}, {{text}} or "
+            "{{conversation}} into it",
+            param="",
+        )
+
+
+def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """All texts in a JSON value but the names of its objects, with their places."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{path}[{index}]")
+
+
+class PlainProtocol:
+    """Speaks with any API that takes one text and answers with a number somewhere.
+
+    Args:
+        template: Body of a request.
+        pointer: JSON pointer (RFC 6901) to the reward in an answer.
+        coerce: Whether numeric texts and booleans are rewards.
+    """
+
+    name = "plain"
+    max_samples: int | None = 1
+
+    def __init__(self, template: object, pointer: str, *, coerce: bool = False) -> None:
+        self._template = template
+        self._pointer = pointer
+        self._coerce = coerce
+
+    def encode(self, batch: RequestBatch) -> bytes:
+        """The body of a request; see `RewardProtocol`."""
+        (sample,) = batch.samples
+        columns = sent_columns(sample, batch.columns)
+        return to_json(_filled(self._template, sample, columns))
+
+    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:  # noqa: ARG002 - one answer is for one sample
+        """The results in an answer; see `RewardProtocol`."""
+        value = resolve(load_json(body), self._pointer)
+        return [Scored(number(value, self._pointer or "answer", coerce=self._coerce))]
+
+
+def _filled(template: object, sample: RewardSample, columns: Mapping[str, Any]) -> object:
+    """The template with the values of a sample; what was put in is not looked at again."""
+
+    def value_of(match: re.Match[str]) -> object:
+        name = match[1].strip()
+        if name.startswith(_COLUMN):
+            return columns.get(name.removeprefix(_COLUMN))
+        return VALUES[name](sample)
+
+    if isinstance(template, str):
+        alone = PLACEHOLDER.fullmatch(template)
+        if alone is not None:
+            return value_of(alone)
+        return PLACEHOLDER.sub(lambda match: _written(value_of(match)), template)
+    if isinstance(template, Mapping):
+        return {key: _filled(item, sample, columns) for key, item in template.items()}
+    if isinstance(template, list):
+        return [_filled(item, sample, columns) for item in template]
+    return template
+
+
+def _written(value: object) -> str:
+    """A value inside of a longer text: a text as it is, nothing for null, everything else as JSON."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else to_json(value).decode()
+
+
+def resolve(answer: object, pointer: str) -> object:
+    """What a JSON pointer (RFC 6901) points to.
+
+    Raises:
+        RewardContractError: There is nothing (``contract.form``).
+    """
+    found = answer
+    for raw in pointer.split("/")[1:]:
+        token = raw.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping) and token in found:
+            found = found[token]
+        elif isinstance(found, list) and _is_index(token, len(found)):
+            found = found[int(token)]
+        else:
+            refuse(
+                "form", f"the answer has nothing at {pointer}: {kind(found)} has no {raw[:80]!r}"
+            )
+    return found
+
+
+def _is_index(token: str, length: int) -> bool:
+    """Whether it is an index of RFC 6901, without leading zeros, that lies inside."""
+    is_written_so = re.fullmatch(r"0|[1-9][0-9]{0,8}", token) is not None
+    return is_written_so and int(token) < length

@@ -1,0 +1,121 @@
+"""What all adapters share: strict reading of numbers, and parts of a reward that are for viewing only."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from dar.errors import RewardContractError, RewardMisconfiguredError
+from dar.protocol.rewards import MAX_REWARD
+from dar.rewards.base import RewardSample
+
+MAX_PARTS = 32
+"""Most parts of one reward that are kept, as in ``dar.reward.v1``."""
+PART_LENGTH = 32
+_NUMERIC = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+
+
+def refuse(code: str, message: str) -> NoReturn:
+    """Refuse an answer as a whole.
+
+    Raises:
+        RewardContractError: With ``contract.<code>``.
+    """
+    raise RewardContractError(message, code=f"contract.{code}")
+
+
+def number(value: object, where: str, *, coerce: bool = False) -> float:
+    """``value`` as a reward.
+
+    Args:
+        value: From an answer.
+        where: Its place there, for messages.
+        coerce: Whether numeric texts and booleans are numbers too.
+
+    Raises:
+        RewardContractError: It is no number (``contract.type``), not finite (``contract.nonfinite``) or beyond ±10^6
+            (``contract.range``).
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        if not coerce or not isinstance(value, bool | str):
+            refuse("type", f"{where}: {kind(value)} where a number was expected")
+        if isinstance(value, str) and not _NUMERIC.fullmatch(value.strip()):
+            refuse("type", f"{where}: the text {value[:40]!r} is no number")
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond the range of a float
+        found = math.inf
+    if not math.isfinite(found):
+        refuse("nonfinite", f"{where}: not a finite number")
+    if abs(found) > MAX_REWARD:
+        refuse("range", f"{where}: {found:g} is beyond ±{MAX_REWARD:g}")
+    return found
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+def same_length(values: object, expected: int, where: str) -> list[Any]:
+    """``values`` if it is a list with one item for each sample. One item never stands for several samples.
+
+    Raises:
+        RewardContractError: It is no list (``contract.type``) or has another length (``contract.length``).
+    """
+    if not isinstance(values, list):
+        refuse("type", f"{where}: {kind(values)} where a list was expected")
+    if len(values) != expected:
+        refuse("length", f"{where}: {len(values)} items for {expected} samples")
+    return values
+
+
+def parts(given: Iterable[tuple[object, object]]) -> dict[str, float]:
+    """Parts of a reward, for viewing: names as they are allowed here, and only what is a reward-like number.
+
+    Whatever else services log is left out; it never decides whether a reward counts.
+    """
+    found: dict[str, float] = {}
+    for name, value in given:
+        if len(found) == MAX_PARTS:
+            break
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if math.isfinite(value) and abs(value) <= MAX_REWARD:
+            found[_free_name(name, found)] = float(value)
+    return found
+
+
+def _free_name(name: object, taken: Mapping[str, float]) -> str:
+    plain = re.sub(r"[^a-z0-9_]", "_", str(name).lower())[:PART_LENGTH] or "part"
+    free, count = plain, 1
+    while free in taken:
+        count += 1
+        ending = f"_{count}"
+        free = plain[: PART_LENGTH - len(ending)] + ending
+    return free
+
+
+def prompt_text(sample: RewardSample, protocol: str) -> str:
+    """The text that the policy saw.
+
+    Raises:
+        RewardMisconfiguredError: The prompt is a conversation, and how the policy saw it is not known.
+    """
+    text = sample.prompt if sample.prompt is not None else sample.prompt_text
+    if text is None:
+        raise RewardMisconfiguredError(
+            f"protocol {protocol} sends prompts as text, but the prompt of sample {sample.id} is a conversation whose text is not "
+            "known here",
+            code="config.prompt",
+        )
+    return text
+
+
+def sent_columns(sample: RewardSample, columns: Iterable[str] | None) -> dict[str, Any]:
+    """The columns of a sample's row that may be sent: ``ground_truth`` if it has one, and those of ``columns``."""
+    names = dict.fromkeys(["ground_truth", *(columns or ())])
+    return {name: sample.columns[name] for name in names if name in sample.columns}

@@ -1,0 +1,74 @@
+"""``trl``: the keyword arguments of a reward function of TRL as a JSON object, and its return value as JSON.
+
+A function ``f(prompts, completions, **kwargs)`` is a service as soon as something calls it with the object that came in.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dar.protocol.rewards import MAX_SAMPLES, load_json
+from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.encoding import to_json
+from dar.rewards.protocols.strict import kind, number, refuse, same_length, sent_columns
+
+
+class TRLProtocol:
+    """Speaks with a reward function of TRL.
+
+    Args:
+        coerce: Whether numeric texts and booleans are rewards.
+    """
+
+    name = "trl"
+    max_samples: int | None = MAX_SAMPLES
+
+    def __init__(self, *, coerce: bool = False) -> None:
+        self._coerce = coerce
+
+    def encode(self, batch: RequestBatch) -> bytes:
+        """The body of a request; see `RewardProtocol`."""
+        samples = batch.samples
+        rows = [sent_columns(sample, batch.columns) for sample in samples]
+        names = dict.fromkeys(name for row in rows for name in row)
+        content: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        content |= {
+            "prompts": [_prompt(sample) for sample in samples],
+            "completions": [_completion(sample) for sample in samples],
+            "completion_ids": _ids(samples),
+            "trainer_state": {"global_step": batch.context.steps_done},
+        }
+        return to_json(content)
+
+    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
+        """The results in an answer; see `RewardProtocol`."""
+        answer = load_json(body)
+        if isinstance(answer, Mapping):
+            if "rewards" not in answer:
+                refuse("form", "the answer has no rewards")
+            answer = answer["rewards"]
+        elif not isinstance(answer, list):
+            refuse(
+                "type", f"the answer must be a list or an object with rewards, not {kind(answer)}"
+            )
+        return [
+            Skipped()
+            if value is None
+            else Scored(number(value, f"rewards.{place}", coerce=self._coerce))
+            for place, value in enumerate(same_length(answer, len(batch.samples), "rewards"))
+        ]
+
+
+def _prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:
+    return sample.prompt if sample.messages is None else [dict(item) for item in sample.messages]
+
+
+def _completion(sample: RewardSample) -> str | list[dict[str, Any]]:
+    if sample.messages is None:
+        return sample.completion
+    return [{"role": "assistant", "content": sample.completion}]
+
+
+def _ids(samples: tuple[RewardSample, ...]) -> list[list[int]] | None:
+    """The tokens of all completions, or None where not all are known."""
+    known = [list(s.completion_ids) for s in samples if s.completion_ids is not None]
+    return known if len(known) == len(samples) else None

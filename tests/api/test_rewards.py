@@ -1,0 +1,87 @@
+"""Rewards that can never work are refused when a job is submitted, each with its place in the spec."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+PATH = "method.dar.rewards.components"
+SERVICE = {"name": "a", "url": "http://127.0.0.1:9/score"}
+
+
+def answer_to(live: Any, *components: dict[str, Any], rows: bytes | None = None) -> Any:
+    spec = live.spec(
+        dar={"rewards": {"components": list(components)}},
+        **({} if rows is None else {"training_file": live.upload(rows).json()["id"]}),
+    )
+    return live.http.post("/v1/fine_tuning/jobs", json=spec)
+
+
+@pytest.mark.parametrize(
+    ("component", "param", "code", "message"),
+    [
+        ({"kind": "builtin", "fn": "shortness"}, "fn", "unknown_builtin", "there are contains, exact_match"),
+        ({"kind": "builtin", "fn": "length_penalty"}, "params.target", "missing", "parameters of length_penalty"),
+        ({"kind": "builtin", "fn": "length_penalty", "params": {"target": 3, "to": 1}}, "params.to", "extra_forbidden", "target"),
+        ({"kind": "builtin", "fn": "regex_match", "params": {"pattern": "(?<=a)b"}}, "params.pattern", "regular_expression", "RE2"),
+        ({"kind": "builtin", "fn": "exact_match", "params": {"column": "answer"}}, "params.column", "missing_column", "'answer'"),
+        ({"url": "http://h/", "protocol": "plain", "template": {"a": ["{{reply}}"]}, "pointer": "/x"}, "template.a[0]", "invalid_template", "reply"),
+        ({"url": "http://h/", "protocol": "plain", "template": "{{columns.b}}", "pointer": "/x"}, "template", "invalid_template", "columns"),
+        ({"url": "http://h/", "protocol": "plain", "template": "{{prompt}}", "pointer": "/x"}, "template", "invalid_template", "no completion"),
+        ({"url": "http://h/", "coerce": True}, "coerce", "unsupported_value", "numbers alone"),
+        ({"kind": "hf_model", "model": "nowhere"}, "model", "model_not_found", "config.json"),
+        ({"kind": "hf_model", "model": "a/b/c"}, "model", "model_not_found", "owner/name"),
+        ({"kind": "hf_model", "model": "../base"}, "model", "model_not_found", "owner/name"),
+    ],
+)  # fmt: skip
+def test_a_component_that_cannot_work_is_refused_with_its_place(
+    live: Any, error_of: Callable[..., Any], component: dict[str, Any], param: str, code: str, message: str
+) -> None:  # fmt: skip
+    answer = answer_to(live, SERVICE, {"name": "b", **component})
+    error = error_of(answer)
+    assert (answer.status_code, error["param"], error["code"]) == (400, f"{PATH}[1].{param}", code)
+    assert message in error["message"]
+    assert live.http.get("/v1/fine_tuning/jobs").json()["data"] == []
+
+
+def test_everything_that_is_wrong_is_told_at_once(live: Any, error_of: Callable[..., Any]) -> None:
+    wrong = {"kind": "builtin", "fn": "nothing", "weight": 0}
+    error = error_of(answer_to(live, {"name": "a", **wrong}, {"name": "b", **wrong}))
+    told = [problem["param"] for problem in error["errors"]]
+    assert told == [f"{PATH}[0].fn", f"{PATH}[1].fn", PATH]
+
+
+def test_a_hub_model_outside_of_the_allow_list_gives_no_rewards(
+    serve: Callable[..., Any], error_of: Callable[..., Any]
+) -> None:
+    live = serve(hub_models=("mine/*",))
+    answer = answer_to(live, {"name": "rm", "kind": "hf_model", "model": "theirs/rm"})
+    assert error_of(answer)["param"] == f"{PATH}[0].model"
+    assert (
+        answer_to(live, {"name": "rm", "kind": "hf_model", "model": "mine/rm"}).status_code == 200
+    )
+
+
+def test_a_row_without_a_builtins_value_is_skipped_and_not_refused(live: Any) -> None:
+    rows = b'{"prompt": "a", "ground_truth": 1}\n{"prompt": "b"}\n'
+    component = {"name": "right", "kind": "builtin", "fn": "numeric_answer"}
+    assert answer_to(live, component, rows=rows).status_code == 200
+
+
+def test_the_files_of_a_reward_model_reach_a_worker(live: Any) -> None:
+    folder = live.settings.models_path / "judge"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text('{"num_labels": 1}')
+    (folder / "sub" / "weights").write_text("w")
+    (folder / ".hidden").write_text("no")
+    components = [
+        {"name": "rm", "kind": "hf_model", "model": "judge"},
+        {"name": "hub", "kind": "hf_model", "model": "owner/judge"},
+    ]
+    _, lease = live.running(dar={"rewards": {"components": components}})
+    names = sorted(file["name"] for file in lease.http.get("/inputs").json()["files"])
+    assert names == [
+        "model/config.json", "reward_models/rm/config.json", "reward_models/rm/sub/weights", "training_file",
+    ]  # fmt: skip
+    got = lease.http.get("/inputs/reward_models/rm/config.json")
+    assert got.content == b'{"num_labels": 1}'

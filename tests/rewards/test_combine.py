@@ -1,0 +1,299 @@
+"""From the results of several components to one reward: no failure becomes a number, and only equal sums are compared."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dar.errors import CheckpointError, ConfigurationError
+from dar.protocol.reward_spec import MinMax, Tanh
+from dar.rewards.base import (
+    Failed,
+    RewardContext,
+    RewardResult,
+    RewardSample,
+    SampleReward,
+    Scored,
+    Skipped,
+)
+from dar.rewards.combine import Combination, WeightedSource, combine
+from dar.rewards.normalize import WARM_UP, Moments, RunningMoments, normalized
+from dar.rewards.scorer import RewardScorer
+
+BAD: RewardResult = Failed("timeout", "late", is_transient=True)
+SKIP: RewardResult = Skipped()
+REWARDS = st.floats(-1e6, 1e6)
+RESULTS = st.one_of(REWARDS.map(Scored), REWARDS.map(Scored), st.just(BAD), st.just(SKIP))
+
+
+class Named:
+    """A source that is never asked."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def score(
+        self, samples: Sequence[RewardSample], context: RewardContext
+    ) -> list[RewardResult]:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        raise NotImplementedError
+
+
+def term(name: str, **fields: Any) -> WeightedSource:
+    return WeightedSource(Named(name), **fields)
+
+
+def group(count: int, group_id: str = "g0") -> list[RewardSample]:
+    return [
+        RewardSample(f"{group_id}s{n}", group_id, n, "p", None, "c", "stop", 1)
+        for n in range(count)
+    ]
+
+
+def scored(*rewards: float) -> list[RewardResult]:
+    return [Scored(reward) for reward in rewards]
+
+
+def rewards_of(totals: Sequence[SampleReward]) -> list[float | None]:
+    return [total.reward for total in totals]
+
+
+# --- which components count ------------------------------------------------------------------------------------------
+
+
+def test_a_watched_component_never_decides_anything() -> None:
+    terms = [term("a"), term("watched", weight=0.0)]
+    results = {"a": scored(1, 2, 3), "watched": [BAD, SKIP, Scored(9.0)]}
+    totals = combine(terms, group(3), results)
+    assert rewards_of(totals) == [1.0, 2.0, 3.0]
+    assert [total.left_out for total in totals] == [("watched",), (), ()]
+    assert totals[2].components == {"a": 3.0, "watched": 9.0}
+
+
+def test_a_component_that_is_not_required_is_left_out_for_the_whole_group_when_it_fails_once() -> (
+    None
+):
+    terms = [term("a"), term("b", required=False)]
+    samples = [*group(2), *group(2, "g1")]
+    results = {"a": scored(1, 2, 3, 4), "b": [Scored(10.0), BAD, Scored(10.0), Scored(20.0)]}
+    totals = combine(terms, samples, results)
+    assert rewards_of(totals) == [1.0, 2.0, 13.0, 24.0]
+    assert [total.status for total in totals] == ["reward"] * 4
+    assert [total.left_out for total in totals] == [(), ("b",), (), ()]
+
+
+def test_a_component_that_is_not_required_is_left_out_when_it_skips_some_of_a_group() -> None:
+    terms = [term("a"), term("b", required=False)]
+    totals = combine(terms, group(2), {"a": scored(1, 2), "b": [Scored(10.0), SKIP]})
+    assert rewards_of(totals) == [1.0, 2.0]
+
+
+def test_what_failed_anyway_does_not_cost_the_others_a_component() -> None:
+    terms = [term("a"), term("b", required=False)]
+    results = {"a": [BAD, Scored(2.0), Scored(3.0)], "b": [BAD, Scored(10.0), Scored(20.0)]}
+    totals = combine(terms, group(3), results)
+    assert rewards_of(totals) == [None, 12.0, 23.0]
+    assert totals[0].status == "error"
+
+
+def test_without_any_component_left_nobody_gets_a_number() -> None:
+    terms = [term("a", required=False), term("b", required=False)]
+    totals = combine(terms, group(2), {"a": [Scored(1.0), BAD], "b": [BAD, Scored(2.0)]})
+    assert rewards_of(totals) == [None, None]
+    assert [total.status for total in totals] == ["error", "error"]
+    assert "no component has a reward for all" in str(totals[0].message)
+    totals = combine(terms, group(2), {"a": [Scored(1.0), SKIP], "b": [SKIP, Scored(2.0)]})
+    assert [total.status for total in totals] == ["skip", "skip"]
+    totals = combine(terms, group(1), {"a": [BAD], "b": [BAD]})
+    assert (totals[0].status, totals[0].message) == ("error", "component a: timeout: late")
+    totals = combine(terms, group(1), {"a": [SKIP], "b": [BAD]})
+    assert totals[0].status == "skip"
+
+
+def test_the_sum_is_clipped_after_the_components_are() -> None:
+    terms = [term("a", clip=(-1, 1), weight=3.0), term("b")]
+    totals = combine(terms, group(2), {"a": scored(5, -5), "b": scored(0, 0.5)}, clip=(-2, 2))
+    assert rewards_of(totals) == [2.0, -2.0]
+
+
+def test_a_scorer_with_nothing_but_watched_components_is_not_made() -> None:
+    with pytest.raises(ConfigurationError, match="weight 0"):
+        RewardScorer([term("a", weight=0.0)])
+
+
+COMPONENTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "weight": st.sampled_from([0.0, 1.0, -2.0, 1e6]),
+            "required": st.booleans(),
+            "clip": st.sampled_from([None, (-1.0, 1.0)]),
+            "normalize": st.sampled_from(["none", "group", "running", MinMax(minmax=[0, 1]), Tanh(tanh=2.0)]),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+)  # fmt: skip
+
+
+@given(data=st.data(), fields=COMPONENTS, sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_no_failure_ever_becomes_a_number(
+    data: st.DataObject, fields: Any, sizes: list[int]
+) -> None:
+    terms = [term(f"c{n}", **one) for n, one in enumerate(fields)]
+    samples = [one for n, size in enumerate(sizes) for one in group(size, f"g{n}")]
+    count = len(samples)
+    results = {
+        one.name: data.draw(st.lists(RESULTS, min_size=count, max_size=count)) for one in terms
+    }
+    totals = combine(terms, samples, results, clip=None)
+    counting = [one for one in terms if one.weight]
+    used: dict[str, set[tuple[str, ...]]] = {}
+    for place, total in enumerate(totals):
+        assert (total.reward is None) == (total.status != "reward")
+        outcomes = {one.name: results[one.name][place] for one in counting}
+        has_failed = any(isinstance(outcomes[one.name], Failed) for one in counting if one.required)
+        if has_failed:
+            assert total.status == "error"
+        if not any(isinstance(outcome, Scored) for outcome in outcomes.values()):
+            assert total.reward is None
+        if total.reward is not None:
+            assert math.isfinite(total.reward)
+            used.setdefault(samples[place].group_id, set()).add(
+                tuple(name for name, outcome in outcomes.items() if isinstance(outcome, Scored))
+            )
+    for group_id, sets in used.items():  # some component has a reward for all that are compared
+        assert set.intersection(*map(set, sets)), group_id
+    # what is watched changes nothing
+    quiet = {name: outcomes if any(one.name == name for one in counting) else [BAD] * count for name, outcomes in results.items()}  # fmt: skip
+    assert rewards_of(combine(terms, samples, quiet)) == rewards_of(totals)
+    # nor does the order of the components, or that of the groups
+    assert rewards_of(combine(terms[::-1], samples, results)) == rewards_of(totals)
+    turned = {name: outcomes[::-1] for name, outcomes in results.items()}
+    assert rewards_of(combine(terms, samples[::-1], turned))[::-1] == rewards_of(totals)
+
+
+# --- normalisation ---------------------------------------------------------------------------------------------------
+
+
+def test_minmax_and_tanh_are_what_they_are_called() -> None:
+    assert normalized([-1, 0, 5, 20], MinMax(minmax=[0, 10])) == [0.0, 0.0, 0.5, 1.0]
+    assert normalized([-2, 0, 2], Tanh(tanh=2)) == [-math.tanh(1), 0.0, math.tanh(1)]
+
+
+@given(st.lists(REWARDS, min_size=1, max_size=20))
+def test_a_group_has_mean_zero_and_a_bounded_spread(rewards: list[float]) -> None:
+    found = normalized(rewards, "group")
+    assert abs(math.fsum(found)) < 1e-3
+    assert max(map(abs, found)) <= math.sqrt(len(rewards)) + 1e-6
+    assert sorted(range(len(found)), key=lambda n: (found[n], rewards[n])) == sorted(
+        range(len(found)), key=lambda n: (rewards[n], rewards[n])
+    )
+
+
+def test_equal_rewards_of_a_group_stay_equal() -> None:
+    assert normalized([0.1] * 3, "group") == [0.0] * 3
+    assert max(map(abs, normalized([0.1, 0.1 + 1e-12], "group"))) < 1e-5
+    assert normalized([], "group") == []
+
+
+@given(st.lists(st.lists(REWARDS, max_size=30), max_size=8))
+def test_moments_are_those_of_all_rewards(steps: list[list[float]]) -> None:
+    moments = Moments()
+    for step in steps:
+        moments = moments.with_step(step)
+    everything = [reward for step in steps for reward in step]
+    assert moments.count == len(everything)
+    if everything:
+        mean = math.fsum(everything) / len(everything)
+        std = math.sqrt(math.fsum((one - mean) ** 2 for one in everything) / len(everything))
+        assert moments.mean == pytest.approx(mean, rel=1e-9, abs=1e-6)
+        assert moments.std == pytest.approx(std, rel=1e-9, abs=1e-3)
+
+
+@given(st.permutations([0.1, 1e6, -1e6, 3.3, 1e-9, 7.7]))
+def test_the_order_within_a_step_changes_no_bit(order: list[float]) -> None:
+    before = Moments().with_step([0.3, 0.7])
+    assert before.with_step(order) == before.with_step(sorted(order))
+
+
+def test_nothing_is_changed_before_enough_is_known() -> None:
+    almost = Moments().with_step([float(n % 2) for n in range(WARM_UP - 1)])
+    assert almost.apply(5.0) == 5.0
+    enough = Moments().with_step([float(n % 2) for n in range(WARM_UP)])
+    assert enough.apply(5.0) == 9.0
+    equal = Moments().with_step([0.1] * WARM_UP).with_step([0.1] * 3)
+    assert (equal.apply(0.1), equal.apply(1.1)) == (0.0, 1.0)
+
+
+def steps(combination: Combination, numbers: range, *, is_turned: bool = False) -> list[Any]:
+    """Rewards of some steps, each of four groups of 40; the groups of a step come back in one order or in the other."""
+    found = []
+    for number in numbers:
+        by_group = {}
+        for g in range(3, -1, -1) if is_turned else range(4):
+            rewards = scored(*(math.sin(1000 * number + 100 * g + n) for n in range(40)))
+            totals = combination(group(40, f"g{g}"), {"a": rewards}, RewardContext(number))
+            by_group[g] = rewards_of(totals)
+        combination.end_step(number)
+        found.append([by_group[g] for g in range(4)])
+    return found
+
+
+def test_running_moments_do_not_depend_on_the_order_of_groups() -> None:
+    ways = [
+        steps(Combination([term("a", normalize="running")]), range(1, 6), is_turned=turned)
+        for turned in (False, True)
+    ]
+    assert ways[0] == ways[1]
+    assert ways[0][0] == steps(Combination([term("a")]), range(1, 2))[0]  # warm-up
+    assert ways[0][4] != steps(Combination([term("a")]), range(5, 6))[0]
+
+
+def test_a_resumed_run_goes_on_bit_by_bit() -> None:
+    whole = steps(Combination([term("a", normalize="running")]), range(1, 7))
+    first = Combination([term("a", normalize="running")])
+    steps(first, range(1, 5))  # one step further than the checkpoint, as when sampling runs ahead
+    state = json.loads(json.dumps(first.state(3)))
+    second = Combination([term("a", normalize="running")])
+    second.restore(state)
+    assert steps(second, range(4, 7)) == whole[3:]
+
+
+def test_an_evaluation_uses_the_moments_and_leaves_them_alone() -> None:
+    combination = Combination([term("a", normalize="running")])
+    steps(combination, range(1, 4))
+    before = combination.state(3)
+    rewards = {"a": scored(0.5, 0.25)}
+    seen = combination(group(2), rewards, RewardContext(3, mode="eval"))
+    trained = combination(group(2), rewards, RewardContext(4))
+    assert rewards_of(seen) == rewards_of(trained) != [0.5, 0.25]
+    combination.drop_step(4)
+    combination.end_step(4)
+    assert combination.state(4)["moments"] == before["moments"]
+
+
+def test_failures_are_no_part_of_the_moments() -> None:
+    moments = RunningMoments(["a"])
+    combination = Combination([term("a", normalize="running", clip=(-1, 1)), term("b")])
+    results = {"a": [BAD, Scored(5.0), SKIP, Scored(0.0)], "b": scored(1, 2, 3, 4)}
+    combination(group(4), results, RewardContext(1))
+    combination.end_step(1)
+    moments.note(1, "a", [1.0, 0.0])
+    moments.end_step(1)
+    assert combination.state(1) == moments.state(1)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{}, {"step": 1, "moments": {}}, {"step": 1, "moments": {"b": [1, 0, 0]}}, {"step": 1, "moments": {"a": [1, 0]}},
+     {"step": 1, "moments": {"a": [-1, 0, 0]}}, {"step": 1, "moments": {"a": [1, float("nan"), 0]}}, {"step": None, "moments": []}],
+)  # fmt: skip
+def test_a_state_of_something_else_is_refused(state: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="moments"):
+        Combination([term("a", normalize="running")]).restore(state)
