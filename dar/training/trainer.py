@@ -172,9 +172,8 @@ class DARTrainer(EvaluatingTrainer):
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
-            config, policy.model, train_dataset, policy.base_sketch,
-            terms,
-        )  # fmt: skip
+            config, policy.model, train_dataset, policy.base_sketch, terms
+        )
         name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
 
