@@ -24,6 +24,8 @@ from service.api import (
     metrics,
     models,
     query,
+    reward_callbacks,
+    reward_requests,
     samples,
     uploads,
 )
@@ -35,7 +37,20 @@ from service.runtime import Runtime
 from service.store.database import Database
 from service.waker import Waker
 
-ROUTERS = (files, jobs, events, metrics, samples, checkpoints, models, leases, inputs, uploads)
+ROUTERS = (
+    files,
+    jobs,
+    events,
+    metrics,
+    samples,
+    checkpoints,
+    models,
+    reward_callbacks,
+    leases,
+    inputs,
+    uploads,
+    reward_requests,
+)
 BODIES = (
     spec.JobSpec,
     worker.Claim,
@@ -46,6 +61,8 @@ BODIES = (
     worker.Complete,
     worker.Fail,
     worker.Release,
+    worker.AnnounceRewardRequests,
+    worker.RewardProgress,
 )
 
 

@@ -7,13 +7,15 @@ shared by all waiters.
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import structlog
 from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
+from service.store import reward_requests
 from service.store.database import Database
 from service.store.tables import Attempt, Job
 
@@ -21,13 +23,22 @@ log = structlog.get_logger()
 WATCH_SECONDS = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a waiter knows already."""
+
+    is_told: bool
+    """That the job is to be cancelled."""
+    last_result: int
+    """The results of reward requests up to this number."""
+
+
 class Notifier:
     """Wakes those who wait for news about a job."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiters: defaultdict[str, dict[asyncio.Event, bool]] = defaultdict(dict)
-        # By job; whether the waiter knows already that the job is to be cancelled.
+        self._waiters: defaultdict[str, dict[asyncio.Event, Known]] = defaultdict(dict)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.is_closing = False
@@ -42,15 +53,17 @@ class Notifier:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, job_id)
 
-    async def wait(self, job_id: str, seconds: float, *, is_told: bool = False) -> None:
+    async def wait(
+        self, job_id: str, seconds: float, *, is_told: bool = False, last_result: int = 0
+    ) -> None:
         """Return when there may be news about a job, at the latest after ``seconds``.
 
-        With ``is_told``, that it is to be cancelled is no news.
+        With ``is_told``, that it is to be cancelled is no news; nor are results of reward requests up to ``last_result``.
         """
         if self.is_closing or seconds <= 0:
             return
         news = asyncio.Event()
-        self._waiters[job_id][news] = is_told
+        self._waiters[job_id][news] = Known(is_told, last_result)
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), seconds)
@@ -83,15 +96,15 @@ class Notifier:
             if not self._waiters:
                 continue
             try:
-                waiting = {job_id: all(told.values()) for job_id, told in self._waiters.items()}
+                waiting = {job_id: _least(list(k.values())) for job_id, k in self._waiters.items()}
                 for job_id in await run_in_threadpool(self._changed, waiting):
                     self._wake(job_id)
             except SQLAlchemyError as error:
                 log.warning("cannot watch for directives", error=str(error))
 
-    def _changed(self, waiting: Mapping[str, bool]) -> list[str]:
-        """Which of the jobs have something to say to their worker, by whether it knows of a cancellation."""
-        untold = [job_id for job_id, is_told in waiting.items() if not is_told]
+    def _changed(self, waiting: Mapping[str, Known]) -> list[str]:
+        """Which of the jobs have something to say to their worker, by what it knows."""
+        untold = [job_id for job_id, known in waiting.items() if not known.is_told]
         is_running = select(Attempt.job_id).where(
             Attempt.job_id == Job.id, Attempt.number == Job.attempt, Attempt.status == "running"
         )
@@ -103,4 +116,13 @@ class Notifier:
             ),
         )
         with self._database.read() as transaction:
-            return list(transaction.scalars(statement).all())
+            changed = list(transaction.scalars(statement).all())
+            newest = reward_requests.newest_results(transaction, list(waiting))
+        return changed + [
+            job_id for job_id, number in newest.items() if number > waiting[job_id].last_result
+        ]
+
+
+def _least(known: Sequence[Known]) -> Known:
+    """What all of several waiters know."""
+    return Known(all(k.is_told for k in known), min(k.last_result for k in known))

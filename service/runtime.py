@@ -1,12 +1,13 @@
 """What the parts of one service process share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from dar.settings import Settings
 from service.artifacts import Artifacts
+from service.callbacks import Callbacks
 from service.notifier import Notifier
 from service.store.database import Database
 from service.waker import Waker
@@ -22,6 +23,7 @@ class Runtime:
     waker: Waker
     notifier: Notifier
     reward_secret: str
+    callbacks: Callbacks = field(default_factory=Callbacks)
 
 
 async def current(request: Request) -> Runtime:

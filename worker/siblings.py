@@ -55,7 +55,7 @@ class Siblings:
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         launch = self.launch.model_copy(
-            update={"process": number, "listener": None, "reward_secret": None}
+            update={"process": number, "listener": None, "reward_secret": None, "outbox": None}
         )
         with self._folder.log_of(number).open("ab") as output:
             process = subprocess.Popen(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx2
 
 from dar.protocol.rewards import MAX_RESPONSE_BYTES
+from dar.rewards.asynchronous import Polled
 from dar.rewards.retry import AttemptFailedError, parse_retry_after
 
 QUOTED_BYTES = 512
@@ -41,6 +42,27 @@ async def read_answer(response: httpx2.Response) -> bytes:
         if len(body) > MAX_RESPONSE_BYTES:
             raise _contract("size", f"a body over {MAX_RESPONSE_BYTES} bytes")
     return bytes(body)
+
+
+async def read_polled(response: httpx2.Response) -> Polled:
+    """What the answer to a GET of a ``poll_url`` says.
+
+    Raises:
+        AttemptFailedError: It is neither a 200 nor a 202. What would be permanent concerns this one request, not the service.
+    """
+    if response.status_code == 200:
+        return Polled(await read_answer(response))
+    if response.status_code == 202:
+        return Polled(None, parse_retry_after(response.headers.get("retry-after")))
+    failure = await refusal_of(response)
+    if failure.kind in {"permanent", "too_large"}:
+        raise AttemptFailedError(
+            "refused",
+            failure.code,
+            f"polling for the result: {failure.reason}",
+            quote=failure.quote,
+        )
+    raise failure
 
 
 def _contract(code: str, reason: str) -> AttemptFailedError:

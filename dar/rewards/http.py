@@ -17,19 +17,22 @@ import httpx2
 
 from dar.errors import RewardContractError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
-from dar.protocol.rewards import MAX_REQUEST_BYTES, decode_response
-from dar.rewards.answers import failure_of, read_answer, refusal_of
+from dar.protocol.rewards import MAX_REQUEST_BYTES, Reply, decode_response
+from dar.rewards.answers import failure_of, read_answer, read_polled, refusal_of
+from dar.rewards.asynchronous import Inbox, LaterReply, Polled
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.concurrency import all_of
 from dar.rewards.retry import AttemptFailedError, RetrySchedule
 from dar.rewards.signing import decode_secret, signed_headers
 from dar.rewards.wire import (
+    CALLBACK_BYTES,
     Batch,
     EncodedRequest,
     as_result,
     batches,
     encode_request,
     encode_sample,
+    request_id_of,
 )
 from dar.version import __version__
 
@@ -54,6 +57,16 @@ class HttpOptions:
     limits: RewardLimits = field(default_factory=RewardLimits)
     timeouts: RewardTimeouts = field(default_factory=RewardTimeouts)
     retry: RewardRetry = field(default_factory=RewardRetry)
+    allow_async: bool = False
+    """Whether the service may answer 202 and give the result later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A 200, or a 202 where that is allowed."""
+
+    status: int
+    body: bytes
 
 
 class HttpReward:
@@ -65,6 +78,7 @@ class HttpReward:
         secret: ``whsec_…``; None sends unsigned requests.
         options: Batching, limits, timeouts and retries.
         on_wait: Called with a message whenever a retry is being waited for.
+        inbox: Takes callbacks, where results may come later; None: they can only be polled for.
 
     Raises:
         ConfigurationError: The secret is malformed.
@@ -78,7 +92,9 @@ class HttpReward:
         secret: str | None = None,
         options: HttpOptions | None = None,
         on_wait: Callable[[str], None] | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
+        self._inbox = inbox
         self._name = name
         self._url = url
         self._options = options or HttpOptions()
@@ -109,9 +125,8 @@ class HttpReward:
             encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]
         found: dict[str, RewardResult] = {}
-        work = batches(
-            encoded, max_samples=self._max_samples, max_bytes=self._options.batch.max_bytes
-        )
+        room = self._options.batch.max_bytes - CALLBACK_BYTES * self._options.allow_async
+        work = batches(encoded, max_samples=self._max_samples, max_bytes=room)
         await all_of(self._score_batch(batch, context, found) for batch in work)
         return [found[sample.id] for sample in samples]
 
@@ -124,19 +139,18 @@ class HttpReward:
     async def _score_batch(
         self, batch: Batch, context: RewardContext, found: dict[str, RewardResult]
     ) -> None:
-        async with self._slots:
-            try:
-                found.update(await self._deliver(batch, context))
-            except AttemptFailedError as failure:
-                if failure.kind in {"permanent", "name"}:
-                    raise RewardMisconfiguredError(
-                        f"{self._label}: {failure.full_reason}", code=failure.code
-                    ) from failure
-                if failure.kind != "too_large" or len(batch) == 1:
-                    found.update(self._all_failed(batch, failure))
-                    return
-            else:
+        try:
+            found.update(await self._deliver(batch, context))
+        except AttemptFailedError as failure:
+            if failure.kind in {"permanent", "name"}:
+                raise RewardMisconfiguredError(
+                    f"{self._label}: {failure.full_reason}", code=failure.code
+                ) from failure
+            if failure.kind != "too_large" or len(batch) == 1:
+                found.update(self._all_failed(batch, failure))
                 return
+        else:
+            return
         half = len(batch) // 2
         self._max_samples = min(self._max_samples, half)
         await self._score_batch(batch[:half], context, found)
@@ -150,23 +164,66 @@ class HttpReward:
 
     async def _deliver(self, batch: Batch, context: RewardContext) -> dict[str, RewardResult]:
         """Send one request until it is answered or given up."""
-        schedule = RetrySchedule(
-            self._options.retry, self._options.timeouts.deadline, self._report_wait
-        )
+        request_id = request_id_of(batch, self._name, context)
         now = datetime.now(UTC)
         deadline = now + timedelta(seconds=self._options.timeouts.deadline)
-        request = encode_request(batch, self._name, context, created_at=now, deadline=deadline)
+        later: LaterReply | None = None
+        reply = Reply(modes=["sync"], deadline=deadline)
+        if self._options.allow_async:
+            ids = [sample.id for sample in batch]
+            later = LaterReply(self._url, request_id, ids, deadline, self._inbox)
+            await later.open(self._name, context.step)
+            reply = later.reply
+        request = encode_request(
+            batch, self._name, context, request_id=request_id, created_at=now, reply=reply
+        )
         if len(request.body) > MAX_REQUEST_BYTES:
             size = len(request.body)
             raise AttemptFailedError("too_large", "too_large", f"a request of {size} bytes")
+        left = (reply.deadline - datetime.now(UTC)).total_seconds()
+        schedule = RetrySchedule(self._options.retry, left, self._report_wait)
         while True:
             try:
-                return await self._attempt(request, schedule)
+                return await self._answered(request, schedule, later)
             except AttemptFailedError as failure:
                 wait = schedule.wait_after(failure)
                 if wait is None:
                     raise
             await asyncio.sleep(wait)
+
+    async def _answered(
+        self, request: EncodedRequest, schedule: RetrySchedule, later: LaterReply | None
+    ) -> dict[str, RewardResult]:
+        """One attempt, and the wait for its result where that comes later; only the attempt takes a slot."""
+        if later is None or not later.is_accepted:
+            async with self._slots:
+                results = await self._attempt(request, schedule, later)
+            if results is not None:
+                return results
+        assert later is not None
+        return {
+            result.id: as_result(result)
+            for result in await later.result(lambda url, left: self._poll(request, url, left))
+        }
+
+    async def _poll(self, request: EncodedRequest, url: str, left: float) -> Polled:
+        timestamp = int(datetime.now(UTC).timestamp())
+        headers = {
+            "accept": "application/json",
+            "accept-encoding": "identity",
+            "user-agent": f"dar-service/{__version__}",
+            **signed_headers(self._keys, request.request_id, timestamp, b""),
+        }
+        try:
+            async with (
+                asyncio.timeout(min(self._options.timeouts.attempt, left)),
+                self._connect().stream("GET", url, headers=headers) as response,
+            ):
+                return await read_polled(response)
+        except TimeoutError:
+            raise AttemptFailedError("transient", "timeout", "no complete answer") from None
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            raise failure_of(error) from error
 
     def _report_wait(self, failure: AttemptFailedError, attempt: int, wait: float) -> None:
         if failure.retry_after_seconds is not None:
@@ -178,8 +235,9 @@ class HttpReward:
             )
 
     async def _attempt(
-        self, request: EncodedRequest, schedule: RetrySchedule
-    ) -> dict[str, RewardResult]:
+        self, request: EncodedRequest, schedule: RetrySchedule, later: LaterReply | None
+    ) -> dict[str, RewardResult] | None:
+        """The results of one attempt; None: they come later."""
         await self._wait_until_welcome(schedule)
         timeouts = self._options.timeouts
         extra = max(0.0, len(request.body) / 1e6 - 1) * SECONDS_PER_MEGABYTE
@@ -190,17 +248,22 @@ class HttpReward:
             )
         try:
             async with asyncio.timeout(seconds):
-                body = await self._post(request, schedule.attempt, time.monotonic() + seconds)
+                answer = await self._post(request, schedule.attempt, time.monotonic() + seconds)
         except TimeoutError:
             raise AttemptFailedError(
                 "transient", "timeout", f"no complete answer within {seconds:.3g} s"
             ) from None
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise failure_of(error) from error
+        if answer.status == 202 and later is not None:
+            later.accept(answer.body)
+            return None
         try:
-            results = decode_response(body, request_id=request.request_id, ids=request.ids)
+            results = decode_response(answer.body, request_id=request.request_id, ids=request.ids)
         except RewardContractError as error:
             raise AttemptFailedError("contract", error.error_code, error.message) from None
+        if later is not None:
+            later.close()
         return {result.id: as_result(result) for result in results}
 
     async def _wait_until_welcome(self, schedule: RetrySchedule) -> None:
@@ -223,7 +286,7 @@ class HttpReward:
             **signed_headers(self._keys, request.request_id, timestamp, request.body),
         }
 
-    async def _post(self, request: EncodedRequest, number: int, ends_at: float) -> bytes:
+    async def _post(self, request: EncodedRequest, number: int, ends_at: float) -> Answer:
         """The answer to one attempt.
 
         A server may close a kept-alive connection just when it is used again. That says nothing about the service, and
@@ -248,13 +311,15 @@ class HttpReward:
         request: EncodedRequest,
         headers: Mapping[str, str],
         extensions: dict[str, Any] | None = None,
-    ) -> bytes:
+    ) -> Answer:
         async with self._connect().stream(
             "POST", self._url, content=request.body, headers=headers, extensions=extensions
         ) as response:
-            if response.status_code != 200:
+            if response.status_code != 200 and not (
+                response.status_code == 202 and self._options.allow_async
+            ):
                 raise await refusal_of(response)
-            return await read_answer(response)
+            return Answer(response.status_code, await read_answer(response))
 
     def _connect(self) -> httpx2.AsyncClient:
         """The client, made at its first use so that it belongs to the event loop that uses it."""

@@ -23,6 +23,7 @@ from dar.errors import (
     RewardUnavailableError,
 )
 from dar.protocol.reward_spec import COMPONENT_NAME, Rewards, RewardURL
+from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -184,6 +185,7 @@ def scorer_from_spec(
     secret: str | None,
     job_id: str | None,
     on_wait: Callable[[str], None] | None = None,
+    inbox: Inbox | None = None,
 ) -> RewardScorer:
     """The scorer of a job.
 
@@ -192,6 +194,7 @@ def scorer_from_spec(
         secret: Signs requests to inline URLs; None sends them unsigned.
         job_id: Named in the requests.
         on_wait: See `RewardScorer`.
+        inbox: Takes callbacks of reward services.
 
     Raises:
         ConfigurationError: The secret is malformed.
@@ -208,7 +211,9 @@ def scorer_from_spec(
                     component.limits,
                     component.timeouts,
                     component.retry,
+                    allow_async=component.reply == "either",
                 ),
+                inbox=inbox,
             ),
             component.weight,
             None if component.clip is None else (component.clip[0], component.clip[1]),

@@ -1,6 +1,7 @@
 """From samples to the bytes of requests: encoded once, put together by group, split where a limit demands it."""
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,15 @@ from typing import Any
 import orjson
 
 from dar.protocol.ids import new_id
-from dar.protocol.rewards import VERSION, SampleResult
+from dar.protocol.rewards import VERSION, Reply, SampleResult
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
 
 ENVELOPE_BYTES = 512
 """Room for everything in a body that is not a sample; a real envelope takes about 330 bytes."""
+CALLBACK_BYTES = 300
+"""Room for a callback beside it; with a URL of 60 characters it takes 150."""
+CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+ID_CHARACTERS = 26
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -93,16 +98,28 @@ def _without_surrogates(value: object) -> object:
     return value
 
 
+def request_id_of(samples: Sequence[EncodedSample], component: str, context: RewardContext) -> str:
+    """The id of a request: of a job, the same for the same content, so that a restarted worker names it as before."""
+    if context.job_id is None:
+        return new_id("rwq_")
+    facts = f"{context.job_id}\n{component}\n{context.step}\n{context.mode}\n".encode()
+    digest = hashlib.sha256(facts + b"\n".join(sample.json for sample in samples)).digest()
+    number = int.from_bytes(digest) >> (256 - 5 * ID_CHARACTERS)
+    return "rwq_" + "".join(
+        CROCKFORD[number >> 5 * place & 31] for place in reversed(range(ID_CHARACTERS))
+    )
+
+
 def encode_request(
     samples: Sequence[EncodedSample],
     component: str,
     context: RewardContext,
     *,
+    request_id: str,
     created_at: datetime,
-    deadline: datetime,
+    reply: Reply,
 ) -> EncodedRequest:
-    """The body of one request, under a fresh request id."""
-    request_id = new_id("rwq_")
+    """The body of one request."""
     content = {
         "type": "reward.request",
         "version": VERSION,
@@ -113,7 +130,7 @@ def encode_request(
         "mode": context.mode,
         "created_at": created_at,
         "samples": [orjson.Fragment(sample.json) for sample in samples],
-        "reply": {"modes": ["sync"], "deadline": deadline},
+        "reply": reply.model_dump(exclude_none=True),
     }
     ids = tuple(sample.id for sample in samples)
     return EncodedRequest(request_id, ids, orjson.dumps(content, option=orjson.OPT_UTC_Z))

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
+from dar.rewards.asynchronous import Inbox
 from dar.training import loading
 from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data import Rows, read_rows
@@ -52,6 +53,8 @@ class JobInputs:
     """Whether the model hub may not be asked."""
     validation_file: Path | None = None
     """JSON Lines of prompts; None: no evaluation."""
+    reward_inbox: Inbox | None = None
+    """Takes rewards that come later by callback."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -107,6 +110,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         training_rows(inputs),
         spec.rewards,
         reward_secret=inputs.reward_secret,
+        reward_inbox=inputs.reward_inbox,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
         eval_dataset=_validation_rows(inputs),

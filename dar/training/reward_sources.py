@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
+from dar.rewards.asynchronous import Inbox
 from dar.rewards.functions import RewardFunction
 from dar.rewards.scorer import RewardScorer, scorer_from_functions, scorer_from_spec
 from dar.training.config import DARConfig
@@ -29,6 +30,7 @@ class GivenRewards:
     tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
     weights: Sequence[float] | None
     secret: str | None
+    inbox: Inbox | None = None
 
     @classmethod
     def of(
@@ -39,6 +41,7 @@ class GivenRewards:
         weights: Sequence[float] | None,
         secret: str | None,
         config: DARConfig,
+        inbox: Inbox | None = None,
     ) -> "GivenRewards":
         """Bring together what was given.
 
@@ -57,7 +60,7 @@ class GivenRewards:
                 "the rewards of a job spec cannot be combined with reward_model; give functions and URLs instead",
                 param="reward_model",
             )
-        return cls(functions, given, tokenizers, weights, secret)
+        return cls(functions, given, tokenizers, weights, secret, inbox)
 
     @property
     def is_online(self) -> bool:
@@ -120,7 +123,11 @@ class LoadedRewards:
             return None
         if isinstance(given.functions, Rewards):
             return scorer_from_spec(
-                given.functions, secret=given.secret, job_id=job_id, on_wait=on_wait
+                given.functions,
+                secret=given.secret,
+                job_id=job_id,
+                on_wait=on_wait,
+                inbox=given.inbox,
             )
         return scorer_from_functions(
             given.functions or [],

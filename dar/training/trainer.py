@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError
+from dar.rewards.asynchronous import Inbox
 from dar.rewards.scorer import RewardScorer
 from dar.training.config import DARConfig
 from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows
@@ -80,6 +81,7 @@ class DARTrainer(EvaluatingTrainer):
         reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
         reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
+        reward_inbox: Takes rewards that come later by callback; a training service gives one.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
@@ -112,6 +114,7 @@ class DARTrainer(EvaluatingTrainer):
         | None = None,
         reward_weights: Sequence[float] | None = None,
         reward_secret: str | None = None,
+        reward_inbox: Inbox | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
@@ -127,6 +130,7 @@ class DARTrainer(EvaluatingTrainer):
         config = _settled(args or DARConfig(output_dir="dar-output"), len(train_dataset))
         given = GivenRewards.of(
             reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config,
+            reward_inbox,
         )  # fmt: skip
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(

@@ -28,9 +28,10 @@ from dar.protocol.worker import (
 )
 from service import errors, keys
 from service.auth import LeaseHolder, LeaseSender, Worker
+from service.directives import Told
 from service.limits import MAX_EXACT, body_of, schema_of
 from service.runtime import CurrentRuntime, Runtime
-from service.store import events, fence, leases, outcomes, rows
+from service.store import events, fence, leases, outcomes, reward_requests, rows
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
@@ -76,19 +77,21 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
     return LeaseState(ttl_seconds=seconds)
 
 
-@router.get("/{lease_id}/directives")
+@router.get("/{lease_id}/directives", response_model_exclude_none=True)
 async def get_directives(
     lease_id: LeaseHolder,
     runtime: CurrentRuntime,
-    after: Annotated[str, Query(max_length=20)] = "",
+    after: Annotated[str, Query(max_length=64)] = "",
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 20.0,
 ) -> Directives:
-    """Wait for something that the service wants of the attempt."""
-    job_id, found = await run_in_threadpool(_directives, runtime, lease_id, after)
+    """Wait for something that the service wants of the attempt, or has got for it."""
+    told = Told.parse(after)
+    job_id, found = await run_in_threadpool(_directives, runtime, lease_id, told)
     if not found:
-        await runtime.notifier.wait(job_id, wait, is_told=after == str(CANCEL_ID))
-        _, found = await run_in_threadpool(_directives, runtime, lease_id, after)
-    return Directives(directives=found, cursor=str(found[-1].id) if found else after)
+        is_told = CANCEL_ID in told.once
+        await runtime.notifier.wait(job_id, wait, is_told=is_told, last_result=told.last_result)
+        _, found = await run_in_threadpool(_directives, runtime, lease_id, told)
+    return Directives(directives=found, cursor=told.plus(found).text)
 
 
 @router.post("/{lease_id}/batch", openapi_extra=schema_of(Batch))
@@ -158,17 +161,21 @@ def _lease(runtime: Runtime, held: fence.Held, token: str) -> Lease:
     )
 
 
-def _directives(runtime: Runtime, lease_id: str, after: str) -> tuple[str, list[Directive]]:
+def _directives(runtime: Runtime, lease_id: str, told: Told) -> tuple[str, list[Directive]]:
     with runtime.database.read() as transaction:
         held = fence.look(transaction, lease_id)
-    job, attempt = held.job, held.attempt
-    if not fence.is_live(attempt, job):
-        raise FencedError(
-            f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
-        )
-    is_told = after == str(CANCEL_ID)
-    is_wanted = job.cancel_requested_at is not None and not is_told
-    return job.id, [Directive(id=CANCEL_ID, type="cancel")] if is_wanted else []
+        job, attempt = held.job, held.attempt
+        if not fence.is_live(attempt, job):
+            raise FencedError(
+                f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
+            )
+        came = reward_requests.results(transaction, held, told.last_result)
+    is_wanted = job.cancel_requested_at is not None and CANCEL_ID not in told.once
+    found = [Directive(id=CANCEL_ID, type="cancel")] if is_wanted else []
+    return job.id, found + [
+        Directive(id=number, type="reward_result", request_id=request_id, result=body)
+        for number, request_id, body in came
+    ]
 
 
 def _check_rows(body: Batch) -> None:

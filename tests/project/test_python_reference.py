@@ -18,7 +18,9 @@ def test_the_python_reference_is_up_to_date() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["build_python"] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
-    HfArgumentParser(DARConfig)  # rewrites the types of the fields, as any training script in this process may have
+    HfArgumentParser(
+        DARConfig
+    )  # rewrites the types of the fields, as any training script in this process may have
     assert (DOCS / "python.md").read_text() == module.page(), "run python docs/build_python.py"
     for name in module.METHODS:
         assert f"### `{name}`" in module.page()

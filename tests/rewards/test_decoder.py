@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from dar.errors import InvalidRequestError, RewardContractError
 from dar.protocol.rewards import (
     MAX_REWARD,
+    Callback,
+    Reply,
     RewardRequest,
     SampleResult,
     decode_request,
     decode_response,
 )
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.wire import batches, encode_request, encode_sample
+from dar.rewards.wire import CALLBACK_BYTES, batches, encode_request, encode_sample
 
 ID = "rwq_1"
 patient = settings(deadline=None, derandomize=True)  # a busy machine is no failure
@@ -121,7 +123,14 @@ def request_of(*given_samples: RewardSample, columns: list[str] | None = None) -
     now = datetime.now(UTC)
     context = RewardContext(3, "eval", "ftjob-1")
     return decode_request(
-        encode_request(encoded, "helpful", context, created_at=now, deadline=now).body
+        encode_request(
+            encoded,
+            "helpful",
+            context,
+            request_id="rwq_1",
+            created_at=now,
+            reply=Reply(modes=["sync"], deadline=now),
+        ).body
     )
 
 
@@ -196,8 +205,12 @@ def test_groups_stay_together_unless_one_alone_is_too_large(make_samples: Any) -
 
 def test_a_body_keeps_within_its_limit(make_samples: Any) -> None:
     now = datetime.now(UTC)
+    callback = Callback(url="https://dar.example/" + "x" * 200, token="rwt_" + "x" * 43)
+    reply = Reply(modes=["sync", "async"], deadline=now, callback=callback)
     context = RewardContext(10**9, "validate", "ftjob-" + "x" * 26)
     encoded = [encode_sample(sample, None, 0) for sample in make_samples(64, 4)]
-    for batch in batches(encoded, max_samples=256, max_bytes=4096):
-        request = encode_request(batch, "c" * 32, context, created_at=now, deadline=now)
+    for batch in batches(encoded, max_samples=256, max_bytes=4096 - CALLBACK_BYTES):
+        request = encode_request(
+            batch, "c" * 32, context, request_id="rwq_" + "0" * 26, created_at=now, reply=reply
+        )
         assert len(request.body) <= 4096

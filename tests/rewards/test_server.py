@@ -21,6 +21,7 @@ import pytest
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardRetry
+from dar.protocol.rewards import Reply
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.http import HttpOptions, HttpReward
 from dar.rewards.scorer import scorer_from_functions
@@ -104,7 +105,14 @@ class Requests:
     def __init__(self, url: str, samples: list[RewardSample], secret: str | None) -> None:
         now = datetime.now(UTC)
         encoded = [encode_sample(sample, None, 0) for sample in samples]
-        self.request = encode_request(encoded, "r", RewardContext(1), created_at=now, deadline=now)
+        self.request = encode_request(
+            encoded,
+            "r",
+            RewardContext(1),
+            request_id="rwq_1",
+            created_at=now,
+            reply=Reply(modes=["sync"], deadline=now),
+        )
         keys = [] if secret is None else [decode_secret(secret)]
         stamp = int(now.timestamp())
         self.headers = {
