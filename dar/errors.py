@@ -155,6 +155,24 @@ class FencedError(ConflictError):
     code = "fenced"
 
 
+class GoneError(DARError):
+    """It was there, and nobody waits for it any more: too late, or the job has ended."""
+
+    code = "gone"
+    status = 410
+    type = "invalid_request_error"
+    retryable = False
+
+
+class InvalidResultError(DARError):
+    """What a reward service posted to a callback breaks the contract; it may be corrected and sent again."""
+
+    code = "invalid_result"
+    status = 422
+    type = "invalid_request_error"
+    retryable = False
+
+
 class PayloadTooLargeError(DARError):
     """The body is over the limit."""
 

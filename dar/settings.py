@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     base_url: str | None = None
     """URL of the service as clients and workers reach it; default ``http://host:port``."""
 
+    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")] | None = None
+    """URL of the service as reward services reach it, for callbacks; default: that for clients and workers."""
+
     host: str = "127.0.0.1"
     """Address the service binds to."""
 
@@ -193,6 +196,11 @@ class Settings(BaseSettings):
     def service_url(self) -> str:
         """URL of the service without a slash at its end."""
         return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    @property
+    def callback_url(self) -> str:
+        """URL under which reward services post later answers, without a slash at its end."""
+        return f"{(self.public_url or self.service_url).rstrip('/')}/v1/reward_callbacks"
 
     @property
     def sqlalchemy_url(self) -> str:

@@ -177,7 +177,7 @@ def reference() -> str:
     """The whole page."""
     sections = {
         "Settings": "All processes read the same variables from their environment.\n\n" + settings(),
-        "Routes": "All want `Authorization: Bearer <key>` but `/healthz` and `/readyz`. The full schemas are in "
+        "Routes": "All want `Authorization: Bearer <key>` but `/healthz` and `/readyz`; a reward callback wants the token of its request. The full schemas are in "
         "`GET /openapi.json`.\n\n" + routes(),
         "Job spec": "The body of `POST /v1/fine_tuning/jobs`. Unknown fields are refused; the DAR fields of `dar.DARConfig` "
         "have the same names and defaults.\n\n" + job_spec(),

@@ -27,7 +27,9 @@ from service.api import (
     metrics,
     models,
     query,
+    reward_callbacks,
     reward_endpoints,
+    reward_requests,
     reward_stats,
     samples,
     uploads,
@@ -46,7 +48,7 @@ from service.waker import Waker
 
 ROUTERS = (
     *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
-    *(reward_endpoints, graders, leases, inputs, uploads),
+    *(reward_endpoints, graders, reward_callbacks, leases, inputs, uploads, reward_requests),
 )
 BODIES = (
     spec.JobSpec,
@@ -65,6 +67,8 @@ BODIES = (
     worker.Complete,
     worker.Fail,
     worker.Release,
+    worker.AnnounceRewardRequests,
+    worker.RewardProgress,
 )
 
 

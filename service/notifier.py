@@ -8,20 +8,20 @@ import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Literal
 
 import structlog
 from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
+from service.directives import Told, Wanted
+from service.store import reward_requests
 from service.store.database import Database
 from service.store.tables import Attempt, Job
 
 log = structlog.get_logger()
-Told = Literal["cancel", "pause"]
-"""What a worker is told, once."""
 WATCH_SECONDS = 1.0
+NOTHING = Told()
 
 
 class Notifier:
@@ -29,7 +29,7 @@ class Notifier:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiters: defaultdict[str, dict[asyncio.Event, frozenset[Told]]] = defaultdict(dict)
+        self._waiters: defaultdict[str, dict[asyncio.Event, Told]] = defaultdict(dict)
         # By job; what the waiter knows already.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -45,9 +45,7 @@ class Notifier:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, job_id)
 
-    async def wait(
-        self, job_id: str, seconds: float, *, told: frozenset[Told] = frozenset()
-    ) -> None:
+    async def wait(self, job_id: str, seconds: float, *, told: Told = NOTHING) -> None:
         """Return when there may be news about a job, at the latest after ``seconds``; what was ``told`` is no news."""
         if self.is_closing or seconds <= 0:
             return
@@ -86,19 +84,18 @@ class Notifier:
                 continue
             try:
                 waiting = {
-                    job_id: frozenset.intersection(*told.values())
-                    for job_id, told in self._waiters.items()
+                    job_id: Told.by_all(told.values()) for job_id, told in self._waiters.items()
                 }
                 for job_id in await run_in_threadpool(self._changed, waiting):
                     self._wake(job_id)
             except SQLAlchemyError as error:
                 log.warning("cannot watch for directives", error=str(error))
 
-    def _changed(self, waiting: Mapping[str, frozenset[Told]]) -> list[str]:
+    def _changed(self, waiting: Mapping[str, Told]) -> list[str]:
         """Which of the jobs have something to say to their worker, by what it knows already."""
 
-        def untold(what: Told) -> list[str]:
-            return [job_id for job_id, told in waiting.items() if what not in told]
+        def untold(wanted: Wanted) -> list[str]:
+            return [job_id for job_id, told in waiting.items() if not told.knows(wanted)]
 
         is_running = select(Attempt.job_id).where(
             Attempt.job_id == Job.id, Attempt.number == Job.attempt, Attempt.status == "running"
@@ -112,4 +109,8 @@ class Notifier:
             ),
         )
         with self._database.read() as transaction:
-            return list(transaction.scalars(statement).all())
+            changed = list(transaction.scalars(statement).all())
+            newest = reward_requests.newest_results(transaction, list(waiting))
+        return changed + [
+            job_id for job_id, number in newest.items() if number > waiting[job_id].last_result
+        ]

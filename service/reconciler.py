@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.notifier import Notifier
-from service.store import checkpoints, fence, files, jobs, leases, transitions
+from service.store import checkpoints, fence, files, jobs, leases, reward_requests, transitions
 from service.store.database import Database, Transaction
 from service.store.tables import Job
 from service.waker import Waker
@@ -85,7 +85,7 @@ class Reconciler:
             self._finish_cancellations()
             self._rewake()
             self._remove_checkpoints()
-            self._sweep_files()
+            self._sweep()
 
     def _is_patient(self) -> bool:
         """Whether leases are left alone: after a gap of ours, workers had nobody to renew them with."""
@@ -132,11 +132,13 @@ class Reconciler:
             with self._database.write() as transaction:
                 checkpoints.mark_removed(transaction, item.id)
 
-    def _sweep_files(self) -> None:
-        """Remove files that lost their upload's process before it stored a row, or their row before they were removed."""
+    def _sweep(self) -> None:
+        """Forget old reward requests, and remove files that lost their upload's process before it stored a row, or their row before they were removed."""
         if self._monotonic() < self._next_sweep:
             return
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
+        with self._database.write() as transaction:
+            reward_requests.forget(transaction)
         there = self._artifacts.old_files()
         with self._database.read() as transaction:
             known = files.known(transaction, there)

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from dar.settings import Settings
 from service.artifacts import Artifacts
+from service.callbacks import Callbacks
 from service.notifier import Notifier
 from service.probing import Remembered
 from service.rationing import Throttle
@@ -34,6 +35,8 @@ class Runtime:
     tries: Throttle = field(default_factory=lambda: Throttle(120, 60.0, "tries at submission"))
     remembered: Remembered = field(default_factory=Remembered)
     """Reward services that a submission need not try again yet."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    """Counts what reward services post."""
 
 
 async def current(request: Request) -> Runtime:

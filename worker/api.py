@@ -21,6 +21,7 @@ from dar.errors import (
     error_from_body,
 )
 from dar.protocol.worker import (
+    AnnounceRewardRequests,
     AttemptOf,
     BatchAck,
     CheckpointUpload,
@@ -35,6 +36,8 @@ from dar.protocol.worker import (
     Outcome,
     RegisterCheckpoint,
     Release,
+    RewardProgress,
+    RewardRequestStates,
 )
 from worker.wire import encode
 
@@ -319,6 +322,24 @@ class WorkerClient:
             content=gzip.compress(body, compresslevel=3),
             headers={"content-type": "application/json", "content-encoding": "gzip"},
         )
+
+    def announce_rewards(
+        self, lease_id: str, announced: AnnounceRewardRequests
+    ) -> RewardRequestStates:
+        """Have reward requests stored before they are sent."""
+        return self._ask(
+            RewardRequestStates, "POST", f"/leases/{lease_id}/reward_requests", announced
+        )
+
+    def note_reward(self, lease_id: str, request_id: str, said: RewardProgress) -> None:
+        """Say what became of a reward request."""
+        with _of_a_lease():
+            self._send(
+                "POST",
+                f"/leases/{lease_id}/reward_requests/{quote(request_id)}",
+                content=encode(said),
+                headers={"content-type": "application/json"},
+            )
 
     def register(self, lease_id: str, checkpoint: RegisterCheckpoint) -> CheckpointUpload:
         """Announce a checkpoint; repeating it tells what has arrived."""

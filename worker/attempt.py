@@ -30,7 +30,8 @@ from dar.protocol.worker import (
 )
 from dar.training.sink import NullSink, Sink
 from worker.folders import AttemptFolder, write_atomically
-from worker.launch import ExitCode, Launch, Order, Result
+from worker.inbox import PipeInbox
+from worker.launch import ExitCode, Launch, Line, Result, RewardNews
 from worker.siblings import Siblings
 from worker.spool import SpoolWriter
 
@@ -56,8 +57,10 @@ class StdinControl:
     Until `begin` is called there is nothing to save, so a request ends the process at once.
     """
 
-    def __init__(self, stdin: BinaryIO) -> None:
+    def __init__(self, stdin: BinaryIO, inbox: PipeInbox | None = None) -> None:
         self._stdin = stdin
+        self.inbox = inbox
+        """Where results of reward requests arrive; None: nobody would send any."""
         self._lock = threading.Lock()
         self._request: Literal["cancel", "drain"] | None = None
         self._has_begun = False
@@ -77,7 +80,11 @@ class StdinControl:
 
     def _read(self) -> None:
         for line in self._stdin:
-            order = Order.model_validate_json(line)
+            order = Line.validate_json(line)
+            if isinstance(order, RewardNews):
+                if self.inbox is not None:
+                    self.inbox.deliver(order)
+                continue
             with self._lock:
                 if self._request != "cancel":
                     self._request = order.type
@@ -211,6 +218,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         reward_access=launch.reward_access,
         reward_guard=launch.reward_guard,
         reward_models=launch.reward_models,
+        reward_inbox=control.inbox,
         threads=launch.threads,
         offline=launch.is_offline,
     )
@@ -280,7 +288,7 @@ def main(train: Train = train_with_torch) -> ExitCode:
     )  # it logs every URL, query string included
     stdin = sys.stdin.buffer
     launch = Launch.model_validate_json(stdin.readline())
-    control = StdinControl(stdin)
+    control = StdinControl(stdin, None if launch.outbox is None else PipeInbox(launch.outbox))
     control.listen()
     try:
         return (attend_as_sibling if launch.process else attend)(launch, control, train)

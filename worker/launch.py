@@ -1,18 +1,20 @@
 """What a supervisor and its trainer say to each other.
 
-The supervisor writes to the trainer's stdin: one line with the `Launch`, then one line per `Order`. The end of that stream
-means that the supervisor is dead. The trainer answers through its folder (`worker.folders`) and its `ExitCode`. Secrets
+The supervisor writes to the trainer's stdin: one line with the `Launch`, then one line per `Order` or
+`RewardNews`. The end of that stream
+means that the supervisor is dead. The trainer answers through its folder (`worker.folders`), a pipe for what it says about reward
+requests, and its `ExitCode`. Secrets
 travel in the launch line alone: never in arguments, environment or files.
 """
 
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from dar.protocol.spec import JobSpec
-from dar.protocol.worker import ComponentAccess
+from dar.protocol.worker import ComponentAccess, RewardAnnouncement, RewardRequestState
 from dar.rewards.guard import EgressPolicy
 
 MIN_HIDDEN = 4
@@ -68,6 +70,8 @@ class Launch(BaseModel):
     """Where on the loopback address process 0 waits for the others; 0: there are none."""
     listener: int | None = None
     """File descriptor of its socket there."""
+    outbox: int | None = None
+    """File descriptor of a pipe to the supervisor, for lines with a `RewardNote`."""
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -93,6 +97,38 @@ class Order(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     type: Literal["cancel", "drain"]
+
+
+class RewardNote(BaseModel):
+    """What a trainer says about a reward request, as one line on its outbox."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request_id: str
+    announcement: RewardAnnouncement | None = None
+    """The request is about to be sent; the answer is a `RewardNews` with its state."""
+    state: Literal["accepted", "closed"] | None = None
+    """What became of it since."""
+    poll_url: str | None = None
+
+
+class RewardNews(BaseModel):
+    """What the service has about a reward request, for a running trainer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    type: Literal["reward"] = "reward"
+    request_id: str
+    state: RewardRequestState | None = None
+    """It is stored; answers an announcement."""
+    result: str | None = None
+    """The body of a callback."""
+
+
+Line: TypeAdapter[Order | RewardNews] = TypeAdapter(
+    Annotated[Order | RewardNews, Field(discriminator="type")]
+)
+"""What the supervisor writes to a running trainer."""
 
 
 class Result(BaseModel):

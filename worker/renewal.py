@@ -1,12 +1,13 @@
 """The two threads that keep in touch with the service about a lease: heartbeats go out, directives come in."""
 
 import time
+from collections.abc import Callable
 
 import structlog
 from pydantic import ValidationError
 
 from dar.errors import DARError
-from dar.protocol.worker import AttemptProgress, Heartbeat
+from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
 from worker.api import Backoff, WorkerClient
 from worker.folders import read_if_there
 from worker.state import LOST, AttemptState
@@ -79,11 +80,18 @@ class DirectiveListener:
 
     Args:
         client: Its own, closed at the end: a long poll may outlast the attempt by its waiting time.
+        take_result: Called with each result of a reward request.
     """
 
-    def __init__(self, state: AttemptState, client: WorkerClient) -> None:
+    def __init__(
+        self,
+        state: AttemptState,
+        client: WorkerClient,
+        take_result: Callable[[Directive], None],
+    ) -> None:
         self._state = state
         self._client = client
+        self._take_result = take_result
 
     def run(self) -> None:
         """Listen until the attempt is over. After an outage the service is asked again within two seconds."""
@@ -103,7 +111,11 @@ class DirectiveListener:
             backoff = Backoff(longest=2.0)
             cursor = answer.cursor
             for directive in answer.directives:
-                log.info(
-                    "directive received", type=directive.type, lease=self._state.lease.lease_id
-                )
-                (self._state.cancel if directive.type == "cancel" else self._state.pause).set()
+                self._obey(directive)
+
+    def _obey(self, directive: Directive) -> None:
+        if directive.type == "reward_result":
+            self._take_result(directive)
+            return
+        log.info("directive received", type=directive.type, lease=self._state.lease.lease_id)
+        (self._state.cancel if directive.type == "cancel" else self._state.pause).set()

@@ -60,6 +60,7 @@ class Siblings:
                 "listener": None,
                 "reward_secret": None,
                 "reward_access": {},
+                "outbox": None,
             }
         )
         with self._folder.log_of(number).open("ab") as output:

@@ -15,7 +15,7 @@ from typing import Literal
 import structlog
 
 from dar.errors import DARError
-from dar.protocol.worker import Complete, Fail, Lease, Release
+from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.guard import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
@@ -24,6 +24,7 @@ from worker.folders import AttemptRecord, SlotFolder, read_if_there
 from worker.inputs import InputFetcher, LocalInputs
 from worker.launch import ExitCode, Launch, Result
 from worker.renewal import DirectiveListener, Heartbeats
+from worker.reward_bridge import RewardBridge
 from worker.sender import SpoolSender
 from worker.spool import SpoolReader
 from worker.state import LOST, AttemptState
@@ -79,6 +80,7 @@ class Supervisor:
         self._command = command
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
+        self._bridge: RewardBridge | None = None
         self._uploader = CheckpointUploader(self._state, self._client)
         self._sender = SpoolSender(
             SpoolReader(self._folder.spool),
@@ -130,9 +132,14 @@ class Supervisor:
 
     def _spawn_messengers(self) -> None:
         heartbeats = Heartbeats(self._state, self._client, self._settings.heartbeat_seconds)
-        listener = DirectiveListener(self._state, self._new_client())
+        listener = DirectiveListener(self._state, self._new_client(), self._hand_on)
         self._state.spawn("heartbeats", heartbeats.run)
         self._state.spawn("directives", listener.run)
+
+    def _hand_on(self, result: Directive) -> None:
+        # None before the trainer has announced anything, so that there are no results either.
+        if self._bridge is not None:
+            self._bridge.take(result)
 
     def _execute(self) -> Verdict | None:
         """Fetch, train, send; None when the lease is lost."""
@@ -169,6 +176,8 @@ class Supervisor:
         uploader = self._state.spawn("uploader", self._uploader.run)
         trainer = TrainerProcess(self._command, self._folder, launch, environment)
         log.info("trainer started", pid=trainer.pid)
+        bridge = self._bridge = RewardBridge(self._state, self._new_client(), trainer.tell)
+        self._state.spawn("rewards", lambda: bridge.run(trainer.notes))
         try:
             while (ended := trainer.poll()) is None:
                 self._stopping.enforce(trainer)

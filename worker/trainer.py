@@ -6,8 +6,10 @@ which kills what it finds (`kill_leftover`).
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import orjson
 
 from dar.settings import inherited_environment
 from worker.folders import AttemptFolder, read_if_there, write_atomically
-from worker.launch import Launch, Order
+from worker.launch import Launch, Order, RewardNews
 
 LOG_TAIL_BYTES = 4096
 KILL_SECONDS = 10.0
@@ -104,6 +106,8 @@ class TrainerProcess:
     ) -> None:
         self._folder = folder
         self._secrets = launch.secrets
+        self.notes, outbox = os.pipe()
+        """Read end of the pipe on which it sends a `RewardNote` per line; whoever reads it closes it."""
         with folder.log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -113,21 +117,37 @@ class TrainerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(outbox,),
             )
+        os.close(outbox)
         self.pid = self._process.pid
         identity = {"pid": self.pid, "started": start_ticks(self.pid)}
         write_atomically(folder.trainer, orjson.dumps(identity))
-        self._tell(launch.model_dump_json())
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._teller = threading.Thread(target=self._write, name="teller", daemon=True)
+        self._teller.start()
+        self._tell(launch.model_copy(update={"outbox": outbox}).model_dump_json())
 
     def _tell(self, line: str) -> None:
+        self._lines.put(line)
+
+    def _write(self) -> None:
+        """Write lines to the trainer: a thread of its own, as one that does not read must not hold up who ends it."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died; `poll` reports how
-            self._process.stdin.write(f"{line}\n".encode())
-            self._process.stdin.flush()
+        with contextlib.suppress(OSError):  # it died; `poll` reports how
+            while (line := self._lines.get()) is not None:
+                self._process.stdin.write(f"{line}\n".encode())
+                self._process.stdin.flush()
+        with contextlib.suppress(OSError):  # what was left in its buffer has nowhere to go
+            self._process.stdin.close()
 
     def order(self, order: Order) -> None:
-        """Tell the trainer what is wanted of it."""
+        """Tell the trainer what is wanted of it; never waits for it."""
         self._tell(order.model_dump_json())
+
+    def tell(self, news: RewardNews) -> None:
+        """Tell the trainer about a reward request; never waits for it."""
+        self._tell(news.model_dump_json())
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the trainer and everything it started."""
@@ -156,9 +176,8 @@ class TrainerProcess:
         return ended
 
     def _close_stdin(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._lines.put(None)
+        self._teller.join()  # every reader of the pipe is dead, so that no write waits any more
 
     def log_tail(self) -> str:
         """The end of what the trainer printed, without any secret of its rewards."""

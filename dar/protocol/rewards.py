@@ -7,7 +7,7 @@ failed score can never turn into a number on its way.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import orjson
 from pydantic import (
@@ -25,6 +25,8 @@ from dar.errors import InvalidRequestError, Problem, RewardContractError
 from dar.protocol.samples import FinishReason
 
 VERSION = "dar.reward.v1"
+REQUEST_TYPE, RESULT_TYPE = "reward.request", "reward.result"
+TOKEN_PREFIX = "rwt_"  # noqa: S105 - how a token begins, not one
 MAX_SAMPLES = 256
 """Most samples in one request."""
 MAX_REQUEST_BYTES = 8 * 1024**2
@@ -92,12 +94,23 @@ class RequestSample(_Wire):
         return self
 
 
+class Callback(_Wire):
+    """Where a later answer may be posted: the body of a 200 with ``"type": "reward.result"``."""
+
+    url: Annotated[str, Field(max_length=2048)]
+    token: Annotated[str, Field(pattern=r"^rwt_[A-Za-z0-9_-]{43}$", repr=False)]
+    """To be sent as ``Authorization: Bearer rwt_…``; it opens this one request and nothing else."""
+
+
 class Reply(_Wire):
     """How the service may answer."""
 
-    modes: list[Literal["sync"]]
+    modes: Annotated[list[Literal["sync", "async"]], Field(min_length=1)]
+    """``sync``: with a 200. ``async``: also with a 202, and the result later."""
     deadline: Annotated[AwareDatetime, Field(strict=False)]
     """No answer is read after this instant."""
+    callback: Callback | None = None
+    """With ``async``; without it a later answer can only be fetched, from the 202's ``poll_url``."""
 
 
 class RewardRequest(_Wire):
@@ -169,6 +182,8 @@ class SampleResult(_Wire):
 class RewardResponse(_Wire):
     """A 200: ``rewards`` in the order of the samples, or ``results`` by id."""
 
+    type: str | None = None
+    """``reward.result`` where the answer is posted to a callback; elsewhere it says nothing."""
     request_id: str
     rewards: list[Number | None] | None = None
     results: list[SampleResult] | None = None
@@ -180,6 +195,17 @@ class RewardResponse(_Wire):
                 "one_form", "exactly one of rewards and results must be given"
             )
         return self
+
+
+class Accepted(_Wire):
+    """A 202: the result comes later, to the callback or at ``poll_url``."""
+
+    request_id: str
+    status: Literal["accepted"]
+    poll_url: Annotated[str, Field(max_length=2048)] | None = None
+    """Where the result can be fetched: on the origin of the reward service; relative to its URL."""
+    eta_ms: Annotated[float, Field(ge=0)] | None = None
+    """When it may be there, in milliseconds from now; a hint."""
 
 
 def decode_request(body: bytes) -> RewardRequest:
@@ -220,13 +246,54 @@ def decode_response(body: bytes, *, request_id: str, ids: Sequence[str]) -> list
         RewardContractError: The answer breaks the contract; ``error_code`` says how (``contract.length``,
             ``contract.nonfinite``, …). Nothing of such an answer is used.
     """
-    response = _parse_response(body)
-    if response.request_id != request_id:
+    response = _parse(RewardResponse, body)
+    _check_echo(response.request_id, request_id)
+    return _by_id(response, ids)
+
+
+def decode_result(body: bytes, *, request_id: str, ids: Sequence[str]) -> list[SampleResult]:
+    """The results in a body that was posted to a callback: like `decode_response`, and its type must be `RESULT_TYPE`.
+
+    Raises:
+        RewardContractError: As for `decode_response`; ``contract.result_type`` for another type.
+    """
+    response = _parse(RewardResponse, body)
+    if response.type != RESULT_TYPE:
+        _refuse("result_type", f'a callback must say "type": "{RESULT_TYPE}"')
+    _check_echo(response.request_id, request_id)
+    return _by_id(response, ids)
+
+
+def decode_accepted(body: bytes, *, request_id: str) -> Accepted:
+    """The promise in the body of a 202.
+
+    Raises:
+        RewardContractError: It is none, or for another request.
+    """
+    accepted = _parse(Accepted, body)
+    _check_echo(accepted.request_id, request_id)
+    return accepted
+
+
+def is_own_request(body: bytes) -> bool:
+    """Whether ``body`` is a request of ours that somebody sends back instead of an answer."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(content, Mapping) and content.get("type") == REQUEST_TYPE
+
+
+def _check_echo(found: str, sent: str) -> None:
+    if found != sent:
         _refuse(
             "request_mismatch",
-            f"the answer is for request {response.request_id[:80]!r}, but {request_id!r} was sent; "
+            f"the answer is for request {found[:80]!r}, but {sent!r} was sent; "
             "echo the request's request_id",
         )
+
+
+def _by_id(response: RewardResponse, ids: Sequence[str]) -> list[SampleResult]:
     if response.rewards is not None:
         if len(response.rewards) != len(ids):
             _refuse("length", f"{len(response.rewards)} rewards for {len(ids)} samples")
@@ -259,12 +326,15 @@ def load_json(body: bytes) -> object:
         _refuse_json(body, str(error))
 
 
-def _parse_response(body: bytes) -> RewardResponse:
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+def _parse(model: type[Answer], body: bytes) -> Answer:
     content = load_json(body)
     if not isinstance(content, Mapping):
         _refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
     try:
-        return RewardResponse.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         path = ".".join(map(str, first["loc"])) or "answer"

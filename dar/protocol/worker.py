@@ -8,6 +8,7 @@ from dar.protocol.base import Count, Input, Instant, Number, Output
 from dar.protocol.checkpoints import SHA256, Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import MAX_FAILURES, ComponentRequests, FailedRequest
+from dar.protocol.rewards import MAX_SAMPLES, Identifier
 from dar.protocol.samples import SampleRow
 from dar.protocol.spec import JobSpec
 
@@ -18,6 +19,8 @@ Phase = Literal[
 WAKE_TASK = "worker.wake"
 """Name of the Celery task that says «look for queued jobs»; it carries nothing."""
 WAKE_QUEUE = "dar.wake"
+FIRST_RESULT_ID = 1000
+"""Directives that carry results are numbered from here, so that those of the job itself have room below."""
 
 
 class Claim(Input):
@@ -121,7 +124,12 @@ class Directive(Output):
     """Something the service wants of a running attempt."""
 
     id: int
-    type: Literal["cancel", "pause"]
+    """1: cancel, 2: pause. From `FIRST_RESULT_ID` on: results of reward requests, in the order in which they came."""
+    type: Literal["cancel", "pause", "reward_result"]
+    request_id: str | None = None
+    """reward_result: which request it answers."""
+    result: str | None = None
+    """reward_result: the body that the reward service sent."""
 
 
 class Directives(Output):
@@ -129,6 +137,57 @@ class Directives(Output):
 
     directives: list[Directive]
     cursor: str
+    """What was told so far: the ``after`` of the next poll."""
+
+
+class RewardAnnouncement(Input):
+    """A reward request that may be answered by a callback; announced before it is sent."""
+
+    request_id: Identifier
+    component: Name
+    step: Count
+    sample_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MAX_SAMPLES)]
+    """What a result must be about."""
+    token_sha256: SHA256
+    """Of the token that opens the callback."""
+    deadline: Instant
+    """No result is taken after it."""
+
+
+class AnnounceRewardRequests(Input):
+    """Requests that an attempt is about to send."""
+
+    attempt: Number
+    requests: Annotated[list[RewardAnnouncement], Field(min_length=1, max_length=64)]
+
+
+class RewardRequestState(Output):
+    """A stored request, as the attempt that announced it should go on with it."""
+
+    request_id: str
+    callback_url: str
+    deadline: float
+    """Seconds since 1970; that of the first announcement, unless the request was begun anew since."""
+    is_accepted: bool
+    """The reward service has it already: wait for the result and do not send it again."""
+    poll_url: str | None
+    """Where the reward service said that the result can be fetched."""
+    result: str | None
+    """The body that the reward service sent, if it has already."""
+
+
+class RewardRequestStates(Output):
+    """Answer to an announcement, in its order."""
+
+    requests: list[RewardRequestState]
+
+
+class RewardProgress(Input):
+    """What became of an announced request: the reward service took it (202), or answered it on another way."""
+
+    attempt: Number
+    state: Literal["accepted", "closed"]
+    poll_url: Annotated[str, Field(max_length=2048)] | None = None
 
 
 class MetricsRow(Input):

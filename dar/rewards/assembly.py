@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import RewardObserver, RewardProtocol, RewardSource
 from dar.rewards.builtins.registry import BuiltinReward, make_builtin
 from dar.rewards.combine import Combination, WeightedSource
@@ -30,6 +31,7 @@ def scorer_from_spec(
     models: Mapping[str, RewardSource] | None = None,
     guard: EgressPolicy | None = None,
     observer: RewardObserver | None = None,
+    inbox: Inbox | None = None,
     is_shared: bool = True,
 ) -> RewardScorer:
     """The scorer of a job.
@@ -43,6 +45,7 @@ def scorer_from_spec(
         models: The reward models in memory, by component name.
         guard: Which addresses may be reached; None: all.
         observer: See `RewardScorer`.
+        inbox: Takes callbacks of reward services.
         is_shared: See `HttpOptions`.
 
     Raises:
@@ -59,6 +62,7 @@ def scorer_from_spec(
                 (access or {}).get(component.name),
                 secret=secret,
                 guard=guard,
+                inbox=inbox,
                 is_shared=is_shared,
             ),
             component.weight,
@@ -90,6 +94,7 @@ def http_source(
     *,
     secret: str | None,
     guard: EgressPolicy | None,
+    inbox: Inbox | None = None,
     is_shared: bool = True,
 ) -> HttpReward:
     """The service of an http component.
@@ -99,6 +104,7 @@ def http_source(
         access: How its registered endpoint is reached; None for an inline URL.
         secret: Signs requests to an inline URL.
         guard: Which addresses may be reached; None: all.
+        inbox: Takes its callbacks.
         is_shared: See `HttpOptions`.
 
     Raises:
@@ -127,7 +133,7 @@ def http_source(
         is_shared=is_shared,
     )
     secrets = (() if secret is None else (secret,)) if access is None else access.secrets
-    return HttpReward(component.name, url, secrets=secrets, options=options)
+    return HttpReward(component.name, url, secrets=secrets, options=options, inbox=inbox)
 
 
 def protocol_of(component: RewardComponent) -> RewardProtocol:

@@ -214,31 +214,3 @@ class RewardObserver(Protocol):
     def waiting(self, component: str, message: str) -> None:
         """A request waits: for its next attempt, for a ``Retry-After``, or for the breaker."""
         ...
-
-
-class Inbox(Protocol):
-    """Where results of callbacks arrive, on behalf of this process."""
-
-    async def announce(
-        self,
-        request_id: str,
-        component: str,
-        step: int,
-        token_sha256: str,
-        deadline: datetime,
-        sample_ids: Sequence[str],
-    ) -> object:
-        """Have a request stored before it is sent; waits until it is, and tells what is known of it."""
-        ...
-
-    async def wait(self, request_id: str) -> bytes:
-        """The result that was posted for a request; waits for it however long it takes."""
-        ...
-
-    def accepted(self, request_id: str, poll_url: str | None) -> None:
-        """The reward service has answered 202."""
-        ...
-
-    def close(self, request_id: str) -> None:
-        """The request needs no callback any more."""
-        ...

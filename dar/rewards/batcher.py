@@ -61,6 +61,8 @@ class Batcher:
         max_bytes: Largest body.
         linger_seconds: How long a request that is not full waits for more.
         slots: Requests that may be in flight.
+        is_merging: Whether groups of several calls may share a request. Which of them do depends on when they come, so that a
+            process that begins a step again may put them together otherwise.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Batcher:
         max_bytes: int,
         linger_seconds: float,
         slots: int,
+        is_merging: bool = True,
     ) -> None:
         self._send = send
         self._max_samples = max_samples
         self._room = max_bytes - ENVELOPE_BYTES
         self._linger = linger_seconds
+        self._is_merging = is_merging
         self._places = asyncio.Semaphore(QUEUED_PER_SLOT * slots)
         self._turn = asyncio.Lock()
         self._open: dict[Hashable, Request] = {}
@@ -94,7 +98,8 @@ class Batcher:
             request.pieces.append(piece)
             request.ids.update(sample.id for sample in piece.samples)
             piece.outcome.add_done_callback(lambda _: self._abandoned(request))
-            if sum(len(part.samples) for part in request.pieces) >= self._max_samples():
+            is_full = sum(len(part.samples) for part in request.pieces) >= self._max_samples()
+            if is_full or not self._is_merging:
                 self._flush(request)
 
     def leaves_queue(self, request: Request) -> None:

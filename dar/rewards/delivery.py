@@ -2,32 +2,26 @@
 
 import asyncio
 import hashlib
-import importlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
-
-from pydantic import BaseModel
 
 from dar.errors import AuthenticationError, RewardContractError, RewardMisconfiguredError
 from dar.protocol.rewards import MAX_REQUEST_BYTES
 from dar.rewards.answers import Answer
+from dar.rewards.asynchronous import Inbox, LaterReply, Polled
 from dar.rewards.base import (
     Failed,
-    Inbox,
     RequestBatch,
     RequestRecord,
     RewardContext,
     RewardObserver,
     RewardResult,
     RewardSample,
-    Scored,
-    Skipped,
 )
 from dar.rewards.breaker import Outcome
 from dar.rewards.endpoint import Endpoint, Patience, Slot
@@ -104,7 +98,7 @@ class Delivery:
         )
         self._batch: RequestBatch | None = None
         self._body = b""
-        self._later: Any = None
+        self._later: LaterReply | None = None
         self._request_id = ""
         self._count = 0
         self._tried = _Tried(0, ready_at)
@@ -215,11 +209,13 @@ class Delivery:
         reply: Mapping[str, Any] | None = None
         if self._options.allow_async:
             ids = [sample.id for sample in samples]
-            self._later = _asynchronous().LaterReply(
+            self._later = LaterReply(
                 self._sender.url, self._request_id, ids, deadline, self._sender.inbox
             )
             await self._later.open(self._sender.name, self._context.step)
-            reply, deadline = _as_json(self._later.reply), self._later.deadline
+            reply, deadline = self._later.reply.model_dump(exclude_none=True), self._later.deadline
+            # An earlier process may have begun it.
+            self._schedule.end_by((deadline - datetime.now(UTC)).total_seconds())
         self._batch = RequestBatch(
             request_id=self._request_id,
             component=self._sender.name,
@@ -327,9 +323,9 @@ class Delivery:
 
     async def _result_that_follows(self) -> list[RewardResult]:
         """Wait for what a 202 announced."""
-        module = _asynchronous()
+        assert self._later is not None
 
-        async def poll(url: str, seconds: float) -> object:
+        async def poll(url: str, seconds: float) -> Polled:
             parts = urlsplit(url)
             target = parts.path or "/"
             if parts.query:
@@ -349,12 +345,9 @@ class Delivery:
             if polled.status == 200:
                 self._check_signature(polled)
             after = parse_retry_after(polled.headers.get("retry-after"))
-            return module.Polled(polled.body if polled.status == 200 else None, after)
+            return Polled(polled.body if polled.status == 200 else None, after)
 
-        return [
-            result if isinstance(result, Scored | Skipped | Failed) else as_result(result)
-            for result in await self._later.result(poll)
-        ]
+        return [as_result(result) for result in await self._later.result(poll)]
 
     def _record_failure(self, failure: AttemptFailedError, *, is_final: bool) -> None:
         if failure.status is not None:
@@ -387,13 +380,3 @@ class Delivery:
 
 def _may_be_repeated(result: RewardResult) -> bool:
     return isinstance(result, Failed) and result.is_transient
-
-
-def _asynchronous() -> ModuleType:
-    """The module of later answers; loaded only where they are allowed."""
-    return importlib.import_module("dar.rewards.asynchronous")
-
-
-def _as_json(reply: BaseModel) -> Mapping[str, Any]:
-    content: Mapping[str, Any] = reply.model_dump(exclude_none=True)
-    return content

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
-from dar.rewards.base import Inbox, RewardContext, RewardObserver, RewardResult, RewardSample
+from dar.rewards.asynchronous import Inbox
+from dar.rewards.base import RewardContext, RewardObserver, RewardResult, RewardSample
 from dar.rewards.batcher import Batcher, Piece, Request
 from dar.rewards.breaker import State
 from dar.rewards.delivery import Delivery, Sender
@@ -21,7 +22,7 @@ from dar.rewards.options import HttpOptions
 from dar.rewards.redaction import check_headers
 from dar.rewards.retry import AttemptFailedError
 from dar.rewards.signing import decode_secret
-from dar.rewards.wire import Batch, EncodedSample, batches, encode_sample
+from dar.rewards.wire import CALLBACK_BYTES, Batch, EncodedSample, batches, encode_sample
 
 __all__ = ["HttpOptions", "HttpReward"]
 logger = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ class HttpReward:
             raise ConfigurationError(
                 f"{self._label}: signed answers are required, but there is no secret to check them with"
             )
+        self._max_bytes = self._options.batch.max_bytes
+        if self._options.allow_async:
+            self._max_bytes -= CALLBACK_BYTES
         bounds = (self._options.batch.max_samples, self._options.protocol.max_samples)
         self._max_samples = min(bound for bound in bounds if bound is not None)
         self._endpoint: Endpoint | None = None
@@ -138,7 +142,7 @@ class HttpReward:
         groups: dict[str, Batch] = {}
         for sample in encoded:
             groups.setdefault(sample.group_id, []).append(sample)
-        limits = {"max_samples": self._max_samples, "max_bytes": self._options.batch.max_bytes}
+        limits = {"max_samples": self._max_samples, "max_bytes": self._max_bytes}
         return [piece for group in groups.values() for piece in batches(group, **limits)]
 
     def _open(self) -> Batcher:
@@ -149,9 +153,11 @@ class HttpReward:
             self._batcher = Batcher(
                 self._send,
                 max_samples=lambda: self._max_samples,
-                max_bytes=self._options.batch.max_bytes,
+                max_bytes=self._max_bytes,
                 linger_seconds=self._options.batch.linger_ms / 1000,
                 slots=self._options.limits.concurrency,
+                # A later answer finds its request by an id that the samples give, also after a restart.
+                is_merging=not self._options.allow_async,
             )
         return self._batcher
 
@@ -202,8 +208,8 @@ class HttpReward:
         found: dict[str, RewardResult] = {}
         waiting = samples
         while waiting:
-            max_bytes = self._options.batch.max_bytes
-            part = next(batches(waiting, max_samples=self._max_samples, max_bytes=max_bytes))
+            limits = {"max_samples": self._max_samples, "max_bytes": self._max_bytes}
+            part = next(batches(waiting, **limits))
             delivery = Delivery(self._sender(endpoint), request.context, request.ready_at, slot)
             try:
                 found.update(await delivery.results(part))

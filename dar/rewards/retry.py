@@ -126,6 +126,10 @@ class RetrySchedule:
         """Put the deadline off: the clock stood still for so long."""
         self._ends_at += seconds
 
+    def end_by(self, seconds: float) -> None:
+        """Bring the deadline forward, to at most so many seconds from now."""
+        self._ends_at = min(self._ends_at, time.monotonic() + seconds)
+
     def next_request(self, wait: float) -> bool:
         """Go on with a new request for some of the same samples after ``wait`` seconds; False: nothing is left for one."""
         self._attempts_before = self.attempts_in_all

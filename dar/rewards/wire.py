@@ -22,6 +22,8 @@ from dar.rewards.encoding import to_json
 
 ENVELOPE_BYTES = 512
 """Room for everything in a body that is not a sample; a real envelope takes about 330 bytes."""
+CALLBACK_BYTES = 300
+"""Room for a callback beside it; with a URL of 60 characters it takes 150."""
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 

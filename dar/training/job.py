@@ -19,6 +19,7 @@ from dar.errors import (
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.asynchronous import Inbox
 from dar.rewards.guard import EgressPolicy
 from dar.training import loading
 from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
@@ -66,6 +67,8 @@ class JobInputs:
     """Which addresses reward requests may reach; None: all."""
     reward_models: Mapping[str, Path] = field(default_factory=dict)
     """Folders of reward models by component name; those that are not here come from the hub."""
+    reward_inbox: Inbox | None = None
+    """Takes rewards that come later by callback."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -134,6 +137,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         reward_secret=inputs.reward_secret,
         reward_access=inputs.reward_access,
         reward_guard=inputs.reward_guard,
+        reward_inbox=inputs.reward_inbox,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
         eval_dataset=_validation_rows(inputs),

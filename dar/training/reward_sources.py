@@ -11,6 +11,7 @@ from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.assembly import scorer_from_spec
+from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import RewardObserver
 from dar.rewards.functions import RewardFunction
 from dar.rewards.guard import EgressPolicy
@@ -37,6 +38,8 @@ class GivenRewards:
     """URL and secrets of the components that name a registered endpoint."""
     guard: EgressPolicy | None = None
     """Which addresses reward requests may reach; None: all."""
+    inbox: Inbox | None = None
+    """Takes rewards that come later by callback."""
     names: Sequence[str] | None = None
     """Component names of the models; None: they are numbered."""
 
@@ -51,6 +54,7 @@ class GivenRewards:
         config: DARConfig,
         access: Mapping[str, ComponentAccess] | None = None,
         guard: EgressPolicy | None = None,
+        inbox: Inbox | None = None,
     ) -> "GivenRewards":
         """Bring together what was given.
 
@@ -81,7 +85,7 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        return cls(functions, given, tokenizers, weights, secret, access or {}, guard, names)
+        return cls(functions, given, tokenizers, weights, secret, access or {}, guard, inbox, names)
 
     @property
     def is_online(self) -> bool:
@@ -188,6 +192,7 @@ class LoadedRewards:
                 on_wait=on_wait,
                 observer=observer,
                 models={model.name: model for model in self.models},
+                inbox=given.inbox,
             )
         return scorer_from_functions(
             given.functions or [],

@@ -1,6 +1,5 @@
 """What a worker says about the job that it runs: claim, heartbeat, rows, end. And what it is told: directives."""
 
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated
 
@@ -36,23 +35,15 @@ from dar.protocol.worker import (
 )
 from service import endpoints, errors, keys
 from service.auth import LeaseHolder, LeaseSender, Worker
+from service.directives import ONCE, Told, Wanted
 from service.limits import MAX_EXACT, body_of, schema_of
-from service.notifier import Told
 from service.runtime import CurrentRuntime, Runtime
-from service.store import events, fence, leases, outcomes, rows
+from service.store import events, fence, leases, outcomes, reward_requests, rows
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
-DIRECTIVES: Mapping[Told, int] = {"cancel": 1, "pause": 2}
-"""What an attempt is told at most once: one that was told to pause leaves, whatever comes after."""
-TOLD: Mapping[str, frozenset[Told]] = {
-    "1": frozenset({"cancel", "pause"}),
-    "2": frozenset({"pause"}),
-}
-"""Cursor -> what a worker knows, or need not know any more: a cancellation outranks a pause."""
-NOTHING: frozenset[Told] = frozenset()
 ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
 HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat))]
 BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda r: r.settings.max_batch_bytes))]
@@ -88,19 +79,20 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
     return LeaseState(ttl_seconds=seconds)
 
 
-@router.get("/{lease_id}/directives")
+@router.get("/{lease_id}/directives", response_model_exclude_none=True)
 async def get_directives(
     lease_id: LeaseHolder,
     runtime: CurrentRuntime,
-    after: Annotated[str, Query(max_length=20)] = "",
+    after: Annotated[str, Query(max_length=64)] = "",
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 20.0,
 ) -> Directives:
-    """Wait for something that the service wants of the attempt."""
-    job_id, found = await run_in_threadpool(_directives, runtime, lease_id, after)
+    """Wait for something that the service wants of the attempt, or has got for it."""
+    told = Told.parse(after)
+    job_id, found = await run_in_threadpool(_directives, runtime, lease_id, told)
     if not found:
-        await runtime.notifier.wait(job_id, wait, told=TOLD.get(after, NOTHING))
-        _, found = await run_in_threadpool(_directives, runtime, lease_id, after)
-    return Directives(directives=found, cursor=str(found[-1].id) if found else after)
+        await runtime.notifier.wait(job_id, wait, told=told)
+        _, found = await run_in_threadpool(_directives, runtime, lease_id, told)
+    return Directives(directives=found, cursor=told.plus(found).text)
 
 
 @router.post("/{lease_id}/batch", openapi_extra=schema_of(Batch))
@@ -202,22 +194,27 @@ def _lease(
     )
 
 
-def _directives(runtime: Runtime, lease_id: str, after: str) -> tuple[str, list[Directive]]:
+def _directives(runtime: Runtime, lease_id: str, told: Told) -> tuple[str, list[Directive]]:
     with runtime.database.read() as transaction:
         held = fence.look(transaction, lease_id)
-    job, attempt = held.job, held.attempt
-    if not fence.is_live(attempt, job):
-        raise FencedError(
-            f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
-        )
-    wanted: Told | None = None
+        job, attempt = held.job, held.attempt
+        if not fence.is_live(attempt, job):
+            raise FencedError(
+                f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
+            )
+        came = reward_requests.results(transaction, held, told.last_result)
+    wanted: Wanted | None = None
     if job.cancel_requested_at is not None:
         wanted = "cancel"
     elif job.status == "pausing":
         wanted = "pause"
-    if wanted is None or wanted in TOLD.get(after, NOTHING):
-        return job.id, []
-    return job.id, [Directive(id=DIRECTIVES[wanted], type=wanted)]
+    found: list[Directive] = []
+    if wanted is not None and not told.knows(wanted):
+        found.append(Directive(id=ONCE[wanted], type=wanted))
+    return job.id, found + [
+        Directive(id=number, type="reward_result", request_id=request_id, result=body)
+        for number, request_id, body in came
+    ]
 
 
 def _check_rows(body: Batch) -> None:

@@ -1,9 +1,9 @@
-"""Tables of registered reward endpoints and their secrets."""
+"""Tables of registered reward endpoints, their secrets, and requests to reward services that are answered later."""
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.store.columns import Base, Id
@@ -72,3 +72,55 @@ class SecretKey(Base):
 
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     created_at: Mapped[datetime]
+
+
+class RewardRequest(Base):
+    """A request to a reward service that may be answered later, by a callback.
+
+    All writes happen under the lock of the job's row, so that results of a job are numbered in the order of their commits.
+    """
+
+    __tablename__ = "reward_requests"
+    __table_args__ = (
+        CheckConstraint("state IN ('waiting', 'done', 'closed', 'burned')", name="state"),
+        UniqueConstraint("job_id", "result_id"),
+        Index(None, "deadline"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    """The newest that announced it, and that is told the result."""
+    component: Mapped[str] = mapped_column(String(128))
+    step: Mapped[int]
+    sample_ids: Mapped[list[str]] = mapped_column(JSON)
+    state: Mapped[str] = mapped_column(String(8))
+    """``waiting``; ``done``: a result is stored; ``closed``: answered on another way; ``burned``: too many invalid results."""
+    deadline: Mapped[datetime]
+    token_hashes: Mapped[str] = mapped_column(Text)
+    """SHA-256 of the tokens that open it, newest last: each attempt that announces it has one of its own."""
+    is_signature_required: Mapped[bool]
+    is_accepted: Mapped[bool] = mapped_column(default=False)
+    """The reward service answered 202."""
+    poll_url: Mapped[str | None] = mapped_column(Text)
+    result_id: Mapped[int | None]
+    """Number of the directive that carries the result; counts within the job."""
+    body_hash: Mapped[str | None] = mapped_column(String(64))
+    result: Mapped[str | None] = mapped_column(Text)
+    """The body as it was sent."""
+    invalid_count: Mapped[int] = mapped_column(default=0)
+    last_error: Mapped[str | None] = mapped_column(Text)
+    told: Mapped[str] = mapped_column(String(64), default="")
+    """Mishaps that have their event already, as words."""
+
+
+class RewardDelivery(Base):
+    """A signed callback that was seen: its ``webhook-id`` is good for one body of one request."""
+
+    __tablename__ = "reward_deliveries"
+    __table_args__ = (Index(None, "seen_at"),)
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    request_id: Mapped[str] = mapped_column(Id)
+    body_hash: Mapped[str] = mapped_column(String(64))
+    seen_at: Mapped[datetime]

@@ -21,7 +21,9 @@ from dar.protocol.status import JOB_STATUSES, TERMINAL
 from service.store.columns import Base as Base
 from service.store.columns import Id, RowId, quoted
 from service.store.reward_tables import JobEndpoint as JobEndpoint
+from service.store.reward_tables import RewardDelivery as RewardDelivery
 from service.store.reward_tables import RewardEndpoint as RewardEndpoint
+from service.store.reward_tables import RewardRequest as RewardRequest
 from service.store.reward_tables import RewardSecret as RewardSecret
 from service.store.reward_tables import SecretKey as SecretKey
 

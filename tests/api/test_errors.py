@@ -47,7 +47,10 @@ def test_every_route_refuses_a_wrong_key(live: Any, error_of: Callable[..., Any]
         stranger = live.client(wrong)
         for method, path in routes(live.app):
             if path not in OPEN and method != "HEAD":
-                assert error_of(stranger.request(method, path))["code"] == "invalid_api_key"
+                # A callback takes no key at all, but the token of its request.
+                is_callback = path.startswith("/v1/reward_callbacks/")
+                expected = "invalid_callback" if is_callback else "invalid_api_key"
+                assert error_of(stranger.request(method, path))["code"] == expected
 
 
 def test_every_route_answers_nonsense_with_the_one_shape(

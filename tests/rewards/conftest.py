@@ -8,10 +8,11 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import orjson
@@ -22,6 +23,7 @@ from starlette.applications import Starlette
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
+from dar.rewards import asynchronous
 from dar.rewards.base import RequestRecord, RewardContext, RewardResult, RewardSample
 from dar.rewards.http import HttpOptions, HttpReward
 
@@ -346,3 +348,66 @@ async def score(
     everything = "\n".join([*logged, *said, *seen.messages, *map(repr, seen.records)])
     for hidden in (SECRET, SECRET.removeprefix("whsec_"), TOKEN, KEY):
         assert hidden[:12] not in everything
+
+
+# --- results that come later -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def later(fast: HttpOptions) -> HttpOptions:
+    return replace(fast, allow_async=True)
+
+
+@pytest.fixture(autouse=True)
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asynchronous, "FIRST_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(asynchronous, "SHORTEST_POLL_SECONDS", 0.01)
+
+
+def accept(**more: Any) -> Callable[[Any], None]:
+    def behave(request: Any) -> None:
+        content = {"request_id": request.content["request_id"], "status": "accepted", **more}
+        request.answer(orjson.dumps(content), status="202 Accepted")
+
+    return behave
+
+
+def result_of(request: Any, *rewards: float, **more: Any) -> bytes:
+    return orjson.dumps({"request_id": request.content["request_id"], "rewards": rewards, **more})
+
+
+class Judge:
+    """A service that accepts, and answers the polls that follow in turn."""
+
+    def __init__(self, poll_url: str | None, *polls: Callable[[Any, Any], None]) -> None:
+        self.poll_url = poll_url
+        self.polls = list(polls)
+        self.asked: list[Any] = []
+        self.times: list[float] = []
+        self.posts: list[Any] = []
+
+    def __call__(self, request: Any) -> None:
+        if request.line.startswith("POST"):
+            self.posts.append(request)
+            accept(**({} if self.poll_url is None else {"poll_url": self.poll_url}))(request)
+            return
+        self.asked.append(request)
+        self.times.append(time.monotonic())
+        turn = self.polls.pop(0) if len(self.polls) > 1 else self.polls[0]
+        turn(request, self.posts[-1])
+
+
+def not_yet(request: Any, _: Any) -> None:
+    request.answer(b"{}", status="202 Accepted")
+
+
+def ready(request: Any, post: Any) -> None:
+    request.answer(result_of(post, 1, 2, 3, 4))
+
+
+@pytest.fixture
+def judging() -> SimpleNamespace:
+    """What reward services do that answer later."""
+    return SimpleNamespace(
+        Judge=Judge, accept=accept, result_of=result_of, not_yet=not_yet, ready=ready
+    )

@@ -1,0 +1,79 @@
+"""What a worker says about reward requests that may be answered later, before it sends them and after."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+
+from dar.protocol.spec import JobSpec
+from dar.protocol.worker import (
+    AnnounceRewardRequests,
+    RewardProgress,
+    RewardRequestState,
+    RewardRequestStates,
+)
+from service.auth import LeaseHolder
+from service.limits import body_of, schema_of
+from service.runtime import CurrentRuntime
+from service.store import fence, reward_requests
+from service.store.database import Transaction
+from service.store.tables import RewardRequest
+
+router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
+AnnounceBody = Annotated[AnnounceRewardRequests, Depends(body_of(AnnounceRewardRequests))]
+ProgressBody = Annotated[RewardProgress, Depends(body_of(RewardProgress))]
+
+
+@router.post("/{lease_id}/reward_requests", openapi_extra=schema_of(AnnounceRewardRequests))
+def announce_reward_requests(
+    lease_id: LeaseHolder, runtime: CurrentRuntime, body: AnnounceBody
+) -> RewardRequestStates:
+    """Store requests before they are sent; one that is known already comes with what it has got."""
+
+    def work(transaction: Transaction) -> list[RewardRequest]:
+        held = fence.hold(transaction, lease_id, body.attempt)
+        rewards = JobSpec.model_validate(held.job.spec).dar.rewards
+        signed = {
+            component.name
+            for component in ([] if rewards is None else rewards.components)
+            if component.require_signed_responses
+        }
+        return [
+            reward_requests.announce(
+                transaction, held, wanted, is_signature_required=wanted.component in signed
+            )
+            for wanted in body.requests
+        ]
+
+    stored = runtime.database.transact(work)
+    base = runtime.settings.callback_url
+    return RewardRequestStates(
+        requests=[
+            RewardRequestState(
+                request_id=row.id,
+                callback_url=f"{base}/{row.id}",
+                deadline=row.deadline.timestamp(),
+                is_accepted=row.is_accepted,
+                poll_url=row.poll_url,
+                result=row.result,
+            )
+            for row in stored
+        ]
+    )
+
+
+@router.post(
+    "/{lease_id}/reward_requests/{request_id}",
+    status_code=204,
+    openapi_extra=schema_of(RewardProgress),
+)
+def note_reward_progress(
+    lease_id: LeaseHolder, request_id: str, runtime: CurrentRuntime, body: ProgressBody
+) -> Response:
+    """Note that a reward service took a request, or answered it on another way."""
+
+    def work(transaction: Transaction) -> None:
+        held = fence.hold(transaction, lease_id, body.attempt)
+        reward_requests.note_progress(transaction, held, request_id, body)
+
+    runtime.database.transact(work)
+    return Response(status_code=204)

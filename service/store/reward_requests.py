@@ -1,0 +1,303 @@
+"""Requests to reward services whose results come later: announced by workers, answered by callbacks.
+
+Everything here happens under the lock of the job's row. So one of several callbacks that come at once wins, and results are
+numbered in the order of their commits: who has read up to a number has missed none below it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import aliased
+
+from dar.errors import InvalidRequestError, NotFoundError
+from dar.protocol.status import TERMINAL
+from dar.protocol.worker import FIRST_RESULT_ID, RewardAnnouncement, RewardProgress
+from service.store import events
+from service.store.database import Transaction
+from service.store.fence import Held
+from service.store.tables import Job, RewardDelivery, RewardRequest
+
+MAX_INVALID = 5
+"""Invalid results after which a request takes none any more."""
+MAX_TOKENS = 8
+"""Tokens of one request that are known: those of the newest announcements."""
+REPLAY_WINDOW = timedelta(seconds=600)
+KEPT = timedelta(days=1)
+"""How long a request is remembered after its deadline once its job has ended; its results are of no use then."""
+KEPT_AT_MOST = timedelta(days=7)
+PAGE_RESULTS, PAGE_BYTES = 64, 4 * 1024**2
+"""Most results, and most bytes of them, that one poll carries; one result in any case."""
+
+Fate = Literal[
+    "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "replayed"
+]
+"""What became of a body that somebody with the right token sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A body that was posted to a callback."""
+
+    text: str
+    sha256: str
+    error: str | None
+    """Why it is no result of the request; None: it is one."""
+    webhook_id: str | None = None
+    """Of its signature, which was verified; None: it has none."""
+
+
+def announce(
+    transaction: Transaction,
+    held: Held,
+    wanted: RewardAnnouncement,
+    *,
+    is_signature_required: bool,
+) -> RewardRequest:
+    """Store a request before it is sent; what an earlier attempt has got for it is kept.
+
+    The deadline is that of the first announcement. A request whose time ran out, or whose tries did, is begun anew.
+
+    Args:
+        transaction: Where it happens.
+        held: The job and the attempt, locked.
+        wanted: What the attempt is about to send.
+        is_signature_required: Whether a callback must be signed.
+
+    Raises:
+        InvalidRequestError: Another job has a request of this id.
+    """
+    number = held.attempt.number
+    row = transaction.get(RewardRequest, wanted.request_id)
+    if row is None:
+        row = RewardRequest(
+            id=wanted.request_id,
+            job_id=held.job.id,
+            attempt=number,
+            component=wanted.component,
+            step=wanted.step,
+            sample_ids=list(wanted.sample_ids),
+            state="waiting",
+            deadline=datetime.fromtimestamp(wanted.deadline, UTC),
+            token_hashes=wanted.token_sha256,
+            is_signature_required=is_signature_required,
+            is_accepted=False,
+            invalid_count=0,
+            told="",
+        )
+        transaction.add(row)
+        transaction.flush()
+        return row
+    if row.job_id != held.job.id:
+        raise InvalidRequestError(
+            f"request {wanted.request_id!r} is of another job", param="request_id"
+        )
+    is_repeated = row.attempt == number and wanted.token_sha256 in row.token_hashes
+    row.attempt = number
+    if row.state != "done" and not is_repeated:
+        _go_on(transaction, row, wanted)
+    transaction.flush()
+    return row
+
+
+def _go_on(transaction: Transaction, row: RewardRequest, wanted: RewardAnnouncement) -> None:
+    hashes = [*row.token_hashes.split(), wanted.token_sha256]
+    row.token_hashes = " ".join(hashes[-MAX_TOKENS:])
+    if row.deadline <= transaction.now or row.state == "burned":
+        row.deadline = datetime.fromtimestamp(wanted.deadline, UTC)
+        row.is_accepted, row.poll_url, row.invalid_count = False, None, 0
+    row.state = "waiting"
+
+
+def note_progress(
+    transaction: Transaction, held: Held, request_id: str, said: RewardProgress
+) -> None:
+    """Note that the reward service took a request, or answered it on another way.
+
+    Raises:
+        NotFoundError: The job has no such request.
+    """
+    row = transaction.get(RewardRequest, request_id)
+    if row is None or row.job_id != held.job.id:
+        raise NotFoundError(f"job {held.job.id} has announced no request {request_id!r}")
+    if said.state == "accepted":
+        row.is_accepted, row.poll_url = True, said.poll_url
+    elif row.state == "waiting":
+        row.state = "closed"
+    transaction.flush()
+
+
+def find(transaction: Transaction, request_id: str) -> RewardRequest | None:
+    """The request of this id."""
+    return transaction.get(RewardRequest, request_id)
+
+
+def settle(transaction: Transaction, request_id: str, result: Result) -> tuple[Fate, str]:
+    """Decide about a body that came with a right token, and store it if it is the first valid one.
+
+    Returns:
+        What became of it, and the id of the job.
+    """
+    # The job first, as everywhere: its lock orders all that happens to its requests.
+    job = transaction.scalars(
+        select(Job)
+        .join(RewardRequest, RewardRequest.job_id == Job.id)
+        .where(RewardRequest.id == request_id)
+        .with_for_update(of=Job)
+    ).one()
+    row = transaction.get_one(RewardRequest, request_id)
+    fate = _fate(transaction, job, row, result)
+    if fate == "accepted" and not _consume(transaction, row, result):
+        fate = "conflict"
+    elif fate in {"late", "conflict", "burned"}:
+        _tell_once(transaction, row, fate)
+    transaction.flush()
+    return fate, job.id
+
+
+def _fate(transaction: Transaction, job: Job, row: RewardRequest, result: Result) -> Fate:
+    if result.webhook_id is not None and not _is_fresh(transaction, row.id, result):
+        return "replayed"
+    if row.state == "done":
+        return "duplicate" if result.sha256 == row.body_hash else "conflict"
+    if row.state in {"closed", "burned"}:
+        return "closed" if row.state == "closed" else "burned"
+    is_over = job.status in TERMINAL or job.cancel_requested_at is not None
+    if is_over or row.deadline <= transaction.now:
+        return "late"
+    if result.error is None:
+        return "accepted"
+    row.invalid_count += 1
+    row.last_error = result.error
+    if row.invalid_count >= MAX_INVALID:
+        row.state = "burned"
+        _tell_once(transaction, row, "burned")
+    return "invalid"
+
+
+def _is_fresh(transaction: Transaction, request_id: str, result: Result) -> bool:
+    """Whether a signed message is new, or the same one again: its id is good for nothing else."""
+    assert result.webhook_id is not None
+    too_old = RewardDelivery.seen_at < transaction.now - REPLAY_WINDOW
+    transaction.execute(delete(RewardDelivery).where(too_old))
+    seen = transaction.get(RewardDelivery, result.webhook_id)
+    if seen is not None:
+        return (seen.request_id, seen.body_hash) == (request_id, result.sha256)
+    delivery = RewardDelivery(
+        id=result.webhook_id,
+        request_id=request_id,
+        body_hash=result.sha256,
+        seen_at=transaction.now,
+    )
+    try:
+        with transaction.begin_nested():
+            transaction.add(delivery)
+    except IntegrityError:  # a callback of another job used it at this very moment
+        return False
+    return True
+
+
+def _consume(transaction: Transaction, row: RewardRequest, result: Result) -> bool:
+    """Use up the token: one UPDATE, which only one of several callers can win."""
+    other = aliased(RewardRequest)
+    last = select(func.coalesce(func.max(other.result_id), FIRST_RESULT_ID - 1)).where(
+        other.job_id == row.job_id
+    )
+    won = transaction.scalars(
+        update(RewardRequest)
+        .where(RewardRequest.id == row.id, RewardRequest.state == "waiting")
+        .values(
+            state="done",
+            result_id=last.scalar_subquery() + 1,
+            body_hash=result.sha256,
+            result=result.text,
+        )
+        .returning(RewardRequest.id)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()
+    return won is not None
+
+
+MESSAGES = {
+    "late": "a result of reward request {id} came when nobody waited for it any more; it is not used",
+    "conflict": "reward request {id} was answered twice, and differently; the first answer stands",
+    "burned": "reward request {id} got {count} invalid results and takes none any more; the last one: {error}",
+}
+
+
+def _tell_once(transaction: Transaction, row: RewardRequest, what: str) -> None:
+    """Append an event about a request's mishap, the first time that it happens."""
+    if what in row.told.split():
+        return
+    row.told = f"{row.told} {what}".strip()
+    message = MESSAGES[what].format(id=row.id, count=row.invalid_count, error=row.last_error)
+    data = {
+        "kind": f"reward_callback_{what}",
+        "request_id": row.id,
+        "component": row.component,
+        "step": row.step,
+    }
+    event = events.NewEvent(message[:4000], level="warn", data=data)
+    events.append(transaction, row.job_id, [event])
+
+
+def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[int, str, str]]:
+    """Results of requests that the attempt announced: number, request id and body, oldest first.
+
+    Args:
+        transaction: Where they are read.
+        held: The job and the attempt.
+        after: Number of the last one that the attempt knows; 0: none.
+    """
+    size = func.length(RewardRequest.result)
+    found = transaction.execute(
+        select(RewardRequest.result_id, RewardRequest.id, size)
+        .where(
+            RewardRequest.job_id == held.job.id,
+            RewardRequest.attempt == held.attempt.number,
+            RewardRequest.result_id > after,
+        )
+        .order_by(RewardRequest.result_id)
+        .limit(PAGE_RESULTS)
+    ).all()
+    page: list[tuple[int, str, str]] = []
+    room = PAGE_BYTES
+    for number, request_id, length in found:
+        if page and length > room:
+            break
+        room -= length
+        body = transaction.scalars(
+            select(RewardRequest.result).where(RewardRequest.id == request_id)
+        ).one()
+        page.append((number, request_id, body or ""))
+    return page
+
+
+def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str, int]:
+    """Number of the newest result of each job's running attempt; jobs without one are left out."""
+    rows = transaction.execute(
+        select(RewardRequest.job_id, func.max(RewardRequest.result_id))
+        .join(Job, and_(Job.id == RewardRequest.job_id, Job.attempt == RewardRequest.attempt))
+        .where(RewardRequest.job_id.in_(job_ids), RewardRequest.result_id.is_not(None))
+        .group_by(RewardRequest.job_id)
+    ).all()
+    return {job_id: number for job_id, number in rows if number is not None}
+
+
+def forget(transaction: Transaction) -> None:
+    """Remove requests that nobody will ask for again."""
+    ended = select(Job.id).where(Job.status.in_(TERMINAL))
+    now = transaction.now
+    transaction.execute(
+        delete(RewardRequest)
+        .where(
+            or_(
+                and_(RewardRequest.deadline < now - KEPT, RewardRequest.job_id.in_(ended)),
+                RewardRequest.deadline < now - KEPT_AT_MOST,
+            )
+        )
+        .execution_options(synchronize_session=False)
+    )

@@ -1,0 +1,136 @@
+"""The trainer's end of later rewards: what it says about reward requests goes out on a pipe, results come in on stdin.
+
+The trainer has no credentials for the service, so its supervisor speaks for it (`worker.reward_bridge`).
+"""
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from dar.protocol.worker import RewardAnnouncement
+from dar.rewards.asynchronous import Stored
+from worker.launch import RewardNews, RewardNote
+
+Wake = Callable[[], None]
+Value = TypeVar("Value")
+
+
+class PipeInbox:
+    """An inbox of `dar.rewards.asynchronous` behind the supervisor. Safe to use from several threads.
+
+    Args:
+        descriptor: Write end of the pipe to the supervisor.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._stored: dict[str, Stored] = {}
+        self._results: dict[str, bytes] = {}
+        self._open: set[str] = set()
+        # Requests whose result is still wanted; what comes for others is dropped.
+        self._waiters: defaultdict[str, set[Wake]] = defaultdict(set)
+        self._unsent: queue.SimpleQueue[RewardNote] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name="reward-notes", daemon=True).start()
+
+    def deliver(self, news: RewardNews) -> None:
+        """Take what the supervisor says about a request; from the thread that reads stdin."""
+        with self._lock:
+            state = news.state
+            if state is not None:
+                self._stored[news.request_id] = Stored(
+                    state.callback_url,
+                    datetime.fromtimestamp(state.deadline, UTC),
+                    state.is_accepted,
+                    state.poll_url,
+                    None if state.result is None else state.result.encode(),
+                )
+            if news.result is not None and news.request_id in self._open:
+                self._results[news.request_id] = news.result.encode()
+            waiters = list(self._waiters.get(news.request_id, ()))
+        for wake in waiters:
+            wake()
+
+    async def announce(
+        self,
+        request_id: str,
+        component: str,
+        step: int,
+        token_sha256: str,
+        deadline: datetime,
+        sample_ids: Sequence[str],
+    ) -> Stored:
+        """Have the service store a request; waits until it has."""
+        wanted = RewardAnnouncement(
+            request_id=request_id,
+            component=component,
+            step=step,
+            sample_ids=list(sample_ids),
+            token_sha256=token_sha256,
+            deadline=deadline.timestamp(),
+        )
+        with self._lock:
+            self._results.pop(request_id, None)
+            self._open.add(request_id)
+        self._unsent.put(RewardNote(request_id=request_id, announcement=wanted))
+        stored = await self._arrival(self._stored, request_id)
+        if stored.result is not None:
+            self._settle(request_id)
+        return stored
+
+    async def wait(self, request_id: str) -> bytes:
+        """The result that was posted for a request; waits for it however long it takes."""
+        result = await self._arrival(self._results, request_id)
+        self._settle(request_id)
+        return result
+
+    def accepted(self, request_id: str, poll_url: str | None) -> None:
+        """Have the service remember that the reward service took the request."""
+        self._unsent.put(RewardNote(request_id=request_id, state="accepted", poll_url=poll_url))
+
+    def close(self, request_id: str) -> None:
+        """Have the service take no callback for the request any more."""
+        self._settle(request_id)
+        self._unsent.put(RewardNote(request_id=request_id, state="closed"))
+
+    def _settle(self, request_id: str) -> None:
+        with self._lock:
+            self._open.discard(request_id)
+            self._results.pop(request_id, None)
+
+    async def _arrival(self, arrived: dict[str, Value], request_id: str) -> Value:
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(news.set)
+
+        with self._lock:
+            self._waiters[request_id].add(wake)
+        try:
+            while True:
+                with self._lock:
+                    if request_id in arrived:
+                        return arrived.pop(request_id)
+                await news.wait()
+                news.clear()
+        finally:
+            with self._lock:
+                self._waiters[request_id].discard(wake)
+                if not self._waiters[request_id]:
+                    del self._waiters[request_id]
+
+    def _write(self) -> None:
+        while True:
+            rest = memoryview(f"{self._unsent.get().model_dump_json()}\n".encode())
+            try:
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except OSError:  # the supervisor is dead, and stdin ends this process
+                return
