@@ -72,7 +72,7 @@ def test_a_pause_reaches_the_worker_within_a_second_and_a_cancellation_after_it(
     assert len(told) == 1, "what was told is not told again"
     post(live, job_id, "cancel")
     thread.join(20)
-    assert told[1][1] == {"directives": [{"id": 1, "type": "cancel"}], "cursor": "1"}
+    assert told[1][1] == {"directives": [{"id": 1, "type": "cancel"}], "cursor": "1.2"}
     assert lease.post("/release", reason="paused").json()["status"] == "cancelled"
 
 

@@ -101,7 +101,7 @@ def test_secrets_are_nowhere_but_in_the_one_answer(
         judge.status = 401
         judge.answer = lambda _asked: {"echo": judge.seen[-1][0]}
         spoken.append(live.http.post(f"{PATH}/{made['id']}/probe").text)
-        refused = live.http.post(JOBS, json=live.spec(dar=naming(made["id"], coerce=True)))
+        refused = live.http.post(JOBS, json=live.spec(dar=naming(made["id"], prompt_format="text")))
         assert refused.status_code == 400
         assert (
             "echo" in refused.text
