@@ -92,13 +92,19 @@ class StepTrainer(ResumableTrainer):
         self._reporter.begin_step()
         begun = self._pipeline.take(self.state.global_step + 1)
         self._step, self._loss, self._pass_count = begun.step, None, 0
-        # DeepSpeed keeps gradients where they cannot be scaled afterwards, so it has to know all rewards before.
-        may_stream = is_streamable(self.args) and not self.is_deepspeed_enabled
-        shares = begun.shares(self.ranks, num_batches, is_streamable=may_stream)
+        shares = begun.shares(self.ranks, num_batches, is_streamable=self._may_stream)
         return [
             StepShare(begun.step, parts, is_last=i == num_batches - 1)
             for i, parts in enumerate(shares)
         ], None
+
+    @property
+    def _may_stream(self) -> bool:
+        """Whether a step may be trained on before all of its rewards are known.
+
+        DeepSpeed keeps gradients where they cannot be scaled afterwards, so it has to know how many completions count.
+        """
+        return is_streamable(self.args) and not self.is_deepspeed_enabled
 
     def training_step(
         self,
