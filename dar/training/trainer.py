@@ -161,11 +161,14 @@ class DARTrainer(ScoringTrainer):
         if given.is_online and (why := no_point_of_rest(config)):
             self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
+        self._identify(base_name or (model if isinstance(model, str) else model.name_or_path))
+
+    def _identify(self, name: str) -> None:
+        """Say what this run is: to its checkpoints, and to the model card with the model's name."""
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
-            config, policy.model, train_dataset, policy.base_sketch, terms
+            self.args, self._policy.model, self.train_dataset, self._policy.base_sketch, terms
         )
-        name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
 
     def _leave_unused_alone(self) -> None:
