@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,10 +32,12 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
     rewards = [reward.reward for reward in step.rewards if reward.reward is not None]
     lengths = [len(pair.completion_ids) for pair in step.pairs]
     fallbacks = sum(reward.is_fallback for reward in step.rewards)
+    zeroed = sum(bool(reward.zeroed) for reward in step.rewards)
     cut = sum(reason == "length" for reason in step.finish_reasons)
     values = {
         "rewards/missing_fraction": 1 - len(rewards) / len(step.pairs),
         "rewards/fallback_fraction": fallbacks / len(step.pairs),
+        "rewards/zeroed_fraction": zeroed / len(step.pairs),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -220,6 +223,25 @@ class Reporter:
             | ({"train/grad_norm": grad_norm} if math.isfinite(grad_norm) else {})
         )
         return times
+
+    def tell_of(self, step: ScoredStep, sink: Sink) -> None:
+        """Tell what must not pass in silence: a number that no source gave weighs like any other."""
+        count = len(step.rewards)
+        if fallbacks := sum(reward.is_fallback for reward in step.rewards):
+            sink.event(
+                "warn",
+                f"step {step.number}: {fallbacks} of {count} completions could not be scored and count with the job's "
+                "fallback_value",
+                {"kind": "reward_fallback", "step": step.number, "count": fallbacks},
+            )
+        zeroed = Counter(name for reward in step.rewards for name in reward.zeroed)
+        for name, found in sorted(zeroed.items()):
+            sink.event(
+                "warn",
+                f"step {step.number}: reward component {name} skipped {found} of {count} completions and counts as 0 for them "
+                "(combine.on_partial_skip)",
+                {"kind": "reward_zeroed", "step": step.number, "component": name, "count": found},
+            )
 
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
