@@ -163,6 +163,8 @@ class RewardComponent(Input):
     """http: whether rewards sent as numeric strings or booleans are taken as numbers."""
     prompt_format: Literal["auto", "text"] = "auto"
     """http: ``auto`` sends conversations as ``messages``; ``text`` sends every prompt as the text that the policy saw."""
+    strip_thinking: bool = False
+    """http, builtin: whether completions are scored without their ``<think>…</think>`` blocks; an unclosed one goes to the end."""
     batch: RewardBatching = RewardBatching()
     limits: RewardLimits = RewardLimits()
     timeouts: RewardTimeouts = RewardTimeouts()
@@ -220,6 +222,11 @@ class RewardComponent(Input):
             raise PydanticCustomError(
                 "exclusive_fields",
                 "url and endpoint both say where the reward comes from; send one",
+            )
+        if self.kind == "hf_model" and self.strip_thinking:
+            raise PydanticCustomError(
+                "field_of_another_kind",
+                "strip_thinking belongs to components of kind http and builtin; a reward model reads whole completions",
             )
         self._check_protocol()
         self._check_gate()

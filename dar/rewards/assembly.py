@@ -85,7 +85,8 @@ def scorer_from_spec(
 
 def _local_source(component: RewardComponent, models: Mapping[str, RewardSource]) -> RewardSource:
     if component.kind == "builtin":
-        return BuiltinReward(component.name, make_builtin(component.fn or "", component.params))
+        builtin = make_builtin(component.fn or "", component.params)
+        return BuiltinReward(component.name, builtin, strip_thinking=component.strip_thinking)
     if component.name not in models:
         raise ConfigurationError(
             f"the reward model {component.model!r} of component {component.name} was not loaded"
@@ -130,6 +131,7 @@ def http_source(
         component.retry,
         protocol=protocol_of(component),
         prompt_format=component.prompt_format,
+        strip_thinking=component.strip_thinking,
         allow_async=component.reply == "either",
         require_signed_responses=component.require_signed_responses,
         headers={} if access is None else access.headers,

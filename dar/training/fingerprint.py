@@ -74,7 +74,7 @@ def _terms_of_spec(rewards: Rewards) -> list[dict[str, object]]:
         component.model_dump(mode="json", include={"name", "weight", "clip"})
         | component.model_dump(
             mode="json",
-            include={"role", "normalize", "required", "fn", "params"},
+            include={"role", "normalize", "required", "fn", "params", "strip_thinking"},
             exclude_defaults=True,
         )
         | shared
