@@ -70,6 +70,8 @@ class StepObserver:
         """Of the attempts so far at requests that are not finished."""
         self._told: set[tuple[str, str]] = set()
         self._breakers: dict[str, str] = {}
+        self._spared: Counter[str] = Counter()
+        """By name of the metric."""
 
     def request_done(self, record: RequestRecord) -> None:
         """Count a finished request; tell the first failure of its class, be it final or not."""
@@ -86,6 +88,12 @@ class StepObserver:
                 self._told.add(kind)
         if is_new:
             self._tell_failure(record)
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        """Count samples that were not sent."""
+        with self._lock:
+            self._spared[f"reward/{component}/cached"] += hits + copies
+            self._spared[f"reward/{component}/cache_hits"] += hits
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:
         """Tell that a breaker has changed."""
@@ -115,12 +123,13 @@ class StepObserver:
         with self._lock:
             finished, self._requests = self._requests, []
             breakers = dict(self._breakers)
+            spared, self._spared = self._spared, Counter()
         return StepRequests(
             requests=_requests(finished),
             failures=[_failure(one) for one in finished if one.record.outcome != "ok"][
                 :MAX_FAILURES
             ],
-            metrics=_metrics(finished, breakers),
+            metrics={**_metrics(finished, breakers), **spared},
         )
 
     def _tell_failure(self, record: RequestRecord) -> None:
