@@ -166,7 +166,8 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
         raise InvalidRequestError(message, param="component", code="not_inline")
     runtime.probes.take(user.key_id)
     guard = EgressPolicy.from_settings(runtime.settings)
-    target = ProbeTarget(component, component.url, [runtime.reward_secret], {}, guard)
+    secrets = [runtime.reward_secret]
+    target = ProbeTarget(component, component.url, secrets, {}, guard, runtime.probe_inbox)
     return await probing.report_on(target, probing.as_samples(body.samples), light=body.light)
 
 
@@ -289,7 +290,9 @@ def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
     guard = EgressPolicy.from_settings(runtime.settings)
     component = component_of(endpoint)
-    target = ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    target = ProbeTarget(
+        component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
+    )
     return target, endpoint.revision
 
 
