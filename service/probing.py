@@ -17,7 +17,6 @@ from typing import Any
 import orjson
 
 from dar.errors import Problem
-from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_probe import ProbeFinding, ProbeReport
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, RewardTimeouts
 from dar.rewards.base import RewardSample
@@ -85,26 +84,6 @@ def state_after(report: ProbeReport) -> State | None:
         return "ok"
     is_refused = any(_CONFIGURATION.match(finding.code) for finding in report.errors)
     return "misconfigured" if is_refused else None
-
-
-def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None:
-    """A user's completions as reward sources take them; all of one group."""
-    if given is None:
-        return None
-    return [
-        RewardSample(
-            id=f"s{index}",
-            group_id="g0",
-            index=index,
-            prompt=sample.prompt,
-            messages=sample.messages,
-            completion=sample.completion,
-            finish_reason="stop",
-            completion_tokens=len(sample.completion.split()),
-            columns={**sample.columns, "ground_truth": sample.ground_truth},
-        )
-        for index, sample in enumerate(given)
-    ]
 
 
 def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape

@@ -1,8 +1,8 @@
 """A dry run of a reward service, in nine steps: what would go wrong in a job goes wrong here first.
 
 The steps are numbered as in the report; the load comes last, as it may leave a service out of breath. With two samples a full probe
-makes one connection for itself and at most 34 requests, a light one 6; samples of the user (up to eight), and protocols that take
-one sample per request, add up to 28.
+makes one connection for itself and at most 36 requests, a light one 6; with eight samples and a protocol that takes one sample per
+request it is 54.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
+from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.worker import ComponentAccess
@@ -110,6 +111,26 @@ async def probe(
         else:
             notes.warn("unfinished", told)
     return notes.report()
+
+
+def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None:
+    """A user's completions as reward sources take them; all of one group."""
+    if given is None:
+        return None
+    return [
+        RewardSample(
+            id=f"s{index}",
+            group_id="g0",
+            index=index,
+            prompt=sample.prompt,
+            messages=sample.messages,
+            completion=sample.completion,
+            finish_reason="stop",
+            completion_tokens=len(sample.completion.split()),
+            columns={**sample.columns, "ground_truth": sample.ground_truth},
+        )
+        for index, sample in enumerate(given)
+    ]
 
 
 async def _take_steps(target: ProbeTarget, session: Session, *, light: bool) -> None:

@@ -111,7 +111,7 @@ def _tell_slowness(session: Session, load: Load) -> None:
             "load.slow", f"p95 is {p95:.1f} s, and an attempt is cut off after {attempt:g} s"
         )
     useful = _useful_concurrency(load)
-    if useful is not None and useful < component.limits.concurrency and p50 > NOTICED_SECONDS:
+    if useful is not None and useful < component.limits.concurrency:
         notes.warn(
             "load.queueing",
             f"one request alone takes {load.alone.seconds:.2f} s, one of {component.limits.concurrency} at once {p50:.2f} s: the "
@@ -120,9 +120,9 @@ def _tell_slowness(session: Session, load: Load) -> None:
 
 
 def _useful_concurrency(load: Load) -> int | None:
-    """Requests that the service works on at once, by Little's law; None: it did not slow down under load."""
+    """Requests that the service works on at once, by Little's law; None: it did not slow down under load, or is fast all the same."""
     answered = sum(one.failure is None for one in load.crowd)
-    is_slowed = quantile(load.latencies, 0.5) > QUEUEING * load.alone.seconds
+    is_slowed = quantile(load.latencies, 0.5) > max(NOTICED_SECONDS, QUEUEING * load.alone.seconds)
     if load.alone.failure is not None or not answered or not is_slowed:
         return None
     return max(1, math.ceil(load.alone.seconds * answered / load.seconds))
@@ -144,7 +144,7 @@ def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
         "timeouts": {
             "read": min(600.0, attempt),
             "attempt": attempt,
-            "deadline": min(3600.0, max(60.0, 5 * attempt)),
+            "deadline": min(3600.0, max(component.timeouts.deadline, 5 * attempt)),
         },
         "batch": {"max_samples": size},
         "hint": _hint(p50, size),
