@@ -76,6 +76,11 @@ METRICS: tuple[Metric, ...] = (
         "share of completions that could not be scored and whose reward is the job's fallback_value",
     ),
     Metric(
+        "rewards/zeroed_fraction",
+        "fraction",
+        "share of completions in whose reward a component counts as 0 that skipped them (combine.on_partial_skip: zero)",
+    ),
+    Metric(
         "rewards/zero_variance_fraction",
         "fraction",
         "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",

@@ -75,10 +75,15 @@ def scorer_from_spec(
             _bounds(component.clip),
             component.normalize,
             component.required,
+            is_gate=component.role == "gate",
         )
         for component in rewards.components
     ]
-    combination = Combination(terms, clip=_bounds(rewards.combine.clip))
+    combination = Combination(
+        terms,
+        clip=_bounds(rewards.combine.clip),
+        is_zeroing=rewards.combine.on_partial_skip == "zero",
+    )
     return RewardScorer(
         terms, on_wait=on_wait, job_id=job_id, observer=observer, combination=combination
     )
@@ -86,7 +91,8 @@ def scorer_from_spec(
 
 def _local_source(component: RewardComponent, models: Mapping[str, RewardSource]) -> RewardSource:
     if component.kind == "builtin":
-        return BuiltinReward(component.name, make_builtin(component.fn or "", component.params))
+        builtin = make_builtin(component.fn or "", component.params)
+        return BuiltinReward(component.name, builtin, strip_thinking=component.strip_thinking)
     if component.name not in models:
         raise ConfigurationError(
             f"the reward model {component.model!r} of component {component.name} was not loaded"
@@ -133,6 +139,7 @@ def http_source(
         component.retry,
         protocol=protocol_of(component),
         prompt_format=component.prompt_format,
+        strip_thinking=component.strip_thinking,
         allow_async=component.reply == "either",
         require_signed_responses=component.require_signed_responses,
         headers={} if access is None else access.headers,
@@ -174,10 +181,12 @@ def check_rewards(rewards: Rewards) -> list[Problem]:
         for index, component in enumerate(rewards.components)
         for problem in _problems_of(component, f"{PATH}.components[{index}]")
     ]
-    if not any(component.weight for component in rewards.components):
+    terms = [component for component in rewards.components if component.role == "term"]
+    if not any(component.weight for component in terms):
+        why = "every component has weight 0" if terms else "there are only gates"
         problems.append(
             Problem(
-                "every component has weight 0, so no sample would get a reward; give one of them another weight",
+                f"{why}, so no sample would get a reward; {'give one of them another weight' if terms else 'add a term'}",
                 f"{PATH}.components",
                 "no_reward",
             )

@@ -23,6 +23,7 @@ from dar.rewards.options import HttpOptions
 from dar.rewards.redaction import check_headers
 from dar.rewards.retry import AttemptFailedError
 from dar.rewards.signing import decode_secret
+from dar.rewards.thinking import without_thinking
 from dar.rewards.wire import CALLBACK_BYTES, Batch, EncodedSample, batches, encode_sample
 
 __all__ = ["HttpOptions", "HttpReward"]
@@ -122,6 +123,8 @@ class HttpReward:
     ) -> list[RewardResult]:
         loop = asyncio.get_running_loop()
         batcher = self._open()
+        if self._options.strip_thinking:
+            samples = list(map(without_thinking, samples))
         encoded = [
             encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]

@@ -234,12 +234,7 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
         "reward/n_error": statuses["error"],
         **{f"reward/n_error/{family}": count for family, count in families.items()},
     }
-    components: defaultdict[str, list[float]] = defaultdict(list)
-    for reward in rewards:
-        for name, value in reward.components.items():
-            if "/" not in name:  # a part is for viewing only
-                components[name] += [] if value is None else [value]
-    for name, found in components.items():
+    for name, found in component_rewards(rewards).items():
         values[f"rewards/{name}/missing_fraction"] = (len(rewards) - len(found)) / len(rewards)
         if not found:
             continue
@@ -250,3 +245,13 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
             f"rewards/{name}/max": max(found),
         }
     return values
+
+
+def component_rewards(rewards: Sequence[SampleReward]) -> dict[str, list[float]]:
+    """Raw rewards of each component, without missing ones."""
+    components: defaultdict[str, list[float]] = defaultdict(list)
+    for reward in rewards:
+        for name, value in reward.components.items():
+            if "/" not in name:  # a part is for viewing only
+                components[name] += [] if value is None else [value]
+    return dict(components)
