@@ -207,6 +207,20 @@ async def test_request_ids_are_those_of_what_is_sent(
     assert len(set(ids)) == 1
 
 
+async def test_completions_that_differ_in_their_thinking_alone_travel_once(
+    hostile: Callable[..., Any], remember: Callable[..., HttpReward]
+) -> None:
+    service = hostile(by_length)
+    thoughts = samples("<think>a</think>xy", "<think>b</think>xy", "xy")
+    plain = await remember(service.url).score(thoughts, STEP)
+    assert plain == [Scored(18.0), Scored(18.0), Scored(2.0)]
+    stripped = remember(service.url, strip_thinking=True)
+    assert await stripped.score(thoughts, STEP) == [Scored(2.0)] * 3, (
+        "none of the long ones' reward"
+    )
+    assert sent(service) == [[one.completion for one in thoughts]], "xy was remembered"
+
+
 # --- remembered rewards ---------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,11 @@ SHORT = {"max_steps": 2, "max_new_tokens": 1}
 """So short that many completions are equal."""
 
 
+def seen_by_service(request: dict[str, Any], sample: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("prompt", "completion", "finish_reason", "completion_tokens", "ground_truth")
+    return request["step"], *(sample[name] for name in names)
+
+
 @pytest.mark.parametrize("overlap", ["none", "one_step"])
 def test_a_run_with_remembered_rewards_gives_the_bits_of_one_without(
     run: Callable[..., Any], chaos: ModuleType, overlap: str
@@ -22,14 +27,12 @@ def test_a_run_with_remembered_rewards_gives_the_bits_of_one_without(
         with chaos.Service().open() as service:
             rewards = chaos.rewards_of(service.url, component={"cache": cache})
             outcomes.append(run(reward_funcs=rewards, overlap=overlap, **SHORT))
-            asked.append(
-                [(r["step"], s["completion"]) for r in service.requests for s in r["samples"]]
-            )
+            asked.append([seen_by_service(r, s) for r in service.requests for s in r["samples"]])
     plain, first = outcomes
     chaos.assert_same(plain, first)
     folder = Path(first[0].args.output_dir) / "reward-cache"
     assert (folder / FILE).exists()
-    assert {text for _, text in asked[1]} == {text for _, text in asked[0]}
+    assert {facts[1:] for facts in asked[1]} == {facts[1:] for facts in asked[0]}
     assert len(set(asked[1])) == len(asked[1]) < len(asked[0]), "each once in a step"
     assert all("reward/hash/cached" not in report for report in plain[1].reports.values())
 
