@@ -131,7 +131,22 @@ def http_source(
             f"the reward endpoint {component.endpoint} of component {component.name} is not known here; it may have been deleted",
             code="config.endpoint",
         )
-    options = HttpOptions(
+    options = http_options(component, access, guard=guard, is_shared=is_shared)
+    secrets = (() if secret is None else (secret,)) if access is None else access.secrets
+    return HttpReward(
+        component.name, url, secrets=secrets, options=options, inbox=inbox, cache=cache
+    )
+
+
+def http_options(
+    component: RewardComponent,
+    access: ComponentAccess | None,
+    *,
+    guard: EgressPolicy | None,
+    is_shared: bool = True,
+) -> HttpOptions:
+    """How the service of an http component is driven; see `http_source`."""
+    return HttpOptions(
         component.columns,
         component.batch,
         component.limits,
@@ -146,10 +161,6 @@ def http_source(
         bound_origin=None if access is None else access.url,
         guard=guard,
         is_shared=is_shared,
-    )
-    secrets = (() if secret is None else (secret,)) if access is None else access.secrets
-    return HttpReward(
-        component.name, url, secrets=secrets, options=options, inbox=inbox, cache=cache
     )
 
 

@@ -34,7 +34,7 @@ QUOTED = 512
 
 
 @cache
-def _default_tls() -> ssl.SSLContext:
+def default_tls() -> ssl.SSLContext:
     """Loading the certificates takes 20 ms and more, so it is done once."""
     return httpcore2.default_ssl_context()
 
@@ -115,7 +115,7 @@ class Endpoint:
         self._interval = 0.0 if rps is None else 1.0 / rps
         self._next_start = 0.0
         self._guard = GuardedBackend(connection.guard, connection.resolver)
-        tls = connection.tls or _default_tls()
+        tls = connection.tls or default_tls()
         tls.minimum_version = max(tls.minimum_version, ssl.TLSVersion.TLSv1_2)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,

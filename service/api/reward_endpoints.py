@@ -31,7 +31,7 @@ from dar.protocol.reward_endpoints import (
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.guard import EgressPolicy, check_url
-from dar.rewards.probe import ProbeTarget
+from dar.rewards.probe import ProbeTarget, as_samples
 from dar.rewards.signing import decode_secret
 from service import endpoints, errors, keys, probing
 from service.api.paging import PageCursor, envelope, seconds
@@ -177,8 +177,9 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
         raise InvalidRequestError(message, param="component", code="not_inline")
     runtime.probes.take(user.key_id)
     guard = EgressPolicy.from_settings(runtime.settings)
-    target = ProbeTarget(component, component.url, [runtime.reward_secret], {}, guard)
-    return await probing.report_on(target, probing.as_samples(body.samples), light=body.light)
+    secrets = [runtime.reward_secret]
+    target = ProbeTarget(component, component.url, secrets, {}, guard, runtime.probe_inbox)
+    return await probing.report_on(target, as_samples(body.samples), light=body.light)
 
 
 @router.post("/{endpoint_id}/probe", openapi_extra=schema_of(ProbeEndpoint))
@@ -188,7 +189,7 @@ async def probe_reward_endpoint(
     """Try a registered reward endpoint, as a job would use it."""
     target, revision = await run_in_threadpool(_target, runtime, user, endpoint_id)
     runtime.probes.take(user.key_id)
-    report = await probing.report_on(target, probing.as_samples(body.samples), light=body.light)
+    report = await probing.report_on(target, as_samples(body.samples), light=body.light)
     await run_in_threadpool(_note, runtime, endpoint_id, revision, report)
     return report
 
@@ -300,7 +301,9 @@ def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
     guard = EgressPolicy.from_settings(runtime.settings)
     component = component_of(endpoint)
-    target = ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    target = ProbeTarget(
+        component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
+    )
     return target, endpoint.revision
 
 
