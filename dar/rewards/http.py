@@ -114,6 +114,8 @@ class HttpReward:
         Raises:
             RewardMisconfiguredError: The service refuses for good.
         """
+        if self._options.strip_thinking:  # first, so that what is remembered goes by what is sent
+            samples = list(map(without_thinking, samples))
         if self._cache is None or context.mode == "validate":
             return await self._ask(samples, context)
         return await self._cache.score(samples, context, self._ask, self._spared)
@@ -123,8 +125,6 @@ class HttpReward:
     ) -> list[RewardResult]:
         loop = asyncio.get_running_loop()
         batcher = self._open()
-        if self._options.strip_thinking:
-            samples = list(map(without_thinking, samples))
         encoded = [
             encode_sample(sample, self._options.columns, context.steps_done) for sample in samples
         ]
