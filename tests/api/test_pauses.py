@@ -72,7 +72,7 @@ def test_a_pause_reaches_the_worker_within_a_second_and_a_cancellation_after_it(
     assert len(told) == 1, "what was told is not told again"
     post(live, job_id, "cancel")
     thread.join(20)
-    assert told[1][1] == {"directives": [{"id": 1, "type": "cancel"}], "cursor": "1"}
+    assert told[1][1] == {"directives": [{"id": 1, "type": "cancel"}], "cursor": "1.2"}
     assert lease.post("/release", reason="paused").json()["status"] == "cancelled"
 
 
@@ -146,7 +146,7 @@ def test_reward_stats_sum_over_the_steps(live: Any) -> None:
         "rewards": 27, "skips": 1, "errors": 4, "errors_by_class": {"http_5xx": 4},
         "dropped_groups": 1, "refilled_groups": 0,
         "components": [
-            {"component": "letters", "requests": 4, "failed_requests": 1, "retries": 3, "p50_seconds": 0.08,
+            {"component": "letters", "requests": 4, "failed_requests": 1, "retries": 3, "cached": 0, "cache_hits": 0, "p50_seconds": 0.08,
              "p95_seconds": 9.5},
         ],
     }  # fmt: skip

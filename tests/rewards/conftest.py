@@ -8,11 +8,10 @@ import socket
 import socketserver
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import orjson
@@ -279,6 +278,10 @@ class Seen:
     records: list[RequestRecord] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
+    spared_samples: list[tuple[int, int]] = field(default_factory=list)
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        self.spared_samples.append((hits, copies))
 
     def request_done(self, record: RequestRecord) -> None:
         self.records.append(record)
@@ -364,50 +367,7 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asynchronous, "SHORTEST_POLL_SECONDS", 0.01)
 
 
-def accept(**more: Any) -> Callable[[Any], None]:
-    def behave(request: Any) -> None:
-        content = {"request_id": request.content["request_id"], "status": "accepted", **more}
-        request.answer(orjson.dumps(content), status="202 Accepted")
-
-    return behave
-
-
-def result_of(request: Any, *rewards: float, **more: Any) -> bytes:
-    return orjson.dumps({"request_id": request.content["request_id"], "rewards": rewards, **more})
-
-
-class Judge:
-    """A service that accepts, and answers the polls that follow in turn."""
-
-    def __init__(self, poll_url: str | None, *polls: Callable[[Any, Any], None]) -> None:
-        self.poll_url = poll_url
-        self.polls = list(polls)
-        self.asked: list[Any] = []
-        self.times: list[float] = []
-        self.posts: list[Any] = []
-
-    def __call__(self, request: Any) -> None:
-        if request.line.startswith("POST"):
-            self.posts.append(request)
-            accept(**({} if self.poll_url is None else {"poll_url": self.poll_url}))(request)
-            return
-        self.asked.append(request)
-        self.times.append(time.monotonic())
-        turn = self.polls.pop(0) if len(self.polls) > 1 else self.polls[0]
-        turn(request, self.posts[-1])
-
-
-def not_yet(request: Any, _: Any) -> None:
-    request.answer(b"{}", status="202 Accepted")
-
-
-def ready(request: Any, post: Any) -> None:
-    request.answer(result_of(post, 1, 2, 3, 4))
-
-
 @pytest.fixture
-def judging() -> SimpleNamespace:
+def judging() -> ModuleType:
     """What reward services do that answer later."""
-    return SimpleNamespace(
-        Judge=Judge, accept=accept, result_of=result_of, not_yet=not_yet, ready=ready
-    )
+    return _beside("later_judges")
