@@ -28,6 +28,7 @@ from dar.rewards.http import HttpReward
 from dar.rewards.redaction import REDACTED
 from dar.rewards.retry import AttemptFailedError
 from dar.rewards.signing import signed_headers
+from dar.rewards.thinking import without_thinking
 from dar.rewards.wire import batches, encode_sample
 
 SHOWN = 4096
@@ -211,6 +212,8 @@ class Line(HttpReward):
             loses_first: Treat its first answer as lost, so that a job's client sends it again: the same bytes under the same id.
         """
         wire = Wire(is_forged, loses_first)
+        if self._options.strip_thinking:
+            samples = list(map(without_thinking, samples))
         encoded = [encode_sample(sample, self._options.columns, 0) for sample in samples]
         slot = self._tapped.slot()
         await slot.acquire()
