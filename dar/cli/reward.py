@@ -107,3 +107,81 @@ def check(
         as_json=json,
     )
     body.run(service, options)
+
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        help="A reward function, or an application made by dar.rewards.server.reward_server; modules of the current folder "
+        "are found too.",
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to bind to; 0.0.0.0 for other machines.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to bind to; 0 takes a free one.")]
+ScorePath = Annotated[
+    str | None, typer.Option("--path", help="Where rewards are asked for; default /score.")
+]
+SecretFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="File with a secret (whsec_…); one per accepted secret. Default $DAR_HOME/reward_secret if there is one."
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Check no signatures and answer everybody.")
+]
+MaxCalls = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Calls at once; default 1 for a plain function, 64 for a coroutine one."
+    ),
+]
+MaxBodyBytes = Annotated[int | None, typer.Option(min=1, help="Largest request; default 8 MiB.")]
+Asynchronous = Annotated[
+    bool, typer.Option("--asynchronous", help="Answer 202, and give the result later.")
+]
+AnswerWithin = Annotated[
+    float | None,
+    typer.Option(min=0, help="Seconds in which a 200 is still given, before a 202."),
+]
+StopSeconds = Annotated[
+    float | None, typer.Option(min=0, help="Longest time to finish at a stop; default 30.")
+]
+
+
+@reward_app.command("serve")
+def serve(
+    target: Target,
+    host: Host = "127.0.0.1",
+    port: Port = 9000,
+    path: ScorePath = None,
+    secret_file: SecretFiles = None,
+    insecure: Insecure = False,
+    max_calls: MaxCalls = None,
+    max_body_bytes: MaxBodyBytes = None,
+    asynchronous: Asynchronous = False,
+    answer_within: AnswerWithin = None,
+    stop_seconds: StopSeconds = None,
+) -> None:
+    """Serve a Python function as a reward service.
+
+    It has the signature of TRL's reward functions. Prints the URL and the component that a job names, then serves until
+    Ctrl-C or SIGTERM.
+    """
+    options = {
+        "path": path,
+        "max_calls": max_calls,
+        "max_body_bytes": max_body_bytes,
+        "asynchronous": asynchronous or None,
+        "answer_within_seconds": answer_within,
+        "stop_seconds": stop_seconds,
+    }
+    import_module("dar.cli.reward_serve").run(
+        target,
+        host=host,
+        port=port,
+        secret_files=secret_file or [],
+        is_insecure=insecure,
+        options={name: value for name, value in options.items() if value is not None},
+    )
