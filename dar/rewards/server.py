@@ -71,7 +71,7 @@ def reward_server(
         if not keys:
             logger.warning(
                 "NO SECRET: the reward server does not verify signatures and answers everybody who can reach it; "
-                "pass secret= or secret_file="
+                "it posts to no callbacks, so that later results must be fetched; pass secret= or secret_file="
             )
         is_coroutine = inspect.iscoroutinefunction(function)
         endpoint = RewardEndpoint(function, checked.of(keys, is_coroutine=is_coroutine))

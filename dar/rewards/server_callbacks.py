@@ -25,6 +25,8 @@ QUOTED_BYTES = 1024
 RETRIED = {408, 425, 429}
 """Statuses below 500 that pass."""
 _ID_CHARACTERS = 32
+# Not the module's functions: the user's function may have seeded those, and count on what they draw next.
+_JITTER = random.SystemRandom()
 
 
 def own_id(request_id: str, body: bytes) -> str:
@@ -72,7 +74,7 @@ class Callbacks:
             if wait is None:
                 logger.error("the result of %s was not taken, and is not sent again: %s", request_id, reason)  # fmt: skip
                 return
-            wait = max(wait, random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, guards nothing
+            wait = max(wait, _JITTER.uniform(pause / 2, pause))
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             logger.warning("the result of %s was not taken: %s; again in %.1f s", request_id, reason, wait)  # fmt: skip
             await asyncio.sleep(min(wait, remaining))
@@ -105,7 +107,7 @@ class Callbacks:
                     "POST", callback.url, content=body, headers=headers, timeout=ATTEMPT_SECONDS
                 ) as answer,
             ):
-                return await _verdict(answer)
+                return await _verdict(answer, callback.token)
         except (httpx2.HTTPError, TimeoutError) as error:
             return f"{type(error).__name__} at {urlsplit(callback.url).netloc}", 0.0
 
@@ -120,7 +122,7 @@ def _unusable(url: str) -> str | None:
     return None
 
 
-async def _verdict(answer: httpx2.Response) -> tuple[str | None, float | None]:
+async def _verdict(answer: httpx2.Response, token: str) -> tuple[str | None, float | None]:
     if answer.is_success:
         return None, None
     reason = f"HTTP {answer.status_code} from {answer.url.netloc.decode('ascii', 'replace')}"
@@ -130,6 +132,8 @@ async def _verdict(answer: httpx2.Response) -> tuple[str | None, float | None]:
     said = b""
     async for chunk in answer.aiter_raw(QUOTED_BYTES):
         said += chunk
-        if len(said) >= QUOTED_BYTES:
+        if len(said) >= QUOTED_BYTES + len(token):
             break
-    return f"{reason}: {said[:QUOTED_BYTES].decode('utf-8', 'replace')!r}", None
+    # It may repeat what it was sent.
+    quote = said.replace(token.encode(), b"rwt_...")[:QUOTED_BYTES]
+    return f"{reason}: {quote.decode('utf-8', 'replace')!r}", None

@@ -35,6 +35,8 @@ from dar.version import __version__
 logger = logging.getLogger(__name__)
 STOPPING_RETRY_AFTER = 2.0
 """Seconds in which a successor may have started."""
+BODY_SECONDS = 60.0
+"""How long the body of a request may take to come in: who sends it is only known when it is there."""
 _LOOK_SECONDS = 0.05
 """Pause between two looks at what is still to be done before the end."""
 
@@ -94,6 +96,8 @@ class RewardEndpoint:
         asked = decode_request(body)
         if self._options.keys and request.headers["webhook-id"] != asked.request_id:
             raise InvalidRequestError("webhook-id is not the body's request_id")
+        if not self._options.keys:
+            asked = _without_callback(asked)
         entry = self._answers.known(asked)
         if entry is None:
             if self._stops_at is not None:
@@ -177,11 +181,21 @@ class RewardEndpoint:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise UnsupportedMediaTypeError("send the body as application/json")
+        most = self._options.max_body_bytes
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length[:20]) > most:
+            raise PayloadTooLargeError(f"the body has {length[:20]} bytes, over {most}")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._options.max_body_bytes:
-                raise PayloadTooLargeError(f"the body is over {self._options.max_body_bytes} bytes")
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise PayloadTooLargeError(f"the body is over {most} bytes")
+        except TimeoutError:
+            raise ServiceUnavailableError(
+                f"the body did not come in within {BODY_SECONDS:.3g} s", code="slow_body"
+            ) from None
         return bytes(body)
 
     def _finished(self, entry: Entry) -> None:
@@ -200,8 +214,12 @@ class RewardEndpoint:
         results: Sequence[RewardResult]
         try:
             results = await self._source.score(samples, context)
-        except Exception as error:
-            # Whatever it raised is a 500: errors of this product are no answers to the sender either.
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            # Whatever it raised is a 500: errors of this product are no answers to the sender either, and a cancellation of
+            # its own would pass for one of ours.
             logger.exception("the reward function failed")
             if not entry.is_promised:
                 raise DARError(_reason(error), code=_code(error)) from error
@@ -217,6 +235,12 @@ class RewardEndpoint:
             "server": {"name": self._source.name, "version": f"dar-service/{__version__}"},
         }
         return orjson.dumps(content)
+
+
+def _without_callback(request: RewardRequest) -> RewardRequest:
+    """Where requests are not signed, anybody could have this machine post to any address: then results are only fetched."""
+    reply = request.reply.model_copy(update={"callback": None})
+    return request.model_copy(update={"reply": reply})
 
 
 def _as_sample(sample: RequestSample) -> RewardSample:
@@ -247,13 +271,13 @@ def _as_json(result: RewardResult) -> Mapping[str, Any]:
     return {name: value for name, value in said.items() if value not in (None, {})}
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, RewardContractError):
         return error.message
     return f"the reward function raised {type(error).__name__}; the reward server's log has more"
 
 
-def _code(error: Exception) -> str:
+def _code(error: BaseException) -> str:
     return error.error_code if isinstance(error, RewardContractError) else "reward_function_failed"
 
 
