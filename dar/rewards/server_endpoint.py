@@ -106,7 +106,9 @@ class RewardEndpoint:
                 )
             entry = self._answers.start(asked, lambda entry: self._answer(asked, entry))
         if self.answers_later and "async" in asked.reply.modes:
-            await asyncio.wait([entry.task], timeout=self._options.answer_within_seconds)
+            # With 0 nothing is waited for: whoever asks for later answers gets them, also from a function that is quick.
+            if self._options.answer_within_seconds:
+                await asyncio.wait([entry.task], timeout=self._options.answer_within_seconds)
             if not entry.task.done():
                 entry.is_promised = True
                 promise = {"status": "accepted", "poll_url": f"results/{entry.request_id}"}
