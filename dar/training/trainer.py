@@ -164,12 +164,15 @@ class DARTrainer(ScoringTrainer):
         if given.is_online and (why := no_point_of_rest(config)):
             self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
+        self._name_all(base_name or (model if isinstance(model, str) else model.name_or_path))
+
+    def _name_all(self, base_name: str | None) -> None:
+        """Say what is trained on what, for checkpoints and model cards."""
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
-            config, policy.model, train_dataset, policy.base_sketch, terms
+            self.args, self._policy.model, self.train_dataset, self._policy.base_sketch, terms
         )
-        name = base_name or (model if isinstance(model, str) else model.name_or_path)
-        self.describe(name, [str(term["name"]) for term in terms])
+        self.describe(base_name, [str(term["name"]) for term in terms])
 
     def _leave_unused_alone(self) -> None:
         """Have DDP look for weights without a gradient only where there are any: it takes time, and torch warns of it."""
