@@ -164,6 +164,8 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "requests": ("requests", "finished requests to a component's service since the last report"),
         "failed_requests": ("requests", "those that were given up"),
         "retries": ("attempts", "attempts beyond the first of each"),
+        "in_flight": ("requests", "most of its requests that were under way at once since the last report"),
+        "concurrency": ("requests", "most that may be under way at once"),
         "breaker": ("state", "its circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured"),
     },
     "time/reward": {
@@ -176,7 +178,7 @@ EVALUATION = "eval_"
 """What the names of metrics begin with that were reached on the validation file."""
 
 
-DELIVERY = ("requests", "failed_requests", "retries", "breaker")
+DELIVERY = ("requests", "failed_requests", "retries", "in_flight", "concurrency", "breaker")
 """Last parts of the series that tell how rewards were fetched: like those of time, they may differ between equal runs."""
 
 

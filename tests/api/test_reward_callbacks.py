@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import pytest
 
 from dar.rewards.signing import decode_secret, signed_headers
+from service.callbacks import OUTCOMES
+from service.store import reward_requests
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -377,3 +379,20 @@ def test_no_token_is_stored_or_logged(live: Any) -> None:
     stored = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*"))
     assert pending.request_id.encode() in stored
     assert pending.token.encode() not in stored
+
+
+def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any, pending: Pending) -> None:
+    fates = set(get_args(reward_requests.Fate)) - {"replayed"}
+    assert {*fates, "refused", "unsupported", "too_large"} == set(OUTCOMES)
+    pending.post(pending.body(1, 2))
+    pending.post(pending.body(1, 2))
+    pending.post(pending.body(2, 2))
+    pending.post(pending.body(1, 2), token="rwt_wrong")
+    told = live.http.get("/metrics").text
+    start = 'dar_reward_callback_total{status="'
+    lines = [line.removeprefix(start) for line in told.splitlines() if line.startswith(start)]
+    counts = {line.partition('"')[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert counts.keys() == set(OUTCOMES)
+    assert {fate: count for fate, count in counts.items() if count} == {
+        "accepted": 1, "duplicate": 1, "conflict": 1, "refused": 1,
+    }  # fmt: skip
