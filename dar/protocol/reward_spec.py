@@ -108,6 +108,18 @@ class RewardLimits(Input):
     adaptive: Annotated[Literal[False], only(False)] = False
 
 
+class RewardCaching(Input):
+    """Whether rewards are remembered, and equal samples of a step sent once."""
+
+    enabled: Literal["auto"] | bool = "auto"
+    """``auto``: only where the last probe of the registered endpoint, at its present revision, found that repeats and other
+    orders change nothing; an inline URL has no such probe, so there it is off."""
+    scope: Literal["job", "endpoint"] = "job"
+    """``endpoint``: shared on each worker host by the jobs that name the same registered endpoint."""
+    ttl_seconds: Annotated[float, Field(gt=0, le=366 * 86_400)] = 7 * 86_400.0
+    """How long a reward is remembered; 604,800 s are 7 days."""
+
+
 class MinMax(Input):
     """Maps ``[lo, hi]`` onto [0, 1]."""
 
@@ -169,6 +181,8 @@ class RewardComponent(Input):
     limits: RewardLimits = RewardLimits()
     timeouts: RewardTimeouts = RewardTimeouts()
     retry: RewardRetry = RewardRetry()
+    cache: RewardCaching = RewardCaching()
+    """http: whether rewards are remembered."""
     reply: Literal["sync", "either"] = "sync"
     """http: how the service may answer; ``either`` allows a 202 whose result follows by callback or polling."""
     require_signed_responses: bool = False
@@ -268,7 +282,7 @@ class RewardComponent(Input):
 FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "http": (
         "url", "endpoint", "protocol", "template", "pointer", "grader", "coerce", "prompt_format", "batch", "limits",
-        "timeouts", "retry", "reply", "require_signed_responses", "columns",
+        "timeouts", "retry", "cache", "reply", "require_signed_responses", "columns",
     ),
     "builtin": ("fn", "params"),
     "hf_model": ("model",),

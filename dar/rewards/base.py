@@ -215,6 +215,10 @@ class RewardObserver(Protocol):
         """An attempt has ended."""
         ...
 
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        """So many samples were not sent: ``hits`` were remembered, and ``copies`` were equal to one that was sent."""
+        ...
+
     def breaker_changed(self, component: str, state: str, reason: str) -> None:
         """The circuit breaker of a component's endpoint is now ``closed``, ``open``, ``half_open`` or ``misconfigured``."""
         ...

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Self
+from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import httpcore2
@@ -35,7 +35,7 @@ QUOTED = 512
 
 
 @cache
-def _default_tls() -> ssl.SSLContext:
+def default_tls() -> ssl.SSLContext:
     """Loading the certificates takes 20 ms and more, so it is done once."""
     return httpcore2.default_ssl_context()
 
@@ -116,7 +116,7 @@ class Endpoint:
         self._interval = 0.0 if rps is None else 1.0 / rps
         self._next_start = 0.0
         self._guard = GuardedBackend(connection.guard, connection.resolver)
-        tls = connection.tls or _default_tls()
+        tls = connection.tls or default_tls()
         tls.minimum_version = max(tls.minimum_version, ssl.TLSVersion.TLSv1_2)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
@@ -304,6 +304,7 @@ class Endpoint:
         except _TRANSPORT_ERRORS as error:
             raise self._told(failure_of(error)) from error
         finally:
+            _leave_surplus(response)
             await response.aclose()
 
     def _told(self, failure: AttemptFailedError) -> AttemptFailedError:
@@ -316,6 +317,17 @@ class Endpoint:
     def _breaker_changed(self, state: State, reason: str) -> None:
         for listener in list(self.listeners):
             listener(state, reason)
+
+
+def _leave_surplus(response: httpcore2.Response) -> None:
+    """See to it that what a server sent beyond its answer is never read as the answer to the next request on the connection.
+
+    Most protocols repeat nothing of the request, so that rewards of other samples could not be told from the right ones.
+    """
+    connection = cast("Any", response.stream)._stream._connection  # noqa: SLF001 - the pool tells nobody what is left over
+    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001
+    if surplus:
+        response.extensions["network_stream"].spoil()
 
 
 class _StaleConnectionError(Exception):

@@ -307,6 +307,16 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
                 failure = error
         raise failure
 
+    async def addresses(self, host: str, port: int, seconds: float) -> list[str]:
+        """The addresses that would be dialled for ``host``; dials none.
+
+        Raises:
+            EgressDeniedError: One of them is blocked.
+            httpcore2.ConnectError: There is none.
+        """
+        found = await self._checked_addresses(host, port, time.monotonic() + seconds)
+        return [str(address) for address in found]
+
     async def _checked_addresses(self, host: str, port: int, ends_at: float) -> list[Address]:
         literal = _as_address(host)
         found = [literal] if literal is not None else await self._resolve(host, port, ends_at)

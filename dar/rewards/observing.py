@@ -83,6 +83,8 @@ class StepObserver:
         self._breakers = dict.fromkeys(self._concurrency, "closed")
         self._spans: defaultdict[str, list[Span]] = defaultdict(list)
         """When attempts were under way, on the monotonic clock, by component."""
+        self._spared: Counter[str] = Counter()
+        """By name of the metric."""
 
     def request_done(self, record: RequestRecord) -> None:
         """Count a finished request; tell the first failure of its class, be it final or not."""
@@ -101,6 +103,12 @@ class StepObserver:
                 self._told.add(kind)
         if is_new:
             self._tell_failure(record)
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        """Count samples that were not sent."""
+        with self._lock:
+            self._spared[f"reward/{component}/cached"] += hits + copies
+            self._spared[f"reward/{component}/cache_hits"] += hits
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:
         """Tell that a breaker has changed."""
@@ -131,7 +139,8 @@ class StepObserver:
             finished, self._requests = self._requests, []
             breakers = dict(self._breakers)
             spans, self._spans = self._spans, defaultdict(list)
-        metrics = _metrics(finished, breakers)
+            spared, self._spared = self._spared, Counter()
+        metrics = {**_metrics(finished, breakers), **spared}
         for component, found in spans.items():
             metrics[f"reward/{component}/in_flight"] = _most_at_once(found)
         for component, limit in self._concurrency.items():

@@ -16,6 +16,7 @@ from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.asynchronous import Inbox
+from dar.rewards.cache import CachePlace
 from dar.rewards.failure import FailureBudget
 from dar.rewards.guard import EgressPolicy
 from dar.training.capacity import Capacity
@@ -87,6 +88,7 @@ class DARTrainer(ScoringTrainer):
         reward_access: URL and secrets of components that name a registered endpoint; only a job has them.
         reward_guard: Which addresses requests to reward services may reach; default: all.
         reward_inbox: Takes rewards that come later by callback; a training service gives one.
+        reward_cache: Where rewards are remembered, if the rewards of a job spec say so; default: in ``output_dir``.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
@@ -120,6 +122,7 @@ class DARTrainer(ScoringTrainer):
         reward_access: Mapping[str, ComponentAccess] | None = None,
         reward_guard: EgressPolicy | None = None,
         reward_inbox: Inbox | None = None,
+        reward_cache: CachePlace | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
@@ -137,7 +140,7 @@ class DARTrainer(ScoringTrainer):
         config = _settled(args, len(train_dataset), reward_funcs)
         given = GivenRewards.of(
             reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access, reward_guard,
-            reward_inbox,
+            reward_inbox, reward_cache,
         )  # fmt: skip
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
@@ -161,11 +164,14 @@ class DARTrainer(ScoringTrainer):
         if given.is_online and (why := no_point_of_rest(config)):
             self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
+        self._identify(base_name or (model if isinstance(model, str) else model.name_or_path))
+
+    def _identify(self, name: str) -> None:
+        """Say what this run is: to its checkpoints, and to the model card with the model's name."""
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
-            config, policy.model, train_dataset, policy.base_sketch, terms
+            self.args, self._policy.model, self.train_dataset, self._policy.base_sketch, terms
         )
-        name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
 
     def _leave_unused_alone(self) -> None:
