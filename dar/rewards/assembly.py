@@ -75,11 +75,7 @@ def scorer_from_spec(
         )
         for component in rewards.components
     ]
-    combination = Combination(
-        terms,
-        clip=_bounds(rewards.combine.clip),
-        is_zeroing=rewards.combine.on_partial_skip == "zero",
-    )
+    combination = _combination(rewards, terms)
     return RewardScorer(
         terms, on_wait=on_wait, job_id=job_id, observer=observer, combination=combination
     )
@@ -94,6 +90,11 @@ def _term(component: RewardComponent, source: RewardSource) -> WeightedSource:
         component.required,
         is_gate=component.role == "gate",
     )
+
+
+def _combination(rewards: Rewards, terms: Sequence[WeightedSource]) -> Combination:
+    is_zeroing = rewards.combine.on_partial_skip == "zero"
+    return Combination(terms, clip=_bounds(rewards.combine.clip), is_zeroing=is_zeroing)
 
 
 def _local_source(component: RewardComponent, models: Mapping[str, RewardSource]) -> RewardSource:

@@ -77,7 +77,9 @@ class ScoringTrainer(EvaluatingTrainer):
         with contextlib.ExitStack() as stack:
             if self._scorer is None and self.ranks.is_main:
                 observer = self._reporter.observer = StepObserver(
-                    self.sink.event, self._tell_waiting
+                    self.sink.event,
+                    self._tell_waiting,
+                    concurrency=self._rewards.concurrency(),
                 )
                 scorer = self._rewards.open(
                     job_id=self._job_id, on_wait=self._tell_waiting, observer=observer
