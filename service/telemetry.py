@@ -30,6 +30,7 @@ RESULTS: Mapping[str, str] = {
     "reward/n_error": "error",
 }
 """Metric of a step -> label of its samples."""
+CACHED = "cached"
 CountJobs = Callable[[], Mapping[str, int]]
 
 
@@ -46,7 +47,7 @@ class Telemetry(Collector):
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
         self._seconds = dict.fromkeys(OUTCOMES, 0.0)
         self._queued = [0.0, 0.0]
-        self._samples = dict.fromkeys(RESULTS.values(), 0.0)
+        self._samples = dict.fromkeys((*RESULTS.values(), CACHED), 0.0)
         self._errors: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
         self._breakers = dict.fromkeys(BREAKER_STATES, 0.0)
         self._groups = {"rewards/dropped_groups": 0.0, "rewards/refilled_groups": 0.0}
@@ -86,12 +87,22 @@ class Telemetry(Collector):
     def _take_metrics(self, values: Mapping[str, float | None]) -> None:
         for name, result in RESULTS.items():
             self._samples[result] += values.get(name) or 0
+        for name, value in values.items():
+            # One of these is there for each component that remembers rewards.
+            if name.startswith("reward/") and name.endswith(("/cached", "/cache_hits")):
+                self._take_spared(name.rpartition("/")[2], value or 0)
         for family in FAMILIES:
             self._errors[family] += values.get(f"reward/n_error/{family}") or 0
         for name in self._groups:
             self._groups[name] += values.get(name) or 0
         for cause in self._idle:
             self._idle[cause] += values.get(f"time/idle_{cause}_seconds") or 0
+
+    def _take_spared(self, kind: str, count: float) -> None:
+        if kind == CACHED:
+            self._samples[CACHED] += count
+        else:
+            self._totals["cache_hits"] += int(count)
 
     def render(self) -> bytes:
         """Everything in the text format of Prometheus."""
@@ -133,6 +144,8 @@ class Telemetry(Collector):
     def _sample_families(self) -> Iterator[Metric]:
         totals = self._totals
         yield _labelled("dar_reward_samples", "Samples by result.", "result", self._samples)
+        hits = "Samples whose reward was remembered from before, once for each component."
+        yield _counter("dar_reward_cache_hits", hits, totals["cache_hits"])
         errors = "Samples that could not be scored, by class of failure."
         yield _labelled("dar_reward_errors", errors, "class", self._errors)
         dropped = "Groups without enough scored samples to learn from."

@@ -219,6 +219,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         reward_guard=launch.reward_guard,
         reward_models=launch.reward_models,
         reward_inbox=control.inbox,
+        reward_cache=launch.reward_cache,
         threads=launch.threads,
         offline=launch.is_offline,
     )

@@ -70,6 +70,8 @@ class StepObserver:
         """Of the attempts so far at requests that are not finished."""
         self._told: set[tuple[str, str]] = set()
         self._breakers: dict[str, str] = {}
+        self._spared: Counter[str] = Counter()
+        """By name of the metric."""
 
     def request_done(self, record: RequestRecord) -> None:
         """Count a finished request; tell the first failure of its class, be it final or not."""
@@ -86,6 +88,12 @@ class StepObserver:
                 self._told.add(kind)
         if is_new:
             self._tell_failure(record)
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        """Count samples that were not sent."""
+        with self._lock:
+            self._spared[f"reward/{component}/cached"] += hits + copies
+            self._spared[f"reward/{component}/cache_hits"] += hits
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:
         """Tell that a breaker has changed."""
@@ -115,12 +123,13 @@ class StepObserver:
         with self._lock:
             finished, self._requests = self._requests, []
             breakers = dict(self._breakers)
+            spared, self._spared = self._spared, Counter()
         return StepRequests(
             requests=_requests(finished),
             failures=[_failure(one) for one in finished if one.record.outcome != "ok"][
                 :MAX_FAILURES
             ],
-            metrics=_metrics(finished, breakers),
+            metrics={**_metrics(finished, breakers), **spared},
         )
 
     def _tell_failure(self, record: RequestRecord) -> None:
@@ -225,12 +234,7 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
         "reward/n_error": statuses["error"],
         **{f"reward/n_error/{family}": count for family, count in families.items()},
     }
-    components: defaultdict[str, list[float]] = defaultdict(list)
-    for reward in rewards:
-        for name, value in reward.components.items():
-            if "/" not in name:  # a part is for viewing only
-                components[name] += [] if value is None else [value]
-    for name, found in components.items():
+    for name, found in component_rewards(rewards).items():
         values[f"rewards/{name}/missing_fraction"] = (len(rewards) - len(found)) / len(rewards)
         if not found:
             continue
@@ -241,3 +245,13 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
             f"rewards/{name}/max": max(found),
         }
     return values
+
+
+def component_rewards(rewards: Sequence[SampleReward]) -> dict[str, list[float]]:
+    """Raw rewards of each component, without missing ones."""
+    components: defaultdict[str, list[float]] = defaultdict(list)
+    for reward in rewards:
+        for name, value in reward.components.items():
+            if "/" not in name:  # a part is for viewing only
+                components[name] += [] if value is None else [value]
+    return dict(components)

@@ -20,6 +20,7 @@ from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.asynchronous import Inbox
+from dar.rewards.cache import CachePlace
 from dar.rewards.guard import EgressPolicy
 from dar.training import loading
 from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
@@ -69,6 +70,8 @@ class JobInputs:
     """Folders of reward models by component name; those that are not here come from the hub."""
     reward_inbox: Inbox | None = None
     """Takes rewards that come later by callback."""
+    reward_cache: CachePlace | None = None
+    """Where rewards are remembered; None: in ``work_dir``."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -138,6 +141,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         reward_access=inputs.reward_access,
         reward_guard=inputs.reward_guard,
         reward_inbox=inputs.reward_inbox,
+        reward_cache=inputs.reward_cache,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
         eval_dataset=_validation_rows(inputs),

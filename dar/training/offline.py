@@ -28,8 +28,9 @@ from dar.training.data import (
     naming_row,
 )
 from dar.training.parts import StepInProgress
+from dar.training.prompts import PromptStream
 from dar.training.sink import Sink
-from dar.training.steps import Mode, PromptStream, ScoredStep, Weigher
+from dar.training.steps import Mode, ScoredStep, Weigher
 
 
 class RowEncoder(PromptEncoder):

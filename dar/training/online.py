@@ -20,11 +20,12 @@ from dar.training.data import Prompt, TokenPair
 from dar.training.feed import PENDING, Delivery, RewardFeed
 from dar.training.loading import LanguageModel
 from dar.training.parts import StepInProgress
+from dar.training.prompts import PromptStream
 from dar.training.ranks import Ranks
 from dar.training.sampling import Sampler
 from dar.training.sharding import whole
 from dar.training.sink import Control, Sink, StopRequestedError, check
-from dar.training.steps import Mode, PromptStream, ScoredStep, Weigher
+from dar.training.steps import Mode, ScoredStep, Weigher
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import RewardObserver
+from dar.rewards.cache import CachePlace
 from dar.rewards.functions import RewardFunction
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.scorer import RewardScorer, scorer_from_functions
@@ -40,6 +41,8 @@ class GivenRewards:
     """Which addresses reward requests may reach; None: all."""
     inbox: Inbox | None = None
     """Takes rewards that come later by callback."""
+    cache: CachePlace | None = None
+    """Where rewards are remembered; None: nowhere."""
     names: Sequence[str] | None = None
     """Component names of the models; None: they are numbered."""
 
@@ -55,6 +58,7 @@ class GivenRewards:
         access: Mapping[str, ComponentAccess] | None = None,
         guard: EgressPolicy | None = None,
         inbox: Inbox | None = None,
+        cache: CachePlace | None = None,
     ) -> "GivenRewards":
         """Bring together what was given.
 
@@ -85,7 +89,10 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        return cls(functions, given, tokenizers, weights, secret, access or {}, guard, inbox, names)
+        kept = cache or CachePlace(Path(config.output_dir or ".") / "reward-cache")
+        return cls(
+            functions, given, tokenizers, weights, secret, access or {}, guard, inbox, kept, names
+        )
 
     @property
     def is_online(self) -> bool:
@@ -193,6 +200,7 @@ class LoadedRewards:
                 observer=observer,
                 models={model.name: model for model in self.models},
                 inbox=given.inbox,
+                cache=given.cache,
             )
         return scorer_from_functions(
             given.functions or [],

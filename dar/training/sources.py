@@ -10,10 +10,11 @@ from dar.training.data import PromptEncoder, Rows, naming_row
 from dar.training.offline import ReplaySource, RowEncoder, check_replay
 from dar.training.online import OnlineSource, Scoring
 from dar.training.policy import Policy
+from dar.training.prompts import EvaluationStream, PromptStream
 from dar.training.ranks import Ranks
 from dar.training.sampling import Sampler, check_tokens
 from dar.training.sink import Control, Sink
-from dar.training.steps import EvaluationStream, Mode, PromptStream, Weigher
+from dar.training.steps import Mode, Weigher
 
 STREAMS: Mapping[Mode, type[PromptStream]] = {"train": PromptStream, "eval": EvaluationStream}
 

@@ -92,13 +92,19 @@ class StepTrainer(ResumableTrainer):
         self._reporter.begin_step()
         begun = self._pipeline.take(self.state.global_step + 1)
         self._step, self._loss, self._pass_count = begun.step, None, 0
-        # DeepSpeed keeps gradients where they cannot be scaled afterwards, so it has to know all rewards before.
-        may_stream = is_streamable(self.args) and not self.is_deepspeed_enabled
-        shares = begun.shares(self.ranks, num_batches, is_streamable=may_stream)
+        shares = begun.shares(self.ranks, num_batches, is_streamable=self._may_stream)
         return [
             StepShare(begun.step, parts, is_last=i == num_batches - 1)
             for i, parts in enumerate(shares)
         ], None
+
+    @property
+    def _may_stream(self) -> bool:
+        """Whether a step may be trained on before all of its rewards are known.
+
+        DeepSpeed keeps gradients where they cannot be scaled afterwards, so it has to know how many completions count.
+        """
+        return is_streamable(self.args) and not self.is_deepspeed_enabled
 
     def training_step(
         self,
@@ -268,7 +274,7 @@ class StepTrainer(ResumableTrainer):
         times = self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
         if self._capacity is not None:
             self._capacity.end_step(step.number, times)
-        self._tell_fallbacks(step)
+        self._reporter.tell_of(step, self.sink)
         self._count_empty(step)
         self.stopped_by = self.ranks.from_main(self._control.requested)
         if self.stopped_by == "cancel":
@@ -286,16 +292,6 @@ class StepTrainer(ResumableTrainer):
         for part in self.ranks.gather(own):
             step.policy_logps_B[part["rows"]] = part["logps"]
             step.entropies_B[part["rows"]] = part["entropies"]
-
-    def _tell_fallbacks(self, step: ScoredStep) -> None:
-        """Never in silence: a number that no source gave weighs like any other."""
-        if count := sum(reward.is_fallback for reward in step.rewards):
-            self.sink.event(
-                "warn",
-                f"step {step.number}: {count} of {len(step.rewards)} completions could not be scored and count with the job's "
-                "fallback_value",
-                {"kind": "reward_fallback", "step": step.number, "count": count},
-            )
 
     def _count_empty(self, step: ScoredStep) -> None:
         # Rewards that are all equal, and dropped for it, are no failure: later steps may tell more.

@@ -1,17 +1,14 @@
 """`DARTrainer`: `transformers.Trainer` does the optimizer steps, a step source brings the scored completions."""
 
-import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import fsdp2_prepare_model
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -19,43 +16,36 @@ from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.asynchronous import Inbox
+from dar.rewards.cache import CachePlace
 from dar.rewards.failure import FailureBudget
 from dar.rewards.guard import EgressPolicy
-from dar.rewards.observing import StepObserver
-from dar.rewards.scorer import RewardScorer
-from dar.training import zero
 from dar.training.capacity import Capacity
 from dar.training.config import DARConfig, preset_values
-from dar.training.data import DataCollatorForDAR, Rows, TokenPair, check_rows, check_table
+from dar.training.data import DataCollatorForDAR, Rows, check_rows, check_table
 from dar.training.evaluation import (
     ComputeMetrics,
-    EvaluatingTrainer,
     Predictions,
     check_evaluation_rows,
-    measured,
 )
 from dar.training.fingerprint import config_sha256
 from dar.training.launching import refuse_if_left_alone
-from dar.training.logprobs import all_logps, idle_weights
+from dar.training.logprobs import idle_weights
 from dar.training.metrics import Reporter
-from dar.training.offline import ReplaySource
-from dar.training.online import OnlineSource, Scoring
 from dar.training.options import no_point_of_rest, online_only
 from dar.training.pipeline import Pipeline
 from dar.training.policy import Policy
 from dar.training.ranks import Ranks
 from dar.training.reward_model import RewardModels
 from dar.training.reward_sources import GivenRewards, RewardFunctions
-from dar.training.sharding import is_sharded, whole
+from dar.training.scoring import ScoringTrainer
 from dar.training.sink import Control, NullControl, NullSink, Sink, StopRequestedError
-from dar.training.sources import make_source
-from dar.training.steps import Mode, ScoredStep, Weigher, is_streamable
+from dar.training.steps import ScoredStep
 
 logger = logging.getLogger(__name__)
 __all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
 
 
-class DARTrainer(EvaluatingTrainer):
+class DARTrainer(ScoringTrainer):
     """Trains a language model by Direct Advantage Regression on its own samples.
 
     ```python
@@ -98,6 +88,7 @@ class DARTrainer(EvaluatingTrainer):
         reward_access: URL and secrets of components that name a registered endpoint; only a job has them.
         reward_guard: Which addresses requests to reward services may reach; default: all.
         reward_inbox: Takes rewards that come later by callback; a training service gives one.
+        reward_cache: Where rewards are remembered, if the rewards of a job spec say so; default: in ``output_dir``.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
@@ -112,8 +103,6 @@ class DARTrainer(EvaluatingTrainer):
         InvalidRequestError: The data set or a combination of arguments cannot work.
         TrainingError: The model cannot be loaded.
     """
-
-    _scorer: RewardScorer | None = None
 
     def __init__(
         self,
@@ -133,6 +122,7 @@ class DARTrainer(EvaluatingTrainer):
         reward_access: Mapping[str, ComponentAccess] | None = None,
         reward_guard: EgressPolicy | None = None,
         reward_inbox: Inbox | None = None,
+        reward_cache: CachePlace | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
@@ -150,7 +140,7 @@ class DARTrainer(EvaluatingTrainer):
         config = _settled(args, len(train_dataset), reward_funcs)
         given = GivenRewards.of(
             reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access, reward_guard,
-            reward_inbox,
+            reward_inbox, reward_cache,
         )  # fmt: skip
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
@@ -292,131 +282,6 @@ class DARTrainer(EvaluatingTrainer):
             "AdamW's moments": 2 * sum(trained) if "adamw" in str(self.args.optim).lower() else 0,
         }
         return {name: size for name, size in held.items() if size}
-
-    # --- what comes before the gradient ------------------------------------------------------------------------------
-
-    @property
-    def _is_replay(self) -> bool:
-        return not self._rewards.given.is_online
-
-    def _source_of(
-        self, rows: Rows, mode: Mode, config: DARConfig | None = None
-    ) -> OnlineSource | ReplaySource:
-        weigher = Weigher(
-            self.args,
-            self._reference_logps if self.args.alpha > 0 else None,
-            self._policy_logps,
-            dtype=torch.promote_types(self._policy.model.dtype, torch.float32),
-        )
-        return make_source(
-            self._policy,
-            config or self.args,
-            rows,
-            weigher,
-            scoring=self._how_to_score() if self._rewards.given.is_online else None,
-            job_id=self._job_id,
-            sink=self.sink,
-            control=self._control,
-            ranks=self.ranks,
-            mode=mode,
-        )
-
-    def _how_to_score(self) -> Scoring:
-        return Scoring(
-            self._scorer,
-            overlap=self.args.overlap,
-            order=self.args.order,
-            is_streamable=is_streamable(self.args),
-            policy=self._rewards.failure,
-            budget=self._budget,
-            capacity=self._capacity,
-        )
-
-    @contextlib.contextmanager
-    def _scoring(self) -> Iterator[None]:
-        """Keep open what gives rewards, on the main process; inside of another of these, nothing."""
-        with contextlib.ExitStack() as stack:
-            if self._scorer is None and self.ranks.is_main:
-                observer = self._reporter.observer = StepObserver(
-                    self.sink.event, self._tell_waiting
-                )
-                scorer = self._rewards.open(
-                    job_id=self._job_id, on_wait=self._tell_waiting, observer=observer
-                )
-                if scorer is not None:
-                    stack.callback(
-                        lambda: self._reporter.report_requests(
-                            self.sink, min(self.state.global_step + 1, max(1, self.args.max_steps))
-                        )
-                    )
-                    self._scorer = stack.enter_context(scorer)
-                    stack.callback(setattr, self, "_scorer", None)
-            yield
-
-    def own_state(self) -> dict[str, Any]:
-        """Beside the counters, what is known of rewards and their services; asked for on the main process."""
-        scorer = self._scorer
-        memory = None if scorer is None else scorer.state(self.state.global_step)
-        return super().own_state() | {"rewards": memory}
-
-    def restore_own_state(self, state: dict[str, Any]) -> None:
-        """Take back what `own_state` gave."""
-        super().restore_own_state(state)
-        if self._scorer is not None and state.get("rewards") is not None:
-            self._scorer.restore(state["rewards"])
-
-    def _end_step(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> None:
-        if self._scorer is not None:
-            self._scorer.end_step(step.number)
-        super()._end_step(step, grad_norm, learning_rate)
-
-    def _tell_waiting(self, message: str) -> None:
-        self.sink.phase("waiting_for_reward", self.state.global_step + 1, message)
-
-    def _measured(self, pairs: Sequence[TokenPair]) -> Tensor:
-        with whole(self.model):
-            own = measured(
-                self.model,
-                [pairs[i] for i in self.ranks.slice(len(pairs))],
-                collate=self.data_collator,
-                vocabulary=self._policy.vocabulary,
-                half=self.args.half,
-                before_each=self._look_out,
-            )
-        return torch.cat(self.ranks.gather(own), dim=1)
-
-    def _logps(self, model: nn.Module, pairs: Sequence[TokenPair]) -> Tensor:
-        """Each process goes through its share, and all get the whole."""
-        with whole(model):
-            own_logps = all_logps(
-                model,
-                [pairs[i] for i in self.ranks.slice(len(pairs))],
-                collate=self.data_collator,
-                vocabulary=self._policy.vocabulary,
-                half=self.args.half,
-                before_each=self._look_out,
-            )
-        return torch.cat(self.ranks.gather(own_logps))
-
-    def _policy_logps(self, pairs: Sequence[TokenPair]) -> Tensor:
-        return self._logps(self.model, pairs)
-
-    def _reference_logps(self, pairs: Sequence[TokenPair]) -> Tensor:
-        reference = self._policy.reference
-        if reference is not None:
-            if not is_sharded(reference):
-                self._shard(reference)
-            return self._logps(reference, pairs)
-        assert isinstance(self.model, PeftModel)
-        with self.model.disable_adapter():
-            return self._logps(self.model, pairs)
-
-    def _shard(self, reference: nn.Module) -> None:
-        """Cut the reference into shards where the policy is."""
-        if self.is_fsdp_enabled:
-            fsdp2_prepare_model(self.accelerator, reference)
-        elif zero.is_cut(self.model):
-            zero.cut(reference)
 
 
 def module_bytes(module: nn.Module | None) -> int:

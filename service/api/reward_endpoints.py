@@ -44,7 +44,9 @@ from service.store.database import Transaction
 PATH = "/v1/reward_endpoints"
 router = APIRouter(prefix=PATH, tags=["reward_endpoints"])
 NOT_NULL = ("name", "url")
-KEPT_OF_REPORT = {"ok", "errors", "warnings", "latency_ms"}
+KEPT_OF_REPORT = {"ok", "errors", "warnings", "latency_ms", "determinism"}
+UNKNOWN: dict[str, Any] = {"determinism": {}, "revision": 0}
+"""What probes did not tell that were kept by an earlier version."""
 CreateBody = Annotated[CreateRewardEndpoint, Depends(body_of(CreateRewardEndpoint))]
 UpdateBody = Annotated[UpdateRewardEndpoint, Depends(body_of(UpdateRewardEndpoint))]
 RotateBody = Annotated[RotateSecret, Depends(body_of(RotateSecret, is_optional=True))]
@@ -155,6 +157,15 @@ def rotate_secret(
     return NewRewardEndpoint(**dict(shown), signing_secret=secret)
 
 
+@router.post("/{endpoint_id}/purge_cache")
+def purge_cache(endpoint_id: str, runtime: CurrentRuntime, user: Submitter) -> RewardEndpoint:
+    """Have rewards that were remembered of an endpoint never be used again; jobs see it when they are next given to a worker."""
+    with runtime.database.write() as transaction:
+        endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id, lock="change")
+        reward_endpoints.purge(transaction, endpoint)
+        return _shown(transaction, endpoint)
+
+
 @router.post("/probe", openapi_extra=schema_of(ProbeInline))
 async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBody) -> ProbeReport:
     """Try the reward service of a component, as a job would use it."""
@@ -199,7 +210,7 @@ def get_reward_endpoint_stats(
             "jobs": jobs,
             "steps": steps,
             "last_job_id": newest,
-            "last_probe": None if probe is None else LastProbe.model_validate(probe),
+            "last_probe": None if probe is None else LastProbe.model_validate({**UNKNOWN, **probe}),
         }
     )
 

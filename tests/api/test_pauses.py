@@ -146,7 +146,7 @@ def test_reward_stats_sum_over_the_steps(live: Any) -> None:
         "rewards": 27, "skips": 1, "errors": 4, "errors_by_class": {"http_5xx": 4},
         "dropped_groups": 1, "refilled_groups": 0,
         "components": [
-            {"component": "letters", "requests": 4, "failed_requests": 1, "retries": 3, "p50_seconds": 0.08,
+            {"component": "letters", "requests": 4, "failed_requests": 1, "retries": 3, "cached": 0, "cache_hits": 0, "p50_seconds": 0.08,
              "p95_seconds": 9.5},
         ],
     }  # fmt: skip

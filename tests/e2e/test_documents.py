@@ -1,4 +1,4 @@
-"""The Python of README and guide runs as it stands, on a small model and with this installation's addresses."""
+"""The Python of README, guide and rewards page runs as it stands, on a small model and with this installation's addresses."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from dar.settings import environment
 ROOT = Path(__file__).parents[2]
 SNIPPETS = {
     f"{document}#{number}": text
-    for document in ("README.md", "docs/guide.md")
+    for document in ("README.md", "docs/guide.md", "docs/rewards.md")
     for number, text in enumerate(
         re.findall(
             r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL
@@ -50,7 +50,7 @@ def prepare(name: str, installation: Any, folder: Path, reviews_base: Path) -> P
 
 
 def test_the_documents_have_snippets() -> None:
-    assert len(SERVERS) == 2
+    assert len(SERVERS) == 3
     assert len(CLIENTS) == 3
 
 

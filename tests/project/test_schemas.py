@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,21 @@ def test_the_promise_of_a_202_has_its_schema() -> None:
     promise = Draft202012Validator(SCHEMAS["accepted"])
     for content in ({"request_id": "rwq_1", "status": "accepted"}, {"request_id": "rwq_1"}):
         assert promise.is_valid(content) == fits(Accepted, content)
+
+
+BLOCKS = [
+    text.replace("…", "x").replace("<43 characters>", "x" * 43)
+    for page in ("rewards.md", "rewards-async.md")
+    for text in re.findall(r"^```json\n(\{.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+]  # fmt: skip
+
+
+def test_the_guides_have_examples() -> None:
+    assert len(BLOCKS) >= 5
+
+
+@pytest.mark.parametrize("text", BLOCKS)
+def test_an_example_in_the_guides_is_what_it_says_it_is(text: str) -> None:
+    content = json.loads(text)
+    kind = "request" if "samples" in content else "accepted" if "status" in content else "response"
+    Draft202012Validator(SCHEMAS[kind]).validate(content)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dar.protocol.metrics import is_known
+from dar.protocol.metrics import is_known, is_reproducible
 from dar.protocol.reward_spec import RewardRetry
 from dar.protocol.reward_stats import REQUEST_SECONDS
 from dar.rewards.base import RequestRecord, RewardContext, RewardSample, SampleReward
@@ -61,6 +61,16 @@ def test_requests_are_summed_up_by_component_and_outcome(observer: StepObserver)
     assert taken.metrics["time/reward/judge/p95_seconds"] == 400.0
     assert all(map(is_known, taken.metrics))
     assert observer.take().requests == []
+
+
+def test_samples_that_were_not_sent_are_counted_once(observer: StepObserver) -> None:
+    observer.spared("judge", 2, 3)
+    observer.spared("judge", 0, 1)
+    taken = observer.take()
+    assert taken.metrics == {"reward/judge/cached": 6, "reward/judge/cache_hits": 2}
+    assert all(map(is_known, taken.metrics))
+    assert not any(map(is_reproducible, taken.metrics)), "a second run may remember more"
+    assert observer.take().metrics == {}
 
 
 def test_the_first_failure_of_each_class_is_told_at_once(

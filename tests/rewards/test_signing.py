@@ -1,9 +1,10 @@
-"""Standard Webhooks: the reference package accepts ours, and we accept its."""
+"""Standard Webhooks: the reference package and OpenAI's client accept ours, and we accept the package's."""
 
 import base64
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from openai import InvalidWebhookSignatureError, OpenAI
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from dar.errors import AuthenticationError, ConfigurationError
@@ -28,6 +29,18 @@ def test_the_reference_package_accepts_our_signature(secret: str, signed: Signed
     assert Webhook(secret).verify(BODY, signed) == {"text": "grün"}
     with pytest.raises(WebhookVerificationError):
         Webhook(OTHER).verify(BODY, signed)
+
+
+def test_openais_verifier_accepts_our_signature(secret: str, key: bytes, signed: Signed) -> None:
+    with OpenAI(api_key="none", webhook_secret=secret) as client:
+        client.webhooks.verify_signature(BODY, signed)
+        rotated = signed_headers(
+            [decode_secret(OTHER), key], "rwq_1", int(datetime.now(UTC).timestamp()), BODY
+        )
+        client.webhooks.verify_signature(BODY, rotated)
+        for body, secret_of_reader in ((BODY + b" ", secret), (BODY, OTHER)):
+            with pytest.raises(InvalidWebhookSignatureError):
+                client.webhooks.verify_signature(body, signed, secret=secret_of_reader)
 
 
 def test_we_accept_the_reference_packages_signature(secret: str, key: bytes) -> None:

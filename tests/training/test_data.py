@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.training import DataCollatorForDAR
 from dar.training.data import PromptEncoder, check_rows, read_rows
-from dar.training.steps import PromptOrder
+from dar.training.prompts import PromptOrder
 
 
 def test_plain_prompts_get_a_bos_token_once(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,7 +14,7 @@ from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.data import PromptEncoder
 from dar.training.flags import read_command_line
 from dar.training.offline import RowEncoder
-from dar.training.steps import PromptStream
+from dar.training.prompts import PromptStream
 
 STORED = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 
