@@ -165,3 +165,17 @@ def test_a_port_in_use_is_said_so(start: Any) -> None:
     assert (process.returncode, output) == (1, "")
     assert f"cannot listen on 127.0.0.1:{port}" in errors
     assert "Traceback" not in errors
+
+
+def test_what_must_be_installed_is_said(folder: Path) -> None:
+    program = (
+        "import sys; sys.modules['starlette'] = None\n"
+        "sys.argv = ['dar', 'reward', 'serve', 'my_rewards:brevity', '--insecure']\n"
+        "from dar.cli.main import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "pip install 'dar-service[rewards]'" in result.stderr
+    assert "Traceback" not in result.stderr
