@@ -179,18 +179,7 @@ def commands() -> str:
         rows.append(
             (f"`dar {name}`", (command.help or "").split("\n\n")[0].replace("\n", " "), options)
         )
-        for name, command in _commands("dar", typer.main.get_command(command_line))
-    ]
     return table(("command", "what it does", "options"), rows)
-
-
-def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - typer does not say which click it uses
-    """A command, or all of a group, with the words that call it."""
-    if not hasattr(command, "commands"):
-        yield name, command
-        return
-    for word, child in command.commands.items():
-        yield from _commands(f"{name} {word}", child)
 
 
 def reference() -> str:

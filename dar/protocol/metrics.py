@@ -164,6 +164,8 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "requests": ("requests", "finished requests to a component's service since the last report"),
         "failed_requests": ("requests", "those that were given up"),
         "retries": ("attempts", "attempts beyond the first of each"),
+        "in_flight": ("requests", "most of its requests that were under way at once since the last report"),
+        "concurrency": ("requests", "most that may be under way at once"),
         "cached": (
             "completions",
             "completions that a component's service was not asked about: remembered, or equal to another one of the step",
@@ -181,7 +183,9 @@ EVALUATION = "eval_"
 """What the names of metrics begin with that were reached on the validation file."""
 
 
-DELIVERY = ("requests", "failed_requests", "retries", "cached", "cache_hits", "breaker")
+DELIVERY = (
+    "requests", "failed_requests", "retries", "in_flight", "concurrency", "cached", "cache_hits", "breaker",
+)  # fmt: skip
 """Last parts of the series that tell how rewards were fetched: like those of time, they may differ between equal runs."""
 
 

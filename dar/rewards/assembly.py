@@ -59,7 +59,8 @@ def scorer_from_spec(
     caches = None if cache is None else Caches(cache)
     reached = access or {}
     terms = [
-        WeightedSource(
+        _term(
+            component,
             _local_source(component, models or {})
             if component.kind != "http"
             else http_source(
@@ -71,22 +72,29 @@ def scorer_from_spec(
                 is_shared=is_shared,
                 cache=None if caches is None else caches.of(component, reached.get(component.name)),
             ),
-            component.weight,
-            _bounds(component.clip),
-            component.normalize,
-            component.required,
-            is_gate=component.role == "gate",
         )
         for component in rewards.components
     ]
-    combination = Combination(
-        terms,
-        clip=_bounds(rewards.combine.clip),
-        is_zeroing=rewards.combine.on_partial_skip == "zero",
-    )
+    combination = _combination(rewards, terms)
     return RewardScorer(
         terms, on_wait=on_wait, job_id=job_id, observer=observer, combination=combination
     )
+
+
+def _term(component: RewardComponent, source: RewardSource) -> WeightedSource:
+    return WeightedSource(
+        source,
+        component.weight,
+        _bounds(component.clip),
+        component.normalize,
+        component.required,
+        is_gate=component.role == "gate",
+    )
+
+
+def _combination(rewards: Rewards, terms: Sequence[WeightedSource]) -> Combination:
+    is_zeroing = rewards.combine.on_partial_skip == "zero"
+    return Combination(terms, clip=_bounds(rewards.combine.clip), is_zeroing=is_zeroing)
 
 
 def _local_source(component: RewardComponent, models: Mapping[str, RewardSource]) -> RewardSource:

@@ -200,6 +200,12 @@ class RequestRecord:
     """Whether no further attempt follows."""
     quote: str = ""
     """First characters of what the service said, without our secrets; at most 512. For the owner of the job only."""
+    dns_seconds: float | None = None
+    """From the attempt's start until its addresses were known; None: no connection was opened for it."""
+    connect_seconds: float | None = None
+    """Until the connection was open, TLS included."""
+    first_byte_seconds: float | None = None
+    """Until the head of an answer was there; None: none came."""
 
 
 class RewardObserver(Protocol):

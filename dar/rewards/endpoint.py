@@ -22,10 +22,11 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardLimits
 from dar.rewards.answers import Answer, Incoming, failure_of, read_answer, refusal_of
 from dar.rewards.breaker import BreakerOptions, Call, CircuitBreaker, State
-from dar.rewards.guard import DIALLED, EgressPolicy, GuardedBackend, Resolver, Target
+from dar.rewards.guard import EgressPolicy, GuardedBackend, Resolver, Target
 from dar.rewards.redaction import Redactor, silence_header_logs
 from dar.rewards.retry import AttemptFailedError, RetrySchedule
 from dar.rewards.retry_budget import RetryBudget, RetryBudgetOptions
+from dar.rewards.timings import CURRENT, Timings
 
 KEEPALIVE_SECONDS = 15.0
 """Idle connections are closed after this; below the 60 to 75 s of common servers, so that we close first."""
@@ -216,7 +217,11 @@ class Endpoint:
         return True
 
     async def post(
-        self, body: bytes, headers: Callable[[], Mapping[str, str]], timeouts: Mapping[str, float]
+        self,
+        body: bytes,
+        headers: Callable[[], Mapping[str, str]],
+        timeouts: Mapping[str, float],
+        timings: Timings | None = None,
     ) -> Answer:
         """The answer to one attempt.
 
@@ -227,17 +232,18 @@ class Endpoint:
             body: What is sent.
             headers: Makes the headers, with a fresh timestamp.
             timeouts: ``connect``, ``read``, ``write`` and ``pool``, in seconds.
+            timings: Is told where the time goes.
 
         Raises:
             AttemptFailedError: There was no answer that could be used.
         """
         target = self._connection.target
         try:
-            return await self._once("POST", target.target, body, headers(), timeouts)
+            return await self._once("POST", target.target, body, headers(), timeouts, timings)
         except _StaleConnectionError:
             pass
         try:
-            return await self._once("POST", target.target, body, headers(), timeouts)
+            return await self._once("POST", target.target, body, headers(), timeouts, timings)
         except _StaleConnectionError as error:
             raise self._told(failure_of(error.cause)) from error.cause
 
@@ -257,7 +263,10 @@ class Endpoint:
         body: bytes,
         headers: Mapping[str, str],
         timeouts: Mapping[str, float],
+        timings: Timings | None = None,
     ) -> Answer:
+        timings = timings or Timings()
+        timings.begin()
         target = self._connection.target
         given = {"host": target.authority, **dict(self._connection.headers), **headers}
         if body:
@@ -269,20 +278,19 @@ class Endpoint:
                 (name.encode("ascii"), value.encode("ascii")) for name, value in given.items()
             ],
             content=body,
-            extensions={"timeout": dict(timeouts)},
+            extensions={"timeout": dict(timeouts), "trace": timings.trace},
         )
-        dialled: list[str] = []
-        token = DIALLED.set(dialled)
+        token = CURRENT.set(timings)
         try:
             response = await self._pool.handle_async_request(request)
         except (httpcore2.NetworkError, httpcore2.RemoteProtocolError) as error:
-            if not dialled:
+            if not timings.has_dialled:
                 raise _StaleConnectionError(error) from error
             raise self._told(failure_of(error)) from error
         except _TRANSPORT_ERRORS as error:
             raise self._told(failure_of(error)) from error
         finally:
-            DIALLED.reset(token)
+            CURRENT.reset(token)
         return await self._read(response)
 
     async def _read(self, response: httpcore2.Response) -> Answer:
@@ -317,7 +325,7 @@ def _leave_surplus(response: httpcore2.Response) -> None:
     Most protocols repeat nothing of the request, so that rewards of other samples could not be told from the right ones.
     """
     connection = cast("Any", response.stream)._stream._connection  # noqa: SLF001 - the pool tells nobody what is left over
-    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001
+    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001 - the same
     if surplus:
         response.extensions["network_stream"].spoil()
 

@@ -57,7 +57,7 @@ ADVICE = {
     "spread.constant": "If completions of your task get the same reward as well, nothing is learned. Probe with a good and a bad "
     "completion of your own.",
     "spread.noise": "With two completions per prompt (K = 2), noise decides which one is better: make the reward less noisy, draw more "
-    "completions per prompt, or set combine.tie_eps as suggested.",
+    "completions per prompt, or set combine.tie_eps to about the noise.",
     "async.no_result": "Post the result to reply.callback.url with its token before reply.deadline, or answer polls; the callback URL "
     "must be reachable from the service.",
     "async.not_consumed": "Tell the operator of this installation: a second callback must be answered with duplicate.",

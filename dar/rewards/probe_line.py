@@ -29,6 +29,7 @@ from dar.rewards.redaction import REDACTED
 from dar.rewards.retry import AttemptFailedError
 from dar.rewards.signing import signed_headers
 from dar.rewards.thinking import without_thinking
+from dar.rewards.timings import Timings
 from dar.rewards.wire import batches, encode_sample
 
 SHOWN = 4096
@@ -108,7 +109,11 @@ class _Tapped(Endpoint):
         self.wished_pause = max(self.wished_pause, seconds)
 
     async def post(
-        self, body: bytes, headers: Callable[[], Mapping[str, str]], timeouts: Mapping[str, float]
+        self,
+        body: bytes,
+        headers: Callable[[], Mapping[str, str]],
+        timeouts: Mapping[str, float],
+        timings: Timings | None = None,
     ) -> Answer:
         """See the base class."""
         wire = _WIRE.get()
@@ -125,7 +130,7 @@ class _Tapped(Endpoint):
         wire.posts += 1
         started = time.monotonic()
         try:
-            answer = await super().post(body, noted, timeouts)
+            answer = await super().post(body, noted, timeouts, timings)
         finally:
             wire.seconds = time.monotonic() - started
         if wire.loses_first and wire.lost is None and answer.status == 200:

@@ -114,10 +114,11 @@ class Callbacks:
 
 def _unusable(url: str) -> str | None:
     try:
-        parts = httpx2.URL(url)
-    except httpx2.InvalidURL:
+        parts = urlsplit(url)
+        httpx2.URL(url)  # more is no URL to one of them than to the other
+    except (httpx2.InvalidURL, ValueError):
         return "its callback's url is no URL"
-    if parts.scheme not in {"http", "https"} or not parts.host or parts.userinfo:
+    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
         return "its callback's url is not http(s)://host…, without a user name"
     return None
 

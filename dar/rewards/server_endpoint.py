@@ -207,8 +207,12 @@ class RewardEndpoint:
             delivery.add_done_callback(self._deliveries.discard)
 
     async def _deliver(self, entry: Entry) -> None:
-        await self._callbacks.deliver(entry.request_id, lambda: entry.reply, entry.task.result())
-        entry.is_settled = True
+        try:
+            await self._callbacks.deliver(
+                entry.request_id, lambda: entry.reply, entry.task.result()
+            )
+        finally:
+            entry.is_settled = True
 
     async def _answer(self, request: RewardRequest, entry: Entry) -> bytes:
         samples = [_as_sample(sample) for sample in request.samples]

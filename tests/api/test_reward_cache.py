@@ -161,3 +161,16 @@ def test_samples_that_were_not_sent_are_counted(live: Any) -> None:
     lines = live.http.get("/metrics").text.splitlines()
     assert 'dar_reward_samples_total{result="cached"} 14.0' in lines
     assert "dar_reward_cache_hits_total 6.0" in lines
+
+
+def test_a_real_probe_finds_out_whether_rewards_may_be_remembered(live: Any, judge: Any) -> None:
+    made = live.register(judge.url)
+    assert live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()["ok"]
+    assert leased(live, made)["is_deterministic"] is True
+    judge.answer = lambda asked: {
+        "request_id": asked["request_id"],
+        "rewards": [len(judge.seen) + place / 7 for place in range(len(asked["samples"]))],
+    }
+    report = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
+    assert report["determinism"]["max_abs_diff"] > 0
+    assert leased(live, made, slot="1")["is_deterministic"] is False

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import pytest
 
 from dar.rewards.signing import decode_secret, signed_headers
+from service.callbacks import OUTCOMES
+from service.store import reward_requests
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -263,6 +265,8 @@ def test_where_a_signature_is_due_only_a_fresh_one_of_the_right_secret_opens(
         signed.post(body, **signature(live, body, secret=OTHER_SECRET)),
         signed.post(body, **signature(live, body, age=310)),
         signed.post(body, **signature(live, body, age=-310)),
+        signed.post(body, **signature(live, body, age=600)),
+        signed.post(body, **signature(live, body, age=-600)),
         signed.post(body, **signature(live, body, message_id="rwq_1")),
         signed.post(body, **signature(live, signed.body(3, 4))),
         signed.post(request, **signature(live, request, message_id="rwq_1")),
@@ -272,6 +276,24 @@ def test_where_a_signature_is_due_only_a_fresh_one_of_the_right_secret_opens(
     assert [answer.status_code for answer in refused] == [401] * len(refused)
     assert len({answer.json()["error"]["message"] for answer in refused}) == 1
     assert signed.post(body, **signature(live, body, age=200)).json() == {"status": "accepted"}
+
+
+def test_a_signature_of_a_replaced_secret_opens_nothing(live: Any) -> None:
+    made = live.register("https://judge.example/score")
+    component = {"name": "letters", "endpoint": made["id"], "require_signed_responses": True}
+    _, lease = live.running(dar={"rewards": {"components": [component]}}, skip_validation=True)
+    pending = announce(live, lease)
+    rotate = f"/v1/reward_endpoints/{made['id']}/rotate_secret"
+    second = live.http.post(rotate, json={}).json()["signing_secret"]
+    body, broken = pending.body(1, 2), pending.body(1)
+    old = signature(live, broken, secret=made["signing_secret"])
+    assert pending.post(broken, **old).status_code == 422, "both are good for a day"
+    third = live.http.post(rotate, json={"keep_old_secret_active_for_24_hours": False}).json()
+    for replaced in (made["signing_secret"], second):
+        headers = signature(live, body, message_id="rwr_2", secret=replaced)
+        assert pending.post(body, **headers).status_code == 401
+    headers = signature(live, body, message_id="rwr_3", secret=third["signing_secret"])
+    assert pending.post(body, **headers).json() == {"status": "accepted"}
 
 
 def test_junk_before_a_valid_signature_does_no_harm(live: Any, signed: Pending) -> None:
@@ -377,3 +399,20 @@ def test_no_token_is_stored_or_logged(live: Any) -> None:
     stored = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*"))
     assert pending.request_id.encode() in stored
     assert pending.token.encode() not in stored
+
+
+def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any, pending: Pending) -> None:
+    fates = set(get_args(reward_requests.Fate)) - {"replayed"}
+    assert {*fates, "refused", "unsupported", "too_large"} == set(OUTCOMES)
+    pending.post(pending.body(1, 2))
+    pending.post(pending.body(1, 2))
+    pending.post(pending.body(2, 2))
+    pending.post(pending.body(1, 2), token="rwt_wrong")
+    told = live.http.get("/metrics").text
+    start = 'dar_reward_callback_total{status="'
+    lines = [line.removeprefix(start) for line in told.splitlines() if line.startswith(start)]
+    counts = {line.partition('"')[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert counts.keys() == set(OUTCOMES)
+    assert {fate: count for fate, count in counts.items() if count} == {
+        "accepted": 1, "duplicate": 1, "conflict": 1, "refused": 1,
+    }  # fmt: skip

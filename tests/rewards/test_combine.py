@@ -44,7 +44,7 @@ class Named:
         raise NotImplementedError
 
     async def aclose(self) -> None:
-        raise NotImplementedError
+        """There is nothing to close."""
 
 
 def term(name: str, **fields: Any) -> WeightedSource:
@@ -114,8 +114,7 @@ def test_without_any_component_left_nobody_gets_a_number() -> None:
     assert [total.status for total in totals] == ["skip", "skip"]
     totals = combine(terms, group(1), {"a": [BAD], "b": [BAD]})
     assert (totals[0].status, totals[0].message) == ("error", "component a: timeout: late")
-    totals = combine(terms, group(1), {"a": [SKIP], "b": [BAD]})
-    assert totals[0].status == "skip"
+    assert combine(terms, group(1), {"a": [SKIP], "b": [BAD]})[0].status == "skip"
 
 
 def test_the_sum_is_clipped_after_the_components_are() -> None:
@@ -124,9 +123,9 @@ def test_the_sum_is_clipped_after_the_components_are() -> None:
     assert rewards_of(totals) == [2.0, -2.0]
 
 
-def test_a_scorer_with_nothing_but_watched_components_is_not_made() -> None:
+def test_a_scorer_with_nothing_but_watched_components_and_gates_is_not_made() -> None:
     with pytest.raises(ConfigurationError, match="weight 0"):
-        RewardScorer([term("a", weight=0.0)])
+        RewardScorer([term("a", weight=0.0), term("b", is_gate=True)])
 
 
 # --- gates -----------------------------------------------------------------------------------------------------------
@@ -170,18 +169,10 @@ async def test_a_step_in_which_a_gate_never_says_0_or_1_is_a_broken_contract() -
         ) -> list[RewardResult]:
             return [Scored(0.5)] * len(samples)
 
-        async def aclose(self) -> None:
-            return None
-
     terms = [WeightedSource(Half("a")), WeightedSource(Half("gate"), is_gate=True)]
     with RewardScorer(terms) as scorer, pytest.raises(RewardContractError, match="0 or 1") as error:
         scorer.score(group(2), RewardContext(1))
     assert error.value.error_code == "contract.gate"
-
-
-def test_a_scorer_with_nothing_but_gates_is_not_made() -> None:
-    with pytest.raises(ConfigurationError, match="is a gate"):
-        RewardScorer([term("a", is_gate=True), term("b", weight=0.0)])
 
 
 # --- skips that count as 0 -------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dar.protocol.reward_spec import Rewards
-from dar.training import DARTrainer
+
+if TYPE_CHECKING:  # importing torch takes seconds, which whoever needs the service alone is spared
+    from dar.training import DARTrainer
 
 WIDE = {"per_device_train_batch_size": 12, "dar_k": 4, "max_new_tokens": 5, "learning_rate": 1e-2}
 """48 completions: three parts."""
@@ -37,16 +37,16 @@ async def late(completions: list[str], **_: Any) -> list[float | None]:
     return [None if int(1e6 * reward) % 9 == 0 else reward for reward in rewards]
 
 
-def result_of(trainer: DARTrainer, sink: Any) -> tuple[dict[str, Any], dict[int, Any]]:
+def result_of(trainer: "DARTrainer", sink: Any) -> tuple[dict[str, Any], dict[int, Any]]:
     """Weights, and everything said that is no time."""
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     return weights, sink.deterministic_reports()
 
 
-def assert_same(one: tuple[DARTrainer, Any], other: tuple[DARTrainer, Any]) -> None:
+def assert_same(one: "tuple[DARTrainer, Any]", other: "tuple[DARTrainer, Any]") -> None:
     """To the last bit."""
     (weights, reports), (others, other_reports) = result_of(*one), result_of(*other)
-    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+    assert [name for name in weights if not weights[name].equal(others[name])] == []
     assert reports == other_reports
 
 
