@@ -41,9 +41,9 @@ class ServerOptions(TypedDict, total=False):
     remembered_seconds: float
     """How long an answer is kept, within these bounds; default an hour, and longer where its request's deadline is later."""
     asynchronous: bool
-    """Answer 202 where the request allows it, and give the result by callback or poll."""
+    """Answer 202 where the request allows it, and give the result by poll and, where there is a secret, by callback."""
     answer_within_seconds: float | None
-    """Answer 200 if it takes no longer than this, else 202; implies ``asynchronous``, whose own default is 0."""
+    """Answer 200 if it takes no longer than this, else 202; implies ``asynchronous``, whose own default is 0, which waits for nothing."""
     stop_seconds: float
     """How long calls in flight and promised results are waited for after SIGTERM or Ctrl-C; default 30."""
 

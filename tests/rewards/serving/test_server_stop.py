@@ -77,7 +77,7 @@ async def start(tmp_path: Path, asker: Asks) -> AsyncIterator[Callable[..., Any]
     async def run(**options: Any) -> tuple[Process, Any]:
         process = await asyncio.to_thread(Process, tmp_path, options)
         started.append(process)
-        server = asker(process.url)
+        server = asker(process.url, options.get("secret"))
         while True:
             with contextlib.suppress(httpx2.TransportError):
                 await server.client.get("/healthz")
@@ -125,13 +125,13 @@ async def test_a_promised_result_can_still_be_fetched(start: Asks, content: Cont
 
 
 async def test_a_pending_callback_is_delivered(
-    start: Asks, content: Content, hostile: Asks, token: str
+    start: Asks, content: Content, hostile: Asks, token: str, secret: str
 ) -> None:
     receiver = hostile(
         lambda request: request.answer(b"", status="503 Later"),
         lambda request: request.answer(b"{}"),
     )
-    process, server = await start(asynchronous=True)
+    process, server = await start(asynchronous=True, secret=secret)
     callback = {"url": receiver.url, "token": token}
     assert (await server.post(content(is_async=True, callback=callback))).status_code == 202
     process.stop()
@@ -143,12 +143,14 @@ async def test_a_pending_callback_is_delivered(
 
 
 async def test_nothing_holds_a_stop_up_beyond_its_bound(
-    start: Asks, content: Content, eventually: Asks, hostile: Asks, token: str
+    start: Asks, content: Content, eventually: Asks, hostile: Asks, token: str, secret: str
 ) -> None:
-    process, server = await start(asynchronous=True, stop_seconds=0.3)
-    callback = {"url": hostile(lambda request: request.hang()).url, "token": token}
+    process, server = await start(asynchronous=True, stop_seconds=0.3, secret=secret)
+    receiver = hostile(lambda request: request.hang())
+    callback = {"url": receiver.url, "token": token}
     await server.post(content(is_async=True, callback=callback))
-    await eventually(process.has_begun)
+    process.go()
+    await eventually(lambda: receiver.requests)
     process.stop()
     assert "1 promised results were not delivered" in await process.ended()
 
