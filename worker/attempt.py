@@ -197,7 +197,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         train_job,
     )
     from dar.training.ranks import meet  # noqa: PLC0415 - takes seconds of CPU too
-    from dar.training.reward_sources import RewardAccess  # noqa: PLC0415 - the same
+    from dar.training.reward_sources import RewardAccess  # noqa: PLC0415 - takes seconds of CPU as well
 
     control.begin()
     if launch.processes > 1:

@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import Any
 
 import httpx2
 import pytest
 
 from dar.rewards.signing import decode_secret, signed_headers
-from service.callbacks import OUTCOMES
-from service.store import reward_requests
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -36,21 +34,19 @@ class Pending:
     def post(self, body: bytes, token: str | None = None, **headers: str) -> httpx2.Response:
         sent = {
             "content-type": "application/json",
-            **{k.replace("_", "-"): v for k, v in headers.items()},
+            "authorization": f"Bearer {token or self.token}",
         }
-        sent.setdefault("authorization", f"Bearer {token or self.token}")
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         return self.http.post(f"/v1/reward_callbacks/{self.request_id}", content=body, headers=sent)
 
 
 def announcement(request_id: str, token: str, seconds: float = 60.0) -> dict[str, Any]:
+    deadline = (datetime.now(UTC) + timedelta(seconds=seconds)).timestamp()
+    sha256 = hashlib.sha256(token.encode()).hexdigest()
     return {
-        "request_id": request_id,
-        "component": "letters",
-        "step": 3,
-        "sample_ids": ["s0", "s1"],
-        "token_sha256": hashlib.sha256(token.encode()).hexdigest(),
-        "deadline": (datetime.now(UTC) + timedelta(seconds=seconds)).timestamp(),
-    }
+        "request_id": request_id, "component": "letters", "step": 3, "sample_ids": ["s0", "s1"], "token_sha256": sha256,
+        "deadline": deadline,
+    }  # fmt: skip
 
 
 def announce(live: Any, lease: Any, request_id: str = "rwq_1", seconds: float = 60.0) -> Pending:
@@ -399,20 +395,3 @@ def test_no_token_is_stored_or_logged(live: Any) -> None:
     stored = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*"))
     assert pending.request_id.encode() in stored
     assert pending.token.encode() not in stored
-
-
-def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any, pending: Pending) -> None:
-    fates = set(get_args(reward_requests.Fate)) - {"replayed"}
-    assert {*fates, "refused", "unsupported", "too_large"} == set(OUTCOMES)
-    pending.post(pending.body(1, 2))
-    pending.post(pending.body(1, 2))
-    pending.post(pending.body(2, 2))
-    pending.post(pending.body(1, 2), token="rwt_wrong")
-    told = live.http.get("/metrics").text
-    start = 'dar_reward_callback_total{status="'
-    lines = [line.removeprefix(start) for line in told.splitlines() if line.startswith(start)]
-    counts = {line.partition('"')[0]: float(line.rpartition(" ")[2]) for line in lines}
-    assert counts.keys() == set(OUTCOMES)
-    assert {fate: count for fate, count in counts.items() if count} == {
-        "accepted": 1, "duplicate": 1, "conflict": 1, "refused": 1,
-    }  # fmt: skip

@@ -15,6 +15,18 @@ from dar.protocol.metrics import is_reproducible
 
 SERVICES, STEPS, GROUPS, K = 4, 3, 6, 4
 """So few requests go to each service that no breaker opens and no retry has to wait for its turn."""
+KEPT = ("step", "group", "index", "completion", "reward", "components", "advantage", "weight")
+
+
+def component(url: str, number: int) -> dict[str, Any]:
+    return {
+        "name": f"hash{number}",
+        "url": f"{url}/{number}",
+        "weight": 1 / (1 + number),
+        "batch": {"max_samples": GROUPS * K, "linger_ms": 2000},
+        "retry": {"attempts": 6, "base": 0.01, "cap": 0.02},
+        "timeouts": {"attempt": 1.5, "deadline": 120},
+    }
 
 
 @pytest.fixture
@@ -26,17 +38,7 @@ def train(
 
     def run(manners: Callable[[Any], bool]) -> dict[str, Any]:
         with chaos.Service(manners).open() as service:
-            components = [
-                {
-                    "name": f"hash{number}",
-                    "url": f"{service.url}/{number}",
-                    "weight": 1 / (1 + number),
-                    "batch": {"max_samples": GROUPS * K, "linger_ms": 2000},
-                    "retry": {"attempts": 6, "base": 0.01, "cap": 0.02},
-                    "timeouts": {"attempt": 1.5, "deadline": 120},
-                }
-                for number in range(SERVICES)
-            ]
+            components = [component(service.url, number) for number in range(SERVICES)]
             spec = installation.spec(
                 client.files.create(reviews_base / "prompts.jsonl").id,
                 hyperparameters={"max_steps": STEPS, "batch_size": GROUPS},
@@ -51,16 +53,6 @@ def train(
         client.checkpoints.download(
             job_id, checkpoint.id, tmp_path / job_id, include_optimizer=True
         )
-        kept = (
-            "step",
-            "group",
-            "index",
-            "completion",
-            "reward",
-            "components",
-            "advantage",
-            "weight",
-        )
         return {
             "files": {
                 name: load_file(tmp_path / job_id / name)
@@ -72,7 +64,7 @@ def train(
                 if is_reproducible(name)
             },
             "samples": [
-                [getattr(row, name) for name in kept]
+                [getattr(row, name) for name in KEPT]
                 for row in client.jobs.samples(job_id, order="asc", limit=100)
             ],
             "stats": client.jobs.reward_stats(job_id),

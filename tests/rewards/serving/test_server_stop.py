@@ -167,6 +167,52 @@ async def test_a_second_signal_ends_it_at_once(
     await process.ended()
 
 
+APPLICATION = """
+import time
+from pathlib import Path
+from dar.rewards.server import reward_server
+
+@reward_server(asynchronous=True)
+def app(prompts, completions, **columns):
+    Path("began").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+    return [1.0] * len(completions)
+"""
+
+
+def under_uvicorn(app: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "uvicorn", app, "--port", str(port)]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE)
+
+
+async def test_under_uvicorn_alone_a_pending_callback_is_delivered(
+    content: Content, eventually: Asks, hostile: Asks, token: str, asker: Asks, tmp_path: Path,
+    free_port: Callable[[], int],
+) -> None:  # fmt: skip
+    (tmp_path / "my_app.py").write_text(APPLICATION)
+    receiver = hostile(lambda request: request.answer(b"{}"))
+    port = free_port()
+    process = under_uvicorn("my_app:app", port, tmp_path)
+    try:
+        server = asker(f"http://127.0.0.1:{port}")
+        callback = {"url": receiver.url, "token": token}
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                asked = content(is_async=True, callback=callback)
+                assert (await server.post(asked)).status_code == 202
+                break
+        await eventually((tmp_path / "began").exists)
+        process.terminate()
+        (tmp_path / "go").touch()
+        _, log = await asyncio.to_thread(process.communicate, timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert len(receiver.requests) == 1, log
+
+
 def test_a_port_that_is_taken_is_said_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
