@@ -325,7 +325,7 @@ def _leave_surplus(response: httpcore2.Response) -> None:
     Most protocols repeat nothing of the request, so that rewards of other samples could not be told from the right ones.
     """
     connection = cast("Any", response.stream)._stream._connection  # noqa: SLF001 - the pool tells nobody what is left over
-    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001 - the same
+    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001 - for the same reason
     if surplus:
         response.extensions["network_stream"].spoil()
 

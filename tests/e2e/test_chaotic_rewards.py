@@ -17,66 +17,61 @@ SERVICES, STEPS, GROUPS, K = 4, 3, 6, 4
 """So few requests go to each service that no breaker opens and no retry has to wait for its turn."""
 
 
+KEPT = ("step", "group", "index", "completion", "reward", "components", "advantage", "weight")
+
+
+def components_at(url: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"hash{number}",
+            "url": f"{url}/{number}",
+            "weight": 1 / (1 + number),
+            "batch": {"max_samples": GROUPS * K, "linger_ms": 2000},
+            "retry": {"attempts": 6, "base": 0.01, "cap": 0.02},
+            "timeouts": {"attempt": 1.5, "deadline": 120},
+        }
+        for number in range(SERVICES)
+    ]
+
+
+def outcome_of(installation: Any, job_id: str, folder: Path) -> dict[str, Any]:
+    """Files of the last checkpoint, metrics and samples."""
+    client = installation.client
+    checkpoint = next(iter(client.checkpoints.list(job_id)))
+    assert checkpoint.step_number == STEPS
+    client.checkpoints.download(job_id, checkpoint.id, folder, include_optimizer=True)
+    series = client.jobs.metrics(job_id).series
+    names = ("model.safetensors", "resume/optimizer.safetensors")
+    rows = client.jobs.samples(job_id, order="asc", limit=100)
+    return {
+        "files": {name: load_file(folder / name) for name in names},
+        "metrics": {
+            name: (one.step, one.value) for name, one in series.items() if is_reproducible(name)
+        },
+        "samples": [[getattr(row, name) for name in KEPT] for row in rows],
+        "stats": client.jobs.reward_stats(job_id),
+    }
+
+
 @pytest.fixture
 def train(
     installation: Any, reviews_base: Path, chaos: ModuleType, tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """What comes of a job whose services have some manners: files of the last checkpoint, metrics and samples."""
+    """What comes of a job whose services have some manners."""
     client = installation.client
 
     def run(manners: Callable[[Any], bool]) -> dict[str, Any]:
         with chaos.Service(manners).open() as service:
-            components = [
-                {
-                    "name": f"hash{number}",
-                    "url": f"{service.url}/{number}",
-                    "weight": 1 / (1 + number),
-                    "batch": {"max_samples": GROUPS * K, "linger_ms": 2000},
-                    "retry": {"attempts": 6, "base": 0.01, "cap": 0.02},
-                    "timeouts": {"attempt": 1.5, "deadline": 120},
-                }
-                for number in range(SERVICES)
-            ]
             spec = installation.spec(
                 client.files.create(reviews_base / "prompts.jsonl").id,
                 hyperparameters={"max_steps": STEPS, "batch_size": GROUPS},
-                rewards={"components": components},
+                rewards={"components": components_at(service.url)},
             )
             # A dry run would be among those that meet the faults.
             job_id = client.jobs.create(**spec, skip_validation=True).id
             job = installation.until_done(job_id)
         assert (job.status, job.error) == ("succeeded", None)
-        checkpoint = next(iter(client.checkpoints.list(job_id)))
-        assert checkpoint.step_number == STEPS
-        client.checkpoints.download(
-            job_id, checkpoint.id, tmp_path / job_id, include_optimizer=True
-        )
-        kept = (
-            "step",
-            "group",
-            "index",
-            "completion",
-            "reward",
-            "components",
-            "advantage",
-            "weight",
-        )
-        return {
-            "files": {
-                name: load_file(tmp_path / job_id / name)
-                for name in ("model.safetensors", "resume/optimizer.safetensors")
-            },
-            "metrics": {
-                name: (one.step, one.value)
-                for name, one in client.jobs.metrics(job_id).series.items()
-                if is_reproducible(name)
-            },
-            "samples": [
-                [getattr(row, name) for name in kept]
-                for row in client.jobs.samples(job_id, order="asc", limit=100)
-            ],
-            "stats": client.jobs.reward_stats(job_id),
-        }
+        return outcome_of(installation, job_id, tmp_path / job_id)
 
     return run
 
