@@ -2,7 +2,8 @@
 
 python examples/judge_reward.py --base-url http://127.0.0.1:8000/v1 --model my-judge --api-key-file judge.key
 
-A verdict that is missing, unreadable or out of range fails its sample (NaN); it never becomes a number.
+A verdict that is missing, unreadable or out of range is an error of its sample; it never becomes a number. Where the judge was busy
+or away, the error says that the sample may be asked for again.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,12 +38,29 @@ OPTIONS = {
 }
 
 
-def reward_of(reply: httpx2.Response) -> float:
-    """The verdict in a judge's answer, as 0 to 1; an error of some kind if there is anything else in it."""
-    content = reply.raise_for_status().json()["choices"][0]["message"]["content"]
-    if (verdict := VERDICT.fullmatch(content)) is None:
-        raise ValueError(content)
-    return (int(verdict[1]) - 1) / 9
+Entry = float | dict[str, Any]  # a reward, or in the words of the protocol why there is none
+
+
+def failed(code: str, message: str, *, is_passing: bool) -> Entry:
+    """The entry of a sample without a verdict."""
+    logger.warning("no verdict: %s: %s", code, message)
+    return {"error": {"code": code, "message": message, "retryable": is_passing}}
+
+
+def reward_in(reply: httpx2.Response) -> Entry:
+    """The verdict in a judge's answer, as 0 to 1; an error if there is anything else in it, or around it."""
+    status = reply.status_code
+    if status == 429 or status >= 500:
+        return failed("judge_busy", f"HTTP {status}", is_passing=True)
+    if status != 200:
+        return failed("judge_refused", f"HTTP {status}: {reply.text[:200]!r}", is_passing=False)
+    try:
+        verdict = str(reply.json()["choices"][0]["message"]["content"])
+    except (LookupError, TypeError, ValueError):
+        return failed("judge_answer", f"no completion: {reply.text[:200]!r}", is_passing=False)
+    if (found := VERDICT.fullmatch(verdict)) is None:
+        return failed("judge_verdict", f"no verdict: {verdict[:200]!r}", is_passing=False)
+    return (int(found[1]) - 1) / 9
 
 
 class Judge:
@@ -55,12 +72,12 @@ class Judge:
 
     async def judged(
         self, prompts: Sequence[Any], completions: Sequence[Any], **_: object
-    ) -> list[float]:
-        """The reward function: 0 to 1, NaN where the judge failed."""
+    ) -> list[Entry]:
+        """The reward function: 0 to 1, or an error where there is no verdict."""
         pairs = zip(prompts, completions, strict=True)
         return await asyncio.gather(*(self._reward(prompt, text) for prompt, text in pairs))
 
-    async def _reward(self, prompt: Any, completion: Any) -> float:  # noqa: ANN401 - a text, or messages in a conversation
+    async def _reward(self, prompt: Any, completion: Any) -> Entry:  # noqa: ANN401 - a text, or messages in a conversation
         answer = completion if isinstance(completion, str) else completion[-1]["content"]
         # As JSON, no text can end its own quotation and go on in the words of the rubric.
         data = json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False)
@@ -68,10 +85,9 @@ class Judge:
         try:
             async with asyncio.timeout(self._seconds), self._slots:
                 reply = await self._ask({"model": self._model, "messages": messages, **OPTIONS})
-            return reward_of(reply)
-        except (httpx2.HTTPError, TimeoutError, LookupError, TypeError, ValueError) as error:
-            logger.warning("no verdict: %s: %.200r", type(error).__name__, error)
-            return math.nan
+        except (httpx2.RequestError, TimeoutError) as error:
+            return failed("judge_away", type(error).__name__, is_passing=True)
+        return reward_in(reply)
 
     async def _ask(self, body: dict[str, Any]) -> httpx2.Response:
         for pause in PAUSES_SECONDS:
