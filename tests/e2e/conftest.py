@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -162,12 +163,13 @@ class Installation:
 
     def files_with_secrets(self, secrets: Sequence[str]) -> list[tuple[str, bytes]]:
         """What shows a secret among all files but those that are there to keep one: logs, database, spool, checkpoints."""
-        return [
-            (str(path), found)
-            for path in self.home.rglob("*")
-            if path.is_file() and path.name not in KEY_FILES
-            for found in spilled(path.read_bytes(), secrets)
-        ]
+        shown: list[tuple[str, bytes]] = []
+        for folder, _, names in os.walk(self.home):
+            for name in set(names) - KEY_FILES:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # the worker tidies up meanwhile
+                    shown += [(str(path), found) for found in spilled(path.read_bytes(), secrets)]
+        return shown
 
     def trainers(self) -> list[psutil.Process]:
         """Processes of the worker that are not itself."""
