@@ -172,7 +172,7 @@ import time
 from pathlib import Path
 from dar.rewards.server import reward_server
 
-@reward_server(asynchronous=True)
+@reward_server(asynchronous=True, secret_file="secret")
 def app(prompts, completions, **columns):
     Path("began").touch()
     while not Path("go").exists():
@@ -188,14 +188,15 @@ def under_uvicorn(app: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
 
 async def test_under_uvicorn_alone_a_pending_callback_is_delivered(
     content: Content, eventually: Asks, hostile: Asks, token: str, asker: Asks, tmp_path: Path,
-    free_port: Callable[[], int],
+    free_port: Callable[[], int], secret: str,
 ) -> None:  # fmt: skip
     (tmp_path / "my_app.py").write_text(APPLICATION)
+    (tmp_path / "secret").write_text(secret)
     receiver = hostile(lambda request: request.answer(b"{}"))
     port = free_port()
     process = under_uvicorn("my_app:app", port, tmp_path)
     try:
-        server = asker(f"http://127.0.0.1:{port}")
+        server = asker(f"http://127.0.0.1:{port}", secret)
         callback = {"url": receiver.url, "token": token}
         while True:
             with contextlib.suppress(httpx2.TransportError):
