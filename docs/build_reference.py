@@ -161,26 +161,25 @@ def routes() -> str:
     return table(("route", "what it does"), rows)
 
 
+def named_commands(group: object) -> Iterator[tuple[str, Any]]:
+    """All commands below a group, with the words that are typed for them."""
+    for name, command in getattr(group, "commands", {}).items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {below}", found) for below, found in named_commands(command))
+        else:
+            yield name, command
+
+
 def commands() -> str:
     """Every command with its options."""
-    rows = [
-        (
-            f"`{name}`",
-            (command.help or "").split("\n\n")[0].replace("\n", " "),
-            " ".join(f"`{option.opts[0]}`" for option in command.params),
+    group = typer.main.get_command(command_line)
+    rows = []
+    for name, command in named_commands(group):
+        options = " ".join(f"`{option.opts[0]}`" for option in command.params)
+        rows.append(
+            (f"`dar {name}`", (command.help or "").split("\n\n")[0].replace("\n", " "), options)
         )
-        for name, command in _commands("dar", typer.main.get_command(command_line))
-    ]
     return table(("command", "what it does", "options"), rows)
-
-
-def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - typer does not say which click it uses
-    """A command, or all of a group, with the words that call it."""
-    if not hasattr(command, "commands"):
-        yield name, command
-        return
-    for word, child in command.commands.items():
-        yield from _commands(f"{name} {word}", child)
 
 
 def reference() -> str:

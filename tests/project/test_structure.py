@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("dar", "service", "worker", "migrations")
 SOURCES = sorted(
     path
-    for package in (*PACKAGES, "tests", "benchmarks")
+    for package in (*PACKAGES, "examples", "tests", "benchmarks")
     for path in (ROOT / package).rglob("*.py")
 )
 
