@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +30,30 @@ VERDICT = re.compile(r'\s*\{\s*"score"\s*:\s*(10|[1-9])\s*\}\s*')
 SCORE = {"type": "integer", "enum": list(range(1, 11))}
 SCHEMA = {"type": "object", "properties": {"score": SCORE}, "required": ["score"]}
 FORMAT = {"name": "verdict", "schema": {**SCHEMA, "additionalProperties": False}, "strict": True}
-OPTIONS = {
+OPTIONS = {  # a judge that thinks first needs more tokens; some servers call them max_completion_tokens
     "temperature": 0,
-    "max_tokens": 64,  # a judge that thinks first needs more; some servers say max_completion_tokens
+    "max_tokens": 64,
     "response_format": {"type": "json_schema", "json_schema": FORMAT},
 }
-
-
-def reward_of(reply: httpx2.Response) -> float:
-    """The verdict in a judge's answer, as 0 to 1; an error of some kind if there is anything else in it."""
-    content = reply.raise_for_status().json()["choices"][0]["message"]["content"]
-    if (verdict := VERDICT.fullmatch(content)) is None:
-        raise ValueError(content)
-    return (int(verdict[1]) - 1) / 9
 
 
 class Judge:
     """Asks for at most ``concurrency`` verdicts at once, however many requests for rewards are being answered."""
 
-    def __init__(self, client: httpx2.AsyncClient, given: argparse.Namespace) -> None:
-        self._client, self._model, self._seconds = client, given.model, given.seconds
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._model, self._seconds = given.model, given.seconds
         self._slots = asyncio.Semaphore(given.concurrency)
+        key = given.api_key_file and given.api_key_file.read_text().strip()
+        self._client = httpx2.AsyncClient(
+            base_url=given.base_url,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=given.seconds / (len(PAUSES_SECONDS) + 1),  # time for another try after a hang
+            limits=httpx2.Limits(max_connections=given.concurrency),
+        )
 
-    async def judged(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **_: object
-    ) -> list[float]:
+    async def judged(self, prompts: list[Any], completions: list[Any], **_: object) -> list[float]:
         """The reward function: 0 to 1, NaN where the judge failed."""
-        pairs = zip(prompts, completions, strict=True)
-        return await asyncio.gather(*(self._reward(prompt, text) for prompt, text in pairs))
+        return await asyncio.gather(*map(self._reward, prompts, completions))
 
     async def _reward(self, prompt: Any, completion: Any) -> float:  # noqa: ANN401 - a text, or messages in a conversation
         answer = completion if isinstance(completion, str) else completion[-1]["content"]
@@ -68,10 +63,13 @@ class Judge:
         try:
             async with asyncio.timeout(self._seconds), self._slots:
                 reply = await self._ask({"model": self._model, "messages": messages, **OPTIONS})
-            return reward_of(reply)
+            verdict = reply.raise_for_status().json()["choices"][0]["message"]["content"]
+            if found := VERDICT.fullmatch(verdict):
+                return (int(found[1]) - 1) / 9
+            logger.warning("no verdict, but: %.200r", verdict)
         except (httpx2.HTTPError, TimeoutError, LookupError, TypeError, ValueError) as error:
-            logger.warning("no verdict: %s: %.200r", type(error).__name__, error)
-            return math.nan
+            logger.warning("no verdict: %s: %.200s", type(error).__name__, error)
+        return math.nan
 
     async def _ask(self, body: dict[str, Any]) -> httpx2.Response:
         for pause in PAUSES_SECONDS:
@@ -85,24 +83,16 @@ class Judge:
 
 def main() -> None:
     """Serve until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
+    add = (parser := argparse.ArgumentParser(description=__doc__.partition("\n")[0])).add_argument
     add("--base-url", required=True, help="what comes before /chat/completions")
     add("--model", required=True)
     add("--api-key-file", type=Path, help="default: no key")
     add("--concurrency", type=int, default=16, help="verdicts asked for at once")
     add("--seconds", type=float, default=50, help="for a verdict, with all waits")
-    add("--port", type=int, default=9000)
+    add("--port", type=int, default=9000, help="of the reward service")
     add("--secret-file", default="~/.local/share/dar/reward_secret")
     given = parser.parse_args()
-    key = None if given.api_key_file is None else given.api_key_file.read_text().strip()
-    client = httpx2.AsyncClient(
-        base_url=given.base_url,
-        headers={} if key is None else {"authorization": f"Bearer {key}"},
-        timeout=given.seconds / (len(PAUSES_SECONDS) + 1),  # one that hangs leaves time for another
-        limits=httpx2.Limits(max_connections=given.concurrency),
-    )
-    serve(Judge(client, given).judged, port=given.port, secret_file=given.secret_file)
+    serve(Judge(given).judged, port=given.port, secret_file=given.secret_file)
 
 
 if __name__ == "__main__":
