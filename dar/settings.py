@@ -133,6 +133,9 @@ class Settings(BaseSettings):
     work_dir: Path | None = None
     """Folder of the worker's spools, inputs and local checkpoints; default ``$DAR_HOME/worker``."""
 
+    reward_cache_bytes: Bytes = 256 * 1024**2
+    """Remembered rewards in one file, of a job or of an endpoint that jobs share; the least recently used make room."""
+
     heartbeat_seconds: Seconds = 15.0
     """Pause between two renewals of a lease."""
 

@@ -161,11 +161,20 @@ def routes() -> str:
     return table(("route", "what it does"), rows)
 
 
+def named_commands(group: object) -> Iterator[tuple[str, Any]]:
+    """All commands below a group, with the words that are typed for them."""
+    for name, command in getattr(group, "commands", {}).items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {below}", found) for below, found in named_commands(command))
+        else:
+            yield name, command
+
+
 def commands() -> str:
     """Every command with its options."""
     group = typer.main.get_command(command_line)
     rows = []
-    for name, command in group.commands.items():  # type: ignore[attr-defined] # the root of our command line is a group
+    for name, command in named_commands(group):
         options = " ".join(f"`{option.opts[0]}`" for option in command.params)
         rows.append(
             (f"`dar {name}`", (command.help or "").split("\n\n")[0].replace("\n", " "), options)

@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from dar.protocol import graders as wire_graders
 from dar.protocol import reward_endpoints as wire_endpoints
 from dar.protocol import spec, worker
+from dar.rewards.probe_inbox import ProbeInbox
 from dar.settings import Settings
 from dar.version import __version__
 from service import auth, errors, keys, migrate
@@ -35,6 +36,7 @@ from service.api import (
     uploads,
 )
 from service.artifacts import Artifacts
+from service.callbacks import Callbacks
 from service.log import RequestMiddleware
 from service.notifier import Notifier
 from service.reconciler import Reconciler
@@ -42,8 +44,9 @@ from service.reward_watch import RewardWatch
 from service.runtime import Runtime
 from service.secrets import SecretBox
 from service.store import jobs as jobs_store
+from service.store import metrics as metrics_store
 from service.store.database import Database
-from service.telemetry import Telemetry
+from service.telemetry import MAX_JOBS, Telemetry
 from service.waker import Waker
 
 ROUTERS = (
@@ -161,13 +164,20 @@ def prepare(settings: Settings) -> Runtime:
         with database.read() as transaction:
             return jobs_store.count_by_status(transaction)
 
+    def running_values() -> Mapping[str, Mapping[str, float | None]]:
+        with database.read() as transaction:
+            return metrics_store.newest_of_running(transaction, MAX_JOBS)
+
+    callbacks = Callbacks()
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs),
+        telemetry=Telemetry(count_jobs, running_values, callbacks.counts),
+        callbacks=callbacks,
         reward_secret=keys.configure(settings, database),
         secrets=SecretBox(keys.secret_keys(settings, database)),
+        probe_inbox=ProbeInbox(settings.callback_url),
     )

@@ -5,13 +5,14 @@ from collections import Counter
 
 from service.throttle import FailureThrottle
 
+OUTCOMES = (
+    "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "refused", "unsupported", "too_large",
+)  # fmt: skip
+"""Those of `service.store.reward_requests.Fate` but ``replayed``, which is refused, and what is turned away before."""
+
 
 class Callbacks:
-    """Counts of callbacks since the process started, by outcome, and the throttle of wrong credentials.
-
-    The outcomes are those of `service.store.reward_requests.Fate` but ``replayed``, and ``refused``, ``unsupported`` and
-    ``too_large``.
-    """
+    """Counts of callbacks since the process started, by outcome, and the throttle of wrong credentials."""
 
     def __init__(self) -> None:
         self.failures = FailureThrottle()

@@ -97,7 +97,14 @@ def access_to(
             code="endpoint_not_found",
         )
     found = reward_secrets.open_all(transaction, box, endpoint)
-    return ComponentAccess(url=endpoint.url, secrets=found.secrets, headers=found.headers)
+    return ComponentAccess(
+        url=endpoint.url,
+        secrets=found.secrets,
+        headers=found.headers,
+        endpoint_id=endpoint.id,
+        revision=endpoint.revision,
+        is_deterministic=reward_endpoints.is_deterministic(endpoint),
+    )
 
 
 def access_of(

@@ -11,29 +11,27 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
 from dar.errors import Problem
-from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_probe import ProbeFinding, ProbeReport
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, RewardTimeouts
 from dar.rewards.base import RewardSample
-from dar.rewards.probe import ProbeTarget, probe
+from dar.rewards.probe import FULL_SECONDS, ProbeTarget, probe
 from service.store.reward_endpoints import State
 
 LIGHT_SECONDS = 4.0
 """What a submission waits for all its reward services together."""
-FULL_SECONDS = 300.0
 REMEMBERED_SECONDS = 30.0
 """How long a service that was let pass is not tried again: a sweep submits many jobs with one service."""
 MIN_HIDDEN = 4
 """Characters of a header value below which it is no secret, and hiding it would only spoil what is shown."""
 _PASSING = frozenset(
     {"connect", "connect_timeout", "timeout", "deadline", "protocol", "dns", "unavailable"}
-    | {"too_large", "http_408", "http_413", "http_425", "http_429", "breaker_open"}
+    | {"too_large", "http_408", "http_413", "http_425", "http_429", "async.no_result"}
 )
 _CONFIGURATION = re.compile(r"^(config\.|tls\.|egress|http_4(?!08|13|25|29))")
 
@@ -88,26 +86,6 @@ def state_after(report: ProbeReport) -> State | None:
     return "misconfigured" if is_refused else None
 
 
-def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None:
-    """A user's completions as reward sources take them; all of one group."""
-    if given is None:
-        return None
-    return [
-        RewardSample(
-            id=f"s{index}",
-            group_id="g0",
-            index=index,
-            prompt=sample.prompt,
-            messages=sample.messages,
-            completion=sample.completion,
-            finish_reason="stop",
-            completion_tokens=len(sample.completion.split()),
-            columns={**sample.columns, "ground_truth": sample.ground_truth},
-        )
-        for index, sample in enumerate(given)
-    ]
-
-
 def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape
     """What a service said, in the texts of a JSON value, without any secret: it may well send back what it was sent.
 
@@ -140,24 +118,9 @@ async def report_on(
 ) -> ProbeReport:
     """Probe a service, within bounds."""
     seconds = LIGHT_SECONDS if light else FULL_SECONDS
-    try:
-        async with asyncio.timeout(seconds):
-            report = await probe(target, samples, light=light)
-            said = report.model_dump(mode="json")
-            return ProbeReport.model_validate(
-                without(said, target.secrets, target.headers.values())
-            )
-    except TimeoutError:
-        detail = f"the probe was not done within {seconds:g} s"
-        return ProbeReport(
-            ok=False,
-            errors=[ProbeFinding(code="timeout", step=2, detail=detail)],
-            warnings=[],
-            latency_ms={},
-            determinism={},
-            suggested={},
-            exchange=[],
-        )
+    report = await probe(target, samples, light=light, seconds=seconds)
+    said = report.model_dump(mode="json")
+    return ProbeReport.model_validate(without(said, target.secrets, target.headers.values()))
 
 
 async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Problem]:
@@ -190,4 +153,4 @@ def _hurried(target: ProbeTarget) -> ProbeTarget:
     )
     changes = {"timeouts": short, "retry": RewardRetry(attempts=1)}
     component: RewardComponent = target.component.model_copy(update=changes)
-    return ProbeTarget(component, target.url, target.secrets, target.headers, target.guard)
+    return replace(target, component=component)

@@ -10,6 +10,7 @@ import itertools
 import json
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -19,9 +20,11 @@ from dar.errors import DARError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, RewardRetry, Rewards
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.assembly import http_options
+from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.guard import EgressPolicy
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http import HttpReward
 from service.endpoints import access_for
 from service.runtime import Runtime
 from service.store import reward_pauses
@@ -53,6 +56,7 @@ async def light_probe(
     context: RewardContext,
     *,
     guard: EgressPolicy | None = None,
+    inbox: Inbox | None = None,
 ) -> bool:
     """One request, without retries: whether any sample gets an answer that is no failure.
 
@@ -61,17 +65,16 @@ async def light_probe(
     """
     attempt = min(component.timeouts.attempt, ATTEMPT_SECONDS)
     timeouts = component.timeouts.model_copy(update={"attempt": attempt, "deadline": attempt})
-    options = HttpOptions(
-        component.columns,
-        component.batch,
-        RewardLimits(concurrency=1),
-        timeouts,
-        RewardRetry(attempts=1),
-        headers=access.headers,
-        guard=guard,
-        is_shared=False,  # what was learned from earlier refusals must not answer for the service
+    options = replace(
+        # What was learned from earlier refusals must not answer for the service.
+        http_options(component, access, guard=guard, is_shared=False),
+        limits=RewardLimits(concurrency=1),
+        timeouts=timeouts,
+        retry=RewardRetry(attempts=1),
     )
-    source = HttpReward(component.name, access.url, secrets=access.secrets, options=options)
+    source = HttpReward(
+        component.name, access.url, secrets=access.secrets, options=options, inbox=inbox
+    )
     try:
         results = await source.score(samples, context)
     finally:
@@ -93,7 +96,9 @@ class RewardWatch:
     ) -> None:
         self._runtime = runtime
         guard = EgressPolicy.from_settings(runtime.settings)
-        self._probe = probe or functools.partial(light_probe, guard=guard)
+        self._probe = probe or functools.partial(
+            light_probe, guard=guard, inbox=runtime.probe_inbox
+        )
         self._access_of = access_of or functools.partial(access_for, runtime)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reward-watch", daemon=True)

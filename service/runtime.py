@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from dar.rewards.probe_inbox import ProbeInbox
 from dar.settings import Settings
 from service.artifacts import Artifacts
 from service.callbacks import Callbacks
@@ -30,6 +31,8 @@ class Runtime:
     reward_secret: str = field(repr=False)
     secrets: SecretBox
     """Opens the secrets of reward endpoints."""
+    probe_inbox: ProbeInbox
+    """Takes the callbacks of this process's own probes."""
     probes: Throttle = field(default_factory=lambda: Throttle(6, 60.0, "probes"))
     gradings: Throttle = field(default_factory=lambda: Throttle(60, 60.0, "runs of a grader"))
     tries: Throttle = field(default_factory=lambda: Throttle(120, 60.0, "tries at submission"))

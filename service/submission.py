@@ -89,10 +89,13 @@ def _try(
     endpoint = resolved.endpoints.get(component.name)
     if endpoint is None:
         assert component.url is not None
-        target = ProbeTarget(component, component.url, [runtime.reward_secret], {}, guard)
+        secrets = [runtime.reward_secret]
+        target = ProbeTarget(component, component.url, secrets, {}, guard, runtime.probe_inbox)
         return Try(f"{path}.url", target)
     access = endpoints.access_to(transaction, runtime.secrets, endpoint)
-    target = ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    target = ProbeTarget(
+        component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
+    )
     return Try(f"{path}.endpoint", target, endpoint.revision)
 
 

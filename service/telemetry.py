@@ -1,8 +1,11 @@
 """Prometheus metrics of this process: what workers have reported to it since it started, and how many jobs there are.
 
-No series has a label whose values users can multiply: a job's id or a component's name would make a new series with every job,
-which Prometheus keeps for ever. The labels here have a few fixed values each. What belongs to one job is in its metrics and in
-``reward_stats``. Each replica counts what was reported to it, so that sums over replicas are right.
+No counter has a label whose values users can multiply: a job's id or a component's name would make a new series with every job, which
+this process would have to tell for ever. Their labels have a few fixed values each. What belongs to one job is in its metrics and
+in ``reward_stats``. Each replica counts what was reported to it, so that sums over replicas are right.
+
+Gauges say what is, so those of a job are there while it runs and no longer: they are labelled with job and component, and come from
+the last report that is stored, the same in every replica.
 """
 
 import threading
@@ -21,6 +24,7 @@ from prometheus_client.registry import Collector
 from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentRequests
 from dar.protocol.status import JOB_STATUSES
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row
+from service.callbacks import OUTCOMES as CALLBACKS
 
 OUTCOMES = ("ok", *FAMILIES)
 BREAKER_STATES = ("closed", "half_open", "open", "misconfigured")
@@ -30,7 +34,31 @@ RESULTS: Mapping[str, str] = {
     "reward/n_error": "error",
 }
 """Metric of a step -> label of its samples."""
-CountJobs = Callable[[], Mapping[str, int]]
+GAUGES: Mapping[str, tuple[str, str]] = {
+    "in_flight": (
+        "dar_reward_inflight",
+        "Most requests to a reward service that were under way at once, in the last step of a running job.",
+    ),
+    "concurrency": (
+        "dar_reward_concurrency_limit",
+        "Most requests to a reward service that may be under way at once.",
+    ),
+    "breaker": (
+        "dar_reward_breaker_state",
+        "Circuit breaker of a reward service: 0 closed, 1 half-open, 2 open, 3 misconfigured.",
+    ),
+}
+"""Last part of a job's metric ``reward/<component>/<last part>`` -> name and meaning of the gauge."""
+MAX_JOBS = 500
+"""Running jobs that have gauges."""
+SHARES: Mapping[str, str] = {
+    "rewards/fallback_fraction": "fallback",
+    "rewards/zeroed_fraction": "zeroed",
+}
+"""Share of a step's samples -> what is counted of them."""
+Counts = Callable[[], Mapping[str, int]]
+RunningValues = Callable[[], Mapping[str, Mapping[str, float | None]]]
+CACHED = "cached"
 
 
 class Telemetry(Collector):
@@ -38,15 +66,21 @@ class Telemetry(Collector):
 
     Args:
         count_jobs: Asked at each scrape for the number of jobs by status.
+        running_values: Asked at each scrape for the last reported metrics of running jobs, by job.
+        count_callbacks: Asked at each scrape for the callbacks so far, by outcome.
     """
 
-    def __init__(self, count_jobs: CountJobs) -> None:
+    def __init__(
+        self, count_jobs: Counts, running_values: RunningValues, count_callbacks: Counts
+    ) -> None:
         self._count_jobs = count_jobs
+        self._running_values = running_values
+        self._count_callbacks = count_callbacks
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
         self._seconds = dict.fromkeys(OUTCOMES, 0.0)
         self._queued = [0.0, 0.0]
-        self._samples = dict.fromkeys(RESULTS.values(), 0.0)
+        self._samples = dict.fromkeys((*RESULTS.values(), CACHED), 0.0)
         self._errors: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
         self._breakers = dict.fromkeys(BREAKER_STATES, 0.0)
         self._groups = {"rewards/dropped_groups": 0.0, "rewards/refilled_groups": 0.0}
@@ -86,12 +120,25 @@ class Telemetry(Collector):
     def _take_metrics(self, values: Mapping[str, float | None]) -> None:
         for name, result in RESULTS.items():
             self._samples[result] += values.get(name) or 0
+        samples = sum(values.get(name) or 0 for name in RESULTS)
+        for name, what in SHARES.items():
+            self._totals[what] += round((values.get(name) or 0) * samples)
+        for name, value in values.items():
+            # One of these is there for each component that remembers rewards.
+            if name.startswith("reward/") and name.endswith(("/cached", "/cache_hits")):
+                self._take_spared(name.rpartition("/")[2], value or 0)
         for family in FAMILIES:
             self._errors[family] += values.get(f"reward/n_error/{family}") or 0
         for name in self._groups:
             self._groups[name] += values.get(name) or 0
         for cause in self._idle:
             self._idle[cause] += values.get(f"time/idle_{cause}_seconds") or 0
+
+    def _take_spared(self, kind: str, count: float) -> None:
+        if kind == CACHED:
+            self._samples[CACHED] += count
+        else:
+            self._totals["cache_hits"] += int(count)
 
     def render(self) -> bytes:
         """Everything in the text format of Prometheus."""
@@ -108,9 +155,26 @@ class Telemetry(Collector):
         for status in JOB_STATUSES:
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs
+        yield from self._gauges()
+        text = "Callbacks of reward services, by what became of them."
+        found = self._count_callbacks()
+        outcomes = {outcome: found.get(outcome, 0) for outcome in CALLBACKS}
+        yield _labelled("dar_reward_callback", text, "status", outcomes)
         with self._lock:
             yield from self._request_families()
             yield from self._sample_families()
+
+    def _gauges(self) -> Iterator[Metric]:
+        running = self._running_values()
+        for last, (name, text) in GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["job", "component"])
+            for job_id, values in running.items():
+                for metric, value in values.items():
+                    prefix, _, rest = metric.partition("/")
+                    component, _, what = rest.partition("/")
+                    if prefix == "reward" and what == last and value is not None:
+                        gauge.add_metric([job_id, component], value)
+            yield gauge
 
     def _request_families(self) -> Iterator[Metric]:
         seconds = HistogramMetricFamily(
@@ -133,8 +197,14 @@ class Telemetry(Collector):
     def _sample_families(self) -> Iterator[Metric]:
         totals = self._totals
         yield _labelled("dar_reward_samples", "Samples by result.", "result", self._samples)
+        hits = "Samples whose reward was remembered from before, once for each component."
+        yield _counter("dar_reward_cache_hits", hits, totals["cache_hits"])
         errors = "Samples that could not be scored, by class of failure."
         yield _labelled("dar_reward_errors", errors, "class", self._errors)
+        fallback = "Samples that could not be scored and count with their job's fallback_value."
+        yield _counter("dar_reward_fallback", fallback, totals["fallback"])
+        zeroed = "Samples in whose reward a component counts as 0 that skipped them."
+        yield _counter("dar_reward_zeroed", zeroed, totals["zeroed"])
         dropped = "Groups without enough scored samples to learn from."
         yield _counter("dar_reward_groups_dropped", dropped, self._groups["rewards/dropped_groups"])
         refilled = "Groups sampled to replace those."

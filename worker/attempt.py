@@ -197,6 +197,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         train_job,
     )
     from dar.training.ranks import meet  # noqa: PLC0415 - takes seconds of CPU too
+    from dar.training.reward_sources import RewardAccess  # noqa: PLC0415 - takes seconds of CPU as well
 
     control.begin()
     if launch.processes > 1:
@@ -215,10 +216,10 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
         work_dir=AttemptFolder(launch.folder).work,
         resume_from=launch.resume_from,
         reward_secret=launch.reward_secret,
-        reward_access=launch.reward_access,
-        reward_guard=launch.reward_guard,
+        reward_access=RewardAccess(
+            launch.reward_access, launch.reward_guard, control.inbox, launch.reward_cache
+        ),
         reward_models=launch.reward_models,
-        reward_inbox=control.inbox,
         threads=launch.threads,
         offline=launch.is_offline,
     )

@@ -15,6 +15,9 @@ Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
         inputs/                   training file, model, adapters, resume checkpoint
         work/checkpoints/         published checkpoints: those to be uploaded, and the newest
         spool/                    rows that are not acknowledged yet
+    reward-caches/
+      job-<job>/                  rewards that a job remembers, until it has succeeded
+      endpoint-<endpoint>/        rewards that jobs with one registered endpoint share
 
 No key or token is ever written here.
 """

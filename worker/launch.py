@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess, RewardAnnouncement, RewardRequestState
+from dar.rewards.cache import CachePlace
 from dar.rewards.guard import EgressPolicy
 
 MIN_HIDDEN = 4
@@ -61,6 +62,8 @@ class Launch(BaseModel):
     """URL and secrets of registered reward endpoints, by component."""
     reward_guard: EgressPolicy = EgressPolicy()
     """Which addresses reward requests may reach; default: public ones over HTTPS."""
+    reward_cache: CachePlace | None = None
+    """Where rewards are remembered; None: in the attempt's own folder."""
     threads: int
     """CPU threads of this process."""
     is_offline: bool

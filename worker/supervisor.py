@@ -25,6 +25,7 @@ from worker.inputs import InputFetcher, LocalInputs
 from worker.launch import ExitCode, Launch, Result
 from worker.renewal import DirectiveListener, Heartbeats
 from worker.reward_bridge import RewardBridge
+from worker.reward_caches import RewardCaches
 from worker.sender import SpoolSender
 from worker.spool import SpoolReader
 from worker.state import LOST, AttemptState
@@ -81,6 +82,7 @@ class Supervisor:
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
         self._bridge: RewardBridge | None = None
+        self._caches = RewardCaches.of(settings)
         self._uploader = CheckpointUploader(self._state, self._client)
         self._sender = SpoolSender(
             SpoolReader(self._folder.spool),
@@ -206,6 +208,7 @@ class Supervisor:
             reward_secret=lease.reward_secret,
             reward_access=lease.rewards,
             reward_guard=EgressPolicy.from_settings(self._settings),
+            reward_cache=self._caches.place_of(lease.job_id),
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
             is_offline=self._settings.is_offline,
         )
@@ -244,6 +247,8 @@ class Supervisor:
             lambda: self._client.end(self._lease.lease_id, said), "outcome", give_up=self._is_late
         )
         log.info("outcome reported", job=self._lease.job_id, status=outcome.status)
+        if outcome.status == "succeeded":  # any other end can be followed by a resume
+            self._caches.forget(self._lease.job_id)
 
     def _is_late(self) -> bool:
         if self._state.drain.is_set() and self._state.gives_up_at is None:
@@ -271,3 +276,4 @@ class Supervisor:
         if isinstance(verdict, Fail):
             self._slot_folder.keep_log(self._folder, self._record)
         self._folder.strip()
+        self._caches.sweep()

@@ -13,11 +13,11 @@ from typing import NoReturn
 from dar.errors import ConfigurationError
 from dar.settings import environment
 
-EXTRAS = {"service": "service", "worker": "worker"}
-"""Package -> the extra of the distribution that brings what it needs."""
+EXTRAS = {"service": "service", "worker": "worker", "reward server": "rewards"}
+"""Process -> the extra of the distribution that brings what it needs."""
 
 
-def require(package: str, module: str) -> None:
+def require(process: str, module: str) -> None:
     """Refuse with a way out when the libraries of a process are not installed.
 
     Raises:
@@ -25,8 +25,8 @@ def require(package: str, module: str) -> None:
     """
     if importlib.util.find_spec(module) is None:
         raise ConfigurationError(
-            f"the {package} needs libraries that are not installed: "
-            f"pip install 'dar-service[{EXTRAS[package]}]'"
+            f"the {process} needs libraries that are not installed: "
+            f"pip install 'dar-service[{EXTRAS[process]}]'"
         )
 
 

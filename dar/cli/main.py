@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from dar.cli.demo_tasks import TASKS, TaskName
+from dar.cli.reward import reward_app
 from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
 from dar.version import __version__
 
@@ -25,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Align a language model against a reward you own (Direct Advantage Regression).",
 )
+
+app.add_typer(reward_app)
 
 Home = Annotated[
     Path | None,

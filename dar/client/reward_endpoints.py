@@ -101,6 +101,14 @@ class RewardEndpoints:
             f"{_path(endpoint_id)}/rotate_secret", NewRewardEndpoint, body=body
         )
 
+    def purge_cache(self, endpoint_id: str) -> RewardEndpoint:
+        """Have rewards that were remembered of an endpoint never be used again, as after a change of the service's model.
+
+        Jobs see it when they are next given to a worker. `cache.enabled` ``auto`` wants a new probe before rewards are remembered
+        again.
+        """
+        return self._transport.post(f"{_path(endpoint_id)}/purge_cache", RewardEndpoint)
+
     def probe(
         self,
         endpoint_id: str | None = None,

@@ -76,6 +76,11 @@ METRICS: tuple[Metric, ...] = (
         "share of completions that could not be scored and whose reward is the job's fallback_value",
     ),
     Metric(
+        "rewards/zeroed_fraction",
+        "fraction",
+        "share of completions in whose reward a component counts as 0 that skipped them (combine.on_partial_skip: zero)",
+    ),
+    Metric(
         "rewards/zero_variance_fraction",
         "fraction",
         "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",
@@ -159,6 +164,13 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "requests": ("requests", "finished requests to a component's service since the last report"),
         "failed_requests": ("requests", "those that were given up"),
         "retries": ("attempts", "attempts beyond the first of each"),
+        "in_flight": ("requests", "most of its requests that were under way at once since the last report"),
+        "concurrency": ("requests", "most that may be under way at once"),
+        "cached": (
+            "completions",
+            "completions that a component's service was not asked about: remembered, or equal to another one of the step",
+        ),
+        "cache_hits": ("completions", "those that were remembered from before"),
         "breaker": ("state", "its circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured"),
     },
     "time/reward": {
@@ -171,7 +183,9 @@ EVALUATION = "eval_"
 """What the names of metrics begin with that were reached on the validation file."""
 
 
-DELIVERY = ("requests", "failed_requests", "retries", "breaker")
+DELIVERY = (
+    "requests", "failed_requests", "retries", "in_flight", "concurrency", "cached", "cache_hits", "breaker",
+)  # fmt: skip
 """Last parts of the series that tell how rewards were fetched: like those of time, they may differ between equal runs."""
 
 

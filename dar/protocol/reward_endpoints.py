@@ -13,6 +13,7 @@ from dar.protocol.reward_spec import (
     FIELDS_OF_KIND,
     Protocol,
     RewardBatching,
+    RewardCaching,
     RewardComponent,
     RewardLimits,
     RewardRetry,
@@ -86,6 +87,7 @@ class EndpointOptions(Input):
     limits: RewardLimits = RewardLimits()
     timeouts: RewardTimeouts = RewardTimeouts()
     retry: RewardRetry = RewardRetry()
+    cache: RewardCaching = RewardCaching()
     reply: Literal["sync", "either"] = "sync"
     """How the service may answer; ``either`` allows a 202 whose result follows."""
     require_signed_responses: bool = False
@@ -132,6 +134,7 @@ class UpdateRewardEndpoint(Input):
     limits: RewardLimits | None = None
     timeouts: RewardTimeouts | None = None
     retry: RewardRetry | None = None
+    cache: RewardCaching | None = None
     reply: Literal["sync", "either"] | None = None
     require_signed_responses: bool | None = None
     columns: list[str] | None = None
@@ -181,11 +184,12 @@ class RewardEndpoint(Output):
     limits: RewardLimits
     timeouts: RewardTimeouts
     retry: RewardRetry
+    cache: RewardCaching
     reply: str
     require_signed_responses: bool
     columns: list[str] | None
     revision: int
-    """Counts changes of anything but the name."""
+    """Counts changes of anything but the name, and purges of what was remembered."""
     state: Literal["ok", "misconfigured"]
     """``misconfigured``: it last refused us for good; a change or a good probe puts it back to ``ok``."""
     secrets: list[RewardSecret]
@@ -212,6 +216,10 @@ class LastProbe(Output):
     errors: list[ProbeFinding]
     warnings: list[ProbeFinding]
     latency_ms: dict[str, float | None]
+    determinism: dict[str, float | None]
+    """Largest differences between the rewards of equal samples; empty: not measured."""
+    revision: int
+    """Of the endpoint when it was probed."""
 
 
 class RewardEndpointStats(Output):
@@ -297,7 +305,9 @@ def merged(component: RewardComponent, options: Mapping[str, Any]) -> RewardComp
     both = {**options, **own}
     for name, value in own.items():
         behind = options.get(name)
-        if name in {"batch", "limits", "timeouts", "retry"} and isinstance(behind, Mapping):
+        if name in {"batch", "limits", "timeouts", "retry", "cache"} and isinstance(
+            behind, Mapping
+        ):
             both[name] = {**behind, **value}
     # Without the endpoint, so that what the endpoint may bring must be here now.
     RewardComponent.model_validate({**both, "endpoint": None, "url": "https://host"})

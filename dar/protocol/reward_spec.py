@@ -108,6 +108,18 @@ class RewardLimits(Input):
     adaptive: Annotated[Literal[False], only(False)] = False
 
 
+class RewardCaching(Input):
+    """Whether rewards are remembered, and equal samples of a step sent once."""
+
+    enabled: Literal["auto"] | bool = "auto"
+    """``auto``: only where the last probe of the registered endpoint, at its present revision, found that repeats and other
+    orders change nothing; an inline URL has no such probe, so there it is off."""
+    scope: Literal["job", "endpoint"] = "job"
+    """``endpoint``: shared on each worker host by the jobs that name the same registered endpoint."""
+    ttl_seconds: Annotated[float, Field(gt=0, le=366 * 86_400)] = 7 * 86_400.0
+    """How long a reward is remembered; 604,800 s are 7 days."""
+
+
 class MinMax(Input):
     """Maps ``[lo, hi]`` onto [0, 1]."""
 
@@ -134,6 +146,9 @@ class RewardComponent(Input):
     """Unique in the job; names the component's metrics."""
     kind: Literal["http", "builtin", "hf_model"] = "http"
     """Where the reward comes from: a reward service, a function of this package, or a reward model beside the trainer."""
+    role: Literal["term", "gate"] = "term"
+    """What becomes of its rewards: a ``term`` is added to the sum; a ``gate`` says 0 or 1, and the sum is multiplied by it before
+    ``combine.clip``. A gate has no weight, clip or normalisation, and is always required."""
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """Factor of this component in the sum; 0 only watches."""
     required: bool = True
@@ -160,10 +175,14 @@ class RewardComponent(Input):
     """http: whether rewards sent as numeric strings or booleans are taken as numbers."""
     prompt_format: Literal["auto", "text"] = "auto"
     """http: ``auto`` sends conversations as ``messages``; ``text`` sends every prompt as the text that the policy saw."""
+    strip_thinking: bool = False
+    """http, builtin: whether completions are scored without their ``<think>…</think>`` blocks; an unclosed one goes to the end."""
     batch: RewardBatching = RewardBatching()
     limits: RewardLimits = RewardLimits()
     timeouts: RewardTimeouts = RewardTimeouts()
     retry: RewardRetry = RewardRetry()
+    cache: RewardCaching = RewardCaching()
+    """http: whether rewards are remembered."""
     reply: Literal["sync", "either"] = "sync"
     """http: how the service may answer; ``either`` allows a 202 whose result follows by callback or polling."""
     require_signed_responses: bool = False
@@ -218,8 +237,25 @@ class RewardComponent(Input):
                 "exclusive_fields",
                 "url and endpoint both say where the reward comes from; send one",
             )
+        if self.kind == "hf_model" and self.strip_thinking:
+            raise PydanticCustomError(
+                "field_of_another_kind",
+                "strip_thinking belongs to components of kind http and builtin; a reward model reads whole completions",
+            )
         self._check_protocol()
+        self._check_gate()
         return self
+
+    def _check_gate(self) -> None:
+        if self.role != "gate":
+            return
+        for name in FIELDS_OF_TERMS:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise PydanticCustomError(
+                    "field_of_a_term",
+                    "{name} has no meaning for a gate, which multiplies the sum by 0 or 1 and is always required; leave it out",
+                    {"name": name},
+                )
 
     def _check_protocol(self) -> None:
         for protocol, names in FIELDS_OF_PROTOCOL.items():
@@ -246,11 +282,12 @@ class RewardComponent(Input):
 FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "http": (
         "url", "endpoint", "protocol", "template", "pointer", "grader", "coerce", "prompt_format", "batch", "limits",
-        "timeouts", "retry", "reply", "require_signed_responses", "columns",
+        "timeouts", "retry", "cache", "reply", "require_signed_responses", "columns",
     ),
     "builtin": ("fn", "params"),
     "hf_model": ("model",),
 }  # fmt: skip
+FIELDS_OF_TERMS = ("weight", "clip", "normalize", "required")
 FIELDS_OF_PROTOCOL: Mapping[str, tuple[str, ...]] = {
     "plain": ("template", "pointer"),
     "openai_grader": ("grader",),
@@ -263,6 +300,9 @@ class Combine(Input):
     mode: Annotated[Literal["weighted_sum"], only("weighted_sum")] = "weighted_sum"
     clip: Bounds | None = None
     """Bounds that the sum is held to."""
+    on_partial_skip: Literal["drop_group", "zero"] = "drop_group"
+    """A component that skips only some completions of a prompt: ``drop_group`` leaves all of them out (if it is not required: the
+    component), as sums over different components cannot be compared; ``zero`` adds 0 for those, with a warning and a metric."""
     tie_eps: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Sums of a group that lie within this range are equal: their advantages are 0."""
 

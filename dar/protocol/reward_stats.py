@@ -98,6 +98,10 @@ class ComponentStats(Output):
     requests: int
     failed_requests: int
     retries: int
+    cached: int
+    """Completions that the service was not asked about: remembered, or equal to another one of the step."""
+    cache_hits: int
+    """Those that were remembered from before."""
     p50_seconds: float | None
     """Median request time of the newest step that had requests."""
     p95_seconds: float | None

@@ -59,6 +59,12 @@ class ComponentAccess(Output):
     """Sign its requests, the newest first."""
     headers: Annotated[dict[str, str], Field(repr=False)]
     """Secret headers, sent to this URL alone."""
+    endpoint_id: str | None = None
+    """None: not a registered one."""
+    revision: int = 0
+    """Of the endpoint; rewards that an earlier revision gave are not used."""
+    is_deterministic: bool = False
+    """Whether the last probe found, at this revision, that repeats and other orders change no reward."""
 
 
 class Lease(Output):

@@ -161,6 +161,10 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
     if isinstance(cause, ssl.SSLError) and cause.reason in _OLD_TLS:
         reason = "it speaks no TLS version from 1.2 on"
         return AttemptFailedError("permanent", "tls.version", reason)
+    if isinstance(cause, ssl.SSLError):
+        # Its error number is OpenSSL's own, so the system's words for it would mislead.
+        reason = "the TLS connection failed; a server without TLS may listen there"
+        return AttemptFailedError("transient", "protocol", reason)
     if isinstance(cause, socket.gaierror):
         kind: Kind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
         return AttemptFailedError(kind, "dns", "its host name was not found")

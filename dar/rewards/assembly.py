@@ -8,6 +8,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import RewardObserver, RewardProtocol, RewardSource
 from dar.rewards.builtins.registry import BuiltinReward, make_builtin
+from dar.rewards.cache import CachePlace, Caches, ResultCache
 from dar.rewards.combine import Combination, WeightedSource
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.http import HttpOptions, HttpReward
@@ -33,6 +34,7 @@ def scorer_from_spec(
     observer: RewardObserver | None = None,
     inbox: Inbox | None = None,
     is_shared: bool = True,
+    cache: CachePlace | None = None,
 ) -> RewardScorer:
     """The scorer of a job.
 
@@ -47,40 +49,58 @@ def scorer_from_spec(
         observer: See `RewardScorer`.
         inbox: Takes callbacks of reward services.
         is_shared: See `HttpOptions`.
+        cache: Where rewards are remembered; None: nowhere, whatever the components say.
 
     Raises:
         ConfigurationError: The secret is malformed, or a reward model was not loaded.
         RewardMisconfiguredError: A registered endpoint is not known here.
         InvalidRequestError: A builtin cannot work as it is described.
     """
+    caches = None if cache is None else Caches(cache)
+    reached = access or {}
     terms = [
-        WeightedSource(
+        _term(
+            component,
             _local_source(component, models or {})
             if component.kind != "http"
             else http_source(
                 component,
-                (access or {}).get(component.name),
+                reached.get(component.name),
                 secret=secret,
                 guard=guard,
                 inbox=inbox,
                 is_shared=is_shared,
+                cache=None if caches is None else caches.of(component, reached.get(component.name)),
             ),
-            component.weight,
-            _bounds(component.clip),
-            component.normalize,
-            component.required,
         )
         for component in rewards.components
     ]
-    combination = Combination(terms, clip=_bounds(rewards.combine.clip))
+    combination = _combination(rewards, terms)
     return RewardScorer(
         terms, on_wait=on_wait, job_id=job_id, observer=observer, combination=combination
     )
 
 
+def _term(component: RewardComponent, source: RewardSource) -> WeightedSource:
+    return WeightedSource(
+        source,
+        component.weight,
+        _bounds(component.clip),
+        component.normalize,
+        component.required,
+        is_gate=component.role == "gate",
+    )
+
+
+def _combination(rewards: Rewards, terms: Sequence[WeightedSource]) -> Combination:
+    is_zeroing = rewards.combine.on_partial_skip == "zero"
+    return Combination(terms, clip=_bounds(rewards.combine.clip), is_zeroing=is_zeroing)
+
+
 def _local_source(component: RewardComponent, models: Mapping[str, RewardSource]) -> RewardSource:
     if component.kind == "builtin":
-        return BuiltinReward(component.name, make_builtin(component.fn or "", component.params))
+        builtin = make_builtin(component.fn or "", component.params)
+        return BuiltinReward(component.name, builtin, strip_thinking=component.strip_thinking)
     if component.name not in models:
         raise ConfigurationError(
             f"the reward model {component.model!r} of component {component.name} was not loaded"
@@ -96,6 +116,7 @@ def http_source(
     guard: EgressPolicy | None,
     inbox: Inbox | None = None,
     is_shared: bool = True,
+    cache: ResultCache | None = None,
 ) -> HttpReward:
     """The service of an http component.
 
@@ -106,6 +127,7 @@ def http_source(
         guard: Which addresses may be reached; None: all.
         inbox: Takes its callbacks.
         is_shared: See `HttpOptions`.
+        cache: Knows rewards that need not be asked for.
 
     Raises:
         ConfigurationError: A secret is malformed.
@@ -117,7 +139,22 @@ def http_source(
             f"the reward endpoint {component.endpoint} of component {component.name} is not known here; it may have been deleted",
             code="config.endpoint",
         )
-    options = HttpOptions(
+    options = http_options(component, access, guard=guard, is_shared=is_shared)
+    secrets = (() if secret is None else (secret,)) if access is None else access.secrets
+    return HttpReward(
+        component.name, url, secrets=secrets, options=options, inbox=inbox, cache=cache
+    )
+
+
+def http_options(
+    component: RewardComponent,
+    access: ComponentAccess | None,
+    *,
+    guard: EgressPolicy | None,
+    is_shared: bool = True,
+) -> HttpOptions:
+    """How the service of an http component is driven; see `http_source`."""
+    return HttpOptions(
         component.columns,
         component.batch,
         component.limits,
@@ -125,6 +162,7 @@ def http_source(
         component.retry,
         protocol=protocol_of(component),
         prompt_format=component.prompt_format,
+        strip_thinking=component.strip_thinking,
         allow_async=component.reply == "either",
         require_signed_responses=component.require_signed_responses,
         headers={} if access is None else access.headers,
@@ -132,8 +170,6 @@ def http_source(
         guard=guard,
         is_shared=is_shared,
     )
-    secrets = (() if secret is None else (secret,)) if access is None else access.secrets
-    return HttpReward(component.name, url, secrets=secrets, options=options, inbox=inbox)
 
 
 def protocol_of(component: RewardComponent) -> RewardProtocol:
@@ -164,10 +200,12 @@ def check_rewards(rewards: Rewards) -> list[Problem]:
         for index, component in enumerate(rewards.components)
         for problem in _problems_of(component, f"{PATH}.components[{index}]")
     ]
-    if not any(component.weight for component in rewards.components):
+    terms = [component for component in rewards.components if component.role == "term"]
+    if not any(component.weight for component in terms):
+        why = "every component has weight 0" if terms else "there are only gates"
         problems.append(
             Problem(
-                "every component has weight 0, so no sample would get a reward; give one of them another weight",
+                f"{why}, so no sample would get a reward; {'give one of them another weight' if terms else 'add a term'}",
                 f"{PATH}.components",
                 "no_reward",
             )
@@ -186,6 +224,12 @@ def _problems_of(component: RewardComponent, path: str) -> Iterator[Problem]:
             Problem(error.message, f"template{error.param or ''}", "invalid_template")
         ]:
             yield Problem(problem.message, f"{path}.{problem.param}", problem.code)
+    if component.cache.scope == "endpoint" and component.kind == "http" and not component.endpoint:
+        yield Problem(
+            "only jobs with the same registered endpoint can share remembered rewards; register one, or send scope job",
+            f"{path}.cache.scope",
+            "unsupported_value",
+        )
     if component.coerce and component.protocol == "dar.reward.v1":
         yield Problem(
             "coerce is for services that were written for other protocols; dar.reward.v1 takes numbers alone",

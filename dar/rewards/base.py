@@ -169,6 +169,8 @@ class SampleReward:
     """What the sources said about the sample, by component; for viewing only."""
     is_fallback: bool = False
     """Whether ``reward`` is the job's ``fallback_value``, because the sample could not be scored."""
+    zeroed: Sequence[str] = ()
+    """Components that skipped the sample and count as 0 in its sum, because the job says ``on_partial_skip: zero``."""
     left_out: Sequence[str] = ()
     """Components that failed for the sample and that its sum goes without, as they are not required or only watched."""
 
@@ -198,6 +200,12 @@ class RequestRecord:
     """Whether no further attempt follows."""
     quote: str = ""
     """First characters of what the service said, without our secrets; at most 512. For the owner of the job only."""
+    dns_seconds: float | None = None
+    """From the attempt's start until its addresses were known; None: no connection was opened for it."""
+    connect_seconds: float | None = None
+    """Until the connection was open, TLS included."""
+    first_byte_seconds: float | None = None
+    """Until the head of an answer was there; None: none came."""
 
 
 class RewardObserver(Protocol):
@@ -205,6 +213,10 @@ class RewardObserver(Protocol):
 
     def request_done(self, record: RequestRecord) -> None:
         """An attempt has ended."""
+        ...
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        """So many samples were not sent: ``hits`` were remembered, and ``copies`` were equal to one that was sent."""
         ...
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:

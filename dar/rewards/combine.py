@@ -1,16 +1,21 @@
 """From the results of several components to one reward per sample.
 
-For each component: clip, normalise, weight. Their sum is clipped once more. It goes over the same components for all samples
-of a group: sums over different components cannot be compared, and comparing is all that an advantage does.
+For each component: clip, normalise, weight. Their sum is multiplied by the gates and clipped once more. It goes over the same
+components for all samples of a group: sums over different components cannot be compared, and comparing is all that an
+advantage does.
 
 - A component of weight 0 only watches: nothing that it says or fails to say changes a reward.
 - A *required* component that fails makes its sample an error. One that all samples of a group skip is left out for the group;
   one that only some of them skip makes the group a skip.
 - A component that is not required never does either: unless it has a reward for every sample of a group that is still to be
   summed, it is left out for the whole group.
+- A *gate* says 0 or 1 for each sample; any other number is the failure ``contract.gate``. A sample that it fails on is an error, one
+  that it skips a skip, whatever the others of the group have: a gate is never left out, so nothing passes it unseen.
 - A sample for which no component is left has no reward.
+- Where the job says ``on_partial_skip: zero``, a component that skips some samples of a group, but not all, adds 0 to the sums of
+  those; `SampleReward.zeroed` names it. A sample that all components skip stays a skip.
 
-No failure becomes a number here; what becomes of samples without a reward says `dar.rewards.group_policy`.
+No failure becomes a number here, and no skip but by that option; what becomes of samples without a reward says `dar.rewards.group_policy`.
 """
 
 import math
@@ -44,6 +49,8 @@ class WeightedSource:
     normalize: Normalize = "none"
     required: bool = True
     """Whether a sample that it fails on has no reward."""
+    is_gate: bool = False
+    """Whether the sum is multiplied by its rewards, which are 0 or 1, instead of their being added."""
 
     @property
     def name(self) -> str:
@@ -55,6 +62,8 @@ class WeightedSource:
         return _within(reward, self.clip)
 
 
+GATE_REWARDS = (0.0, 1.0)
+GATE_CODE = "contract.gate"
 Results = Mapping[str, Sequence[RewardResult]]
 """Results of each component, by name, in the order of the samples."""
 
@@ -66,6 +75,7 @@ def combine(
     *,
     clip: tuple[float, float] | None = None,
     moments: Mapping[str, Moments] | None = None,
+    is_zeroing: bool = False,
 ) -> list[SampleReward]:
     """The total of each sample, as this module says.
 
@@ -75,12 +85,33 @@ def combine(
         results: What each component said.
         clip: Bounds of the sum.
         moments: For the components that are normalised by ``running``.
+        is_zeroing: Whether a component counts as 0 for what it skips of a group that it does not skip as a whole.
     """
     totals: dict[int, SampleReward] = {}
+    results = checked_gates(components, results)
     for positions in _groups(samples):
-        group = _Group(components, positions, results)
+        group = _Group(components, positions, results, is_zeroing=is_zeroing)
         totals |= group.totals(clip, moments or {})
     return [totals[position] for position in range(len(samples))]
+
+
+def checked_gates(components: Sequence[WeightedSource], results: Results) -> Results:
+    """``results``, in which what a gate says beside 0 and 1 is a failure: no threshold is guessed."""
+    return {
+        **results,
+        **{
+            one.name: [_as_gate(result) for result in results[one.name]]
+            for one in components
+            if one.is_gate
+        },
+    }
+
+
+def _as_gate(result: RewardResult) -> RewardResult:
+    if not isinstance(result, Scored) or result.reward in GATE_REWARDS:
+        return result
+    message = f"a gate gives 0 or 1, not {result.reward:.6g}"
+    return Failed(GATE_CODE, message, is_transient=False)
 
 
 class Combination:
@@ -89,6 +120,7 @@ class Combination:
     Args:
         components: The terms of the sum.
         clip: Bounds of the sum.
+        is_zeroing: See `combine`.
     """
 
     def __init__(
@@ -96,9 +128,11 @@ class Combination:
         components: Sequence[WeightedSource],
         *,
         clip: tuple[float, float] | None = None,
+        is_zeroing: bool = False,
     ) -> None:
         self._components = tuple(components)
         self._clip = clip
+        self._is_zeroing = is_zeroing
         self._running = [one for one in components if one.normalize == "running"]
         self._moments = RunningMoments([one.name for one in self._running])
 
@@ -110,7 +144,14 @@ class Combination:
         To be called once for each group, in any order within a step, but after `end_step` of the step before.
         """
         moments = self._moments.after(context.steps_done)
-        totals = combine(self._components, samples, results, clip=self._clip, moments=moments)
+        totals = combine(
+            self._components,
+            samples,
+            results,
+            clip=self._clip,
+            moments=moments,
+            is_zeroing=self._is_zeroing,
+        )
         if context.mode == "train":
             for one in self._running:
                 scored = [r.reward for r in results[one.name] if isinstance(r, Scored)]
@@ -154,11 +195,18 @@ class _Group:
     """One group on its way to its totals."""
 
     def __init__(
-        self, components: Sequence[WeightedSource], positions: Sequence[int], results: Results
+        self,
+        components: Sequence[WeightedSource],
+        positions: Sequence[int],
+        results: Results,
+        *,
+        is_zeroing: bool,
     ) -> None:
         self._positions = positions
         self._results = results
-        self._terms = [one for one in components if one.weight != 0]
+        self._terms = [one for one in components if one.weight != 0 and not one.is_gate]
+        self._gates = [one for one in components if one.is_gate]
+        self._is_zeroing = is_zeroing
         self._found: dict[int, SampleReward] = {}
 
     def totals(
@@ -174,26 +222,55 @@ class _Group:
                 self._put(position, None, *lack)
             return self._found
         columns = [self._column(one, rest, moments) for one in used]
-        for place, position in enumerate(rest):
-            total = math.fsum(column[place] for column in columns)
-            self._put(position, _within(total, clip), "reward", None)
+        for position in rest:
+            terms = [column[position] for column in columns if position in column]
+            if terms:
+                total = math.fsum(terms) if self._passes(position) else 0.0
+                zeroed = [one.name for one in used if self._is_skipped(one, position)]
+                self._put(position, _within(total, clip), "reward", None, zeroed)
+            else:  # zeros alone are no reward
+                self._put(position, None, "skip", "every component that counts skipped this sample")
         return self._found
 
     def _column(
         self, one: WeightedSource, rest: Sequence[int], moments: Mapping[str, Moments]
-    ) -> list[float]:
-        """The weighted terms of one component."""
-        raw = [result.reward for result in self._of(one, rest) if isinstance(result, Scored)]
-        assert len(raw) == len(rest)  # a component that is used has a reward for each of them
-        clipped = [one.clipped(reward) for reward in raw]
+    ) -> dict[int, float]:
+        """The weighted terms of one component, by position, without what it skipped."""
+        found = zip(rest, self._of(one, rest), strict=True)
+        raw = {place: result.reward for place, result in found if isinstance(result, Scored)}
+        clipped = [one.clipped(reward) for reward in raw.values()]
         terms = normalized(clipped, one.normalize, moments.get(one.name, Moments()))
-        return [one.weight * term for term in terms]
+        return {place: one.weight * term for place, term in zip(raw, terms, strict=True)}
+
+    def _passes(self, position: int) -> bool:
+        """Whether all gates are open; a sample that one of them says nothing about does not come here."""
+        results = [self._results[gate.name][position] for gate in self._gates]
+        return all(isinstance(result, Scored) and result.reward == 1 for result in results)
+
+    def _is_skipped(self, one: WeightedSource, position: int) -> bool:
+        return isinstance(self._results[one.name][position], Skipped)
 
     def _of(self, one: WeightedSource, positions: Sequence[int]) -> list[RewardResult]:
         return [self._results[one.name][position] for position in positions]
 
     def _lack(self, position: int) -> tuple[RewardStatus, str] | None:
         """Why a sample has no total whatever the others of its group have, or None."""
+        lacks = [self._lack_of_gates(position), self._lack_of_terms(position)]
+        told = [lack for lack in lacks if lack is not None]
+        return min(told, key=lambda lack: lack[0] != "error", default=None)
+
+    def _lack_of_gates(self, position: int) -> tuple[RewardStatus, str] | None:
+        lack: tuple[RewardStatus, str] | None = None
+        for gate in self._gates:
+            result = self._results[gate.name][position]
+            if isinstance(result, Failed):
+                return "error", f"component {gate.name}: {result.code}: {result.message}"
+            if isinstance(result, Skipped):
+                reason = f": {result.reason}" if result.reason else ""
+                lack = "skip", f"component {gate.name}: the gate skipped this sample{reason}"
+        return lack
+
+    def _lack_of_terms(self, position: int) -> tuple[RewardStatus, str] | None:
         skips: list[str] = []
         failures: list[str] = []
         has_reward = False
@@ -224,7 +301,10 @@ class _Group:
         for one in self._terms:
             outcomes = self._of(one, rest)
             skipped = sum(isinstance(outcome, Skipped) for outcome in outcomes)
-            if all(isinstance(outcome, Scored) for outcome in outcomes):
+            scored = sum(isinstance(outcome, Scored) for outcome in outcomes)
+            if scored == len(outcomes) or (
+                self._is_zeroing and scored and scored + skipped == len(outcomes)
+            ):
                 used.append(one)
             elif one.required and skipped < len(outcomes):
                 return [], (
@@ -250,7 +330,12 @@ class _Group:
         return "skip", f"no component has a reward for all {len(rest)} completions of this prompt"
 
     def _put(
-        self, position: int, reward: float | None, status: RewardStatus, message: str | None
+        self,
+        position: int,
+        reward: float | None,
+        status: RewardStatus,
+        message: str | None,
+        zeroed: Sequence[str] = (),
     ) -> None:
         """Note a total with what each component said about the sample."""
         components: dict[str, float | None] = {}
@@ -270,5 +355,11 @@ class _Group:
             if isinstance(outcomes[position], Failed) and status != "error"
         )
         self._found[position] = SampleReward(
-            reward, status, message, components, feedback, left_out=left_out
+            reward,
+            status,
+            message,
+            components,
+            feedback,
+            zeroed=tuple(zeroed),
+            left_out=left_out,
         )

@@ -1,11 +1,10 @@
 """One request to a reward service, from its samples to their results: signed, sent until it is answered or given up, and decoded."""
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,8 +26,10 @@ from dar.rewards.breaker import Outcome
 from dar.rewards.endpoint import Endpoint, Patience, Slot
 from dar.rewards.options import HttpOptions
 from dar.rewards.redaction import redacted
+from dar.rewards.request_log import log_attempt, trace_id
 from dar.rewards.retry import AttemptFailedError, Kind, RetrySchedule, parse_retry_after
 from dar.rewards.signing import signed_headers, verify
+from dar.rewards.timings import Timings
 from dar.rewards.wire import EncodedSample, as_result, request_id_of
 from dar.version import __version__
 
@@ -69,6 +70,7 @@ class _Tried:
     started_at: float
     status: int | None = None
     bytes_in: int = 0
+    timings: Timings = field(default_factory=Timings)
 
 
 class Delivery:
@@ -254,7 +256,7 @@ class Delivery:
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._endpoint.post(
-                    self._body, lambda: self._headers(ends_at), limits
+                    self._body, lambda: self._headers(ends_at), limits, self._tried.timings
                 )
         except TimeoutError:
             reason = f"no complete answer within {seconds:.3g} s"
@@ -277,12 +279,11 @@ class Delivery:
     def _headers(self, ends_at: float) -> Mapping[str, str]:
         request_id = self._request_id
         timestamp = int(datetime.now(UTC).timestamp())
-        trace = hashlib.sha256(request_id.encode()).hexdigest()[:32]
         return {
             **self._plain_headers(),
             "content-type": "application/json",
             "idempotency-key": request_id,
-            "traceparent": f"00-{trace}-{secrets.token_hex(8)}-01",
+            "traceparent": f"00-{trace_id(request_id)}-{secrets.token_hex(8)}-01",
             "x-dar-attempt": str(self._schedule.attempt),
             "x-dar-deadline-ms": str(max(0, int((ends_at - time.monotonic()) * 1000))),
             **signed_headers(self._sender.keys, request_id, timestamp, self._body),
@@ -355,27 +356,29 @@ class Delivery:
         self._record(failure.code, is_final=is_final, quote=failure.quote)
 
     def _record(self, outcome: str, *, is_final: bool, quote: str = "") -> None:
-        observer = self._sender.observer
-        if observer is None:
-            return
-        observer.request_done(
-            RequestRecord(
-                component=self._sender.name,
-                request_id=self._request_id,
-                step=self._context.step,
-                mode=self._context.mode,
-                attempt=self._tried.number,
-                samples=self._count,
-                outcome=outcome,
-                status=self._tried.status,
-                seconds=time.monotonic() - self._tried.started_at,
-                queued_seconds=self._queued_seconds,
-                bytes_out=len(self._body),
-                bytes_in=self._tried.bytes_in,
-                is_final=is_final,
-                quote=quote,
-            )
+        tried = self._tried
+        record = RequestRecord(
+            component=self._sender.name,
+            request_id=self._request_id,
+            step=self._context.step,
+            mode=self._context.mode,
+            attempt=tried.number,
+            samples=self._count,
+            outcome=outcome,
+            status=tried.status,
+            seconds=time.monotonic() - tried.started_at,
+            queued_seconds=self._queued_seconds,
+            bytes_out=len(self._body),
+            bytes_in=tried.bytes_in,
+            is_final=is_final,
+            quote=quote,
+            dns_seconds=tried.timings.dns_seconds,
+            connect_seconds=tried.timings.connect_seconds,
+            first_byte_seconds=tried.timings.first_byte_seconds,
         )
+        log_attempt(record)
+        if self._sender.observer is not None:
+            self._sender.observer.request_done(record)
 
 
 def _may_be_repeated(result: RewardResult) -> bool:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Self
+from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
 import httpcore2
@@ -22,10 +22,11 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardLimits
 from dar.rewards.answers import Answer, Incoming, failure_of, read_answer, refusal_of
 from dar.rewards.breaker import BreakerOptions, Call, CircuitBreaker, State
-from dar.rewards.guard import DIALLED, EgressPolicy, GuardedBackend, Resolver, Target
+from dar.rewards.guard import EgressPolicy, GuardedBackend, Resolver, Target
 from dar.rewards.redaction import Redactor, silence_header_logs
 from dar.rewards.retry import AttemptFailedError, RetrySchedule
 from dar.rewards.retry_budget import RetryBudget, RetryBudgetOptions
+from dar.rewards.timings import CURRENT, Timings
 
 KEEPALIVE_SECONDS = 15.0
 """Idle connections are closed after this; below the 60 to 75 s of common servers, so that we close first."""
@@ -34,7 +35,7 @@ QUOTED = 512
 
 
 @cache
-def _default_tls() -> ssl.SSLContext:
+def default_tls() -> ssl.SSLContext:
     """Loading the certificates takes 20 ms and more, so it is done once."""
     return httpcore2.default_ssl_context()
 
@@ -115,7 +116,7 @@ class Endpoint:
         self._interval = 0.0 if rps is None else 1.0 / rps
         self._next_start = 0.0
         self._guard = GuardedBackend(connection.guard, connection.resolver)
-        tls = connection.tls or _default_tls()
+        tls = connection.tls or default_tls()
         tls.minimum_version = max(tls.minimum_version, ssl.TLSVersion.TLSv1_2)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
@@ -216,7 +217,11 @@ class Endpoint:
         return True
 
     async def post(
-        self, body: bytes, headers: Callable[[], Mapping[str, str]], timeouts: Mapping[str, float]
+        self,
+        body: bytes,
+        headers: Callable[[], Mapping[str, str]],
+        timeouts: Mapping[str, float],
+        timings: Timings | None = None,
     ) -> Answer:
         """The answer to one attempt.
 
@@ -227,17 +232,18 @@ class Endpoint:
             body: What is sent.
             headers: Makes the headers, with a fresh timestamp.
             timeouts: ``connect``, ``read``, ``write`` and ``pool``, in seconds.
+            timings: Is told where the time goes.
 
         Raises:
             AttemptFailedError: There was no answer that could be used.
         """
         target = self._connection.target
         try:
-            return await self._once("POST", target.target, body, headers(), timeouts)
+            return await self._once("POST", target.target, body, headers(), timeouts, timings)
         except _StaleConnectionError:
             pass
         try:
-            return await self._once("POST", target.target, body, headers(), timeouts)
+            return await self._once("POST", target.target, body, headers(), timeouts, timings)
         except _StaleConnectionError as error:
             raise self._told(failure_of(error.cause)) from error.cause
 
@@ -257,7 +263,10 @@ class Endpoint:
         body: bytes,
         headers: Mapping[str, str],
         timeouts: Mapping[str, float],
+        timings: Timings | None = None,
     ) -> Answer:
+        timings = timings or Timings()
+        timings.begin()
         target = self._connection.target
         given = {"host": target.authority, **dict(self._connection.headers), **headers}
         if body:
@@ -269,20 +278,19 @@ class Endpoint:
                 (name.encode("ascii"), value.encode("ascii")) for name, value in given.items()
             ],
             content=body,
-            extensions={"timeout": dict(timeouts)},
+            extensions={"timeout": dict(timeouts), "trace": timings.trace},
         )
-        dialled: list[str] = []
-        token = DIALLED.set(dialled)
+        token = CURRENT.set(timings)
         try:
             response = await self._pool.handle_async_request(request)
         except (httpcore2.NetworkError, httpcore2.RemoteProtocolError) as error:
-            if not dialled:
+            if not timings.has_dialled:
                 raise _StaleConnectionError(error) from error
             raise self._told(failure_of(error)) from error
         except _TRANSPORT_ERRORS as error:
             raise self._told(failure_of(error)) from error
         finally:
-            DIALLED.reset(token)
+            CURRENT.reset(token)
         return await self._read(response)
 
     async def _read(self, response: httpcore2.Response) -> Answer:
@@ -296,6 +304,7 @@ class Endpoint:
         except _TRANSPORT_ERRORS as error:
             raise self._told(failure_of(error)) from error
         finally:
+            _leave_surplus(response)
             await response.aclose()
 
     def _told(self, failure: AttemptFailedError) -> AttemptFailedError:
@@ -308,6 +317,17 @@ class Endpoint:
     def _breaker_changed(self, state: State, reason: str) -> None:
         for listener in list(self.listeners):
             listener(state, reason)
+
+
+def _leave_surplus(response: httpcore2.Response) -> None:
+    """See to it that what a server sent beyond its answer is never read as the answer to the next request on the connection.
+
+    Most protocols repeat nothing of the request, so that rewards of other samples could not be told from the right ones.
+    """
+    connection = cast("Any", response.stream)._stream._connection  # noqa: SLF001 - the pool tells nobody what is left over
+    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001 - nor does the connection
+    if surplus:
+        response.extensions["network_stream"].spoil()
 
 
 class _StaleConnectionError(Exception):

@@ -1,20 +1,26 @@
 """Reward functions with TRL's signature: ``f(prompts, completions, **columns) -> list[float | None]``."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
+from pydantic import ValidationError
+
 from dar.errors import ConfigurationError, RewardContractError
-from dar.protocol.rewards import MAX_REWARD
+from dar.protocol.rewards import MAX_REWARD, SampleResult
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
 from dar.rewards.concurrency import ExitRequestedError, in_daemon_thread
 
-RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+Returned = Sequence[float | Mapping[str, Any] | None]
+RewardFunction = Callable[..., Returned | Awaitable[Returned]]
 """Takes ``prompts`` and ``completions`` as lists, and by name what else it wants of the data set's columns.
 
 Texts for prompts that are texts; for conversations, lists of messages, the completion's being
-``[{"role": "assistant", "content": …}]``. None says that the reward does not apply to a sample.
+``[{"role": "assistant", "content": …}]``. None says that the reward does not apply to a sample. Instead of a number there may be a
+mapping in the words of ``dar.reward.v1``: ``{"reward": 0.7, "components": {"correct": 1.0}, "feedback": "why"}``,
+``{"skip": True, "reason": "no maths"}`` or ``{"error": {"code": "judge_timeout", "message": "…", "retryable": True}}``.
 """
 
 
@@ -68,7 +74,7 @@ class FunctionReward:
         """Call the function once with ``samples``: one result each, in order.
 
         Raises:
-            RewardContractError: It returned something else than one number or None per sample.
+            RewardContractError: It returned something else than one number, mapping or None per sample.
             Exception: Whatever the function raised.
         """
         try:
@@ -77,8 +83,8 @@ class FunctionReward:
             raise ExitRequestedError(request) from request
         return as_results(values, len(samples), f"reward function {self._name}")
 
-    async def _call(self, given: dict[str, list[Any]]) -> Sequence[float | None]:
-        returned: Sequence[float | None] | Awaitable[Sequence[float | None]]
+    async def _call(self, given: dict[str, list[Any]]) -> Returned:
+        returned: Returned | Awaitable[Returned]
         if inspect.iscoroutinefunction(self._function):
             returned = self._function(**given)
         else:
@@ -145,7 +151,7 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
         source: Who returned it, for messages.
 
     Raises:
-        RewardContractError: It is no list, has another length, or holds something else than numbers and None.
+        RewardContractError: It is no list, has another length, or holds something else than numbers, mappings and None.
     """
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise RewardContractError(
@@ -164,6 +170,8 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
 def _as_result(value: object, source: str) -> RewardResult:
     if value is None:
         return Skipped()
+    if isinstance(value, Mapping):
+        return _of_mapping(value, source)
     try:
         # Booleans, numpy scalars and one-element tensors are numbers here, as they are to TRL; texts are not.
         reward = float(value) if isinstance(value, SupportsFloat) else None
@@ -180,3 +188,46 @@ def _as_result(value: object, source: str) -> RewardResult:
         message = f"{source} returned {reward:g}, beyond ±{MAX_REWARD:g}"
         return Failed("out_of_range", message, is_transient=False)
     return Scored(reward)
+
+
+_WORDS = frozenset(SampleResult.model_fields) - {"id"}
+_BAD_NUMBERS = {"finite_number": "nonfinite", "less_than_equal": "out_of_range", "greater_than_equal": "out_of_range"}  # fmt: skip
+"""What makes a sample a failure, as a bare number of that kind does; everything else refuses the whole call."""
+
+
+def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
+    unknown = [str(name)[:80] for name in value if name not in _WORDS]
+    if unknown:
+        raise RewardContractError(
+            f"{source} returned a mapping with {unknown[0]!r}; it may have {', '.join(sorted(_WORDS))}",
+            code="contract.form",
+        )
+    given = {name: item for name, item in value.items() if item is not None or name == "reward"}
+    if "reward" in given:
+        given["reward"] = _plain(given["reward"])
+    if isinstance(given.get("components"), Mapping):
+        given["components"] = {name: _plain(part) for name, part in given["components"].items()}
+    if isinstance(given.get("error"), str):
+        given["error"] = {"message": given["error"]}
+    try:
+        result = SampleResult.model_validate({**given, "id": ""})
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False, include_input=False, include_context=False)[0]
+        what = f"{source} returned a mapping: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        if first["type"] in _BAD_NUMBERS:
+            return Failed(_BAD_NUMBERS[first["type"]], what, is_transient=False)
+        raise RewardContractError(what, code="contract.form") from None
+    if result.error is not None:
+        error = result.error
+        return Failed(error.code, error.message, is_transient=error.retryable)
+    if result.reward is None:
+        return Skipped(result.reason)
+    return Scored(result.reward, dict(result.components), result.feedback)
+
+
+def _plain(value: object) -> object:
+    """A number of any kind (boolean, numpy scalar, one-element tensor) as a float; anything else as it is."""
+    if isinstance(value, SupportsFloat):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    return value

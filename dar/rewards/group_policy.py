@@ -59,4 +59,4 @@ def _without_reward(reward: SampleReward, message: str) -> SampleReward:
         return reward
     if reward.is_fallback:  # what it stood in for stays to be told
         return replace(reward, reward=None, is_fallback=False)
-    return replace(reward, reward=None, status="skip", message=message)
+    return replace(reward, reward=None, status="skip", message=message, zeroed=())

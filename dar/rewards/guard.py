@@ -11,7 +11,6 @@ import socket
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +20,7 @@ import httpx2
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.rewards.resolving import RESOLVE_SECONDS, resolve_in_thread
 from dar.rewards.streams import JoinedStream
+from dar.rewards.timings import CURRENT
 from dar.settings import Settings
 
 MAX_URL = 2048
@@ -57,9 +57,6 @@ _METADATA: frozenset[Address] = frozenset(
     )
 )  # fmt: skip
 """Where clouds hand out credentials to whoever asks from the machine; not even an operator can allow them."""
-
-DIALLED: ContextVar[list[str] | None] = ContextVar("dialled", default=None)
-"""Hosts that were dialled for the current request; a request that dialled none went over a kept-alive connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,11 +288,13 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
             httpcore2.ConnectError: No address could be reached, or there is none.
             httpcore2.ConnectTimeout: None answered within ``timeout`` seconds.
         """
-        dialled = DIALLED.get()
-        if dialled is not None:
-            dialled.append(host)
+        timings = CURRENT.get()
+        if timings is not None:
+            timings.dials()
         ends_at = time.monotonic() + (RESOLVE_SECONDS if timeout is None else timeout)
         addresses = (await self._checked_addresses(host, port, ends_at))[:MAX_DIALLED]
+        if timings is not None:
+            timings.resolved()
         failure: Exception = httpcore2.ConnectError("no address")
         for place, address in enumerate(addresses):
             share = max(0.001, ends_at - time.monotonic()) / (len(addresses) - place)
@@ -307,6 +306,16 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure
+
+    async def addresses(self, host: str, port: int, seconds: float) -> list[str]:
+        """The addresses that would be dialled for ``host``; dials none.
+
+        Raises:
+            EgressDeniedError: One of them is blocked.
+            httpcore2.ConnectError: There is none.
+        """
+        found = await self._checked_addresses(host, port, time.monotonic() + seconds)
+        return [str(address) for address in found]
 
     async def _checked_addresses(self, host: str, port: int, ends_at: float) -> list[Address]:
         literal = _as_address(host)

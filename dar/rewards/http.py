@@ -15,6 +15,7 @@ from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import RewardContext, RewardObserver, RewardResult, RewardSample
 from dar.rewards.batcher import Batcher, Piece, Request
 from dar.rewards.breaker import State
+from dar.rewards.cache import ResultCache, Spared
 from dar.rewards.delivery import Delivery, Sender
 from dar.rewards.endpoint import Connection, Endpoint, Slot, open_endpoint
 from dar.rewards.guard import parse_url
@@ -22,6 +23,7 @@ from dar.rewards.options import HttpOptions
 from dar.rewards.redaction import check_headers
 from dar.rewards.retry import AttemptFailedError
 from dar.rewards.signing import decode_secret
+from dar.rewards.thinking import without_thinking
 from dar.rewards.wire import CALLBACK_BYTES, Batch, EncodedSample, batches, encode_sample
 
 __all__ = ["HttpOptions", "HttpReward"]
@@ -40,6 +42,7 @@ class HttpReward:
         on_wait: Called with a message whenever a retry is being waited for.
         observer: Is told of every attempt, every change of the breaker and every wait.
         inbox: Takes results that come by callback.
+        cache: Knows rewards that need not be asked for; None: every sample is sent.
 
     Raises:
         ConfigurationError: A secret is malformed, a secret header cannot be sent, or signed answers are asked for without a
@@ -58,6 +61,7 @@ class HttpReward:
         on_wait: Callable[[str], None] | None = None,
         observer: RewardObserver | None = None,
         inbox: Inbox | None = None,
+        cache: ResultCache | None = None,
     ) -> None:
         self._name = name
         self._url = url
@@ -68,6 +72,7 @@ class HttpReward:
         self.on_wait = on_wait
         self.observer = observer
         self.inbox = inbox
+        self._cache = cache
         self._label = f"reward service {self._target.label}"
         check_headers(self._options.headers)
         self._check_origin()
@@ -109,6 +114,15 @@ class HttpReward:
         Raises:
             RewardMisconfiguredError: The service refuses for good.
         """
+        if self._options.strip_thinking:  # first, so that what is remembered goes by what is sent
+            samples = list(map(without_thinking, samples))
+        if self._cache is None or context.mode == "validate":
+            return await self._ask(samples, context)
+        return await self._cache.score(samples, context, self._ask, self._spared)
+
+    async def _ask(
+        self, samples: Sequence[RewardSample], context: RewardContext
+    ) -> list[RewardResult]:
         loop = asyncio.get_running_loop()
         batcher = self._open()
         encoded = [
@@ -129,6 +143,8 @@ class HttpReward:
         endpoint, self._endpoint, self._batcher = self._endpoint, None, None
         if endpoint is not None:
             await endpoint.release(self._breaker_changed)
+        if self._cache is not None:
+            await self._cache.aclose()
 
     def waits(self, message: str) -> None:
         """A request of this component is waiting."""
@@ -136,6 +152,10 @@ class HttpReward:
             self.on_wait(message)
         if self.observer is not None:
             self.observer.waiting(self._name, message)
+
+    def _spared(self, spared: Spared) -> None:
+        if self.observer is not None:
+            self.observer.spared(self._name, spared.hits, spared.copies)
 
     def _pieces(self, encoded: Sequence[EncodedSample]) -> list[Batch]:
         """Whole groups, but for those that alone are over a limit."""

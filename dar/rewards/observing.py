@@ -4,9 +4,11 @@ It turns records of requests into metrics and into rows for the service, and tel
 first failure of each class, and every change of a circuit breaker.
 """
 
+import itertools
 import math
 import statistics
 import threading
+import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,7 @@ from dar.protocol.reward_stats import (
 from dar.rewards.base import RequestRecord, SampleReward
 from dar.rewards.failure import code_of, family_of
 
+Span = tuple[float, float]
 Tell = Callable[[Level, str, Mapping[str, Any] | None], None]
 BREAKER_STATES: Mapping[str, int] = {"closed": 0, "half_open": 1, "open": 2, "misconfigured": 3}
 QUOTED_CHARACTERS = 512
@@ -59,22 +62,36 @@ class StepObserver:
     Args:
         tell: Takes events.
         on_wait: Called with a message whenever a component is waited for.
+        concurrency: Most requests in flight, for each reward service.
     """
 
-    def __init__(self, tell: Tell, on_wait: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        tell: Tell,
+        on_wait: Callable[[str], None] | None = None,
+        *,
+        concurrency: Mapping[str, int] | None = None,
+    ) -> None:
         self._tell = tell
         self._on_wait = on_wait
+        self._concurrency = dict(concurrency or {})
         self._lock = threading.Lock()
         self._requests: list[FinishedRequest] = []
         self._seconds: dict[str, float] = {}
         """Of the attempts so far at requests that are not finished."""
         self._told: set[tuple[str, str]] = set()
-        self._breakers: dict[str, str] = {}
+        self._breakers = dict.fromkeys(self._concurrency, "closed")
+        self._spans: defaultdict[str, list[Span]] = defaultdict(list)
+        """When attempts were under way, on the monotonic clock, by component."""
+        self._spared: Counter[str] = Counter()
+        """By name of the metric."""
 
     def request_done(self, record: RequestRecord) -> None:
         """Count a finished request; tell the first failure of its class, be it final or not."""
         is_new = False
+        now = time.monotonic()
         with self._lock:
+            self._spans[record.component].append((now - record.seconds, now))
             seconds = self._seconds.pop(record.request_id, 0.0) + record.seconds
             if record.is_final:
                 self._requests.append(FinishedRequest(record, seconds))
@@ -86,6 +103,12 @@ class StepObserver:
                 self._told.add(kind)
         if is_new:
             self._tell_failure(record)
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        """Count samples that were not sent."""
+        with self._lock:
+            self._spared[f"reward/{component}/cached"] += hits + copies
+            self._spared[f"reward/{component}/cache_hits"] += hits
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:
         """Tell that a breaker has changed."""
@@ -115,12 +138,19 @@ class StepObserver:
         with self._lock:
             finished, self._requests = self._requests, []
             breakers = dict(self._breakers)
+            spans, self._spans = self._spans, defaultdict(list)
+            spared, self._spared = self._spared, Counter()
+        metrics = {**_metrics(finished, breakers), **spared}
+        for component, found in spans.items():
+            metrics[f"reward/{component}/in_flight"] = _most_at_once(found)
+        for component, limit in self._concurrency.items():
+            metrics[f"reward/{component}/concurrency"] = limit
         return StepRequests(
             requests=_requests(finished),
             failures=[_failure(one) for one in finished if one.record.outcome != "ok"][
                 :MAX_FAILURES
             ],
-            metrics=_metrics(finished, breakers),
+            metrics=metrics,
         )
 
     def _tell_failure(self, record: RequestRecord) -> None:
@@ -210,6 +240,12 @@ def _metrics(finished: Sequence[FinishedRequest], breakers: Mapping[str, str]) -
     return values
 
 
+def _most_at_once(spans: Sequence[Span]) -> int:
+    # An end at the same moment as a start comes first, as -1 sorts before 1.
+    edges = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    return max(itertools.accumulate(change for _, change in edges), default=0)
+
+
 def quantile(ordered: Sequence[float], share: float) -> float:
     """The smallest of the values that ``share`` of them do not exceed; ``ordered`` is not empty."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
@@ -225,12 +261,7 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
         "reward/n_error": statuses["error"],
         **{f"reward/n_error/{family}": count for family, count in families.items()},
     }
-    components: defaultdict[str, list[float]] = defaultdict(list)
-    for reward in rewards:
-        for name, value in reward.components.items():
-            if "/" not in name:  # a part is for viewing only
-                components[name] += [] if value is None else [value]
-    for name, found in components.items():
+    for name, found in component_rewards(rewards).items():
         values[f"rewards/{name}/missing_fraction"] = (len(rewards) - len(found)) / len(rewards)
         if not found:
             continue
@@ -241,3 +272,13 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
             f"rewards/{name}/max": max(found),
         }
     return values
+
+
+def component_rewards(rewards: Sequence[SampleReward]) -> dict[str, list[float]]:
+    """Raw rewards of each component, without missing ones."""
+    components: defaultdict[str, list[float]] = defaultdict(list)
+    for reward in rewards:
+        for name, value in reward.components.items():
+            if "/" not in name:  # a part is for viewing only
+                components[name] += [] if value is None else [value]
+    return dict(components)

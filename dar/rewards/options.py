@@ -27,6 +27,8 @@ class HttpOptions:
     """What is spoken."""
     prompt_format: Literal["auto", "text"] = "auto"
     """``text`` sends a conversation as the text that the policy saw, where the sample has it."""
+    strip_thinking: bool = False
+    """Whether completions are sent without their thinking; see `dar.rewards.thinking`."""
     allow_async: bool = False
     """Whether a 202 is accepted, whose result follows."""
     require_signed_responses: bool = False

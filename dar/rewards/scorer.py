@@ -35,7 +35,7 @@ from dar.rewards.base import (
     RewardSource,
     SampleReward,
 )
-from dar.rewards.combine import Combination, Results, WeightedSource
+from dar.rewards.combine import Combination, Results, WeightedSource, checked_gates
 from dar.rewards.concurrency import LoopThread, ScoringStoppedError
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.rewards.http import HttpReward
@@ -62,7 +62,7 @@ class RewardScorer:
         combination: How they become one reward; default: their weighted sum.
 
     Raises:
-        ConfigurationError: There is no component, two have one name, or all have weight 0.
+        ConfigurationError: There is no component, two have one name, or none adds to the sum.
     """
 
     def __init__(
@@ -77,8 +77,10 @@ class RewardScorer:
         names = [component.source.name for component in components]
         if not names or len(set(names)) < len(names):
             raise ConfigurationError(f"rewards need components with distinct names, not {names}")
-        if not any(component.weight for component in components):
-            raise ConfigurationError("every reward has weight 0, so no sample would get a reward")
+        if not any(component.weight and not component.is_gate for component in components):
+            raise ConfigurationError(
+                "every reward has weight 0 or is a gate, so no sample would get a reward"
+            )
         self._components = tuple(components)
         self.combination = combination or Combination(components)
         for component in components:
@@ -190,7 +192,7 @@ class RewardScorer:
             totals = self.combination(ticket.samples, ticket.results, ticket.context)
             has_failed = has_failed and all(total.status == "error" for total in totals)
             if has_failed:
-                for name, found in ticket.results.items():
+                for name, found in checked_gates(self._components, ticket.results).items():
                     results[name] += found
                 if not left:
                     raise _all_failed(results, sum(len(one.samples) for one in tickets))

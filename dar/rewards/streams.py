@@ -27,6 +27,7 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         self._unsent = bytearray()
         self._write_timeout: float | None = None
         self._poll: select.poll | None = None
+        self._is_spoiled = False
         raw = inner.get_extra_info("socket")
         if isinstance(raw, socket.socket) or hasattr(raw, "fileno"):
             self._poll = select.poll()
@@ -48,6 +49,10 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         if len(self._unsent) >= FLUSH_BYTES:
             await self._flush()
 
+    def spoil(self) -> None:
+        """Let no further request use the connection: the pool takes it for closed by its other end."""
+        self._is_spoiled = True
+
     async def aclose(self) -> None:
         """Close; what was not sent never is."""
         self._unsent.clear()
@@ -65,6 +70,8 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
 
     def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - the base class has it
         """See the base class."""
+        if info == "is_readable" and self._is_spoiled:
+            return True
         if info == "is_readable" and self._poll is not None:
             return bool(self._poll.poll(0))
         return self._inner.get_extra_info(info)

@@ -73,7 +73,9 @@ def _terms_of_spec(rewards: Rewards) -> list[dict[str, object]]:
     return [
         component.model_dump(mode="json", include={"name", "weight", "clip"})
         | component.model_dump(
-            mode="json", include={"normalize", "required", "fn", "params"}, exclude_defaults=True
+            mode="json",
+            include={"role", "normalize", "required", "fn", "params", "strip_thinking"},
+            exclude_defaults=True,
         )
         | shared
         for component in rewards.components

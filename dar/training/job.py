@@ -18,14 +18,12 @@ from dar.errors import (
 )
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
-from dar.protocol.worker import ComponentAccess
-from dar.rewards.asynchronous import Inbox
-from dar.rewards.guard import EgressPolicy
 from dar.training import loading
 from dar.training.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data import Rows, read_rows
 from dar.training.hub_data import load_hub_rows
 from dar.training.launching import strategy_options
+from dar.training.reward_sources import RewardAccess
 from dar.training.sink import Control, Sink
 from dar.training.trainer import DARTrainer
 
@@ -61,14 +59,10 @@ class JobInputs:
     """Whether the model hub may not be asked."""
     validation_file: Path | None = None
     """JSON Lines of prompts; None: no evaluation."""
-    reward_access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
-    """URL and secrets of the components that name a registered endpoint."""
-    reward_guard: EgressPolicy | None = None
-    """Which addresses reward requests may reach; None: all."""
+    reward_access: RewardAccess = field(default_factory=RewardAccess)
+    """How its reward services are reached."""
     reward_models: Mapping[str, Path] = field(default_factory=dict)
     """Folders of reward models by component name; those that are not here come from the hub."""
-    reward_inbox: Inbox | None = None
-    """Takes rewards that come later by callback."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -136,8 +130,6 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         reward_model=inputs.reward_models or None,
         reward_secret=inputs.reward_secret,
         reward_access=inputs.reward_access,
-        reward_guard=inputs.reward_guard,
-        reward_inbox=inputs.reward_inbox,
         processing_class=tokenizer,
         peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
         eval_dataset=_validation_rows(inputs),

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from torch import Tensor
 
 from dar.protocol.samples import SampleRow
-from dar.rewards.observing import StepObserver, StepRequests, sample_metrics
+from dar.rewards.drift import DriftWatch
+from dar.rewards.observing import (
+    StepObserver,
+    StepRequests,
+    component_rewards,
+    sample_metrics,
+)
 from dar.training.loss import MAX_LOG_WEIGHT, dar_loss, effective_sample_size
 from dar.training.sink import Sink
 from dar.training.steps import ScoredStep
@@ -31,10 +38,12 @@ def step_metrics(step: ScoredStep) -> dict[str, float]:
     rewards = [reward.reward for reward in step.rewards if reward.reward is not None]
     lengths = [len(pair.completion_ids) for pair in step.pairs]
     fallbacks = sum(reward.is_fallback for reward in step.rewards)
+    zeroed = sum(bool(reward.zeroed) for reward in step.rewards)
     cut = sum(reason == "length" for reason in step.finish_reasons)
     values = {
         "rewards/missing_fraction": 1 - len(rewards) / len(step.pairs),
         "rewards/fallback_fraction": fallbacks / len(step.pairs),
+        "rewards/zeroed_fraction": zeroed / len(step.pairs),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -186,6 +195,7 @@ class Reporter:
         self._started = 0.0
         self._ended: float | None = None
         self._tokens = 0
+        self._drift = DriftWatch()
         self._last: ScoredStep | None = None
         self.observer: StepObserver | None = None
         """Knows the requests to reward services, where there are any."""
@@ -221,6 +231,28 @@ class Reporter:
         )
         return times
 
+    def tell_of(self, step: ScoredStep, sink: Sink) -> None:
+        """Tell what must not pass in silence: numbers that no source gave, and rewards that have jumped. Once for each step."""
+        count = len(step.rewards)
+        if fallbacks := sum(reward.is_fallback for reward in step.rewards):
+            sink.event(
+                "warn",
+                f"step {step.number}: {fallbacks} of {count} completions could not be scored and count with the job's "
+                "fallback_value",
+                {"kind": "reward_fallback", "step": step.number, "count": fallbacks},
+            )
+        zeroed = Counter(name for reward in step.rewards for name in reward.zeroed)
+        for name, found in sorted(zeroed.items()):
+            sink.event(
+                "warn",
+                f"step {step.number}: reward component {name} skipped {found} of {count} completions and counts as 0 for them "
+                "(combine.on_partial_skip)",
+                {"kind": "reward_zeroed", "step": step.number, "component": name, "count": found},
+            )
+        for name, values in component_rewards(step.rewards).items():
+            if values and (drift := self._drift.add(name, values)):
+                sink.event("warn", drift.message, drift.data(step.number))
+
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
         elapsed = now - self._started
@@ -255,12 +287,18 @@ class Reporter:
 
     def state(self) -> dict[str, Any]:
         """What has been taken in, as JSON."""
-        return {"tokens": self._tokens, "window": self._window.state()}
+        return {
+            "tokens": self._tokens,
+            "window": self._window.state(),
+            "drift": self._drift.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._tokens = state["tokens"]
         self._window.restore(state["window"])
+        if "drift" in state:
+            self._drift.restore(state["drift"])
 
 
 def _tell_requests(sink: Sink, number: int, found: StepRequests) -> None:

@@ -1,7 +1,7 @@
 """Everything that gives rewards in a training run: functions, services and models, as its user gave them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import RewardObserver
+from dar.rewards.cache import CachePlace
 from dar.rewards.functions import RewardFunction
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.scorer import RewardScorer, scorer_from_functions
@@ -26,6 +27,20 @@ RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Reward
 
 
 @dataclass(frozen=True, slots=True)
+class RewardAccess:
+    """How the reward services of a job spec are reached; what a training service knows and a script need not."""
+
+    endpoints: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    """URL and secrets of the components that name a registered endpoint."""
+    guard: EgressPolicy | None = None
+    """Which addresses requests may reach; None: all."""
+    inbox: Inbox | None = None
+    """Takes rewards that come later by callback."""
+    cache: CachePlace | None = None
+    """Where rewards are remembered; None: in the folder of the run."""
+
+
+@dataclass(frozen=True, slots=True)
 class GivenRewards:
     """What gives rewards, not yet opened; see `dar.DARTrainer` for the fields."""
 
@@ -34,12 +49,7 @@ class GivenRewards:
     tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
     weights: Sequence[float] | None
     secret: str | None
-    access: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
-    """URL and secrets of the components that name a registered endpoint."""
-    guard: EgressPolicy | None = None
-    """Which addresses reward requests may reach; None: all."""
-    inbox: Inbox | None = None
-    """Takes rewards that come later by callback."""
+    access: RewardAccess = field(default_factory=RewardAccess)
     names: Sequence[str] | None = None
     """Component names of the models; None: they are numbered."""
 
@@ -52,9 +62,7 @@ class GivenRewards:
         weights: Sequence[float] | None,
         secret: str | None,
         config: DARConfig,
-        access: Mapping[str, ComponentAccess] | None = None,
-        guard: EgressPolicy | None = None,
-        inbox: Inbox | None = None,
+        access: RewardAccess | None = None,
     ) -> "GivenRewards":
         """Bring together what was given.
 
@@ -85,7 +93,11 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        return cls(functions, given, tokenizers, weights, secret, access or {}, guard, inbox, names)
+        known = access or RewardAccess()
+        if known.cache is None:
+            here = CachePlace(Path(config.output_dir or ".") / "reward-cache")
+            known = replace(known, cache=here)
+        return cls(functions, given, tokenizers, weights, secret, known, names)
 
     @property
     def is_online(self) -> bool:
@@ -187,12 +199,13 @@ class LoadedRewards:
                 given.functions,
                 secret=given.secret,
                 job_id=job_id,
-                access=given.access,
-                guard=given.guard,
+                access=given.access.endpoints,
+                guard=given.access.guard,
                 on_wait=on_wait,
                 observer=observer,
                 models={model.name: model for model in self.models},
-                inbox=given.inbox,
+                inbox=given.access.inbox,
+                cache=given.access.cache,
             )
         return scorer_from_functions(
             given.functions or [],

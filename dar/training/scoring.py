@@ -33,6 +33,8 @@ class ScoringTrainer(EvaluatingTrainer):
 
     _scorer: RewardScorer | None = None
     """Of the main process, while it trains or evaluates."""
+    _rewards_memory: dict[str, Any] | None = None
+    """What the last scorer knew when it was closed: a step that is given up is followed by a checkpoint of the one before."""
 
     @property
     def _is_replay(self) -> bool:
@@ -77,7 +79,9 @@ class ScoringTrainer(EvaluatingTrainer):
         with contextlib.ExitStack() as stack:
             if self._scorer is None and self.ranks.is_main:
                 observer = self._reporter.observer = StepObserver(
-                    self.sink.event, self._tell_waiting
+                    self.sink.event,
+                    self._tell_waiting,
+                    concurrency=self._rewards.concurrency(),
                 )
                 scorer = self._rewards.open(
                     job_id=self._job_id, on_wait=self._tell_waiting, observer=observer
@@ -89,13 +93,17 @@ class ScoringTrainer(EvaluatingTrainer):
                         )
                     )
                     self._scorer = stack.enter_context(scorer)
-                    stack.callback(setattr, self, "_scorer", None)
+                    stack.callback(self._leave_scorer, scorer)
             yield
+
+    def _leave_scorer(self, scorer: RewardScorer) -> None:
+        self._rewards_memory = scorer.state(self.state.global_step)
+        self._scorer = None
 
     def own_state(self) -> dict[str, Any]:
         """Beside the counters, what is known of rewards and their services; asked for on the main process."""
         scorer = self._scorer
-        memory = None if scorer is None else scorer.state(self.state.global_step)
+        memory = self._rewards_memory if scorer is None else scorer.state(self.state.global_step)
         return super().own_state() | {"rewards": memory}
 
     def restore_own_state(self, state: dict[str, Any]) -> None:

@@ -274,7 +274,7 @@ class StepTrainer(ResumableTrainer):
         times = self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
         if self._capacity is not None:
             self._capacity.end_step(step.number, times)
-        self._tell_fallbacks(step)
+        self._reporter.tell_of(step, self.sink)
         self._count_empty(step)
         self.stopped_by = self.ranks.from_main(self._control.requested)
         if self.stopped_by == "cancel":
@@ -292,16 +292,6 @@ class StepTrainer(ResumableTrainer):
         for part in self.ranks.gather(own):
             step.policy_logps_B[part["rows"]] = part["logps"]
             step.entropies_B[part["rows"]] = part["entropies"]
-
-    def _tell_fallbacks(self, step: ScoredStep) -> None:
-        """Never in silence: a number that no source gave weighs like any other."""
-        if count := sum(reward.is_fallback for reward in step.rewards):
-            self.sink.event(
-                "warn",
-                f"step {step.number}: {count} of {len(step.rewards)} completions could not be scored and count with the job's "
-                "fallback_value",
-                {"kind": "reward_fallback", "step": step.number, "count": count},
-            )
 
     def _count_empty(self, step: ScoredStep) -> None:
         # Rewards that are all equal, and dropped for it, are no failure: later steps may tell more.

@@ -14,10 +14,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.reward_spec import Rewards
-from dar.protocol.worker import ComponentAccess
-from dar.rewards.asynchronous import Inbox
 from dar.rewards.failure import FailureBudget
-from dar.rewards.guard import EgressPolicy
 from dar.training.capacity import Capacity
 from dar.training.config import DARConfig, preset_values
 from dar.training.data import DataCollatorForDAR, Rows, check_rows, check_table
@@ -35,7 +32,7 @@ from dar.training.pipeline import Pipeline
 from dar.training.policy import Policy
 from dar.training.ranks import Ranks
 from dar.training.reward_model import RewardModels
-from dar.training.reward_sources import GivenRewards, RewardFunctions
+from dar.training.reward_sources import GivenRewards, RewardAccess, RewardFunctions
 from dar.training.scoring import ScoringTrainer
 from dar.training.sink import Control, NullControl, NullSink, Sink, StopRequestedError
 from dar.training.steps import ScoredStep
@@ -84,9 +81,7 @@ class DARTrainer(ScoringTrainer):
         reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
         reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
         reward_secret: Signs requests to reward services (``whsec_…``).
-        reward_access: URL and secrets of components that name a registered endpoint; only a job has them.
-        reward_guard: Which addresses requests to reward services may reach; default: all.
-        reward_inbox: Takes rewards that come later by callback; a training service gives one.
+        reward_access: How the reward services of a job spec are reached; a training service gives it.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
@@ -117,9 +112,7 @@ class DARTrainer(ScoringTrainer):
         | None = None,
         reward_weights: Sequence[float] | None = None,
         reward_secret: str | None = None,
-        reward_access: Mapping[str, ComponentAccess] | None = None,
-        reward_guard: EgressPolicy | None = None,
-        reward_inbox: Inbox | None = None,
+        reward_access: RewardAccess | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
@@ -136,8 +129,7 @@ class DARTrainer(ScoringTrainer):
         args = args or DARConfig(output_dir="dar-output")
         config = _settled(args, len(train_dataset), reward_funcs)
         given = GivenRewards.of(
-            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access, reward_guard,
-            reward_inbox,
+            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access,
         )  # fmt: skip
         _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
@@ -161,11 +153,14 @@ class DARTrainer(ScoringTrainer):
         if given.is_online and (why := no_point_of_rest(config)):
             self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
+        self._identify(base_name or (model if isinstance(model, str) else model.name_or_path))
+
+    def _identify(self, name: str | None) -> None:
+        """Say what this run is: to its checkpoints, and to the model card with the model's name."""
         terms = self._rewards.terms()
         self.config_sha256 = config_sha256(
-            config, policy.model, train_dataset, policy.base_sketch, terms
+            self.args, self._policy.model, self.train_dataset, self._policy.base_sketch, terms
         )
-        name = base_name or (model if isinstance(model, str) else model.name_or_path)
         self.describe(name, [str(term["name"]) for term in terms])
 
     def _leave_unused_alone(self) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -35,7 +36,17 @@ MAX_ERROR = 1000
 _NO_HASH = "0" * 64
 
 
-def holder(request_id: str, request: Request, runtime: CurrentRuntime) -> RewardRequest:
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """A request that a probe of this process has made, opened by its token."""
+
+    id: str
+    token: str = field(repr=False)
+
+
+def holder(
+    request_id: str, request: Request, runtime: CurrentRuntime
+) -> RewardRequest | ProbeRequest:
     """Lets the holder of a request's token pass.
 
     A wrong token, a missing one and an unknown id take the same way: one look-up, the same comparisons, one answer.
@@ -44,14 +55,17 @@ def holder(request_id: str, request: Request, runtime: CurrentRuntime) -> Reward
         AuthenticationError: Whatever is wrong, it says the same.
         RateLimitError: The address fails too often.
     """
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    token = token.strip() if scheme.lower() == "bearer" else ""
+    if runtime.probe_inbox.opens(request_id, token):
+        return ProbeRequest(request_id, token)
     with runtime.database.read() as transaction:
         row = reward_requests.find(transaction, request_id)
     hashes = [] if row is None else row.token_hashes.split()
     hashes += [_NO_HASH] * (reward_requests.MAX_TOKENS - len(hashes))
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    sha256 = hashlib.sha256(token.strip().encode()).hexdigest()
+    sha256 = hashlib.sha256(token.encode()).hexdigest()
     fits = [hmac.compare_digest(sha256, known) for known in hashes]
-    if row is None or scheme.lower() != "bearer" or not any(fits):
+    if row is None or not any(fits):
         raise _refusal(request, runtime)
     return row
 
@@ -72,7 +86,7 @@ def _refusal(request: Request, runtime: Runtime) -> DARError:
     )
 
 
-Holder = Annotated[RewardRequest, Depends(holder)]
+Holder = Annotated[RewardRequest | ProbeRequest, Depends(holder)]
 
 
 async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> bytes:  # noqa: ARG001 - the token is checked first
@@ -109,7 +123,23 @@ async def post_result(
     body: Annotated[bytes, Depends(received)],
 ) -> CallbackAnswer:
     """Give the result of a reward request that was answered with 202. Opened by the request's own token."""
+    if isinstance(row, ProbeRequest):
+        return _settle_probe(request, runtime, row, body)
     return await run_in_threadpool(_settle, request, runtime, row, body)
+
+
+def _settle_probe(
+    request: Request, runtime: Runtime, asked: ProbeRequest, body: bytes
+) -> CallbackAnswer:
+    if is_own_request(body):
+        raise _refusal(request, runtime)
+    fate, error = runtime.probe_inbox.receive(asked.id, asked.token, body)
+    if fate == "refused":  # it was forgotten meanwhile
+        raise _refusal(request, runtime)
+    runtime.callbacks.count(fate)
+    if fate in {"accepted", "duplicate"}:
+        return CallbackAnswer.model_validate({"status": fate})
+    raise _as_error(fate, asked.id, error)
 
 
 def _settle(request: Request, runtime: Runtime, row: RewardRequest, body: bytes) -> CallbackAnswer:

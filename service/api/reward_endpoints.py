@@ -31,7 +31,7 @@ from dar.protocol.reward_endpoints import (
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.guard import EgressPolicy, check_url
-from dar.rewards.probe import ProbeTarget
+from dar.rewards.probe import ProbeTarget, as_samples
 from dar.rewards.signing import decode_secret
 from service import endpoints, errors, keys, probing
 from service.api.paging import PageCursor, envelope, seconds
@@ -44,7 +44,9 @@ from service.store.database import Transaction
 PATH = "/v1/reward_endpoints"
 router = APIRouter(prefix=PATH, tags=["reward_endpoints"])
 NOT_NULL = ("name", "url")
-KEPT_OF_REPORT = {"ok", "errors", "warnings", "latency_ms"}
+KEPT_OF_REPORT = {"ok", "errors", "warnings", "latency_ms", "determinism"}
+UNKNOWN: dict[str, Any] = {"determinism": {}, "revision": 0}
+"""What probes did not tell that were kept by an earlier version."""
 CreateBody = Annotated[CreateRewardEndpoint, Depends(body_of(CreateRewardEndpoint))]
 UpdateBody = Annotated[UpdateRewardEndpoint, Depends(body_of(UpdateRewardEndpoint))]
 RotateBody = Annotated[RotateSecret, Depends(body_of(RotateSecret, is_optional=True))]
@@ -155,6 +157,15 @@ def rotate_secret(
     return NewRewardEndpoint(**dict(shown), signing_secret=secret)
 
 
+@router.post("/{endpoint_id}/purge_cache")
+def purge_cache(endpoint_id: str, runtime: CurrentRuntime, user: Submitter) -> RewardEndpoint:
+    """Have rewards that were remembered of an endpoint never be used again; jobs see it when they are next given to a worker."""
+    with runtime.database.write() as transaction:
+        endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id, lock="change")
+        reward_endpoints.purge(transaction, endpoint)
+        return _shown(transaction, endpoint)
+
+
 @router.post("/probe", openapi_extra=schema_of(ProbeInline))
 async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBody) -> ProbeReport:
     """Try the reward service of a component, as a job would use it."""
@@ -166,8 +177,9 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
         raise InvalidRequestError(message, param="component", code="not_inline")
     runtime.probes.take(user.key_id)
     guard = EgressPolicy.from_settings(runtime.settings)
-    target = ProbeTarget(component, component.url, [runtime.reward_secret], {}, guard)
-    return await probing.report_on(target, probing.as_samples(body.samples), light=body.light)
+    secrets = [runtime.reward_secret]
+    target = ProbeTarget(component, component.url, secrets, {}, guard, runtime.probe_inbox)
+    return await probing.report_on(target, as_samples(body.samples), light=body.light)
 
 
 @router.post("/{endpoint_id}/probe", openapi_extra=schema_of(ProbeEndpoint))
@@ -177,7 +189,7 @@ async def probe_reward_endpoint(
     """Try a registered reward endpoint, as a job would use it."""
     target, revision = await run_in_threadpool(_target, runtime, user, endpoint_id)
     runtime.probes.take(user.key_id)
-    report = await probing.report_on(target, probing.as_samples(body.samples), light=body.light)
+    report = await probing.report_on(target, as_samples(body.samples), light=body.light)
     await run_in_threadpool(_note, runtime, endpoint_id, revision, report)
     return report
 
@@ -199,7 +211,7 @@ def get_reward_endpoint_stats(
             "jobs": jobs,
             "steps": steps,
             "last_job_id": newest,
-            "last_probe": None if probe is None else LastProbe.model_validate(probe),
+            "last_probe": None if probe is None else LastProbe.model_validate({**UNKNOWN, **probe}),
         }
     )
 
@@ -289,7 +301,9 @@ def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
     guard = EgressPolicy.from_settings(runtime.settings)
     component = component_of(endpoint)
-    target = ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    target = ProbeTarget(
+        component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
+    )
     return target, endpoint.revision
 
 

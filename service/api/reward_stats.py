@@ -48,6 +48,8 @@ def _component(series: Series, name: str) -> ComponentStats:
         requests=_total(series, f"reward/{name}/requests"),
         failed_requests=_total(series, f"reward/{name}/failed_requests"),
         retries=_total(series, f"reward/{name}/retries"),
+        cached=_total(series, f"reward/{name}/cached"),
+        cache_hits=_total(series, f"reward/{name}/cache_hits"),
         p50_seconds=_newest(series, f"time/reward/{name}/p50_seconds"),
         p95_seconds=_newest(series, f"time/reward/{name}/p95_seconds"),
     )

@@ -9,7 +9,9 @@ from sqlalchemy.orm import aliased
 
 from dar.protocol.worker import MetricsRow
 from service.store.database import Transaction
-from service.store.tables import MetricRow
+from service.store.tables import Job, MetricRow
+
+NEWEST_ROWS = 2
 
 
 @dataclass(slots=True)
@@ -69,6 +71,28 @@ def read(
             if wanted is None or name in wanted:
                 _put(series.setdefault(name, Points()), step, at, value)
     return series
+
+
+def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[str, float | None]]:
+    """What the newest rows of each running job say, by job; of at most ``limit`` jobs, the newest first.
+
+    Several rows, as one of an evaluation says nothing about training.
+    """
+    running = transaction.scalars(
+        select(Job.id).where(Job.status == "running").order_by(Job.id.desc()).limit(limit)
+    ).all()
+    found: dict[str, dict[str, float | None]] = {}
+    for job_id in running:
+        texts = transaction.scalars(
+            select(MetricRow.values_json)
+            .where(MetricRow.job_id == job_id)
+            .order_by(MetricRow.id.desc())
+            .limit(NEWEST_ROWS)
+        ).all()
+        found[job_id] = {}
+        for text in reversed(texts):
+            found[job_id] |= orjson.loads(text)
+    return found
 
 
 def _put(points: Points, step: int, at: float, value: float | None) -> None:

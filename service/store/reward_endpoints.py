@@ -15,6 +15,8 @@ from service.store.tables import Job
 
 State = Literal["ok", "misconfigured"]
 Lock = Literal["keep", "change"]
+COMPARING = frozenset({3, 4})
+"""Steps of a probe that ask for the same rewards again, and in another order."""
 
 
 def get(
@@ -72,6 +74,30 @@ def touch(transaction: Transaction, endpoint: RewardEndpoint, *, is_revised: boo
     transaction.flush()
 
 
+def purge(transaction: Transaction, endpoint: RewardEndpoint) -> None:
+    """Have what was remembered of an endpoint's rewards never be used again.
+
+    Its last probe does not count for the new revision either: whoever purges has a reason to think that the service has changed.
+    """
+    endpoint.updated_at = transaction.now
+    endpoint.revision += 1
+    transaction.flush()
+
+
+def is_deterministic(endpoint: RewardEndpoint) -> bool:
+    """Whether the last probe found, at the present revision, that repeats and other orders change no reward."""
+    probe = endpoint.last_probe
+    if probe is None or not probe.get("ok") or probe.get("revision") != endpoint.revision:
+        return False
+    differences = probe.get("determinism") or {}
+    is_moving = any(warning.get("step") in COMPARING for warning in probe.get("warnings", ()))
+    return (
+        differences.get("max_abs_diff") == 0
+        and all(difference in (0, None) for difference in differences.values())
+        and not is_moving
+    )
+
+
 def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
     """Delete an endpoint and forget its secrets.
 
@@ -123,7 +149,7 @@ def note_probe(
     endpoint = transaction.get(RewardEndpoint, endpoint_id, with_for_update=True)
     if endpoint is None or endpoint.revision != revision:
         return
-    endpoint.last_probe = {"at": int(transaction.now.timestamp()), **report}
+    endpoint.last_probe = {"at": int(transaction.now.timestamp()), "revision": revision, **report}
     if state is not None:
         endpoint.state = state
     transaction.flush()

@@ -117,7 +117,8 @@ def report(lease: Any) -> None:
         "reward/n_valid": 11.0, "reward/n_skip": 1.0, "reward/n_error": 4.0, "reward/n_error/http_5xx": 4.0,
         "rewards/dropped_groups": 1.0, "reward/letters/requests": 4.0, "reward/letters/failed_requests": 1.0,
         "reward/letters/retries": 3.0, "time/reward/letters/p50_seconds": 0.08, "time/reward/letters/p95_seconds": 9.5,
-        "time/idle_reward_seconds": 2.5,
+        "time/idle_reward_seconds": 2.5, "rewards/fallback_fraction": 0.25, "rewards/zeroed_fraction": 0.125,
+        "reward/letters/in_flight": 3.0, "reward/letters/concurrency": 8.0, "reward/letters/breaker": 2.0,
     }  # fmt: skip
     failures = [failed(), failed(request_id="rwq_2", code="timeout", family="timeout", status=None)]
     breaker = {"kind": "reward_breaker", "component": "letters", "state": "open"}
@@ -146,7 +147,7 @@ def test_reward_stats_sum_over_the_steps(live: Any) -> None:
         "rewards": 27, "skips": 1, "errors": 4, "errors_by_class": {"http_5xx": 4},
         "dropped_groups": 1, "refilled_groups": 0,
         "components": [
-            {"component": "letters", "requests": 4, "failed_requests": 1, "retries": 3, "p50_seconds": 0.08,
+            {"component": "letters", "requests": 4, "failed_requests": 1, "retries": 3, "cached": 0, "cache_hits": 0, "p50_seconds": 0.08,
              "p95_seconds": 9.5},
         ],
     }  # fmt: skip
@@ -202,12 +203,24 @@ def test_prometheus_gets_what_workers_report_once(live: Any) -> None:
         'dar_trainer_idle_seconds_total{cause="reward"}': 2.5,
         'dar_jobs{status="running"}': 1,
         "dar_reward_pauses_total": 0,
+        "dar_reward_fallback_total": 4,
+        "dar_reward_zeroed_total": 2,
+        'dar_reward_callback_total{status="accepted"}': 0,
     }
     assert {name: values[name] for name in expected} == pytest.approx(expected)
-    assert values.keys() == before.keys(), "no series is added by a job"
-    assert not any("letters" in name or job_id in name for name in values)
+    labels = f'{{component="letters",job="{job_id}"}}'
+    gauges = {
+        f"dar_reward_inflight{labels}": 3,
+        f"dar_reward_concurrency_limit{labels}": 8,
+        f"dar_reward_breaker_state{labels}": 2,
+    }
+    assert {name: values.get(name) for name in gauges} == gauges
+    assert values.keys() - gauges.keys() == before.keys(), "a job adds no counter"
+    lease.say({"type": "metrics", "step": 3, "values": {"eval_dar/rewards_mean": 1.0}})
+    assert gauges.items() <= scraped(live).items(), "an evaluation says nothing about them"
     lease.post("/release", reason="paused_reward")
     after = scraped(live)
+    assert after.keys() == before.keys(), "gauges go with their job"
     assert (after["dar_reward_pauses_total"], after['dar_jobs{status="paused"}']) == (1, 1)
 
 

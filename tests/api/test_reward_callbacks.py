@@ -34,21 +34,19 @@ class Pending:
     def post(self, body: bytes, token: str | None = None, **headers: str) -> httpx2.Response:
         sent = {
             "content-type": "application/json",
-            **{k.replace("_", "-"): v for k, v in headers.items()},
+            "authorization": f"Bearer {token or self.token}",
         }
-        sent.setdefault("authorization", f"Bearer {token or self.token}")
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         return self.http.post(f"/v1/reward_callbacks/{self.request_id}", content=body, headers=sent)
 
 
 def announcement(request_id: str, token: str, seconds: float = 60.0) -> dict[str, Any]:
+    deadline = (datetime.now(UTC) + timedelta(seconds=seconds)).timestamp()
+    sha256 = hashlib.sha256(token.encode()).hexdigest()
     return {
-        "request_id": request_id,
-        "component": "letters",
-        "step": 3,
-        "sample_ids": ["s0", "s1"],
-        "token_sha256": hashlib.sha256(token.encode()).hexdigest(),
-        "deadline": (datetime.now(UTC) + timedelta(seconds=seconds)).timestamp(),
-    }
+        "request_id": request_id, "component": "letters", "step": 3, "sample_ids": ["s0", "s1"], "token_sha256": sha256,
+        "deadline": deadline,
+    }  # fmt: skip
 
 
 def announce(live: Any, lease: Any, request_id: str = "rwq_1", seconds: float = 60.0) -> Pending:
@@ -263,6 +261,8 @@ def test_where_a_signature_is_due_only_a_fresh_one_of_the_right_secret_opens(
         signed.post(body, **signature(live, body, secret=OTHER_SECRET)),
         signed.post(body, **signature(live, body, age=310)),
         signed.post(body, **signature(live, body, age=-310)),
+        signed.post(body, **signature(live, body, age=600)),
+        signed.post(body, **signature(live, body, age=-600)),
         signed.post(body, **signature(live, body, message_id="rwq_1")),
         signed.post(body, **signature(live, signed.body(3, 4))),
         signed.post(request, **signature(live, request, message_id="rwq_1")),
@@ -272,6 +272,24 @@ def test_where_a_signature_is_due_only_a_fresh_one_of_the_right_secret_opens(
     assert [answer.status_code for answer in refused] == [401] * len(refused)
     assert len({answer.json()["error"]["message"] for answer in refused}) == 1
     assert signed.post(body, **signature(live, body, age=200)).json() == {"status": "accepted"}
+
+
+def test_a_signature_of_a_replaced_secret_opens_nothing(live: Any) -> None:
+    made = live.register("https://judge.example/score")
+    component = {"name": "letters", "endpoint": made["id"], "require_signed_responses": True}
+    _, lease = live.running(dar={"rewards": {"components": [component]}}, skip_validation=True)
+    pending = announce(live, lease)
+    rotate = f"/v1/reward_endpoints/{made['id']}/rotate_secret"
+    second = live.http.post(rotate, json={}).json()["signing_secret"]
+    body, broken = pending.body(1, 2), pending.body(1)
+    old = signature(live, broken, secret=made["signing_secret"])
+    assert pending.post(broken, **old).status_code == 422, "both are good for a day"
+    third = live.http.post(rotate, json={"keep_old_secret_active_for_24_hours": False}).json()
+    for replaced in (made["signing_secret"], second):
+        headers = signature(live, body, message_id="rwr_2", secret=replaced)
+        assert pending.post(body, **headers).status_code == 401
+    headers = signature(live, body, message_id="rwr_3", secret=third["signing_secret"])
+    assert pending.post(body, **headers).json() == {"status": "accepted"}
 
 
 def test_junk_before_a_valid_signature_does_no_harm(live: Any, signed: Pending) -> None:

@@ -147,6 +147,9 @@ def test_a_lease_brings_what_the_endpoint_has_now_and_only_to_its_job(live: Any)
             "url": "https://judge.example/score",
             "secrets": [new["signing_secret"], made["signing_secret"]],
             "headers": {"authorization": TOKEN, "x-more": "m"},
+            "endpoint_id": made["id"],
+            "revision": 3,
+            "is_deterministic": False,
         }
     }
     live.submit()
@@ -307,7 +310,7 @@ def test_a_key_that_only_reads_changes_nothing(live: Any, error_of: Callable[...
     assert live.http.get(path).status_code == live.http.get(f"{path}/stats").status_code == 200
     for method, where in (
         ("POST", PATH), ("PATCH", path), ("DELETE", path), ("POST", f"{path}/rotate_secret"),
-        ("POST", f"{path}/probe"), ("POST", f"{PATH}/probe"),
+        ("POST", f"{path}/probe"), ("POST", f"{PATH}/probe"), ("POST", f"{path}/purge_cache"),
         ("POST", "/v1/fine_tuning/alpha/graders/run"),
     ):  # fmt: skip
         answer = live.http.request(method, where, json={})
@@ -325,6 +328,6 @@ def test_endpoints_of_another_project_are_not_there(live: Any) -> None:
     assert live.http.get(PATH).json()["data"] == []
     for method, where in (
         ("GET", path), ("PATCH", path), ("DELETE", path), ("GET", f"{path}/stats"),
-        ("POST", f"{path}/rotate_secret"), ("POST", f"{path}/probe"),
+        ("POST", f"{path}/rotate_secret"), ("POST", f"{path}/probe"), ("POST", f"{path}/purge_cache"),
     ):  # fmt: skip
         assert live.http.request(method, where, json={}).status_code == 404, where

@@ -2,13 +2,20 @@
 
 import json
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx2
 import pytest
 
+from dar.client import Client
 from dar.rewards.signing import decode_secret, verify
+from dar.settings import environment
+from service import probing
 
 PATH = "/v1/reward_endpoints"
 JOBS = "/v1/fine_tuning/jobs"
@@ -122,3 +129,93 @@ def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) ->
     live.runtime.remembered._until.clear()
     again = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
     assert again.json()["id"] == first.json()["id"]
+
+
+def test_a_full_probe_reports_all_nine_steps_and_keeps_its_findings(live: Any, judge: Any) -> None:
+    made = live.register(judge.url)
+    report = live.http.post(f"{PATH}/{made['id']}/probe").json()
+    assert report["ok"]
+    assert [step["status"] for step in report["steps"]] == [
+        *["ok"] * 5, "warn", "ok", "ok", "skipped"
+    ]  # fmt: skip
+    assert [finding["code"] for finding in report["warnings"]] == ["signature.unverified"]
+    assert report["warnings"][0]["advice"]
+    assert report["latency_ms"]["p99"] >= report["latency_ms"]["p50"] > 0
+    assert report["determinism"] == {"max_abs_diff": 0.0, "same_id_max_abs_diff": 0.0}
+    assert set(report["suggested"]) == {"limits", "timeouts", "batch", "hint"}
+    assert report["exchange"][0]["request"]["headers"]["authorization"] == "[redacted]"
+    assert "s3cret" not in json.dumps(report)
+    kept = live.http.get(f"{PATH}/{made['id']}/stats").json()["last_probe"]
+    assert kept["ok"]
+    assert kept["warnings"] == report["warnings"]
+
+
+def test_the_sdk_and_the_command_line_give_the_full_report(live: Any, judge: Any) -> None:
+    made = live.register(judge.url)
+    with Client(live.key("api_key"), live.url) as client:
+        report = client.reward_endpoints.probe(made["id"])
+    assert report.ok
+    assert len(report.steps) == 9
+    given = environment(base_url=live.url, api_key=live.key("api_key"))
+    command = [sys.executable, "-m", "dar.cli", "reward", "check"]
+    done = subprocess.run(
+        [*command, made["id"]], capture_output=True, text=True, env=given, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "signature.unverified" in done.stdout
+    unknown = "rwe_01ARZ3NDEKTSV4RRFFQ69G5FAV"
+    done = subprocess.run(
+        [*command, unknown], capture_output=True, text=True, env=given, check=False
+    )
+    assert done.returncode == 5
+    assert unknown in done.stderr
+
+
+def test_a_probe_takes_callbacks_at_the_route_of_all_callbacks(live: Any, judge: Any) -> None:
+    threads: list[threading.Thread] = []
+    statuses: list[int] = []
+
+    def call_back(asked: dict[str, Any]) -> None:
+        path = f"{live.url}/v1/reward_callbacks/{asked['request_id']}"
+        rewards = [float(len(sample["completion"])) for sample in asked["samples"]]
+        result = {"type": "reward.result", "request_id": asked["request_id"], "rewards": rewards}
+        headers = {"authorization": f"Bearer {asked['reply']['callback']['token']}"}
+        for given in ({"authorization": "Bearer rwt_wrong"}, headers, headers):
+            answer = httpx2.post(path, json=result, headers=given, trust_env=False)
+            statuses.append(answer.status_code)
+
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        assert asked["reply"]["callback"]["url"].endswith(
+            f"/v1/reward_callbacks/{asked['request_id']}"
+        )
+        threads.append(threading.Thread(target=call_back, args=(asked,)))
+        threads[-1].start()
+        return {"request_id": asked["request_id"], "status": "accepted"}
+
+    judge.status, judge.answer = 202, answer
+    component = {"name": "a", "url": judge.url, "reply": "either"}
+    samples = [{"prompt": "p", "completion": text} for text in ("a", "bb")]
+    body = {"component": component, "samples": samples, "light": True}
+    report = live.http.post(f"{PATH}/probe", json=body).json()
+    for thread in threads:
+        thread.join()
+    assert report["errors"] == []
+    assert [step["status"] for step in report["steps"][:4]] == ["ok"] * 4
+    assert statuses[:3] == [401, 200, 200]
+    live.submit(dar={"rewards": {"components": [component]}})
+    for thread in threads:
+        thread.join()
+
+
+def test_a_probe_ends_in_time_and_says_how_far_it_came(
+    live: Any, judge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "FULL_SECONDS", 1.0)
+    judge.delay = 0.4
+    made = live.register(judge.url)
+    report = live.http.post(f"{PATH}/{made['id']}/probe").json()
+    assert (report["ok"], report["warnings"][0]["code"]) == (True, "unfinished")
+    judge.delay = 3
+    report = live.http.post(f"{PATH}/{made['id']}/probe").json()
+    assert (report["ok"], report["errors"][0]["code"]) == (False, "timeout")
+    assert live.http.get(f"{PATH}/{made['id']}").json()["state"] == "ok"

@@ -32,9 +32,10 @@ class Judge:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 judge.asked.append(body)
-                rewards = [1.0] * len(body["samples"])
+                samples = body["samples"] if "samples" in body else body["query"]
+                rewards = [1.0] * len(samples)
                 content = json.dumps(
-                    {"request_id": body["request_id"], "rewards": rewards}
+                    {"request_id": body.get("request_id"), "rewards": rewards}
                 ).encode()
                 self.send_response(judge.status)
                 self.send_header("content-type", "application/json")
@@ -67,10 +68,13 @@ def judge() -> Iterator[Judge]:
 def paused(live: Any) -> Callable[..., str]:
     """Makes a job that is paused for want of rewards; the service's own thread leaves it alone for a minute."""
 
-    def make(*components: dict[str, Any], **release: Any) -> str:
-        file_id = live.upload(
-            b'{"prompt": "hi", "ground_truth": "42", "more": 1}\n{"prompt": [{"role": "user", "content": "ho"}]}\n'
-        ).json()["id"]
+    def make(*components: dict[str, Any], training_file: str | None = None, **release: Any) -> str:
+        file_id = (
+            training_file
+            or live.upload(
+                b'{"prompt": "hi", "ground_truth": "42", "more": 1}\n{"prompt": [{"role": "user", "content": "ho"}]}\n'
+            ).json()["id"]
+        )
         dar = {"rewards": {"components": list(components)}}
         job_id, lease = live.running(dar=dar, training_file=file_id, skip_validation=True)
         said = {"reason": "paused_reward", "code": "http_503", "message": "HTTP 503", **release}
@@ -108,6 +112,18 @@ def test_a_job_goes_on_when_its_service_gives_rewards_again(
     assert [sample["ground_truth"] for sample in asked["samples"]] == ["42", None]
     assert [sample["prompt"] for sample in asked["samples"]] == ["hi", None]
     assert "dar_reward_resumes_total 1.0" in live.http.get("/metrics").text
+
+
+def test_a_service_is_asked_in_its_own_protocol(
+    live: Any, judge: Judge, paused: Callable[..., str]
+) -> None:
+    text = {"protocol": "openrlhf", "prompt_format": "text"}
+    file_id = live.upload(b'{"prompt": "hi"}\n{"prompt": "ho"}\n').json()["id"]
+    job_id = paused({"name": "letters", "url": judge.url, **text}, training_file=file_id)
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert live.job(job_id)["status"] == "queued"
+    assert "query" in judge.asked[-1]
 
 
 def test_every_component_must_be_back(

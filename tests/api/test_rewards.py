@@ -51,6 +51,28 @@ def test_everything_that_is_wrong_is_told_at_once(live: Any, error_of: Callable[
     assert told == [f"{PATH}[0].fn", f"{PATH}[1].fn", PATH]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("weight", 0.5), ("required", False), ("clip", [0, 1]), ("normalize", "group")],
+)
+def test_what_has_no_meaning_for_a_gate_is_refused(
+    live: Any, error_of: Callable[..., Any], field: str, value: Any
+) -> None:
+    gate = {"name": "gate", "role": "gate", "kind": "builtin", "fn": "json_valid"}
+    term = {"name": "a", "kind": "builtin", "fn": "length_penalty", "params": {"target": 9}}
+    assert answer_to(live, term, gate).status_code == 200
+    error = error_of(answer_to(live, term, gate | {field: value}))
+    assert (error["param"], error["code"]) == (f"{PATH}[1]", "field_of_a_term")
+    assert field in error["message"]
+
+
+def test_gates_alone_are_no_reward(live: Any, error_of: Callable[..., Any]) -> None:
+    gate = {"name": "gate", "role": "gate", "kind": "builtin", "fn": "json_valid"}
+    error = error_of(answer_to(live, gate))
+    assert (error["param"], error["code"]) == (PATH, "no_reward")
+    assert "only gates" in error["message"]
+
+
 def test_a_hub_model_outside_of_the_allow_list_gives_no_rewards(
     serve: Callable[..., Any], error_of: Callable[..., Any]
 ) -> None:

@@ -23,6 +23,8 @@ def test_an_endpoint_lives_from_its_creation_to_its_deletion(client: Client) -> 
     assert (changed.dropped_headers, changed.revision) == (["authorization"], 2)
     rotated = client.reward_endpoints.rotate_secret(made.id)
     assert rotated.signing_secret != made.signing_secret
+    purged = client.reward_endpoints.purge_cache(made.id)
+    assert (purged.revision, purged.cache.enabled) == (4, "auto")
     assert client.reward_endpoints.stats(made.id).jobs == {}
     assert client.reward_endpoints.delete(made.id).deleted
     with pytest.raises(NotFoundError):

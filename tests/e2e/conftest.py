@@ -1,16 +1,25 @@
 """A whole installation in a folder: real Valkey, real service, real worker, real reward service, each its own process."""
 
 import contextlib
+import importlib.util
+import json
+import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from dar.cli.processes import launch
@@ -34,6 +43,14 @@ if __name__ == "__main__":
 '''
 
 
+KEY_FILES = {"api_key", "worker_key", "reward_secret"}
+"""Where secrets of an installation belong."""
+TOKENS = re.compile(
+    rb"dar-(?:at|sk|wk)-[0-9A-Za-z]{8,40}-[\w-]{43}|rwt_[\w-]{43}|whsec_[\w+/=]{24,}"
+)
+"""Every secret that is made here begins in a way of its own."""
+
+
 def eventually(check: Callable[[], Any], seconds: float, what: str) -> Any:
     """Wait until ``check`` gives something true, and return that."""
     deadline = time.monotonic() + seconds
@@ -42,6 +59,34 @@ def eventually(check: Callable[[], Any], seconds: float, what: str) -> Any:
             return found
         time.sleep(0.05)
     pytest.fail(f"not within {seconds} s: {what}")
+
+
+def spilled(content: bytes, secrets: Sequence[str]) -> list[bytes]:
+    """The secrets in ``content``: those given, and whatever looks like one of ours."""
+    given = [text.encode() for text in secrets if text.encode() in content]
+    return given + TOKENS.findall(content)
+
+
+class BrokerLog:
+    """Every command that reaches the broker while it is open."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = socket.create_connection(("127.0.0.1", port))
+        self._connection.sendall(b"AUTH secret\r\nMONITOR\r\n")
+        self.content = b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._connection.recv(65536):
+                self.content += data
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._connection.close()
 
 
 class Installation:
@@ -116,6 +161,20 @@ class Installation:
                 with contextlib.suppress(ProcessLookupError):
                     self.end(name, signal.SIGKILL if name != "valkey" else signal.SIGTERM)
 
+    def files_with_secrets(self, secrets: Sequence[str]) -> list[tuple[str, bytes]]:
+        """What shows a secret among all files but those that are there to keep one: logs, database, spool, checkpoints."""
+        shown: list[tuple[str, bytes]] = []
+        for folder, _, names in os.walk(self.home):
+            for name in set(names) - KEY_FILES:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # the worker tidies up meanwhile
+                    shown += [(str(path), found) for found in spilled(path.read_bytes(), secrets)]
+        return shown
+
+    def trainers(self) -> list[psutil.Process]:
+        """Processes of the worker that are not itself."""
+        return psutil.Process(self.processes["worker"].pid).children(recursive=True)
+
     @cached_property
     def client(self) -> Client:
         return Client(api_key=(self.home / "api_key").read_text().strip(), base_url=self.url)
@@ -186,3 +245,90 @@ def installation(
 def until() -> Callable[[Callable[[], Any], float, str], Any]:
     """`eventually`, for tests."""
     return eventually
+
+
+@pytest.fixture
+def broker_log(installation: Installation) -> Iterator[BrokerLog]:
+    """What goes through the broker."""
+    log = BrokerLog(installation.valkey_port)
+    yield log
+    log.close()
+
+
+def _module(folder: str, name: str) -> ModuleType:
+    """A module of other tests, by its file: those of the hostile reward service belong to a program as well."""
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / folder / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture
+def hostile_server() -> Iterator[Any]:
+    """A reward service that misbehaves, each path in its own way."""
+    names = ("hostile_exchange", "hostile_behaviours", "hostile_server")
+    *_, server = [_module("rewards", name) for name in names]
+    with server.hostile_server_in_thread() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def chaos() -> ModuleType:
+    """A reward service with faults, which are passing."""
+    return _module("training", "reward_chaos")
+
+
+Answer = Callable[[Mapping[str, str], bytes], tuple[int, Any]]
+"""From headers (lower case) and body of a POST to a status and what is sent as JSON."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = self.rfile.read(int(self.headers["content-length"]))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        status, answer = server.answer(headers, body)
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answer], str]]:
+    """Starts reward services that answer as a function says; gives their URL."""
+    with contextlib.ExitStack() as stack:
+
+        def start(answer: Answer) -> str:
+            server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+            server.daemon_threads = True
+            server.answer = answer  # type: ignore[attr-defined] # read by the handler
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+            thread.start()
+
+            def stop() -> None:
+                server.shutdown()
+                thread.join()
+                server.server_close()
+
+            stack.callback(stop)
+            return f"http://127.0.0.1:{server.server_port}/score"
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def find_secrets() -> Callable[[bytes, Sequence[str]], list[bytes]]:
+    """`spilled`, for tests."""
+    return spilled

@@ -36,6 +36,8 @@ def prepare(name: str, installation: Any, folder: Path, reviews_base: Path) -> P
         '"Qwen/Qwen2-0.5B-Instruct"': repr(str(reviews_base / "model")),
         '"my-model"': '"base"',
         "http://127.0.0.1:9000/score": installation.reward_url,
+        "https://judge.example/score": installation.reward_url,
+        "Bearer …": "Bearer judges-token",
         "~/.local/share/dar": str(installation.home),
         "whsec_…": secret,
         "max_steps=100, save_steps=50": "max_steps=2, save_steps=1",
@@ -51,7 +53,7 @@ def prepare(name: str, installation: Any, folder: Path, reviews_base: Path) -> P
 
 def test_the_documents_have_snippets() -> None:
     assert len(SERVERS) == 3
-    assert len(CLIENTS) == 3
+    assert len(CLIENTS) == 4
 
 
 @pytest.mark.slow  # each starts an interpreter with torch, or a job

@@ -22,13 +22,15 @@ OUTAGE = 5
 
 
 class RewardService:
-    """Scores as the installation's does, and refuses when it is told to."""
+    """Scores as the installation's does, refuses when it is told to, and goes down altogether at a step."""
 
     def __init__(self) -> None:
         service = self
         self.status = 200
-        self.fails_from: int | None = None
-        """Step from which the status turns to 503 by itself, once."""
+        self.refuses_from: tuple[int, int] | None = None
+        """Step from which on the status turns to another, and that one; once."""
+        self.goes_down_at: int | None = None
+        """Step at whose first request the service says 503, and is gone."""
         self.trained: list[int] = []
         """Status of each answer to a trainer."""
         self.probed = 0
@@ -40,6 +42,10 @@ class RewardService:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 status, answer = service.answer(body)
                 content = json.dumps(answer).encode()
+                if service.goes_down_at is not None and body["step"] >= service.goes_down_at:
+                    service.go_down()
+                    status = 503
+                    self.close_connection = True
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(content)))
@@ -49,15 +55,29 @@ class RewardService:
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._handler = Handler
+        self._start(0)
         self.url = f"http://127.0.0.1:{self._server.server_port}/score"
+
+    def _start(self, port: int) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler)
+        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
 
+    def go_down(self) -> None:
+        """Refuse connections from now on."""
+        self.goes_down_at = None
+        self._server.socket.close()
+
+    def come_back(self) -> None:
+        """Listen again, at the same address."""
+        self.close()
+        self._start(self._server.server_port)
+
     def answer(self, asked: Any) -> tuple[int, Any]:
-        if self.fails_from is not None and asked["step"] >= self.fails_from:
-            self.status, self.fails_from = 503, None
+        if self.refuses_from is not None and asked["step"] >= self.refuses_from[0]:
+            self.status, self.refuses_from = self.refuses_from[1], None
         if asked["mode"] == "validate":
             self.probed += 1
         else:
@@ -139,32 +159,32 @@ def test_an_outage_pauses_the_job_until_the_service_is_back_and_changes_nothing(
     tmp_path: Path,
 ) -> None:
     client = installation.client
-    service.fails_from = OUTAGE
+    service.goes_down_at = OUTAGE
     job_id = submit()
     job = paused(installation, job_id, until)
     assert (job.status_detail, job.error and job.error.code) == ("reward", "reward_unavailable")
     assert service.url in job.status_message
-    assert "503" in job.status_message
     assert job.actions == ["cancel", "resume"]
     checkpoint = next(iter(client.checkpoints.list(job_id)))
     assert checkpoint.step_number == OUTAGE - 1, "the last whole step is kept"
-    until(lambda: service.probed >= 2, 30, "the service looks whether rewards are given again")
     undisturbed = submit(url=installation.reward_url)
     assert installation.until_done(undisturbed).status == "succeeded", "the slot is free"
     assert client.jobs.retrieve(job_id).status == "paused"
-    service.status = 200
-    assert installation.until_done(job_id).status == "succeeded"
+    probed = service.probed
+    service.come_back()
+    assert installation.until_done(job_id).status == "succeeded", "nobody had to resume it"
+    assert service.probed > probed
     first, second = (weights(installation, one, tmp_path / one) for one in (undisturbed, job_id))
     for name, tensors in first.items():
         assert tensors.keys() == second[name].keys()
         assert all((tensors[key] == second[name][key]).all() for key in tensors), name
     assert client.jobs.metrics(job_id).series["dar/loss"].step == list(range(1, STEPS + 1))
     failures = client.jobs.reward_failures(job_id, step=OUTAGE)
-    assert {(failure.code, failure.attempts) for failure in failures} == {("http_503", 2)}
+    assert {(failure.code, failure.attempts) for failure in failures} == {("connect", 2)}
     stats = client.jobs.reward_stats(job_id)
     assert (stats.rewards, stats.errors) == (STEPS * 24, 0)
     kinds = [event.data.get("kind") for event in client.jobs.events(job_id) if event.data]
-    assert kinds.count("reward_error") == 1
+    assert kinds.count("reward_error") == 2, "one of the 503, one of the refused connection"
 
 
 @pytest.mark.slow
@@ -175,19 +195,20 @@ def test_a_refusal_pauses_at_once_and_the_user_resumes_when_it_is_mended(
     service: RewardService,
     until: Callable[..., Any],
 ) -> None:
-    service.status = 401
+    service.refuses_from = (2, 404)
     job_id = submit(steps=3)
     job = paused(installation, job_id, until)
-    assert (job.status_detail, job.error and job.error.code) == ("reward", "http_401")
+    assert (job.status_detail, job.error and job.error.code) == ("reward", "http_404")
     assert "who are you?" in job.status_message
+    probed = service.probed
     time.sleep(1.5)
-    assert service.trained == [401], "a refusal is not tried again"
-    assert service.probed <= 2
+    assert service.trained == [200, 404], "a refusal is not tried again"
+    assert service.probed == probed, "nobody asks for what only the user can mend"
     service.status = 200
     assert installation.client.jobs.resume(job_id).status in {"queued", "running"}
     done = installation.until_done(job_id)
     assert (done.status, done.error) == ("succeeded", None)
-    assert set(service.trained[1:]) == {200}
+    assert service.trained[2:] == [200, 200], "no step is scored again"
 
 
 @pytest.mark.slow
@@ -195,10 +216,10 @@ def test_a_refusal_pauses_at_once_and_the_user_resumes_when_it_is_mended(
 def test_a_refusal_fails_the_job_where_its_spec_says_so(
     installation: Any, submit: Callable[..., str], service: RewardService
 ) -> None:
-    service.status = 403
+    service.refuses_from = (2, 403)
     job = installation.until_done(submit(steps=3, on_budget="fail"))
     assert (job.status, job.error.code) == ("failed", "http_403")
-    assert service.trained == [403]
+    assert service.trained == [200, 403]
 
 
 @pytest.mark.slow

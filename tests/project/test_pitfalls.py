@@ -1,18 +1,21 @@
-"""Every test that docs/pitfalls.md names is there."""
+"""Every test that docs/pitfalls.md and docs/hostile.md name is there."""
 
 import ast
 import re
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
-PAGE = TESTS.parent / "docs" / "pitfalls.md"
+DOCS = TESTS.parent / "docs"
 
 
-def test_every_mistake_has_tests_that_exist() -> None:
-    rows = re.findall(r"^\| (\d+) \|(.*)$", PAGE.read_text(), re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 18))
-    for number, row in rows:
-        named = re.findall(r"`(\w+/\w+\.py)::(\w+)`", row)
+@pytest.mark.parametrize(("page", "rows"), [("pitfalls.md", 17), ("hostile.md", 35)])
+def test_every_mistake_has_tests_that_exist(page: str, rows: int) -> None:
+    found = re.findall(r"^\| (\d+) \|(.*)$", (DOCS / page).read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in found] == list(range(1, rows + 1))
+    for number, row in found:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
         assert named, f"row {number} names no test"
         for file, test in named:
             tree = ast.parse((TESTS / file).read_text())

@@ -245,6 +245,18 @@ async def aborts_reused(exchange: Exchange) -> None:
 
 
 @behaviour
+async def answers_twice(exchange: Exchange) -> None:
+    """Each answer is sent two times; its rewards are the number of the request, and nothing else tells which one it is for."""
+    rewards = [exchange.number] * len(exchange.request["query"])
+    body = orjson.dumps({"rewards": rewards})
+    head = (
+        f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    await exchange.send((head.encode() + body) * 2)
+    exchange.keeps = True
+
+
+@behaviour
 async def no_http(exchange: Exchange) -> None:
     await exchange.send(b"SSH-2.0-OpenSSH_9.9 " + exchange.headers.get("x-key", "").encode())
     await exchange.send(b"\r\n")

@@ -1,5 +1,6 @@
 """From the results of several components to one reward: no failure becomes a number, and only equal sums are compared."""
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dar.errors import CheckpointError, ConfigurationError
+from dar.errors import CheckpointError, ConfigurationError, RewardContractError
 from dar.protocol.reward_spec import MinMax, Tanh
 from dar.rewards.base import (
     Failed,
@@ -27,6 +28,7 @@ from dar.rewards.scorer import RewardScorer
 BAD: RewardResult = Failed("timeout", "late", is_transient=True)
 SKIP: RewardResult = Skipped()
 REWARDS = st.floats(-1e6, 1e6)
+GATE_RESULTS = st.sampled_from([Scored(0.0), Scored(1.0)])
 RESULTS = st.one_of(REWARDS.map(Scored), REWARDS.map(Scored), st.just(BAD), st.just(SKIP))
 
 
@@ -42,7 +44,7 @@ class Named:
         raise NotImplementedError
 
     async def aclose(self) -> None:
-        raise NotImplementedError
+        """There is nothing to close."""
 
 
 def term(name: str, **fields: Any) -> WeightedSource:
@@ -112,8 +114,7 @@ def test_without_any_component_left_nobody_gets_a_number() -> None:
     assert [total.status for total in totals] == ["skip", "skip"]
     totals = combine(terms, group(1), {"a": [BAD], "b": [BAD]})
     assert (totals[0].status, totals[0].message) == ("error", "component a: timeout: late")
-    totals = combine(terms, group(1), {"a": [SKIP], "b": [BAD]})
-    assert totals[0].status == "skip"
+    assert combine(terms, group(1), {"a": [SKIP], "b": [BAD]})[0].status == "skip"
 
 
 def test_the_sum_is_clipped_after_the_components_are() -> None:
@@ -122,9 +123,91 @@ def test_the_sum_is_clipped_after_the_components_are() -> None:
     assert rewards_of(totals) == [2.0, -2.0]
 
 
-def test_a_scorer_with_nothing_but_watched_components_is_not_made() -> None:
+def test_a_scorer_with_nothing_but_watched_components_and_gates_is_not_made() -> None:
     with pytest.raises(ConfigurationError, match="weight 0"):
-        RewardScorer([term("a", weight=0.0)])
+        RewardScorer([term("a", weight=0.0), term("b", is_gate=True)])
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_multiplies_the_sum_before_it_is_clipped() -> None:
+    terms = [term("a", weight=2.0), term("open", is_gate=True), term("also", is_gate=True)]
+    results = {"a": scored(-1, 2, 3, 4), "open": scored(1, 0, 1, 1), "also": scored(0, 1, 1, 1)}
+    totals = combine(terms, group(4), results, clip=(1, 7))
+    assert rewards_of(totals) == [1.0, 1.0, 6.0, 7.0]
+    assert totals[1].components == {"a": 2.0, "open": 0.0, "also": 1.0}
+    assert str(combine(terms, group(1), {"a": scored(-1), "open": scored(0), "also": scored(1)})[0].reward) == "0.0"  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [0.5, 2.0, -1.0, 0.9999999, 1e-9])
+def test_a_gate_that_says_neither_0_nor_1_is_an_error_of_its_sample_alone(said: float) -> None:
+    terms = [term("a"), term("gate", is_gate=True)]
+    totals = combine(terms, group(3), {"a": scored(1, 2, 3), "gate": scored(1, said, 0)})
+    assert rewards_of(totals) == [1.0, None, 0.0]
+    assert totals[1].status == "error"
+    assert (
+        totals[1].message == f"component gate: contract.gate: a gate gives 0 or 1, not {said:.6g}"
+    )
+
+
+def test_what_a_gate_says_nothing_about_has_no_reward_and_an_error_beats_a_skip() -> None:
+    terms = [term("a"), term("gate", is_gate=True)]
+    results = {"a": [Scored(1.0), Scored(2.0), Scored(3.0), BAD], "gate": [SKIP, BAD, Scored(1.0), SKIP]}  # fmt: skip
+    totals = combine(terms, group(4), results)
+    assert rewards_of(totals) == [None, None, 3.0, None]
+    assert [total.status for total in totals] == ["skip", "error", "reward", "error"]
+    assert totals[1].message == "component gate: timeout: late"
+    totals = combine(terms, group(2), {"a": scored(1, 2), "gate": [SKIP, SKIP]})
+    assert [total.status for total in totals] == ["skip", "skip"], "a gate is never left out"
+
+
+async def test_a_step_in_which_a_gate_never_says_0_or_1_is_a_broken_contract() -> None:
+    class Half(Named):
+        async def score(
+            self, samples: Sequence[RewardSample], context: RewardContext
+        ) -> list[RewardResult]:
+            return [Scored(0.5)] * len(samples)
+
+    terms = [WeightedSource(Half("a")), WeightedSource(Half("gate"), is_gate=True)]
+    with RewardScorer(terms) as scorer, pytest.raises(RewardContractError, match="0 or 1") as error:
+        scorer.score(group(2), RewardContext(1))
+    assert error.value.error_code == "contract.gate"
+
+
+# --- skips that count as 0 -------------------------------------------------------------------------------------------
+
+
+def test_a_partial_skip_counts_as_0_only_where_the_job_says_so() -> None:
+    terms = [term("a"), term("b", normalize="group", weight=3.0)]
+    results = {"a": scored(1, 2, 3), "b": [Scored(10.0), SKIP, Scored(20.0)]}
+    assert [total.status for total in combine(terms, group(3), results)] == ["skip"] * 3
+    totals = combine(terms, group(3), results, is_zeroing=True)
+    assert rewards_of(totals) == [-2.0, 2.0, 6.0], "normalised over real rewards alone"
+    assert [total.zeroed for total in totals] == [(), ("b",), ()]
+    assert totals[1].components == {"a": 2.0, "b": None}
+    optional = [term("a"), term("b", required=False)]
+    assert rewards_of(combine(optional, group(3), results, is_zeroing=True)) == [11.0, 2.0, 23.0]
+
+
+def test_a_skip_of_the_whole_group_and_a_failure_never_count_as_0() -> None:
+    terms = [term("a"), term("b", required=False)]
+    results = {"a": scored(1, 2), "b": [SKIP, SKIP]}
+    totals = combine(terms, group(2), results, is_zeroing=True)
+    assert (rewards_of(totals), totals[0].zeroed) == ([1.0, 2.0], ())
+    results = {"a": scored(1, 2, 3), "b": [SKIP, BAD, Scored(5.0)]}
+    totals = combine(terms, group(3), results, is_zeroing=True)
+    assert (rewards_of(totals), totals[0].zeroed) == ([1.0, 2.0, 3.0], ())
+
+
+def test_zeros_alone_are_no_reward() -> None:
+    totals = combine([term("a")], group(2), {"a": [SKIP, Scored(1.0)]}, is_zeroing=True)
+    assert (rewards_of(totals), totals[0].status) == ([None, 1.0], "skip")
+    # the only component that scored the first sample is left out, as it failed on the other
+    terms = [term("a"), term("b", required=False)]
+    results = {"a": [SKIP, Scored(1.0)], "b": [Scored(7.0), BAD]}
+    totals = combine(terms, group(2), results, is_zeroing=True)
+    assert (rewards_of(totals), totals[0].status) == ([None, 1.0], "skip")
 
 
 COMPONENTS = st.lists(
@@ -132,6 +215,7 @@ COMPONENTS = st.lists(
         {
             "weight": st.sampled_from([0.0, 1.0, -2.0, 1e6]),
             "required": st.booleans(),
+            "is_gate": st.sampled_from([False, False, True]),
             "clip": st.sampled_from([None, (-1.0, 1.0)]),
             "normalize": st.sampled_from(["none", "group", "running", MinMax(minmax=[0, 1]), Tanh(tanh=2.0)]),
         }
@@ -141,41 +225,58 @@ COMPONENTS = st.lists(
 )  # fmt: skip
 
 
-@given(data=st.data(), fields=COMPONENTS, sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3))
-def test_no_failure_ever_becomes_a_number(
-    data: st.DataObject, fields: Any, sizes: list[int]
+@given(
+    data=st.data(),
+    fields=COMPONENTS,
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    is_zeroing=st.booleans(),
+)
+def test_no_failure_ever_becomes_a_number_and_no_skip_unasked(
+    data: st.DataObject, fields: Any, sizes: list[int], is_zeroing: bool
 ) -> None:
     terms = [term(f"c{n}", **one) for n, one in enumerate(fields)]
     samples = [one for n, size in enumerate(sizes) for one in group(size, f"g{n}")]
     count = len(samples)
+    drawn = {True: st.one_of(RESULTS, GATE_RESULTS, GATE_RESULTS), False: RESULTS}
     results = {
-        one.name: data.draw(st.lists(RESULTS, min_size=count, max_size=count)) for one in terms
+        one.name: data.draw(st.lists(drawn[one.is_gate], min_size=count, max_size=count))
+        for one in terms
     }
-    totals = combine(terms, samples, results, clip=None)
-    counting = [one for one in terms if one.weight]
+    totals = combine(terms, samples, results, is_zeroing=is_zeroing)
+    gates = [one for one in terms if one.is_gate]
+    counting = [one for one in terms if one.weight and not one.is_gate]
     used: dict[str, set[tuple[str, ...]]] = {}
     for place, total in enumerate(totals):
         assert (total.reward is None) == (total.status != "reward")
         outcomes = {one.name: results[one.name][place] for one in counting}
         has_failed = any(isinstance(outcomes[one.name], Failed) for one in counting if one.required)
-        if has_failed:
+        gated = [results[one.name][place] for one in gates]
+        is_known = all(isinstance(one, Scored) and one.reward in {0, 1} for one in gated)
+        if has_failed or any(isinstance(one, Failed) for one in gated):
             assert total.status == "error"
+        if not is_known:
+            assert total.reward is None
         if not any(isinstance(outcome, Scored) for outcome in outcomes.values()):
             assert total.reward is None
         if total.reward is not None:
             assert math.isfinite(total.reward)
+            if any(isinstance(one, Scored) and one.reward == 0 for one in gated):
+                assert total.reward == 0
+            assert is_zeroing or not total.zeroed
+            assert all(isinstance(outcomes[name], Skipped) for name in total.zeroed)
             used.setdefault(samples[place].group_id, set()).add(
-                tuple(name for name, outcome in outcomes.items() if isinstance(outcome, Scored))
+                tuple(n for n, o in outcomes.items() if isinstance(o, Scored) or n in total.zeroed)
             )
     for group_id, sets in used.items():  # some component has a reward for all that are compared
         assert set.intersection(*map(set, sets)), group_id
     # what is watched changes nothing
-    quiet = {name: outcomes if any(one.name == name for one in counting) else [BAD] * count for name, outcomes in results.items()}  # fmt: skip
-    assert rewards_of(combine(terms, samples, quiet)) == rewards_of(totals)
+    quiet = {name: outcomes if any(one.name == name for one in counting + gates) else [BAD] * count for name, outcomes in results.items()}  # fmt: skip
+    again = functools.partial(combine, is_zeroing=is_zeroing)
+    assert rewards_of(again(terms, samples, quiet)) == rewards_of(totals)
     # nor does the order of the components, or that of the groups
-    assert rewards_of(combine(terms[::-1], samples, results)) == rewards_of(totals)
+    assert rewards_of(again(terms[::-1], samples, results)) == rewards_of(totals)
     turned = {name: outcomes[::-1] for name, outcomes in results.items()}
-    assert rewards_of(combine(terms, samples[::-1], turned))[::-1] == rewards_of(totals)
+    assert rewards_of(again(terms, samples[::-1], turned))[::-1] == rewards_of(totals)
 
 
 # --- normalisation ---------------------------------------------------------------------------------------------------

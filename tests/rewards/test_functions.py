@@ -185,3 +185,43 @@ def test_a_function_without_completions_is_refused() -> None:
 )
 def test_a_component_is_named_after_its_function(function: Any, name: str) -> None:
     assert function_name(function) == name
+
+
+async def test_a_mapping_says_more_than_a_number(score: Any) -> None:
+    returned = [
+        {"reward": True, "components": {"part": 2}, "feedback": "why"},
+        {"reward": None},
+        {"skip": True, "reason": "no maths"},
+        {"error": "the judge is down"},
+        {"error": {"code": "late", "message": "m", "retryable": True}},
+        {"reward": math.inf},
+        {"reward": 1.0, "components": {"part": math.nan}},
+        {"reward": 1e7},
+    ]
+    found = await score(lambda completions: returned, count=len(returned))
+    assert found[:5] == [
+        Scored(1.0, {"part": 2.0}, "why"),
+        Skipped(),
+        Skipped("no maths"),
+        Failed("error", "the judge is down", is_transient=False),
+        Failed("late", "m", is_transient=True),
+    ]
+    assert [result.code for result in found[5:]] == ["nonfinite", "nonfinite", "out_of_range"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"score": 1.0}, "a mapping with 'score'; it may have components, error"),
+        ({}, "exactly one of reward, skip and error"),
+        ({"reward": 1.0, "skip": True}, "exactly one of reward, skip and error"),
+        ({"reward": "0.7"}, "reward: Input should be a valid number"),
+        ({"reward": 1.0, "components": {"Part": 1.0}}, "components.Part"),
+        ({"reward": 1.0, "components": [1.0]}, "components: Input should be a valid dictionary"),
+    ],
+)
+async def test_a_mapping_that_is_no_result_is_refused(
+    score: Any, returned: Any, message: str
+) -> None:
+    with pytest.raises(RewardContractError, match=message):
+        await score(lambda completions: [returned], count=1)

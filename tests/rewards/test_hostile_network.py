@@ -14,6 +14,7 @@ from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, 
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.breaker import BreakerOptions
 from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 from dar.rewards.retry_budget import RetryBudgetOptions
 
 Ask = Callable[..., Any]
@@ -110,6 +111,16 @@ async def test_an_abort_on_a_used_connection_costs_no_attempt(
     assert {request.headers["x-dar-attempt"] for request in server.requests} == {"1"}
     aborted, repeated = server.requests[1:3]
     assert aborted.body == repeated.body
+
+
+async def test_an_answer_that_is_sent_twice_answers_no_other_request(
+    server: Any, credentials: HttpOptions, make_samples: Any, context: RewardContext
+) -> None:
+    options = replace(credentials, protocol=OpenRLHFProtocol())
+    source = HttpReward("r", server.url("answers-twice"), options=options)
+    found = [await source.score(make_samples(4), context) for _ in range(4)]
+    await source.aclose()
+    assert found == [[Scored(float(number))] * 4 for number in (1, 2, 3, 4)]
 
 
 async def test_no_cookie_is_kept(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dar.protocol.metrics import is_known
+from dar.protocol.metrics import is_known, is_reproducible
 from dar.protocol.reward_spec import RewardRetry
 from dar.protocol.reward_stats import REQUEST_SECONDS
 from dar.rewards.base import RequestRecord, RewardContext, RewardSample, SampleReward
@@ -61,6 +61,16 @@ def test_requests_are_summed_up_by_component_and_outcome(observer: StepObserver)
     assert taken.metrics["time/reward/judge/p95_seconds"] == 400.0
     assert all(map(is_known, taken.metrics))
     assert observer.take().requests == []
+
+
+def test_samples_that_were_not_sent_are_counted_once(observer: StepObserver) -> None:
+    observer.spared("judge", 2, 3)
+    observer.spared("judge", 0, 1)
+    taken = observer.take()
+    assert taken.metrics == {"reward/judge/cached": 6, "reward/judge/cache_hits": 2}
+    assert all(map(is_known, taken.metrics))
+    assert not any(map(is_reproducible, taken.metrics)), "a second run may remember more"
+    assert observer.take().metrics == {}
 
 
 def test_the_first_failure_of_each_class_is_told_at_once(
@@ -136,3 +146,20 @@ async def test_the_client_reports_every_attempt(
     [failed] = observer.take().failures
     assert (failed.code, failed.attempts, failed.status) == ("connect", 2, None)
     assert len(events) == 1
+
+
+def test_most_requests_at_once_and_the_limit_are_metrics(
+    events: list[tuple[str, str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer = StepObserver(lambda *told: events.append(told), concurrency={"judge": 4, "idle": 2})
+    ends = iter([10.0, 10.5, 11.0, 12.0])
+    monkeypatch.setattr("dar.rewards.observing.time.monotonic", lambda: next(ends))
+    for number, seconds in enumerate((1.0, 1.0, 1.5, 1.0)):  # 9-10, 9.5-10.5, 9.5-11, 11-12
+        observer.request_done(record(request_id=f"rwq_{number}", seconds=seconds))
+    values = observer.take().metrics
+    assert values["reward/judge/in_flight"] == 3
+    assert (values["reward/judge/concurrency"], values["reward/idle/concurrency"]) == (4, 2)
+    assert (values["reward/judge/breaker"], values["reward/idle/breaker"]) == (0, 0)
+    assert all(map(is_known, values))
+    assert "reward/judge/in_flight" not in observer.take().metrics
+    assert events == []

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dar.rewards import asynchronous
-from dar.rewards.base import Scored
-from dar.rewards.http import HttpOptions
+from dar.rewards.base import RewardContext, RewardSample, Scored
+from dar.rewards.http import HttpOptions, HttpReward
 
 Ask = Callable[..., Any]
 
@@ -41,6 +41,32 @@ async def test_without_a_callback_a_poll_that_fails_for_good_fails_these_samples
     found = await ask(hostile(judge).url, options=later)
     assert {result.code for result in found} == {"http_401"}
     assert (len(judge.asked), len(judge.posts)) == (1, 1)
+
+
+async def test_requests_that_may_be_answered_later_are_the_same_in_whatever_order_groups_come(
+    judging: Any,
+    hostile: Ask,
+    later: HttpOptions,
+    make_samples: Callable[..., list[RewardSample]],
+    context: RewardContext,
+) -> None:
+    samples = make_samples(8)
+    asked: list[set[str]] = []
+    for groups in ([samples[:4], samples[4:]], [samples[4:], samples[:4]]):
+        posts: list[Any] = []
+
+        def at_once(request: Any, posts: list[Any] = posts) -> None:
+            posts.append(request)
+            request.answer(judging.result_of(request, 1, 2, 3, 4))
+
+        source = HttpReward("r", hostile(at_once).url, options=later)
+        try:
+            await asyncio.gather(*(source.score(group, context) for group in groups))
+        finally:
+            await source.aclose()
+        asked.append({post.content["request_id"] for post in posts})
+        assert [len(post.content["samples"]) for post in posts] == [4, 4]
+    assert asked[0] == asked[1]
 
 
 async def test_polls_outlive_passing_failures_and_heed_retry_after(

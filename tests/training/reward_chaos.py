@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dar.protocol.reward_spec import Rewards
-from dar.training import DARTrainer
+
+if TYPE_CHECKING:  # importing torch takes seconds, which whoever needs the service alone is spared
+    from dar.training import DARTrainer
 
 WIDE = {"per_device_train_batch_size": 12, "dar_k": 4, "max_new_tokens": 5, "learning_rate": 1e-2}
 """48 completions: three parts."""
@@ -37,16 +37,16 @@ async def late(completions: list[str], **_: Any) -> list[float | None]:
     return [None if int(1e6 * reward) % 9 == 0 else reward for reward in rewards]
 
 
-def result_of(trainer: DARTrainer, sink: Any) -> tuple[dict[str, Any], dict[int, Any]]:
+def result_of(trainer: "DARTrainer", sink: Any) -> tuple[dict[str, Any], dict[int, Any]]:
     """Weights, and everything said that is no time."""
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     return weights, sink.deterministic_reports()
 
 
-def assert_same(one: tuple[DARTrainer, Any], other: tuple[DARTrainer, Any]) -> None:
+def assert_same(one: "tuple[DARTrainer, Any]", other: "tuple[DARTrainer, Any]") -> None:
     """To the last bit."""
     (weights, reports), (others, other_reports) = result_of(*one), result_of(*other)
-    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+    assert [name for name in weights if not weights[name].equal(others[name])] == []
     assert reports == other_reports
 
 
@@ -76,16 +76,31 @@ class Request(BaseHTTPRequestHandler):
         random.shuffle(found)
         self.send({"request_id": self.content["request_id"], "results": found})
 
-    def send(self, content: object, status: int = 200, **headers: str) -> None:
+    def send(self, content: object, status: int = 200, *, copies: int = 1, **headers: str) -> None:
+        """Answer; another ``content_type`` and more headers may be given."""
         body = json.dumps(content).encode()
+        given = {"content_type": "application/json", "content_length": str(len(body)), **headers}
+        lines = [f"HTTP/1.1 {status} Status"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in given.items()]
         with contextlib.suppress(OSError):
-            self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(body)))
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(("\r\n".join([*lines, "", ""]).encode() + body) * copies)
+
+    def accept(self) -> None:
+        """Take the request, whose results are there when they are asked for."""
+        server: Any = self.server
+        request_id = self.content["request_id"]
+        with server.lock:
+            server.later[request_id] = self.results()
+        content = {"request_id": request_id, "status": "accepted", "poll_url": f"/{request_id}"}
+        self.send(content, 202)
+
+    def do_GET(self) -> None:
+        server: Any = self.server
+        request_id = self.path[1:]
+        with server.lock:
+            results = server.later[request_id]
+            random.shuffle(results)
+        self.send({"request_id": request_id, "results": results})
 
     def reset(self) -> None:
         """Leave without a word."""
@@ -114,6 +129,7 @@ class Service:
         self._server.manners = manners
         self._server.lock = threading.Lock()
         self._server.requests = []
+        self._server.later = {}
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/score"
 
     @property
@@ -133,8 +149,15 @@ class Service:
             thread.join()
 
 
+PASSING = ("503", "429", "reset", "hang")
+BROKEN = ("short", "long", "text", "not_a_number", "an_id_twice", "of_another", "no_json", "twice")
+
+
 class Chaos:
-    """Up to two passing faults, or one broken answer, before each request is answered; answers come late and in any order."""
+    """Up to two passing faults, or one broken answer, before each request is answered; answers come late and in any order.
+
+    A request that allows it is sometimes answered later, to a poll.
+    """
 
     def __init__(self, hang_seconds: float) -> None:
         self._random = random.Random(5)
@@ -149,27 +172,56 @@ class Chaos:
             fault = left.pop() if left else ""
             self.met.append(fault)
             pause = self._random.random() * 0.05
+            is_later = "async" in request.content["reply"]["modes"] and self._random.random() < 0.5
         time.sleep(pause)
+        if fault in PASSING:
+            self._fail(request, fault)
+        elif fault:
+            _break(request, fault)
+        elif is_later:
+            self.met.append("later")
+            request.accept()
+        return bool(fault) or is_later
+
+    def _fail(self, request: Request, fault: str) -> None:
         if fault == "503":
             request.send({}, 503)
         elif fault == "429":
             request.send({}, 429, retry_after="0")
         elif fault == "reset":
             request.reset()
-        elif fault == "hang":
+        else:
             time.sleep(self._hang_seconds)
             request.close_connection = True
-        elif fault == "short":
-            request.fine(request.results()[1:])
-        elif fault == "text":
-            request.fine([{**one, "reward": str(one["reward"])} for one in request.results()])
-        return bool(fault)
 
     def _draw(self) -> list[str]:
-        if self._random.random() < 0.3:
-            return [self._random.choice(["short", "text"])]
-        passing = ["503", "429", "reset", "hang"]
-        return self._random.choices(passing, k=self._random.randrange(3))
+        """What the next new request meets, the last one first: a broken answer every third time, so that all of them occur."""
+        number = len(self._left)
+        if number % 3 == 0:
+            return [BROKEN[number // 3 % len(BROKEN)]]
+        return self._random.choices(PASSING, k=self._random.randrange(3))
+
+
+def _break(request: Request, fault: str) -> None:
+    """Answer in a way that no reward may be taken from, but for those of an answer that is only sent twice."""
+    results, request_id = request.results(), request.content["request_id"]
+    wrong = [{"id": one["id"], "reward": 0.5} for one in results]
+    if fault == "short":
+        request.fine(wrong[1:])
+    elif fault == "long":
+        request.fine([*wrong, {"id": "s9999", "reward": 0.5}])
+    elif fault == "text":
+        request.fine([{**one, "reward": "0.5"} for one in results])
+    elif fault == "not_a_number":
+        request.fine([*wrong[1:], {**wrong[0], "reward": float("nan")}])
+    elif fault == "an_id_twice":
+        request.fine([wrong[0], *wrong[:-1]])
+    elif fault == "of_another":
+        request.send({"request_id": "rwq_1", "results": wrong})
+    elif fault == "no_json":
+        request.send({"request_id": request_id, "results": wrong}, content_type="text/html")
+    else:
+        request.send({"request_id": request_id, "results": results}, copies=2)
 
 
 def rewards_of(url: str, **fields: Any) -> Rewards:

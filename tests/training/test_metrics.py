@@ -171,3 +171,26 @@ def test_metrics_of_an_evaluation_are_known_by_the_names_of_training() -> None:
     assert not is_known("eval_dar/nothing")
     assert not is_known("eval_eval_dar/loss")
     assert not is_known("rewards/helpful")
+
+
+def test_rewards_that_jump_are_told_once_also_over_a_resume(
+    train: Callable[..., Any], new_sink: Callable[[], Any]
+) -> None:
+    calls = {"count": 0}
+
+    def judge(completions: list[str], **_: Any) -> list[float]:
+        calls["count"] += 1
+        return [50.0 * (calls["count"] > 22) + len(set(text.split())) for text in completions]
+
+    settings = {"max_steps": 30, "save_strategy": "steps", "save_steps": 21, "learning_rate": 1e-5}
+    sink = new_sink()
+    train(reward_funcs=judge, settings=settings, sink=sink)
+    told = [data for level, _, data in sink.events if data["kind"] == "reward_drift" and level == "warn"]  # fmt: skip
+    assert [(data["component"], data["step"] in range(23, 27)) for data in told] == [
+        ("judge", True)
+    ]
+    assert sink.published[0][0] == 21
+    calls["count"] = 21
+    again = new_sink()
+    train(sink.published[0][1], reward_funcs=judge, settings=settings, sink=again)
+    assert [data for _, _, data in again.events if data["kind"] == "reward_drift"] == told

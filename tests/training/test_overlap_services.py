@@ -3,25 +3,46 @@
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from dar.errors import TrainingError
+from dar.rewards import assembly, asynchronous
+from dar.rewards.breaker import BreakerOptions
+from dar.rewards.options import HttpOptions
+from dar.rewards.retry_budget import RetryBudgetOptions
 
 
-@pytest.mark.parametrize("overlap", ["stream", "one_step"])
+@pytest.fixture
+def high_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number of failures opens a breaker or uses up the retries of an endpoint; polls come soon."""
+    options = partial(
+        HttpOptions,
+        breaker=BreakerOptions(min_calls=1_000_000),
+        budget=RetryBudgetOptions(minimum=1_000_000),
+    )
+    monkeypatch.setattr(assembly, "HttpOptions", options)
+    monkeypatch.setattr(asynchronous, "FIRST_POLL_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("high_thresholds")
+@pytest.mark.parametrize(
+    ("overlap", "reply"),
+    [("none", "sync"), ("stream", "sync"), ("one_step", "sync"), ("stream", "either")],
+)
 def test_a_chaotic_service_gives_the_bits_of_a_perfect_one(
-    run: Callable[..., Any], overlap: str, chaos: ModuleType
+    run: Callable[..., Any], overlap: str, reply: str, chaos: ModuleType
 ) -> None:
     spoiled = chaos.Chaos(hang_seconds=2.5)
     impatient = {"timeouts": {"attempt": 1.0, "read": 1.0, "deadline": 120}}
     outcomes = []
     for manners, component in ((lambda _: False, {}), (spoiled, impatient)):
         with chaos.Service(manners).open() as service:
-            rewards = chaos.rewards_of(service.url, component=component)
-            outcomes.append(run(reward_funcs=rewards, overlap=overlap, max_steps=2))
+            rewards = chaos.rewards_of(service.url, component={**component, "reply": reply})
+            outcomes.append(run(reward_funcs=rewards, overlap=overlap, max_steps=4))
     chaos.assert_same(*outcomes)
     shown = [
         {step: [row.model_dump() for row in rows] for step, rows in sink.shown.items()}
@@ -29,7 +50,8 @@ def test_a_chaotic_service_gives_the_bits_of_a_perfect_one(
     ]
     assert shown[0] == shown[1]
     assert all(row["reward"] is not None for row in shown[0][1])
-    assert {"503", "429", "reset", "hang", "short", "text"} <= set(spoiled.met)
+    faults = {*chaos.PASSING, *chaos.BROKEN, *(["later"] if reply == "either" else [])}
+    assert faults <= set(spoiled.met)
 
 
 @pytest.fixture

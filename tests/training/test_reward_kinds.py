@@ -191,6 +191,40 @@ def test_a_fallback_is_the_reward_of_what_failed_and_the_failure_stays_visible(
     assert sink.reports[1]["rewards/missing_fraction"] == 0.0
 
 
+def test_a_gate_and_a_partial_skip_reach_the_rewards_and_are_told(
+    job: Callable[..., JobInputs], new_sink: Callable[[], Any]
+) -> None:
+    length = {"name": "length", "kind": "builtin", "fn": "length_penalty", "params": {"target": 1, "max_penalty": 9}}  # fmt: skip
+    gate = {"name": "gate", "role": "gate", "kind": "builtin", "fn": "regex_match", "params": {"pattern": "w1"}}  # fmt: skip
+    sink = new_sink()
+    assert train_job(job({"components": [length, gate]}), sink, NullControl()) == "finished"
+    rows = [row for shown in sink.shown.values() for row in shown]
+    assert {row.components["gate"] for row in rows} == {0.0, 1.0}
+    for row in rows:
+        assert row.reward == row.components["length"] * row.components["gate"]
+    assert sink.reports[1]["rewards/zeroed_fraction"] == 0.0
+    assert not zeroed(sink)
+
+    def some(data: dict[str, Any]) -> list[float | None]:
+        return [1.0 if "w40" in text else None for text in data["completions"]]
+
+    with serving(some) as url:
+        components = [length, {"name": "some", "url": url, "protocol": "trl"}]
+        sink = new_sink()
+        rewards = {"components": components, "combine": {"on_partial_skip": "zero"}}
+        assert train_job(job(rewards), sink, NullControl()) == "finished"
+    told = zeroed(sink)
+    completions = 3 * max(row.index + 1 for row in sink.shown[1])
+    assert {(data["component"], level) for level, data in told} == {("some", "warn")}
+    for _, data in told:
+        fraction = sink.reports[data["step"]]["rewards/zeroed_fraction"]
+        assert fraction * completions == pytest.approx(data["count"])
+
+
+def zeroed(sink: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [(level, data) for level, _, data in sink.events if data["kind"] == "reward_zeroed"]
+
+
 def test_reward_models_are_given_by_the_names_of_the_spec(
     train: Callable[..., DARTrainer], judge: Path, sink: Any
 ) -> None:

@@ -76,7 +76,8 @@ def job(
     training_file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
 
     def make(name: str, **fields: Any) -> JobInputs:
-        component = {"name": "words", "url": url, "retry": {"attempts": 2, "base": 0.01}}
+        retry = {"attempts": 2, "base": 0.01}
+        component = {"name": "words", "url": url, "normalize": "running", "retry": retry}
         dar = {
             "hyperparameters": {"learning_rate": 3e-3, "batch_size": GROUPS, "max_steps": 5},
             "sampling": {"max_new_tokens": 8},
@@ -96,8 +97,14 @@ def job(
 
 
 def test_an_outage_after_some_steps_keeps_them_and_the_job_ends_as_if_nothing_had_been(
-    job: Callable[..., JobInputs], judge: Judge, new_sink: Callable[[], Any]
+    job: Callable[..., JobInputs],
+    judge: Judge,
+    new_sink: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(
+        "dar.rewards.normalize.WARM_UP", 10
+    )  # what rewards are scaled by is kept too
     whole, broken, mended = new_sink(), new_sink(), new_sink()
     train_job(job("whole"), whole, NullControl())
     judge.groups, judge.breaks_after = 0, 3 * GROUPS

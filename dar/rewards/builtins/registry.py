@@ -12,6 +12,7 @@ from dar.rewards.builtins.lengths import LengthPenalty, OverlongPenalty, Repetit
 from dar.rewards.builtins.numbers import NumericAnswer
 from dar.rewards.builtins.texts import Contains, ExactMatch, FormatTags, JsonValid, RegexMatch
 from dar.rewards.concurrency import in_daemon_thread
+from dar.rewards.thinking import without_thinking
 
 BUILTINS: Mapping[str, type[Builtin]] = {
     builtin.fn: builtin
@@ -74,11 +75,13 @@ class BuiltinReward:
     Args:
         name: Component name.
         builtin: What it is.
+        strip_thinking: Whether it gets to see completions without their thinking.
     """
 
-    def __init__(self, name: str, builtin: Builtin) -> None:
+    def __init__(self, name: str, builtin: Builtin, *, strip_thinking: bool = False) -> None:
         self._name = name
         self._builtin = builtin
+        self._strip_thinking = strip_thinking
 
     @property
     def name(self) -> str:
@@ -91,7 +94,10 @@ class BuiltinReward:
         context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
     ) -> list[RewardResult]:
         """Score ``samples``: one result each, in order."""
-        return await in_daemon_thread(lambda: [self._builtin.score(one) for one in samples])
+        return await in_daemon_thread(lambda: list(map(self._score, samples)))
+
+    def _score(self, sample: RewardSample) -> RewardResult:
+        return self._builtin.score(without_thinking(sample) if self._strip_thinking else sample)
 
     async def aclose(self) -> None:
         """Nothing to free."""

@@ -1,0 +1,217 @@
+"""``dar reward check``: from what was typed to a probe, and from its report to the exit code."""
+
+import asyncio
+import ipaddress
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+
+from dar.cli.reward_listener import listening
+from dar.cli.reward_screen import Screen
+from dar.client import Client
+from dar.errors import ConfigurationError
+from dar.protocol.reward_endpoints import ProbeSample
+from dar.protocol.reward_probe import ProbeReport
+from dar.protocol.reward_spec import RewardComponent
+from dar.rewards.guard import parse_url
+from dar.rewards.probe import ProbeTarget, as_samples, probe
+from dar.rewards.redaction import check_headers
+from dar.rewards.signing import decode_secret
+from dar.settings import load_settings
+
+EXIT_ERRORS = 1
+ENDPOINT_PREFIX = "rwe_"
+MIN_SAMPLES, MAX_SAMPLES = 2, 8
+_SAMPLE = TypeAdapter(ProbeSample)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What was typed beside the service."""
+
+    secret_file: Path | None
+    is_unsigned: bool
+    headers: Sequence[str]
+    protocol: str | None
+    component: Path | None
+    samples: Path | None
+    reply: str | None
+    is_light: bool
+    concurrency: int | None
+    max_samples: int | None
+    timeout: float | None
+    as_json: bool
+
+
+def run(service: str, options: Options) -> None:
+    """Probe ``service`` and show the report.
+
+    Raises:
+        typer.Exit: With 1 where the report has errors.
+        typer.BadParameter: Something that was typed, or a file that was named, cannot be used.
+    """
+    samples = None if options.samples is None else _read_samples(options.samples)
+    screen = Screen(sys.stdout)
+    with screen.waiting(service):
+        if service.startswith(ENDPOINT_PREFIX):
+            report = _ask_service(service, options, samples)
+        else:
+            report = asyncio.run(_ask_here(_target(service, options, samples), samples, options))
+    if options.as_json:
+        sys.stdout.write(report.model_dump_json() + "\n")
+    else:
+        screen.show(service, report)
+    if not report.ok:
+        raise typer.Exit(EXIT_ERRORS)
+
+
+def _ask_service(
+    endpoint_id: str, options: Options, samples: Sequence[ProbeSample] | None
+) -> ProbeReport:
+    given = {
+        "--secret-file": options.secret_file,
+        "--unsigned": options.is_unsigned,
+        "--header": options.headers,
+        "--protocol": options.protocol,
+        "--component": options.component,
+        "--reply": options.reply,
+        "--concurrency": options.concurrency,
+        "--max-samples": options.max_samples,
+        "--timeout": options.timeout,
+    }
+    named = [name for name, value in given.items() if value]
+    if named:
+        raise typer.BadParameter(
+            f"{named[0]} is for URLs; a registered endpoint brings its own settings"
+        )
+    sent = None if samples is None else [one.model_dump(exclude_unset=True) for one in samples]
+    with Client() as client:
+        return client.reward_endpoints.probe(endpoint_id, samples=sent, light=options.is_light)
+
+
+async def _ask_here(
+    target: ProbeTarget, samples: Sequence[ProbeSample] | None, options: Options
+) -> ProbeReport:
+    given = as_samples(samples)
+    if target.component.reply != "either" or not _is_loopback(target.url):
+        return await probe(target, given, light=options.is_light)
+    async with listening() as inbox:
+        target = ProbeTarget(
+            target.component, target.url, target.secrets, target.headers, inbox=inbox
+        )
+        return await probe(target, given, light=options.is_light)
+
+
+def _is_loopback(url: str) -> bool:
+    host = parse_url(url, None).host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _target(url: str, options: Options, samples: Sequence[ProbeSample] | None) -> ProbeTarget:
+    fields: dict[str, Any] = {"name": "checked", **_read_component(options.component), "url": url}
+    fields.pop("endpoint", None)
+    if options.protocol is not None:
+        fields["protocol"] = options.protocol
+    if options.reply is not None:
+        fields["reply"] = options.reply
+    if options.concurrency is not None:
+        fields["limits"] = {**fields.get("limits", {}), "concurrency": options.concurrency}
+    if options.max_samples is not None:
+        fields["batch"] = {**fields.get("batch", {}), "max_samples": options.max_samples}
+    if options.timeout is not None:
+        seconds = options.timeout
+        times = {"read": min(seconds, 600.0), "attempt": seconds, "deadline": seconds}
+        fields["timeouts"] = {**fields.get("timeouts", {}), **times}
+    if "columns" not in fields:
+        names = {name for sample in samples or () for name in sample.columns}
+        fields["columns"] = sorted(names) or None
+    try:
+        component = RewardComponent.model_validate(fields)
+    except ValidationError as error:
+        _refuse(error, "the component")
+    if component.kind != "http":
+        raise typer.BadParameter(f"a component of kind {component.kind} has no service to be asked")
+    return ProbeTarget(component, url, _secrets(options), _headers(options.headers))
+
+
+def _secrets(options: Options) -> list[str]:
+    if options.is_unsigned:
+        return []
+    path = options.secret_file
+    if path is None:
+        settings = load_settings()
+        if settings.reward_secret is not None:
+            return [settings.reward_secret.get_secret_value()]
+        path = settings.home / "reward_secret"
+        if not path.is_file():
+            return []
+    secret = _read(path).strip()
+    try:
+        decode_secret(secret)
+    except ConfigurationError as error:
+        raise typer.BadParameter(f"{path}: {error.message}") from None
+    return [secret]
+
+
+def _headers(given: Sequence[str]) -> Mapping[str, str]:
+    headers: dict[str, str] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise typer.BadParameter("a header is given as NAME=VALUE, or NAME=@FILE")
+        headers[name] = _read(Path(value[1:])).strip() if value.startswith("@") else value
+    try:
+        check_headers(headers)
+    except ConfigurationError as error:
+        raise typer.BadParameter(error.message) from None
+    return headers
+
+
+def _read_component(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise typer.BadParameter(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise typer.BadParameter(f"{path} must hold one JSON object")
+    return content
+
+
+def _read_samples(path: Path) -> list[ProbeSample]:
+    lines = [line for line in _read(path).splitlines() if line.strip()]
+    if not MIN_SAMPLES <= len(lines) <= MAX_SAMPLES:
+        raise typer.BadParameter(
+            f"{path} has {len(lines)} samples; a probe takes {MIN_SAMPLES} to {MAX_SAMPLES}"
+        )
+    found: list[ProbeSample] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_SAMPLE.validate_json(line))
+        except ValidationError as error:
+            _refuse(error, f"{path}, sample {number}")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise typer.BadParameter(f"{path} cannot be read: {why}") from None
+
+
+def _refuse(error: ValidationError, what: str) -> NoReturn:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    raise typer.BadParameter(f"{what}: {where}: {first['msg']}" if where else f"{what}: {first['msg']}")  # fmt: skip

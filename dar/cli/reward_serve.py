@@ -1,0 +1,156 @@
+"""``dar reward serve``: from ``module:function`` to a running reward service."""
+
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dar.cli.launch import require
+from dar.errors import ConfigurationError
+from dar.settings import load_settings
+
+TARGET = "MODULE:FUNCTION"
+
+
+def run(
+    target: str,
+    *,
+    host: str,
+    port: int,
+    secret_files: Sequence[Path],
+    is_insecure: bool,
+    options: Mapping[str, Any],
+) -> None:
+    """Serve what ``target`` names.
+
+    Args:
+        target: ``module:function``.
+        host: Address to bind to.
+        port: Port to bind to.
+        secret_files: Files of accepted secrets; none: the installation's secret.
+        is_insecure: Whether signatures are not checked.
+        options: What else was given of `dar.rewards.server.ServerOptions`.
+
+    Raises:
+        ConfigurationError: Libraries are missing, a secret cannot be used, or the address cannot be bound to.
+        typer.BadParameter: What was typed names nothing that can be served.
+    """
+    require("reward server", "starlette")
+    require("reward server", "uvicorn")
+    # Only now: without the extra it cannot be imported.
+    server = importlib.import_module("dar.rewards.server")
+    function = _named(target)
+    if hasattr(function, "routes"):
+        if secret_files or is_insecure or options:
+            raise typer.BadParameter(
+                "it is an application, which brings its own secret and options: give them to reward_server",
+                param_hint=TARGET,
+            )
+        given: dict[str, Any] = {}
+    else:
+        given = {**options, "secret": _secrets(secret_files, is_insecure=is_insecure)}
+    server.serve(function, host=host, port=port, started=_announce, **given)
+
+
+def _named(target: str) -> Callable[..., Any]:
+    module_name, _, path = target.partition(":")
+    if not (module_name and path):
+        raise typer.BadParameter(
+            f"{target!r} is not of the form module:function, like my_rewards:brevity",
+            param_hint=TARGET,
+        )
+    found: Any = _module(module_name)
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise typer.BadParameter(
+                f"{module_name} has no {path}{_likely(found)}", param_hint=TARGET
+            )
+        found = getattr(found, name)
+    if not callable(found):
+        raise typer.BadParameter(
+            f"{target} is a {type(found).__name__}, not a function", param_hint=TARGET
+        )
+    function: Callable[..., Any] = found
+    return function
+
+
+def _likely(module: object) -> str:
+    """The functions that a module has of its own."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if callable(value)
+        and not name.startswith("_")
+        and getattr(value, "__module__", "") == getattr(module, "__name__", None)
+    ]
+    return f"; it has {', '.join(sorted(own)[:8])}" if own else ""
+
+
+def _module(name: str) -> object:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            raise typer.BadParameter(
+                f"there is no module {name}, neither in {folder} nor among the installed ones",
+                param_hint=TARGET,
+            ) from None
+        raise _broken(name, error) from None
+    except Exception as error:  # noqa: BLE001 - a user's module may raise anything; it is said without our own frames
+        raise _broken(name, error) from None
+
+
+def _broken(name: str, error: Exception) -> typer.BadParameter:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return typer.BadParameter(
+        f"importing {name} failed: {type(error).__name__}: {error}{place}", param_hint=TARGET
+    )
+
+
+def _secrets(files: Sequence[Path], *, is_insecure: bool) -> list[str]:
+    if is_insecure:
+        if files:
+            raise typer.BadParameter(
+                "it contradicts --insecure: give one of them", param_hint="--secret-file"
+            )
+        return []
+    if files:
+        return [_read(file.expanduser()) for file in files]
+    settings = load_settings()
+    if settings.reward_secret is not None:
+        return [settings.reward_secret.get_secret_value()]
+    file = settings.home / "reward_secret"
+    if not file.exists():
+        raise typer.BadParameter(
+            f"there is no secret: {file} does not exist. Give a file with the secret of your jobs, or --insecure to answer "
+            "everybody who can reach this server",
+            param_hint="--secret-file",
+        )
+    return [_read(file)]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigurationError(f"the secret in {file} cannot be read: {reason}") from None
+
+
+def _announce(url: str, endpoint: Any) -> None:  # noqa: ANN401 - its module is loaded by name, as it needs the extra
+    """The component goes to stdout, so that a script can read it; the talk to stderr."""
+    component = {"name": "reward" if endpoint is None else endpoint.name, "url": url}
+    if endpoint is not None and endpoint.answers_later:
+        component["reply"] = "either"
+    sys.stderr.write(f"Serving {component['name']} at {url}; in a job's rewards.components:\n")
+    sys.stdout.write(json.dumps(component) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,204 @@
+"""``dar reward check``, as it is typed: a process, its output and its exit code."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dar.protocol.reward_probe import ProbeReport
+from dar.rewards.signing import decode_secret, verify
+from dar.settings import environment
+
+SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+DEAD = "http://127.0.0.1:61999/score"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Service:
+    """A reward service that checks signatures; ``answer`` may be replaced."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
+        self.answer: Callable[[dict[str, Any]], tuple[int, bytes]] = self.rewards
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                status, content = service.take(headers, body)
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+
+    def take(self, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
+        self.seen.append((headers, json.loads(body)))
+        try:
+            verify([decode_secret(SECRET)], headers, body)
+        except Exception:  # noqa: BLE001 - a test's service: whatever is wrong with the signature
+            return 401, b'{"error": "not signed by us"}'
+        return self.answer(json.loads(body))
+
+    def rewards(self, asked: dict[str, Any]) -> tuple[int, bytes]:
+        rewards = [len(sample["completion"]) / 100 for sample in asked["samples"]]
+        return 200, json.dumps({"request_id": asked["request_id"], "rewards": rewards}).encode()
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    made = Service()
+    thread = threading.Thread(target=made.server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield made
+    made.server.shutdown()
+    thread.join()
+    made.server.server_close()
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Run:
+    (tmp_path / "reward_secret").write_text(SECRET + "\n")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        given = {**environment(home=tmp_path), "COLUMNS": "100"}
+        command = [sys.executable, "-m", "dar.cli", "reward", "check", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=given, check=False)
+
+    return run
+
+
+def lines_of(output: str) -> list[str]:
+    return [" ".join(line.split()) for line in output.splitlines()]
+
+
+def test_a_good_service_is_good_and_gets_settings_to_paste(check: Run, service: Service) -> None:
+    done = check(service.url, "--concurrency", "3", "--max-samples", "5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Good: nothing to find fault with." in done.stdout
+    lines = lines_of(done.stdout)
+    for number in range(1, 9):
+        assert any(line.startswith(f"{number} ") and " ok " in line for line in lines)
+    pasted = done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1]
+    assert json.loads(pasted)["batch"] == {"max_samples": 5}
+    assert max(len(asked["samples"]) for _, asked in service.seen) == 5
+
+
+def test_a_broken_service_is_not_usable_and_the_output_says_what_to_do(
+    check: Run, service: Service
+) -> None:
+    service.answer = lambda asked: (
+        200,
+        json.dumps({"request_id": asked["request_id"], "rewards": [1]}).encode(),
+    )
+    done = check(service.url)
+    assert done.returncode == 1
+    text = " ".join(done.stdout.split())
+    assert "2 answer fail contract.length: 1 rewards for 2 samples" in text
+    assert "→ Return one reward for each sample, in their order." in text
+    assert "It answered HTTP 200:" in text
+    assert "3-9 determinism … later results skipped an earlier step failed" in text
+    assert "Not usable" in text
+
+
+def test_a_refused_connection_is_one_line_and_advice(check: Run) -> None:
+    done = check(DEAD)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 1
+    assert "1 address fail connect: connection refused → Check that the service is running" in text
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_warnings_leave_a_service_usable(check: Run, service: Service) -> None:
+    service.answer = lambda asked: (
+        200,
+        json.dumps(
+            {"request_id": asked["request_id"], "rewards": [0.5] * len(asked["samples"])}
+        ).encode(),
+    )
+    done = check(service.url)
+    assert done.returncode == 0
+    assert "Usable, with 1 warning." in done.stdout
+    assert "spread.constant" in done.stdout
+
+
+def test_the_report_as_json_is_that_of_the_service(check: Run, service: Service) -> None:
+    done = check(service.url, "--light", "--json")
+    report = ProbeReport.model_validate_json(done.stdout)
+    assert report.ok
+    assert [step.status for step in report.steps] == ["ok"] * 4 + ["skipped"] * 5
+    assert SECRET not in done.stdout
+
+
+def test_headers_samples_and_columns_are_sent(check: Run, service: Service, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.jsonl"
+    rows = [
+        {"prompt": "2+2?", "completion": text, "ground_truth": 4, "columns": {"level": "easy"}}
+        for text in ("4", "5")
+    ]
+    samples.write_text("\n".join(map(json.dumps, rows)))
+    token = tmp_path / "token"
+    token.write_text("Bearer abcdef123456\n")
+    headers = ("--header", f"authorization=@{token}", "--header", "x-kind=test")
+    done = check(service.url, "--light", "--json", "--samples", str(samples), *headers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sent, asked = service.seen[0]
+    assert (sent["authorization"], sent["x-kind"]) == ("Bearer abcdef123456", "test")
+    assert [sample["completion"] for sample in asked["samples"]] == ["4", "5"]
+    assert asked["samples"][0]["columns"] == {"level": "easy"}
+    assert "abcdef123456" not in done.stdout
+
+
+def test_without_its_secret_a_service_refuses_and_the_output_names_the_option(
+    check: Run, service: Service
+) -> None:
+    done = check(service.url, "--unsigned", "--light")
+    assert done.returncode == 1
+    assert "http_401" in done.stdout
+    assert "secret" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["ftp://host/score"], "http:// or https://"),
+        ([DEAD, "--header", "no-separator"], "NAME=VALUE"),
+        ([DEAD, "--header", "host=x"], "host"),
+        ([DEAD, "--secret-file", "/nowhere/secret"], "cannot be read"),
+        ([DEAD, "--samples", "/nowhere/samples"], "cannot be read"),
+        ([DEAD, "--protocol", "smtp"], "protocol"),
+        ([DEAD, "--protocol", "plain"], "template"),
+        ([DEAD, "--concurrency", "0"], "concurrency"),
+        (["rwe_01ARZ3NDEKTSV4RRFFQ69G5FAV", "--reply", "either"], "--reply is for URLs"),
+        ([], "Missing argument"),
+    ],
+)
+def test_what_is_typed_wrongly_exits_with_two_and_says_why(
+    check: Run, arguments: list[str], word: str
+) -> None:
+    done = check(*arguments)
+    assert done.returncode == 2
+    assert word in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_without_usable_samples_is_named(check: Run, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.jsonl"
+    for text, word in (("{}", "1 samples"), ('{"prompt": "a"}\n{}', "sample 1: completion")):
+        samples.write_text(text)
+        done = check(DEAD, "--samples", str(samples))
+        assert done.returncode == 2
+        assert word in " ".join(done.stderr.split())
