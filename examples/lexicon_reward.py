@@ -29,16 +29,16 @@ def read_lexicon(path: Path) -> dict[str, float]:
     """
     lexicon = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        word, _, weight = line.strip().rpartition(" ")
         if not line.strip() or line.startswith("#"):
             continue
+        word, *weights = line.split()
         try:
-            value = float(weight)
+            [weight] = map(float, weights)
         except ValueError:
-            value = math.nan
-        if not WORD.fullmatch(word.strip()) or not math.isfinite(value):
+            weight = math.nan
+        if not WORD.fullmatch(word) or not math.isfinite(weight):
             raise SystemExit(f"{path}:{number}: expected one word and its weight, like «great 2»")
-        lexicon[word.strip().casefold()] = value
+        lexicon[word.casefold()] = weight
     return lexicon
 
 

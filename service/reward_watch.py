@@ -6,12 +6,9 @@ The looks are made in a thread of their own, so that a reward service that hangs
 
 import asyncio
 import functools
-import itertools
-import json
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,6 +23,7 @@ from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.http import HttpReward
 from service.endpoints import access_for
+from service.first_prompts import as_sample, first_prompts
 from service.runtime import Runtime
 from service.store import reward_pauses
 from service.store.tables import Job
@@ -38,7 +36,6 @@ PROBE_SECONDS = 30.0
 ATTEMPT_SECONDS = 10.0
 PROBE_ROWS: Sequence[Mapping[str, object]] = ({"prompt": "Hello"}, {"prompt": "Good evening"})
 """Where the job's own rows are not here."""
-COMPLETION = "This completion only asks whether rewards are given again."
 
 
 AccessOf = Callable[[Job, RewardComponent], ComponentAccess | None]
@@ -155,8 +152,8 @@ class RewardWatch:
     def _samples(self, job: Job) -> list[RewardSample]:
         """The first prompts of the job, as a reward service may need their columns, with a completion of ours."""
         path = self._runtime.artifacts.file(job.training_file) if job.training_file else None
-        rows = _first_rows(path) if path is not None and path.is_file() else []
-        return [_sample(index, row) for index, row in enumerate(rows or PROBE_ROWS)]
+        found = first_prompts(path, len(PROBE_ROWS))
+        return found or [as_sample(index, row) for index, row in enumerate(PROBE_ROWS)]
 
     def _note(self, job: Job, *, is_back: bool) -> None:
         runtime = self._runtime
@@ -186,25 +183,3 @@ class RewardWatch:
 
 def _remote(rewards: Rewards | None) -> list[RewardComponent]:
     return [] if rewards is None else [one for one in rewards.components if one.kind == "http"]
-
-
-def _first_rows(path: Path) -> list[Mapping[str, object]]:
-    with path.open(encoding="utf-8") as file:
-        lines = itertools.islice(filter(str.strip, file), len(PROBE_ROWS))
-        return [json.loads(line) for line in lines]
-
-
-def _sample(index: int, row: Mapping[str, object]) -> RewardSample:
-    prompt = row.get("prompt")
-    messages = prompt if isinstance(prompt, list) else None
-    return RewardSample(
-        id=f"s{index}",
-        group_id=f"g{index}",
-        index=0,
-        prompt=None if messages is not None else str(prompt or ""),
-        messages=messages,
-        completion=COMPLETION,
-        finish_reason="stop",
-        completion_tokens=len(COMPLETION.split()),
-        columns={name: value for name, value in row.items() if name != "prompt"},
-    )

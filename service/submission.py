@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -22,10 +22,12 @@ from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
 from dar.rewards.assembly import PATH, check_rewards
+from dar.rewards.base import RewardSample
 from dar.rewards.guard import EgressPolicy
 from dar.rewards.probe import ProbeTarget
 from service import datasets, endpoints, errors, models
 from service.auth import User
+from service.first_prompts import first_prompts
 from service.probing import Try
 from service.runtime import Runtime
 from service.store import checkpoints, files, jobs, reward_endpoints
@@ -76,7 +78,19 @@ def to_try(runtime: Runtime, request: Request) -> list[Try]:
         if fresh:
             _new_job(transaction, runtime, request, resolved)
             transaction.rollback()
-    return [one for one in fresh if runtime.tries.has_room(request.user.key_id)]
+    example = _example(runtime, request.spec) if fresh else None
+    return [
+        replace(one, target=replace(one.target, example=example))
+        for one in fresh
+        if runtime.tries.has_room(request.user.key_id)
+    ]
+
+
+def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
+    """The first prompt of the job, as a reward service may need its columns."""
+    is_here = not spec.training_file.startswith(SCHEME)
+    path = runtime.artifacts.file(spec.training_file) if is_here else None
+    return next(iter(first_prompts(path, 1)), None)
 
 
 def _try(

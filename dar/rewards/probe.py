@@ -64,6 +64,8 @@ class ProbeTarget:
     guard: EgressPolicy | None = None
     inbox: ProbeInbox | None = None
     """Takes callbacks; None: there is nobody to call back."""
+    example: RewardSample | None = None
+    """A prompt with its columns, for the built-in completions; None: a prompt of our own, without columns."""
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     """Whom to trust; None: the system's certificate authorities."""
     resolver: Resolver | None = None
@@ -97,7 +99,7 @@ async def probe(
             try:
                 notes.line = line
                 await _take_steps(target, Session(
-                    target.component, line, notes, samples or BUILT_IN, are_own=samples is not None
+                    target.component, line, notes, samples or _built_in(target.example), are_own=samples is not None
                 ), light=light)  # fmt: skip
             finally:
                 await line.aclose()
@@ -130,6 +132,22 @@ def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None
             columns={**sample.columns, "ground_truth": sample.ground_truth},
         )
         for index, sample in enumerate(given)
+    ]
+
+
+def _built_in(example: RewardSample | None) -> Sequence[RewardSample]:
+    if example is None:
+        return BUILT_IN
+    return [
+        replace(
+            example,
+            id=one.id,
+            group_id=one.group_id,
+            index=one.index,
+            completion=one.completion,
+            completion_tokens=one.completion_tokens,
+        )
+        for one in BUILT_IN
     ]
 
 

@@ -111,6 +111,32 @@ def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Any) -
         assert time.monotonic() - started < 11
 
 
+@pytest.mark.parametrize("protocol", ["dar.reward.v1", "openrlhf"])
+def test_a_submission_asks_with_the_jobs_own_first_prompt(
+    live: Any, judge: Any, protocol: str
+) -> None:
+    def strict(asked: dict[str, Any]) -> Any:
+        """Knows nothing to say without the row's truth, as a service of verifiable answers does."""
+        truths = asked.get("labels") or [sample["ground_truth"] for sample in asked["samples"]]
+        judge.status = 200 if set(truths) == {"42"} else 422
+        rewards = [0.5] * len(truths)
+        return {"request_id": asked.get("request_id"), "rewards": rewards}
+
+    judge.answer = strict
+    conversation = [{"role": "user", "content": "What is 6 x 7?"}]
+    row = {"prompt": conversation, "ground_truth": "42", "level": 3}
+    file = live.upload((json.dumps(row) + "\n").encode()).json()["id"]
+    component = {"name": "a", "url": judge.url, "protocol": protocol}
+    columns = {} if protocol == "openrlhf" else {"columns": ["level"]}
+    live.submit(training_file=file, dar={"rewards": {"components": [component | columns]}})
+    asked = json.loads(judge.seen[0][1])
+    if protocol == "openrlhf":
+        assert asked["prompts"] == ["user: What is 6 x 7?"] * 2
+    else:
+        assert [sample["messages"] for sample in asked["samples"]] == [conversation] * 2
+        assert [sample["columns"] for sample in asked["samples"]] == [{"level": 3}] * 2
+
+
 def test_a_sweep_tries_its_service_once(live: Any, judge: Any) -> None:
     dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
     for seed in range(5):

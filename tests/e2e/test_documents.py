@@ -1,4 +1,4 @@
-"""The Python of README, guide, rewards page and examples' page runs as it stands, on a small model and with this installation's addresses."""
+"""The Python of README, guide and rewards page runs as it stands, on a small model and with this installation's addresses."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from dar.settings import environment
 ROOT = Path(__file__).parents[2]
 SNIPPETS = {
     f"{document}#{number}": text
-    for document in ("README.md", "docs/guide.md", "docs/rewards.md", "examples/README.md")
+    for document in ("README.md", "docs/guide.md", "docs/rewards.md")
     for number, text in enumerate(
         re.findall(
             r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL

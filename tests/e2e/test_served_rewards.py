@@ -1,6 +1,6 @@
-"""Reward servers beside a real installation: signed callbacks of ``dar reward serve``, also through its restart; an example.
+"""``dar reward serve`` beside a real installation: results come by signed callbacks, also through a restart of the server.
 
-The tests are slow because each runs real jobs, whose trainers spend some six CPU seconds on importing torch.
+The test is slow because it runs real jobs, whose trainers spend some six CPU seconds on importing torch.
 """
 
 import json
@@ -16,7 +16,6 @@ import httpx2
 import pytest
 from safetensors.numpy import load_file
 
-from dar.cli.up import answers
 from dar.settings import environment
 
 STEPS = 6
@@ -126,29 +125,3 @@ def test_signed_callbacks_through_a_restart_give_the_weights_that_answers_at_onc
     assert served.stop() == 0
     assert "Traceback" not in served.errors
     assert "not taken" not in served.errors
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_an_example_scores_a_real_job(
-    installation: Any, reviews_base: Path, free_port: Callable[[], int], until: Any
-) -> None:
-    port = free_port()
-    secret = installation.home / "reward_secret"
-    example = Path(__file__).parents[2] / "examples" / "lexicon_reward.py"
-    command = [sys.executable, str(example), "--port", str(port), "--secret-file", str(secret)]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
-        until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), 60, "the example answers")
-        spec = installation.spec(
-            installation.client.files.create(reviews_base / "prompts.jsonl").id,
-            hyperparameters={"max_steps": 2},
-            rewards={"components": [{"name": "words", "url": f"http://127.0.0.1:{port}/score"}]},
-        )
-        try:
-            job = installation.until_done(installation.client.jobs.create(**spec).id)
-        finally:
-            process.terminate()
-    assert process.returncode == 0
-    assert job.status == "succeeded", job.error
-    missing = installation.client.jobs.metrics(job.id).series["rewards/missing_fraction"]
-    assert missing.value == [0.0, 0.0]

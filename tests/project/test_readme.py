@@ -32,6 +32,7 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
     for document in [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "examples" / "README.md",
         *sorted((ROOT / "docs").rglob("*.md")),
     ]:
         for target in re.findall(r"\]\(((?!https?://|#|mailto:)[^)]+)\)", document.read_text()):
