@@ -85,6 +85,8 @@ class StepInProgress:
             prompts = part if self._feed is None else self._feed.take(part)
             is_end = is_last and i == len(plan) - 1
             again = self._feed.refill() if is_end and self._feed is not None else None
+            if again is not None:  # they count by now, and are trained on once
+                prompts = _without(prompts, again)
             yield StepPart(prompts, is_last=is_end and again is None)
             if again is not None:
                 yield StepPart(again, is_last=True)
@@ -107,6 +109,11 @@ def _cut(share: Prompts, step: ScoredStep, most: int) -> list[Prompts]:
     return [
         [one[a[i] : a[i + 1]] for one, a in zip(share, cuts, strict=True)] for i in range(count)
     ]
+
+
+def _without(prompts: Prompts, others: Prompts) -> Prompts:
+    left_out = set(flat(others))
+    return [[p for p in one if p not in left_out] for one in prompts]
 
 
 def flat(prompts: Prompts) -> list[int]:
