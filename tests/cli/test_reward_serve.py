@@ -64,9 +64,9 @@ def start(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield run
     for process in running:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+        process.kill()
+        with process:  # waits, and closes its pipes
+            pass
 
 
 def announced(process: subprocess.Popen[str]) -> dict[str, Any]:

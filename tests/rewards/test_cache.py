@@ -212,7 +212,9 @@ async def test_completions_that_differ_in_their_thinking_alone_travel_once(
 ) -> None:
     service = hostile(by_length)
     thoughts = samples("<think>a</think>xy", "<think>b</think>xy", "xy")
-    plain = await remember(service.url).score(thoughts, STEP)
+    source = remember(service.url)
+    plain = await source.score(thoughts, STEP)
+    await source.aclose()  # what it has to remember is written by now
     assert plain == [Scored(18.0), Scored(18.0), Scored(2.0)]
     stripped = remember(service.url, strip_thinking=True)
     assert await stripped.score(thoughts, STEP) == [Scored(2.0)] * 3, (

@@ -19,7 +19,7 @@ from dar.rewards.base import RewardContext
 from dar.rewards.tickets import Ticket
 from dar.training import DARTrainer
 from dar.training.capacity import Capacity, needed_concurrency, service_seconds
-from dar.training.parts import StepInProgress
+from dar.training.parts import StepInProgress, StepPart
 from dar.training.ranks import Ranks
 from dar.training.steps import Weigher, is_streamable
 
@@ -272,31 +272,51 @@ def test_a_service_whose_time_is_hidden_is_not_complained_about(sink: Any) -> No
     assert told(answered=2.0, waited=1.0) == 1
 
 
-def test_parts_are_cut_alike_for_every_process_and_cover_the_step() -> None:
-    class Step:
-        prompts = [None] * 24
-        counts = [4] * 24
+class Step:
+    prompts = [None] * 24
+    counts = [4] * 24
 
-    class TwoRanks(Ranks):
-        def __init__(self) -> None:
-            super().__init__()
-            self.count = 2
 
-    class Known:
-        def take(self, part: list[list[int]]) -> list[list[int]]:
-            return part
+class TwoRanks(Ranks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 2
 
-        def refill(self) -> None:
-            return None
 
-        def finish(self) -> None: ...
+class Known:
+    """A feed whose rewards are all there."""
 
+    def __init__(self, again: list[list[int]] | None = None) -> None:
+        self._again = again
+
+    def take(self, part: list[list[int]]) -> list[list[int]]:
+        return part
+
+    def refill(self) -> list[list[int]] | None:
+        return self._again
+
+    def finish(self) -> None: ...
+
+
+def shares_of(feed: Known) -> list[list[StepPart]]:
     step: Any = Step()
-    ranks = TwoRanks()
-    shares = StepInProgress(step, Known()).shares(ranks, 2, is_streamable=True)
-    parts = [list(share) for share in shares]
+    shares = StepInProgress(step, feed).shares(TwoRanks(), 2, is_streamable=True)
+    return [list(share) for share in shares]
+
+
+def test_parts_are_cut_alike_for_every_process_and_cover_the_step() -> None:
+    parts = shares_of(Known())
     assert [part.is_last for share in parts for part in share].count(True) == 1
     assert parts[-1][-1].is_last
     for index in (0, 1):
         own = [p for share in parts for part in share for p in part.prompts[index]]
-        assert own == list(ranks.slice_of(index, 24))
+        assert own == list(TwoRanks().slice_of(index, 24))
+
+
+def test_what_is_sampled_again_is_trained_on_in_a_part_of_its_own_and_nowhere_else() -> None:
+    again = [[10, 11], [12, 23]]  # 12 was given before, when it did not count; the others not yet
+    parts = [part for share in shares_of(Known(again)) for part in share]
+    assert parts[-1] == StepPart(again, is_last=True)
+    assert not any(part.is_last for part in parts[:-1])
+    given = [p for part in parts[:-1] for one in part.prompts for p in one]
+    assert sorted(given) == [p for p in range(24) if p not in {10, 11, 23}]

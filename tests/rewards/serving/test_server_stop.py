@@ -85,9 +85,9 @@ async def start(tmp_path: Path, asker: Asks) -> AsyncIterator[Callable[..., Any]
 
     yield run
     for process in started:
-        if process.process.poll() is None:
-            process.process.kill()
-            process.process.communicate()
+        process.process.kill()
+        with process.process:  # waits, and closes its pipes
+            pass
 
 
 async def stopping(server: Any) -> None:
