@@ -30,7 +30,16 @@ REMEMBERED_SECONDS = 30.0
 MIN_HIDDEN = 4
 """Characters of a header value below which it is no secret, and hiding it would only spoil what is shown."""
 _PASSING = frozenset(
-    {"connect", "connect_timeout", "timeout", "deadline", "protocol", "dns", "unavailable"}
+    {
+        "connect",
+        "connect_timeout",
+        "timeout",
+        "deadline",
+        "callback_late",
+        "protocol",
+        "dns",
+        "unavailable",
+    }
     | {"too_large", "http_408", "http_413", "http_425", "http_429", "async.no_result"}
 )
 _CONFIGURATION = re.compile(r"^(config\.|tls\.|egress|http_4(?!08|13|25|29))")

@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -33,6 +34,8 @@ MAX_REQUEST_BYTES = 8 * 1024**2
 MAX_RESPONSE_BYTES = 8 * 1024**2
 MAX_REWARD = 1e6
 """Largest magnitude of a reward; beyond it something else than a reward was sent."""
+MAX_PARTS = 32
+"""Most parts of a reward that are reported beside it."""
 MAX_FEEDBACK = 4096
 """Characters of feedback that are kept."""
 
@@ -143,6 +146,17 @@ def _bounded_feedback(text: str) -> str:
 Feedback = Annotated[str, AfterValidator(_bounded_feedback)]
 
 
+def _few(parts: object) -> object:
+    """Counted first: a dict of half a million wrong names would cost seconds and a gigabyte of error objects."""
+    if isinstance(parts, Mapping) and len(parts) > MAX_PARTS:
+        raise PydanticCustomError(
+            "too_many_parts",
+            "at most {most} components, not {count}",
+            {"most": MAX_PARTS, "count": len(parts)},
+        )
+    return parts
+
+
 class SampleError(_Wire):
     """The service could not score a sample."""
 
@@ -161,9 +175,9 @@ class SampleResult(_Wire):
     error: SampleError | None = None
     reason: Feedback | None = None
     """Why the sample was skipped."""
-    components: Annotated[dict[PartName, Number], Field(max_length=32)] = Field(
-        default_factory=dict
-    )
+    components: Annotated[
+        dict[PartName, Number], Field(max_length=MAX_PARTS), BeforeValidator(_few)
+    ] = Field(default_factory=dict)
     """Parts of the reward, for viewing only."""
     feedback: Feedback | None = None
     """Stored for viewing, never interpreted."""
@@ -179,14 +193,18 @@ class SampleResult(_Wire):
         return self
 
 
+Bounded = Field(max_length=MAX_SAMPLES, fail_fast=True)
+"""No list of millions is looked at element by element, and the first mistake is enough."""
+
+
 class RewardResponse(_Wire):
     """A 200: ``rewards`` in the order of the samples, or ``results`` by id."""
 
     type: str | None = None
     """``reward.result`` where the answer is posted to a callback; elsewhere it says nothing."""
     request_id: str
-    rewards: list[Number | None] | None = None
-    results: list[SampleResult] | None = None
+    rewards: Annotated[list[Number | None], Bounded] | None = None
+    results: Annotated[list[SampleResult], Bounded] | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> "RewardResponse":
@@ -345,6 +363,7 @@ _CODES = {
     "finite_number": "nonfinite",
     "less_than_equal": "range",
     "greater_than_equal": "range",
+    "too_long": "length",
     "one_outcome": "form",
     "one_form": "form",
     "missing": "form",

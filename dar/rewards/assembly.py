@@ -166,7 +166,6 @@ def http_options(
         allow_async=component.reply == "either",
         require_signed_responses=component.require_signed_responses,
         headers={} if access is None else access.headers,
-        bound_origin=None if access is None else access.url,
         guard=guard,
         is_shared=is_shared,
     )

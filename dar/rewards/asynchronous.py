@@ -203,7 +203,7 @@ class LaterReply:
                 return await _first(ways)
         except TimeoutError:
             reason = "it accepted the request, but its result did not come before the deadline"
-            raise AttemptFailedError("transient", "deadline", reason) from None
+            raise AttemptFailedError("transient", "callback_late", reason) from None
 
     async def _called_back(self, inbox: Inbox) -> list[SampleResult]:
         return self._decode(await inbox.wait(self._request_id))

@@ -19,7 +19,7 @@ OUTAGES: frozenset[Family] = frozenset(
 """Failures that pass by themselves."""
 KNOWN: dict[str, Family] = {
     "timeout": "timeout", "deadline": "timeout", "http_408": "timeout",
-    "connect": "connect", "connect_timeout": "connect", "protocol": "connect",
+    "connect": "connect", "connect_timeout": "connect", "protocol": "connect", "breaker_open": "connect",
     "dns": "dns",
     "http_425": "http_429", "http_429": "http_429",
     "nonfinite": "nonfinite", "contract.nonfinite": "nonfinite", "contract.length": "length",

@@ -47,7 +47,7 @@ class HttpReward:
     Raises:
         ConfigurationError: A secret is malformed, a secret header cannot be sent, or signed answers are asked for without a
             secret.
-        RewardMisconfiguredError: ``config.url``, ``config.origin`` or ``egress_denied``: the URL cannot be used.
+        RewardMisconfiguredError: ``config.url`` or ``egress_denied``: the URL cannot be used.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class HttpReward:
         self._cache = cache
         self._label = f"reward service {self._target.label}"
         check_headers(self._options.headers)
-        self._check_origin()
         if self._options.require_signed_responses and not self._keys:
             raise ConfigurationError(
                 f"{self._label}: signed answers are required, but there is no secret to check them with"
@@ -196,16 +195,6 @@ class HttpReward:
             owner=None if options.is_shared else self,
         )
 
-    def _check_origin(self) -> None:
-        bound = self._options.bound_origin
-        if bound is None:
-            return
-        if parse_url(bound, None).origin != self._target.origin:
-            raise RewardMisconfiguredError(
-                f"{self._label}: its secrets belong to {bound} and are sent nowhere else; store them anew for this address",
-                code="config.origin",
-            )
-
     async def _send(self, request: Request) -> None:
         endpoint, batcher = self._endpoint, self._batcher
         assert endpoint is not None
@@ -246,7 +235,8 @@ class HttpReward:
 
     def _refused(self, failure: AttemptFailedError, endpoint: Endpoint) -> RewardMisconfiguredError:
         error = RewardMisconfiguredError(f"{self._label}: {failure.full_reason}", code=failure.code)
-        endpoint.breaker.trip(error)
+        if failure.kind == "name":  # one that is permanent at once was told by the delivery
+            endpoint.breaker.trip(error)
         return error
 
     def _sender(self, endpoint: Endpoint) -> Sender:

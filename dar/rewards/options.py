@@ -35,8 +35,6 @@ class HttpOptions:
     """Whether an answer must be signed with one of the secrets."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Secret headers."""
-    bound_origin: str | None = None
-    """Origin (``https://host:port``) that secrets and headers belong to; they go nowhere else. None: that of the URL."""
     guard: EgressPolicy | None = None
     """Where requests may go; None: anywhere, for scripts on a user's own machine."""
     breaker: BreakerOptions = field(default_factory=BreakerOptions)

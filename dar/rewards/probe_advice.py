@@ -3,7 +3,6 @@
 ADVICE = {
     "config.url": "Correct the URL.",
     "config.redirect": "Use the address that the redirect leads to: redirects are never followed.",
-    "config.origin": "Store the secret headers anew for this address.",
     "config.prompt": "Send samples whose prompt is a text, or choose the protocol dar.reward.v1.",
     "config.plain_http": "Serve it over https://: what is sent here, and what comes back, can be read and altered on the way.",
     "configuration_error": "Correct the secret or the header that is named.",

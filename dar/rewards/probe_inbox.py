@@ -110,6 +110,11 @@ class ProbeInbox:
         """
         if not self.opens(request_id, token):
             return "refused", None
+        error: RewardContractError | None = None
+        try:  # before the lock, as it takes its time
+            decode_result(body, request_id=request_id, ids=self._awaited[request_id].ids)
+        except RewardContractError as found:
+            error = found
         with self._lock:
             awaited = self._awaited[request_id]
             if awaited.result is not None:
@@ -118,9 +123,7 @@ class ProbeInbox:
                 return "closed", None
             if datetime.now(UTC) > awaited.deadline:
                 return "late", None
-            try:
-                decode_result(body, request_id=request_id, ids=awaited.ids)
-            except RewardContractError as error:
+            if error is not None:
                 return "invalid", error
             awaited.result, awaited.last = body, (token, body)
             awaited.loop.call_soon_threadsafe(awaited.came.set)

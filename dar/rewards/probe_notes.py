@@ -63,7 +63,7 @@ class Notes:
         """Note a request without rewards."""
         assert asked.failure is not None
         code = asked.code
-        if code == "deadline" and asked.is_later:
+        if code == "callback_late":
             code = "async.no_result"
         self.error(code, asked.failure.full_reason, asked)
 

@@ -5,6 +5,7 @@ prints to stdout wherever structlog is installed, and stdout belongs to the user
 """
 
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -164,16 +165,18 @@ class RetrySchedule:
         return self.pause(made)
 
 
+_SECONDS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})?")
+
+
 def parse_retry_after(value: str | None) -> float | None:
     """Seconds in a ``Retry-After`` header: a number or an HTTP date; None for anything else, a negative one included."""
     if value is None:
         return None
+    if _SECONDS.fullmatch(value.strip()):
+        return float(value)
     try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            at = parsedate_to_datetime(value)
-        except ValueError:
-            return None
+        at = parsedate_to_datetime(value)
         seconds = (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return seconds if 0 <= seconds < float("inf") else None
+    except (ValueError, OverflowError):
+        return None
+    return seconds if seconds >= 0 else None

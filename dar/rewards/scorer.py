@@ -195,8 +195,15 @@ class RewardScorer:
                 for name, found in checked_gates(self._components, ticket.results).items():
                     results[name] += found
                 if not left:
-                    raise _all_failed(results, sum(len(one.samples) for one in tickets))
+                    raise _all_failed(self._needed(results), sum(len(t.samples) for t in tickets))
             yield ticket, totals
+
+    def _needed(self, results: Results) -> Results:
+        """Without what only watches or may be missing: that has made no sample fail."""
+        needed = {one.name for one in self._components if one.required and one.weight}
+        found = {name: outcomes for name, outcomes in results.items() if name in needed}
+        has_failed = any(isinstance(one, Failed) for outcomes in found.values() for one in outcomes)
+        return found if has_failed else results
 
     def end_step(self, step: int) -> None:
         """All rewards of ``step`` are collected: what they tell of a component's scale counts from the next step on."""

@@ -69,7 +69,7 @@ class Delivery:
             while not is_enough(self._here):
                 ticket, rewards = next(self._coming)
                 if self._budget is not None:
-                    self._budget.add_group(rewards)
+                    self._budget.add_group(rewards, [sample.id for sample in ticket.samples])
                 if self._policy is not None:
                     rewards = under_policy(self._policy, rewards)
                 self._here[self._prompts[id(ticket)]] = rewards

@@ -246,7 +246,9 @@ class OnlineSource:
             step.finish_reasons[row] = completion.finish_reason
         step.behavior_logps_B[rows] = _logps(completions).to(step.behavior_logps_B.dtype)
         step.idle_generation_seconds += waited
-        step.seconds["sampling"] += time.monotonic() - started
+        spent = time.monotonic() - started
+        # A step that was sampled ahead counts no time of its own before this.
+        step.seconds["sampling"] = step.seconds.get("sampling", 0.0) + spent
         self._ask_reference(step, rows)
         return self._delivery(asking, numbers, "fixed", may_all_fail=True)
 

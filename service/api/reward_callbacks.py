@@ -124,7 +124,7 @@ async def post_result(
 ) -> CallbackAnswer:
     """Give the result of a reward request that was answered with 202. Opened by the request's own token."""
     if isinstance(row, ProbeRequest):
-        return _settle_probe(request, runtime, row, body)
+        return await run_in_threadpool(_settle_probe, request, runtime, row, body)
     return await run_in_threadpool(_settle, request, runtime, row, body)
 
 

@@ -39,6 +39,11 @@ ANSWERS: dict[str, Ending] = {
 }
 """Answers that break the contract, or say that there is no reward."""
 
+UNREADABLE = (
+    "retry-after/0.2;-1;soon;Sun,%2006%20Nov%201994%2008:49:37%20GMT;"
+    "Fri,%2031%20Dec%2099999999999999999999%2023:59:59%20GMT"
+)
+"""A wait that can be kept, and four that cannot."""
 TRANSPORT: dict[str, Ending] = {
     "missing-id": "contract.ids",
     "slow-body": "timeout",
@@ -52,7 +57,7 @@ TRANSPORT: dict[str, Ending] = {
     "closes-idle": "right",
     "aborts-reused": "right",
     "status/500?first=10": "right",
-    "retry-after/0.2": "right",
+    UNREADABLE: "right",
     "retry-after/999999": {"http_429", "deadline"},
     "echo/503": "http_503",
 }
@@ -97,7 +102,11 @@ def component(endpoint: str, path: str, name: str) -> dict[str, Any]:
         "timeouts": {"attempt": 20, "deadline": 60}
         if is_patient
         else {"attempt": 1, "deadline": 2.5},
-        "retry": {"attempts": 9 if path.startswith("status") else 2, "base": 0.02, "cap": 0.1},
+        "retry": {
+            "attempts": 9 if path.startswith(("status", UNREADABLE)) else 2,
+            "base": 0.02,
+            "cap": 0.1,
+        },
     }
 
 
@@ -203,6 +212,8 @@ def test_services_that_break_the_contract_or_the_connection_cost_their_own_rewar
         assert_nothing_is_left(installation, job, own, broker_log, find_secrets, until)
         burst = hostile_server.counts.pop("/status/500", None)
         assert burst in {None, REQUESTS + 10}
+        waited = hostile_server.counts.pop(f"/{UNREADABLE}", None)
+        assert waited in {None, REQUESTS + UNREADABLE.count(";") + 1}
         assert max(hostile_server.counts.values()) <= 2 * REQUESTS
     states = [
         event.data["state"]

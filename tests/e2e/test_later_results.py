@@ -127,7 +127,12 @@ def test_exactly_one_result_in_time_counts(
         assert (row.reward, row.components["judge"]) == (expected, expected)
         assert row.reward_status == ("error" if start is None else "reward")
     (failure,) = client.jobs.reward_failures(job.id)
-    assert (failure.step, failure.code, failure.samples, failure.attempts) == (1, "deadline", K, 1)
+    assert (failure.step, failure.code, failure.samples, failure.attempts) == (
+        1,
+        "callback_late",
+        K,
+        1,
+    )
     stats = client.jobs.reward_stats(job.id)
     assert (stats.rewards, stats.errors, stats.skips) == (7 * K, K, 0)
     kinds = [

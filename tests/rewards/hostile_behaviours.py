@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 from hostile_exchange import Exchange, reward_of
@@ -288,11 +289,12 @@ async def status(exchange: Exchange) -> None:
 
 @behaviour
 async def retry_after(exchange: Exchange) -> None:
-    """``/retry-after/VALUE`` with 429, once."""
-    if exchange.number > 1:
+    """``/retry-after/VALUE;VALUE`` with 429: each value once."""
+    values = unquote(exchange.argument).split(";")
+    if exchange.number > len(values):
         await exchange.fine()
     else:
-        await exchange.answer(b"", "429 Slow down", retry_after=exchange.argument)
+        await exchange.answer(b"", "429 Slow down", retry_after=values[exchange.number - 1])
 
 
 @behaviour

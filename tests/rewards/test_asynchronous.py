@@ -152,7 +152,7 @@ async def test_a_result_that_does_not_come_in_time_is_missing(
     started = time.monotonic()
     judge = judging.Judge("/r", judging.not_yet)
     found = await ask(hostile(judge).url, options=hurried(later, 0.5), inbox=Service())
-    assert [(result.code, result.is_transient) for result in found] == [("deadline", True)] * 4
+    assert [(result.code, result.is_transient) for result in found] == [("callback_late", True)] * 4
     assert 0.4 < time.monotonic() - started < 10
     assert len(judge.posts) == 1
 
@@ -276,7 +276,7 @@ async def test_the_deadline_of_the_earlier_process_holds(
 ) -> None:
     server = hostile(lambda r: r.fine())
     found = await ask(server.url, options=later, inbox=Earlier(seconds=0.2))
-    assert {result.code for result in found} == {"deadline"}
+    assert {result.code for result in found} == {"callback_late"}
     assert server.requests == []
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import tracemalloc
 from datetime import UTC, datetime
 from typing import Any
 
@@ -91,6 +92,32 @@ def test_no_number_is_made_up_whatever_is_answered(content: Any) -> None:
 def test_bytes_that_mean_nothing_are_refused(body: bytes) -> None:
     with pytest.raises(RewardContractError):
         decode_response(body, request_id=ID, ids=["s0"])
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b'{"request_id":"%s","rewards":[' + b'"",' * 1_000_000 + b'""]}', "contract.type"),
+        (b'{"request_id":"%s","rewards":[' + b"1," * 1_000_000 + b"1]}", "contract.length"),
+        (b'{"request_id":"%s","results":[' + b"{}," * 1_000_000 + b"{}]}", "contract.form"),
+    ],
+)
+def test_an_answer_of_a_million_mistakes_is_refused_at_the_first(body: bytes, code: str) -> None:
+    whole = body.replace(b"%s", ID.encode(), 1)
+    tracemalloc.start()
+    with pytest.raises(RewardContractError) as caught:
+        decode_response(whole, request_id=ID, ids=["s0"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.error_code == code
+    # What a million empty objects take; an error for each would take ten times as much.
+    assert peak < 200 * 1024**2
+
+
+def test_parts_without_number_are_counted_before_they_are_looked_at() -> None:
+    parts = {f"A{n}": "x" for n in range(100_000)}
+    with pytest.raises(RewardContractError, match="at most 32 components, not 100000"):
+        decode({"request_id": ID, "results": [{"id": "s0", "reward": 1, "components": parts}]}, 1)
 
 
 def test_a_message_about_a_broken_answer_says_where_and_what() -> None:

@@ -192,7 +192,7 @@ async def test_a_poll_that_never_ends_ends_at_the_deadline(
 ) -> None:
     judge = judging.Judge("/r", lambda request, _: request.hang())
     found = await ask(hostile(judge).url, options=hurried(later, 0.5))
-    assert {result.code for result in found} == {"deadline"}
+    assert {result.code for result in found} == {"callback_late"}
 
 
 async def test_polls_carry_a_signature_and_the_requests_id(

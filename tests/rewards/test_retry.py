@@ -5,6 +5,8 @@ from typing import Any
 
 import httpcore2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dar.protocol.reward_spec import RewardRetry
 from dar.rewards.answers import failure_of
@@ -67,12 +69,27 @@ def test_no_wait_reaches_beyond_the_deadline() -> None:
         (None, None),
         ("Sun, 06 Nov 1994 08:49:37 GMT", None),
         ("Sun, 99 Nov 1994 08:49:37 GMT", None),
+        ("Fri, 31 Dec 99999999999999999999 23:59:59 GMT", None),
+        ("Fri, 31 Dec 2094 23:59:59 +999999999999999", None),
+        ("1_0", None),
+        ("\u0663", None),
+        ("1e400", None),
     ],
 )
 def test_retry_after_is_a_number_of_seconds_or_nothing(
     text: str | None, seconds: float | None
 ) -> None:
     assert parse_retry_after(text) == seconds
+
+
+@given(
+    st.one_of(
+        st.text(), st.from_regex(r"[A-Z][a-z]{2}, \d+ [A-Z][a-z]{2} \d+ \d+:\d+:\d+ [-+A-Z0-9]+")
+    )
+)
+def test_whatever_is_asked_for_is_a_wait_or_nothing(text: str) -> None:
+    wait = parse_retry_after(text)
+    assert wait is None or 0 <= wait < float("inf")
 
 
 def test_retry_after_may_be_a_date() -> None:

@@ -157,6 +157,19 @@ def test_when_all_fail_and_one_for_good_the_contract_is_broken(make_samples: Mak
     assert caught.value.error_code == "contract.length"
 
 
+def test_what_only_watches_is_not_blamed_for_a_step_without_rewards(
+    make_samples: MakeSamples,
+) -> None:
+    watcher = WeightedSource(Fixed("watcher", [WORSE, WORSE]), weight=0.0)
+    spare = WeightedSource(Fixed("spare", [WORSE, WORSE]), required=False)
+    main = WeightedSource(Fixed("main", [BAD, BAD]))
+    with (
+        RewardScorer([watcher, spare, main]) as scorer,
+        pytest.raises(RewardUnavailableError, match="component main: late"),
+    ):
+        scorer.score(make_samples(2), RewardContext(1))
+
+
 def test_nothing_to_score_asks_nobody(make_samples: MakeSamples) -> None:
     source = Fixed("a", [])
     with RewardScorer([WeightedSource(source)]) as scorer:

@@ -218,13 +218,15 @@ def stream(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     parts.LEAST_ROWS = usual
 
 
-def refill(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+def refill(
+    folder: Path, name: str, settings: Mapping[str, Any], dtype: torch.dtype = torch.float64
+) -> None:
     """Train with a reward service that at first cannot score some prompts; it runs beside the main process."""
     prompts = tuple(row["prompt"] for row in PROMPTS[::3])
     failing = chaos.Failing(prompts=prompts, indices=(0, 1), count=8)
     with chaos.Service(failing).open() as service:
         rewards = chaos.rewards_of(service.url, failure={"refill": 2, "max_failed_fraction": 1})
-        train(folder, name, settings, reward=rewards)
+        train(folder, name, settings, reward=rewards, dtype=dtype)
 
 
 # --- what the two processes do ---------------------------------------------------------------------------------------
@@ -329,6 +331,8 @@ def zero(folder: Path) -> None:
         train(folder, f"{name} resumed", HALF | stage, resume=whole, **single)
         own = folder / f"{name} lora" / "checkpoints" / "step-2"
         train(folder, f"{name} lora resumed", HALF | stage, is_lora=True, resume=own, **single)
+    ahead = {"overlap": "one_step"}
+    refill(folder, "zero2 refilled", HALF_IN_SHARES | ZERO2 | ahead, **single)
     train(folder, "zero3 offline", HALF | ZERO3, is_offline=True, **single)
     train(folder, "zero3 bf16", HALF | ZERO3 | {"bf16": True}, **single)
     ties = {"drop_ties": True, "max_steps": 2}

@@ -95,6 +95,20 @@ def test_dropped_groups_are_sampled_again_in_the_same_way_whatever_is_overlapped
     assert dropped.reports[1]["rewards/missing_fraction"] > 0
 
 
+def test_dropped_groups_are_sampled_again_one_step_ahead_too(
+    run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
+) -> None:
+    failing = chaos.Failing(prompts=("w55",), indices=(0, 1, 2))
+    rewards = chaos.rewards_of(
+        serve(failing).url, failure={"refill": 1.5, "max_failed_fraction": 1}
+    )
+    _, sink = run(reward_funcs=rewards, overlap="one_step", max_steps=2)
+    for values in sink.reports.values():
+        assert values["rewards/dropped_groups"] == values["rewards/refilled_groups"] > 0
+        assert values["time/sampling_seconds"] > 0
+    assert sink.reports[2]["dar/staleness"] == 1
+
+
 def test_a_refill_that_fails_too_leaves_its_groups_out(
     run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
 ) -> None:

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dar.errors import CheckpointError, InvalidRequestError
+from dar.errors import CheckpointError, InvalidRequestError, RewardBudgetError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.spec import JobSpec
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
@@ -223,6 +223,16 @@ def test_a_gate_and_a_partial_skip_reach_the_rewards_and_are_told(
 
 def zeroed(sink: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(level, data) for level, _, data in sink.events if data["kind"] == "reward_zeroed"]
+
+
+def test_a_spent_budget_names_the_samples(job: Callable[..., JobInputs], sink: Any) -> None:
+    numbers = {"name": "right", "kind": "builtin", "fn": "numeric_answer"}  # ground_truth is a word
+    failure = {"on_error": {"fallback_value": 0.0}, "max_failed_fraction": 0.001}
+    with pytest.raises(RewardBudgetError) as caught:
+        train_job(job({"components": [numbers], "failure": failure}), sink, NullControl())
+    assert caught.value.sample_ids
+    assert all(name.startswith("s") for name in caught.value.sample_ids)
+    assert f"samples {', '.join(caught.value.sample_ids)}" in caught.value.message
 
 
 def test_reward_models_are_given_by_the_names_of_the_spec(

@@ -106,13 +106,8 @@ def test_an_outage_after_some_steps_keeps_them_and_the_job_ends_as_if_nothing_ha
         "dar.rewards.normalize.WARM_UP", 10
     )  # what rewards are scaled by is kept too
     whole, broken, mended = new_sink(), new_sink(), new_sink()
-<<<<<<< HEAD
     # Another job: the reward server remembers what it has answered to this one.
     train_job(job("whole", job_id="ftjob-0"), whole, NullControl())
-=======
-    # Under an id of its own, as the reward server remembers what it has answered a job.
-    train_job(job("whole", job_id="ftjob-2"), whole, NullControl())
->>>>>>> zero4
     judge.groups, judge.breaks_after = 0, 3 * GROUPS
     with pytest.raises(RewardBudgetError, match=r"after step 3: .*HTTP 500") as caught:
         train_job(job("broken"), broken, NullControl())

@@ -41,6 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranked.train(folder, "whole", ranked.WHOLE, **single)
     ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True, **single)
     ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True, **single)
+    ranked.refill(folder, "refilled", ranked.WHOLE | {"overlap": "one_step"}, **single)
     for output in ranked.start(folder, "zero"):
         assert "DeepSpeed" not in output
     return folder
@@ -76,7 +77,7 @@ def heard(runs: Path) -> list[dict[str, Any]]:
     return [json.loads((runs / f"heard-{index}.json").read_text()) for index in range(2)]
 
 
-@pytest.mark.slow  # the first starts two processes that import torch and DeepSpeed, and train 15 times
+@pytest.mark.slow  # the first starts two processes that import torch and DeepSpeed, and train 16 times
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -85,10 +86,17 @@ def heard(runs: Path) -> list[dict[str, Any]]:
         ("whole lora", "zero2 lora"),
         ("whole lora", "zero3 lora"),
         ("whole offline", "zero3 offline"),
+        ("refilled", "zero2 refilled"),
     ],
 )
 def test_shards_change_nothing_but_rounding(runs: Path, one: str, other: str) -> None:
     assert_same(runs, one, other)
+
+
+def test_what_is_sampled_again_is_asked_for_one_step_ahead(runs: Path) -> None:
+    told = json.loads((runs / "zero2 refilled" / "told.json").read_text())["metrics"]
+    assert all(values["rewards/refilled_groups"] > 0 for values in told.values())
+    assert [values["dar/staleness"] for values in told.values()] == [0, 1, 1]
 
 
 def test_bfloat16_is_that_of_training_without_deepspeed(runs: Path) -> None:

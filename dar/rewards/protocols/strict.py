@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from dar.errors import RewardContractError, RewardMisconfiguredError
-from dar.protocol.rewards import MAX_REWARD
+from dar.protocol.rewards import MAX_PARTS, MAX_REWARD
 from dar.rewards.base import RewardSample
 
-MAX_PARTS = 32
-"""Most parts of one reward that are kept, as in ``dar.reward.v1``."""
 PART_LENGTH = 32
 _NUMERIC = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
