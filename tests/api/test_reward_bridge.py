@@ -133,3 +133,17 @@ def test_an_announcement_that_was_long_on_its_way_has_all_its_time_left(carry: C
     _, [news] = carry([announced("rwq_1", ago=1000.0, seconds=600.0)])
     assert news.state is not None
     assert news.state.deadline > datetime.now(UTC).timestamp() + 300
+
+
+def test_the_service_takes_many_notes_in_their_order_and_names_unknown_requests(live: Any) -> None:
+    _, lease = live.running()
+    wanted = [announced(name).announcement for name in ("rwq_1", "rwq_2")]
+    requests = [one.model_dump(mode="json") for one in wanted if one is not None]
+    assert lease.post("/reward_requests", requests=requests).status_code == 200
+    said = [("rwq_x", "closed"), ("rwq_1", "accepted"), ("rwq_2", "closed"), ("rwq_x", "closed")]
+    notes = [{"request_id": name, "state": state} for name, state in said]
+    answer = lease.post("/reward_requests/progress", requests=notes)
+    assert (answer.status_code, answer.json()) == (200, {"unknown": ["rwq_x"]})
+    assert (stored(live, "rwq_1"), stored(live, "rwq_2")) == (("waiting", True), ("closed", False))
+    for refused in ([], notes[1:2] * 65):
+        assert lease.post("/reward_requests/progress", requests=refused).status_code == 400

@@ -390,20 +390,6 @@ def test_one_job_cannot_take_over_the_request_of_another(
         assert transaction.get_one(RewardRequest, "rwq_1").state == "waiting"
 
 
-def test_progress_is_noted_in_its_order_and_unknown_requests_are_named(live: Any) -> None:
-    _, lease = live.running()
-    one, two = announce(live, lease), announce(live, lease, "rwq_2")
-    states = {"rwq_x": "closed", "rwq_1": "accepted", "rwq_2": "closed"}
-    notes = [{"request_id": name, "state": state} for name, state in states.items()]
-    answer = lease.post("/reward_requests/progress", requests=[*notes, notes[0]])
-    assert (answer.status_code, answer.json()) == (200, {"unknown": ["rwq_x"]})
-    assert one.post(one.body(1, 2)).json() == {"status": "accepted"}
-    assert two.post(two.body(1, 2)).status_code == 410
-    too_many = lease.post("/reward_requests/progress", requests=[notes[1]] * 65)
-    assert too_many.status_code == 400
-    assert lease.post("/reward_requests/progress", requests=[]).status_code == 400
-
-
 def test_callbacks_go_to_the_address_that_the_operator_names(serve: Callable[..., Any]) -> None:
     live = serve(public_url="https://dar.example/base/")
     _, lease = live.running()
