@@ -33,10 +33,11 @@ from dar.protocol.worker import (
     Inputs,
     Lease,
     LeaseState,
+    NoteRewardProgress,
     Outcome,
     RegisterCheckpoint,
     Release,
-    RewardProgress,
+    RewardProgressNoted,
     RewardRequestStates,
 )
 from worker.wire import encode
@@ -331,15 +332,11 @@ class WorkerClient:
             RewardRequestStates, "POST", f"/leases/{lease_id}/reward_requests", announced
         )
 
-    def note_reward(self, lease_id: str, request_id: str, said: RewardProgress) -> None:
-        """Say what became of a reward request."""
-        with _of_a_lease():
-            self._send(
-                "POST",
-                f"/leases/{lease_id}/reward_requests/{quote(request_id)}",
-                content=encode(said),
-                headers={"content-type": "application/json"},
-            )
+    def note_rewards(self, lease_id: str, said: NoteRewardProgress) -> RewardProgressNoted:
+        """Say what became of reward requests."""
+        return self._ask(
+            RewardProgressNoted, "POST", f"/leases/{lease_id}/reward_requests/progress", said
+        )
 
     def register(self, lease_id: str, checkpoint: RegisterCheckpoint) -> CheckpointUpload:
         """Announce a checkpoint; repeating it tells what has arrived."""

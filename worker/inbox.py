@@ -8,7 +8,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -35,6 +35,8 @@ class PipeInbox:
         self._results: dict[str, bytes] = {}
         self._open: set[str] = set()
         # Requests whose result is still wanted; what comes for others is dropped.
+        self._unanswered: Counter[str] = Counter()
+        # Announcements, given up or not; each is answered once, in their order.
         self._waiters: defaultdict[str, set[Wake]] = defaultdict(set)
         self._unsent: queue.SimpleQueue[RewardNote] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="reward-notes", daemon=True).start()
@@ -43,7 +45,7 @@ class PipeInbox:
         """Take what the supervisor says about a request; from the thread that reads stdin."""
         with self._lock:
             state = news.state
-            if state is not None:
+            if state is not None and self._is_wanted(news.request_id):
                 self._stored[news.request_id] = Stored(
                     state.callback_url,
                     datetime.fromtimestamp(state.deadline, UTC),
@@ -78,17 +80,24 @@ class PipeInbox:
         with self._lock:
             self._results.pop(request_id, None)
             self._open.add(request_id)
-        self._unsent.put(RewardNote(request_id=request_id, announcement=wanted))
-        stored = await self._arrival(self._stored, request_id)
-        if stored.result is not None:
-            self._settle(request_id)
+            self._unanswered[request_id] += 1
+        self._unsent.put(
+            RewardNote(request_id=request_id, announcement=wanted, said_at=datetime.now(UTC))
+        )
+        stored: Stored | None = None
+        try:
+            stored = await self._arrival(self._stored, request_id)
+        finally:
+            if stored is None or stored.result is not None:
+                self._settle(request_id)
         return stored
 
     async def wait(self, request_id: str) -> bytes:
         """The result that was posted for a request; waits for it however long it takes."""
-        result = await self._arrival(self._results, request_id)
-        self._settle(request_id)
-        return result
+        try:
+            return await self._arrival(self._results, request_id)
+        finally:
+            self._settle(request_id)
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
         """Have the service remember that the reward service took the request."""
@@ -103,6 +112,15 @@ class PipeInbox:
         with self._lock:
             self._open.discard(request_id)
             self._results.pop(request_id, None)
+            self._stored.pop(request_id, None)
+
+    def _is_wanted(self, request_id: str) -> bool:
+        """Count an answer to an announcement; whether it answers the last one, and that was not given up."""
+        self._unanswered[request_id] -= 1
+        if self._unanswered[request_id] > 0:
+            return False
+        del self._unanswered[request_id]
+        return request_id in self._open
 
     async def _arrival(self, arrived: dict[str, Value], request_id: str) -> Value:
         loop, news = asyncio.get_running_loop(), asyncio.Event()

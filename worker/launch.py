@@ -7,6 +7,7 @@ requests, and its `ExitCode`. Secrets
 travel in the launch line alone: never in arguments, environment or files.
 """
 
+from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,6 +111,8 @@ class RewardNote(BaseModel):
     request_id: str
     announcement: RewardAnnouncement | None = None
     """The request is about to be sent; the answer is a `RewardNews` with its state."""
+    said_at: datetime | None = None
+    """When an announcement was made: how long it waits on its way is not taken off the request's time."""
     state: Literal["accepted", "closed"] | None = None
     """What became of it since."""
     poll_url: str | None = None

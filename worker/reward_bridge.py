@@ -2,29 +2,30 @@
 
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import structlog
 
-from dar.errors import NotFoundError
 from dar.protocol.worker import (
+    MOST_REWARD_REQUESTS,
     AnnounceRewardRequests,
     Directive,
+    NoteRewardProgress,
     RewardAnnouncement,
     RewardProgress,
+    RewardRequestStates,
 )
-from worker.api import MissingError, WorkerClient
+from worker.api import WorkerClient
 from worker.launch import RewardNews, RewardNote
 from worker.state import AttemptState
 
 log = structlog.get_logger(__name__)
 
 READ_BYTES = 64 * 1024
-MOST_AT_ONCE = 64
-"""Announcements in one call; all that lie in the pipe go together."""
 
 
 class RewardBridge:
-    """Carries a trainer's notes to the service; `run` is the body of its thread.
+    """Carries a trainer's notes to the service, all that lie in the pipe together; `run` is the body of its thread.
 
     Args:
         tell: Passes news on to the trainer; must not block.
@@ -55,42 +56,59 @@ class RewardBridge:
         self._tell(RewardNews(request_id=directive.request_id, result=directive.result))
 
     def _pass_on(self, notes: list[RewardNote]) -> None:
-        waiting: list[RewardAnnouncement] = []
+        announced: list[RewardNote] = []
+        said: list[RewardProgress] = []
         for note in notes:
-            if note.announcement is not None:
-                waiting.append(note.announcement)
-                if len(waiting) == MOST_AT_ONCE:
-                    self._announce(waiting)
-                    waiting = []
-                continue
-            # In their order: a request may be announced again after it was closed.
-            self._announce(waiting)
-            waiting = []
-            self._note(note)
-        self._announce(waiting)
+            if note.state is not None:
+                said.append(
+                    RewardProgress(
+                        request_id=note.request_id, state=note.state, poll_url=note.poll_url
+                    )
+                )
+            else:
+                # What was said of a request before it is announced again is no news about the second announcement.
+                if any(one.request_id == note.request_id for one in said):
+                    self._send(announced, said)
+                announced.append(note)
+            if max(len(announced), len(said)) == MOST_REWARD_REQUESTS:
+                self._send(announced, said)
+        self._send(announced, said)
 
-    def _announce(self, requests: list[RewardAnnouncement]) -> None:
-        if not requests:
-            return
+    def _send(self, announced: list[RewardNote], said: list[RewardProgress]) -> None:
+        """Tell the service, and empty both lists. A trainer waits for its announcements, so they go first."""
+        if announced:
+            self._announce(announced)
+        if said:
+            self._note(said)
+        announced.clear()
+        said.clear()
+
+    def _announce(self, notes: list[RewardNote]) -> None:
         lease = self._state.lease
-        body = AnnounceRewardRequests(attempt=lease.attempt, requests=requests)
-        answer = self._client.persist(
-            lambda: self._client.announce_rewards(lease.lease_id, body),
-            "announcement",
-            longest=2.0,
-        )
+
+        def announce() -> RewardRequestStates:
+            requests = [_as_of_now(note) for note in notes]
+            body = AnnounceRewardRequests(attempt=lease.attempt, requests=requests)
+            return self._client.announce_rewards(lease.lease_id, body)
+
+        answer = self._client.persist(announce, "announcement", longest=2.0)
         for state in answer.requests:
             self._tell(RewardNews(request_id=state.request_id, state=state))
 
-    def _note(self, note: RewardNote) -> None:
-        assert note.state is not None
+    def _note(self, said: list[RewardProgress]) -> None:
         lease = self._state.lease
-        said = RewardProgress(attempt=lease.attempt, state=note.state, poll_url=note.poll_url)
-        try:
-            self._client.persist(
-                lambda: self._client.note_reward(lease.lease_id, note.request_id, said),
-                "reward progress",
-                longest=2.0,
-            )
-        except (MissingError, NotFoundError) as error:
-            log.warning("reward request unknown", request=note.request_id, error=error.message)
+        body = NoteRewardProgress(attempt=lease.attempt, requests=said)
+        noted = self._client.persist(
+            lambda: self._client.note_rewards(lease.lease_id, body), "reward progress", longest=2.0
+        )
+        if noted.unknown:
+            log.warning("reward requests unknown", requests=noted.unknown)
+
+
+def _as_of_now(note: RewardNote) -> RewardAnnouncement:
+    """The announcement with its deadline put off by what passed since it was made: a service that is away costs no time."""
+    assert note.announcement is not None
+    now = datetime.now(UTC)
+    late = now - (note.said_at or now)
+    deadline = note.announcement.deadline + max(0.0, late.total_seconds())
+    return note.announcement.model_copy(update={"deadline": deadline})

@@ -146,6 +146,10 @@ class Directives(Output):
     """What was told so far: the ``after`` of the next poll."""
 
 
+MOST_REWARD_REQUESTS = 64
+"""Reward requests in one announcement, or notes in one report of progress."""
+
+
 class RewardAnnouncement(Input):
     """A reward request that may be answered by a callback; announced before it is sent."""
 
@@ -164,7 +168,9 @@ class AnnounceRewardRequests(Input):
     """Requests that an attempt is about to send."""
 
     attempt: Number
-    requests: Annotated[list[RewardAnnouncement], Field(min_length=1, max_length=64)]
+    requests: Annotated[
+        list[RewardAnnouncement], Field(min_length=1, max_length=MOST_REWARD_REQUESTS)
+    ]
 
 
 class RewardRequestState(Output):
@@ -191,9 +197,23 @@ class RewardRequestStates(Output):
 class RewardProgress(Input):
     """What became of an announced request: the reward service took it (202), or answered it on another way."""
 
-    attempt: Number
+    request_id: Identifier
     state: Literal["accepted", "closed"]
     poll_url: Annotated[str, Field(max_length=2048)] | None = None
+
+
+class NoteRewardProgress(Input):
+    """What became of requests that an attempt announced, in the order in which it happened."""
+
+    attempt: Number
+    requests: Annotated[list[RewardProgress], Field(min_length=1, max_length=MOST_REWARD_REQUESTS)]
+
+
+class RewardProgressNoted(Output):
+    """Answer to a report of progress: all of it is noted but what concerns unknown requests."""
+
+    unknown: list[str]
+    """Ids of requests that the job has not announced, each once."""
 
 
 class MetricsRow(Input):

@@ -4,7 +4,7 @@ Where a trainer runs under a service, the service takes callbacks for it (`Inbox
 sent, with the hash of a fresh token, so that a result finds its way even when everything here dies meanwhile. In a plain script
 there is nobody to call back; a service is offered ``async`` all the same and may give a ``poll_url``.
 
-The deadline of a request never moves. Of a callback and a poll, the first valid result wins.
+The deadline of a request never moves once it is announced; that it could not be announced for a while costs it no time. Of a callback and a poll, the first valid result wins.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import random
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 import httpx2
@@ -35,6 +35,8 @@ SHORTEST_POLL_SECONDS = 0.1
 POLL_JITTER = 0.2
 """Share by which a wait may be shorter or longer."""
 TOKEN_BYTES = 32
+ANNOUNCEMENTS = 2
+"""Most announcements of a request: another one where the first was stored so long ago that its deadline has passed."""
 # Not the module's functions: drawing from the process-wide generator would change what a seeded trainer samples next.
 _JITTER = random.SystemRandom()
 
@@ -101,7 +103,7 @@ class LaterReply:
         url: The reward service's, whose origin a ``poll_url`` must have.
         request_id: Id of the request.
         ids: Its samples.
-        deadline: No answer is taken after it.
+        seconds: From the announcement to the deadline; no answer is taken after that.
         inbox: Takes callbacks; None: there is nobody to call back.
     """
 
@@ -110,7 +112,7 @@ class LaterReply:
         url: str,
         request_id: str,
         ids: Sequence[str],
-        deadline: datetime,
+        seconds: float,
         inbox: Inbox | None,
     ) -> None:
         self._url = url
@@ -119,32 +121,31 @@ class LaterReply:
         self._inbox = inbox
         self._poll_url: str | None = None
         self._callback: Callback | None = None
-        self.deadline = deadline
+        self._time = timedelta(seconds=seconds)
+        self.deadline = datetime.now(UTC) + self._time
         """Of the request; an earlier process may have begun it."""
         self.is_accepted = False
         """The reward service has it, so it is only waited for."""
         self._result: bytes | None = None
 
     async def open(self, component: str, step: int) -> None:
-        """Announce the request, which must happen before it is sent.
+        """Announce the request, which must happen before it is sent; waits however long our own service is away.
 
         Raises:
-            AttemptFailedError: It was not stored before the deadline.
+            AttemptFailedError: An earlier process was given a ``poll_url`` that breaks the contract.
         """
         if self._inbox is None:
             return
-        token = f"{TOKEN_PREFIX}{secrets.token_urlsafe(TOKEN_BYTES)}"
-        sha256 = hashlib.sha256(token.encode()).hexdigest()
-        try:
-            async with asyncio.timeout(self._remaining()):
-                stored = await self._inbox.announce(
-                    self._request_id, component, step, sha256, self.deadline, self._ids
-                )
-        except TimeoutError:
-            raise AttemptFailedError(
-                "transient", "deadline", "the service did not store the request in time"
-            ) from None
-        self.deadline = stored.deadline
+        for _ in range(ANNOUNCEMENTS):
+            token = f"{TOKEN_PREFIX}{secrets.token_urlsafe(TOKEN_BYTES)}"
+            sha256 = hashlib.sha256(token.encode()).hexdigest()
+            deadline = datetime.now(UTC) + self._time
+            stored = await self._inbox.announce(
+                self._request_id, component, step, sha256, deadline, self._ids
+            )
+            self.deadline = stored.deadline
+            if stored.result is not None or self.remaining_seconds > 0:
+                break
         self.is_accepted = stored.is_accepted or stored.result is not None
         self._result = stored.result
         self._callback = Callback(url=stored.callback_url, token=token)
@@ -198,7 +199,7 @@ class LaterReply:
         if self._poll_url is not None:
             ways.append(self._polled(self._poll_url, poll))
         try:
-            async with asyncio.timeout(self._remaining()):
+            async with asyncio.timeout(self.remaining_seconds):
                 return await _first(ways)
         except TimeoutError:
             reason = "it accepted the request, but its result did not come before the deadline"
@@ -216,7 +217,7 @@ class LaterReply:
                 wait = min(wait * POLL_GROWTH, LONGEST_POLL_SECONDS)
             await asyncio.sleep(max(asked, SHORTEST_POLL_SECONDS))
             try:
-                polled = await poll(url, self._remaining())
+                polled = await poll(url, self.remaining_seconds)
             except AttemptFailedError as error:
                 if error.kind not in {"transient", "name"}:
                     raise
@@ -234,7 +235,9 @@ class LaterReply:
         except RewardContractError as error:
             raise AttemptFailedError("contract", error.error_code, error.message) from None
 
-    def _remaining(self) -> float:
+    @property
+    def remaining_seconds(self) -> float:
+        """Time until the deadline; 0 after it."""
         return max(0.0, (self.deadline - datetime.now(UTC)).total_seconds())
 
     def _checked(self, given: str) -> str:

@@ -206,6 +206,8 @@ class RequestRecord:
     """Until the connection was open, TLS included."""
     first_byte_seconds: float | None = None
     """Until the head of an answer was there; None: none came."""
+    in_flight_seconds: float | None = None
+    """Until a 202, after which the result is only waited for; None: there was none, the attempt was in flight to its end."""
 
 
 class RewardObserver(Protocol):

@@ -70,6 +70,7 @@ class _Tried:
     started_at: float
     status: int | None = None
     bytes_in: int = 0
+    in_flight_seconds: float | None = None
     timings: Timings = field(default_factory=Timings)
 
 
@@ -173,13 +174,15 @@ class Delivery:
     async def _attempt(self, samples: list[EncodedSample]) -> list[RewardResult]:
         self._tried = _Tried(self._schedule.attempt, time.monotonic())
         await self._slot.acquire()
+        if self._options.allow_async and self._later is None:
+            await self._announce([sample.id for sample in samples])
         call = await self._endpoint.admit(self._schedule, self._patience, self._waits_for_breaker)
         outcome: Outcome = "neutral"
         reason = ""
         try:
             self._tried.started_at = time.monotonic()
             if self._batch is None:
-                await self._begin(samples)
+                self._begin(samples)
             answer = await self._send()
             results = self._decoded(answer) if answer.status == 200 else None
             outcome = "neutral" if self._tried.status is None else "ok"
@@ -192,6 +195,7 @@ class Delivery:
             self._endpoint.breaker.done(call, outcome, reason)
         if results is None:
             self._slot.release()
+            self._tried.in_flight_seconds = time.monotonic() - self._tried.started_at
             results = await self._result_that_follows()
         self._record("ok", is_final=True)
         return [redacted(result, self._endpoint.redact) for result in results]
@@ -204,20 +208,25 @@ class Delivery:
             f"{self._sender.label}: {failure.full_reason}", code=failure.code
         )
 
-    async def _begin(self, samples: list[EncodedSample]) -> None:
+    async def _announce(self, ids: list[str]) -> None:
+        """Have our own service take callbacks for the request; while that is away, neither deadline nor breaker hears of it."""
+        # First the breaker: the deadline that is announced does not stand still for it.
+        await self._endpoint.passable(self._schedule, self._patience, self._waits_for_breaker)
+        seconds, started = self._schedule.remaining_seconds, time.monotonic()
+        later = LaterReply(self._sender.url, self._request_id, ids, seconds, self._sender.inbox)
+        await later.open(self._sender.name, self._context.step)
+        self._schedule.extend(time.monotonic() - started)
+        # An earlier process may have begun it.
+        self._schedule.end_by(later.remaining_seconds)
+        self._later = later
+
+    def _begin(self, samples: list[EncodedSample]) -> None:
         """Fix the body; it is the same on every attempt."""
         now = datetime.now(UTC)
         deadline = now + timedelta(seconds=self._schedule.remaining_seconds)
         reply: Mapping[str, Any] | None = None
-        if self._options.allow_async:
-            ids = [sample.id for sample in samples]
-            self._later = LaterReply(
-                self._sender.url, self._request_id, ids, deadline, self._sender.inbox
-            )
-            await self._later.open(self._sender.name, self._context.step)
+        if self._later is not None:
             reply, deadline = self._later.reply.model_dump(exclude_none=True), self._later.deadline
-            # An earlier process may have begun it.
-            self._schedule.end_by((deadline - datetime.now(UTC)).total_seconds())
         self._batch = RequestBatch(
             request_id=self._request_id,
             component=self._sender.name,
@@ -367,6 +376,7 @@ class Delivery:
             outcome=outcome,
             status=tried.status,
             seconds=time.monotonic() - tried.started_at,
+            in_flight_seconds=tried.in_flight_seconds,
             queued_seconds=self._queued_seconds,
             bytes_out=len(self._body),
             bytes_in=tried.bytes_in,

@@ -160,12 +160,26 @@ class Endpoint:
     async def admit(
         self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
     ) -> Call:
-        """Wait until an attempt may be made: gate, rate, then breaker.
+        """Wait until an attempt may be made: gate, breaker, then rate.
 
         Raises:
             AttemptFailedError: It may not be made within the deadline, or the breaker stayed open for too long.
             RewardMisconfiguredError: The service refuses us for good.
         """
+        while True:
+            call = await self._enter(schedule, patience, on_wait)
+            if await self._keep_pace(call):
+                return call
+
+    async def passable(
+        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
+    ) -> None:
+        """Wait until gate and breaker let an attempt through, without making one; see `admit`."""
+        self.breaker.done(await self._enter(schedule, patience, on_wait), "neutral")
+
+    async def _enter(
+        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
+    ) -> Call:
         is_told = False
         while True:
             if schedule.remaining_seconds <= 0:
@@ -175,13 +189,12 @@ class Endpoint:
                 await asyncio.sleep(min(pause, schedule.remaining_seconds))
                 continue
             call = self.breaker.enter()
-            if call is None:
-                if not is_told:
-                    on_wait("most requests failed; waiting before it is tried again")
-                is_told = True
-                await self._wait_for_breaker(schedule, patience)
-            elif await self._keep_pace(call):
+            if call is not None:
                 return call
+            if not is_told:
+                on_wait("most requests failed; waiting before it is tried again")
+            is_told = True
+            await self._wait_for_breaker(schedule, patience)
 
     async def _wait_for_breaker(self, schedule: RetrySchedule, patience: Patience) -> None:
         refusal = self.breaker.refusal

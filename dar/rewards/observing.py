@@ -91,7 +91,9 @@ class StepObserver:
         is_new = False
         now = time.monotonic()
         with self._lock:
-            self._spans[record.component].append((now - record.seconds, now))
+            start, until_202 = now - record.seconds, record.in_flight_seconds
+            end = now if until_202 is None else start + until_202
+            self._spans[record.component].append((start, end))
             seconds = self._seconds.pop(record.request_id, 0.0) + record.seconds
             if record.is_final:
                 self._requests.append(FinishedRequest(record, seconds))

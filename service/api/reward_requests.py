@@ -2,12 +2,13 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends
 
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import (
     AnnounceRewardRequests,
-    RewardProgress,
+    NoteRewardProgress,
+    RewardProgressNoted,
     RewardRequestState,
     RewardRequestStates,
 )
@@ -20,7 +21,7 @@ from service.store.tables import RewardRequest
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 AnnounceBody = Annotated[AnnounceRewardRequests, Depends(body_of(AnnounceRewardRequests))]
-ProgressBody = Annotated[RewardProgress, Depends(body_of(RewardProgress))]
+ProgressBody = Annotated[NoteRewardProgress, Depends(body_of(NoteRewardProgress))]
 
 
 @router.post("/{lease_id}/reward_requests", openapi_extra=schema_of(AnnounceRewardRequests))
@@ -61,19 +62,14 @@ def announce_reward_requests(
     )
 
 
-@router.post(
-    "/{lease_id}/reward_requests/{request_id}",
-    status_code=204,
-    openapi_extra=schema_of(RewardProgress),
-)
+@router.post("/{lease_id}/reward_requests/progress", openapi_extra=schema_of(NoteRewardProgress))
 def note_reward_progress(
-    lease_id: LeaseHolder, request_id: str, runtime: CurrentRuntime, body: ProgressBody
-) -> Response:
-    """Note that a reward service took a request, or answered it on another way."""
+    lease_id: LeaseHolder, runtime: CurrentRuntime, body: ProgressBody
+) -> RewardProgressNoted:
+    """Note that reward services took requests, or answered them on another way; unknown ones are named and hold up no other."""
 
-    def work(transaction: Transaction) -> None:
+    def work(transaction: Transaction) -> list[str]:
         held = fence.hold(transaction, lease_id, body.attempt)
-        reward_requests.note_progress(transaction, held, request_id, body)
+        return reward_requests.note_progress(transaction, held, body.requests)
 
-    runtime.database.transact(work)
-    return Response(status_code=204)
+    return RewardProgressNoted(unknown=runtime.database.transact(work))

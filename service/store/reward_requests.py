@@ -13,7 +13,7 @@ from sqlalchemy import and_, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
-from dar.errors import InvalidRequestError, NotFoundError
+from dar.errors import InvalidRequestError
 from dar.protocol.status import TERMINAL
 from dar.protocol.worker import FIRST_RESULT_ID, RewardAnnouncement, RewardProgress
 from service.store import events
@@ -113,21 +113,32 @@ def _go_on(transaction: Transaction, row: RewardRequest, wanted: RewardAnnouncem
 
 
 def note_progress(
-    transaction: Transaction, held: Held, request_id: str, said: RewardProgress
-) -> None:
-    """Note that the reward service took a request, or answered it on another way.
+    transaction: Transaction, held: Held, notes: Sequence[RewardProgress]
+) -> list[str]:
+    """Note in their order that the reward service took requests, or answered them on another way.
 
-    Raises:
-        NotFoundError: The job has no such request.
+    One request that nobody knows, perhaps forgotten since, says nothing about the others: they are noted all the same.
+
+    Returns:
+        Ids of those that the job has not announced, each once.
     """
-    row = transaction.get(RewardRequest, request_id)
-    if row is None or row.job_id != held.job.id:
-        raise NotFoundError(f"job {held.job.id} has announced no request {request_id!r}")
-    if said.state == "accepted":
-        row.is_accepted, row.poll_url = True, said.poll_url
-    elif row.state == "waiting":
-        row.state = "closed"
+    found = transaction.scalars(
+        select(RewardRequest).where(
+            RewardRequest.job_id == held.job.id,
+            RewardRequest.id.in_({note.request_id for note in notes}),
+        )
+    )
+    rows = {row.id: row for row in found}
+    for note in notes:
+        row = rows.get(note.request_id)
+        if row is None:
+            continue
+        if note.state == "accepted":
+            row.is_accepted, row.poll_url = True, note.poll_url
+        elif row.state == "waiting":
+            row.state = "closed"
     transaction.flush()
+    return list(dict.fromkeys(note.request_id for note in notes if note.request_id not in rows))
 
 
 def find(transaction: Transaction, request_id: str) -> RewardRequest | None:

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from dar.rewards.signing import decode_secret, signed_headers
+from service.store.tables import RewardRequest
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -55,6 +56,12 @@ def announce(live: Any, lease: Any, request_id: str = "rwq_1", seconds: float = 
     assert answer.status_code == 200, answer.text
     [state] = answer.json()["requests"]
     return Pending(request_id, token, state, live.client(None))
+
+
+def note(lease: Any, state: str, **more: Any) -> httpx2.Response:
+    said = {"request_id": "rwq_1", "state": state, **more}
+    answer: httpx2.Response = lease.post("/reward_requests/progress", requests=[said])
+    return answer
 
 
 @pytest.fixture
@@ -184,8 +191,8 @@ def test_nobody_waits_for_a_request_that_was_answered_at_once_or_whose_job_has_e
 ) -> None:
     _, lease = live.running()
     answered, open_one = announce(live, lease), announce(live, lease, "rwq_2")
-    done = lease.post("/reward_requests/rwq_1", state="closed")
-    assert done.status_code == 204
+    done = note(lease, "closed")
+    assert (done.status_code, done.json()) == (200, {"unknown": []})
     assert answered.post(answered.body(1, 2)).status_code == 410
     lease.post("/fail", kind="user", code="x", message="x")
     assert open_one.post(open_one.body(1, 2)).status_code == 410
@@ -323,7 +330,7 @@ def test_our_own_request_sent_back_is_refused_without_a_signature_too(pending: P
 def test_the_next_attempt_gets_what_came_for_the_one_before(live: Any) -> None:
     _, lease = live.running()
     pending = announce(live, lease)
-    lease.post("/reward_requests/rwq_1", state="accepted", poll_url="/results/1")
+    note(lease, "accepted", poll_url="/results/1")
     again = live.claim(incarnation="life-2")
     body = pending.body(1, 2)
     assert pending.post(body).json() == {"status": "accepted"}  # while nobody has announced it anew
@@ -336,7 +343,7 @@ def test_the_next_attempt_gets_what_came_for_the_one_before(live: Any) -> None:
 def test_a_request_that_was_accepted_is_not_begun_anew_and_either_token_opens_it(live: Any) -> None:
     _, lease = live.running()
     first = announce(live, lease, seconds=60)
-    lease.post("/reward_requests/rwq_1", state="accepted")
+    note(lease, "accepted")
     again = live.claim(incarnation="life-2")
     second = announce(live, again, seconds=90)
     assert second.state["is_accepted"]
@@ -349,7 +356,7 @@ def test_a_request_that_was_accepted_is_not_begun_anew_and_either_token_opens_it
 def test_a_request_whose_time_ran_out_is_begun_anew(live: Any) -> None:
     _, lease = live.running()
     announce(live, lease, seconds=0.1)
-    lease.post("/reward_requests/rwq_1", state="accepted")
+    note(lease, "accepted")
     time.sleep(0.2)
     anew = announce(live, live.claim(incarnation="life-2"), seconds=60)
     assert not anew.state["is_accepted"]
@@ -365,7 +372,7 @@ def test_an_attempt_that_has_lost_its_job_announces_nothing(
     live.claim(incarnation="life-2")
     late = lease.post("/reward_requests", requests=[announcement("rwq_2", "rwt_x")])
     assert (late.status_code, error_of(late)["code"]) == (409, "fenced")
-    noted = lease.post("/reward_requests/rwq_1", state="closed")
+    noted = note(lease, "closed")
     assert (noted.status_code, error_of(noted)["code"]) == (409, "fenced")
 
 
@@ -378,7 +385,9 @@ def test_one_job_cannot_take_over_the_request_of_another(
     other = live.claim(slot="1")
     answer = other.post("/reward_requests", requests=[announcement("rwq_1", "rwt_x")])
     assert (answer.status_code, error_of(answer)["param"]) == (400, "request_id")
-    assert other.post("/reward_requests/rwq_1", state="closed").status_code == 404
+    assert note(other, "closed").json() == {"unknown": ["rwq_1"]}
+    with live.runtime.database.read() as transaction:
+        assert transaction.get_one(RewardRequest, "rwq_1").state == "waiting"
 
 
 def test_callbacks_go_to_the_address_that_the_operator_names(serve: Callable[..., Any]) -> None:

@@ -15,6 +15,7 @@ import orjson
 from dar.protocol.rewards import RewardRequest, decode_request
 from dar.rewards.asynchronous import Stored
 from dar.rewards.base import Failed, RewardContext, Scored
+from dar.rewards.breaker import BreakerOptions
 from dar.rewards.http import HttpOptions, HttpReward
 
 Ask = Callable[..., Any]
@@ -28,7 +29,9 @@ class Service:
     said: list[tuple[str, ...]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     results: dict[str, bytes] = field(default_factory=dict)
-    is_away: bool = False
+    away_seconds: float = 0.0
+    """How long the next announcement takes."""
+    deadlines: list[datetime] = field(default_factory=list)
 
     async def announce(
         self,
@@ -39,8 +42,9 @@ class Service:
         deadline: datetime,
         sample_ids: Sequence[str],
     ) -> Stored:
-        if self.is_away:
-            await asyncio.Event().wait()
+        away, self.away_seconds = self.away_seconds, 0.0
+        await asyncio.sleep(away)
+        self.deadlines.append(deadline)
         self.said.append(("announced", component, str(step), *sample_ids))
         self.hashes[request_id] = token_sha256
         return self.known.get(request_id) or Stored(f"http://dar.test/cb/{request_id}", deadline)
@@ -153,13 +157,80 @@ async def test_a_result_that_does_not_come_in_time_is_missing(
     assert len(judge.posts) == 1
 
 
-async def test_a_request_that_cannot_be_announced_is_never_sent(
-    hostile: Ask, ask: Ask, later: HttpOptions
+async def test_our_own_service_may_be_away_for_longer_than_the_deadline(
+    hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
 ) -> None:
+    service = Service(away_seconds=2.5)
     server = hostile(lambda r: r.fine())
-    found = await ask(server.url, options=hurried(later, 0.3), inbox=Service(is_away=True))
-    assert {(result.code, result.is_transient) for result in found} == {("deadline", True)}
-    assert server.requests == []
+    options = replace(hurried(later, 2.0), breaker=BreakerOptions(min_calls=1))
+    found = await ask(server.url, options=options, inbox=service, observer=seen)
+    assert posted(found, 0.5, 0.5, 0.5, 0.5)
+    assert [(record.attempt, record.outcome) for record in seen.records] == [(1, "ok")]
+    assert seen.states == []
+    # What was announced first had its deadline behind it when it was stored.
+    [sent] = server.requests
+    first, second = service.deadlines
+    assert datetime.fromisoformat(sent.content["reply"]["deadline"]) == second > first
+
+
+async def test_a_request_that_is_not_announced_is_never_sent_and_a_cancellation_ends_the_wait(
+    hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
+) -> None:
+    before = asyncio.all_tasks()
+    server = hostile(lambda r: r.fine())
+    options = replace(hurried(later, 0.1), breaker=BreakerOptions(min_calls=1))
+    service = Service(away_seconds=3600)
+    waiting = asyncio.create_task(ask(server.url, options=options, inbox=service, observer=seen))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    assert asyncio.all_tasks() == before
+    assert (server.requests, seen.states) == ([], [])
+
+
+async def test_what_the_breaker_holds_back_is_announced_only_when_it_may_go(
+    hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
+) -> None:
+    service = Service()
+    statuses = iter(["500 Internal Server Error"])
+
+    def behave(request: Any) -> None:
+        if status := next(statuses, None):
+            request.answer(b"", status=status)
+        else:
+            request.fine()
+
+    server = hostile(behave)
+    breaker = BreakerOptions(min_calls=1, open_seconds=1.5)
+    retry = later.retry.model_copy(update={"attempts": 1})
+    options = replace(later, breaker=breaker, retry=retry)
+    started = datetime.now(UTC)
+    broken = await ask(server.url, options=options, inbox=service, observer=seen)
+    assert {result.code for result in broken} == {"http_500"}
+    assert posted(await ask(server.url, options=options, inbox=service), 0.5, 0.5, 0.5, 0.5)
+    assert seen.states == ["open", "half_open", "closed"]
+    waited = timedelta(seconds=options.timeouts.deadline + 1.5)
+    assert service.deadlines[1] - started >= waited  # the wait is not taken off its time
+
+
+async def test_in_flight_is_a_request_until_its_202(
+    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
+) -> None:
+    service = Service()
+
+    def behave(request: Any) -> None:
+        judging.accept()(request)
+        body = judging.result_of(request, 4, 3, 2, 1)
+        threading.Timer(
+            0.5, service.results.__setitem__, (request.content["request_id"], body)
+        ).start()
+
+    found = await ask(hostile(behave).url, options=later, inbox=service, observer=seen)
+    assert posted(found, 4, 3, 2, 1)
+    [record] = seen.records
+    assert 0 < record.in_flight_seconds <= record.seconds - 0.4
 
 
 class Earlier(Service):

@@ -163,3 +163,13 @@ def test_most_requests_at_once_and_the_limit_are_metrics(
     assert all(map(is_known, values))
     assert "reward/judge/in_flight" not in observer.take().metrics
     assert events == []
+
+
+def test_a_request_whose_result_is_only_waited_for_is_not_in_flight(
+    observer: StepObserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dar.rewards.observing.time.monotonic", lambda: 100.0)
+    observer.request_done(record(request_id="rwq_1", seconds=90.0, in_flight_seconds=1.0))  # 10-11
+    observer.request_done(record(request_id="rwq_2", seconds=80.0, in_flight_seconds=1.0))  # 20-21
+    observer.request_done(record(request_id="rwq_3", seconds=79.5))  # 20.5-100
+    assert observer.take().metrics["reward/judge/in_flight"] == 2

@@ -107,6 +107,49 @@ async def test_nothing_is_kept_of_results_that_nobody_wants(pipe: Any) -> None:
     assert inbox._open == set()
 
 
+async def test_an_announcement_that_was_given_up_is_not_answered_by_its_late_answer(
+    pipe: Any,
+) -> None:
+    inbox, notes = pipe
+    given_up = asyncio.create_task(
+        inbox.announce("rwq_1", "letters", 3, "a" * 64, DEADLINE, ["s0"])
+    )
+    await heard(notes)
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    assert (inbox._open, inbox._stored) == (set(), {})
+    again = asyncio.create_task(inbox.announce("rwq_1", "letters", 3, "b" * 64, DEADLINE, ["s0"]))
+    await heard(notes)
+    inbox.deliver(RewardNews(request_id="rwq_1", state=state("rwq_1", poll_url="/stale")))
+    await asyncio.sleep(0.05)
+    assert not again.done()
+    inbox.deliver(RewardNews(request_id="rwq_1", state=state("rwq_1", poll_url="/new")))
+    assert (await again).poll_url == "/new"
+
+
+async def test_a_late_answer_to_an_announcement_that_was_given_up_is_dropped(pipe: Any) -> None:
+    inbox, notes = pipe
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await inbox.announce("rwq_1", "letters", 3, "a" * 64, DEADLINE, ["s0"])
+    await heard(notes)
+    inbox.deliver(RewardNews(request_id="rwq_1", state=state("rwq_1", poll_url="/stale")))
+    inbox.deliver(RewardNews(request_id="rwq_1", result="late"))
+    assert (inbox._open, inbox._stored, inbox._results) == (set(), {}, {})
+    assert (await announced(inbox, notes, "rwq_1", poll_url="/new")).poll_url == "/new"
+
+
+async def test_a_result_that_comes_after_its_wait_was_cut_off_is_not_kept(pipe: Any) -> None:
+    inbox, notes = pipe
+    await announced(inbox, notes, "rwq_1")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await inbox.wait("rwq_1")
+    inbox.deliver(RewardNews(request_id="rwq_1", result="late"))
+    assert (inbox._open, inbox._results) == (set(), {})
+
+
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[TrainerProcess]:
     folder = AttemptFolder(tmp_path / "attempt")
