@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 
-from service.throttle import FailureThrottle
+from service.rationing import FailureThrottle
 
 OUTCOMES = (
     "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "refused", "unsupported", "too_large",

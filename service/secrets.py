@@ -12,15 +12,14 @@ import hmac
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from urllib.parse import urlsplit
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
 from dar.errors import ConfigurationError, SecretUnreadableError
+from dar.rewards.guard import parse_url
 
 VERSION = 1
 FINGERPRINT_CHARACTERS = 16
-_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +127,9 @@ def key_digest(key: str) -> str:
 
 
 def origin_of(url: str) -> str:
-    """Scheme, host and port of a URL, in one spelling."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").rstrip(".")
-    port = parts.port or _PORTS.get(parts.scheme, 0)
-    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    """Scheme, host and port of a URL, in the spelling in which they are dialled.
+
+    Raises:
+        RewardMisconfiguredError: It is no usable URL.
+    """
+    return parse_url(url, None).origin

@@ -1,6 +1,7 @@
 """Jobs that are paused for want of rewards go on by themselves when a look at their reward service shows rewards."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import update
@@ -17,6 +19,7 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample
 from service.reward_watch import RewardWatch
+from service.store import reward_pauses
 from service.store.tables import Job
 
 
@@ -27,21 +30,34 @@ class Judge:
         judge = self
         self.status = 200
         self.asked: list[Any] = []
+        self.limits_ms: list[int] = []
+        self.pause_seconds = 0.0
+        self.accepts_as: Callable[[str], str] | None = None
+        """Makes the ``request_id`` of a 202 from that of the request; None: rewards at once."""
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 judge.asked.append(body)
+                judge.limits_ms.append(int(self.headers["x-dar-deadline-ms"]))
+                time.sleep(judge.pause_seconds)
                 samples = body["samples"] if "samples" in body else body["query"]
                 rewards = [1.0] * len(samples)
-                content = json.dumps(
-                    {"request_id": body.get("request_id"), "rewards": rewards}
-                ).encode()
-                self.send_response(judge.status)
+                answer = {"request_id": body.get("request_id"), "rewards": rewards}
+                status = judge.status
+                if judge.accepts_as is not None:
+                    answer = {
+                        "request_id": judge.accepts_as(body["request_id"]),
+                        "status": "accepted",
+                    }
+                    status = 202
+                content = json.dumps(answer).encode()
+                self.send_response(status)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(OSError):  # nobody waits any more
+                    self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
@@ -58,6 +74,12 @@ class Judge:
 
 
 @pytest.fixture
+def live(serve: Callable[..., Any]) -> Any:
+    """A service whose own thread makes its first look when these tests are long over."""
+    return serve(reconcile_seconds=600.0, reward_probe_seconds=600.0)
+
+
+@pytest.fixture
 def judge() -> Iterator[Judge]:
     judge = Judge()
     yield judge
@@ -65,8 +87,16 @@ def judge() -> Iterator[Judge]:
 
 
 @pytest.fixture
+def refusing() -> Iterator[Judge]:
+    judge = Judge()
+    judge.status = 401
+    yield judge
+    judge.close()
+
+
+@pytest.fixture
 def paused(live: Any) -> Callable[..., str]:
-    """Makes a job that is paused for want of rewards; the service's own thread leaves it alone for a minute."""
+    """Makes a job that is paused for want of rewards."""
 
     def make(*components: dict[str, Any], training_file: str | None = None, **release: Any) -> str:
         file_id = (
@@ -87,6 +117,11 @@ def paused(live: Any) -> Callable[..., str]:
 def make_due(live: Any) -> None:
     with live.runtime.database.write() as transaction:
         transaction.execute(update(Job).values(not_before=transaction.now - timedelta(seconds=1)))
+
+
+def stored_statuses(live: Any, *job_ids: str) -> list[str]:
+    with live.runtime.database.read() as transaction:
+        return [transaction.get_one(Job, job_id).status for job_id in job_ids]
 
 
 def test_a_job_goes_on_when_its_service_gives_rewards_again(
@@ -136,6 +171,162 @@ def test_every_component_must_be_back(
     make_due(live)
     RewardWatch(live.runtime).run_once()
     assert live.job(job_id)["status"] == "paused"
+
+
+def test_a_slow_service_has_the_time_that_its_job_allows(
+    live: Any, judge: Judge, paused: Callable[..., str]
+) -> None:
+    judge.pause_seconds = 0.3
+    ids = [
+        paused({"name": "letters", "url": judge.url, "timeouts": {"attempt": seconds}})
+        for seconds in (0.1, 60)
+    ]
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert [live.job(job_id)["status"] for job_id in ids] == ["paused", "queued"]
+    assert 50_000 < max(judge.limits_ms) <= 60_000
+
+
+def test_a_look_has_an_end_whatever_its_job_allows(
+    live: Any, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.reward_watch.PROBE_SECONDS", 0.2)
+    judge.pause_seconds = 1.0
+    job_id = paused({"name": "letters", "url": judge.url, "timeouts": {"attempt": 3600}})
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert (live.job(job_id)["status"], len(judge.asked)) == ("paused", 1)
+
+
+def test_a_service_that_accepts_a_request_is_back_before_its_result_comes(
+    live: Any, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.reward_watch.PROBE_SECONDS", 5.0)
+    job_id = paused({"name": "letters", "url": judge.url, "reply": "either"})
+    watch = RewardWatch(live.runtime)
+    judge.accepts_as = lambda _request_id: "rwr_of_somebody_else"
+    make_due(live)
+    watch.run_once()
+    assert live.job(job_id)["status"] == "paused", "that was another request"
+    judge.accepts_as = str
+    make_due(live)
+    watch.run_once()
+    assert live.job(job_id)["status"] == "queued"
+    callback = judge.asked[-1]["reply"]["callback"]
+    late = live.http.post(
+        urlsplit(callback["url"]).path,
+        json={"request_id": judge.asked[-1]["request_id"], "rewards": [1.0, 1.0]},
+        headers={"authorization": f"Bearer {callback['token']}"},
+    )
+    assert late.status_code == 410, late.text
+
+
+def test_a_202_that_the_job_does_not_allow_resumes_nothing(
+    live: Any, judge: Judge, paused: Callable[..., str]
+) -> None:
+    judge.accepts_as = str
+    job_id = paused({"name": "letters", "url": judge.url})
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert (live.job(job_id)["status"], len(judge.asked)) == ("paused", 1)
+
+
+@pytest.mark.parametrize("other", [{"weight": 0}, {"required": False}])
+def test_a_component_that_makes_no_sample_an_error_keeps_no_job_paused(
+    live: Any,
+    judge: Judge,
+    paused: Callable[..., str],
+    free_port: Callable[[], int],
+    other: dict[str, Any],
+) -> None:
+    down = {"name": "down", "url": f"http://127.0.0.1:{free_port()}/score", **other}
+    job_id = paused({"name": "letters", "url": judge.url}, down)
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert live.job(job_id)["status"] == "queued"
+
+
+def test_a_gate_must_be_back(
+    live: Any, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
+) -> None:
+    gate = {"name": "gate", "url": f"http://127.0.0.1:{free_port()}/score", "role": "gate"}
+    job_id = paused({"name": "letters", "url": judge.url}, gate)
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert live.job(job_id)["status"] == "paused"
+
+
+def test_where_no_component_is_required_one_must_be_back(
+    live: Any, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
+) -> None:
+    down = {"url": f"http://127.0.0.1:{free_port()}/score", "required": False}
+    none = paused({"name": "one", **down}, {"name": "two", **down})
+    one = paused({"name": "one", "url": judge.url, "required": False}, {"name": "two", **down})
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert [live.job(job_id)["status"] for job_id in (none, one)] == ["paused", "queued"]
+
+
+def test_a_refusal_by_a_component_that_only_watches_would_pause_the_job_again(
+    live: Any, judge: Judge, paused: Callable[..., str], refusing: Judge
+) -> None:
+    watches = {"name": "watches", "url": refusing.url, "weight": 0}
+    job_id = paused({"name": "letters", "url": judge.url}, watches)
+    watch = RewardWatch(live.runtime)
+    make_due(live)
+    watch.run_once()
+    assert live.job(job_id)["status"] == "paused"
+    refusing.status = 503
+    make_due(live)
+    watch.run_once()
+    assert live.job(job_id)["status"] == "queued"
+
+
+def test_a_job_that_cannot_be_looked_at_keeps_no_other_job_paused(
+    live: Any, judge: Judge, paused: Callable[..., str]
+) -> None:
+    component = {"name": "letters", "url": judge.url}
+    bad_spec, bad_row, fine = (paused(component) for _ in range(3))
+    with live.runtime.database.write() as transaction:
+        transaction.execute(update(Job).where(Job.id == bad_spec).values(spec={"dar": 1}))
+        training_file = transaction.get_one(Job, bad_row).training_file
+    live.runtime.artifacts.file(training_file).write_bytes(b"[1, 2]\n")
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    statuses = stored_statuses(live, bad_spec, bad_row, fine)
+    assert statuses == ["paused", "paused", "queued"]
+    with live.runtime.database.read() as transaction:
+        assert reward_pauses.due(transaction, 16) == [], "their next look takes its time"
+
+
+def test_a_job_goes_on_while_another_one_is_still_being_looked_at(
+    live: Any, paused: Callable[..., str]
+) -> None:
+    seen: list[str] = []
+    slow, fast = (
+        paused({"name": name, "url": f"http://127.0.0.1:61999/{name}"}) for name in ("slow", "fast")
+    )
+
+    def wait_for_fast() -> None:
+        until = time.monotonic() + 20
+        while stored_statuses(live, fast) != ["queued"] and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.extend(stored_statuses(live, slow, fast))
+
+    async def probe(
+        component: RewardComponent,
+        access: ComponentAccess,
+        samples: Sequence[RewardSample],
+        context: RewardContext,
+    ) -> bool:
+        del access, samples, context
+        if component.name == "slow":
+            await asyncio.to_thread(wait_for_fast)
+        return True
+
+    make_due(live)
+    RewardWatch(live.runtime, probe).run_once()
+    assert seen == ["paused", "queued"]
 
 
 def test_a_refusal_and_a_hanging_service_hold_up_no_other_job(

@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 from dar.training.ranks import Ranks
 
+# The processes of the fixture share the machine with all other tests.
+pytestmark = pytest.mark.timeout(400)
+
 PROGRAM = Path(__file__).with_name("ranked.py")
 
 

@@ -16,6 +16,9 @@ from dar.protocol.spec import Resources
 from dar.training import DARConfig, zero_config
 from dar.training.launching import strategy_options
 
+# The processes of the fixture share the machine with all other tests.
+pytestmark = pytest.mark.timeout(400)
+
 PROGRAM = Path(__file__).with_name("ranked.py")
 ROUNDING = 2e-5
 """Of float32: one process that trains in eight shares differs by 2e-6 of a tensor's norm from one that does not."""
