@@ -1,4 +1,4 @@
-"""What a supervisor's bridge makes of a trainer's notes about reward requests: few calls, in an order that loses nothing."""
+"""A trainer's notes about reward requests: its supervisor's bridge makes few calls of them, and the service loses none."""
 
 import os
 import threading
@@ -147,3 +147,21 @@ def test_the_service_takes_many_notes_in_their_order_and_names_unknown_requests(
     assert (stored(live, "rwq_1"), stored(live, "rwq_2")) == (("waiting", True), ("closed", False))
     for refused in ([], notes[1:2] * 65):
         assert lease.post("/reward_requests/progress", requests=refused).status_code == 400
+
+
+def test_one_job_cannot_take_over_the_request_of_another(
+    live: Any, error_of: Callable[..., Any]
+) -> None:
+    _, lease = live.running()
+    wanted = announced("rwq_1").announcement
+    assert wanted is not None
+    requests = [wanted.model_dump(mode="json")]
+    assert lease.post("/reward_requests", requests=requests).status_code == 200
+    live.submit()
+    other = live.claim(slot="1")
+    answer = other.post("/reward_requests", requests=requests)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "request_id")
+    notes = [{"request_id": "rwq_1", "state": "closed"}]
+    noted = other.post("/reward_requests/progress", requests=notes)
+    assert noted.json() == {"unknown": ["rwq_1"]}
+    assert stored(live, "rwq_1") == ("waiting", False)

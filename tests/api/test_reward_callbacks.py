@@ -14,7 +14,6 @@ import httpx2
 import pytest
 
 from dar.rewards.signing import decode_secret, signed_headers
-from service.store.tables import RewardRequest
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -374,20 +373,6 @@ def test_an_attempt_that_has_lost_its_job_announces_nothing(
     assert (late.status_code, error_of(late)["code"]) == (409, "fenced")
     noted = note(lease, "closed")
     assert (noted.status_code, error_of(noted)["code"]) == (409, "fenced")
-
-
-def test_one_job_cannot_take_over_the_request_of_another(
-    live: Any, error_of: Callable[..., Any]
-) -> None:
-    _, lease = live.running()
-    announce(live, lease)
-    live.submit()
-    other = live.claim(slot="1")
-    answer = other.post("/reward_requests", requests=[announcement("rwq_1", "rwt_x")])
-    assert (answer.status_code, error_of(answer)["param"]) == (400, "request_id")
-    assert note(other, "closed").json() == {"unknown": ["rwq_1"]}
-    with live.runtime.database.read() as transaction:
-        assert transaction.get_one(RewardRequest, "rwq_1").state == "waiting"
 
 
 def test_callbacks_go_to_the_address_that_the_operator_names(serve: Callable[..., Any]) -> None:
