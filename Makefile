@@ -24,7 +24,7 @@ demo: setup  ## train a small model against a reward service, through the real s
 	@$(BIN)/dar demo
 
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 check: setup  ## lint, format, types, import rules, dependencies
 	$(BIN)/ruff check .

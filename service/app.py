@@ -71,7 +71,7 @@ BODIES = (
     worker.Fail,
     worker.Release,
     worker.AnnounceRewardRequests,
-    worker.RewardProgress,
+    worker.NoteRewardProgress,
 )
 
 

@@ -1,5 +1,6 @@
 """Fixtures that several concerns share."""
 
+import logging
 import socket
 import subprocess
 import sys
@@ -15,6 +16,15 @@ LONGEST_FIRST = ("e2e", "worker", "cli")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the folders that start processes: whole files go to one test process, and a long one must not be last."""
     items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
+
+
+@pytest.fixture(autouse=True)
+def _logs_of_this_test_alone() -> None:
+    """Libraries call `logging.basicConfig` when they are imported, with the captured stream of whichever test did that."""
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -79,13 +79,13 @@ def test_a_mistake_of_ours_is_a_500_that_tells_nothing(
     live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_arguments: object) -> None:
-        raise RuntimeError("the secret is 42")
+        raise RuntimeError("the secret is swordfish")
 
     monkeypatch.setattr("service.api.jobs.jobs.get", broken)
     answer = live.http.get("/v1/fine_tuning/jobs/x")
     assert answer.status_code == 500
     assert error_of(answer)["type"] == "server_error"
-    assert "42" not in answer.text
+    assert "swordfish" not in answer.text
 
 
 def test_a_database_that_is_gone_is_a_503_that_says_when_to_come_again(

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
+from dar.protocol.metrics import is_reproducible
 from dar.settings import environment
 from dar.training import DARConfig, DARTrainer, NullSink, parts
 from dar.training.ranks import Ranks
@@ -98,7 +99,7 @@ class Kept(NullSink):
         self.events: list[str] = []
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        kept = {k: v for k, v in values.items() if "time/" not in k}
+        kept = {k: v for k, v in values.items() if is_reproducible(k)}
         self.metrics_of.setdefault(str(step), {}).update(kept)
 
     def samples(self, step: int, samples: Any) -> None:
