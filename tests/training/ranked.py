@@ -99,7 +99,7 @@ class Kept(NullSink):
         self.events: list[str] = []
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        kept = {k: v for k, v in values.items() if is_reproducible(k)}
+        kept = {k: v for k, v in values.items() if is_reproducible(k) and "time/" not in k}
         self.metrics_of.setdefault(str(step), {}).update(kept)
 
     def samples(self, step: int, samples: Any) -> None:
