@@ -229,11 +229,12 @@ def test_a_running_job_is_paused_with_a_checkpoint_and_resumed(
 ) -> None:
     client = installation.client
     job_id = submit(steps=100_000)
-    installation.until_step(job_id, 2)
+    installation.until_step(job_id, 3)  # which is under way: two are done
     assert client.jobs.pause(job_id).status in {"pausing", "paused"}
     job = paused_by_user(installation, job_id, until)
     checkpoint = next(iter(client.checkpoints.list(job_id)))
-    assert checkpoint.step_number >= job.progress.step >= 2
+    assert min(checkpoint.step_number, job.progress.step) >= 2
+    assert checkpoint.step_number >= job.progress.step - 1
     assert client.jobs.resume(job_id).status == "queued"
     installation.until_step(job_id, checkpoint.step_number + 1)
     assert client.jobs.metrics(job_id).series["dar/loss"].step[: checkpoint.step_number] == list(
