@@ -34,7 +34,7 @@ GENERATION, TRAINING, MEDIAN, SIGMA = 19.2 * SCALE, 12 * SCALE, 5 * SCALE, 0.7
 """Seconds of a step, and of a request."""
 STEPS, ROUNDS = 8, 5
 """Of each run, of which the first and the last do not count: they begin and end the pipeline. And runs of each design."""
-DESIGNS = {
+DESIGNS: dict[str, dict[str, Any]] = {
     "none": {"overlap": "none", "order": "fixed"},
     "stream": {"overlap": "stream", "order": "completion"},
     "stream, fixed order": {"overlap": "stream", "order": "fixed"},
@@ -140,7 +140,7 @@ class Times(NullSink):
         self.of_step[step] = values
 
 
-def run(url: str, design: Mapping[str, str]) -> dict[str, float]:
+def run(url: str, design: Mapping[str, Any]) -> dict[str, float]:
     """Idle seconds and seconds of a step, in the mean over a run."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(

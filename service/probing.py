@@ -6,13 +6,11 @@ may be well when the job starts: the job is accepted, and waits.
 
 import asyncio
 import hashlib
-import json
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import orjson
 
@@ -21,14 +19,13 @@ from dar.protocol.reward_probe import ProbeFinding, ProbeReport
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, RewardTimeouts
 from dar.rewards.base import RewardSample
 from dar.rewards.probe import FULL_SECONDS, ProbeTarget, probe
+from dar.rewards.redaction import Redactor
 from service.store.reward_endpoints import State
 
 LIGHT_SECONDS = 4.0
 """What a submission waits for all its reward services together."""
 REMEMBERED_SECONDS = 30.0
 """How long a service that was let pass is not tried again: a sweep submits many jobs with one service."""
-MIN_HIDDEN = 4
-"""Characters of a header value below which it is no secret, and hiding it would only spoil what is shown."""
 _PASSING = frozenset(
     {
         "connect",
@@ -95,41 +92,14 @@ def state_after(report: ProbeReport) -> State | None:
     return "misconfigured" if is_refused else None
 
 
-def without(said: Any, secrets: Iterable[str], headers: Iterable[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape
-    """What a service said, in the texts of a JSON value, without any secret: it may well send back what it was sent.
-
-    Args:
-        said: A text, or a JSON value.
-        secrets: Signing secrets.
-        headers: Values of secret headers; of ``Bearer abc`` the second part is hidden by itself, too.
-    """
-    given = list(headers)
-    hidden = {*secrets, *given, *(value.rpartition(" ")[2] for value in given)}
-    long = sorted((text for text in hidden if len(text) >= MIN_HIDDEN), key=len, reverse=True)
-    spellings = [spelling for text in long for spelling in (text, json.dumps(text)[1:-1])]
-    return _hide(said, spellings)
-
-
-def _hide(value: Any, hidden: Sequence[str]) -> Any:  # noqa: ANN401 - a JSON value of any shape
-    if isinstance(value, str):
-        for text in hidden:
-            value = value.replace(text, "…")
-        return value
-    if isinstance(value, list):
-        return [_hide(item, hidden) for item in value]
-    if isinstance(value, dict):
-        return {_hide(name, hidden): _hide(item, hidden) for name, item in value.items()}
-    return value
-
-
 async def report_on(
     target: ProbeTarget, samples: Sequence[RewardSample] | None, *, light: bool
 ) -> ProbeReport:
     """Probe a service, within bounds."""
     seconds = LIGHT_SECONDS if light else FULL_SECONDS
     report = await probe(target, samples, light=light, seconds=seconds)
-    said = report.model_dump(mode="json")
-    return ProbeReport.model_validate(without(said, target.secrets, target.headers.values()))
+    redact = Redactor(target.secrets, target.headers.values(), target.url)
+    return ProbeReport.model_validate(redact.in_json(report.model_dump(mode="json")))
 
 
 async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Problem]:

@@ -253,10 +253,7 @@ def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
         if code == ExitCode.CRASHED:
             raise
         log.warning("training ends with %s: %s", code.name, error.error_code)
-        for (
-            secret
-        ) in launch.secrets:  # a reward service may have been told it by mistake, and is quoted
-            error.message = error.message.replace(secret, "…")
+        error.message = launch.redactor()(error.message)  # it may quote a reward service
         sink.close(error)
         return code
     sink.close()

@@ -18,9 +18,7 @@ from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess, RewardAnnouncement, RewardRequestState
 from dar.rewards.cache import CachePlace
 from dar.rewards.guard import EgressPolicy
-
-MIN_HIDDEN = 4
-"""Characters of a secret below which it is not looked for in a log."""
+from dar.rewards.redaction import Redactor
 
 
 class ExitCode(IntEnum):
@@ -77,17 +75,14 @@ class Launch(BaseModel):
     outbox: int | None = None
     """File descriptor of a pipe to the supervisor, for lines with a `RewardNote`."""
 
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """Every secret among it, the longest first: none may be shown."""
-        found = {self.reward_secret or ""}
+    def redactor(self) -> Redactor:
+        """Removes every secret among it from what is shown: a program may well print what it was sent."""
+        secrets = [] if self.reward_secret is None else [self.reward_secret]
+        headers: list[str] = []
         for access in self.reward_access.values():
-            found.update(access.secrets, access.headers.values())
-            # `Bearer abc`: a program may well print only the second part
-            found.update(value.rpartition(" ")[2] for value in access.headers.values())
-        # A shorter header value is no secret, and hiding it would only spoil the log.
-        long = (text for text in found if len(text) >= MIN_HIDDEN)
-        return tuple(sorted(long, key=len, reverse=True))
+            secrets += access.secrets
+            headers += access.headers.values()
+        return Redactor(secrets, headers)
 
     @property
     def processes(self) -> int:

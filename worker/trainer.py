@@ -105,7 +105,7 @@ class TrainerProcess:
         environment: Mapping[str, str],
     ) -> None:
         self._folder = folder
-        self._secrets = launch.secrets
+        self._redact = launch.redactor()
         self.notes, outbox = os.pipe()
         """Read end of the pipe on which it sends a `RewardNote` per line; whoever reads it closes it."""
         with folder.log.open("ab") as output:
@@ -183,10 +183,7 @@ class TrainerProcess:
         """The end of what the trainer printed, without any secret of its rewards."""
         with self._folder.log.open("rb") as file:
             file.seek(max(0, self._folder.log.stat().st_size - LOG_TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-        for secret in self._secrets:
-            text = text.replace(secret, "…")
-        return text
+            return self._redact(file.read().decode(errors="replace"))
 
 
 def kill_leftover(folder: AttemptFolder) -> bool:

@@ -109,9 +109,8 @@ class Endpoint:
         self.breaker = CircuitBreaker(connection.breaker, self._breaker_changed)
         self.budget = RetryBudget(connection.budget)
         self.listeners: set[Listener] = set()
-        self._redact = Redactor(
-            connection.secrets, dict(connection.headers), _query_values(connection.target)
-        )
+        headers = dict(connection.headers).values()
+        self._redact = Redactor(connection.secrets, headers, connection.target.target)
         self._closed_until = 0.0
         self._interval = 0.0 if rps is None else 1.0 / rps
         self._next_start = 0.0
@@ -357,11 +356,6 @@ _TRANSPORT_ERRORS = (
     httpcore2.ProtocolError,
     httpcore2.UnsupportedProtocol,
 )
-
-
-def _query_values(target: Target) -> list[str]:
-    query = target.target.partition("?")[2]
-    return [pair.partition("=")[2] or pair for pair in query.split("&") if pair]
 
 
 _endpoints: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Connection, Endpoint]]" = (

@@ -5,10 +5,12 @@ error or the sample browser unless it has been through a `Redactor`.
 """
 
 import base64
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 from urllib.parse import quote
 
 from dar.errors import ConfigurationError
@@ -60,20 +62,18 @@ class Redactor:
 
     Args:
         secrets: Signing secrets.
-        headers: Secret headers; a scheme like ``Bearer`` before a token stays readable.
-        query: Query of the endpoint's URL, whose values are secrets as well.
+        headers: Values of secret headers; a scheme like ``Bearer`` before a token stays readable.
+        url: The endpoint's URL, or what of it comes after the host: the values of its query are secrets as well.
     """
 
     def __init__(
-        self,
-        secrets: Iterable[str] = (),
-        headers: Mapping[str, str] | None = None,
-        query: Iterable[str] = (),
+        self, secrets: Iterable[str] = (), headers: Iterable[str] = (), url: str = ""
     ) -> None:
-        values: set[str] = set(query)
+        pairs = url.partition("?")[2].split("&")
+        values = {pair.partition("=")[2] or pair for pair in pairs}
         for secret in secrets:
             values |= {secret, secret.removeprefix("whsec_")}
-        for value in (headers or {}).values():
+        for value in headers:
             words = value.split(" ")
             values.add(words[1] if len(words) == 2 else value)
         forms = {form for value in values if len(value) >= SHORTEST for form in _forms(value)}
@@ -90,6 +90,16 @@ class Redactor:
             end = max(end, stop)
         return _SHAPES.sub(REDACTED, "".join([*parts, text[end:]]))
 
+    def in_json(self, value: Any) -> Any:  # noqa: ANN401 - a JSON value of any shape
+        """A JSON value without secrets in its texts and names."""
+        if isinstance(value, str):
+            return self(value)
+        if isinstance(value, list):
+            return [self.in_json(item) for item in value]
+        if isinstance(value, dict):
+            return {self(name): self.in_json(item) for name, item in value.items()}
+        return value
+
 
 def _forms(value: str) -> set[str]:
     encoded = base64.b64encode(value.encode()).decode()
@@ -98,6 +108,7 @@ def _forms(value: str) -> set[str]:
         quote(value, safe=""),
         quote(value),
         value.replace("/", "\\/"),
+        json.dumps(value)[1:-1],
         encoded.rstrip("="),
     }
 

@@ -24,7 +24,7 @@ class BeginningSource(Protocol):
         """Sample step ``number``, or take its completions from ``stored``, and ask for its rewards.
 
         Raises:
-            StopRequestedError: A stop was requested meanwhile; nothing has changed.
+            StopRequestedError: A stop was requested meanwhile; what was sampled for it is dropped.
         """
         ...
 
@@ -49,7 +49,8 @@ class Pipeline:
         """Step ``number``, sampled; its rewards may still come. What was sampled in this call is in its times.
 
         Raises:
-            StopRequestedError: A stop was requested meanwhile; nothing has changed.
+            StopRequestedError: A stop was requested meanwhile; what was sampled is dropped, but `state` is still that of the
+                last step edge, so that a checkpoint of now goes on from there.
         """
         ahead, self._ahead = self._ahead, None
         taken = ahead or self._begin(number)

@@ -26,7 +26,8 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.base import RewardContext, RewardSample, SampleReward
 from dar.rewards.guard import EgressPolicy
-from service import endpoints, probing
+from dar.rewards.redaction import Redactor
+from service import endpoints
 from service.api.reward_endpoints import component_of
 from service.auth import Submitter, User
 from service.limits import body_of, schema_of
@@ -65,7 +66,7 @@ def run_grader(runtime: CurrentRuntime, user: Submitter, body: RunBody) -> Grade
     if failure is not None:
         said = failure.message
     if said is not None:
-        said = probing.without(said, access.secrets, access.headers.values())
+        said = Redactor(access.secrets, access.headers.values(), access.url)(said)
     return _answer(body.grader, scored, failure, said, seconds)
 
 

@@ -14,7 +14,7 @@ from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored
 from dar.rewards.breaker import BreakerOptions
 from dar.rewards.http import HttpOptions, HttpReward
-from dar.rewards.redaction import Redactor, check_headers
+from dar.rewards.redaction import check_headers
 from dar.rewards.retry_budget import RetryBudgetOptions
 from dar.rewards.signing import decode_secret, signed_headers, verify
 
@@ -306,33 +306,6 @@ def test_values_that_break_out_of_a_header_are_refused_and_not_shown(value: str)
     with pytest.raises(ConfigurationError) as caught:
         check_headers({"x-key": value})
     assert value not in caught.value.message
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "authorization: Bearer s3cr3t/t0ken+value",
-        "it was s3cr3t/t0ken",
-        "s3cr3t%2Ft0ken%2Bvalue",
-        '{"auth":"s3cr3t\\/t0ken+value"}',
-        "czNjcjN0L3Qwa2VuK3ZhbHVl",
-        "signed with MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw!",
-        "whsec_somebodyelses1234567",
-        "authorization: bearer of-somebody-else",
-        "rwt_0123456789abcdef0123456789",
-    ],
-)
-def test_secrets_are_found_in_every_disguise(text: str, secret: str) -> None:
-    redact = Redactor([secret], {"authorization": "Bearer s3cr3t/t0ken+value"})
-    shown = redact(text)
-    assert "[redacted]" in shown
-    for part in ("s3cr3t", "t0ken", "czNjcjN0", "MfKQ9r8G", "somebody", "0123456789ab"):
-        assert part not in shown
-
-
-def test_other_texts_stay_as_they_are(secret: str) -> None:
-    redact = Redactor([secret], {"x-key": "abc"}, ["q"])
-    assert redact("abc: the quick whsec of a bearer") == "abc: the quick whsec of a bearer"
 
 
 async def test_a_prompt_format_of_text_sends_what_the_policy_saw(

@@ -64,7 +64,7 @@ def test_a_refusal_of_the_reward_service_pauses_the_job_with_its_reason_and_no_s
     assert (job["status"], job["status_detail"], job["error"]["code"]) == (
         "paused", "reward", "http_401",
     )  # fmt: skip
-    assert "HTTP 401: not …" in job["status_message"]
+    assert "HTTP 401: not [redacted]" in job["status_message"]
     secret = (installation.home / "reward_secret").read_text().strip()
     assert secret not in str(job) + str(installation.messages(job_id))
     assert [item["step_number"] for item in installation.checkpoints(job_id)] == [2]
