@@ -175,6 +175,10 @@ class Installation:
         """Processes of the worker that are not itself."""
         return psutil.Process(self.processes["worker"].pid).children(recursive=True)
 
+    def trainer_logs(self) -> list[Path]:
+        """What the trainers of attempts that are under way have printed."""
+        return list(self.home.glob("worker/slot-*/attempts/*/trainer.log"))
+
     @cached_property
     def client(self) -> Client:
         return Client(api_key=(self.home / "api_key").read_text().strip(), base_url=self.url)
