@@ -1,5 +1,6 @@
 """Fixtures that several concerns share."""
 
+import gc
 import logging
 import socket
 import subprocess
@@ -16,6 +17,12 @@ LONGEST_FIRST = ("e2e", "worker", "cli")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the folders that start processes: whole files go to one test process, and a long one must not be last."""
     items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what importing has made, which stays: every training run collects more than once."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
