@@ -36,6 +36,11 @@ def failed(code: str, message: str, *, retryable: bool) -> Result:
     return {"error": {"code": code, "message": message, "retryable": retryable}}
 
 
+def may_pass(reply: httpx2.Response) -> bool:
+    """Whether the same request may do better a little later; a wrong key or model stays wrong."""
+    return reply.status_code == 429 or reply.status_code >= 500
+
+
 class Judge:
     """Asks for at most ``concurrency`` verdicts at once. What is no verdict fails its sample and never becomes a number."""
 
@@ -65,6 +70,9 @@ class Judge:
             if found := VERDICT.fullmatch(verdict):
                 return (int(found[1]) - 1) / 9
             return failed("no_verdict", f"the judge said {verdict!r:.200}", retryable=False)
+        except httpx2.HTTPStatusError as error:
+            text = f"the judge answered HTTP {error.response.status_code}"
+            return failed("judge_refused", text, retryable=may_pass(error.response))
         except (httpx2.HTTPError, TimeoutError) as error:
             return failed("judge_unavailable", f"{type(error).__name__}: {error}", retryable=True)
         except (LookupError, TypeError, ValueError) as error:
@@ -74,7 +82,7 @@ class Judge:
         for pause in PAUSES_SECONDS:
             with contextlib.suppress(httpx2.TransportError):
                 reply = await self._client.post("chat/completions", json=body)
-                if reply.status_code != 429 and reply.status_code < 500:
+                if not may_pass(reply):
                     return reply
             await asyncio.sleep(pause)
         return await self._client.post("chat/completions", json=body)

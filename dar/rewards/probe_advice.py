@@ -35,7 +35,8 @@ ADVICE = {
     "contract.signature": "Sign answers with the endpoint's secret, or set require_signed_responses to false.",
     "contract.status": "Answer with 200 at once, or set reply to either if results come later.",
     "contract.size": "Send less: an answer has at most 8 MiB.",
-    "contract.poll_url": "Give a poll_url on the service's own origin, or post to the callback that the request offers.",
+    "contract.poll_url": "Give a poll_url on the service's own origin, or post to the callback that the request offers. "
+    "`dar reward check URL` offers one to services of the same machine alone: register any other, and check it by its rwe_ id.",
     "samples.unscored": "If the service needs columns such as ground_truth, probe it with samples of your own.",
     "samples.failed": "See why the service reported an error for this sample.",
     "samples.skipped": "A skipped sample is not trained on. Probe with samples that the reward applies to.",

@@ -281,7 +281,10 @@ async def test_a_judge_that_is_broken_or_hangs_gives_no_reward(
     found = await rewards(judged("--seconds", "6"), "500", "401", "hang", "fine")
     assert found[3] == Scored(1.0)
     assert {type(result) for result in found[:3]} == {Failed}
-    assert {result.code for result in found[:3]} == {"service.judge_unavailable"}
+    codes = [result.code for result in found[:3]]
+    refused, away = "service.judge_refused", "service.judge_unavailable"
+    assert codes == [refused, refused, away]
+    assert [result.is_transient for result in found[:3]] == [True, False, True]
     assert "500" in found[0].message
     assert "401" in found[1].message
     assert judge.asked["500"] == 3
