@@ -19,8 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
 
 
-def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what importing has made, which stays: every training run collects more than once."""
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_of_this_module_alone() -> None:
+    """Keep from collectors what is there already, and stays: every training run looks through all the rest more than once."""
     gc.collect()
     gc.freeze()
 

@@ -1,6 +1,7 @@
 """Training runs of `test_ranks.py` and `test_zero.py`: the same in one process, by import, and in two, as a program."""
 
 import asyncio
+import gc
 import importlib.util
 import json
 import os
@@ -384,6 +385,7 @@ def start(folder: Path, part: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # each of the many runs below collects garbage more than once
     {"main": main, "zero": zero}[sys.argv[2]](Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)
