@@ -37,6 +37,9 @@ STOPPING_RETRY_AFTER = 2.0
 """Seconds in which a successor may have started."""
 BODY_SECONDS = 60.0
 """How long the body of a request may take to come in: who sends it is only known when it is there."""
+LARGE_BODIES = 8
+"""Bodies of the largest size that may be coming in at once; smaller ones share that room."""
+BUSY_RETRY_AFTER = 1.0
 _LOOK_SECONDS = 0.05
 """Pause between two looks at what is still to be done before the end."""
 
@@ -77,6 +80,7 @@ class RewardEndpoint:
         self._callbacks = Callbacks(options.keys)
         self._deliveries: set[asyncio.Task[None]] = set()
         self._stops_at: float | None = None
+        self._incoming_bytes = 0
 
     @property
     def name(self) -> str:
@@ -192,12 +196,19 @@ class RewardEndpoint:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     body += chunk
+                    self._incoming_bytes += len(chunk)
                     if len(body) > most:
                         raise PayloadTooLargeError(f"the body is over {most} bytes")
+                    if self._incoming_bytes > LARGE_BODIES * most:
+                        raise ServiceUnavailableError(
+                            "too much is coming in at once", retry_after_seconds=BUSY_RETRY_AFTER
+                        )
         except TimeoutError:
             raise ServiceUnavailableError(
                 f"the body did not come in within {BODY_SECONDS:.3g} s", code="slow_body"
             ) from None
+        finally:
+            self._incoming_bytes -= len(body)
         return bytes(body)
 
     def _finished(self, entry: Entry) -> None:

@@ -74,6 +74,25 @@ async def test_a_body_that_does_not_end_frees_its_place(
     assert await asyncio.to_thread(raw.status) == 503
 
 
+async def test_bodies_that_are_coming_in_share_a_bounded_room(
+    serve_app: Callable[..., str], secret: str
+) -> None:
+    url = serve_app(reward_server(secret=secret, max_body_bytes=1000)(zero))
+    held = [Raw(url) for _ in range(server_endpoint.LARGE_BODIES)]
+    for raw in held:
+        raw.send(1000, b" " * 999)
+    await asyncio.sleep(0.2)  # they are read
+    refused = Raw(url)
+    refused.send(1000, b" " * 999)
+    assert await asyncio.to_thread(refused.status) == 503
+    for raw in held:
+        raw.socket.sendall(b" ")
+        assert await asyncio.to_thread(raw.status) == 401
+    another = Raw(url)
+    another.send(1000, b" " * 1000)
+    assert await asyncio.to_thread(another.status) == 401
+
+
 async def test_what_is_not_signed_is_not_even_read_as_json(
     serve_app: Callable[..., str], secret: str
 ) -> None:
