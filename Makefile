@@ -23,8 +23,9 @@ setup: $(STAMP)  ## make .venv with everything in it
 demo: setup  ## train a small model against a reward service, through the real system
 	@$(BIN)/dar demo
 
+# Three processes on two cores: tests of whole installations wait a third of their time.
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 30
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30
 
 check: setup  ## lint, format, types, import rules, dependencies
 	$(BIN)/ruff check .
