@@ -133,7 +133,9 @@ class Live:
     def client(self, key: str | None, path: str = "", **headers: str) -> httpx2.Client:
         if key is not None:
             headers["authorization"] = f"Bearer {key}"
-        made = httpx2.Client(base_url=self.url + path, headers=headers, timeout=30, trust_env=False)
+        made = httpx2.Client(
+            base_url=self.url + path, headers=headers, timeout=30, trust_env=False, verify=False
+        )
         self.opened.append(made)
         return made
 
@@ -217,7 +219,7 @@ def serve(home: Path) -> Iterator[Callable[..., Live]]:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
-        live = Live(app, settings, f"http://127.0.0.1:{port}", httpx2.Client())
+        live = Live(app, settings, f"http://127.0.0.1:{port}", httpx2.Client(verify=False))
         live.http.close()
         live.http = live.client(live.key("api_key"))
 

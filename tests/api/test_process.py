@@ -46,7 +46,9 @@ class Process:
 
     def client(self, key: str = "api_key") -> httpx2.Client:
         headers = {"authorization": f"Bearer {(self.home / key).read_text().strip()}"}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+        return httpx2.Client(
+            base_url=self.url, headers=headers, timeout=30, trust_env=False, verify=False
+        )
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Judge:
         }
         callback = request["reply"]["callback"]
         headers = {"authorization": f"Bearer {callback['token']}"}
-        with httpx2.Client(trust_env=False) as http:
+        with httpx2.Client(trust_env=False, verify=False) as http:
             until = time.monotonic() + 60
             while time.monotonic() < until:
                 try:

@@ -354,7 +354,7 @@ def test_a_script_of_ten_lines_serves_until_it_is_stopped(
     try:
         while process.poll() is None:
             with contextlib.suppress(httpx2.TransportError):
-                httpx2.get(f"{url}/healthz", trust_env=False)
+                httpx2.get(f"{url}/healthz", trust_env=False, verify=False)
                 break
             time.sleep(0.05)
         with scorer_from_functions(f"{url}/score", secret=secret) as scorer:
