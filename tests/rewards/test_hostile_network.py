@@ -1,7 +1,6 @@
 """A reward service that is slow, breaks off, is down, refuses or redirects: what is tried again, and what ends at once."""
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,18 +40,10 @@ async def test_an_answer_without_end_is_cut_off_and_its_slot_freed(
 
 
 async def test_a_black_hole_is_given_up_after_the_connect_timeout(
-    score: Ask, credentials: HttpOptions
+    score: Ask, credentials: HttpOptions, black_hole: str
 ) -> None:
-    """A listener whose queue is full drops what arrives, like a firewall."""
-    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for filler in (first, second):
-            filler.setblocking(False)
-            filler.connect_ex(full.getsockname())
-        timeouts = RewardTimeouts(connect=0.2, read=20, attempt=20, deadline=60)
-        options = replace(credentials, timeouts=timeouts)
-        found = await score(f"http://127.0.0.1:{full.getsockname()[1]}/", options=options)
+    timeouts = RewardTimeouts(connect=0.2, read=20, attempt=20, deadline=60)
+    found = await score(black_hole, options=replace(credentials, timeouts=timeouts))
     assert {(result.code, result.is_transient) for result in found} == {("connect_timeout", True)}
 
 
