@@ -17,7 +17,7 @@ from stack import report
 
 from dar.protocol.reward_spec import RewardBatching, RewardLimits
 from dar.rewards.base import RewardContext, RewardSample, Scored
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 RUNS = 7
 SAMPLES = 4

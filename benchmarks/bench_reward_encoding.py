@@ -8,9 +8,9 @@ import orjson
 from stack import report
 
 from dar.rewards.base import RequestBatch, RewardContext, RewardSample, Scored
+from dar.rewards.http.signing import decode_secret, signed_headers
+from dar.rewards.http.wire import encode_sample, request_id_of
 from dar.rewards.protocols.native import NativeProtocol
-from dar.rewards.signing import decode_secret, signed_headers
-from dar.rewards.wire import encode_sample, request_id_of
 
 RUNS = 9
 REPEATS = 400

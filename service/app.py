@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from dar.protocol import graders as wire_graders
 from dar.protocol import reward_endpoints as wire_endpoints
 from dar.protocol import spec, worker
-from dar.rewards.probe_inbox import ProbeInbox
+from dar.rewards.probe.callbacks import ProbeInbox
 from dar.settings import Settings
 from dar.version import __version__
 from service import auth, errors, keys, migrate

@@ -24,7 +24,7 @@ from dar.protocol.rows import (
     read_prompt,
 )
 from dar.protocol.spec import JobSpec
-from dar.rewards.assembly import PATH, columns_of
+from dar.rewards.from_spec import PATH, columns_of
 
 MAX_PROBLEMS = 50
 MAX_ROW_BYTES = 4 * 1024**2

@@ -18,8 +18,8 @@ from dar.errors import Problem
 from dar.protocol.reward_probe import ProbeFinding, ProbeReport
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, RewardTimeouts
 from dar.rewards.base import RewardSample
-from dar.rewards.probe import FULL_SECONDS, ProbeTarget, probe
-from dar.rewards.redaction import Redactor
+from dar.rewards.http.redaction import Redactor
+from dar.rewards.probe.run import FULL_SECONDS, ProbeTarget, probe
 from service.store.reward_endpoints import State
 
 LIGHT_SECONDS = 4.0

@@ -18,12 +18,12 @@ from dar.errors import DARError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, RewardRetry, Rewards
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.assembly import http_options
-from dar.rewards.asynchronous import Inbox, Stored
 from dar.rewards.base import Failed, RewardContext, RewardSample
-from dar.rewards.concurrency import all_of
-from dar.rewards.guard import EgressPolicy
-from dar.rewards.http import HttpReward
+from dar.rewards.from_spec import http_options
+from dar.rewards.http.async_results import Inbox, Stored
+from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.http_reward import HttpReward
+from dar.rewards.scoring.threads import all_of
 from service.endpoints import access_for
 from service.first_prompts import as_sample, first_prompts
 from service.runtime import Runtime

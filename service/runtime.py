@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from dar.rewards.probe_inbox import ProbeInbox
+from dar.rewards.probe.callbacks import ProbeInbox
 from dar.settings import Settings
 from service.artifacts import Artifacts
 from service.callbacks import Callbacks

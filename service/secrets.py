@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
 from dar.errors import ConfigurationError, SecretUnreadableError
-from dar.rewards.guard import parse_url
+from dar.rewards.http.egress import parse_url
 
 VERSION = 1
 FINGERPRINT_CHARACTERS = 16

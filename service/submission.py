@@ -21,10 +21,10 @@ from dar.protocol import sense
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
-from dar.rewards.assembly import PATH, check_rewards
 from dar.rewards.base import RewardSample
-from dar.rewards.guard import EgressPolicy
-from dar.rewards.probe import ProbeTarget
+from dar.rewards.from_spec import PATH, check_rewards
+from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.probe.run import ProbeTarget
 from service import datasets, endpoints, errors, models
 from service.auth import User
 from service.first_prompts import first_prompts

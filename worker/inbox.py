@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from dar.protocol.worker import RewardAnnouncement
-from dar.rewards.asynchronous import Stored
+from dar.rewards.http.async_results import Stored
 from worker.launch import RewardNews, RewardNote
 
 Wake = Callable[[], None]
@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 class PipeInbox:
-    """An inbox of `dar.rewards.asynchronous` behind the supervisor. Safe to use from several threads.
+    """An inbox of `dar.rewards.http.async_results` behind the supervisor. Safe to use from several threads.
 
     Args:
         descriptor: Write end of the pipe to the supervisor.

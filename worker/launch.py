@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess, RewardAnnouncement, RewardRequestState
-from dar.rewards.cache import CachePlace
-from dar.rewards.guard import EgressPolicy
-from dar.rewards.redaction import Redactor
+from dar.rewards.cache.cache import CachePlace
+from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.http.redaction import Redactor
 
 
 class ExitCode(IntEnum):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import structlog
 
-from dar.rewards.cache import CachePlace
+from dar.rewards.cache.cache import CachePlace
 from dar.settings import Settings
 
 log = structlog.get_logger(__name__)

@@ -16,7 +16,7 @@ import structlog
 
 from dar.errors import DARError
 from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
-from dar.rewards.guard import EgressPolicy
+from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
 from worker.checkpoints import CheckpointUploader

@@ -29,7 +29,7 @@ from dar.errors import DARError, TrainingError
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.scorer import scorer_from_functions
+from dar.rewards.scoring.scorer import scorer_from_functions
 from dar.settings import Settings, load_settings
 
 SAMPLES_PER_PROMPT = 6

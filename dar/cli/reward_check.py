@@ -19,10 +19,10 @@ from dar.errors import ConfigurationError
 from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
-from dar.rewards.guard import parse_url
-from dar.rewards.probe import ProbeTarget, as_samples, probe
-from dar.rewards.redaction import check_headers
-from dar.rewards.signing import decode_secret
+from dar.rewards.http.egress import parse_url
+from dar.rewards.http.redaction import check_headers
+from dar.rewards.http.signing import decode_secret
+from dar.rewards.probe.run import ProbeTarget, as_samples, probe
 from dar.settings import load_settings
 
 EXIT_ERRORS = 1

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator
 
 from dar.protocol.rewards import MAX_RESPONSE_BYTES
-from dar.rewards.probe_inbox import ProbeInbox
+from dar.rewards.probe.callbacks import ProbeInbox
 
 SECONDS = 30.0
 """For one callback, from its first byte to its last."""

@@ -9,7 +9,7 @@ S is measured as the pace at which groups were answered, so neither E[L] nor b n
 import math
 from collections.abc import Mapping, Sequence
 
-from dar.rewards.tickets import Ticket
+from dar.rewards.scoring.in_flight import Ticket
 from dar.training.sink import Sink
 
 MARGIN = 1.5

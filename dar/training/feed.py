@@ -7,10 +7,10 @@ from typing import Any
 
 from dar.protocol.reward_spec import FailurePolicy
 from dar.rewards.base import SampleReward
-from dar.rewards.failure import FailureBudget
-from dar.rewards.group_policy import under_policy
-from dar.rewards.scorer import RewardScorer, ScoringStoppedError, Ticket
-from dar.rewards.tickets import Order
+from dar.rewards.scoring.failures import FailureBudget
+from dar.rewards.scoring.group_policy import under_policy
+from dar.rewards.scoring.in_flight import Order
+from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.parts import Prompts, flat
 from dar.training.ranks import Ranks
 from dar.training.sink import StopRequestedError

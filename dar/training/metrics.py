@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dar.protocol.samples import SampleRow
 from dar.rewards.drift import DriftWatch
-from dar.rewards.observing import (
+from dar.rewards.scoring.step_report import (
     StepObserver,
     StepRequests,
     component_rewards,

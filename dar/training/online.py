@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from dar.protocol.reward_spec import FailurePolicy, FallbackValue
 from dar.protocol.spec import Overlap
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.failure import FailureBudget
-from dar.rewards.scorer import RewardScorer, ScoringStoppedError, Ticket
-from dar.rewards.tickets import Order
+from dar.rewards.scoring.failures import FailureBudget
+from dar.rewards.scoring.in_flight import Order
+from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.capacity import Capacity
 from dar.training.completions import Completion
 from dar.training.data import Prompt, TokenPair

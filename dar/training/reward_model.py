@@ -25,8 +25,8 @@ from transformers import (
 
 from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
-from dar.rewards.concurrency import in_daemon_thread
 from dar.rewards.functions import as_results
+from dar.rewards.scoring.threads import in_daemon_thread
 from dar.training import loading
 from dar.training.fingerprint import weights_sketch
 

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.assembly import scorer_from_spec
-from dar.rewards.asynchronous import Inbox
 from dar.rewards.base import RewardObserver
-from dar.rewards.cache import CachePlace
+from dar.rewards.cache.cache import CachePlace
+from dar.rewards.from_spec import scorer_from_spec
 from dar.rewards.functions import RewardFunction
-from dar.rewards.guard import EgressPolicy
-from dar.rewards.scorer import RewardScorer, scorer_from_functions
+from dar.rewards.http.async_results import Inbox
+from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.scoring.scorer import RewardScorer, scorer_from_functions
 from dar.training.config import DARConfig
 from dar.training.fingerprint import reward_terms
 from dar.training.ranks import Ranks

@@ -9,8 +9,8 @@ from accelerate.utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dar.rewards.observing import StepObserver
-from dar.rewards.scorer import RewardScorer
+from dar.rewards.scoring.scorer import RewardScorer
+from dar.rewards.scoring.step_report import StepObserver
 from dar.training import zero
 from dar.training.config import DARConfig
 from dar.training.data import Rows, TokenPair

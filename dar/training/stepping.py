@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dar.errors import TrainingError
-from dar.rewards.failure import FailureBudget
+from dar.rewards.scoring.failures import FailureBudget
 from dar.training.capacity import Capacity
 from dar.training.logprobs import forward_batches, logps_and_entropies
 from dar.training.loss import dar_loss

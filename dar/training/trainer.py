@@ -14,7 +14,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.reward_spec import Rewards
-from dar.rewards.failure import FailureBudget
+from dar.rewards.scoring.failures import FailureBudget
 from dar.training.capacity import Capacity
 from dar.training.config import DARConfig, preset_values
 from dar.training.data import DataCollatorForDAR, Rows, check_rows, check_table

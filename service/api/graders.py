@@ -23,10 +23,10 @@ from dar.protocol.graders import (
 )
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, Rewards, RewardTimeouts
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.base import RewardContext, RewardSample, SampleReward
-from dar.rewards.guard import EgressPolicy
-from dar.rewards.redaction import Redactor
+from dar.rewards.from_spec import scorer_from_spec
+from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.http.redaction import Redactor
 from service import endpoints
 from service.api.reward_endpoints import component_of
 from service.auth import Submitter, User

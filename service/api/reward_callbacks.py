@@ -22,7 +22,7 @@ from dar.errors import (
 from dar.protocol.reward_callbacks import CallbackAnswer
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, decode_result, is_own_request
 from dar.protocol.spec import JobSpec
-from dar.rewards.signing import decode_secret, verify
+from dar.rewards.http.signing import decode_secret, verify
 from service import endpoints, limits
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_requests

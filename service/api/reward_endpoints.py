@@ -30,9 +30,9 @@ from dar.protocol.reward_endpoints import (
 )
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
-from dar.rewards.guard import EgressPolicy, check_url
-from dar.rewards.probe import ProbeTarget, as_samples
-from dar.rewards.signing import decode_secret
+from dar.rewards.http.egress import EgressPolicy, check_url
+from dar.rewards.http.signing import decode_secret
+from dar.rewards.probe.run import ProbeTarget, as_samples
 from service import endpoints, errors, keys, probing
 from service.api.paging import PageCursor, envelope, seconds
 from service.auth import Reader, Submitter, User

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from dar.rewards.signing import decode_secret, verify
+from dar.rewards.http.signing import decode_secret, verify
 
 FLAGS = {
     *("formula_parse_error", "invalid_variable_error", "model_grader_parse_error"),

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from dar.rewards.signing import decode_secret, signed_headers
+from dar.rewards.http.signing import decode_secret, signed_headers
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

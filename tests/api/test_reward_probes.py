@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from dar.client import Client
-from dar.rewards.signing import decode_secret, verify
+from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
 from service import probing
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.reward_probe import ProbeReport
-from dar.rewards.signing import decode_secret, verify
+from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.scorer import scorer_from_functions
+from dar.rewards.scoring.scorer import scorer_from_functions
 from dar.settings import environment
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

@@ -17,8 +17,8 @@ from jsonschema import Draft202012Validator
 from dar.cli.reward import reward_app
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.functions import as_results
-from dar.rewards.scorer import scorer_from_functions
-from dar.rewards.server_options import CheckedOptions, ServerOptions
+from dar.rewards.scoring.scorer import scorer_from_functions
+from dar.rewards.server.options import CheckedOptions, ServerOptions
 from dar.settings import environment
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dar.rewards.signing import decode_secret, verify
+from dar.rewards.http.signing import decode_secret, verify
 
 
 class Judge:

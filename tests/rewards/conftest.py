@@ -22,9 +22,9 @@ from starlette.applications import Starlette
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
-from dar.rewards import asynchronous
 from dar.rewards.base import RequestRecord, RewardContext, RewardResult, RewardSample
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http import async_results
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TOKEN = "tok-5f0a91c2/7be4+d1"
@@ -363,8 +363,8 @@ def later(fast: HttpOptions) -> HttpOptions:
 
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asynchronous, "FIRST_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(asynchronous, "SHORTEST_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(async_results, "FIRST_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(async_results, "SHORTEST_POLL_SECONDS", 0.01)
 
 
 @pytest.fixture

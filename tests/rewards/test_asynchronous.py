@@ -13,10 +13,10 @@ from typing import Any
 import orjson
 
 from dar.protocol.rewards import RewardRequest, decode_request
-from dar.rewards.asynchronous import Stored
 from dar.rewards.base import Failed, RewardContext, Scored
-from dar.rewards.breaker import BreakerOptions
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http.async_results import Stored
+from dar.rewards.http.breaker import BreakerOptions
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 Ask = Callable[..., Any]
 

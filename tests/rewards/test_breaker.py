@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from dar.errors import RewardMisconfiguredError
-from dar.rewards.breaker import BreakerOptions, Call, CircuitBreaker
-from dar.rewards.retry_budget import RetryBudget, RetryBudgetOptions
+from dar.rewards.http.breaker import BreakerOptions, Call, CircuitBreaker
+from dar.rewards.http.retry_budget import RetryBudget, RetryBudgetOptions
 
 
 class Clock:

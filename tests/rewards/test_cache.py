@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
-from dar.rewards.cache import CachePlace, ResultCache, SampleKey
-from dar.rewards.cache_store import FILE, CacheStore
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.cache.cache import CachePlace, ResultCache, SampleKey
+from dar.rewards.cache.store import FILE, CacheStore
+from dar.rewards.from_spec import scorer_from_spec
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 STEP = RewardContext(step=1, job_id="ftjob-1")
 NEXT = RewardContext(step=2, job_id="ftjob-1")

@@ -9,9 +9,9 @@ import pytest
 from dar.protocol.reward_endpoints import merged
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.assembly import check_rewards
 from dar.rewards.base import RewardSample
-from dar.rewards.cache import CachePlace, Caches, SampleKey
+from dar.rewards.cache.cache import CachePlace, Caches, SampleKey
+from dar.rewards.from_spec import check_rewards
 
 
 def sample(completion: str, **values: Any) -> RewardSample:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from dar.rewards.cache_store import DAMAGED, FILE, ROW_BYTES, CacheStore
+from dar.rewards.cache.store import DAMAGED, FILE, ROW_BYTES, CacheStore
 
 LONG = 1e9
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from dar.rewards.cache_store import CacheStore
+from dar.rewards.cache.store import CacheStore
 
 async def main(folder: Path, name: str) -> None:
     store = CacheStore(folder)

@@ -21,9 +21,9 @@ from dar.rewards.base import (
     Scored,
     Skipped,
 )
-from dar.rewards.combine import Combination, WeightedSource, combine
-from dar.rewards.normalize import WARM_UP, Moments, RunningMoments, normalized
-from dar.rewards.scorer import RewardScorer
+from dar.rewards.scoring.combine import Combination, WeightedSource, combine
+from dar.rewards.scoring.normalize import WARM_UP, Moments, RunningMoments, normalized
+from dar.rewards.scoring.scorer import RewardScorer
 
 BAD: RewardResult = Failed("timeout", "late", is_transient=True)
 SKIP: RewardResult = Skipped()

@@ -20,7 +20,7 @@ from dar.protocol.rewards import (
     decode_response,
 )
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.wire import batches, encode_request, encode_sample
+from dar.rewards.http.wire import batches, encode_request, encode_sample
 
 ID = "rwq_1"
 patient = settings(deadline=None, derandomize=True)  # a busy machine is no failure

@@ -12,11 +12,11 @@ import pytest
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored
-from dar.rewards.breaker import BreakerOptions
-from dar.rewards.http import HttpOptions, HttpReward
-from dar.rewards.redaction import check_headers
-from dar.rewards.retry_budget import RetryBudgetOptions
-from dar.rewards.signing import decode_secret, signed_headers, verify
+from dar.rewards.http.breaker import BreakerOptions
+from dar.rewards.http.redaction import check_headers
+from dar.rewards.http.retry_budget import RetryBudgetOptions
+from dar.rewards.http.signing import decode_secret, signed_headers, verify
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 Ask = Callable[..., Any]
 OTHER_SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="

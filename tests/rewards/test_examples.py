@@ -18,7 +18,7 @@ import pytest
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.settings import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

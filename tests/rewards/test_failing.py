@@ -15,7 +15,7 @@ import pytest
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardRetry
 from dar.rewards.base import Failed, RewardContext, Scored
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 Ask = Callable[..., Any]
 

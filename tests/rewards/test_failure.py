@@ -12,7 +12,7 @@ from dar.protocol.reward_spec import FailurePolicy
 from dar.protocol.reward_stats import FAMILIES
 from dar.protocol.samples import RewardStatus
 from dar.rewards.base import SampleReward
-from dar.rewards.failure import FailureBudget, family_of
+from dar.rewards.scoring.failures import FailureBudget, family_of
 
 WORDS: dict[str, RewardStatus] = {"r": "reward", "s": "skip", "e": "error"}
 

@@ -17,9 +17,9 @@ import trustme
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardTimeouts
 from dar.rewards.base import Failed, Scored
-from dar.rewards.endpoint import Connection, Endpoint
-from dar.rewards.guard import EgressPolicy, GuardedBackend, check_url, parse_url
-from dar.rewards.http import HttpOptions
+from dar.rewards.http.egress import EgressPolicy, GuardedBackend, check_url, parse_url
+from dar.rewards.http.endpoint import Connection, Endpoint
+from dar.rewards.http_reward import HttpOptions
 from dar.settings import Settings
 
 Ask = Callable[..., Any]

@@ -11,10 +11,10 @@ import pytest
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.rewards.base import Failed, RewardContext, Scored
-from dar.rewards.breaker import BreakerOptions
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http.breaker import BreakerOptions
+from dar.rewards.http.retry_budget import RetryBudgetOptions
+from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
-from dar.rewards.retry_budget import RetryBudgetOptions
 
 Ask = Callable[..., Any]
 SENT = [Scored(n / 8) for n in range(4)]

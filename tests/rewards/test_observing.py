@@ -9,8 +9,8 @@ from dar.protocol.metrics import is_known, is_reproducible
 from dar.protocol.reward_spec import RewardRetry
 from dar.protocol.reward_stats import REQUEST_SECONDS
 from dar.rewards.base import RequestRecord, RewardContext, RewardSample, SampleReward
-from dar.rewards.http import HttpOptions, HttpReward
-from dar.rewards.observing import StepObserver, quantile, sample_metrics
+from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.scoring.step_report import StepObserver, quantile, sample_metrics
 
 
 def record(**values: Any) -> RequestRecord:
@@ -153,7 +153,7 @@ def test_most_requests_at_once_and_the_limit_are_metrics(
 ) -> None:
     observer = StepObserver(lambda *told: events.append(told), concurrency={"judge": 4, "idle": 2})
     ends = iter([10.0, 10.5, 11.0, 12.0])
-    monkeypatch.setattr("dar.rewards.observing.time.monotonic", lambda: next(ends))
+    monkeypatch.setattr("dar.rewards.scoring.step_report.time.monotonic", lambda: next(ends))
     for number, seconds in enumerate((1.0, 1.0, 1.5, 1.0)):  # 9-10, 9.5-10.5, 9.5-11, 11-12
         observer.request_done(record(request_id=f"rwq_{number}", seconds=seconds))
     values = observer.take().metrics
@@ -168,7 +168,7 @@ def test_most_requests_at_once_and_the_limit_are_metrics(
 def test_a_request_whose_result_is_only_waited_for_is_not_in_flight(
     observer: StepObserver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dar.rewards.observing.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("dar.rewards.scoring.step_report.time.monotonic", lambda: 100.0)
     observer.request_done(record(request_id="rwq_1", seconds=90.0, in_flight_seconds=1.0))  # 10-11
     observer.request_done(record(request_id="rwq_2", seconds=80.0, in_flight_seconds=1.0))  # 20-21
     observer.request_done(record(request_id="rwq_3", seconds=79.5))  # 20.5-100

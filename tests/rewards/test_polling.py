@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dar.rewards import asynchronous
 from dar.rewards.base import RewardContext, RewardSample, Scored
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http import async_results
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 Ask = Callable[..., Any]
 
@@ -94,7 +94,7 @@ async def test_waits_between_polls_grow_to_a_bound(
         waits.append(seconds)
         await real(0)
 
-    monkeypatch.setattr(asynchronous, "FIRST_POLL_SECONDS", 1.0)
+    monkeypatch.setattr(async_results, "FIRST_POLL_SECONDS", 1.0)
     monkeypatch.setattr(asyncio, "sleep", sleep)
     judge = judging.Judge("/r", *[judging.not_yet] * 11, judging.ready)
     assert posted(await ask(hostile(judge).url, options=later), 1, 2, 3, 4)

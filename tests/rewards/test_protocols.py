@@ -24,7 +24,7 @@ from dar.rewards.base import (
     Scored,
     Skipped,
 )
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.native import NativeProtocol
 from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dar.rewards.redaction import REDACTED, Redactor
+from dar.rewards.http.redaction import REDACTED, Redactor
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 HIDDEN = {
     "prompt": "the prompt of the user",

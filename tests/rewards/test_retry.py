@@ -9,8 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dar.protocol.reward_spec import RewardRetry
-from dar.rewards.answers import failure_of
-from dar.rewards.retry import RETRIES, AttemptFailedError, Kind, RetrySchedule, parse_retry_after
+from dar.rewards.http.responses import failure_of
+from dar.rewards.http.retry import (
+    RETRIES,
+    AttemptFailedError,
+    Kind,
+    RetrySchedule,
+    parse_retry_after,
+)
 
 
 def waits(kind: Kind, *, deadline: float = 100.0, **options: Any) -> list[float]:

@@ -17,7 +17,6 @@ from dar.errors import (
     RewardUnavailableError,
 )
 from dar.protocol.reward_spec import Rewards
-from dar.rewards.assembly import scorer_from_spec
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -26,9 +25,10 @@ from dar.rewards.base import (
     Scored,
     Skipped,
 )
+from dar.rewards.from_spec import scorer_from_spec
 from dar.rewards.functions import FunctionReward
-from dar.rewards.http import HttpOptions, HttpReward
-from dar.rewards.scorer import (
+from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.scoring.scorer import (
     RewardScorer,
     ScoringStoppedError,
     WeightedSource,

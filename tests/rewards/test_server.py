@@ -22,11 +22,11 @@ import pytest
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
-from dar.rewards.http import HttpOptions, HttpReward
-from dar.rewards.scorer import scorer_from_functions
+from dar.rewards.http.signing import decode_secret, signed_headers
+from dar.rewards.http.wire import encode_request, encode_sample
+from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.scoring.scorer import scorer_from_functions
 from dar.rewards.server import reward_server, serve
-from dar.rewards.signing import decode_secret, signed_headers
-from dar.rewards.wire import encode_request, encode_sample
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ async def test_a_failure_is_logged_and_not_remembered(
         return [1.0] * len(completions)
 
     server = requests(reward)
-    with caplog.at_level(logging.ERROR, logger="dar.rewards.server"):
+    with caplog.at_level(logging.ERROR, logger="dar.rewards.server.app"):
         answers = [await server.post() for _ in range(3)]
     assert [answer.status_code for answer in answers] == [500, 200, 200]
     assert len(calls) == 2

@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from dar.rewards import server_endpoint
 from dar.rewards.base import Scored
-from dar.rewards.http import HttpOptions, HttpReward
-from dar.rewards.server import reward_server
-from dar.rewards.signing import decode_secret, signed_headers
+from dar.rewards.http.signing import decode_secret, signed_headers
+from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.server import endpoint, reward_server
 
 TOKEN = "rwt_" + "k" * 43
 SECOND_SECRET = "whsec_" + "c" * 32
@@ -68,7 +67,7 @@ async def test_a_body_that_is_announced_too_large_is_refused_before_it_is_sent(
 async def test_a_body_that_does_not_end_frees_its_place(
     serve_app: Callable[..., str], secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_endpoint, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(endpoint, "BODY_SECONDS", 0.1)
     raw = Raw(serve_app(reward_server(secret=secret)(zero)))
     raw.send(1000, b"{")
     assert await asyncio.to_thread(raw.status) == 503
@@ -78,7 +77,7 @@ async def test_bodies_that_are_coming_in_share_a_bounded_room(
     serve_app: Callable[..., str], secret: str
 ) -> None:
     url = serve_app(reward_server(secret=secret, max_body_bytes=1000)(zero))
-    held = [Raw(url) for _ in range(server_endpoint.LARGE_BODIES)]
+    held = [Raw(url) for _ in range(endpoint.LARGE_BODIES)]
     for raw in held:
         raw.send(1000, b" " * 999)
     await asyncio.sleep(0.2)  # they are read

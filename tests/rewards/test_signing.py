@@ -8,7 +8,7 @@ from openai import InvalidWebhookSignatureError, OpenAI
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from dar.errors import AuthenticationError, ConfigurationError
-from dar.rewards.signing import decode_secret, sign, signed_headers, verify
+from dar.rewards.http.signing import decode_secret, sign, signed_headers, verify
 
 BODY = '{"text":"grün"}'.encode()
 OTHER = "whsec_" + base64.b64encode(b"o" * 32).decode()

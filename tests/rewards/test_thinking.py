@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dar.protocol.reward_spec import RewardComponent, Rewards
-from dar.rewards.assembly import protocol_of, scorer_from_spec
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.from_spec import protocol_of, scorer_from_spec
+from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.thinking import without_thinking
 
 

@@ -11,7 +11,7 @@ import pytest
 from dar.errors import RewardMisconfiguredError, RewardUnavailableError
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored
 from dar.rewards.functions import FunctionReward
-from dar.rewards.scorer import RewardScorer, ScoringStoppedError, WeightedSource
+from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, WeightedSource
 
 Answer = Callable[[Sequence[RewardSample]], Any]
 
@@ -138,7 +138,7 @@ def test_too_many_groups_in_flight_hold_the_sampler_back_until_it_is_stopped(
     context: RewardContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dar.rewards.tickets.MOST_UNDER_WAY", 2)
+    monkeypatch.setattr("dar.rewards.scoring.in_flight.MOST_UNDER_WAY", 2)
     scorer = open_scorer(ByGroup(never))
     stop = threading.Event()
     scorer.submit(groups[0], context)

@@ -15,7 +15,7 @@ import trustme
 
 from dar.errors import RewardMisconfiguredError
 from dar.rewards.base import Scored
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http_reward import HttpOptions, HttpReward
 
 Ask = Callable[..., Any]
 

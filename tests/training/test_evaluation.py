@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallb
 from dar.errors import InvalidRequestError
 from dar.protocol import metrics as registry
 from dar.rewards.base import RewardContext
-from dar.rewards.scorer import RewardScorer
+from dar.rewards.scoring.scorer import RewardScorer
 from dar.training import DARTrainer
 from dar.training.checkpoint import verify
 from dar.training.data import DataCollatorForDAR, TokenPair

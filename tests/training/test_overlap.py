@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import JobSpec
 from dar.rewards.base import RewardContext
-from dar.rewards.tickets import Ticket
+from dar.rewards.scoring.in_flight import Ticket
 from dar.training import DARTrainer
 from dar.training.capacity import Capacity, needed_concurrency, service_seconds
 from dar.training.parts import StepInProgress, StepPart

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from dar.errors import TrainingError
-from dar.rewards import assembly, asynchronous
-from dar.rewards.breaker import BreakerOptions
-from dar.rewards.options import HttpOptions
-from dar.rewards.retry_budget import RetryBudgetOptions
+from dar.rewards import from_spec
+from dar.rewards.http import async_results
+from dar.rewards.http.breaker import BreakerOptions
+from dar.rewards.http.options import HttpOptions
+from dar.rewards.http.retry_budget import RetryBudgetOptions
 
 
 @pytest.fixture
@@ -24,8 +25,8 @@ def high_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
         breaker=BreakerOptions(min_calls=1_000_000),
         budget=RetryBudgetOptions(minimum=1_000_000),
     )
-    monkeypatch.setattr(assembly, "HttpOptions", options)
-    monkeypatch.setattr(asynchronous, "FIRST_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(from_spec, "HttpOptions", options)
+    monkeypatch.setattr(async_results, "FIRST_POLL_SECONDS", 0.05)
 
 
 @pytest.mark.usefixtures("high_thresholds")

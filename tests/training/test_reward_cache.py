@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dar.rewards.cache_store import FILE
+from dar.rewards.cache.store import FILE
 
 SHORT = {"max_steps": 2, "max_new_tokens": 1}
 """So short that many completions are equal."""

@@ -157,7 +157,7 @@ def test_running_moments_survive_a_resume_bit_by_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dar.rewards.normalize.WARM_UP", 10)
+    monkeypatch.setattr("dar.rewards.scoring.normalize.WARM_UP", 10)
     component = {"name": "rm", "kind": "hf_model", "model": "judge", "normalize": "running"}
     rewards, places = {"components": [component]}, {"rm": judge}
     train_job(job(rewards, reward_models=places), sink, NullControl())

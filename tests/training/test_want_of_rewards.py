@@ -103,7 +103,7 @@ def test_an_outage_after_some_steps_keeps_them_and_the_job_ends_as_if_nothing_ha
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "dar.rewards.normalize.WARM_UP", 10
+        "dar.rewards.scoring.normalize.WARM_UP", 10
     )  # what rewards are scaled by is kept too
     whole, broken, mended = new_sink(), new_sink(), new_sink()
     # Another job: the reward server remembers what it has answered to this one.

@@ -15,7 +15,7 @@ import pytest
 
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import RewardRequestState
-from dar.rewards.asynchronous import Stored
+from dar.rewards.http.async_results import Stored
 from worker.folders import AttemptFolder, AttemptRecord
 from worker.inbox import PipeInbox
 from worker.launch import Launch, Order, RewardNews

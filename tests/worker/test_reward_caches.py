@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.spec import JobSpec
-from dar.rewards.cache import CachePlace
+from dar.rewards.cache.cache import CachePlace
 from dar.settings import Settings
 from worker.launch import Launch
 from worker.reward_caches import KEPT_SECONDS, RewardCaches

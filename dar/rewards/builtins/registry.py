@@ -11,7 +11,7 @@ from dar.rewards.builtins.base import Builtin
 from dar.rewards.builtins.lengths import LengthPenalty, OverlongPenalty, RepetitionPenalty
 from dar.rewards.builtins.numbers import NumericAnswer
 from dar.rewards.builtins.texts import Contains, ExactMatch, FormatTags, JsonValid, RegexMatch
-from dar.rewards.concurrency import in_daemon_thread
+from dar.rewards.scoring.threads import in_daemon_thread
 from dar.rewards.thinking import without_thinking
 
 BUILTINS: Mapping[str, type[Builtin]] = {

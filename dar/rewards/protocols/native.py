@@ -2,7 +2,7 @@
 
 from dar.protocol.rewards import MAX_SAMPLES, VERSION, decode_response
 from dar.rewards.base import RequestBatch, RewardResult
-from dar.rewards.wire import as_result, encode_request, encode_sample
+from dar.rewards.http.wire import as_result, encode_request, encode_sample
 
 
 class NativeProtocol:

@@ -9,7 +9,7 @@ import pytest
 import trustme
 from starlette.applications import Starlette
 
-from dar.rewards.guard import EgressPolicy
+from dar.rewards.http.egress import EgressPolicy
 
 Probe = Callable[..., Any]
 DENIED = ["93.184.215.14", "10.0.0.1"]

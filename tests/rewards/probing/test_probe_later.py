@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from dar.cli.reward_listener import listening
-from dar.rewards.probe_inbox import ProbeInbox
+from dar.rewards.probe.callbacks import ProbeInbox
 
 Probe = Callable[..., Any]
 EITHER = {"reply": "either"}

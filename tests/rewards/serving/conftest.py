@@ -11,9 +11,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from dar.rewards import server_callbacks
-from dar.rewards.server import reward_server
-from dar.rewards.signing import decode_secret, signed_headers
+from dar.rewards.http.signing import decode_secret, signed_headers
+from dar.rewards.server import callbacks, reward_server
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture(autouse=True)
 def quick_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_callbacks, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(callbacks, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from dar.errors import AuthenticationError, ConfigurationError
 from dar.protocol.reward_spec import RewardRetry
 from dar.rewards.base import Failed, RewardContext, Scored, Skipped
-from dar.rewards.http import HttpOptions, HttpReward
+from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.server import reward_server
 
 Asks = Callable[..., Any]

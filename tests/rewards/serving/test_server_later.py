@@ -12,9 +12,9 @@ from starlette.routing import Mount
 
 from dar.protocol.rewards import decode_response, decode_result
 from dar.rewards.base import Scored
-from dar.rewards.http import HttpOptions
+from dar.rewards.http.signing import decode_secret, verify
+from dar.rewards.http_reward import HttpOptions
 from dar.rewards.server import reward_server
-from dar.rewards.signing import decode_secret, verify
 
 Asks = Callable[..., Any]
 Content = Callable[..., dict[str, Any]]

@@ -1,0 +1,251 @@
+"""From the ``rewards`` of a job spec to its scorer, and what keeps a spec from ever working."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardComponent, Rewards
+from dar.protocol.worker import ComponentAccess
+from dar.rewards.base import RewardObserver, RewardProtocol, RewardSource
+from dar.rewards.builtins.registry import BuiltinReward, make_builtin
+from dar.rewards.cache.cache import CachePlace, Caches, ResultCache
+from dar.rewards.http.async_results import Inbox
+from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.protocols.native import NativeProtocol
+from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
+from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
+from dar.rewards.protocols.plain import PlainProtocol, check_template
+from dar.rewards.protocols.trl import TRLProtocol
+from dar.rewards.scoring.combine import Combination, WeightedSource
+from dar.rewards.scoring.scorer import RewardScorer
+
+PATH = "method.dar.rewards"
+
+
+def scorer_from_spec(
+    rewards: Rewards,
+    *,
+    access: Mapping[str, ComponentAccess] | None = None,
+    secret: str | None = None,
+    job_id: str | None = None,
+    on_wait: Callable[[str], None] | None = None,
+    models: Mapping[str, RewardSource] | None = None,
+    guard: EgressPolicy | None = None,
+    observer: RewardObserver | None = None,
+    inbox: Inbox | None = None,
+    is_shared: bool = True,
+    cache: CachePlace | None = None,
+) -> RewardScorer:
+    """The scorer of a job.
+
+    Args:
+        rewards: The spec's ``rewards``.
+        access: How each registered endpoint is reached, by component name.
+        secret: Signs requests to inline URLs; None sends them unsigned.
+        job_id: Named in the requests.
+        on_wait: See `RewardScorer`.
+        models: The reward models in memory, by component name.
+        guard: Which addresses may be reached; None: all.
+        observer: See `RewardScorer`.
+        inbox: Takes callbacks of reward services.
+        is_shared: See `HttpOptions`.
+        cache: Where rewards are remembered; None: nowhere, whatever the components say.
+
+    Raises:
+        ConfigurationError: The secret is malformed, or a reward model was not loaded.
+        RewardMisconfiguredError: A registered endpoint is not known here.
+        InvalidRequestError: A builtin cannot work as it is described.
+    """
+    caches = None if cache is None else Caches(cache)
+    reached = access or {}
+    terms = [
+        _term(
+            component,
+            _local_source(component, models or {})
+            if component.kind != "http"
+            else http_source(
+                component,
+                reached.get(component.name),
+                secret=secret,
+                guard=guard,
+                inbox=inbox,
+                is_shared=is_shared,
+                cache=None if caches is None else caches.of(component, reached.get(component.name)),
+            ),
+        )
+        for component in rewards.components
+    ]
+    combination = _combination(rewards, terms)
+    return RewardScorer(
+        terms, on_wait=on_wait, job_id=job_id, observer=observer, combination=combination
+    )
+
+
+def _term(component: RewardComponent, source: RewardSource) -> WeightedSource:
+    return WeightedSource(
+        source,
+        component.weight,
+        _bounds(component.clip),
+        component.normalize,
+        component.required,
+        is_gate=component.role == "gate",
+    )
+
+
+def _combination(rewards: Rewards, terms: Sequence[WeightedSource]) -> Combination:
+    is_zeroing = rewards.combine.on_partial_skip == "zero"
+    return Combination(terms, clip=_bounds(rewards.combine.clip), is_zeroing=is_zeroing)
+
+
+def _local_source(component: RewardComponent, models: Mapping[str, RewardSource]) -> RewardSource:
+    if component.kind == "builtin":
+        builtin = make_builtin(component.fn or "", component.params)
+        return BuiltinReward(component.name, builtin, strip_thinking=component.strip_thinking)
+    if component.name not in models:
+        raise ConfigurationError(
+            f"the reward model {component.model!r} of component {component.name} was not loaded"
+        )
+    return models[component.name]
+
+
+def http_source(
+    component: RewardComponent,
+    access: ComponentAccess | None,
+    *,
+    secret: str | None,
+    guard: EgressPolicy | None,
+    inbox: Inbox | None = None,
+    is_shared: bool = True,
+    cache: ResultCache | None = None,
+) -> HttpReward:
+    """The service of an http component.
+
+    Args:
+        component: What a job spec says of it.
+        access: How its registered endpoint is reached; None for an inline URL.
+        secret: Signs requests to an inline URL.
+        guard: Which addresses may be reached; None: all.
+        inbox: Takes its callbacks.
+        is_shared: See `HttpOptions`.
+        cache: Knows rewards that need not be asked for.
+
+    Raises:
+        ConfigurationError: A secret is malformed.
+        RewardMisconfiguredError: The registered endpoint is not known here, or the URL cannot be used.
+    """
+    url = component.url if access is None else access.url
+    if url is None:
+        raise RewardMisconfiguredError(
+            f"the reward endpoint {component.endpoint} of component {component.name} is not known here; it may have been deleted",
+            code="config.endpoint",
+        )
+    options = http_options(component, access, guard=guard, is_shared=is_shared)
+    secrets = (() if secret is None else (secret,)) if access is None else access.secrets
+    return HttpReward(
+        component.name, url, secrets=secrets, options=options, inbox=inbox, cache=cache
+    )
+
+
+def http_options(
+    component: RewardComponent,
+    access: ComponentAccess | None,
+    *,
+    guard: EgressPolicy | None,
+    is_shared: bool = True,
+) -> HttpOptions:
+    """How the service of an http component is driven; see `http_source`."""
+    return HttpOptions(
+        component.columns,
+        component.batch,
+        component.limits,
+        component.timeouts,
+        component.retry,
+        protocol=protocol_of(component),
+        prompt_format=component.prompt_format,
+        strip_thinking=component.strip_thinking,
+        allow_async=component.reply == "either",
+        require_signed_responses=component.require_signed_responses,
+        headers={} if access is None else access.headers,
+        guard=guard,
+        is_shared=is_shared,
+    )
+
+
+def protocol_of(component: RewardComponent) -> RewardProtocol:
+    """What is spoken with the service of an http component."""
+    coerce = component.coerce
+    if component.protocol == "openrlhf":
+        return OpenRLHFProtocol(coerce=coerce)
+    if component.protocol == "trl":
+        return TRLProtocol(coerce=coerce)
+    if component.protocol == "plain":
+        return PlainProtocol(component.template, component.pointer or "", coerce=coerce)
+    if component.protocol == "openai_grader":
+        return OpenAIGraderProtocol(component.grader or {}, coerce=coerce)
+    return NativeProtocol()
+
+
+def _bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if bounds is None else (bounds[0], bounds[1])
+
+
+# --- what is checked when a job is submitted -------------------------------------------------------------------------
+
+
+def check_rewards(rewards: Rewards) -> list[Problem]:
+    """What keeps rewards from ever working, beyond what the spec's own types say; each with its path in a job spec."""
+    problems = [
+        problem
+        for index, component in enumerate(rewards.components)
+        for problem in _problems_of(component, f"{PATH}.components[{index}]")
+    ]
+    terms = [component for component in rewards.components if component.role == "term"]
+    if not any(component.weight for component in terms):
+        why = "every component has weight 0" if terms else "there are only gates"
+        problems.append(
+            Problem(
+                f"{why}, so no sample would get a reward; {'give one of them another weight' if terms else 'add a term'}",
+                f"{PATH}.components",
+                "no_reward",
+            )
+        )
+    return problems
+
+
+def _problems_of(component: RewardComponent, path: str) -> Iterator[Problem]:
+    try:
+        if component.kind == "builtin":
+            make_builtin(component.fn or "", component.params)
+        elif component.protocol == "plain" and component.template is not None:
+            check_template(component.template, frozenset(component.columns or ()))
+    except InvalidRequestError as error:
+        for problem in error.problems or [
+            Problem(error.message, f"template{error.param or ''}", "invalid_template")
+        ]:
+            yield Problem(problem.message, f"{path}.{problem.param}", problem.code)
+    if component.cache.scope == "endpoint" and component.kind == "http" and not component.endpoint:
+        yield Problem(
+            "only jobs with the same registered endpoint can share remembered rewards; register one, or send scope job",
+            f"{path}.cache.scope",
+            "unsupported_value",
+        )
+    if component.coerce and component.protocol == "dar.reward.v1":
+        yield Problem(
+            "coerce is for services that were written for other protocols; dar.reward.v1 takes numbers alone",
+            f"{path}.coerce",
+            "unsupported_value",
+        )
+
+
+def columns_of(component: RewardComponent) -> list[tuple[str, str]]:
+    """The columns that a component reads, each with its path below the component.
+
+    Raises:
+        InvalidRequestError: A builtin cannot work as it is described.
+    """
+    if component.kind == "builtin":
+        return [
+            ("params.column", name)
+            for name in make_builtin(component.fn or "", component.params).columns
+        ]
+    return [(f"columns[{place}]", name) for place, name in enumerate(component.columns or ())]

@@ -1,0 +1,284 @@
+"""Rewards that come later: a service answers 202, and then calls back or is asked again.
+
+Where a trainer runs under a service, the service takes callbacks for it (`Inbox`): each request is announced there before it is
+sent, with the hash of a fresh token, so that a result finds its way even when everything here dies meanwhile. In a plain script
+there is nobody to call back; a service is offered ``async`` all the same and may give a ``poll_url``.
+
+The deadline of a request never moves once it is announced; that it could not be announced for a while costs it no time. Of a callback and a poll, the first valid result wins.
+"""
+
+import asyncio
+import hashlib
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+import httpx2
+
+from dar.errors import RewardContractError
+from dar.protocol.rewards import (
+    TOKEN_PREFIX,
+    Callback,
+    Reply,
+    SampleResult,
+    decode_accepted,
+    decode_response,
+)
+from dar.rewards.http.retry import AttemptFailedError
+
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 1.0, 15.0, 1.5
+SHORTEST_POLL_SECONDS = 0.1
+"""What a ``Retry-After`` of nothing comes to."""
+POLL_JITTER = 0.2
+"""Share by which a wait may be shorter or longer."""
+TOKEN_BYTES = 32
+ANNOUNCEMENTS = 2
+"""Most announcements of a request: another one where the first was stored so long ago that its deadline has passed."""
+# Not the module's functions: drawing from the process-wide generator would change what a seeded trainer samples next.
+_JITTER = random.SystemRandom()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An announced request, as the service has it."""
+
+    callback_url: str
+    deadline: datetime
+    """That of the first announcement, perhaps by an earlier process."""
+    is_accepted: bool = False
+    """The reward service has the request already; it is not sent again."""
+    poll_url: str | None = None
+    result: bytes | None = None
+    """The result, if it is there already."""
+
+
+class Inbox(Protocol):
+    """Where results of callbacks arrive, on behalf of this process."""
+
+    async def announce(
+        self,
+        request_id: str,
+        component: str,
+        step: int,
+        token_sha256: str,
+        deadline: datetime,
+        sample_ids: Sequence[str],
+    ) -> Stored:
+        """Have a request stored before it is sent; waits until it is."""
+        ...
+
+    async def wait(self, request_id: str) -> bytes:
+        """The result that was posted for a request; waits for it however long it takes."""
+        ...
+
+    def accepted(self, request_id: str, poll_url: str | None) -> None:
+        """The reward service has answered 202."""
+        ...
+
+    def close(self, request_id: str) -> None:
+        """The request needs no callback any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    """What a GET of a ``poll_url`` came to."""
+
+    body: bytes | None
+    """Of a 200; None: a 202."""
+    retry_after_seconds: float | None = None
+
+
+Poll = Callable[[str, float], Awaitable[Polled]]
+"""GETs a URL within so many seconds, as requests to the reward service are sent: same guard, same credentials."""
+
+
+class LaterReply:
+    """The later answer of one request: what is offered, and how it is waited for.
+
+    Args:
+        url: The reward service's, whose origin a ``poll_url`` must have.
+        request_id: Id of the request.
+        ids: Its samples.
+        seconds: From the announcement to the deadline; no answer is taken after that.
+        inbox: Takes callbacks; None: there is nobody to call back.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        request_id: str,
+        ids: Sequence[str],
+        seconds: float,
+        inbox: Inbox | None,
+    ) -> None:
+        self._url = url
+        self._request_id = request_id
+        self._ids = tuple(ids)
+        self._inbox = inbox
+        self._poll_url: str | None = None
+        self._callback: Callback | None = None
+        self._time = timedelta(seconds=seconds)
+        self.deadline = datetime.now(UTC) + self._time
+        """Of the request; an earlier process may have begun it."""
+        self.is_accepted = False
+        """The reward service has it, so it is only waited for."""
+        self._result: bytes | None = None
+
+    async def open(self, component: str, step: int) -> None:
+        """Announce the request, which must happen before it is sent; waits however long our own service is away.
+
+        Raises:
+            AttemptFailedError: An earlier process was given a ``poll_url`` that breaks the contract.
+        """
+        if self._inbox is None:
+            return
+        for _ in range(ANNOUNCEMENTS):
+            token = f"{TOKEN_PREFIX}{secrets.token_urlsafe(TOKEN_BYTES)}"
+            sha256 = hashlib.sha256(token.encode()).hexdigest()
+            deadline = datetime.now(UTC) + self._time
+            stored = await self._inbox.announce(
+                self._request_id, component, step, sha256, deadline, self._ids
+            )
+            self.deadline = stored.deadline
+            if stored.result is not None or self.remaining_seconds > 0:
+                break
+        self.is_accepted = stored.is_accepted or stored.result is not None
+        self._result = stored.result
+        self._callback = Callback(url=stored.callback_url, token=token)
+        if stored.poll_url is not None:
+            self._poll_url = self._checked(stored.poll_url)
+
+    @property
+    def reply(self) -> Reply:
+        """What the request says about answers."""
+        return Reply(modes=["sync", "async"], deadline=self.deadline, callback=self._callback)
+
+    def accept(self, body: bytes) -> None:
+        """Note a 202.
+
+        Raises:
+            AttemptFailedError: Its body breaks the contract, or leaves no way to get the result.
+        """
+        try:
+            accepted = decode_accepted(body, request_id=self._request_id)
+        except RewardContractError as error:
+            raise AttemptFailedError("contract", error.error_code, error.message) from None
+        if accepted.poll_url is not None:
+            self._poll_url = self._checked(accepted.poll_url)
+        elif self._callback is None:
+            raise _contract("poll_url", "a 202 without poll_url, though no callback was offered")
+        self.is_accepted = True
+        if self._inbox is not None:
+            self._inbox.accepted(self._request_id, accepted.poll_url)
+
+    def close(self) -> None:
+        """Note that the request was answered at once."""
+        if self._inbox is not None:
+            self._inbox.close(self._request_id)
+
+    async def result(self, poll: Poll) -> list[SampleResult]:
+        """Wait for the result.
+
+        Args:
+            poll: GETs the ``poll_url``.
+
+        Raises:
+            AttemptFailedError: None came before the deadline, or what came breaks the contract.
+        """
+        self.is_accepted = False  # whatever fails from here on, another attempt would send it again
+        if self._result is not None:
+            result, self._result = self._result, None
+            return self._decode(result)
+        ways: list[Coroutine[Any, Any, list[SampleResult]]] = []
+        if self._inbox is not None:
+            ways.append(self._called_back(self._inbox))
+        if self._poll_url is not None:
+            ways.append(self._polled(self._poll_url, poll))
+        try:
+            async with asyncio.timeout(self.remaining_seconds):
+                return await _first(ways)
+        except TimeoutError:
+            reason = "it accepted the request, but its result did not come before the deadline"
+            raise AttemptFailedError("transient", "callback_late", reason) from None
+
+    async def _called_back(self, inbox: Inbox) -> list[SampleResult]:
+        return self._decode(await inbox.wait(self._request_id))
+
+    async def _polled(self, url: str, poll: Poll) -> list[SampleResult]:
+        wait = FIRST_POLL_SECONDS
+        asked: float | None = None
+        while True:
+            if asked is None:
+                asked = wait * _JITTER.uniform(1 - POLL_JITTER, 1 + POLL_JITTER)
+                wait = min(wait * POLL_GROWTH, LONGEST_POLL_SECONDS)
+            await asyncio.sleep(max(asked, SHORTEST_POLL_SECONDS))
+            try:
+                polled = await poll(url, self.remaining_seconds)
+            except AttemptFailedError as error:
+                if error.kind not in {"transient", "name"}:
+                    raise
+                asked = error.retry_after_seconds
+                continue
+            asked = polled.retry_after_seconds
+            if polled.body is not None:
+                results = self._decode(polled.body)
+                self.close()
+                return results
+
+    def _decode(self, body: bytes) -> list[SampleResult]:
+        try:
+            return decode_response(body, request_id=self._request_id, ids=self._ids)
+        except RewardContractError as error:
+            raise AttemptFailedError("contract", error.error_code, error.message) from None
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Time until the deadline; 0 after it."""
+        return max(0.0, (self.deadline - datetime.now(UTC)).total_seconds())
+
+    def _checked(self, given: str) -> str:
+        """A ``poll_url``, absolute.
+
+        Raises:
+            AttemptFailedError: It leads elsewhere than to the reward service.
+        """
+        try:
+            base = httpx2.URL(self._url)
+            url = base.join(given)
+        except (httpx2.InvalidURL, ValueError):
+            raise _contract("poll_url", "a poll_url that is no URL") from None
+        if (url.scheme, url.host, _port(url)) != (base.scheme, base.host, _port(base)):
+            raise _contract("poll_url", "a poll_url on another origin than the reward service's")
+        if url.userinfo or url.fragment:
+            raise _contract("poll_url", "a poll_url with a user name, a password or a fragment")
+        return str(url)
+
+
+def _port(url: httpx2.URL) -> int | None:
+    return url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _contract(code: str, reason: str) -> AttemptFailedError:
+    return AttemptFailedError("contract", f"contract.{code}", reason)
+
+
+async def _first(ways: Sequence[Coroutine[Any, Any, list[SampleResult]]]) -> list[SampleResult]:
+    """The first result; a way that fails is given up while another one is left."""
+    waiting = {asyncio.create_task(way) for way in ways}
+    try:
+        while True:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            failed = [task for task in done if task.exception() is not None]
+            for task in done:
+                if task not in failed:
+                    return task.result()
+            if not waiting:
+                return failed[0].result()
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)

@@ -1,0 +1,371 @@
+"""What all requests to one reward endpoint share: connections, slots, rate, ``Retry-After`` gate, breaker and retry budget.
+
+Components and jobs of one process that name the same URL with the same credentials and limits share one `Endpoint`: the limits are a
+promise to the service, whoever calls it.
+
+The connection pool is used directly, below the client that is usually around it: it has no redirects, cookies, proxies or netrc to
+be switched off, and it takes the egress guard as a public argument.
+"""
+
+import asyncio
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Self, cast
+from weakref import WeakKeyDictionary
+
+import httpcore2
+
+from dar.errors import RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardLimits
+from dar.rewards.http.breaker import BreakerOptions, Call, CircuitBreaker, State
+from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Resolver, Target
+from dar.rewards.http.redaction import Redactor, silence_header_logs
+from dar.rewards.http.responses import Answer, Incoming, failure_of, read_answer, refusal_of
+from dar.rewards.http.retry import AttemptFailedError, RetrySchedule
+from dar.rewards.http.retry_budget import RetryBudget, RetryBudgetOptions
+from dar.rewards.http.timings import CURRENT, Timings
+
+KEEPALIVE_SECONDS = 15.0
+"""Idle connections are closed after this; below the 60 to 75 s of common servers, so that we close first."""
+QUOTED = 512
+"""Characters of an error answer that are shown to the owner of the job."""
+
+
+@cache
+def default_tls() -> ssl.SSLContext:
+    """Loading the certificates takes 20 ms and more, so it is done once."""
+    return httpcore2.default_ssl_context()
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How an endpoint is reached; equal ones share an `Endpoint`."""
+
+    target: Target
+    secrets: tuple[str, ...] = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    limits: tuple[int, float | None]
+    """Concurrency and requests per second."""
+    guard: EgressPolicy | None
+    breaker: BreakerOptions
+    budget: RetryBudgetOptions
+    tls: ssl.SSLContext | None = field(repr=False)
+    resolver: Resolver | None = field(repr=False)
+    owner: object | None
+    """None: shared with all; else this owner's own."""
+
+    @staticmethod
+    def limits_of(limits: RewardLimits) -> tuple[int, float | None]:
+        """The limits that tell one endpoint from another."""
+        return limits.concurrency, limits.rps
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long one request's deadline may still stand still for the breaker, in seconds."""
+
+    seconds: float
+
+
+class Slot:
+    """A request's place among those that may be in flight.
+
+    Args:
+        places: Those of the endpoint.
+    """
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._is_held = False
+
+    async def acquire(self) -> None:
+        """Wait for the place, unless it is held."""
+        if not self._is_held:
+            await self._places.acquire()
+            self._is_held = True
+
+    def release(self) -> None:
+        """Leave it to another, if it is held: while a result is waited for that comes later, nothing is in flight."""
+        if self._is_held:
+            self._is_held = False
+            self._places.release()
+
+
+Listener = Callable[[State, str], None]
+
+
+class Endpoint:
+    """One endpoint, in one event loop. Got with `open_endpoint`, given back with `release`."""
+
+    def __init__(self, connection: Connection, registry: "dict[Connection, Endpoint]") -> None:
+        self._connection = connection
+        self._registry = registry
+        self._users = 0
+        concurrency, rps = connection.limits
+        self._places = asyncio.Semaphore(concurrency)
+        self.breaker = CircuitBreaker(connection.breaker, self._breaker_changed)
+        self.budget = RetryBudget(connection.budget)
+        self.listeners: set[Listener] = set()
+        headers = dict(connection.headers).values()
+        self._redact = Redactor(connection.secrets, headers, connection.target.target)
+        self._closed_until = 0.0
+        self._interval = 0.0 if rps is None else 1.0 / rps
+        self._next_start = 0.0
+        self._guard = GuardedBackend(connection.guard, connection.resolver)
+        tls = connection.tls or default_tls()
+        tls.minimum_version = max(tls.minimum_version, ssl.TLSVersion.TLSv1_2)
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=tls,
+            max_connections=concurrency,
+            max_keepalive_connections=concurrency,
+            keepalive_expiry=KEEPALIVE_SECONDS,
+            http1=True,
+            http2=False,
+            network_backend=self._guard,
+        )
+        # A pool that dialled by itself would dial whatever a name resolves to.
+        assert self._pool._network_backend is self._guard  # noqa: SLF001 - the one fact that everything here rests on
+        silence_header_logs()
+
+    def acquire(self) -> Self:
+        """One more user."""
+        self._users += 1
+        return self
+
+    async def release(self, listener: Listener | None = None) -> None:
+        """One user less; the last one closes all connections."""
+        if listener is not None:
+            self.listeners.discard(listener)
+        self._users -= 1
+        if self._users == 0:
+            self._registry.pop(self._connection, None)
+            await self._pool.aclose()
+
+    def slot(self) -> Slot:
+        """A place for one request, not held yet."""
+        return Slot(self._places)
+
+    def redact(self, text: str) -> str:
+        """``text`` without the endpoint's secrets."""
+        return self._redact(text)
+
+    def hold_back(self, seconds: float) -> None:
+        """Send nothing to the service for so long; what is on its way stays so."""
+        self._closed_until = max(self._closed_until, time.monotonic() + seconds)
+
+    async def admit(
+        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
+    ) -> Call:
+        """Wait until an attempt may be made: gate, breaker, then rate.
+
+        Raises:
+            AttemptFailedError: It may not be made within the deadline, or the breaker stayed open for too long.
+            RewardMisconfiguredError: The service refuses us for good.
+        """
+        while True:
+            call = await self._enter(schedule, patience, on_wait)
+            if await self._keep_pace(call):
+                return call
+
+    async def passable(
+        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
+    ) -> None:
+        """Wait until gate and breaker let an attempt through, without making one; see `admit`."""
+        self.breaker.done(await self._enter(schedule, patience, on_wait), "neutral")
+
+    async def _enter(
+        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
+    ) -> Call:
+        is_told = False
+        while True:
+            if schedule.remaining_seconds <= 0:
+                raise AttemptFailedError("transient", "deadline", "no answer before the deadline")
+            pause = self._closed_until - time.monotonic()
+            if pause > 0:
+                await asyncio.sleep(min(pause, schedule.remaining_seconds))
+                continue
+            call = self.breaker.enter()
+            if call is not None:
+                return call
+            if not is_told:
+                on_wait("most requests failed; waiting before it is tried again")
+            is_told = True
+            await self._wait_for_breaker(schedule, patience)
+
+    async def _wait_for_breaker(self, schedule: RetrySchedule, patience: Patience) -> None:
+        refusal = self.breaker.refusal
+        if refusal is not None:
+            raise RewardMisconfiguredError(refusal.message, code=refusal.error_code)
+        started = time.monotonic()
+        await self.breaker.changed(patience.seconds)
+        waited = min(patience.seconds, time.monotonic() - started)
+        patience.seconds -= waited
+        schedule.extend(waited)
+        if patience.seconds <= 0:
+            reason = "most requests failed for too long; this one was not sent"
+            raise AttemptFailedError("transient", "breaker_open", reason, is_final=True)
+
+    async def _keep_pace(self, call: Call) -> bool:
+        """Wait for this call's turn; False: the gate has closed meanwhile, so the call is over.
+
+        A few lines instead of a token bucket: that lets a burst through first, and the bound is there for services that cannot
+        take one.
+        """
+        now = time.monotonic()
+        start = max(now, self._next_start)
+        self._next_start = start + self._interval
+        if start > now:
+            try:
+                await asyncio.sleep(start - now)
+            except asyncio.CancelledError:
+                self.breaker.done(call, "neutral")
+                raise
+        if self._closed_until > time.monotonic():
+            self.breaker.done(call, "neutral")
+            return False
+        return True
+
+    async def post(
+        self,
+        body: bytes,
+        headers: Callable[[], Mapping[str, str]],
+        timeouts: Mapping[str, float],
+        timings: Timings | None = None,
+    ) -> Answer:
+        """The answer to one attempt.
+
+        A server may close a kept-alive connection just when it is used again. That says nothing about the service, and
+        the request's id makes a repetition harmless: it is sent once more at once, as the same attempt.
+
+        Args:
+            body: What is sent.
+            headers: Makes the headers, with a fresh timestamp.
+            timeouts: ``connect``, ``read``, ``write`` and ``pool``, in seconds.
+            timings: Is told where the time goes.
+
+        Raises:
+            AttemptFailedError: There was no answer that could be used.
+        """
+        target = self._connection.target
+        try:
+            return await self._once("POST", target.target, body, headers(), timeouts, timings)
+        except _StaleConnectionError:
+            pass
+        try:
+            return await self._once("POST", target.target, body, headers(), timeouts, timings)
+        except _StaleConnectionError as error:
+            raise self._told(failure_of(error.cause)) from error.cause
+
+    async def get(
+        self, target: str, headers: Mapping[str, str], timeouts: Mapping[str, float]
+    ) -> Answer:
+        """The answer to a GET of ``target`` (path and query) on the endpoint's origin; see `post`."""
+        try:
+            return await self._once("GET", target, b"", headers, timeouts)
+        except _StaleConnectionError as error:
+            raise self._told(failure_of(error.cause)) from error.cause
+
+    async def _once(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        timeouts: Mapping[str, float],
+        timings: Timings | None = None,
+    ) -> Answer:
+        timings = timings or Timings()
+        timings.begin()
+        target = self._connection.target
+        given = {"host": target.authority, **dict(self._connection.headers), **headers}
+        if body:
+            given["content-length"] = str(len(body))
+        request = httpcore2.Request(
+            method,
+            httpcore2.URL(scheme=target.scheme, host=target.host, port=target.port, target=path),
+            headers=[
+                (name.encode("ascii"), value.encode("ascii")) for name, value in given.items()
+            ],
+            content=body,
+            extensions={"timeout": dict(timeouts), "trace": timings.trace},
+        )
+        token = CURRENT.set(timings)
+        try:
+            response = await self._pool.handle_async_request(request)
+        except (httpcore2.NetworkError, httpcore2.RemoteProtocolError) as error:
+            if not timings.has_dialled:
+                raise _StaleConnectionError(error) from error
+            raise self._told(failure_of(error)) from error
+        except _TRANSPORT_ERRORS as error:
+            raise self._told(failure_of(error)) from error
+        finally:
+            CURRENT.reset(token)
+        return await self._read(response)
+
+    async def _read(self, response: httpcore2.Response) -> Answer:
+        try:
+            incoming = Incoming(response)
+            if incoming.status not in {200, 202}:
+                raise await refusal_of(incoming)
+            return await read_answer(incoming)
+        except AttemptFailedError as failure:
+            raise self._told(failure) from None
+        except _TRANSPORT_ERRORS as error:
+            raise self._told(failure_of(error)) from error
+        finally:
+            _leave_surplus(response)
+            await response.aclose()
+
+    def _told(self, failure: AttemptFailedError) -> AttemptFailedError:
+        """``failure``, fit to be told: without secrets, also those cut off where the reading stopped."""
+        failure.reason = self._redact(failure.reason)
+        failure.args = (failure.reason,)
+        failure.quote = self._redact(failure.quote)[:QUOTED]
+        return failure
+
+    def _breaker_changed(self, state: State, reason: str) -> None:
+        for listener in list(self.listeners):
+            listener(state, reason)
+
+
+def _leave_surplus(response: httpcore2.Response) -> None:
+    """See to it that what a server sent beyond its answer is never read as the answer to the next request on the connection.
+
+    Most protocols repeat nothing of the request, so that rewards of other samples could not be told from the right ones.
+    """
+    connection = cast("Any", response.stream)._stream._connection  # noqa: SLF001 - the pool tells nobody what is left over
+    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001 - nor does the connection
+    if surplus:
+        response.extensions["network_stream"].spoil()
+
+
+class _StaleConnectionError(Exception):
+    """A kept-alive connection broke before anything was answered on it."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+_TRANSPORT_ERRORS = (
+    httpcore2.NetworkError,
+    httpcore2.TimeoutException,
+    httpcore2.ProtocolError,
+    httpcore2.UnsupportedProtocol,
+)
+
+
+_endpoints: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Connection, Endpoint]]" = (
+    WeakKeyDictionary()
+)
+
+
+def open_endpoint(connection: Connection) -> Endpoint:
+    """The endpoint of ``connection`` in this event loop, as one more user of it."""
+    known = _endpoints.setdefault(asyncio.get_running_loop(), {})
+    if connection not in known:
+        known[connection] = Endpoint(connection, known)
+    return known[connection].acquire()

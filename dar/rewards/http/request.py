@@ -1,0 +1,395 @@
+"""One request to a reward service, from its samples to their results: signed, sent until it is answered or given up, and decoded."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from dar.errors import AuthenticationError, RewardContractError, RewardMisconfiguredError
+from dar.protocol.rewards import MAX_REQUEST_BYTES
+from dar.rewards.base import (
+    Failed,
+    RequestBatch,
+    RequestRecord,
+    RewardContext,
+    RewardObserver,
+    RewardResult,
+    RewardSample,
+)
+from dar.rewards.http.async_results import Inbox, LaterReply, Polled
+from dar.rewards.http.breaker import Outcome
+from dar.rewards.http.endpoint import Endpoint, Patience, Slot
+from dar.rewards.http.log import log_attempt, trace_id
+from dar.rewards.http.options import HttpOptions
+from dar.rewards.http.redaction import redacted
+from dar.rewards.http.responses import Answer
+from dar.rewards.http.retry import AttemptFailedError, Kind, RetrySchedule, parse_retry_after
+from dar.rewards.http.signing import signed_headers, verify
+from dar.rewards.http.timings import Timings
+from dar.rewards.http.wire import EncodedSample, as_result, request_id_of
+from dar.version import __version__
+
+SECONDS_PER_MEGABYTE = 3.0
+"""What an attempt's limit grows by with each MB of body above the first."""
+_OUTCOMES: Mapping[Kind, Outcome] = {
+    "transient": "failed",
+    "contract": "failed",
+    "name": "failed",
+    "refused": "ok",
+    "too_large": "neutral",
+    "permanent": "neutral",
+}
+"""What a failed attempt tells the breaker. One that refuses these samples alone is alive; `CircuitBreaker.trip` is told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """What all requests of one component have in common."""
+
+    name: str
+    label: str
+    url: str
+    options: HttpOptions
+    keys: tuple[bytes, ...]
+    endpoint: Endpoint
+    observer: RewardObserver | None
+    inbox: Inbox | None
+    waits: Callable[[str], None]
+    """Is told when a request is waiting."""
+
+
+@dataclass(slots=True)
+class _Tried:
+    """One attempt, for its record."""
+
+    number: int
+    started_at: float
+    status: int | None = None
+    bytes_in: int = 0
+    in_flight_seconds: float | None = None
+    timings: Timings = field(default_factory=Timings)
+
+
+class Delivery:
+    """The delivery of some samples: one request, and further ones for those that the service wants to be asked about again.
+
+    Args:
+        sender: The component.
+        context: Job, step and mode.
+        ready_at: When the samples were ready, on the monotonic clock.
+        slot: The delivery's place among those in flight.
+    """
+
+    def __init__(self, sender: Sender, context: RewardContext, ready_at: float, slot: Slot) -> None:
+        self._slot = slot
+        self._sender = sender
+        self._options = sender.options
+        self._endpoint = sender.endpoint
+        self._context = context
+        self._ready_at = ready_at
+        self._queued_seconds = 0.0
+        self._patience = Patience(sender.options.breaker.pause_grace_seconds)
+        self._schedule = RetrySchedule(
+            sender.options.retry,
+            sender.options.timeouts.deadline,
+            self._waits,
+            sender.endpoint.budget,
+        )
+        self._batch: RequestBatch | None = None
+        self._body = b""
+        self._later: LaterReply | None = None
+        self._request_id = ""
+        self._count = 0
+        self._tried = _Tried(0, ready_at)
+
+    async def results(self, samples: Sequence[EncodedSample]) -> dict[str, RewardResult]:
+        """The result of each sample, by id.
+
+        Samples that failed for a passing reason of their own are sent again, in a new request, until their attempts are used up.
+
+        Raises:
+            AttemptFailedError: The first request was given up.
+            RewardMisconfiguredError: The service refuses us for good.
+        """
+        found: dict[str, RewardResult] = {}
+        waiting, number = list(samples), 0
+        while waiting:
+            try:
+                results = await self._request(waiting, number)
+            except AttemptFailedError as failure:
+                if number == 0 or failure.kind in {"permanent", "name"}:
+                    raise
+                failed = self.failed(failure)
+                found.update({sample.id: failed for sample in waiting})
+                return found
+            found.update(
+                (sample.id, result) for sample, result in zip(waiting, results, strict=True)
+            )
+            waiting = [sample for sample in waiting if _may_be_repeated(found[sample.id])]
+            number += 1
+            pause = self._schedule.pause(number)
+            if not waiting or not self._schedule.next_request(pause):
+                return found
+            self._sender.waits(
+                f"{self._sender.label}: {len(waiting)} samples are to be asked for again in {pause:.1f} s"
+            )
+            await asyncio.sleep(pause)
+        return found
+
+    def failed(self, failure: AttemptFailedError) -> Failed:
+        """The result of samples whose request was given up."""
+        message = f"{self._sender.label}: {failure.full_reason}"
+        return Failed(failure.code, message, is_transient=failure.kind == "transient")
+
+    async def _request(self, samples: list[EncodedSample], number: int) -> list[RewardResult]:
+        """Send one request until it is answered or given up."""
+        self._batch = None
+        self._later = None
+        self._body = b""
+        self._count = len(samples)
+        self._request_id = request_id_of(samples, self._sender.name, self._context, number=number)
+        while True:
+            try:
+                return await self._attempt(samples)
+            except AttemptFailedError as failure:
+                if failure.holds_back_all and failure.retry_after_seconds is not None:
+                    cap = self._options.retry.retry_after_cap
+                    self._endpoint.hold_back(min(failure.retry_after_seconds, cap))
+                wait = self._schedule.wait_after(failure)
+                self._record_failure(failure, is_final=wait is None)
+                if wait is None:
+                    raise
+            await asyncio.sleep(wait)
+
+    def _waits(self, failure: AttemptFailedError, attempt: int, wait: float) -> None:
+        attempts = self._options.retry.attempts
+        self._sender.waits(
+            f"{self._sender.label}: {failure.reason}; attempt {attempt} of {attempts} in {wait:.1f} s"
+        )
+
+    async def _attempt(self, samples: list[EncodedSample]) -> list[RewardResult]:
+        self._tried = _Tried(self._schedule.attempt, time.monotonic())
+        await self._slot.acquire()
+        if self._options.allow_async and self._later is None:
+            await self._announce([sample.id for sample in samples])
+        call = await self._endpoint.admit(self._schedule, self._patience, self._waits_for_breaker)
+        outcome: Outcome = "neutral"
+        reason = ""
+        try:
+            self._tried.started_at = time.monotonic()
+            if self._batch is None:
+                self._begin(samples)
+            answer = await self._send()
+            results = self._decoded(answer) if answer.status == 200 else None
+            outcome = "neutral" if self._tried.status is None else "ok"
+        except AttemptFailedError as failure:
+            outcome, reason = _OUTCOMES[failure.kind], failure.code
+            if failure.kind == "permanent":
+                self._endpoint.breaker.trip(self._refusal(failure))
+            raise
+        finally:
+            self._endpoint.breaker.done(call, outcome, reason)
+        if results is None:
+            self._slot.release()
+            self._tried.in_flight_seconds = time.monotonic() - self._tried.started_at
+            results = await self._result_that_follows()
+        self._record("ok", is_final=True)
+        return [redacted(result, self._endpoint.redact) for result in results]
+
+    def _waits_for_breaker(self, message: str) -> None:
+        self._sender.waits(f"{self._sender.label}: {message}")
+
+    def _refusal(self, failure: AttemptFailedError) -> RewardMisconfiguredError:
+        return RewardMisconfiguredError(
+            f"{self._sender.label}: {failure.full_reason}", code=failure.code
+        )
+
+    async def _announce(self, ids: list[str]) -> None:
+        """Have our own service take callbacks for the request; while that is away, neither deadline nor breaker hears of it."""
+        # First the breaker: the deadline that is announced does not stand still for it.
+        await self._endpoint.passable(self._schedule, self._patience, self._waits_for_breaker)
+        seconds, started = self._schedule.remaining_seconds, time.monotonic()
+        later = LaterReply(self._sender.url, self._request_id, ids, seconds, self._sender.inbox)
+        await later.open(self._sender.name, self._context.step)
+        self._schedule.extend(time.monotonic() - started)
+        # An earlier process may have begun it.
+        self._schedule.end_by(later.remaining_seconds)
+        self._later = later
+
+    def _begin(self, samples: list[EncodedSample]) -> None:
+        """Fix the body; it is the same on every attempt."""
+        now = datetime.now(UTC)
+        deadline = now + timedelta(seconds=self._schedule.remaining_seconds)
+        reply: Mapping[str, Any] | None = None
+        if self._later is not None:
+            reply, deadline = self._later.reply.model_dump(exclude_none=True), self._later.deadline
+        self._batch = RequestBatch(
+            request_id=self._request_id,
+            component=self._sender.name,
+            context=self._context,
+            samples=tuple(self._worded(sample.sample) for sample in samples),
+            columns=self._options.columns,
+            created_at=now,
+            deadline=deadline,
+            reply=reply,
+        )
+        self._body = self._options.protocol.encode(self._batch)
+        self._endpoint.budget.first_attempt()
+        self._queued_seconds = time.monotonic() - self._ready_at
+        if len(self._body) > MAX_REQUEST_BYTES:
+            reason = f"a request of {len(self._body)} bytes"
+            raise AttemptFailedError("too_large", "too_large", reason)
+
+    def _worded(self, sample: RewardSample) -> RewardSample:
+        if self._options.prompt_format == "text" and sample.prompt_text is not None:
+            return replace(sample, prompt=sample.prompt_text, messages=None)
+        return sample
+
+    async def _send(self) -> Answer:
+        if self._later is not None and self._later.is_accepted:
+            return Answer(202, {}, b"")
+        timeouts = self._options.timeouts
+        extra = max(0.0, len(self._body) / 1e6 - 1) * SECONDS_PER_MEGABYTE
+        seconds = min(timeouts.attempt + extra, self._schedule.remaining_seconds)
+        ends_at = time.monotonic() + seconds
+        limits = {
+            "connect": timeouts.connect,
+            "read": timeouts.read,
+            "write": timeouts.read,
+            "pool": timeouts.attempt,
+        }
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await self._endpoint.post(
+                    self._body, lambda: self._headers(ends_at), limits, self._tried.timings
+                )
+        except TimeoutError:
+            reason = f"no complete answer within {seconds:.3g} s"
+            raise AttemptFailedError("transient", "timeout", reason) from None
+        self._tried.status, self._tried.bytes_in = answer.status, len(answer.body)
+        if answer.status == 202:
+            self._accept(answer)
+        return answer
+
+    def _accept(self, answer: Answer) -> None:
+        if self._later is None:
+            raise AttemptFailedError(
+                "contract",
+                "contract.status",
+                "HTTP 202, where only 200 carries rewards",
+                status=202,
+            )
+        self._later.accept(answer.body)
+
+    def _headers(self, ends_at: float) -> Mapping[str, str]:
+        request_id = self._request_id
+        timestamp = int(datetime.now(UTC).timestamp())
+        return {
+            **self._plain_headers(),
+            "content-type": "application/json",
+            "idempotency-key": request_id,
+            "traceparent": f"00-{trace_id(request_id)}-{secrets.token_hex(8)}-01",
+            "x-dar-attempt": str(self._schedule.attempt),
+            "x-dar-deadline-ms": str(max(0, int((ends_at - time.monotonic()) * 1000))),
+            **signed_headers(self._sender.keys, request_id, timestamp, self._body),
+        }
+
+    def _poll_headers(self) -> Mapping[str, str]:
+        timestamp = int(datetime.now(UTC).timestamp())
+        signed = signed_headers(self._sender.keys, self._request_id, timestamp, b"")
+        return {**self._plain_headers(), **signed}
+
+    def _plain_headers(self) -> dict[str, str]:
+        return {
+            "accept": "application/json",
+            "accept-encoding": "identity",
+            "user-agent": f"dar-service/{__version__}",
+        }
+
+    def _decoded(self, answer: Answer) -> list[RewardResult]:
+        assert self._batch is not None
+        self._check_signature(answer)
+        try:
+            results = self._options.protocol.decode(answer.body, self._batch)
+        except RewardContractError as error:
+            reason = self._endpoint.redact(error.message)
+            raise AttemptFailedError("contract", error.error_code, reason, status=200) from None
+        if self._later is not None:
+            self._later.close()
+        return results
+
+    def _check_signature(self, answer: Answer) -> None:
+        if not self._options.require_signed_responses:
+            return
+        try:
+            verify(self._sender.keys, answer.headers, answer.body)
+        except AuthenticationError as error:
+            reason = f"its answer is not signed as it must be: {error.message}"
+            raise AttemptFailedError("contract", "contract.signature", reason, status=200) from None
+
+    async def _result_that_follows(self) -> list[RewardResult]:
+        """Wait for what a 202 announced."""
+        assert self._later is not None
+
+        async def poll(url: str, seconds: float) -> Polled:
+            parts = urlsplit(url)
+            target = parts.path or "/"
+            if parts.query:
+                target += f"?{parts.query}"
+            timeouts = self._options.timeouts
+            most = min(timeouts.attempt, seconds)
+            limits = {"connect": timeouts.connect, "read": timeouts.read, "pool": most}
+            try:
+                async with asyncio.timeout(most):
+                    polled = await self._endpoint.get(target, self._poll_headers(), limits)
+            except TimeoutError:
+                raise AttemptFailedError("transient", "timeout", "no answer to a poll") from None
+            except AttemptFailedError as failure:
+                if failure.kind in {"permanent", "too_large"}:
+                    failure.kind = "refused"  # it concerns this request, not the service
+                raise
+            if polled.status == 200:
+                self._check_signature(polled)
+            after = parse_retry_after(polled.headers.get("retry-after"))
+            return Polled(polled.body if polled.status == 200 else None, after)
+
+        return [as_result(result) for result in await self._later.result(poll)]
+
+    def _record_failure(self, failure: AttemptFailedError, *, is_final: bool) -> None:
+        if failure.status is not None:
+            self._tried.status = failure.status
+        self._record(failure.code, is_final=is_final, quote=failure.quote)
+
+    def _record(self, outcome: str, *, is_final: bool, quote: str = "") -> None:
+        tried = self._tried
+        record = RequestRecord(
+            component=self._sender.name,
+            request_id=self._request_id,
+            step=self._context.step,
+            mode=self._context.mode,
+            attempt=tried.number,
+            samples=self._count,
+            outcome=outcome,
+            status=tried.status,
+            seconds=time.monotonic() - tried.started_at,
+            in_flight_seconds=tried.in_flight_seconds,
+            queued_seconds=self._queued_seconds,
+            bytes_out=len(self._body),
+            bytes_in=tried.bytes_in,
+            is_final=is_final,
+            quote=quote,
+            dns_seconds=tried.timings.dns_seconds,
+            connect_seconds=tried.timings.connect_seconds,
+            first_byte_seconds=tried.timings.first_byte_seconds,
+        )
+        log_attempt(record)
+        if self._sender.observer is not None:
+            self._sender.observer.request_done(record)
+
+
+def _may_be_repeated(result: RewardResult) -> bool:
+    return isinstance(result, Failed) and result.is_transient

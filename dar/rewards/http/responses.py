@@ -1,0 +1,190 @@
+"""What an HTTP answer, or the lack of one, says about a reward service."""
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+
+import httpcore2
+
+from dar.protocol.rewards import MAX_RESPONSE_BYTES
+from dar.rewards.http.egress import EgressDeniedError
+from dar.rewards.http.retry import AttemptFailedError, Kind, parse_retry_after
+
+READ_BYTES = 4096
+"""Bytes of an error answer that are read."""
+QUOTE_SECONDS = 2.0
+"""How long they are waited for."""
+_TRANSIENT = frozenset({408, 425, 429})
+_REFUSED = frozenset({400, 422})
+_NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
+_OLD_TLS = frozenset(
+    {"UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer that was accepted: a 200 with JSON, or a 202."""
+
+    status: int
+    headers: Mapping[str, str]
+    """Names in lower case; several of one name are joined by commas."""
+    body: bytes
+
+
+class Incoming:
+    """An answer whose body is still to be read.
+
+    Args:
+        response: As the connection pool gives it.
+    """
+
+    def __init__(self, response: httpcore2.Response) -> None:
+        self.status = response.status
+        self._response = response
+        self.headers: dict[str, str] = {}
+        for raw_name, raw_value in response.headers:
+            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+            known = self.headers.get(name)
+            self.headers[name] = value if known is None else f"{known}, {value}"
+
+    @property
+    def encoding(self) -> str:
+        """How the body is compressed; ``identity``: it is not."""
+        return self.headers.get("content-encoding", "").strip().lower() or "identity"
+
+    def chunks(self) -> "aclosing[AsyncGenerator[bytes]]":
+        """The body as it comes in; leaving the context ends the reading at once, not at some later collection."""
+        return aclosing(self._response.aiter_stream())
+
+
+async def read_answer(incoming: Incoming) -> Answer:
+    """The whole of a 200 or 202, unless its headers or its size break the contract.
+
+    Raises:
+        AttemptFailedError: Kind ``contract``.
+    """
+    headers = incoming.headers
+    if incoming.encoding != "identity":
+        raise _contract(
+            "content_encoding", f"a body with content-encoding {incoming.encoding[:40]!r}"
+        )
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_json = media_type == "application/json" or media_type.endswith("+json")
+    if not is_json and incoming.status == 200:
+        raise _contract(
+            "content_type",
+            f"content-type {media_type[:80]!r} where application/json is due; "
+            "a login page or a proxy may have answered",
+        )
+    length = headers.get("content-length", "")
+    if length.isdigit() and int(length[:20]) > MAX_RESPONSE_BYTES:
+        raise _contract("size", f"a body of {length[:20]} bytes, over {MAX_RESPONSE_BYTES}")
+    body = bytearray()
+    async with incoming.chunks() as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_RESPONSE_BYTES:
+                raise _contract("size", f"a body over {MAX_RESPONSE_BYTES} bytes")
+    return Answer(incoming.status, headers, bytes(body))
+
+
+def _contract(code: str, reason: str, status: int = 200) -> AttemptFailedError:
+    return AttemptFailedError("contract", f"contract.{code}", reason, status=status)
+
+
+async def refusal_of(incoming: Incoming) -> AttemptFailedError:
+    """What an answer other than 200 means; reads the first bytes of its body."""
+    status = incoming.status
+    code, reason = f"http_{status}", f"HTTP {status}"
+    quote = await _quote(incoming)
+    if status in _TRANSIENT or status >= 500:
+        after = parse_retry_after(incoming.headers.get("retry-after"))
+        return AttemptFailedError(
+            "transient", code, reason, quote=quote, retry_after_seconds=after, status=status
+        )
+    if 200 <= status < 300:
+        return _contract("status", f"{reason}, where only 200 carries rewards", status)
+    if 300 <= status < 400:
+        reason = f"{reason}: redirects are not followed; use the address it leads to"
+        return AttemptFailedError("permanent", "config.redirect", reason, status=status)
+    if status == 413:
+        reason = f"{reason}: the request is too large"
+        return AttemptFailedError("too_large", code, reason, status=status)
+    kind: Kind = "refused" if status in _REFUSED else "permanent"
+    return AttemptFailedError(kind, code, reason, quote=quote, status=status)
+
+
+async def _quote(incoming: Incoming) -> str:
+    if incoming.encoding != "identity":
+        return ""
+    start = bytearray()
+    # The status has said what matters: a body that stalls or breaks does not change it.
+    with suppress(
+        TimeoutError, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.ReadTimeout
+    ):
+        async with asyncio.timeout(QUOTE_SECONDS), incoming.chunks() as chunks:
+            async for chunk in chunks:
+                start += chunk
+                if len(start) >= READ_BYTES:
+                    break
+    text = bytes(start[:READ_BYTES]).decode("utf-8", "replace")
+    return "".join(ch if ch.isprintable() else " " for ch in text).strip()
+
+
+def failure_of(error: Exception) -> AttemptFailedError:
+    """What a failure below HTTP means: blocked addresses and bad certificates are permanent, all else passes."""
+    if isinstance(error, EgressDeniedError):
+        return AttemptFailedError("permanent", "egress_denied", str(error))
+    if isinstance(error, httpcore2.ConnectTimeout):
+        return AttemptFailedError("transient", "connect_timeout", "could not connect in time")
+    if isinstance(error, httpcore2.TimeoutException):
+        return AttemptFailedError("transient", "timeout", "stopped answering")
+    for cause in _causes(error):
+        found = _failure_of_cause(cause)
+        if found is not None:
+            return found
+    # The text quotes what came over the connection.
+    return AttemptFailedError(
+        "transient", "protocol", "the connection broke, or spoke no HTTP", quote=str(error)
+    )
+
+
+def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        reason = f"its certificate is not valid: {cause.verify_message}"
+        return AttemptFailedError("permanent", "tls.certificate", reason)
+    if isinstance(cause, ssl.SSLError) and cause.reason in _OLD_TLS:
+        reason = "it speaks no TLS version from 1.2 on"
+        return AttemptFailedError("permanent", "tls.version", reason)
+    if isinstance(cause, ssl.SSLError):
+        # Its error number is OpenSSL's own, so the system's words for it would mislead.
+        reason = "the TLS connection failed; a server without TLS may listen there"
+        return AttemptFailedError("transient", "protocol", reason)
+    if isinstance(cause, socket.gaierror):
+        kind: Kind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
+        return AttemptFailedError(kind, "dns", "its host name was not found")
+    if isinstance(cause, ConnectionRefusedError):
+        return AttemptFailedError("transient", "connect", "connection refused")
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return AttemptFailedError("transient", "connect", os.strerror(cause.errno).lower())
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that led to it, nearest first."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        cause = waiting.pop(0)
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        if isinstance(cause, BaseExceptionGroup):
+            waiting.extend(cause.exceptions)
+        waiting.extend([cause.__cause__, cause.__context__])

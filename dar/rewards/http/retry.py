@@ -1,0 +1,182 @@
+"""Which failures of a reward service are tried again, and when.
+
+Written out rather than taken from stamina: that reports every retry through one process-wide list of hooks, whose default
+prints to stdout wherever structlog is installed, and stdout belongs to the user's script.
+"""
+
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Literal
+
+from dar.protocol.reward_spec import RewardRetry
+from dar.rewards.http.retry_budget import RetryBudget
+
+Kind = Literal["transient", "contract", "name", "refused", "too_large", "permanent"]
+"""How a failed attempt is treated.
+
+- ``transient``: tried again up to the configured number of attempts
+- ``contract``: an answer that breaks the contract; tried again once
+- ``name``: the host name does not exist; tried again twice, then permanent
+- ``refused``: these samples are not accepted; never tried again
+- ``too_large``: tried again in halves
+- ``permanent``: nothing will help but a change of the configuration
+"""
+RETRIES: dict[Kind, int | None] = {
+    "transient": None,
+    "contract": 1,
+    "name": 2,
+    "refused": 0,
+    "too_large": 0,
+    "permanent": 0,
+}
+"""Retries of each kind; None: as many as configured."""
+
+# Not the module's functions: drawing from the process-wide generator would change what a seeded trainer samples next.
+_JITTER = random.SystemRandom()
+
+
+class AttemptFailedError(Exception):
+    """One attempt at a request failed.
+
+    Args:
+        kind: How it is treated.
+        code: Machine-readable reason, like ``timeout``, ``http_503`` or ``contract.length``.
+        reason: What went wrong, in words. It may be logged, so it quotes nothing that the service said.
+        quote: First bytes of what the service said, for the owner of the job only.
+        retry_after_seconds: When the service wants to be asked again.
+        status: Of the answer; None: none came.
+        is_final: Whether nothing is tried again whatever the kind says.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        code: str,
+        reason: str,
+        *,
+        quote: str = "",
+        retry_after_seconds: float | None = None,
+        status: int | None = None,
+        is_final: bool = False,
+    ) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.code = code
+        self.reason = reason
+        self.quote = quote
+        self.retry_after_seconds = retry_after_seconds
+        self.status = status
+        self.is_final = is_final
+
+    @property
+    def holds_back_all(self) -> bool:
+        """Whether its ``Retry-After`` is meant for every request to the service."""
+        return self.status in {429, 503} and self.retry_after_seconds is not None
+
+    @property
+    def full_reason(self) -> str:
+        """The reason and what the service said."""
+        return f"{self.reason}: {self.quote}" if self.quote else self.reason
+
+
+class RetrySchedule:
+    """The attempts of one request: how many are left, and the wait before the next.
+
+    Args:
+        options: The component's retry settings.
+        deadline_seconds: Time for all attempts and waits together, from now.
+        on_wait: Called with each failure, the number of the next attempt and the wait before it in seconds.
+        budget: Retries of the whole endpoint; None: no bound.
+    """
+
+    def __init__(
+        self,
+        options: RewardRetry,
+        deadline_seconds: float,
+        on_wait: Callable[[AttemptFailedError, int, float], None],
+        budget: RetryBudget | None = None,
+    ) -> None:
+        self._options = options
+        self._ends_at = time.monotonic() + deadline_seconds
+        self._on_wait = on_wait
+        self._budget = budget
+        self._failures: Counter[Kind] = Counter()
+        self._attempts_before = 0
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Time until the deadline; negative after it."""
+        return self._ends_at - time.monotonic()
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt that is being made, from 1."""
+        return self._failures.total() + 1
+
+    @property
+    def attempts_in_all(self) -> int:
+        """Attempts so far, with those of earlier requests for the same samples."""
+        return self._attempts_before + self.attempt
+
+    def extend(self, seconds: float) -> None:
+        """Put the deadline off: the clock stood still for so long."""
+        self._ends_at += seconds
+
+    def end_by(self, seconds: float) -> None:
+        """Bring the deadline forward, to at most so many seconds from now."""
+        self._ends_at = min(self._ends_at, time.monotonic() + seconds)
+
+    def next_request(self, wait: float) -> bool:
+        """Go on with a new request for some of the same samples after ``wait`` seconds; False: nothing is left for one."""
+        self._attempts_before = self.attempts_in_all
+        self._failures.clear()
+        return self._attempts_before < self._options.attempts and self.remaining_seconds > wait
+
+    def pause(self, made: int) -> float:
+        """A drawn wait before attempt ``made`` + 1, in seconds: full jitter, the bound doubled by each attempt."""
+        return _JITTER.uniform(0, min(self._options.cap, self._options.base * 2**made))
+
+    def wait_after(self, error: AttemptFailedError) -> float | None:
+        """Seconds to wait before the next attempt; None when there is none."""
+        self._failures[error.kind] += 1
+        made = self._failures.total()
+        most = RETRIES[error.kind]
+        is_used_up = most is not None and self._failures[error.kind] > most
+        if error.is_final or is_used_up or self._attempts_before + made >= self._options.attempts:
+            return None
+        wait = self._wait(error, made)
+        if self._budget is not None:
+            wait = max(wait, self._budget.reserve())
+        if wait >= self.remaining_seconds:
+            if self._budget is not None:
+                self._budget.give_back()
+            return None
+        self._on_wait(error, made + 1, wait)
+        return wait
+
+    def _wait(self, error: AttemptFailedError, made: int) -> float:
+        if error.retry_after_seconds is not None:
+            return min(error.retry_after_seconds, self._options.retry_after_cap)
+        return self.pause(made)
+
+
+_SECONDS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})?")
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds in a ``Retry-After`` header: a number or an HTTP date; None for anything else, a negative one included."""
+    if value is None:
+        return None
+    if _SECONDS.fullmatch(value.strip()):
+        return float(value)
+    try:
+        at = parsedate_to_datetime(value)
+        seconds = (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    except (ValueError, OverflowError):
+        return None
+    return seconds if seconds >= 0 else None

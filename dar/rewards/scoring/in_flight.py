@@ -1,0 +1,241 @@
+"""Groups of samples whose rewards are under way, in an event loop beside the thread that samples and trains."""
+
+import asyncio
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from dar.errors import RewardContractError
+from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, RewardSource, Scored
+from dar.rewards.scoring.threads import (
+    POLL_SECONDS,
+    STOP_SECONDS,
+    ExitRequestedError,
+    LoopThread,
+    ScoringStoppedError,
+    all_of,
+)
+
+if TYPE_CHECKING:
+    from dar.rewards.scoring.combine import Results
+
+Order = Literal["fixed", "completion"]
+"""``fixed``: as the tickets were given. ``completion``: whichever has its rewards first."""
+MOST_UNDER_WAY = 4096
+"""Groups without rewards at which `InFlight.submit` holds the sampler back."""
+
+
+class Ticket:
+    """A group of samples that was handed to the sources.
+
+    Args:
+        samples: The group.
+        context: What its samples have in common.
+    """
+
+    def __init__(self, samples: Sequence[RewardSample], context: RewardContext) -> None:
+        self.samples = tuple(samples)
+        self.context = context
+        self.submitted_at = time.monotonic()
+        """By the clock of `time.monotonic`, as are the next two."""
+        self.done_at: float | None = None
+        """When all sources had answered, or one had failed."""
+        self.answered_at: dict[str, float] = {}
+        """When each source answered, by its name."""
+        self.results: Results = {}
+        self.error: BaseException | None = None
+        self.place = -1
+        """Number in the order of completion."""
+        self.is_complete = False
+        """Whether it was said that no more groups of the same step follow."""
+        self.whole: dict[str, asyncio.Future[list[RewardResult]]] = {}
+        """What sources that want a whole step at once say about this group."""
+
+
+def takes_whole_steps(source: RewardSource) -> bool:
+    """Whether a source wants all samples of a step in one call, as functions and models on this machine do."""
+    return bool(getattr(source, "takes_whole_steps", False))
+
+
+def checked(
+    name: str, results: list[RewardResult], samples: Sequence[RewardSample]
+) -> list[RewardResult]:
+    """The same rules for every source, whoever wrote it: one result per sample, and only finite numbers.
+
+    Raises:
+        RewardContractError: There is another number of results.
+    """
+    if len(results) != len(samples):
+        raise RewardContractError(
+            f"reward component {name} returned {len(results)} results for {len(samples)} samples",
+            code="contract.length",
+        )
+    return [
+        Failed("nonfinite", f"the reward is {result.reward}", is_transient=False)
+        if isinstance(result, Scored) and not math.isfinite(result.reward)
+        else result
+        for result in results
+    ]
+
+
+class InFlight:
+    """Everything that the sources have been asked and not yet answered.
+
+    Args:
+        sources: All of them are asked about every group.
+        loop: Where they are asked.
+    """
+
+    def __init__(self, sources: Sequence[RewardSource], loop: LoopThread) -> None:
+        self._sources = tuple(sources)
+        self._loop = loop
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._done_count = 0
+        self._error: BaseException | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # touched by the loop's thread alone
+        self._turns: dict[str, asyncio.Lock] = {}
+
+    def submit(self, ticket: Ticket, should_stop: Callable[[], bool] | None = None) -> None:
+        """Ask the sources about a group; does not wait, but while too many are under way.
+
+        Raises:
+            ScoringStoppedError: ``should_stop`` became true meanwhile.
+            Exception: Whatever a source has raised about another group: nobody need sample on for it.
+        """
+        self._raise(self._error)
+        self._wait_for(lambda: self._under_way < MOST_UNDER_WAY, should_stop)
+        with self._changed:
+            self._under_way += 1
+        self._loop.call(lambda: self._begin(self._ask(ticket)))
+
+    def complete(self, tickets: Sequence[Ticket]) -> None:
+        """Say that these are all groups of a step: what wants whole steps is asked now."""
+        new = [ticket for ticket in tickets if not ticket.is_complete]
+        for ticket in new:
+            ticket.is_complete = True
+        for source in self._sources if new else ():
+            if takes_whole_steps(source):
+                self._loop.call(functools.partial(self._begin_whole, source, new))
+
+    def next_of(
+        self,
+        tickets: Sequence[Ticket],
+        order: Order,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Ticket:
+        """Wait for one of ``tickets``; an error of any of them comes out at once.
+
+        Raises:
+            ScoringStoppedError: ``should_stop`` became true; nothing is under way any more.
+            Exception: Whatever a source raised.
+        """
+
+        def is_there() -> bool:
+            done = [ticket for ticket in tickets if ticket.done_at is not None]
+            return (
+                tickets[0].done_at is not None
+                or (order == "completion" and bool(done))
+                or any(ticket.error is not None for ticket in done)
+            )
+
+        self._wait_for(is_there, should_stop)
+        done = sorted((t for t in tickets if t.done_at is not None), key=lambda t: t.place)
+        for ticket in done:
+            self._raise(ticket.error)
+        return tickets[0] if order == "fixed" else done[0]
+
+    def _raise(self, error: BaseException | None) -> None:
+        if error is None:
+            return
+        self._error = None
+        if isinstance(error, ExitRequestedError):
+            raise error.request from None
+        raise error
+
+    def cancel(self) -> None:
+        """Drop everything under way; returns when it has ended, or after a second."""
+        self._loop.run(self._cancel_all)
+
+    def _wait_for(
+        self, is_there: Callable[[], bool], should_stop: Callable[[], bool] | None
+    ) -> None:
+        while True:
+            with self._changed:
+                if is_there() or self._changed.wait_for(is_there, POLL_SECONDS):
+                    return
+            if should_stop is not None and should_stop():
+                self.cancel()
+                raise ScoringStoppedError("scoring was stopped; nothing of it is kept")
+
+    # --- in the loop's thread ------------------------------------------------------------------------------------------
+
+    def _begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _begin_whole(self, source: RewardSource, tickets: Sequence[Ticket]) -> None:
+        self._begin(self._ask_whole(source, tickets))
+
+    async def _ask(self, ticket: Ticket) -> None:
+        loop = asyncio.get_running_loop()
+        for source in self._sources:
+            if takes_whole_steps(source):
+                ticket.whole[source.name] = loop.create_future()
+        try:
+            answers = await all_of(self._ask_one(source, ticket) for source in self._sources)
+            names = [source.name for source in self._sources]
+            ticket.results = dict(zip(names, answers, strict=True))
+        except (
+            BaseException
+        ) as error:  # outermost frame of the task: raised again by whoever waits for the ticket
+            ticket.error = error
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            self._error = self._error or error
+        finally:
+            with self._changed:
+                ticket.place = self._done_count
+                ticket.done_at = time.monotonic()
+                self._done_count += 1
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    async def _ask_one(self, source: RewardSource, ticket: Ticket) -> list[RewardResult]:
+        if source.name in ticket.whole:
+            results = await ticket.whole[source.name]
+        else:
+            found = await source.score(ticket.samples, ticket.context)
+            results = checked(source.name, found, ticket.samples)
+        ticket.answered_at[source.name] = time.monotonic()
+        return results
+
+    async def _ask_whole(self, source: RewardSource, tickets: Sequence[Ticket]) -> None:
+        samples = [sample for ticket in tickets for sample in ticket.samples]
+        waiting = [ticket.whole[source.name] for ticket in tickets]
+        try:
+            async with self._turns.setdefault(source.name, asyncio.Lock()):
+                found = await source.score(samples, tickets[0].context)
+            results = iter(checked(source.name, found, samples))
+        except asyncio.CancelledError:
+            raise  # so are those who wait
+        except Exception as error:  # noqa: BLE001 - outermost frame of the task: goes to those who wait
+            for future in waiting:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for ticket, future in zip(tickets, waiting, strict=True):
+            own = [next(results) for _ in ticket.samples]
+            if not future.done():
+                future.set_result(own)
+
+    async def _cancel_all(self) -> None:
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)

@@ -1,0 +1,286 @@
+"""`StepObserver`: what happened between a trainer and its reward services, summed up per step.
+
+It turns records of requests into metrics and into rows for the service, and tells as events what a user has to hear at once: the
+first failure of each class, and every change of a circuit breaker.
+"""
+
+import itertools
+import math
+import statistics
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dar.protocol.events import Level
+from dar.protocol.reward_stats import (
+    MAX_FAILURES,
+    REQUEST_SECONDS,
+    ComponentRequests,
+    FailedRequest,
+    Outcome,
+)
+from dar.rewards.base import RequestRecord, SampleReward
+from dar.rewards.scoring.failures import code_of, family_of
+
+Span = tuple[float, float]
+Tell = Callable[[Level, str, Mapping[str, Any] | None], None]
+BREAKER_STATES: Mapping[str, int] = {"closed": 0, "half_open": 1, "open": 2, "misconfigured": 3}
+QUOTED_CHARACTERS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """A request with its last attempt."""
+
+    record: RequestRecord
+    seconds: float
+    """Of all its attempts, without the waits between them."""
+
+    @property
+    def retries(self) -> int:
+        """Attempts beyond the first."""
+        return max(0, self.record.attempt - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequests:
+    """The requests since the last report."""
+
+    requests: Sequence[ComponentRequests] = ()
+    failures: Sequence[FailedRequest] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """By registered name."""
+
+
+class StepObserver:
+    """A `dar.rewards.base.RewardObserver` that sums up. Safe to use from several threads.
+
+    Args:
+        tell: Takes events.
+        on_wait: Called with a message whenever a component is waited for.
+        concurrency: Most requests in flight, for each reward service.
+    """
+
+    def __init__(
+        self,
+        tell: Tell,
+        on_wait: Callable[[str], None] | None = None,
+        *,
+        concurrency: Mapping[str, int] | None = None,
+    ) -> None:
+        self._tell = tell
+        self._on_wait = on_wait
+        self._concurrency = dict(concurrency or {})
+        self._lock = threading.Lock()
+        self._requests: list[FinishedRequest] = []
+        self._seconds: dict[str, float] = {}
+        """Of the attempts so far at requests that are not finished."""
+        self._told: set[tuple[str, str]] = set()
+        self._breakers = dict.fromkeys(self._concurrency, "closed")
+        self._spans: defaultdict[str, list[Span]] = defaultdict(list)
+        """When attempts were under way, on the monotonic clock, by component."""
+        self._spared: Counter[str] = Counter()
+        """By name of the metric."""
+
+    def request_done(self, record: RequestRecord) -> None:
+        """Count a finished request; tell the first failure of its class, be it final or not."""
+        is_new = False
+        now = time.monotonic()
+        with self._lock:
+            start, until_202 = now - record.seconds, record.in_flight_seconds
+            end = now if until_202 is None else start + until_202
+            self._spans[record.component].append((start, end))
+            seconds = self._seconds.pop(record.request_id, 0.0) + record.seconds
+            if record.is_final:
+                self._requests.append(FinishedRequest(record, seconds))
+            else:
+                self._seconds[record.request_id] = seconds
+            if record.outcome != "ok":
+                kind = (record.component, family_of(record.outcome))
+                is_new = kind not in self._told
+                self._told.add(kind)
+        if is_new:
+            self._tell_failure(record)
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        """Count samples that were not sent."""
+        with self._lock:
+            self._spared[f"reward/{component}/cached"] += hits + copies
+            self._spared[f"reward/{component}/cache_hits"] += hits
+
+    def breaker_changed(self, component: str, state: str, reason: str) -> None:
+        """Tell that a breaker has changed."""
+        with self._lock:
+            if self._breakers.get(component, "closed") == state:
+                return
+            self._breakers[component] = state
+        data = {"kind": "reward_breaker", "component": component, "state": state, "reason": reason}
+        level: Level = "info" if state == "closed" else "warn"
+        words = {
+            "closed": "answers again; requests go on",
+            "open": "fails too often: requests wait for it",
+            "half_open": "is tried with one request",
+            "misconfigured": "refuses us",
+        }
+        because = f" ({reason})" if reason else ""
+        self._tell(level, f"reward component {component} {words.get(state, state)}{because}", data)
+
+    def waiting(self, component: str, message: str) -> None:
+        """Show what is waited for."""
+        del component  # the message names its service
+        if self._on_wait is not None:
+            self._on_wait(message)
+
+    def take(self) -> StepRequests:
+        """What has been counted since the last call."""
+        with self._lock:
+            finished, self._requests = self._requests, []
+            breakers = dict(self._breakers)
+            spans, self._spans = self._spans, defaultdict(list)
+            spared, self._spared = self._spared, Counter()
+        metrics = {**_metrics(finished, breakers), **spared}
+        for component, found in spans.items():
+            metrics[f"reward/{component}/in_flight"] = _most_at_once(found)
+        for component, limit in self._concurrency.items():
+            metrics[f"reward/{component}/concurrency"] = limit
+        return StepRequests(
+            requests=_requests(finished),
+            failures=[_failure(one) for one in finished if one.record.outcome != "ok"][
+                :MAX_FAILURES
+            ],
+            metrics=metrics,
+        )
+
+    def _tell_failure(self, record: RequestRecord) -> None:
+        data = {
+            "kind": "reward_error",
+            "component": record.component,
+            "class": family_of(record.outcome),
+            "code": record.outcome,
+            "status": record.status,
+            "step": record.step,
+            "request_id": record.request_id,
+            "attempt": record.attempt,
+            "samples": record.samples,
+            "seconds": round(record.seconds, 3),
+            "bytes_out": record.bytes_out,
+            "bytes_in": record.bytes_in,
+            "answer": record.quote[:QUOTED_CHARACTERS],
+        }
+        then = "given up" if record.is_final else "tried again"
+        quote = f": {record.quote[:QUOTED_CHARACTERS]}" if record.quote else ""
+        self._tell(
+            "warn",
+            f"reward component {record.component}: a request of {record.samples} samples failed with {record.outcome} and is "
+            f"{then}{quote}; further failures of this class are counted in reward_stats",
+            data,
+        )
+
+
+def _requests(finished: Sequence[FinishedRequest]) -> list[ComponentRequests]:
+    kinds: defaultdict[tuple[str, Outcome], list[FinishedRequest]] = defaultdict(list)
+    for one in finished:
+        outcome: Outcome = "ok" if one.record.outcome == "ok" else family_of(one.record.outcome)
+        kinds[one.record.component, outcome].append(one)
+    return [
+        ComponentRequests(
+            component=component,
+            outcome=outcome,
+            samples=sum(one.record.samples for one in found),
+            retries=sum(one.retries for one in found),
+            buckets=_buckets(found),
+            seconds=sum(one.seconds for one in found),
+            queued_seconds=sum(one.record.queued_seconds for one in found),
+        )
+        for (component, outcome), found in sorted(kinds.items())
+    ]
+
+
+def _buckets(finished: Sequence[FinishedRequest]) -> list[int]:
+    counts = [0] * (len(REQUEST_SECONDS) + 1)
+    for one in finished:
+        counts[bisect_left(REQUEST_SECONDS, one.seconds)] += 1
+    return counts
+
+
+def _failure(finished: FinishedRequest) -> FailedRequest:
+    record = finished.record
+    return FailedRequest(
+        component=record.component,
+        request_id=record.request_id[:64],
+        code=record.outcome[:64],
+        family=family_of(record.outcome),
+        status=record.status,
+        attempts=max(1, record.attempt),
+        samples=record.samples,
+        seconds=finished.seconds,
+        quote=record.quote[:QUOTED_CHARACTERS],
+    )
+
+
+def _metrics(finished: Sequence[FinishedRequest], breakers: Mapping[str, str]) -> dict[str, float]:
+    values: dict[str, float] = {
+        f"reward/{component}/breaker": BREAKER_STATES.get(state, BREAKER_STATES["open"])
+        for component, state in breakers.items()
+    }
+    by_component: defaultdict[str, list[FinishedRequest]] = defaultdict(list)
+    for one in finished:
+        by_component[one.record.component].append(one)
+    for component, found in by_component.items():
+        seconds = sorted(one.seconds for one in found)
+        values |= {
+            f"reward/{component}/requests": len(found),
+            f"reward/{component}/failed_requests": sum(one.record.outcome != "ok" for one in found),
+            f"reward/{component}/retries": sum(one.retries for one in found),
+            f"time/reward/{component}/p50_seconds": quantile(seconds, 0.5),
+            f"time/reward/{component}/p95_seconds": quantile(seconds, 0.95),
+        }
+    return values
+
+
+def _most_at_once(spans: Sequence[Span]) -> int:
+    # An end at the same moment as a start comes first, as -1 sorts before 1.
+    edges = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    return max(itertools.accumulate(change for _, change in edges), default=0)
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The smallest of the values that ``share`` of them do not exceed; ``ordered`` is not empty."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
+    """How many samples of a step were scored, skipped or failed, and the distribution of each component's raw rewards."""
+    statuses = Counter(reward.status for reward in rewards)
+    families = Counter(family_of(code_of(reward)) for reward in rewards if reward.status == "error")
+    values: dict[str, float] = {
+        "reward/n_valid": statuses["reward"],
+        "reward/n_skip": statuses["skip"],
+        "reward/n_error": statuses["error"],
+        **{f"reward/n_error/{family}": count for family, count in families.items()},
+    }
+    for name, found in component_rewards(rewards).items():
+        values[f"rewards/{name}/missing_fraction"] = (len(rewards) - len(found)) / len(rewards)
+        if not found:
+            continue
+        values |= {
+            f"rewards/{name}/mean": sum(found) / len(found),
+            f"rewards/{name}/std": statistics.pstdev(found),
+            f"rewards/{name}/min": min(found),
+            f"rewards/{name}/max": max(found),
+        }
+    return values
+
+
+def component_rewards(rewards: Sequence[SampleReward]) -> dict[str, list[float]]:
+    """Raw rewards of each component, without missing ones."""
+    components: defaultdict[str, list[float]] = defaultdict(list)
+    for reward in rewards:
+        for name, value in reward.components.items():
+            if "/" not in name:  # a part is for viewing only
+                components[name] += [] if value is None else [value]
+    return dict(components)

@@ -1,0 +1,313 @@
+"""The routes of a reward server: the POST that asks for rewards, the GET that fetches later ones, and the health."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from dar.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    DARError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    PayloadTooLargeError,
+    RewardContractError,
+    ServiceUnavailableError,
+    UnsupportedMediaTypeError,
+)
+from dar.protocol.rewards import RESULT_TYPE, RequestSample, RewardRequest, decode_request
+from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Skipped
+from dar.rewards.functions import FunctionReward, RewardFunction
+from dar.rewards.http.signing import verify
+from dar.rewards.server.callbacks import Callbacks, signed
+from dar.rewards.server.idempotency import Answers, Bounds, Entry
+from dar.version import __version__
+
+logger = logging.getLogger(__name__)
+STOPPING_RETRY_AFTER = 2.0
+"""Seconds in which a successor may have started."""
+BODY_SECONDS = 60.0
+"""How long the body of a request may take to come in: who sends it is only known when it is there."""
+LARGE_BODIES = 8
+"""Bodies of the largest size that may be coming in at once; smaller ones share that room."""
+BUSY_RETRY_AFTER = 1.0
+_LOOK_SECONDS = 0.05
+"""Pause between two looks at what is still to be done before the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """How requests are answered."""
+
+    keys: Sequence[bytes]
+    """Accepted secrets, decoded; none accepts every request."""
+    bounds: Bounds
+    max_body_bytes: int
+    answer_within_seconds: float | None
+    """How long an answer may take before a 202 announces it; None: as long as it takes."""
+    stop_seconds: float
+
+
+class RewardEndpoint:
+    """Answers requests of ``dar.reward.v1`` with what a function returns.
+
+    Args:
+        function: The user's function.
+        options: How.
+
+    Raises:
+        ConfigurationError: The function cannot take ``completions``, or cannot do without ``completion_ids``.
+    """
+
+    def __init__(self, function: RewardFunction, options: EndpointOptions) -> None:
+        self._source = FunctionReward(function)
+        if self._source.needs_completion_ids:
+            raise ConfigurationError(
+                f"reward function {self._source.name} needs completion_ids, which are not sent to reward services; "
+                "score the texts in completions, or give the parameter a default"
+            )
+        self._options = options
+        self._answers = Answers(options.bounds, self._finished)
+        self._callbacks = Callbacks(options.keys)
+        self._deliveries: set[asyncio.Task[None]] = set()
+        self._stops_at: float | None = None
+        self._incoming_bytes = 0
+
+    @property
+    def name(self) -> str:
+        """The function's name, as a component's."""
+        return self._source.name
+
+    @property
+    def answers_later(self) -> bool:
+        """Whether it may answer with a 202."""
+        return self._options.answer_within_seconds is not None
+
+    async def ask(self, request: Request) -> Response:
+        """Answer the POST of a request."""
+        body = await self._read(request)
+        if self._options.keys:
+            verify(self._options.keys, request.headers, body)
+        asked = decode_request(body)
+        if self._options.keys and request.headers["webhook-id"] != asked.request_id:
+            raise InvalidRequestError("webhook-id is not the body's request_id")
+        if not self._options.keys:
+            asked = _without_callback(asked)
+        entry = self._answers.known(asked)
+        if entry is None:
+            if self._stops_at is not None:
+                raise ServiceUnavailableError(
+                    "the reward server is stopping", retry_after_seconds=STOPPING_RETRY_AFTER
+                )
+            entry = self._answers.start(asked, lambda entry: self._answer(asked, entry))
+        if self.answers_later and "async" in asked.reply.modes:
+            # With 0 nothing is waited for: whoever asks for later answers gets them, also from a function that is quick.
+            if self._options.answer_within_seconds:
+                await asyncio.wait([entry.task], timeout=self._options.answer_within_seconds)
+            if not entry.task.done():
+                entry.is_promised = True
+                promise = {"status": "accepted", "poll_url": f"results/{entry.request_id}"}
+                return JSONResponse({"request_id": entry.request_id, **promise}, 202)
+        # The caller may give up and ask again; what it has started goes on for the next attempt.
+        return self._given(entry, await asyncio.shield(entry.task))
+
+    async def fetch(self, request: Request) -> Response:
+        """Answer the GET of a later result."""
+        request_id = request.path_params["request_id"]
+        if self._options.keys:
+            verify(self._options.keys, request.headers, b"")
+            if request.headers["webhook-id"] != request_id:
+                raise AuthenticationError(
+                    "the GET is not signed under the id of its request", code="invalid_signature"
+                )
+        entry = self._answers.find(request_id)
+        if entry is None:
+            raise NotFoundError(
+                f"there is no result of {request_id} in this process: it was never asked, its function failed, "
+                "or its result is forgotten"
+            )
+        if not entry.task.done():
+            return JSONResponse({"request_id": request_id, "status": "accepted"}, 202)
+        return self._given(entry, entry.task.result())
+
+    async def health(self, _: Request) -> Response:
+        """Whether requests are taken."""
+        if self._stops_at is not None:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    def stop(self) -> None:
+        """Take no new requests; what is left is given ``stop_seconds``."""
+        if self._stops_at is None:
+            self._stops_at = time.monotonic() + self._options.stop_seconds
+
+    async def drained(self) -> None:
+        """Wait until all that was begun is scored, and all that was promised is delivered or fetched; at most until it must stop."""
+        self.stop()
+        await self._wait(lambda entry: not entry.task.done() or entry.is_promised)
+
+    async def aclose(self) -> None:
+        """End. Nobody can ask any more, so what waits for a callback is waited for alone; the rest is dropped."""
+        self.stop()
+        await self._wait(lambda entry: entry.is_promised and entry.reply.callback is not None)
+        left = [entry for entry in self._answers if entry.is_promised and not entry.is_settled]
+        if left:
+            logger.warning("%d promised results were not delivered before the end", len(left))
+        tasks = [*self._deliveries, *(entry.task for entry in self._answers)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._callbacks.aclose()
+
+    async def _wait(self, concerns: Callable[[Entry], bool]) -> None:
+        assert self._stops_at is not None
+        while time.monotonic() < self._stops_at and any(  # noqa: ASYNC110 - deadlines pass without an event
+            concerns(entry) and not entry.is_settled and (entry.is_in_time or not entry.task.done())
+            for entry in self._answers
+        ):
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _given(self, entry: Entry, answer: bytes) -> Response:
+        entry.is_settled = True
+        headers = signed(self._options.keys, entry.request_id, answer)
+        return Response(answer, media_type="application/json", headers=headers)
+
+    async def _read(self, request: Request) -> bytes:
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaTypeError("send the body without a content-encoding")
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise UnsupportedMediaTypeError("send the body as application/json")
+        most = self._options.max_body_bytes
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length[:20]) > most:
+            raise PayloadTooLargeError(f"the body has {length[:20]} bytes, over {most}")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._incoming_bytes += len(chunk)
+                    if len(body) > most:
+                        raise PayloadTooLargeError(f"the body is over {most} bytes")
+                    if self._incoming_bytes > LARGE_BODIES * most:
+                        raise ServiceUnavailableError(
+                            "too much is coming in at once", retry_after_seconds=BUSY_RETRY_AFTER
+                        )
+        except TimeoutError:
+            raise ServiceUnavailableError(
+                f"the body did not come in within {BODY_SECONDS:.3g} s", code="slow_body"
+            ) from None
+        finally:
+            self._incoming_bytes -= len(body)
+        return bytes(body)
+
+    def _finished(self, entry: Entry) -> None:
+        if entry.is_promised and entry.reply.callback is not None:
+            delivery = asyncio.create_task(self._deliver(entry))
+            self._deliveries.add(delivery)
+            delivery.add_done_callback(self._deliveries.discard)
+
+    async def _deliver(self, entry: Entry) -> None:
+        try:
+            await self._callbacks.deliver(
+                entry.request_id, lambda: entry.reply, entry.task.result()
+            )
+        finally:
+            entry.is_settled = True
+
+    async def _answer(self, request: RewardRequest, entry: Entry) -> bytes:
+        samples = [_as_sample(sample) for sample in request.samples]
+        context = RewardContext(request.step, request.mode, request.job_id)
+        results: Sequence[RewardResult]
+        try:
+            results = await self._source.score(samples, context)
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            # Whatever it raised is a 500: errors of this product are no answers to the sender either, and a cancellation of
+            # its own would pass for one of ours.
+            logger.exception("the reward function failed")
+            if not entry.is_promised:
+                raise DARError(_reason(error), code=_code(error)) from error
+            # Nobody waits for a status any more; each sample says that it failed, and is asked for again in a new request.
+            results = [Failed(_code(error), _reason(error), is_transient=True)] * len(samples)
+        content = {
+            "type": RESULT_TYPE,
+            "request_id": request.request_id,
+            "results": [
+                {"id": sample.id, **_as_json(result)}
+                for sample, result in zip(samples, results, strict=True)
+            ],
+            "server": {"name": self._source.name, "version": f"dar-service/{__version__}"},
+        }
+        return orjson.dumps(content)
+
+
+def _without_callback(request: RewardRequest) -> RewardRequest:
+    """Where requests are not signed, anybody could have this machine post to any address: then results are only fetched."""
+    reply = request.reply.model_copy(update={"callback": None})
+    return request.model_copy(update={"reply": reply})
+
+
+def _as_sample(sample: RequestSample) -> RewardSample:
+    return RewardSample(
+        id=sample.id,
+        group_id=sample.group_id,
+        index=sample.index,
+        prompt=sample.prompt,
+        messages=sample.messages,
+        completion=sample.completion,
+        finish_reason=sample.finish_reason,
+        completion_tokens=sample.completion_tokens,
+        columns={"ground_truth": sample.ground_truth, **sample.columns},
+    )
+
+
+def _as_json(result: RewardResult) -> Mapping[str, Any]:
+    if isinstance(result, Failed):
+        error = {
+            "code": result.code,
+            "message": result.message,
+            "retryable": result.is_transient,
+        }
+        return {"error": error}
+    if isinstance(result, Skipped):
+        return {"skip": True, "reason": result.reason}
+    said = {"reward": result.reward, "components": result.components, "feedback": result.feedback}
+    return {name: value for name, value in said.items() if value not in (None, {})}
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RewardContractError):
+        return error.message
+    return f"the reward function raised {type(error).__name__}; the reward server's log has more"
+
+
+def _code(error: BaseException) -> str:
+    return error.error_code if isinstance(error, RewardContractError) else "reward_function_failed"
+
+
+async def render(_: Request, error: Exception) -> Response:
+    """Every refusal in the one error shape of the product."""
+    if isinstance(error, HTTPException):
+        kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
+        error = kind(
+            "a reward server answers a POST to its own path, GET /healthz and GETs of results"
+        )
+    elif not isinstance(error, DARError):
+        error = InvalidRequestError("the request broke off")
+    headers = {}
+    if error.retry_after_seconds is not None:
+        headers["retry-after"] = str(round(error.retry_after_seconds))
+    return JSONResponse(error.body(), error.status, headers)

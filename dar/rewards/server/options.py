@@ -1,0 +1,117 @@
+"""The options of a reward server, checked."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from dar.errors import ConfigurationError
+from dar.protocol.rewards import MAX_REQUEST_BYTES
+from dar.rewards.http.signing import decode_secret
+from dar.rewards.server.endpoint import EndpointOptions
+from dar.rewards.server.idempotency import Bounds
+
+CALLS = 1
+"""Calls of a plain function in progress at once, unless told otherwise: it need not be thread-safe."""
+COROUTINE_CALLS = 64
+"""The same of a coroutine function."""
+
+
+class ServerOptions(TypedDict, total=False):
+    """What `reward_server` and `serve` take by name."""
+
+    secret: str | Sequence[str] | None
+    """``whsec_…``, or several while one replaces another. What none of them signed gets a 401; answers are signed with all."""
+    secret_file: str | Path | Sequence[str | Path] | None
+    """File with a secret, or several; ``~`` is expanded."""
+    path: str
+    """Where rewards are asked for; default ``/score``. Later results are beside it, at ``results/<request id>``."""
+    max_calls: int | None
+    """Calls of the function in progress at once; default 1 for a plain function, which thus need not be thread-safe, and 64 for
+    a coroutine function. A function that waits for a network wants more than 1."""
+    max_waiting: int
+    """Requests that wait for their call; default 256. The next one gets a 503 with ``Retry-After``."""
+    max_body_bytes: int
+    """Largest request; default 8 MiB. A larger one gets a 413, and the sender splits it."""
+    max_answers: int
+    """Answers that are kept for repeated requests and for polls; default 1024."""
+    max_answer_bytes: int
+    """Bytes of all kept answers together; default 64 MiB."""
+    remembered_seconds: float
+    """How long an answer is kept, within these bounds; default an hour, and longer where its request's deadline is later."""
+    asynchronous: bool
+    """Answer 202 where the request allows it, and give the result by poll and, where there is a secret, by callback."""
+    answer_within_seconds: float | None
+    """Answer 200 if it takes no longer than this, else 202; implies ``asynchronous``, whose own default is 0, which waits for nothing."""
+    stop_seconds: float
+    """How long calls in flight and promised results are waited for after SIGTERM or Ctrl-C; default 30."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedOptions:
+    """`ServerOptions` with their defaults.
+
+    Raises:
+        ConfigurationError: An option is out of range, or a secret is malformed.
+        OSError: A ``secret_file`` cannot be read.
+    """
+
+    secret: str | Sequence[str] | None = None
+    secret_file: str | Path | Sequence[str | Path] | None = None
+    path: str = "/score"
+    max_calls: int | None = None
+    max_waiting: int = 256
+    max_body_bytes: int = MAX_REQUEST_BYTES
+    max_answers: int = 1024
+    max_answer_bytes: int = 64 * 1024**2
+    remembered_seconds: float = 3600.0
+    asynchronous: bool = False
+    answer_within_seconds: float | None = None
+    stop_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.path.startswith("/") or set(self.path) & set("{}?#"):
+            raise ConfigurationError(
+                f"path is {self.path!r}, but must be the path of a URL, like /score"
+            )
+        for name in ("max_calls", "max_body_bytes", "max_answers", "max_answer_bytes"):
+            _check(name, getattr(self, name), least=1)
+        for name in ("max_waiting", "remembered_seconds", "answer_within_seconds", "stop_seconds"):
+            _check(name, getattr(self, name), least=0)
+
+    def keys(self) -> tuple[bytes, ...]:
+        """All secrets, decoded."""
+        secrets = [self.secret] if isinstance(self.secret, str) else list(self.secret or ())
+        files = self.secret_file
+        for file in [files] if isinstance(files, str | Path) else files or ():
+            secrets.append(Path(file).expanduser().read_text(encoding="utf-8").strip())
+        return tuple(map(decode_secret, secrets))
+
+    def of(self, keys: Sequence[bytes], *, is_coroutine: bool) -> EndpointOptions:
+        """The options as an endpoint takes them.
+
+        Args:
+            keys: What `keys` gave.
+            is_coroutine: Whether the function is one that need not be guarded against several calls at once.
+        """
+        calls = self.max_calls or (COROUTINE_CALLS if is_coroutine else CALLS)
+        within = self.answer_within_seconds
+        return EndpointOptions(
+            keys=keys,
+            bounds=Bounds(
+                max_calls=calls,
+                max_waiting=self.max_waiting,
+                max_answers=self.max_answers,
+                max_bytes=self.max_answer_bytes,
+                seconds=self.remembered_seconds,
+            ),
+            max_body_bytes=self.max_body_bytes,
+            answer_within_seconds=0.0 if self.asynchronous and within is None else within,
+            stop_seconds=self.stop_seconds,
+        )
+
+
+def _check(name: str, value: float | None, least: int) -> None:
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise ConfigurationError(f"{name} is {value}, but must be at least {least}")

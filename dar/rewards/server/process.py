@@ -1,0 +1,111 @@
+"""A reward server as a process: bound before it says where it is, and stopped without losing what it has begun."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from dar.errors import ConfigurationError
+from dar.rewards.server.endpoint import RewardEndpoint
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the client keeps idle connections, so that it closes first."""
+LAST_SECONDS = 2
+"""For what still holds a connection after everything else has ended."""
+BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Args:
+        host: Address or name of this machine.
+        port: 0 takes a free one.
+
+    Raises:
+        ConfigurationError: The port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(
+            f"the reward server cannot listen on {host}:{port}: {reason}; choose another port or host"
+        ) from None
+
+
+def address(listener: socket.socket, host: str) -> str:
+    """``http://host:port`` of a socket, under a name by which others find it too."""
+    port = listener.getsockname()[1]
+    name = socket.gethostname() if host in {"0.0.0.0", "::", ""} else host  # noqa: S104 - it is asked for by the user
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def run(app: Starlette, listener: socket.socket, url: str) -> None:
+    """Serve until Ctrl-C or SIGTERM, and a little longer: see `RewardEndpoint.drained`. A second signal ends it at once.
+
+    Args:
+        app: The application.
+        listener: Where it listens (`bind`).
+        url: Its URL, for the log.
+    """
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_SECONDS,
+    )
+    endpoint = getattr(app.state, "reward_endpoint", None)
+    # Configured by uvicorn, which does not say itself where it is when it is given a socket.
+    logging.getLogger("uvicorn.error").info("Reward server at %s (Ctrl-C stops it)", url)
+    _Server(config, endpoint).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Answers while it drains, and leaves with 0.
+
+    uvicorn would close its listener at the first signal, so that nobody could fetch a promised result or learn that he should
+    come again; and raise the signal again at the end.
+    """
+
+    def __init__(self, config: uvicorn.Config, endpoint: RewardEndpoint | None) -> None:
+        super().__init__(config)
+        self._endpoint = endpoint
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        self._loop = asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what a signal handler gets
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self._endpoint is None or self._draining is not None:
+            self.force_exit = self.should_exit = True
+            if self._draining is not None:
+                self._draining.cancel()
+            return
+        self._draining = asyncio.create_task(self._drain(self._endpoint))
+
+    async def _drain(self, endpoint: RewardEndpoint) -> None:
+        await endpoint.drained()
+        self.should_exit = True
