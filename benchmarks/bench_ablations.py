@@ -23,10 +23,10 @@ from dar.cli.demo import base_folder, make_base
 from dar.cli.demo_screen import Screen
 from dar.settings import load_settings
 from dar.training import DARConfig, DARTrainer, NullSink
-from dar.training.brackets import Brackets
-from dar.training.brackets_trial import train
-from dar.training.config import preset_values
-from dar.training.demo_reviews import OPENINGS
+from dar.training.config.config import preset_values
+from dar.training.demo.brackets import Brackets
+from dar.training.demo.reviews import OPENINGS
+from dar.training.demo.trial import train
 
 PROCESSES = 2
 BRACKETS_STEPS, BRACKETS_COMPLETIONS, BRACKETS_SEEDS = 200, 96, (0, 1, 2)

@@ -8,8 +8,8 @@ import torch
 from stack import report
 from transformers.utils import logging as transformers_logging
 
-from dar.training.brackets import Brackets
-from dar.training.brackets_trial import VARIANTS, Run, train
+from dar.training.demo.brackets import Brackets
+from dar.training.demo.trial import VARIANTS, Run, train
 
 SEEDS = range(5)
 MISTAKE_SEEDS = range(2)

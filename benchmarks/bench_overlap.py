@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARConfig, DARTrainer, NullSink
-from dar.training.completions import Completion
+from dar.training.sampling.completions import Completion
 
 SCALE = 1 / 20
 GROUPS, K, CONCURRENCY = 32, 4, 16
@@ -101,7 +101,7 @@ class PacedSampler:
         before_each: Callable[[], None],
         on_group: Callable[[int, list[Completion]], None],
     ) -> list[Completion]:
-        """As `dar.training.sampling.Sampler`."""
+        """As `dar.training.sampling.sampler.Sampler`."""
         started, found = time.monotonic(), []
         for i, number in enumerate(numbers):
             before_each()

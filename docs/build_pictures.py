@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dar.training.brackets import Brackets, divergence
+from dar.training.demo.brackets import Brackets, divergence
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainingArguments
 
 from dar import DARConfig, DARTrainer, DataCollatorForDAR
 from dar.protocol.presets import PRESETS
-from dar.training.config import Meaning, preset_values
+from dar.training.config.config import Meaning, preset_values
+from dar.training.config.ignored import OF_EVALUATION, WITHOUT_EFFECT
 from dar.training.evaluation import Predictions
-from dar.training.options import OF_EVALUATION, WITHOUT_EFFECT
 from dar.training.reward_sources import RewardFunctions
 
 TARGET = Path(__file__).with_name("python.md")

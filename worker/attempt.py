@@ -29,7 +29,7 @@ from dar.protocol.worker import (
     RewardsRow,
     SamplesRow,
 )
-from dar.training.sink import NullSink, Sink
+from dar.training.report.sink import NullSink, Sink
 from worker.folders import AttemptFolder, write_atomically
 from worker.inbox import PipeInbox
 from worker.launch import ExitCode, Launch, Line, Result, RewardNews
@@ -194,11 +194,11 @@ class SpoolSink:
 def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
     """Train with `dar.training`, perhaps as one of several processes."""
     gc.disable()  # looking for garbage among what is imported, which all stays, is a fifth of the time that importing takes
-    from dar.training.job import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be heard
+    from dar.training.from_spec import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be heard
         JobInputs,
         train_job,
     )
-    from dar.training.ranks import meet  # noqa: PLC0415 - takes seconds of CPU too
+    from dar.training.parallel.ranks import meet  # noqa: PLC0415 - takes seconds of CPU too
     from dar.training.reward_sources import RewardAccess  # noqa: PLC0415 - takes seconds of CPU as well
 
     gc.freeze()

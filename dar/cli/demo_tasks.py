@@ -80,7 +80,7 @@ BRACKETS = DemoTask(
     base_command=("brackets",),
     base_steps=1,
     sources=("demo.py", "brackets.py", "demo_brackets.py"),
-    # The settings of `dar.training.brackets_trial`, as a job spec.
+    # The settings of `dar.training.demo.trial`, as a job spec.
     spec={
         "hyperparameters": {
             "alpha": 0.2,

@@ -10,7 +10,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
     """Train in this process's place: signals reach the training itself, and its exit code is ours.
 
     Args:
-        arguments: Whatever was typed after ``dar train``; `dar.training.flags` reads it.
+        arguments: Whatever was typed after ``dar train``; `dar.training.script.flags` reads it.
     """
     require("worker", "torch")
     become("dar.training", *arguments, settings={})

@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dar.training.config import DARConfig
-    from dar.training.data import DataCollatorForDAR
+    from dar.training.config.config import DARConfig
+    from dar.training.data.rows import DataCollatorForDAR
     from dar.training.evaluation import Predictions
-    from dar.training.job import JobInputs, train_job
-    from dar.training.sink import Control, NullControl, NullSink, Sink
+    from dar.training.from_spec import JobInputs, train_job
+    from dar.training.report.sink import Control, NullControl, NullSink, Sink
     from dar.training.trainer import DARTrainer
 
 __all__ = [
@@ -28,16 +28,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Control": "dar.training.sink",
-    "DARConfig": "dar.training.config",
+    "Control": "dar.training.report.sink",
+    "DARConfig": "dar.training.config.config",
     "DARTrainer": "dar.training.trainer",
-    "DataCollatorForDAR": "dar.training.data",
-    "JobInputs": "dar.training.job",
-    "NullControl": "dar.training.sink",
-    "NullSink": "dar.training.sink",
+    "DataCollatorForDAR": "dar.training.data.rows",
+    "JobInputs": "dar.training.from_spec",
+    "NullControl": "dar.training.report.sink",
+    "NullSink": "dar.training.report.sink",
     "Predictions": "dar.training.evaluation",
-    "Sink": "dar.training.sink",
-    "train_job": "dar.training.job",
+    "Sink": "dar.training.report.sink",
+    "train_job": "dar.training.from_spec",
 }
 
 

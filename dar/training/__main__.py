@@ -2,10 +2,10 @@
 
 import sys
 
-from dar.training.launching import start_all_processes
+from dar.training.parallel.launch import start_all_processes
 
 if __name__ == "__main__":
     start_all_processes()  # it may put another program in place of this one
-    from dar.training.script import main
+    from dar.training.script.main import main
 
     sys.exit(main())

@@ -22,11 +22,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dar.errors import InvalidRequestError
 from dar.protocol.metrics import EVALUATION
-from dar.training.data import Rows, TokenPair, check_rows
-from dar.training.logprobs import Collator, autocast, forward_batches, logps_and_entropies
-from dar.training.metrics import step_metrics
-from dar.training.stepping import StepTrainer
-from dar.training.steps import Mode, ScoredStep, StepSource
+from dar.training.data.rows import Rows, TokenPair, check_rows
+from dar.training.model.logprobs import Collator, autocast, forward_batches, logps_and_entropies
+from dar.training.step.loop import StepTrainer
+from dar.training.step.metrics import step_metrics
+from dar.training.step.records import Mode, ScoredStep, StepSource
 
 ComputeMetrics = Callable[["Predictions"], Mapping[str, float]]
 """What a user measures on an evaluation: names without prefix, and their values."""

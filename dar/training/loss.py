@@ -31,7 +31,7 @@ Departures from the papers, each off by default here and in the presets ``paper`
 6. ``min_ess``: when few completions would carry the step, log w is multiplied by the largest number in [0, 1] that keeps the
    effective sample size at ``min_ess``: as if alpha and beta were both divided by it, in this step alone.
 7. Behavior log-probabilities are those of the law that sampled, temperature, filters and penalties included, where the papers
-   take the policy's own. Nothing here knows the difference; `dar.training.sampling` records the one or the other.
+   take the policy's own. Nothing here knows the difference; `dar.training.sampling.sampler` records the one or the other.
 """
 
 import math

@@ -17,10 +17,10 @@ from dar.rewards.functions import RewardFunction
 from dar.rewards.http.async_results import Inbox
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.scoring.scorer import RewardScorer, scorer_from_functions
-from dar.training.config import DARConfig
-from dar.training.fingerprint import reward_terms
-from dar.training.ranks import Ranks
-from dar.training.reward_model import RewardModel, RewardModels, as_list, make_reward_models
+from dar.training.checkpoint.fingerprint import reward_terms
+from dar.training.config.config import DARConfig
+from dar.training.model.reward_model import RewardModel, RewardModels, as_list, make_reward_models
+from dar.training.parallel.ranks import Ranks
 
 RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Rewards
 """A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a job spec."""

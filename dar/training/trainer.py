@@ -15,27 +15,27 @@ from transformers.trainer_utils import TrainOutput
 from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.reward_spec import Rewards
 from dar.rewards.scoring.failures import FailureBudget
-from dar.training.capacity import Capacity
-from dar.training.config import DARConfig, preset_values
-from dar.training.data import DataCollatorForDAR, Rows, check_rows, check_table
+from dar.training.checkpoint.fingerprint import config_sha256
+from dar.training.config.config import DARConfig, preset_values
+from dar.training.config.ignored import no_point_of_rest, online_only
+from dar.training.data.rows import DataCollatorForDAR, Rows, check_rows, check_table
 from dar.training.evaluation import (
     ComputeMetrics,
     Predictions,
     check_evaluation_rows,
 )
-from dar.training.fingerprint import config_sha256
-from dar.training.launching import refuse_if_left_alone
-from dar.training.logprobs import idle_weights
-from dar.training.metrics import Reporter
-from dar.training.options import no_point_of_rest, online_only
-from dar.training.pipeline import Pipeline
-from dar.training.policy import Policy
-from dar.training.ranks import Ranks
-from dar.training.reward_model import RewardModels
+from dar.training.model.logprobs import idle_weights
+from dar.training.model.policy import Policy
+from dar.training.model.reward_model import RewardModels
+from dar.training.parallel.launch import refuse_if_left_alone
+from dar.training.parallel.ranks import Ranks
+from dar.training.report.capacity import Capacity
+from dar.training.report.sink import Control, NullControl, NullSink, Sink, StopRequestedError
 from dar.training.reward_sources import GivenRewards, RewardAccess, RewardFunctions
-from dar.training.scoring import ScoringTrainer
-from dar.training.sink import Control, NullControl, NullSink, Sink, StopRequestedError
-from dar.training.steps import ScoredStep
+from dar.training.step.metrics import Reporter
+from dar.training.step.pipeline import Pipeline
+from dar.training.step.records import ScoredStep
+from dar.training.step.scoring import ScoringTrainer
 
 logger = logging.getLogger(__name__)
 __all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
@@ -60,7 +60,7 @@ class DARTrainer(ScoringTrainer):
     ```
 
     A data set whose rows hold completions and rewards is trained on as it stands
-    (`dar.training.offline.ReplaySource`); no reward function is given then.
+    (`dar.training.step.offline.ReplaySource`); no reward function is given then.
 
     Checkpoints lie in ``output_dir/checkpoints/step-<n>``; ``train(resume_from_checkpoint=folder)`` goes on from one as if
     nothing had happened: on a CPU, to the last bit. The reference is always made from ``model``, never from a checkpoint.

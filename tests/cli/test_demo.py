@@ -3,7 +3,7 @@ import dataclasses
 from dar.cli.demo_brackets import Verdict, plot
 from dar.cli.demo_tasks import BRACKETS, TASKS
 from dar.protocol.spec import DARSpec
-from dar.training.brackets_trial import SETTINGS
+from dar.training.demo.trial import SETTINGS
 
 STANDING = {
     "reward": 0.97, "best_reward": 0.956, "kl_ref": 1.89, "best_kl_ref": 1.79, "kl_target": 0.04, "objective": 0.59,

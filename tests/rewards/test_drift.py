@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.drift import RECENT, WARM_UP, DriftWatch
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.scoring.combine import WeightedSource
 from dar.rewards.scoring.scorer import RewardScorer
 from dar.rewards.scoring.step_report import component_rewards
+from dar.training.report.drift import RECENT, WARM_UP, DriftWatch
 
 Rewards = Callable[[int, random.Random], float]
 LIE = 60

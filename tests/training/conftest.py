@@ -15,7 +15,7 @@ from dar.protocol.checkpoints import Manifest
 from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import SampleRow
 from dar.training import DARConfig, DARTrainer
-from dar.training.sink import Request
+from dar.training.report.sink import Request
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -26,10 +26,11 @@ from transformers import (
 from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
 from dar.protocol.metrics import is_reproducible
 from dar.settings import environment
-from dar.training import DARConfig, DARTrainer, NullSink, parts
-from dar.training.ranks import Ranks
-from dar.training.sharding import is_sharded
-from dar.training.sink import Request, StopRequestedError
+from dar.training import DARConfig, DARTrainer, NullSink
+from dar.training.parallel.ranks import Ranks
+from dar.training.parallel.sharding import is_sharded
+from dar.training.report.sink import Request, StopRequestedError
+from dar.training.step import parts
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 PATIENCE = 6

@@ -11,11 +11,11 @@ import torch
 
 from dar.errors import InvalidRequestError
 from dar.training import DARConfig
-from dar.training.brackets import Brackets, Standing, divergence
-from dar.training.brackets_trial import SETTINGS, train
-from dar.training.demo import save_base
-from dar.training.demo_brackets import PROMPTS, is_balanced
-from dar.training.loading import eos_ids, load_model, load_tokenizer
+from dar.training.demo.base import save_base
+from dar.training.demo.brackets import Brackets, Standing, divergence
+from dar.training.demo.judge import PROMPTS, is_balanced
+from dar.training.demo.trial import SETTINGS, train
+from dar.training.model.loading import eos_ids, load_model, load_tokenizer
 
 
 def is_at_rest(standing: Standing) -> bool:

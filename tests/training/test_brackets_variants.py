@@ -2,8 +2,8 @@
 
 import pytest
 
-from dar.training.brackets import Brackets
-from dar.training.brackets_trial import VARIANTS, Run, train
+from dar.training.demo.brackets import Brackets
+from dar.training.demo.trial import VARIANTS, Run, train
 
 
 def trained(variant: str, *, seed: int = 0, **arguments: object) -> Run:

@@ -16,8 +16,8 @@ from dar.errors import CheckpointError, InvalidRequestError, TrainingError
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARTrainer
-from dar.training.checkpoint import publish, verify
-from dar.training.fingerprint import environment, reward_terms
+from dar.training.checkpoint.checkpoint import publish, verify
+from dar.training.checkpoint.fingerprint import environment, reward_terms
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
 
@@ -223,7 +223,7 @@ def test_a_resume_on_another_machine_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     elsewhere = environment(torch.device("cpu")) | {"threads": "64"}
-    monkeypatch.setattr("dar.training.resumable.environment", lambda _: elsewhere)
+    monkeypatch.setattr("dar.training.checkpoint.resume.environment", lambda _: elsewhere)
     train(trained / "step-4", sink=sink, settings=SAVING)
     assert [data["changed"] for _, _, data in sink.events] == [["threads was 1 and is 64"]]
 

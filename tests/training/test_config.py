@@ -8,8 +8,8 @@ from transformers import TrainingArguments
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import Hyperparameters, Sampling
 from dar.training import DARConfig
+from dar.training.config.ignored import OF_EVALUATION, WITHOUT_EFFECT
 from dar.training.loss import Normalization
-from dar.training.options import OF_EVALUATION, WITHOUT_EFFECT
 
 SAME_MEANING = {"batch_size": "per_device_train_batch_size"}
 WITH_EFFECT = {

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.training import DataCollatorForDAR
-from dar.training.data import PromptEncoder, check_rows, read_rows
-from dar.training.prompts import PromptOrder
+from dar.training.data.rows import PromptEncoder, check_rows, read_rows
+from dar.training.sampling.prompts import PromptOrder
 
 
 def test_plain_prompts_get_a_bos_token_once(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,10 +14,10 @@ from dar.protocol import metrics as registry
 from dar.rewards.base import RewardContext
 from dar.rewards.scoring.scorer import RewardScorer
 from dar.training import DARTrainer
-from dar.training.checkpoint import verify
-from dar.training.data import DataCollatorForDAR, TokenPair
+from dar.training.checkpoint.checkpoint import verify
+from dar.training.data.rows import DataCollatorForDAR, TokenPair
 from dar.training.evaluation import Predictions
-from dar.training.logprobs import all_logps
+from dar.training.model.logprobs import all_logps
 
 EVAL = [{"prompt": "w11 w12", "answer": "x"}, {"prompt": "w13", "answer": "y"}]
 STORED = [

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from dar.errors import InvalidRequestError
 from dar.training import DARTrainer
-from dar.training.data import check_rows
+from dar.training.data.rows import check_rows
 
 Rows = list[dict[str, Any]]
 

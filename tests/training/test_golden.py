@@ -17,10 +17,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from dar.training import DARConfig, DARTrainer
-from dar.training.steps import ScoredStep
+from dar.training.step.records import ScoredStep
 
 if TYPE_CHECKING:
-    from dar.training.stepping import StepShare
+    from dar.training.step.loop import StepShare
 
 LOGGED = {
     f"dar/{name}": f"dar/{name}"

@@ -14,9 +14,9 @@ from huggingface_hub import constants
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import JobSpec
-from dar.training.data import check_rows
-from dar.training.hub_data import load_hub_rows
-from dar.training.job import JobInputs, training_rows
+from dar.training.data.hub import load_hub_rows
+from dar.training.data.rows import check_rows
+from dar.training.from_spec import JobInputs, training_rows
 
 ROWS = b'{"prompt": "w10", "answer": "a"}\n{"prompt": "w20", "answer": "b"}\n'
 COMMIT = "b" * 40

@@ -19,9 +19,10 @@ from dar.errors import (
 )
 from dar.protocol.spec import JobSpec
 from dar.rewards.server import reward_server
-from dar.training import DARTrainer, JobInputs, NullControl, train_job, zero_config
-from dar.training.checkpoint import verify
-from dar.training.job import build_trainer, job_config
+from dar.training import DARTrainer, JobInputs, NullControl, train_job
+from dar.training.checkpoint.checkpoint import verify
+from dar.training.from_spec import build_trainer, job_config
+from dar.training.parallel import deepspeed_config
 
 SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0NTY="
 
@@ -29,8 +30,8 @@ SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0NTY="
 @pytest.fixture(scope="module", autouse=True)
 def loaded() -> None:
     """DeepSpeed tries a linker when it is imported, and hushes it where ``sys.stderr`` is: under pytest, that is elsewhere."""
-    if zero_config.is_installed():
-        zero_config.load()
+    if deepspeed_config.is_installed():
+        deepspeed_config.load()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dar.protocol.spec import Resources
 from dar.rewards.server import reward_server
 from dar.settings import environment
 from dar.training import DARTrainer
-from dar.training.launching import strategy_options
+from dar.training.parallel.launch import strategy_options
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 
 from dar.errors import InvalidRequestError
 from dar.training import DARTrainer, DataCollatorForDAR
-from dar.training.data import TokenPair
-from dar.training.offline import RowEncoder
+from dar.training.data.rows import TokenPair
+from dar.training.step.offline import RowEncoder
 
 Rows = list[dict[str, Any]]
 
@@ -197,7 +197,7 @@ def test_padding_and_the_order_of_prompts_change_nothing(
     plain = run(UNEQUAL)
     assert max(change.abs().max() for change in plain.values()) > 1e-3
     others = [run(UNEQUAL, MorePadding(pad_token_id=3)), run(UNEQUAL[::-1])]
-    monkeypatch.setattr("dar.training.logprobs.MAX_ROWS", 1)
+    monkeypatch.setattr("dar.training.model.logprobs.MAX_ROWS", 1)
     others.append(run(UNEQUAL))
     for other in others:
         for name, change in plain.items():

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from dar.training.data import DataCollatorForDAR, TokenPair
-from dar.training.logprobs import all_logps, completion_logps, forward_batches, idle_weights
+from dar.training.data.rows import DataCollatorForDAR, TokenPair
+from dar.training.model.logprobs import all_logps, completion_logps, forward_batches, idle_weights
 
 COLLATE = DataCollatorForDAR(1)
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from dar.rewards.base import SampleReward
-from dar.training.data import Prompt, TokenPair
+from dar.training.data.rows import Prompt, TokenPair
 from dar.training.loss import (
     MAX_LOG_WEIGHT,
     dar_loss,
     importance_weights,
     normalized_advantages,
 )
-from dar.training.metrics import step_metrics
-from dar.training.steps import ScoredStep
+from dar.training.step.metrics import step_metrics
+from dar.training.step.records import ScoredStep
 
 
 def tensor(values: Any) -> Tensor:

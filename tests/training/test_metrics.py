@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM
 
 from dar.protocol.metrics import NAMES, is_known
 from dar.training import DARTrainer
-from dar.training.data import Prompt, TokenPair
-from dar.training.metrics import MetricsWindow, step_metrics
-from dar.training.steps import ScoredStep
+from dar.training.data.rows import Prompt, TokenPair
+from dar.training.step.metrics import MetricsWindow, step_metrics
+from dar.training.step.records import ScoredStep
 
 ROWS: list[dict[str, Any]] = [
     {"prompt_ids": [10, 20], "completion_ids": [[4, 5, 3], [6, 7, 8, 3], [9, 3]], "rewards": [1.0, 0.25, None],

@@ -18,10 +18,10 @@ from dar.protocol.spec import JobSpec
 from dar.rewards.base import RewardContext
 from dar.rewards.scoring.in_flight import Ticket
 from dar.training import DARTrainer
-from dar.training.capacity import Capacity, needed_concurrency, service_seconds
-from dar.training.parts import StepInProgress, StepPart
-from dar.training.ranks import Ranks
-from dar.training.steps import Weigher, is_streamable
+from dar.training.parallel.ranks import Ranks
+from dar.training.report.capacity import Capacity, needed_concurrency, service_seconds
+from dar.training.step.parts import StepInProgress, StepPart
+from dar.training.step.records import Weigher, is_streamable
 
 LORA = LoraConfig(
     r=2, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallb
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.training import DARConfig, DARTrainer
-from dar.training.checkpoint import ResumeState
-from dar.training.loading import add_adapter
+from dar.training.checkpoint.checkpoint import ResumeState
+from dar.training.model.loading import add_adapter
 
 
 def lora(**more: Any) -> LoraConfig:

@@ -9,7 +9,7 @@ from dar.errors import InvalidRequestError
 from dar.protocol.presets import PRESETS
 from dar.protocol.spec import DARSpec, Hyperparameters, JobSpec, Sampling
 from dar.training import DARConfig, JobInputs
-from dar.training.job import job_config
+from dar.training.from_spec import job_config
 
 OFF = {
     "baseline": "mean", "log_ratio": "sum", "tie_tolerance": 0.0, "drop_ties": False, "allow_missing": False,

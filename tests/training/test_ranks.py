@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dar.training.ranks import Ranks
+from dar.training.parallel.ranks import Ranks
 
 # The processes of the fixture share the machine with all other tests.
 pytestmark = pytest.mark.timeout(400)

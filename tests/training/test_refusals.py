@@ -11,10 +11,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARConfig, DARTrainer, NullSink
-from dar.training.data import PromptEncoder
-from dar.training.flags import read_command_line
-from dar.training.offline import RowEncoder
-from dar.training.prompts import PromptStream
+from dar.training.data.rows import PromptEncoder
+from dar.training.sampling.prompts import PromptStream
+from dar.training.script.flags import read_command_line
+from dar.training.step.offline import RowEncoder
 
 STORED = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 

@@ -27,7 +27,7 @@ from dar.errors import CheckpointError, InvalidRequestError, RewardBudgetError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.spec import JobSpec
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
-from dar.training.fingerprint import reward_terms
+from dar.training.checkpoint.fingerprint import reward_terms
 
 COUNT = {"name": "count", "kind": "builtin", "fn": "contains", "params": {"values": ["w40"]}}
 

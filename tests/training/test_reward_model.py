@@ -29,7 +29,7 @@ from dar.errors import (
 from dar.protocol.samples import FinishReason
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored
 from dar.training import DARConfig, DARTrainer
-from dar.training.reward_model import RewardModel, load_reward_model
+from dar.training.model.reward_model import RewardModel, load_reward_model
 
 TEMPLATE = "{% for m in messages %}{{ '<bos>' if loop.first }} {{ m['role'] }} {{ m['content'] }} <eos>{% endfor %}"
 

@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.training import DARConfig
-from dar.training.data import DataCollatorForDAR, TokenPair
-from dar.training.logprobs import all_logps
-from dar.training.sampling import Completion, Sampler, draw, uniforms
+from dar.training.data.rows import DataCollatorForDAR, TokenPair
+from dar.training.model.logprobs import all_logps
+from dar.training.sampling.sampler import Completion, Sampler, draw, uniforms
 
 
 def chi_square_quantile(degrees: int) -> float:
@@ -232,7 +232,7 @@ def test_a_completion_depends_on_its_place_and_not_on_its_neighbours(
     whole = sampler().sample(model, PROMPTS, step=5)
     longer_neighbour = [*PROMPTS[:3], [2, *range(10, 40)]]
     beside_it = sampler().sample(model, longer_neighbour, step=5)
-    monkeypatch.setattr("dar.training.sampling.MAX_ROWS", 4)
+    monkeypatch.setattr("dar.training.sampling.sampler.MAX_ROWS", 4)
     one_by_one = sampler().sample(model, PROMPTS, step=5)
     assert [c.ids for c in beside_it[:12]] == [c.ids for c in whole[:12]]
     assert [c.ids for c in one_by_one] == [c.ids for c in whole]

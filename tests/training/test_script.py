@@ -31,11 +31,11 @@ from dar.errors import InvalidRequestError, ServiceUnavailableError
 from dar.protocol.samples import SampleRow
 from dar.settings import inherited_environment
 from dar.training import DARConfig, DARTrainer
-from dar.training.assembly import config_of
-from dar.training.console import TrainingConsole, report_line, samples_table
-from dar.training.data_sets import open_rows
-from dar.training.flags import ScriptArguments, make_parser, read_command_line
-from dar.training.script import main
+from dar.training.data.sets import open_rows
+from dar.training.report.console import TrainingConsole, report_line, samples_table
+from dar.training.script.assembly import config_of
+from dar.training.script.flags import ScriptArguments, make_parser, read_command_line
+from dar.training.script.main import main
 
 JUDGE = """
 import os, signal

@@ -20,7 +20,7 @@ from transformers import (
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol import metrics as registry
 from dar.training import DARConfig, DARTrainer
-from dar.training.loading import add_adapter
+from dar.training.model.loading import add_adapter
 
 
 def weights_of(trainer: DARTrainer) -> dict[str, torch.Tensor]:
@@ -114,7 +114,7 @@ def test_accumulation_equals_one_big_batch(
             **settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4
         },
     )  # fmt: skip
-    monkeypatch.setattr("dar.training.logprobs.MAX_ROWS", 3)
+    monkeypatch.setattr("dar.training.model.logprobs.MAX_ROWS", 3)
     passes = train(sink=tiny, settings={**settings, "per_device_train_batch_size": 4})
     for other, said in ((shares, split), (passes, tiny)):
         for step, values in big.deterministic_reports().items():

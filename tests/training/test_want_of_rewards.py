@@ -17,8 +17,8 @@ from dar.errors import RewardBudgetError
 from dar.protocol.metrics import is_known
 from dar.protocol.spec import JobSpec
 from dar.rewards.server import reward_server
-from dar.training.job import JobInputs, train_job
-from dar.training.sink import NullControl
+from dar.training.from_spec import JobInputs, train_job
+from dar.training.report.sink import NullControl
 
 SECRET = "whsec_" + "A" * 43 + "="
 GROUPS = 3

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.spec import Resources
-from dar.training import DARConfig, zero_config
-from dar.training.launching import strategy_options
+from dar.training import DARConfig
+from dar.training.parallel import deepspeed_config
+from dar.training.parallel.launch import strategy_options
 
 # The processes of the fixture share the machine with all other tests.
 pytestmark = pytest.mark.timeout(400)
@@ -163,7 +164,7 @@ def test_deepspeed_leaves_later_trainers_alone_and_takes_no_model_twice(runs: Pa
 def settled(zero: dict[str, Any], *, arguments: dict[str, Any] | None = None, **rest: Any) -> Any:
     args = DARConfig(use_cpu=True, report_to="none", **(arguments or {}))
     config = {"zero_optimization": zero, **rest}
-    zero_config.settle(config, args)
+    deepspeed_config.settle(config, args)
     return config
 
 
@@ -216,22 +217,22 @@ def test_a_usual_configuration_is_taken() -> None:
 def test_weights_in_another_format_are_refused() -> None:
     model = load().make_model(torch.bfloat16)
     with pytest.raises(InvalidRequestError, match="float32"):
-        zero_config.check_weights(model)
+        deepspeed_config.check_weights(model)
 
 
 def test_deepspeed_needs_several_processes(train: Callable[..., Any]) -> None:
     with pytest.raises(InvalidRequestError, match="there is one") as refused:
-        train(settings={"deepspeed": zero_config.config_of("zero2")})
+        train(settings={"deepspeed": deepspeed_config.config_of("zero2")})
     assert refused.value.param == "deepspeed"
 
 
 def test_the_error_without_deepspeed_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(zero_config, "is_installed", lambda: False)
-    zero_config.load.cache_clear()
+    monkeypatch.setattr(deepspeed_config, "is_installed", lambda: False)
+    deepspeed_config.load.cache_clear()
     with pytest.raises(InvalidRequestError, match=r"pip install 'dar-service\[deepspeed\]'"):
-        DARConfig(use_cpu=True, report_to="none", deepspeed=zero_config.config_of("zero3"))
+        DARConfig(use_cpu=True, report_to="none", deepspeed=deepspeed_config.config_of("zero3"))
     with pytest.raises(TrainingError, match=r"pip install 'dar-service\[deepspeed\]'") as refused:
         strategy_options(Resources(processes=2, strategy="zero3"))
     assert refused.value.param == "method.dar.resources.strategy"

@@ -1,0 +1,272 @@
+"""Checkpoints: published whole or not at all, loaded only when every byte is what was published.
+
+A checkpoint is a folder. At its top lie the model's files, as `from_pretrained` reads them; in ``resume/`` lies what only a
+resume needs. ``MANIFEST.json`` is written last and holds size and SHA-256 of every other file. Tensors are kept as
+safetensors and everything else as JSON, never as a pickle, which could run code when it is loaded.
+
+Publishing: write into ``.tmp-…``, fsync every file and folder, rename, fsync the parent. A process that is killed in between
+leaves only a ``.tmp-…``, which the next one sweeps away.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dar.errors import CheckpointError
+from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Manifest, ManifestFile
+from dar.training.model.loading import LanguageModel
+
+TENSORS_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A checkpoint that lies on disk."""
+
+    folder: Path
+    manifest: Manifest
+    manifest_sha256: str
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def publish(
+    root: Path,
+    step: int,
+    *,
+    write: Callable[[Path], None],
+    manifest: Callable[[list[ManifestFile]], Manifest],
+) -> Published:
+    """Write a checkpoint and make it appear as ``root/step-<step>`` in one move.
+
+    Args:
+        root: Folder of all checkpoints; it is created.
+        step: Optimizer steps done.
+        write: Writes the files into the folder it is given.
+        manifest: Makes the manifest of those files.
+
+    Raises:
+        OSError: The disk is full or broken; no checkpoint has appeared.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = root / f"{TEMPORARY_PREFIX}step-{step}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / RESUME_FOLDER).mkdir(parents=True)
+    try:
+        write(temporary)
+        made = manifest(_describe(temporary))
+        body = made.model_dump_json(indent=1).encode()
+        (temporary / MANIFEST_NAME).write_bytes(body)
+        _sync_tree(temporary)
+        target = root / f"step-{step}"
+        if (
+            target.exists()
+        ):  # of an attempt that died after its rename: replace it by the same, freshly verified
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Published(target, made, hashlib.sha256(body).hexdigest())
+
+
+def copy_files(source: Path, target: Path, manifest: Manifest) -> None:
+    """Copy what ``manifest`` lists from one checkpoint folder into another that has its sub-folders."""
+    for file in manifest.files:
+        shutil.copyfile(source / file.name, target / file.name)
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed processes left half-written."""
+    for leftover in root.glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def verify(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and check every file against it.
+
+    Raises:
+        CheckpointError: It is no checkpoint, a file is missing, altered or unknown; the message names it.
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST_NAME}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read: {error}") from None
+    listed = {file.name: file for file in manifest.files}
+    present = {file.name: file for file in _describe(folder)}
+    for name in sorted(listed.keys() | present.keys()):
+        if name not in present:
+            raise CheckpointError(f"{folder}: {name} is missing")
+        if name not in listed:
+            raise CheckpointError(f"{folder}: {name} does not belong to the checkpoint")
+        if listed[name] != present[name]:
+            raise CheckpointError(f"{folder}: {name} was altered after the checkpoint was written")
+    return manifest
+
+
+def _describe(folder: Path) -> list[ManifestFile]:
+    files = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not path.is_file() or name == MANIFEST_NAME:
+            continue
+        with path.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        files.append(ManifestFile(name=name, bytes=path.stat().st_size, sha256=sha256))
+    return files
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+# --- what only a resume needs ----------------------------------------------------------------------------------------
+
+
+def save_resume_state(
+    folder: Path,
+    optimizer: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> None:
+    """Write optimizer, scheduler, random states and the trainer's own counters into ``folder/resume``.
+
+    Args:
+        folder: The checkpoint.
+        optimizer: ``state_dict`` of the optimizer: its state goes into safetensors, its hyperparameters into JSON.
+        scheduler: ``state_dict`` of the learning-rate scheduler.
+        own: JSON values of the trainer.
+    """
+    tensors, optimizer_json = _split_optimizer(optimizer)
+    rng_tensors, rng_json = _random_states()
+    save_file(tensors | rng_tensors, folder / RESUME_FOLDER / TENSORS_NAME)
+    state = {
+        "optimizer": optimizer_json,
+        "scheduler": dict(scheduler),
+        "random": rng_json,
+        "trainer": dict(own),
+    }
+    (folder / RESUME_FOLDER / STATE_NAME).write_text(json.dumps(state), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeState:
+    """What `save_resume_state` wrote."""
+
+    tensors: dict[str, Tensor]
+    json: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> "ResumeState":
+        """Read it from the checkpoint in ``folder``, which has been verified."""
+        resume = folder / RESUME_FOLDER
+        return cls(
+            load_file(resume / TENSORS_NAME),
+            json.loads((resume / STATE_NAME).read_text(encoding="utf-8")),
+        )
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """The trainer's own counters."""
+        own: dict[str, Any] = self.json["trainer"]
+        return own
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """``state_dict`` of the optimizer."""
+        state: dict[int, dict[str, Any]] = {
+            int(index): dict(values) for index, values in self.json["optimizer"]["state"].items()
+        }
+        for key, tensor in self.tensors.items():
+            kind, _, rest = key.partition("/")
+            if kind == "optimizer":
+                index, name = rest.split("/", 1)
+                state.setdefault(int(index), {})[name] = tensor
+        return {"state": state, "param_groups": self.json["optimizer"]["param_groups"]}
+
+    def restore_random(self) -> None:
+        """Put every random generator where it was."""
+        states = self.json["random"]
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, position, has_gauss, cached = states["numpy"]
+        keys = self.tensors["random/numpy"].numpy()
+        np.random.set_state((name, keys.astype(np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(self.tensors["random/cpu"])
+        for key, tensor in self.tensors.items():
+            if key.startswith("random/cuda/") and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensor, int(key.rsplit("/", 1)[1]))
+
+
+def load_weights(model: LanguageModel, folder: Path) -> None:
+    """Put the weights of the checkpoint in ``folder`` into ``model``.
+
+    Raises:
+        CheckpointError: They are those of another model.
+    """
+    try:
+        if isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+            return
+        saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
+
+
+def _split_optimizer(whole: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for index, values in whole["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value.detach().cpu().contiguous()
+            else:
+                rest.setdefault(str(index), {})[name] = value
+    return tensors, {"state": rest, "param_groups": whole["param_groups"]}
+
+
+def _random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {
+        "random/cpu": torch.get_rng_state(),
+        "random/numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        for device, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random/cuda/{device}"] = state
+    return tensors, {
+        "python": random.getstate(),
+        "numpy": [name, int(position), int(has_gauss), float(cached)],
+    }

@@ -1,0 +1,129 @@
+"""What decides the result of a training run, as one digest: a checkpoint is resumed under the same digest only."""
+
+import hashlib
+import itertools
+import json
+import platform
+from collections.abc import Mapping, Sequence
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from dar.protocol.reward_spec import Rewards
+from dar.rewards.functions import FunctionReward, RewardFunction
+from dar.training.checkpoint.checkpoint import digest
+from dar.training.config.config import DARConfig
+from dar.training.data.rows import Rows
+from dar.training.model.loading import LanguageModel
+
+SKETCHED_VALUES = 256
+"""Leading values of each parameter that go into a sketch: enough to tell two models apart, and cheap for large ones."""
+
+
+def weights_sketch(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and leading values of a model's parameters."""
+    sketch = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        leading = parameter.detach().flatten()[:SKETCHED_VALUES].to("cpu", torch.float32)
+        sketch.update(f"{name} {tuple(parameter.shape)} ".encode())
+        sketch.update(leading.numpy().tobytes())
+    return sketch.hexdigest()
+
+
+def rows_sha256(rows: Rows) -> str:
+    """SHA-256 of all rows of a data set, in order."""
+    content = hashlib.sha256()
+    for index in range(len(rows)):
+        line = json.dumps(dict(rows[index]), sort_keys=True, default=str)
+        content.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return content.hexdigest()
+
+
+def reward_terms(
+    rewards: RewardFunction | str | Sequence[RewardFunction | str] | Rewards | None,
+    weights: Sequence[float] | None,
+) -> list[dict[str, object]]:
+    """Name, weight and clip of each reward and all else that decides their sum, but not where they are computed.
+
+    Args:
+        rewards: What gives rewards; None where the data set does.
+        weights: Factor of each function; default 1.
+    """
+    if isinstance(rewards, Rewards):
+        return _terms_of_spec(rewards)
+    if rewards is None:
+        return []
+    given = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    names = ["remote" if isinstance(one, str) else FunctionReward(one).name for one in given]
+    factors = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
+    return [{"name": n, "weight": w} for n, w in itertools.zip_longest(names, factors)]
+
+
+def _terms_of_spec(rewards: Rewards) -> list[dict[str, object]]:
+    """What was left at its default is not told, so that a digest outlives new fields."""
+    further: dict[str, object] = {
+        "combine": rewards.combine.model_dump(mode="json", exclude_defaults=True),
+        "failure": rewards.failure.model_dump(
+            mode="json", include={"on_error", "min_valid", "refill"}, exclude_defaults=True
+        ),
+    }
+    shared = {name: value for name, value in further.items() if value}
+    return [
+        component.model_dump(mode="json", include={"name", "weight", "clip"})
+        | component.model_dump(
+            mode="json",
+            include={"role", "normalize", "required", "fn", "params", "strip_thinking"},
+            exclude_defaults=True,
+        )
+        | shared
+        for component in rewards.components
+    ]
+
+
+def config_sha256(
+    config: DARConfig,
+    policy: LanguageModel,
+    rows: Rows,
+    base: str,
+    rewards: Sequence[Mapping[str, object]],
+) -> str:
+    """Digest of everything that decides the result, except what a reward service answers.
+
+    Args:
+        config: Its `DARConfig.decisive_values`.
+        policy: The model that is trained; of an adapter, its configuration.
+        rows: The data set.
+        base: Sketch of the weights that training and reference start from.
+        rewards: What `reward_terms` gives.
+    """
+    adapter: object = None
+    if isinstance(policy, PeftModel):
+        left_out = {"base_model_name_or_path", "inference_mode", "peft_version"}
+        values = policy.active_peft_config.to_dict()
+        adapter = {key: value for key, value in values.items() if key not in left_out}
+    return digest(
+        {
+            "config": config.decisive_values(),
+            "adapter": json.loads(json.dumps(adapter, default=_as_list)),
+            "rows": rows_sha256(rows),
+            "base": base,
+            "rewards": [dict(term) for term in rewards],
+        }
+    )
+
+
+def _as_list(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the last digits of a result depend on beside the configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,131 @@
+"""Options of transformers that do nothing here: refused, so that none is ever accepted and then ignored."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from dar.errors import InvalidRequestError
+from dar.protocol.presets import ONLINE_ONLY
+
+if TYPE_CHECKING:
+    from dar.training.config.config import DARConfig
+
+WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
+    "auto_find_batch_size": (False,),
+    "do_train": (False,),
+    "do_predict": (False,),
+    "eval_do_concat_batches": (True,),
+    "eval_use_gather_object": (False,),
+    "eval_accumulation_steps": (None,),
+    "per_device_eval_batch_size": (8,),
+    "prediction_loss_only": (False,),
+    "batch_eval_metrics": (False,),
+    "include_for_metrics": ([],),
+    "fp16_full_eval": (False,),
+    "bf16_full_eval": (False,),
+    "label_smoothing_factor": (0.0,),
+    "load_best_model_at_end": (False,),
+    "metric_for_best_model": (None,),
+    "greater_is_better": (None,),
+    "resume_from_checkpoint": (None,),
+    "restore_callback_states_from_checkpoint": (False,),
+    "neftune_noise_alpha": (None,),
+    "torch_compile": (False,),
+    "torch_compile_backend": (None,),
+    "torch_compile_mode": (None,),
+    "dataloader_num_workers": (0,),
+    "dataloader_drop_last": (False,),
+    "dataloader_persistent_workers": (False,),
+    "dataloader_prefetch_factor": (None,),
+    "dataloader_multiprocessing_context": (None,),
+    "dataloader_in_order": (True,),
+    "label_names": (None,),
+    "logging_nan_inf_filter": (True,),
+    "save_on_each_node": (False,),
+    "use_cache": (False,),
+    "include_num_input_tokens_seen": ("no", False),
+    "enable_jit_checkpoint": (False,),
+    "save_only_model": (False,),
+    "save_strategy": ("steps", "no"),
+    "logging_strategy": ("steps", "no"),
+    "data_seed": (None,),
+    "torch_empty_cache_steps": (None,),
+    "train_sampling_strategy": ("random",),
+    "length_column_name": ("length",),
+    "remove_unused_columns": (True,),
+    "ignore_data_skip": (False,),
+    "average_tokens_across_devices": (True,),
+    "dataloader_pin_memory": (True,),
+    "accelerator_config": (None,),
+    "parallelism_config": (None,),
+    "local_rank": (-1,),
+}
+"""Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
+refused: an option is never accepted and then ignored."""
+
+OF_EVALUATION: dict[str, dict[str, tuple[object, ...]]] = {
+    "no": {"do_eval": (False,), "eval_steps": (None,), "eval_delay": (0,)},
+    "steps": {},
+    "epoch": {"eval_steps": (None,)},
+}
+"""The same for each ``eval_strategy``."""
+
+
+def refuse_without_effect(arguments: TrainingArguments) -> None:
+    """Refuse options that are set and would do nothing.
+
+    Raises:
+        InvalidRequestError: One is.
+    """
+    strategy = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
+    for name, neutral in (WITHOUT_EFFECT | OF_EVALUATION[strategy]).items():
+        value = getattr(arguments, name, neutral[0])
+        if getattr(value, "value", value) not in neutral and not _is_settled(arguments, name):
+            when = f" with eval_strategy={strategy!r}" if name not in WITHOUT_EFFECT else ""
+            raise InvalidRequestError(
+                f"{name}={value!r} has no effect on DAR training{when}; leave it at {neutral[0]!r}",
+                param=name,
+            )
+
+
+def _is_settled(arguments: TrainingArguments, name: str) -> bool:
+    """Whether a value that is not neutral comes from transformers or a launcher, or says what holds anyway."""
+    if name == "dataloader_pin_memory":  # transformers turns it off on CPUs
+        return arguments.use_cpu
+    if name == "local_rank":  # torch.distributed.launch tells every process
+        return bool(arguments.local_rank == arguments.local_process_index)
+    if name == "accelerator_config":
+        ours, usual = vars(arguments.accelerator_config), vars(AcceleratorConfig())
+        # All but this are about data loaders, or count shares of a step, which is done here.
+        return all(ours[key] == usual[key] for key in ours if key != "use_configured_state")
+    return False
+
+
+def online_only(arguments: TrainingArguments, preset: Mapping[str, Any]) -> list[str]:
+    """Options of sampling that differ from what they are by themselves, where nothing is sampled.
+
+    Args:
+        arguments: Of a run that reads its completions from the data set.
+        preset: Values that stand in for what the user has not given.
+    """
+    found = []
+    for one in fields(arguments):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if one.name in ONLINE_ONLY and getattr(arguments, one.name) != preset.get(
+            one.name, default
+        ):
+            found.append(one.name)
+    return found
+
+
+def no_point_of_rest(config: "DARConfig") -> str | None:
+    """Why training at this temperature would sharpen the policy for ever; None where it would not."""
+    if config.temperature > config.coldest + 1e-9:
+        return None
+    return (
+        f"temperature {config.temperature:g} is not above {config.coldest:.3g}, so with this alpha and beta training has no point "
+        "of rest: the policy sharpens until it is stopped; raise temperature, or alpha relative to beta"
+    )

@@ -1,0 +1,385 @@
+"""Rows of data sets: checking them, making token ids of their prompts, and the order in which they are used."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dar.errors import InvalidRequestError
+from dar.protocol.rows import (
+    Message,
+    Row,
+    RowError,
+    check_online,
+    form_of,
+    read_offline,
+    read_prompt,
+)
+from dar.protocol.samples import FinishReason
+
+
+class Rows(Protocol):
+    """Anything that holds rows by number: a list of dicts, a `datasets.Dataset`."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 - data sets of many libraries
+        """A row as a mapping."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A prompt and one completion of it, as token ids without padding."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+
+    @property
+    def total(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class DataCollatorForDAR:
+    """Lays out prompts with completions as one rectangle: the batch that a forward pass takes.
+
+    Prompts are padded on the left and completions on the right, so that all completions start in the same column and only
+    the last columns need logits. Masks and positions come from lengths, never from token ids: a padding or end-of-sequence
+    token inside a completion is a token like any other, and a tokenizer whose padding is its end-of-sequence token trains the
+    end as any other does. Nothing is appended, cut or tokenized here: `dar.training.data.rows.PromptEncoder` and
+    `dar.training.step.offline.RowEncoder` have done that.
+
+    ```python
+    collate = DataCollatorForDAR()
+    batch = collate(
+        [
+            {"prompt_ids": [5, 6, 7], "completion_ids": [8, 2]},
+            {"prompt_ids": [5], "completion_ids": [9]},
+        ]
+    )
+    batch["input_ids"]  # [[5, 6, 7, 8, 2], [0, 0, 5, 9, 0]]
+    batch["position_ids"]  # [[0, 1, 2, 3, 4], [0, 0, 0, 1, 1]]
+    batch["completion_mask"]  # [[True, True], [True, False]]
+    ```
+
+    Args:
+        pad_token_id: Stands where there is no token. Attention never sees it, so what it is changes nothing; default 0, which every
+            vocabulary has (a tokenizer's own padding token may lie beyond the model's embeddings).
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, features: Sequence[TokenPair | Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Pad.
+
+        Args:
+            features: B `TokenPair`, or mappings with ``prompt_ids`` and ``completion_ids`` (other keys are not looked at); at least
+                one, none of them without any token.
+
+        Returns:
+            With L and C the most tokens of a prompt and of a completion: ``input_ids``, ``attention_mask`` (1 where there is a
+            token) and ``position_ids`` (counted from 0 at the first token of each row), all int64 ``[B, L + C]``; and
+            ``completion_mask``, bool ``[B, C]``, true where a completion has a token.
+
+        Raises:
+            KeyError: A mapping lacks one of the two.
+        """
+        pairs = [
+            feature
+            if isinstance(feature, TokenPair)
+            else TokenPair(feature["prompt_ids"], feature["completion_ids"])
+            for feature in features
+        ]
+        prompt_width = max(len(pair.prompt_ids) for pair in pairs)
+        width = prompt_width + max(len(pair.completion_ids) for pair in pairs)
+        ids_BT = torch.full((len(pairs), width), self.pad_token_id, dtype=torch.long)
+        attention_BT = torch.zeros_like(ids_BT)
+        for row, pair in enumerate(pairs):
+            start = prompt_width - len(pair.prompt_ids)
+            span = slice(start, start + pair.total)
+            ids_BT[row, span] = torch.tensor([*pair.prompt_ids, *pair.completion_ids])
+            attention_BT[row, span] = 1
+        return {
+            "input_ids": ids_BT,
+            "attention_mask": attention_BT,
+            "position_ids": (attention_BT.cumsum(dim=1) - 1).clamp(min=0),
+            "completion_mask": attention_BT[:, prompt_width:].bool(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCompletion:
+    """A completion that stands in the data set."""
+
+    ids: list[int]
+    finish_reason: FinishReason
+    """``length``: it was cut on the right, or does not end with an end-of-sequence token."""
+    reward: float | None
+    """None: missing."""
+    behavior_logp: float | None
+    """Sum over its tokens, in nats; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row's prompt, ready for the model."""
+
+    ids: list[int]
+    text: str
+    """As it stood in the row, or a conversation as the model reads it."""
+    messages: Sequence[Mapping[str, Any]] | None
+    """The conversation, where the row holds one."""
+    columns: dict[str, Any]
+    """All other columns of the row."""
+    cut_tokens: int
+    """How many tokens were cut off, from the left, to keep within the longest prompt."""
+    completions: tuple[StoredCompletion, ...] = ()
+    """Offline: what the row holds. Online: none."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file; blank lines are left out.
+
+    Raises:
+        InvalidRequestError: A line is not a JSON object; the message names it.
+    """
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InvalidRequestError(f"{path.name}, line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise InvalidRequestError(f"{path.name}, line {number}: not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
+    """Refuse a data set that could not be trained on, before anything is loaded or sampled.
+
+    Args:
+        rows: The data set.
+        is_replay: Whether rows hold their completions and rewards: offline training.
+
+    Raises:
+        InvalidRequestError: It is no data set with rows, or a row cannot be used; the message names the row, from 1, and the
+            column.
+    """
+    check_table(rows)
+    form: tuple[str, ...] | None = None
+    for index in range(len(rows)):
+        with naming_row(index):
+            row = rows[index]
+            if not isinstance(row, Mapping):
+                raise RowError("the row is not a mapping of columns")
+            if not is_replay:
+                check_online(row)
+                continue
+            read_offline(row)
+            form = form or form_of(row)
+            if form_of(row) != form:
+                raise RowError(
+                    f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}: keep to one format",
+                    code="mixed_format",
+                )
+
+
+def check_table(rows: Rows) -> None:
+    """Refuse what is no table of rows.
+
+    Raises:
+        InvalidRequestError: It is a dictionary of splits, has no length, or is empty.
+    """
+    if isinstance(rows, Mapping):
+        names = ", ".join(map(str, rows))
+        raise InvalidRequestError(
+            f"the data set is a dictionary of splits ({names}); give one of them",
+            param="training_file",
+        )
+    if not hasattr(rows, "__len__"):
+        raise InvalidRequestError(
+            f"a {type(rows).__name__} cannot be trained on: rows are taken by number, in a random order, so a data set needs a "
+            "length; load it without streaming",
+            param="training_file",
+        )
+    if len(rows) == 0:
+        raise InvalidRequestError("the data set has no rows", param="training_file")
+
+
+@contextlib.contextmanager
+def naming_row(index: int) -> Iterator[None]:
+    """Say which row, from 0, is wrong.
+
+    Raises:
+        InvalidRequestError: For one inside.
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"row {index + 1}: {error}", param="training_file") from error
+
+
+class PromptEncoder:
+    """Turns rows into token ids.
+
+    Args:
+        tokenizer: Of the model that is trained.
+        max_prompt_length: Longest prompt in tokens. A longer conversation loses its earliest turns, but never what stands
+            before the first; a longer last turn loses the beginning of its text, a longer text its beginning, but never its BOS
+            token.
+    """
+
+    own_columns: frozenset[str] = frozenset({"prompt"})
+    """Columns that are not passed on."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_prompt_length
+
+    def __call__(self, row: Row) -> Prompt:
+        """Encode one row.
+
+        Raises:
+            InvalidRequestError: There is no prompt, or it has no token, or is a conversation that the model's chat template refuses,
+                or there is no template.
+        """
+        prompt = read_prompt(row)
+        return self.fitted(row, prompt, self.encoded(prompt), self._max_length)
+
+    def check(self, row: Row) -> None:
+        """Raise what `__call__` would raise of the row, mostly without making tokens, which takes twenty times as long.
+
+        Raises:
+            InvalidRequestError: See `__call__`.
+        """
+        prompt = read_prompt(row)
+        if isinstance(prompt, str) or self._needs_tokens(
+            prompt, self.rendered(prompt), self._max_length
+        ):
+            self(row)
+
+    def _needs_tokens(self, prompt: Sequence[Message], text: str, longest: int) -> bool:
+        """Whether a conversation may have no token, or so many that turns are left out, after which a template may refuse it."""
+        turns = sum(message["role"] == "user" for message in prompt)
+        # Nearly every token stands for a byte at least.
+        return not text.strip() or (turns > 1 and len(text.encode()) > longest)
+
+    def encoded(self, prompt: str | Sequence[Message]) -> list[int]:
+        """All token ids of a prompt.
+
+        Raises:
+            InvalidRequestError: There are none; see `__call__`.
+        """
+        ids = self._plain(prompt) if isinstance(prompt, str) else self._conversation(prompt)
+        if not ids:
+            raise InvalidRequestError(
+                f"the prompt {prompt!r:.80} has no tokens, and the tokenizer has no BOS token to start from"
+            )
+        return ids
+
+    def fitted(
+        self, row: Row, prompt: str | Sequence[Message] | None, ids: list[int], longest: int
+    ) -> Prompt:
+        """The prompt of a row, cut to ``longest`` tokens; ``prompt`` is None where the row gives token ids."""
+        messages = None if prompt is None or isinstance(prompt, str) else list(prompt)
+        kept = ids if len(ids) <= longest else self._cut(ids, messages, longest)
+        return Prompt(
+            ids=kept,
+            text=prompt if isinstance(prompt, str) else str(self._tokenizer.decode(kept)),
+            messages=messages,
+            columns={name: row[name] for name in row if name not in self.own_columns},
+            cut_tokens=len(ids) - len(kept),
+        )
+
+    def _plain(self, text: str) -> list[int]:
+        tokenizer = self._tokenizer
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        has_bos_text = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+        ids: list[int] = tokenizer(text, add_special_tokens=not has_bos_text)["input_ids"]
+        if ids and ids[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
+            ids = ids[:-1]  # a tokenizer that closes texts would have us continue after the end
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def rendered(self, messages: Sequence[Message], *, is_whole: bool = False) -> str:
+        """A conversation as the model reads it, up to where it is to answer, or whole.
+
+        Raises:
+            InvalidRequestError: The chat template refuses it, or there is none.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequestError(
+                "the prompts are conversations, but the model's tokenizer has no chat template; "
+                "send plain texts or use an instruction-tuned model"
+            )
+        is_continued = messages[-1]["role"] == "assistant"
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    add_generation_prompt=not is_continued and not is_whole,
+                    continue_final_message=is_continued and not is_whole,
+                    tokenize=False,
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses the conversation: {error}"
+            ) from error
+
+    def _conversation(self, messages: Sequence[Message]) -> list[int]:
+        return self.bare(self.rendered(messages))
+
+    def bare(self, text: str) -> list[int]:
+        """Token ids of exactly this text."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _cut(self, ids: list[int], messages: Sequence[Message] | None, longest: int) -> list[int]:
+        for rest in self._without_early_turns(messages or ()):
+            ids = self._conversation(rest)
+            messages = rest
+            if len(ids) <= longest:
+                return ids
+        head = self._head(ids, messages)
+        if head >= longest:
+            head = int(ids[0] == self._tokenizer.bos_token_id)
+        return [*ids[:head], *ids[len(ids) - longest + head :]]
+
+    def _without_early_turns(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
+        """The conversation without its first turn, without its first two, and so on to the last; a user begins a turn."""
+        starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        for start in starts[1:]:
+            yield [*messages[: starts[0]], *messages[start:]]
+
+    def _head(self, ids: list[int], messages: Sequence[Message] | None) -> int:
+        """Tokens that stand before the text of the last turn; of a plain text, its BOS token."""
+        if messages is not None:
+            emptied = [*messages[:-1], {**messages[-1], "content": ""}]
+            with contextlib.suppress(InvalidRequestError):  # some templates want words
+                return common_length(ids, self._conversation(emptied))
+        return int(ids[0] == self._tokenizer.bos_token_id)
+
+
+def common_length(one: Iterable[int], other: Iterable[int]) -> int:
+    """How many leading items two sequences share."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,107 @@
+"""A data set by its name, as a command line gives it: a file, a folder or a hub id."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.protocol.hub_data import HubData
+from dar.training.data.hub import load_hub_rows
+from dar.training.data.rows import Rows, read_rows
+
+BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""What reads a file that is not JSON Lines."""
+PARAM = "dataset_name"
+ONLY_SPLIT = ("train", "test")
+"""What rows without splits may be called: the defaults of a command line."""
+
+
+def open_rows(
+    name: str, *, split: str = "train", config: str | None = None, is_offline: bool = False
+) -> Rows:
+    """The rows of a split.
+
+    Args:
+        name: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, which is one split; a folder with
+            a file ``<split>.jsonl`` (or of another of these kinds), or one that `datasets.Dataset.save_to_disk` has
+            written; or a data set of the hub.
+        split: Which of its splits.
+        config: Which of its configurations; hub only.
+        is_offline: Whether the hub may not be asked.
+
+    Raises:
+        InvalidRequestError: There is no such file, folder or split, or it cannot be read.
+        TrainingError: The hub has no such data set.
+        ServiceUnavailableError: The hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if config is not None and path.exists():
+        raise InvalidRequestError(
+            f"{name} lies on this machine and has no configurations; leave --dataset_config out",
+            param="dataset_config",
+        )
+    if is_one_split(path) and split not in ONLY_SPLIT:
+        raise InvalidRequestError(
+            f"{path} has no splits, so there is no {split!r}; leave the split out, or give a folder with "
+            f"{split}{path.suffix or '.jsonl'}",
+            param=PARAM,
+        )
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        return _from_folder(path, split)
+    if path.suffix in {".jsonl", *BUILDERS} or name.startswith((".", "/", "~")):
+        raise InvalidRequestError(f"there is no file or folder {name}", param=PARAM)
+    return _from_hub(name, split, config, is_offline=is_offline)
+
+
+def is_one_split(path: Path) -> bool:
+    """Whether the name is that of rows without splits: a file, or a folder that `datasets.Dataset.save_to_disk` has written."""
+    return path.is_file() or (path / "state.json").is_file()
+
+
+def _from_file(path: Path) -> Rows:
+    if path.suffix == ".jsonl":
+        return read_rows(path)
+    if path.suffix not in BUILDERS:
+        raise InvalidRequestError(
+            f"{path} must end with .jsonl, {', '.join(BUILDERS)} to say what it is", param=PARAM
+        )
+    try:
+        loaded: Any = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error}", param=PARAM) from error
+    rows: Rows = loaded
+    return rows
+
+
+def _from_folder(path: Path, split: str) -> Rows:
+    for suffix in (".jsonl", *BUILDERS):
+        if (path / f"{split}{suffix}").is_file():
+            return _from_file(path / f"{split}{suffix}")
+    try:
+        saved: Any = load_from_disk(str(path))
+    except (DatasetsError, OSError, ValueError) as error:
+        raise InvalidRequestError(
+            f"the folder {path} has no {split}.jsonl and is no saved data set: {error}", param=PARAM
+        ) from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise InvalidRequestError(
+                f"{path} has no split {split!r}, but {', '.join(saved)}", param=PARAM
+            )
+        saved = saved[split]
+    rows: Rows = saved
+    return rows
+
+
+def _from_hub(name: str, split: str, config: str | None, *, is_offline: bool) -> Rows:
+    try:
+        return load_hub_rows(HubData(name, split, config), is_offline=is_offline)
+    except OSError as error:
+        raise ServiceUnavailableError(
+            f"the hub cannot be reached to load the data set {name!r}: {error}; give a file, or try again with a connection",
+            code="hub_unreachable",
+        ) from error

@@ -1,0 +1,224 @@
+"""`train_job`: a job spec, trained from its files to its last checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from dar.errors import (
+    InvalidRequestError,
+    RewardBudgetError,
+    RewardUnavailableError,
+    TrainingError,
+)
+from dar.protocol.hub_data import HubData
+from dar.protocol.spec import DARSpec, JobSpec
+from dar.training.config.config import OPTIMIZERS, SCHEDULERS, DARConfig
+from dar.training.data.hub import load_hub_rows
+from dar.training.data.rows import Rows, read_rows
+from dar.training.model import loading
+from dar.training.parallel.launch import strategy_options
+from dar.training.report.sink import Control, Sink
+from dar.training.reward_sources import RewardAccess
+from dar.training.trainer import DARTrainer
+
+Ending = Literal["finished", "drained", "cancelled"]
+
+RENAMED = {"batch_size", "max_steps", "n_epochs", "lr_scheduler_type", "optim"}
+"""Hyperparameters of a job spec that `DARConfig` has by another name."""
+CHECKPOINTS_PER_JOB = 20
+"""How many checkpoints a job gets when its spec does not say."""
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """Everything a job needs, on this machine's disk."""
+
+    job_id: str
+    spec: JobSpec
+    seed: int
+    total_steps: int
+    model: str | Path
+    """Folder or hub id of the base model."""
+    adapters: tuple[Path, ...]
+    """Adapters that are merged into the model, in order, before anything else."""
+    training_file: Path | None
+    """JSON Lines; None: the spec names a data set of the hub."""
+    work_dir: Path
+    """Checkpoints are published as ``checkpoints/step-<n>`` in here."""
+    resume_from: Path | None
+    """A checkpoint of this job."""
+    reward_secret: str | None
+    threads: int
+    offline: bool
+    """Whether the model hub may not be asked."""
+    validation_file: Path | None = None
+    """JSON Lines of prompts; None: no evaluation."""
+    reward_access: RewardAccess = field(default_factory=RewardAccess)
+    """How its reward services are reached."""
+    reward_models: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of reward models by component name; those that are not here come from the hub."""
+
+
+def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
+    """Train a job to its end, or until ``control`` asks for a stop.
+
+    Returns:
+        ``finished``: the checkpoint of the last step lies on disk. ``drained``: a checkpoint of the last whole step does,
+        unless no step was done since the start. ``cancelled``: nothing was written.
+
+    Raises:
+        TrainingError: The spec, the model or the data cannot work, or training diverged.
+        InvalidRequestError: A row or a parameter is wrong.
+        RewardMisconfiguredError: The reward service refuses us for good.
+        RewardContractError: The reward service breaks its contract.
+        RewardUnavailableError: The reward service cannot be reached, and could not be so far.
+        RewardBudgetError: It cannot be reached any more, or too few completions got a reward. As with every want of rewards, a
+            checkpoint of the last whole step lies on disk, if any step was done since the start.
+    """
+    _prepare_process(inputs.threads)
+    sink.phase("starting", 0, "loading the model")
+    trainer = build_trainer(inputs, sink, control)
+    try:
+        trainer.train(resume_from_checkpoint=inputs.resume_from)
+    except RewardUnavailableError as error:
+        if trainer.state.global_step == 0:
+            raise
+        raise RewardBudgetError(
+            f"after step {trainer.state.global_step}: {error.message}",
+            code=error.error_code,
+            is_outage=True,
+        ) from error
+    except torch.OutOfMemoryError as error:
+        if trainer.state.global_step > 0:
+            raise  # it had fitted before, so it may fit again
+        raise TrainingError(
+            f"the model does not fit into the GPU's memory: {error}; train an adapter (peft), or lower max_new_tokens",
+            code="out_of_memory",
+        ) from error
+    endings: dict[str | None, Ending] = {"cancel": "cancelled", "drain": "drained"}
+    return endings.get(trainer.stopped_by, "finished")
+
+
+def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer:
+    """The trainer of a job, with its model loaded.
+
+    Raises:
+        TrainingError: The model cannot be loaded.
+        InvalidRequestError: A row or a parameter is wrong.
+    """
+    spec = inputs.spec.dar
+    config = job_config(inputs)
+    # Master weights stay in float32 where they are trained; under an adapter they are frozen, and half the size is enough.
+    half = config.half if spec.peft is not None else None
+    model = loading.load_model(
+        inputs.model,
+        dtype=half or torch.float32,
+        is_offline=inputs.offline,
+    )
+    tokenizer = loading.load_tokenizer(inputs.model, is_offline=inputs.offline)
+    trainer = DARTrainer(
+        loading.merge_adapters(model, inputs.adapters),
+        config,
+        training_rows(inputs),
+        spec.rewards,
+        reward_model=inputs.reward_models or None,
+        reward_secret=inputs.reward_secret,
+        reward_access=inputs.reward_access,
+        processing_class=tokenizer,
+        peft_config=None if spec.peft is None else loading.lora_config(spec.peft),
+        eval_dataset=_validation_rows(inputs),
+        sink=sink,
+        control=control,
+        base_name=inputs.spec.model,
+        job_id=inputs.job_id,
+        is_offline=inputs.offline,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every report on stdout
+    return trainer
+
+
+def training_rows(inputs: JobInputs) -> Rows:
+    """The rows that a job trains on, from its file or from the hub.
+
+    Raises:
+        TrainingError: The hub has no such data set.
+        InvalidRequestError: A line of the file is no row.
+    """
+    if inputs.training_file is not None:
+        return read_rows(inputs.training_file)
+    return load_hub_rows(HubData.parse(inputs.spec.training_file), is_offline=inputs.offline)
+
+
+def _validation_rows(inputs: JobInputs) -> Rows | None:
+    evaluation = inputs.spec.dar.evaluation
+    if evaluation is None:
+        return None
+    if inputs.validation_file is None:
+        raise InvalidRequestError(
+            "the job evaluates, but its validation file is not here", param="validation_file"
+        )
+    return read_rows(inputs.validation_file)[: evaluation.max_prompts]
+
+
+def job_config(inputs: JobInputs) -> DARConfig:
+    """A job spec as arguments of the trainer."""
+    spec = inputs.spec.dar
+    hyper, sampling = spec.hyperparameters, spec.sampling
+    return DARConfig(
+        output_dir=str(inputs.work_dir),
+        preset=spec.preset,
+        **hyper.model_dump(exclude=RENAMED),
+        **sampling.model_dump(),
+        per_device_train_batch_size=hyper.batch_size // spec.resources.processes,
+        **strategy_options(spec.resources),
+        max_steps=inputs.total_steps,
+        lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler_type],
+        optim=OPTIMIZERS[hyper.optim],
+        overlap=spec.overlap,
+        order=spec.order,
+        bf16=_is_bf16(spec),
+        fp16=_is_fp16(spec),
+        eval_strategy="no" if spec.evaluation is None else "steps",
+        eval_steps=None if spec.evaluation is None else spec.evaluation.every_steps,
+        use_cpu=not torch.cuda.is_available(),
+        seed=inputs.seed,
+        save_strategy="steps",
+        save_steps=spec.checkpointing.every_steps
+        or max(1, inputs.total_steps // CHECKPOINTS_PER_JOB),
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+
+
+def _is_bf16(spec: DARSpec) -> bool:
+    has_gpu = torch.cuda.is_available()
+    is_supported = not has_gpu or torch.cuda.is_bf16_supported()
+    if spec.precision == "bf16" and not is_supported:
+        raise TrainingError(
+            "this GPU has no bfloat16; send precision fp32 or auto", param="method.dar.precision"
+        )
+    return spec.precision == "bf16" or (spec.precision == "auto" and has_gpu and is_supported)
+
+
+def _is_fp16(spec: DARSpec) -> bool:
+    if spec.precision == "fp16" and not torch.cuda.is_available():
+        raise TrainingError(
+            "precision fp16 needs a GPU, and this worker has none; send bf16, fp32 or auto",
+            param="method.dar.precision",
+        )
+    return spec.precision == "fp16"
+
+
+def _prepare_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()

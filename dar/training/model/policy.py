@@ -1,0 +1,87 @@
+"""The policy, its reference and its tokenizer, brought together from whatever the user gave."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dar.errors import InvalidRequestError
+from dar.training.checkpoint.fingerprint import weights_sketch
+from dar.training.config.config import DARConfig
+from dar.training.model import loading
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What is trained, and what it is anchored to."""
+
+    model: loading.LanguageModel
+    reference: nn.Module | None
+    """Frozen; None where the policy without its adapter is the reference, or where there is none (alpha = 0)."""
+    tokenizer: PreTrainedTokenizerBase
+    base_sketch: str
+    """Tells the weights that training starts from, and the reference, from others."""
+
+    @classmethod
+    def make(
+        cls,
+        model: str | loading.LanguageModel,
+        config: DARConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        ref_model: PreTrainedModel | None,
+        peft_config: PeftConfig | None,
+        base_name: str | None,
+        is_offline: bool,
+    ) -> "Policy":
+        """Load what is missing, add the adapter, freeze the reference; see `dar.DARTrainer` for the arguments.
+
+        Raises:
+            InvalidRequestError: ``model`` has an adapter already and is to get another, or a reference has no part.
+            TrainingError: A model or tokenizer cannot be loaded.
+        """
+        if ref_model is not None and config.alpha == 0:
+            raise InvalidRequestError(
+                "ref_model has no effect with alpha=0, which takes no reference; leave it out",
+                param="ref_model",
+            )
+        source = model if isinstance(model, str) else str(model.name_or_path)
+        tokenizer = tokenizer or loading.load_tokenizer(source, is_offline=is_offline)
+        policy = (
+            loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
+        )
+        loading.check_forward(policy)
+        loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
+        loading.disable_dropout(policy)
+        sketch = weights_sketch(policy)
+        reference: nn.Module | None = ref_model
+        transformers.set_seed(config.seed)  # an adapter begins at random
+        if peft_config is not None:
+            if isinstance(policy, PeftModel):
+                raise InvalidRequestError(
+                    "the model has an adapter already; leave peft_config out to train that one, or merge it first"
+                )
+            policy = loading.add_adapter(policy, peft_config)
+        if isinstance(policy, PeftModel):
+            policy.active_peft_config.base_model_name_or_path = base_name or source or None
+        elif reference is None and config.alpha > 0:
+            reference = copy.deepcopy(policy)
+        if reference is not None:
+            loading.disable_dropout(reference)
+            reference = reference.requires_grad_(requires_grad=False).eval()
+            sketch += weights_sketch(reference)
+        return cls(policy, reference, tokenizer, sketch)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits per token."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def place_reference(self, device: torch.device) -> None:
+        """Move the reference to where the policy is trained."""
+        if self.reference is not None:
+            self.reference.to(device)

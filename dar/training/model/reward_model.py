@@ -1,0 +1,377 @@
+"""Reward models: a sequence classifier with one label, on this machine, as a reward source.
+
+What decides a reward is the completion, so nothing of it is ever cut to make room for the prompt: a text that is too long
+loses its beginning. Rows are padded on the right with a token that cannot be taken for one of theirs, so that a reward does
+not depend on what else is in the batch.
+"""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
+from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
+from dar.rewards.functions import as_results
+from dar.rewards.scoring.threads import in_daemon_thread
+from dar.training.checkpoint.fingerprint import weights_sketch
+from dar.training.model import loading
+
+RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
+"""Folder or hub id of a sequence classifier with one label, or such a model, or several of these."""
+
+MAX_ROWS = 64
+"""Most sequences in one forward pass."""
+MAX_TOKENS = 16_384
+"""Most positions in one forward pass, padding included."""
+
+
+class RewardModel:
+    """Scores completions with a sequence classifier of one label.
+
+    A plain prompt and its completion are read as one text, to which the tokenizer adds what it adds to every text, and which
+    ends with its EOS token if the completion came to its end. A conversation is laid out by the chat template of the reward model's own tokenizer.
+
+    Args:
+        model: A model of `transformers.AutoModelForSequenceClassification`; it is frozen and put into evaluation mode.
+        tokenizer: Its own; default: the one beside the model.
+        name: Component name.
+        max_length: Longest text in tokens; default: what model and tokenizer were made for.
+        is_offline: Whether the hub may not be asked for the tokenizer.
+
+    Raises:
+        InvalidRequestError: The model has not exactly one label.
+        TrainingError: There is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str = "reward_model",
+        max_length: int | None = None,
+        is_offline: bool = False,
+    ) -> None:
+        if model.config.num_labels != 1:
+            raise InvalidRequestError(
+                f"the reward model {_named(model)} gives {model.config.num_labels} numbers per text, but a reward is one: use a "
+                "sequence classifier with num_labels=1",
+                param="reward_model",
+            )
+        self._model = model.requires_grad_(requires_grad=False).eval()
+        self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline)
+        self._name = name
+        self._max_length = max_length or _longest(model, self._tokenizer)
+        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} if takes_cache else {}
+
+    @property
+    def name(self) -> str:
+        """Component name."""
+        return self._name
+
+    @property
+    def takes_whole_steps(self) -> bool:
+        """Always: forward passes of many texts of like length cost less."""
+        return True
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    def sketch(self) -> str:
+        """Tells the weights from others."""
+        return weights_sketch(self._model)
+
+    def to(self, device: torch.device) -> "RewardModel":
+        """Move the model to where it is to score."""
+        self._model.to(device)
+        return self
+
+    async def score(
+        self,
+        samples: Sequence[RewardSample],
+        context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
+    ) -> list[RewardResult]:
+        """Score ``samples``: one result each, in order. A reward that is no finite number is a failure.
+
+        Raises:
+            RewardMisconfiguredError: The prompts are conversations that the tokenizer's chat template refuses.
+        """
+        is_stopped = threading.Event()
+        try:
+            return await in_daemon_thread(lambda: self._score(samples, is_stopped))
+        except asyncio.CancelledError:
+            is_stopped.set()  # a thread cannot be ended from outside; this one ends with its forward pass
+            raise
+
+    async def aclose(self) -> None:
+        """Nothing to free."""
+
+    @torch.no_grad()
+    def _score(
+        self, samples: Sequence[RewardSample], is_stopped: threading.Event
+    ) -> list[RewardResult]:
+        rows = [self.encode(sample) for sample in samples]
+        rewards: dict[int, float] = {}
+        for places in _batches(rows):
+            if is_stopped.is_set():
+                break
+            scores_B = self._forward([rows[place] for place in places])
+            rewards.update(zip(places, scores_B.tolist(), strict=True))
+        empty = Failed("no_tokens", "the reward model reads no token of it", is_transient=False)
+        source = f"reward model {self._name}"
+        return [
+            as_results([rewards[place]], 1, source)[0] if place in rewards else empty
+            for place in range(len(samples))
+        ]
+
+    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Rewards ``[B]``, float32 or finer.
+
+        A classifier on top of a decoder reads the last token that is not ``pad_token_id`` of its configuration. A published
+        one is right with its own; where it has none, that is a token which none of the rows holds.
+        """
+        config = self._model.config.get_text_config()
+        configured = config.pad_token_id
+        pad = _unused(rows, int(config.vocab_size)) if configured is None else configured
+        if pad is None and len(rows) > 1:
+            return torch.cat([self._forward([row]) for row in rows])
+        width = max(map(len, rows))
+        ids_BT = torch.tensor([[*row, *[pad or 0] * (width - len(row))] for row in rows])
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        device = next(self._model.parameters()).device
+        try:
+            config.pad_token_id = pad
+            logits_B1 = self._model(
+                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), **self._options
+            ).logits
+        finally:
+            config.pad_token_id = configured
+        rewards_B: Tensor = logits_B1[:, 0]
+        return rewards_B.to("cpu", torch.promote_types(rewards_B.dtype, torch.float32))
+
+    # --- texts as token ids ------------------------------------------------------------------------------------------
+
+    def encode(self, sample: RewardSample) -> list[int]:
+        """The tokens that the model reads of a sample, at most its longest text.
+
+        Raises:
+            RewardMisconfiguredError: The tokenizer's chat template refuses the conversation, or there is none.
+        """
+        if sample.messages is None:
+            ids = self._text(sample)
+        else:
+            ids = self._conversation(sample.messages, sample.completion)
+        if len(ids) <= self._max_length:
+            return ids
+        starts = {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id}
+        head = ids[:1] if ids[0] in starts else []
+        return [*head, *ids[len(ids) - self._max_length + len(head) :]]
+
+    def _text(self, sample: RewardSample) -> list[int]:
+        tokenizer = self._tokenizer
+        text = f"{sample.prompt}{sample.completion}"
+        has_bos_text = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+        ids: list[int] = tokenizer(text, add_special_tokens=not has_bos_text)["input_ids"]
+        eos = tokenizer.eos_token_id
+        is_open = eos is not None and ids[-1:] != [eos]
+        return [*ids, eos] if is_open and sample.finish_reason == "stop" else ids
+
+    def _conversation(self, prompt: Sequence[Mapping[str, Any]], completion: str) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise RewardMisconfiguredError(
+                f"the prompts are conversations, but the tokenizer of the reward model {_named(self._model)} has no chat "
+                "template; use plain prompts, a reward model for conversations, or give reward_processing_class"
+            )
+        for messages in _shorter(_answered(prompt, completion)):
+            ids = self._laid_out(messages)
+            if len(ids) <= self._max_length:
+                break
+        return ids
+
+    def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        try:
+            encoded: Any = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=True, return_dict=True
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RewardMisconfiguredError(
+                f"the chat template of the reward model {_named(self._model)} refuses the conversation: {error}"
+            ) from error
+        return list(encoded["input_ids"])
+
+
+def load_reward_model(
+    name: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    component: str = "reward_model",
+    dtype: torch.dtype | str = "auto",
+    is_offline: bool = False,
+) -> RewardModel:
+    """Load a reward model from a folder or a hub: safetensors only, built-in architectures only.
+
+    Args:
+        name: Folder or hub id.
+        tokenizer: Its own; default: the one beside it.
+        component: Component name of its rewards.
+        dtype: Number format of the weights; ``auto``: as they were saved.
+        is_offline: Whether the hub may not be asked.
+
+    Raises:
+        TrainingError: There is no such model, it wants to run code, or it is no sequence classifier.
+        InvalidRequestError: It has not exactly one label.
+        OSError: The hub cannot be reached.
+    """
+    path = str(name)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
+        loading.refuse_code(name, config)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=is_offline,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if not is_offline and loading.is_hub_unreachable(error):
+            raise
+        raise TrainingError(
+            f"the reward model {path!r} cannot be loaded as a sequence classifier from safetensors: {error}",
+            param="reward_model",
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise TrainingError(
+            f"the model {path!r} is no reward model: its weights lack {', '.join(missing[:3])}, which would be random",
+            param="reward_model",
+        )
+    return RewardModel(model, tokenizer, name=component, is_offline=is_offline)
+
+
+def make_reward_models(
+    given: RewardModels | None,
+    tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+    *,
+    device: torch.device,
+    is_offline: bool,
+    names: Sequence[str] | None = None,
+) -> list[RewardModel]:
+    """All reward models of a run, on ``device``; see `dar.DARTrainer` for the arguments.
+
+    Their components have ``names``; default: `component_name`.
+
+    Raises:
+        InvalidRequestError: The number of tokenizers is another, or a model has not exactly one label.
+        TrainingError: A model cannot be loaded.
+    """
+    models = as_list(given)
+    own: list[PreTrainedTokenizerBase | None]
+    if tokenizers is None or isinstance(tokenizers, PreTrainedTokenizerBase):
+        own = [tokenizers] * (len(models) if tokenizers is None else 1)
+    else:
+        own = list(tokenizers)
+    if len(own) != len(models):
+        raise InvalidRequestError(
+            f"{len(own)} tokenizers (reward_processing_class) for {len(models)} reward models; give one each, or None for the "
+            "one beside the model",
+            param="reward_processing_class",
+        )
+    made = []
+    for number, (model, tokenizer) in enumerate(zip(models, own, strict=True), start=1):
+        name = component_name(number) if names is None else names[number - 1]
+        if isinstance(model, PreTrainedModel):
+            source = RewardModel(model, tokenizer, name=name, is_offline=is_offline)
+        else:
+            source = load_reward_model(model, tokenizer, component=name, is_offline=is_offline)
+        made.append(source.to(device))
+    return made
+
+
+def as_list(given: RewardModels | None) -> list[str | Path | PreTrainedModel]:
+    """One reward model, several or none as a list."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, str | Path | PreTrainedModel) else list(given)
+
+
+def component_name(number: int) -> str:
+    """Component name of the ``number``-th reward model, from 1."""
+    return "reward_model" if number == 1 else f"reward_model_{number}"
+
+
+def _tokenizer(model: PreTrainedModel, *, is_offline: bool) -> PreTrainedTokenizerBase:
+    if not model.name_or_path:
+        raise InvalidRequestError(
+            "the reward model came as a model that was loaded from nowhere, so there is no tokenizer beside it; give "
+            "reward_processing_class",
+            param="reward_processing_class",
+        )
+    return loading.load_tokenizer(model.name_or_path, is_offline=is_offline)
+
+
+def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest text for model and tokenizer; a tokenizer that does not say names an absurdly large number."""
+    return min(
+        loading.context_length(model) or tokenizer.model_max_length, tokenizer.model_max_length
+    )
+
+
+def _named(model: PreTrainedModel) -> str:
+    return repr(model.name_or_path or type(model).__name__)
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Numbers of the rows of each forward pass, long rows first to save padding; a row without tokens is in none."""
+    batch: list[int] = []
+    filled = [place for place, row in enumerate(rows) if row]
+    for place in sorted(filled, key=lambda i: (-len(rows[i]), i)):
+        if batch and (
+            len(batch) == MAX_ROWS or (len(batch) + 1) * len(rows[batch[0]]) > MAX_TOKENS
+        ):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _unused(rows: Sequence[Sequence[int]], vocabulary: int) -> int | None:
+    """A token that stands in none of the rows, if there is one."""
+    used = {token for row in rows for token in row}
+    return next((token for token in range(vocabulary) if token not in used), None)
+
+
+def _answered(prompt: Sequence[Mapping[str, Any]], completion: str) -> Sequence[Mapping[str, Any]]:
+    """The conversation with its completion; one that ends with the assistant's words has them continued."""
+    last = prompt[-1]
+    if last["role"] == "assistant" and isinstance(last.get("content"), str):
+        return [*prompt[:-1], {**last, "content": last["content"] + completion}]
+    return [*prompt, {"role": "assistant", "content": completion}]
+
+
+def _shorter(
+    messages: Sequence[Mapping[str, Any]],
+) -> Iterator[Sequence[Mapping[str, Any]]]:
+    """The conversation, then without its first turn, and so on to its last; a user begins a turn."""
+    yield messages
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for start in starts[1:]:
+        yield [*messages[: starts[0]], *messages[start:]]

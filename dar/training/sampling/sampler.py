@@ -1,0 +1,386 @@
+"""Sampling completions from the policy, with the exact log-probability of what was drawn.
+
+One loop of our own instead of ``generate``: prompts are read once and their key-value cache is then repeated for the K
+completions of each; finished rows leave the batch; positions and masks come from lengths; and every token costs one uniform
+number that is a function of (seed, step, row, token position), turned into a token by the inverse of the cumulative
+distribution. So a completion depends neither on its neighbours in the batch nor on how the batch was cut, up to rounding:
+other shapes may change the last digits of the logits, and in bfloat16 now and then a token.
+
+The law that is sampled, in this order: padding is impossible; the repetition penalty acts on the raw logits; then
+temperature, top-k, top-p, min-p, as in transformers. The behavior log-probability is that of the law after all of these,
+or, with ``behavior="policy"``, the policy's own before any of them. Arithmetic is in float32, or in float64 where the model is.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dar.errors import InvalidRequestError, TrainingError
+from dar.training.config.config import DARConfig
+from dar.training.data.rows import DataCollatorForDAR, TokenPair
+from dar.training.model.loading import LanguageModel
+from dar.training.model.logprobs import autocast
+from dar.training.sampling.completions import Completion, Done, OnGroup
+
+if TYPE_CHECKING:
+    from dar.protocol.samples import FinishReason
+
+Warper = Callable[[Any, Any], Any]
+"""A filter of transformers: takes what was read and the scores, gives scores."""
+
+MAX_ROWS = 512
+"""Most completions that are decoded at once."""
+MAX_CACHED_TOKENS = 2**19
+"""Most positions of the key-value cache at once."""
+NOISE_BLOCK = 64
+"""Tokens for which noise is drawn at once."""
+LARGEST_UNIFORM = 1 - 2**-40
+"""Keeps the product of a uniform number and the total mass below the total mass."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows that are still being decoded; everything but ``rows`` and ``written`` lies on the model's device."""
+
+    rows: list[int]
+    """Number of each row in the whole step."""
+    written: list[list[int]]
+    """Tokens of each row so far."""
+    budgets: list[int]
+    """Longest completion of each row."""
+    cache: DynamicCache
+    attention_BT: Tensor
+    positions_B: Tensor
+    seen_BV: Tensor | None
+    """Tokens that occurred already; only under a repetition penalty."""
+    logp_sums_B: Tensor
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these places."""
+        index = torch.tensor(rows, device=self.positions_B.device)
+        self.rows = [self.rows[i] for i in rows]
+        self.written = [self.written[i] for i in rows]
+        self.budgets = [self.budgets[i] for i in rows]
+        self.cache.batch_select_indices(index)
+        self.attention_BT = self.attention_BT[index]
+        self.positions_B = self.positions_B[index]
+        self.seen_BV = None if self.seen_BV is None else self.seen_BV[index]
+        self.logp_sums_B = self.logp_sums_B[index]
+
+
+def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
+    """Noise of `NOISE_BLOCK` consecutive tokens for each row, from a counter-based generator.
+
+    Args:
+        seed: Of the job.
+        step: Optimizer step, from 1.
+        rows: Numbers of B rows in the whole step.
+        block: Which block of tokens, from 0.
+
+    Returns:
+        ``[B, NOISE_BLOCK]`` float64 in [0, 1).
+    """
+    drawn = [
+        np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, block, row])).random(
+            NOISE_BLOCK
+        )
+        for row in rows
+    ]
+    return torch.from_numpy(np.stack(drawn)).clamp(max=LARGEST_UNIFORM)
+
+
+def raised(values: Tensor) -> Tensor:
+    """Values as float32, or as float64 where they are that already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Refuse a prompt that the model's embeddings cannot read.
+
+    Raises:
+        InvalidRequestError: A token of a prompt is not below ``vocabulary``.
+    """
+    largest = max((max(ids) for ids in prompts), default=0)
+    if largest >= vocabulary:
+        raise InvalidRequestError(
+            f"a prompt has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: the tokenizer is not that of "
+            "the model, or was enlarged without it; use its own tokenizer, or resize the model's embeddings",
+            param="model",
+        )
+
+
+def draw(scores_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by the inverse of the cumulative distribution.
+
+    Args:
+        scores_BV: Unnormalised log-probabilities; -inf is impossible.
+        uniforms_B: float64 in [0, 1).
+
+    Returns:
+        Tokens ``[B]`` and their log-probabilities ``[B]``, float32, or float64 where the scores are.
+    """
+    logps_BV = torch.log_softmax(raised(scores_BV), dim=-1)
+    masses_BV = logps_BV.exp().double().cumsum(dim=-1)
+    targets_B1 = (uniforms_B * masses_BV[:, -1]).unsqueeze(1)
+    tokens_B1 = torch.searchsorted(masses_BV, targets_B1, right=True).clamp(
+        max=scores_BV.shape[1] - 1
+    )
+    return tokens_B1.squeeze(1), logps_BV.gather(1, tokens_B1).squeeze(1)
+
+
+class Sampler:
+    """Samples K completions of each prompt.
+
+    Args:
+        config: Lengths and the sampling law.
+        tokenizer: Finds stop strings in what was sampled.
+        eos_ids: Tokens that end a completion.
+        max_length: Longest prompt with completion, in tokens.
+    """
+
+    def __init__(
+        self,
+        config: DARConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_ids: frozenset[int],
+        max_length: int,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._max_length = max_length
+        pad = tokenizer.pad_token_id
+        self._impossible = None if pad is None or pad in eos_ids else pad
+        self._collate = DataCollatorForDAR()
+        self._warpers: list[Warper] = []
+        if config.temperature != 1:
+            self._warpers.append(TemperatureLogitsWarper(float(config.temperature)))
+        if config.top_k:
+            self._warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(config.top_p))
+        if config.min_p:
+            self._warpers.append(MinPLogitsWarper(config.min_p))
+        # A token may stand for less than a character but not for less than a byte, and a character has at most 4.
+        self._stop_window = 4 * max(map(len, config.stop), default=0) + 8
+
+    @torch.no_grad()
+    def check(self, model: LanguageModel) -> None:
+        """Refuse a model whose key-value cache cannot be repeated and cut row by row, as sampling does.
+
+        Raises:
+            TrainingError: It is one: in most cases a hybrid with recurrent layers.
+        """
+        model.eval()
+        try:
+            with autocast(next(model.parameters()).device, self._config.half):
+                batch, logits_BV = self._prefill(model, [[0], [0, 0]], range(2))
+                batch.keep([0, len(batch.rows) - 1])
+                self._read(model, batch, logits_BV[:2].argmax(dim=-1), width=3)
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            raise TrainingError(
+                f"{type(base).__name__} cannot be sampled from here ({error}): its cache does not hold one row per "
+                "completion; use a model with attention layers only",
+                param="model",
+            ) from error
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        step: int,
+        first_prompt: int = 0,
+        numbers: Sequence[int] | None = None,
+        before_each: Callable[[], None] = lambda: None,
+        on_group: OnGroup = lambda _number, _completions: None,
+    ) -> list[Completion]:
+        """Sample for prompts of a step, all or some of them.
+
+        Args:
+            model: The policy; it is left in evaluation mode.
+            prompts: Token ids of P prompts; none at all give no completions.
+            step: Optimizer step, from 1, or 0 in an evaluation; with the seed of the config and the numbers of prompt and
+                completion it decides the noise.
+            first_prompt: Number of the first of these prompts within the step, from 0; the others follow.
+            numbers: The number of each, ascending, where they do not follow each other.
+            before_each: Called every few tokens; may raise to stop.
+            on_group: Called between two tokens with every prompt whose completions have all ended; may raise to stop.
+
+        Returns:
+            P * K completions, those of a prompt together.
+
+        Raises:
+            InvalidRequestError: A prompt has a token that the model has not.
+            TrainingError: The policy gave a probability that is no number.
+        """
+        check_tokens(prompts, int(model.config.get_text_config().vocab_size))
+        model.eval()
+        if numbers is None:
+            numbers = range(first_prompt, first_prompt + len(prompts))
+        done = Done(self._config.dar_k, on_group)
+        # One autocast context round the whole loop: inside it, each weight is cast only once.
+        with autocast(next(model.parameters()).device, self._config.half):
+            for part, own in self._parts(prompts, numbers):
+                self._decode(self._prefill(model, part, own), model, step, before_each, done)
+        return [done.rows[row] for row in sorted(done.rows)]
+
+    def _parts(
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> Iterator[tuple[Sequence[Sequence[int]], Sequence[int]]]:
+        longest = max(map(len, prompts), default=0) + self._config.max_new_tokens
+        rows = max(1, min(MAX_ROWS, MAX_CACHED_TOKENS // longest))
+        count = max(1, rows // self._config.dar_k)
+        for first in range(0, len(prompts), count):
+            yield prompts[first : first + count], numbers[first : first + count]
+
+    def _prefill(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> tuple[_Batch, Tensor]:
+        """Read the prompts once and repeat what was read for the K completions of each."""
+        k, device = self._config.dar_k, next(model.parameters()).device
+        inputs = self._collate([TokenPair(ids, ()) for ids in prompts])
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        cache = DynamicCache(config=model.config)
+        logits_PV = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        cache.batch_repeat_interleave(k)
+        budgets = [
+            min(self._config.max_new_tokens, self._max_length - len(ids))
+            for ids in prompts
+            for _ in range(k)
+        ]
+        attention_BT = inputs["attention_mask"].repeat_interleave(k, dim=0)
+        ones_BT = attention_BT.new_ones(len(budgets), max(budgets))
+        seen_BV = None
+        if self._config.repetition_penalty != 1:
+            seen_PV = torch.zeros_like(logits_PV, dtype=torch.int8)
+            seen_PV.scatter_reduce_(
+                1, inputs["input_ids"], inputs["attention_mask"].to(torch.int8), "amax"
+            )
+            seen_BV = seen_PV.bool().repeat_interleave(k, dim=0)
+        rows = [number * k + i for number in numbers for i in range(k)]
+        batch = _Batch(
+            rows=rows,
+            written=[[] for _ in rows],
+            budgets=budgets,
+            cache=cache,
+            attention_BT=torch.cat([attention_BT, ones_BT], dim=1),
+            positions_B=attention_BT.sum(dim=1),
+            seen_BV=seen_BV,
+            logp_sums_B=torch.zeros(len(rows), device=device, dtype=raised(logits_PV).dtype),
+        )
+        return batch, logits_PV.repeat_interleave(k, dim=0)
+
+    def _decode(
+        self,
+        start: tuple[_Batch, Tensor],
+        model: LanguageModel,
+        step: int,
+        before_each: Callable[[], None],
+        done: Done,
+    ) -> None:
+        batch, logits_BV = start
+        prompt_width = batch.cache.get_seq_length()
+        noise_BN = torch.empty(0)
+        for position in range(max(batch.budgets)):
+            offset = position % NOISE_BLOCK
+            if offset == 0:
+                noise_BN = uniforms(
+                    self._config.seed, step, batch.rows, position // NOISE_BLOCK
+                ).to(logits_BV.device)
+            if position % 16 == 0:
+                before_each()
+            tokens_B, logps_B = draw(self._law(logits_BV, batch.seen_BV), noise_BN[:, offset])
+            if self._config.behavior == "policy":
+                policy_BV = raised(logits_BV).log_softmax(dim=-1)
+                logps_B = policy_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+            batch.logp_sums_B += logps_B
+            if batch.seen_BV is not None:
+                batch.seen_BV.scatter_(1, tokens_B.unsqueeze(1), value=True)
+            kept = self._finish(batch, tokens_B.tolist(), done)
+            if not kept:
+                return
+            if len(kept) < len(batch.rows):
+                batch.keep(kept)
+                index = torch.tensor(kept, device=tokens_B.device)
+                tokens_B, noise_BN = tokens_B[index], noise_BN[index]
+            logits_BV = self._read(model, batch, tokens_B, width=prompt_width + position + 1)
+
+    def _read(self, model: LanguageModel, batch: _Batch, tokens_B: Tensor, *, width: int) -> Tensor:
+        """Logits ``[B, V]`` after one more token of each row; ``width`` columns have been written then."""
+        logits_BV: Tensor = model(
+            input_ids=tokens_B.unsqueeze(1),
+            attention_mask=batch.attention_BT[:, :width],
+            position_ids=batch.positions_B.unsqueeze(1),
+            past_key_values=batch.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        batch.positions_B = batch.positions_B + 1
+        return logits_BV
+
+    def _law(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
+        scores_BV = raised(logits_BV)
+        if self._impossible is not None and self._impossible < scores_BV.shape[1]:
+            scores_BV = scores_BV.clone()
+            scores_BV[:, self._impossible] = -torch.inf
+        if seen_BV is not None:
+            # transformers' own processor reads the padded prompt, and so would penalise the padding token, which in many
+            # models is the end-of-sequence token.
+            penalty = self._config.repetition_penalty
+            penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
+            scores_BV = torch.where(seen_BV, penalised_BV, scores_BV)
+        for warper in self._warpers:
+            scores_BV = warper(scores_BV, scores_BV)  # none of them reads its first argument
+        return scores_BV
+
+    def _finish(self, batch: _Batch, tokens: list[int], done: Done) -> list[int]:
+        """Take in one token per row; returns the places of the rows that go on."""
+        ended: list[tuple[int, FinishReason]] = []
+        kept: list[int] = []
+        for place, (token, written) in enumerate(zip(tokens, batch.written, strict=True)):
+            written.append(token)
+            if token in self._eos_ids or self._has_stopped(written):
+                ended.append((place, "stop"))
+            elif len(written) == batch.budgets[place]:
+                ended.append((place, "length"))
+            else:
+                kept.append(place)
+        if ended:
+            sums = batch.logp_sums_B.tolist()
+            for place, reason in ended:
+                if not np.isfinite(sums[place]):
+                    raise TrainingError(
+                        "the policy gives probabilities that are no numbers, so nothing can be sampled; "
+                        "lower learning_rate or max_grad_norm, or raise beta"
+                    )
+                done.add(batch.rows[place], Completion(batch.written[place], sums[place], reason))
+        return kept
+
+    def _has_stopped(self, written: list[int]) -> bool:
+        if not self._config.stop:
+            return False
+        tail = self._tokenizer.decode(written[-self._stop_window :], skip_special_tokens=True)
+        return any(stop in tail for stop in self._config.stop)

@@ -1,0 +1,159 @@
+"""From what a command line names to a trainer with everything loaded."""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from pydantic import ValidationError
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+
+from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.protocol.spec import LoraSpec
+from dar.rewards.functions import RewardFunction
+from dar.settings import Settings
+from dar.training.config.config import DARConfig
+from dar.training.data.sets import is_one_split, open_rows
+from dar.training.model import loading
+from dar.training.report.sink import Control, Sink
+from dar.training.script.flags import ScriptArguments
+from dar.training.trainer import DARTrainer
+
+
+def build(
+    script: ScriptArguments,
+    config: DARConfig,
+    settings: Settings,
+    sink: Sink,
+    control: Control,
+) -> DARTrainer:
+    """The trainer of a command line, with everything loaded.
+
+    Raises:
+        DARError: Something cannot be loaded, or cannot work together.
+    """
+    assert script.model_name_or_path
+    assert script.dataset_name
+    offline = settings.is_offline
+    rows = open_rows(
+        script.dataset_name,
+        split=script.dataset_train_split,
+        config=script.dataset_config,
+        is_offline=offline,
+    )
+    functions: list[RewardFunction | str] = [
+        *map(imported_function, script.reward_function),
+        *script.reward_url,
+    ]
+    evaluated: dict[str, Any] = {}
+    if config.is_evaluating:
+        if script.eval_dataset_name is None and is_one_split(
+            Path(script.dataset_name).expanduser()
+        ):
+            raise InvalidRequestError(
+                f"{script.dataset_name} is one split, which is trained on; name other prompts with --eval_dataset_name to "
+                "evaluate",
+                param="eval_dataset_name",
+            )
+        evaluated["eval_dataset"] = open_rows(
+            script.eval_dataset_name or script.dataset_name,
+            split=script.dataset_test_split,
+            config=script.dataset_config,
+            is_offline=offline,
+        )
+    trainer = DARTrainer(
+        _model(script, config, is_offline=offline),
+        config,
+        rows,
+        functions or None,
+        reward_model=list(script.reward_model_name_or_path) or None,
+        reward_weights=script.reward_weights or None,
+        reward_secret=settings.secret_from(settings.reward_secret, "reward_secret"),
+        processing_class=loading.load_tokenizer(script.model_name_or_path, is_offline=offline),
+        peft_config=_adapter(script),
+        sink=sink,
+        control=control,
+        is_offline=offline,
+        **evaluated,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def imported_function(name: str) -> RewardFunction:
+    """The function that ``module:function`` names; modules of the working directory are found too.
+
+    Raises:
+        InvalidRequestError: There is none.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise InvalidRequestError(
+            f"--reward_function is {name!r}, but must be module:function", param="reward_function"
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError) as error:
+        raise InvalidRequestError(
+            f"--reward_function {name}: {error}", param="reward_function"
+        ) from error
+    if not callable(function):
+        raise InvalidRequestError(
+            f"--reward_function {name} is a {type(function).__name__}, not a function",
+            param="reward_function",
+        )
+    found: RewardFunction = function
+    return found
+
+
+def config_of(values: Mapping[str, Any]) -> DARConfig:
+    """Arguments of a trainer that speaks through a sink of ours.
+
+    Raises:
+        InvalidRequestError: A value cannot be used.
+    """
+    quiet: dict[str, Any] = {"log_level": "error", "disable_tqdm": True}
+    try:
+        return DARConfig(**{**quiet, **values})
+    except (ValueError, TypeError) as error:  # transformers' own checks
+        raise InvalidRequestError(str(error)) from error
+
+
+def _model(script: ScriptArguments, config: DARConfig, *, is_offline: bool) -> PreTrainedModel:
+    assert script.model_name_or_path
+    is_half = script.use_peft and config.bf16
+    dtype = getattr(torch, script.dtype or ("bfloat16" if is_half else "float32"))
+    try:
+        return loading.load_model(script.model_name_or_path, dtype=dtype, is_offline=is_offline)
+    except OSError as error:
+        raise ServiceUnavailableError(
+            f"the hub cannot be reached to load the model {script.model_name_or_path!r}: {error}; give a folder, or try again "
+            "with a connection",
+            code="hub_unreachable",
+        ) from error
+
+
+def _adapter(script: ScriptArguments) -> LoraConfig | None:
+    if not script.use_peft:
+        return None
+    modules = script.lora_target_modules
+    try:
+        spec = LoraSpec(
+            type="lora",
+            r=script.lora_r,
+            lora_alpha=script.lora_alpha,
+            lora_dropout=script.lora_dropout,
+            target_modules=modules[0] if len(modules) == 1 else modules,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequestError(f"--{first['loc'][0]}: {first['msg']}") from None
+    return loading.lora_config(spec)

@@ -1,0 +1,63 @@
+"""``dar train --dry_run``: everything is loaded, two prompts are sampled and scored, nothing is written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dar.errors import RewardContractError
+from dar.training.report.console import samples_table, show_facts, size
+from dar.training.step.metrics import sample_rows
+from dar.training.step.records import ScoredStep
+from dar.training.trainer import DARTrainer
+
+PREVIEWED_PROMPTS = 2
+
+
+def show_preview(
+    trainer: DARTrainer, step: ScoredStep, console: Console, given: Mapping[str, Any]
+) -> None:
+    """Say what the first prompts gave, and what a run would do.
+
+    Args:
+        trainer: That would run.
+        step: What its preview gave.
+        console: Where to write.
+        given: Arguments as they were given; those of the trainer write nothing.
+
+    Raises:
+        RewardContractError: A completion got no reward.
+    """
+    console.print("[bold]What the first prompts give[/bold]")
+    console.print(samples_table(sample_rows(step)))
+    show_facts(console, "What a run would do (nothing was written)", _facts(trainer, given))
+    failed = [reward for reward in step.rewards if reward.status == "error"]
+    if failed:
+        raise RewardContractError(
+            f"{len(failed)} of {len(step.rewards)} completions got no reward: {failed[0].message}"
+        )
+
+
+def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
+    config, memory, rows = trainer.args, trainer.memory(), len(trainer.train_dataset)
+    prompts = config.prompts_per_step
+    output = str(given["output_dir"])
+    facts = {
+        "steps": f"{config.max_steps}: {config.max_steps * prompts / rows:.3g} passes over {rows:,} rows",
+        "memory": " + ".join(f"{size(count)} {name}" for name, count in memory.items())
+        + f" = {size(sum(memory.values()))}, and activations",
+        "writes to": output + (", checkpoints too" if config.save_strategy != "no" else ""),
+    }
+    if trainer.reward_names:
+        completions = prompts * config.dar_k
+        facts |= {
+            "each step": f"{prompts} prompts, {completions} completions, at most {completions * config.max_new_tokens:,} new tokens",
+            "rewards": ", ".join(trainer.reward_names),
+        }
+    else:
+        facts |= {"each step": f"{prompts} prompts with the completions and rewards of the data"}
+    if given.get("push_to_hub"):
+        facts["pushes to"] = str(given.get("hub_model_id") or Path(output).absolute().name)
+    order = ("steps", "each step", "rewards", "memory", "writes to", "pushes to")
+    return {label: facts[label] for label in order if label in facts}

@@ -1,0 +1,94 @@
+"""`Pipeline`: what is sampled when. With ``overlap="one_step"`` the step after next to be trained is sampled before the next is trained.
+
+    none, stream     sample 1 | train 1 | sample 2 | train 2 | …
+    one_step         sample 1 | sample 2 | train 1 | sample 3 | train 2 | …
+
+So while step n + 1 is sampled and step n - 1 trained, the rewards of step n have all that time to come. The price: step n + 1 is
+sampled by the policy of one update less.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from dar.protocol.spec import Overlap
+from dar.training.sampling.completions import Completion
+from dar.training.step.parts import StepInProgress
+
+
+class BeginningSource(Protocol):
+    """Gives steps whose rewards may still come."""
+
+    def begin(
+        self, number: int, *, staleness: int = 0, stored: Sequence[Completion] | None = None
+    ) -> StepInProgress:
+        """Sample step ``number``, or take its completions from ``stored``, and ask for its rewards.
+
+        Raises:
+            StopRequestedError: A stop was requested meanwhile; what was sampled for it is dropped.
+        """
+        ...
+
+
+class Pipeline:
+    """Gives the steps of a run in order.
+
+    Args:
+        source: Begins them.
+        overlap: Whether one step is sampled ahead.
+        last_step: The last of the run.
+    """
+
+    def __init__(self, source: BeginningSource, *, overlap: Overlap, last_step: int) -> None:
+        self._source = source
+        self._is_ahead = overlap == "one_step"
+        self._last_step = last_step
+        self._ahead: StepInProgress | None = None
+        self._state: dict[str, Any] | None = None
+
+    def take(self, number: int) -> StepInProgress:
+        """Step ``number``, sampled; its rewards may still come. What was sampled in this call is in its times.
+
+        Raises:
+            StopRequestedError: A stop was requested meanwhile; what was sampled is dropped, but `state` is still that of the
+                last step edge, so that a checkpoint of now goes on from there.
+        """
+        ahead, self._ahead = self._ahead, None
+        taken = ahead or self._begin(number)
+        if ahead is not None:
+            ahead.step.seconds = {}
+            ahead.step.idle_generation_seconds = 0.0
+        if self._is_ahead and number < self._last_step:
+            self._ahead = self._source.begin(number + 1, staleness=1)
+            for name, seconds in self._ahead.step.seconds.items():
+                taken.step.seconds[name] = taken.step.seconds.get(name, 0.0) + seconds
+            taken.step.idle_generation_seconds += self._ahead.step.idle_generation_seconds
+        return taken
+
+    def _begin(self, number: int) -> StepInProgress:
+        if self._state is None or self._state["step"] != number:
+            return self._source.begin(number)
+        stored = [
+            Completion(ids, logp, finish_reason)
+            for ids, logp, finish_reason in self._state["completions"]
+        ]
+        return self._source.begin(number, staleness=self._state["staleness"], stored=stored)
+
+    def end(self) -> None:
+        """Say that the step that was taken is trained: a checkpoint from now on begins with the next."""
+        self._state = None
+        if self._ahead is not None:
+            self._state = {
+                "step": self._ahead.step.number,
+                "staleness": self._ahead.step.staleness,
+                "completions": [
+                    [list(one.ids), one.logp, one.finish_reason] for one in self._ahead.sampled
+                ],
+            }
+
+    def state(self) -> dict[str, Any] | None:
+        """What was sampled and not trained at the last step edge, as JSON; an older policy has sampled it."""
+        return self._state
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `state` gave."""
+        self._state = state
