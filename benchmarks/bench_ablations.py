@@ -19,8 +19,8 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from dar.cli.demo import base_folder, make_base
-from dar.cli.demo_screen import Screen
+from dar.demo.demo import base_folder, make_base
+from dar.demo.screen import Screen
 from dar.settings import load_settings
 from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.config.config import preset_values

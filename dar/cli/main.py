@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from dar.cli.demo_tasks import TASKS, TaskName
-from dar.cli.reward import reward_app
+from dar.cli.reward.main import reward_app
+from dar.demo.tasks import TASKS, TaskName
 from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
 from dar.version import __version__
 
@@ -87,7 +87,7 @@ def demo(
     weights and samples them. Exits with 0 only if the mean reward of fresh samples rose by more than 0.4; with
     ``--task brackets``, only if the model ends near the optimum.
     """
-    import_module("dar.cli.demo").run(home=home, as_json=json, task=TASKS[task])
+    import_module("dar.demo.demo").run(home=home, as_json=json, task=TASKS[task])
 
 
 @app.command()

@@ -1,7 +1,7 @@
 import dataclasses
 
-from dar.cli.demo_brackets import Verdict, plot
-from dar.cli.demo_tasks import BRACKETS, TASKS
+from dar.demo.brackets import Verdict, plot
+from dar.demo.tasks import BRACKETS, TASKS
 from dar.protocol.spec import DARSpec
 from dar.training.demo.trial import SETTINGS
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 from jsonschema import Draft202012Validator
 
-from dar.cli.reward import reward_app
+from dar.cli.reward.main import reward_app
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.functions import as_results
 from dar.rewards.scoring.scorer import scorer_from_functions

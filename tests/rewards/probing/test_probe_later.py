@@ -8,7 +8,7 @@ import httpx2
 import orjson
 import pytest
 
-from dar.cli.reward_listener import listening
+from dar.cli.reward.listener import listening
 from dar.rewards.probe.callbacks import ProbeInbox
 
 Probe = Callable[..., Any]

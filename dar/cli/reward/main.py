@@ -91,7 +91,7 @@ def check(
     Sends up to 36 requests, 20 of them full ones at full concurrency; with --light at most 6. Exits with 0 if a job could use the
     service, with 1 if not, and with 2 if the command line is wrong.
     """
-    body = import_module("dar.cli.reward_check")
+    body = import_module("dar.cli.reward.check")
     options = body.Options(
         secret_file=secret_file,
         is_unsigned=unsigned,
@@ -177,7 +177,7 @@ def serve(
         "answer_within_seconds": answer_within,
         "stop_seconds": stop_seconds,
     }
-    import_module("dar.cli.reward_serve").run(
+    import_module("dar.cli.reward.serve").run(
         target,
         host=host,
         port=port,

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from dar.cli.demo_screen import Screen
 from dar.client import Client
+from dar.demo.screen import Screen
 
 MOST_REWARD_OFF = 0.05
 """The demo has failed when E[r] is farther from the optimum's."""

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from dar.cli import demo_brackets
-from dar.cli.demo_screen import Scores, Screen, show_next, show_samples
-from dar.cli.demo_session import Session, StartedProcess, Stopwatch
-from dar.cli.demo_tasks import BRACKETS, REVIEWS, DemoTask
 from dar.cli.launch import require
 from dar.cli.up import free_port
 from dar.client import Client
+from dar.demo import brackets
+from dar.demo.screen import Scores, Screen, show_next, show_samples
+from dar.demo.session import Session, StartedProcess, Stopwatch
+from dar.demo.tasks import BRACKETS, REVIEWS, DemoTask
 from dar.errors import DARError, TrainingError
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
@@ -170,7 +170,7 @@ def start_all(session: Session, settings: Settings) -> tuple[str, StartedProcess
 def start_reward_service(session: Session, task: DemoTask) -> str:
     """Start the demo's reward service and wait for it; returns its URL."""
     port = free_port()
-    command = [sys.executable, "-m", "dar.cli.demo_reward", "--port", str(port)]
+    command = [sys.executable, "-m", "dar.demo.reward", "--port", str(port)]
     command += ["--task", task.name]
     started = session.start("demo-reward", command)
     session.wait_for(f"http://127.0.0.1:{port}/healthz", started)
@@ -238,14 +238,14 @@ def compare_exactly(
     screen: Screen, folders: Sequence[Path], rewards: Sequence[float], task: DemoTask
 ) -> Outcome:
     """Compare both models with the optimum, which is known for brackets."""
-    verdict = demo_brackets.judge(folders, task.spec["hyperparameters"])
-    demo_brackets.show(screen, rewards, verdict)
+    verdict = brackets.judge(folders, task.spec["hyperparameters"])
+    brackets.show(screen, rewards, verdict)
     exact = {name: round(value, 4) for name, value in verdict.after.items()}
     return Outcome(
         verdict=str(verdict),
         is_good=verdict.is_near,
-        expected=f"a reward within {demo_brackets.MOST_REWARD_OFF} of the optimum's and at most "
-        f"{demo_brackets.MOST_KL_OFF} nats were expected",
+        expected=f"a reward within {brackets.MOST_REWARD_OFF} of the optimum's and at most "
+        f"{brackets.MOST_KL_OFF} nats were expected",
         facts={
             "reward_before": round(verdict.before["reward"], 4),
             "reward_after": exact["reward"],
@@ -286,7 +286,7 @@ def run(*, home: Path | None, as_json: bool, task: DemoTask = REVIEWS) -> None:
                 job = train(screen, client, base / "prompts.jsonl", reward_url, task)
             weights = settings.home / "demo" / job.id
             download(screen, client, job, weights)
-            rewards = demo_brackets.rewards_of(client, job.id)
+            rewards = brackets.rewards_of(client, job.id)
         folders = [base / "model", weights]
         if task is BRACKETS:
             outcome = compare_exactly(screen, folders, rewards, task)

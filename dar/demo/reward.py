@@ -28,7 +28,7 @@ REWARDS = {"reviews": positivity, "brackets": balanced}
 
 def main() -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser(prog="python -m dar.cli.demo_reward", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dar.demo.reward", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--task", choices=REWARDS, default="reviews")
     arguments = parser.parse_args()

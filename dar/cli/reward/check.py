@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from dar.cli.reward_listener import listening
-from dar.cli.reward_screen import Screen
+from dar.cli.reward.listener import listening
+from dar.cli.reward.screen import Screen
 from dar.client import Client
 from dar.errors import ConfigurationError
 from dar.protocol.reward_endpoints import ProbeSample
