@@ -12,9 +12,10 @@ from fastapi import FastAPI
 
 from dar.errors import DARError
 from dar.settings import Settings, load_settings
-from service import keys, log, migrate
+from service import keys, migrate
 from service.app import create_app, prepare
-from service.secrets import SecretBox
+from service.http import log
+from service.rewards.secrets import SecretBox
 from service.store import reward_secrets
 from service.store.database import Database
 

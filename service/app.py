@@ -15,7 +15,7 @@ from dar.protocol import spec, worker
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.settings import Settings
 from dar.version import __version__
-from service import auth, errors, keys, migrate
+from service import keys, migrate
 from service.api import (
     checkpoints,
     events,
@@ -36,18 +36,19 @@ from service.api import (
     uploads,
 )
 from service.artifacts import Artifacts
+from service.background.notifier import Notifier
+from service.background.reconciler import Reconciler
+from service.background.waker import Waker
 from service.callbacks import Callbacks
-from service.log import RequestMiddleware
-from service.notifier import Notifier
-from service.reconciler import Reconciler
-from service.reward_watch import RewardWatch
+from service.http import auth, errors
+from service.http.log import RequestMiddleware
+from service.rewards.secrets import SecretBox
+from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
-from service.secrets import SecretBox
 from service.store import jobs as jobs_store
 from service.store import metrics as metrics_store
 from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
-from service.waker import Waker
 
 ROUTERS = (
     *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
@@ -133,7 +134,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the bodies that `service.limits.body_of` reads."""
+    """The OpenAPI document, with the bodies that `service.http.bodies.body_of` reads."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, bodies = models_json_schema(

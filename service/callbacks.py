@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 
-from service.rationing import FailureThrottle
+from service.http.rate_limits import FailureThrottle
 
 OUTCOMES = (
     "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "refused", "unsupported", "too_large",

@@ -17,7 +17,7 @@ from ulid import ULID
 
 from dar.errors import ConfigurationError
 from dar.settings import Settings
-from service import secrets as secrets_
+from service.rewards import secrets as secrets_
 from service.store import keys, reward_secrets
 from service.store.database import Database
 

@@ -8,14 +8,14 @@ from fastapi import Depends, Request
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.settings import Settings
 from service.artifacts import Artifacts
+from service.background.notifier import Notifier
+from service.background.waker import Waker
 from service.callbacks import Callbacks
-from service.notifier import Notifier
-from service.probing import Remembered
-from service.rationing import Throttle
-from service.secrets import SecretBox
+from service.http.rate_limits import Throttle
+from service.rewards.probing import Remembered
+from service.rewards.secrets import SecretBox
 from service.store.database import Database
 from service.telemetry import Telemetry
-from service.waker import Waker
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ def start_all(
         name="service",
         command=[*python, "service", "serve"],
         environment=environment(**shared),
-        log=home / "logs" / "service.log",
+        log=home / "logs" / "service.http.log",
     )
     processes.start(service)
     is_ready = partial(answers, f"{url}/readyz")

@@ -6,10 +6,10 @@ from starlette.responses import Response
 from dar.errors import NotFoundError
 from dar.protocol.base import Page
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Checkpoint
-from service import downloads
 from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
-from service.auth import Reader
+from service.http import downloads
+from service.http.auth import Reader
 from service.runtime import CurrentRuntime
 from service.store import checkpoints, jobs, tables
 

@@ -6,7 +6,7 @@ from dar.protocol.base import Page
 from dar.protocol.events import Event
 from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
-from service.auth import Reader
+from service.http.auth import Reader
 from service.runtime import CurrentRuntime
 from service.store import events, jobs, tables
 

@@ -12,10 +12,11 @@ from dar.errors import InvalidRequestError, UnsupportedMediaTypeError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.files import File
 from dar.protocol.ids import new_id
-from service import datasets, downloads
 from service.api.paging import PageCursor, envelope, seconds
-from service.auth import Reader, Submitter, User
-from service.limits import NUL, limited
+from service.http import downloads
+from service.http.auth import Reader, Submitter, User
+from service.http.bodies import NUL, limited
+from service.jobs import datasets
 from service.runtime import CurrentRuntime, Runtime
 from service.store import files, tables
 

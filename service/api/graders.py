@@ -27,10 +27,10 @@ from dar.rewards.base import RewardContext, RewardSample, SampleReward
 from dar.rewards.from_spec import scorer_from_spec
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.http.redaction import Redactor
-from service import endpoints
 from service.api.reward_endpoints import component_of
-from service.auth import Submitter, User
-from service.limits import body_of, schema_of
+from service.http.auth import Submitter, User
+from service.http.bodies import body_of, schema_of
+from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_endpoints
 

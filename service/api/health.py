@@ -6,7 +6,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dar.protocol.health import Health, Ready
 from dar.version import __version__
-from service import auth, migrate
+from service import migrate
+from service.http import auth
 from service.runtime import CurrentRuntime, Runtime
 
 router = APIRouter(tags=["health"])

@@ -13,9 +13,10 @@ from dar.errors import NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import REWARD_MODELS, InputFile, Inputs, ModelSource
-from service import downloads, models
 from service.api.checkpoints import entries
-from service.auth import LeaseHolder
+from service.http import downloads
+from service.http.auth import LeaseHolder
+from service.jobs import models
 from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, fence, files, tables
 from service.store.database import Transaction

@@ -13,10 +13,12 @@ from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
-from service import errors, probing, submission
 from service.api.paging import PageCursor, envelope, seconds
-from service.auth import Reader, Submitter
-from service.limits import body_of, schema_of
+from service.http import errors
+from service.http.auth import Reader, Submitter
+from service.http.bodies import body_of, schema_of
+from service.jobs import submission
+from service.rewards import probing
 from service.runtime import CurrentRuntime
 from service.store import jobs, tables
 

@@ -33,10 +33,12 @@ from dar.protocol.worker import (
     Outcome,
     Release,
 )
-from service import endpoints, errors, keys
-from service.auth import LeaseHolder, LeaseSender, Worker
-from service.directives import ONCE, Told, Wanted
-from service.limits import MAX_EXACT, body_of, schema_of
+from service import keys
+from service.background.directives import ONCE, Told, Wanted
+from service.http import errors
+from service.http.auth import LeaseHolder, LeaseSender, Worker
+from service.http.bodies import MAX_EXACT, body_of, schema_of
+from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import events, fence, leases, outcomes, reward_requests, rows
 from service.store.database import Transaction

@@ -12,7 +12,7 @@ from dar.protocol.metrics import METRICS, MetricName, Metrics, is_known
 from dar.protocol.status import TERMINAL
 from service.api.jobs import PATH
 from service.api.paging import whole
-from service.auth import Reader
+from service.http.auth import Reader
 from service.runtime import CurrentRuntime
 from service.store import jobs, metrics
 

@@ -4,9 +4,9 @@ from fastapi import APIRouter
 
 from dar.protocol.base import Page
 from dar.protocol.models import Model
-from service import models
 from service.api.paging import whole
-from service.auth import Reader
+from service.http.auth import Reader
+from service.jobs import models
 from service.runtime import CurrentRuntime
 
 router = APIRouter(prefix="/v1/models", tags=["models"])

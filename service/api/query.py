@@ -7,8 +7,8 @@ from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 
 from dar.errors import Problem
-from service import auth, errors
-from service.limits import NUL
+from service.http import auth, errors
+from service.http.bodies import NUL
 from service.runtime import CurrentRuntime
 
 

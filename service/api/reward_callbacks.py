@@ -23,7 +23,8 @@ from dar.protocol.reward_callbacks import CallbackAnswer
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, decode_result, is_own_request
 from dar.protocol.spec import JobSpec
 from dar.rewards.http.signing import decode_secret, verify
-from service import endpoints, limits
+from service.http import bodies
+from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_requests
 from service.store.tables import Job, RewardRequest
@@ -107,7 +108,7 @@ async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> by
     try:
         chunks = [
             chunk
-            async for chunk in limits.limited(request.stream(), MAX_RESPONSE_BYTES, "callback")
+            async for chunk in bodies.limited(request.stream(), MAX_RESPONSE_BYTES, "callback")
         ]
     except DARError:
         runtime.callbacks.count("too_large")

@@ -33,10 +33,12 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import EgressPolicy, check_url
 from dar.rewards.http.signing import decode_secret
 from dar.rewards.probe.run import ProbeTarget, as_samples
-from service import endpoints, errors, keys, probing
+from service import keys
 from service.api.paging import PageCursor, envelope, seconds
-from service.auth import Reader, Submitter, User
-from service.limits import body_of, schema_of
+from service.http import errors
+from service.http.auth import Reader, Submitter, User
+from service.http.bodies import body_of, schema_of
+from service.rewards import endpoints, probing
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_endpoints, reward_secrets, tables
 from service.store.database import Transaction

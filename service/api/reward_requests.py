@@ -12,8 +12,8 @@ from dar.protocol.worker import (
     RewardRequestState,
     RewardRequestStates,
 )
-from service.auth import LeaseHolder
-from service.limits import body_of, schema_of
+from service.http.auth import LeaseHolder
+from service.http.bodies import body_of, schema_of
 from service.runtime import CurrentRuntime
 from service.store import fence, reward_requests
 from service.store.database import Transaction

@@ -9,7 +9,7 @@ from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.reward_stats import FAMILIES, ComponentStats, RewardFailure, RewardStats
 from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
-from service.auth import Reader
+from service.http.auth import Reader
 from service.runtime import CurrentRuntime
 from service.store import jobs, metrics, reward_failures, tables
 

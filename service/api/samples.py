@@ -9,7 +9,7 @@ from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.samples import Sample
 from service.api.jobs import PATH
 from service.api.paging import MAX_LIMIT, envelope, seconds
-from service.auth import Reader
+from service.http.auth import Reader
 from service.runtime import CurrentRuntime
 from service.store import jobs, samples, tables
 from service.store.paging import Slice

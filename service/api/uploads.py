@@ -11,8 +11,8 @@ from dar.protocol.base import MAX_COUNT
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 from dar.protocol.worker import AttemptOf, CheckpointUpload, RegisterCheckpoint
 from service import artifacts
-from service.auth import LeaseHolder
-from service.limits import MAX_EXACT, body_of, limited, schema_of
+from service.http.auth import LeaseHolder
+from service.http.bodies import MAX_EXACT, body_of, limited, schema_of
 from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, fence, tables
 

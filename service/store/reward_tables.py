@@ -35,7 +35,7 @@ class RewardEndpoint(Base):
 
 
 class RewardSecret(Base):
-    """A secret of an endpoint, encrypted (`service.secrets`)."""
+    """A secret of an endpoint, encrypted (`service.rewards.secrets`)."""
 
     __tablename__ = "reward_secrets"
     __table_args__ = (

@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import logging
-from service import log
+from service.http import log
 
 def fail():
     token = "dar-sk-do-not-" + "show-me"

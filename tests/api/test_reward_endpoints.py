@@ -11,7 +11,7 @@ import pytest
 import structlog
 from sqlalchemy import text
 
-from service import log
+from service.http import log
 
 PATH = "/v1/reward_endpoints"
 JOBS = "/v1/fine_tuning/jobs"

@@ -15,7 +15,7 @@ import pytest
 from dar.client import Client
 from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
-from service import probing
+from service.rewards import probing
 
 PATH = "/v1/reward_endpoints"
 JOBS = "/v1/fine_tuning/jobs"

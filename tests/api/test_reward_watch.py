@@ -18,7 +18,7 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample
-from service.reward_watch import RewardWatch
+from service.rewards.watch import RewardWatch
 from service.store import reward_pauses
 from service.store.tables import Job
 
@@ -190,7 +190,7 @@ def test_a_slow_service_has_the_time_that_its_job_allows(
 def test_a_look_has_an_end_whatever_its_job_allows(
     live: Any, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.reward_watch.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("service.rewards.watch.PROBE_SECONDS", 0.2)
     judge.pause_seconds = 1.0
     job_id = paused({"name": "letters", "url": judge.url, "timeouts": {"attempt": 3600}})
     make_due(live)
@@ -201,7 +201,7 @@ def test_a_look_has_an_end_whatever_its_job_allows(
 def test_a_service_that_accepts_a_request_is_back_before_its_result_comes(
     live: Any, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.reward_watch.PROBE_SECONDS", 5.0)
+    monkeypatch.setattr("service.rewards.watch.PROBE_SECONDS", 5.0)
     job_id = paused({"name": "letters", "url": judge.url, "reply": "either"})
     watch = RewardWatch(live.runtime)
     judge.accepts_as = lambda _request_id: "rwr_of_somebody_else"
@@ -332,7 +332,7 @@ def test_a_job_goes_on_while_another_one_is_still_being_looked_at(
 def test_a_refusal_and_a_hanging_service_hold_up_no_other_job(
     live: Any, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.reward_watch.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("service.rewards.watch.PROBE_SECONDS", 0.2)
     names = ("hangs", "refuses", "fine")
     ids = {name: paused({"name": name, "url": f"http://127.0.0.1:61999/{name}"}) for name in names}
 

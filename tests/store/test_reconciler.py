@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from service.artifacts import Artifacts
-from service.notifier import Notifier
-from service.reconciler import Reconciler
+from service.background.notifier import Notifier
+from service.background.reconciler import Reconciler
+from service.background.waker import Waker
 from service.store import jobs
 from service.store.tables import File
-from service.waker import Waker
 
 
 class Counter(Waker):

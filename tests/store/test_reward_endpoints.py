@@ -14,8 +14,9 @@ from sqlalchemy import select, text, update
 from dar.errors import ConfigurationError, ConflictError, NotFoundError, SecretUnreadableError
 from dar.protocol.ids import new_id
 from dar.settings import Settings, environment
-from service import keys, secrets
-from service.secrets import SecretBox
+from service import keys
+from service.rewards import secrets
+from service.rewards.secrets import SecretBox
 from service.store import reward_endpoints, reward_secrets
 from service.store import tables as tables_
 from service.store.database import Database

@@ -14,11 +14,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError
 from service.artifacts import Artifacts
-from service.notifier import Notifier
+from service.background.notifier import Notifier
+from service.background.waker import Waker
 from service.store import checkpoints, fence, files, jobs, leases, reward_requests, transitions
 from service.store.database import Database, Transaction
 from service.store.tables import Job
-from service.waker import Waker
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0002

@@ -25,10 +25,12 @@ from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import PATH, check_rewards
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.probe.run import ProbeTarget
-from service import datasets, endpoints, errors, models
-from service.auth import User
-from service.first_prompts import first_prompts
-from service.probing import Try
+from service.http import errors
+from service.http.auth import User
+from service.jobs import datasets, models
+from service.rewards import endpoints
+from service.rewards.first_prompts import first_prompts
+from service.rewards.probing import Try
 from service.runtime import Runtime
 from service.store import checkpoints, files, jobs, reward_endpoints
 from service.store.database import Transaction

@@ -14,7 +14,7 @@ from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from service.directives import Told, Wanted
+from service.background.directives import Told, Wanted
 from service.store import reward_requests
 from service.store.database import Database
 from service.store.tables import Attempt, Job

@@ -24,8 +24,8 @@ from dar.rewards.http.async_results import Inbox, Stored
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.http_reward import HttpReward
 from dar.rewards.scoring.threads import all_of
-from service.endpoints import access_for
-from service.first_prompts import as_sample, first_prompts
+from service.rewards.endpoints import access_for
+from service.rewards.first_prompts import as_sample, first_prompts
 from service.runtime import Runtime
 from service.store import reward_pauses
 from service.store.tables import Job

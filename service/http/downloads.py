@@ -10,8 +10,8 @@ from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from dar.errors import NotFoundError, RangeNotSatisfiableError
-from service import errors
 from service.artifacts import CHUNK_BYTES
+from service.http import errors
 
 _ONE_RANGE = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})$", re.ASCII | re.IGNORECASE)
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.tracebacks import ExceptionDictTransformer
 
 from dar.protocol.ids import new_id
-from service import errors
+from service.http import errors
 
 log = structlog.get_logger()
 _SANE_ID = re.compile(rb"^[A-Za-z0-9_.:-]{1,128}$")

@@ -15,7 +15,7 @@ from dar.errors import (
     Problem,
     UnsupportedMediaTypeError,
 )
-from service import errors
+from service.http import errors
 from service.runtime import Runtime
 
 Model = TypeVar("Model", bound=BaseModel)
