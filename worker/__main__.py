@@ -12,7 +12,7 @@ from worker.app import Process
 from worker.folders import SlotFolder
 from worker.identity import slot_held
 from worker.slot import Slot
-from worker.supervisor import TRAINER_COMMAND
+from worker.supervisor.supervisor import TRAINER_COMMAND
 
 log = structlog.get_logger(__name__)
 

@@ -9,10 +9,10 @@ from dar.errors import AuthenticationError, DARError, PermissionDeniedError
 from dar.protocol.worker import Lease
 from dar.settings import Settings
 from worker.api import Backoff, WorkerClient
+from worker.cleanup import Leftovers, sweep_processes
 from worker.folders import SlotFolder
 from worker.identity import Identity
-from worker.leftovers import Leftovers, sweep_processes
-from worker.supervisor import TRAINER_COMMAND, Supervisor
+from worker.supervisor.supervisor import TRAINER_COMMAND, Supervisor
 
 log = structlog.get_logger(__name__)
 

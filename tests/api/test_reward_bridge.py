@@ -21,8 +21,8 @@ from service.store.tables import RewardRequest
 from worker.api import WorkerClient
 from worker.folders import AttemptFolder
 from worker.launch import RewardNews, RewardNote
-from worker.reward_bridge import RewardBridge
-from worker.state import AttemptState
+from worker.supervisor.reward_bridge import RewardBridge
+from worker.supervisor.state import AttemptState
 
 
 class CountingClient(WorkerClient):

@@ -16,7 +16,7 @@ from pathlib import Path
 from dar.errors import RewardMisconfiguredError, RewardUnavailableError, TrainingError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.samples import SampleRow
-from worker.attempt import How, SpoolSink, StdinControl, leave, main
+from worker.attempt.main import How, SpoolSink, StdinControl, leave, main
 from worker.launch import Launch
 
 

@@ -16,10 +16,10 @@ import pytest
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import RewardRequestState
 from dar.rewards.http.async_results import Stored
+from worker.attempt.inbox import PipeInbox
 from worker.folders import AttemptFolder, AttemptRecord
-from worker.inbox import PipeInbox
 from worker.launch import Launch, Order, RewardNews
-from worker.trainer import TrainerProcess, trainer_environment
+from worker.supervisor.child_process import TrainerProcess, trainer_environment
 
 DEADLINE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 REPLAYING = """

@@ -7,8 +7,8 @@ import pytest
 
 from dar.protocol.worker import Fail, Release
 from worker.launch import ExitCode, Result
-from worker.trainer import TrainerExit
-from worker.verdict import Finished, Reason, judge
+from worker.supervisor.child_process import TrainerExit
+from worker.supervisor.outcome import Finished, Reason, judge
 
 
 def test_a_paused_job_leaves_a_checkpoint_and_its_slot_to_others(installation: Any) -> None:

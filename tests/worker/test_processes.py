@@ -18,8 +18,13 @@ from dar.protocol.worker import ComponentAccess, Fail
 from dar.settings import environment
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import Launch, Order, Result
-from worker.trainer import TrainerExit, TrainerProcess, kill_leftover, trainer_environment
-from worker.verdict import Finished, failure, judge
+from worker.supervisor.child_process import (
+    TrainerExit,
+    TrainerProcess,
+    kill_leftover,
+    trainer_environment,
+)
+from worker.supervisor.outcome import Finished, failure, judge
 
 SECRET = "whsec_c2VjcmV0"
 

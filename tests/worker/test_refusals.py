@@ -10,10 +10,10 @@ import pytest
 
 from dar.protocol.worker import EventRow, Fail
 from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient
+from worker.cleanup import Leftovers
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
-from worker.leftovers import Leftovers
-from worker.sender import SpoolSender
 from worker.spool import SpoolDamagedError, SpoolReader, SpoolWriter
+from worker.supervisor.sender import SpoolSender
 from worker.wire import encode
 
 RECORD = AttemptRecord(lease_id="lease-1", job_id="job-1", attempt=1)

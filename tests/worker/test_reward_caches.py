@@ -11,7 +11,7 @@ from dar.protocol.spec import JobSpec
 from dar.rewards.cache.cache import CachePlace
 from dar.settings import Settings
 from worker.launch import Launch
-from worker.reward_caches import KEPT_SECONDS, RewardCaches
+from worker.supervisor.reward_caches import KEPT_SECONDS, RewardCaches
 
 METHOD = {
     "type": "dar",

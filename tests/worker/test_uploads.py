@@ -16,13 +16,13 @@ import pytest
 from dar.errors import CheckpointError, FencedError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import CheckpointRow, CheckpointUpload, Fail, Lease
-from worker import checkpoints
 from worker.api import Backoff, GaveUpError, WorkerClient, error_of
-from worker.checkpoints import CheckpointUploader
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import Identity
-from worker.inputs import InputError, InputFetcher, safe_path
-from worker.state import AttemptState
+from worker.supervisor import checkpoints
+from worker.supervisor.checkpoints import CheckpointUploader
+from worker.supervisor.inputs import InputError, InputFetcher, safe_path
+from worker.supervisor.state import AttemptState
 
 PART = 256 * 1024
 SIZE = 10 * PART

@@ -10,7 +10,7 @@ from dar.errors import DARError
 from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
 from worker.api import Backoff, WorkerClient
 from worker.folders import read_if_there
-from worker.state import LOST, AttemptState
+from worker.supervisor.state import LOST, AttemptState
 
 log = structlog.get_logger(__name__)
 

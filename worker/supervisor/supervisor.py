@@ -19,19 +19,19 @@ from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
-from worker.checkpoints import CheckpointUploader
 from worker.folders import AttemptRecord, SlotFolder, read_if_there
-from worker.inputs import InputFetcher, LocalInputs
 from worker.launch import ExitCode, Launch, Result
-from worker.renewal import DirectiveListener, Heartbeats
-from worker.reward_bridge import RewardBridge
-from worker.reward_caches import RewardCaches
-from worker.sender import SpoolSender
 from worker.spool import SpoolReader
-from worker.state import LOST, AttemptState
-from worker.stopping import Stopping
-from worker.trainer import TrainerExit, TrainerProcess, trainer_environment
-from worker.verdict import Finished, Reason, Verdict, failure, judge
+from worker.supervisor.checkpoints import CheckpointUploader
+from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
+from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
+from worker.supervisor.inputs import InputFetcher, LocalInputs
+from worker.supervisor.outcome import Finished, Reason, Verdict, failure, judge
+from worker.supervisor.reward_bridge import RewardBridge
+from worker.supervisor.reward_caches import RewardCaches
+from worker.supervisor.sender import SpoolSender
+from worker.supervisor.state import LOST, AttemptState
+from worker.supervisor.stopping import Stopping
 
 log = structlog.get_logger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 from dar.errors import DARError
 from dar.protocol.worker import Fail, Release
 from worker.launch import ExitCode, Result
-from worker.trainer import TrainerExit
+from worker.supervisor.child_process import TrainerExit
 
 Reason = Literal["cancel", "pause", "drain"]
 

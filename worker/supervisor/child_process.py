@@ -41,7 +41,7 @@ def trainer_environment(
         devices: ``CUDA_VISIBLE_DEVICES``; None: all.
         threads: CPU threads of each of its processes.
         is_offline: Whether it may not reach the model hub.
-        processes: Processes that train together; the others get theirs from the first (`worker.siblings`).
+        processes: Processes that train together; the others get theirs from the first (`worker.attempt.siblings`).
     """
     environment = inherited_environment(PASSED_ON) | {
         "PYTHONUNBUFFERED": "1",

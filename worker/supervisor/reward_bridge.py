@@ -17,7 +17,7 @@ from dar.protocol.worker import (
 )
 from worker.api import WorkerClient
 from worker.launch import RewardNews, RewardNote
-from worker.state import AttemptState
+from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
 

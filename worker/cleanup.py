@@ -9,9 +9,9 @@ import structlog
 from dar.errors import ConflictError, DARError
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
-from worker.sender import send_batch
 from worker.spool import SpoolDamagedError, SpooledRow, SpoolReader
-from worker.trainer import kill_leftover
+from worker.supervisor.child_process import kill_leftover
+from worker.supervisor.sender import send_batch
 
 log = structlog.get_logger(__name__)
 

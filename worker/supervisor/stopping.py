@@ -6,9 +6,9 @@ import time
 import structlog
 
 from worker.launch import Order
-from worker.state import AttemptState
-from worker.trainer import TrainerProcess
-from worker.verdict import Reason
+from worker.supervisor.child_process import TrainerProcess
+from worker.supervisor.outcome import Reason
+from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
 

@@ -1,6 +1,6 @@
 """The trainer's end of later rewards: what it says about reward requests goes out on a pipe, results come in on stdin.
 
-The trainer has no credentials for the service, so its supervisor speaks for it (`worker.reward_bridge`).
+The trainer has no credentials for the service, so its supervisor speaks for it (`worker.supervisor.reward_bridge`).
 """
 
 import asyncio

@@ -30,10 +30,10 @@ from dar.protocol.worker import (
     SamplesRow,
 )
 from dar.training.report.sink import NullSink, Sink
+from worker.attempt.inbox import PipeInbox
+from worker.attempt.siblings import Siblings
 from worker.folders import AttemptFolder, write_atomically
-from worker.inbox import PipeInbox
 from worker.launch import ExitCode, Launch, Line, Result, RewardNews
-from worker.siblings import Siblings
 from worker.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
@@ -305,7 +305,3 @@ def leave(code: ExitCode) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    leave(main())

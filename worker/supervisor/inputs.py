@@ -12,7 +12,7 @@ import structlog
 from dar.errors import DARError
 from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
-from worker.state import AttemptState
+from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
 

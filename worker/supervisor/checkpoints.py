@@ -11,7 +11,7 @@ from dar.errors import CheckpointError, ConflictError, FencedError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.worker import CheckpointRow, CheckpointUpload, RegisterCheckpoint
 from worker.api import Backoff, WorkerClient
-from worker.state import AttemptState
+from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
 
