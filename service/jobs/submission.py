@@ -17,7 +17,7 @@ from dar.errors import (
     NotFoundError,
     Problem,
 )
-from dar.protocol import sense
+from dar.protocol import spec_checks
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
@@ -239,7 +239,7 @@ def _new_job(
     transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.Resolved
 ) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
-    if problems := sense.problems_of(spec):
+    if problems := spec_checks.problems_of(spec):
         raise errors.invalid(problems)
     _check_rewards(runtime, rewarded.spec)
     file_id, num_rows = _files_of(transaction, runtime, request)

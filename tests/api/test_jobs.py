@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dar.protocol import sense
+from dar.protocol import spec_checks
 
 PATH = "/v1/fine_tuning/jobs"
 
@@ -99,7 +99,7 @@ def test_a_job_that_was_accepted_before_a_rule_came_is_still_given_out(
 ) -> None:
     dar = {"resources": {"processes": 1, "strategy": "fsdp"}}
     with monkeypatch.context() as patched:
-        patched.setattr(sense, "problems_of", lambda _: [])
+        patched.setattr(spec_checks, "problems_of", lambda _: [])
         job = live.submit(dar=dar)
     lease = live.claim()
     assert lease.body["job_id"] == job["id"]
