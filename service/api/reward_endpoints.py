@@ -29,10 +29,10 @@ from dar.protocol.reward_endpoints import (
     check_options,
 )
 from dar.protocol.reward_probe import ProbeReport
-from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import EgressPolicy, check_url
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.probe.run import ProbeTarget, as_samples
+from dar.rewards.probe.client import ProbeTarget
+from dar.rewards.probe.run import as_samples
 from service import keys
 from service.api.paging import PageCursor, envelope, seconds
 from service.http import errors
@@ -218,12 +218,6 @@ def get_reward_endpoint_stats(
     )
 
 
-def component_of(endpoint: tables.RewardEndpointRow) -> RewardComponent:
-    """An endpoint as a component of its own."""
-    options = {"protocol": endpoint.protocol, **endpoint.options}
-    return RewardComponent.model_validate({"name": "endpoint", "url": endpoint.url, **options})
-
-
 def show(
     endpoint: tables.RewardEndpointRow, secrets: "list[tables.RewardSecretRow]"
 ) -> RewardEndpoint:
@@ -304,7 +298,7 @@ def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id)
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
     guard = EgressPolicy.from_settings(runtime.settings)
-    component = component_of(endpoint)
+    component = endpoints.component_of(endpoint)
     target = ProbeTarget(
         component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
     )

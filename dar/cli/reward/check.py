@@ -22,7 +22,8 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import parse_url
 from dar.rewards.http.redaction import check_headers
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.probe.run import ProbeTarget, as_samples, probe
+from dar.rewards.probe.client import ProbeTarget
+from dar.rewards.probe.run import as_samples, probe
 from dar.settings import load_settings
 
 EXIT_ERRORS = 1
