@@ -191,7 +191,8 @@ class RewardEndpoint(Output):
     revision: int
     """Counts changes of anything but the name, and purges of what was remembered."""
     state: Literal["ok", "misconfigured"]
-    """``misconfigured``: it last refused us for good; a change or a good probe puts it back to ``ok``."""
+    """``misconfigured``: the service last rejected a request or probe, and only a change can help. A
+    change, a passing probe or a reward sets it back to ``ok``."""
     secrets: list[RewardSecret]
 
 
