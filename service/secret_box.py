@@ -75,8 +75,9 @@ class SecretBox:
             content = json.loads(self._fernet.decrypt(token.encode()))
         except (InvalidToken, ValueError):
             raise SecretUnreadableError(
-                f"a secret of reward endpoint {binding.endpoint_id} cannot be decrypted; its operator must give the key "
-                "that it was stored under (DAR_SECRET_KEYS), or its owner sends the secret again"
+                f"a secret of reward endpoint {binding.endpoint_id} cannot be decrypted; "
+                "the operator must add the key that it was stored with (DAR_SECRET_KEYS), or its "
+                "owner must send the secret again"
             ) from None
         value = content.pop("value", None)
         if content != {"v": VERSION, **asdict(binding)} or not isinstance(value, str):

@@ -129,7 +129,7 @@ def access_of(
 
 
 def access_for(runtime: Runtime, job: Job, component: RewardComponent) -> ComponentAccess | None:
-    """Access for the service's own checks; None: no reward service, or its secrets are unreadable."""
+    """Access for the service's own checks; None: no reward service, or unreadable secrets."""
     if component.kind != "http":
         return None
     if component.url is not None:

@@ -27,8 +27,8 @@ from service.store.reward_endpoints import State
 LIGHT_SECONDS = 4.0
 """Time limit of a submission for all its reward services together."""
 REMEMBERED_SECONDS = 30.0
-"""How long a service that passed is not probed again: a sweep submits many jobs with one service."""
-_PASSING = frozenset(
+"""How long a service that passed is not probed again: a sweep submits many jobs with it."""
+_TEMPORARY = frozenset(
     {
         "connect",
         "connect_timeout",
@@ -81,9 +81,9 @@ class Remembered:
             self._until[key] = now + REMEMBERED_SECONDS
 
 
-def is_passing(code: str) -> bool:
-    """Whether a failure may pass before the job starts."""
-    return code in _PASSING or code.startswith("http_5")
+def is_temporary(code: str) -> bool:
+    """Whether a failure may be over before the job starts."""
+    return code in _TEMPORARY or code.startswith("http_5")
 
 
 def state_after(report: ProbeReport) -> State | None:
@@ -111,7 +111,7 @@ async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Prob
     )
     problems: list[Problem] = []
     for one, report in zip(tries, reports, strict=True):
-        lasting = [finding for finding in report.errors if not is_passing(finding.code)]
+        lasting = [finding for finding in report.errors if not is_temporary(finding.code)]
         problems += [_problem(one, finding) for finding in lasting]
         if not lasting:
             remembered.add(one.key)

@@ -41,7 +41,7 @@ PROBE_ROWS: Sequence[Mapping[str, object]] = ({"prompt": "Hello"}, {"prompt": "G
 COMPLETION = "This completion only asks whether rewards are given."
 
 AccessOf = Callable[[Job, RewardComponent], ComponentAccess | None]
-"""Gives the access to a job's component; None: unknown, so that only the user can resume the job."""
+"""Returns the access to a component; None: unknown, so that only the user can resume the job."""
 Probe = Callable[
     [RewardComponent, ComponentAccess, Sequence[RewardSample], RewardContext], Awaitable[bool]
 ]
@@ -57,7 +57,7 @@ async def light_probe(
     guard: EgressPolicy | None = None,
     inbox: ProbeInbox,
 ) -> bool:
-    """Whether the service scores or skips any sample, without retries, within the component's limits.
+    """Whether the service scores or skips any sample; each request is sent once.
 
     A service that accepts the request with a 202 is back: its result may take long, and may arrive
     at another replica.

@@ -1,4 +1,4 @@
-"""Failed requests to reward services: the newest ones of each job, and what they say of endpoints."""
+"""Failed requests to reward services, and the state of endpoints that they show."""
 
 import re
 from collections.abc import Sequence

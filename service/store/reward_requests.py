@@ -1,4 +1,4 @@
-"""Requests to reward services whose results come later: announced by workers, answered by callbacks.
+"""Requests to reward services with later results: announced by workers, answered by callbacks.
 
 Everything here happens under the lock of the job's row. So one of several concurrent callbacks
 wins, and results are numbered in the order of their commits: a reader that has seen a number has
@@ -88,7 +88,7 @@ def announce(
             is_signature_required=is_signature_required,
             is_accepted=False,
             invalid_count=0,
-            told="",
+            reported="",
         )
         transaction.add(row)
         transaction.flush()
@@ -145,7 +145,7 @@ def note_progress(
 
 
 def find(transaction: Transaction, request_id: str) -> RewardRequestRow | None:
-    """The request of this id."""
+    """The request with this id; None if there is none."""
     return transaction.get(RewardRequestRow, request_id)
 
 
@@ -242,15 +242,15 @@ def _consume(transaction: Transaction, row: RewardRequestRow, result: CallbackRe
 MESSAGES = {
     "late": "a result of reward request {id} came too late; it is not used",
     "conflict": "reward request {id} got two different results; the first one counts",
-    "burned": "reward request {id} got {count} invalid results and accepts no more; the last: {error}",
+    "burned": "reward request {id} accepts no more after {count} invalid results; last: {error}",
 }
 
 
 def _append_event_once(transaction: Transaction, row: RewardRequestRow, what: str) -> None:
     """Append an event about a failed callback, the first time that it happens."""
-    if what in row.told.split():
+    if what in row.reported.split():
         return
-    row.told = f"{row.told} {what}".strip()
+    row.reported = f"{row.reported} {what}".strip()
     message = MESSAGES[what].format(id=row.id, count=row.invalid_count, error=row.last_error)
     data = {
         "kind": f"reward_callback_{what}",
@@ -295,7 +295,7 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
 
 
 def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str, int]:
-    """Number of the newest result of each job's running attempt; jobs without results are omitted."""
+    """Number of the newest result of each job's running attempt, if there is one."""
     rows = transaction.execute(
         select(RewardRequestRow.job_id, func.max(RewardRequestRow.result_id))
         .join(Job, and_(Job.id == RewardRequestRow.job_id, Job.attempt == RewardRequestRow.attempt))

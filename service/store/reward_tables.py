@@ -113,7 +113,7 @@ class RewardRequestRow(Base):
     """The body as it was received."""
     invalid_count: Mapped[int] = mapped_column(default=0)
     last_error: Mapped[str | None] = mapped_column(Text)
-    told: Mapped[str] = mapped_column(String(64), default="")
+    reported: Mapped[str] = mapped_column("told", String(64), default="")
     """Failed callbacks that have an event already, as words."""
 
 

@@ -130,7 +130,7 @@ class ProbeInbox:
 
 
 class AcceptanceInbox:
-    """Passes everything on to ``inbox``, and notes when the service accepts a request with a 202."""
+    """Passes everything on to ``inbox``, and notes when a request was accepted with a 202."""
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox

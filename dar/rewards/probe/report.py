@@ -25,7 +25,10 @@ MAX_DETAIL = 1000
 """Characters of a finding's text, which may quote the service."""
 SAME = 1e-6
 """Rewards that differ by no more are equal."""
-_OWN_SAMPLES = "See the answer under exchange. If the service needs columns, probe it with samples of your own."
+_OWN_SAMPLES = (
+    "See the answer under exchange. If the service needs columns, probe it with samples of your "
+    "own."
+)
 ADVICE = {
     "config.url": "Correct the URL.",
     "config.redirect": "Use the address that the redirect leads to: redirects are never followed.",

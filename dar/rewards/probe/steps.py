@@ -200,8 +200,12 @@ async def check_texts(session: ProbeSession) -> None:
     for place, (what, text) in enumerate(texts.items()):
         tokens = len(text.split())
         sample = replace(
-            session.samples[0], id=f"u{place}", index=place, completion=text, completion_tokens=tokens
-        )  # fmt: skip
+            session.samples[0],
+            id=f"u{place}",
+            index=place,
+            completion=text,
+            completion_tokens=tokens,
+        )
         call = await client.send([sample])
         failure = _failure_of(call, counts_samples=was_scored)
         if failure is None:
