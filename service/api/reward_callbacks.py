@@ -27,7 +27,7 @@ from service.http import bodies
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_requests
-from service.store.tables import Job, RewardRequestRow
+from service.store.tables import RewardRequestRow
 
 router = APIRouter(prefix="/v1/reward_callbacks", tags=["reward callbacks"])
 WEBHOOK_PREFIX = "rwr_"
@@ -228,8 +228,7 @@ def _verified_id(
 def callback_keys(runtime: Runtime, row: RewardRequestRow) -> list[bytes]:
     """The secrets that may sign callbacks of a request: those that sign the request itself."""
     with runtime.database.read() as transaction:
-        job = transaction.get(Job, row.job_id)
-    assert job is not None
+        job = reward_requests.job_of(transaction, row)
     rewards = JobSpec.model_validate(job.spec).dar.rewards
     components = () if rewards is None else rewards.components
     for component in components:

@@ -149,6 +149,11 @@ def find(transaction: Transaction, request_id: str) -> RewardRequestRow | None:
     return transaction.get(RewardRequestRow, request_id)
 
 
+def job_of(transaction: Transaction, row: RewardRequestRow) -> Job:
+    """The job that sent the request."""
+    return transaction.get_one(Job, row.job_id)
+
+
 def settle(
     transaction: Transaction, request_id: str, result: CallbackResult
 ) -> tuple[CallbackOutcome, str]:
