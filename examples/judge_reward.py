@@ -1,7 +1,6 @@
-r"""A reward from a language model that scores each completion, behind an OpenAI-compatible URL.
+"""A reward from a language model that scores each completion, behind an OpenAI-compatible URL.
 
-python examples/judge_reward.py --base-url http://127.0.0.1:8000/v1 --model my-judge \
-    --api-key-file judge.key
+python examples/judge_reward.py --base-url http://127.0.0.1:8000/v1 --model my-judge
 """
 
 import argparse
