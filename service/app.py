@@ -42,9 +42,9 @@ from service.background.waker import Waker
 from service.callbacks import Callbacks
 from service.http import auth, errors
 from service.http.log import RequestMiddleware
-from service.rewards.secrets import SecretBox
 from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
+from service.secret_box import SecretBox
 from service.store import jobs as jobs_store
 from service.store import metrics as metrics_store
 from service.store.database import Database

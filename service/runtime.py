@@ -13,7 +13,7 @@ from service.background.waker import Waker
 from service.callbacks import Callbacks
 from service.http.rate_limits import Throttle
 from service.rewards.probing import Remembered
-from service.rewards.secrets import SecretBox
+from service.secret_box import SecretBox
 from service.store.database import Database
 from service.telemetry import Telemetry
 

@@ -24,13 +24,13 @@ from dar.protocol.spec import JobSpec, total_steps
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import PATH, check_rewards
 from dar.rewards.http.egress import EgressPolicy
-from dar.rewards.probe.run import ProbeTarget
+from dar.rewards.probe.client import ProbeTarget
 from service.http import errors
 from service.http.auth import User
 from service.jobs import datasets, models
 from service.rewards import endpoints
-from service.rewards.first_prompts import first_prompts
 from service.rewards.probing import Try
+from service.rewards.watch import first_prompts
 from service.runtime import Runtime
 from service.store import checkpoints, files, jobs, reward_endpoints
 from service.store.database import Transaction
@@ -96,7 +96,7 @@ def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
 
 
 def _try(
-    transaction: Transaction, runtime: Runtime, resolved: endpoints.Resolved, index: int
+    transaction: Transaction, runtime: Runtime, resolved: endpoints.ResolvedSpec, index: int
 ) -> Try:
     assert resolved.spec.dar.rewards is not None
     component = resolved.spec.dar.rewards.components[index]
@@ -236,7 +236,7 @@ def _check_rewards(runtime: Runtime, spec: JobSpec) -> None:
 
 
 def _new_job(
-    transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.Resolved
+    transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.ResolvedSpec
 ) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
     if problems := spec_checks.problems_of(spec):

@@ -1,4 +1,4 @@
-"""What a job's components get from the registered endpoints that they name: their fields at submission, access at each lease."""
+"""What components get from the endpoints they name: fields at submission, access at each lease."""
 
 from dataclasses import dataclass, field
 
@@ -10,27 +10,27 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
 from service.http import errors
-from service.rewards.secrets import SecretBox
 from service.runtime import Runtime
+from service.secret_box import SecretBox
 from service.store import reward_endpoints, reward_secrets
 from service.store.database import Transaction
-from service.store.reward_tables import RewardEndpoint
+from service.store.reward_tables import RewardEndpointRow
 from service.store.tables import Job
 
 COMPONENTS = "method.dar.rewards.components"
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
+class ResolvedSpec:
     """A spec whose components have the fields of their endpoints."""
 
     spec: JobSpec
-    endpoints: dict[str, RewardEndpoint] = field(default_factory=dict)
-    """By component."""
+    endpoints: dict[str, RewardEndpointRow] = field(default_factory=dict)
+    """By component name."""
 
     @property
     def links(self) -> dict[str, str]:
-        """Ids of the endpoints, by component."""
+        """Endpoint ids by component name."""
         return {name: endpoint.id for name, endpoint in self.endpoints.items()}
 
 
@@ -39,17 +39,18 @@ def resolve(
     project_id: str,
     spec: JobSpec,
     lock: reward_endpoints.Lock | None = None,
-) -> Resolved:
-    """Find the endpoints that a spec's components name, and put their fields behind the components' own.
+) -> ResolvedSpec:
+    """Fill in the fields that components leave out from the endpoints that they name.
 
     Raises:
-        InvalidRequestError: The project has no such endpoint (``endpoint_not_found``), or its fields do not fit.
+        InvalidRequestError: The project has no such endpoint (``endpoint_not_found``), or its
+            fields do not fit.
     """
     rewards = spec.dar.rewards
     if rewards is None or all(component.endpoint is None for component in rewards.components):
-        return Resolved(spec)
+        return ResolvedSpec(spec)
     problems: list[Problem] = []
-    endpoints: dict[str, RewardEndpoint] = {}
+    endpoints: dict[str, RewardEndpointRow] = {}
     components: list[RewardComponent] = []
     for index, component in enumerate(rewards.components):
         path = f"{COMPONENTS}[{index}]"
@@ -58,7 +59,7 @@ def resolve(
                 endpoint = reward_endpoints.get(
                     transaction, project_id, component.endpoint, lock=lock
                 )
-                component = _with_fields_of(endpoint, component)  # noqa: PLW2901 - the same component, completed
+                component = _with_fields_of(endpoint, component)  # noqa: PLW2901 - the same component, with more fields
                 endpoints[component.name] = endpoint
             except NotFoundError as error:
                 problems.append(Problem(error.message, f"{path}.endpoint", "endpoint_not_found"))
@@ -71,7 +72,7 @@ def resolve(
     complete = rewards.model_copy(update={"components": components})
     dar = spec.method.dar.model_copy(update={"rewards": complete})
     method = spec.method.model_copy(update={"dar": dar})
-    return Resolved(spec.model_copy(update={"method": method}), endpoints)
+    return ResolvedSpec(spec.model_copy(update={"method": method}), endpoints)
 
 
 def _below(path: str, problem: Problem) -> Problem:
@@ -79,17 +80,23 @@ def _below(path: str, problem: Problem) -> Problem:
     return Problem(problem.message, param, problem.code)
 
 
-def _with_fields_of(endpoint: RewardEndpoint, component: RewardComponent) -> RewardComponent:
+def _with_fields_of(endpoint: RewardEndpointRow, component: RewardComponent) -> RewardComponent:
     return merged(component, {"protocol": endpoint.protocol, **endpoint.options})
 
 
+def component_of(endpoint: RewardEndpointRow) -> RewardComponent:
+    """A component that stands for the endpoint alone."""
+    options = {"protocol": endpoint.protocol, **endpoint.options}
+    return RewardComponent.model_validate({"name": "endpoint", "url": endpoint.url, **options})
+
+
 def access_to(
-    transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint
+    transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow
 ) -> ComponentAccess:
     """URL and secrets of an endpoint.
 
     Raises:
-        SecretUnreadableError: A secret cannot be decrypted, or the endpoint was deleted and has none any more.
+        SecretUnreadableError: A secret cannot be decrypted, or the endpoint was deleted.
     """
     if endpoint.deleted_at is not None:
         raise SecretUnreadableError(
@@ -110,7 +117,7 @@ def access_to(
 def access_of(
     transaction: Transaction, runtime: Runtime, job_id: str
 ) -> dict[str, ComponentAccess]:
-    """URL and secrets of a job's endpoints, by component; for the lease of an attempt alone.
+    """URL and secrets of a job's endpoints by component name; only for the lease of an attempt.
 
     Raises:
         SecretUnreadableError: A secret cannot be decrypted, or an endpoint was deleted.
@@ -122,7 +129,7 @@ def access_of(
 
 
 def access_for(runtime: Runtime, job: Job, component: RewardComponent) -> ComponentAccess | None:
-    """How the service itself may call a component's reward service, to see whether it is back; None: it has none, or no secrets."""
+    """Access for the service's own checks; None: no reward service, or unreadable secrets."""
     if component.kind != "http":
         return None
     if component.url is not None:

@@ -1,7 +1,8 @@
-"""Requests to reward services whose results come later: announced by workers, answered by callbacks.
+"""Requests to reward services with later results: announced by workers, answered by callbacks.
 
-Everything here happens under the lock of the job's row. So one of several callbacks that come at once wins, and results are
-numbered in the order of their commits: who has read up to a number has missed none below it.
+Everything here happens under the lock of the job's row. So one of several concurrent callbacks
+wins, and results are numbered in the order of their commits: a reader that has seen a number has
+seen all lower ones.
 """
 
 from collections.abc import Sequence
@@ -19,35 +20,35 @@ from dar.protocol.worker import FIRST_RESULT_ID, RewardAnnouncement, RewardProgr
 from service.store import events
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import Job, RewardDelivery, RewardRequest
+from service.store.tables import Job, RewardDeliveryRow, RewardRequestRow
 
 MAX_INVALID = 5
-"""Invalid results after which a request takes none any more."""
+"""Invalid results after which a request accepts no more."""
 MAX_TOKENS = 8
-"""Tokens of one request that are known: those of the newest announcements."""
+"""Valid tokens of one request: those of the newest announcements."""
 REPLAY_WINDOW = timedelta(seconds=600)
 KEPT = timedelta(days=1)
-"""How long a request is remembered after its deadline once its job has ended; its results are of no use then."""
+"""How long a request is kept after its deadline if its job has ended."""
 KEPT_AT_MOST = timedelta(days=7)
 PAGE_RESULTS, PAGE_BYTES = 64, 4 * 1024**2
-"""Most results, and most bytes of them, that one poll carries; one result in any case."""
+"""Most results and bytes in one poll; a single result may be larger."""
 
-Fate = Literal[
+CallbackOutcome = Literal[
     "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "replayed"
 ]
-"""What became of a body that somebody with the right token sent."""
+"""What `settle` did with a callback that had a valid token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """A body that was posted to a callback."""
+class CallbackResult:
+    """A body that was posted to a callback, checked."""
 
     text: str
     sha256: str
     error: str | None
-    """Why it is no result of the request; None: it is one."""
+    """Why the body is not a result of the request; None: it is one."""
     webhook_id: str | None = None
-    """Of its signature, which was verified; None: it has none."""
+    """From the verified signature; None: not signed."""
 
 
 def announce(
@@ -56,24 +57,25 @@ def announce(
     wanted: RewardAnnouncement,
     *,
     is_signature_required: bool,
-) -> RewardRequest:
-    """Store a request before it is sent; what an earlier attempt has got for it is kept.
+) -> RewardRequestRow:
+    """Store a request before it is sent; a result from an earlier attempt is kept.
 
-    The deadline is that of the first announcement. A request whose time ran out, or whose tries did, is begun anew.
+    The deadline is that of the first announcement. A request past its deadline, or with too many
+    invalid results, starts again.
 
     Args:
-        transaction: Where it happens.
+        transaction: The current transaction.
         held: The job and the attempt, locked.
-        wanted: What the attempt is about to send.
+        wanted: The request.
         is_signature_required: Whether a callback must be signed.
 
     Raises:
-        InvalidRequestError: Another job has a request of this id.
+        InvalidRequestError: The id belongs to another job.
     """
     number = held.attempt.number
-    row = transaction.get(RewardRequest, wanted.request_id)
+    row = transaction.get(RewardRequestRow, wanted.request_id)
     if row is None:
-        row = RewardRequest(
+        row = RewardRequestRow(
             id=wanted.request_id,
             job_id=held.job.id,
             attempt=number,
@@ -86,24 +88,26 @@ def announce(
             is_signature_required=is_signature_required,
             is_accepted=False,
             invalid_count=0,
-            told="",
+            reported="",
         )
         transaction.add(row)
         transaction.flush()
         return row
     if row.job_id != held.job.id:
         raise InvalidRequestError(
-            f"request {wanted.request_id!r} is of another job", param="request_id"
+            f"request {wanted.request_id!r} belongs to another job", param="request_id"
         )
     is_repeated = row.attempt == number and wanted.token_sha256 in row.token_hashes
     row.attempt = number
     if row.state != "done" and not is_repeated:
-        _go_on(transaction, row, wanted)
+        _announce_again(transaction, row, wanted)
     transaction.flush()
     return row
 
 
-def _go_on(transaction: Transaction, row: RewardRequest, wanted: RewardAnnouncement) -> None:
+def _announce_again(
+    transaction: Transaction, row: RewardRequestRow, wanted: RewardAnnouncement
+) -> None:
     hashes = [*row.token_hashes.split(), wanted.token_sha256]
     row.token_hashes = " ".join(hashes[-MAX_TOKENS:])
     if row.deadline <= transaction.now or row.state == "burned":
@@ -115,17 +119,16 @@ def _go_on(transaction: Transaction, row: RewardRequest, wanted: RewardAnnouncem
 def note_progress(
     transaction: Transaction, held: Held, notes: Sequence[RewardProgress]
 ) -> list[str]:
-    """Note in their order that the reward service took requests, or answered them on another way.
-
-    One request that nobody knows, perhaps forgotten since, says nothing about the others: they are noted all the same.
+    """Store, in order, that the service accepted requests or that results came another way.
 
     Returns:
-        Ids of those that the job has not announced, each once.
+        Ids that the job has not announced, each once. They may have expired, and do not affect the
+        others.
     """
     found = transaction.scalars(
-        select(RewardRequest).where(
-            RewardRequest.job_id == held.job.id,
-            RewardRequest.id.in_({note.request_id for note in notes}),
+        select(RewardRequestRow).where(
+            RewardRequestRow.job_id == held.job.id,
+            RewardRequestRow.id.in_({note.request_id for note in notes}),
         )
     )
     rows = {row.id: row for row in found}
@@ -141,35 +144,44 @@ def note_progress(
     return list(dict.fromkeys(note.request_id for note in notes if note.request_id not in rows))
 
 
-def find(transaction: Transaction, request_id: str) -> RewardRequest | None:
-    """The request of this id."""
-    return transaction.get(RewardRequest, request_id)
+def find(transaction: Transaction, request_id: str) -> RewardRequestRow | None:
+    """The request with this id; None if there is none."""
+    return transaction.get(RewardRequestRow, request_id)
 
 
-def settle(transaction: Transaction, request_id: str, result: Result) -> tuple[Fate, str]:
-    """Decide about a body that came with a right token, and store it if it is the first valid one.
+def job_of(transaction: Transaction, row: RewardRequestRow) -> Job:
+    """The job that sent the request."""
+    return transaction.get_one(Job, row.job_id)
+
+
+def settle(
+    transaction: Transaction, request_id: str, result: CallbackResult
+) -> tuple[CallbackOutcome, str]:
+    """Check a callback that had a valid token, and store its result if it is the first valid one.
 
     Returns:
-        What became of it, and the id of the job.
+        The outcome, and the id of the job.
     """
-    # The job first, as everywhere: its lock orders all that happens to its requests.
+    # The job first, as everywhere: its lock orders all changes of its requests.
     job = transaction.scalars(
         select(Job)
-        .join(RewardRequest, RewardRequest.job_id == Job.id)
-        .where(RewardRequest.id == request_id)
+        .join(RewardRequestRow, RewardRequestRow.job_id == Job.id)
+        .where(RewardRequestRow.id == request_id)
         .with_for_update(of=Job)
     ).one()
-    row = transaction.get_one(RewardRequest, request_id)
-    fate = _fate(transaction, job, row, result)
-    if fate == "accepted" and not _consume(transaction, row, result):
-        fate = "conflict"
-    elif fate in {"late", "conflict", "burned"}:
-        _tell_once(transaction, row, fate)
+    row = transaction.get_one(RewardRequestRow, request_id)
+    outcome = _outcome_of(transaction, job, row, result)
+    if outcome == "accepted" and not _consume(transaction, row, result):
+        outcome = "conflict"
+    elif outcome in {"late", "conflict", "burned"}:
+        _append_event_once(transaction, row, outcome)
     transaction.flush()
-    return fate, job.id
+    return outcome, job.id
 
 
-def _fate(transaction: Transaction, job: Job, row: RewardRequest, result: Result) -> Fate:
+def _outcome_of(
+    transaction: Transaction, job: Job, row: RewardRequestRow, result: CallbackResult
+) -> CallbackOutcome:
     if result.webhook_id is not None and not _is_fresh(transaction, row.id, result):
         return "replayed"
     if row.state == "done":
@@ -185,19 +197,19 @@ def _fate(transaction: Transaction, job: Job, row: RewardRequest, result: Result
     row.last_error = result.error
     if row.invalid_count >= MAX_INVALID:
         row.state = "burned"
-        _tell_once(transaction, row, "burned")
+        _append_event_once(transaction, row, "burned")
     return "invalid"
 
 
-def _is_fresh(transaction: Transaction, request_id: str, result: Result) -> bool:
-    """Whether a signed message is new, or the same one again: its id is good for nothing else."""
+def _is_fresh(transaction: Transaction, request_id: str, result: CallbackResult) -> bool:
+    """Whether a signed message is new or an exact repetition; its id allows nothing else."""
     assert result.webhook_id is not None
-    too_old = RewardDelivery.seen_at < transaction.now - REPLAY_WINDOW
-    transaction.execute(delete(RewardDelivery).where(too_old))
-    seen = transaction.get(RewardDelivery, result.webhook_id)
+    too_old = RewardDeliveryRow.seen_at < transaction.now - REPLAY_WINDOW
+    transaction.execute(delete(RewardDeliveryRow).where(too_old))
+    seen = transaction.get(RewardDeliveryRow, result.webhook_id)
     if seen is not None:
         return (seen.request_id, seen.body_hash) == (request_id, result.sha256)
-    delivery = RewardDelivery(
+    delivery = RewardDeliveryRow(
         id=result.webhook_id,
         request_id=request_id,
         body_hash=result.sha256,
@@ -206,44 +218,44 @@ def _is_fresh(transaction: Transaction, request_id: str, result: Result) -> bool
     try:
         with transaction.begin_nested():
             transaction.add(delivery)
-    except IntegrityError:  # a callback of another job used it at this very moment
+    except IntegrityError:  # a concurrent callback of another job used the id
         return False
     return True
 
 
-def _consume(transaction: Transaction, row: RewardRequest, result: Result) -> bool:
-    """Use up the token: one UPDATE, which only one of several callers can win."""
-    other = aliased(RewardRequest)
+def _consume(transaction: Transaction, row: RewardRequestRow, result: CallbackResult) -> bool:
+    """Store the result in one UPDATE, which succeeds for only one of several callers."""
+    other = aliased(RewardRequestRow)
     last = select(func.coalesce(func.max(other.result_id), FIRST_RESULT_ID - 1)).where(
         other.job_id == row.job_id
     )
     won = transaction.scalars(
-        update(RewardRequest)
-        .where(RewardRequest.id == row.id, RewardRequest.state == "waiting")
+        update(RewardRequestRow)
+        .where(RewardRequestRow.id == row.id, RewardRequestRow.state == "waiting")
         .values(
             state="done",
             result_id=last.scalar_subquery() + 1,
             body_hash=result.sha256,
             result=result.text,
         )
-        .returning(RewardRequest.id)
+        .returning(RewardRequestRow.id)
         .execution_options(synchronize_session=False)
     ).one_or_none()
     return won is not None
 
 
 MESSAGES = {
-    "late": "a result of reward request {id} came when nobody waited for it any more; it is not used",
-    "conflict": "reward request {id} was answered twice, and differently; the first answer stands",
-    "burned": "reward request {id} got {count} invalid results and takes none any more; the last one: {error}",
+    "late": "a result of reward request {id} came too late; it is not used",
+    "conflict": "reward request {id} got two different results; the first one counts",
+    "burned": "reward request {id} accepts no more after {count} invalid results; last: {error}",
 }
 
 
-def _tell_once(transaction: Transaction, row: RewardRequest, what: str) -> None:
-    """Append an event about a request's mishap, the first time that it happens."""
-    if what in row.told.split():
+def _append_event_once(transaction: Transaction, row: RewardRequestRow, what: str) -> None:
+    """Append an event about a failed callback, the first time that it happens."""
+    if what in row.reported.split():
         return
-    row.told = f"{row.told} {what}".strip()
+    row.reported = f"{row.reported} {what}".strip()
     message = MESSAGES[what].format(id=row.id, count=row.invalid_count, error=row.last_error)
     data = {
         "kind": f"reward_callback_{what}",
@@ -259,19 +271,19 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
     """Results of requests that the attempt announced: number, request id and body, oldest first.
 
     Args:
-        transaction: Where they are read.
+        transaction: The current transaction.
         held: The job and the attempt.
-        after: Number of the last one that the attempt knows; 0: none.
+        after: Number of the last result that the attempt has; 0: none.
     """
-    size = func.length(RewardRequest.result)
+    size = func.length(RewardRequestRow.result)
     found = transaction.execute(
-        select(RewardRequest.result_id, RewardRequest.id, size)
+        select(RewardRequestRow.result_id, RewardRequestRow.id, size)
         .where(
-            RewardRequest.job_id == held.job.id,
-            RewardRequest.attempt == held.attempt.number,
-            RewardRequest.result_id > after,
+            RewardRequestRow.job_id == held.job.id,
+            RewardRequestRow.attempt == held.attempt.number,
+            RewardRequestRow.result_id > after,
         )
-        .order_by(RewardRequest.result_id)
+        .order_by(RewardRequestRow.result_id)
         .limit(PAGE_RESULTS)
     ).all()
     page: list[tuple[int, str, str]] = []
@@ -281,33 +293,33 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
             break
         room -= length
         body = transaction.scalars(
-            select(RewardRequest.result).where(RewardRequest.id == request_id)
+            select(RewardRequestRow.result).where(RewardRequestRow.id == request_id)
         ).one()
         page.append((number, request_id, body or ""))
     return page
 
 
 def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str, int]:
-    """Number of the newest result of each job's running attempt; jobs without one are left out."""
+    """Number of the newest result of each job's running attempt, if there is one."""
     rows = transaction.execute(
-        select(RewardRequest.job_id, func.max(RewardRequest.result_id))
-        .join(Job, and_(Job.id == RewardRequest.job_id, Job.attempt == RewardRequest.attempt))
-        .where(RewardRequest.job_id.in_(job_ids), RewardRequest.result_id.is_not(None))
-        .group_by(RewardRequest.job_id)
+        select(RewardRequestRow.job_id, func.max(RewardRequestRow.result_id))
+        .join(Job, and_(Job.id == RewardRequestRow.job_id, Job.attempt == RewardRequestRow.attempt))
+        .where(RewardRequestRow.job_id.in_(job_ids), RewardRequestRow.result_id.is_not(None))
+        .group_by(RewardRequestRow.job_id)
     ).all()
     return {job_id: number for job_id, number in rows if number is not None}
 
 
 def forget(transaction: Transaction) -> None:
-    """Remove requests that nobody will ask for again."""
+    """Delete expired requests."""
     ended = select(Job.id).where(Job.status.in_(TERMINAL))
     now = transaction.now
     transaction.execute(
-        delete(RewardRequest)
+        delete(RewardRequestRow)
         .where(
             or_(
-                and_(RewardRequest.deadline < now - KEPT, RewardRequest.job_id.in_(ended)),
-                RewardRequest.deadline < now - KEPT_AT_MOST,
+                and_(RewardRequestRow.deadline < now - KEPT, RewardRequestRow.job_id.in_(ended)),
+                RewardRequestRow.deadline < now - KEPT_AT_MOST,
             )
         )
         .execution_options(synchronize_session=False)
