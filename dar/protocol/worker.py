@@ -9,7 +9,7 @@ from dar.protocol.checkpoints import SHA256, Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import MAX_FAILURES, ComponentRequests, FailedRequest
 from dar.protocol.rewards import MAX_SAMPLES, Identifier
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.protocol.spec import JobSpec
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
@@ -234,7 +234,7 @@ class SamplesRow(Input):
     seq: Number
     at: Instant
     step: Number
-    samples: Annotated[list[SampleRow], Field(min_length=1, max_length=256)]
+    samples: Annotated[list[ReportedSample], Field(min_length=1, max_length=256)]
 
 
 class EventRow(Input):

@@ -65,7 +65,7 @@ def get_checkpoint_file(
     )
 
 
-def entries(checkpoint: tables.Checkpoint) -> list[dict[str, str]]:
+def entries(checkpoint: tables.CheckpointRow) -> list[dict[str, str]]:
     """Name, size and digest of each file, the manifest's own included."""
     own = {
         "name": MANIFEST_NAME,
@@ -75,7 +75,7 @@ def entries(checkpoint: tables.Checkpoint) -> list[dict[str, str]]:
     return [*checkpoint.manifest["files"], own]
 
 
-def show(checkpoint: tables.Checkpoint) -> Checkpoint:
+def show(checkpoint: tables.CheckpointRow) -> Checkpoint:
     """A checkpoint as the API shows it."""
     files = entries(checkpoint)
     return Checkpoint.model_validate(

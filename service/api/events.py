@@ -24,7 +24,7 @@ def list_events(
     return envelope(found, show, lambda event: event.id)
 
 
-def show(event: tables.JobEvent) -> Event:
+def show(event: tables.JobEventRow) -> Event:
     """An event as the API shows it."""
     return Event.model_validate(
         {

@@ -93,7 +93,7 @@ def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: R
     return downloads.send(request, path, sha256=file.sha256, filename=file.filename)
 
 
-def show(file: tables.File) -> File:
+def show(file: tables.FileRow) -> File:
     """A file as the API shows it."""
     return File(
         id=file.id,
@@ -157,7 +157,7 @@ def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
         runtime.artifacts.keep_file(file_id)
     finally:
         temporary.unlink(missing_ok=True)
-    file = tables.File(
+    file = tables.FileRow(
         id=file_id,
         project_id=user.project_id,
         filename=(upload.filename or "upload")[-256:],

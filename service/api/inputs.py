@@ -104,7 +104,7 @@ def _sha256(path: Path, _modified_ns: int, _size: int) -> str:
 
 
 def _files_of(
-    runtime: Runtime, checkpoint: tables.Checkpoint, prefix: str, *, is_resume: bool
+    runtime: Runtime, checkpoint: tables.CheckpointRow, prefix: str, *, is_resume: bool
 ) -> Iterator[_Source]:
     folder = runtime.artifacts.checkpoint(checkpoint.job_id, checkpoint.attempt, checkpoint.step)
     for entry in entries(checkpoint):

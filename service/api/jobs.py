@@ -114,7 +114,7 @@ def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
-def show(job: tables.Job) -> Job:
+def show(job: tables.JobRow) -> Job:
     """A job as the API shows it."""
     is_over = job.status in TERMINAL
     path = f"{PATH}/{job.id}"
@@ -152,7 +152,7 @@ def show(job: tables.Job) -> Job:
     )
 
 
-def _progress(job: tables.Job) -> Progress:
+def _progress(job: tables.JobRow) -> Progress:
     return Progress(
         step=job.step,
         total_steps=job.total_steps,
@@ -161,7 +161,7 @@ def _progress(job: tables.Job) -> Progress:
     )
 
 
-def _estimated_finish(job: tables.Job) -> int | None:
+def _estimated_finish(job: tables.JobRow) -> int | None:
     if job.status != "running" or job.started_at is None or job.step == 0:
         return None
     elapsed = datetime.now(UTC) - job.started_at

@@ -27,7 +27,7 @@ from service.http import bodies
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_requests
-from service.store.tables import Job, RewardRequest
+from service.store.tables import JobRow, RewardRequest
 
 router = APIRouter(prefix="/v1/reward_callbacks", tags=["reward callbacks"])
 WEBHOOK_PREFIX = "rwr_"
@@ -219,7 +219,7 @@ def _verified_id(request: Request, runtime: Runtime, row: RewardRequest, body: b
 def callback_keys(runtime: Runtime, row: RewardRequest) -> list[bytes]:
     """The secrets that may sign callbacks of a request: those that sign the request itself, while they are rotated both."""
     with runtime.database.read() as transaction:
-        job = transaction.get(Job, row.job_id)
+        job = transaction.get(JobRow, row.job_id)
     assert job is not None
     rewards = JobSpec.model_validate(job.spec).dar.rewards
     components = () if rewards is None else rewards.components

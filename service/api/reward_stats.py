@@ -80,7 +80,7 @@ def list_reward_failures(
     return envelope(found, show, lambda failure: failure.id)
 
 
-def show(row: tables.RewardFailure) -> RewardFailure:
+def show(row: tables.RewardFailureRow) -> RewardFailure:
     """A failure as the API shows it."""
     return RewardFailure(
         id=row.id,

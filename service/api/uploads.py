@@ -98,7 +98,9 @@ def _reserve(runtime: Runtime, lease_id: str, body: RegisterCheckpoint) -> None:
     runtime.artifacts.reserve(missing, "the checkpoint")
 
 
-def _find(runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int) -> tables.Checkpoint:
+def _find(
+    runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int
+) -> tables.CheckpointRow:
     with runtime.database.read() as transaction:
         held = fence.look(transaction, lease_id)
         fence.check_fence(held, attempt)
@@ -110,7 +112,7 @@ def _find(runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int) -> 
 
 def _pending(
     runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int
-) -> tables.Checkpoint:
+) -> tables.CheckpointRow:
     checkpoint = _find(runtime, lease_id, checkpoint_id, attempt)
     if checkpoint.status != "pending":
         raise ConflictError(
@@ -119,14 +121,14 @@ def _pending(
     return checkpoint
 
 
-def _upload(runtime: Runtime, checkpoint: tables.Checkpoint) -> artifacts.Upload:
+def _upload(runtime: Runtime, checkpoint: tables.CheckpointRow) -> artifacts.Upload:
     manifest = Manifest.model_validate(checkpoint.manifest)
     return runtime.artifacts.upload(
         checkpoint.job_id, checkpoint.attempt, manifest, checkpoint.manifest_sha256
     )
 
 
-def _show(runtime: Runtime, checkpoint: tables.Checkpoint) -> CheckpointUpload:
+def _show(runtime: Runtime, checkpoint: tables.CheckpointRow) -> CheckpointUpload:
     status = "available" if checkpoint.status == "available" else "pending"
     received = artifacts.received(_upload(runtime, checkpoint))
     return CheckpointUpload.model_validate(

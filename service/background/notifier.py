@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from service.background.directives import Told, Wanted
 from service.store import reward_requests
 from service.store.database import Database
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 log = structlog.get_logger()
 WATCH_SECONDS = 1.0
@@ -97,14 +97,16 @@ class Notifier:
         def untold(wanted: Wanted) -> list[str]:
             return [job_id for job_id, told in waiting.items() if not told.knows(wanted)]
 
-        is_running = select(Attempt.job_id).where(
-            Attempt.job_id == Job.id, Attempt.number == Job.attempt, Attempt.status == "running"
+        is_running = select(AttemptRow.job_id).where(
+            AttemptRow.job_id == JobRow.id,
+            AttemptRow.number == JobRow.attempt,
+            AttemptRow.status == "running",
         )
-        statement = select(Job.id).where(
-            Job.id.in_(waiting),
+        statement = select(JobRow.id).where(
+            JobRow.id.in_(waiting),
             or_(
-                and_(Job.cancel_requested_at.is_not(None), Job.id.in_(untold("cancel"))),
-                and_(Job.status == "pausing", Job.id.in_(untold("pause"))),
+                and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(untold("cancel"))),
+                and_(JobRow.status == "pausing", JobRow.id.in_(untold("pause"))),
                 ~is_running.exists(),
             ),
         )

@@ -18,7 +18,7 @@ from service.background.notifier import Notifier
 from service.background.waker import Waker
 from service.store import checkpoints, fence, files, jobs, leases, reward_requests, transitions
 from service.store.database import Database, Transaction
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0002
@@ -157,5 +157,5 @@ class Reconciler:
 
 
 def _finish_cancellation(transaction: Transaction, job_id: str) -> None:
-    where = and_(Job.id == job_id, Job.cancel_requested_at.is_not(None))
+    where = and_(JobRow.id == job_id, JobRow.cancel_requested_at.is_not(None))
     transitions.move(transaction, "cancel_confirmed", where, "cancelled; no worker was left")

@@ -14,7 +14,7 @@ from dar.protocol.worker import ModelSource
 from dar.settings import Settings
 from service.store import checkpoints
 from service.store.database import Transaction
-from service.store.tables import Checkpoint, Job
+from service.store.tables import CheckpointRow, JobRow
 
 MAX_NAMED = 10
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
@@ -124,7 +124,7 @@ def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     return ModelSource(kind="hub", name=name, checkpoint_id=None, adapter_ids=[])
 
 
-def _of_checkpoint(checkpoint: Checkpoint, job: Job) -> ModelSource:
+def _of_checkpoint(checkpoint: CheckpointRow, job: JobRow) -> ModelSource:
     if checkpoint.kind == "full":
         return ModelSource(kind="folder", name="", checkpoint_id=checkpoint.id, adapter_ids=[])
     base = ModelSource.model_validate(job.model_source)
@@ -133,7 +133,7 @@ def _of_checkpoint(checkpoint: Checkpoint, job: Job) -> ModelSource:
 
 def _made_here(
     transaction: Transaction, project_id: str, wanted: checkpoints.Wanted
-) -> Iterator[tuple[Model, Checkpoint, Job]]:
+) -> Iterator[tuple[Model, CheckpointRow, JobRow]]:
     for checkpoint, job in checkpoints.results(transaction, project_id, wanted):
         yield _result(job.model_name, checkpoint), checkpoint, job
     seen: set[str] = set()
@@ -143,7 +143,7 @@ def _made_here(
             yield _result(checkpoint.name, checkpoint), checkpoint, job
 
 
-def _result(name: str, checkpoint: Checkpoint) -> Model:
+def _result(name: str, checkpoint: CheckpointRow) -> Model:
     return Model(
         id=name,
         object="model",

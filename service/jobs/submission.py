@@ -34,7 +34,7 @@ from service.rewards.probing import Try
 from service.runtime import Runtime
 from service.store import checkpoints, files, jobs, reward_endpoints
 from service.store.database import Transaction
-from service.store.tables import File, Job
+from service.store.tables import FileRow, JobRow
 
 Replay = Literal["true", "inferred"]
 
@@ -115,7 +115,7 @@ def _try(
     return Try(f"{path}.endpoint", target, endpoint.revision)
 
 
-def submit(runtime: Runtime, request: Request) -> tuple[Job, Replay | None]:
+def submit(runtime: Runtime, request: Request) -> tuple[JobRow, Replay | None]:
     """Accept a job, or find the one that an earlier try of the same request has made.
 
     Raises:
@@ -123,7 +123,7 @@ def submit(runtime: Runtime, request: Request) -> tuple[Job, Replay | None]:
         IdempotencyMismatchError: The key was used with another body.
     """
 
-    def work(transaction: Transaction) -> tuple[Job, Replay | None]:
+    def work(transaction: Transaction) -> tuple[JobRow, Replay | None]:
         earlier = _replayed(transaction, request)
         if earlier is not None:
             return earlier
@@ -146,7 +146,7 @@ def submit(runtime: Runtime, request: Request) -> tuple[Job, Replay | None]:
         return earlier
 
 
-def _replayed(transaction: Transaction, request: Request) -> tuple[Job, Replay] | None:
+def _replayed(transaction: Transaction, request: Request) -> tuple[JobRow, Replay] | None:
     if request.idempotency_key is not None:
         job = jobs.find_by_key(transaction, request.user.project_id, request.idempotency_key)
         if job is None:
@@ -189,7 +189,7 @@ def _files_of(
     return found
 
 
-def _file(transaction: Transaction, request: Request, param: str, file_id: str) -> File:
+def _file(transaction: Transaction, request: Request, param: str, file_id: str) -> FileRow:
     try:
         return files.get(transaction, request.user.project_id, file_id, is_keeping=True)
     except NotFoundError as error:
@@ -237,7 +237,7 @@ def _check_rewards(runtime: Runtime, spec: JobSpec) -> None:
 
 def _new_job(
     transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.Resolved
-) -> tuple[Job, list[str]]:
+) -> tuple[JobRow, list[str]]:
     spec, project_id = request.spec, request.user.project_id
     if problems := spec_checks.problems_of(spec):
         raise errors.invalid(problems)
@@ -249,7 +249,7 @@ def _new_job(
             f"model {spec.model!r} is made of checkpoints that are no longer kept", param="model"
         )
     job_id = new_id("ftjob-")
-    job = Job(
+    job = JobRow(
         id=job_id,
         project_id=project_id,
         api_key_id=request.user.key_id,

@@ -15,7 +15,7 @@ from service.runtime import Runtime
 from service.store import reward_endpoints, reward_secrets
 from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpoint
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 COMPONENTS = "method.dar.rewards.components"
 
@@ -121,7 +121,7 @@ def access_of(
     }
 
 
-def access_for(runtime: Runtime, job: Job, component: RewardComponent) -> ComponentAccess | None:
+def access_for(runtime: Runtime, job: JobRow, component: RewardComponent) -> ComponentAccess | None:
     """How the service itself may call a component's reward service, to see whether it is back; None: it has none, or no secrets."""
     if component.kind != "http":
         return None

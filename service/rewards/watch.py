@@ -28,7 +28,7 @@ from service.rewards.endpoints import access_for
 from service.rewards.first_prompts import as_sample, first_prompts
 from service.runtime import Runtime
 from service.store import reward_pauses
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0004
@@ -39,7 +39,7 @@ PROBE_ROWS: Sequence[Mapping[str, object]] = ({"prompt": "Hello"}, {"prompt": "G
 """Where the job's own rows are not here."""
 
 
-AccessOf = Callable[[Job, RewardComponent], ComponentAccess | None]
+AccessOf = Callable[[JobRow, RewardComponent], ComponentAccess | None]
 """The access to a component of a job; None: not known here, so that only the user can resume the job."""
 Probe = Callable[
     [RewardComponent, ComponentAccess, Sequence[RewardSample], RewardContext], Awaitable[bool]
@@ -183,16 +183,16 @@ class RewardWatch:
                 return
             asyncio.run(self._look_at(due))
 
-    async def _look_at(self, due: Sequence[Job]) -> None:
+    async def _look_at(self, due: Sequence[JobRow]) -> None:
         await all_of(map(self._look, due))
 
-    async def _look(self, job: Job) -> None:
+    async def _look(self, job: JobRow) -> None:
         """Look at one job, and note at once what was seen: the others may take long."""
         is_back = await self._ask(job)
         if not self._stop.is_set():
             self._note(job, is_back=is_back)
 
-    async def _ask(self, job: Job) -> bool:
+    async def _ask(self, job: JobRow) -> bool:
         """Whether the reward services of a job give the rewards without which it cannot go on."""
         try:
             return await self._are_back(job)
@@ -203,7 +203,7 @@ class RewardWatch:
             log.exception("look at the reward services of a job failed by a mistake", job_id=job.id)
         return False
 
-    async def _are_back(self, job: Job) -> bool:
+    async def _are_back(self, job: JobRow) -> bool:
         """See `_ask`.
 
         Raises:
@@ -243,13 +243,13 @@ class RewardWatch:
             log.info("reward service is not back", job_id=context.job_id, component=component.name)
         return is_back
 
-    def _samples(self, job: Job) -> list[RewardSample]:
+    def _samples(self, job: JobRow) -> list[RewardSample]:
         """The first prompts of the job, as a reward service may need their columns, with a completion of ours."""
         path = self._runtime.artifacts.file(job.training_file) if job.training_file else None
         found = first_prompts(path, len(PROBE_ROWS))
         return found or [as_sample(index, row) for index, row in enumerate(PROBE_ROWS)]
 
-    def _note(self, job: Job, *, is_back: bool) -> None:
+    def _note(self, job: JobRow, *, is_back: bool) -> None:
         runtime = self._runtime
         seconds = runtime.settings.reward_probe_seconds
         with runtime.database.write() as transaction:

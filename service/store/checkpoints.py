@@ -13,17 +13,19 @@ from dar.protocol.status import TERMINAL
 from service.store import events
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import Attempt, Checkpoint, Job, JobInput
+from service.store.tables import AttemptRow, CheckpointRow, JobInputRow, JobRow
 
 
-def find(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint | None:
+def find(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow | None:
     """A checkpoint of a job in whatever state, or None."""
     return transaction.scalars(
-        select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.id == checkpoint_id)
+        select(CheckpointRow).where(
+            CheckpointRow.job_id == job_id, CheckpointRow.id == checkpoint_id
+        )
     ).one_or_none()
 
 
-def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint:
+def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow:
     """An available checkpoint of a job.
 
     Raises:
@@ -37,13 +39,15 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
     return found
 
 
-def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Checkpoint]:
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[CheckpointRow]:
     """One page of a job's available checkpoints."""
     return page(
         transaction,
-        select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "available"),
-        Checkpoint.id,
-        (Checkpoint.step, Checkpoint.attempt),
+        select(CheckpointRow).where(
+            CheckpointRow.job_id == job_id, CheckpointRow.status == "available"
+        ),
+        CheckpointRow.id,
+        (CheckpointRow.step, CheckpointRow.attempt),
         cursor,
     )
 
@@ -51,27 +55,27 @@ def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Ch
 def keep(transaction: Transaction, ids: Sequence[str]) -> bool:
     """Keep checkpoints from being removed until the transaction ends. Returns whether all are available."""
     kept = transaction.scalars(
-        select(Checkpoint.id)
-        .where(Checkpoint.id.in_(ids), Checkpoint.status == "available")
-        .order_by(Checkpoint.id)
+        select(CheckpointRow.id)
+        .where(CheckpointRow.id.in_(ids), CheckpointRow.status == "available")
+        .order_by(CheckpointRow.id)
         .with_for_update(read=True)
     ).all()
     return len(kept) == len(set(ids))
 
 
-def newest(transaction: Transaction, job_id: str) -> Checkpoint | None:
+def newest(transaction: Transaction, job_id: str) -> CheckpointRow | None:
     """The checkpoint that the next attempt goes on from."""
     return transaction.scalars(
-        select(Checkpoint)
-        .where(Checkpoint.job_id == job_id, Checkpoint.status == "available")
-        .order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())
+        select(CheckpointRow)
+        .where(CheckpointRow.job_id == job_id, CheckpointRow.status == "available")
+        .order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc())
         .limit(1)
     ).one_or_none()
 
 
-def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, Checkpoint]:
+def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, CheckpointRow]:
     """Checkpoints by id."""
-    rows = transaction.scalars(select(Checkpoint).where(Checkpoint.id.in_(ids))).all()
+    rows = transaction.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(ids))).all()
     return {row.id: row for row in rows}
 
 
@@ -85,40 +89,42 @@ class Wanted:
 
 def results(
     transaction: Transaction, project_id: str, wanted: Wanted
-) -> Sequence[tuple[Checkpoint, Job]]:
+) -> Sequence[tuple[CheckpointRow, JobRow]]:
     """Results of a project's jobs, of each the checkpoint and the job, newest job first."""
     statement = (
         _with_job(project_id)
-        .where(Job.status == "succeeded", Checkpoint.id == Job.latest_checkpoint_id)
-        .order_by(Job.created_at.desc(), Job.id.desc())
+        .where(JobRow.status == "succeeded", CheckpointRow.id == JobRow.latest_checkpoint_id)
+        .order_by(JobRow.created_at.desc(), JobRow.id.desc())
     )
-    return _of(transaction, statement, Job.model_name, wanted)
+    return _of(transaction, statement, JobRow.model_name, wanted)
 
 
 def available(
     transaction: Transaction, project_id: str, wanted: Wanted
-) -> Sequence[tuple[Checkpoint, Job]]:
+) -> Sequence[tuple[CheckpointRow, JobRow]]:
     """Available checkpoints of a project with their jobs, newest first."""
-    statement = _with_job(project_id).order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())
-    return _of(transaction, statement, Checkpoint.name, wanted)
+    statement = _with_job(project_id).order_by(
+        CheckpointRow.created_at.desc(), CheckpointRow.id.desc()
+    )
+    return _of(transaction, statement, CheckpointRow.name, wanted)
 
 
-def _with_job(project_id: str) -> Select[Checkpoint, Job]:
+def _with_job(project_id: str) -> Select[CheckpointRow, JobRow]:
     # A manifest names every file and a spec every setting: neither says where a model comes from.
     return (
-        select(Checkpoint, Job)
-        .join(Job, Job.id == Checkpoint.job_id)
-        .where(Job.project_id == project_id, Checkpoint.status == "available")
-        .options(defer(Checkpoint.manifest), defer(Job.spec))
+        select(CheckpointRow, JobRow)
+        .join(JobRow, JobRow.id == CheckpointRow.job_id)
+        .where(JobRow.project_id == project_id, CheckpointRow.status == "available")
+        .options(defer(CheckpointRow.manifest), defer(JobRow.spec))
     )
 
 
 def _of(
     transaction: Transaction,
-    statement: Select[Checkpoint, Job],
+    statement: Select[CheckpointRow, JobRow],
     name: InstrumentedAttribute[str],
     wanted: Wanted,
-) -> Sequence[tuple[Checkpoint, Job]]:
+) -> Sequence[tuple[CheckpointRow, JobRow]]:
     if wanted.name is not None:
         statement = statement.where(name == wanted.name)
     rows = transaction.execute(statement.limit(wanted.limit)).all()
@@ -126,8 +132,8 @@ def _of(
 
 
 def register(
-    transaction: Transaction, job: Job, attempt: Attempt, manifest: Manifest, sha256: str
-) -> Checkpoint:
+    transaction: Transaction, job: JobRow, attempt: AttemptRow, manifest: Manifest, sha256: str
+) -> CheckpointRow:
     """Announce a checkpoint. The same one again is found, not doubled.
 
     Raises:
@@ -141,10 +147,10 @@ def register(
             code="spool_behind",
         )
     found = transaction.scalars(
-        select(Checkpoint).where(
-            Checkpoint.job_id == job.id,
-            Checkpoint.attempt == attempt.number,
-            Checkpoint.step == manifest.step,
+        select(CheckpointRow).where(
+            CheckpointRow.job_id == job.id,
+            CheckpointRow.attempt == attempt.number,
+            CheckpointRow.step == manifest.step,
         )
     ).one_or_none()
     if found is not None:
@@ -154,7 +160,7 @@ def register(
                 code="checkpoint_mismatch",
             )
         return found
-    checkpoint = Checkpoint(
+    checkpoint = CheckpointRow(
         id=new_id("ckpt-"),
         job_id=job.id,
         attempt=attempt.number,
@@ -174,20 +180,20 @@ def register(
 
 
 def publish(
-    transaction: Transaction, job: Job, checkpoint: Checkpoint, manifest_bytes: int
+    transaction: Transaction, job: JobRow, checkpoint: CheckpointRow, manifest_bytes: int
 ) -> None:
     """Make a verified checkpoint visible, together with the job that now resumes from it."""
     published = transaction.execute(
-        update(Checkpoint)
-        .where(Checkpoint.id == checkpoint.id, Checkpoint.status == "pending")
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "pending")
         .values(status="available", manifest_bytes=manifest_bytes)
-        .returning(Checkpoint.id)
+        .returning(CheckpointRow.id)
     ).one_or_none()
     if published is None:
         return
     transaction.execute(
-        update(Job)
-        .where(Job.id == job.id)
+        update(JobRow)
+        .where(JobRow.id == job.id)
         .values(latest_checkpoint_id=checkpoint.id, fruitless_attempts=0)
     )
     data = {
@@ -210,43 +216,43 @@ def mark_superseded(transaction: Transaction) -> int:
     rank = (
         func.row_number()
         .over(
-            partition_by=Checkpoint.job_id,
-            order_by=(Checkpoint.step.desc(), Checkpoint.attempt.desc()),
+            partition_by=CheckpointRow.job_id,
+            order_by=(CheckpointRow.step.desc(), CheckpointRow.attempt.desc()),
         )
         .label("rank")
     )
     ranked = (
-        select(Checkpoint.id, Checkpoint.job_id, rank)
-        .where(Checkpoint.status == "available")
+        select(CheckpointRow.id, CheckpointRow.job_id, rank)
+        .where(CheckpointRow.status == "available")
         .subquery()
     )
     needed = (
-        select(JobInput.checkpoint_id)
-        .join(Job, Job.id == JobInput.job_id)
-        .where(Job.status.not_in(list(TERMINAL)))
+        select(JobInputRow.checkpoint_id)
+        .join(JobRow, JobRow.id == JobInputRow.job_id)
+        .where(JobRow.status.not_in(list(TERMINAL)))
         .correlate(None)
     )
     superseded = (
         select(ranked.c.id)
-        .join(Job, Job.id == ranked.c.job_id)
-        .where(ranked.c.rank > Job.keep_last, ranked.c.id.not_in(needed))
+        .join(JobRow, JobRow.id == ranked.c.job_id)
+        .where(ranked.c.rank > JobRow.keep_last, ranked.c.id.not_in(needed))
     )
     # Whoever submits a job keeps what it starts from until it can be seen here: by the second statement.
     locked = transaction.scalars(
-        select(Checkpoint.id)
-        .where(Checkpoint.id.in_(superseded))
-        .order_by(Checkpoint.id)
+        select(CheckpointRow.id)
+        .where(CheckpointRow.id.in_(superseded))
+        .order_by(CheckpointRow.id)
         .with_for_update()
     ).all()
     marked = transaction.scalars(
-        update(Checkpoint)
+        update(CheckpointRow)
         .where(
-            Checkpoint.status == "available",
-            Checkpoint.id.in_(locked),
-            Checkpoint.id.in_(superseded),
+            CheckpointRow.status == "available",
+            CheckpointRow.id.in_(locked),
+            CheckpointRow.id.in_(superseded),
         )
         .values(status="deleting")
-        .returning(Checkpoint.id)
+        .returning(CheckpointRow.id)
         .execution_options(synchronize_session=False)
     ).all()
     return len(marked)
@@ -255,33 +261,35 @@ def mark_superseded(transaction: Transaction) -> int:
 def mark_abandoned(transaction: Transaction) -> int:
     """Mark for removal what was announced by an attempt that has ended since; returns how many."""
     ended = (
-        select(Attempt.number)
+        select(AttemptRow.number)
         .where(
-            Attempt.job_id == Checkpoint.job_id,
-            Attempt.number == Checkpoint.attempt,
-            Attempt.status != "running",
+            AttemptRow.job_id == CheckpointRow.job_id,
+            AttemptRow.number == CheckpointRow.attempt,
+            AttemptRow.status != "running",
         )
         .exists()
     )
     marked = transaction.scalars(
-        update(Checkpoint)
-        .where(Checkpoint.status == "pending", ended)
+        update(CheckpointRow)
+        .where(CheckpointRow.status == "pending", ended)
         .values(status="deleting")
-        .returning(Checkpoint.id)
+        .returning(CheckpointRow.id)
         .execution_options(synchronize_session=False)
     ).all()
     return len(marked)
 
 
-def to_remove(transaction: Transaction) -> Sequence[Checkpoint]:
+def to_remove(transaction: Transaction) -> Sequence[CheckpointRow]:
     """Checkpoints whose files are to be removed."""
-    return transaction.scalars(select(Checkpoint).where(Checkpoint.status == "deleting")).all()
+    return transaction.scalars(
+        select(CheckpointRow).where(CheckpointRow.status == "deleting")
+    ).all()
 
 
 def mark_removed(transaction: Transaction, checkpoint_id: str) -> None:
     """The files of a checkpoint are gone."""
     transaction.execute(
-        update(Checkpoint)
-        .where(Checkpoint.id == checkpoint_id, Checkpoint.status == "deleting")
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint_id, CheckpointRow.status == "deleting")
         .values(status="deleted")
     )

@@ -11,7 +11,7 @@ from dar.protocol.events import Level
 from dar.protocol.ids import new_id
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import Job, JobEvent
+from service.store.tables import JobEventRow, JobRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ def append(transaction: Transaction, job_id: str, events: Sequence[NewEvent]) ->
     if not events:
         return
     last = transaction.execute(
-        update(Job)
-        .where(Job.id == job_id)
-        .values(event_seq=Job.event_seq + len(events))
-        .returning(Job.event_seq)
+        update(JobRow)
+        .where(JobRow.id == job_id)
+        .values(event_seq=JobRow.event_seq + len(events))
+        .returning(JobRow.event_seq)
         .execution_options(synchronize_session=False)
     ).scalar_one()
     insert_at(transaction, job_id, last - len(events) + 1, events)
@@ -44,7 +44,7 @@ def insert_at(
 ) -> None:
     """Insert ``events`` with numbers that the caller has already counted up on the job."""
     transaction.execute(
-        insert(JobEvent),
+        insert(JobEventRow),
         [
             {
                 "id": new_id("ftevent-"),
@@ -61,12 +61,12 @@ def insert_at(
     )
 
 
-def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[JobEvent]:
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[JobEventRow]:
     """One page of a job's events."""
     return page(
         transaction,
-        select(JobEvent).where(JobEvent.job_id == job_id),
-        JobEvent.id,
-        (JobEvent.seq,),
+        select(JobEventRow).where(JobEventRow.job_id == job_id),
+        JobEventRow.id,
+        (JobEventRow.seq,),
         cursor,
     )

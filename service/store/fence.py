@@ -12,24 +12,26 @@ from sqlalchemy import select
 from dar.errors import FencedError, NotFoundError
 from dar.protocol.status import TERMINAL
 from service.store.database import Transaction
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """A job and the attempt that runs it, both locked for the rest of the transaction."""
 
-    job: Job
-    attempt: Attempt
+    job: JobRow
+    attempt: AttemptRow
 
 
-def find(transaction: Transaction, lease_id: str) -> Attempt:
+def find(transaction: Transaction, lease_id: str) -> AttemptRow:
     """The attempt of a lease, running or not.
 
     Raises:
         NotFoundError: There is no such lease.
     """
-    found = transaction.scalars(select(Attempt).where(Attempt.lease_id == lease_id)).one_or_none()
+    found = transaction.scalars(
+        select(AttemptRow).where(AttemptRow.lease_id == lease_id)
+    ).one_or_none()
     if found is None:
         raise NotFoundError(f"there is no lease {lease_id!r}")
     return found
@@ -42,7 +44,9 @@ def look(transaction: Transaction, lease_id: str) -> Held:
         NotFoundError: There is no such lease.
     """
     attempt = find(transaction, lease_id)
-    return Held(transaction.scalars(select(Job).where(Job.id == attempt.job_id)).one(), attempt)
+    return Held(
+        transaction.scalars(select(JobRow).where(JobRow.id == attempt.job_id)).one(), attempt
+    )
 
 
 def lock(transaction: Transaction, lease_id: str) -> Held:
@@ -52,7 +56,9 @@ def lock(transaction: Transaction, lease_id: str) -> Held:
         NotFoundError: There is no such lease.
     """
     attempt = find(transaction, lease_id)
-    job = transaction.scalars(select(Job).where(Job.id == attempt.job_id).with_for_update()).one()
+    job = transaction.scalars(
+        select(JobRow).where(JobRow.id == attempt.job_id).with_for_update()
+    ).one()
     # Read again under the lock: what was read before it may be a moment old.
     transaction.refresh(attempt)
     return Held(job, attempt)
@@ -85,7 +91,7 @@ def check_fence(held: Held, number: int) -> None:
         )
 
 
-def is_live(attempt: Attempt, job: Job) -> bool:
+def is_live(attempt: AttemptRow, job: JobRow) -> bool:
     """Whether the attempt still runs the job."""
     return (
         attempt.status == "running"

@@ -8,12 +8,12 @@ from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import File, Job
+from service.store.tables import FileRow, JobRow
 
 
 def get(
     transaction: Transaction, project_id: str, file_id: str, *, is_keeping: bool = False
-) -> File:
+) -> FileRow:
     """A file of the project.
 
     Args:
@@ -25,7 +25,7 @@ def get(
     Raises:
         NotFoundError: The project has none of that id.
     """
-    statement = select(File).where(File.project_id == project_id, File.id == file_id)
+    statement = select(FileRow).where(FileRow.project_id == project_id, FileRow.id == file_id)
     if is_keeping:
         statement = statement.with_for_update(read=True)
     found = transaction.scalars(statement).one_or_none()
@@ -36,17 +36,17 @@ def get(
 
 def known(transaction: Transaction, ids: Collection[str]) -> set[str]:
     """Which of the ids are files' of some project."""
-    return set(transaction.scalars(select(File.id).where(File.id.in_(ids))).all())
+    return set(transaction.scalars(select(FileRow.id).where(FileRow.id.in_(ids))).all())
 
 
 def list_page(
     transaction: Transaction, project_id: str, purpose: str | None, cursor: Cursor
-) -> Slice[File]:
+) -> Slice[FileRow]:
     """One page of the project's files."""
-    statement = select(File).where(File.project_id == project_id)
+    statement = select(FileRow).where(FileRow.project_id == project_id)
     if purpose is not None:
-        statement = statement.where(File.purpose == purpose)
-    return page(transaction, statement, File.id, (File.created_at, File.id), cursor)
+        statement = statement.where(FileRow.purpose == purpose)
+    return page(transaction, statement, FileRow.id, (FileRow.created_at, FileRow.id), cursor)
 
 
 def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
@@ -58,14 +58,14 @@ def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
     """
     get(transaction, project_id, file_id)
     # Whoever submits a job with the file keeps it until the job can be seen here.
-    transaction.execute(select(File.id).where(File.id == file_id).with_for_update())
+    transaction.execute(select(FileRow.id).where(FileRow.id == file_id).with_for_update())
     needed_by = transaction.scalars(
-        select(func.min(Job.id)).where(
+        select(func.min(JobRow.id)).where(
             or_(
-                Job.training_file == file_id,
-                Job.spec["validation_file"].as_string() == file_id,
+                JobRow.training_file == file_id,
+                JobRow.spec["validation_file"].as_string() == file_id,
             ),
-            Job.status.not_in(list(TERMINAL)),
+            JobRow.status.not_in(list(TERMINAL)),
         )
     ).one()
     if needed_by is not None:
@@ -73,4 +73,4 @@ def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
             f"job {needed_by} still needs file {file_id}; cancel the job or wait for its end",
             code="file_in_use",
         )
-    transaction.execute(delete(File).where(File.id == file_id))
+    transaction.execute(delete(FileRow).where(FileRow.id == file_id))

@@ -10,7 +10,7 @@ from dar.protocol.worker import AttemptProgress, Claim
 from service.store import checkpoints, fence, outcomes, transitions
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ def claim(
     resume = checkpoints.newest(transaction, job.id)
     start_step = 0 if resume is None else resume.step
     transaction.execute(
-        update(Job)
-        .where(Job.id == job.id)
+        update(JobRow)
+        .where(JobRow.id == job.id)
         .values(step=start_step, started_at=job.started_at or transaction.now)
     )
-    attempt = Attempt(
+    attempt = AttemptRow(
         job_id=job.id,
         number=job.attempt,
         lease_id=credential.lease_id,
@@ -68,8 +68,8 @@ def claim(
     return Held(job, attempt)
 
 
-def _take_oldest(transaction: Transaction, claim: Claim) -> Job | None:
-    waiting = aliased(Job)
+def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
+    waiting = aliased(JobRow)
     oldest = (
         select(waiting.id)
         .where(waiting.status == "queued", waiting.not_before <= transaction.now)
@@ -81,21 +81,21 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> Job | None:
     return transitions.move(
         transaction,
         "claimed",
-        Job.id == oldest,
+        JobRow.id == oldest,
         f"starting on {claim.node}",
-        values={"attempt": Job.attempt + 1},
+        values={"attempt": JobRow.attempt + 1},
         facts={"node": claim.node, "slot": claim.slot},
     )
 
 
 def _free_former_lives(transaction: Transaction, claim: Claim) -> None:
     # A slot that asks for work runs nothing: even a lease of its present life is one whose reply was lost.
-    former = select(Attempt.lease_id).where(
-        Attempt.status == "running",
-        Attempt.node == claim.node,
-        or_(Attempt.slot == claim.slot, Attempt.boot_id != claim.boot_id),
+    former = select(AttemptRow.lease_id).where(
+        AttemptRow.status == "running",
+        AttemptRow.node == claim.node,
+        or_(AttemptRow.slot == claim.slot, AttemptRow.boot_id != claim.boot_id),
     )
-    for lease_id in transaction.scalars(former.order_by(Attempt.job_id)).all():
+    for lease_id in transaction.scalars(former.order_by(AttemptRow.job_id)).all():
         held = fence.lock(transaction, lease_id)
         if held.attempt.status == "running":
             outcomes.lose(transaction, held, f"the worker on {claim.node} started anew")
@@ -106,14 +106,14 @@ def renew(
 ) -> bool:
     """Renew a lease and note what the attempt does. Returns whether the user sees a change."""
     transaction.execute(
-        update(Attempt)
-        .where(Attempt.job_id == held.job.id, Attempt.number == held.attempt.number)
+        update(AttemptRow)
+        .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
         .values(lease_until=transaction.now + ttl)
     )
     return progress is not None and note_progress(transaction, held.job, progress)
 
 
-def note_progress(transaction: Transaction, job: Job, progress: AttemptProgress) -> bool:
+def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgress) -> bool:
     """Show what the attempt does as the job's detail; a pending cancellation or pause stays on show."""
     seen = (job.step, job.status_detail, job.status_message)
     said: tuple[int, str | None, str | None] = (progress.step, progress.phase, progress.message)
@@ -122,8 +122,8 @@ def note_progress(transaction: Transaction, job: Job, progress: AttemptProgress)
     if seen == said:
         return False
     transaction.execute(
-        update(Job)
-        .where(Job.id == job.id)
+        update(JobRow)
+        .where(JobRow.id == job.id)
         .values(step=said[0], status_detail=said[1], status_message=said[2])
     )
     return True
@@ -133,9 +133,9 @@ def expired(transaction: Transaction) -> list[str]:
     """Leases whose time is up, by id."""
     return list(
         transaction.scalars(
-            select(Attempt.lease_id)
-            .where(Attempt.status == "running", Attempt.lease_until < transaction.now)
-            .order_by(Attempt.job_id)
+            select(AttemptRow.lease_id)
+            .where(AttemptRow.status == "running", AttemptRow.lease_until < transaction.now)
+            .order_by(AttemptRow.job_id)
         ).all()
     )
 
@@ -154,11 +154,11 @@ def unattended_cancellations(transaction: Transaction) -> list[str]:
     """Jobs that are to be cancelled and that no attempt runs."""
     return list(
         transaction.scalars(
-            select(Job.id).where(
-                Job.status == "running",
-                Job.cancel_requested_at.is_not(None),
-                ~select(Attempt.job_id)
-                .where(Attempt.job_id == Job.id, Attempt.status == "running")
+            select(JobRow.id).where(
+                JobRow.status == "running",
+                JobRow.cancel_requested_at.is_not(None),
+                ~select(AttemptRow.job_id)
+                .where(AttemptRow.job_id == JobRow.id, AttemptRow.status == "running")
                 .exists(),
             )
         ).all()

@@ -9,7 +9,7 @@ from sqlalchemy.orm import aliased
 
 from dar.protocol.worker import MetricsRow
 from service.store.database import Transaction
-from service.store.tables import Job, MetricRow
+from service.store.tables import JobRow, MetricRow
 
 NEWEST_ROWS = 2
 
@@ -79,7 +79,7 @@ def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[st
     Several rows, as one of an evaluation says nothing about training.
     """
     running = transaction.scalars(
-        select(Job.id).where(Job.status == "running").order_by(Job.id.desc()).limit(limit)
+        select(JobRow.id).where(JobRow.status == "running").order_by(JobRow.id.desc()).limit(limit)
     ).all()
     found: dict[str, dict[str, float | None]] = {}
     for job_id in running:

@@ -16,7 +16,7 @@ from dar.protocol.worker import Complete, Fail, Outcome, Release
 from service.store import checkpoints, reward_pauses, transitions
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 MAX_FRUITLESS_ATTEMPTS = 3
 MAX_FAILED_ATTEMPTS = 20
@@ -66,7 +66,7 @@ def complete(transaction: Transaction, lease_id: str, said: Complete) -> Outcome
     moved = transitions.move(
         transaction,
         "succeeded",
-        Job.id == job.id,
+        JobRow.id == job.id,
         f"trained {job.total_steps} steps; the result is the model {job.model_name}",
         values=values,
         facts={"fine_tuned_model": job.model_name},
@@ -96,7 +96,7 @@ def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
     if said.code == RewardBudgetError.code:
         values["status_detail"] = "reward_budget_exhausted"
     moved = transitions.move(
-        transaction, "failed", Job.id == job.id, said.message, values=values, facts=error
+        transaction, "failed", JobRow.id == job.id, said.message, values=values, facts=error
     )
     return _end(transaction, held, "failed", "fail", moved)
 
@@ -128,7 +128,7 @@ def release(
         return _confirm_cancel(transaction, held, "cancelled", "release")
     if said.reason == "cancelled":
         raise ConflictError(f"nobody has asked to cancel job {job.id}")
-    this = Job.id == job.id
+    this = JobRow.id == job.id
     if job.status == "pausing":
         message = said.message or PAUSED
         moved = transitions.move(transaction, "paused", this, message)
@@ -150,8 +150,8 @@ def release(
 
 
 def _pause_for_reward(
-    transaction: Transaction, job: Job, said: Release, probe_seconds: float
-) -> Job | None:
+    transaction: Transaction, job: JobRow, said: Release, probe_seconds: float
+) -> JobRow | None:
     message = said.message or "too many completions got no reward"
     error = {"code": said.code or "reward_error", "message": message, "param": None}
     kept = {**error, "is_outage": said.is_outage}
@@ -161,7 +161,7 @@ def _pause_for_reward(
         "not_before": transaction.now + wait,
         "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
     }
-    this = Job.id == job.id
+    this = JobRow.id == job.id
     return transitions.move(
         transaction, "reward_paused", this, message, values=values, facts={"code": error["code"]}
     )
@@ -189,31 +189,37 @@ def _retry(
         message = f"{count}; the last one: {why}. {POISON}"
         values["error"] = {"code": "poison", "message": message, "param": None}
         moved = transitions.move(
-            transaction, "poisoned", Job.id == job.id, message, values=values, facts=facts
+            transaction, "poisoned", JobRow.id == job.id, message, values=values, facts=facts
         )
         return _end(transaction, held, status, call, moved)
     if job.status == "pausing":
         message = f"{PAUSED} Its attempt did not end well: {why}"
         moved = transitions.move(
-            transaction, "paused", Job.id == job.id, message, values=values, facts=facts
+            transaction, "paused", JobRow.id == job.id, message, values=values, facts=facts
         )
         return _end(transaction, held, status, call, moved)
     values["not_before"] = transaction.now + timedelta(seconds=not_before)
     name: transitions.MoveName = "lost" if status == "lost" else "retried"
-    moved = transitions.move(transaction, name, Job.id == job.id, why, values=values, facts=facts)
+    moved = transitions.move(
+        transaction, name, JobRow.id == job.id, why, values=values, facts=facts
+    )
     return _end(transaction, held, status, call, moved)
 
 
 def _confirm_cancel(
     transaction: Transaction, held: Held, status: AttemptStatus, call: str | None
 ) -> Outcome:
-    where = and_(Job.id == held.job.id, Job.attempt == held.attempt.number)
+    where = and_(JobRow.id == held.job.id, JobRow.attempt == held.attempt.number)
     moved = transitions.move(transaction, "cancel_confirmed", where, "cancelled while it ran")
     return _end(transaction, held, status, call, moved)
 
 
 def _end(
-    transaction: Transaction, held: Held, status: AttemptStatus, call: str | None, job: Job | None
+    transaction: Transaction,
+    held: Held,
+    status: AttemptStatus,
+    call: str | None,
+    job: JobRow | None,
 ) -> Outcome:
     if job is None:
         raise ConflictError(
@@ -221,8 +227,8 @@ def _end(
         )
     outcome = {"call": call, "status": job.status, "status_detail": job.status_detail}
     transaction.execute(
-        update(Attempt)
-        .where(Attempt.job_id == job.id, Attempt.number == held.attempt.number)
+        update(AttemptRow)
+        .where(AttemptRow.job_id == job.id, AttemptRow.number == held.attempt.number)
         .values(status=status, ended_at=transaction.now, outcome=outcome)
     )
     return Outcome(status=job.status, status_detail=job.status_detail)

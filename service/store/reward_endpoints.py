@@ -11,7 +11,7 @@ from service.store import reward_secrets
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.reward_tables import JobEndpoint, RewardEndpoint
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 State = Literal["ok", "misconfigured"]
 Lock = Literal["keep", "change"]
@@ -108,9 +108,9 @@ def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
     # Whoever submits a job with it keeps it until the job can be seen here.
     endpoint = get(transaction, project_id, endpoint_id, lock="change")
     needed_by = transaction.scalars(
-        select(func.min(Job.id))
-        .join(JobEndpoint, JobEndpoint.job_id == Job.id)
-        .where(JobEndpoint.endpoint_id == endpoint_id, Job.status.not_in(list(TERMINAL)))
+        select(func.min(JobRow.id))
+        .join(JobEndpoint, JobEndpoint.job_id == JobRow.id)
+        .where(JobEndpoint.endpoint_id == endpoint_id, JobRow.status.not_in(list(TERMINAL)))
     ).one()
     if needed_by is not None:
         raise ConflictError(
@@ -179,15 +179,15 @@ def usage(transaction: Transaction, endpoint_id: str) -> tuple[dict[str, int], i
     """Jobs that name an endpoint by status, their steps in all, and the newest of them."""
     named = select(JobEndpoint.job_id).where(JobEndpoint.endpoint_id == endpoint_id)
     rows = transaction.execute(
-        select(Job.status, func.count(), func.sum(Job.step))
-        .where(Job.id.in_(named))
-        .group_by(Job.status)
-        .order_by(Job.status)
+        select(JobRow.status, func.count(), func.sum(JobRow.step))
+        .where(JobRow.id.in_(named))
+        .group_by(JobRow.status)
+        .order_by(JobRow.status)
     ).all()
     newest = transaction.scalars(
-        select(Job.id)
-        .where(Job.id.in_(named))
-        .order_by(Job.created_at.desc(), Job.id.desc())
+        select(JobRow.id)
+        .where(JobRow.id.in_(named))
+        .order_by(JobRow.created_at.desc(), JobRow.id.desc())
         .limit(1)
     ).first()
     by_status = {row[0]: row[1] for row in rows}

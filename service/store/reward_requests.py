@@ -19,7 +19,7 @@ from dar.protocol.worker import FIRST_RESULT_ID, RewardAnnouncement, RewardProgr
 from service.store import events
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import Job, RewardDelivery, RewardRequest
+from service.store.tables import JobRow, RewardDelivery, RewardRequest
 
 MAX_INVALID = 5
 """Invalid results after which a request takes none any more."""
@@ -154,10 +154,10 @@ def settle(transaction: Transaction, request_id: str, result: Result) -> tuple[F
     """
     # The job first, as everywhere: its lock orders all that happens to its requests.
     job = transaction.scalars(
-        select(Job)
-        .join(RewardRequest, RewardRequest.job_id == Job.id)
+        select(JobRow)
+        .join(RewardRequest, RewardRequest.job_id == JobRow.id)
         .where(RewardRequest.id == request_id)
-        .with_for_update(of=Job)
+        .with_for_update(of=JobRow)
     ).one()
     row = transaction.get_one(RewardRequest, request_id)
     fate = _fate(transaction, job, row, result)
@@ -169,7 +169,7 @@ def settle(transaction: Transaction, request_id: str, result: Result) -> tuple[F
     return fate, job.id
 
 
-def _fate(transaction: Transaction, job: Job, row: RewardRequest, result: Result) -> Fate:
+def _fate(transaction: Transaction, job: JobRow, row: RewardRequest, result: Result) -> Fate:
     if result.webhook_id is not None and not _is_fresh(transaction, row.id, result):
         return "replayed"
     if row.state == "done":
@@ -291,7 +291,9 @@ def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str
     """Number of the newest result of each job's running attempt; jobs without one are left out."""
     rows = transaction.execute(
         select(RewardRequest.job_id, func.max(RewardRequest.result_id))
-        .join(Job, and_(Job.id == RewardRequest.job_id, Job.attempt == RewardRequest.attempt))
+        .join(
+            JobRow, and_(JobRow.id == RewardRequest.job_id, JobRow.attempt == RewardRequest.attempt)
+        )
         .where(RewardRequest.job_id.in_(job_ids), RewardRequest.result_id.is_not(None))
         .group_by(RewardRequest.job_id)
     ).all()
@@ -300,7 +302,7 @@ def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str
 
 def forget(transaction: Transaction) -> None:
     """Remove requests that nobody will ask for again."""
-    ended = select(Job.id).where(Job.status.in_(TERMINAL))
+    ended = select(JobRow.id).where(JobRow.status.in_(TERMINAL))
     now = transaction.now
     transaction.execute(
         delete(RewardRequest)

@@ -16,7 +16,7 @@ from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRo
 from service.store import events, metrics, reward_failures, samples
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
-from service.store.tables import Attempt, Job, SpoolRow
+from service.store.tables import AttemptRow, JobRow, SpoolRow
 
 DIGEST_BYTES = 16
 HEADLINE = ("dar/loss", "dar/rewards_mean")
@@ -76,8 +76,8 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     _tell(transaction, held, fresh)
     _follow(transaction, held, steps)
     transaction.execute(
-        update(Attempt)
-        .where(Attempt.job_id == job.id, Attempt.number == attempt.number)
+        update(AttemptRow)
+        .where(AttemptRow.job_id == job.id, AttemptRow.number == attempt.number)
         .values(acked_seq=fresh[-1].seq)
     )
     return fresh[-1].seq
@@ -116,7 +116,9 @@ def _tell(transaction: Transaction, held: Held, rows: Sequence[Row]) -> None:
             new.append(events.NewEvent(row.message, level=row.level, data=data, at=at))
     events.append(transaction, job.id, new)
     if told != job.metrics_event_step:
-        transaction.execute(update(Job).where(Job.id == job.id).values(metrics_event_step=told))
+        transaction.execute(
+            update(JobRow).where(JobRow.id == job.id).values(metrics_event_step=told)
+        )
 
 
 def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
@@ -141,4 +143,4 @@ def _follow(transaction: Transaction, held: Held, steps: Sequence[MetricsRow]) -
     tokens = steps[-1].values.get("train/tokens")
     if tokens is not None:
         values["tokens"] = int(tokens)
-    transaction.execute(update(Job).where(Job.id == held.job.id).values(values))
+    transaction.execute(update(JobRow).where(JobRow.id == held.job.id).values(values))

@@ -28,7 +28,7 @@ from service.store.reward_tables import RewardSecret as RewardSecret
 from service.store.reward_tables import SecretKey as SecretKey
 
 
-class Project(Base):
+class ProjectRow(Base):
     """Who owns files, jobs and keys."""
 
     __tablename__ = "projects"
@@ -37,7 +37,7 @@ class Project(Base):
     created_at: Mapped[datetime]
 
 
-class ApiKey(Base):
+class ApiKeyRow(Base):
     """A bearer key, stored as the SHA-256 of its whole text."""
 
     __tablename__ = "api_keys"
@@ -55,7 +55,7 @@ class ApiKey(Base):
     revoked_at: Mapped[datetime | None]
 
 
-class File(Base):
+class FileRow(Base):
     """An uploaded training file."""
 
     __tablename__ = "files"
@@ -73,7 +73,7 @@ class File(Base):
     created_at: Mapped[datetime]
 
 
-class Job(Base):
+class JobRow(Base):
     """A training job: the truth about it. The broker and the workers only follow this row."""
 
     __tablename__ = "jobs"
@@ -139,7 +139,7 @@ class Job(Base):
     """``x-stainless-retry-count`` of the request that made it."""
 
 
-class JobInput(Base):
+class JobInputRow(Base):
     """A checkpoint that a job starts from: kept as long as the job may need it."""
 
     __tablename__ = "job_inputs"
@@ -150,7 +150,7 @@ class JobInput(Base):
     )
 
 
-class Attempt(Base):
+class AttemptRow(Base):
     """One execution of a job by one slot. Its number is the fencing token of every write."""
 
     __tablename__ = "attempts"
@@ -189,7 +189,7 @@ class Attempt(Base):
     """What the worker was told at the end, so that a repeated call gets the same answer."""
 
 
-class JobEvent(Base):
+class JobEventRow(Base):
     """An append-only fact about a job."""
 
     __tablename__ = "job_events"
@@ -247,7 +247,7 @@ class SampleRow(Base):
     body: Mapped[dict[str, Any]]
 
 
-class RewardFailure(Base):
+class RewardFailureRow(Base):
     """A request to a reward service that was given up."""
 
     __tablename__ = "reward_failures"
@@ -269,7 +269,7 @@ class RewardFailure(Base):
     quote: Mapped[str] = mapped_column(Text)
 
 
-class Checkpoint(Base):
+class CheckpointRow(Base):
     """A resumable state of a job at a step."""
 
     __tablename__ = "checkpoints"

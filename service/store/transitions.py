@@ -15,7 +15,7 @@ from dar.protocol.events import Level
 from dar.protocol.status import TERMINAL, AttemptStatus, JobStatus, StatusDetail
 from service.store import events
 from service.store.database import Transaction
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 MoveName = Literal[
     "validated",
@@ -104,7 +104,7 @@ def move(
     *,
     values: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
-) -> Job | None:
+) -> JobRow | None:
     """Make a move if the job is still where it may start from.
 
     Args:
@@ -121,23 +121,23 @@ def move(
     row = MOVES[name]
     is_over = row.target in TERMINAL
     statement = (
-        update(Job)
-        .where(job, Job.status.in_(row.sources))
+        update(JobRow)
+        .where(job, JobRow.status.in_(row.sources))
         .values(
             {
                 "status": row.target,
                 "status_detail": row.detail,
                 "status_message": message,
                 "finished_at": transaction.now if is_over else None,
-                "event_seq": Job.event_seq + 1,
+                "event_seq": JobRow.event_seq + 1,
                 **(values or {}),
             }
         )
-        .returning(Job)
+        .returning(JobRow)
         .execution_options(synchronize_session=False, populate_existing=True)
     )
     if row.is_cancelling is not None:
-        asked = Job.cancel_requested_at.is_not(None)
+        asked = JobRow.cancel_requested_at.is_not(None)
         statement = statement.where(asked if row.is_cancelling else ~asked)
     moved = transaction.scalars(statement).one_or_none()
     if moved is None:
