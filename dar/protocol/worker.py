@@ -248,7 +248,7 @@ class EventRow(Input):
     data: dict[str, Any] | None = None
 
 
-class CheckpointRow(Input):
+class NewCheckpointRow(Input):
     """A checkpoint lies on the worker's disk; tells the supervisor to upload it."""
 
     type: Literal["checkpoint"]
@@ -272,7 +272,7 @@ class RewardsRow(Input):
 
 
 Row = Annotated[
-    MetricsRow | SamplesRow | EventRow | CheckpointRow | RewardsRow, Field(discriminator="type")
+    MetricsRow | SamplesRow | EventRow | NewCheckpointRow | RewardsRow, Field(discriminator="type")
 ]
 """One line of a spool; ``seq`` counts from 1 without gaps within an attempt."""
 

@@ -22,9 +22,9 @@ from dar.protocol.reward_stats import ComponentRequests, FailedRequest
 from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import (
     AttemptProgress,
-    CheckpointRow,
     EventRow,
     MetricsRow,
+    NewCheckpointRow,
     Phase,
     RewardsRow,
     SamplesRow,
@@ -166,7 +166,7 @@ class SpoolSink:
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - the folder holds it
         """A checkpoint was published: have it uploaded."""
         self._spool.append(
-            lambda seq, at: CheckpointRow(
+            lambda seq, at: NewCheckpointRow(
                 type="checkpoint",
                 seq=seq,
                 at=at,
