@@ -8,7 +8,7 @@ from service.http.rate_limits import FailureThrottle
 OUTCOMES = (
     "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "refused", "unsupported", "too_large",
 )  # fmt: skip
-"""Those of `service.store.reward_requests.Fate` but ``replayed``, which is refused, and what is turned away before."""
+"""Those of `service.store.reward_requests.CallbackOutcome` but ``replayed``, which is refused, and what is turned away before."""
 
 
 class Callbacks:

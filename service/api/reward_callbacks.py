@@ -27,7 +27,7 @@ from service.http import bodies
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_requests
-from service.store.tables import JobRow, RewardRequest
+from service.store.tables import JobRow, RewardRequestRow
 
 router = APIRouter(prefix="/v1/reward_callbacks", tags=["reward callbacks"])
 WEBHOOK_PREFIX = "rwr_"
@@ -47,7 +47,7 @@ class ProbeRequest:
 
 def holder(
     request_id: str, request: Request, runtime: CurrentRuntime
-) -> RewardRequest | ProbeRequest:
+) -> RewardRequestRow | ProbeRequest:
     """Lets the holder of a request's token pass.
 
     A wrong token, a missing one and an unknown id take the same way: one look-up, the same comparisons, one answer.
@@ -87,7 +87,7 @@ def _refusal(request: Request, runtime: Runtime) -> DARError:
     )
 
 
-Holder = Annotated[RewardRequest | ProbeRequest, Depends(holder)]
+Holder = Annotated[RewardRequestRow | ProbeRequest, Depends(holder)]
 
 
 async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> bytes:  # noqa: ARG001 - the token is checked first
@@ -143,7 +143,9 @@ def _settle_probe(
     raise _as_error(fate, asked.id, error)
 
 
-def _settle(request: Request, runtime: Runtime, row: RewardRequest, body: bytes) -> CallbackAnswer:
+def _settle(
+    request: Request, runtime: Runtime, row: RewardRequestRow, body: bytes
+) -> CallbackAnswer:
     webhook_id = _verified_id(request, runtime, row, body)
     if is_own_request(body):
         raise _refusal(request, runtime)
@@ -152,7 +154,7 @@ def _settle(request: Request, runtime: Runtime, row: RewardRequest, body: bytes)
         decode_result(body, request_id=row.id, ids=row.sample_ids)
     except RewardContractError as found:
         error = found
-    result = reward_requests.Result(
+    result = reward_requests.CallbackResult(
         text="" if error else body.decode(),
         sha256=hashlib.sha256(body).hexdigest(),
         error=None if error is None else _storable(f"{error.error_code}: {error.message}"),
@@ -176,7 +178,7 @@ def _storable(text: str) -> str:
 
 
 def _as_error(
-    fate: reward_requests.Fate, request_id: str, error: RewardContractError | None
+    fate: reward_requests.CallbackOutcome, request_id: str, error: RewardContractError | None
 ) -> DARError:
     if fate == "conflict":
         return ConflictError(
@@ -198,7 +200,9 @@ def _as_error(
     return GoneError(f"nobody waits for request {request_id} any more: {reasons[fate]}")
 
 
-def _verified_id(request: Request, runtime: Runtime, row: RewardRequest, body: bytes) -> str | None:
+def _verified_id(
+    request: Request, runtime: Runtime, row: RewardRequestRow, body: bytes
+) -> str | None:
     """The ``webhook-id`` of a signed callback; None where none is due and none was sent.
 
     Raises:
@@ -216,7 +220,7 @@ def _verified_id(request: Request, runtime: Runtime, row: RewardRequest, body: b
     return webhook_id
 
 
-def callback_keys(runtime: Runtime, row: RewardRequest) -> list[bytes]:
+def callback_keys(runtime: Runtime, row: RewardRequestRow) -> list[bytes]:
     """The secrets that may sign callbacks of a request: those that sign the request itself, while they are rotated both."""
     with runtime.database.read() as transaction:
         job = transaction.get(JobRow, row.job_id)

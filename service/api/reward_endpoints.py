@@ -64,7 +64,7 @@ def create_reward_endpoint(
     _check_egress(runtime, body.url)
     secret = _signing_secret(body)
     options = body.model_dump(mode="json", include=set(OPTIONS), exclude_unset=True)
-    endpoint = tables.RewardEndpoint(
+    endpoint = tables.RewardEndpointRow(
         id=new_id("rwe_"),
         project_id=user.project_id,
         name=body.name,
@@ -218,13 +218,15 @@ def get_reward_endpoint_stats(
     )
 
 
-def component_of(endpoint: tables.RewardEndpoint) -> RewardComponent:
+def component_of(endpoint: tables.RewardEndpointRow) -> RewardComponent:
     """An endpoint as a component of its own."""
     options = {"protocol": endpoint.protocol, **endpoint.options}
     return RewardComponent.model_validate({"name": "endpoint", "url": endpoint.url, **options})
 
 
-def show(endpoint: tables.RewardEndpoint, secrets: "list[tables.RewardSecret]") -> RewardEndpoint:
+def show(
+    endpoint: tables.RewardEndpointRow, secrets: "list[tables.RewardSecretRow]"
+) -> RewardEndpoint:
     """An endpoint as the API shows it, with those of ``secrets`` that are its own."""
     options = EndpointOptions.model_validate({"protocol": endpoint.protocol, **endpoint.options})
     return RewardEndpoint.model_validate(
@@ -253,7 +255,7 @@ def show(endpoint: tables.RewardEndpoint, secrets: "list[tables.RewardSecret]") 
     )
 
 
-def _shown(transaction: Transaction, endpoint: tables.RewardEndpoint) -> RewardEndpoint:
+def _shown(transaction: Transaction, endpoint: tables.RewardEndpointRow) -> RewardEndpoint:
     return show(endpoint, reward_secrets.list_all(transaction, [endpoint.id]))
 
 
@@ -281,7 +283,7 @@ def _signing_secret(body: CreateRewardEndpoint) -> str:
     return secret
 
 
-def _set_options(endpoint: tables.RewardEndpoint, sent: dict[str, Any]) -> None:
+def _set_options(endpoint: tables.RewardEndpointRow, sent: dict[str, Any]) -> None:
     """Put the sent fields in the place of the old ones.
 
     Raises:

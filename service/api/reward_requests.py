@@ -17,7 +17,7 @@ from service.http.bodies import body_of, schema_of
 from service.runtime import CurrentRuntime
 from service.store import fence, reward_requests
 from service.store.database import Transaction
-from service.store.tables import RewardRequest
+from service.store.tables import RewardRequestRow
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 AnnounceBody = Annotated[AnnounceRewardRequests, Depends(body_of(AnnounceRewardRequests))]
@@ -30,7 +30,7 @@ def announce_reward_requests(
 ) -> RewardRequestStates:
     """Store requests before they are sent; one that is known already comes with what it has got."""
 
-    def work(transaction: Transaction) -> list[RewardRequest]:
+    def work(transaction: Transaction) -> list[RewardRequestRow]:
         held = fence.hold(transaction, lease_id, body.attempt)
         rewards = JobSpec.model_validate(held.job.spec).dar.rewards
         signed = {

@@ -96,7 +96,7 @@ def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
 
 
 def _try(
-    transaction: Transaction, runtime: Runtime, resolved: endpoints.Resolved, index: int
+    transaction: Transaction, runtime: Runtime, resolved: endpoints.ResolvedSpec, index: int
 ) -> Try:
     assert resolved.spec.dar.rewards is not None
     component = resolved.spec.dar.rewards.components[index]
@@ -236,8 +236,8 @@ def _check_rewards(runtime: Runtime, spec: JobSpec) -> None:
 
 
 def _new_job(
-    transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.Resolved
-) -> tuple[JobRow, list[str]]:
+    transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.ResolvedSpec
+) -> tuple[Job, list[str]]:
     spec, project_id = request.spec, request.user.project_id
     if problems := spec_checks.problems_of(spec):
         raise errors.invalid(problems)

@@ -14,18 +14,18 @@ from service.rewards.secrets import SecretBox
 from service.runtime import Runtime
 from service.store import reward_endpoints, reward_secrets
 from service.store.database import Transaction
-from service.store.reward_tables import RewardEndpoint
+from service.store.reward_tables import RewardEndpointRow
 from service.store.tables import JobRow
 
 COMPONENTS = "method.dar.rewards.components"
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
+class ResolvedSpec:
     """A spec whose components have the fields of their endpoints."""
 
     spec: JobSpec
-    endpoints: dict[str, RewardEndpoint] = field(default_factory=dict)
+    endpoints: dict[str, RewardEndpointRow] = field(default_factory=dict)
     """By component."""
 
     @property
@@ -39,7 +39,7 @@ def resolve(
     project_id: str,
     spec: JobSpec,
     lock: reward_endpoints.Lock | None = None,
-) -> Resolved:
+) -> ResolvedSpec:
     """Find the endpoints that a spec's components name, and put their fields behind the components' own.
 
     Raises:
@@ -47,9 +47,9 @@ def resolve(
     """
     rewards = spec.dar.rewards
     if rewards is None or all(component.endpoint is None for component in rewards.components):
-        return Resolved(spec)
+        return ResolvedSpec(spec)
     problems: list[Problem] = []
-    endpoints: dict[str, RewardEndpoint] = {}
+    endpoints: dict[str, RewardEndpointRow] = {}
     components: list[RewardComponent] = []
     for index, component in enumerate(rewards.components):
         path = f"{COMPONENTS}[{index}]"
@@ -71,7 +71,7 @@ def resolve(
     complete = rewards.model_copy(update={"components": components})
     dar = spec.method.dar.model_copy(update={"rewards": complete})
     method = spec.method.model_copy(update={"dar": dar})
-    return Resolved(spec.model_copy(update={"method": method}), endpoints)
+    return ResolvedSpec(spec.model_copy(update={"method": method}), endpoints)
 
 
 def _below(path: str, problem: Problem) -> Problem:
@@ -79,12 +79,12 @@ def _below(path: str, problem: Problem) -> Problem:
     return Problem(problem.message, param, problem.code)
 
 
-def _with_fields_of(endpoint: RewardEndpoint, component: RewardComponent) -> RewardComponent:
+def _with_fields_of(endpoint: RewardEndpointRow, component: RewardComponent) -> RewardComponent:
     return merged(component, {"protocol": endpoint.protocol, **endpoint.options})
 
 
 def access_to(
-    transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint
+    transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow
 ) -> ComponentAccess:
     """URL and secrets of an endpoint.
 

@@ -10,7 +10,7 @@ from dar.protocol.status import TERMINAL
 from service.store import reward_secrets
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.reward_tables import JobEndpoint, RewardEndpoint
+from service.store.reward_tables import JobEndpointRow, RewardEndpointRow
 from service.store.tables import JobRow
 
 State = Literal["ok", "misconfigured"]
@@ -21,7 +21,7 @@ COMPARING = frozenset({3, 4})
 
 def get(
     transaction: Transaction, project_id: str, endpoint_id: str, *, lock: Lock | None = None
-) -> RewardEndpoint:
+) -> RewardEndpointRow:
     """An endpoint of the project.
 
     Args:
@@ -33,10 +33,10 @@ def get(
     Raises:
         NotFoundError: The project has none of that id, or has deleted it.
     """
-    statement = select(RewardEndpoint).where(
-        RewardEndpoint.project_id == project_id,
-        RewardEndpoint.id == endpoint_id,
-        RewardEndpoint.deleted_at.is_(None),
+    statement = select(RewardEndpointRow).where(
+        RewardEndpointRow.project_id == project_id,
+        RewardEndpointRow.id == endpoint_id,
+        RewardEndpointRow.deleted_at.is_(None),
     )
     if lock is not None:
         statement = statement.with_for_update(read=lock == "keep")
@@ -48,16 +48,18 @@ def get(
     return found
 
 
-def list_page(transaction: Transaction, project_id: str, cursor: Cursor) -> Slice[RewardEndpoint]:
+def list_page(
+    transaction: Transaction, project_id: str, cursor: Cursor
+) -> Slice[RewardEndpointRow]:
     """One page of the project's endpoints."""
-    statement = select(RewardEndpoint).where(
-        RewardEndpoint.project_id == project_id, RewardEndpoint.deleted_at.is_(None)
+    statement = select(RewardEndpointRow).where(
+        RewardEndpointRow.project_id == project_id, RewardEndpointRow.deleted_at.is_(None)
     )
-    keys = (RewardEndpoint.created_at, RewardEndpoint.id)
-    return page(transaction, statement, RewardEndpoint.id, keys, cursor)
+    keys = (RewardEndpointRow.created_at, RewardEndpointRow.id)
+    return page(transaction, statement, RewardEndpointRow.id, keys, cursor)
 
 
-def add(transaction: Transaction, endpoint: RewardEndpoint) -> None:
+def add(transaction: Transaction, endpoint: RewardEndpointRow) -> None:
     """Store a new endpoint."""
     endpoint.revision, endpoint.state = 1, "ok"
     endpoint.created_at = endpoint.updated_at = transaction.now
@@ -65,7 +67,7 @@ def add(transaction: Transaction, endpoint: RewardEndpoint) -> None:
     transaction.flush()
 
 
-def touch(transaction: Transaction, endpoint: RewardEndpoint, *, is_revised: bool) -> None:
+def touch(transaction: Transaction, endpoint: RewardEndpointRow, *, is_revised: bool) -> None:
     """Note a change; one of more than the name counts as a revision, and as a repair."""
     endpoint.updated_at = transaction.now
     if is_revised:
@@ -74,7 +76,7 @@ def touch(transaction: Transaction, endpoint: RewardEndpoint, *, is_revised: boo
     transaction.flush()
 
 
-def purge(transaction: Transaction, endpoint: RewardEndpoint) -> None:
+def purge(transaction: Transaction, endpoint: RewardEndpointRow) -> None:
     """Have what was remembered of an endpoint's rewards never be used again.
 
     Its last probe does not count for the new revision either: whoever purges has a reason to think that the service has changed.
@@ -84,7 +86,7 @@ def purge(transaction: Transaction, endpoint: RewardEndpoint) -> None:
     transaction.flush()
 
 
-def is_deterministic(endpoint: RewardEndpoint) -> bool:
+def is_deterministic(endpoint: RewardEndpointRow) -> bool:
     """Whether the last probe found, at the present revision, that repeats and other orders change no reward."""
     probe = endpoint.last_probe
     if probe is None or not probe.get("ok") or probe.get("revision") != endpoint.revision:
@@ -109,8 +111,8 @@ def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
     endpoint = get(transaction, project_id, endpoint_id, lock="change")
     needed_by = transaction.scalars(
         select(func.min(JobRow.id))
-        .join(JobEndpoint, JobEndpoint.job_id == JobRow.id)
-        .where(JobEndpoint.endpoint_id == endpoint_id, JobRow.status.not_in(list(TERMINAL)))
+        .join(JobEndpointRow, JobEndpointRow.job_id == JobRow.id)
+        .where(JobEndpointRow.endpoint_id == endpoint_id, JobRow.status.not_in(list(TERMINAL)))
     ).one()
     if needed_by is not None:
         raise ConflictError(
@@ -125,7 +127,7 @@ def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
 def set_state(transaction: Transaction, endpoint_id: str, state: State) -> None:
     """Note that an endpoint has refused a job for good, or that it works again."""
     transaction.execute(
-        update(RewardEndpoint).where(RewardEndpoint.id == endpoint_id).values(state=state)
+        update(RewardEndpointRow).where(RewardEndpointRow.id == endpoint_id).values(state=state)
     )
 
 
@@ -146,7 +148,7 @@ def note_probe(
         revision: What it was then.
         state: The endpoint's new state; None: as it was.
     """
-    endpoint = transaction.get(RewardEndpoint, endpoint_id, with_for_update=True)
+    endpoint = transaction.get(RewardEndpointRow, endpoint_id, with_for_update=True)
     if endpoint is None or endpoint.revision != revision:
         return
     endpoint.last_probe = {"at": int(transaction.now.timestamp()), "revision": revision, **report}
@@ -158,26 +160,26 @@ def note_probe(
 def link(transaction: Transaction, job_id: str, components: Mapping[str, str]) -> None:
     """Note which endpoints a job's components name: ids by component."""
     transaction.add_all(
-        JobEndpoint(job_id=job_id, component=name, endpoint_id=endpoint_id)
+        JobEndpointRow(job_id=job_id, component=name, endpoint_id=endpoint_id)
         for name, endpoint_id in components.items()
     )
     transaction.flush()
 
 
-def of_job(transaction: Transaction, job_id: str) -> dict[str, RewardEndpoint]:
+def of_job(transaction: Transaction, job_id: str) -> dict[str, RewardEndpointRow]:
     """The endpoints of a job, by component; deleted ones too."""
     rows = transaction.execute(
-        select(JobEndpoint.component, RewardEndpoint)
-        .join(RewardEndpoint, RewardEndpoint.id == JobEndpoint.endpoint_id)
-        .where(JobEndpoint.job_id == job_id)
-        .order_by(JobEndpoint.component)
+        select(JobEndpointRow.component, RewardEndpointRow)
+        .join(RewardEndpointRow, RewardEndpointRow.id == JobEndpointRow.endpoint_id)
+        .where(JobEndpointRow.job_id == job_id)
+        .order_by(JobEndpointRow.component)
     )
     return {row[0]: row[1] for row in rows}
 
 
 def usage(transaction: Transaction, endpoint_id: str) -> tuple[dict[str, int], int, str | None]:
     """Jobs that name an endpoint by status, their steps in all, and the newest of them."""
-    named = select(JobEndpoint.job_id).where(JobEndpoint.endpoint_id == endpoint_id)
+    named = select(JobEndpointRow.job_id).where(JobEndpointRow.endpoint_id == endpoint_id)
     rows = transaction.execute(
         select(JobRow.status, func.count(), func.sum(JobRow.step))
         .where(JobRow.id.in_(named))

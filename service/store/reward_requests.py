@@ -19,7 +19,7 @@ from dar.protocol.worker import FIRST_RESULT_ID, RewardAnnouncement, RewardProgr
 from service.store import events
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import JobRow, RewardDelivery, RewardRequest
+from service.store.tables import JobRow, RewardDeliveryRow, RewardRequestRow
 
 MAX_INVALID = 5
 """Invalid results after which a request takes none any more."""
@@ -32,14 +32,14 @@ KEPT_AT_MOST = timedelta(days=7)
 PAGE_RESULTS, PAGE_BYTES = 64, 4 * 1024**2
 """Most results, and most bytes of them, that one poll carries; one result in any case."""
 
-Fate = Literal[
+CallbackOutcome = Literal[
     "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "replayed"
 ]
 """What became of a body that somebody with the right token sent."""
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CallbackResult:
     """A body that was posted to a callback."""
 
     text: str
@@ -56,7 +56,7 @@ def announce(
     wanted: RewardAnnouncement,
     *,
     is_signature_required: bool,
-) -> RewardRequest:
+) -> RewardRequestRow:
     """Store a request before it is sent; what an earlier attempt has got for it is kept.
 
     The deadline is that of the first announcement. A request whose time ran out, or whose tries did, is begun anew.
@@ -71,9 +71,9 @@ def announce(
         InvalidRequestError: Another job has a request of this id.
     """
     number = held.attempt.number
-    row = transaction.get(RewardRequest, wanted.request_id)
+    row = transaction.get(RewardRequestRow, wanted.request_id)
     if row is None:
-        row = RewardRequest(
+        row = RewardRequestRow(
             id=wanted.request_id,
             job_id=held.job.id,
             attempt=number,
@@ -103,7 +103,7 @@ def announce(
     return row
 
 
-def _go_on(transaction: Transaction, row: RewardRequest, wanted: RewardAnnouncement) -> None:
+def _go_on(transaction: Transaction, row: RewardRequestRow, wanted: RewardAnnouncement) -> None:
     hashes = [*row.token_hashes.split(), wanted.token_sha256]
     row.token_hashes = " ".join(hashes[-MAX_TOKENS:])
     if row.deadline <= transaction.now or row.state == "burned":
@@ -123,9 +123,9 @@ def note_progress(
         Ids of those that the job has not announced, each once.
     """
     found = transaction.scalars(
-        select(RewardRequest).where(
-            RewardRequest.job_id == held.job.id,
-            RewardRequest.id.in_({note.request_id for note in notes}),
+        select(RewardRequestRow).where(
+            RewardRequestRow.job_id == held.job.id,
+            RewardRequestRow.id.in_({note.request_id for note in notes}),
         )
     )
     rows = {row.id: row for row in found}
@@ -141,12 +141,14 @@ def note_progress(
     return list(dict.fromkeys(note.request_id for note in notes if note.request_id not in rows))
 
 
-def find(transaction: Transaction, request_id: str) -> RewardRequest | None:
+def find(transaction: Transaction, request_id: str) -> RewardRequestRow | None:
     """The request of this id."""
-    return transaction.get(RewardRequest, request_id)
+    return transaction.get(RewardRequestRow, request_id)
 
 
-def settle(transaction: Transaction, request_id: str, result: Result) -> tuple[Fate, str]:
+def settle(
+    transaction: Transaction, request_id: str, result: CallbackResult
+) -> tuple[CallbackOutcome, str]:
     """Decide about a body that came with a right token, and store it if it is the first valid one.
 
     Returns:
@@ -155,11 +157,11 @@ def settle(transaction: Transaction, request_id: str, result: Result) -> tuple[F
     # The job first, as everywhere: its lock orders all that happens to its requests.
     job = transaction.scalars(
         select(JobRow)
-        .join(RewardRequest, RewardRequest.job_id == JobRow.id)
-        .where(RewardRequest.id == request_id)
+        .join(RewardRequestRow, RewardRequestRow.job_id == JobRow.id)
+        .where(RewardRequestRow.id == request_id)
         .with_for_update(of=JobRow)
     ).one()
-    row = transaction.get_one(RewardRequest, request_id)
+    row = transaction.get_one(RewardRequestRow, request_id)
     fate = _fate(transaction, job, row, result)
     if fate == "accepted" and not _consume(transaction, row, result):
         fate = "conflict"
@@ -169,7 +171,9 @@ def settle(transaction: Transaction, request_id: str, result: Result) -> tuple[F
     return fate, job.id
 
 
-def _fate(transaction: Transaction, job: JobRow, row: RewardRequest, result: Result) -> Fate:
+def _fate(
+    transaction: Transaction, job: JobRow, row: RewardRequestRow, result: CallbackResult
+) -> CallbackOutcome:
     if result.webhook_id is not None and not _is_fresh(transaction, row.id, result):
         return "replayed"
     if row.state == "done":
@@ -189,15 +193,15 @@ def _fate(transaction: Transaction, job: JobRow, row: RewardRequest, result: Res
     return "invalid"
 
 
-def _is_fresh(transaction: Transaction, request_id: str, result: Result) -> bool:
+def _is_fresh(transaction: Transaction, request_id: str, result: CallbackResult) -> bool:
     """Whether a signed message is new, or the same one again: its id is good for nothing else."""
     assert result.webhook_id is not None
-    too_old = RewardDelivery.seen_at < transaction.now - REPLAY_WINDOW
-    transaction.execute(delete(RewardDelivery).where(too_old))
-    seen = transaction.get(RewardDelivery, result.webhook_id)
+    too_old = RewardDeliveryRow.seen_at < transaction.now - REPLAY_WINDOW
+    transaction.execute(delete(RewardDeliveryRow).where(too_old))
+    seen = transaction.get(RewardDeliveryRow, result.webhook_id)
     if seen is not None:
         return (seen.request_id, seen.body_hash) == (request_id, result.sha256)
-    delivery = RewardDelivery(
+    delivery = RewardDeliveryRow(
         id=result.webhook_id,
         request_id=request_id,
         body_hash=result.sha256,
@@ -211,22 +215,22 @@ def _is_fresh(transaction: Transaction, request_id: str, result: Result) -> bool
     return True
 
 
-def _consume(transaction: Transaction, row: RewardRequest, result: Result) -> bool:
+def _consume(transaction: Transaction, row: RewardRequestRow, result: CallbackResult) -> bool:
     """Use up the token: one UPDATE, which only one of several callers can win."""
-    other = aliased(RewardRequest)
+    other = aliased(RewardRequestRow)
     last = select(func.coalesce(func.max(other.result_id), FIRST_RESULT_ID - 1)).where(
         other.job_id == row.job_id
     )
     won = transaction.scalars(
-        update(RewardRequest)
-        .where(RewardRequest.id == row.id, RewardRequest.state == "waiting")
+        update(RewardRequestRow)
+        .where(RewardRequestRow.id == row.id, RewardRequestRow.state == "waiting")
         .values(
             state="done",
             result_id=last.scalar_subquery() + 1,
             body_hash=result.sha256,
             result=result.text,
         )
-        .returning(RewardRequest.id)
+        .returning(RewardRequestRow.id)
         .execution_options(synchronize_session=False)
     ).one_or_none()
     return won is not None
@@ -239,7 +243,7 @@ MESSAGES = {
 }
 
 
-def _tell_once(transaction: Transaction, row: RewardRequest, what: str) -> None:
+def _tell_once(transaction: Transaction, row: RewardRequestRow, what: str) -> None:
     """Append an event about a request's mishap, the first time that it happens."""
     if what in row.told.split():
         return
@@ -263,15 +267,15 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
         held: The job and the attempt.
         after: Number of the last one that the attempt knows; 0: none.
     """
-    size = func.length(RewardRequest.result)
+    size = func.length(RewardRequestRow.result)
     found = transaction.execute(
-        select(RewardRequest.result_id, RewardRequest.id, size)
+        select(RewardRequestRow.result_id, RewardRequestRow.id, size)
         .where(
-            RewardRequest.job_id == held.job.id,
-            RewardRequest.attempt == held.attempt.number,
-            RewardRequest.result_id > after,
+            RewardRequestRow.job_id == held.job.id,
+            RewardRequestRow.attempt == held.attempt.number,
+            RewardRequestRow.result_id > after,
         )
-        .order_by(RewardRequest.result_id)
+        .order_by(RewardRequestRow.result_id)
         .limit(PAGE_RESULTS)
     ).all()
     page: list[tuple[int, str, str]] = []
@@ -281,7 +285,7 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
             break
         room -= length
         body = transaction.scalars(
-            select(RewardRequest.result).where(RewardRequest.id == request_id)
+            select(RewardRequestRow.result).where(RewardRequestRow.id == request_id)
         ).one()
         page.append((number, request_id, body or ""))
     return page
@@ -290,12 +294,13 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
 def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str, int]:
     """Number of the newest result of each job's running attempt; jobs without one are left out."""
     rows = transaction.execute(
-        select(RewardRequest.job_id, func.max(RewardRequest.result_id))
+        select(RewardRequestRow.job_id, func.max(RewardRequestRow.result_id))
         .join(
-            JobRow, and_(JobRow.id == RewardRequest.job_id, JobRow.attempt == RewardRequest.attempt)
+            JobRow,
+            and_(JobRow.id == RewardRequestRow.job_id, JobRow.attempt == RewardRequestRow.attempt),
         )
-        .where(RewardRequest.job_id.in_(job_ids), RewardRequest.result_id.is_not(None))
-        .group_by(RewardRequest.job_id)
+        .where(RewardRequestRow.job_id.in_(job_ids), RewardRequestRow.result_id.is_not(None))
+        .group_by(RewardRequestRow.job_id)
     ).all()
     return {job_id: number for job_id, number in rows if number is not None}
 
@@ -305,11 +310,11 @@ def forget(transaction: Transaction) -> None:
     ended = select(JobRow.id).where(JobRow.status.in_(TERMINAL))
     now = transaction.now
     transaction.execute(
-        delete(RewardRequest)
+        delete(RewardRequestRow)
         .where(
             or_(
-                and_(RewardRequest.deadline < now - KEPT, RewardRequest.job_id.in_(ended)),
-                RewardRequest.deadline < now - KEPT_AT_MOST,
+                and_(RewardRequestRow.deadline < now - KEPT, RewardRequestRow.job_id.in_(ended)),
+                RewardRequestRow.deadline < now - KEPT_AT_MOST,
             )
         )
         .execution_options(synchronize_session=False)

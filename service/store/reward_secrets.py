@@ -9,7 +9,7 @@ from sqlalchemy import delete, or_, select
 from dar.protocol.ids import new_id
 from service.rewards.secrets import Binding, SecretBox, origin_of
 from service.store.database import Transaction
-from service.store.reward_tables import RewardEndpoint, RewardSecret, SecretKey
+from service.store.reward_tables import RewardEndpointRow, RewardSecretRow, SecretKeyRow
 
 OVERLAP = timedelta(hours=24)
 """How long a replaced signing secret signs beside its successor."""
@@ -24,7 +24,7 @@ class Access:
     headers: dict[str, str] = field(repr=False)
 
 
-def _binding(endpoint: RewardEndpoint, kind: str, name: str | None) -> Binding:
+def _binding(endpoint: RewardEndpointRow, kind: str, name: str | None) -> Binding:
     use = kind if name is None else f"{kind}:{name}"
     return Binding(endpoint.project_id, endpoint.id, origin_of(endpoint.url), use)
 
@@ -32,7 +32,7 @@ def _binding(endpoint: RewardEndpoint, kind: str, name: str | None) -> Binding:
 def _add(
     transaction: Transaction,
     box: SecretBox,
-    endpoint: RewardEndpoint,
+    endpoint: RewardEndpointRow,
     value: str,
     *,
     header: str | None = None,
@@ -40,7 +40,7 @@ def _add(
     kind = "signing" if header is None else "header"
     binding = _binding(endpoint, kind, header)
     transaction.add(
-        RewardSecret(
+        RewardSecretRow(
             id=new_id("rws_"),
             endpoint_id=endpoint.id,
             kind=kind,
@@ -53,21 +53,24 @@ def _add(
     transaction.flush()
 
 
-def list_all(transaction: Transaction, endpoint_ids: Sequence[str]) -> list[RewardSecret]:
+def list_all(transaction: Transaction, endpoint_ids: Sequence[str]) -> list[RewardSecretRow]:
     """The secrets that are in use, the newest first."""
     return list(
         transaction.scalars(
-            select(RewardSecret)
+            select(RewardSecretRow)
             .where(
-                RewardSecret.endpoint_id.in_(endpoint_ids),
-                or_(RewardSecret.expires_at.is_(None), RewardSecret.expires_at > transaction.now),
+                RewardSecretRow.endpoint_id.in_(endpoint_ids),
+                or_(
+                    RewardSecretRow.expires_at.is_(None),
+                    RewardSecretRow.expires_at > transaction.now,
+                ),
             )
-            .order_by(RewardSecret.created_at.desc(), RewardSecret.id.desc())
+            .order_by(RewardSecretRow.created_at.desc(), RewardSecretRow.id.desc())
         ).all()
     )
 
 
-def open_all(transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint) -> Access:
+def open_all(transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow) -> Access:
     """An endpoint's secrets, decrypted.
 
     Raises:
@@ -89,7 +92,7 @@ def open_all(transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint)
 
 
 def add_signing(
-    transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint, value: str
+    transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow, value: str
 ) -> None:
     """Store an endpoint's first signing secret."""
     _add(transaction, box, endpoint, value)
@@ -98,19 +101,19 @@ def add_signing(
 def replace_signing(
     transaction: Transaction,
     box: SecretBox,
-    endpoint: RewardEndpoint,
+    endpoint: RewardEndpointRow,
     value: str,
     *,
     is_overlapping: bool,
 ) -> None:
     """Let a new secret sign; the present one stays for a day beside it, or goes at once. Older ones go."""
-    signing = RewardSecret.kind == "signing"
-    mine = RewardSecret.endpoint_id == endpoint.id
+    signing = RewardSecretRow.kind == "signing"
+    mine = RewardSecretRow.endpoint_id == endpoint.id
     present = transaction.scalars(
-        select(RewardSecret).where(mine, signing, RewardSecret.expires_at.is_(None))
+        select(RewardSecretRow).where(mine, signing, RewardSecretRow.expires_at.is_(None))
     ).all()
     transaction.execute(
-        delete(RewardSecret).where(mine, signing, RewardSecret.expires_at.is_not(None))
+        delete(RewardSecretRow).where(mine, signing, RewardSecretRow.expires_at.is_not(None))
     )
     for row in present:
         if is_overlapping:
@@ -124,16 +127,16 @@ def replace_signing(
 def set_headers(
     transaction: Transaction,
     box: SecretBox,
-    endpoint: RewardEndpoint,
+    endpoint: RewardEndpointRow,
     headers: Mapping[str, str | None],
 ) -> None:
     """Set secret headers by name; None removes one, those not named stay."""
     if headers:
         transaction.execute(
-            delete(RewardSecret).where(
-                RewardSecret.endpoint_id == endpoint.id,
-                RewardSecret.kind == "header",
-                RewardSecret.name.in_(headers),
+            delete(RewardSecretRow).where(
+                RewardSecretRow.endpoint_id == endpoint.id,
+                RewardSecretRow.kind == "header",
+                RewardSecretRow.name.in_(headers),
             )
         )
     for name, value in headers.items():
@@ -141,7 +144,9 @@ def set_headers(
             _add(transaction, box, endpoint, value, header=name)
 
 
-def move(transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint, url: str) -> list[str]:
+def move(
+    transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow, url: str
+) -> list[str]:
     """Give an endpoint another URL. On another origin signing secrets follow, and headers are dropped: they are sent as they are.
 
     Returns:
@@ -171,7 +176,7 @@ def move(transaction: Transaction, box: SecretBox, endpoint: RewardEndpoint, url
 
 def remove_all(transaction: Transaction, endpoint_id: str) -> None:
     """Forget all secrets of an endpoint."""
-    transaction.execute(delete(RewardSecret).where(RewardSecret.endpoint_id == endpoint_id))
+    transaction.execute(delete(RewardSecretRow).where(RewardSecretRow.endpoint_id == endpoint_id))
 
 
 def rotate(transaction: Transaction, box: SecretBox) -> int:
@@ -183,7 +188,7 @@ def rotate(transaction: Transaction, box: SecretBox) -> int:
     Raises:
         SecretUnreadableError: No key fits one of them; nothing is changed.
     """
-    rows = transaction.scalars(select(RewardSecret).with_for_update()).all()
+    rows = transaction.scalars(select(RewardSecretRow).with_for_update()).all()
     for row in rows:
         row.token = box.renew(row.token)
     transaction.flush()
@@ -192,17 +197,19 @@ def rotate(transaction: Transaction, box: SecretBox) -> int:
 
 def known_keys(transaction: Transaction) -> set[str]:
     """Digests of the keys that hosts have started with."""
-    return set(transaction.scalars(select(SecretKey.sha256)).all())
+    return set(transaction.scalars(select(SecretKeyRow.sha256)).all())
 
 
 def note_keys(transaction: Transaction, digests: Sequence[str]) -> None:
     """Remember the keys of this host."""
     new = set(digests) - known_keys(transaction)
-    transaction.add_all(SecretKey(sha256=item, created_at=transaction.now) for item in sorted(new))
+    transaction.add_all(
+        SecretKeyRow(sha256=item, created_at=transaction.now) for item in sorted(new)
+    )
     transaction.flush()
 
 
 def any_token(transaction: Transaction) -> str | None:
     """The newest stored secret, still encrypted; None where there is none."""
-    newest = select(RewardSecret.token).order_by(RewardSecret.created_at.desc()).limit(1)
+    newest = select(RewardSecretRow.token).order_by(RewardSecretRow.created_at.desc()).limit(1)
     return transaction.scalars(newest).first()

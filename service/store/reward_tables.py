@@ -9,7 +9,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from service.store.columns import Base, Id
 
 
-class RewardEndpoint(Base):
+class RewardEndpointRow(Base):
     """A user's reward service. A deleted one keeps its row, for the jobs that named it."""
 
     __tablename__ = "reward_endpoints"
@@ -34,7 +34,7 @@ class RewardEndpoint(Base):
     deleted_at: Mapped[datetime | None]
 
 
-class RewardSecret(Base):
+class RewardSecretRow(Base):
     """A secret of an endpoint, encrypted (`service.rewards.secrets`)."""
 
     __tablename__ = "reward_secrets"
@@ -55,7 +55,7 @@ class RewardSecret(Base):
     """Until when a replaced signing secret is used beside its successor."""
 
 
-class JobEndpoint(Base):
+class JobEndpointRow(Base):
     """A component of a job that names an endpoint."""
 
     __tablename__ = "job_endpoints"
@@ -65,7 +65,7 @@ class JobEndpoint(Base):
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("reward_endpoints.id"), index=True)
 
 
-class SecretKey(Base):
+class SecretKeyRow(Base):
     """Digest of a key that hosts store secrets under: one that lacks it is told so at its start."""
 
     __tablename__ = "secret_keys"
@@ -74,7 +74,7 @@ class SecretKey(Base):
     created_at: Mapped[datetime]
 
 
-class RewardRequest(Base):
+class RewardRequestRow(Base):
     """A request to a reward service that may be answered later, by a callback.
 
     All writes happen under the lock of the job's row, so that results of a job are numbered in the order of their commits.
@@ -114,7 +114,7 @@ class RewardRequest(Base):
     """Mishaps that have their event already, as words."""
 
 
-class RewardDelivery(Base):
+class RewardDeliveryRow(Base):
     """A signed callback that was seen: its ``webhook-id`` is good for one body of one request."""
 
     __tablename__ = "reward_deliveries"

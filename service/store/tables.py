@@ -20,12 +20,12 @@ from sqlalchemy.orm import Mapped, mapped_column
 from dar.protocol.status import JOB_STATUSES, TERMINAL
 from service.store.columns import Base as Base
 from service.store.columns import Id, RowId, quoted
-from service.store.reward_tables import JobEndpoint as JobEndpoint
-from service.store.reward_tables import RewardDelivery as RewardDelivery
-from service.store.reward_tables import RewardEndpoint as RewardEndpoint
-from service.store.reward_tables import RewardRequest as RewardRequest
-from service.store.reward_tables import RewardSecret as RewardSecret
-from service.store.reward_tables import SecretKey as SecretKey
+from service.store.reward_tables import JobEndpointRow as JobEndpointRow
+from service.store.reward_tables import RewardDeliveryRow as RewardDeliveryRow
+from service.store.reward_tables import RewardEndpointRow as RewardEndpointRow
+from service.store.reward_tables import RewardRequestRow as RewardRequestRow
+from service.store.reward_tables import RewardSecretRow as RewardSecretRow
+from service.store.reward_tables import SecretKeyRow as SecretKeyRow
 
 
 class ProjectRow(Base):

@@ -17,7 +17,7 @@ from dar.protocol.worker import (
     RewardProgressNoted,
     RewardRequestStates,
 )
-from service.store.tables import RewardRequest
+from service.store.tables import RewardRequestRow
 from worker.api import WorkerClient
 from worker.folders import AttemptFolder
 from worker.launch import RewardNews, RewardNote
@@ -86,7 +86,7 @@ def accepted(name: str) -> RewardNote:
 
 def stored(live: Any, name: str) -> tuple[str, bool]:
     with live.runtime.database.read() as transaction:
-        row = transaction.get_one(RewardRequest, name)
+        row = transaction.get_one(RewardRequestRow, name)
         return row.state, row.is_accepted
 
 

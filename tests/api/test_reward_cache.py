@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from service.store import reward_endpoints
-from service.store.reward_tables import RewardEndpoint
+from service.store.reward_tables import RewardEndpointRow
 
 PATH = "/v1/reward_endpoints"
 SAME: dict[str, float | None] = {"max_abs_diff": 0.0}
@@ -106,7 +106,7 @@ def test_a_probe_that_was_kept_before_there_were_revisions_is_shown_and_does_not
 ) -> None:
     old = {"at": 1, "ok": True, "errors": [], "warnings": [], "latency_ms": {}}
     with live.runtime.database.write() as transaction:
-        row = transaction.get(RewardEndpoint, endpoint["id"])
+        row = transaction.get(RewardEndpointRow, endpoint["id"])
         row.last_probe = old
     shown = live.http.get(f"{PATH}/{endpoint['id']}/stats").json()["last_probe"]
     assert shown == {**old, "determinism": {}, "revision": 0}

@@ -12,7 +12,7 @@ TOKEN = "rwt_" + "x" * 43
 
 
 def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any) -> None:
-    fates = set(get_args(reward_requests.Fate)) - {"replayed"}
+    fates = set(get_args(reward_requests.CallbackOutcome)) - {"replayed"}
     assert {*fates, "refused", "unsupported", "too_large"} == set(OUTCOMES)
     _, lease = live.running()
     deadline = (datetime.now(UTC) + timedelta(seconds=60)).timestamp()

@@ -28,7 +28,7 @@ SIGNING, HEADER = "whsec_c2lnbmluZw==", "Bearer of-the-header"
 def add(world: Any, box: SecretBox = BOX, **values: Any) -> str:
     """An endpoint with a signing secret and a header; each a second younger than the one before."""
     world.clock.advance(1)
-    endpoint = tables_.RewardEndpoint(
+    endpoint = tables_.RewardEndpointRow(
         id=new_id("rwe_"),
         project_id=values.get("project_id", world.project_id),
         name="judge",
@@ -85,7 +85,7 @@ def test_another_projects_endpoint_of_the_same_address_cannot_read_it(world: Any
         row = tables_.ProjectRow(id="proj-other", created_at=transaction.now)
         transaction.add(row)
     with world.database.write() as transaction:
-        transaction.execute(update(tables_.RewardEndpoint).values(project_id="proj-other"))
+        transaction.execute(update(tables_.RewardEndpointRow).values(project_id="proj-other"))
     with world.database.read() as transaction:
         endpoint = reward_endpoints.get(transaction, "proj-other", mine)
         with pytest.raises(SecretUnreadableError):
@@ -208,8 +208,8 @@ def test_a_deletion_and_a_submission_at_once_leave_no_job_without_its_endpoint(w
         submission.join()
         assert len(outcomes) == 1, outcomes
         with world.database.read() as transaction:
-            mine = tables_.JobEndpoint.endpoint_id == endpoint_id
-            linked = transaction.scalars(select(tables_.JobEndpoint).where(mine)).all()
+            mine = tables_.JobEndpointRow.endpoint_id == endpoint_id
+            linked = transaction.scalars(select(tables_.JobEndpointRow).where(mine)).all()
         assert len(linked) == (outcomes == ["submitted"])
 
 

@@ -9,12 +9,14 @@ import pytest
 
 from dar.protocol.worker import RewardAnnouncement
 from service.store import fence, reward_requests
-from service.store.tables import RewardDelivery, RewardRequest
+from service.store.tables import RewardDeliveryRow, RewardRequestRow
 
 TOKEN_HASH = "a" * 64
 
 
-def announce(world: Any, held: fence.Held, request_id: str, seconds: float = 60.0) -> RewardRequest:
+def announce(
+    world: Any, held: fence.Held, request_id: str, seconds: float = 60.0
+) -> RewardRequestRow:
     wanted = RewardAnnouncement(
         request_id=request_id,
         component="letters",
@@ -28,12 +30,12 @@ def announce(world: Any, held: fence.Held, request_id: str, seconds: float = 60.
         return reward_requests.announce(transaction, now, wanted, is_signature_required=False)
 
 
-def result(text: str, webhook_id: str | None = None) -> reward_requests.Result:
+def result(text: str, webhook_id: str | None = None) -> reward_requests.CallbackResult:
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return reward_requests.Result(text, sha256, None, webhook_id)
+    return reward_requests.CallbackResult(text, sha256, None, webhook_id)
 
 
-def settle(world: Any, request_id: str, found: reward_requests.Result) -> str:
+def settle(world: Any, request_id: str, found: reward_requests.CallbackResult) -> str:
     fate: str
     fate, _ = world.database.transact(
         lambda transaction: reward_requests.settle(transaction, request_id, found)
@@ -116,7 +118,7 @@ def test_a_signed_message_is_good_for_one_request_only(world: Any) -> None:
     world.clock.advance(601)
     assert settle(world, "rwq_1", result("y", "rwr_2")) in {"conflict", "late"}
     with world.database.read() as transaction:
-        assert [row.id for row in transaction.query(RewardDelivery).all()] == ["rwr_2"]
+        assert [row.id for row in transaction.query(RewardDeliveryRow).all()] == ["rwr_2"]
 
 
 def test_a_page_of_results_has_a_bound_but_never_none(
@@ -140,4 +142,4 @@ def test_old_requests_are_forgotten_once_nobody_can_ask_for_them(world: Any) -> 
         with world.database.write() as transaction:
             reward_requests.forget(transaction)
         with world.database.read() as transaction:
-            assert transaction.query(RewardRequest).count() == left
+            assert transaction.query(RewardRequestRow).count() == left

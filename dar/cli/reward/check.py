@@ -13,7 +13,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from dar.cli.reward.listener import listening
-from dar.cli.reward.screen import Screen
+from dar.cli.reward.screen import ReportScreen
 from dar.client import Client
 from dar.errors import ConfigurationError
 from dar.protocol.reward_endpoints import ProbeSample
@@ -57,7 +57,7 @@ def run(service: str, options: Options) -> None:
         typer.BadParameter: Something that was typed, or a file that was named, cannot be used.
     """
     samples = None if options.samples is None else _read_samples(options.samples)
-    screen = Screen(sys.stdout)
+    screen = ReportScreen(sys.stdout)
     with screen.waiting(service):
         if service.startswith(ENDPOINT_PREFIX):
             report = _ask_service(service, options, samples)

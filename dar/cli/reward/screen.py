@@ -20,7 +20,7 @@ QUOTED = 300
 """Characters of an answer that are shown."""
 
 
-class Screen:
+class ReportScreen:
     """Shows a report.
 
     Args:

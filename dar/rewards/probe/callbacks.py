@@ -13,7 +13,7 @@ from dar.errors import RewardContractError
 from dar.protocol.rewards import decode_result
 from dar.rewards.http.async_results import Stored
 
-Fate = Literal["refused", "accepted", "duplicate", "conflict", "late", "closed", "invalid"]
+InboxOutcome = Literal["refused", "accepted", "duplicate", "conflict", "late", "closed", "invalid"]
 """What becomes of a callback."""
 
 
@@ -97,7 +97,7 @@ class ProbeInbox:
 
     def receive(
         self, request_id: str, token: str, body: bytes
-    ) -> tuple[Fate, RewardContractError | None]:
+    ) -> tuple[InboxOutcome, RewardContractError | None]:
         """Take what was posted to a callback.
 
         Args:
@@ -129,6 +129,6 @@ class ProbeInbox:
             awaited.loop.call_soon_threadsafe(awaited.came.set)
         return "accepted", None
 
-    def repeat(self, request_id: str) -> Fate:
+    def repeat(self, request_id: str) -> InboxOutcome:
         """Take the callback that counted once more."""
         return self.receive(request_id, *self._awaited[request_id].last)[0]

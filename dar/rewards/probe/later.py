@@ -1,10 +1,10 @@
 """Step 9 of a probe: a result that is promised with a 202 must come, and count once."""
 
 from dar.rewards.probe.callbacks import ProbeInbox
-from dar.rewards.probe.steps import Session
+from dar.rewards.probe.steps import ProbeSession
 
 
-async def check_later(session: Session, inbox: ProbeInbox | None) -> None:
+async def check_later(session: ProbeSession, inbox: ProbeInbox | None) -> None:
     """Ask once, and look at how the result came."""
     notes = session.notes
     if session.component.reply != "either":

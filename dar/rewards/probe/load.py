@@ -11,7 +11,7 @@ from typing import Any
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.base import RewardSample
 from dar.rewards.probe.client import Asked
-from dar.rewards.probe.steps import Session
+from dar.rewards.probe.steps import ProbeSession
 from dar.rewards.scoring.step_report import quantile
 
 CALLS = 20
@@ -65,7 +65,7 @@ class Load:
         return sum(one.failure is not None and one.failure.status in {429, 503} for one in self.all)
 
 
-async def check_load(session: Session) -> None:
+async def check_load(session: ProbeSession) -> None:
     """Ask for full requests, as many at once as the component allows."""
     notes, limits = session.notes, session.component.limits
     load = await _measure(session)
@@ -86,7 +86,7 @@ async def check_load(session: Session) -> None:
     await asyncio.sleep(min(session.line.wished_pause, LONGEST_PAUSE))
 
 
-def _tell_failures(session: Session, load: Load) -> None:
+def _tell_failures(session: ProbeSession, load: Load) -> None:
     notes, codes = session.notes, load.codes
     failed, calls = codes.total(), len(load.all)
     told = ", ".join(f"{code} {count}" for code, count in codes.most_common())
@@ -101,7 +101,7 @@ def _tell_failures(session: Session, load: Load) -> None:
         notes.error(worst, text, None if load.throttled else example)
 
 
-def _tell_slowness(session: Session, load: Load) -> None:
+def _tell_slowness(session: ProbeSession, load: Load) -> None:
     notes, component = session.notes, session.component
     latencies = load.latencies
     p50, p95 = quantile(latencies, 0.5), quantile(latencies, 0.95)
@@ -162,7 +162,7 @@ def _hint(latency: float, size: int) -> str:
     )
 
 
-async def _measure(session: Session) -> Load:
+async def _measure(session: ProbeSession) -> Load:
     line, concurrency = session.line, session.component.limits.concurrency
     batches = _batches(session)
     first = next(batches)
@@ -183,7 +183,7 @@ async def _measure(session: Session) -> Load:
     return Load(len(first), alone, asked, time.monotonic() - started)
 
 
-def _batches(session: Session) -> Iterator[Sequence[RewardSample]]:
+def _batches(session: ProbeSession) -> Iterator[Sequence[RewardSample]]:
     """Full requests, no two the same, so that no cache answers."""
     longest = max((sample.completion for sample in session.samples), key=len)
     if not session.are_own:

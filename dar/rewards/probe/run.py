@@ -25,7 +25,7 @@ from dar.rewards.probe.later import check_later
 from dar.rewards.probe.load import check_load
 from dar.rewards.probe.report import Notes
 from dar.rewards.probe.steps import (
-    Session,
+    ProbeSession,
     check_answer,
     check_determinism,
     check_order,
@@ -98,7 +98,7 @@ async def probe(
             await line.open()
             try:
                 notes.line = line
-                await _take_steps(target, Session(
+                await _take_steps(target, ProbeSession(
                     target.component, line, notes, samples or _built_in(target.example), are_own=samples is not None
                 ), light=light)  # fmt: skip
             finally:
@@ -151,7 +151,7 @@ def _built_in(example: RewardSample | None) -> Sequence[RewardSample]:
     ]
 
 
-async def _take_steps(target: ProbeTarget, session: Session, *, light: bool) -> None:
+async def _take_steps(target: ProbeTarget, session: ProbeSession, *, light: bool) -> None:
     notes = session.notes
     path = Path(
         parse_url(target.url, target.guard),

@@ -31,7 +31,7 @@ UNUSUAL = {
 
 
 @dataclass(slots=True)
-class Session:
+class ProbeSession:
     """A probe as it goes on."""
 
     component: RewardComponent
@@ -71,7 +71,7 @@ def by_id(asked: Sequence[Asked]) -> dict[str, RewardResult]:
     }
 
 
-async def check_answer(session: Session) -> None:
+async def check_answer(session: ProbeSession) -> None:
     """Step 2: one request, whose answer must be what the protocol says."""
     notes = session.notes
     asked = await session.ask_all()
@@ -98,7 +98,7 @@ async def check_answer(session: Session) -> None:
     notes.done(f"{len(rewards)} of {len(session.first)} samples scored: {shown}")
 
 
-async def check_determinism(session: Session) -> None:
+async def check_determinism(session: ProbeSession) -> None:
     """Step 3: the same samples under a new id, and that request once more as if its answer had been lost."""
     notes = session.notes
     asked = await session.ask_all(loses_first=True)
@@ -132,7 +132,7 @@ async def check_determinism(session: Session) -> None:
     )
 
 
-async def check_order(session: Session) -> None:
+async def check_order(session: ProbeSession) -> None:
     """Step 4: the same samples in reversed order, and one by one."""
     notes, line = session.notes, session.line
     if min(line.max_samples, len(session.samples)) == 1:
@@ -164,7 +164,7 @@ async def check_order(session: Session) -> None:
     )
 
 
-async def check_signature(session: Session) -> None:
+async def check_signature(session: ProbeSession) -> None:
     """Step 6: a request that somebody else has signed must be refused."""
     notes, component = session.notes, session.component
     if not session.line.is_signed:
@@ -190,7 +190,7 @@ async def check_signature(session: Session) -> None:
     notes.done("")
 
 
-async def check_texts(session: Session) -> None:
+async def check_texts(session: ProbeSession) -> None:
     """Step 7: completions as models write them on their bad days."""
     notes, line = session.notes, session.line
     room = min(LONG_CHARACTERS, session.component.batch.max_bytes // 2)
@@ -224,7 +224,7 @@ def _trouble(asked: Asked, *, is_telling: bool) -> str | None:
     return None
 
 
-async def check_spread(session: Session) -> None:
+async def check_spread(session: ProbeSession) -> None:
     """Step 8: rewards must tell completions apart, and more so than chance does."""
     notes = session.notes
     own = rewards_in(session.first.values())

@@ -36,7 +36,7 @@ from starlette.routing import Route
 
 from dar.errors import ConfigurationError, DARError
 from dar.rewards.functions import RewardFunction
-from dar.rewards.server.endpoint import RewardEndpoint, render
+from dar.rewards.server.endpoint import FunctionEndpoint, render
 from dar.rewards.server.options import CheckedOptions, ServerOptions
 from dar.rewards.server.process import address, bind, run
 
@@ -74,13 +74,13 @@ def reward_server(
                 "it posts to no callbacks, so that later results must be fetched; pass secret= or secret_file="
             )
         is_coroutine = inspect.iscoroutinefunction(function)
-        endpoint = RewardEndpoint(function, checked.of(keys, is_coroutine=is_coroutine))
+        endpoint = FunctionEndpoint(function, checked.of(keys, is_coroutine=is_coroutine))
         return _application(endpoint, checked.path)
 
     return make if function is None else make(function)
 
 
-def _application(endpoint: RewardEndpoint, path: str) -> Starlette:
+def _application(endpoint: FunctionEndpoint, path: str) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         try:
@@ -108,7 +108,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 9000,
-    started: Callable[[str, RewardEndpoint | None], None] | None = None,
+    started: Callable[[str, FunctionEndpoint | None], None] | None = None,
     **options: Unpack[ServerOptions],
 ) -> None:
     """Serve a reward function, or an application of `reward_server`, until Ctrl-C or SIGTERM.

@@ -42,7 +42,7 @@ def signed(keys: Sequence[bytes], request_id: str, body: bytes) -> dict[str, str
     return signed_headers(keys, own_id(request_id, body), int(datetime.now(UTC).timestamp()), body)
 
 
-class Callbacks:
+class CallbackSender:
     """Posts results to where their requests want them.
 
     Args:

@@ -28,7 +28,7 @@ from dar.protocol.rewards import RESULT_TYPE, RequestSample, RewardRequest, deco
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Skipped
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.rewards.http.signing import verify
-from dar.rewards.server.callbacks import Callbacks, signed
+from dar.rewards.server.callbacks import CallbackSender, signed
 from dar.rewards.server.idempotency import Answers, Bounds, Entry
 from dar.version import __version__
 
@@ -45,7 +45,7 @@ _LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointOptions:
+class FunctionEndpointOptions:
     """How requests are answered."""
 
     keys: Sequence[bytes]
@@ -57,7 +57,7 @@ class EndpointOptions:
     stop_seconds: float
 
 
-class RewardEndpoint:
+class FunctionEndpoint:
     """Answers requests of ``dar.reward.v1`` with what a function returns.
 
     Args:
@@ -68,7 +68,7 @@ class RewardEndpoint:
         ConfigurationError: The function cannot take ``completions``, or cannot do without ``completion_ids``.
     """
 
-    def __init__(self, function: RewardFunction, options: EndpointOptions) -> None:
+    def __init__(self, function: RewardFunction, options: FunctionEndpointOptions) -> None:
         self._source = FunctionReward(function)
         if self._source.needs_completion_ids:
             raise ConfigurationError(
@@ -77,7 +77,7 @@ class RewardEndpoint:
             )
         self._options = options
         self._answers = Answers(options.bounds, self._finished)
-        self._callbacks = Callbacks(options.keys)
+        self._callbacks = CallbackSender(options.keys)
         self._deliveries: set[asyncio.Task[None]] = set()
         self._stops_at: float | None = None
         self._incoming_bytes = 0

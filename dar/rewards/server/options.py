@@ -9,7 +9,7 @@ from typing import TypedDict
 from dar.errors import ConfigurationError
 from dar.protocol.rewards import MAX_REQUEST_BYTES
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.server.endpoint import EndpointOptions
+from dar.rewards.server.endpoint import FunctionEndpointOptions
 from dar.rewards.server.idempotency import Bounds
 
 CALLS = 1
@@ -88,7 +88,7 @@ class CheckedOptions:
             secrets.append(Path(file).expanduser().read_text(encoding="utf-8").strip())
         return tuple(map(decode_secret, secrets))
 
-    def of(self, keys: Sequence[bytes], *, is_coroutine: bool) -> EndpointOptions:
+    def of(self, keys: Sequence[bytes], *, is_coroutine: bool) -> FunctionEndpointOptions:
         """The options as an endpoint takes them.
 
         Args:
@@ -97,7 +97,7 @@ class CheckedOptions:
         """
         calls = self.max_calls or (COROUTINE_CALLS if is_coroutine else CALLS)
         within = self.answer_within_seconds
-        return EndpointOptions(
+        return FunctionEndpointOptions(
             keys=keys,
             bounds=Bounds(
                 max_calls=calls,

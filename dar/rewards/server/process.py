@@ -13,7 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from dar.errors import ConfigurationError
-from dar.rewards.server.endpoint import RewardEndpoint
+from dar.rewards.server.endpoint import FunctionEndpoint
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the client keeps idle connections, so that it closes first."""
@@ -50,7 +50,7 @@ def address(listener: socket.socket, host: str) -> str:
 
 
 def run(app: Starlette, listener: socket.socket, url: str) -> None:
-    """Serve until Ctrl-C or SIGTERM, and a little longer: see `RewardEndpoint.drained`. A second signal ends it at once.
+    """Serve until Ctrl-C or SIGTERM, and a little longer: see `FunctionEndpoint.drained`. A second signal ends it at once.
 
     Args:
         app: The application.
@@ -76,7 +76,7 @@ class _Server(uvicorn.Server):
     come again; and raise the signal again at the end.
     """
 
-    def __init__(self, config: uvicorn.Config, endpoint: RewardEndpoint | None) -> None:
+    def __init__(self, config: uvicorn.Config, endpoint: FunctionEndpoint | None) -> None:
         super().__init__(config)
         self._endpoint = endpoint
         self._draining: asyncio.Task[None] | None = None
@@ -106,6 +106,6 @@ class _Server(uvicorn.Server):
             return
         self._draining = asyncio.create_task(self._drain(self._endpoint))
 
-    async def _drain(self, endpoint: RewardEndpoint) -> None:
+    async def _drain(self, endpoint: FunctionEndpoint) -> None:
         await endpoint.drained()
         self.should_exit = True
