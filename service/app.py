@@ -39,10 +39,9 @@ from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.callbacks import Callbacks
+from service.encryption import SecretBox
 from service.http import auth, errors
 from service.http.log import RequestMiddleware
-from service.rewards.secrets import SecretBox
 from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
 from service.store import jobs as jobs_store
@@ -169,15 +168,13 @@ def prepare(settings: Settings) -> Runtime:
         with database.read() as transaction:
             return metrics_store.newest_of_running(transaction, MAX_JOBS)
 
-    callbacks = Callbacks()
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs, running_values, callbacks.counts),
-        callbacks=callbacks,
+        telemetry=Telemetry(count_jobs, running_values),
         reward_secret=keys.configure(settings, database),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),

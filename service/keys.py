@@ -17,7 +17,7 @@ from ulid import ULID
 
 from dar.errors import ConfigurationError
 from dar.settings import Settings
-from service.rewards import secrets as secrets_
+from service import encryption
 from service.store import keys, reward_secrets
 from service.store.database import Database
 
@@ -142,10 +142,10 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
                 "from the host that has it, or set DAR_SECRET_KEYS"
             )
         path = settings.home / KEYS_OF_SECRETS_FILE
-        found = secrets_.split_keys(given or _make(path, secrets_.new_key))
-        digests = [secrets_.key_digest(key) for key in found]
+        found = encryption.split_keys(given or _make(path, encryption.new_key))
+        digests = [encryption.key_digest(key) for key in found]
         is_foreign = database.is_postgresql and bool(known) and known.isdisjoint(digests)
-        box = secrets_.SecretBox(found)
+        box = encryption.SecretBox(found)
         if is_foreign or (token is not None and not box.is_readable(token)):
             raise ConfigurationError(
                 "none of the keys in DAR_SECRET_KEYS (or the file secret_keys) opens what is stored in this database; add "

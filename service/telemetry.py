@@ -24,9 +24,13 @@ from prometheus_client.registry import Collector
 from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentRequests
 from dar.protocol.status import JOB_STATUSES
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row
-from service.callbacks import OUTCOMES as CALLBACKS
 
 OUTCOMES = ("ok", *FAMILIES)
+CALLBACK_OUTCOMES = (
+    "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "refused", "unsupported", "too_large",
+)  # fmt: skip
+"""Those of `service.store.reward_requests.CallbackOutcome` except ``replayed``, which counts as
+``refused``, and those that are refused before."""
 BREAKER_STATES = ("closed", "half_open", "open", "misconfigured")
 RESULTS: Mapping[str, str] = {
     "reward/n_valid": "ok",
@@ -67,15 +71,11 @@ class Telemetry(Collector):
     Args:
         count_jobs: Asked at each scrape for the number of jobs by status.
         running_values: Asked at each scrape for the last reported metrics of running jobs, by job.
-        count_callbacks: Asked at each scrape for the callbacks so far, by outcome.
     """
 
-    def __init__(
-        self, count_jobs: Counts, running_values: RunningValues, count_callbacks: Counts
-    ) -> None:
+    def __init__(self, count_jobs: Counts, running_values: RunningValues) -> None:
         self._count_jobs = count_jobs
         self._running_values = running_values
-        self._count_callbacks = count_callbacks
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
         self._seconds = dict.fromkeys(OUTCOMES, 0.0)
@@ -86,6 +86,7 @@ class Telemetry(Collector):
         self._groups = {"rewards/dropped_groups": 0.0, "rewards/refilled_groups": 0.0}
         self._idle = {"reward": 0.0, "generation": 0.0}
         self._totals: Counter[str] = Counter()
+        self._callbacks: Counter[str] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -107,6 +108,11 @@ class Telemetry(Collector):
         """Count a pause or a resume: ``reward_pauses`` or ``reward_resumes``."""
         with self._lock:
             self._totals[name] += 1
+
+    def count_callback(self, outcome: str) -> None:
+        """Count a callback of a reward service: one of `CALLBACK_OUTCOMES`."""
+        with self._lock:
+            self._callbacks[outcome] += 1
 
     def _take_requests(self, found: ComponentRequests) -> None:
         buckets = self._buckets[found.outcome]
@@ -157,10 +163,9 @@ class Telemetry(Collector):
         yield jobs
         yield from self._gauges()
         text = "Callbacks of reward services, by what became of them."
-        found = self._count_callbacks()
-        outcomes = {outcome: found.get(outcome, 0) for outcome in CALLBACKS}
-        yield _labelled("dar_reward_callback", text, "status", outcomes)
         with self._lock:
+            outcomes = {outcome: self._callbacks[outcome] for outcome in CALLBACK_OUTCOMES}
+            yield _labelled("dar_reward_callback", text, "status", outcomes)
             yield from self._request_families()
             yield from self._sample_families()
 

@@ -169,6 +169,5 @@ def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
     )
     # When this fails the row may be stored all the same: whether the file stays is for the reconciler to find out.
     with runtime.database.write() as transaction:
-        file.created_at = transaction.now
-        transaction.add(file)
+        files.add(transaction, file)
     return show(file)

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from dar.errors import NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
-from dar.protocol.spec import JobSpec
 from dar.protocol.worker import REWARD_MODELS, InputFile, Inputs, ModelSource
 from service.api.checkpoints import entries
 from service.http import downloads
@@ -63,14 +62,14 @@ def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
     source = ModelSource.model_validate(held.job.model_source)
     if source.kind == "folder" and source.checkpoint_id is None:
         found += _folder(runtime, source.name, "model")
-    for component, name in models.reward_folders(JobSpec.model_validate(held.job.spec)).items():
+    for component, name in models.reward_folders(held.job.parsed_spec).items():
         found += _folder(runtime, name, f"{REWARD_MODELS}/{component}")
     return found
 
 
 def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterator[_Source]:
     job = held.job
-    uploaded = {TRAINING_FILE: job.training_file, VALIDATION_FILE: job.spec.get(VALIDATION_FILE)}
+    uploaded = {TRAINING_FILE: job.training_file, VALIDATION_FILE: job.parsed_spec.validation_file}
     for name, file_id in uploaded.items():
         if file_id:
             file = files.get(transaction, job.project_id, file_id)

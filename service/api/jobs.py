@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
@@ -14,18 +13,15 @@ from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
 from service.api.paging import PageCursor, envelope, seconds
-from service.http import errors
 from service.http.auth import Reader, Submitter
 from service.http.bodies import body_of, schema_of
 from service.jobs import submission
-from service.rewards import probing
 from service.runtime import CurrentRuntime
 from service.store import jobs, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
 ACTIONS: Mapping[str, Sequence[str]] = {
-    "validating_files": ["cancel"],
     "queued": ["cancel", "pause"],
     "running": ["cancel", "pause"],
     "pausing": ["cancel", "resume"],
@@ -51,16 +47,16 @@ async def create_job(
     retry_count: RetryCount = 0,
 ) -> Job:
     """Submit a job, once its reward services were tried. The same ``Idempotency-Key`` again gives the same job."""
-    digest = submission.body_digest(spec)
-    submitted = submission.Request(spec, user, digest, idempotency_key, retry_count)
-    tries = await run_in_threadpool(submission.to_try, runtime, submitted)
-    if problems := await probing.problems_of(tries, runtime.remembered):
-        raise errors.invalid(problems)
-    job, replay = await run_in_threadpool(submission.submit, runtime, submitted)
-    response.headers["location"] = f"{PATH}/{job.id}"
-    if replay is not None:
-        response.headers["idempotency-replayed"] = replay
-    return show(job)
+    submitted = await submission.submit(
+        runtime,
+        submission.Submission(
+            spec, user, submission.body_digest(spec), idempotency_key, retry_count
+        ),
+    )
+    response.headers["location"] = f"{PATH}/{submitted.job.id}"
+    if submitted.replay is not None:
+        response.headers["idempotency-replayed"] = submitted.replay
+    return show(submitted.job)
 
 
 @router.get("")

@@ -15,7 +15,6 @@ from dar.errors import (
 )
 from dar.protocol.ids import new_id
 from dar.protocol.metrics import is_known
-from dar.protocol.spec import JobSpec
 from dar.protocol.worker import (
     Batch,
     BatchAck,
@@ -48,7 +47,7 @@ MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
 ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
 HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat))]
-BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda r: r.settings.max_batch_bytes))]
+BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda settings: settings.max_batch_bytes))]
 CompleteBody = Annotated[Complete, Depends(body_of(Complete))]
 FailBody = Annotated[Fail, Depends(body_of(Fail))]
 ReleaseBody = Annotated[Release, Depends(body_of(Release))]
@@ -186,7 +185,7 @@ def _lease(
         attempt=attempt.number,
         token=token,
         ttl_seconds=runtime.settings.lease_ttl_seconds,
-        spec=JobSpec.model_validate(job.spec),
+        spec=job.parsed_spec,
         seed=job.seed,
         total_steps=job.total_steps,
         model=ModelSource.model_validate(job.model_source),

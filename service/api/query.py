@@ -9,10 +9,10 @@ from fastapi.routing import APIRoute
 from dar.errors import Problem
 from service.http import auth, errors
 from service.http.bodies import NUL
-from service.runtime import CurrentRuntime
+from service.installation import CurrentInstallation
 
 
-def refuse_unusable(request: Request, runtime: CurrentRuntime) -> None:
+def refuse_unusable(request: Request, installation: CurrentInstallation) -> None:
     """Raise when the route takes no such parameter, or its value can be nobody's.
 
     Raises:
@@ -21,7 +21,7 @@ def refuse_unusable(request: Request, runtime: CurrentRuntime) -> None:
     """
     problems = [*_unknown(request), *_unstorable(request)]
     if problems:
-        auth.authenticate(request, runtime)
+        auth.authenticate(request, installation)
         raise errors.invalid(problems)
 
 

@@ -10,14 +10,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import structlog
-from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from service.background.directives import Told, Wanted
-from service.store import reward_requests
+from service.store import leases, reward_requests
 from service.store.database import Database
-from service.store.tables import AttemptRow, JobRow
 
 log = structlog.get_logger()
 WATCH_SECONDS = 1.0
@@ -97,21 +95,10 @@ class Notifier:
         def untold(wanted: Wanted) -> list[str]:
             return [job_id for job_id, told in waiting.items() if not told.knows(wanted)]
 
-        is_running = select(AttemptRow.job_id).where(
-            AttemptRow.job_id == JobRow.id,
-            AttemptRow.number == JobRow.attempt,
-            AttemptRow.status == "running",
-        )
-        statement = select(JobRow.id).where(
-            JobRow.id.in_(waiting),
-            or_(
-                and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(untold("cancel"))),
-                and_(JobRow.status == "pausing", JobRow.id.in_(untold("pause"))),
-                ~is_running.exists(),
-            ),
-        )
         with self._database.read() as transaction:
-            changed = list(transaction.scalars(statement).all())
+            changed = leases.changed(
+                transaction, list(waiting), cancel=untold("cancel"), pause=untold("pause")
+            )
             newest = reward_requests.newest_results(transaction, list(waiting))
         return changed + [
             job_id for job_id, number in newest.items() if number > waiting[job_id].last_result

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import structlog
-from sqlalchemy import and_
 from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, jobs, leases, reward_requests, transitions
-from service.store.database import Database, Transaction
-from service.store.tables import JobRow
+from service.store import checkpoints, fence, files, jobs, leases, reward_requests
+from service.store.database import Database
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0002
@@ -114,7 +112,7 @@ class Reconciler:
             unattended = leases.unattended_cancellations(transaction)
         for job_id in unattended:
             with self._database.write() as transaction:
-                _finish_cancellation(transaction, job_id)
+                leases.finish_cancellation(transaction, job_id)
 
     def _rewake(self) -> None:
         with self._database.read() as transaction:
@@ -154,8 +152,3 @@ class Reconciler:
             except Exception:
                 # Outermost frame of a thread without which no lease ever ends.
                 log.exception("reconciler pass failed by a mistake; the next one tries again")
-
-
-def _finish_cancellation(transaction: Transaction, job_id: str) -> None:
-    where = and_(JobRow.id == job_id, JobRow.cancel_requested_at.is_not(None))
-    transitions.move(transaction, "cancel_confirmed", where, "cancelled; no worker was left")

@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 
 from dar.errors import AuthenticationError, NotFoundError, PermissionDeniedError
 from service import keys
-from service.runtime import CurrentRuntime, Runtime
+from service.installation import CurrentInstallation, Installation
 from service.store import fence
 from service.store import keys as key_store
 
@@ -45,14 +45,14 @@ def bearer(request: Request) -> str:
     return credential.strip()
 
 
-def principal(request: Request, runtime: CurrentRuntime) -> Principal:
+def principal(request: Request, installation: CurrentInstallation) -> Principal:
     """Who sent the request.
 
     Raises:
         AuthenticationError: The key is missing, unknown, expired or revoked.
     """
     key = bearer(request)
-    with runtime.database.read() as transaction:
+    with installation.database.read() as transaction:
         record = key_store.find(transaction, keys.key_id(key))
     # An unknown id is compared too, so that both refusals take the same time.
     if not keys.is_equal(key, record.sha256 if record else keys.digest("")) or record is None:
@@ -60,7 +60,7 @@ def principal(request: Request, runtime: CurrentRuntime) -> Principal:
     return Principal(record.id, record.project_id, frozenset(record.scopes.split()))
 
 
-def authenticate(request: Request, runtime: Runtime) -> None:
+def authenticate(request: Request, installation: Installation) -> None:
     """Raise unless the request carries a key or token that is known here, whatever it opens.
 
     Raises:
@@ -68,9 +68,9 @@ def authenticate(request: Request, runtime: Runtime) -> None:
     """
     lease_id = keys.lease_of_token(bearer(request))
     if lease_id is None:
-        principal(request, runtime)
+        principal(request, installation)
     else:
-        _check_token(runtime, lease_id, bearer(request))
+        _check_token(installation, lease_id, bearer(request))
 
 
 def user_with(scope: Scope) -> Callable[[Principal], User]:
@@ -103,7 +103,7 @@ def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:
     return who
 
 
-def lease_holder(lease_id: str, request: Request, runtime: CurrentRuntime) -> str:
+def lease_holder(lease_id: str, request: Request, installation: CurrentInstallation) -> str:
     """Lets the token of the lease's own attempt pass; gives the lease's id. Whether it still holds is checked later.
 
     Raises:
@@ -114,13 +114,13 @@ def lease_holder(lease_id: str, request: Request, runtime: CurrentRuntime) -> st
     claimed = keys.lease_of_token(token)
     if claimed is None:
         raise AuthenticationError("this route takes the token of an attempt, which a claim gives")
-    _check_token(runtime, claimed, token)
+    _check_token(installation, claimed, token)
     if claimed != lease_id:
         raise NotFoundError(f"there is no lease {lease_id!r}")
     return lease_id
 
 
-def lease_sender(lease_id: str, request: Request, runtime: CurrentRuntime) -> str:
+def lease_sender(lease_id: str, request: Request, installation: CurrentInstallation) -> str:
     """Lets the attempt's token pass, and a worker's key for attempts that ran on its node (``x-dar-node``).
 
     Raises:
@@ -130,18 +130,18 @@ def lease_sender(lease_id: str, request: Request, runtime: CurrentRuntime) -> st
     """
     token = bearer(request)
     if keys.lease_of_token(token) is not None:
-        return lease_holder(lease_id, request, runtime)
-    worker(principal(request, runtime))
-    with runtime.database.read() as transaction:
+        return lease_holder(lease_id, request, installation)
+    worker(principal(request, installation))
+    with installation.database.read() as transaction:
         attempt = fence.find(transaction, lease_id)
     if attempt.node != request.headers.get("x-dar-node"):
         raise NotFoundError(f"lease {lease_id!r} was not held on the node that x-dar-node names")
     return lease_id
 
 
-def _check_token(runtime: Runtime, lease_id: str, token: str) -> None:
+def _check_token(installation: Installation, lease_id: str, token: str) -> None:
     try:
-        with runtime.database.read() as transaction:
+        with installation.database.read() as transaction:
             sha256 = fence.find(transaction, lease_id).token_sha256
     except NotFoundError:
         sha256 = keys.digest("")

@@ -15,8 +15,9 @@ from dar.errors import (
     Problem,
     UnsupportedMediaTypeError,
 )
+from dar.settings import Settings
 from service.http import errors
-from service.runtime import Runtime
+from service.installation import CurrentInstallation
 
 Model = TypeVar("Model", bound=BaseModel)
 GZIP_WINDOW_BITS = 31
@@ -81,10 +82,10 @@ def _gunzip(packed: bytes, limit: int) -> bytes:
 
 def body_of(
     model: type[Model],
-    limit: Callable[[Runtime], int] | None = None,
+    limit: Callable[[Settings], int] | None = None,
     *,
     is_optional: bool = False,
-) -> Callable[[Request], Coroutine[Any, Any, Model]]:
+) -> Callable[..., Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's JSON body as a ``model``.
 
     FastAPI's own body parameters are read before any dependency, so before the key is checked; this one comes after.
@@ -95,9 +96,9 @@ def body_of(
         is_optional: Whether no body stands for an empty object.
     """
 
-    async def read(request: Request) -> Model:
-        runtime: Runtime = request.app.state.runtime
-        most = runtime.settings.max_body_bytes if limit is None else limit(runtime)
+    async def read(request: Request, installation: CurrentInstallation) -> Model:
+        settings = installation.settings
+        most = settings.max_body_bytes if limit is None else limit(settings)
         media_type = request.headers.get("content-type", "application/json").split(";")[0].strip()
         if media_type.lower() != "application/json":
             raise UnsupportedMediaTypeError(

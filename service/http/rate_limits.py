@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from dar.errors import RateLimitError
 
+PASSED_SECONDS = 30.0
+"""How long a service that passed is not probed again: a sweep submits many jobs with one service."""
+
 
 class Throttle:
     """A sliding window: at most ``limit`` times in ``seconds``, for each user.
@@ -97,3 +100,22 @@ class FailureThrottle:
             if len(self._windows) > self._addresses:
                 self._windows.popitem(last=False)
         return None if count < self._most else self._seconds - (now - began)
+
+
+class PassedProbes:
+    """Reward services that passed a probe recently. A service that failed is probed each time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[str, float] = {}
+
+    def has(self, key: str) -> bool:
+        """Whether the service need not be probed again yet."""
+        with self._lock:
+            return self._until.get(key, 0.0) > time.monotonic()
+
+    def add(self, key: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._until = {name: until for name, until in self._until.items() if until > now}
+            self._until[key] = now + PASSED_SECONDS

@@ -9,9 +9,9 @@ from dar.protocol.reward_endpoints import merged
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
+from service.encryption import SecretBox
 from service.http import errors
-from service.rewards.secrets import SecretBox
-from service.runtime import Runtime
+from service.installation import Installation
 from service.store import reward_endpoints, reward_secrets
 from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpointRow
@@ -34,12 +34,7 @@ class ResolvedSpec:
         return {name: endpoint.id for name, endpoint in self.endpoints.items()}
 
 
-def resolve(
-    transaction: Transaction,
-    project_id: str,
-    spec: JobSpec,
-    lock: reward_endpoints.Lock | None = None,
-) -> ResolvedSpec:
+def resolve(transaction: Transaction, project_id: str, spec: JobSpec) -> ResolvedSpec:
     """Find the endpoints that a spec's components name, and put their fields behind the components' own.
 
     Raises:
@@ -56,7 +51,7 @@ def resolve(
         if component.endpoint is not None:
             try:
                 endpoint = reward_endpoints.get(
-                    transaction, project_id, component.endpoint, lock=lock
+                    transaction, project_id, component.endpoint, lock="keep"
                 )
                 component = _with_fields_of(endpoint, component)  # noqa: PLW2901 - the same component, completed
                 endpoints[component.name] = endpoint
@@ -108,7 +103,7 @@ def access_to(
 
 
 def access_of(
-    transaction: Transaction, runtime: Runtime, job_id: str
+    transaction: Transaction, installation: Installation, job_id: str
 ) -> dict[str, ComponentAccess]:
     """URL and secrets of a job's endpoints, by component; for the lease of an attempt alone.
 
@@ -117,19 +112,24 @@ def access_of(
     """
     found = reward_endpoints.of_job(transaction, job_id)
     return {
-        name: access_to(transaction, runtime.secrets, endpoint) for name, endpoint in found.items()
+        name: access_to(transaction, installation.secrets, endpoint)
+        for name, endpoint in found.items()
     }
 
 
-def access_for(runtime: Runtime, job: JobRow, component: RewardComponent) -> ComponentAccess | None:
+def access_for(
+    installation: Installation, job: JobRow, component: RewardComponent
+) -> ComponentAccess | None:
     """How the service itself may call a component's reward service, to see whether it is back; None: it has none, or no secrets."""
     if component.kind != "http":
         return None
     if component.url is not None:
-        return ComponentAccess(url=component.url, secrets=[runtime.reward_secret], headers={})
-    with runtime.database.read() as transaction:
+        return ComponentAccess(url=component.url, secrets=[installation.reward_secret], headers={})
+    with installation.database.read() as transaction:
         endpoint = reward_endpoints.of_job(transaction, job.id).get(component.name)
         try:
-            return None if endpoint is None else access_to(transaction, runtime.secrets, endpoint)
+            return (
+                None if endpoint is None else access_to(transaction, installation.secrets, endpoint)
+            )
         except SecretUnreadableError:
             return None

@@ -7,8 +7,6 @@ may be well when the job starts: the job is accepted, and waits.
 import asyncio
 import hashlib
 import re
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,12 +18,11 @@ from dar.protocol.reward_spec import RewardComponent, RewardRetry, RewardTimeout
 from dar.rewards.base import RewardSample
 from dar.rewards.http.redaction import Redactor
 from dar.rewards.probe.run import FULL_SECONDS, ProbeTarget, probe
+from service.http.rate_limits import PassedProbes
 from service.store.reward_endpoints import State
 
 LIGHT_SECONDS = 4.0
 """What a submission waits for all its reward services together."""
-REMEMBERED_SECONDS = 30.0
-"""How long a service that was let pass is not tried again: a sweep submits many jobs with one service."""
 _PASSING = frozenset(
     {
         "connect",
@@ -59,26 +56,6 @@ class Try:
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-class Remembered:
-    """Services that were let pass a moment ago; none that was refused, for it may have been mended since."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._until: dict[str, float] = {}
-
-    def has(self, key: str) -> bool:
-        """Whether the service need not be tried again yet."""
-        with self._lock:
-            return self._until.get(key, 0.0) > time.monotonic()
-
-    def add(self, key: str) -> None:
-        """Let the service pass for a while."""
-        now = time.monotonic()
-        with self._lock:
-            self._until = {name: until for name, until in self._until.items() if until > now}
-            self._until[key] = now + REMEMBERED_SECONDS
-
-
 def is_passing(code: str) -> bool:
     """Whether a failure may be over when the job starts."""
     return code in _PASSING or code.startswith("http_5")
@@ -102,7 +79,7 @@ async def report_on(
     return ProbeReport.model_validate(redact.in_json(report.model_dump(mode="json")))
 
 
-async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Problem]:
+async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Problem]:
     """What keeps a job from being accepted: tries its services, all at once."""
     reports = await asyncio.gather(
         *(report_on(_hurried(one.target), None, light=True) for one in tries)
@@ -112,7 +89,7 @@ async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Prob
         lasting = [finding for finding in report.errors if not is_passing(finding.code)]
         problems += [_problem(one, finding) for finding in lasting]
         if not lasting:
-            remembered.add(one.key)
+            passed.add(one.key)
     return problems
 
 

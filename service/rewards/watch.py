@@ -16,7 +16,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, RewardRetry, Rewards
-from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.from_spec import http_options
@@ -209,7 +208,7 @@ class RewardWatch:
         Raises:
             RewardMisconfiguredError: One of the services refuses us for good, which pauses a job whatever the component counts.
         """
-        rewards = JobSpec.model_validate(job.spec).dar.rewards
+        rewards = job.parsed_spec.dar.rewards
         remote = (
             [] if rewards is None else [one for one in rewards.components if one.kind == "http"]
         )

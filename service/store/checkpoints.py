@@ -1,10 +1,9 @@
 """Checkpoints: announced, then available, then removed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Select, func, select, update
-from sqlalchemy.orm import InstrumentedAttribute, defer
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import defer
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.checkpoints import Manifest
@@ -79,56 +78,41 @@ def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, Checkpoint
     return {row.id: row for row in rows}
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which of a project's models are read: those of a ``name``, at most ``limit``; without either, all."""
+def models(
+    transaction: Transaction, project_id: str, *, name: str | None = None, limit: int | None = None
+) -> Iterator[tuple[str, CheckpointRow, JobRow]]:
+    """A project's models, each with its checkpoint and job: results of jobs, then checkpoints.
 
-    name: str | None = None
-    limit: int | None = None
+    Of checkpoints with the same name only the newest counts.
 
-
-def results(
-    transaction: Transaction, project_id: str, wanted: Wanted
-) -> Sequence[tuple[CheckpointRow, JobRow]]:
-    """Results of a project's jobs, of each the checkpoint and the job, newest job first."""
-    statement = (
-        _with_job(project_id)
-        .where(JobRow.status == "succeeded", CheckpointRow.id == JobRow.latest_checkpoint_id)
-        .order_by(JobRow.created_at.desc(), JobRow.id.desc())
-    )
-    return _of(transaction, statement, JobRow.model_name, wanted)
-
-
-def available(
-    transaction: Transaction, project_id: str, wanted: Wanted
-) -> Sequence[tuple[CheckpointRow, JobRow]]:
-    """Available checkpoints of a project with their jobs, newest first."""
-    statement = _with_job(project_id).order_by(
-        CheckpointRow.created_at.desc(), CheckpointRow.id.desc()
-    )
-    return _of(transaction, statement, CheckpointRow.name, wanted)
-
-
-def _with_job(project_id: str) -> Select[CheckpointRow, JobRow]:
+    Args:
+        transaction: Where they are read.
+        project_id: Their project.
+        name: Only models of this name.
+        limit: At most this many results, and at most this many checkpoints.
+    """
     # A manifest names every file and a spec every setting: neither says where a model comes from.
-    return (
+    available = (
         select(CheckpointRow, JobRow)
         .join(JobRow, JobRow.id == CheckpointRow.job_id)
         .where(JobRow.project_id == project_id, CheckpointRow.status == "available")
         .options(defer(CheckpointRow.manifest), defer(JobRow.spec))
+        .limit(limit)
     )
-
-
-def _of(
-    transaction: Transaction,
-    statement: Select[CheckpointRow, JobRow],
-    name: InstrumentedAttribute[str],
-    wanted: Wanted,
-) -> Sequence[tuple[CheckpointRow, JobRow]]:
-    if wanted.name is not None:
-        statement = statement.where(name == wanted.name)
-    rows = transaction.execute(statement.limit(wanted.limit)).all()
-    return [(row[0], row[1]) for row in rows]
+    results = available.where(
+        JobRow.status == "succeeded", CheckpointRow.id == JobRow.latest_checkpoint_id
+    ).order_by(JobRow.created_at.desc(), JobRow.id.desc())
+    if name is not None:
+        results = results.where(JobRow.model_name == name)
+        available = available.where(CheckpointRow.name == name)
+    for checkpoint, job in transaction.execute(results).all():
+        yield job.model_name, checkpoint, job
+    newest_first = available.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id.desc())
+    seen: set[str] = set()
+    for checkpoint, job in transaction.execute(newest_first).all():
+        if checkpoint.name not in seen:
+            seen.add(checkpoint.name)
+            yield checkpoint.name, checkpoint, job
 
 
 def register(

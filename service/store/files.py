@@ -34,6 +34,18 @@ def get(
     return found
 
 
+def add(transaction: Transaction, file: FileRow) -> None:
+    """Store the row of a new file."""
+    file.created_at = transaction.now
+    transaction.add(file)
+
+
+def keep(transaction: Transaction, ids: Collection[str]) -> set[str]:
+    """Keep files from being removed until the transaction ends. Returns those that exist."""
+    kept = select(FileRow.id).where(FileRow.id.in_(ids)).order_by(FileRow.id)
+    return set(transaction.scalars(kept.with_for_update(read=True)).all())
+
+
 def known(transaction: Transaction, ids: Collection[str]) -> set[str]:
     """Which of the ids are files' of some project."""
     return set(transaction.scalars(select(FileRow.id).where(FileRow.id.in_(ids))).all())

@@ -8,10 +8,10 @@ from sqlalchemy import ColumnElement, exists, func, select
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL, JobStatus
-from service.store import checkpoints, events, transitions
+from service.store import checkpoints, events, files, transitions
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import FileRow, JobInputRow, JobRow
+from service.store.tables import JobInputRow, JobRow
 
 REPLAY_WINDOW = timedelta(minutes=10)
 """How long a retried submission without a key is recognised by its body."""
@@ -197,10 +197,7 @@ def _check_needs(transaction: Transaction, job: JobRow) -> None:
     """
     names = [job.training_file, job.spec.get("validation_file")]
     needed = {name for name in names if name}
-    kept = transaction.scalars(
-        select(FileRow.id).where(FileRow.id.in_(needed)).with_for_update(read=True)
-    )
-    gone = needed - set(kept.all())
+    gone = needed - files.keep(transaction, needed)
     if gone:
         raise ConflictError(
             f"job {job.id} cannot be resumed: its file {min(gone)} has been deleted; submit it anew",

@@ -1,9 +1,10 @@
 """Leases: who may write for a job, since when and until when."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import and_, or_, select, update
 from sqlalchemy.orm import aliased
 
 from dar.protocol.worker import AttemptProgress, Claim
@@ -151,7 +152,7 @@ def expire(transaction: Transaction, lease_id: str) -> bool:
 
 
 def unattended_cancellations(transaction: Transaction) -> list[str]:
-    """Jobs that are to be cancelled and that no attempt runs."""
+    """Jobs that are being cancelled and that no attempt runs."""
     return list(
         transaction.scalars(
             select(JobRow.id).where(
@@ -163,3 +164,41 @@ def unattended_cancellations(transaction: Transaction) -> list[str]:
             )
         ).all()
     )
+
+
+def finish_cancellation(transaction: Transaction, job_id: str) -> None:
+    """Cancel a job that `unattended_cancellations` found, unless it has changed since."""
+    transitions.move(
+        transaction, "cancel_confirmed", JobRow.id == job_id, "cancelled; no worker was left"
+    )
+
+
+def changed(
+    transaction: Transaction,
+    job_ids: Collection[str],
+    *,
+    cancel: Collection[str],
+    pause: Collection[str],
+) -> list[str]:
+    """Which jobs have news for their workers.
+
+    Args:
+        transaction: Where they are read.
+        job_ids: Jobs to check; one that no attempt runs any more is news.
+        cancel: Jobs for which a cancellation is news.
+        pause: Jobs for which a pause is news.
+    """
+    is_running = select(AttemptRow.job_id).where(
+        AttemptRow.job_id == JobRow.id,
+        AttemptRow.number == JobRow.attempt,
+        AttemptRow.status == "running",
+    )
+    statement = select(JobRow.id).where(
+        JobRow.id.in_(job_ids),
+        or_(
+            and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(cancel)),
+            and_(JobRow.status == "pausing", JobRow.id.in_(pause)),
+            ~is_running.exists(),
+        ),
+    )
+    return list(transaction.scalars(statement).all())

@@ -48,6 +48,23 @@ def get(
     return found
 
 
+def keep(transaction: Transaction, revisions: Mapping[str, int]) -> bool:
+    """Keep endpoints from being changed until the transaction ends.
+
+    Returns:
+        Whether each of them still has its revision in ``revisions``.
+    """
+    if not revisions:
+        return True
+    kept = transaction.execute(
+        select(RewardEndpointRow.id, RewardEndpointRow.revision)
+        .where(RewardEndpointRow.id.in_(revisions), RewardEndpointRow.deleted_at.is_(None))
+        .order_by(RewardEndpointRow.id)
+        .with_for_update(read=True)
+    ).all()
+    return {row.id: row.revision for row in kept} == revisions
+
+
 def list_page(
     transaction: Transaction, project_id: str, cursor: Cursor
 ) -> Slice[RewardEndpointRow]:

@@ -17,6 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
+from dar.protocol.spec import JobSpec
 from dar.protocol.status import JOB_STATUSES, TERMINAL
 from service.store.columns import Base as Base
 from service.store.columns import Id, RowId, quoted
@@ -137,6 +138,11 @@ class JobRow(Base):
     body_sha256: Mapped[str] = mapped_column(String(64))
     retry_count: Mapped[int]
     """``x-stainless-retry-count`` of the request that made it."""
+
+    @property
+    def parsed_spec(self) -> JobSpec:
+        """The spec as a model."""
+        return JobSpec.model_validate(self.spec)
 
 
 class JobInputRow(Base):

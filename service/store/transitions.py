@@ -18,8 +18,6 @@ from service.store.database import Transaction
 from service.store.tables import JobRow
 
 MoveName = Literal[
-    "validated",
-    "rejected",
     "claimed",
     "succeeded",
     "failed",
@@ -59,9 +57,6 @@ def _of(*statuses: JobStatus) -> frozenset[JobStatus]:
 
 
 MOVES: Mapping[MoveName, Move] = {
-    # From before the first attempt.
-    "validated": Move(_of("validating_files"), "queued"),
-    "rejected": Move(_of("validating_files"), "failed", "user_error", level="error"),
     "claimed": Move(_of("queued"), "running", "starting"),
     # What an attempt reports.
     "succeeded": Move(_of("running", "pausing"), "succeeded", None, "succeeded"),
@@ -82,7 +77,7 @@ MOVES: Mapping[MoveName, Move] = {
         _of("running", "pausing"), "failed", "poison", is_cancelling=False, level="error"
     ),
     # What a user asks for.
-    "cancelled": Move(_of("validating_files", "queued", "paused"), "cancelled"),
+    "cancelled": Move(_of("queued", "paused"), "cancelled"),
     "cancel_requested": Move(
         _of("running", "pausing"), "running", "cancelling", is_cancelling=False
     ),
