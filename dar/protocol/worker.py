@@ -32,7 +32,6 @@ class Claim(Input):
     """Changes with every start of the worker process: a new one frees what its predecessor held."""
     boot_id: Name
     """Changes with every start of the machine: a new one frees what the whole node held."""
-    resources: dict[str, Any] = Field(default_factory=dict)
 
 
 REWARD_MODELS = "reward_models"

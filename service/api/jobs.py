@@ -1,4 +1,4 @@
-"""Jobs: submit, look, cancel, pause, resume."""
+"""Jobs: submit, read, cancel, pause, resume."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ ACTIONS: Mapping[str, Sequence[str]] = {
     "failed": ["resume"],
     "cancelled": ["resume"],
 }
-"""Status -> what can be asked of the job."""
+"""Status -> requests that the job accepts."""
 _LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
@@ -46,7 +46,7 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
     retry_count: RetryCount = 0,
 ) -> Job:
-    """Submit a job, once its reward services were tried. The same ``Idempotency-Key`` again gives the same job."""
+    """Submit a job after probing its reward services. A repeated key returns the same job."""
     submitted = await submission.submit(
         runtime,
         submission.Submission(
@@ -68,7 +68,7 @@ def list_jobs(
     status: Annotated[JobStatus | None, Query()] = None,
     _metadata: Annotated[str | None, Query(alias="metadata", description="See above.")] = None,
 ) -> Page[Job]:
-    """The project's jobs, newest first; ``metadata[key]=value`` keeps those with that label."""
+    """The project's jobs, newest first; ``metadata[key]=value`` filters by label."""
     labels = _labels(request)
     with runtime.database.read() as transaction:
         found = jobs.list_page(transaction, user.project_id, cursor, status=status, labels=labels)
@@ -84,7 +84,7 @@ def get_job(job_id: str, runtime: CurrentRuntime, user: Reader) -> Job:
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
-    """Cancel a job: at once while it waits, within seconds while it runs. Its checkpoints are kept."""
+    """Cancel a job: at once if it waits, within seconds if it runs. Checkpoints are kept."""
     with runtime.database.write() as transaction:
         job = jobs.cancel(transaction, user.project_id, job_id)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
@@ -93,7 +93,7 @@ def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
 
 @router.post("/{job_id}/pause")
 def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
-    """Pause a job: at once while it waits; while it runs, after a checkpoint of the step that is being made."""
+    """Pause a job: at once if it waits; if it runs, after a checkpoint of its current step."""
     with runtime.database.write() as transaction:
         job = jobs.pause(transaction, user.project_id, job_id)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
@@ -102,7 +102,7 @@ def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
-    """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint."""
+    """Queue a paused, failed or cancelled job again, from its newest checkpoint."""
     with runtime.database.write() as transaction:
         job = jobs.resume(transaction, user.project_id, job_id)
         transaction.after_commit(runtime.waker.wake)
@@ -111,7 +111,6 @@ def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
 
 
 def show(job: tables.JobRow) -> Job:
-    """A job as the API shows it."""
     is_over = job.status in TERMINAL
     path = f"{PATH}/{job.id}"
     belongings = ("events", "metrics", "samples", "checkpoints")

@@ -1,4 +1,4 @@
-"""Who may do what: keys of users, keys of workers, and the token of one attempt."""
+"""Authentication and scopes: keys of users and of workers, and tokens of attempts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ HINT = "send 'Authorization: Bearer <key>'; the embedded default keeps it in $DA
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who sent a request, by its key."""
+    """The key that sent a request."""
 
     key_id: str
     project_id: str | None
@@ -27,17 +27,17 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user's key, and the project all whose objects it may see."""
+    """A user's key and its project."""
 
     key_id: str
     project_id: str
 
 
 def bearer(request: Request) -> str:
-    """The credential of a request.
+    """The bearer credential of a request.
 
     Raises:
-        AuthenticationError: There is none.
+        AuthenticationError: The request has none.
     """
     scheme, _, credential = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not credential.strip():
@@ -46,7 +46,7 @@ def bearer(request: Request) -> str:
 
 
 def principal(request: Request, installation: CurrentInstallation) -> Principal:
-    """Who sent the request.
+    """The key that sent the request.
 
     Raises:
         AuthenticationError: The key is missing, unknown, expired or revoked.
@@ -54,17 +54,17 @@ def principal(request: Request, installation: CurrentInstallation) -> Principal:
     key = bearer(request)
     with installation.database.read() as transaction:
         record = key_store.find(transaction, keys.key_id(key))
-    # An unknown id is compared too, so that both refusals take the same time.
+    # An unknown id is compared too, so that both errors take the same time.
     if not keys.is_equal(key, record.sha256 if record else keys.digest("")) or record is None:
         raise AuthenticationError(f"the API key is not known here; {HINT}")
     return Principal(record.id, record.project_id, frozenset(record.scopes.split()))
 
 
 def authenticate(request: Request, installation: Installation) -> None:
-    """Raise unless the request carries a key or token that is known here, whatever it opens.
+    """Check that the request has a known key or token, whatever its scopes.
 
     Raises:
-        AuthenticationError: It does not.
+        AuthenticationError: It has none.
     """
     lease_id = keys.lease_of_token(bearer(request))
     if lease_id is None:
@@ -74,7 +74,7 @@ def authenticate(request: Request, installation: Installation) -> None:
 
 
 def user_with(scope: Scope) -> Callable[[Principal], User]:
-    """A dependency that lets users' keys of ``scope`` pass."""
+    """A dependency that accepts users' keys with ``scope``."""
 
     def check(who: Annotated[Principal, Depends(principal)]) -> User:
         if scope not in who.scopes or who.project_id is None:
@@ -91,7 +91,7 @@ Submitter = Annotated[User, Depends(user_with("submit"))]
 
 
 def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:
-    """Lets workers' keys pass.
+    """A dependency that accepts workers' keys.
 
     Raises:
         PermissionDeniedError: It is a user's key.
@@ -104,10 +104,12 @@ def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:
 
 
 def lease_holder(lease_id: str, request: Request, installation: CurrentInstallation) -> str:
-    """Lets the token of the lease's own attempt pass; gives the lease's id. Whether it still holds is checked later.
+    """A dependency that accepts the token of the lease's own attempt. Returns the lease's id.
+
+    Whether the lease is still valid is checked later.
 
     Raises:
-        AuthenticationError: It is no token of any attempt.
+        AuthenticationError: It is not a token of an attempt.
         NotFoundError: It is the token of another lease.
     """
     token = bearer(request)
@@ -121,12 +123,14 @@ def lease_holder(lease_id: str, request: Request, installation: CurrentInstallat
 
 
 def lease_sender(lease_id: str, request: Request, installation: CurrentInstallation) -> str:
-    """Lets the attempt's token pass, and a worker's key for attempts that ran on its node (``x-dar-node``).
+    """A dependency that accepts the attempt's token, or a worker's key for attempts of its node.
+
+    The header ``x-dar-node`` names the node.
 
     Raises:
         AuthenticationError: The credential is unknown.
         PermissionDeniedError: It is a user's key.
-        NotFoundError: The attempt is another's, or ran elsewhere.
+        NotFoundError: It is another attempt's token, or the attempt ran on another node.
     """
     token = bearer(request)
     if keys.lease_of_token(token) is not None:

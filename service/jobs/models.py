@@ -1,4 +1,4 @@
-"""Which models a job may start from: folders of the installation, results of jobs, and models of the hub."""
+"""Models that a job may start from: folders, results and checkpoints of jobs, and hub models."""
 
 import re
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def check_reward_models(settings: Settings, rewards: Rewards) -> None:
 
 
 def reward_folders(spec: JobSpec) -> dict[str, str]:
-    """The reward models of a job that are folders under the models directory, by component name."""
+    """Reward models of a job that are folders under the models directory, by component."""
     components = () if spec.dar.rewards is None else spec.dar.rewards.components
     return {c.name: c.model for c in components if c.model is not None and "/" not in c.model}
 
@@ -118,7 +118,7 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
 
 
 def result_name(model: str, suffix: str | None, job_id: str) -> str:
-    """Name of a job's result, ``ft-<model>-<suffix>-<id8>``: without a slash, so that it fits into a path."""
+    """Name of a job's result: ``ft-<model>-<suffix>-<id8>``, without slashes."""
     base = re.sub(r"[^A-Za-z0-9_.-]", "-", model)[:96]
     return "-".join(part for part in ("ft", base, suffix, job_id[-8:].lower()) if part)
 
@@ -126,7 +126,7 @@ def result_name(model: str, suffix: str | None, job_id: str) -> str:
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     if not _HUB_ID.match(name):
         raise ModelNotFoundError(
-            f"{name!r} is no hub id; it is written owner/name",
+            f"{name!r} is no hub id; a hub id is written owner/name",
             param=param,
             code="model_not_found",
         )

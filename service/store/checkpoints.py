@@ -16,7 +16,7 @@ from service.store.tables import AttemptRow, CheckpointRow, JobInputRow, JobRow
 
 
 def find(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow | None:
-    """A checkpoint of a job in whatever state, or None."""
+    """A checkpoint of a job in any status, or None."""
     return transaction.scalars(
         select(CheckpointRow).where(
             CheckpointRow.job_id == job_id, CheckpointRow.id == checkpoint_id
@@ -28,12 +28,13 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
     """An available checkpoint of a job.
 
     Raises:
-        NotFoundError: It has none of that id, or it is gone.
+        NotFoundError: The job has no available checkpoint with this id.
     """
     found = find(transaction, job_id, checkpoint_id)
     if found is None or found.status != "available":
         raise NotFoundError(
-            f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those it has"
+            f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those "
+            "it has"
         )
     return found
 
@@ -52,7 +53,7 @@ def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Ch
 
 
 def keep(transaction: Transaction, ids: Sequence[str]) -> bool:
-    """Keep checkpoints from being removed until the transaction ends. Returns whether all are available."""
+    """Keep checkpoints until the transaction ends. Returns whether all of them are available."""
     kept = transaction.scalars(
         select(CheckpointRow.id)
         .where(CheckpointRow.id.in_(ids), CheckpointRow.status == "available")
@@ -63,7 +64,7 @@ def keep(transaction: Transaction, ids: Sequence[str]) -> bool:
 
 
 def newest(transaction: Transaction, job_id: str) -> CheckpointRow | None:
-    """The checkpoint that the next attempt goes on from."""
+    """The checkpoint that the next attempt resumes from."""
     return transaction.scalars(
         select(CheckpointRow)
         .where(CheckpointRow.job_id == job_id, CheckpointRow.status == "available")
@@ -118,16 +119,16 @@ def models(
 def register(
     transaction: Transaction, job: JobRow, attempt: AttemptRow, manifest: Manifest, sha256: str
 ) -> CheckpointRow:
-    """Announce a checkpoint. The same one again is found, not doubled.
+    """Store an announced checkpoint, or return it if it was announced before.
 
     Raises:
-        ConflictError: The rows said before it are not all here (``spool_behind``), or the attempt has announced
-            another checkpoint at this step (``checkpoint_mismatch``).
+        ConflictError: Rows from before the checkpoint are missing (``spool_behind``), or the
+            attempt has announced another checkpoint at this step (``checkpoint_mismatch``).
     """
     if attempt.acked_seq < manifest.last_seq:
         raise ConflictError(
-            f"the checkpoint was written after row {manifest.last_seq}, but {attempt.acked_seq} is the last one "
-            "committed; send the rows first",
+            f"the checkpoint was written after row {manifest.last_seq}, but {attempt.acked_seq} is "
+            "the last one committed; send the rows first",
             code="spool_behind",
         )
     found = transaction.scalars(
@@ -140,7 +141,8 @@ def register(
     if found is not None:
         if found.manifest_sha256 != sha256:
             raise ConflictError(
-                f"attempt {attempt.number} has announced another checkpoint at step {manifest.step}",
+                f"attempt {attempt.number} has announced another checkpoint at step "
+                f"{manifest.step}",
                 code="checkpoint_mismatch",
             )
         return found
@@ -166,7 +168,7 @@ def register(
 def publish(
     transaction: Transaction, job: JobRow, checkpoint: CheckpointRow, manifest_bytes: int
 ) -> None:
-    """Make a verified checkpoint visible, together with the job that now resumes from it."""
+    """Make a verified checkpoint available, and let the job resume from it."""
     published = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "pending")
@@ -193,9 +195,9 @@ def publish(
 
 
 def mark_superseded(transaction: Transaction) -> int:
-    """Mark for removal what is beyond each job's ``keep_last`` newest; returns how many.
+    """Mark all but each job's ``keep_last`` newest checkpoints for removal; returns how many.
 
-    Never the newest one of a job, and nothing that a job which is not over starts from.
+    The newest checkpoint of a job, and those that an unfinished job starts from, are kept.
     """
     rank = (
         func.row_number()
@@ -221,7 +223,8 @@ def mark_superseded(transaction: Transaction) -> int:
         .join(JobRow, JobRow.id == ranked.c.job_id)
         .where(ranked.c.rank > JobRow.keep_last, ranked.c.id.not_in(needed))
     )
-    # Whoever submits a job keeps what it starts from until it can be seen here: by the second statement.
+    # A concurrent submission locks the checkpoints that its job starts from. Once these locks are
+    # granted, the job is visible to the second statement.
     locked = transaction.scalars(
         select(CheckpointRow.id)
         .where(CheckpointRow.id.in_(superseded))
@@ -243,7 +246,7 @@ def mark_superseded(transaction: Transaction) -> int:
 
 
 def mark_abandoned(transaction: Transaction) -> int:
-    """Mark for removal what was announced by an attempt that has ended since; returns how many."""
+    """Mark for removal the unfinished uploads of ended attempts; returns how many."""
     ended = (
         select(AttemptRow.number)
         .where(
@@ -264,14 +267,14 @@ def mark_abandoned(transaction: Transaction) -> int:
 
 
 def to_remove(transaction: Transaction) -> Sequence[CheckpointRow]:
-    """Checkpoints whose files are to be removed."""
+    """Checkpoints that are marked for removal."""
     return transaction.scalars(
         select(CheckpointRow).where(CheckpointRow.status == "deleting")
     ).all()
 
 
 def mark_removed(transaction: Transaction, checkpoint_id: str) -> None:
-    """The files of a checkpoint are gone."""
+    """Note that the files of a checkpoint were removed."""
     transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint_id, CheckpointRow.status == "deleting")

@@ -1,4 +1,4 @@
-"""Events of a job: append-only, numbered from 1 without gaps."""
+"""Events of a job: only appended, and numbered from 1 without gaps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from service.store.tables import JobEventRow, JobRow
 
 @dataclass(frozen=True, slots=True)
 class NewEvent:
-    """An event before it has a number. Without ``at`` it happens now."""
+    """An event without its number yet. Without ``at`` its time is now."""
 
     message: str
     level: Level = "info"
@@ -26,7 +26,7 @@ class NewEvent:
 
 
 def append(transaction: Transaction, job_id: str, events: Sequence[NewEvent]) -> None:
-    """Append ``events``. Counting up locks the job's row, so that numbers have no gaps and no doubles."""
+    """Append ``events``. Updating ``event_seq`` locks the job, so that numbers are consecutive."""
     if not events:
         return
     last = transaction.execute(
@@ -42,7 +42,7 @@ def append(transaction: Transaction, job_id: str, events: Sequence[NewEvent]) ->
 def insert_at(
     transaction: Transaction, job_id: str, first_seq: int, events: Sequence[NewEvent]
 ) -> None:
-    """Insert ``events`` with numbers that the caller has already counted up on the job."""
+    """Insert ``events``. The caller has already added their number to the job's ``event_seq``."""
     transaction.execute(
         insert(JobEventRow),
         [

@@ -17,13 +17,13 @@ def get(
     """A file of the project.
 
     Args:
-        transaction: Where it is read.
-        project_id: Whose it is.
-        file_id: Which it is.
-        is_keeping: Keep it from being removed until the transaction ends.
+        transaction: The transaction to read in.
+        project_id: The project.
+        file_id: The file.
+        is_keeping: Keep the file from being removed until the transaction ends.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no file with this id.
     """
     statement = select(FileRow).where(FileRow.project_id == project_id, FileRow.id == file_id)
     if is_keeping:
@@ -47,7 +47,7 @@ def keep(transaction: Transaction, ids: Collection[str]) -> set[str]:
 
 
 def known(transaction: Transaction, ids: Collection[str]) -> set[str]:
-    """Which of the ids are files' of some project."""
+    """Those of ``ids`` that are files of any project."""
     return set(transaction.scalars(select(FileRow.id).where(FileRow.id.in_(ids))).all())
 
 
@@ -65,11 +65,11 @@ def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
     """Remove a file's row.
 
     Raises:
-        NotFoundError: The project has none of that id.
-        ConflictError: A job that is not over needs it.
+        NotFoundError: The project has no file with this id.
+        ConflictError: An unfinished job needs it.
     """
     get(transaction, project_id, file_id)
-    # Whoever submits a job with the file keeps it until the job can be seen here.
+    # A concurrent submission keeps the file locked until its job is visible here.
     transaction.execute(select(FileRow.id).where(FileRow.id == file_id).with_for_update())
     needed_by = transaction.scalars(
         select(func.min(JobRow.id)).where(
@@ -82,7 +82,7 @@ def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
     ).one()
     if needed_by is not None:
         raise ConflictError(
-            f"job {needed_by} still needs file {file_id}; cancel the job or wait for its end",
+            f"job {needed_by} still needs file {file_id}; cancel the job or wait until it has ended",
             code="file_in_use",
         )
     transaction.execute(delete(FileRow).where(FileRow.id == file_id))

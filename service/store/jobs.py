@@ -1,4 +1,4 @@
-"""Jobs: submission, reading, cancelling, pausing, resuming. Moves between states are `service.store.transitions`' business."""
+"""Jobs: submission, reading, cancelling, pausing, resuming. See `service.store.transitions`."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -21,7 +21,7 @@ def get(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     """A job of the project.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no job with this id.
     """
     found = transaction.scalars(
         select(JobRow).where(JobRow.project_id == project_id, JobRow.id == job_id)
@@ -41,7 +41,7 @@ def list_page(
     status: JobStatus | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Slice[JobRow]:
-    """One page of the project's jobs, narrowed to a status and to labels that must all match."""
+    """One page of the project's jobs, filtered by status and by labels that must all match."""
     statement = select(JobRow).where(JobRow.project_id == project_id)
     if status is not None:
         statement = statement.where(JobRow.status == status)
@@ -51,7 +51,7 @@ def list_page(
 
 
 def _has_label(transaction: Transaction, key: str, value: str) -> ColumnElement[bool]:
-    # A JSON path would need the key quoted, and keys are the user's: compare them as values instead.
+    # A JSON path would need the user's key quoted, so the key is compared as a value.
     unpack = func.json_each_text if transaction.is_postgresql else func.json_each
     pairs = unpack(JobRow.labels).table_valued("key", "value")
     return exists(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value))
@@ -69,7 +69,8 @@ def find_retried(
 ) -> JobRow | None:
     """The job that an earlier try of the same request has made, when its reply was lost.
 
-    The OpenAI client never sends a key by itself; what marks its second try is ``x-stainless-retry-count``.
+    The OpenAI client sends no idempotency key by default; ``x-stainless-retry-count`` marks its
+    retries.
     """
     return transaction.scalars(
         select(JobRow)
@@ -89,7 +90,7 @@ def submit(transaction: Transaction, job: JobRow, inputs: Sequence[str]) -> None
     """Store a queued job, the checkpoints it starts from, and its first event.
 
     Raises:
-        sqlalchemy.exc.IntegrityError: Another request with the same ``Idempotency-Key`` was faster.
+        sqlalchemy.exc.IntegrityError: A concurrent request has used the same ``Idempotency-Key``.
     """
     transaction.add(job)
     transaction.flush()
@@ -100,10 +101,10 @@ def submit(transaction: Transaction, job: JobRow, inputs: Sequence[str]) -> None
 
 
 def cancel(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
-    """Cancel a waiting job at once; ask the worker of a running one to stop. Twice is once.
+    """Cancel a waiting job at once; ask the worker of a running job to stop. Idempotent.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no job with this id.
         ConflictError: The job has already succeeded or failed.
     """
     job = _locked(transaction, project_id, job_id)
@@ -129,10 +130,10 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
 
 
 def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
-    """Pause a waiting job at once; ask the worker of a running one for a checkpoint and to leave. Twice is once.
+    """Pause a waiting job at once; ask a running job's worker to checkpoint and stop. Idempotent.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no job with this id.
         ConflictError: The job is over, or is being cancelled.
     """
     job = _locked(transaction, project_id, job_id)
@@ -141,9 +142,9 @@ def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     this = JobRow.id == job_id
     name: transitions.MoveName = "paused" if job.status == "queued" else "pause_requested"
     message = (
-        "paused while it waited; resume it to go on"
+        "paused while it waited; resume it to continue"
         if job.status == "queued"
-        else "waiting for the worker to write a checkpoint and to leave"
+        else "waiting for the worker to write a checkpoint and to stop"
     )
     if (moved := transitions.move(transaction, name, this, message)) is not None:
         return moved
@@ -153,13 +154,14 @@ def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
 
 
 def resume(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
-    """Put a paused, failed or cancelled job back into the queue, to go on from its newest checkpoint. Twice is once.
+    """Queue a paused, failed or cancelled job again, from its newest checkpoint. Idempotent.
 
-    A job that was asked to pause and has not left yet stays: if its trainer leaves all the same, it is queued again.
+    A job that is still pausing keeps running; if its trainer stops anyway, the job is queued again.
 
     Raises:
-        NotFoundError: The project has none of that id.
-        ConflictError: The job has succeeded, is being cancelled, or what it needs has been deleted.
+        NotFoundError: The project has no job with this id.
+        ConflictError: The job has succeeded or is being cancelled, or a file or checkpoint that it
+            needs was deleted.
     """
     job = _locked(transaction, project_id, job_id)
     if job.status == "running" and job.cancel_requested_at is not None:
@@ -186,21 +188,21 @@ _RESUMING: Mapping[str, transitions.MoveName] = {
     "failed": "restarted",
     "cancelled": "restarted",
 }
-"""Status -> the move of a resume; in any other there is nothing to do."""
+"""Status -> the move that resumes the job; a job in any other status is left alone."""
 
 
 def _check_needs(transaction: Transaction, job: JobRow) -> None:
-    """Refuse to restart a job that is over when its files or the checkpoints of its model have been deleted since.
+    """Keep what a finished job needs to run again.
 
     Raises:
-        ConflictError: One of them is gone.
+        ConflictError: A file, or a checkpoint of its model, was deleted.
     """
     names = [job.training_file, job.spec.get("validation_file")]
     needed = {name for name in names if name}
     gone = needed - files.keep(transaction, needed)
     if gone:
         raise ConflictError(
-            f"job {job.id} cannot be resumed: its file {min(gone)} has been deleted; submit it anew",
+            f"job {job.id} cannot be resumed: its file {min(gone)} has been deleted; submit a new job",
             code="file_not_found",
         )
     ids = transaction.scalars(
@@ -208,13 +210,14 @@ def _check_needs(transaction: Transaction, job: JobRow) -> None:
     ).all()
     if not checkpoints.keep(transaction, list(ids)):
         raise ConflictError(
-            f"job {job.id} cannot be resumed: the checkpoints that its model is made of are no longer kept",
+            f"job {job.id} cannot be resumed: the checkpoints that its model is made of are no "
+            "longer kept",
             code="model_not_found",
         )
 
 
 def _locked(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
-    """A job of the project, locked, so that it cannot get out of the way of one move into the sources of another."""
+    """A job of the project, locked, so that its status cannot change between two moves."""
     get(transaction, project_id, job_id)
     locked = select(JobRow).where(JobRow.id == job_id).with_for_update()
     return transaction.scalars(locked.execution_options(populate_existing=True)).one()
@@ -222,18 +225,19 @@ def _locked(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
 
 def _cannot(job: JobRow, what: str) -> str:
     if job.status in TERMINAL:
-        return f"job {job.id} has already {job.status.replace('cancelled', 'been cancelled')}, so it cannot be {what}"
+        status = job.status.replace("cancelled", "been cancelled")
+        return f"job {job.id} has already {status}, so it cannot be {what}"
     return f"job {job.id} is {job.status} and cannot be {what} now"
 
 
 def count_by_status(transaction: Transaction) -> dict[str, int]:
-    """How many jobs there are in each status that has any."""
+    """Number of jobs by status; a status without jobs is left out."""
     rows = transaction.execute(select(JobRow.status, func.count()).group_by(JobRow.status)).all()
     return {status: count for status, count in rows}  # noqa: C416 - `dict(rows)` has no type that fits
 
 
 def count_due(transaction: Transaction, older_than: timedelta) -> int:
-    """Queued jobs that have been due for ``older_than`` and that nobody has claimed."""
+    """Number of unclaimed jobs in the queue that have been due for ``older_than``."""
     return transaction.scalars(
         select(func.count())
         .select_from(JobRow)

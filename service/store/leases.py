@@ -1,4 +1,4 @@
-"""Leases: who may write for a job, since when and until when."""
+"""Leases: which worker may write for a job, and until when."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from service.store.tables import AttemptRow, JobRow
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """Id of a new lease, and the digest of the token that its attempt shows."""
+    """Id of a new lease, and the digest of its attempt's token."""
 
     lease_id: str
     token_sha256: str
@@ -27,18 +27,19 @@ def claim(
 ) -> Held | None:
     """Give the oldest queued job to a slot.
 
-    First whatever a former life of the slot, or of its machine, still held goes back into the queue.
+    Leases that an earlier process of the slot, or its machine before a reboot, still holds are
+    ended first; their jobs go back into the queue.
 
     Args:
-        transaction: Where it happens.
-        claim: Who asks.
+        transaction: The transaction to write in.
+        claim: The slot.
         credential: Of the new lease.
-        ttl: How long the lease holds without a heartbeat.
+        ttl: How long the lease is valid without a heartbeat.
 
     Returns:
-        The job and its new attempt, or None when nothing is due.
+        The job and its new attempt; None if no job is due.
     """
-    _free_former_lives(transaction, claim)
+    _end_old_leases(transaction, claim)
     job = _take_oldest(transaction, claim)
     if job is None:
         return None
@@ -89,23 +90,23 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     )
 
 
-def _free_former_lives(transaction: Transaction, claim: Claim) -> None:
-    # A slot that asks for work runs nothing: even a lease of its present life is one whose reply was lost.
-    former = select(AttemptRow.lease_id).where(
+def _end_old_leases(transaction: Transaction, claim: Claim) -> None:
+    # A slot that claims runs nothing: a lease of this same process is one whose reply was lost.
+    old = select(AttemptRow.lease_id).where(
         AttemptRow.status == "running",
         AttemptRow.node == claim.node,
         or_(AttemptRow.slot == claim.slot, AttemptRow.boot_id != claim.boot_id),
     )
-    for lease_id in transaction.scalars(former.order_by(AttemptRow.job_id)).all():
+    for lease_id in transaction.scalars(old.order_by(AttemptRow.job_id)).all():
         held = fence.lock(transaction, lease_id)
         if held.attempt.status == "running":
-            outcomes.lose(transaction, held, f"the worker on {claim.node} started anew")
+            outcomes.lose(transaction, held, f"the worker on {claim.node} was restarted")
 
 
 def renew(
     transaction: Transaction, held: Held, ttl: timedelta, progress: AttemptProgress | None
 ) -> bool:
-    """Renew a lease and note what the attempt does. Returns whether the user sees a change."""
+    """Renew a lease and store the attempt's progress. Returns whether the job has changed."""
     transaction.execute(
         update(AttemptRow)
         .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
@@ -115,7 +116,7 @@ def renew(
 
 
 def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgress) -> bool:
-    """Show what the attempt does as the job's detail; a pending cancellation or pause stays on show."""
+    """Show progress as the job's detail, unless that shows a pending cancellation or pause."""
     seen = (job.step, job.status_detail, job.status_message)
     said: tuple[int, str | None, str | None] = (progress.step, progress.phase, progress.message)
     if job.cancel_requested_at is not None or job.status == "pausing":
@@ -131,7 +132,7 @@ def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgre
 
 
 def expired(transaction: Transaction) -> list[str]:
-    """Leases whose time is up, by id."""
+    """Ids of the leases that have expired."""
     return list(
         transaction.scalars(
             select(AttemptRow.lease_id)
@@ -142,12 +143,12 @@ def expired(transaction: Transaction) -> list[str]:
 
 
 def expire(transaction: Transaction, lease_id: str) -> bool:
-    """End a lease whose time is up, unless its worker was faster. Returns whether it was ended."""
+    """End an expired lease, unless it was renewed or ended. Returns whether it was ended."""
     held = fence.lock(transaction, lease_id)
     attempt = held.attempt
     if attempt.status != "running" or attempt.lease_until >= transaction.now:
         return False
-    outcomes.lose(transaction, held, f"the worker on {attempt.node} has not been heard of")
+    outcomes.lose(transaction, held, f"the worker on {attempt.node} has sent no heartbeat")
     return True
 
 
