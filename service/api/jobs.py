@@ -48,10 +48,7 @@ async def create_job(
 ) -> Job:
     """Submit a job after probing its reward services. A repeated key returns the same job."""
     submitted = await submission.submit(
-        runtime,
-        submission.Submission(
-            spec, user, submission.body_digest(spec), idempotency_key, retry_count
-        ),
+        runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count
     )
     response.headers["location"] = f"{PATH}/{submitted.job.id}"
     if submitted.replay is not None:

@@ -117,12 +117,6 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
     raise NotFoundError(f"there is no model {name!r}; GET /v1/models lists those there are")
 
 
-def result_name(model: str, suffix: str | None, job_id: str) -> str:
-    """Name of a job's result: ``ft-<model>-<suffix>-<id8>``, without slashes."""
-    base = re.sub(r"[^A-Za-z0-9_.-]", "-", model)[:96]
-    return "-".join(part for part in ("ft", base, suffix, job_id[-8:].lower()) if part)
-
-
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     if not _HUB_ID.match(name):
         raise ModelNotFoundError(

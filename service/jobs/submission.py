@@ -1,6 +1,7 @@
 """Submitting a job: it is checked, then its reward services are probed, then it is stored."""
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -82,7 +83,9 @@ def body_digest(spec: JobSpec) -> str:
     return hashlib.sha256(canonical).hexdigest()
 
 
-async def submit(runtime: Runtime, submission: Submission) -> Submitted:
+async def submit(
+    runtime: Runtime, user: User, spec: JobSpec, *, idempotency_key: str | None, retry_count: int
+) -> Submitted:
     """Store a job, or return the one that an earlier request with the same content has stored.
 
     Raises:
@@ -90,6 +93,7 @@ async def submit(runtime: Runtime, submission: Submission) -> Submitted:
         ModelNotFoundError: A model does not exist or is not allowed.
         IdempotencyMismatchError: The key was used with another body.
     """
+    submission = Submission(spec, user, body_digest(spec), idempotency_key, retry_count)
     checked = await run_in_threadpool(check, runtime, submission)
     if isinstance(checked, Submitted):
         return checked
@@ -302,7 +306,7 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         status_message="waiting for a worker",
         model=spec.model,
         model_source=plan.model.source.model_dump(),
-        model_name=models.result_name(spec.model, spec.suffix, job_id),
+        model_name=_result_name(spec.model, spec.suffix, job_id),
         training_file="" if _is_on_hub(spec) else spec.training_file,
         spec=plan.resolved.spec.model_dump(mode="json"),
         labels=spec.metadata,
@@ -315,3 +319,9 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         body_sha256=submission.body_sha256,
         retry_count=submission.retry_count,
     )
+
+
+def _result_name(model: str, suffix: str | None, job_id: str) -> str:
+    """Name of a job's result: ``ft-<model>-<suffix>-<id8>``, without slashes."""
+    base = re.sub(r"[^A-Za-z0-9_.-]", "-", model)[:96]
+    return "-".join(part for part in ("ft", base, suffix, job_id[-8:].lower()) if part)
