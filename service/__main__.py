@@ -14,8 +14,8 @@ from dar.errors import DARError
 from dar.settings import Settings, load_settings
 from service import keys, migrate
 from service.app import create_app, prepare
-from service.encryption import SecretBox
 from service.http import log
+from service.secret_box import SecretBox
 from service.store import reward_secrets
 from service.store.database import Database
 

@@ -39,11 +39,11 @@ from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.encryption import SecretBox
 from service.http import auth, errors
 from service.http.log import RequestMiddleware
 from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
+from service.secret_box import SecretBox
 from service.store import jobs as jobs_store
 from service.store import metrics as metrics_store
 from service.store.database import Database

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from dar.settings import Settings
-from service.encryption import SecretBox
+from service.secret_box import SecretBox
 from service.store.database import Database
 
 

@@ -18,7 +18,7 @@ from ulid import ULID
 
 from dar.errors import ConfigurationError
 from dar.settings import Settings
-from service import encryption
+from service import secret_box
 from service.store import keys, reward_secrets
 from service.store.database import Database
 
@@ -144,10 +144,10 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
                 "DAR_SECRET_KEYS"
             )
         path = settings.home / KEYS_OF_SECRETS_FILE
-        found = encryption.split_keys(given or _make(path, encryption.new_key))
-        digests = [encryption.key_digest(key) for key in found]
+        found = secret_box.split_keys(given or _make(path, secret_box.new_key))
+        digests = [secret_box.key_digest(key) for key in found]
         is_foreign = database.is_postgresql and bool(known) and known.isdisjoint(digests)
-        box = encryption.SecretBox(found)
+        box = secret_box.SecretBox(found)
         if is_foreign or (token is not None and not box.is_readable(token)):
             raise ConfigurationError(
                 "none of the keys in DAR_SECRET_KEYS (or the file secret_keys) decrypts what is "

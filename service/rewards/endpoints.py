@@ -9,9 +9,9 @@ from dar.protocol.reward_endpoints import merged
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
-from service.encryption import SecretBox
 from service.http import errors
 from service.installation import Installation
+from service.secret_box import SecretBox
 from service.store import reward_endpoints, reward_secrets
 from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpointRow

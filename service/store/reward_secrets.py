@@ -7,7 +7,7 @@ from datetime import timedelta
 from sqlalchemy import delete, or_, select
 
 from dar.protocol.ids import new_id
-from service.encryption import Binding, SecretBox, origin_of
+from service.secret_box import Binding, SecretBox, origin_of
 from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpointRow, RewardSecretRow, SecretKeyRow
 

@@ -35,7 +35,7 @@ class RewardEndpointRow(Base):
 
 
 class RewardSecretRow(Base):
-    """A secret of an endpoint, encrypted (`service.encryption`)."""
+    """A secret of an endpoint, encrypted (`service.secret_box`)."""
 
     __tablename__ = "reward_secrets"
     __table_args__ = (

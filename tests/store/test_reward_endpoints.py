@@ -14,13 +14,13 @@ from sqlalchemy import select, text, update
 from dar.errors import ConfigurationError, ConflictError, NotFoundError, SecretUnreadableError
 from dar.protocol.ids import new_id
 from dar.settings import Settings, environment
-from service import encryption, keys
-from service.encryption import SecretBox
+from service import keys, secret_box
+from service.secret_box import SecretBox
 from service.store import reward_endpoints, reward_secrets
 from service.store import tables as tables_
 from service.store.database import Database
 
-BOX = SecretBox([encryption.new_key()])
+BOX = SecretBox([secret_box.new_key()])
 SIGNING, HEADER = "whsec_c2lnbmluZw==", "Bearer of-the-header"
 
 
@@ -92,7 +92,7 @@ def test_another_projects_endpoint_of_the_same_address_cannot_read_it(world: Any
 
 
 def test_a_rotation_of_keys_keeps_every_secret_and_frees_the_old_key(world: Any) -> None:
-    old, new = encryption.new_key(), encryption.new_key()
+    old, new = secret_box.new_key(), secret_box.new_key()
     ids = [add(world, SecretBox([old])) for _ in range(3)]
     with world.database.write() as transaction:
         assert reward_secrets.rotate(transaction, SecretBox([new, old])) == 6
@@ -103,7 +103,7 @@ def test_a_rotation_of_keys_keeps_every_secret_and_frees_the_old_key(world: Any)
 
 
 def test_a_rotation_without_the_old_key_changes_nothing(world: Any) -> None:
-    old, new = encryption.new_key(), encryption.new_key()
+    old, new = secret_box.new_key(), secret_box.new_key()
     endpoint_id = add(world, SecretBox([old]))
     with pytest.raises(SecretUnreadableError), world.database.write() as transaction:
         reward_secrets.rotate(transaction, SecretBox([new]))
@@ -111,7 +111,7 @@ def test_a_rotation_without_the_old_key_changes_nothing(world: Any) -> None:
 
 
 def test_the_operators_command_rotates(world: Any, url: str, tmp_path: Path) -> None:
-    old, new = encryption.new_key(), encryption.new_key()
+    old, new = secret_box.new_key(), secret_box.new_key()
     endpoint_id = add(world, SecretBox([old]))
     variables = {"DAR_HOME": str(tmp_path), "DAR_DATABASE_URL": url}
     for given, code in ((new, 1), (f"{new},{old}", 0), (new, 0)):
@@ -146,15 +146,15 @@ def test_a_host_keeps_its_key_and_one_with_another_does_not_start(
         start(database, tmp_path / "b")
     assert list((tmp_path / "b").iterdir()) == []
     with pytest.raises(ConfigurationError, match="none of the keys"):
-        start(database, tmp_path / "b", secret_keys=encryption.new_key())
-    new = encryption.new_key()
+        start(database, tmp_path / "b", secret_keys=secret_box.new_key())
+    new = secret_box.new_key()
     assert start(database, tmp_path / "b", secret_keys=f"{new}, {first[0]}") == [new, first[0]]
 
 
 @pytest.mark.parametrize("dialect", ["postgresql"], indirect=True)
 def test_a_second_host_needs_the_key_before_there_is_any_secret(world: Any, tmp_path: Path) -> None:
     first = start(world.database, tmp_path / "a")
-    for given in ({}, {"secret_keys": encryption.new_key()}):
+    for given in ({}, {"secret_keys": secret_box.new_key()}):
         with pytest.raises(ConfigurationError):
             start(world.database, tmp_path / "b", **given)
     assert start(world.database, tmp_path / "b", secret_keys=first[0]) == first
@@ -168,11 +168,11 @@ def test_a_malformed_key_is_told_without_showing_it() -> None:
 
 def test_a_fingerprint_tells_values_apart_at_one_endpoint_only() -> None:
     def of(endpoint_id: str, value: str, box: SecretBox = BOX) -> str:
-        binding = encryption.Binding("p", endpoint_id, "https://x:443", "header:a")
+        binding = secret_box.Binding("p", endpoint_id, "https://x:443", "header:a")
         return box.fingerprint(binding, value)
 
     assert of("1", "a") == of("1", "a")
-    others = {of("1", "b"), of("2", "a"), of("1", "a", SecretBox([encryption.new_key()]))}
+    others = {of("1", "b"), of("2", "a"), of("1", "a", SecretBox([secret_box.new_key()]))}
     assert of("1", "a") not in others
     assert len(others) == 3
 
@@ -187,7 +187,7 @@ def test_a_fingerprint_tells_values_apart_at_one_endpoint_only() -> None:
     ],
 )
 def test_an_origin_has_one_spelling(url: str, origin: str) -> None:
-    assert encryption.origin_of(url) == origin
+    assert secret_box.origin_of(url) == origin
 
 
 def test_a_deletion_and_a_submission_at_once_leave_no_job_without_its_endpoint(world: Any) -> None:
