@@ -1,8 +1,9 @@
-"""A reward from a list of words: how much more often a completion uses liked words than disliked ones, between -1 and 1.
+"""A reward from a list of words: more liked than disliked words give more, between -1 and 1.
 
 python examples/lexicon_reward.py --lexicon my-words.txt
 
-A file has one word and its weight on each line, like ``great 2`` or ``awful -1.5``; lines that start with # are skipped.
+A file has one word and its weight on each line, like ``great 2`` or ``awful -1.5``; lines that
+start with # are skipped.
 """
 
 import argparse
@@ -14,7 +15,10 @@ from typing import Any
 
 from dar.rewards.server import serve
 
-LIKED = "amazing delicious delightful excellent fresh friendly good great happy love loved perfect pleasant wonderful"
+LIKED = (
+    "amazing delicious delightful excellent fresh friendly good great happy love loved perfect "
+    "pleasant wonderful"
+)
 DISLIKED = (
     "awful bad bland cold dirty disappointing hate hated horrible poor rude sad slow terrible"
 )
@@ -25,7 +29,7 @@ def read_lexicon(path: Path) -> dict[str, float]:
     """Words and their weights.
 
     Raises:
-        SystemExit: A line is not a word and a number. Guessing would change what the model is trained for.
+        SystemExit: A line is not a word and a number.
     """
     lexicon = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -37,21 +41,21 @@ def read_lexicon(path: Path) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not WORD.fullmatch(word) or not math.isfinite(weight):
-            raise SystemExit(f"{path}:{number}: expected one word and its weight, like «great 2»")
+            raise SystemExit(f"{path}:{number}: expected one word and its weight, like: great 2")
         lexicon[word.casefold()] = weight
     return lexicon
 
 
-def text_of(completion: Any) -> str:  # noqa: ANN401 - what TRL's signature gives: a text, or messages in a conversation
+def text_of(completion: Any) -> str:  # noqa: ANN401 - TRL: a text, or messages
     """The text of a completion."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def lexicon_reward(lexicon: Mapping[str, float]) -> Callable[..., list[float]]:
-    """The reward function: sum of the weights found, over the sum of their sizes plus 1.
+    """The reward function: sum of the found weights, divided by the sum of their sizes plus 1.
 
-    The 1 lets a second liked word count for something; without it the first would give the highest reward. A text without
-    any word of the lexicon gets 0: that is its reward, not the want of one.
+    Without the 1, the first liked word would already give the highest reward. A text without any
+    word of the lexicon gets the reward 0, which is not a missing reward.
     """
 
     def lexicon_words(completions: Sequence[Any], **_: object) -> list[float]:
@@ -66,7 +70,6 @@ def lexicon_reward(lexicon: Mapping[str, float]) -> Callable[..., list[float]]:
 
 
 def main() -> None:
-    """Serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--lexicon", type=Path, help="file of words and weights; default: a few")
     parser.add_argument("--port", type=int, default=9000)

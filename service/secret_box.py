@@ -1,8 +1,8 @@
-"""Secrets at rest: encrypted, and bound to what they are for.
+"""Secrets at rest: encrypted, and bound to their use.
 
-Fernet has no associated data, so each value is encrypted together with its owner, endpoint, origin and use, and each reading
-checks them: whoever can write to the database gains nothing by moving a secret to another row, or by giving its endpoint another
-address.
+Fernet has no associated data, so each value is encrypted together with its owner, endpoint, origin
+and use, which are checked at each reading. Write access to the database does not allow moving a
+secret to another row, or changing the address of its endpoint.
 """
 
 import base64
@@ -24,25 +24,25 @@ FINGERPRINT_CHARACTERS = 16
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a secret is for; part of what is encrypted."""
+    """Where a secret may be used; encrypted with its value."""
 
     owner: str
-    """Project."""
+    """Id of the project."""
     endpoint_id: str
     origin: str
-    """Scheme, host and port that it may be sent to."""
+    """Scheme, host and port that the secret may be sent to."""
     use: str
     """``signing``, or ``header:`` and the header's name."""
 
 
 class SecretBox:
-    """Encrypts and decrypts.
+    """Encrypts and decrypts secrets.
 
     Args:
-        keys: Fernet keys (32 bytes, url-safe base64), the newest first; it encrypts, all decrypt.
+        keys: Fernet keys (32 bytes, url-safe base64); the first encrypts, all decrypt.
 
     Raises:
-        ConfigurationError: There is none, or one is malformed.
+        ConfigurationError: There is no key, or one is malformed.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -53,39 +53,42 @@ class SecretBox:
             primary = base64.urlsafe_b64decode(keys[0])
         except (ValueError, binascii.Error):
             raise ConfigurationError(
-                "DAR_SECRET_KEYS (or the file secret_keys): a key is url-safe base64 of 32 bytes; make one with "
-                "python -c 'from cryptography.fernet import Fernet; print(Fernet.generate_key().decode())'"
+                "DAR_SECRET_KEYS (or the file secret_keys): a key is url-safe base64 of 32 bytes; "
+                "make one with python -c 'from cryptography.fernet import Fernet; "
+                "print(Fernet.generate_key().decode())'"
             ) from None
-        # Another key than the one that encrypts: a fingerprint is shown to users.
+        # Not the encryption key itself, as fingerprints are shown to users.
         self._fingerprint_key = hmac.digest(primary, b"fingerprint", "sha256")
 
     def seal(self, binding: Binding, value: str) -> str:
-        """``value`` for the database."""
+        """``value``, encrypted for the database."""
         content = {"v": VERSION, **asdict(binding), "value": value}
         return self._fernet.encrypt(json.dumps(content).encode()).decode()
 
     def open(self, binding: Binding, token: str) -> str:
-        """The value in what `seal` made for the same ``binding``.
+        """Decrypt what `seal` returned for the same ``binding``.
 
         Raises:
-            SecretUnreadableError: No key fits, or it was sealed for something else.
+            SecretUnreadableError: No key fits, or the binding differs.
         """
         try:
             content = json.loads(self._fernet.decrypt(token.encode()))
         except (InvalidToken, ValueError):
             raise SecretUnreadableError(
-                f"a secret of reward endpoint {binding.endpoint_id} cannot be decrypted; its operator must give the key "
-                "that it was stored under (DAR_SECRET_KEYS), or its owner sends the secret again"
+                f"a secret of reward endpoint {binding.endpoint_id} cannot be decrypted; "
+                "the operator must add the key that it was stored with (DAR_SECRET_KEYS), or its "
+                "owner must send the secret again"
             ) from None
         value = content.pop("value", None)
         if content != {"v": VERSION, **asdict(binding)} or not isinstance(value, str):
             raise SecretUnreadableError(
-                f"a secret of reward endpoint {binding.endpoint_id} was stored for something else and is not used; send it again"
+                f"a secret of reward endpoint {binding.endpoint_id} was stored for another use "
+                "and is rejected; send it again"
             )
         return value
 
     def renew(self, token: str) -> str:
-        """The same secret under the newest key.
+        """Encrypt the same secret with the newest key.
 
         Raises:
             SecretUnreadableError: No key fits.
@@ -94,7 +97,8 @@ class SecretBox:
             return self._fernet.rotate(token.encode()).decode()
         except InvalidToken:
             raise SecretUnreadableError(
-                "a stored secret cannot be decrypted with any of the keys; add the one it was stored under to DAR_SECRET_KEYS"
+                "none of the keys decrypts a stored secret; add the key that it was stored with "
+                "to DAR_SECRET_KEYS"
             ) from None
 
     def is_readable(self, token: str) -> bool:
@@ -106,13 +110,13 @@ class SecretBox:
         return True
 
     def fingerprint(self, binding: Binding, value: str) -> str:
-        """Tells a value from others at the same endpoint; keyed, so that nobody can guess short ones by it."""
+        """Identifies a value at one endpoint; keyed, so that short values cannot be guessed."""
         content = f"{binding.endpoint_id}\n{value}".encode()
         return hmac.digest(self._fingerprint_key, content, "sha256").hex()[:FINGERPRINT_CHARACTERS]
 
 
 def new_key() -> str:
-    """A fresh key."""
+    """Make a random key."""
     return Fernet.generate_key().decode()
 
 
@@ -122,14 +126,14 @@ def split_keys(text: str) -> list[str]:
 
 
 def key_digest(key: str) -> str:
-    """What the database knows a key by."""
+    """The digest of a key that the database stores."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def origin_of(url: str) -> str:
-    """Scheme, host and port of a URL, in the spelling in which they are dialled.
+    """Normalized scheme, host and port of a URL.
 
     Raises:
-        RewardMisconfiguredError: It is no usable URL.
+        RewardMisconfiguredError: The URL cannot be used.
     """
     return parse_url(url, None).origin

@@ -1,4 +1,4 @@
-"""Reward endpoints: a user's reward service, registered once with its secrets and named by jobs as ``rwe_…``."""
+"""Reward endpoints: reward services, registered with their secrets; jobs name them ``rwe_…``."""
 
 import re
 from collections.abc import Mapping
@@ -24,16 +24,16 @@ from dar.protocol.reward_spec import (
 MAX_HEADERS = 16
 MAX_HEADER_CHARACTERS = 4096
 OPTIONS = tuple(name for name in FIELDS_OF_KIND["http"] if name not in {"url", "endpoint"})
-"""Fields of a component that an endpoint can bring."""
+"""Fields of a component that an endpoint can provide."""
 _TOKEN = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$", re.ASCII)
 _VALUE = re.compile(r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", re.ASCII)
-_OURS = frozenset(
+_RESERVED = frozenset(
     {
-        *("host", "transfer-encoding", "connection", "te", "trailer", "upgrade", "keep-alive", "expect"),
-        *("accept", "accept-encoding", "idempotency-key", "traceparent"),
+        *("host", "transfer-encoding", "connection", "te", "trailer", "upgrade", "keep-alive"),
+        *("expect", "accept", "accept-encoding", "idempotency-key", "traceparent"),
     }
-)  # fmt: skip
-_OUR_PREFIXES = ("content-", "webhook-", "x-dar-", "proxy-")
+)
+_RESERVED_PREFIXES = ("content-", "webhook-", "x-dar-", "proxy-")
 
 
 def _check_header_name(name: str) -> str:
@@ -43,10 +43,10 @@ def _check_header_name(name: str) -> str:
             "not a header name of RFC 9110: letters, digits and hyphens, at most 128 of them",
         )
     lowered = name.lower()
-    if lowered in _OURS or lowered.startswith(_OUR_PREFIXES):
+    if lowered in _RESERVED or lowered.startswith(_RESERVED_PREFIXES):
         raise PydanticCustomError(
             "reserved_header",
-            "{name} is set by this service itself; send the secret in another header",
+            "{name} is set by this service; send the secret in another header",
             {"name": lowered},
         )
     return lowered
@@ -69,18 +69,18 @@ Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class EndpointOptions(Input):
-    """How a reward service is spoken to; the fields that a component of a job has, too."""
+    """How a reward service is called; a component of a job has the same fields."""
 
     protocol: Protocol = "dar.reward.v1"
-    """What is spoken with it."""
+    """Format of requests and answers."""
     template: Any = None
-    """Protocol ``plain``: body of a request."""
+    """Protocol ``plain``: the body of a request."""
     pointer: str | None = None
     """Protocol ``plain``: JSON pointer to the reward in an answer."""
     grader: dict[str, Any] | None = None
-    """Protocol ``openai_grader``: sent along as ``grader``."""
+    """Protocol ``openai_grader``: sent as ``grader``."""
     coerce: bool = False
-    """Whether rewards sent as numeric strings or booleans are taken as numbers."""
+    """Whether numeric strings and booleans are accepted as rewards."""
     prompt_format: Literal["auto", "text"] = "auto"
     """``auto`` sends conversations as ``messages``; ``text`` sends every prompt as text."""
     batch: RewardBatching = RewardBatching()
@@ -89,24 +89,25 @@ class EndpointOptions(Input):
     retry: RewardRetry = RewardRetry()
     cache: RewardCaching = RewardCaching()
     reply: Literal["sync", "either"] = "sync"
-    """How the service may answer; ``either`` allows a 202 whose result follows."""
+    """How the service may answer; ``either`` also allows a 202 with a later result."""
     require_signed_responses: bool = False
-    """Whether an answer must carry a signature of the endpoint's secret."""
+    """Whether answers must be signed with the endpoint's secret."""
     columns: list[str] | None = None
-    """Columns of the training file that are sent along; null: only ``ground_truth``."""
+    """Columns of the training file that are sent; null: only ``ground_truth``."""
 
 
 class CreateRewardEndpoint(EndpointOptions):
-    """Body of ``POST /v1/reward_endpoints``. What is sent here stands behind what a job's component leaves out."""
+    """Body of ``POST /v1/reward_endpoints``. Its fields are defaults of components."""
 
     name: Name
-    """For people; need not be unique."""
+    """Shown to people; need not be unique."""
     url: RewardURL
     """Where requests are posted."""
     headers: dict[HeaderName, HeaderValue] = Field(default_factory=dict, max_length=MAX_HEADERS)
-    """Secret headers, like ``{"authorization": "Bearer …"}``; write-only, and sent to this URL's origin alone."""
+    """Secret headers, like ``{"authorization": "Bearer …"}``; write-only, and sent only to this
+    URL's origin."""
     signing_secret: SecretStr | None = None
-    """Signs requests (``whsec_…``); null: a fresh one is made."""
+    """Signs requests (``whsec_…``); null: a new one is made."""
 
     @model_validator(mode="after")
     def _usable(self) -> "CreateRewardEndpoint":
@@ -115,15 +116,15 @@ class CreateRewardEndpoint(EndpointOptions):
 
 
 class UpdateRewardEndpoint(Input):
-    """Body of ``PATCH /v1/reward_endpoints/{id}``: what is sent replaces what was there."""
+    """Body of ``PATCH /v1/reward_endpoints/{id}``; the sent fields replace the old ones."""
 
     name: Name | None = None
     url: RewardURL | None = None
-    """Another origin (scheme, host or port) drops all secret headers that are not sent again with it."""
+    """A new origin (scheme, host or port) drops all secret headers that are not sent again."""
     headers: dict[HeaderName, HeaderValue | None] = Field(
         default_factory=dict, max_length=MAX_HEADERS
     )
-    """Headers by name; null removes one, those not named stay."""
+    """Headers by name; null removes one, others stay."""
     protocol: Protocol | None = None
     template: Any = None
     pointer: str | None = None
@@ -141,15 +142,15 @@ class UpdateRewardEndpoint(Input):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The endpoint's fields that were sent; null puts a field back to its default."""
+        """The sent fields of the endpoint; null resets a field to its default."""
         return self.model_dump(mode="json", include=set(OPTIONS), exclude_unset=True)
 
 
 class RotateSecret(Input):
-    """Body of ``POST /v1/reward_endpoints/{id}/rotate_secret``; may be left out."""
+    """Body of ``POST /v1/reward_endpoints/{id}/rotate_secret``; may be empty."""
 
     keep_old_secret_active_for_24_hours: bool = True
-    """Whether requests carry signatures of both secrets for a day, so that the reward service can change over."""
+    """Whether both secrets sign requests for a day, until the reward service has the new one."""
 
 
 class RewardSecret(Output):
@@ -159,10 +160,10 @@ class RewardSecret(Output):
     name: str | None
     """Name of the header."""
     fingerprint: str
-    """The same for the same value at this endpoint."""
+    """Equal for equal values at this endpoint."""
     created_at: UnixSeconds
     expires_at: UnixSeconds | None
-    """When a replaced signing secret is no longer used."""
+    """When a replaced signing secret stops signing."""
 
 
 class RewardEndpoint(Output):
@@ -189,14 +190,15 @@ class RewardEndpoint(Output):
     require_signed_responses: bool
     columns: list[str] | None
     revision: int
-    """Counts changes of anything but the name, and purges of what was remembered."""
+    """Counts changes other than of the name, and purges of cached rewards."""
     state: Literal["ok", "misconfigured"]
-    """``misconfigured``: it last refused us for good; a change or a good probe puts it back to ``ok``."""
+    """``misconfigured``: the service last rejected a request or probe, and only a change can help.
+    A change, a passing probe or a reward sets it back to ``ok``."""
     secrets: list[RewardSecret]
 
 
 class NewRewardEndpoint(RewardEndpoint):
-    """An endpoint with a signing secret that is shown this once."""
+    """An endpoint with its new signing secret, which no other answer contains."""
 
     signing_secret: str = Field(repr=False)
 
@@ -205,11 +207,11 @@ class ChangedRewardEndpoint(RewardEndpoint):
     """An endpoint after a change."""
 
     dropped_headers: list[str]
-    """Secret headers that were dropped because the URL's origin changed; send them again for the new one."""
+    """Secret headers that were dropped because the URL's origin changed; send them again."""
 
 
 class LastProbe(Output):
-    """What the latest probe of an endpoint found."""
+    """The latest probe of an endpoint."""
 
     at: UnixSeconds
     ok: bool
@@ -217,19 +219,19 @@ class LastProbe(Output):
     warnings: list[ProbeFinding]
     latency_ms: dict[str, float | None]
     determinism: dict[str, float | None]
-    """Largest differences between the rewards of equal samples; empty: not measured."""
+    """Largest differences between rewards of equal samples; empty: not measured."""
     revision: int
-    """Of the endpoint when it was probed."""
+    """The probed revision of the endpoint."""
 
 
 class RewardEndpointStats(Output):
-    """How an endpoint is used."""
+    """Jobs and latest probe of an endpoint."""
 
     id: str
     object: Literal["reward_endpoint.stats"]
     state: Literal["ok", "misconfigured"]
     jobs: dict[str, int]
-    """Jobs that name it, by status."""
+    """Number of jobs that name it, by status."""
     steps: int
     """Optimizer steps of those jobs."""
     last_job_id: str | None
@@ -258,26 +260,26 @@ ProbeSamples = Annotated[list[ProbeSample], Field(min_length=2, max_length=8)]
 
 
 class ProbeEndpoint(Input):
-    """Body of ``POST /v1/reward_endpoints/{id}/probe``; may be left out."""
+    """Body of ``POST /v1/reward_endpoints/{id}/probe``; may be empty."""
 
     samples: ProbeSamples | None = None
     """Two to eight completions; null: built-in ones."""
     light: bool = False
-    """Only the steps that a submission takes."""
+    """Take only steps 1 to 4, as a submission does."""
 
 
 class ProbeInline(ProbeEndpoint):
     """Body of ``POST /v1/reward_endpoints/probe``."""
 
     component: RewardComponent
-    """An ``http`` component, as a job would have it."""
+    """An ``http`` component, as in a job."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise unless a component with these fields could be part of a job.
+    """Check that a component of a job may have these fields.
 
     Raises:
-        PydanticCustomError: The first thing that is wrong.
+        PydanticCustomError: The first error.
     """
     try:
         RewardComponent.model_validate({"name": "endpoint", "url": "https://host", **options})
@@ -292,23 +294,23 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def merged(component: RewardComponent, options: Mapping[str, Any]) -> RewardComponent:
-    """A component that names an endpoint, with the endpoint's fields behind its own.
+    """Fill in the fields that a component leaves out from its endpoint.
 
     Args:
-        component: As it was sent; what it leaves out comes from the endpoint, part by part.
+        component: The component as it was sent.
         options: The endpoint's fields (`EndpointOptions`) as JSON.
 
     Raises:
-        ValidationError: They do not fit together.
+        ValidationError: The fields do not fit together.
     """
     own = component.model_dump(mode="json", exclude_unset=True)
     both = {**options, **own}
     for name, value in own.items():
-        behind = options.get(name)
+        default = options.get(name)
         if name in {"batch", "limits", "timeouts", "retry", "cache"} and isinstance(
-            behind, Mapping
+            default, Mapping
         ):
-            both[name] = {**behind, **value}
-    # Without the endpoint, so that what the endpoint may bring must be here now.
+            both[name] = {**default, **value}
+    # Validated without the endpoint: everything that it may provide must be here now.
     RewardComponent.model_validate({**both, "endpoint": None, "url": "https://host"})
     return RewardComponent.model_validate(both)

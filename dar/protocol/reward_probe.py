@@ -1,4 +1,4 @@
-"""What a dry run of a reward service found."""
+"""The report of a probe, which is a dry run of a reward service."""
 
 from typing import Any, Literal
 
@@ -8,12 +8,12 @@ from dar.protocol.base import Output
 
 
 class ProbeFinding(Output):
-    """Something that a probe found."""
+    """One error or warning of a probe."""
 
     code: str
     """Machine-readable kind, like ``contract.length`` or ``egress_denied``."""
     step: int
-    """Which step of the probe found it, from 1 to 9."""
+    """The step that found it, from 1 to 9."""
     detail: str
     """What was seen."""
     advice: str = ""
@@ -27,47 +27,50 @@ class ProbeStep(Output):
     name: str
     status: Literal["ok", "warn", "fail", "skipped"]
     detail: str
-    """What was measured, or why the step was left out."""
+    """What was measured, or why the step was skipped."""
 
 
 class ProbeMessage(Output):
     """A request or an answer, without secrets."""
 
     status: int | None = None
-    """Of an answer; None for a request."""
+    """Status of an answer; None for a request."""
     headers: dict[str, str]
     body: str
-    """Its first 4096 characters."""
+    """The first 4096 characters."""
     bytes: int | None = None
-    """Length of the whole body; None: not all of it was read."""
+    """Length of the whole body; None: not read completely."""
 
 
 class ProbeExchange(Output):
-    """One request that was made, and what came back."""
+    """One request and its answer."""
 
     step: int
     request: ProbeMessage
     response: ProbeMessage | None
-    """None: no answer came."""
+    """None: no answer."""
 
 
 class ProbeReport(Output):
-    """What a probe found."""
+    """The report of a probe."""
 
     ok: bool
-    """Whether there are no errors; there may be warnings."""
+    """True if there are no errors; warnings are allowed."""
     errors: list[ProbeFinding]
     """What keeps a job from getting rewards."""
     warnings: list[ProbeFinding]
-    """What makes them worse, slower or less safe than they could be."""
+    """What makes rewards worse, slower or less safe."""
     steps: list[ProbeStep] = Field(default_factory=list)
     """All nine, in order."""
     latency_ms: dict[str, float | None]
-    """``p50``, ``p95`` and ``p99`` of full requests under load; of the few that were made where that step was left out."""
+    """``p50``, ``p95`` and ``p99`` of full requests under load; of all other requests if step 5 was
+    skipped."""
     determinism: dict[str, float | None]
-    """``max_abs_diff``: the largest difference between two rewards of one completion; null: not measured, or once there was a reward
-    and once there was none. ``same_id_max_abs_diff``: when the very same request was sent again."""
+    """``max_abs_diff``: the largest difference between two rewards of one completion; null: not
+    measured, or only one of the two was a reward. ``same_id_max_abs_diff``: the same for a request
+    that was sent twice under one id."""
     suggested: dict[str, Any]
-    """Fields of a component that fit what was measured, and ``hint``, a sentence on how many requests a training needs in flight."""
+    """Fields of a component that fit the measurement, and ``hint``, which says how many requests a
+    training needs in flight."""
     exchange: list[ProbeExchange]
-    """Requests and answers that show what was found: the first one, and those of findings."""
+    """The first request with its answer, and those of findings."""

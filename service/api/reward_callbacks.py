@@ -1,4 +1,4 @@
-"""Where reward services post results that come later; opened by the token of one request, not by an API key."""
+"""Callbacks: reward services post later results, authorized by the token of one request."""
 
 import hashlib
 import hmac
@@ -26,11 +26,12 @@ from service.http import bodies
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_requests
-from service.store.tables import JobRow, RewardRequestRow
+from service.store.tables import RewardRequestRow
 
 router = APIRouter(prefix="/v1/reward_callbacks", tags=["reward callbacks"])
 WEBHOOK_PREFIX = "rwr_"
-"""How the ``webhook-id`` of a callback begins; our own requests' begins otherwise, so that none can be sent back to us."""
+"""Start of a callback's ``webhook-id``. Requests of this product start differently, so that a
+signed request cannot be sent back as a callback."""
 MAX_ERROR = 1000
 """Characters of an error that are kept."""
 _NO_HASH = "0" * 64
@@ -38,7 +39,7 @@ _NO_HASH = "0" * 64
 
 @dataclass(frozen=True, slots=True)
 class ProbeRequest:
-    """A request that a probe of this process has made, opened by its token."""
+    """A request of a probe in this process."""
 
     id: str
     token: str = field(repr=False)
@@ -47,12 +48,13 @@ class ProbeRequest:
 def holder(
     request_id: str, request: Request, runtime: CurrentRuntime
 ) -> RewardRequestRow | ProbeRequest:
-    """Lets the holder of a request's token pass.
+    """Authorize the holder of a request's token.
 
-    A wrong token, a missing one and an unknown id take the same way: one look-up, the same comparisons, one answer.
+    A wrong token, a missing one and an unknown id take the same path: one query, the same
+    comparisons, one answer.
 
     Raises:
-        AuthenticationError: Whatever is wrong, it says the same.
+        AuthenticationError: With the same message for every cause.
         RateLimitError: The address fails too often.
     """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -80,8 +82,9 @@ def _refusal(request: Request, runtime: Runtime) -> DARError:
             retry_after_seconds=wait,
         )
     return AuthenticationError(
-        "the callback's credentials do not fit: send the token of reply.callback as 'Authorization: Bearer rwt_…', and "
-        "a fresh signature whose webhook-id begins with 'rwr_' where one is due",
+        "the callback's credentials are wrong: send the token of reply.callback as "
+        "'Authorization: Bearer rwt_…', and a fresh signature whose webhook-id begins with 'rwr_' "
+        "if one is required",
         code="invalid_callback",
     )
 
@@ -89,12 +92,12 @@ def _refusal(request: Request, runtime: Runtime) -> DARError:
 Holder = Annotated[RewardRequestRow | ProbeRequest, Depends(holder)]
 
 
-async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> bytes:  # noqa: ARG001 - the token is checked first
+async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> bytes:  # noqa: ARG001 - makes the token be checked first
     """The body of a callback, at most `MAX_RESPONSE_BYTES`.
 
     Raises:
-        UnsupportedMediaTypeError: It is no JSON, or packed.
-        PayloadTooLargeError: It is larger.
+        UnsupportedMediaTypeError: The body is not JSON, or compressed.
+        PayloadTooLargeError: The body is larger.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -122,24 +125,24 @@ async def post_result(
     row: Holder,
     body: Annotated[bytes, Depends(received)],
 ) -> CallbackAnswer:
-    """Give the result of a reward request that was answered with 202. Opened by the request's own token."""
+    """Post the result of a reward request after a 202; authorized by the request's token."""
     if isinstance(row, ProbeRequest):
         return await run_in_threadpool(_settle_probe, request, runtime, row, body)
     return await run_in_threadpool(_settle, request, runtime, row, body)
 
 
 def _settle_probe(
-    request: Request, runtime: Runtime, asked: ProbeRequest, body: bytes
+    request: Request, runtime: Runtime, probed: ProbeRequest, body: bytes
 ) -> CallbackAnswer:
     if is_own_request(body):
         raise _refusal(request, runtime)
-    fate, error = runtime.probe_inbox.receive(asked.id, asked.token, body)
-    if fate == "refused":  # it was forgotten meanwhile
+    outcome, error = runtime.probe_inbox.receive(probed.id, probed.token, body)
+    if outcome == "refused":  # it has expired since the token was checked
         raise _refusal(request, runtime)
-    runtime.telemetry.count_callback(fate)
-    if fate in {"accepted", "duplicate"}:
-        return CallbackAnswer.model_validate({"status": fate})
-    raise _as_error(fate, asked.id, error)
+    runtime.telemetry.count_callback(outcome)
+    if outcome in {"accepted", "duplicate"}:
+        return CallbackAnswer.model_validate({"status": outcome})
+    raise _as_error(outcome, probed.id, error)
 
 
 def _settle(
@@ -159,53 +162,55 @@ def _settle(
         error=None if error is None else _storable(f"{error.error_code}: {error.message}"),
         webhook_id=webhook_id,
     )
-    fate, job_id = runtime.database.transact(lambda tx: reward_requests.settle(tx, row.id, result))
-    if fate == "replayed":
+    outcome, job_id = runtime.database.transact(
+        lambda tx: reward_requests.settle(tx, row.id, result)
+    )
+    if outcome == "replayed":
         raise _refusal(request, runtime)
-    runtime.telemetry.count_callback(fate)
-    if fate == "accepted":
+    runtime.telemetry.count_callback(outcome)
+    if outcome == "accepted":
         runtime.notifier.notify(job_id)
         return CallbackAnswer(status="accepted")
-    if fate == "duplicate":
+    if outcome == "duplicate":
         return CallbackAnswer(status="duplicate")
-    raise _as_error(fate, row.id, error)
+    raise _as_error(outcome, row.id, error)
 
 
 def _storable(text: str) -> str:
-    """A message that may quote what was sent, without NUL, which no database holds."""
+    """A message that may quote the body, without NUL, which no database stores."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")[:MAX_ERROR]
 
 
 def _as_error(
-    fate: reward_requests.CallbackOutcome, request_id: str, error: RewardContractError | None
+    outcome: reward_requests.CallbackOutcome, request_id: str, error: RewardContractError | None
 ) -> DARError:
-    if fate == "conflict":
+    if outcome == "conflict":
         return ConflictError(
-            f"request {request_id} has another result already, which stands", code="result_conflict"
+            f"request {request_id} has a different result already", code="result_conflict"
         )
-    if fate == "invalid":
+    if outcome == "invalid":
         assert error is not None
         problem = Problem(error.message[:MAX_ERROR], None, error.error_code)
         return InvalidResultError(
-            f"not a result of request {request_id}: {error.message[:MAX_ERROR]}; the token is still good for "
-            "a corrected one, but not for many tries",
+            f"not a result of request {request_id}: {error.message[:MAX_ERROR]}; "
+            "the token stays valid for a few corrected results",
             problems=[problem],
         )
     reasons = {
         "late": "its deadline has passed, or its job has ended",
-        "closed": "it was answered on another way",
+        "closed": "its result came another way",
         "burned": "it got too many invalid results",
     }
-    return GoneError(f"nobody waits for request {request_id} any more: {reasons[fate]}")
+    return GoneError(f"request {request_id} accepts no result any more: {reasons[outcome]}")
 
 
 def _verified_id(
     request: Request, runtime: Runtime, row: RewardRequestRow, body: bytes
 ) -> str | None:
-    """The ``webhook-id`` of a signed callback; None where none is due and none was sent.
+    """The ``webhook-id`` of a signed callback; None if it is neither signed nor has to be.
 
     Raises:
-        AuthenticationError: The signature is missing though it is due, or does not hold.
+        AuthenticationError: A required signature is missing, or a signature is wrong.
     """
     if not row.is_signature_required and "webhook-signature" not in request.headers:
         return None
@@ -220,10 +225,9 @@ def _verified_id(
 
 
 def callback_keys(runtime: Runtime, row: RewardRequestRow) -> list[bytes]:
-    """The secrets that may sign callbacks of a request: those that sign the request itself, while they are rotated both."""
+    """The secrets that may sign callbacks of a request: those that sign the request itself."""
     with runtime.database.read() as transaction:
-        job = transaction.get(JobRow, row.job_id)
-    assert job is not None
+        job = reward_requests.job_of(transaction, row)
     rewards = job.parsed_spec.dar.rewards
     components = () if rewards is None else rewards.components
     for component in components:

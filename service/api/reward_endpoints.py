@@ -1,4 +1,4 @@
-"""Reward endpoints: a user's reward services, registered with their secrets, and tried."""
+"""Reward endpoints: reward services, registered with their secrets, and probed."""
 
 from typing import Annotated, Any
 
@@ -29,10 +29,10 @@ from dar.protocol.reward_endpoints import (
     check_options,
 )
 from dar.protocol.reward_probe import ProbeReport
-from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import EgressPolicy, check_url
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.probe.run import ProbeTarget, as_samples
+from dar.rewards.probe.client import ProbeTarget
+from dar.rewards.probe.run import as_samples
 from service import keys
 from service.api.paging import PageCursor, envelope, seconds
 from service.http import errors
@@ -48,7 +48,7 @@ router = APIRouter(prefix=PATH, tags=["reward_endpoints"])
 NOT_NULL = ("name", "url")
 KEPT_OF_REPORT = {"ok", "errors", "warnings", "latency_ms", "determinism"}
 UNKNOWN: dict[str, Any] = {"determinism": {}, "revision": 0}
-"""What probes did not tell that were kept by an earlier version."""
+"""Fields that reports stored by an earlier version lack."""
 CreateBody = Annotated[CreateRewardEndpoint, Depends(body_of(CreateRewardEndpoint))]
 UpdateBody = Annotated[UpdateRewardEndpoint, Depends(body_of(UpdateRewardEndpoint))]
 RotateBody = Annotated[RotateSecret, Depends(body_of(RotateSecret, is_optional=True))]
@@ -60,7 +60,7 @@ InlineBody = Annotated[ProbeInline, Depends(body_of(ProbeInline))]
 def create_reward_endpoint(
     runtime: CurrentRuntime, user: Submitter, body: CreateBody
 ) -> NewRewardEndpoint:
-    """Register a reward service. Its signing secret is in the answer, this once."""
+    """Register a reward service. Only this answer contains its signing secret."""
     _check_egress(runtime, body.url)
     secret = _signing_secret(body)
     options = body.model_dump(mode="json", include=set(OPTIONS), exclude_unset=True)
@@ -85,7 +85,7 @@ def create_reward_endpoint(
 def list_reward_endpoints(
     runtime: CurrentRuntime, user: Reader, cursor: PageCursor
 ) -> Page[RewardEndpoint]:
-    """The project's reward endpoints, newest first."""
+    """List the project's reward endpoints, newest first."""
     with runtime.database.read() as transaction:
         found = reward_endpoints.list_page(transaction, user.project_id, cursor)
         secrets = reward_secrets.list_all(transaction, [row.id for row in found.rows])
@@ -94,7 +94,7 @@ def list_reward_endpoints(
 
 @router.get("/{endpoint_id}")
 def get_reward_endpoint(endpoint_id: str, runtime: CurrentRuntime, user: Reader) -> RewardEndpoint:
-    """One reward endpoint; of its secrets only fingerprints."""
+    """Show a reward endpoint; of its secrets only fingerprints."""
     with runtime.database.read() as transaction:
         return _shown(transaction, reward_endpoints.get(transaction, user.project_id, endpoint_id))
 
@@ -103,7 +103,10 @@ def get_reward_endpoint(endpoint_id: str, runtime: CurrentRuntime, user: Reader)
 def update_reward_endpoint(
     endpoint_id: str, runtime: CurrentRuntime, user: Submitter, body: UpdateBody
 ) -> ChangedRewardEndpoint:
-    """Change a reward endpoint. Another origin of its URL drops the secret headers that are not sent again."""
+    """Change a reward endpoint.
+
+    A new origin of its URL drops secret headers that are not sent again.
+    """
     sent = body.model_fields_set
     for name in NOT_NULL:
         if name in sent and getattr(body, name) is None:
@@ -133,7 +136,7 @@ def update_reward_endpoint(
 
 @router.delete("/{endpoint_id}")
 def delete_reward_endpoint(endpoint_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
-    """Delete a reward endpoint that no job needs any more, and forget its secrets."""
+    """Delete a reward endpoint and its secrets; no unfinished job may name it."""
     with runtime.database.write() as transaction:
         reward_endpoints.remove(transaction, user.project_id, endpoint_id)
     return Deleted(id=endpoint_id, object="reward_endpoint", deleted=True)
@@ -143,7 +146,10 @@ def delete_reward_endpoint(endpoint_id: str, runtime: CurrentRuntime, user: Subm
 def rotate_secret(
     endpoint_id: str, runtime: CurrentRuntime, user: Submitter, body: RotateBody
 ) -> NewRewardEndpoint:
-    """Make a new signing secret, which is in the answer this once; the old one signs beside it for 24 hours."""
+    """Make a new signing secret, which only this answer contains.
+
+    The old one still signs beside it for 24 hours.
+    """
     secret = keys.new_reward_secret()
     with runtime.database.write() as transaction:
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id, lock="change")
@@ -161,7 +167,10 @@ def rotate_secret(
 
 @router.post("/{endpoint_id}/purge_cache")
 def purge_cache(endpoint_id: str, runtime: CurrentRuntime, user: Submitter) -> RewardEndpoint:
-    """Have rewards that were remembered of an endpoint never be used again; jobs see it when they are next given to a worker."""
+    """Make cached rewards of an endpoint unusable.
+
+    A running job sees the change at its next attempt.
+    """
     with runtime.database.write() as transaction:
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id, lock="change")
         reward_endpoints.purge(transaction, endpoint)
@@ -170,11 +179,11 @@ def purge_cache(endpoint_id: str, runtime: CurrentRuntime, user: Submitter) -> R
 
 @router.post("/probe", openapi_extra=schema_of(ProbeInline))
 async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBody) -> ProbeReport:
-    """Try the reward service of a component, as a job would use it."""
+    """Probe the reward service of a component, as a job would use it."""
     component = body.component
     if component.kind != "http" or component.endpoint is not None or component.url is None:
         message = (
-            "send an http component with a url; a registered endpoint is tried at its own path"
+            "send an http component with a url; a registered endpoint is probed at its own path"
         )
         raise InvalidRequestError(message, param="component", code="not_inline")
     runtime.probes.take(user.key_id)
@@ -188,7 +197,7 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
 async def probe_reward_endpoint(
     endpoint_id: str, runtime: CurrentRuntime, user: Submitter, body: ProbeBody
 ) -> ProbeReport:
-    """Try a registered reward endpoint, as a job would use it."""
+    """Probe a registered reward endpoint, as a job would use it."""
     target, revision = await run_in_threadpool(_target, runtime, user, endpoint_id)
     runtime.probes.take(user.key_id)
     report = await probing.report_on(target, as_samples(body.samples), light=body.light)
@@ -200,7 +209,7 @@ async def probe_reward_endpoint(
 def get_reward_endpoint_stats(
     endpoint_id: str, runtime: CurrentRuntime, user: Reader
 ) -> RewardEndpointStats:
-    """Which jobs use a reward endpoint, and what its latest probe found."""
+    """Count the jobs that use a reward endpoint, and show its latest probe."""
     with runtime.database.read() as transaction:
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id)
         jobs, steps, newest = reward_endpoints.usage(transaction, endpoint_id)
@@ -218,16 +227,10 @@ def get_reward_endpoint_stats(
     )
 
 
-def component_of(endpoint: tables.RewardEndpointRow) -> RewardComponent:
-    """An endpoint as a component of its own."""
-    options = {"protocol": endpoint.protocol, **endpoint.options}
-    return RewardComponent.model_validate({"name": "endpoint", "url": endpoint.url, **options})
-
-
 def show(
     endpoint: tables.RewardEndpointRow, secrets: "list[tables.RewardSecretRow]"
 ) -> RewardEndpoint:
-    """An endpoint as the API shows it, with those of ``secrets`` that are its own."""
+    """An endpoint as the API shows it, with its own ones of ``secrets``."""
     options = EndpointOptions.model_validate({"protocol": endpoint.protocol, **endpoint.options})
     return RewardEndpoint.model_validate(
         {
@@ -260,10 +263,10 @@ def _shown(transaction: Transaction, endpoint: tables.RewardEndpointRow) -> Rewa
 
 
 def _check_egress(runtime: Runtime, url: str) -> None:
-    """Refuse now what would be refused at every request.
+    """Reject a URL that every request would reject.
 
     Raises:
-        InvalidRequestError: The operator does not allow this URL.
+        InvalidRequestError: The egress policy does not allow the URL.
     """
     try:
         check_url(url, EgressPolicy.from_settings(runtime.settings))
@@ -284,10 +287,10 @@ def _signing_secret(body: CreateRewardEndpoint) -> str:
 
 
 def _set_options(endpoint: tables.RewardEndpointRow, sent: dict[str, Any]) -> None:
-    """Put the sent fields in the place of the old ones.
+    """Replace the sent fields.
 
     Raises:
-        InvalidRequestError: Together they cannot be a component's.
+        InvalidRequestError: The fields do not fit together.
     """
     both = {"protocol": endpoint.protocol, **endpoint.options, **sent}
     options = {name: value for name, value in both.items() if value is not None}
@@ -304,7 +307,7 @@ def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id)
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
     guard = EgressPolicy.from_settings(runtime.settings)
-    component = component_of(endpoint)
+    component = endpoints.component_of(endpoint)
     target = ProbeTarget(
         component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
     )

@@ -1,4 +1,4 @@
-"""What a worker says about reward requests that may be answered later, before it sends them and after."""
+"""What a worker reports of reward requests whose results may come later."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ ProgressBody = Annotated[NoteRewardProgress, Depends(body_of(NoteRewardProgress)
 def announce_reward_requests(
     lease_id: LeaseHolder, runtime: CurrentRuntime, body: AnnounceBody
 ) -> RewardRequestStates:
-    """Store requests before they are sent; one that is known already comes with what it has got."""
+    """Store requests before they are sent; a known one is returned with its result, if any."""
 
     def work(transaction: Transaction) -> list[RewardRequestRow]:
         held = fence.hold(transaction, lease_id, body.attempt)
@@ -65,7 +65,10 @@ def announce_reward_requests(
 def note_reward_progress(
     lease_id: LeaseHolder, runtime: CurrentRuntime, body: ProgressBody
 ) -> RewardProgressNoted:
-    """Note that reward services took requests, or answered them on another way; unknown ones are named and hold up no other."""
+    """Store that services accepted requests, or that results came another way.
+
+    Unknown requests are returned, and the others are stored.
+    """
 
     def work(transaction: Transaction) -> list[str]:
         held = fence.hold(transaction, lease_id, body.attempt)

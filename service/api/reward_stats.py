@@ -1,4 +1,4 @@
-"""How the rewards of a job came: totals, and the requests that were given up."""
+"""Statistics of a job's rewards, and its failed requests."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -19,7 +19,7 @@ Series = Mapping[str, metrics.Points]
 
 @router.get("/{job_id}/reward_stats")
 def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> RewardStats:
-    """How many samples were scored, skipped or failed, and how each reward service did."""
+    """Count samples that were scored, skipped or failed, and the requests to each service."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         series = metrics.read(transaction, job.id)
@@ -71,9 +71,11 @@ def list_reward_failures(
     runtime: CurrentRuntime,
     user: Reader,
     cursor: PageCursor,
-    step: Annotated[int | None, Query(ge=1, le=MAX_COUNT, description="Only those of it.")] = None,
+    step: Annotated[
+        int | None, Query(ge=1, le=MAX_COUNT, description="Only failures of this step.")
+    ] = None,
 ) -> Page[RewardFailure]:
-    """Requests to reward services that were given up, newest first; the newest 10,000 are kept."""
+    """List failed requests to reward services, newest first; the newest 10,000 are kept."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         found = reward_failures.list_page(transaction, job.id, step, cursor)
@@ -81,7 +83,6 @@ def list_reward_failures(
 
 
 def show(row: tables.RewardFailureRow) -> RewardFailure:
-    """A failure as the API shows it."""
     return RewardFailure(
         id=row.id,
         object="fine_tuning.job.reward_failure",

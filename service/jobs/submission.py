@@ -20,12 +20,12 @@ from dar.protocol.spec import JobSpec, total_steps
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
 from dar.rewards.http.egress import EgressPolicy
-from dar.rewards.probe.run import ProbeTarget
+from dar.rewards.probe.client import ProbeTarget
 from service.http import errors
 from service.http.auth import User
 from service.jobs import datasets, models
 from service.rewards import endpoints, probing
-from service.rewards.first_prompts import first_prompts
+from service.rewards.watch import first_prompts
 from service.runtime import Runtime
 from service.store import checkpoints, files, jobs, reward_endpoints
 from service.store.database import Transaction

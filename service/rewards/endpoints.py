@@ -1,4 +1,4 @@
-"""What a job's components get from the registered endpoints that they name: their fields at submission, access at each lease."""
+"""What components get from the endpoints they name: fields at submission, access at each lease."""
 
 from dataclasses import dataclass, field
 
@@ -26,19 +26,22 @@ class ResolvedSpec:
 
     spec: JobSpec
     endpoints: dict[str, RewardEndpointRow] = field(default_factory=dict)
-    """By component."""
+    """By component name."""
 
     @property
     def links(self) -> dict[str, str]:
-        """Ids of the endpoints, by component."""
+        """Endpoint ids by component name."""
         return {name: endpoint.id for name, endpoint in self.endpoints.items()}
 
 
 def resolve(transaction: Transaction, project_id: str, spec: JobSpec) -> ResolvedSpec:
-    """Find the endpoints that a spec's components name, and put their fields behind the components' own.
+    """Fill in the fields that components leave out from the endpoints that they name.
+
+    The endpoints are kept from being changed until the transaction ends.
 
     Raises:
-        InvalidRequestError: The project has no such endpoint (``endpoint_not_found``), or its fields do not fit.
+        InvalidRequestError: The project has no such endpoint (``endpoint_not_found``), or its
+            fields do not fit.
     """
     rewards = spec.dar.rewards
     if rewards is None or all(component.endpoint is None for component in rewards.components):
@@ -53,7 +56,7 @@ def resolve(transaction: Transaction, project_id: str, spec: JobSpec) -> Resolve
                 endpoint = reward_endpoints.get(
                     transaction, project_id, component.endpoint, lock="keep"
                 )
-                component = _with_fields_of(endpoint, component)  # noqa: PLW2901 - the same component, completed
+                component = _with_fields_of(endpoint, component)  # noqa: PLW2901 - the same component, with more fields
                 endpoints[component.name] = endpoint
             except NotFoundError as error:
                 problems.append(Problem(error.message, f"{path}.endpoint", "endpoint_not_found"))
@@ -78,13 +81,19 @@ def _with_fields_of(endpoint: RewardEndpointRow, component: RewardComponent) -> 
     return merged(component, {"protocol": endpoint.protocol, **endpoint.options})
 
 
+def component_of(endpoint: RewardEndpointRow) -> RewardComponent:
+    """A component that stands for the endpoint alone."""
+    options = {"protocol": endpoint.protocol, **endpoint.options}
+    return RewardComponent.model_validate({"name": "endpoint", "url": endpoint.url, **options})
+
+
 def access_to(
     transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow
 ) -> ComponentAccess:
     """URL and secrets of an endpoint.
 
     Raises:
-        SecretUnreadableError: A secret cannot be decrypted, or the endpoint was deleted and has none any more.
+        SecretUnreadableError: A secret cannot be decrypted, or the endpoint was deleted.
     """
     if endpoint.deleted_at is not None:
         raise SecretUnreadableError(
@@ -105,7 +114,7 @@ def access_to(
 def access_of(
     transaction: Transaction, installation: Installation, job_id: str
 ) -> dict[str, ComponentAccess]:
-    """URL and secrets of a job's endpoints, by component; for the lease of an attempt alone.
+    """URL and secrets of a job's endpoints by component name; only for the lease of an attempt.
 
     Raises:
         SecretUnreadableError: A secret cannot be decrypted, or an endpoint was deleted.
@@ -120,7 +129,7 @@ def access_of(
 def access_for(
     installation: Installation, job: JobRow, component: RewardComponent
 ) -> ComponentAccess | None:
-    """How the service itself may call a component's reward service, to see whether it is back; None: it has none, or no secrets."""
+    """Access for the service's own checks; None: no reward service, or unreadable secrets."""
     if component.kind != "http":
         return None
     if component.url is not None:

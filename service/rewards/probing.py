@@ -1,7 +1,8 @@
-"""Trying reward services: fully when a user asks, and lightly before a job is accepted.
+"""Probes of reward services: full ones on request, light ones before a job is accepted.
 
-The light probe refuses only what a change of the spec or of the service must cure. A service that is down, slow or overloaded
-may be well when the job starts: the job is accepted, and waits.
+A light probe rejects a job only for errors that a change of the spec or of the service must fix. A
+service that is down, slow or overloaded may recover before the job starts: the job is accepted and
+waits.
 """
 
 import asyncio
@@ -17,13 +18,14 @@ from dar.protocol.reward_probe import ProbeFinding, ProbeReport
 from dar.protocol.reward_spec import RewardComponent, RewardRetry, RewardTimeouts
 from dar.rewards.base import RewardSample
 from dar.rewards.http.redaction import Redactor
-from dar.rewards.probe.run import FULL_SECONDS, ProbeTarget, probe
+from dar.rewards.probe.client import ProbeTarget
+from dar.rewards.probe.run import FULL_SECONDS, probe
 from service.http.rate_limits import PassedProbes
 from service.store.reward_endpoints import State
 
 LIGHT_SECONDS = 4.0
-"""What a submission waits for all its reward services together."""
-_PASSING = frozenset(
+"""Time limit of a submission for all its reward services together."""
+_TEMPORARY = frozenset(
     {
         "connect",
         "connect_timeout",
@@ -41,38 +43,38 @@ _CONFIGURATION = re.compile(r"^(config\.|tls\.|egress|http_4(?!08|13|25|29))")
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """A component of a job that is to be tried."""
+    """A component of a job whose service is to be probed."""
 
     param: str
     """Its path in the spec."""
     target: ProbeTarget
     revision: int = 0
-    """Of its endpoint."""
+    """The endpoint's revision."""
 
     @property
     def key(self) -> str:
-        """The same for components that the same service scores in the same way."""
+        """Equal for components that the same service scores in the same way."""
         content = [self.target.component.model_dump(mode="json"), self.target.url, self.revision]
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def is_passing(code: str) -> bool:
-    """Whether a failure may be over when the job starts."""
-    return code in _PASSING or code.startswith("http_5")
+def is_temporary(code: str) -> bool:
+    """Whether a failure may be over before the job starts."""
+    return code in _TEMPORARY or code.startswith("http_5")
 
 
 def state_after(report: ProbeReport) -> State | None:
-    """The endpoint's state after a probe; None: as it was."""
+    """The endpoint's state after a probe; None: unchanged."""
     if report.ok:
         return "ok"
-    is_refused = any(_CONFIGURATION.match(finding.code) for finding in report.errors)
-    return "misconfigured" if is_refused else None
+    is_misconfigured = any(_CONFIGURATION.match(finding.code) for finding in report.errors)
+    return "misconfigured" if is_misconfigured else None
 
 
 async def report_on(
     target: ProbeTarget, samples: Sequence[RewardSample] | None, *, light: bool
 ) -> ProbeReport:
-    """Probe a service, within bounds."""
+    """Probe a service within the time limits of this module."""
     seconds = LIGHT_SECONDS if light else FULL_SECONDS
     report = await probe(target, samples, light=light, seconds=seconds)
     redact = Redactor(target.secrets, target.headers.values(), target.url)
@@ -80,13 +82,13 @@ async def report_on(
 
 
 async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Problem]:
-    """What keeps a job from being accepted: tries its services, all at once."""
+    """Probe the services of a job at once; returns what keeps it from being accepted."""
     reports = await asyncio.gather(
-        *(report_on(_hurried(one.target), None, light=True) for one in tries)
+        *(report_on(_with_one_attempt(one.target), None, light=True) for one in tries)
     )
     problems: list[Problem] = []
     for one, report in zip(tries, reports, strict=True):
-        lasting = [finding for finding in report.errors if not is_passing(finding.code)]
+        lasting = [finding for finding in report.errors if not is_temporary(finding.code)]
         problems += [_problem(one, finding) for finding in lasting]
         if not lasting:
             passed.add(one.key)
@@ -94,12 +96,15 @@ async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Proble
 
 
 def _problem(one: Try, finding: ProbeFinding) -> Problem:
-    message = f"the reward service cannot be used: {finding.detail}; correct it, or send skip_validation to submit all the same"
+    message = (
+        f"the reward service cannot be used: {finding.detail}; "
+        "correct it, or send skip_validation to submit anyway"
+    )
     return Problem(message, one.param, finding.code)
 
 
-def _hurried(target: ProbeTarget) -> ProbeTarget:
-    """The same with one short attempt: nobody waits at a submission."""
+def _with_one_attempt(target: ProbeTarget) -> ProbeTarget:
+    """The same with one short attempt, as a client waits for the submission."""
     timeouts = target.component.timeouts
     short = RewardTimeouts(
         connect=min(timeouts.connect, LIGHT_SECONDS / 2),

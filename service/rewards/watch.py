@@ -1,95 +1,50 @@
-"""Looks after jobs that are paused for want of rewards: when their reward services answer again, the jobs go on by themselves.
+"""Resumes jobs that are paused for missing rewards once their reward services answer again.
 
-The looks are made in a thread of their own, so that a reward service that hangs holds up nothing else, and ever less often
-(`service.store.reward_pauses.wait_before_probe`). On PostgreSQL one replica at a time makes them.
+A separate thread checks the services, so that one that hangs blocks nothing else. The checks of a
+job become less frequent (`service.store.reward_pauses.wait_before_probe`). On PostgreSQL one
+replica at a time makes them.
 """
 
 import asyncio
 import functools
+import itertools
+import json
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime
+from pathlib import Path
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from dar.errors import DARError
-from dar.protocol.reward_spec import RewardComponent, RewardLimits, RewardRetry, Rewards
+from dar.errors import DARError, RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardComponent, RewardLimits, Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample
-from dar.rewards.from_spec import http_options
-from dar.rewards.http.async_results import Inbox, Stored
 from dar.rewards.http.egress import EgressPolicy
-from dar.rewards.http_reward import HttpReward
+from dar.rewards.probe.callbacks import ProbeInbox
+from dar.rewards.probe.client import ProbeClient, ProbeTarget
 from dar.rewards.scoring.threads import all_of
 from service.rewards.endpoints import access_for
-from service.rewards.first_prompts import as_sample, first_prompts
 from service.runtime import Runtime
-from service.store import reward_pauses
+from service.store import reward_endpoints, reward_pauses
 from service.store.tables import JobRow
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0004
 JOBS_PER_PASS = 16
 PROBE_SECONDS = 90.0
-"""Longest look at a reward service, whatever its component allows an attempt."""
+"""Time limit for the check of one service, whatever its component allows."""
 PROBE_ROWS: Sequence[Mapping[str, object]] = ({"prompt": "Hello"}, {"prompt": "Good evening"})
-"""Where the job's own rows are not here."""
-
+"""Used if the job's own rows are not on this host."""
+COMPLETION = "This completion only asks whether rewards are given."
 
 AccessOf = Callable[[JobRow, RewardComponent], ComponentAccess | None]
-"""The access to a component of a job; None: not known here, so that only the user can resume the job."""
+"""Returns the access to a component; None: unknown, so that only the user can resume the job."""
 Probe = Callable[
     [RewardComponent, ComponentAccess, Sequence[RewardSample], RewardContext], Awaitable[bool]
 ]
-"""Asks a reward service for rewards once; whether it gave any. Raises `DARError` where it refuses."""
-
-
-class _Acceptance:
-    """An inbox that notes when a request was accepted with a valid 202; its result is not waited for.
-
-    Args:
-        inbox: What is offered to the service as the place of its result.
-    """
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-        self._announced: set[str] = set()
-        self.came = asyncio.Event()
-
-    async def announce(
-        self,
-        request_id: str,
-        component: str,
-        step: int,
-        token_sha256: str,
-        deadline: datetime,
-        sample_ids: Sequence[str],
-    ) -> Stored:
-        """See `Inbox`."""
-        self._announced.add(request_id)
-        return await self._inbox.announce(
-            request_id, component, step, token_sha256, deadline, sample_ids
-        )
-
-    async def wait(self, request_id: str) -> bytes:
-        """See `Inbox`."""
-        return await self._inbox.wait(request_id)
-
-    def accepted(self, request_id: str, poll_url: str | None) -> None:
-        """See `Inbox`."""
-        self._inbox.accepted(request_id, poll_url)
-        self.came.set()
-
-    def close(self, request_id: str) -> None:
-        """See `Inbox`."""
-        self._inbox.close(request_id)
-
-    def close_all(self) -> None:
-        """Nobody waits for a result any more."""
-        for request_id in self._announced:
-            self.close(request_id)
+"""Requests rewards once; whether there were any. Raises `DARError` if the service rejects it."""
 
 
 async def light_probe(
@@ -99,53 +54,81 @@ async def light_probe(
     context: RewardContext,
     *,
     guard: EgressPolicy | None = None,
-    inbox: Inbox,
+    inbox: ProbeInbox,
 ) -> bool:
-    """One request, without retries, within the component's own limits: whether any sample gets an answer that is no failure.
+    """Whether the service scores or skips any sample; each request is sent once.
 
-    A service that accepts the request with a 202 is back: it may take long over the result, and give it to another replica.
+    A service that accepts the request with a 202 is back: its result may take long, and may arrive
+    at another replica.
 
     Raises:
-        RewardMisconfiguredError: The service refuses us for good.
+        RewardMisconfiguredError: The service rejects every request.
     """
     own = component.timeouts
     bounds = {
         "attempt": min(own.attempt, PROBE_SECONDS),
         "deadline": min(own.deadline, PROBE_SECONDS),
     }
-    options = replace(
-        # What was learned from earlier refusals must not answer for the service.
-        http_options(component, access, guard=guard, is_shared=False),
-        limits=RewardLimits(concurrency=1),
-        timeouts=own.model_copy(update=bounds),
-        retry=RewardRetry(attempts=1),
+    changes = {"limits": RewardLimits(concurrency=1), "timeouts": own.model_copy(update=bounds)}
+    component = component.model_copy(update=changes)
+    target = ProbeTarget(component, access.url, access.secrets, access.headers, guard, inbox)
+    async with ProbeClient(target) as client:
+        waiting = deque(client.split(samples))
+        while waiting:
+            part = waiting.popleft()
+            call = await client.send(part, context=context, stops_at_202=True)
+            call.raise_refusal()
+            is_answered = any(not isinstance(result, Failed) for result in call.results)
+            if is_answered or (call.is_accepted and call.failure is None):
+                return True
+            if call.failure is not None and call.failure.kind == "too_large" and len(part) > 1:
+                waiting.extend((sample,) for sample in part)
+    return False
+
+
+def first_prompts(path: Path | None, count: int) -> list[RewardSample]:
+    """The first rows of a training file with a built-in completion; none if the file is not here.
+
+    Args:
+        path: A checked JSON Lines file; None: the data are on a hub.
+        count: Most rows.
+    """
+    if path is None or not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        lines = itertools.islice(filter(str.strip, file), count)
+        return [as_sample(index, json.loads(line)) for index, line in enumerate(lines)]
+
+
+def as_sample(index: int, row: Mapping[str, object]) -> RewardSample:
+    """A row as a sample. Only the worker knows the chat template, so ``prompt_text`` is plain."""
+    prompt = row.get("prompt")
+    messages = prompt if isinstance(prompt, list) else None
+    return RewardSample(
+        id=f"s{index}",
+        group_id=f"g{index}",
+        index=0,
+        prompt=None if messages is not None else str(prompt or ""),
+        messages=messages,
+        completion=COMPLETION,
+        finish_reason="stop",
+        completion_tokens=len(COMPLETION.split()),
+        columns={name: value for name, value in row.items() if name != "prompt"},
+        prompt_text=None if messages is None else _plain(messages),
     )
-    acceptance = _Acceptance(inbox)
-    source = HttpReward(
-        component.name, access.url, secrets=access.secrets, options=options, inbox=acceptance
-    )
-    scoring = asyncio.create_task(source.score(samples, context))
-    accepted = asyncio.create_task(acceptance.came.wait())
-    try:
-        await asyncio.wait({scoring, accepted}, return_when=asyncio.FIRST_COMPLETED)
-        if not scoring.done():
-            return True
-        return not all(isinstance(result, Failed) for result in scoring.result())
-    finally:
-        scoring.cancel()
-        accepted.cancel()
-        await asyncio.gather(scoring, accepted, return_exceptions=True)
-        acceptance.close_all()
-        await source.aclose()
+
+
+def _plain(messages: list[Mapping[str, object]]) -> str:
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
 class RewardWatch:
     """Resumes jobs whose reward services are back.
 
     Args:
-        runtime: Of this process.
-        probe: Asks a reward service; replaced in tests.
-        access_of: Knows where it is; default: the registered endpoints, and the project's reward secret for inline URLs.
+        runtime: The runtime of this process.
+        probe: Checks a reward service; replaced in tests.
+        access_of: Default: the registered endpoints, and the reward secret for inline URLs.
     """
 
     def __init__(
@@ -161,17 +144,17 @@ class RewardWatch:
         self._thread = threading.Thread(target=self._run, name="reward-watch", daemon=True)
 
     def start(self) -> None:
-        """Start looking."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Look no more. A look in progress is not waited for: what it finds is found again."""
+        """Stop. A check in progress is abandoned; the next process repeats it."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=1)
 
     def run_once(self) -> None:
-        """Look at the jobs that are due, all at once, if this replica is the one to do it."""
+        """Check all jobs that are due at once, if this replica is elected."""
         database = self._runtime.database
         with database.elected(ELECTION_KEY) as is_elected:
             if not is_elected:
@@ -180,40 +163,41 @@ class RewardWatch:
                 due = reward_pauses.due(transaction, JOBS_PER_PASS)
             if not due:
                 return
-            asyncio.run(self._look_at(due))
+            asyncio.run(self._check_all(due))
 
-    async def _look_at(self, due: Sequence[JobRow]) -> None:
-        await all_of(map(self._look, due))
+    async def _check_all(self, due: Sequence[JobRow]) -> None:
+        await all_of(map(self._check, due))
 
-    async def _look(self, job: JobRow) -> None:
-        """Look at one job, and note at once what was seen: the others may take long."""
-        is_back = await self._ask(job)
+    async def _check(self, job: JobRow) -> None:
+        """Check one job and store the result at once: the other jobs may take long."""
+        is_back = await self._may_resume(job)
         if not self._stop.is_set():
             self._note(job, is_back=is_back)
 
-    async def _ask(self, job: JobRow) -> bool:
-        """Whether the reward services of a job give the rewards without which it cannot go on."""
+    async def _may_resume(self, job: JobRow) -> bool:
+        """Whether the reward services of a job give the rewards that it needs."""
         try:
             return await self._are_back(job)
         except DARError as error:
             log.info("reward service is not back", job_id=job.id, code=error.error_code)
         except Exception:
-            # Outermost frame of one job's look: whatever is wrong with its spec or rows must not keep the other jobs paused.
-            log.exception("look at the reward services of a job failed by a mistake", job_id=job.id)
+            # Outermost frame of one job's check: a broken spec or row must not keep others paused.
+            log.exception("unexpected error in the check of a job's rewards", job_id=job.id)
         return False
 
     async def _are_back(self, job: JobRow) -> bool:
-        """See `_ask`.
+        """See `_may_resume`.
 
         Raises:
-            RewardMisconfiguredError: One of the services refuses us for good, which pauses a job whatever the component counts.
+            RewardMisconfiguredError: A service rejects every request, which pauses a job even if
+                the component has no weight.
         """
         rewards = job.parsed_spec.dar.rewards
         remote = (
             [] if rewards is None else [one for one in rewards.components if one.kind == "http"]
         )
         if rewards is None or not remote:
-            return False  # what is computed beside the trainer does not come back by itself
+            return False  # a reward computed in the trainer does not recover by itself
         found = [(one, self._access_of(job, one)) for one in remote]
         reached = [(one, access) for one, access in found if access is not None]
         if len(reached) < len(remote):
@@ -238,12 +222,23 @@ class RewardWatch:
                 is_back = await self._probe(component, access, samples, context)
         except TimeoutError:
             is_back = False
-        if not is_back:
+        except RewardMisconfiguredError:
+            self._set_state(access, "misconfigured")
+            raise
+        if is_back:
+            self._set_state(access, "ok")
+        else:
             log.info("reward service is not back", job_id=context.job_id, component=component.name)
         return is_back
 
+    def _set_state(self, access: ComponentAccess, state: reward_endpoints.State) -> None:
+        if access.endpoint_id is None or self._stop.is_set():
+            return
+        with self._runtime.database.write() as transaction:
+            reward_endpoints.set_state(transaction, access.endpoint_id, access.revision, state)
+
     def _samples(self, job: JobRow) -> list[RewardSample]:
-        """The first prompts of the job, as a reward service may need their columns, with a completion of ours."""
+        """The first prompts of the job, as a reward service may need their columns."""
         path = self._runtime.artifacts.file(job.training_file) if job.training_file else None
         found = first_prompts(path, len(PROBE_ROWS))
         return found or [as_sample(index, row) for index, row in enumerate(PROBE_ROWS)]
@@ -268,17 +263,17 @@ class RewardWatch:
             try:
                 self.run_once()
             except (SQLAlchemyError, DARError, OSError) as error:
-                log.warning("look at reward services failed; tried again", error=str(error))
+                log.warning("check of reward services failed; will retry", error=str(error))
             except Exception:
-                # Outermost frame of a thread without which no paused job goes on by itself.
-                log.exception("look at reward services failed by a mistake; tried again")
+                # Outermost frame of the thread: without it no paused job resumes by itself.
+                log.exception("unexpected error in the check of reward services; will retry")
 
 
 def _suffice(rewards: Rewards, is_back: Mapping[str, bool]) -> bool:
-    """Whether no sample need become an error for want of the services that are not back.
+    """Whether a sample can be scored without the services that are not back.
 
     Args:
-        rewards: The job's.
+        rewards: The job's rewards.
         is_back: Whether each remote component answers, by name.
     """
     counting = [one for one in rewards.components if one.weight != 0]  # a gate has the weight 1
@@ -287,6 +282,6 @@ def _suffice(rewards: Rewards, is_back: Mapping[str, bool]) -> bool:
         return False
     if any(one.role == "term" for one in needed):
         return True
-    # Where no term is required, a sample is an error only if all of them fail.
+    # If no term is required, a sample fails only if all of them fail.
     optional = [is_back[one.name] for one in counting if one.name in is_back and not one.required]
     return not optional or any(optional)

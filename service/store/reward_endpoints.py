@@ -1,4 +1,4 @@
-"""Registered reward endpoints, and which jobs name them."""
+"""Registered reward endpoints and the jobs that name them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from service.store import reward_secrets
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.reward_tables import JobEndpointRow, RewardEndpointRow
-from service.store.tables import JobRow
+from service.store.tables import AttemptRow, JobRow
 
 State = Literal["ok", "misconfigured"]
 Lock = Literal["keep", "change"]
 COMPARING = frozenset({3, 4})
-"""Steps of a probe that ask for the same rewards again, and in another order."""
+"""Steps of a probe that request the same rewards again, and in another order."""
 
 
 def get(
@@ -25,13 +25,14 @@ def get(
     """An endpoint of the project.
 
     Args:
-        transaction: Where it is read.
-        project_id: Whose it is.
-        endpoint_id: Which it is.
-        lock: ``keep``: nobody changes or removes it until the transaction ends; ``change``: nobody else does.
+        transaction: The current transaction.
+        project_id: The project.
+        endpoint_id: The endpoint.
+        lock: Until the transaction ends, ``keep`` blocks changes and removal; ``change`` also
+            blocks other locks.
 
     Raises:
-        NotFoundError: The project has none of that id, or has deleted it.
+        NotFoundError: The project has no such endpoint, or has deleted it.
     """
     statement = select(RewardEndpointRow).where(
         RewardEndpointRow.project_id == project_id,
@@ -43,7 +44,7 @@ def get(
     found = transaction.scalars(statement).one_or_none()
     if found is None:
         raise NotFoundError(
-            f"there is no reward endpoint {endpoint_id!r}; GET /v1/reward_endpoints lists those there are"
+            f"there is no reward endpoint {endpoint_id!r}; GET /v1/reward_endpoints lists yours"
         )
     return found
 
@@ -85,7 +86,7 @@ def add(transaction: Transaction, endpoint: RewardEndpointRow) -> None:
 
 
 def touch(transaction: Transaction, endpoint: RewardEndpointRow, *, is_revised: bool) -> None:
-    """Note a change; one of more than the name counts as a revision, and as a repair."""
+    """Store a change. With ``is_revised`` it is a new revision, whose state is ``ok``."""
     endpoint.updated_at = transaction.now
     if is_revised:
         endpoint.revision += 1
@@ -94,9 +95,9 @@ def touch(transaction: Transaction, endpoint: RewardEndpointRow, *, is_revised: 
 
 
 def purge(transaction: Transaction, endpoint: RewardEndpointRow) -> None:
-    """Have what was remembered of an endpoint's rewards never be used again.
+    """Make cached rewards of the endpoint unusable.
 
-    Its last probe does not count for the new revision either: whoever purges has a reason to think that the service has changed.
+    The last probe does not count for the new revision: a purge suggests that the service changed.
     """
     endpoint.updated_at = transaction.now
     endpoint.revision += 1
@@ -104,27 +105,27 @@ def purge(transaction: Transaction, endpoint: RewardEndpointRow) -> None:
 
 
 def is_deterministic(endpoint: RewardEndpointRow) -> bool:
-    """Whether the last probe found, at the present revision, that repeats and other orders change no reward."""
+    """Whether, by the last probe of this revision, repeats and reordering change no reward."""
     probe = endpoint.last_probe
     if probe is None or not probe.get("ok") or probe.get("revision") != endpoint.revision:
         return False
     differences = probe.get("determinism") or {}
-    is_moving = any(warning.get("step") in COMPARING for warning in probe.get("warnings", ()))
+    is_changing = any(warning.get("step") in COMPARING for warning in probe.get("warnings", ()))
     return (
         differences.get("max_abs_diff") == 0
         and all(difference in (0, None) for difference in differences.values())
-        and not is_moving
+        and not is_changing
     )
 
 
 def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
-    """Delete an endpoint and forget its secrets.
+    """Delete an endpoint and its secrets.
 
     Raises:
-        NotFoundError: The project has none of that id.
-        ConflictError: A job that is not over names it.
+        NotFoundError: The project has no such endpoint.
+        ConflictError: An unfinished job names it.
     """
-    # Whoever submits a job with it keeps it until the job can be seen here.
+    # A submission holds the lock ``keep`` until its job is visible here.
     endpoint = get(transaction, project_id, endpoint_id, lock="change")
     needed_by = transaction.scalars(
         select(func.min(JobRow.id))
@@ -133,7 +134,8 @@ def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
     ).one()
     if needed_by is not None:
         raise ConflictError(
-            f"job {needed_by} still needs reward endpoint {endpoint_id}; cancel the job or wait for its end",
+            f"job {needed_by} still needs reward endpoint {endpoint_id}; "
+            "cancel the job or wait until it ends",
             code="endpoint_in_use",
         )
     reward_secrets.remove_all(transaction, endpoint_id)
@@ -141,11 +143,46 @@ def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
     transaction.flush()
 
 
-def set_state(transaction: Transaction, endpoint_id: str, state: State) -> None:
-    """Note that an endpoint has refused a job for good, or that it works again."""
+def set_state(transaction: Transaction, endpoint_id: str, revision: int, state: State) -> None:
+    """Store the result of a check of ``revision``; a newer revision keeps its state."""
     transaction.execute(
-        update(RewardEndpointRow).where(RewardEndpointRow.id == endpoint_id).values(state=state)
+        update(RewardEndpointRow)
+        .where(
+            RewardEndpointRow.id == endpoint_id,
+            RewardEndpointRow.revision == revision,
+            RewardEndpointRow.state != state,
+        )
+        .values(state=state)
     )
+
+
+def note_requests(
+    transaction: Transaction, job_id: str, attempt: int, states: Mapping[str, State]
+) -> None:
+    """Store what an attempt's requests showed: states by component.
+
+    An attempt uses the endpoints as they were when it started, so later changes keep their state.
+    """
+    started_at = select(AttemptRow.started_at).where(
+        AttemptRow.job_id == job_id, AttemptRow.number == attempt
+    )
+    for state in ("ok", "misconfigured"):  # if two components share an endpoint, a refusal wins
+        names = [name for name, found in states.items() if found == state]
+        if not names:
+            continue
+        named = select(JobEndpointRow.endpoint_id).where(
+            JobEndpointRow.job_id == job_id, JobEndpointRow.component.in_(names)
+        )
+        transaction.execute(
+            update(RewardEndpointRow)
+            .where(
+                RewardEndpointRow.id.in_(named),
+                RewardEndpointRow.state != state,
+                RewardEndpointRow.updated_at <= started_at.scalar_subquery(),
+            )
+            .values(state=state)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def note_probe(
@@ -156,14 +193,14 @@ def note_probe(
     revision: int,
     state: State | None,
 ) -> None:
-    """Keep the outcome of a probe, unless the endpoint was changed meanwhile.
+    """Store the report of a probe, unless the endpoint has changed since.
 
     Args:
-        transaction: Where it happens.
-        endpoint_id: What was probed.
-        report: The outcome, as JSON.
-        revision: What it was then.
-        state: The endpoint's new state; None: as it was.
+        transaction: The current transaction.
+        endpoint_id: The probed endpoint.
+        report: The report as JSON.
+        revision: The probed revision.
+        state: The endpoint's new state; None: unchanged.
     """
     endpoint = transaction.get(RewardEndpointRow, endpoint_id, with_for_update=True)
     if endpoint is None or endpoint.revision != revision:
@@ -175,7 +212,7 @@ def note_probe(
 
 
 def link(transaction: Transaction, job_id: str, components: Mapping[str, str]) -> None:
-    """Note which endpoints a job's components name: ids by component."""
+    """Store which endpoints a job's components name: ids by component."""
     transaction.add_all(
         JobEndpointRow(job_id=job_id, component=name, endpoint_id=endpoint_id)
         for name, endpoint_id in components.items()
@@ -184,7 +221,7 @@ def link(transaction: Transaction, job_id: str, components: Mapping[str, str]) -
 
 
 def of_job(transaction: Transaction, job_id: str) -> dict[str, RewardEndpointRow]:
-    """The endpoints of a job, by component; deleted ones too."""
+    """The endpoints of a job by component, deleted ones included."""
     rows = transaction.execute(
         select(JobEndpointRow.component, RewardEndpointRow)
         .join(RewardEndpointRow, RewardEndpointRow.id == JobEndpointRow.endpoint_id)
@@ -195,7 +232,7 @@ def of_job(transaction: Transaction, job_id: str) -> dict[str, RewardEndpointRow
 
 
 def usage(transaction: Transaction, endpoint_id: str) -> tuple[dict[str, int], int, str | None]:
-    """Jobs that name an endpoint by status, their steps in all, and the newest of them."""
+    """Jobs that name an endpoint by status, the sum of their steps, and the id of the newest."""
     named = select(JobEndpointRow.job_id).where(JobEndpointRow.endpoint_id == endpoint_id)
     rows = transaction.execute(
         select(JobRow.status, func.count(), func.sum(JobRow.step))

@@ -1,5 +1,6 @@
-"""Requests to reward services that were given up: the newest ones of each job."""
+"""Failed requests to reward services, and the state of endpoints that they show."""
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -7,16 +8,26 @@ from sqlalchemy import delete, insert, select
 
 from dar.protocol.ids import new_id
 from dar.protocol.worker import RewardsRow
+from service.store import reward_endpoints
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import RewardFailureRow
 
 MOST_KEPT = 10_000
-"""Per job; what is older goes. All failures are counted in the job's metrics."""
+"""Per job; older ones are deleted. The job's metrics count all failures."""
+_REFUSAL = re.compile(r"config\.|tls\.|egress|http_4(?!00|08|13|22|25|29)")
+"""Codes of failures that pause a job at once, as no retry can help."""
 
 
 def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[RewardsRow]) -> None:
-    """Store the failures of some reports."""
+    """Store the failures in some reports, and the state of the endpoints that they show."""
+    states: dict[str, reward_endpoints.State] = {}
+    for row in rows:
+        states |= {one.component: "ok" for one in row.requests if one.outcome == "ok"}
+        states |= {
+            one.component: "misconfigured" for one in row.failures if _REFUSAL.match(one.code)
+        }
+    reward_endpoints.note_requests(transaction, job_id, attempt, states)
     values = [
         {
             "id": new_id("rwf_"),

@@ -1,4 +1,4 @@
-"""Jobs that are paused because they got too few rewards, and the looks at their reward services until these are back."""
+"""Jobs that are paused for missing rewards, and the schedule of checks of their services."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -11,11 +11,11 @@ from service.store.database import Transaction
 from service.store.tables import JobRow
 
 MAX_WAITS = 16
-"""Where ``reward_waits`` stops counting: a wait that has doubled so often is at its bound."""
+"""Upper bound of ``reward_waits``: the wait has long reached its limit by then."""
 
 
 def due(transaction: Transaction, limit: int) -> list[JobRow]:
-    """Jobs that wait for their reward service and are due to be looked at, the longest due first."""
+    """Paused jobs whose reward services are due for a check, the longest due first."""
     return list(
         transaction.scalars(
             select(JobRow)
@@ -33,10 +33,10 @@ def due(transaction: Transaction, limit: int) -> list[JobRow]:
 def note_probe(
     transaction: Transaction, job_id: str, attempt: int, *, is_back: bool, base_seconds: float
 ) -> bool:
-    """Note what a look at the reward service of a paused job has shown: it goes on, or is looked at again later.
+    """Store a check of a paused job's reward services: the job resumes, or the next check is set.
 
     Returns:
-        Whether the job goes on; not if somebody has moved it meanwhile.
+        Whether the job resumes; False if its status changed meanwhile.
     """
     this = and_(
         JobRow.id == job_id,
@@ -46,7 +46,7 @@ def note_probe(
     )
     if is_back:
         values = {"error": None, "not_before": transaction.now}
-        message = "the reward service answers again; going on"
+        message = "the reward service answers again; resuming"
         facts = {"by": "probe"}
         return (
             transitions.move(transaction, "resumed", this, message, values=values, facts=facts)
@@ -68,14 +68,15 @@ def note_probe(
 def wait_before_probe(
     error: Mapping[str, Any] | None, waits: int, base_seconds: float
 ) -> timedelta:
-    """How long a job that is paused for its rewards is left alone before the next look at its reward service.
+    """The wait before the next check of a paused job's reward services.
 
-    After an outage ``base_seconds``, doubling up to 12 times that; where the service refused us or answered wrongly,
-    somebody has to change something first, and it is asked 12 times less often.
+    After an outage it is ``base_seconds`` at first, and doubles up to 12 times that. If the service
+    rejected requests or broke the contract, a person has to change something, and all waits are 12
+    times longer.
 
     Args:
-        error: The job's, with ``is_outage``.
-        waits: Looks and pauses in a row so far.
+        error: The job's error, with ``is_outage``.
+        waits: Checks and pauses in a row so far.
         base_seconds: `Settings.reward_probe_seconds`.
     """
     first = base_seconds if (error or {}).get("is_outage") else 12 * base_seconds

@@ -1,7 +1,8 @@
-"""Requests to reward services whose results come later: announced by workers, answered by callbacks.
+"""Requests to reward services with later results: announced by workers, answered by callbacks.
 
-Everything here happens under the lock of the job's row. So one of several callbacks that come at once wins, and results are
-numbered in the order of their commits: who has read up to a number has missed none below it.
+Everything here happens under the lock of the job's row. So one of several concurrent callbacks
+wins, and results are numbered in the order of their commits: a reader that has seen a number has
+seen all lower ones.
 """
 
 from collections.abc import Sequence
@@ -22,32 +23,32 @@ from service.store.fence import Held
 from service.store.tables import JobRow, RewardDeliveryRow, RewardRequestRow
 
 MAX_INVALID = 5
-"""Invalid results after which a request takes none any more."""
+"""Invalid results after which a request accepts no more."""
 MAX_TOKENS = 8
-"""Tokens of one request that are known: those of the newest announcements."""
+"""Valid tokens of one request: those of the newest announcements."""
 REPLAY_WINDOW = timedelta(seconds=600)
 KEPT = timedelta(days=1)
-"""How long a request is remembered after its deadline once its job has ended; its results are of no use then."""
+"""How long a request is kept after its deadline if its job has ended."""
 KEPT_AT_MOST = timedelta(days=7)
 PAGE_RESULTS, PAGE_BYTES = 64, 4 * 1024**2
-"""Most results, and most bytes of them, that one poll carries; one result in any case."""
+"""Most results and bytes in one poll; a single result may be larger."""
 
 CallbackOutcome = Literal[
     "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "replayed"
 ]
-"""What became of a body that somebody with the right token sent."""
+"""What `settle` did with a callback that had a valid token."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallbackResult:
-    """A body that was posted to a callback."""
+    """A body that was posted to a callback, checked."""
 
     text: str
     sha256: str
     error: str | None
-    """Why it is no result of the request; None: it is one."""
+    """Why the body is not a result of the request; None: it is one."""
     webhook_id: str | None = None
-    """Of its signature, which was verified; None: it has none."""
+    """From the verified signature; None: not signed."""
 
 
 def announce(
@@ -57,18 +58,19 @@ def announce(
     *,
     is_signature_required: bool,
 ) -> RewardRequestRow:
-    """Store a request before it is sent; what an earlier attempt has got for it is kept.
+    """Store a request before it is sent; a result from an earlier attempt is kept.
 
-    The deadline is that of the first announcement. A request whose time ran out, or whose tries did, is begun anew.
+    The deadline is that of the first announcement. A request past its deadline, or with too many
+    invalid results, starts again.
 
     Args:
-        transaction: Where it happens.
+        transaction: The current transaction.
         held: The job and the attempt, locked.
-        wanted: What the attempt is about to send.
+        wanted: The request.
         is_signature_required: Whether a callback must be signed.
 
     Raises:
-        InvalidRequestError: Another job has a request of this id.
+        InvalidRequestError: The id belongs to another job.
     """
     number = held.attempt.number
     row = transaction.get(RewardRequestRow, wanted.request_id)
@@ -86,24 +88,26 @@ def announce(
             is_signature_required=is_signature_required,
             is_accepted=False,
             invalid_count=0,
-            told="",
+            reported="",
         )
         transaction.add(row)
         transaction.flush()
         return row
     if row.job_id != held.job.id:
         raise InvalidRequestError(
-            f"request {wanted.request_id!r} is of another job", param="request_id"
+            f"request {wanted.request_id!r} belongs to another job", param="request_id"
         )
     is_repeated = row.attempt == number and wanted.token_sha256 in row.token_hashes
     row.attempt = number
     if row.state != "done" and not is_repeated:
-        _go_on(transaction, row, wanted)
+        _announce_again(transaction, row, wanted)
     transaction.flush()
     return row
 
 
-def _go_on(transaction: Transaction, row: RewardRequestRow, wanted: RewardAnnouncement) -> None:
+def _announce_again(
+    transaction: Transaction, row: RewardRequestRow, wanted: RewardAnnouncement
+) -> None:
     hashes = [*row.token_hashes.split(), wanted.token_sha256]
     row.token_hashes = " ".join(hashes[-MAX_TOKENS:])
     if row.deadline <= transaction.now or row.state == "burned":
@@ -115,12 +119,11 @@ def _go_on(transaction: Transaction, row: RewardRequestRow, wanted: RewardAnnoun
 def note_progress(
     transaction: Transaction, held: Held, notes: Sequence[RewardProgress]
 ) -> list[str]:
-    """Note in their order that the reward service took requests, or answered them on another way.
-
-    One request that nobody knows, perhaps forgotten since, says nothing about the others: they are noted all the same.
+    """Store, in order, that the service accepted requests or that results came another way.
 
     Returns:
-        Ids of those that the job has not announced, each once.
+        Ids that the job has not announced, each once. They may have expired, and do not affect the
+        others.
     """
     found = transaction.scalars(
         select(RewardRequestRow).where(
@@ -142,19 +145,24 @@ def note_progress(
 
 
 def find(transaction: Transaction, request_id: str) -> RewardRequestRow | None:
-    """The request of this id."""
+    """The request with this id; None if there is none."""
     return transaction.get(RewardRequestRow, request_id)
+
+
+def job_of(transaction: Transaction, row: RewardRequestRow) -> JobRow:
+    """The job that sent the request."""
+    return transaction.get_one(JobRow, row.job_id)
 
 
 def settle(
     transaction: Transaction, request_id: str, result: CallbackResult
 ) -> tuple[CallbackOutcome, str]:
-    """Decide about a body that came with a right token, and store it if it is the first valid one.
+    """Check a callback that had a valid token, and store its result if it is the first valid one.
 
     Returns:
-        What became of it, and the id of the job.
+        The outcome, and the id of the job.
     """
-    # The job first, as everywhere: its lock orders all that happens to its requests.
+    # The job first, as everywhere: its lock orders all changes of its requests.
     job = transaction.scalars(
         select(JobRow)
         .join(RewardRequestRow, RewardRequestRow.job_id == JobRow.id)
@@ -162,16 +170,16 @@ def settle(
         .with_for_update(of=JobRow)
     ).one()
     row = transaction.get_one(RewardRequestRow, request_id)
-    fate = _fate(transaction, job, row, result)
-    if fate == "accepted" and not _consume(transaction, row, result):
-        fate = "conflict"
-    elif fate in {"late", "conflict", "burned"}:
-        _tell_once(transaction, row, fate)
+    outcome = _outcome_of(transaction, job, row, result)
+    if outcome == "accepted" and not _consume(transaction, row, result):
+        outcome = "conflict"
+    elif outcome in {"late", "conflict", "burned"}:
+        _append_event_once(transaction, row, outcome)
     transaction.flush()
-    return fate, job.id
+    return outcome, job.id
 
 
-def _fate(
+def _outcome_of(
     transaction: Transaction, job: JobRow, row: RewardRequestRow, result: CallbackResult
 ) -> CallbackOutcome:
     if result.webhook_id is not None and not _is_fresh(transaction, row.id, result):
@@ -189,12 +197,12 @@ def _fate(
     row.last_error = result.error
     if row.invalid_count >= MAX_INVALID:
         row.state = "burned"
-        _tell_once(transaction, row, "burned")
+        _append_event_once(transaction, row, "burned")
     return "invalid"
 
 
 def _is_fresh(transaction: Transaction, request_id: str, result: CallbackResult) -> bool:
-    """Whether a signed message is new, or the same one again: its id is good for nothing else."""
+    """Whether a signed message is new or an exact repetition; its id allows nothing else."""
     assert result.webhook_id is not None
     too_old = RewardDeliveryRow.seen_at < transaction.now - REPLAY_WINDOW
     transaction.execute(delete(RewardDeliveryRow).where(too_old))
@@ -210,13 +218,13 @@ def _is_fresh(transaction: Transaction, request_id: str, result: CallbackResult)
     try:
         with transaction.begin_nested():
             transaction.add(delivery)
-    except IntegrityError:  # a callback of another job used it at this very moment
+    except IntegrityError:  # a concurrent callback of another job used the id
         return False
     return True
 
 
 def _consume(transaction: Transaction, row: RewardRequestRow, result: CallbackResult) -> bool:
-    """Use up the token: one UPDATE, which only one of several callers can win."""
+    """Store the result in one UPDATE, which succeeds for only one of several callers."""
     other = aliased(RewardRequestRow)
     last = select(func.coalesce(func.max(other.result_id), FIRST_RESULT_ID - 1)).where(
         other.job_id == row.job_id
@@ -237,17 +245,17 @@ def _consume(transaction: Transaction, row: RewardRequestRow, result: CallbackRe
 
 
 MESSAGES = {
-    "late": "a result of reward request {id} came when nobody waited for it any more; it is not used",
-    "conflict": "reward request {id} was answered twice, and differently; the first answer stands",
-    "burned": "reward request {id} got {count} invalid results and takes none any more; the last one: {error}",
+    "late": "a result of reward request {id} came too late; it is not used",
+    "conflict": "reward request {id} got two different results; the first one counts",
+    "burned": "reward request {id} accepts no more after {count} invalid results; last: {error}",
 }
 
 
-def _tell_once(transaction: Transaction, row: RewardRequestRow, what: str) -> None:
-    """Append an event about a request's mishap, the first time that it happens."""
-    if what in row.told.split():
+def _append_event_once(transaction: Transaction, row: RewardRequestRow, what: str) -> None:
+    """Append an event about a failed callback, the first time that it happens."""
+    if what in row.reported.split():
         return
-    row.told = f"{row.told} {what}".strip()
+    row.reported = f"{row.reported} {what}".strip()
     message = MESSAGES[what].format(id=row.id, count=row.invalid_count, error=row.last_error)
     data = {
         "kind": f"reward_callback_{what}",
@@ -263,9 +271,9 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
     """Results of requests that the attempt announced: number, request id and body, oldest first.
 
     Args:
-        transaction: Where they are read.
+        transaction: The current transaction.
         held: The job and the attempt.
-        after: Number of the last one that the attempt knows; 0: none.
+        after: Number of the last result that the attempt has; 0: none.
     """
     size = func.length(RewardRequestRow.result)
     found = transaction.execute(
@@ -292,7 +300,7 @@ def results(transaction: Transaction, held: Held, after: int) -> Sequence[tuple[
 
 
 def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str, int]:
-    """Number of the newest result of each job's running attempt; jobs without one are left out."""
+    """Number of the newest result of each job's running attempt, if there is one."""
     rows = transaction.execute(
         select(RewardRequestRow.job_id, func.max(RewardRequestRow.result_id))
         .join(
@@ -306,7 +314,7 @@ def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str
 
 
 def forget(transaction: Transaction) -> None:
-    """Remove requests that nobody will ask for again."""
+    """Delete expired requests."""
     ended = select(JobRow.id).where(JobRow.status.in_(TERMINAL))
     now = transaction.now
     transaction.execute(

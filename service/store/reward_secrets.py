@@ -1,4 +1,4 @@
-"""Secrets of reward endpoints: stored encrypted, read only where a request to the endpoint is made."""
+"""Secrets of reward endpoints: stored encrypted, decrypted only for requests to the endpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpointRow, RewardSecretRow, SecretKeyRow
 
 OVERLAP = timedelta(hours=24)
-"""How long a replaced signing secret signs beside its successor."""
+"""How long a replaced signing secret still signs, beside the new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Access:
     """An endpoint's secrets, decrypted."""
 
     secrets: list[str] = field(repr=False)
-    """The newest first."""
+    """Newest first."""
     headers: dict[str, str] = field(repr=False)
 
 
@@ -54,7 +54,7 @@ def _add(
 
 
 def list_all(transaction: Transaction, endpoint_ids: Sequence[str]) -> list[RewardSecretRow]:
-    """The secrets that are in use, the newest first."""
+    """The valid secrets, newest first."""
     return list(
         transaction.scalars(
             select(RewardSecretRow)
@@ -74,10 +74,10 @@ def open_all(transaction: Transaction, box: SecretBox, endpoint: RewardEndpointR
     """An endpoint's secrets, decrypted.
 
     Raises:
-        SecretUnreadableError: One cannot be, or was stored for something else.
+        SecretUnreadableError: A secret cannot be decrypted, or was stored for another use.
     """
     found = list_all(transaction, [endpoint.id])
-    # The successor signs first, whatever the clocks said.
+    # The new secret signs first, whatever the clocks of the hosts were.
     signing = sorted(
         (row for row in found if row.kind == "signing"), key=lambda row: row.expires_at is not None
     )
@@ -94,7 +94,7 @@ def open_all(transaction: Transaction, box: SecretBox, endpoint: RewardEndpointR
 def add_signing(
     transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow, value: str
 ) -> None:
-    """Store an endpoint's first signing secret."""
+    """Store the first signing secret of an endpoint."""
     _add(transaction, box, endpoint, value)
 
 
@@ -106,14 +106,14 @@ def replace_signing(
     *,
     is_overlapping: bool,
 ) -> None:
-    """Let a new secret sign; the present one stays for a day beside it, or goes at once. Older ones go."""
+    """Store a new signing secret. The current one stays for a day if ``is_overlapping``."""
     signing = RewardSecretRow.kind == "signing"
-    mine = RewardSecretRow.endpoint_id == endpoint.id
+    own = RewardSecretRow.endpoint_id == endpoint.id
     present = transaction.scalars(
-        select(RewardSecretRow).where(mine, signing, RewardSecretRow.expires_at.is_(None))
+        select(RewardSecretRow).where(own, signing, RewardSecretRow.expires_at.is_(None))
     ).all()
     transaction.execute(
-        delete(RewardSecretRow).where(mine, signing, RewardSecretRow.expires_at.is_not(None))
+        delete(RewardSecretRow).where(own, signing, RewardSecretRow.expires_at.is_not(None))
     )
     for row in present:
         if is_overlapping:
@@ -130,7 +130,7 @@ def set_headers(
     endpoint: RewardEndpointRow,
     headers: Mapping[str, str | None],
 ) -> None:
-    """Set secret headers by name; None removes one, those not named stay."""
+    """Set secret headers by name; None removes one, others stay."""
     if headers:
         transaction.execute(
             delete(RewardSecretRow).where(
@@ -147,7 +147,9 @@ def set_headers(
 def move(
     transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow, url: str
 ) -> list[str]:
-    """Give an endpoint another URL. On another origin signing secrets follow, and headers are dropped: they are sent as they are.
+    """Change the URL of an endpoint. A new origin keeps signing secrets and drops secret headers.
+
+    Headers are sent unchanged, so the new origin could read those that were meant for the old one.
 
     Returns:
         Names of the dropped headers.
@@ -175,18 +177,18 @@ def move(
 
 
 def remove_all(transaction: Transaction, endpoint_id: str) -> None:
-    """Forget all secrets of an endpoint."""
+    """Delete all secrets of an endpoint."""
     transaction.execute(delete(RewardSecretRow).where(RewardSecretRow.endpoint_id == endpoint_id))
 
 
 def rotate(transaction: Transaction, box: SecretBox) -> int:
-    """Store every secret under the newest key.
+    """Encrypt every secret with the newest key.
 
     Returns:
-        How many there are.
+        The number of secrets.
 
     Raises:
-        SecretUnreadableError: No key fits one of them; nothing is changed.
+        SecretUnreadableError: No key fits a secret; nothing is changed.
     """
     rows = transaction.scalars(select(RewardSecretRow).with_for_update()).all()
     for row in rows:
@@ -196,12 +198,12 @@ def rotate(transaction: Transaction, box: SecretBox) -> int:
 
 
 def known_keys(transaction: Transaction) -> set[str]:
-    """Digests of the keys that hosts have started with."""
+    """Digests of the keys that hosts have used."""
     return set(transaction.scalars(select(SecretKeyRow.sha256)).all())
 
 
 def note_keys(transaction: Transaction, digests: Sequence[str]) -> None:
-    """Remember the keys of this host."""
+    """Store the keys of this host."""
     new = set(digests) - known_keys(transaction)
     transaction.add_all(
         SecretKeyRow(sha256=item, created_at=transaction.now) for item in sorted(new)
@@ -210,6 +212,6 @@ def note_keys(transaction: Transaction, digests: Sequence[str]) -> None:
 
 
 def any_token(transaction: Transaction) -> str | None:
-    """The newest stored secret, still encrypted; None where there is none."""
+    """The newest stored secret, still encrypted; None if there is none."""
     newest = select(RewardSecretRow.token).order_by(RewardSecretRow.created_at.desc()).limit(1)
     return transaction.scalars(newest).first()

@@ -1,4 +1,4 @@
-"""Tables of registered reward endpoints, their secrets, and requests to reward services that are answered later."""
+"""Tables of reward endpoints, their secrets, and requests whose results come later."""
 
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,7 @@ from service.store.columns import Base, Id
 
 
 class RewardEndpointRow(Base):
-    """A user's reward service. A deleted one keeps its row, for the jobs that named it."""
+    """A registered reward service. A deleted one keeps its row for the jobs that named it."""
 
     __tablename__ = "reward_endpoints"
     __table_args__ = (
@@ -24,11 +24,11 @@ class RewardEndpointRow(Base):
     url: Mapped[str] = mapped_column(String(2048))
     protocol: Mapped[str] = mapped_column(String(32))
     options: Mapped[dict[str, Any]]
-    """The endpoint's fields of a component that were sent, ``protocol`` aside."""
+    """The fields of a component that were sent, except ``protocol``."""
     revision: Mapped[int]
     state: Mapped[str] = mapped_column(String(16))
     last_probe: Mapped[dict[str, Any] | None]
-    """The latest report, without what was sent and answered."""
+    """The latest report, without requests and answers."""
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
@@ -52,7 +52,7 @@ class RewardSecretRow(Base):
     fingerprint: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
-    """Until when a replaced signing secret is used beside its successor."""
+    """When a replaced signing secret stops signing beside the new one."""
 
 
 class JobEndpointRow(Base):
@@ -66,7 +66,7 @@ class JobEndpointRow(Base):
 
 
 class SecretKeyRow(Base):
-    """Digest of a key that hosts store secrets under: one that lacks it is told so at its start."""
+    """Digest of a key that encrypts secrets; a host without the key fails at its start."""
 
     __tablename__ = "secret_keys"
 
@@ -75,9 +75,10 @@ class SecretKeyRow(Base):
 
 
 class RewardRequestRow(Base):
-    """A request to a reward service that may be answered later, by a callback.
+    """A request to a reward service whose result may come later, by a callback.
 
-    All writes happen under the lock of the job's row, so that results of a job are numbered in the order of their commits.
+    All writes happen under the lock of the job's row, so that the results of a job are numbered in
+    the order of their commits.
     """
 
     __tablename__ = "reward_requests"
@@ -90,32 +91,34 @@ class RewardRequestRow(Base):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     attempt: Mapped[int]
-    """The newest that announced it, and that is told the result."""
+    """The newest attempt that announced the request; it gets the result."""
     component: Mapped[str] = mapped_column(String(128))
     step: Mapped[int]
     sample_ids: Mapped[list[str]] = mapped_column(JSON)
     state: Mapped[str] = mapped_column(String(8))
-    """``waiting``; ``done``: a result is stored; ``closed``: answered on another way; ``burned``: too many invalid results."""
+    """``waiting``; ``done``: a result is stored; ``closed``: the result came another way;
+    ``burned``: too many invalid results.
+    """
     deadline: Mapped[datetime]
     token_hashes: Mapped[str] = mapped_column(Text)
-    """SHA-256 of the tokens that open it, newest last: each attempt that announces it has one of its own."""
+    """SHA-256 of the valid tokens, newest last; each announcing attempt has its own."""
     is_signature_required: Mapped[bool]
     is_accepted: Mapped[bool] = mapped_column(default=False)
     """The reward service answered 202."""
     poll_url: Mapped[str | None] = mapped_column(Text)
     result_id: Mapped[int | None]
-    """Number of the directive that carries the result; counts within the job."""
+    """Number of the result within the job."""
     body_hash: Mapped[str | None] = mapped_column(String(64))
     result: Mapped[str | None] = mapped_column(Text)
-    """The body as it was sent."""
+    """The body as it was received."""
     invalid_count: Mapped[int] = mapped_column(default=0)
     last_error: Mapped[str | None] = mapped_column(Text)
-    told: Mapped[str] = mapped_column(String(64), default="")
-    """Mishaps that have their event already, as words."""
+    reported: Mapped[str] = mapped_column("told", String(64), default="")
+    """Failed callbacks that have an event already, as words."""
 
 
 class RewardDeliveryRow(Base):
-    """A signed callback that was seen: its ``webhook-id`` is good for one body of one request."""
+    """A signed callback that was seen: its ``webhook-id`` is valid for one body of one request."""
 
     __tablename__ = "reward_deliveries"
     __table_args__ = (Index(None, "seen_at"),)

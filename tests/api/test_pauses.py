@@ -137,6 +137,28 @@ def report(lease: Any) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_the_requests_of_a_job_show_whether_its_endpoint_is_misconfigured(live: Any) -> None:
+    endpoint = live.register("https://judge.example/score")["id"]
+    path = f"/v1/reward_endpoints/{endpoint}"
+    component = {"name": "letters", "endpoint": endpoint}
+    _, lease = live.running(dar={"rewards": {"components": [component]}}, skip_validation=True)
+    refused = failed(code="http_401", family="http_4xx", status=401)
+    rejected = failed(code="http_422", family="http_4xx", status=422)
+
+    def state_after(found: list[Any], failures: list[Any]) -> str:
+        row = {"type": "rewards", "step": 1, "requests": found, "failures": failures}
+        assert lease.say(row).status_code == 200
+        return str(live.http.get(path).json()["state"])
+
+    assert state_after([], [failed(), rejected]) == "ok"
+    assert state_after([requests()], [refused]) == "misconfigured"
+    assert state_after([], [failed()]) == "misconfigured", "it may still refuse"
+    assert state_after([requests()], []) == "ok"
+    assert state_after([], [refused]) == "misconfigured"
+    assert live.http.patch(path, json={"headers": {"x-key": "new"}}).json()["state"] == "ok"
+    assert state_after([], [refused]) == "ok", "this attempt still sends the old header"
+
+
 def test_reward_stats_sum_over_the_steps(live: Any) -> None:
     job_id, lease = live.running()
     empty = live.job(job_id, "/reward_stats")

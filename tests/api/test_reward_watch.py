@@ -284,6 +284,38 @@ def test_a_refusal_by_a_component_that_only_watches_would_pause_the_job_again(
     assert live.job(job_id)["status"] == "queued"
 
 
+def test_a_refusal_marks_the_endpoint_until_its_service_gives_rewards_again(
+    live: Any, refusing: Judge, paused: Callable[..., str]
+) -> None:
+    endpoint = live.register(refusing.url)["id"]
+    job_id = paused({"name": "letters", "endpoint": endpoint})
+    watch = RewardWatch(live.runtime)
+    states = []
+    for status in (401, 503, 200):
+        refusing.status = status
+        make_due(live)
+        watch.run_once()
+        states.append(live.http.get(f"/v1/reward_endpoints/{endpoint}").json()["state"])
+    assert states == ["misconfigured", "misconfigured", "ok"]
+    assert live.job(job_id)["status"] == "queued"
+
+
+def test_a_refusal_of_an_older_revision_says_nothing_of_the_endpoint(
+    live: Any, refusing: Judge, paused: Callable[..., str]
+) -> None:
+    endpoint = live.register(refusing.url)["id"]
+    paused({"name": "letters", "endpoint": endpoint})
+
+    async def probe(*_: Any) -> bool:
+        path = f"/v1/reward_endpoints/{endpoint}/rotate_secret"
+        assert (await asyncio.to_thread(live.http.post, path)).status_code == 200
+        raise RewardMisconfiguredError("no", code="http_401")
+
+    make_due(live)
+    RewardWatch(live.runtime, probe).run_once()
+    assert live.http.get(f"/v1/reward_endpoints/{endpoint}").json()["state"] == "ok"
+
+
 def test_a_job_that_cannot_be_looked_at_keeps_no_other_job_paused(
     live: Any, judge: Judge, paused: Callable[..., str]
 ) -> None:

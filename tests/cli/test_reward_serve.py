@@ -129,15 +129,19 @@ def test_an_application_brings_its_own_options(start: Any) -> None:
 
 
 REFUSED = [
-    (["nothing:brevity"], 2, "there is no module nothing"),
+    (["nothing:brevity"], 2, "module nothing is neither in"),
     (["my_rewards"], 2, "not of the form module:function"),
-    (["my_rewards:nothing"], 2, "my_rewards has no nothing; it has brevity, odd"),
+    (["my_rewards:nothing"], 2, "my_rewards has no nothing; it defines brevity, odd"),
     (["my_rewards:NUMBER"], 2, "my_rewards:NUMBER is a int, not a function"),
-    (["my_app:app", "--max-calls", "2"], 2, "give them to reward_server"),
+    (["my_app:app", "--max-calls", "2"], 2, "pass them to reward_server"),
     (["broken:brevity"], 2, "ZeroDivisionError: division by zero"),
     (["lacking:brevity"], 2, "No module named 'no_such_library'"),
-    (["my_rewards:brevity"], 2, "or --insecure"),
-    (["my_rewards:brevity", "--insecure", "--secret-file", "secret"], 2, "contradicts --insecure"),
+    (["my_rewards:brevity"], 2, "or use --insecure"),
+    (
+        ["my_rewards:brevity", "--insecure", "--secret-file", "secret"],
+        2,
+        "use either this option or --insecure",
+    ),
     (["my_rewards:brevity", "--secret-file", "absent"], 1, "absent cannot be read: No such file"),
     (["my_rewards:brevity", "--secret-file", "bad_secret"], 1, "a reward secret is"),
     (["my_rewards:odd", "--insecure"], 1, "has no parameter named completions"),

@@ -1,4 +1,4 @@
-"""``dar reward check``: from what was typed to a probe, and from its report to the exit code."""
+"""``dar reward check``: from the options to a probe, and from its report to the exit code."""
 
 import asyncio
 import ipaddress
@@ -22,7 +22,8 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import parse_url
 from dar.rewards.http.redaction import check_headers
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.probe.run import ProbeTarget, as_samples, probe
+from dar.rewards.probe.client import ProbeTarget
+from dar.rewards.probe.run import as_samples, probe
 from dar.settings import load_settings
 
 EXIT_ERRORS = 1
@@ -33,7 +34,7 @@ _SAMPLE = TypeAdapter(ProbeSample)
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was typed beside the service."""
+    """The command-line options."""
 
     secret_file: Path | None
     is_unsigned: bool
@@ -53,16 +54,16 @@ def run(service: str, options: Options) -> None:
     """Probe ``service`` and show the report.
 
     Raises:
-        typer.Exit: With 1 where the report has errors.
-        typer.BadParameter: Something that was typed, or a file that was named, cannot be used.
+        typer.Exit: With 1 if the report has errors.
+        typer.BadParameter: An option or a file cannot be used.
     """
     samples = None if options.samples is None else _read_samples(options.samples)
     screen = ReportScreen(sys.stdout)
     with screen.waiting(service):
         if service.startswith(ENDPOINT_PREFIX):
-            report = _ask_service(service, options, samples)
+            report = _probe_by_service(service, options, samples)
         else:
-            report = asyncio.run(_ask_here(_target(service, options, samples), samples, options))
+            report = asyncio.run(_probe_here(_target(service, options, samples), samples, options))
     if options.as_json:
         sys.stdout.write(report.model_dump_json() + "\n")
     else:
@@ -71,7 +72,7 @@ def run(service: str, options: Options) -> None:
         raise typer.Exit(EXIT_ERRORS)
 
 
-def _ask_service(
+def _probe_by_service(
     endpoint_id: str, options: Options, samples: Sequence[ProbeSample] | None
 ) -> ProbeReport:
     given = {
@@ -88,14 +89,14 @@ def _ask_service(
     named = [name for name, value in given.items() if value]
     if named:
         raise typer.BadParameter(
-            f"{named[0]} is for URLs; a registered endpoint brings its own settings"
+            f"{named[0]} is for URLs; a registered endpoint has its own settings"
         )
     sent = None if samples is None else [one.model_dump(exclude_unset=True) for one in samples]
     with Client() as client:
         return client.reward_endpoints.probe(endpoint_id, samples=sent, light=options.is_light)
 
 
-async def _ask_here(
+async def _probe_here(
     target: ProbeTarget, samples: Sequence[ProbeSample] | None, options: Options
 ) -> ProbeReport:
     given = as_samples(samples)
@@ -137,9 +138,9 @@ def _target(url: str, options: Options, samples: Sequence[ProbeSample] | None) -
     try:
         component = RewardComponent.model_validate(fields)
     except ValidationError as error:
-        _refuse(error, "the component")
+        _reject(error, "the component")
     if component.kind != "http":
-        raise typer.BadParameter(f"a component of kind {component.kind} has no service to be asked")
+        raise typer.BadParameter(f"a component of kind {component.kind} has no service to check")
     return ProbeTarget(component, url, _secrets(options), _headers(options.headers))
 
 
@@ -167,7 +168,7 @@ def _headers(given: Sequence[str]) -> Mapping[str, str]:
     for text in given:
         name, separator, value = text.partition("=")
         if not separator:
-            raise typer.BadParameter("a header is given as NAME=VALUE, or NAME=@FILE")
+            raise typer.BadParameter("write a header as NAME=VALUE or NAME=@FILE")
         headers[name] = _read(Path(value[1:])).strip() if value.startswith("@") else value
     try:
         check_headers(headers)
@@ -199,7 +200,7 @@ def _read_samples(path: Path) -> list[ProbeSample]:
         try:
             found.append(_SAMPLE.validate_json(line))
         except ValidationError as error:
-            _refuse(error, f"{path}, sample {number}")
+            _reject(error, f"{path}, sample {number}")
     return found
 
 
@@ -207,11 +208,11 @@ def _read(path: Path) -> str:
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise typer.BadParameter(f"{path} cannot be read: {why}") from None
 
 
-def _refuse(error: ValidationError, what: str) -> NoReturn:
+def _reject(error: ValidationError, what: str) -> NoReturn:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    raise typer.BadParameter(f"{what}: {where}: {first['msg']}" if where else f"{what}: {first['msg']}")  # fmt: skip
+    raise typer.BadParameter(": ".join(filter(None, [what, where, first["msg"]])))

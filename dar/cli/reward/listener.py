@@ -1,4 +1,4 @@
-"""Takes the callbacks of a reward service on this machine while it is checked; no web server is needed for that."""
+"""A small HTTP listener for callbacks of a reward service on this machine, during its check."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from dar.protocol.rewards import MAX_RESPONSE_BYTES
 from dar.rewards.probe.callbacks import ProbeInbox
 
 SECONDS = 30.0
-"""For one callback, from its first byte to its last."""
+"""Time limit of one callback."""
 STATUS = {
     "accepted": "200 OK",
     "duplicate": "200 OK",
@@ -31,8 +31,12 @@ async def listening() -> AsyncIterator[ProbeInbox]:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert inbox is not None
         with contextlib.suppress(
-            OSError, TimeoutError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
-        ):  # fmt: skip
+            OSError,
+            TimeoutError,
+            ValueError,
+            asyncio.IncompleteReadError,
+            asyncio.LimitOverrunError,
+        ):
             async with asyncio.timeout(SECONDS):
                 await _answer(inbox, reader, writer)
         writer.close()
@@ -58,15 +62,18 @@ async def _answer(
     body = await reader.readexactly(length)
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else ""
-    fate, error = inbox.receive(request[1], given, body)
-    content: dict[str, str] = (
-        {"status": fate} if error is None else {"status": fate, "error": error.message}
-    )
-    await _send(writer, STATUS[fate], content)
+    outcome, error = inbox.receive(request[1], given, body)
+    content: dict[str, str] = {"status": outcome}
+    if error is not None:
+        content["error"] = error.message
+    await _send(writer, STATUS[outcome], content)
 
 
 async def _send(writer: asyncio.StreamWriter, status: str, content: dict[str, str]) -> None:
     body = json.dumps(content).encode()
-    head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    head = (
+        f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
     writer.write(head.encode() + body)
     await writer.drain()

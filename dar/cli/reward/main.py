@@ -1,4 +1,4 @@
-"""``dar reward``: commands for those who write reward services."""
+"""``dar reward``: commands for authors of reward services."""
 
 from importlib import import_module
 from pathlib import Path
@@ -10,64 +10,65 @@ reward_app = typer.Typer(
     name="reward",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="For those who write reward services.",
+    help="Check and serve reward services.",
 )
 
 Service = Annotated[
     str,
     typer.Argument(
         metavar="URL|rwe_…",
-        help="URL of a reward service, asked from this machine; or the id of a registered endpoint, asked by the service "
-        "that this command line is set up for (DAR_BASE_URL, DAR_API_KEY).",
+        help="URL of a reward service, called from this machine; or id of a registered endpoint, "
+        "called by the DAR service (DAR_BASE_URL, DAR_API_KEY).",
     ),
 ]
 SecretFile = Annotated[
     Path | None,
     typer.Option(
-        help="File with the secret (whsec_…) that signs requests; default $DAR_HOME/reward_secret if there is one."
+        help="File with the secret (whsec_…) that signs requests; default "
+        "$DAR_HOME/reward_secret if it exists."
     ),
 ]
-Unsigned = Annotated[bool, typer.Option("--unsigned", help="Sign no requests.")]
+Unsigned = Annotated[bool, typer.Option("--unsigned", help="Do not sign requests.")]
 Headers = Annotated[
     list[str] | None,
     typer.Option(
         "--header",
         metavar="NAME=VALUE",
-        help="Secret header; NAME=@FILE reads the value from a file, which keeps it out of the list of processes. "
-        "May be given several times.",
+        help="Secret header; NAME=@FILE reads the value from a file, so that it is not visible in "
+        "the process list. Repeatable.",
     ),
 ]
 Protocol = Annotated[
-    str | None, typer.Option(help="What the service speaks; default dar.reward.v1.")
+    str | None, typer.Option(help="Protocol of the service; default dar.reward.v1.")
 ]
 ComponentFile = Annotated[
     Path | None,
-    typer.Option(help="JSON file with fields of a job's component, like columns or template."),
+    typer.Option(help="JSON file with fields of a component, such as columns or template."),
 ]
 SamplesFile = Annotated[
     Path | None,
     typer.Option(
-        help="JSONL file of two to eight samples: prompt or messages, completion, and perhaps ground_truth and columns."
+        help="JSONL file with 2 to 8 samples: prompt or messages, completion, and optionally "
+        "ground_truth and columns."
     ),
 ]
 Reply = Annotated[
-    str | None, typer.Option(help="sync, or either: the service may answer 202 and call back.")
+    str | None,
+    typer.Option(help="sync; or either: the service may answer 202 and send the result later."),
 ]
 Light = Annotated[
-    bool, typer.Option("--light", help="Only steps 1 to 4, as when a job is submitted.")
+    bool, typer.Option("--light", help="Only steps 1 to 4, as at the submission of a job.")
 ]
 Concurrency = Annotated[
-    int | None, typer.Option(min=1, max=256, help="Requests at once under load; default 8.")
+    int | None, typer.Option(min=1, max=256, help="Concurrent requests under load; default 8.")
 ]
 MaxSamples = Annotated[
-    int | None, typer.Option(min=1, max=256, help="Samples in a full request; default 16.")
+    int | None, typer.Option(min=1, max=256, help="Samples per full request; default 16.")
 ]
 Timeout = Annotated[
-    float | None, typer.Option(min=0.1, max=3600, help="Seconds for one attempt; default 60.")
+    float | None, typer.Option(min=0.1, max=3600, help="Seconds per attempt; default 60.")
 ]
-AsJSON = Annotated[
-    bool, typer.Option("--json", help="Print the report as one JSON object, without more.")
-]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print only the report, as one JSON object.")]
 
 
 @reward_app.command("check")
@@ -86,10 +87,11 @@ def check(
     timeout: Timeout = None,
     json: AsJSON = False,
 ) -> None:
-    """Ask a reward service as a job would, in nine steps, and say what is wrong with it and what to do.
+    """Check a reward service in nine steps, with the requests that a job would send.
 
-    Sends up to 36 requests, 20 of them full ones at full concurrency; with --light at most 6. Exits with 0 if a job could use the
-    service, with 1 if not, and with 2 if the command line is wrong.
+    Reports errors, warnings and what to do about them. Sends up to 36 requests, 20 of them full and
+    at full concurrency; with --light at most 6. Exit codes: 0 a job could use the service, 1 it
+    could not, 2 the command line is wrong.
     """
     body = import_module("dar.cli.reward.check")
     options = body.Options(
@@ -113,40 +115,41 @@ Target = Annotated[
     str,
     typer.Argument(
         metavar="MODULE:FUNCTION",
-        help="A reward function, or an application made by dar.rewards.server.reward_server; modules of the current folder "
-        "are found too.",
+        help="A reward function, or an application of dar.rewards.server.reward_server. Modules in "
+        "the current folder are found.",
     ),
 ]
 Host = Annotated[str, typer.Option(help="Address to bind to; 0.0.0.0 for other machines.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to bind to; 0 takes a free one.")]
 ScorePath = Annotated[
-    str | None, typer.Option("--path", help="Where rewards are asked for; default /score.")
+    str | None, typer.Option("--path", help="Path of reward requests; default /score.")
 ]
 SecretFiles = Annotated[
     list[Path] | None,
     typer.Option(
-        help="File with a secret (whsec_…); one per accepted secret. Default $DAR_HOME/reward_secret if there is one."
+        help="File with an accepted secret (whsec_…); repeatable. Default $DAR_HOME/reward_secret."
     ),
 ]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Check no signatures and answer everybody.")
+    bool, typer.Option("--insecure", help="Do not verify signatures: answer every request.")
 ]
 MaxCalls = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Calls at once; default 1 for a plain function, 64 for a coroutine one."
+        min=1,
+        help="Most calls at once; default 1 for a plain function, 64 for a coroutine function.",
     ),
 ]
 MaxBodyBytes = Annotated[int | None, typer.Option(min=1, help="Largest request; default 8 MiB.")]
 Asynchronous = Annotated[
-    bool, typer.Option("--asynchronous", help="Answer 202, and give the result later.")
+    bool, typer.Option("--asynchronous", help="Answer 202 and send the result later.")
 ]
 AnswerWithin = Annotated[
     float | None,
-    typer.Option(min=0, help="Seconds in which a 200 is still given, before a 202."),
+    typer.Option(min=0, help="Seconds to wait for a 200 before a 202 is sent."),
 ]
 StopSeconds = Annotated[
-    float | None, typer.Option(min=0, help="Longest time to finish at a stop; default 30.")
+    float | None, typer.Option(min=0, help="Most seconds to finish work when stopped; default 30.")
 ]
 
 
@@ -166,8 +169,8 @@ def serve(
 ) -> None:
     """Serve a Python function as a reward service.
 
-    It has the signature of TRL's reward functions. Prints the URL and the component that a job names, then serves until
-    Ctrl-C or SIGTERM.
+    The function has the signature of TRL's reward functions. Prints the component for a job's
+    rewards.components, then serves until Ctrl-C or SIGTERM.
     """
     options = {
         "path": path,

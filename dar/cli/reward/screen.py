@@ -15,49 +15,44 @@ from dar.protocol.reward_probe import ProbeFinding, ProbeReport, ProbeStep
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 PASTED = ("limits", "timeouts", "batch")
 UNQUOTED = ("contract.", "samples.")
-"""Errors that do not quote the answer themselves."""
+"""Codes of errors whose text does not quote the answer."""
 QUOTED = 300
 """Characters of an answer that are shown."""
 
 
 class ReportScreen:
-    """Shows a report.
-
-    Args:
-        output: Where to.
-    """
+    """Prints a report to ``output``."""
 
     def __init__(self, output: TextIO) -> None:
         self._console = Console(file=output, highlight=False)
-        self._talk = Console(stderr=True, highlight=False)
+        self._status = Console(stderr=True, highlight=False)
 
     @contextlib.contextmanager
     def waiting(self, service: str) -> Iterator[None]:
-        """Say on stderr that something is going on."""
-        if not self._talk.is_terminal:
+        """Show progress on stderr, if it is a terminal."""
+        if not self._status.is_terminal:
             yield
             return
-        with self._talk.status(Text(f"asking {service} …")):
+        with self._status.status(Text(f"checking {service} …")):
             yield
 
     def show(self, service: str, report: ProbeReport) -> None:
-        """Show the whole report."""
         self._console.print(Text(f"Reward service {service}", style="bold"))
         self._console.print()
         self._console.print(_steps(report))
         self._show_answer(report)
         self._show_settings(report)
         self._console.print()
-        self._console.print(_verdict(report))
+        self._console.print(_summary(report))
 
     def _show_answer(self, report: ProbeReport) -> None:
-        """What it said where the error is about what it said."""
+        """Quote the answer if the error is about its content."""
         steps = {one.step for one in report.errors if one.code.startswith(UNQUOTED)}
         shown = next((one for one in report.exchange if one.step in steps and one.response), None)
         if shown is None or shown.response is None:
             return
         status = shown.response.status
-        body = shown.response.body[:QUOTED] or "an empty body, or one that was not read"
+        body = shown.response.body[:QUOTED] or "(empty body, or not read)"
         self._console.print()
         self._console.print(Text(f"It answered HTTP {status}:", style="bold"))
         self._console.print(Padding(Text(_printable(body)), (0, 0, 0, 2)))
@@ -90,7 +85,7 @@ def _steps(report: ProbeReport) -> Table:
 
 
 def _alike(steps: Sequence[ProbeStep]) -> list[list[ProbeStep]]:
-    """Runs of steps that were left out for the same reason are one line."""
+    """Group consecutive steps that were skipped for the same reason."""
     runs: list[list[ProbeStep]] = []
     for step in steps:
         last = runs[-1][-1] if runs else None
@@ -104,9 +99,9 @@ def _alike(steps: Sequence[ProbeStep]) -> list[list[ProbeStep]]:
 def _found(step: ProbeStep, report: ProbeReport) -> Text:
     text = Text(_printable(step.detail), style="dim" if step.status == "skipped" else "")
     for findings, style in ((report.errors, STYLES["fail"]), (report.warnings, STYLES["warn"])):
-        mine = [finding for finding in findings if finding.step == step.step]
-        for place, finding in enumerate(mine):
-            is_new = place == 0 or finding.advice != mine[place - 1].advice
+        own = [finding for finding in findings if finding.step == step.step]
+        for place, finding in enumerate(own):
+            is_new = place == 0 or finding.advice != own[place - 1].advice
             _add_finding(text, finding, style, with_advice=is_new)
     return text
 
@@ -120,16 +115,16 @@ def _add_finding(text: Text, finding: ProbeFinding, style: str, *, with_advice: 
         text.append(f"\n→ {finding.advice}", "not dim")
 
 
-def _verdict(report: ProbeReport) -> Text:
+def _summary(report: ProbeReport) -> Text:
     warnings = len(report.warnings)
     counted = f"{warnings} warning{'s' * (warnings != 1)}"
     if not report.ok:
         return Text(f"Not usable: a job would get no rewards from it. {counted}.", STYLES["fail"])
     if report.warnings:
         return Text(f"Usable, with {counted}.", STYLES["warn"])
-    return Text("Good: nothing to find fault with.", STYLES["ok"])
+    return Text("Good: no errors, no warnings.", STYLES["ok"])
 
 
 def _printable(text: str) -> str:
-    """Without what would move the cursor or change colours: a service may send anything."""
+    """Replace control characters, which could move the cursor or change colours."""
     return "".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text)

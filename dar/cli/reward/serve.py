@@ -26,29 +26,30 @@ def run(
     is_insecure: bool,
     options: Mapping[str, Any],
 ) -> None:
-    """Serve what ``target`` names.
+    """Serve the function or application ``target``.
 
     Args:
         target: ``module:function``.
         host: Address to bind to.
         port: Port to bind to.
-        secret_files: Files of accepted secrets; none: the installation's secret.
-        is_insecure: Whether signatures are not checked.
-        options: What else was given of `dar.rewards.server.ServerOptions`.
+        secret_files: Files with accepted secrets; none: the installation's secret.
+        is_insecure: Do not verify signatures.
+        options: Other fields of `dar.rewards.server.ServerOptions`.
 
     Raises:
-        ConfigurationError: Libraries are missing, a secret cannot be used, or the address cannot be bound to.
-        typer.BadParameter: What was typed names nothing that can be served.
+        ConfigurationError: Libraries are missing, a secret cannot be used, or the address cannot
+            be bound.
+        typer.BadParameter: An option or ``target`` cannot be used.
     """
     require("reward server", "starlette")
     require("reward server", "uvicorn")
-    # Only now: without the extra it cannot be imported.
+    # Imported here: without the extra the import fails.
     server = importlib.import_module("dar.rewards.server")
     function = _named(target)
     if hasattr(function, "routes"):
         if secret_files or is_insecure or options:
             raise typer.BadParameter(
-                "it is an application, which brings its own secret and options: give them to reward_server",
+                "an application has its own secret and options: pass them to reward_server",
                 param_hint=TARGET,
             )
         given: dict[str, Any] = {}
@@ -80,7 +81,7 @@ def _named(target: str) -> Callable[..., Any]:
 
 
 def _likely(module: object) -> str:
-    """The functions that a module has of its own."""
+    """A hint: the functions that the module defines."""
     own = [
         name
         for name, value in vars(module).items()
@@ -88,7 +89,7 @@ def _likely(module: object) -> str:
         and not name.startswith("_")
         and getattr(value, "__module__", "") == getattr(module, "__name__", None)
     ]
-    return f"; it has {', '.join(sorted(own)[:8])}" if own else ""
+    return f"; it defines {', '.join(sorted(own)[:8])}" if own else ""
 
 
 def _module(name: str) -> object:
@@ -100,11 +101,11 @@ def _module(name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise typer.BadParameter(
-                f"there is no module {name}, neither in {folder} nor among the installed ones",
+                f"module {name} is neither in {folder} nor installed",
                 param_hint=TARGET,
             ) from None
         raise _broken(name, error) from None
-    except Exception as error:  # noqa: BLE001 - a user's module may raise anything; it is said without our own frames
+    except Exception as error:  # noqa: BLE001 - a user's module may raise anything
         raise _broken(name, error) from None
 
 
@@ -120,7 +121,7 @@ def _secrets(files: Sequence[Path], *, is_insecure: bool) -> list[str]:
     if is_insecure:
         if files:
             raise typer.BadParameter(
-                "it contradicts --insecure: give one of them", param_hint="--secret-file"
+                "use either this option or --insecure", param_hint="--secret-file"
             )
         return []
     if files:
@@ -131,8 +132,8 @@ def _secrets(files: Sequence[Path], *, is_insecure: bool) -> list[str]:
     file = settings.home / "reward_secret"
     if not file.exists():
         raise typer.BadParameter(
-            f"there is no secret: {file} does not exist. Give a file with the secret of your jobs, or --insecure to answer "
-            "everybody who can reach this server",
+            f"no secret: {file} does not exist. Name a file with the secret of your jobs, or use "
+            "--insecure to answer every request",
             param_hint="--secret-file",
         )
     return [_read(file)]
@@ -142,12 +143,12 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigurationError(f"the secret in {file} cannot be read: {reason}") from None
 
 
-def _announce(url: str, endpoint: Any) -> None:  # noqa: ANN401 - its module is loaded by name, as it needs the extra
-    """The component goes to stdout, so that a script can read it; the talk to stderr."""
+def _announce(url: str, endpoint: Any) -> None:  # noqa: ANN401 - its module needs an extra, so it is not imported here
+    """Print the component to stdout, for scripts, and a message to stderr."""
     component = {"name": "reward" if endpoint is None else endpoint.name, "url": url}
     if endpoint is not None and endpoint.answers_later:
         component["reply"] = "either"

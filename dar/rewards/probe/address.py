@@ -1,17 +1,17 @@
-"""Step 1 of a probe: may this address be called, does anybody listen there, and does its certificate hold."""
+"""Step 1 of a probe: egress policy, name resolution, one connection, and the certificate."""
 
 import ipaddress
 import ssl
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import httpcore2
 
 from dar.rewards.http.dns import RESOLVE_SECONDS
-from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Resolver, Target
+from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Target, parse_url
 from dar.rewards.http.endpoint import default_tls
 from dar.rewards.http.responses import failure_of
-from dar.rewards.probe.report import Notes
+from dar.rewards.probe.client import ProbeTarget
+from dar.rewards.probe.report import ReportBuilder
 
 DAYS_LEFT = 14
 """Days that a certificate should still be valid."""
@@ -19,41 +19,33 @@ SECONDS_OF_DAY = 86_400
 SHOWN_ADDRESSES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
-    """How a service is reached."""
-
-    target: Target
-    guard: EgressPolicy | None
-    tls: ssl.SSLContext | None
-    resolver: Resolver | None
-    connect_seconds: float
-
-
-async def check_address(path: Path, notes: Notes) -> None:
-    """Resolve the host, connect once and look at the certificate; sends nothing."""
-    backend = GuardedBackend(path.guard, path.resolver)
-    target = path.target
+async def check_address(target: ProbeTarget, report: ReportBuilder) -> None:
+    """Resolve the host, connect once and check the certificate; sends no request."""
+    backend = GuardedBackend(target.guard, target.resolver)
+    url = parse_url(target.url, target.guard)
     try:
-        addresses = await backend.addresses(target.host, target.port, RESOLVE_SECONDS)
-        stream = await backend.connect_tcp(target.host, target.port, path.connect_seconds)
+        addresses = await backend.addresses(url.host, url.port, RESOLVE_SECONDS)
+        stream = await backend.connect_tcp(url.host, url.port, target.component.timeouts.connect)
         try:
-            security = await _security(path, stream, notes) if target.scheme == "https" else ""
+            security = await _security(target, url, stream, report) if url.scheme == "https" else ""
         finally:
             await stream.aclose()
     except (httpcore2.NetworkError, httpcore2.TimeoutException) as error:
         failure = failure_of(error)
-        notes.error(failure.code, failure.full_reason)
+        report.error(failure.code, failure.full_reason)
         return
-    notes.done("; ".join(filter(None, [_where(path, addresses), security])))
-    if target.scheme == "http" and not all(map(_is_loopback, addresses)):
-        notes.warn("config.plain_http", "requests and rewards travel unencrypted")
+    where = _where(target.guard, url.host, addresses)
+    report.done("; ".join(filter(None, [where, security])))
+    if url.scheme == "http" and not all(map(_is_loopback, addresses)):
+        report.warn("config.plain_http", "requests and rewards are not encrypted")
 
 
-async def _security(path: Path, stream: httpcore2.AsyncNetworkStream, notes: Notes) -> str:
-    context = path.tls or default_tls()
+async def _security(
+    target: ProbeTarget, url: Target, stream: httpcore2.AsyncNetworkStream, report: ReportBuilder
+) -> str:
+    context = target.tls or default_tls()
     context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
-    secured = await stream.start_tls(context, path.target.host, path.connect_seconds)
+    secured = await stream.start_tls(context, url.host, target.component.timeouts.connect)
     found = secured.get_extra_info("ssl_object")
     certificate = found.getpeercert() or {}
     until = certificate.get("notAfter")
@@ -61,21 +53,18 @@ async def _security(path: Path, stream: httpcore2.AsyncNetworkStream, notes: Not
         return f"{found.version()}"
     days = (ssl.cert_time_to_seconds(until) - datetime.now(UTC).timestamp()) / SECONDS_OF_DAY
     if days < DAYS_LEFT:
-        notes.warn("tls.expires_soon", f"its certificate is valid for {days:.1f} more days")
+        report.warn("tls.expires_soon", f"its certificate is valid for {days:.1f} more days")
     return f"{found.version()}, certificate valid until {until}"
 
 
-def _where(path: Path, addresses: list[str]) -> str:
-    if path.guard is not None:  # what names mean in this network is nobody's business
+def _where(guard: EgressPolicy | None, host: str, addresses: list[str]) -> str:
+    if guard is not None:  # a report of the service must not show how names resolve in its network
         return f"{len(addresses)} address{'es' * (len(addresses) > 1)}, allowed"
     public = EgressPolicy()
-    private = [
-        address
-        for address in addresses
-        if not public.allows_address(ipaddress.ip_address(address), path.target.host)
-    ]
     shown = ", ".join(addresses[:SHOWN_ADDRESSES])
-    return f"{shown} (not public: the operator of an installation elsewhere must allow it)" if private else shown  # fmt: skip
+    if all(public.allows_address(ipaddress.ip_address(address), host) for address in addresses):
+        return shown
+    return f"{shown} (not public: elsewhere, the operator of the service must allow it)"
 
 
 def _is_loopback(address: str) -> bool:

@@ -1,4 +1,4 @@
-"""Takes the callbacks of a probe's requests, in memory: they live for seconds, and nobody else waits for them."""
+"""The in-memory inbox for callbacks of probe requests, which live for seconds in one process."""
 
 import asyncio
 import hashlib
@@ -11,10 +11,10 @@ from typing import Literal
 
 from dar.errors import RewardContractError
 from dar.protocol.rewards import decode_result
-from dar.rewards.http.async_results import Stored
+from dar.rewards.http.async_results import Inbox, Stored
 
 InboxOutcome = Literal["refused", "accepted", "duplicate", "conflict", "late", "closed", "invalid"]
-"""What becomes of a callback."""
+"""What `ProbeInbox.receive` did with a callback."""
 
 
 @dataclass(slots=True)
@@ -27,14 +27,14 @@ class _Awaited:
     result: bytes | None = None
     is_closed: bool = False
     last: tuple[str, bytes] = field(default=("", b""), repr=False)
-    """Token and body of the callback that counted."""
+    """Token and body of the accepted callback."""
 
 
 class ProbeInbox:
-    """An inbox of `dar.rewards.http.async_results` for one process; callbacks may come in from any thread.
+    """An `Inbox` for one process; callbacks may arrive in any thread.
 
     Args:
-        callback_url: URL below which callbacks arrive, without a slash at its end.
+        callback_url: Base URL of callbacks, without a slash at its end.
     """
 
     def __init__(self, callback_url: str) -> None:
@@ -77,19 +77,14 @@ class ProbeInbox:
             if request_id in self._awaited:
                 self._awaited[request_id].is_closed = True
 
-    def knows(self, request_id: str) -> bool:
-        """Whether this is a request of a probe in this process."""
-        with self._lock:
-            return request_id in self._awaited
-
     def has_received(self, request_id: str) -> bool:
-        """Whether its result came by callback."""
+        """Whether a callback brought its result."""
         with self._lock:
             awaited = self._awaited.get(request_id)
             return awaited is not None and awaited.result is not None
 
     def opens(self, request_id: str, token: str) -> bool:
-        """Whether ``token`` is that of the request."""
+        """Whether ``token`` is the request's token."""
         sha256 = hashlib.sha256(token.encode()).hexdigest()
         with self._lock:
             awaited = self._awaited.get(request_id)
@@ -98,20 +93,20 @@ class ProbeInbox:
     def receive(
         self, request_id: str, token: str, body: bytes
     ) -> tuple[InboxOutcome, RewardContractError | None]:
-        """Take what was posted to a callback.
+        """Take a callback.
 
         Args:
             request_id: From the URL.
             token: From the ``Authorization`` header, without ``Bearer``.
-            body: As it came.
+            body: The unparsed body.
 
         Returns:
-            What becomes of it, and why it is invalid if it is.
+            The outcome, and the error of an invalid body.
         """
         if not self.opens(request_id, token):
             return "refused", None
         error: RewardContractError | None = None
-        try:  # before the lock, as it takes its time
+        try:  # outside the lock, as it is slow
             decode_result(body, request_id=request_id, ids=self._awaited[request_id].ids)
         except RewardContractError as found:
             error = found
@@ -130,5 +125,47 @@ class ProbeInbox:
         return "accepted", None
 
     def repeat(self, request_id: str) -> InboxOutcome:
-        """Take the callback that counted once more."""
+        """Take the accepted callback a second time."""
         return self.receive(request_id, *self._awaited[request_id].last)[0]
+
+
+class AcceptanceInbox:
+    """Passes everything on to ``inbox``, and notes when a request was accepted with a 202."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self._announced: set[str] = set()
+        self.is_accepted = asyncio.Event()
+
+    async def announce(
+        self,
+        request_id: str,
+        component: str,
+        step: int,
+        token_sha256: str,
+        deadline: datetime,
+        sample_ids: Sequence[str],
+    ) -> Stored:
+        """See `Inbox`."""
+        self._announced.add(request_id)
+        return await self._inbox.announce(
+            request_id, component, step, token_sha256, deadline, sample_ids
+        )
+
+    async def wait(self, request_id: str) -> bytes:
+        """See `Inbox`."""
+        return await self._inbox.wait(request_id)
+
+    def accepted(self, request_id: str, poll_url: str | None) -> None:
+        """See `Inbox`."""
+        self._inbox.accepted(request_id, poll_url)
+        self.is_accepted.set()
+
+    def close(self, request_id: str) -> None:
+        """See `Inbox`."""
+        self._inbox.close(request_id)
+
+    def close_all(self) -> None:
+        """Close every announced request."""
+        for request_id in self._announced:
+            self.close(request_id)

@@ -1,26 +1,32 @@
-"""How a probe asks: through a job's own client, once and without retries, with what went over the wire kept for the report.
+"""One request through a job's own client, recorded; every check of a reward service is built on it.
 
-A job's client hides what a probe is to find: it waits, repeats, leaves a failing service alone and believes a refusal. So the part of
-it that makes one request (`Delivery`) is used here below batching, with a breaker that never opens; guard, limits, signatures and
-decoding are a job's.
+A job's client hides what a check has to find: it waits, retries, opens a breaker and remembers a
+refusal. So `ProbeClient` uses the part of the client that makes one request, below batching, with a
+breaker that never opens. Egress policy, limits, signatures and decoding are those of a job.
 """
 
 import asyncio
 import secrets
+import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
 
 import httpcore2
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_probe import ProbeExchange, ProbeMessage
-from dar.protocol.reward_spec import RewardRetry
-from dar.rewards.base import RequestBatch, RewardContext, RewardResult, RewardSample
+from dar.protocol.reward_spec import RewardComponent, RewardRetry
+from dar.protocol.worker import ComponentAccess
+from dar.rewards.base import Failed, RequestBatch, RewardContext, RewardResult, RewardSample
+from dar.rewards.from_spec import http_options
 from dar.rewards.http.breaker import BreakerOptions, CircuitBreaker, State
+from dar.rewards.http.egress import EgressPolicy, Resolver
 from dar.rewards.http.endpoint import Connection, Endpoint
 from dar.rewards.http.redaction import REDACTED
 from dar.rewards.http.request import Delivery
@@ -30,83 +36,109 @@ from dar.rewards.http.signing import signed_headers
 from dar.rewards.http.timings import Timings
 from dar.rewards.http.wire import batches, encode_sample
 from dar.rewards.http_reward import HttpReward
+from dar.rewards.probe.callbacks import AcceptanceInbox, ProbeInbox
 from dar.rewards.thinking import without_thinking
 
 SHOWN = 4096
 """Characters of a body that are shown."""
 QUOTE_SECONDS = 2.0
-"""How long the start of an answer that is no JSON is waited for."""
+"""Time limit for reading the start of an answer that is not JSON."""
 CONTEXT = RewardContext(step=1, mode="validate")
-_ONCE = RewardRetry(attempts=1)
+ONCE = RewardRetry(attempts=1)
 _TWICE = RewardRetry(attempts=2, base=0.001, cap=0.001)
 _NEVER = BreakerOptions(min_calls=1_000_000)
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
+@dataclass(frozen=True)
+class ProbeTarget:
+    """The reward service of a component, and how it is reached."""
+
+    component: RewardComponent
+    url: str
+    secrets: Sequence[str] = field(default=(), repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    guard: EgressPolicy | None = None
+    inbox: ProbeInbox | None = None
+    """Takes callbacks; None: no callback is offered."""
+    example: RewardSample | None = None
+    """Gives prompt and columns to the built-in completions; None: a built-in prompt, no columns."""
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    """Trusted authorities; None: those of the system."""
+    resolver: Resolver | None = None
+    """Replaces the system's name resolution."""
+
+
 @dataclass(slots=True)
-class Wire:
-    """What one request was on the wire."""
+class WireRecord:
+    """What one request sent and received."""
 
     is_forged: bool = False
-    """It is signed with a secret that nobody has."""
+    """Signed with random secrets."""
     loses_first: bool = False
-    """Its first answer is to be lost, so that it is sent again as it is."""
+    """The first answer is dropped, so that the same request is sent again."""
     lost: Answer | None = None
     sent: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
     answer: Answer | None = None
     page: bytes = b""
-    """Start of an answer that is no JSON."""
+    """Start of an answer that is not JSON."""
     page_headers: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    posts: int = 0
 
 
-_WIRE: ContextVar[Wire | None] = ContextVar("wire", default=None)
+_WIRE: ContextVar[WireRecord | None] = ContextVar("wire", default=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A request for the rewards of some samples, as it ended."""
+class ProbeCall:
+    """A finished request."""
 
     samples: tuple[RewardSample, ...]
     results: tuple[RewardResult, ...]
-    """One for each sample; empty where the request failed."""
+    """One for each sample; empty if the client stopped waiting after a 202."""
     failure: AttemptFailedError | None
     seconds: float
-    """From its sending to its answer, or to the result that followed."""
-    wire: Wire
+    """Until the answer, or until the result that followed a 202."""
+    wire: WireRecord
 
     @property
     def code(self) -> str:
-        """``ok``, or the failure's code."""
+        """``ok``, or the code of the failure."""
         return "ok" if self.failure is None else self.failure.code
 
     @property
-    def is_later(self) -> bool:
-        """Whether it was answered with 202."""
+    def is_accepted(self) -> bool:
+        """Whether the answer was a 202."""
         return self.wire.answer is not None and self.wire.answer.status == 202
+
+    def raise_refusal(self) -> None:
+        """Raise if no retry could help.
+
+        Raises:
+            RewardMisconfiguredError: The URL, the credentials or the service must change first.
+        """
+        if self.failure is not None and self.failure.kind in {"permanent", "name"}:
+            raise RewardMisconfiguredError(self.failure.full_reason, code=self.failure.code)
 
 
 class _NeverOpens(CircuitBreaker):
-    """Every request of a probe stands for itself."""
-
     def trip(self, error: RewardMisconfiguredError) -> None:
-        """Nothing: the next step asks again."""
+        """Ignored: a refusal must not end the requests that follow."""
 
 
-class _Tapped(Endpoint):
-    """An endpoint that notes what goes over the wire, and can forge a signature or lose an answer."""
+class _RecordingEndpoint(Endpoint):
+    """Records requests and answers; can forge a signature or drop an answer."""
 
     def __init__(self, connection: Connection, keys: int) -> None:
         super().__init__(connection, {})
         self.breaker = _NeverOpens(_NEVER, _ignore)
-        self.wished_pause = 0.0
-        self._strangers = [secrets.token_bytes(32) for _ in range(keys)]
+        self.retry_after_seconds = 0.0
+        self._random_keys = [secrets.token_bytes(32) for _ in range(keys)]
 
     def hold_back(self, seconds: float) -> None:
-        """Note a ``Retry-After``; requests that are there to find such limits are not held back by one."""
-        self.wished_pause = max(self.wished_pause, seconds)
+        """Record a ``Retry-After``; it does not delay the requests that measure the limit."""
+        self.retry_after_seconds = max(self.retry_after_seconds, seconds)
 
     async def post(
         self,
@@ -119,23 +151,22 @@ class _Tapped(Endpoint):
         wire = _WIRE.get()
         assert wire is not None
 
-        def noted() -> Mapping[str, str]:
+        def recorded() -> Mapping[str, str]:
             sent = dict(headers())
             if wire.is_forged:
                 stamp = int(sent["webhook-timestamp"])
-                sent |= signed_headers(self._strangers, sent["webhook-id"], stamp, body)
+                sent |= signed_headers(self._random_keys, sent["webhook-id"], stamp, body)
             wire.sent, wire.body = sent, body
             return sent
 
-        wire.posts += 1
         started = time.monotonic()
         try:
-            answer = await super().post(body, noted, timeouts, timings)
+            answer = await super().post(body, recorded, timeouts, timings)
         finally:
             wire.seconds = time.monotonic() - started
         if wire.loses_first and wire.lost is None and answer.status == 200:
             wire.lost = answer
-            raise AttemptFailedError("transient", "lost", "the answer was lost on purpose")
+            raise AttemptFailedError("transient", "lost", "the answer was dropped on purpose")
         wire.answer = answer
         return answer
 
@@ -168,17 +199,39 @@ async def _start_of(incoming: Incoming) -> bytes:
     return bytes(start[:READ_BYTES])
 
 
-class Line(HttpReward):
-    """A component's client, as a probe uses it."""
+class ProbeClient(HttpReward):
+    """A component's client that sends single requests. Use as an async context manager.
 
-    async def open(self) -> None:
-        """Make what all requests share; in the event loop that makes them."""
-        self._tapped = _Tapped(self._connection(), len(self._keys))
-        self._tapped.acquire()
+    Raises:
+        RewardMisconfiguredError: The URL cannot be used.
+        ConfigurationError: A secret or a header cannot be used.
+    """
 
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await self._tapped.release()
+    def __init__(self, target: ProbeTarget) -> None:
+        access = ComponentAccess(
+            url=target.url, secrets=list(target.secrets), headers=dict(target.headers)
+        )
+        # Not shared: what a job has learned of the service must not replace an answer here.
+        options = http_options(target.component, access, guard=target.guard, is_shared=False)
+        super().__init__(
+            target.component.name,
+            target.url,
+            secrets=access.secrets,
+            options=replace(options, tls=target.tls, resolver=target.resolver),
+            inbox=target.inbox,
+        )
+
+    async def __aenter__(self) -> Self:
+        self._recording = _RecordingEndpoint(self._connection(), len(self._keys)).acquire()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._recording.release()
 
     @property
     def is_signed(self) -> bool:
@@ -187,92 +240,110 @@ class Line(HttpReward):
 
     @property
     def max_samples(self) -> int:
-        """Most samples of one request."""
+        """Most samples in one request."""
         return self._max_samples
 
     @property
-    def wished_pause(self) -> float:
-        """The longest ``Retry-After`` so far, in seconds."""
-        return self._tapped.wished_pause
+    def retry_after_seconds(self) -> float:
+        """The longest ``Retry-After`` so far."""
+        return self._recording.retry_after_seconds
 
     def redact(self, text: str) -> str:
         """``text`` without secrets."""
-        return self._tapped.redact(text)
+        return self._recording.redact(text)
 
-    def fitting(self, samples: Sequence[RewardSample]) -> tuple[RewardSample, ...]:
-        """As many of the samples, from the first on, as one request may hold."""
+    def split(self, samples: Sequence[RewardSample]) -> Iterator[tuple[RewardSample, ...]]:
+        """The samples in as few requests as the limits on count and bytes allow."""
         encoded = [encode_sample(sample, self._options.columns, 0) for sample in samples]
         limits = {"max_samples": self._max_samples, "max_bytes": self._max_bytes}
-        first = next(batches(encoded, **limits))
-        return tuple(sample.sample for sample in first)
+        for batch in batches(encoded, **limits):
+            yield tuple(sample.sample for sample in batch)
 
-    async def ask(
-        self, samples: Sequence[RewardSample], *, is_forged: bool = False, loses_first: bool = False
-    ) -> Asked:
-        """Send one request with all of ``samples`` under a fresh id, and wait for its rewards.
+    async def send(
+        self,
+        samples: Sequence[RewardSample],
+        *,
+        context: RewardContext = CONTEXT,
+        retry: RewardRetry = ONCE,
+        is_forged: bool = False,
+        loses_first: bool = False,
+        stops_at_202: bool = False,
+    ) -> ProbeCall:
+        """Send one request with all of ``samples`` and wait for its rewards.
 
         Args:
-            samples: No more than `max_samples`.
-            is_forged: Sign it with a secret that nobody has.
-            loses_first: Treat its first answer as lost, so that a job's client sends it again: the same bytes under the same id.
+            samples: At most `max_samples`.
+            context: Step, mode and job that the request names.
+            retry: Attempts at the request.
+            is_forged: Sign it with random secrets.
+            loses_first: Drop the first answer, so that the same bytes are sent again under the
+                same id, as a job's client does.
+            stops_at_202: Return when the service accepts the request, without its result.
         """
-        wire = Wire(is_forged, loses_first)
+        wire = WireRecord(is_forged, loses_first)
         if self._options.strip_thinking:
             samples = list(map(without_thinking, samples))
         encoded = [encode_sample(sample, self._options.columns, 0) for sample in samples]
-        slot = self._tapped.slot()
+        acceptance = AcceptanceInbox(self.inbox) if stops_at_202 and self.inbox else None
+        sender = replace(
+            self._sender(self._recording),
+            options=replace(self._options, retry=_TWICE if loses_first else retry),
+            inbox=acceptance or self.inbox,
+        )
+        slot = self._recording.slot()
         await slot.acquire()
-        options = replace(self._options, retry=_TWICE if loses_first else _ONCE)
-        sender = replace(self._sender(self._tapped), options=options)
-        delivery = Delivery(sender, CONTEXT, time.monotonic(), slot)
-        token = _WIRE.set(wire)
         started = time.monotonic()
+        delivery = Delivery(sender, context, started, slot)
+        token = _WIRE.set(wire)
         failure: AttemptFailedError | None = None
-        results: tuple[RewardResult, ...] = ()
+        results: tuple[RewardResult, ...]
         try:
-            found = await delivery.results(encoded)
-            results = tuple(found[sample.id] for sample in samples)
+            scoring = delivery.results(encoded)
+            found = await (scoring if acceptance is None else _until_accepted(scoring, acceptance))
+            results = tuple(found[sample.id] for sample in samples if found)
         except AttemptFailedError as error:
-            failure = error
+            failure, results = error, (delivery.failed(error),) * len(samples)
         except RewardMisconfiguredError as error:
             failure = AttemptFailedError("permanent", error.error_code, error.message)
+            failed = Failed(error.error_code, error.message, is_transient=False)
+            results = (failed,) * len(samples)
         finally:
             _WIRE.reset(token)
             slot.release()
         is_answered = wire.answer is not None and wire.answer.status == 200
         seconds = wire.seconds if is_answered else time.monotonic() - started
-        return Asked(tuple(samples), results, failure, seconds, wire)
+        return ProbeCall(tuple(samples), results, failure, seconds, wire)
 
-    def lost_results(self, asked: Asked) -> list[RewardResult]:
-        """The results in the answer that was lost.
+    def lost_results(self, call: ProbeCall) -> list[RewardResult]:
+        """The results in the answer that was dropped.
 
         Raises:
-            RewardContractError: It breaks the contract.
+            RewardContractError: The answer breaks the contract.
         """
-        assert asked.wire.lost is not None
+        assert call.wire.lost is not None
         batch = RequestBatch(
-            request_id=asked.wire.sent["webhook-id"],
+            request_id=call.wire.sent["webhook-id"],
             component=self.name,
             context=CONTEXT,
-            samples=asked.samples,
+            samples=call.samples,
             columns=self._options.columns,
             created_at=_EPOCH,
             deadline=_EPOCH,
         )
-        return self._options.protocol.decode(asked.wire.lost.body, batch)
+        return self._options.protocol.decode(call.wire.lost.body, batch)
 
-    def exchange(self, step: int, asked: Asked) -> ProbeExchange:
-        """What went over the wire, without secrets."""
-        wire = asked.wire
+    def exchange(self, step: int, call: ProbeCall) -> ProbeExchange:
+        """Request and answer, without secrets."""
+        wire = call.wire
         hidden = dict.fromkeys(self._options.headers, REDACTED)
         headers = {**{name.lower(): text for name, text in hidden.items()}, **wire.sent}
         request = ProbeMessage(
             headers=self._shown_headers(headers), body=self._shown(wire.body), bytes=len(wire.body)
         )
-        return ProbeExchange(step=step, request=request, response=self._response(asked))
+        return ProbeExchange(step=step, request=request, response=self._response(call))
 
-    def _response(self, asked: Asked) -> ProbeMessage | None:
-        answer, failure = asked.wire.answer, asked.failure
+    def _response(self, call: ProbeCall) -> ProbeMessage | None:
+        answer, failure = call.wire.answer, call.failure
         if answer is not None:
             return ProbeMessage(
                 status=answer.status,
@@ -282,13 +353,29 @@ class Line(HttpReward):
             )
         if failure is None or failure.status is None:
             return None
-        body = self._shown(asked.wire.page) or self.redact(failure.quote)
-        headers = self._shown_headers(asked.wire.page_headers)
+        body = self._shown(call.wire.page) or self.redact(failure.quote)
+        headers = self._shown_headers(call.wire.page_headers)
         return ProbeMessage(status=failure.status, headers=headers, body=body)
 
     def _shown(self, body: bytes) -> str:
-        # Redacted before it is cut to its length: half a secret is one as well.
+        # Redacted before it is cut: half a secret would not be recognized.
         return self.redact(body[: 4 * SHOWN].decode("utf-8", "replace"))[:SHOWN]
 
     def _shown_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         return {name[:64]: self.redact(value)[:512] for name, value in list(headers.items())[:64]}
+
+
+async def _until_accepted(
+    scoring: Coroutine[Any, Any, dict[str, RewardResult]], inbox: AcceptanceInbox
+) -> dict[str, RewardResult]:
+    """The results; none if a 202 came first, whose result is then closed."""
+    results = asyncio.create_task(scoring)
+    accepted = asyncio.create_task(inbox.is_accepted.wait())
+    try:
+        await asyncio.wait({results, accepted}, return_when=asyncio.FIRST_COMPLETED)
+        return results.result() if results.done() else {}
+    finally:
+        results.cancel()
+        accepted.cancel()
+        await asyncio.gather(results, accepted, return_exceptions=True)
+        inbox.close_all()

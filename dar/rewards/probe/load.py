@@ -1,4 +1,4 @@
-"""Step 5 of a probe: full requests at full concurrency, and the settings that fit what they took."""
+"""Step 5 of a probe: full requests at full concurrency, and settings that fit the result."""
 
 import asyncio
 import math
@@ -10,118 +10,119 @@ from typing import Any
 
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.base import RewardSample
-from dar.rewards.probe.client import Asked
+from dar.rewards.probe.client import ProbeCall
 from dar.rewards.probe.steps import ProbeSession
 from dar.rewards.scoring.step_report import quantile
 
 CALLS = 20
 LOAD_SECONDS = 90.0
-"""After this no further request is begun."""
+"""No request starts later than this."""
 GROUP = 4
 WORDS = 500
-"""Of a completion, where the user gave none."""
+"""Words in a built-in completion."""
 NOTICED_SECONDS = 0.25
-"""Latency below which waiting inside a service is not worth a word."""
+"""Latency below which queueing inside the service is not reported."""
 QUEUEING = 2.0
-"""Growth of latency under load from which on requests do nothing but wait."""
+"""Factor of latency under load above which additional requests only queue."""
 LONGEST_PAUSE = 5.0
-"""How long a ``Retry-After`` is heeded once the load is over, in seconds."""
+"""Most seconds to wait for a ``Retry-After`` after the load."""
 MOSTLY = 0.5
-"""Share of failed requests that no number of retries makes up for."""
+"""Share of failed requests above which retries do not help."""
 EXAMPLE = {"prompts": 32, "completions": 4, "seconds": 30.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What full requests came to."""
+    """The measured requests."""
 
     samples: int
     """In each request."""
-    alone: Asked
-    """The first one, which had the service to itself."""
-    crowd: Sequence[Asked]
-    """Those that followed, several at once."""
+    alone: ProbeCall
+    """The first request, sent alone."""
+    concurrent: Sequence[ProbeCall]
+    """The requests after it, several at once."""
     seconds: float
-    """From the start of the crowd to its end."""
+    """Duration of the concurrent ones."""
 
     @property
-    def all(self) -> list[Asked]:
+    def all(self) -> list[ProbeCall]:
         """All requests."""
-        return [self.alone, *self.crowd]
+        return [self.alone, *self.concurrent]
 
     @property
     def latencies(self) -> list[float]:
-        """Seconds of those that were answered, in order."""
+        """Sorted seconds of the answered requests."""
         return sorted(one.seconds for one in self.all if one.failure is None)
 
     @property
     def codes(self) -> Counter[str]:
-        """How often which failure was met."""
+        """Count of each failure."""
         return Counter(one.code for one in self.all if one.failure is not None)
 
     @property
     def throttled(self) -> int:
-        """Requests that the service had no room for."""
+        """Requests rejected with 429 or 503."""
         return sum(one.failure is not None and one.failure.status in {429, 503} for one in self.all)
 
 
 async def check_load(session: ProbeSession) -> None:
-    """Ask for full requests, as many at once as the component allows."""
-    notes, limits = session.notes, session.component.limits
+    """Send full requests, as many at once as the component allows."""
+    report, limits = session.report, session.component.limits
     load = await _measure(session)
     latencies, codes = load.latencies, load.codes
     if latencies:
-        notes.latencies = latencies
-        notes.suggested = suggestions(session.component, load)
+        report.latencies = latencies
+        report.suggested = suggestions(session.component, load)
     failed = codes.total()
     if failed:
-        _tell_failures(session, load)
+        _report_failures(session, load)
     if latencies:
-        _tell_slowness(session, load)
+        _report_slowness(session, load)
         p50, p95 = quantile(latencies, 0.5), quantile(latencies, 0.95)
-        notes.done(
-            f"{len(load.all)} requests of {load.samples} samples, {limits.concurrency} at once: p50 {p50 * 1000:.0f} ms, "
-            f"p95 {p95 * 1000:.0f} ms, {failed} failed"
+        report.done(
+            f"{len(load.all)} requests of {load.samples} samples, {limits.concurrency} at once: "
+            f"p50 {p50 * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms, {failed} failed"
         )
-    await asyncio.sleep(min(session.line.wished_pause, LONGEST_PAUSE))
+    await asyncio.sleep(min(session.client.retry_after_seconds, LONGEST_PAUSE))
 
 
-def _tell_failures(session: ProbeSession, load: Load) -> None:
-    notes, codes = session.notes, load.codes
+def _report_failures(session: ProbeSession, load: Load) -> None:
+    report, codes = session.report, load.codes
     failed, calls = codes.total(), len(load.all)
-    told = ", ".join(f"{code} {count}" for code, count in codes.most_common())
-    text = f"{failed} of {calls} full requests failed: {told}"
+    counts = ", ".join(f"{code} {count}" for code, count in codes.most_common())
+    text = f"{failed} of {calls} full requests failed: {counts}"
     worst = codes.most_common(1)[0][0]
     example = next(one for one in load.all if one.code == worst)
     if load.throttled:
-        notes.warn("load.throttled", text, example)
+        report.warn("load.throttled", text, example)
     elif failed <= MOSTLY * calls:
-        notes.warn("load.errors", text, example)
+        report.warn("load.errors", text, example)
     if failed > MOSTLY * calls and (not load.throttled or failed == calls):
-        notes.error(worst, text, None if load.throttled else example)
+        report.error(worst, text, None if load.throttled else example)
 
 
-def _tell_slowness(session: ProbeSession, load: Load) -> None:
-    notes, component = session.notes, session.component
+def _report_slowness(session: ProbeSession, load: Load) -> None:
+    report, component = session.report, session.component
     latencies = load.latencies
     p50, p95 = quantile(latencies, 0.5), quantile(latencies, 0.95)
     attempt = component.timeouts.attempt
     if p95 > attempt / 2:
-        notes.warn(
-            "load.slow", f"p95 is {p95:.1f} s, and an attempt is cut off after {attempt:g} s"
+        report.warn(
+            "load.slow", f"p95 is {p95:.1f} s, and an attempt times out after {attempt:g} s"
         )
     useful = _useful_concurrency(load)
     if useful is not None and useful < component.limits.concurrency:
-        notes.warn(
+        report.warn(
             "load.queueing",
-            f"one request alone takes {load.alone.seconds:.2f} s, one of {component.limits.concurrency} at once {p50:.2f} s: the "
-            f"service works on about {useful} at a time",
+            f"one request alone takes {load.alone.seconds:.2f} s, one of "
+            f"{component.limits.concurrency} at once {p50:.2f} s: the service works on about "
+            f"{useful} at a time",
         )
 
 
 def _useful_concurrency(load: Load) -> int | None:
-    """Requests that the service works on at once, by Little's law; None: it did not slow down under load, or is fast all the same."""
-    answered = sum(one.failure is None for one in load.crowd)
+    """Requests that the service works on at once, by Little's law; None: load did not slow it."""
+    answered = sum(one.failure is None for one in load.concurrent)
     is_slowed = quantile(load.latencies, 0.5) > max(NOTICED_SECONDS, QUEUEING * load.alone.seconds)
     if load.alone.failure is not None or not answered or not is_slowed:
         return None
@@ -129,7 +130,7 @@ def _useful_concurrency(load: Load) -> int | None:
 
 
 def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
-    """Settings of the component that fit the load; there is at least one latency."""
+    """Settings of the component that fit the load, which has at least one latency."""
     latencies, concurrency = load.latencies, component.limits.concurrency
     p50, p99 = quantile(latencies, 0.5), quantile(latencies, 0.99)
     if load.throttled:
@@ -152,22 +153,23 @@ def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
 
 
 def _hint(latency: float, size: int) -> str:
-    """Little's law, with half as much again for latencies that vary."""
+    """Little's law, times 1.5 for varying latencies."""
     samples = EXAMPLE["prompts"] * EXAMPLE["completions"]
     needed = max(1, math.ceil(1.5 * latency * samples / size / EXAMPLE["seconds"]))
     return (
-        f"Requests in flight that hide the latency: 1.5 x {latency:.3g} s x samples per step / {size} / T, where T is the time in "
-        f"seconds that sampling and training of a step take. For {EXAMPLE['prompts']:g} prompts with "
-        f"{EXAMPLE['completions']:g} completions each and T = {EXAMPLE['seconds']:g}: {needed}."
+        f"Requests in flight that hide the latency: 1.5 x {latency:.3g} s x samples per step / "
+        f"{size} / T, where T is the time in seconds that sampling and training of a step take. "
+        f"For {EXAMPLE['prompts']:g} prompts with {EXAMPLE['completions']:g} completions each and "
+        f"T = {EXAMPLE['seconds']:g}: {needed}."
     )
 
 
 async def _measure(session: ProbeSession) -> Load:
-    line, concurrency = session.line, session.component.limits.concurrency
+    client, concurrency = session.client, session.component.limits.concurrency
     batches = _batches(session)
     first = next(batches)
-    alone = await line.ask(first)
-    asked: list[Asked] = []
+    alone = await client.send(first)
+    calls: list[ProbeCall] = []
     started = time.monotonic()
 
     async def work() -> None:
@@ -175,28 +177,28 @@ async def _measure(session: ProbeSession) -> Load:
             batch = next(batches, None)
             if batch is None:
                 return
-            asked.append(await line.ask(batch))
+            calls.append(await client.send(batch))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, CALLS - 1)):
             group.create_task(work())
-    return Load(len(first), alone, asked, time.monotonic() - started)
+    return Load(len(first), alone, calls, time.monotonic() - started)
 
 
 def _batches(session: ProbeSession) -> Iterator[Sequence[RewardSample]]:
-    """Full requests, no two the same, so that no cache answers."""
+    """Full requests; no two are equal, so that no cache can answer."""
     longest = max((sample.completion for sample in session.samples), key=len)
     if not session.are_own:
         longest = ("The rain has gone, and the sun is out again over the hills. " * WORDS)[
             : 6 * WORDS
         ]
-    size = session.line.max_samples
+    size = session.client.max_samples
     for call in range(CALLS):
         samples = [
             _sample(session.samples[place % len(session.samples)], longest, call, place)
             for place in range(size)
         ]
-        yield session.line.fitting(samples)
+        yield next(session.client.split(samples))
 
 
 def _sample(of: RewardSample, text: str, call: int, place: int) -> RewardSample:

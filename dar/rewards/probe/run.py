@@ -1,33 +1,27 @@
-"""A dry run of a reward service, in nine steps: what would go wrong in a job goes wrong here first.
+"""`probe`: a dry run of a reward service in nine steps.
 
-The steps are numbered as in the report; the load comes last, as it may leave a service out of breath. With two samples a full probe
-makes one connection for itself and at most 36 requests, a light one 6; with eight samples and a protocol that takes one sample per
-request it is 54.
+The steps are numbered as in the report. Load comes last, as it may exhaust the service. With two
+samples a full probe makes one connection of its own and at most 36 requests, a light one 6; with
+eight samples and a protocol of one sample per request it makes 54.
 """
 
 import asyncio
-import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_probe import ProbeReport
-from dar.protocol.reward_spec import RewardComponent
-from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardSample
-from dar.rewards.from_spec import http_options
-from dar.rewards.http.egress import EgressPolicy, Resolver, parse_url
-from dar.rewards.probe.address import Path, check_address
-from dar.rewards.probe.callbacks import ProbeInbox
-from dar.rewards.probe.client import Line
-from dar.rewards.probe.later import check_later
+from dar.rewards.probe.address import check_address
+from dar.rewards.probe.client import ProbeClient, ProbeTarget
 from dar.rewards.probe.load import check_load
-from dar.rewards.probe.report import Notes
+from dar.rewards.probe.report import ReportBuilder
 from dar.rewards.probe.steps import (
     ProbeSession,
     check_answer,
     check_determinism,
+    check_later,
     check_order,
     check_signature,
     check_spread,
@@ -36,7 +30,7 @@ from dar.rewards.probe.steps import (
 
 FULL_SECONDS = 300.0
 LONGEST_LATER_SECONDS = 60.0
-"""How long a result is waited for that comes later; a job waits until its own deadline."""
+"""Most time to wait for a result after a 202; a job waits until its own deadline."""
 LIGHT_STEPS = 4
 BUILT_IN = tuple(
     RewardSample(
@@ -53,25 +47,6 @@ BUILT_IN = tuple(
 )
 
 
-@dataclass(frozen=True)
-class ProbeTarget:
-    """What is probed."""
-
-    component: RewardComponent
-    url: str
-    secrets: Sequence[str] = field(default=(), repr=False)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    guard: EgressPolicy | None = None
-    inbox: ProbeInbox | None = None
-    """Takes callbacks; None: there is nobody to call back."""
-    example: RewardSample | None = None
-    """A prompt with its columns, for the built-in completions; None: a prompt of our own, without columns."""
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
-    """Whom to trust; None: the system's certificate authorities."""
-    resolver: Resolver | None = None
-    """Another source of addresses than the system's."""
-
-
 async def probe(
     target: ProbeTarget,
     samples: Sequence[RewardSample] | None,
@@ -79,44 +54,41 @@ async def probe(
     light: bool,
     seconds: float = FULL_SECONDS,
 ) -> ProbeReport:
-    """Ask a reward service as a job would, and say what is wrong with it.
+    """Send requests to a reward service as a job would, and report what is wrong.
 
     Args:
-        target: What is probed.
-        samples: What is to be scored, all of one group; None: two built-in completions.
-        light: Only the steps that a submission takes: 1 to 4.
-        seconds: Time for all steps together; what was found until then is reported.
+        target: The service.
+        samples: Samples to score, all of one group; None: two built-in completions.
+        light: Take only steps 1 to 4, as a submission does.
+        seconds: Time limit for all steps; the report has what was found until then.
     """
-    notes = Notes()
+    report = ReportBuilder()
     try:
-        line = _line(target)
+        client = ProbeClient(_with_short_deadline(target))
     except (RewardMisconfiguredError, ConfigurationError) as error:
-        notes.error(error.error_code, error.message)
-        return notes.report()
+        report.error(error.error_code, error.message)
+        return report.build()
+    session = ProbeSession(
+        target.component, client, report, samples or _built_in(target.example), samples is not None
+    )
     try:
-        async with asyncio.timeout(seconds) as limit:
-            await line.open()
-            try:
-                notes.line = line
-                await _take_steps(target, ProbeSession(
-                    target.component, line, notes, samples or _built_in(target.example), are_own=samples is not None
-                ), light=light)  # fmt: skip
-            finally:
-                await line.aclose()
+        async with asyncio.timeout(seconds) as limit, client:
+            report.client = client
+            await _take_steps(target, session, light=light)
     except TimeoutError:
         if not limit.expired():
             raise
-        told = f"the probe was not done within {seconds:g} s"
-        # A service that answered is slow, not broken.
-        if notes.step <= 2:
-            notes.error("timeout", told)
+        text = f"the probe was not done within {seconds:g} s"
+        # A service that has answered is slow, not broken.
+        if report.step <= 2:
+            report.error("timeout", text)
         else:
-            notes.warn("unfinished", told)
-    return notes.report()
+            report.warn("unfinished", text)
+    return report.build()
 
 
 def as_samples(given: Sequence[ProbeSample] | None) -> list[RewardSample] | None:
-    """A user's completions as reward sources take them; all of one group."""
+    """A user's completions as samples of one group."""
     if given is None:
         return None
     return [
@@ -151,17 +123,19 @@ def _built_in(example: RewardSample | None) -> Sequence[RewardSample]:
     ]
 
 
+def _with_short_deadline(target: ProbeTarget) -> ProbeTarget:
+    if target.component.reply != "either":
+        return target
+    timeouts = target.component.timeouts
+    seconds = min(timeouts.deadline, LONGEST_LATER_SECONDS)
+    changes = {"timeouts": timeouts.model_copy(update={"deadline": seconds})}
+    return replace(target, component=target.component.model_copy(update=changes))
+
+
 async def _take_steps(target: ProbeTarget, session: ProbeSession, *, light: bool) -> None:
-    notes = session.notes
-    path = Path(
-        parse_url(target.url, target.guard),
-        target.guard,
-        target.tls,
-        target.resolver,
-        target.component.timeouts.connect,
-    )
+    report = session.report
     steps: dict[int, Callable[[], Awaitable[None]]] = {
-        1: lambda: check_address(path, notes),
+        1: lambda: check_address(target, report),
         2: lambda: check_answer(session),
         3: lambda: check_determinism(session),
         4: lambda: check_order(session),
@@ -172,36 +146,11 @@ async def _take_steps(target: ProbeTarget, session: ProbeSession, *, light: bool
         5: lambda: check_load(session),
     }
     for number, take in steps.items():
-        notes.step = number
+        report.step = number
         if light and number > LIGHT_STEPS:
-            notes.skip("not part of a light probe")
+            report.skip("not part of a light probe")
             continue
         await take()
-        notes.latencies = notes.latencies or session.seconds
-        if notes.has_errors and number <= LIGHT_STEPS:
+        report.latencies = report.latencies or session.seconds
+        if report.has_errors and number <= LIGHT_STEPS:
             return
-
-
-def _line(target: ProbeTarget) -> Line:
-    """The client.
-
-    Raises:
-        RewardMisconfiguredError: The URL cannot be used.
-        ConfigurationError: A secret or a header cannot be.
-    """
-    component = target.component
-    if component.reply == "either":
-        seconds = min(component.timeouts.deadline, LONGEST_LATER_SECONDS)
-        timeouts = component.timeouts.model_copy(update={"deadline": seconds})
-        component = component.model_copy(update={"timeouts": timeouts})
-    access = ComponentAccess(
-        url=target.url, secrets=list(target.secrets), headers=dict(target.headers)
-    )
-    options = replace(
-        http_options(component, access, guard=target.guard, is_shared=False),
-        tls=target.tls,
-        resolver=target.resolver,
-    )
-    return Line(
-        component.name, target.url, secrets=access.secrets, options=options, inbox=target.inbox
-    )

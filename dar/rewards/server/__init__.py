@@ -1,11 +1,11 @@
-"""The reward server: a reward service from one function. `serve` and `reward_server` are its face.
+"""The reward server: a reward service from one function. Use `serve` or `reward_server`.
 
 app: `serve` and `reward_server`, which make the ASGI application.
-endpoint: one request: read, verify, score, answer.
-idempotency: an answer that was given is given again.
-callbacks: answers by 202 and a later callback.
+endpoint: the routes: read, verify, score and answer a request.
+idempotency: scores each request once and keeps the answers.
+callbacks: posts later results to callback URLs.
 options: the options of a server, checked.
-process: the address, the socket and the server process.
+process: socket, URL, and the server process.
 """
 
 from dar.rewards.server.app import ServerOptions, reward_server, serve

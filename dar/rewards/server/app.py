@@ -8,13 +8,14 @@
     if __name__ == "__main__":
         serve(brevity, port=9000, secret_file="~/.local/share/dar/reward_secret")
 
-That answers ``POST http://127.0.0.1:9000/score`` for a job whose component names this URL, and ``GET /healthz``. The
-function has TRL's signature: it gets lists of prompts and completions, and by name the columns that the job sends
-(``ground_truth`` always). It may be a coroutine function. It returns one number per completion, or None where the reward
-does not apply; a NaN is reported as a failed sample, and a list of another length refuses the whole request. Instead of a
-number it may return a mapping with more, see `dar.rewards.functions.RewardFunction`.
+This answers ``POST http://127.0.0.1:9000/score`` for a job whose component names this URL, and
+``GET /healthz``. The function has the signature of TRL's reward functions: it gets lists of prompts
+and completions, and by name the columns that the job sends (always ``ground_truth``). It may be a
+coroutine function. It returns one number per completion, or None if the reward does not apply. A
+NaN is reported as a failed sample, and a list of wrong length fails the whole request. Instead of a
+number it may return a mapping, see `dar.rewards.functions.RewardFunction`.
 
-To run it under a server of your own, make the ASGI application with the decorator:
+To run it under another ASGI server, make the application with the decorator:
 
     @reward_server(secret_file="/run/secrets/reward")
     async def app(prompts, completions, **columns):
@@ -60,8 +61,8 @@ def reward_server(
         **options: See `ServerOptions`.
 
     Raises:
-        ConfigurationError: An option is out of range, a secret is malformed, or the function cannot take ``completions`` or
-            cannot do without ``completion_ids``.
+        ConfigurationError: An option is out of range, a secret is malformed, or the function does
+            not accept ``completions`` or requires ``completion_ids``.
         OSError: A ``secret_file`` cannot be read.
     """
     checked = CheckedOptions(**options)
@@ -70,8 +71,9 @@ def reward_server(
     def make(function: RewardFunction) -> Starlette:
         if not keys:
             logger.warning(
-                "NO SECRET: the reward server does not verify signatures and answers everybody who can reach it; "
-                "it posts to no callbacks, so that later results must be fetched; pass secret= or secret_file="
+                "NO SECRET: the reward server does not verify signatures and answers every "
+                "request. It posts no callbacks, so later results must be fetched. "
+                "Pass secret= or secret_file="
             )
         is_coroutine = inspect.iscoroutinefunction(function)
         endpoint = FunctionEndpoint(function, checked.of(keys, is_coroutine=is_coroutine))
@@ -90,7 +92,7 @@ def _application(endpoint: FunctionEndpoint, path: str) -> Starlette:
 
     beside = path[: path.rindex("/") + 1]
     routes = [
-        Route(path, endpoint.ask, methods=["POST"]),
+        Route(path, endpoint.score, methods=["POST"]),
         Route(f"{beside}results/{{request_id}}", endpoint.fetch),
         Route("/healthz", endpoint.health),
     ]
@@ -113,25 +115,28 @@ def serve(
 ) -> None:
     """Serve a reward function, or an application of `reward_server`, until Ctrl-C or SIGTERM.
 
-    Then new requests get a 503, while calls in flight end and promised results are delivered, for at most ``stop_seconds``.
-    A second signal ends it at once.
+    While it stops, new requests get a 503; running calls end and results promised with a 202 are
+    delivered, for at most ``stop_seconds``. A second signal stops it at once.
 
     Args:
-        function: The reward function, or an application, which brings its own options.
+        function: The reward function, or an application, which has its own options.
         host: Address to bind to; ``0.0.0.0`` for other machines.
         port: Port to bind to; 0 takes a free one.
-        started: Called with the URL of the reward service, once requests are taken in, and with what answers them.
+        started: Called with the URL and the endpoint once requests are accepted; the endpoint is
+            None for an application of another kind.
         **options: See `ServerOptions`.
 
     Raises:
-        ConfigurationError: The address cannot be bound to, an application came with options, or see `reward_server`.
+        ConfigurationError: The address cannot be bound, options were given for an application, or
+            see `reward_server`.
         OSError: A ``secret_file`` cannot be read.
     """
     if not isinstance(function, Starlette):
         function = reward_server(**options)(function)
     elif any(option is not None for option in options.values()):
         raise ConfigurationError(
-            "an application brings its own secret and limits; pass options to reward_server, not to serve"
+            "an application has its own secret and limits; "
+            "pass options to reward_server, not to serve"
         )
     listener = bind(host, port)
     url = address(listener, host) + getattr(function.state, "reward_path", "/")

@@ -1,4 +1,4 @@
-"""Callbacks of a reward server: a result is posted until it is taken, refused for good, or too late."""
+"""Callbacks of a reward server: posts a result until it is accepted, rejected or too late."""
 
 import asyncio
 import hashlib
@@ -19,34 +19,34 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 LONGEST_RETRY_AFTER_SECONDS = 60.0
 ATTEMPT_SECONDS = 30.0
-"""For one POST, from its connection to the end of its answer."""
+"""Time limit of one POST, from connecting to the end of the answer."""
 QUOTED_BYTES = 1024
-"""Of a refusal, for the log."""
+"""Bytes of a rejection that are logged."""
 RETRIED = {408, 425, 429}
-"""Statuses below 500 that pass."""
+"""Statuses below 500 that are retried."""
 _ID_CHARACTERS = 32
-# Not the module's functions: the user's function may have seeded those, and count on what they draw next.
+# A generator of its own: the user's function may have seeded the module's and rely on its sequence.
 _JITTER = random.SystemRandom()
 
 
 def own_id(request_id: str, body: bytes) -> str:
-    """The ``webhook-id`` of an answer: the same for the same answer, another for any other."""
+    """The ``webhook-id`` of an answer: equal for equal answers, different for others."""
     digest = hashlib.sha256(request_id.encode() + b"\0" + body).hexdigest()
     return f"rwr_{digest[:_ID_CHARACTERS]}"
 
 
 def signed(keys: Sequence[bytes], request_id: str, body: bytes) -> dict[str, str]:
-    """The three headers of a signed answer; none without keys."""
+    """The three signature headers of an answer; none without keys."""
     if not keys:
         return {}
     return signed_headers(keys, own_id(request_id, body), int(datetime.now(UTC).timestamp()), body)
 
 
 class CallbackSender:
-    """Posts results to where their requests want them.
+    """Posts results to the callback URLs of their requests.
 
     Args:
-        keys: Secrets that results are signed with.
+        keys: Secrets that sign results.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
@@ -54,11 +54,12 @@ class CallbackSender:
         self._client: httpx2.AsyncClient | None = None
 
     async def deliver(self, request_id: str, reply: Callable[[], Reply], body: bytes) -> None:
-        """Post a result; returns when it was taken, when it is refused for good, or at the deadline.
+        """Post a result until it is accepted, rejected, or its deadline passes.
 
         Args:
             request_id: Id of the request.
-            reply: Where to and until when; asked before each attempt, as a newer request may have come.
+            reply: Returns callback and deadline; called before each attempt, as a newer request
+                may have changed them.
             body: The result.
         """
         pause = FIRST_PAUSE_SECONDS
@@ -66,17 +67,21 @@ class CallbackSender:
             now = reply()
             remaining = (now.deadline - datetime.now(UTC)).total_seconds()
             if now.callback is None or remaining <= 0:
-                logger.error("the result of %s could not be delivered before its deadline", request_id)  # fmt: skip
+                logger.error(
+                    "the result of %s could not be delivered before its deadline", request_id
+                )
                 return
             reason, wait = await self._attempt(request_id, now.callback, body, remaining)
             if reason is None:
                 return
             if wait is None:
-                logger.error("the result of %s was not taken, and is not sent again: %s", request_id, reason)  # fmt: skip
+                logger.error("the result of %s could not be delivered: %s", request_id, reason)
                 return
             wait = max(wait, _JITTER.uniform(pause / 2, pause))
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
-            logger.warning("the result of %s was not taken: %s; again in %.1f s", request_id, reason, wait)  # fmt: skip
+            logger.warning(
+                "the result of %s was not delivered: %s; retry in %.1f s", request_id, reason, wait
+            )
             await asyncio.sleep(min(wait, remaining))
 
     async def aclose(self) -> None:
@@ -87,7 +92,7 @@ class CallbackSender:
     async def _attempt(
         self, request_id: str, callback: Callback, body: bytes, seconds: float
     ) -> tuple[str | None, float | None]:
-        """Why it was not taken (None: it was), and the least wait before the next attempt (None: there is none)."""
+        """Why it failed (None: accepted), and the least wait before a retry (None: no retry)."""
         headers = {
             "authorization": f"Bearer {callback.token}",
             "content-type": "application/json",
@@ -98,7 +103,7 @@ class CallbackSender:
         if reason is not None:
             return reason, None
         if self._client is None:
-            # The request says where to; a proxy or credentials of this machine's environment are not meant for there.
+            # The URL comes from the request: no proxy or credentials of this machine's environment.
             self._client = httpx2.AsyncClient(trust_env=False, follow_redirects=False)
         try:
             async with (
@@ -107,7 +112,7 @@ class CallbackSender:
                     "POST", callback.url, content=body, headers=headers, timeout=ATTEMPT_SECONDS
                 ) as answer,
             ):
-                return await _verdict(answer, callback.token)
+                return await _rejection(answer, callback.token)
         except (httpx2.HTTPError, TimeoutError) as error:
             return f"{type(error).__name__} at {urlsplit(callback.url).netloc}", 0.0
 
@@ -115,15 +120,15 @@ class CallbackSender:
 def _unusable(url: str) -> str | None:
     try:
         parts = urlsplit(url)
-        httpx2.URL(url)  # more is no URL to one of them than to the other
+        httpx2.URL(url)  # each of the two rejects some URLs that the other accepts
     except (httpx2.InvalidURL, ValueError):
-        return "its callback's url is no URL"
+        return "its callback's url is not a URL"
     if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
         return "its callback's url is not http(s)://host…, without a user name"
     return None
 
 
-async def _verdict(answer: httpx2.Response, token: str) -> tuple[str | None, float | None]:
+async def _rejection(answer: httpx2.Response, token: str) -> tuple[str | None, float | None]:
     if answer.is_success:
         return None, None
     reason = f"HTTP {answer.status_code} from {answer.url.netloc.decode('ascii', 'replace')}"
@@ -135,6 +140,6 @@ async def _verdict(answer: httpx2.Response, token: str) -> tuple[str | None, flo
         said += chunk
         if len(said) >= QUOTED_BYTES + len(token):
             break
-    # It may repeat what it was sent.
+    # The answer may repeat the request.
     quote = said.replace(token.encode(), b"rwt_...")[:QUOTED_BYTES]
     return f"{reason}: {quote.decode('utf-8', 'replace')!r}", None

@@ -1,4 +1,4 @@
-"""The routes of a reward server: the POST that asks for rewards, the GET that fetches later ones, and the health."""
+"""The routes of a reward server: POST for rewards, GET for later results, and health."""
 
 import asyncio
 import logging
@@ -34,46 +34,47 @@ from dar.version import __version__
 
 logger = logging.getLogger(__name__)
 STOPPING_RETRY_AFTER = 2.0
-"""Seconds in which a successor may have started."""
+"""Seconds in which a new process may have started."""
 BODY_SECONDS = 60.0
-"""How long the body of a request may take to come in: who sends it is only known when it is there."""
+"""Time limit for reading a body; its sender is only known once it is complete."""
 LARGE_BODIES = 8
-"""Bodies of the largest size that may be coming in at once; smaller ones share that room."""
+"""Most bodies of the largest size being read at once; smaller ones share that space."""
 BUSY_RETRY_AFTER = 1.0
-_LOOK_SECONDS = 0.05
-"""Pause between two looks at what is still to be done before the end."""
+_POLL_SECONDS = 0.05
+"""Interval for checking whether a stopping server has work left."""
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionEndpointOptions:
-    """How requests are answered."""
+    """Options of a `FunctionEndpoint`."""
 
     keys: Sequence[bytes]
-    """Accepted secrets, decoded; none accepts every request."""
+    """Accepted secrets, decoded; without any, every request is accepted."""
     bounds: Bounds
     max_body_bytes: int
     answer_within_seconds: float | None
-    """How long an answer may take before a 202 announces it; None: as long as it takes."""
+    """Wait for a result before a 202 is sent; None: no 202 is sent."""
     stop_seconds: float
 
 
 class FunctionEndpoint:
-    """Answers requests of ``dar.reward.v1`` with what a function returns.
+    """Answers requests of ``dar.reward.v1`` with the results of a function.
 
     Args:
-        function: The user's function.
-        options: How.
+        function: The user's reward function.
+        options: Secrets and limits.
 
     Raises:
-        ConfigurationError: The function cannot take ``completions``, or cannot do without ``completion_ids``.
+        ConfigurationError: The function does not accept ``completions``, or requires
+            ``completion_ids``.
     """
 
     def __init__(self, function: RewardFunction, options: FunctionEndpointOptions) -> None:
         self._source = FunctionReward(function)
         if self._source.needs_completion_ids:
             raise ConfigurationError(
-                f"reward function {self._source.name} needs completion_ids, which are not sent to reward services; "
-                "score the texts in completions, or give the parameter a default"
+                f"reward function {self._source.name} needs completion_ids, which are not sent to "
+                "reward services; score the texts in completions, or give the parameter a default"
             )
         self._options = options
         self._answers = Answers(options.bounds, self._finished)
@@ -84,40 +85,40 @@ class FunctionEndpoint:
 
     @property
     def name(self) -> str:
-        """The function's name, as a component's."""
+        """Name of the function, for a component."""
         return self._source.name
 
     @property
     def answers_later(self) -> bool:
-        """Whether it may answer with a 202."""
+        """Whether a 202 may be answered."""
         return self._options.answer_within_seconds is not None
 
-    async def ask(self, request: Request) -> Response:
+    async def score(self, request: Request) -> Response:
         """Answer the POST of a request."""
         body = await self._read(request)
         if self._options.keys:
             verify(self._options.keys, request.headers, body)
-        asked = decode_request(body)
-        if self._options.keys and request.headers["webhook-id"] != asked.request_id:
-            raise InvalidRequestError("webhook-id is not the body's request_id")
+        decoded = decode_request(body)
+        if self._options.keys and request.headers["webhook-id"] != decoded.request_id:
+            raise InvalidRequestError("webhook-id differs from the body's request_id")
         if not self._options.keys:
-            asked = _without_callback(asked)
-        entry = self._answers.known(asked)
+            decoded = _without_callback(decoded)
+        entry = self._answers.known(decoded)
         if entry is None:
             if self._stops_at is not None:
                 raise ServiceUnavailableError(
                     "the reward server is stopping", retry_after_seconds=STOPPING_RETRY_AFTER
                 )
-            entry = self._answers.start(asked, lambda entry: self._answer(asked, entry))
-        if self.answers_later and "async" in asked.reply.modes:
-            # With 0 nothing is waited for: whoever asks for later answers gets them, also from a function that is quick.
+            entry = self._answers.start(decoded, lambda entry: self._answer(decoded, entry))
+        if self.answers_later and "async" in decoded.reply.modes:
+            # With 0 there is no wait, so that even a fast function gives a 202.
             if self._options.answer_within_seconds:
                 await asyncio.wait([entry.task], timeout=self._options.answer_within_seconds)
             if not entry.task.done():
                 entry.is_promised = True
                 promise = {"status": "accepted", "poll_url": f"results/{entry.request_id}"}
                 return JSONResponse({"request_id": entry.request_id, **promise}, 202)
-        # The caller may give up and ask again; what it has started goes on for the next attempt.
+        # If the client disconnects, the call goes on; a retry of the request gets its result.
         return self._given(entry, await asyncio.shield(entry.task))
 
     async def fetch(self, request: Request) -> Response:
@@ -132,31 +133,31 @@ class FunctionEndpoint:
         entry = self._answers.find(request_id)
         if entry is None:
             raise NotFoundError(
-                f"there is no result of {request_id} in this process: it was never asked, its function failed, "
-                "or its result is forgotten"
+                f"there is no result of {request_id} in this process: the request never came, its "
+                "function failed, or the result was deleted"
             )
         if not entry.task.done():
             return JSONResponse({"request_id": request_id, "status": "accepted"}, 202)
         return self._given(entry, entry.task.result())
 
     async def health(self, _: Request) -> Response:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         if self._stops_at is not None:
             return JSONResponse({"status": "stopping"}, 503)
         return JSONResponse({"status": "ok"})
 
     def stop(self) -> None:
-        """Take no new requests; what is left is given ``stop_seconds``."""
+        """Reject new requests, and give the others ``stop_seconds``."""
         if self._stops_at is None:
             self._stops_at = time.monotonic() + self._options.stop_seconds
 
     async def drained(self) -> None:
-        """Wait until all that was begun is scored, and all that was promised is delivered or fetched; at most until it must stop."""
+        """Stop; wait until calls have ended and promised results are delivered or fetched."""
         self.stop()
         await self._wait(lambda entry: not entry.task.done() or entry.is_promised)
 
     async def aclose(self) -> None:
-        """End. Nobody can ask any more, so what waits for a callback is waited for alone; the rest is dropped."""
+        """Stop; wait only for callbacks, as results can no longer be fetched; cancel the rest."""
         self.stop()
         await self._wait(lambda entry: entry.is_promised and entry.reply.callback is not None)
         left = [entry for entry in self._answers if entry.is_promised and not entry.is_settled]
@@ -174,7 +175,7 @@ class FunctionEndpoint:
             concerns(entry) and not entry.is_settled and (entry.is_in_time or not entry.task.done())
             for entry in self._answers
         ):
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
     def _given(self, entry: Entry, answer: bytes) -> Response:
         entry.is_settled = True
@@ -201,11 +202,11 @@ class FunctionEndpoint:
                         raise PayloadTooLargeError(f"the body is over {most} bytes")
                     if self._incoming_bytes > LARGE_BODIES * most:
                         raise ServiceUnavailableError(
-                            "too much is coming in at once", retry_after_seconds=BUSY_RETRY_AFTER
+                            "too many request bodies at once", retry_after_seconds=BUSY_RETRY_AFTER
                         )
         except TimeoutError:
             raise ServiceUnavailableError(
-                f"the body did not come in within {BODY_SECONDS:.3g} s", code="slow_body"
+                f"the body did not arrive within {BODY_SECONDS:.3g} s", code="slow_body"
             ) from None
         finally:
             self._incoming_bytes -= len(body)
@@ -235,12 +236,12 @@ class FunctionEndpoint:
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
-            # Whatever it raised is a 500: errors of this product are no answers to the sender either, and a cancellation of
-            # its own would pass for one of ours.
+            # Any exception of the function is a 500, also an error of this product or a
+            # cancellation that it raised itself.
             logger.exception("the reward function failed")
             if not entry.is_promised:
                 raise DARError(_reason(error), code=_code(error)) from error
-            # Nobody waits for a status any more; each sample says that it failed, and is asked for again in a new request.
+            # After a 202 there is no status to send: each sample fails, and the client retries it.
             results = [Failed(_code(error), _reason(error), is_transient=True)] * len(samples)
         content = {
             "type": RESULT_TYPE,
@@ -255,7 +256,7 @@ class FunctionEndpoint:
 
 
 def _without_callback(request: RewardRequest) -> RewardRequest:
-    """Where requests are not signed, anybody could have this machine post to any address: then results are only fetched."""
+    """Without signatures anybody could make this machine post to any address."""
     reply = request.reply.model_copy(update={"callback": None})
     return request.model_copy(update={"reply": reply})
 
@@ -284,14 +285,14 @@ def _as_json(result: RewardResult) -> Mapping[str, Any]:
         return {"error": error}
     if isinstance(result, Skipped):
         return {"skip": True, "reason": result.reason}
-    said = {"reward": result.reward, "components": result.components, "feedback": result.feedback}
-    return {name: value for name, value in said.items() if value not in (None, {})}
+    fields = {"reward": result.reward, "components": result.components, "feedback": result.feedback}
+    return {name: value for name, value in fields.items() if value not in (None, {})}
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, RewardContractError):
         return error.message
-    return f"the reward function raised {type(error).__name__}; the reward server's log has more"
+    return f"the reward function raised {type(error).__name__}; see the reward server's log"
 
 
 def _code(error: BaseException) -> str:
@@ -299,14 +300,14 @@ def _code(error: BaseException) -> str:
 
 
 async def render(_: Request, error: Exception) -> Response:
-    """Every refusal in the one error shape of the product."""
+    """Render every error in the product's error format."""
     if isinstance(error, HTTPException):
         kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
         error = kind(
             "a reward server answers a POST to its own path, GET /healthz and GETs of results"
         )
     elif not isinstance(error, DARError):
-        error = InvalidRequestError("the request broke off")
+        error = InvalidRequestError("the client disconnected")
     headers = {}
     if error.retry_after_seconds is not None:
         headers["retry-after"] = str(round(error.retry_after_seconds))

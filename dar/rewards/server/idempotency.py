@@ -1,10 +1,10 @@
-"""What a reward server remembers: each request is scored once, however often it comes.
+"""Scores each request once, however often it is sent, and keeps the answers for a while.
 
-A request keeps its id for good, also when a trainer dies and its successor sends it again; then it may have another
-``created_at``, deadline and callback token. So two requests with one id are the same where everything else is, and the newest
-one says whom to call back and until when.
+A request keeps its id, even if a trainer dies and another one sends it again. ``created_at``,
+deadline and callback token may then differ. So two requests with one id are the same if everything
+else is equal, and the newest one sets callback and deadline.
 
-Everything is kept in this process's memory, within a number of answers and of bytes, and for a time.
+Answers are kept in memory; their number, bytes and age are limited.
 """
 
 import asyncio
@@ -22,24 +22,24 @@ from dar.protocol.rewards import Reply, RewardRequest
 
 logger = logging.getLogger(__name__)
 LONGEST_RETRY_AFTER = 30.0
-"""Seconds; a full queue may be shorter sooner than its mean says."""
+"""Seconds; the mean time of a call may overestimate the wait."""
 _SMOOTHING = 0.2
 """Weight of the newest call in the mean time of a call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How much is kept, and how much may wait."""
+    """Limits of the kept answers and the waiting requests."""
 
     max_calls: int
-    """Calls in progress at once."""
+    """Most calls at once."""
     max_waiting: int
-    """Requests that wait for their call."""
+    """Most requests waiting for their call."""
     max_answers: int
     max_bytes: int
-    """Of all answers together."""
+    """Most bytes of all answers together."""
     seconds: float
-    """How long an answer is kept at least its count and bytes allow; longer where its request's deadline is later."""
+    """How long an answer is kept, within the other limits; at least until its deadline."""
 
 
 @dataclass(eq=False, slots=True)
@@ -49,28 +49,28 @@ class Entry:
     request_id: str
     fingerprint: bytes
     reply: Reply
-    """Of the newest request with this id."""
+    """Callback and deadline of the newest request with this id."""
     task: "asyncio.Task[bytes]" = field(init=False)
     is_promised: bool = False
-    """A 202 was answered, so whatever happens becomes an answer."""
+    """A 202 was sent, so a failure must become a result too."""
     is_settled: bool = False
-    """The answer was given, or nobody wants it any more."""
+    """The answer was sent, or can no longer be delivered."""
     finished_at: float | None = None
     """On the monotonic clock."""
     size: int = 0
 
     @property
     def is_in_time(self) -> bool:
-        """Whether an answer is still read."""
+        """Whether the deadline has not passed."""
         return datetime.now(UTC) < self.reply.deadline
 
 
 class Answers:
-    """The answers to the newest requests, and the calls that are in progress.
+    """The kept answers, and the calls in progress.
 
     Args:
-        bounds: How much is kept and may wait.
-        finished: Told about each entry whose answer is there.
+        bounds: Limits of both.
+        finished: Called with each entry that has its answer.
     """
 
     def __init__(self, bounds: Bounds, finished: Callable[[Entry], None]) -> None:
@@ -86,43 +86,43 @@ class Answers:
         return iter(list(self._entries.values()))
 
     def find(self, request_id: str) -> Entry | None:
-        """The entry of a request, if it is kept."""
+        """The entry of a request; None if there is none."""
         entry = self._entries.get(request_id)
         if entry is not None and self._is_old(entry):
-            self._forget(entry)
+            self._delete(entry)
             return None
         return entry
 
     def known(self, request: RewardRequest) -> Entry | None:
-        """The entry of an earlier request with the same id, which from now on has this one's deadline and callback.
+        """The entry of an earlier request with the same id; it takes over deadline and callback.
 
         Raises:
-            IdempotencyMismatchError: That one asked something else.
+            IdempotencyMismatchError: The earlier request had other content.
         """
         entry = self.find(request.request_id)
         if entry is None:
             return None
         if entry.fingerprint != fingerprint(request):
             raise IdempotencyMismatchError(
-                f"request {request.request_id} came before with other samples, or for another job, component, step or mode; "
-                "a webhook-id is good for one request: send another request under a new id"
+                f"request {request.request_id} came before with other samples, or for another job, "
+                "component, step or mode; send another request under a new id"
             )
         entry.reply = request.reply
         return entry
 
     def start(self, request: RewardRequest, call: Callable[[Entry], Awaitable[bytes]]) -> Entry:
-        """Begin to score a request that is not known.
+        """Start to score a new request.
 
         Args:
             request: The request.
-            call: Makes the answer; it runs when its turn has come.
+            call: Computes the answer; it may have to wait for other calls.
 
         Raises:
-            ServiceUnavailableError: Too many requests wait already.
+            ServiceUnavailableError: Too many requests are waiting.
         """
         if self._in_progress >= self._bounds.max_calls + self._bounds.max_waiting:
             raise ServiceUnavailableError(
-                f"{self._in_progress} requests are being scored or wait for it, as many as may",
+                f"{self._in_progress} requests are being scored or waiting, which is the limit",
                 code="queue_full",
                 retry_after_seconds=self._retry_after(),
             )
@@ -146,7 +146,7 @@ class Answers:
     def _done(self, entry: Entry) -> None:
         self._in_progress -= 1
         if entry.task.cancelled() or entry.task.exception() is not None:
-            self._entries.pop(entry.request_id, None)  # the next attempt begins anew
+            self._entries.pop(entry.request_id, None)  # a retry calls the function again
             return
         entry.finished_at = time.monotonic()
         entry.size = len(entry.task.result())
@@ -156,15 +156,15 @@ class Answers:
         self._finished(entry)
 
     def _retry_after(self) -> float:
-        """When a place may be free: the mean time of a call, over the calls in progress at once."""
+        """The mean time of a call, divided by the number of concurrent calls."""
         seconds = (self._mean_seconds or 0.0) / self._bounds.max_calls
         return min(max(1.0, seconds), LONGEST_RETRY_AFTER)
 
     def _expire(self) -> None:
-        """Forget what is too old, then what is too much: first what was given, the oldest before."""
+        """Delete old answers, then those beyond the limits: sent ones first, oldest first."""
         for entry in self:
             if self._is_old(entry):
-                self._forget(entry)
+                self._delete(entry)
         left = [entry for entry in self if entry.finished_at is not None]
         left.sort(key=lambda entry: not entry.is_settled)  # stable: the oldest stays first
         count = len(left)
@@ -173,10 +173,13 @@ class Answers:
                 return
             if not entry.is_settled and entry.is_promised:
                 logger.warning(
-                    "the answer to %s is forgotten before it was fetched: %d answers of %d bytes are kept, as many as may",
-                    entry.request_id, count, self._bytes,
-                )  # fmt: skip
-            self._forget(entry)
+                    "the answer to %s is deleted before it was fetched: "
+                    "the %d kept answers of %d bytes exceed a limit",
+                    entry.request_id,
+                    count,
+                    self._bytes,
+                )
+            self._delete(entry)
             count -= 1
 
     def _is_old(self, entry: Entry) -> bool:
@@ -184,12 +187,12 @@ class Answers:
             return False
         return time.monotonic() - entry.finished_at > self._bounds.seconds
 
-    def _forget(self, entry: Entry) -> None:
+    def _delete(self, entry: Entry) -> None:
         del self._entries[entry.request_id]
         self._bytes -= entry.size
 
 
 def fingerprint(request: RewardRequest) -> bytes:
-    """SHA-256 of what a request asks: all but when it was made and how it may be answered; the order of keys says nothing."""
+    """SHA-256 of a request without ``created_at`` and ``reply``, whatever the order of its keys."""
     content = request.model_dump(exclude={"created_at", "reply"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()

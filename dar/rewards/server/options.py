@@ -13,39 +13,45 @@ from dar.rewards.server.endpoint import FunctionEndpointOptions
 from dar.rewards.server.idempotency import Bounds
 
 CALLS = 1
-"""Calls of a plain function in progress at once, unless told otherwise: it need not be thread-safe."""
+"""Default concurrency of a plain function, which need not be thread-safe."""
 COROUTINE_CALLS = 64
-"""The same of a coroutine function."""
+"""Default concurrency of a coroutine function."""
 
 
 class ServerOptions(TypedDict, total=False):
-    """What `reward_server` and `serve` take by name."""
+    """Keyword arguments of `reward_server` and `serve`."""
 
     secret: str | Sequence[str] | None
-    """``whsec_…``, or several while one replaces another. What none of them signed gets a 401; answers are signed with all."""
+    """``whsec_…``, or several during a rotation. A request that none of them signed gets a 401;
+    answers are signed with all."""
     secret_file: str | Path | Sequence[str | Path] | None
-    """File with a secret, or several; ``~`` is expanded."""
+    """One or several files with a secret; ``~`` is expanded."""
     path: str
-    """Where rewards are asked for; default ``/score``. Later results are beside it, at ``results/<request id>``."""
+    """Path of reward requests; default ``/score``. Later results are at ``results/<request id>``
+    next to it."""
     max_calls: int | None
-    """Calls of the function in progress at once; default 1 for a plain function, which thus need not be thread-safe, and 64 for
-    a coroutine function. A function that waits for a network wants more than 1."""
+    """Most calls of the function at once; default 1 for a plain function, so that it need not be
+    thread-safe, and 64 for a coroutine function. Raise it for a function that waits for a
+    network."""
     max_waiting: int
-    """Requests that wait for their call; default 256. The next one gets a 503 with ``Retry-After``."""
+    """Most requests waiting for their call; default 256. Others get a 503 with ``Retry-After``."""
     max_body_bytes: int
-    """Largest request; default 8 MiB. A larger one gets a 413, and the sender splits it."""
+    """Largest request; default 8 MiB. A larger one gets a 413, and the client splits it."""
     max_answers: int
-    """Answers that are kept for repeated requests and for polls; default 1024."""
+    """Most answers kept for repeated requests and polls; default 1024."""
     max_answer_bytes: int
-    """Bytes of all kept answers together; default 64 MiB."""
+    """Most bytes of all kept answers together; default 64 MiB."""
     remembered_seconds: float
-    """How long an answer is kept, within these bounds; default an hour, and longer where its request's deadline is later."""
+    """How long an answer is kept, within these limits; default an hour, and at least until its
+    deadline."""
     asynchronous: bool
-    """Answer 202 where the request allows it, and give the result by poll and, where there is a secret, by callback."""
+    """Answer 202 if the request allows it; the result follows by poll or, with a secret, by
+    callback."""
     answer_within_seconds: float | None
-    """Answer 200 if it takes no longer than this, else 202; implies ``asynchronous``, whose own default is 0, which waits for nothing."""
+    """Answer 200 if the result is ready within this time, else 202; implies ``asynchronous``.
+    Default 0 with ``asynchronous``: a 202 without waiting."""
     stop_seconds: float
-    """How long calls in flight and promised results are waited for after SIGTERM or Ctrl-C; default 30."""
+    """Most seconds for running calls and promised results after SIGTERM or Ctrl-C; default 30."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +78,7 @@ class CheckedOptions:
 
     def __post_init__(self) -> None:
         if not self.path.startswith("/") or set(self.path) & set("{}?#"):
-            raise ConfigurationError(
-                f"path is {self.path!r}, but must be the path of a URL, like /score"
-            )
+            raise ConfigurationError(f"path is {self.path!r}, but must be a URL path like /score")
         for name in ("max_calls", "max_body_bytes", "max_answers", "max_answer_bytes"):
             _check(name, getattr(self, name), least=1)
         for name in ("max_waiting", "remembered_seconds", "answer_within_seconds", "stop_seconds"):
@@ -89,11 +93,11 @@ class CheckedOptions:
         return tuple(map(decode_secret, secrets))
 
     def of(self, keys: Sequence[bytes], *, is_coroutine: bool) -> FunctionEndpointOptions:
-        """The options as an endpoint takes them.
+        """The options of the endpoint.
 
         Args:
-            keys: What `keys` gave.
-            is_coroutine: Whether the function is one that need not be guarded against several calls at once.
+            keys: The result of `keys`.
+            is_coroutine: Whether the reward function is a coroutine function.
         """
         calls = self.max_calls or (COROUTINE_CALLS if is_coroutine else CALLS)
         within = self.answer_within_seconds

@@ -1,4 +1,4 @@
-"""A reward server as a process: bound before it says where it is, and stopped without losing what it has begun."""
+"""A reward server as a process: bound before its URL is printed, stopped without losing work."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from dar.rewards.server.endpoint import FunctionEndpoint
 KEEP_ALIVE_SECONDS = 75
 """Longer than the client keeps idle connections, so that it closes first."""
 LAST_SECONDS = 2
-"""For what still holds a connection after everything else has ended."""
+"""Most seconds for open connections after everything else has ended."""
 BACKLOG = 2048
 
 
@@ -38,24 +38,25 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigurationError(
-            f"the reward server cannot listen on {host}:{port}: {reason}; choose another port or host"
+            f"the reward server cannot listen on {host}:{port}: {reason}; "
+            "choose another port or host"
         ) from None
 
 
 def address(listener: socket.socket, host: str) -> str:
-    """``http://host:port`` of a socket, under a name by which others find it too."""
+    """``http://host:port`` of a socket, with a name that other machines can use."""
     port = listener.getsockname()[1]
-    name = socket.gethostname() if host in {"0.0.0.0", "::", ""} else host  # noqa: S104 - it is asked for by the user
+    name = socket.gethostname() if host in {"0.0.0.0", "::", ""} else host  # noqa: S104 - chosen by the user
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
 def run(app: Starlette, listener: socket.socket, url: str) -> None:
-    """Serve until Ctrl-C or SIGTERM, and a little longer: see `FunctionEndpoint.drained`. A second signal ends it at once.
+    """Serve until Ctrl-C or SIGTERM, then drain the endpoint; a second signal stops at once.
 
     Args:
         app: The application.
-        listener: Where it listens (`bind`).
-        url: Its URL, for the log.
+        listener: The socket from `bind`.
+        url: The URL, for the log.
     """
     config = uvicorn.Config(
         app,
@@ -64,16 +65,16 @@ def run(app: Starlette, listener: socket.socket, url: str) -> None:
         timeout_graceful_shutdown=LAST_SECONDS,
     )
     endpoint = getattr(app.state, "reward_endpoint", None)
-    # Configured by uvicorn, which does not say itself where it is when it is given a socket.
+    # uvicorn does not log the address of a given socket.
     logging.getLogger("uvicorn.error").info("Reward server at %s (Ctrl-C stops it)", url)
     _Server(config, endpoint).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Answers while it drains, and leaves with 0.
+    """Answers while it drains, and exits with 0.
 
-    uvicorn would close its listener at the first signal, so that nobody could fetch a promised result or learn that he should
-    come again; and raise the signal again at the end.
+    uvicorn would close the listener at the first signal, so that promised results could not be
+    fetched and new requests would get no 503; and it would raise the signal again at the end.
     """
 
     def __init__(self, config: uvicorn.Config, endpoint: FunctionEndpoint | None) -> None:
@@ -95,7 +96,7 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what a signal handler gets
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signature of a signal handler
         self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
-from dar.rewards.probe.run import ProbeTarget, as_samples, probe
+from dar.rewards.probe.client import ProbeTarget
+from dar.rewards.probe.run import as_samples, probe
 
 Behaviour = Callable[[Any], None]
 
