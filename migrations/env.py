@@ -1,4 +1,4 @@
-"""Alembic's entry: the service hands over a connection, a developer's command line gives one by its settings."""
+"""Alembic's entry point. The service passes a connection; the command line uses the settings."""
 
 from alembic import context
 from sqlalchemy import Connection
@@ -15,7 +15,7 @@ def migrate(connection: Connection) -> None:
         target_metadata=Base.metadata,
         render_as_batch=connection.dialect.name == "sqlite",
         compare_type=True,
-        # SQLite can: only its driver's own way of beginning transactions cannot, and that is turned off.
+        # SQLite's DDL is transactional once its driver no longer begins transactions itself.
         transactional_ddl=True,
     )
     with context.begin_transaction():

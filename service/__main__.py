@@ -20,18 +20,18 @@ from service.store import reward_secrets
 from service.store.database import Database
 
 GRACE_SECONDS = 4
-"""What a request may still take when the service is stopped."""
+"""How long a running request may take to end when the service stops."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn, saying when it is ready and letting no long poll hold up its end."""
+    """uvicorn that logs when it is ready, and ends long polls when it stops."""
 
     def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._app = app
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to serve, then say where."""
+        """Start serving, then log the address."""
         await super().startup(sockets)
         if self.started:
             for server in self.servers:
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
                     structlog.get_logger().info("ready", url=f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop, letting go of everybody who waits."""
+        """Stop, and end all long polls."""
         runtime = getattr(self._app.state, "runtime", None)
         if runtime is not None:
             runtime.notifier.release()
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one of the service's processes; gives its exit status."""
+    """Run one of the service's processes. Returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     serve_parser = commands.add_parser("serve", help="serve the API")
@@ -106,7 +106,8 @@ def _serve(settings: Settings) -> int:
     )
     server = Server(app, config)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn stops gracefully, then raises the signal again for whoever had it before: that is nobody.
+        # After a graceful stop uvicorn raises the signal again. Without a handler it would kill the
+        # process.
         signal.signal(number, lambda _number, _frame: None)
     server.run()
     return 0 if server.started else 1

@@ -1,4 +1,4 @@
-"""The application: its routes, and what starts and stops with it."""
+"""The ASGI application: its routes, and the threads that start and stop with it."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -39,7 +39,6 @@ from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.callbacks import Callbacks
 from service.http import auth, errors
 from service.http.log import RequestMiddleware
 from service.rewards.watch import RewardWatch
@@ -81,7 +80,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
 
     Args:
         settings: Of this installation.
-        runtime: What `prepare` has made of them; default: it is made when the application starts.
+        runtime: Result of `prepare`; by default `prepare` runs when the application starts.
     """
 
     @asynccontextmanager
@@ -134,7 +133,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the bodies that `service.http.bodies.body_of` reads."""
+    """The OpenAPI document, including the bodies that `service.http.bodies.body_of` reads."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, bodies = models_json_schema(
@@ -149,10 +148,10 @@ def describe(app: FastAPI) -> dict[str, Any]:
 
 
 def prepare(settings: Settings) -> Runtime:
-    """Everything that a process serves with: the schema up to date, folders and keys made.
+    """Upgrade the schema, make missing folders and keys, and assemble the runtime.
 
     Raises:
-        ServiceUnavailableError: The database does not answer.
+        ServiceUnavailableError: The database does not respond.
         ConfigurationError: A setting cannot be used.
     """
     database = Database(settings.sqlalchemy_url)
@@ -169,15 +168,13 @@ def prepare(settings: Settings) -> Runtime:
         with database.read() as transaction:
             return metrics_store.newest_of_running(transaction, MAX_JOBS)
 
-    callbacks = Callbacks()
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs, running_values, callbacks.counts),
-        callbacks=callbacks,
+        telemetry=Telemetry(count_jobs, running_values),
         reward_secret=keys.configure(settings, database),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),

@@ -1,6 +1,6 @@
 """Files of the installation: uploads and checkpoints in one folder.
 
-A name inside it is made of ids and of manifest entries that were checked before, never of what a client asks for.
+Paths in it are made of ids and of checked manifest entries, never of a name from a request.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from dar.errors import ConflictError, ServiceUnavailableError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
 CHUNK_BYTES = 1024**2
-SPARE_FACTOR = 2
-"""Room for several uploads at once, none of which knows of the others."""
+FREE_FACTOR = 2
+"""Leaves room for concurrent uploads, each of which checks only its own size."""
 LEFTOVER_SECONDS = 24 * 3600
-"""No upload takes longer; another process may be at a younger one."""
+"""Age from which a file is abandoned. Another process may still be writing a newer one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A checkpoint on its way in."""
+    """A checkpoint that is being uploaded."""
 
     staging: Path
     final: Path
@@ -35,7 +35,7 @@ class Upload:
 
     @property
     def names(self) -> Mapping[str, int | None]:
-        """Expected size of each file; the manifest's own is not known beforehand."""
+        """Expected size of each file; None for the manifest, whose size is not known beforehand."""
         sizes: dict[str, int | None] = {file.name: file.bytes for file in self.manifest.files}
         return sizes | {MANIFEST_NAME: None}
 
@@ -44,21 +44,21 @@ class Artifacts:
     """The folder of uploads and checkpoints.
 
     Args:
-        root: Where it is; made if it is not there.
+        root: Its path; made if it does not exist.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def prepare(self) -> None:
-        """Make the folders and sweep what an interrupted upload left."""
+        """Make the folders and remove what interrupted uploads left."""
         for folder in (self.root, self._files, self._files / "tmp", self._checkpoints):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for leftover in _old(self._files / "tmp"):
             leftover.unlink(missing_ok=True)
 
     def check(self) -> str:
-        """``ok``, or why nothing can be written."""
+        """``ok``, or the reason why nothing can be written."""
         probe = self.root / f".probe-{os.getpid()}"
         try:
             probe.write_bytes(b"")
@@ -67,7 +67,7 @@ class Artifacts:
             return f"not writable: {error}"
         return "ok"
 
-    # --- uploaded files -----------------------------------------------------------------------------------------
+    # --- uploaded files ---
 
     @property
     def _files(self) -> Path:
@@ -78,62 +78,61 @@ class Artifacts:
         return self.root / "checkpoints"
 
     def file(self, file_id: str) -> Path:
-        """Where an uploaded file is."""
         return self._files / file_id
 
     def new_file(self, file_id: str) -> Path:
-        """Where an upload is written until it is whole."""
+        """Path of an upload until it is complete."""
         return self._files / "tmp" / file_id
 
     def keep_file(self, file_id: str) -> None:
-        """Make a whole upload durable under its name."""
+        """Move a complete upload to its final path, durably."""
         self.new_file(file_id).rename(self.file(file_id))
         sync_folder(self._files)
 
     def old_files(self) -> list[str]:
-        """Ids of uploads that are older than any upload still under way."""
+        """Ids of files that are older than any upload still in progress."""
         return [path.name for path in _old(self._files)]
 
-    # --- checkpoints --------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def checkpoint(self, job_id: str, attempt: int, step: int) -> Path:
-        """Folder of a checkpoint; by attempt, so that a late one cannot write into its successor's."""
+        """Folder of a checkpoint; one for each attempt, so that a late one overwrites nothing."""
         return self._checkpoints / job_id / f"attempt-{attempt}" / f"step-{step}"
 
     def upload(self, job_id: str, attempt: int, manifest: Manifest, manifest_sha256: str) -> Upload:
-        """Where a checkpoint is received."""
         final = self.checkpoint(job_id, attempt, manifest.step)
         staging = final.with_name(f".tmp-{final.name}")
         return Upload(staging, final, manifest, manifest_sha256)
 
     def reserve(self, size: int, what: str) -> None:
-        """Raise when ``size`` more bytes would fill the disk.
+        """Check that the disk has room for ``size`` more bytes.
 
         Args:
-            size: How many are still to come.
-            what: What they are for, in words.
+            size: Bytes that are still to be received.
+            what: What is received, for the error.
 
         Raises:
-            ServiceUnavailableError: Less than `SPARE_FACTOR` times as much is free (``storage_full``).
+            ServiceUnavailableError: Less than `FREE_FACTOR` times ``size`` is free
+                (``storage_full``).
         """
         free = shutil.disk_usage(self.root).free
-        if free < SPARE_FACTOR * size:
+        if free < FREE_FACTOR * size:
             raise ServiceUnavailableError(
-                f"{what} needs {size:,} more bytes, of which {SPARE_FACTOR} times as many must be free, but the "
-                f"artifact store has {free:,} left; make room and send it again",
+                f"{what} needs {size:,} more bytes, of which {FREE_FACTOR} times as many must be "
+                f"free, but the artifact store has {free:,} left; make room and send it again",
                 code="storage_full",
                 retry_after_seconds=30,
             )
 
     def remove_checkpoint(self, job_id: str, attempt: int, step: int) -> None:
-        """Remove the files of a checkpoint, whole or half received."""
+        """Remove the files of a checkpoint, received in whole or in part."""
         final = self.checkpoint(job_id, attempt, step)
         for folder in (final, final.with_name(f".tmp-{final.name}")):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def received(upload: Upload) -> dict[str, int]:
-    """Bytes that are here of each file of an upload."""
+    """Bytes received of each file of an upload."""
     folder = upload.final if upload.final.is_dir() else upload.staging
     sizes = {}
     for name in upload.names:
@@ -143,10 +142,11 @@ def received(upload: Upload) -> dict[str, int]:
 
 
 def open_part(upload: Upload, name: str, offset: int) -> BinaryIO:
-    """Open a file of an upload to go on at ``offset``; nobody else writes it meanwhile.
+    """Open a file of an upload to append at ``offset``, and lock it.
 
     Raises:
-        ConflictError: Another request writes it (``upload_busy``), or it does not end there (``offset_mismatch``).
+        ConflictError: Another request is writing it (``upload_busy``), or its size is not
+            ``offset`` (``offset_mismatch``).
     """
     path = upload.staging / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,20 +162,21 @@ def open_part(upload: Upload, name: str, offset: int) -> BinaryIO:
     elif size != offset:
         file.close()
         raise ConflictError(
-            f"{size} bytes of {name!r} are here, not {offset}; go on from {size}",
+            f"{size} bytes of {name!r} were received, not {offset}; continue from {size}",
             code="offset_mismatch",
         )
     return file
 
 
 def verify(upload: Upload) -> int:
-    """Check an upload byte for byte and move it into place, durably. Doing it again is harmless.
+    """Check the digests of an upload and move it to its final path, durably. Idempotent.
 
     Returns:
-        Size of the manifest's own file.
+        Size of the manifest in bytes.
 
     Raises:
-        ConflictError: A file is incomplete (``upload_incomplete``) or altered (``checksum_mismatch``).
+        ConflictError: A file is incomplete (``upload_incomplete``) or altered
+            (``checksum_mismatch``).
     """
     folder = upload.final if upload.final.is_dir() else upload.staging
     manifest_bytes = _verify_manifest(upload, folder)
@@ -185,7 +186,7 @@ def verify(upload: Upload) -> int:
         for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
             sync_folder(inner)
         folder.rename(upload.final)
-    # Folders of the attempt and the job may be new too: each is a name in the one above it.
+    # The folders of the attempt and the job may be new too, each an entry of its parent folder.
     for outer in upload.final.parents[:3]:
         sync_folder(outer)
     return manifest_bytes
@@ -194,7 +195,7 @@ def verify(upload: Upload) -> int:
 def _verify_manifest(upload: Upload, folder: Path) -> int:
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        # A worker need not send what it has announced; the trainer writes manifests in this form.
+        # A worker need not upload the manifest that it announced; trainers write it in this form.
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, upload.manifest.model_dump_json(indent=1).encode())
     size = path.stat().st_size
@@ -206,7 +207,7 @@ def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
     here = path.stat().st_size if path.is_file() else 0
     if here != size or not path.is_file():
         raise ConflictError(
-            f"{here} of {size} bytes of {name!r} are here; send the rest first",
+            f"{here} of {size} bytes of {name!r} were received; send the rest first",
             code="upload_incomplete",
         )
     with path.open("rb") as file:
@@ -215,7 +216,8 @@ def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
     if found != sha256:
         path.unlink()
         raise ConflictError(
-            f"{name!r} arrived with sha256 {found}, but the manifest says {sha256}; send it again from the start",
+            f"{name!r} arrived with sha256 {found}, but the manifest says {sha256}; send it again "
+            "from the start",
             code="checksum_mismatch",
         )
 
@@ -223,7 +225,7 @@ def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
 def _old(folder: Path) -> Iterator[Path]:
     too_old = datetime.now(UTC).timestamp() - LEFTOVER_SECONDS
     for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
             if entry.is_file() and entry.stat().st_mtime < too_old:
                 yield Path(entry.path)
 
@@ -236,7 +238,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: without it a rename may be forgotten when the power fails."""
+    """Make the entries of a folder durable. Otherwise a power failure may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
-"""Keys and secrets of an installation: made at the first start, kept in files that only their owner can read.
+"""Keys and secrets of an installation, made at the first start in files of mode 0600.
 
-The database holds SHA-256 digests of keys, never a key. A key is 32 random bytes, so that a fast digest is enough.
+The database holds SHA-256 digests of keys, never a key. A key has 32 random bytes, so a fast digest
+is enough.
 """
 
 import base64
@@ -30,17 +31,15 @@ _ATTEMPT_TOKEN = re.compile(r"^dar-at-([0-9A-Z]{26})-[\w-]{43}$", re.ASCII)
 
 
 def new_api_key() -> str:
-    """A fresh key of a user."""
     return f"dar-sk-{ULID()}-{secrets.token_urlsafe(32)}"
 
 
 def new_worker_key() -> str:
-    """A fresh key of a worker."""
     return f"dar-wk-{ULID()}-{secrets.token_urlsafe(32)}"
 
 
 def new_reward_secret() -> str:
-    """A fresh Standard Webhooks secret."""
+    """A new secret in the format of Standard Webhooks."""
     return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
@@ -52,18 +51,18 @@ MAKERS = {
 
 
 def new_attempt_token(lease_id: str) -> str:
-    """A fresh token of one attempt; it names its lease, which is where it is looked up."""
+    """A new token of an attempt. It contains the id of its lease, by which it is found."""
     return f"dar-at-{lease_id.removeprefix('lease-')}-{secrets.token_urlsafe(32)}"
 
 
 def lease_of_token(token: str) -> str | None:
-    """The lease that a token says it is for; None for what is no attempt token."""
+    """The lease that an attempt token names; None for any other text."""
     match = _ATTEMPT_TOKEN.match(token)
     return None if match is None else f"lease-{match[1]}"
 
 
 def key_id(key: str) -> str:
-    """What a key is looked up by: its second part, or a digest for one that an operator has made up."""
+    """Id under which a key is stored: part of the key, or a digest if an operator chose the key."""
     match = _KEY.match(key)
     return f"key-{match[1] if match else digest(key)[:26]}"
 
@@ -74,21 +73,22 @@ def digest(secret: str) -> str:
 
 
 def is_equal(secret: str, sha256: str) -> bool:
-    """Whether a secret has this digest; takes the same time wherever they differ."""
+    """Whether a secret has this digest, compared in constant time."""
     return hmac.compare_digest(digest(secret), sha256)
 
 
 def configure(settings: Settings, database: Database) -> str:
-    """Make what an installation lacks, and make the keys of the settings the ones that open the door.
+    """Make the missing keys, and store the keys of the settings and the key files.
 
-    A key that a setting names replaces its predecessor. One of a key file does so only in SQLite, whose one home is
-    the whole installation: in PostgreSQL another host may still use the predecessor.
+    A key in a setting replaces the previous one. A key in a file replaces it only with SQLite,
+    where this host is the whole installation; with PostgreSQL another host may still use the
+    previous one.
 
     Returns:
         The secret that signs requests to inline reward URLs.
 
     Raises:
-        ConfigurationError: Other hosts have keys, and this one lacks some of theirs.
+        ConfigurationError: Other hosts have keys that this host does not have.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     settings.home.chmod(0o700)
@@ -98,8 +98,9 @@ def configure(settings: Settings, database: Database) -> str:
         missing = [name for name, value in given.items() if value is None]
         if missing and database.is_postgresql and keys.is_any_configured(transaction):
             raise ConfigurationError(
-                f"this database is used with other keys, and {', '.join(missing)} are not in {settings.home}; copy "
-                "them from a host that has them, or set DAR_API_KEY, DAR_WORKER_KEY and DAR_REWARD_SECRET"
+                f"this database is used with other keys, and {', '.join(missing)} are not in "
+                f"{settings.home}; copy them from a host that has them, or set DAR_API_KEY, "
+                "DAR_WORKER_KEY and DAR_REWARD_SECRET"
             )
         user, worker, reward = (
             value or _make(settings.home / name, MAKERS[name]) for name, value in given.items()
@@ -126,10 +127,10 @@ def configure(settings: Settings, database: Database) -> str:
 
 
 def secret_keys(settings: Settings, database: Database) -> list[str]:
-    """The keys that secrets are stored under, the newest first; made at the first start.
+    """The keys that encrypt stored secrets, the newest first; made at the first start.
 
     Raises:
-        ConfigurationError: Other hosts, or the secrets that are stored here, use keys that this host does not have.
+        ConfigurationError: Other hosts or stored secrets use keys that this host does not have.
     """
     given = settings.secret_from(settings.secret_keys, KEYS_OF_SECRETS_FILE)
     with database.write() as transaction:
@@ -138,8 +139,9 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
         token = reward_secrets.any_token(transaction)
         if given is None and known and (database.is_postgresql or token is not None):
             raise ConfigurationError(
-                f"secrets are stored in this database under a key that is not in {settings.home}; copy {KEYS_OF_SECRETS_FILE} "
-                "from the host that has it, or set DAR_SECRET_KEYS"
+                "secrets are stored in this database under a key that is not in "
+                f"{settings.home}; copy {KEYS_OF_SECRETS_FILE} from the host that has it, or set "
+                "DAR_SECRET_KEYS"
             )
         path = settings.home / KEYS_OF_SECRETS_FILE
         found = secret_box.split_keys(given or _make(path, secret_box.new_key))
@@ -148,8 +150,8 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
         box = secret_box.SecretBox(found)
         if is_foreign or (token is not None and not box.is_readable(token)):
             raise ConfigurationError(
-                "none of the keys in DAR_SECRET_KEYS (or the file secret_keys) opens what is stored in this database; add "
-                "the one that its secrets were stored under"
+                "none of the keys in DAR_SECRET_KEYS (or the file secret_keys) decrypts what is "
+                "stored in this database; add the one that its secrets were stored under"
             )
         reward_secrets.note_keys(transaction, digests)
     return found
@@ -164,7 +166,7 @@ def _given(settings: Settings) -> dict[str, str | None]:
 
 
 def _make(path: Path, make: Callable[[], str]) -> str:
-    """The content of ``path``, made if it is not there; of two processes at once, one makes it and both read it."""
+    """The content of ``path``, made by one process if missing and read by all."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8") as file:  # mode 0600
         file.write(make() + "\n")
         file.flush()

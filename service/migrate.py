@@ -1,4 +1,4 @@
-"""Bringing the database's schema up to date when the service starts, however many processes start at once."""
+"""Upgrades the database schema when the service starts; safe with several processes at once."""
 
 import fcntl
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from dar.settings import Settings
 from service.store.database import Database
 
 LOCK_KEY = 0x0DA2_0001
-"""PostgreSQL advisory lock round a migration."""
+"""PostgreSQL advisory lock that guards a migration."""
 
 
 def config(connection: Connection | None = None) -> Config:
@@ -37,7 +37,7 @@ def head() -> str:
 
 
 def current(database: Database) -> str | None:
-    """The revision that the database has; None for an empty one."""
+    """The revision of the database; None if it is empty."""
     with database.engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
@@ -46,15 +46,15 @@ def upgrade(settings: Settings, database: Database) -> None:
     """Wait for the database and upgrade its schema.
 
     Raises:
-        ServiceUnavailableError: The database does not answer.
-        ConfigurationError: The schema is newer than this code, or older and ``is_migrating`` is off.
+        ServiceUnavailableError: The database does not respond.
+        ConfigurationError: The schema is newer than this code, or older with ``is_migrating`` off.
     """
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _file_lock(settings.home / "migrate.lock", is_needed=not database.is_postgresql):
         database.wait(settings.database_wait_seconds)
         with _locked_connection(database) as connection:
             found = MigrationContext.configure(connection).get_current_revision()
-            connection.rollback()  # Alembic commits only a transaction that it has begun itself
+            connection.rollback()  # Alembic commits only a transaction that it began itself
             if found == head():
                 return
             _check_known(found)
@@ -73,8 +73,8 @@ def _check_known(revision: str | None) -> None:
         ScriptDirectory.from_config(config()).get_revision(revision)
     except CommandError:
         raise ConfigurationError(
-            f"the database schema is at {revision}, which is newer than this code; start the version that made it, "
-            "or restore a backup"
+            f"the database schema is at {revision}, which is newer than this code; start the "
+            "version that made it, or restore a backup"
         ) from None
 
 
@@ -84,7 +84,7 @@ def _locked_connection(database: Database) -> Iterator[Connection]:
         if not database.is_postgresql:
             yield connection
             return
-        # The other process may take longer than a statement usually may.
+        # The migration of the process that has the lock may exceed the usual statement timeout.
         connection.execute(text("SET statement_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK_KEY})
         connection.commit()

@@ -1,11 +1,11 @@
-"""Prometheus metrics of this process: what workers have reported to it since it started, and how many jobs there are.
+"""Prometheus metrics of this process: what workers reported since it started, and jobs by status.
 
-No counter has a label whose values users can multiply: a job's id or a component's name would make a new series with every job, which
-this process would have to tell for ever. Their labels have a few fixed values each. What belongs to one job is in its metrics and
-in ``reward_stats``. Each replica counts what was reported to it, so that sums over replicas are right.
+Labels of counters have a few fixed values. Job ids and component names are unbounded, so they would
+make the number of series grow without limit; the numbers of one job are in its metrics and in
+``reward_stats``. Each replica counts what was reported to it, so sums over replicas are correct.
 
-Gauges say what is, so those of a job are there while it runs and no longer: they are labelled with job and component, and come from
-the last report that is stored, the same in every replica.
+Gauges of a job exist only while it runs. They are labelled with job and component, and come from
+the newest stored report, which is the same in every replica.
 """
 
 import threading
@@ -24,9 +24,13 @@ from prometheus_client.registry import Collector
 from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentRequests
 from dar.protocol.status import JOB_STATUSES
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row
-from service.callbacks import OUTCOMES as CALLBACKS
 
 OUTCOMES = ("ok", *FAMILIES)
+CALLBACK_OUTCOMES = (
+    "accepted", "duplicate", "conflict", "late", "closed", "burned", "invalid", "refused", "unsupported", "too_large",
+)  # fmt: skip
+"""Those of `service.store.reward_requests.CallbackOutcome` except ``replayed``, which counts as
+``refused``, and those that are refused before."""
 BREAKER_STATES = ("closed", "half_open", "open", "misconfigured")
 RESULTS: Mapping[str, str] = {
     "reward/n_valid": "ok",
@@ -37,7 +41,8 @@ RESULTS: Mapping[str, str] = {
 GAUGES: Mapping[str, tuple[str, str]] = {
     "in_flight": (
         "dar_reward_inflight",
-        "Most requests to a reward service that were under way at once, in the last step of a running job.",
+        "Most requests to a reward service that were under way at once, in the last step of a "
+        "running job.",
     ),
     "concurrency": (
         "dar_reward_concurrency_limit",
@@ -48,34 +53,30 @@ GAUGES: Mapping[str, tuple[str, str]] = {
         "Circuit breaker of a reward service: 0 closed, 1 half-open, 2 open, 3 misconfigured.",
     ),
 }
-"""Last part of a job's metric ``reward/<component>/<last part>`` -> name and meaning of the gauge."""
+"""Last part of the metric ``reward/<component>/<last part>`` -> name and meaning of the gauge."""
 MAX_JOBS = 500
-"""Running jobs that have gauges."""
+"""Maximum number of running jobs with gauges."""
 SHARES: Mapping[str, str] = {
     "rewards/fallback_fraction": "fallback",
     "rewards/zeroed_fraction": "zeroed",
 }
-"""Share of a step's samples -> what is counted of them."""
+"""Metric that is a share of a step's samples -> total that counts those samples."""
 Counts = Callable[[], Mapping[str, int]]
 RunningValues = Callable[[], Mapping[str, Mapping[str, float | None]]]
 CACHED = "cached"
 
 
 class Telemetry(Collector):
-    """Counts what workers report. Safe to use from several threads.
+    """Counts what workers report. Thread-safe.
 
     Args:
-        count_jobs: Asked at each scrape for the number of jobs by status.
-        running_values: Asked at each scrape for the last reported metrics of running jobs, by job.
-        count_callbacks: Asked at each scrape for the callbacks so far, by outcome.
+        count_jobs: Called at each scrape; returns the number of jobs by status.
+        running_values: Called at each scrape; returns the newest metrics of running jobs, by job.
     """
 
-    def __init__(
-        self, count_jobs: Counts, running_values: RunningValues, count_callbacks: Counts
-    ) -> None:
+    def __init__(self, count_jobs: Counts, running_values: RunningValues) -> None:
         self._count_jobs = count_jobs
         self._running_values = running_values
-        self._count_callbacks = count_callbacks
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
         self._seconds = dict.fromkeys(OUTCOMES, 0.0)
@@ -86,11 +87,12 @@ class Telemetry(Collector):
         self._groups = {"rewards/dropped_groups": 0.0, "rewards/refilled_groups": 0.0}
         self._idle = {"reward": 0.0, "generation": 0.0}
         self._totals: Counter[str] = Counter()
+        self._callbacks: Counter[str] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def take(self, rows: Sequence[Row]) -> None:
-        """Count rows that have just been stored."""
+        """Count rows that were just stored."""
         with self._lock:
             for row in rows:
                 if isinstance(row, RewardsRow):
@@ -108,6 +110,11 @@ class Telemetry(Collector):
         with self._lock:
             self._totals[name] += 1
 
+    def count_callback(self, outcome: str) -> None:
+        """Count a callback of a reward service: one of `CALLBACK_OUTCOMES`."""
+        with self._lock:
+            self._callbacks[outcome] += 1
+
     def _take_requests(self, found: ComponentRequests) -> None:
         buckets = self._buckets[found.outcome]
         for place, count in enumerate(found.buckets):
@@ -124,9 +131,9 @@ class Telemetry(Collector):
         for name, what in SHARES.items():
             self._totals[what] += round((values.get(name) or 0) * samples)
         for name, value in values.items():
-            # One of these is there for each component that remembers rewards.
+            # Each component that caches rewards has one of each.
             if name.startswith("reward/") and name.endswith(("/cached", "/cache_hits")):
-                self._take_spared(name.rpartition("/")[2], value or 0)
+                self._take_cached(name.rpartition("/")[2], value or 0)
         for family in FAMILIES:
             self._errors[family] += values.get(f"reward/n_error/{family}") or 0
         for name in self._groups:
@@ -134,22 +141,21 @@ class Telemetry(Collector):
         for cause in self._idle:
             self._idle[cause] += values.get(f"time/idle_{cause}_seconds") or 0
 
-    def _take_spared(self, kind: str, count: float) -> None:
+    def _take_cached(self, kind: str, count: float) -> None:
         if kind == CACHED:
             self._samples[CACHED] += count
         else:
             self._totals["cache_hits"] += int(count)
 
     def render(self) -> bytes:
-        """Everything in the text format of Prometheus."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering must not ask the database."""
+        """Nothing: registering must not query the database."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """What a scrape gets."""
         counts = self._count_jobs()
         jobs = GaugeMetricFamily("dar_jobs", "Jobs by status.", labels=["status"])
         for status in JOB_STATUSES:
@@ -157,10 +163,9 @@ class Telemetry(Collector):
         yield jobs
         yield from self._gauges()
         text = "Callbacks of reward services, by what became of them."
-        found = self._count_callbacks()
-        outcomes = {outcome: found.get(outcome, 0) for outcome in CALLBACKS}
-        yield _labelled("dar_reward_callback", text, "status", outcomes)
         with self._lock:
+            outcomes = {outcome: self._callbacks[outcome] for outcome in CALLBACK_OUTCOMES}
+            yield _labelled("dar_reward_callback", text, "status", outcomes)
             yield from self._request_families()
             yield from self._sample_families()
 

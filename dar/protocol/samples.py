@@ -10,7 +10,7 @@ RewardStatus = Literal["reward", "skip", "error"]
 FinishReason = Literal["stop", "length"]
 
 
-class SampleRow(Input):
+class ReportedSample(Input):
     """A sample as the trainer reports it. All log-probabilities are sums over completion tokens, in nats."""
 
     group: Count

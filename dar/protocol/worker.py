@@ -9,7 +9,7 @@ from dar.protocol.checkpoints import SHA256, Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import MAX_FAILURES, ComponentRequests, FailedRequest
 from dar.protocol.rewards import MAX_SAMPLES, Identifier
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.protocol.spec import JobSpec
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
@@ -32,7 +32,6 @@ class Claim(Input):
     """Changes with every start of the worker process: a new one frees what its predecessor held."""
     boot_id: Name
     """Changes with every start of the machine: a new one frees what the whole node held."""
-    resources: dict[str, Any] = Field(default_factory=dict)
 
 
 REWARD_MODELS = "reward_models"
@@ -234,7 +233,7 @@ class SamplesRow(Input):
     seq: Number
     at: Instant
     step: Number
-    samples: Annotated[list[SampleRow], Field(min_length=1, max_length=256)]
+    samples: Annotated[list[ReportedSample], Field(min_length=1, max_length=256)]
 
 
 class EventRow(Input):
@@ -248,7 +247,7 @@ class EventRow(Input):
     data: dict[str, Any] | None = None
 
 
-class CheckpointRow(Input):
+class NewCheckpointRow(Input):
     """A checkpoint lies on the worker's disk; tells the supervisor to upload it."""
 
     type: Literal["checkpoint"]
@@ -272,7 +271,7 @@ class RewardsRow(Input):
 
 
 Row = Annotated[
-    MetricsRow | SamplesRow | EventRow | CheckpointRow | RewardsRow, Field(discriminator="type")
+    MetricsRow | SamplesRow | EventRow | NewCheckpointRow | RewardsRow, Field(discriminator="type")
 ]
 """One line of a spool; ``seq`` counts from 1 without gaps within an attempt."""
 

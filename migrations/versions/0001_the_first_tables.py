@@ -1,6 +1,6 @@
 """The first tables.
 
-Projects, keys, files, jobs with their attempts, events, rows and checkpoints.
+Projects, keys, files, and jobs with their attempts, events, rows and checkpoints.
 """
 
 import sqlalchemy as sa

@@ -1,4 +1,4 @@
-"""Requests to reward services that were given up."""
+"""Requests to reward services that failed after all attempts."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,6 +1,6 @@
-"""Reward requests that are answered later.
+"""Reward requests with later results.
 
-Requests whose results come by callback, and the signed callbacks that were seen.
+Requests whose results come by callback, and the signed callbacks that were received.
 """
 
 import sqlalchemy as sa

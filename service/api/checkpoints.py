@@ -21,7 +21,7 @@ FILE_PATH = "/{job_id}/checkpoints/{checkpoint_id}/files/{name:path}"
 def list_checkpoints(
     job_id: str, runtime: CurrentRuntime, user: Reader, cursor: PageCursor
 ) -> Page[Checkpoint]:
-    """Resumable states of a job, newest first."""
+    """Checkpoints of a job, newest first."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         found = checkpoints.list_page(transaction, job.id, cursor)
@@ -53,7 +53,7 @@ def get_checkpoint_file(
         job = jobs.get(transaction, user.project_id, job_id)
         checkpoint = checkpoints.get(transaction, job.id, checkpoint_id)
     for file in entries(checkpoint):
-        # Only what the manifest lists is ever opened: a name is compared, never joined unchecked.
+        # Only files in the manifest are opened: the name is compared, never joined to a path.
         if file["name"] == name:
             folder = runtime.artifacts.checkpoint(job.id, checkpoint.attempt, checkpoint.step)
             filename = name.rsplit("/", 1)[-1]
@@ -65,8 +65,8 @@ def get_checkpoint_file(
     )
 
 
-def entries(checkpoint: tables.Checkpoint) -> list[dict[str, str]]:
-    """Name, size and digest of each file, the manifest's own included."""
+def entries(checkpoint: tables.CheckpointRow) -> list[dict[str, str]]:
+    """Name, size and digest of each file, including the manifest."""
     own = {
         "name": MANIFEST_NAME,
         "bytes": checkpoint.manifest_bytes,
@@ -75,8 +75,7 @@ def entries(checkpoint: tables.Checkpoint) -> list[dict[str, str]]:
     return [*checkpoint.manifest["files"], own]
 
 
-def show(checkpoint: tables.Checkpoint) -> Checkpoint:
-    """A checkpoint as the API shows it."""
+def show(checkpoint: tables.CheckpointRow) -> Checkpoint:
     files = entries(checkpoint)
     return Checkpoint.model_validate(
         {

@@ -17,15 +17,14 @@ router = APIRouter(prefix=PATH, tags=["jobs"])
 def list_events(
     job_id: str, runtime: CurrentRuntime, user: Reader, cursor: PageCursor
 ) -> Page[Event]:
-    """What happened to a job, newest first."""
+    """Events of a job, newest first."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         found = events.list_page(transaction, job.id, cursor)
     return envelope(found, show, lambda event: event.id)
 
 
-def show(event: tables.JobEvent) -> Event:
-    """An event as the API shows it."""
+def show(event: tables.JobEventRow) -> Event:
     return Event.model_validate(
         {
             "id": event.id,

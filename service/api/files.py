@@ -23,7 +23,7 @@ from service.store import files, tables
 router = APIRouter(prefix="/v1/files", tags=["files"])
 PURPOSE = "fine-tune"
 FORM_BYTES = 64 * 1024
-"""Room for what a multipart body holds beside the file."""
+"""Room for the parts of a multipart body besides the file."""
 UPLOAD_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -45,7 +45,7 @@ UPLOAD_SCHEMA = {
 
 @router.post("", openapi_extra=UPLOAD_SCHEMA)
 async def create_file(request: Request, runtime: CurrentRuntime, user: Submitter) -> File:
-    """Upload a JSONL file of prompts, or of completions with their rewards. One bad row, and nothing is stored."""
+    """Upload a JSONL file of prompts, or of completions with rewards. All rows must be valid."""
     form = await _read_form(request, runtime.settings.max_file_bytes)
     try:
         upload = _checked(form)
@@ -76,7 +76,7 @@ def get_file(file_id: str, runtime: CurrentRuntime, user: Reader) -> File:
 
 @router.delete("/{file_id}")
 def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
-    """Delete a file that no job needs any more."""
+    """Delete a file that no unfinished job needs."""
     with runtime.database.write() as transaction:
         files.remove(transaction, user.project_id, file_id)
         path = runtime.artifacts.file(file_id)
@@ -86,15 +86,14 @@ def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Delet
 
 @router.get("/{file_id}/content", response_class=Response)
 def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: Reader) -> Response:
-    """The file as it was uploaded, or one range of it."""
+    """The content of the file, or one range of it."""
     with runtime.database.read() as transaction:
         file = files.get(transaction, user.project_id, file_id)
     path = runtime.artifacts.file(file.id)
     return downloads.send(request, path, sha256=file.sha256, filename=file.filename)
 
 
-def show(file: tables.File) -> File:
-    """A file as the API shows it."""
+def show(file: tables.FileRow) -> File:
     return File(
         id=file.id,
         object="file",
@@ -114,7 +113,7 @@ async def _read_form(request: Request, limit: int) -> FormData:
         raise UnsupportedMediaTypeError(
             "an upload is multipart/form-data with the fields purpose and file"
         )
-    # The form is read after the key was checked, and counted while it streams in; the file goes to disk at once.
+    # The form is read after the key is checked, and limited while it streams in, to disk.
     stream = limited(request.stream(), limit + FORM_BYTES, "upload")
     parser = MultiPartParser(
         request.headers, stream, max_files=1, max_fields=16, max_part_size=FORM_BYTES
@@ -157,7 +156,7 @@ def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
         runtime.artifacts.keep_file(file_id)
     finally:
         temporary.unlink(missing_ok=True)
-    file = tables.File(
+    file = tables.FileRow(
         id=file_id,
         project_id=user.project_id,
         filename=(upload.filename or "upload")[-256:],
@@ -167,8 +166,7 @@ def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
         num_rows=found.num_rows,
         columns=found.columns,
     )
-    # When this fails the row may be stored all the same: whether the file stays is for the reconciler to find out.
+    # If this fails, the row may still be stored. The reconciler removes the file if it is not.
     with runtime.database.write() as transaction:
-        file.created_at = transaction.now
-        transaction.add(file)
+        files.add(transaction, file)
     return show(file)

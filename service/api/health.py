@@ -1,4 +1,4 @@
-"""Whether the process runs, and whether it can serve."""
+"""Liveness, readiness and Prometheus metrics of the process."""
 
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -15,13 +15,13 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz")
 async def healthz() -> Health:
-    """The process runs. Asks nothing of anybody, so that a dead database does not get it restarted."""
+    """The process runs. Checks nothing else, so that a database outage restarts no process."""
     return Health(status="ok", version=__version__)
 
 
 @router.get("/readyz", responses={503: {"model": Ready}})
 def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
-    """Requests can be served. Without the broker they can: workers then poll."""
+    """Requests can be served. The broker is not needed: without it, workers poll."""
     checks = {
         **_database(runtime),
         "storage": runtime.artifacts.check(),
@@ -37,7 +37,7 @@ def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
 
 @router.get("/metrics", dependencies=[Depends(auth.principal)], response_class=Response)
 def get_prometheus_metrics(runtime: CurrentRuntime) -> Response:
-    """Metrics of this process in the text format of Prometheus; any API key opens them."""
+    """Metrics of this process in the text format of Prometheus. Any API key is accepted."""
     return Response(runtime.telemetry.render(), media_type=CONTENT_TYPE_LATEST)
 
 

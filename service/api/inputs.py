@@ -1,4 +1,4 @@
-"""Files that an attempt needs: its data, its models unless the hub has them, and the checkpoint it goes on from."""
+"""Files that an attempt needs: its data, its models except hub models, and its checkpoint."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from dar.errors import NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
-from dar.protocol.spec import JobSpec
 from dar.protocol.worker import REWARD_MODELS, InputFile, Inputs, ModelSource
 from service.api.checkpoints import entries
 from service.http import downloads
@@ -36,7 +35,7 @@ class _Source:
 
 @router.get("/{lease_id}/inputs")
 def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
-    """All files of the attempt."""
+    """All input files of the attempt."""
     found = _sources(runtime, lease_id)
     return Inputs(files=[InputFile(name=s.name, bytes=s.bytes, sha256=s.sha256) for s in found])
 
@@ -45,7 +44,7 @@ def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
 def get_input(
     lease_id: LeaseHolder, name: str, request: Request, runtime: CurrentRuntime
 ) -> Response:
-    """One of them, or one range of it."""
+    """One input file, or one range of it."""
     for source in _sources(runtime, lease_id):
         if source.name == name:
             return downloads.send(
@@ -59,18 +58,18 @@ def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
         held = fence.look(transaction, lease_id)
         fence.check_fence(held, held.attempt.number)
         found = list(_of(transaction, runtime, held))
-    # Digests of a large model take longer than a transaction may.
+    # Hashing a large model takes longer than a transaction may.
     source = ModelSource.model_validate(held.job.model_source)
     if source.kind == "folder" and source.checkpoint_id is None:
         found += _folder(runtime, source.name, "model")
-    for component, name in models.reward_folders(JobSpec.model_validate(held.job.spec)).items():
+    for component, name in models.reward_folders(held.job.parsed_spec).items():
         found += _folder(runtime, name, f"{REWARD_MODELS}/{component}")
     return found
 
 
 def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterator[_Source]:
     job = held.job
-    uploaded = {TRAINING_FILE: job.training_file, VALIDATION_FILE: job.spec.get(VALIDATION_FILE)}
+    uploaded = {TRAINING_FILE: job.training_file, VALIDATION_FILE: job.parsed_spec.validation_file}
     for name, file_id in uploaded.items():
         if file_id:
             file = files.get(transaction, job.project_id, file_id)
@@ -86,12 +85,12 @@ def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterato
 
 
 def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
-    """Files of a folder under the models directory, for workers that do not have it themselves."""
+    """Files of a folder under the models directory, for workers without that directory."""
     folder = runtime.settings.models_path / model
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            target = path.resolve()  # the hub's own cache keeps its files behind links
+            target = path.resolve()  # the hub's cache keeps its files behind links
             state = target.stat()
             sha256 = _sha256(target, state.st_mtime_ns, state.st_size)
             yield _Source(f"{prefix}/{name.as_posix()}", state.st_size, sha256, target)
@@ -104,12 +103,12 @@ def _sha256(path: Path, _modified_ns: int, _size: int) -> str:
 
 
 def _files_of(
-    runtime: Runtime, checkpoint: tables.Checkpoint, prefix: str, *, is_resume: bool
+    runtime: Runtime, checkpoint: tables.CheckpointRow, prefix: str, *, is_resume: bool
 ) -> Iterator[_Source]:
     folder = runtime.artifacts.checkpoint(checkpoint.job_id, checkpoint.attempt, checkpoint.step)
     for entry in entries(checkpoint):
         name = entry["name"]
-        # A model to start from needs its weights only; a resume needs all of it, to be verified as a whole.
+        # A base model needs only its weights. A resume needs all files, to verify the manifest.
         is_state = name == MANIFEST_NAME or name.startswith(f"{RESUME_FOLDER}/")
         if is_resume or not is_state:
             path = folder / name

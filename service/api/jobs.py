@@ -1,4 +1,4 @@
-"""Jobs: submit, look, cancel, pause, resume."""
+"""Jobs: submit, read, cancel, pause, resume."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
@@ -14,18 +13,15 @@ from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
 from service.api.paging import PageCursor, envelope, seconds
-from service.http import errors
 from service.http.auth import Reader, Submitter
 from service.http.bodies import body_of, schema_of
 from service.jobs import submission
-from service.rewards import probing
 from service.runtime import CurrentRuntime
 from service.store import jobs, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
 ACTIONS: Mapping[str, Sequence[str]] = {
-    "validating_files": ["cancel"],
     "queued": ["cancel", "pause"],
     "running": ["cancel", "pause"],
     "pausing": ["cancel", "resume"],
@@ -34,7 +30,7 @@ ACTIONS: Mapping[str, Sequence[str]] = {
     "failed": ["resume"],
     "cancelled": ["resume"],
 }
-"""Status -> what can be asked of the job."""
+"""Status -> requests that the job accepts."""
 _LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
@@ -50,17 +46,14 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
     retry_count: RetryCount = 0,
 ) -> Job:
-    """Submit a job, once its reward services were tried. The same ``Idempotency-Key`` again gives the same job."""
-    digest = submission.body_digest(spec)
-    submitted = submission.Request(spec, user, digest, idempotency_key, retry_count)
-    tries = await run_in_threadpool(submission.to_try, runtime, submitted)
-    if problems := await probing.problems_of(tries, runtime.remembered):
-        raise errors.invalid(problems)
-    job, replay = await run_in_threadpool(submission.submit, runtime, submitted)
-    response.headers["location"] = f"{PATH}/{job.id}"
-    if replay is not None:
-        response.headers["idempotency-replayed"] = replay
-    return show(job)
+    """Submit a job after probing its reward services. A repeated key returns the same job."""
+    submitted = await submission.submit(
+        runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count
+    )
+    response.headers["location"] = f"{PATH}/{submitted.job.id}"
+    if submitted.replay is not None:
+        response.headers["idempotency-replayed"] = submitted.replay
+    return show(submitted.job)
 
 
 @router.get("")
@@ -72,7 +65,7 @@ def list_jobs(
     status: Annotated[JobStatus | None, Query()] = None,
     _metadata: Annotated[str | None, Query(alias="metadata", description="See above.")] = None,
 ) -> Page[Job]:
-    """The project's jobs, newest first; ``metadata[key]=value`` keeps those with that label."""
+    """The project's jobs, newest first; ``metadata[key]=value`` filters by label."""
     labels = _labels(request)
     with runtime.database.read() as transaction:
         found = jobs.list_page(transaction, user.project_id, cursor, status=status, labels=labels)
@@ -88,7 +81,7 @@ def get_job(job_id: str, runtime: CurrentRuntime, user: Reader) -> Job:
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
-    """Cancel a job: at once while it waits, within seconds while it runs. Its checkpoints are kept."""
+    """Cancel a job: at once if it waits, within seconds if it runs. Checkpoints are kept."""
     with runtime.database.write() as transaction:
         job = jobs.cancel(transaction, user.project_id, job_id)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
@@ -97,7 +90,7 @@ def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
 
 @router.post("/{job_id}/pause")
 def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
-    """Pause a job: at once while it waits; while it runs, after a checkpoint of the step that is being made."""
+    """Pause a job: at once if it waits; if it runs, after a checkpoint of its current step."""
     with runtime.database.write() as transaction:
         job = jobs.pause(transaction, user.project_id, job_id)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
@@ -106,7 +99,7 @@ def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
-    """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint."""
+    """Queue a paused, failed or cancelled job again, from its newest checkpoint."""
     with runtime.database.write() as transaction:
         job = jobs.resume(transaction, user.project_id, job_id)
         transaction.after_commit(runtime.waker.wake)
@@ -114,8 +107,7 @@ def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
-def show(job: tables.Job) -> Job:
-    """A job as the API shows it."""
+def show(job: tables.JobRow) -> Job:
     is_over = job.status in TERMINAL
     path = f"{PATH}/{job.id}"
     belongings = ("events", "metrics", "samples", "checkpoints")
@@ -152,7 +144,7 @@ def show(job: tables.Job) -> Job:
     )
 
 
-def _progress(job: tables.Job) -> Progress:
+def _progress(job: tables.JobRow) -> Progress:
     return Progress(
         step=job.step,
         total_steps=job.total_steps,
@@ -161,7 +153,7 @@ def _progress(job: tables.Job) -> Progress:
     )
 
 
-def _estimated_finish(job: tables.Job) -> int | None:
+def _estimated_finish(job: tables.JobRow) -> int | None:
     if job.status != "running" or job.started_at is None or job.step == 0:
         return None
     elapsed = datetime.now(UTC) - job.started_at

@@ -1,4 +1,4 @@
-"""What a worker says about the job that it runs: claim, heartbeat, rows, end. And what it is told: directives."""
+"""A worker and its job: claim, heartbeat, directives, rows, and the end of the attempt."""
 
 from datetime import timedelta
 from typing import Annotated
@@ -15,7 +15,6 @@ from dar.errors import (
 )
 from dar.protocol.ids import new_id
 from dar.protocol.metrics import is_known
-from dar.protocol.spec import JobSpec
 from dar.protocol.worker import (
     Batch,
     BatchAck,
@@ -34,7 +33,7 @@ from dar.protocol.worker import (
     Release,
 )
 from service import keys
-from service.background.directives import ONCE, Told, Wanted
+from service.background.directives import ONCE, JobDirective, Received
 from service.http import errors
 from service.http.auth import LeaseHolder, LeaseSender, Worker
 from service.http.bodies import MAX_EXACT, body_of, schema_of
@@ -48,7 +47,7 @@ MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
 ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
 HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat))]
-BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda r: r.settings.max_batch_bytes))]
+BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda settings: settings.max_batch_bytes))]
 CompleteBody = Annotated[Complete, Depends(body_of(Complete))]
 FailBody = Annotated[Fail, Depends(body_of(Fail))]
 ReleaseBody = Annotated[Release, Depends(body_of(Release))]
@@ -58,10 +57,10 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release))]
     "/claim",
     openapi_extra=schema_of(Claim),
     response_model=Lease,
-    responses={204: {"description": "Nothing is due."}},
+    responses={204: {"description": "No job is due."}},
 )
 def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
-    """Take the oldest queued job, if there is one."""
+    """Claim the oldest queued job, if there is one."""
     while True:
         found = _claim_once(runtime, body)
         if found is None:
@@ -88,18 +87,18 @@ async def get_directives(
     after: Annotated[str, Query(max_length=64)] = "",
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 20.0,
 ) -> Directives:
-    """Wait for something that the service wants of the attempt, or has got for it."""
-    told = Told.parse(after)
-    job_id, found = await run_in_threadpool(_directives, runtime, lease_id, told)
+    """Wait for directives to the attempt, or results of its reward requests."""
+    received = Received.parse(after)
+    job_id, found = await run_in_threadpool(_directives, runtime, lease_id, received)
     if not found:
-        await runtime.notifier.wait(job_id, wait, told=told)
-        _, found = await run_in_threadpool(_directives, runtime, lease_id, told)
-    return Directives(directives=found, cursor=told.plus(found).text)
+        await runtime.notifier.wait(job_id, wait, received=received)
+        _, found = await run_in_threadpool(_directives, runtime, lease_id, received)
+    return Directives(directives=found, cursor=received.plus(found).text)
 
 
 @router.post("/{lease_id}/batch", openapi_extra=schema_of(Batch))
 def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody) -> BatchAck:
-    """Store what a trainer said; also from an attempt that has lost its job, for it happened."""
+    """Store rows of a trainer, also those of an attempt that has lost its job."""
     _check_rows(body)
     with runtime.database.write() as transaction:
         held = fence.lock(transaction, lease_id)
@@ -111,7 +110,7 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
         fresh = [row for row in body.rows if row.seq > held.attempt.acked_seq]
         stored = rows.add(transaction, held, body.rows)
         if isinstance(stored, rows.Contradiction):
-            _tell_of_contradiction(transaction, held, stored.seq)
+            _append_contradiction(transaction, held, stored.seq)
         else:
             transaction.after_commit(lambda: runtime.telemetry.take(fresh))
     if isinstance(stored, rows.Contradiction):
@@ -124,19 +123,19 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
 
 @router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete))
 def complete(lease_id: LeaseHolder, runtime: CurrentRuntime, body: CompleteBody) -> Outcome:
-    """The attempt trained to the end."""
+    """End an attempt that trained to the last step."""
     return _ended(runtime, lease_id, lambda tx: outcomes.complete(tx, lease_id, body))
 
 
 @router.post("/{lease_id}/fail", openapi_extra=schema_of(Fail))
 def fail(lease_id: LeaseHolder, runtime: CurrentRuntime, body: FailBody) -> Outcome:
-    """The attempt ended badly."""
+    """End a failed attempt."""
     return _ended(runtime, lease_id, lambda tx: outcomes.fail(tx, lease_id, body))
 
 
 @router.post("/{lease_id}/release", openapi_extra=schema_of(Release))
 def release(lease_id: LeaseHolder, runtime: CurrentRuntime, body: ReleaseBody) -> Outcome:
-    """The attempt gives its job back, or confirms a cancellation or a pause."""
+    """Give the job back, or confirm a cancellation or a pause."""
     seconds = runtime.settings.reward_probe_seconds
     return _ended(runtime, lease_id, lambda tx: outcomes.release(tx, lease_id, body, seconds))
 
@@ -154,7 +153,7 @@ def _ended(runtime: Runtime, lease_id: str, work: "outcomes.Ending") -> Outcome:
 
 
 def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
-    """A lease of the oldest job; its id where that job cannot run, for its secrets are gone, and has failed; None: nothing is due."""
+    """A lease of the oldest job; its id if its secrets cannot be read and it failed; or None."""
     lease_id = new_id("lease-")
     token = keys.new_attempt_token(lease_id)
     ttl = timedelta(seconds=runtime.settings.lease_ttl_seconds)
@@ -186,7 +185,7 @@ def _lease(
         attempt=attempt.number,
         token=token,
         ttl_seconds=runtime.settings.lease_ttl_seconds,
-        spec=JobSpec.model_validate(job.spec),
+        spec=job.parsed_spec,
         seed=job.seed,
         total_steps=job.total_steps,
         model=ModelSource.model_validate(job.model_source),
@@ -196,7 +195,7 @@ def _lease(
     )
 
 
-def _directives(runtime: Runtime, lease_id: str, told: Told) -> tuple[str, list[Directive]]:
+def _directives(runtime: Runtime, lease_id: str, received: Received) -> tuple[str, list[Directive]]:
     with runtime.database.read() as transaction:
         held = fence.look(transaction, lease_id)
         job, attempt = held.job, held.attempt
@@ -204,14 +203,14 @@ def _directives(runtime: Runtime, lease_id: str, told: Told) -> tuple[str, list[
             raise FencedError(
                 f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
             )
-        came = reward_requests.results(transaction, held, told.last_result)
-    wanted: Wanted | None = None
+        came = reward_requests.results(transaction, held, received.last_result)
+    wanted: JobDirective | None = None
     if job.cancel_requested_at is not None:
         wanted = "cancel"
     elif job.status == "pausing":
         wanted = "pause"
     found: list[Directive] = []
-    if wanted is not None and not told.knows(wanted):
+    if wanted is not None and not received.has(wanted):
         found.append(Directive(id=ONCE[wanted], type=wanted))
     return job.id, found + [
         Directive(id=number, type="reward_result", request_id=request_id, result=body)
@@ -246,8 +245,8 @@ def _check_rows(body: Batch) -> None:
         raise errors.invalid(problems)
 
 
-def _tell_of_contradiction(transaction: Transaction, held: fence.Held, seq: int) -> None:
+def _append_contradiction(transaction: Transaction, held: fence.Held, seq: int) -> None:
     number = held.attempt.number
-    message = f"attempt {number} sent row {seq} again with other content; the first one stands"
+    message = f"attempt {number} sent row {seq} again with other content; the first one is kept"
     data = {"kind": "integrity", "attempt": number, "seq": seq}
     events.append(transaction, held.job.id, [events.NewEvent(message, level="error", data=data)])

@@ -1,4 +1,4 @@
-"""Metrics of a job, column by column."""
+"""Metrics of a job, one series for each name."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -35,11 +35,14 @@ def get_metrics(
     runtime: CurrentRuntime,
     user: Reader,
     names: Annotated[str | None, Query(description="Comma-separated; default: all.")] = None,
-    after: Annotated[str | None, Query(description="Cursor of the answer before.")] = None,
+    after: Annotated[str | None, Query(description="Cursor of the previous response.")] = None,
     from_step: Step = None,
     to_step: Step = None,
 ) -> Response:
-    """The series of a job. With ``after``, only what is new since then, replayed steps included."""
+    """The series of a job.
+
+    With ``after``, only steps that are new since, replayed ones included.
+    """
     wanted, behind = _names(names), _cursor(after)
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
@@ -68,7 +71,8 @@ def _names(text: str | None) -> list[str] | None:
     for name in names:
         if not is_known(name):
             raise InvalidRequestError(
-                f"names: there is no metric {name!r}; GET /v1/fine_tuning/metrics/names lists those there are",
+                f"names: there is no metric {name!r}; GET /v1/fine_tuning/metrics/names lists "
+                "those there are",
                 param="names",
                 code="unknown_metric",
             )
@@ -80,7 +84,7 @@ def _cursor(text: str | None) -> int:
         return 0
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise InvalidRequestError(
-            "after: send the cursor of an earlier answer, or leave it out",
+            "after: send the cursor of an earlier response, or leave it out",
             param="after",
             code="invalid_cursor",
         )

@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 def list_models(runtime: CurrentRuntime, user: Reader) -> Page[Model]:
-    """Base models of the installation, and what jobs have made, newest first."""
+    """Base models of the installation, then models that jobs have made, newest first."""
     with runtime.database.read() as transaction:
         found = models.list_all(transaction, runtime.settings, user.project_id)
     return whole(found, lambda model: model.id)

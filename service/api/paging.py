@@ -1,4 +1,4 @@
-"""Query parameters that lists share, and the envelope of their answers."""
+"""Query parameters and envelope of lists."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -16,19 +16,19 @@ MAX_LIMIT = 100
 
 
 def cursor(
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Items of one page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Maximum number of items.")] = 20,
     after: Annotated[
-        str | None, Query(description="Id of the last item of the page before.")
+        str | None, Query(description="Id of the last item of the previous page.")
     ] = None,
     before: Annotated[
-        str | None, Query(description="Id of the first item of the page after.")
+        str | None, Query(description="Id of the first item of the next page.")
     ] = None,
     order: Annotated[Literal["asc", "desc"], Query(description="Oldest or newest first.")] = "desc",
 ) -> Cursor:
-    """Which page is wanted.
+    """The requested page.
 
     Raises:
-        InvalidRequestError: Both edges are given.
+        InvalidRequestError: Both ``after`` and ``before`` are given.
     """
     if after is not None and before is not None:
         raise InvalidRequestError(
@@ -45,7 +45,6 @@ PageCursor = Annotated[Cursor, Depends(cursor)]
 def envelope(
     found: Slice[Row], show: Callable[[Row], Item], identity: Callable[[Item], str]
 ) -> Page[Item]:
-    """A page as the API answers it."""
     data = [show(row) for row in found.rows]
     return Page[Item](
         object="list",
@@ -57,10 +56,10 @@ def envelope(
 
 
 def whole(data: Sequence[Item], identity: Callable[[Item], str]) -> Page[Item]:
-    """A list that fits into one page."""
+    """A complete list as one page."""
     return envelope(Slice(data, has_more=False), lambda item: item, identity)
 
 
 def seconds(instant: datetime) -> int:
-    """An instant as the OpenAI-shaped objects give it."""
+    """Seconds since 1970, as in OpenAI's objects."""
     return int(instant.timestamp())

@@ -1,4 +1,4 @@
-"""Query and path parameters are as strict as bodies: a misspelt one is an error, never ignored."""
+"""Strict query and path parameters: an unknown one is an error, as in bodies."""
 
 from difflib import get_close_matches
 
@@ -9,19 +9,20 @@ from fastapi.routing import APIRoute
 from dar.errors import Problem
 from service.http import auth, errors
 from service.http.bodies import NUL
-from service.runtime import CurrentRuntime
+from service.installation import CurrentInstallation
 
 
-def refuse_unusable(request: Request, runtime: CurrentRuntime) -> None:
-    """Raise when the route takes no such parameter, or its value can be nobody's.
+def refuse_unusable(request: Request, installation: CurrentInstallation) -> None:
+    """Reject unknown query parameters, and values that cannot be stored.
 
     Raises:
-        AuthenticationError: So it is, but a stranger is not told how a route works.
-        InvalidRequestError: The message names the parameters that the route takes.
+        AuthenticationError: There are some, but the request has no known key: only users see how
+            a route works.
+        InvalidRequestError: There are some. The message names the parameters of the route.
     """
     problems = [*_unknown(request), *_unstorable(request)]
     if problems:
-        auth.authenticate(request, runtime)
+        auth.authenticate(request, installation)
         raise errors.invalid(problems)
 
 

@@ -21,7 +21,6 @@ from dar.errors import (
 )
 from dar.protocol.reward_callbacks import CallbackAnswer
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, decode_result, is_own_request
-from dar.protocol.spec import JobSpec
 from dar.rewards.http.signing import decode_secret, verify
 from service.http import bodies
 from service.rewards import endpoints
@@ -74,9 +73,9 @@ def holder(
 
 
 def _refusal(request: Request, runtime: Runtime) -> DARError:
-    runtime.callbacks.count("refused")
+    runtime.telemetry.count_callback("refused")
     address = "" if request.client is None else request.client.host
-    wait = runtime.callbacks.failures.fail(address)
+    wait = runtime.callback_failures.fail(address)
     if wait is not None:
         return RateLimitError(
             "too many callbacks with wrong credentials came from this address",
@@ -103,10 +102,10 @@ async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> by
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if encoding not in {"", "identity"}:
-        runtime.callbacks.count("unsupported")
+        runtime.telemetry.count_callback("unsupported")
         raise UnsupportedMediaTypeError("send the body of a callback without a content-encoding")
     if media_type != "application/json" and not media_type.endswith("+json"):
-        runtime.callbacks.count("unsupported")
+        runtime.telemetry.count_callback("unsupported")
         raise UnsupportedMediaTypeError("send the body of a callback as application/json")
     try:
         chunks = [
@@ -114,7 +113,7 @@ async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> by
             async for chunk in bodies.limited(request.stream(), MAX_RESPONSE_BYTES, "callback")
         ]
     except DARError:
-        runtime.callbacks.count("too_large")
+        runtime.telemetry.count_callback("too_large")
         raise
     return b"".join(chunks)
 
@@ -140,7 +139,7 @@ def _settle_probe(
     outcome, error = runtime.probe_inbox.receive(probed.id, probed.token, body)
     if outcome == "refused":  # it has expired since the token was checked
         raise _refusal(request, runtime)
-    runtime.callbacks.count(outcome)
+    runtime.telemetry.count_callback(outcome)
     if outcome in {"accepted", "duplicate"}:
         return CallbackAnswer.model_validate({"status": outcome})
     raise _as_error(outcome, probed.id, error)
@@ -168,7 +167,7 @@ def _settle(
     )
     if outcome == "replayed":
         raise _refusal(request, runtime)
-    runtime.callbacks.count(outcome)
+    runtime.telemetry.count_callback(outcome)
     if outcome == "accepted":
         runtime.notifier.notify(job_id)
         return CallbackAnswer(status="accepted")
@@ -229,7 +228,7 @@ def callback_keys(runtime: Runtime, row: RewardRequestRow) -> list[bytes]:
     """The secrets that may sign callbacks of a request: those that sign the request itself."""
     with runtime.database.read() as transaction:
         job = reward_requests.job_of(transaction, row)
-    rewards = JobSpec.model_validate(job.spec).dar.rewards
+    rewards = job.parsed_spec.dar.rewards
     components = () if rewards is None else rewards.components
     for component in components:
         if component.name == row.component:

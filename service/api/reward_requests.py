@@ -4,7 +4,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from dar.protocol.spec import JobSpec
 from dar.protocol.worker import (
     AnnounceRewardRequests,
     NoteRewardProgress,
@@ -32,7 +31,7 @@ def announce_reward_requests(
 
     def work(transaction: Transaction) -> list[RewardRequestRow]:
         held = fence.hold(transaction, lease_id, body.attempt)
-        rewards = JobSpec.model_validate(held.job.spec).dar.rewards
+        rewards = held.job.parsed_spec.dar.rewards
         signed = {
             component.name
             for component in ([] if rewards is None else rewards.components)

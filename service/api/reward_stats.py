@@ -82,7 +82,7 @@ def list_reward_failures(
     return envelope(found, show, lambda failure: failure.id)
 
 
-def show(row: tables.RewardFailure) -> RewardFailure:
+def show(row: tables.RewardFailureRow) -> RewardFailure:
     return RewardFailure(
         id=row.id,
         object="fine_tuning.job.reward_failure",

@@ -29,7 +29,7 @@ def list_samples(
     ] = "desc",
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 20,
     after: Annotated[
-        str | None, Query(description="Id of the last sample of the page before.")
+        str | None, Query(description="Id of the last sample of the previous page.")
     ] = None,
 ) -> Page[Sample]:
     """Completions that were kept for viewing, newest first."""
@@ -42,7 +42,6 @@ def list_samples(
 
 
 def show(row: tables.SampleRow) -> Sample:
-    """A sample as the API shows it."""
     return Sample.model_validate(
         {
             **row.body,
@@ -63,6 +62,6 @@ def _id(after: str | None) -> int | None:
         after.startswith(PREFIX) and number.isascii() and number.isdigit() and len(number) < 19
     ):
         raise InvalidRequestError(
-            f"after={after!r} is no id of a sample", param="after", code="invalid_cursor"
+            f"after={after!r} is not the id of a sample", param="after", code="invalid_cursor"
         )
     return int(number)

@@ -1,4 +1,4 @@
-"""Checkpoints on their way in: announced, sent in parts that can go on where they broke off, verified, then visible."""
+"""Uploads of checkpoints: announced, sent in resumable parts, verified, then available."""
 
 import os
 from typing import Annotated, BinaryIO
@@ -29,7 +29,7 @@ AttemptBody = Annotated[AttemptOf, Depends(body_of(AttemptOf))]
 def register(
     lease_id: LeaseHolder, runtime: CurrentRuntime, body: RegisterBody
 ) -> CheckpointUpload:
-    """Announce a checkpoint; the answer says which bytes are here already."""
+    """Announce a checkpoint. The response says which bytes were received before."""
     _check_manifest(body.manifest)
     _reserve(runtime, lease_id, body)
     with runtime.database.write() as transaction:
@@ -55,7 +55,7 @@ async def put_file(
     attempt: Annotated[int, Query(ge=1, le=MAX_COUNT)],
     offset: Annotated[int, Query(ge=0, le=MAX_EXACT)] = 0,
 ) -> CheckpointUpload:
-    """Send a file, or go on with it at ``offset``; 0 starts it anew."""
+    """Send a file, or the rest of it from ``offset``; 0 starts over."""
     checkpoint = await run_in_threadpool(_pending, runtime, lease_id, checkpoint_id, attempt)
     upload = _upload(runtime, checkpoint)
     if name not in upload.names:
@@ -76,7 +76,7 @@ async def put_file(
 def commit(
     lease_id: LeaseHolder, checkpoint_id: str, runtime: CurrentRuntime, body: AttemptBody
 ) -> CheckpointUpload:
-    """Verify every byte, then make the checkpoint visible, together with the job that resumes from it."""
+    """Verify every byte, then make the checkpoint available to its job and to users."""
     checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
     if checkpoint.status == "pending":
         manifest_bytes = artifacts.verify(_upload(runtime, checkpoint))
@@ -98,7 +98,9 @@ def _reserve(runtime: Runtime, lease_id: str, body: RegisterCheckpoint) -> None:
     runtime.artifacts.reserve(missing, "the checkpoint")
 
 
-def _find(runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int) -> tables.Checkpoint:
+def _find(
+    runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int
+) -> tables.CheckpointRow:
     with runtime.database.read() as transaction:
         held = fence.look(transaction, lease_id)
         fence.check_fence(held, attempt)
@@ -110,23 +112,23 @@ def _find(runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int) -> 
 
 def _pending(
     runtime: Runtime, lease_id: str, checkpoint_id: str, attempt: int
-) -> tables.Checkpoint:
+) -> tables.CheckpointRow:
     checkpoint = _find(runtime, lease_id, checkpoint_id, attempt)
     if checkpoint.status != "pending":
         raise ConflictError(
-            f"checkpoint {checkpoint_id} is {checkpoint.status}; nothing more is to be sent"
+            f"checkpoint {checkpoint_id} is {checkpoint.status}; it takes no more files"
         )
     return checkpoint
 
 
-def _upload(runtime: Runtime, checkpoint: tables.Checkpoint) -> artifacts.Upload:
+def _upload(runtime: Runtime, checkpoint: tables.CheckpointRow) -> artifacts.Upload:
     manifest = Manifest.model_validate(checkpoint.manifest)
     return runtime.artifacts.upload(
         checkpoint.job_id, checkpoint.attempt, manifest, checkpoint.manifest_sha256
     )
 
 
-def _show(runtime: Runtime, checkpoint: tables.Checkpoint) -> CheckpointUpload:
+def _show(runtime: Runtime, checkpoint: tables.CheckpointRow) -> CheckpointUpload:
     status = "available" if checkpoint.status == "available" else "pending"
     received = artifacts.received(_upload(runtime, checkpoint))
     return CheckpointUpload.model_validate(

@@ -1,7 +1,7 @@
-"""Long polls: many waiters, one watcher, no thread held while waiting.
+"""Long polls: many waiters, one watcher, and no thread blocked while waiting.
 
-What happens in this process wakes its waiter at once. What happens in another replica is found by one query per second,
-shared by all waiters.
+A change in this process wakes its waiters at once. A change in another replica is found by one
+query per second for all waiters.
 """
 
 import asyncio
@@ -10,47 +10,45 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import structlog
-from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from service.background.directives import Told, Wanted
-from service.store import reward_requests
+from service.background.directives import JobDirective, Received
+from service.store import leases, reward_requests
 from service.store.database import Database
-from service.store.tables import Attempt, Job
 
 log = structlog.get_logger()
 WATCH_SECONDS = 1.0
-NOTHING = Told()
+NOTHING = Received()
 
 
 class Notifier:
-    """Wakes those who wait for news about a job."""
+    """Wakes coroutines that wait for news about a job."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._waiters: defaultdict[str, dict[asyncio.Event, Told]] = defaultdict(dict)
-        # By job; what the waiter knows already.
+        self._waiters: defaultdict[str, dict[asyncio.Event, Received]] = defaultdict(dict)
+        # By job; what each waiter has received before.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.is_closing = False
 
     def start(self) -> None:
-        """Start watching, on the running loop."""
+        """Start watching on the running loop."""
         self._loop = asyncio.get_running_loop()
         self._watcher = asyncio.create_task(self._watch(), name="notifier")
 
     def notify(self, job_id: str) -> None:
-        """Wake those who wait for news about a job; from any thread."""
+        """Wake waiters of a job. Thread-safe."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, job_id)
 
-    async def wait(self, job_id: str, seconds: float, *, told: Told = NOTHING) -> None:
-        """Return when there may be news about a job, at the latest after ``seconds``; what was ``told`` is no news."""
+    async def wait(self, job_id: str, seconds: float, *, received: Received = NOTHING) -> None:
+        """Wait at most ``seconds`` for news about a job beyond what was ``received``."""
         if self.is_closing or seconds <= 0:
             return
         news = asyncio.Event()
-        self._waiters[job_id][news] = told
+        self._waiters[job_id][news] = received
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), seconds)
@@ -60,13 +58,12 @@ class Notifier:
                 del self._waiters[job_id]
 
     def release(self) -> None:
-        """Wake everybody and let nobody wait any more: the process is about to stop."""
+        """Wake all waiters, and let later ones return at once: the process is about to stop."""
         self.is_closing = True
         for job_id in list(self._waiters):
             self._wake(job_id)
 
     async def close(self) -> None:
-        """Stop watching."""
         self.release()
         if self._watcher is not None:
             self._watcher.cancel()
@@ -84,32 +81,24 @@ class Notifier:
                 continue
             try:
                 waiting = {
-                    job_id: Told.by_all(told.values()) for job_id, told in self._waiters.items()
+                    job_id: Received.by_all(received.values())
+                    for job_id, received in self._waiters.items()
                 }
                 for job_id in await run_in_threadpool(self._changed, waiting):
                     self._wake(job_id)
             except SQLAlchemyError as error:
                 log.warning("cannot watch for directives", error=str(error))
 
-    def _changed(self, waiting: Mapping[str, Told]) -> list[str]:
-        """Which of the jobs have something to say to their worker, by what it knows already."""
+    def _changed(self, waiting: Mapping[str, Received]) -> list[str]:
+        """Jobs with news, given what their waiters have received."""
 
-        def untold(wanted: Wanted) -> list[str]:
-            return [job_id for job_id, told in waiting.items() if not told.knows(wanted)]
+        def missing(directive: JobDirective) -> list[str]:
+            return [job_id for job_id, received in waiting.items() if not received.has(directive)]
 
-        is_running = select(Attempt.job_id).where(
-            Attempt.job_id == Job.id, Attempt.number == Job.attempt, Attempt.status == "running"
-        )
-        statement = select(Job.id).where(
-            Job.id.in_(waiting),
-            or_(
-                and_(Job.cancel_requested_at.is_not(None), Job.id.in_(untold("cancel"))),
-                and_(Job.status == "pausing", Job.id.in_(untold("pause"))),
-                ~is_running.exists(),
-            ),
-        )
         with self._database.read() as transaction:
-            changed = list(transaction.scalars(statement).all())
+            changed = leases.changed(
+                transaction, list(waiting), cancel=missing("cancel"), pause=missing("pause")
+            )
             newest = reward_requests.newest_results(transaction, list(waiting))
         return changed + [
             job_id for job_id, number in newest.items() if number > waiting[job_id].last_result

@@ -1,6 +1,7 @@
-"""What nobody asks for and must still happen: leases run out, queues are woken again, old checkpoints go.
+"""Periodic work: expires leases, repeats wake-ups, removes old checkpoints and abandoned files.
 
-Every action is a conditional UPDATE, so that two reconcilers do no harm; on PostgreSQL one replica at a time is elected.
+Every action is a conditional UPDATE, so two reconcilers at once do no harm. With PostgreSQL one
+replica at a time is elected.
 """
 
 import threading
@@ -9,34 +10,32 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import structlog
-from sqlalchemy import and_
 from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, jobs, leases, reward_requests, transitions
-from service.store.database import Database, Transaction
-from service.store.tables import Job
+from service.store import checkpoints, fence, files, jobs, leases, reward_requests
+from service.store.database import Database
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0002
 SWEEP_SECONDS = 3600.0
 UNCLAIMED = timedelta(seconds=5)
-"""A job that has been due for longer has probably lost its wake-up."""
+"""Age from which the wake-up of a due job was probably lost."""
 
 
 class Reconciler:
-    """The service's own pass over its tables, in a thread.
+    """A thread that makes regular passes over the tables.
 
     Args:
-        database: Whose tables.
-        artifacts: Where checkpoints' files are.
-        waker: Told about queued jobs.
-        notifier: Told about jobs that changed.
-        ttl_seconds: How long a lease holds.
-        pause_seconds: Between two passes.
+        database: The database.
+        artifacts: The files of checkpoints.
+        waker: Wakes workers for queued jobs.
+        notifier: Wakes long polls of changed jobs.
+        ttl_seconds: How long a lease is valid.
+        pause_seconds: Time between two passes.
         monotonic: Clock for durations; replaced in tests.
     """
 
@@ -65,17 +64,16 @@ class Reconciler:
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
 
     def start(self) -> None:
-        """Start the passes."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the present pass."""
+        """Stop after the current pass."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
     def run_once(self) -> None:
-        """One pass, if this replica is the one to make it."""
+        """Make one pass, if this replica is elected."""
         is_patient = self._is_patient()
         with self._database.elected(ELECTION_KEY) as is_elected:
             if not is_elected:
@@ -88,7 +86,7 @@ class Reconciler:
             self._sweep()
 
     def _is_patient(self) -> bool:
-        """Whether leases are left alone: after a gap of ours, workers had nobody to renew them with."""
+        """Whether leases are left alone: during a gap between passes none could be renewed."""
         now = self._monotonic()
         if now - self._last_pass > max(self._ttl_seconds / 2, 3 * self._pause_seconds):
             self._patient_until = now + self._ttl_seconds
@@ -114,7 +112,7 @@ class Reconciler:
             unattended = leases.unattended_cancellations(transaction)
         for job_id in unattended:
             with self._database.write() as transaction:
-                _finish_cancellation(transaction, job_id)
+                leases.finish_cancellation(transaction, job_id)
 
     def _rewake(self) -> None:
         with self._database.read() as transaction:
@@ -133,16 +131,16 @@ class Reconciler:
                 checkpoints.mark_removed(transaction, item.id)
 
     def _sweep(self) -> None:
-        """Forget old reward requests, and remove files that lost their upload's process before it stored a row, or their row before they were removed."""
+        """Delete old reward requests, and uploaded files without a row."""
         if self._monotonic() < self._next_sweep:
             return
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
         with self._database.write() as transaction:
             reward_requests.forget(transaction)
-        there = self._artifacts.old_files()
+        old = self._artifacts.old_files()
         with self._database.read() as transaction:
-            known = files.known(transaction, there)
-        for file_id in set(there) - known:
+            known = files.known(transaction, old)
+        for file_id in set(old) - known:
             self._artifacts.file(file_id).unlink(missing_ok=True)
 
     def _run(self) -> None:
@@ -152,10 +150,5 @@ class Reconciler:
             except (SQLAlchemyError, DARError, OSError) as error:
                 log.warning("reconciler pass failed; the next one tries again", error=str(error))
             except Exception:
-                # Outermost frame of a thread without which no lease ever ends.
-                log.exception("reconciler pass failed by a mistake; the next one tries again")
-
-
-def _finish_cancellation(transaction: Transaction, job_id: str) -> None:
-    where = and_(Job.id == job_id, Job.cancel_requested_at.is_not(None))
-    transitions.move(transaction, "cancel_confirmed", where, "cancelled; no worker was left")
+                # Outermost frame of the thread: without it no lease would ever expire.
+                log.exception("reconciler pass failed unexpectedly; the next one tries again")

@@ -1,7 +1,7 @@
-"""Telling workers to look for queued jobs: a hint over the broker, which may be lost, doubled or late.
+"""Wake-ups of workers over the broker: hints that may be lost, repeated or late.
 
-A thread of its own publishes, so that a dead or frozen broker never delays a request: it costs this thread two seconds
-and a log line, and the workers' own polls find the job.
+A separate thread publishes, so that a broken broker never delays a request. It costs this thread
+two seconds and a log line; workers find the job by polling.
 """
 
 import threading
@@ -17,11 +17,11 @@ from dar.protocol.worker import WAKE_QUEUE, WAKE_TASK
 log = structlog.get_logger()
 SOCKET_SECONDS = 2.0
 MAX_WAITING = 64
-"""Wake-ups kept in the broker at most: more of them would wake nobody."""
+"""Maximum number of wake-ups in the broker; more would have no effect."""
 
 
 class Waker:
-    """Publishes wake-ups; without a broker it does nothing.
+    """Publishes wake-ups. Without a broker it does nothing.
 
     Args:
         broker_url: ``redis://…`` of the broker, or None.
@@ -37,18 +37,17 @@ class Waker:
         self._thread = threading.Thread(target=self._run, name="waker", daemon=True)
 
     def start(self) -> None:
-        """Start publishing."""
         if self._broker_url is not None:
             self._thread.start()
 
     def wake(self, count: int = 1) -> None:
-        """Ask for ``count`` wake-ups. Returns at once, whatever the broker does."""
+        """Request ``count`` wake-ups. Returns at once."""
         with self._changed:
             self._wanted = min(self._wanted + count, MAX_WAITING)
             self._changed.notify()
 
     def check(self) -> str:
-        """``ok``, ``off`` without a broker, else what is wrong; takes at most two seconds."""
+        """``ok``, ``off`` without a broker, or what is wrong. Takes at most two seconds."""
         if self._redis is None:
             return "off"
         try:
@@ -58,7 +57,7 @@ class Waker:
         return "ok"
 
     def close(self) -> None:
-        """Stop; what was not published yet is dropped."""
+        """Stop. Wake-ups that are not published yet are dropped."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -79,10 +78,10 @@ class Waker:
             try:
                 self._publish(count)
             except (OperationalError, RedisError, OSError) as error:
-                log.warning("broker does not take wake-ups; workers poll", error=str(error))
+                log.warning("broker takes no wake-ups; workers poll", error=str(error))
             except Exception:
-                # Outermost frame of a thread that nobody would start again.
-                log.exception("wake-ups failed by a mistake; workers poll")
+                # Outermost frame of the thread: nothing would restart it.
+                log.exception("wake-ups failed unexpectedly; workers poll")
 
     def _publish(self, count: int) -> None:
         assert self._celery is not None
@@ -100,7 +99,7 @@ def _producer(broker_url: str) -> Celery:
         accept_content=["json"],
         broker_connection_retry=False,
         broker_connection_timeout=SOCKET_SECONDS,
-        # Without them a publish to a frozen broker was still blocked after 25 s.
+        # Without these timeouts, a publish to a frozen broker was still blocked after 25 s.
         broker_transport_options={
             "socket_timeout": SOCKET_SECONDS,
             "socket_connect_timeout": SOCKET_SECONDS,
@@ -111,7 +110,7 @@ def _producer(broker_url: str) -> Celery:
     return app
 
 
-def _redis(broker_url: str) -> "Redis":
+def _redis(broker_url: str) -> Redis:
     return Redis.from_url(
         broker_url, socket_timeout=SOCKET_SECONDS, socket_connect_timeout=SOCKET_SECONDS
     )

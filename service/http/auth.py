@@ -1,4 +1,4 @@
-"""Who may do what: keys of users, keys of workers, and the token of one attempt."""
+"""Authentication and scopes: keys of users and of workers, and tokens of attempts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 
 from dar.errors import AuthenticationError, NotFoundError, PermissionDeniedError
 from service import keys
-from service.runtime import CurrentRuntime, Runtime
+from service.installation import CurrentInstallation, Installation
 from service.store import fence
 from service.store import keys as key_store
 
@@ -18,7 +18,7 @@ HINT = "send 'Authorization: Bearer <key>'; the embedded default keeps it in $DA
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who sent a request, by its key."""
+    """The key that sent a request."""
 
     key_id: str
     project_id: str | None
@@ -27,17 +27,17 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user's key, and the project all whose objects it may see."""
+    """A user's key and its project."""
 
     key_id: str
     project_id: str
 
 
 def bearer(request: Request) -> str:
-    """The credential of a request.
+    """The bearer credential of a request.
 
     Raises:
-        AuthenticationError: There is none.
+        AuthenticationError: The request has none.
     """
     scheme, _, credential = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not credential.strip():
@@ -45,36 +45,36 @@ def bearer(request: Request) -> str:
     return credential.strip()
 
 
-def principal(request: Request, runtime: CurrentRuntime) -> Principal:
-    """Who sent the request.
+def principal(request: Request, installation: CurrentInstallation) -> Principal:
+    """The key that sent the request.
 
     Raises:
         AuthenticationError: The key is missing, unknown, expired or revoked.
     """
     key = bearer(request)
-    with runtime.database.read() as transaction:
+    with installation.database.read() as transaction:
         record = key_store.find(transaction, keys.key_id(key))
-    # An unknown id is compared too, so that both refusals take the same time.
+    # An unknown id is compared too, so that both errors take the same time.
     if not keys.is_equal(key, record.sha256 if record else keys.digest("")) or record is None:
         raise AuthenticationError(f"the API key is not known here; {HINT}")
     return Principal(record.id, record.project_id, frozenset(record.scopes.split()))
 
 
-def authenticate(request: Request, runtime: Runtime) -> None:
-    """Raise unless the request carries a key or token that is known here, whatever it opens.
+def authenticate(request: Request, installation: Installation) -> None:
+    """Check that the request has a known key or token, whatever its scopes.
 
     Raises:
-        AuthenticationError: It does not.
+        AuthenticationError: It has none.
     """
     lease_id = keys.lease_of_token(bearer(request))
     if lease_id is None:
-        principal(request, runtime)
+        principal(request, installation)
     else:
-        _check_token(runtime, lease_id, bearer(request))
+        _check_token(installation, lease_id, bearer(request))
 
 
 def user_with(scope: Scope) -> Callable[[Principal], User]:
-    """A dependency that lets users' keys of ``scope`` pass."""
+    """A dependency that accepts users' keys with ``scope``."""
 
     def check(who: Annotated[Principal, Depends(principal)]) -> User:
         if scope not in who.scopes or who.project_id is None:
@@ -91,7 +91,7 @@ Submitter = Annotated[User, Depends(user_with("submit"))]
 
 
 def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:
-    """Lets workers' keys pass.
+    """A dependency that accepts workers' keys.
 
     Raises:
         PermissionDeniedError: It is a user's key.
@@ -103,45 +103,49 @@ def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:
     return who
 
 
-def lease_holder(lease_id: str, request: Request, runtime: CurrentRuntime) -> str:
-    """Lets the token of the lease's own attempt pass; gives the lease's id. Whether it still holds is checked later.
+def lease_holder(lease_id: str, request: Request, installation: CurrentInstallation) -> str:
+    """A dependency that accepts the token of the lease's own attempt. Returns the lease's id.
+
+    Whether the lease is still valid is checked later.
 
     Raises:
-        AuthenticationError: It is no token of any attempt.
+        AuthenticationError: It is not a token of an attempt.
         NotFoundError: It is the token of another lease.
     """
     token = bearer(request)
     claimed = keys.lease_of_token(token)
     if claimed is None:
         raise AuthenticationError("this route takes the token of an attempt, which a claim gives")
-    _check_token(runtime, claimed, token)
+    _check_token(installation, claimed, token)
     if claimed != lease_id:
         raise NotFoundError(f"there is no lease {lease_id!r}")
     return lease_id
 
 
-def lease_sender(lease_id: str, request: Request, runtime: CurrentRuntime) -> str:
-    """Lets the attempt's token pass, and a worker's key for attempts that ran on its node (``x-dar-node``).
+def lease_sender(lease_id: str, request: Request, installation: CurrentInstallation) -> str:
+    """A dependency that accepts the attempt's token, or a worker's key for attempts of its node.
+
+    The header ``x-dar-node`` names the node.
 
     Raises:
         AuthenticationError: The credential is unknown.
         PermissionDeniedError: It is a user's key.
-        NotFoundError: The attempt is another's, or ran elsewhere.
+        NotFoundError: It is another attempt's token, or the attempt ran on another node.
     """
     token = bearer(request)
     if keys.lease_of_token(token) is not None:
-        return lease_holder(lease_id, request, runtime)
-    worker(principal(request, runtime))
-    with runtime.database.read() as transaction:
+        return lease_holder(lease_id, request, installation)
+    worker(principal(request, installation))
+    with installation.database.read() as transaction:
         attempt = fence.find(transaction, lease_id)
     if attempt.node != request.headers.get("x-dar-node"):
         raise NotFoundError(f"lease {lease_id!r} was not held on the node that x-dar-node names")
     return lease_id
 
 
-def _check_token(runtime: Runtime, lease_id: str, token: str) -> None:
+def _check_token(installation: Installation, lease_id: str, token: str) -> None:
     try:
-        with runtime.database.read() as transaction:
+        with installation.database.read() as transaction:
             sha256 = fence.find(transaction, lease_id).token_sha256
     except NotFoundError:
         sha256 = keys.digest("")

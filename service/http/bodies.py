@@ -1,4 +1,4 @@
-"""Reading bodies: counted as they stream in, unpacked within bounds, and parsed once into a strict model."""
+"""Request bodies: limited while they stream in, unpacked, and parsed once into a strict model."""
 
 import json
 import re
@@ -15,26 +15,27 @@ from dar.errors import (
     Problem,
     UnsupportedMediaTypeError,
 )
+from dar.settings import Settings
 from service.http import errors
-from service.runtime import Runtime
+from service.installation import CurrentInstallation
 
 Model = TypeVar("Model", bound=BaseModel)
 GZIP_WINDOW_BITS = 31
 MAX_INTEGER = 2**63 - 1
 MAX_EXACT = 2**53
-"""Up to here every integer is a float too."""
+"""Up to here every integer is exact as a float."""
 NUL = "must not contain the character NUL (U+0000), which the database cannot store"
-# Looking through a whole body takes longer than parsing it, and hardly any has one of these.
+# Walking through a whole body takes longer than parsing it, and few bodies have one of these.
 _SUSPICIOUS = re.compile(rb"\\u0000|\d{19}")
 
 
 async def limited(
     stream: AsyncIterator[bytes], limit: int, what: str
 ) -> AsyncGenerator[bytes, None]:
-    """The chunks of a body, until it is over ``limit`` bytes.
+    """The chunks of a body of at most ``limit`` bytes.
 
     Raises:
-        PayloadTooLargeError: It is; the rest is not read.
+        PayloadTooLargeError: The body is longer; the rest of it is not read.
     """
     total = 0
     async for chunk in stream:
@@ -47,12 +48,12 @@ async def limited(
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, unpacked when it is gzip.
+    """The whole body, decompressed if it is gzip.
 
     Raises:
-        PayloadTooLargeError: It is over ``limit`` bytes, packed or unpacked.
-        UnsupportedMediaTypeError: Its encoding is neither gzip nor none.
-        InvalidRequestError: It is not the gzip that it says it is.
+        PayloadTooLargeError: It has over ``limit`` bytes, compressed or decompressed.
+        UnsupportedMediaTypeError: Its encoding is neither gzip nor identity.
+        InvalidRequestError: It is not valid gzip.
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in {"identity", "gzip"}:
@@ -81,23 +82,24 @@ def _gunzip(packed: bytes, limit: int) -> bytes:
 
 def body_of(
     model: type[Model],
-    limit: Callable[[Runtime], int] | None = None,
+    limit: Callable[[Settings], int] | None = None,
     *,
     is_optional: bool = False,
-) -> Callable[[Request], Coroutine[Any, Any, Model]]:
+) -> Callable[..., Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's JSON body as a ``model``.
 
-    FastAPI's own body parameters are read before any dependency, so before the key is checked; this one comes after.
+    FastAPI reads its own body parameters before any dependency, so before the key is checked. This
+    dependency reads the body after that check.
 
     Args:
-        model: What the body must be.
-        limit: Picks the limit in bytes; default: the settings' ``max_body_bytes``.
-        is_optional: Whether no body stands for an empty object.
+        model: Model of the body.
+        limit: Returns the limit in bytes; default: ``max_body_bytes`` of the settings.
+        is_optional: Whether an empty body counts as an empty object.
     """
 
-    async def read(request: Request) -> Model:
-        runtime: Runtime = request.app.state.runtime
-        most = runtime.settings.max_body_bytes if limit is None else limit(runtime)
+    async def read(request: Request, installation: CurrentInstallation) -> Model:
+        settings = installation.settings
+        most = settings.max_body_bytes if limit is None else limit(settings)
         media_type = request.headers.get("content-type", "application/json").split(";")[0].strip()
         if media_type.lower() != "application/json":
             raise UnsupportedMediaTypeError(

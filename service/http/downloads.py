@@ -1,4 +1,4 @@
-"""Sending files: whole or one range of bytes, with a digest for a tag, so that a broken download can go on."""
+"""Sending files: whole or one byte range, with a digest as ETag, so that downloads can resume."""
 
 import base64
 import re
@@ -20,7 +20,7 @@ class _Download(FileResponse):
     chunk_size = CHUNK_BYTES  # 1,400 MB/s instead of 330 at Starlette's 64 KiB
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file; a range in another unit than bytes is ignored, as RFC 9110 wants it."""
+        """Send the file. A range in another unit than bytes is ignored (RFC 9110)."""
         if _range_of(Headers(scope=scope)) is None:
             kept = [item for item in scope["headers"] if item[0] != b"range"]
             scope = {**scope, "headers": kept}
@@ -28,16 +28,16 @@ class _Download(FileResponse):
 
 
 def send(request: Request, path: Path, *, sha256: str, filename: str) -> Response:
-    """The answer with a file's content.
+    """The response with a file's content.
 
     Args:
-        request: Its ``Range``, ``If-Range`` and ``If-None-Match`` are honoured.
+        request: Its ``Range``, ``If-Range`` and ``If-None-Match`` headers are honoured.
         path: The file.
         sha256: Digest of the whole file, in hex.
-        filename: What a browser saves it as.
+        filename: Name under which a browser saves the file.
 
     Raises:
-        NotFoundError: The file is gone.
+        NotFoundError: The file does not exist.
     """
     if path.is_symlink() or not path.is_file():
         raise NotFoundError(f"the content of {filename!r} is gone")
@@ -55,7 +55,8 @@ def send(request: Request, path: Path, *, sha256: str, filename: str) -> Respons
     is_current = request.headers.get("if-range", etag) == etag
     if wanted is not None and is_current and not _is_satisfiable(wanted, size):
         error = RangeNotSatisfiableError(
-            f"range {wanted[:100]!r} does not fit a file of {size} bytes; send one like 'bytes=0-99'"
+            f"range {wanted[:100]!r} does not fit a file of {size} bytes; send one like "
+            "'bytes=0-99'"
         )
         id_ = errors.request_id(request)
         return errors.render(error, id_, {"content-range": f"bytes */{size}"})

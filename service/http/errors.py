@@ -1,4 +1,4 @@
-"""The one place where a failure becomes an answer, whatever raised it and on whatever route."""
+"""Exception handlers: every error of every route is rendered here, in one shape."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 RETRY_AFTER_SECONDS = 1.0
 MAX_RETRY_AFTER_SECONDS = 120.0
-"""The OpenAI client does not retry at all when it is told to wait longer."""
+"""The OpenAI client does not retry at all after a longer wait."""
 _WORDS = {
     "extra_forbidden": "unknown field",
     "missing": "this field is required",
@@ -37,7 +37,7 @@ _WORDS = {
 
 
 def install(app: FastAPI) -> None:
-    """Render every failure of ``app`` as the one error body."""
+    """Render every error of ``app`` as the one error body."""
     app.add_exception_handler(DARError, _on_dar_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(StarletteHTTPException, _on_http_exception)
@@ -45,7 +45,7 @@ def install(app: FastAPI) -> None:
 
 
 def request_id(request: Request) -> str | None:
-    """The id that the request's answer carries."""
+    """The id in the response's ``x-request-id`` header."""
     value = request.scope.get("dar_request_id")
     return value if isinstance(value, str) else None
 
@@ -53,10 +53,10 @@ def request_id(request: Request) -> str | None:
 def render(
     error: DARError, request_id: str | None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """The answer to a failed request."""
+    """The response for an error."""
     extra = dict(headers or {})
     if isinstance(error, ConflictError):
-        # Without it the OpenAI client sends a request that can never succeed three times.
+        # Without it the OpenAI client retries a request that cannot succeed.
         extra["x-should-retry"] = "false"
     if error.status == 401:
         extra["www-authenticate"] = "Bearer"
@@ -68,9 +68,9 @@ def render(
 
 
 def internal_error(request_id: str | None) -> Response:
-    """The answer to a mistake of ours: what went wrong is in the log, not in the answer."""
+    """The response for a fault of the service. Its cause is in the log, not in the response."""
     error = DARError(
-        "the service has made a mistake; quote the request id to its operator, whose log says more"
+        "the service has failed; report the request id to its operator, whose log has the cause"
     )
     return render(error, request_id)
 
@@ -78,7 +78,7 @@ def internal_error(request_id: str | None) -> Response:
 def problems_of(
     errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None = None
 ) -> list[Problem]:
-    """Pydantic's findings with the path as a user writes it, like ``method.dar.hyperparameters.alpha``."""
+    """Pydantic's errors, with paths like ``method.dar.hyperparameters.alpha``."""
     return [
         Problem(
             message=_message(item, model),
@@ -90,17 +90,17 @@ def problems_of(
 
 
 def path_of(location: Sequence[str | int]) -> str:
-    """A location as a path: ``("rewards", "components", 0, "url")`` is ``rewards.components[0].url``."""
+    """The path of a location: ``("components", 0, "url")`` is ``components[0].url``."""
     path = ""
     for part in location:
-        if part == "[key]":  # pydantic's mark of a mapping's key, which stands before it
+        if part == "[key]":  # pydantic marks a mapping's key this way, after the key
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.removeprefix(".")
 
 
 def invalid(problems: Sequence[Problem]) -> InvalidRequestError:
-    """One error out of all that is wrong; its message is the first problem's."""
+    """One error for several problems. Its message is that of the first problem."""
     first = problems[0]
     where = f"{first.param}: " if first.param else ""
     more = f" (and {len(problems) - 1} more, see errors)" if len(problems) > 1 else ""
@@ -110,7 +110,7 @@ def invalid(problems: Sequence[Problem]) -> InvalidRequestError:
 
 
 def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:
-    """What is wrong with a body that should have been a ``model``."""
+    """The error for a body that is not a valid ``model``."""
     return invalid(problems_of(error.errors(include_url=False, include_input=False), model))
 
 
@@ -155,7 +155,7 @@ async def _on_dar_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    # The first part of a location says where the parameter was (query, path, header), not what it is called.
+    # The first part of a location is the kind of the parameter (query, path, header).
     found = [{**item, "loc": item["loc"][1:]} for item in error.errors()]
     return render(invalid(problems_of(found)), request_id(request))
 
@@ -183,7 +183,7 @@ async def _on_database_error(request: Request, error: Exception) -> Response:
         return internal_error(request_id(request))
     log.warning("database unavailable", error=str(error))
     made = ServiceUnavailableError(
-        "the database does not answer; try again in a moment (a change may have been stored all the same)",
+        "the database does not respond; try again in a moment (a change may have been stored)",
         code="database_unavailable",
     )
     return render(made, request_id(request))

@@ -1,4 +1,4 @@
-"""Log lines as JSON on stderr, and the id that ties them to a request."""
+"""JSON log lines on stderr, each with the id of its request."""
 
 import logging
 import re
@@ -20,12 +20,12 @@ _SANE_ID = re.compile(rb"^[A-Za-z0-9_.:-]{1,128}$")
 
 
 def configure(level: str) -> None:
-    """Write JSON lines to stderr from ``level`` up; the standard library's loggers go the same way."""
+    """Log JSON lines to stderr from ``level`` up, those of the standard library included."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        # Without local variables: they hold keys, tokens and prompts.
+        # No local variables: they hold keys, tokens and prompts.
         structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
     ]
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -41,7 +41,7 @@ def configure(level: str) -> None:
         )
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # It logs every URL, and that of a reward service may hold a token.
+    # httpx2 logs every URL, and the URL of a reward service may contain a token.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -49,7 +49,7 @@ def configure(level: str) -> None:
 
 
 class RequestMiddleware:
-    """Gives every request an id and a log line, and every unforeseen failure an answer."""
+    """Gives every request an id and a log line, and renders unexpected exceptions."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -76,7 +76,7 @@ class RequestMiddleware:
             except ClientDisconnect:
                 log.debug("client left", method=scope["method"], path=scope["path"])
             except Exception:
-                # Outermost frame of a request: whatever it was, the client gets an answer.
+                # Outermost frame of a request: the client gets a response in any case.
                 log.exception("unhandled error", method=scope["method"], path=scope["path"])
                 if status == 0:
                     await errors.internal_error(request_id)(scope, receive, send_with_id)

@@ -1,4 +1,4 @@
-"""How often something may be done by one user, or go wrong at one address, counted in this process."""
+"""Rate limits of users and of failing addresses, and recently passed probes, in this process."""
 
 import math
 import threading
@@ -8,16 +8,19 @@ from collections.abc import Callable
 
 from dar.errors import RateLimitError
 
+PASSED_SECONDS = 30.0
+"""How long a passed probe counts. A sweep submits many jobs with the same reward service."""
+
 
 class Throttle:
-    """A sliding window: at most ``limit`` times in ``seconds``, for each user.
+    """A sliding window: at most ``limit`` times in ``seconds`` for each user.
 
-    Each replica counts by itself: a store that all share could be down, and would then have to open the door or to shut it.
+    Each replica counts by itself, so that no shared counter can fail.
 
     Args:
-        limit: Most times.
+        limit: Maximum number of times.
         seconds: Length of the window.
-        what: Names the thing in the error.
+        what: Name of the limited action in the error.
     """
 
     def __init__(self, limit: int, seconds: float, what: str) -> None:
@@ -28,20 +31,21 @@ class Throttle:
         self._taken: dict[str, deque[float]] = {}
 
     def take(self, who: str) -> None:
-        """Count one time.
+        """Count one use.
 
         Raises:
-            RateLimitError: It would be one too many; says when it will not be.
+            RateLimitError: The limit is reached; the error says how long to wait.
         """
         wait = self._wait_or_take(who)
         if wait > 0:
             raise RateLimitError(
-                f"at most {self._limit} {self._what} per {self._seconds:g} s; try again in {math.ceil(wait)} s",
+                f"at most {self._limit} {self._what} per {self._seconds:g} s; try again in "
+                f"{math.ceil(wait)} s",
                 retry_after_seconds=math.ceil(wait),
             )
 
     def has_room(self, who: str) -> bool:
-        """Count one time, unless it would be one too many."""
+        """Count one use. Returns whether the limit allowed it."""
         return self._wait_or_take(who) <= 0
 
     def _wait_or_take(self, who: str) -> float:
@@ -61,14 +65,15 @@ class Throttle:
 
 
 class FailureThrottle:
-    """Counts failures by address, in this process; what succeeds is never held back.
+    """Counts failed requests by address. Requests that succeed are never limited.
 
-    Many callers may share an address behind a proxy, so a stranger's failures must not shut out the others.
+    Many callers may share an address behind a proxy, so one caller's failures must not block the
+    others.
 
     Args:
-        most: Failures of an address within ``seconds`` that are still answered as such.
-        seconds: Length of the window that is counted in.
-        addresses: Most addresses that are remembered; beyond that the longest unseen is forgotten.
+        most: Failures of an address within ``seconds`` that are not limited.
+        seconds: Length of the window.
+        addresses: Maximum number of addresses; the one unseen for longest is dropped first.
         monotonic: Clock; replaced in tests.
     """
 
@@ -87,7 +92,7 @@ class FailureThrottle:
         self._windows: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def fail(self, address: str) -> float | None:
-        """Count a failure; returns the seconds to wait when there were too many, else None."""
+        """Count a failure. Returns the seconds to wait if there were too many, else None."""
         now = self._monotonic()
         with self._lock:
             began, count = self._windows.pop(address, (now, 0))
@@ -97,3 +102,22 @@ class FailureThrottle:
             if len(self._windows) > self._addresses:
                 self._windows.popitem(last=False)
         return None if count < self._most else self._seconds - (now - began)
+
+
+class PassedProbes:
+    """Reward services that passed a probe recently. A service that failed is probed each time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[str, float] = {}
+
+    def has(self, key: str) -> bool:
+        """Whether the service need not be probed again yet."""
+        with self._lock:
+            return self._until.get(key, 0.0) > time.monotonic()
+
+    def add(self, key: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._until = {name: until for name, until in self._until.items() if until > now}
+            self._until[key] = now + PASSED_SECONDS

@@ -1,7 +1,7 @@
-"""Reading an uploaded file row by row: JSONL of prompts, or of completions with their rewards, with any further columns.
+"""Checks of uploaded files: JSONL of prompts, or of completions with rewards, and other columns.
 
-All that is wrong is found in one pass over the file (the first `MAX_PROBLEMS` are told), which is copied and hashed in
-the same pass and never held in memory.
+One pass over the file finds all problems (the first `MAX_PROBLEMS` are reported), copies it and
+hashes it. The file is never held in memory.
 """
 
 import hashlib
@@ -31,22 +31,23 @@ MAX_ROW_BYTES = 4 * 1024**2
 MAX_COLUMNS = 256
 ROLES = ("system", "user", "assistant", "tool")
 CONVERSATIONS = ("prompt", "completion", "completions", "chosen", "rejected")
-"""Columns that may hold messages."""
+"""Columns that may contain messages."""
 FileParam = Literal["training_file", "validation_file"]
 Columns = Mapping[str, Mapping[str, int | None]]
-"""What `Dataset.columns` says."""
+"""See `Dataset.columns`."""
 
 
 @dataclass(slots=True)
 class Dataset:
-    """What was found in a file.
+    """Facts about a file.
 
     Attributes:
-        num_rows: Rows, each of them a prompt, with or without completions.
+        num_rows: Number of rows. Each is a prompt, with or without completions.
         bytes: Size of the file.
         sha256: Its digest, in hex.
-        columns: By name, the ``first`` row (from 1) that has a value there, the first one where it is ``missing`` or null, and the
-            first one where it is ``absent``; None when no row is such.
+        columns: By name, the ``first`` row (from 1) with a value, the first row where the column is
+            ``missing`` or null, and the first row where it is ``absent``; None if there is no such
+            row.
     """
 
     num_rows: int = 0
@@ -55,7 +56,6 @@ class Dataset:
     columns: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Count one more row."""
         self.num_rows += 1
         for name in row:
             if name not in self.columns:
@@ -75,10 +75,10 @@ class Dataset:
 
 
 def store(source: BinaryIO, target: Path) -> Dataset:
-    """Copy an upload to ``target``, durably, while checking every row.
+    """Copy an upload to ``target``, durably, and check every row.
 
     Raises:
-        InvalidRequestError: A row cannot be used, or there is none; ``target`` is removed.
+        InvalidRequestError: A row is invalid, or the file has no rows; ``target`` is removed.
     """
     found, problems, digest = Dataset(), list[Problem](), hashlib.sha256()
     with target.open("wb") as copy:
@@ -118,12 +118,12 @@ def common_columns(columns: Columns) -> list[str]:
 
 
 def check_for(spec: JobSpec, columns: Columns, param: FileParam = "training_file") -> list[Problem]:
-    """What keeps a file from serving a job: by column, with the first row that is wrong.
+    """Why a file cannot be used for a job: problems by column, each with the first such row.
 
     Args:
-        spec: Of the job.
-        columns: Of the file.
-        param: Which of its files it is.
+        spec: Spec of the job.
+        columns: Columns of the file.
+        param: Which of the job's files it is.
     """
     if spec.dar.rewards is None:
         return _offline_problems(columns, param)
@@ -136,8 +136,9 @@ def check_for(spec: JobSpec, columns: Columns, param: FileParam = "training_file
 def _completions(columns: Columns, param: FileParam) -> list[Problem]:
     return [
         Problem(
-            f"row {columns[name]['first']} of the {_words(param)} has the column {name!r}, but a job with rewards samples its own "
-            "completions; send a file of prompts, rename the column, or leave the rewards out to train on what the file holds",
+            f"row {columns[name]['first']} of the {_words(param)} has the column {name!r}, but a "
+            "job with rewards samples its own completions; send a file of prompts, rename the "
+            "column, or leave the rewards out to train on what the file holds",
             param,
             "unexpected_column",
             columns[name]["first"],
@@ -152,13 +153,14 @@ def _missing_columns(
     for index, component in enumerate(components):
         for place, name in columns_of(component):
             row = columns[name]["missing"] if name in columns else 1
-            # Builtins skip a prompt without the value; without the whole column they would skip everything.
+            # A builtin skips a prompt without a value. Without the column it would skip all.
             if row is None or (component.kind == "builtin" and name in columns):
                 continue
             path = f"{PATH}.components[{index}].{place}"
             there = ", ".join(common_columns(columns))
             yield Problem(
-                f"row {row} of the {_words(param)} has no value for {name!r}; every row has: {there}",
+                f"row {row} of the {_words(param)} has no value for {name!r}; every row has: "
+                f"{there}",
                 path if param == "training_file" else param,
                 "missing_column",
                 row,
@@ -166,11 +168,14 @@ def _missing_columns(
 
 
 def _offline_problems(columns: Columns, param: FileParam) -> list[Problem]:
-    """What keeps a file from being trained on as it stands: each row was checked by itself when it was uploaded."""
+    """Why a file cannot be trained on offline. Each row alone was checked at the upload."""
     completions, rewards = _filled(KINDS, columns), [n for n in REWARD_COLUMNS if n in columns]
     if not completions:
         lack = "no completions, but a job without rewards trains on what the file holds"
-        advice = "send 'completions' with 'rewards', or 'chosen' with 'rejected', or give the job rewards"
+        advice = (
+            "send 'completions' with 'rewards', or 'chosen' with 'rejected', or give the job "
+            "rewards"
+        )
         return [_offline_problem(param, 1, f"{lack}: {advice}")]
     if not rewards and any(KINDS[name] != "preferences" for name in completions):
         return [
@@ -179,7 +184,7 @@ def _offline_problems(columns: Columns, param: FileParam) -> list[Problem]:
             )
         ]
     places = dict.fromkeys((*completions, *_filled(["behavior_logps"], columns)), "missing")
-    places |= dict.fromkeys(rewards, "absent")  # null says that a reward is missing
+    places |= dict.fromkeys(rewards, "absent")  # null means that a reward is missing
     return [
         _offline_problem(
             param, row, f"no {name!r}, but others have it: keep to one format", "mixed_format"
@@ -190,7 +195,7 @@ def _offline_problems(columns: Columns, param: FileParam) -> list[Problem]:
 
 
 def _filled(names: Iterable[str], columns: Columns) -> list[str]:
-    """Those that have a value in some row."""
+    """Those of ``names`` that have a value in some row."""
     return [name for name in names if name in columns and columns[name]["first"] is not None]
 
 
@@ -294,13 +299,13 @@ def _check_surrogates(row: object) -> None:
 
 
 def _check_content(row: Mapping[str, Any]) -> None:
-    """The trainer's own rules, and those of the way there: a text is not empty, a message has role and content alone."""
+    """Apply the trainer's rules, and check that texts are not empty and messages are plain."""
     if kind_of(row) == "prompts":
         if read_prompt(row) == "":
             raise RowError("the prompt is empty", "prompt")
     elif any(name in row for name in REWARD_COLUMNS) or kind_of(row) == "preferences":
         read_offline(row)
-    else:  # `check_for` tells that rewards are missing, when it is known what the file is for
+    else:  # `check_for` reports missing rewards, once it is known which job uses the file
         read_offline({**row, "rewards": None})
     for name in CONVERSATIONS:
         for path, message in _messages(row.get(name), name):
@@ -308,7 +313,7 @@ def _check_content(row: Mapping[str, Any]) -> None:
 
 
 def _messages(value: object, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All messages in a column, with their places: of a conversation, or of a list of them."""
+    """All messages in a column with their paths; the column is a conversation or a list of them."""
     if isinstance(value, dict):
         yield path, value
     elif isinstance(value, list):

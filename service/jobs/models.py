@@ -1,7 +1,7 @@
-"""Which models a job may start from: folders of the installation, results of jobs, and models of the hub."""
+"""Models that a job may start from: folders, results and checkpoints of jobs, and hub models."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -9,12 +9,14 @@ from pathlib import Path
 
 from dar.errors import ModelNotFoundError, NotFoundError
 from dar.protocol.models import Model
+from dar.protocol.reward_spec import Rewards
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ModelSource
+from dar.rewards.from_spec import PATH
 from dar.settings import Settings
 from service.store import checkpoints
 from service.store.database import Transaction
-from service.store.tables import Checkpoint, Job
+from service.store.tables import CheckpointRow, JobRow
 
 MAX_NAMED = 10
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
@@ -22,96 +24,103 @@ _FOLDER = re.compile(r"^[A-Za-z0-9][\w.-]*$", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
+class ResolvedModel:
     """Where a model's weights come from, and the checkpoints among them."""
 
     source: ModelSource
-
-    @property
-    def checkpoint_ids(self) -> list[str]:
-        """Checkpoints that must be kept as long as the job needs them."""
-        whole = [self.source.checkpoint_id] if self.source.checkpoint_id else []
-        return whole + self.source.adapter_ids
+    checkpoint_ids: Sequence[str] = ()
+    """Checkpoints that must be kept as long as the job needs them."""
 
 
-def resolve(transaction: Transaction, settings: Settings, project_id: str, name: str) -> Resolved:
-    """What ``model`` of a job spec means.
+def resolve(
+    transaction: Transaction, settings: Settings, project_id: str, name: str
+) -> ResolvedModel:
+    """Find the model that a job spec names, and keep its checkpoints until the transaction ends.
 
     Raises:
-        ModelNotFoundError: Nothing here has that name, or the hub id is not allowed.
+        ModelNotFoundError: There is no such model, the hub id is not allowed, or a checkpoint that
+            the model is made of was removed.
     """
     if "/" in name:
-        return Resolved(_hub(settings, name))
+        return ResolvedModel(_hub(settings, name))
     if _folder(settings.models_path, name) is not None:
-        return Resolved(ModelSource(kind="folder", name=name, checkpoint_id=None, adapter_ids=[]))
-    for _, checkpoint, job in _made_here(transaction, project_id, checkpoints.Wanted(name=name)):
-        return Resolved(_of_checkpoint(checkpoint, job))
-    few = checkpoints.Wanted(limit=MAX_NAMED + 1)
-    made = [model.id for model, _, _ in _made_here(transaction, project_id, few)]
-    there = [*(model.id for model in _folders(settings.models_path)), *made]
+        folder = ModelSource(kind="folder", name=name, checkpoint_id=None, adapter_ids=[])
+        return ResolvedModel(folder)
+    for _, checkpoint, job in checkpoints.models(transaction, project_id, name=name):
+        source = _of_checkpoint(checkpoint, job)
+        whole = [source.checkpoint_id] if source.checkpoint_id else []
+        ids = [*whole, *source.adapter_ids]
+        if not checkpoints.keep(transaction, ids):
+            raise ModelNotFoundError(
+                f"model {name!r} is made of checkpoints that are no longer kept", param="model"
+            )
+        return ResolvedModel(source, ids)
+    made = checkpoints.models(transaction, project_id, limit=MAX_NAMED + 1)
+    there = [*(model.id for model in _folders(settings.models_path)), *(id_ for id_, _, _ in made)]
     known = ", ".join(there[:MAX_NAMED]) + (", …" if len(there) > MAX_NAMED else "")
     raise ModelNotFoundError(
-        f"there is no model {name!r}; there are: {known or 'none yet'}. A new one is a folder with a config.json "
-        f"under {settings.models_path}; a hub model is named with its owner, like 'Qwen/Qwen3-0.6B'",
+        f"there is no model {name!r}; there are: {known or 'none yet'}. A new one is a folder with "
+        f"a config.json under {settings.models_path}; a hub model is named with its owner, like "
+        "'Qwen/Qwen3-0.6B'",
         param="model",
     )
 
 
-def check_reward_model(settings: Settings, name: str, param: str) -> None:
-    """Whether a reward model may be used: a folder under the models directory, or an allowed hub id.
+def check_reward_models(settings: Settings, rewards: Rewards) -> None:
+    """Check that each reward model is a folder under the models directory, or an allowed hub id.
 
-    What jobs have made is no reward model: a policy has no head that gives a number.
+    The result of a job is no reward model: a policy has no head that returns a number.
 
     Raises:
-        ModelNotFoundError: It is neither.
+        ModelNotFoundError: One of them is neither.
     """
-    if "/" in name:
-        _hub(settings, name, param)
-    elif _folder(settings.models_path, name) is None:
-        raise ModelNotFoundError(
-            f"there is no reward model {name!r}; it is a folder with a config.json under {settings.models_path}, or a hub id like "
-            "'owner/name'",
-            param=param,
-        )
+    for index, component in enumerate(rewards.components):
+        name, param = component.model, f"{PATH}.components[{index}].model"
+        if name is None:
+            continue
+        if "/" in name:
+            _hub(settings, name, param)
+        elif _folder(settings.models_path, name) is None:
+            raise ModelNotFoundError(
+                f"there is no reward model {name!r}; it is a folder with a config.json under "
+                f"{settings.models_path}, or a hub id like 'owner/name'",
+                param=param,
+            )
 
 
 def reward_folders(spec: JobSpec) -> dict[str, str]:
-    """The reward models of a job that are folders under the models directory, by component name."""
+    """Reward models of a job that are folders under the models directory, by component."""
     components = () if spec.dar.rewards is None else spec.dar.rewards.components
     return {c.name: c.model for c in components if c.model is not None and "/" not in c.model}
 
 
 def list_all(transaction: Transaction, settings: Settings, project_id: str) -> list[Model]:
-    """All models that this installation has: folders, then results, newest first."""
-    every = _made_here(transaction, project_id, checkpoints.Wanted())
-    made = [model for model, _, _ in every]
-    return [*_folders(settings.models_path), *made]
+    """All models of this installation: folders, then what jobs have made, newest first."""
+    made = checkpoints.models(transaction, project_id)
+    return [
+        *_folders(settings.models_path),
+        *(_fine_tuned(name, checkpoint) for name, checkpoint, _ in made),
+    ]
 
 
 def get(transaction: Transaction, settings: Settings, project_id: str, name: str) -> Model:
     """One model by name.
 
     Raises:
-        NotFoundError: Nothing here has that name.
+        NotFoundError: There is no such model.
     """
     folder = _folder(settings.models_path, name)
     if folder is not None:
         return _base(folder)
-    for model, _, _ in _made_here(transaction, project_id, checkpoints.Wanted(name=name)):
-        return model
+    for _, checkpoint, _ in checkpoints.models(transaction, project_id, name=name):
+        return _fine_tuned(name, checkpoint)
     raise NotFoundError(f"there is no model {name!r}; GET /v1/models lists those there are")
-
-
-def result_name(model: str, suffix: str | None, job_id: str) -> str:
-    """Name of a job's result, ``ft-<model>-<suffix>-<id8>``: without a slash, so that it fits into a path."""
-    base = re.sub(r"[^A-Za-z0-9_.-]", "-", model)[:96]
-    return "-".join(part for part in ("ft", base, suffix, job_id[-8:].lower()) if part)
 
 
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     if not _HUB_ID.match(name):
         raise ModelNotFoundError(
-            f"{name!r} is no hub id; it is written owner/name",
+            f"{name!r} is no hub id; a hub id is written owner/name",
             param=param,
             code="model_not_found",
         )
@@ -124,26 +133,14 @@ def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     return ModelSource(kind="hub", name=name, checkpoint_id=None, adapter_ids=[])
 
 
-def _of_checkpoint(checkpoint: Checkpoint, job: Job) -> ModelSource:
+def _of_checkpoint(checkpoint: CheckpointRow, job: JobRow) -> ModelSource:
     if checkpoint.kind == "full":
         return ModelSource(kind="folder", name="", checkpoint_id=checkpoint.id, adapter_ids=[])
     base = ModelSource.model_validate(job.model_source)
     return base.model_copy(update={"adapter_ids": [*base.adapter_ids, checkpoint.id]})
 
 
-def _made_here(
-    transaction: Transaction, project_id: str, wanted: checkpoints.Wanted
-) -> Iterator[tuple[Model, Checkpoint, Job]]:
-    for checkpoint, job in checkpoints.results(transaction, project_id, wanted):
-        yield _result(job.model_name, checkpoint), checkpoint, job
-    seen: set[str] = set()
-    for checkpoint, job in checkpoints.available(transaction, project_id, wanted):
-        if checkpoint.name not in seen:
-            seen.add(checkpoint.name)
-            yield _result(checkpoint.name, checkpoint), checkpoint, job
-
-
-def _result(name: str, checkpoint: Checkpoint) -> Model:
+def _fine_tuned(name: str, checkpoint: CheckpointRow) -> Model:
     return Model(
         id=name,
         object="model",

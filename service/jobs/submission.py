@@ -1,47 +1,42 @@
-"""Accepting a job: everything is checked first, then the row and its event are stored at once, then workers are woken."""
+"""Submitting a job: it is checked, then its reward services are probed, then it is stored."""
 
 import hashlib
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import orjson
 from sqlalchemy.exc import IntegrityError
+from starlette.concurrency import run_in_threadpool
 
-from dar.errors import (
-    IdempotencyMismatchError,
-    InvalidRequestError,
-    ModelNotFoundError,
-    NotFoundError,
-    Problem,
-)
+from dar.errors import IdempotencyMismatchError, InvalidRequestError, NotFoundError, Problem
 from dar.protocol import spec_checks
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.spec import JobSpec, total_steps
 from dar.rewards.base import RewardSample
-from dar.rewards.from_spec import PATH, check_rewards
+from dar.rewards.from_spec import check_rewards
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.probe.client import ProbeTarget
 from service.http import errors
 from service.http.auth import User
 from service.jobs import datasets, models
-from service.rewards import endpoints
-from service.rewards.probing import Try
+from service.rewards import endpoints, probing
 from service.rewards.watch import first_prompts
 from service.runtime import Runtime
 from service.store import checkpoints, files, jobs, reward_endpoints
 from service.store.database import Transaction
-from service.store.tables import File, Job
+from service.store.tables import FileRow, JobRow
 
 Replay = Literal["true", "inferred"]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A submission and what tells it from a repetition of an earlier one."""
+class Submission:
+    """A job spec, and what identifies a repetition of an earlier request."""
 
     spec: JobSpec
     user: User
@@ -50,225 +45,283 @@ class Request:
     retry_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A stored job; for a repeated request, how the repetition was recognised."""
+
+    job: JobRow
+    replay: Replay | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked submission: all that the job's row is made of."""
+
+    submission: Submission
+    resolved: endpoints.ResolvedSpec
+    model: models.ResolvedModel
+    num_rows: int | None
+    """Rows of the training file; None for a hub data set, whose rows are not known here."""
+    probes: Sequence[probing.Try] = ()
+    """Reward services that must pass a probe before the job is stored."""
+
+    @property
+    def file_ids(self) -> set[str]:
+        spec = self.submission.spec
+        training_file = "" if _is_on_hub(spec) else spec.training_file
+        return {one for one in (training_file, spec.validation_file) if one}
+
+    @property
+    def revisions(self) -> dict[str, int]:
+        """Revisions of the reward endpoints that the spec names, by id."""
+        return {row.id: row.revision for row in self.resolved.endpoints.values()}
+
+
 def body_digest(spec: JobSpec) -> str:
-    """Digest of what was asked for: spacing, the order of keys and written-out defaults do not change it."""
+    """Digest of a spec that ignores whitespace, the order of keys, and defaults written out."""
     canonical = orjson.dumps(spec.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(canonical).hexdigest()
 
 
-def to_try(runtime: Runtime, request: Request) -> list[Try]:
-    """The reward services that must be tried before `submit`; none for a repetition, or where the spec says so.
+async def submit(
+    runtime: Runtime, user: User, spec: JobSpec, *, idempotency_key: str | None, retry_count: int
+) -> Submitted:
+    """Store a job, or return the one that an earlier request with the same content has stored.
 
     Raises:
-        InvalidRequestError: A component names an endpoint that is not there or does not fit, or what else is plainly wrong.
+        InvalidRequestError: The spec, a file, an endpoint or a reward service cannot be used.
+        ModelNotFoundError: A model does not exist or is not allowed.
         IdempotencyMismatchError: The key was used with another body.
     """
-    rewards = request.spec.dar.rewards
-    if request.spec.skip_validation or rewards is None:
-        return []
+    submission = Submission(spec, user, body_digest(spec), idempotency_key, retry_count)
+    checked = await run_in_threadpool(check, runtime, submission)
+    if isinstance(checked, Submitted):
+        return checked
+    if problems := await probing.problems_of(checked.probes, runtime.passed_probes):
+        raise errors.invalid(problems)
+    return await run_in_threadpool(store, runtime, checked)
+
+
+def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
+    """Check a submission against everything but its reward services. Stores nothing."""
     with runtime.database.read() as transaction:
-        if _replayed(transaction, request) is not None:
-            return []
-        resolved = endpoints.resolve(transaction, request.user.project_id, request.spec)
-        tries = [
-            _try(transaction, runtime, resolved, index)
-            for index, component in enumerate(rewards.components)
-            if component.kind == "http"
-        ]
-        fresh = [one for one in tries if not runtime.remembered.has(one.key)]
-        # Nobody is asked for a job that cannot be accepted anyway.
-        if fresh:
-            _new_job(transaction, runtime, request, resolved)
-            transaction.rollback()
-    example = _example(runtime, request.spec) if fresh else None
-    return [
-        replace(one, target=replace(one.target, example=example))
-        for one in fresh
-        if runtime.tries.has_room(request.user.key_id)
-    ]
-
-
-def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
-    """The first prompt of the job, as a reward service may need its columns."""
-    is_here = not spec.training_file.startswith(SCHEME)
-    path = runtime.artifacts.file(spec.training_file) if is_here else None
-    return next(iter(first_prompts(path, 1)), None)
-
-
-def _try(
-    transaction: Transaction, runtime: Runtime, resolved: endpoints.ResolvedSpec, index: int
-) -> Try:
-    assert resolved.spec.dar.rewards is not None
-    component = resolved.spec.dar.rewards.components[index]
-    guard = EgressPolicy.from_settings(runtime.settings)
-    path = f"{endpoints.COMPONENTS}[{index}]"
-    endpoint = resolved.endpoints.get(component.name)
-    if endpoint is None:
-        assert component.url is not None
-        secrets = [runtime.reward_secret]
-        target = ProbeTarget(component, component.url, secrets, {}, guard, runtime.probe_inbox)
-        return Try(f"{path}.url", target)
-    access = endpoints.access_to(transaction, runtime.secrets, endpoint)
-    target = ProbeTarget(
-        component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
-    )
-    return Try(f"{path}.endpoint", target, endpoint.revision)
-
-
-def submit(runtime: Runtime, request: Request) -> tuple[Job, Replay | None]:
-    """Accept a job, or find the one that an earlier try of the same request has made.
-
-    Raises:
-        InvalidRequestError: The file or the model is not there, or does not fit the spec.
-        IdempotencyMismatchError: The key was used with another body.
-    """
-
-    def work(transaction: Transaction) -> tuple[Job, Replay | None]:
-        earlier = _replayed(transaction, request)
+        earlier = _earlier(transaction, submission)
         if earlier is not None:
             return earlier
-        project_id = request.user.project_id
-        resolved = endpoints.resolve(transaction, project_id, request.spec, lock="keep")
-        job, inputs = _new_job(transaction, runtime, request, resolved)
-        jobs.submit(transaction, job, inputs)
-        reward_endpoints.link(transaction, job.id, resolved.links)
+        resolved = endpoints.resolve(transaction, submission.user.project_id, submission.spec)
+        probes = list(_probes(transaction, runtime, submission, resolved))
+        plan = _plan(transaction, runtime, submission, resolved)
+    fresh = [one for one in probes if not runtime.passed_probes.has(one.key)]
+    example = _example(runtime, submission.spec) if fresh else None
+    probes = [
+        replace(one, target=replace(one.target, example=example))
+        for one in fresh
+        if runtime.tries.has_room(submission.user.key_id)
+    ]
+    return replace(plan, probes=probes)
+
+
+def store(runtime: Runtime, plan: Plan) -> Submitted:
+    """Store the job of a plan. What has changed since the plan was made is checked again."""
+    submission = plan.submission
+
+    def work(transaction: Transaction) -> Submitted:
+        earlier = _earlier(transaction, submission)
+        if earlier is not None:
+            return earlier
+        current = plan
+        if not _keep(transaction, plan):
+            project_id = submission.user.project_id
+            resolved = endpoints.resolve(transaction, project_id, submission.spec)
+            current = _plan(transaction, runtime, submission, resolved)
+        job = _new_job(transaction, current)
+        jobs.submit(transaction, job, current.model.checkpoint_ids)
+        reward_endpoints.link(transaction, job.id, current.resolved.links)
         transaction.after_commit(runtime.waker.wake)
-        return job, None
+        return Submitted(job)
 
     try:
         return runtime.database.transact(work)
     except IntegrityError:
-        # Two tries of one submission at once: the other one has stored it by now.
+        # The same submission was sent twice at once, and the other request has stored it by now.
         with runtime.database.read() as transaction:
-            earlier = _replayed(transaction, request)
+            earlier = _earlier(transaction, submission)
         if earlier is None:
             raise
         return earlier
 
 
-def _replayed(transaction: Transaction, request: Request) -> tuple[Job, Replay] | None:
-    if request.idempotency_key is not None:
-        job = jobs.find_by_key(transaction, request.user.project_id, request.idempotency_key)
+def _earlier(transaction: Transaction, submission: Submission) -> Submitted | None:
+    """The job of an earlier request with the same content.
+
+    Raises:
+        IdempotencyMismatchError: The key was used with another body.
+    """
+    key, digest = submission.idempotency_key, submission.body_sha256
+    if key is not None:
+        job = jobs.find_by_key(transaction, submission.user.project_id, key)
         if job is None:
             return None
-        if job.body_sha256 != request.body_sha256:
+        if job.body_sha256 != digest:
             raise IdempotencyMismatchError(
-                f"this Idempotency-Key has made job {job.id} with another body; use a new key for a new job"
+                f"this Idempotency-Key has made job {job.id} with another body; use a new key for "
+                "a new job"
             )
-        return job, "true"
-    if request.retry_count < 1:
+        return Submitted(job, "true")
+    if submission.retry_count < 1:
         return None
-    job = jobs.find_retried(
-        transaction, request.user.key_id, request.body_sha256, request.retry_count
+    key_id, count = submission.user.key_id, submission.retry_count
+    job = jobs.find_retried(transaction, key_id, digest, count)
+    return None if job is None else Submitted(job, "inferred")
+
+
+def _probes(
+    transaction: Transaction,
+    runtime: Runtime,
+    submission: Submission,
+    resolved: endpoints.ResolvedSpec,
+) -> Iterator[probing.Try]:
+    """The reward services of a job, with their access; none where the spec skips validation."""
+    rewards = resolved.spec.dar.rewards
+    if submission.spec.skip_validation or rewards is None:
+        return
+    guard, inbox = EgressPolicy.from_settings(runtime.settings), runtime.probe_inbox
+    for index, component in enumerate(rewards.components):
+        if component.kind != "http":
+            continue
+        path = f"{endpoints.COMPONENTS}[{index}]"
+        endpoint = resolved.endpoints.get(component.name)
+        if endpoint is None:
+            assert component.url is not None
+            keys = [runtime.reward_secret]
+            target = ProbeTarget(component, component.url, keys, {}, guard, inbox)
+            yield probing.Try(f"{path}.url", target)
+        else:
+            access = endpoints.access_to(transaction, runtime.secrets, endpoint)
+            target = ProbeTarget(
+                component, access.url, access.secrets, access.headers, guard, inbox
+            )
+            yield probing.Try(f"{path}.endpoint", target, endpoint.revision)
+
+
+def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
+    """The first prompt of the job: a reward service may need its columns."""
+    path = None if _is_on_hub(spec) else runtime.artifacts.file(spec.training_file)
+    return next(iter(first_prompts(path, 1)), None)
+
+
+def _plan(
+    transaction: Transaction,
+    runtime: Runtime,
+    submission: Submission,
+    resolved: endpoints.ResolvedSpec,
+) -> Plan:
+    """Check a submission, and keep what it needs until the transaction ends."""
+    settings = runtime.settings
+    if problems := spec_checks.problems_of(submission.spec):
+        raise errors.invalid(problems)
+    rewards = resolved.spec.dar.rewards
+    if rewards is not None:
+        if problems := check_rewards(rewards):
+            raise errors.invalid(problems)
+        models.check_reward_models(settings, rewards)
+    num_rows = _check_files(transaction, settings.hub_datasets, submission)
+    project_id, name = submission.user.project_id, submission.spec.model
+    model = models.resolve(transaction, settings, project_id, name)
+    return Plan(submission, resolved, model, num_rows)
+
+
+def _keep(transaction: Transaction, plan: Plan) -> bool:
+    """Keep what a plan needs until the transaction ends. Returns whether all of it is as it was."""
+    return (
+        reward_endpoints.keep(transaction, plan.revisions)
+        and files.keep(transaction, plan.file_ids) == plan.file_ids
+        and checkpoints.keep(transaction, plan.model.checkpoint_ids)
     )
-    return None if job is None else (job, "inferred")
 
 
-def _files_of(
-    transaction: Transaction, runtime: Runtime, request: Request
-) -> tuple[str, int | None]:
-    """Check the job's files, and keep them from being removed.
-
-    Returns:
-        Id of the training file (empty for a data set of a hub) and its rows (None: not known here).
-    """
-    spec = request.spec
+def _check_files(
+    transaction: Transaction, hub_datasets: Sequence[str], submission: Submission
+) -> int | None:
+    """Check the job's files. Returns the rows of the training file; None for a hub data set."""
+    spec = submission.spec
     problems: list[Problem] = []
-    found: tuple[str, int | None]
-    if spec.training_file.startswith(SCHEME):
-        found = _hub_data(runtime.settings.hub_datasets, spec)
+    num_rows: int | None = None
+    if _is_on_hub(spec):
+        _check_hub_data(hub_datasets, spec)
     else:
-        file = _file(transaction, request, "training_file", spec.training_file)
+        file = _file(transaction, submission, "training_file", spec.training_file)
         problems += datasets.check_for(spec, file.columns)
-        found = file.id, file.num_rows
+        num_rows = file.num_rows
     if spec.validation_file is not None:
-        file = _file(transaction, request, "validation_file", spec.validation_file)
+        file = _file(transaction, submission, "validation_file", spec.validation_file)
         problems += datasets.check_for(spec, file.columns, "validation_file")
     if problems:
         raise errors.invalid(problems)
-    return found
+    return num_rows
 
 
-def _file(transaction: Transaction, request: Request, param: str, file_id: str) -> File:
+def _file(transaction: Transaction, submission: Submission, param: str, file_id: str) -> FileRow:
     try:
-        return files.get(transaction, request.user.project_id, file_id, is_keeping=True)
+        return files.get(transaction, submission.user.project_id, file_id, is_keeping=True)
     except NotFoundError as error:
         raise InvalidRequestError(
             f"{param}: {error.message}", param=param, code="file_not_found"
         ) from None
 
 
-def _hub_data(patterns: Sequence[str], spec: JobSpec) -> tuple[str, None]:
-    """Whether the data set is allowed; whether it is there, the worker finds out."""
+def _is_on_hub(spec: JobSpec) -> bool:
+    return spec.training_file.startswith(SCHEME)
+
+
+def _check_hub_data(patterns: Sequence[str], spec: JobSpec) -> None:
+    """Check that the data set is allowed. The worker finds out whether it exists."""
     name = HubData.parse(spec.training_file).name
     if not any(fnmatchcase(name, pattern) for pattern in patterns):
         allowed = ", ".join(patterns) or "none"
         raise InvalidRequestError(
-            f"hub data set {name!r} is not allowed here; allowed patterns: {allowed} (DAR_HUB_DATASETS)",
+            f"hub data set {name!r} is not allowed here; allowed patterns: {allowed} "
+            "(DAR_HUB_DATASETS)",
             param="training_file",
             code="dataset_not_allowed",
         )
     if spec.dar.hyperparameters.max_steps is None:
         raise InvalidRequestError(
-            "the rows of a hub data set are counted only where it is loaded, so the job's length cannot follow from n_epochs; "
-            "send max_steps",
+            "the rows of a hub data set are counted only where it is loaded, so the job's length "
+            "cannot follow from n_epochs; send max_steps",
             param="method.dar.hyperparameters.max_steps",
             code="missing",
         )
-    return "", None
 
 
-def _check_rewards(runtime: Runtime, spec: JobSpec) -> None:
-    """Refuse rewards that can never work.
-
-    Raises:
-        InvalidRequestError: There are some; the problems name their places.
-        ModelNotFoundError: A reward model is not there.
-    """
-    if spec.dar.rewards is None:
-        return
-    if problems := check_rewards(spec.dar.rewards):
-        raise errors.invalid(problems)
-    for index, component in enumerate(spec.dar.rewards.components):
-        if component.model is not None:
-            path = f"{PATH}.components[{index}].model"
-            models.check_reward_model(runtime.settings, component.model, path)
-
-
-def _new_job(
-    transaction: Transaction, runtime: Runtime, request: Request, rewarded: endpoints.ResolvedSpec
-) -> tuple[Job, list[str]]:
-    spec, project_id = request.spec, request.user.project_id
-    if problems := spec_checks.problems_of(spec):
-        raise errors.invalid(problems)
-    _check_rewards(runtime, rewarded.spec)
-    file_id, num_rows = _files_of(transaction, runtime, request)
-    resolved = models.resolve(transaction, runtime.settings, project_id, spec.model)
-    if not checkpoints.keep(transaction, resolved.checkpoint_ids):
-        raise ModelNotFoundError(
-            f"model {spec.model!r} is made of checkpoints that are no longer kept", param="model"
-        )
-    job_id = new_id("ftjob-")
-    job = Job(
+def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
+    submission = plan.submission
+    spec, job_id = submission.spec, new_id("ftjob-")
+    return JobRow(
         id=job_id,
-        project_id=project_id,
-        api_key_id=request.user.key_id,
+        project_id=submission.user.project_id,
+        api_key_id=submission.user.key_id,
         created_at=transaction.now,
         status="queued",
         status_message="waiting for a worker",
         model=spec.model,
-        model_source=resolved.source.model_dump(),
-        model_name=models.result_name(spec.model, spec.suffix, job_id),
-        training_file=file_id,
-        spec=rewarded.spec.model_dump(mode="json"),
+        model_source=plan.model.source.model_dump(),
+        model_name=_result_name(spec.model, spec.suffix, job_id),
+        training_file="" if _is_on_hub(spec) else spec.training_file,
+        spec=plan.resolved.spec.model_dump(mode="json"),
         labels=spec.metadata,
         suffix=spec.suffix,
         seed=secrets.randbelow(2**31) if spec.seed is None else spec.seed,
-        total_steps=total_steps(spec.dar.hyperparameters, num_rows or 0),
+        total_steps=total_steps(spec.dar.hyperparameters, plan.num_rows or 0),
         keep_last=spec.dar.checkpointing.keep_last,
         not_before=transaction.now,
-        idempotency_key=request.idempotency_key,
-        body_sha256=request.body_sha256,
-        retry_count=request.retry_count,
+        idempotency_key=submission.idempotency_key,
+        body_sha256=submission.body_sha256,
+        retry_count=submission.retry_count,
     )
-    return job, resolved.checkpoint_ids
+
+
+def _result_name(model: str, suffix: str | None, job_id: str) -> str:
+    """Name of a job's result: ``ft-<model>-<suffix>-<id8>``, without slashes."""
+    base = re.sub(r"[^A-Za-z0-9_.-]", "-", model)[:96]
+    return "-".join(part for part in ("ft", base, suffix, job_id[-8:].lower()) if part)

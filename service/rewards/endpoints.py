@@ -10,12 +10,12 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
 from service.http import errors
-from service.runtime import Runtime
+from service.installation import Installation
 from service.secret_box import SecretBox
 from service.store import reward_endpoints, reward_secrets
 from service.store.database import Transaction
 from service.store.reward_tables import RewardEndpointRow
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 COMPONENTS = "method.dar.rewards.components"
 
@@ -34,13 +34,10 @@ class ResolvedSpec:
         return {name: endpoint.id for name, endpoint in self.endpoints.items()}
 
 
-def resolve(
-    transaction: Transaction,
-    project_id: str,
-    spec: JobSpec,
-    lock: reward_endpoints.Lock | None = None,
-) -> ResolvedSpec:
+def resolve(transaction: Transaction, project_id: str, spec: JobSpec) -> ResolvedSpec:
     """Fill in the fields that components leave out from the endpoints that they name.
+
+    The endpoints are kept from being changed until the transaction ends.
 
     Raises:
         InvalidRequestError: The project has no such endpoint (``endpoint_not_found``), or its
@@ -57,7 +54,7 @@ def resolve(
         if component.endpoint is not None:
             try:
                 endpoint = reward_endpoints.get(
-                    transaction, project_id, component.endpoint, lock=lock
+                    transaction, project_id, component.endpoint, lock="keep"
                 )
                 component = _with_fields_of(endpoint, component)  # noqa: PLW2901 - the same component, with more fields
                 endpoints[component.name] = endpoint
@@ -115,7 +112,7 @@ def access_to(
 
 
 def access_of(
-    transaction: Transaction, runtime: Runtime, job_id: str
+    transaction: Transaction, installation: Installation, job_id: str
 ) -> dict[str, ComponentAccess]:
     """URL and secrets of a job's endpoints by component name; only for the lease of an attempt.
 
@@ -124,19 +121,24 @@ def access_of(
     """
     found = reward_endpoints.of_job(transaction, job_id)
     return {
-        name: access_to(transaction, runtime.secrets, endpoint) for name, endpoint in found.items()
+        name: access_to(transaction, installation.secrets, endpoint)
+        for name, endpoint in found.items()
     }
 
 
-def access_for(runtime: Runtime, job: Job, component: RewardComponent) -> ComponentAccess | None:
+def access_for(
+    installation: Installation, job: JobRow, component: RewardComponent
+) -> ComponentAccess | None:
     """Access for the service's own checks; None: no reward service, or unreadable secrets."""
     if component.kind != "http":
         return None
     if component.url is not None:
-        return ComponentAccess(url=component.url, secrets=[runtime.reward_secret], headers={})
-    with runtime.database.read() as transaction:
+        return ComponentAccess(url=component.url, secrets=[installation.reward_secret], headers={})
+    with installation.database.read() as transaction:
         endpoint = reward_endpoints.of_job(transaction, job.id).get(component.name)
         try:
-            return None if endpoint is None else access_to(transaction, runtime.secrets, endpoint)
+            return (
+                None if endpoint is None else access_to(transaction, installation.secrets, endpoint)
+            )
         except SecretUnreadableError:
             return None

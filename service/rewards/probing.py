@@ -8,8 +8,6 @@ waits.
 import asyncio
 import hashlib
 import re
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,12 +20,11 @@ from dar.rewards.base import RewardSample
 from dar.rewards.http.redaction import Redactor
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import FULL_SECONDS, probe
+from service.http.rate_limits import PassedProbes
 from service.store.reward_endpoints import State
 
 LIGHT_SECONDS = 4.0
 """Time limit of a submission for all its reward services together."""
-REMEMBERED_SECONDS = 30.0
-"""How long a service that passed is not probed again: a sweep submits many jobs with it."""
 _TEMPORARY = frozenset(
     {
         "connect",
@@ -61,26 +58,6 @@ class Try:
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-class Remembered:
-    """Services that passed recently. Failures are not kept: they may be fixed by now."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._until: dict[str, float] = {}
-
-    def has(self, key: str) -> bool:
-        """Whether the service passed recently."""
-        with self._lock:
-            return self._until.get(key, 0.0) > time.monotonic()
-
-    def add(self, key: str) -> None:
-        """Record that the service passed."""
-        now = time.monotonic()
-        with self._lock:
-            self._until = {name: until for name, until in self._until.items() if until > now}
-            self._until[key] = now + REMEMBERED_SECONDS
-
-
 def is_temporary(code: str) -> bool:
     """Whether a failure may be over before the job starts."""
     return code in _TEMPORARY or code.startswith("http_5")
@@ -104,7 +81,7 @@ async def report_on(
     return ProbeReport.model_validate(redact.in_json(report.model_dump(mode="json")))
 
 
-async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Problem]:
+async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Problem]:
     """Probe the services of a job at once; returns what keeps it from being accepted."""
     reports = await asyncio.gather(
         *(report_on(_with_one_attempt(one.target), None, light=True) for one in tries)
@@ -114,7 +91,7 @@ async def problems_of(tries: Sequence[Try], remembered: Remembered) -> list[Prob
         lasting = [finding for finding in report.errors if not is_temporary(finding.code)]
         problems += [_problem(one, finding) for finding in lasting]
         if not lasting:
-            remembered.add(one.key)
+            passed.add(one.key)
     return problems
 
 

@@ -19,7 +19,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, Rewards
-from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.http.egress import EgressPolicy
@@ -29,7 +28,7 @@ from dar.rewards.scoring.threads import all_of
 from service.rewards.endpoints import access_for
 from service.runtime import Runtime
 from service.store import reward_endpoints, reward_pauses
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0004
@@ -40,7 +39,7 @@ PROBE_ROWS: Sequence[Mapping[str, object]] = ({"prompt": "Hello"}, {"prompt": "G
 """Used if the job's own rows are not on this host."""
 COMPLETION = "This completion only asks whether rewards are given."
 
-AccessOf = Callable[[Job, RewardComponent], ComponentAccess | None]
+AccessOf = Callable[[JobRow, RewardComponent], ComponentAccess | None]
 """Returns the access to a component; None: unknown, so that only the user can resume the job."""
 Probe = Callable[
     [RewardComponent, ComponentAccess, Sequence[RewardSample], RewardContext], Awaitable[bool]
@@ -166,16 +165,16 @@ class RewardWatch:
                 return
             asyncio.run(self._check_all(due))
 
-    async def _check_all(self, due: Sequence[Job]) -> None:
+    async def _check_all(self, due: Sequence[JobRow]) -> None:
         await all_of(map(self._check, due))
 
-    async def _check(self, job: Job) -> None:
+    async def _check(self, job: JobRow) -> None:
         """Check one job and store the result at once: the other jobs may take long."""
         is_back = await self._may_resume(job)
         if not self._stop.is_set():
             self._note(job, is_back=is_back)
 
-    async def _may_resume(self, job: Job) -> bool:
+    async def _may_resume(self, job: JobRow) -> bool:
         """Whether the reward services of a job give the rewards that it needs."""
         try:
             return await self._are_back(job)
@@ -186,14 +185,14 @@ class RewardWatch:
             log.exception("unexpected error in the check of a job's rewards", job_id=job.id)
         return False
 
-    async def _are_back(self, job: Job) -> bool:
+    async def _are_back(self, job: JobRow) -> bool:
         """See `_may_resume`.
 
         Raises:
             RewardMisconfiguredError: A service rejects every request, which pauses a job even if
                 the component has no weight.
         """
-        rewards = JobSpec.model_validate(job.spec).dar.rewards
+        rewards = job.parsed_spec.dar.rewards
         remote = (
             [] if rewards is None else [one for one in rewards.components if one.kind == "http"]
         )
@@ -238,13 +237,13 @@ class RewardWatch:
         with self._runtime.database.write() as transaction:
             reward_endpoints.set_state(transaction, access.endpoint_id, access.revision, state)
 
-    def _samples(self, job: Job) -> list[RewardSample]:
+    def _samples(self, job: JobRow) -> list[RewardSample]:
         """The first prompts of the job, as a reward service may need their columns."""
         path = self._runtime.artifacts.file(job.training_file) if job.training_file else None
         found = first_prompts(path, len(PROBE_ROWS))
         return found or [as_sample(index, row) for index, row in enumerate(PROBE_ROWS)]
 
-    def _note(self, job: Job, *, is_back: bool) -> None:
+    def _note(self, job: JobRow, *, is_back: bool) -> None:
         runtime = self._runtime
         seconds = runtime.settings.reward_probe_seconds
         with runtime.database.write() as transaction:

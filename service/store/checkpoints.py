@@ -1,10 +1,9 @@
 """Checkpoints: announced, then available, then removed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Select, func, select, update
-from sqlalchemy.orm import InstrumentedAttribute, defer
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import defer
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.checkpoints import Manifest
@@ -13,148 +12,141 @@ from dar.protocol.status import TERMINAL
 from service.store import events
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import Attempt, Checkpoint, Job, JobInput
+from service.store.tables import AttemptRow, CheckpointRow, JobInputRow, JobRow
 
 
-def find(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint | None:
-    """A checkpoint of a job in whatever state, or None."""
+def find(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow | None:
+    """A checkpoint of a job in any status, or None."""
     return transaction.scalars(
-        select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.id == checkpoint_id)
+        select(CheckpointRow).where(
+            CheckpointRow.job_id == job_id, CheckpointRow.id == checkpoint_id
+        )
     ).one_or_none()
 
 
-def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint:
+def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow:
     """An available checkpoint of a job.
 
     Raises:
-        NotFoundError: It has none of that id, or it is gone.
+        NotFoundError: The job has no available checkpoint with this id.
     """
     found = find(transaction, job_id, checkpoint_id)
     if found is None or found.status != "available":
         raise NotFoundError(
-            f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those it has"
+            f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those "
+            "it has"
         )
     return found
 
 
-def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Checkpoint]:
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[CheckpointRow]:
     """One page of a job's available checkpoints."""
     return page(
         transaction,
-        select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "available"),
-        Checkpoint.id,
-        (Checkpoint.step, Checkpoint.attempt),
+        select(CheckpointRow).where(
+            CheckpointRow.job_id == job_id, CheckpointRow.status == "available"
+        ),
+        CheckpointRow.id,
+        (CheckpointRow.step, CheckpointRow.attempt),
         cursor,
     )
 
 
 def keep(transaction: Transaction, ids: Sequence[str]) -> bool:
-    """Keep checkpoints from being removed until the transaction ends. Returns whether all are available."""
+    """Keep checkpoints until the transaction ends. Returns whether all of them are available."""
     kept = transaction.scalars(
-        select(Checkpoint.id)
-        .where(Checkpoint.id.in_(ids), Checkpoint.status == "available")
-        .order_by(Checkpoint.id)
+        select(CheckpointRow.id)
+        .where(CheckpointRow.id.in_(ids), CheckpointRow.status == "available")
+        .order_by(CheckpointRow.id)
         .with_for_update(read=True)
     ).all()
     return len(kept) == len(set(ids))
 
 
-def newest(transaction: Transaction, job_id: str) -> Checkpoint | None:
-    """The checkpoint that the next attempt goes on from."""
+def newest(transaction: Transaction, job_id: str) -> CheckpointRow | None:
+    """The checkpoint that the next attempt resumes from."""
     return transaction.scalars(
-        select(Checkpoint)
-        .where(Checkpoint.job_id == job_id, Checkpoint.status == "available")
-        .order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())
+        select(CheckpointRow)
+        .where(CheckpointRow.job_id == job_id, CheckpointRow.status == "available")
+        .order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc())
         .limit(1)
     ).one_or_none()
 
 
-def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, Checkpoint]:
+def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, CheckpointRow]:
     """Checkpoints by id."""
-    rows = transaction.scalars(select(Checkpoint).where(Checkpoint.id.in_(ids))).all()
+    rows = transaction.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(ids))).all()
     return {row.id: row for row in rows}
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which of a project's models are read: those of a ``name``, at most ``limit``; without either, all."""
+def models(
+    transaction: Transaction, project_id: str, *, name: str | None = None, limit: int | None = None
+) -> Iterator[tuple[str, CheckpointRow, JobRow]]:
+    """A project's models, each with its checkpoint and job: results of jobs, then checkpoints.
 
-    name: str | None = None
-    limit: int | None = None
+    Of checkpoints with the same name only the newest counts.
 
-
-def results(
-    transaction: Transaction, project_id: str, wanted: Wanted
-) -> Sequence[tuple[Checkpoint, Job]]:
-    """Results of a project's jobs, of each the checkpoint and the job, newest job first."""
-    statement = (
-        _with_job(project_id)
-        .where(Job.status == "succeeded", Checkpoint.id == Job.latest_checkpoint_id)
-        .order_by(Job.created_at.desc(), Job.id.desc())
-    )
-    return _of(transaction, statement, Job.model_name, wanted)
-
-
-def available(
-    transaction: Transaction, project_id: str, wanted: Wanted
-) -> Sequence[tuple[Checkpoint, Job]]:
-    """Available checkpoints of a project with their jobs, newest first."""
-    statement = _with_job(project_id).order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())
-    return _of(transaction, statement, Checkpoint.name, wanted)
-
-
-def _with_job(project_id: str) -> Select[Checkpoint, Job]:
+    Args:
+        transaction: Where they are read.
+        project_id: Their project.
+        name: Only models of this name.
+        limit: At most this many results, and at most this many checkpoints.
+    """
     # A manifest names every file and a spec every setting: neither says where a model comes from.
-    return (
-        select(Checkpoint, Job)
-        .join(Job, Job.id == Checkpoint.job_id)
-        .where(Job.project_id == project_id, Checkpoint.status == "available")
-        .options(defer(Checkpoint.manifest), defer(Job.spec))
+    available = (
+        select(CheckpointRow, JobRow)
+        .join(JobRow, JobRow.id == CheckpointRow.job_id)
+        .where(JobRow.project_id == project_id, CheckpointRow.status == "available")
+        .options(defer(CheckpointRow.manifest), defer(JobRow.spec))
+        .limit(limit)
     )
-
-
-def _of(
-    transaction: Transaction,
-    statement: Select[Checkpoint, Job],
-    name: InstrumentedAttribute[str],
-    wanted: Wanted,
-) -> Sequence[tuple[Checkpoint, Job]]:
-    if wanted.name is not None:
-        statement = statement.where(name == wanted.name)
-    rows = transaction.execute(statement.limit(wanted.limit)).all()
-    return [(row[0], row[1]) for row in rows]
+    results = available.where(
+        JobRow.status == "succeeded", CheckpointRow.id == JobRow.latest_checkpoint_id
+    ).order_by(JobRow.created_at.desc(), JobRow.id.desc())
+    if name is not None:
+        results = results.where(JobRow.model_name == name)
+        available = available.where(CheckpointRow.name == name)
+    for checkpoint, job in transaction.execute(results).all():
+        yield job.model_name, checkpoint, job
+    newest_first = available.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id.desc())
+    seen: set[str] = set()
+    for checkpoint, job in transaction.execute(newest_first).all():
+        if checkpoint.name not in seen:
+            seen.add(checkpoint.name)
+            yield checkpoint.name, checkpoint, job
 
 
 def register(
-    transaction: Transaction, job: Job, attempt: Attempt, manifest: Manifest, sha256: str
-) -> Checkpoint:
-    """Announce a checkpoint. The same one again is found, not doubled.
+    transaction: Transaction, job: JobRow, attempt: AttemptRow, manifest: Manifest, sha256: str
+) -> CheckpointRow:
+    """Store an announced checkpoint, or return it if it was announced before.
 
     Raises:
-        ConflictError: The rows said before it are not all here (``spool_behind``), or the attempt has announced
-            another checkpoint at this step (``checkpoint_mismatch``).
+        ConflictError: Rows from before the checkpoint are missing (``spool_behind``), or the
+            attempt has announced another checkpoint at this step (``checkpoint_mismatch``).
     """
     if attempt.acked_seq < manifest.last_seq:
         raise ConflictError(
-            f"the checkpoint was written after row {manifest.last_seq}, but {attempt.acked_seq} is the last one "
-            "committed; send the rows first",
+            f"the checkpoint was written after row {manifest.last_seq}, but {attempt.acked_seq} is "
+            "the last one committed; send the rows first",
             code="spool_behind",
         )
     found = transaction.scalars(
-        select(Checkpoint).where(
-            Checkpoint.job_id == job.id,
-            Checkpoint.attempt == attempt.number,
-            Checkpoint.step == manifest.step,
+        select(CheckpointRow).where(
+            CheckpointRow.job_id == job.id,
+            CheckpointRow.attempt == attempt.number,
+            CheckpointRow.step == manifest.step,
         )
     ).one_or_none()
     if found is not None:
         if found.manifest_sha256 != sha256:
             raise ConflictError(
-                f"attempt {attempt.number} has announced another checkpoint at step {manifest.step}",
+                f"attempt {attempt.number} has announced another checkpoint at step "
+                f"{manifest.step}",
                 code="checkpoint_mismatch",
             )
         return found
-    checkpoint = Checkpoint(
+    checkpoint = CheckpointRow(
         id=new_id("ckpt-"),
         job_id=job.id,
         attempt=attempt.number,
@@ -174,20 +166,20 @@ def register(
 
 
 def publish(
-    transaction: Transaction, job: Job, checkpoint: Checkpoint, manifest_bytes: int
+    transaction: Transaction, job: JobRow, checkpoint: CheckpointRow, manifest_bytes: int
 ) -> None:
-    """Make a verified checkpoint visible, together with the job that now resumes from it."""
+    """Make a verified checkpoint available, and let the job resume from it."""
     published = transaction.execute(
-        update(Checkpoint)
-        .where(Checkpoint.id == checkpoint.id, Checkpoint.status == "pending")
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "pending")
         .values(status="available", manifest_bytes=manifest_bytes)
-        .returning(Checkpoint.id)
+        .returning(CheckpointRow.id)
     ).one_or_none()
     if published is None:
         return
     transaction.execute(
-        update(Job)
-        .where(Job.id == job.id)
+        update(JobRow)
+        .where(JobRow.id == job.id)
         .values(latest_checkpoint_id=checkpoint.id, fruitless_attempts=0)
     )
     data = {
@@ -203,85 +195,88 @@ def publish(
 
 
 def mark_superseded(transaction: Transaction) -> int:
-    """Mark for removal what is beyond each job's ``keep_last`` newest; returns how many.
+    """Mark all but each job's ``keep_last`` newest checkpoints for removal; returns how many.
 
-    Never the newest one of a job, and nothing that a job which is not over starts from.
+    The newest checkpoint of a job, and those that an unfinished job starts from, are kept.
     """
     rank = (
         func.row_number()
         .over(
-            partition_by=Checkpoint.job_id,
-            order_by=(Checkpoint.step.desc(), Checkpoint.attempt.desc()),
+            partition_by=CheckpointRow.job_id,
+            order_by=(CheckpointRow.step.desc(), CheckpointRow.attempt.desc()),
         )
         .label("rank")
     )
     ranked = (
-        select(Checkpoint.id, Checkpoint.job_id, rank)
-        .where(Checkpoint.status == "available")
+        select(CheckpointRow.id, CheckpointRow.job_id, rank)
+        .where(CheckpointRow.status == "available")
         .subquery()
     )
     needed = (
-        select(JobInput.checkpoint_id)
-        .join(Job, Job.id == JobInput.job_id)
-        .where(Job.status.not_in(list(TERMINAL)))
+        select(JobInputRow.checkpoint_id)
+        .join(JobRow, JobRow.id == JobInputRow.job_id)
+        .where(JobRow.status.not_in(list(TERMINAL)))
         .correlate(None)
     )
     superseded = (
         select(ranked.c.id)
-        .join(Job, Job.id == ranked.c.job_id)
-        .where(ranked.c.rank > Job.keep_last, ranked.c.id.not_in(needed))
+        .join(JobRow, JobRow.id == ranked.c.job_id)
+        .where(ranked.c.rank > JobRow.keep_last, ranked.c.id.not_in(needed))
     )
-    # Whoever submits a job keeps what it starts from until it can be seen here: by the second statement.
+    # A concurrent submission locks the checkpoints that its job starts from. Once these locks are
+    # granted, the job is visible to the second statement.
     locked = transaction.scalars(
-        select(Checkpoint.id)
-        .where(Checkpoint.id.in_(superseded))
-        .order_by(Checkpoint.id)
+        select(CheckpointRow.id)
+        .where(CheckpointRow.id.in_(superseded))
+        .order_by(CheckpointRow.id)
         .with_for_update()
     ).all()
     marked = transaction.scalars(
-        update(Checkpoint)
+        update(CheckpointRow)
         .where(
-            Checkpoint.status == "available",
-            Checkpoint.id.in_(locked),
-            Checkpoint.id.in_(superseded),
+            CheckpointRow.status == "available",
+            CheckpointRow.id.in_(locked),
+            CheckpointRow.id.in_(superseded),
         )
         .values(status="deleting")
-        .returning(Checkpoint.id)
+        .returning(CheckpointRow.id)
         .execution_options(synchronize_session=False)
     ).all()
     return len(marked)
 
 
 def mark_abandoned(transaction: Transaction) -> int:
-    """Mark for removal what was announced by an attempt that has ended since; returns how many."""
+    """Mark for removal the unfinished uploads of ended attempts; returns how many."""
     ended = (
-        select(Attempt.number)
+        select(AttemptRow.number)
         .where(
-            Attempt.job_id == Checkpoint.job_id,
-            Attempt.number == Checkpoint.attempt,
-            Attempt.status != "running",
+            AttemptRow.job_id == CheckpointRow.job_id,
+            AttemptRow.number == CheckpointRow.attempt,
+            AttemptRow.status != "running",
         )
         .exists()
     )
     marked = transaction.scalars(
-        update(Checkpoint)
-        .where(Checkpoint.status == "pending", ended)
+        update(CheckpointRow)
+        .where(CheckpointRow.status == "pending", ended)
         .values(status="deleting")
-        .returning(Checkpoint.id)
+        .returning(CheckpointRow.id)
         .execution_options(synchronize_session=False)
     ).all()
     return len(marked)
 
 
-def to_remove(transaction: Transaction) -> Sequence[Checkpoint]:
-    """Checkpoints whose files are to be removed."""
-    return transaction.scalars(select(Checkpoint).where(Checkpoint.status == "deleting")).all()
+def to_remove(transaction: Transaction) -> Sequence[CheckpointRow]:
+    """Checkpoints that are marked for removal."""
+    return transaction.scalars(
+        select(CheckpointRow).where(CheckpointRow.status == "deleting")
+    ).all()
 
 
 def mark_removed(transaction: Transaction, checkpoint_id: str) -> None:
-    """The files of a checkpoint are gone."""
+    """Note that the files of a checkpoint were removed."""
     transaction.execute(
-        update(Checkpoint)
-        .where(Checkpoint.id == checkpoint_id, Checkpoint.status == "deleting")
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint_id, CheckpointRow.status == "deleting")
         .values(status="deleted")
     )

@@ -1,4 +1,4 @@
-"""What all tables are made of: the root class, and the types of their columns."""
+"""The base class of all tables, and their column types."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -8,13 +8,12 @@ from sqlalchemy.orm import DeclarativeBase
 
 
 class UTCDateTime(TypeDecorator[datetime]):
-    """An aware UTC instant; SQLite, which has no time zones, keeps it as naive UTC."""
+    """An aware UTC instant. SQLite has no time zones and stores it as naive UTC."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To the database; a naive value is a mistake."""
         if value is None:
             return None
         if value.tzinfo is None:
@@ -23,25 +22,24 @@ class UTCDateTime(TypeDecorator[datetime]):
         return aware.replace(tzinfo=None) if dialect.name == "sqlite" else aware
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """From the database: always aware, always UTC."""
         del dialect
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-# SQLite counts by itself only in a column declared INTEGER.
+# SQLite autoincrements only a column declared as INTEGER.
 RowId = BigInteger().with_variant(Integer(), "sqlite")
 Id = String(64)
 
 
 def quoted(words: "frozenset[Any] | tuple[Any, ...]") -> str:
-    """Words as a list in SQL."""
+    """Words as a list of SQL literals."""
     return ", ".join(f"'{word}'" for word in sorted(words))
 
 
 class Base(DeclarativeBase):
-    """Root of the tables; names of constraints are fixed, so that migrations can name them."""
+    """Base class of the tables. Constraint names are fixed, so that migrations can use them."""
 
     metadata = MetaData(
         naming_convention={

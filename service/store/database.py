@@ -1,4 +1,4 @@
-"""The database: its engine, its transactions and its clock. The only place that commits."""
+"""The database: its engine, its transactions and its clock. Only this module commits."""
 
 import sqlite3
 import threading
@@ -29,7 +29,7 @@ _SERIALIZATION_FAILURE, _DEADLOCK = "40001", "40P01"
 
 
 class Transaction(Session):
-    """A unit of work: everything in it is stored together or not at all."""
+    """A unit of work: all of it is stored, or nothing."""
 
     def __init__(self, engine: Engine, clock: Clock | None, *, is_writing: bool) -> None:
         super().__init__(bind=engine, expire_on_commit=False, autoflush=False)
@@ -40,14 +40,14 @@ class Transaction(Session):
 
     @property
     def is_postgresql(self) -> bool:
-        """Whether the database is PostgreSQL; else it is SQLite."""
+        """Whether the database is PostgreSQL; otherwise it is SQLite."""
         return self.get_bind().dialect.name == "postgresql"
 
     @property
     def now(self) -> datetime:
-        """This instant by the database's clock, the same throughout the transaction.
+        """The time by the database's clock, the same throughout the transaction.
 
-        Several replicas share one database, so that its clock alone can judge a lease.
+        Several replicas share one database, so leases are compared with its clock.
         """
         if self._now is None:
             if self._clock is not None:
@@ -59,16 +59,16 @@ class Transaction(Session):
         return self._now
 
     def after_commit(self, hook: Callable[[], None]) -> None:
-        """Run ``hook`` once everything is stored; never when it is not. It must not block or raise."""
+        """Run ``hook`` after a successful commit. It must not block or raise."""
         self.hooks.append(hook)
 
 
 class Database:
-    """One database, SQLite or PostgreSQL, behind the same methods.
+    """A SQLite or PostgreSQL database.
 
     Args:
         url: SQLAlchemy URL.
-        clock: Replaces the database's clock; for tests.
+        clock: Replaces the database's clock in tests.
 
     Raises:
         ConfigurationError: The URL cannot be read.
@@ -77,23 +77,23 @@ class Database:
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
         self.engine = _engine(url)
         self._clock = clock
-        # SQLite's busy handler is unfair: with eight writers this lock cuts the p99 from 131 to 32 ms.
+        # SQLite's busy handler is unfair: this lock cuts the p99 of 8 writers from 131 to 32 ms.
         self._writer = threading.Lock() if self.engine.dialect.name == "sqlite" else None
 
     @property
     def is_postgresql(self) -> bool:
-        """Whether it is PostgreSQL; else it is SQLite."""
+        """Whether it is PostgreSQL; otherwise it is SQLite."""
         return self.engine.dialect.name == "postgresql"
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
-        """A transaction that stores nothing: one consistent view."""
+        """A read transaction; it is never committed."""
         with Transaction(self.engine, self._clock, is_writing=False) as transaction:
             yield transaction
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
-        """A transaction that is committed when the block ends, and rolled back when it raises."""
+        """A transaction that commits when the block ends, and rolls back when it raises."""
         with (
             self._writer or nullcontext(),
             Transaction(self.engine, self._clock, is_writing=True) as transaction,
@@ -104,9 +104,9 @@ class Database:
             hook()
 
     def transact(self, work: Callable[[Transaction], Result]) -> Result:
-        """`write`, tried again when the database rolled it back for others' sake.
+        """Run ``work`` in `write`; retried when the database rolled it back because of a conflict.
 
-        A failure while committing is not tried again: it may have been stored.
+        A failed commit is not retried: it may have been stored.
         """
         for attempt in stamina.retry_context(
             on=_was_rolled_back, attempts=4, timeout=5, wait_initial=0.02
@@ -117,7 +117,7 @@ class Database:
 
     @contextmanager
     def elected(self, key: int) -> Iterator[bool]:
-        """Whether this process may act for all replicas until the block ends."""
+        """Yields whether this process may act for all replicas until the block ends."""
         if not self.is_postgresql:
             yield True
             return
@@ -130,7 +130,7 @@ class Database:
                     connection.execute(select(func.pg_advisory_unlock(key)))
 
     def ping(self) -> None:
-        """Raise unless the database answers."""
+        """Raise unless the database responds."""
         with self.read() as transaction:
             transaction.execute(text("SELECT 1"))
 
@@ -138,7 +138,7 @@ class Database:
         """Wait for a database that is starting up or recovering.
 
         Raises:
-            ServiceUnavailableError: It did not answer in time.
+            ServiceUnavailableError: It did not respond in time.
         """
         give_up = time.monotonic() + seconds
         while True:
@@ -148,8 +148,8 @@ class Database:
                 if time.monotonic() >= give_up:
                     where = self.engine.url.render_as_string(hide_password=True)
                     raise ServiceUnavailableError(
-                        f"the database {where} did not answer within {seconds:.0f} s: {error.orig}; "
-                        "check DAR_DATABASE_URL and that it runs"
+                        f"the database {where} did not answer within {seconds:.0f} s: "
+                        f"{error.orig}; check DAR_DATABASE_URL and that it runs"
                     ) from error
                 time.sleep(0.25)
             else:
@@ -161,10 +161,10 @@ class Database:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether ``error`` says that the database cannot be reached now, rather than that a statement is wrong."""
+    """Whether ``error`` means that the database is unreachable, not that a statement is wrong."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, PoolTimeoutError)
-    # SQLite has one class for a locked file and for a table that is not there.
+    # SQLite raises one class for a locked file and for a missing table.
     is_wrong_statement = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
     is_of_connection = isinstance(error, InterfaceError | OperationalError)
     return error.connection_invalidated or (is_of_connection and not is_wrong_statement)
@@ -180,7 +180,8 @@ def _engine(url: str) -> Engine:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         raise ConfigurationError(
-            "DAR_DATABASE_URL: cannot be read as a URL like postgresql+psycopg://user:password@host/name"
+            "DAR_DATABASE_URL: cannot be read as a URL like "
+            "postgresql+psycopg://user:password@host/name"
         ) from None
     if parsed.get_backend_name() == "sqlite":
         return _sqlite_engine(url)
@@ -188,7 +189,7 @@ def _engine(url: str) -> Engine:
         parsed.set(drivername="postgresql+psycopg"),
         json_serializer=_dumps,
         json_deserializer=orjson.loads,
-        hide_parameters=True,  # prompts and digests do not belong into a log
+        hide_parameters=True,  # prompts and digests must not be logged
         pool_size=10,
         max_overflow=20,
         pool_timeout=10,
@@ -218,16 +219,16 @@ def _sqlite_engine(url: str) -> Engine:
     return engine
 
 
-def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - sqlite3's connection behind SQLAlchemy's event
+def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - SQLAlchemy passes sqlite3's own connection
     cursor = connection.cursor()
-    # NORMAL may lose the last commits when the power fails, and nothing acknowledged may be lost.
+    # NORMAL may lose acknowledged commits when the power fails.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A reader that becomes a writer fails at once with SQLITE_BUSY_SNAPSHOT, busy timeout or not.
+    # A reader that starts to write fails with SQLITE_BUSY_SNAPSHOT whatever the busy timeout is.
     is_writing = connection.get_execution_options().get("dar_writing", True)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
 

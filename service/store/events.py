@@ -1,4 +1,4 @@
-"""Events of a job: append-only, numbered from 1 without gaps."""
+"""Events of a job: only appended, and numbered from 1 without gaps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from dar.protocol.events import Level
 from dar.protocol.ids import new_id
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import Job, JobEvent
+from service.store.tables import JobEventRow, JobRow
 
 
 @dataclass(frozen=True, slots=True)
 class NewEvent:
-    """An event before it has a number. Without ``at`` it happens now."""
+    """An event without its number yet. Without ``at`` its time is now."""
 
     message: str
     level: Level = "info"
@@ -26,14 +26,14 @@ class NewEvent:
 
 
 def append(transaction: Transaction, job_id: str, events: Sequence[NewEvent]) -> None:
-    """Append ``events``. Counting up locks the job's row, so that numbers have no gaps and no doubles."""
+    """Append ``events``. Updating ``event_seq`` locks the job, so that numbers are consecutive."""
     if not events:
         return
     last = transaction.execute(
-        update(Job)
-        .where(Job.id == job_id)
-        .values(event_seq=Job.event_seq + len(events))
-        .returning(Job.event_seq)
+        update(JobRow)
+        .where(JobRow.id == job_id)
+        .values(event_seq=JobRow.event_seq + len(events))
+        .returning(JobRow.event_seq)
         .execution_options(synchronize_session=False)
     ).scalar_one()
     insert_at(transaction, job_id, last - len(events) + 1, events)
@@ -42,9 +42,9 @@ def append(transaction: Transaction, job_id: str, events: Sequence[NewEvent]) ->
 def insert_at(
     transaction: Transaction, job_id: str, first_seq: int, events: Sequence[NewEvent]
 ) -> None:
-    """Insert ``events`` with numbers that the caller has already counted up on the job."""
+    """Insert ``events``. The caller has already added their number to the job's ``event_seq``."""
     transaction.execute(
-        insert(JobEvent),
+        insert(JobEventRow),
         [
             {
                 "id": new_id("ftevent-"),
@@ -61,12 +61,12 @@ def insert_at(
     )
 
 
-def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[JobEvent]:
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[JobEventRow]:
     """One page of a job's events."""
     return page(
         transaction,
-        select(JobEvent).where(JobEvent.job_id == job_id),
-        JobEvent.id,
-        (JobEvent.seq,),
+        select(JobEventRow).where(JobEventRow.job_id == job_id),
+        JobEventRow.id,
+        (JobEventRow.seq,),
         cursor,
     )

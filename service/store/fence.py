@@ -1,8 +1,8 @@
-"""The fence: whether the attempt that calls is the one that runs the job.
+"""The fence: only the attempt that runs a job may write its state.
 
-A worker's call names its attempt. `hold` locks the job's row and checks that this attempt still runs it, in the same
-transaction as the write: a process that was frozen and wakes up late is turned away, and nothing that it says about the
-job's state is stored.
+A worker's call names its attempt. `hold` locks the job's row and checks that this attempt still
+runs it, in the same transaction as the write. A process that was frozen and continues late is
+rejected, and nothing that it reports about the job's state is stored.
 """
 
 from dataclasses import dataclass
@@ -12,48 +12,54 @@ from sqlalchemy import select
 from dar.errors import FencedError, NotFoundError
 from dar.protocol.status import TERMINAL
 from service.store.database import Transaction
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A job and the attempt that runs it, both locked for the rest of the transaction."""
+    """A job and an attempt of it."""
 
-    job: Job
-    attempt: Attempt
+    job: JobRow
+    attempt: AttemptRow
 
 
-def find(transaction: Transaction, lease_id: str) -> Attempt:
-    """The attempt of a lease, running or not.
+def find(transaction: Transaction, lease_id: str) -> AttemptRow:
+    """The attempt of a lease, running or ended.
 
     Raises:
         NotFoundError: There is no such lease.
     """
-    found = transaction.scalars(select(Attempt).where(Attempt.lease_id == lease_id)).one_or_none()
+    found = transaction.scalars(
+        select(AttemptRow).where(AttemptRow.lease_id == lease_id)
+    ).one_or_none()
     if found is None:
         raise NotFoundError(f"there is no lease {lease_id!r}")
     return found
 
 
 def look(transaction: Transaction, lease_id: str) -> Held:
-    """The attempt of a lease and its job, as they are just now: for reading.
+    """The attempt of a lease and its job, without locks: for reading.
 
     Raises:
         NotFoundError: There is no such lease.
     """
     attempt = find(transaction, lease_id)
-    return Held(transaction.scalars(select(Job).where(Job.id == attempt.job_id)).one(), attempt)
+    return Held(
+        transaction.scalars(select(JobRow).where(JobRow.id == attempt.job_id)).one(), attempt
+    )
 
 
 def lock(transaction: Transaction, lease_id: str) -> Held:
-    """The attempt of a lease and its job, locked, whether the lease still holds or not.
+    """Lock the job of a lease, whether or not the lease is still valid.
 
     Raises:
         NotFoundError: There is no such lease.
     """
     attempt = find(transaction, lease_id)
-    job = transaction.scalars(select(Job).where(Job.id == attempt.job_id).with_for_update()).one()
-    # Read again under the lock: what was read before it may be a moment old.
+    job = transaction.scalars(
+        select(JobRow).where(JobRow.id == attempt.job_id).with_for_update()
+    ).one()
+    # Read the attempt again under the lock: it may have changed before the lock was granted.
     transaction.refresh(attempt)
     return Held(job, attempt)
 
@@ -63,7 +69,7 @@ def hold(transaction: Transaction, lease_id: str, number: int) -> Held:
 
     Raises:
         NotFoundError: There is no such lease.
-        FencedError: The lease has ended or is another attempt's.
+        FencedError: The lease has ended, or belongs to another attempt.
     """
     held = lock(transaction, lease_id)
     check_fence(held, number)
@@ -74,7 +80,7 @@ def check_fence(held: Held, number: int) -> None:
     """Raise unless attempt ``number`` still runs the job.
 
     Raises:
-        FencedError: It does not: its process must stop.
+        FencedError: It does not; its process must stop.
     """
     attempt = held.attempt
     is_mine = attempt.number == number == held.job.attempt
@@ -85,7 +91,7 @@ def check_fence(held: Held, number: int) -> None:
         )
 
 
-def is_live(attempt: Attempt, job: Job) -> bool:
+def is_live(attempt: AttemptRow, job: JobRow) -> bool:
     """Whether the attempt still runs the job."""
     return (
         attempt.status == "running"

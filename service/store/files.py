@@ -8,24 +8,24 @@ from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import File, Job
+from service.store.tables import FileRow, JobRow
 
 
 def get(
     transaction: Transaction, project_id: str, file_id: str, *, is_keeping: bool = False
-) -> File:
+) -> FileRow:
     """A file of the project.
 
     Args:
-        transaction: Where it is read.
-        project_id: Whose it is.
-        file_id: Which it is.
-        is_keeping: Keep it from being removed until the transaction ends.
+        transaction: The transaction to read in.
+        project_id: The project.
+        file_id: The file.
+        is_keeping: Keep the file from being removed until the transaction ends.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no file with this id.
     """
-    statement = select(File).where(File.project_id == project_id, File.id == file_id)
+    statement = select(FileRow).where(FileRow.project_id == project_id, FileRow.id == file_id)
     if is_keeping:
         statement = statement.with_for_update(read=True)
     found = transaction.scalars(statement).one_or_none()
@@ -34,43 +34,55 @@ def get(
     return found
 
 
+def add(transaction: Transaction, file: FileRow) -> None:
+    """Store the row of a new file."""
+    file.created_at = transaction.now
+    transaction.add(file)
+
+
+def keep(transaction: Transaction, ids: Collection[str]) -> set[str]:
+    """Keep files from being removed until the transaction ends. Returns those that exist."""
+    kept = select(FileRow.id).where(FileRow.id.in_(ids)).order_by(FileRow.id)
+    return set(transaction.scalars(kept.with_for_update(read=True)).all())
+
+
 def known(transaction: Transaction, ids: Collection[str]) -> set[str]:
-    """Which of the ids are files' of some project."""
-    return set(transaction.scalars(select(File.id).where(File.id.in_(ids))).all())
+    """Those of ``ids`` that are files of any project."""
+    return set(transaction.scalars(select(FileRow.id).where(FileRow.id.in_(ids))).all())
 
 
 def list_page(
     transaction: Transaction, project_id: str, purpose: str | None, cursor: Cursor
-) -> Slice[File]:
+) -> Slice[FileRow]:
     """One page of the project's files."""
-    statement = select(File).where(File.project_id == project_id)
+    statement = select(FileRow).where(FileRow.project_id == project_id)
     if purpose is not None:
-        statement = statement.where(File.purpose == purpose)
-    return page(transaction, statement, File.id, (File.created_at, File.id), cursor)
+        statement = statement.where(FileRow.purpose == purpose)
+    return page(transaction, statement, FileRow.id, (FileRow.created_at, FileRow.id), cursor)
 
 
 def remove(transaction: Transaction, project_id: str, file_id: str) -> None:
     """Remove a file's row.
 
     Raises:
-        NotFoundError: The project has none of that id.
-        ConflictError: A job that is not over needs it.
+        NotFoundError: The project has no file with this id.
+        ConflictError: An unfinished job needs it.
     """
     get(transaction, project_id, file_id)
-    # Whoever submits a job with the file keeps it until the job can be seen here.
-    transaction.execute(select(File.id).where(File.id == file_id).with_for_update())
+    # A concurrent submission keeps the file locked until its job is visible here.
+    transaction.execute(select(FileRow.id).where(FileRow.id == file_id).with_for_update())
     needed_by = transaction.scalars(
-        select(func.min(Job.id)).where(
+        select(func.min(JobRow.id)).where(
             or_(
-                Job.training_file == file_id,
-                Job.spec["validation_file"].as_string() == file_id,
+                JobRow.training_file == file_id,
+                JobRow.spec["validation_file"].as_string() == file_id,
             ),
-            Job.status.not_in(list(TERMINAL)),
+            JobRow.status.not_in(list(TERMINAL)),
         )
     ).one()
     if needed_by is not None:
         raise ConflictError(
-            f"job {needed_by} still needs file {file_id}; cancel the job or wait for its end",
+            f"job {needed_by} still needs file {file_id}; cancel the job or wait until it has ended",
             code="file_in_use",
         )
-    transaction.execute(delete(File).where(File.id == file_id))
+    transaction.execute(delete(FileRow).where(FileRow.id == file_id))

@@ -1,4 +1,4 @@
-"""Jobs: submission, reading, cancelling, pausing, resuming. Moves between states are `service.store.transitions`' business."""
+"""Jobs: submission, reading, cancelling, pausing, resuming. See `service.store.transitions`."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -8,23 +8,23 @@ from sqlalchemy import ColumnElement, exists, func, select
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL, JobStatus
-from service.store import checkpoints, events, transitions
+from service.store import checkpoints, events, files, transitions
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import File, Job, JobInput
+from service.store.tables import JobInputRow, JobRow
 
 REPLAY_WINDOW = timedelta(minutes=10)
 """How long a retried submission without a key is recognised by its body."""
 
 
-def get(transaction: Transaction, project_id: str, job_id: str) -> Job:
+def get(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     """A job of the project.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no job with this id.
     """
     found = transaction.scalars(
-        select(Job).where(Job.project_id == project_id, Job.id == job_id)
+        select(JobRow).where(JobRow.project_id == project_id, JobRow.id == job_id)
     ).one_or_none()
     if found is None:
         raise NotFoundError(
@@ -40,75 +40,76 @@ def list_page(
     *,
     status: JobStatus | None = None,
     labels: Mapping[str, str] | None = None,
-) -> Slice[Job]:
-    """One page of the project's jobs, narrowed to a status and to labels that must all match."""
-    statement = select(Job).where(Job.project_id == project_id)
+) -> Slice[JobRow]:
+    """One page of the project's jobs, filtered by status and by labels that must all match."""
+    statement = select(JobRow).where(JobRow.project_id == project_id)
     if status is not None:
-        statement = statement.where(Job.status == status)
+        statement = statement.where(JobRow.status == status)
     for key, value in (labels or {}).items():
         statement = statement.where(_has_label(transaction, key, value))
-    return page(transaction, statement, Job.id, (Job.created_at, Job.id), cursor)
+    return page(transaction, statement, JobRow.id, (JobRow.created_at, JobRow.id), cursor)
 
 
 def _has_label(transaction: Transaction, key: str, value: str) -> ColumnElement[bool]:
-    # A JSON path would need the key quoted, and keys are the user's: compare them as values instead.
+    # A JSON path would need the user's key quoted, so the key is compared as a value.
     unpack = func.json_each_text if transaction.is_postgresql else func.json_each
-    pairs = unpack(Job.labels).table_valued("key", "value")
+    pairs = unpack(JobRow.labels).table_valued("key", "value")
     return exists(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value))
 
 
-def find_by_key(transaction: Transaction, project_id: str, key: str) -> Job | None:
+def find_by_key(transaction: Transaction, project_id: str, key: str) -> JobRow | None:
     """The job that was submitted with this ``Idempotency-Key``."""
     return transaction.scalars(
-        select(Job).where(Job.project_id == project_id, Job.idempotency_key == key)
+        select(JobRow).where(JobRow.project_id == project_id, JobRow.idempotency_key == key)
     ).one_or_none()
 
 
 def find_retried(
     transaction: Transaction, api_key_id: str, body_sha256: str, retry_count: int
-) -> Job | None:
+) -> JobRow | None:
     """The job that an earlier try of the same request has made, when its reply was lost.
 
-    The OpenAI client never sends a key by itself; what marks its second try is ``x-stainless-retry-count``.
+    The OpenAI client sends no idempotency key by default; ``x-stainless-retry-count`` marks its
+    retries.
     """
     return transaction.scalars(
-        select(Job)
+        select(JobRow)
         .where(
-            Job.api_key_id == api_key_id,
-            Job.body_sha256 == body_sha256,
-            Job.created_at > transaction.now - REPLAY_WINDOW,
-            Job.retry_count < retry_count,
-            Job.idempotency_key.is_(None),
+            JobRow.api_key_id == api_key_id,
+            JobRow.body_sha256 == body_sha256,
+            JobRow.created_at > transaction.now - REPLAY_WINDOW,
+            JobRow.retry_count < retry_count,
+            JobRow.idempotency_key.is_(None),
         )
-        .order_by(Job.created_at.desc())
+        .order_by(JobRow.created_at.desc())
         .limit(1)
     ).one_or_none()
 
 
-def submit(transaction: Transaction, job: Job, inputs: Sequence[str]) -> None:
+def submit(transaction: Transaction, job: JobRow, inputs: Sequence[str]) -> None:
     """Store a queued job, the checkpoints it starts from, and its first event.
 
     Raises:
-        sqlalchemy.exc.IntegrityError: Another request with the same ``Idempotency-Key`` was faster.
+        sqlalchemy.exc.IntegrityError: A concurrent request has used the same ``Idempotency-Key``.
     """
     transaction.add(job)
     transaction.flush()
-    transaction.add_all(JobInput(job_id=job.id, checkpoint_id=item) for item in inputs)
+    transaction.add_all(JobInputRow(job_id=job.id, checkpoint_id=item) for item in inputs)
     transaction.flush()
     data = {"kind": "status", "status": job.status, "status_detail": None, "attempt": 0}
     events.append(transaction, job.id, [events.NewEvent(job.status_message or "queued", data=data)])
 
 
-def cancel(transaction: Transaction, project_id: str, job_id: str) -> Job:
-    """Cancel a waiting job at once; ask the worker of a running one to stop. Twice is once.
+def cancel(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
+    """Cancel a waiting job at once; ask the worker of a running job to stop. Idempotent.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no job with this id.
         ConflictError: The job has already succeeded or failed.
     """
     job = _locked(transaction, project_id, job_id)
     asked = {"cancel_requested_at": transaction.now}
-    this = Job.id == job_id
+    this = JobRow.id == job_id
     moved = transitions.move(
         transaction, "cancelled", this, "cancelled before it ran", values=asked
     ) or transitions.move(
@@ -128,22 +129,22 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> Job:
     )
 
 
-def pause(transaction: Transaction, project_id: str, job_id: str) -> Job:
-    """Pause a waiting job at once; ask the worker of a running one for a checkpoint and to leave. Twice is once.
+def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
+    """Pause a waiting job at once; ask a running job's worker to checkpoint and stop. Idempotent.
 
     Raises:
-        NotFoundError: The project has none of that id.
+        NotFoundError: The project has no job with this id.
         ConflictError: The job is over, or is being cancelled.
     """
     job = _locked(transaction, project_id, job_id)
     if job.status in {"pausing", "paused"}:
         return job
-    this = Job.id == job_id
+    this = JobRow.id == job_id
     name: transitions.MoveName = "paused" if job.status == "queued" else "pause_requested"
     message = (
-        "paused while it waited; resume it to go on"
+        "paused while it waited; resume it to continue"
         if job.status == "queued"
-        else "waiting for the worker to write a checkpoint and to leave"
+        else "waiting for the worker to write a checkpoint and to stop"
     )
     if (moved := transitions.move(transaction, name, this, message)) is not None:
         return moved
@@ -152,14 +153,15 @@ def pause(transaction: Transaction, project_id: str, job_id: str) -> Job:
     raise ConflictError(_cannot(job, "paused"))
 
 
-def resume(transaction: Transaction, project_id: str, job_id: str) -> Job:
-    """Put a paused, failed or cancelled job back into the queue, to go on from its newest checkpoint. Twice is once.
+def resume(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
+    """Queue a paused, failed or cancelled job again, from its newest checkpoint. Idempotent.
 
-    A job that was asked to pause and has not left yet stays: if its trainer leaves all the same, it is queued again.
+    A job that is still pausing keeps running; if its trainer stops anyway, the job is queued again.
 
     Raises:
-        NotFoundError: The project has none of that id.
-        ConflictError: The job has succeeded, is being cancelled, or what it needs has been deleted.
+        NotFoundError: The project has no job with this id.
+        ConflictError: The job has succeeded or is being cancelled, or a file or checkpoint that it
+            needs was deleted.
     """
     job = _locked(transaction, project_id, job_id)
     if job.status == "running" and job.cancel_requested_at is not None:
@@ -175,7 +177,7 @@ def resume(transaction: Transaction, project_id: str, job_id: str) -> Job:
     if name == "restarted":
         _check_needs(transaction, job)
         values |= {"cancel_requested_at": None, "failed_attempts": 0, "fruitless_attempts": 0}
-    moved = transitions.move(transaction, name, Job.id == job_id, "resumed", values=values)
+    moved = transitions.move(transaction, name, JobRow.id == job_id, "resumed", values=values)
     assert moved is not None  # the row is locked
     return moved
 
@@ -186,57 +188,58 @@ _RESUMING: Mapping[str, transitions.MoveName] = {
     "failed": "restarted",
     "cancelled": "restarted",
 }
-"""Status -> the move of a resume; in any other there is nothing to do."""
+"""Status -> the move that resumes the job; a job in any other status is left alone."""
 
 
-def _check_needs(transaction: Transaction, job: Job) -> None:
-    """Refuse to restart a job that is over when its files or the checkpoints of its model have been deleted since.
+def _check_needs(transaction: Transaction, job: JobRow) -> None:
+    """Keep what a finished job needs to run again.
 
     Raises:
-        ConflictError: One of them is gone.
+        ConflictError: A file, or a checkpoint of its model, was deleted.
     """
     names = [job.training_file, job.spec.get("validation_file")]
     needed = {name for name in names if name}
-    kept = transaction.scalars(
-        select(File.id).where(File.id.in_(needed)).with_for_update(read=True)
-    )
-    gone = needed - set(kept.all())
+    gone = needed - files.keep(transaction, needed)
     if gone:
         raise ConflictError(
-            f"job {job.id} cannot be resumed: its file {min(gone)} has been deleted; submit it anew",
+            f"job {job.id} cannot be resumed: its file {min(gone)} has been deleted; submit a new job",
             code="file_not_found",
         )
-    ids = transaction.scalars(select(JobInput.checkpoint_id).where(JobInput.job_id == job.id)).all()
+    ids = transaction.scalars(
+        select(JobInputRow.checkpoint_id).where(JobInputRow.job_id == job.id)
+    ).all()
     if not checkpoints.keep(transaction, list(ids)):
         raise ConflictError(
-            f"job {job.id} cannot be resumed: the checkpoints that its model is made of are no longer kept",
+            f"job {job.id} cannot be resumed: the checkpoints that its model is made of are no "
+            "longer kept",
             code="model_not_found",
         )
 
 
-def _locked(transaction: Transaction, project_id: str, job_id: str) -> Job:
-    """A job of the project, locked, so that it cannot get out of the way of one move into the sources of another."""
+def _locked(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
+    """A job of the project, locked, so that its status cannot change between two moves."""
     get(transaction, project_id, job_id)
-    locked = select(Job).where(Job.id == job_id).with_for_update()
+    locked = select(JobRow).where(JobRow.id == job_id).with_for_update()
     return transaction.scalars(locked.execution_options(populate_existing=True)).one()
 
 
-def _cannot(job: Job, what: str) -> str:
+def _cannot(job: JobRow, what: str) -> str:
     if job.status in TERMINAL:
-        return f"job {job.id} has already {job.status.replace('cancelled', 'been cancelled')}, so it cannot be {what}"
+        status = job.status.replace("cancelled", "been cancelled")
+        return f"job {job.id} has already {status}, so it cannot be {what}"
     return f"job {job.id} is {job.status} and cannot be {what} now"
 
 
 def count_by_status(transaction: Transaction) -> dict[str, int]:
-    """How many jobs there are in each status that has any."""
-    rows = transaction.execute(select(Job.status, func.count()).group_by(Job.status)).all()
+    """Number of jobs by status; a status without jobs is left out."""
+    rows = transaction.execute(select(JobRow.status, func.count()).group_by(JobRow.status)).all()
     return {status: count for status, count in rows}  # noqa: C416 - `dict(rows)` has no type that fits
 
 
 def count_due(transaction: Transaction, older_than: timedelta) -> int:
-    """Queued jobs that have been due for ``older_than`` and that nobody has claimed."""
+    """Number of unclaimed jobs in the queue that have been due for ``older_than``."""
     return transaction.scalars(
         select(func.count())
-        .select_from(Job)
-        .where(Job.status == "queued", Job.not_before <= transaction.now - older_than)
+        .select_from(JobRow)
+        .where(JobRow.status == "queued", JobRow.not_before <= transaction.now - older_than)
     ).one()

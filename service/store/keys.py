@@ -1,4 +1,4 @@
-"""Keys and the project that owns what they make."""
+"""API keys, and the project that they belong to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,76 +7,78 @@ from sqlalchemy import func, select, update
 
 from dar.protocol.ids import new_id
 from service.store.database import Transaction
-from service.store.tables import ApiKey, Project
+from service.store.tables import ApiKeyRow, ProjectRow
 
 LOCK_KEY = 0x0DA2_0003
-"""PostgreSQL advisory lock round the configuration of keys."""
+"""PostgreSQL advisory lock that guards the configuration of keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """A key as it is stored: never the key itself."""
+    """A configured key, as a digest."""
 
     id: str
     sha256: str
     scopes: str
     is_of_worker: bool
     is_only: bool
-    """Whether other configured keys of its kind are revoked."""
+    """Whether it replaces the other configured keys with its scopes."""
 
 
-def find(transaction: Transaction, key_id: str) -> ApiKey | None:
-    """The key of that id if it is neither revoked nor expired."""
+def find(transaction: Transaction, key_id: str) -> ApiKeyRow | None:
+    """The key with this id, if it is neither revoked nor expired."""
     now = transaction.now
     return transaction.scalars(
-        select(ApiKey).where(
-            ApiKey.id == key_id,
-            ApiKey.revoked_at.is_(None),
-            ApiKey.expires_at.is_(None) | (ApiKey.expires_at > now),
+        select(ApiKeyRow).where(
+            ApiKeyRow.id == key_id,
+            ApiKeyRow.revoked_at.is_(None),
+            ApiKeyRow.expires_at.is_(None) | (ApiKeyRow.expires_at > now),
         )
     ).one_or_none()
 
 
 def default_project(transaction: Transaction) -> str:
-    """Id of the oldest project; made at the first start."""
-    found = transaction.scalars(select(Project.id).order_by(Project.created_at).limit(1)).first()
+    """Id of the oldest project, which is made at the first start."""
+    found = transaction.scalars(
+        select(ProjectRow.id).order_by(ProjectRow.created_at).limit(1)
+    ).first()
     if found is not None:
         return found
-    project = Project(id=new_id("proj-"), created_at=transaction.now)
+    project = ProjectRow(id=new_id("proj-"), created_at=transaction.now)
     transaction.add(project)
     transaction.flush()
     return project.id
 
 
 def lock(transaction: Transaction) -> None:
-    """Let one process at a time configure keys; until the transaction ends."""
+    """Let only this process configure keys until the transaction ends."""
     if transaction.is_postgresql:
         transaction.execute(select(func.pg_advisory_xact_lock(LOCK_KEY)))
 
 
 def is_any_configured(transaction: Transaction) -> bool:
-    """Whether some host has configured a key that is still good."""
-    usable = select(ApiKey.id).where(ApiKey.is_configured, ApiKey.revoked_at.is_(None))
+    """Whether a host has configured a key that is still valid."""
+    usable = select(ApiKeyRow.id).where(ApiKeyRow.is_configured, ApiKeyRow.revoked_at.is_(None))
     return transaction.scalars(usable.limit(1)).first() is not None
 
 
 def configure(transaction: Transaction, records: Sequence[KeyRecord]) -> None:
-    """Let the keys of the settings and the key files open the door."""
+    """Store the keys of the settings and the key files."""
     project_id = default_project(transaction)
     for record in records:
         if record.is_only:
             transaction.execute(
-                update(ApiKey)
+                update(ApiKeyRow)
                 .where(
-                    ApiKey.is_configured,
-                    ApiKey.revoked_at.is_(None),
-                    ApiKey.scopes == record.scopes,
-                    ApiKey.id != record.id,
+                    ApiKeyRow.is_configured,
+                    ApiKeyRow.revoked_at.is_(None),
+                    ApiKeyRow.scopes == record.scopes,
+                    ApiKeyRow.id != record.id,
                 )
                 .values(revoked_at=transaction.now)
             )
         transaction.merge(
-            ApiKey(
+            ApiKeyRow(
                 id=record.id,
                 project_id=None if record.is_of_worker else project_id,
                 scopes=record.scopes,

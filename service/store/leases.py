@@ -1,21 +1,22 @@
-"""Leases: who may write for a job, since when and until when."""
+"""Leases: which worker may write for a job, and until when."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import and_, or_, select, update
 from sqlalchemy.orm import aliased
 
 from dar.protocol.worker import AttemptProgress, Claim
 from service.store import checkpoints, fence, outcomes, transitions
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """Id of a new lease, and the digest of the token that its attempt shows."""
+    """Id of a new lease, and the digest of its attempt's token."""
 
     lease_id: str
     token_sha256: str
@@ -26,29 +27,30 @@ def claim(
 ) -> Held | None:
     """Give the oldest queued job to a slot.
 
-    First whatever a former life of the slot, or of its machine, still held goes back into the queue.
+    Leases that an earlier process of the slot, or its machine before a reboot, still holds are
+    ended first; their jobs go back into the queue.
 
     Args:
-        transaction: Where it happens.
-        claim: Who asks.
+        transaction: The transaction to write in.
+        claim: The slot.
         credential: Of the new lease.
-        ttl: How long the lease holds without a heartbeat.
+        ttl: How long the lease is valid without a heartbeat.
 
     Returns:
-        The job and its new attempt, or None when nothing is due.
+        The job and its new attempt; None if no job is due.
     """
-    _free_former_lives(transaction, claim)
+    _end_old_leases(transaction, claim)
     job = _take_oldest(transaction, claim)
     if job is None:
         return None
     resume = checkpoints.newest(transaction, job.id)
     start_step = 0 if resume is None else resume.step
     transaction.execute(
-        update(Job)
-        .where(Job.id == job.id)
+        update(JobRow)
+        .where(JobRow.id == job.id)
         .values(step=start_step, started_at=job.started_at or transaction.now)
     )
-    attempt = Attempt(
+    attempt = AttemptRow(
         job_id=job.id,
         number=job.attempt,
         lease_id=credential.lease_id,
@@ -68,8 +70,8 @@ def claim(
     return Held(job, attempt)
 
 
-def _take_oldest(transaction: Transaction, claim: Claim) -> Job | None:
-    waiting = aliased(Job)
+def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
+    waiting = aliased(JobRow)
     oldest = (
         select(waiting.id)
         .where(waiting.status == "queued", waiting.not_before <= transaction.now)
@@ -81,40 +83,40 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> Job | None:
     return transitions.move(
         transaction,
         "claimed",
-        Job.id == oldest,
+        JobRow.id == oldest,
         f"starting on {claim.node}",
-        values={"attempt": Job.attempt + 1},
+        values={"attempt": JobRow.attempt + 1},
         facts={"node": claim.node, "slot": claim.slot},
     )
 
 
-def _free_former_lives(transaction: Transaction, claim: Claim) -> None:
-    # A slot that asks for work runs nothing: even a lease of its present life is one whose reply was lost.
-    former = select(Attempt.lease_id).where(
-        Attempt.status == "running",
-        Attempt.node == claim.node,
-        or_(Attempt.slot == claim.slot, Attempt.boot_id != claim.boot_id),
+def _end_old_leases(transaction: Transaction, claim: Claim) -> None:
+    # A slot that claims runs nothing: a lease of this same process is one whose reply was lost.
+    old = select(AttemptRow.lease_id).where(
+        AttemptRow.status == "running",
+        AttemptRow.node == claim.node,
+        or_(AttemptRow.slot == claim.slot, AttemptRow.boot_id != claim.boot_id),
     )
-    for lease_id in transaction.scalars(former.order_by(Attempt.job_id)).all():
+    for lease_id in transaction.scalars(old.order_by(AttemptRow.job_id)).all():
         held = fence.lock(transaction, lease_id)
         if held.attempt.status == "running":
-            outcomes.lose(transaction, held, f"the worker on {claim.node} started anew")
+            outcomes.lose(transaction, held, f"the worker on {claim.node} was restarted")
 
 
 def renew(
     transaction: Transaction, held: Held, ttl: timedelta, progress: AttemptProgress | None
 ) -> bool:
-    """Renew a lease and note what the attempt does. Returns whether the user sees a change."""
+    """Renew a lease and store the attempt's progress. Returns whether the job has changed."""
     transaction.execute(
-        update(Attempt)
-        .where(Attempt.job_id == held.job.id, Attempt.number == held.attempt.number)
+        update(AttemptRow)
+        .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
         .values(lease_until=transaction.now + ttl)
     )
     return progress is not None and note_progress(transaction, held.job, progress)
 
 
-def note_progress(transaction: Transaction, job: Job, progress: AttemptProgress) -> bool:
-    """Show what the attempt does as the job's detail; a pending cancellation or pause stays on show."""
+def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgress) -> bool:
+    """Show progress as the job's detail, unless that shows a pending cancellation or pause."""
     seen = (job.step, job.status_detail, job.status_message)
     said: tuple[int, str | None, str | None] = (progress.step, progress.phase, progress.message)
     if job.cancel_requested_at is not None or job.status == "pausing":
@@ -122,44 +124,82 @@ def note_progress(transaction: Transaction, job: Job, progress: AttemptProgress)
     if seen == said:
         return False
     transaction.execute(
-        update(Job)
-        .where(Job.id == job.id)
+        update(JobRow)
+        .where(JobRow.id == job.id)
         .values(step=said[0], status_detail=said[1], status_message=said[2])
     )
     return True
 
 
 def expired(transaction: Transaction) -> list[str]:
-    """Leases whose time is up, by id."""
+    """Ids of the leases that have expired."""
     return list(
         transaction.scalars(
-            select(Attempt.lease_id)
-            .where(Attempt.status == "running", Attempt.lease_until < transaction.now)
-            .order_by(Attempt.job_id)
+            select(AttemptRow.lease_id)
+            .where(AttemptRow.status == "running", AttemptRow.lease_until < transaction.now)
+            .order_by(AttemptRow.job_id)
         ).all()
     )
 
 
 def expire(transaction: Transaction, lease_id: str) -> bool:
-    """End a lease whose time is up, unless its worker was faster. Returns whether it was ended."""
+    """End an expired lease, unless it was renewed or ended. Returns whether it was ended."""
     held = fence.lock(transaction, lease_id)
     attempt = held.attempt
     if attempt.status != "running" or attempt.lease_until >= transaction.now:
         return False
-    outcomes.lose(transaction, held, f"the worker on {attempt.node} has not been heard of")
+    outcomes.lose(transaction, held, f"the worker on {attempt.node} has sent no heartbeat")
     return True
 
 
 def unattended_cancellations(transaction: Transaction) -> list[str]:
-    """Jobs that are to be cancelled and that no attempt runs."""
+    """Jobs that are being cancelled and that no attempt runs."""
     return list(
         transaction.scalars(
-            select(Job.id).where(
-                Job.status == "running",
-                Job.cancel_requested_at.is_not(None),
-                ~select(Attempt.job_id)
-                .where(Attempt.job_id == Job.id, Attempt.status == "running")
+            select(JobRow.id).where(
+                JobRow.status == "running",
+                JobRow.cancel_requested_at.is_not(None),
+                ~select(AttemptRow.job_id)
+                .where(AttemptRow.job_id == JobRow.id, AttemptRow.status == "running")
                 .exists(),
             )
         ).all()
     )
+
+
+def finish_cancellation(transaction: Transaction, job_id: str) -> None:
+    """Cancel a job that `unattended_cancellations` found, unless it has changed since."""
+    transitions.move(
+        transaction, "cancel_confirmed", JobRow.id == job_id, "cancelled; no worker was left"
+    )
+
+
+def changed(
+    transaction: Transaction,
+    job_ids: Collection[str],
+    *,
+    cancel: Collection[str],
+    pause: Collection[str],
+) -> list[str]:
+    """Which jobs have news for their workers.
+
+    Args:
+        transaction: Where they are read.
+        job_ids: Jobs to check; one that no attempt runs any more is news.
+        cancel: Jobs for which a cancellation is news.
+        pause: Jobs for which a pause is news.
+    """
+    is_running = select(AttemptRow.job_id).where(
+        AttemptRow.job_id == JobRow.id,
+        AttemptRow.number == JobRow.attempt,
+        AttemptRow.status == "running",
+    )
+    statement = select(JobRow.id).where(
+        JobRow.id.in_(job_ids),
+        or_(
+            and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(cancel)),
+            and_(JobRow.status == "pausing", JobRow.id.in_(pause)),
+            ~is_running.exists(),
+        ),
+    )
+    return list(transaction.scalars(statement).all())

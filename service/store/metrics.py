@@ -1,4 +1,4 @@
-"""Metrics: one row per attempt and step, as one JSON text of all values."""
+"""Metrics: one row for each attempt and step, with all values as JSON."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from sqlalchemy.orm import aliased
 
 from dar.protocol.worker import MetricsRow
 from service.store.database import Transaction
-from service.store.tables import Job, MetricRow
+from service.store.tables import JobRow, MetricRow
 
 NEWEST_ROWS = 2
 
 
 @dataclass(slots=True)
 class Points:
-    """One series: the i-th value was reached at the i-th step."""
+    """One series: the i-th value belongs to the i-th step."""
 
     step: list[int] = field(default_factory=list)
     value: list[float | None] = field(default_factory=list)
@@ -44,7 +44,7 @@ def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[Metr
 
 
 def last_id(transaction: Transaction, job_id: str) -> int:
-    """Cursor behind everything that has arrived for a job; 0 when nothing has."""
+    """Cursor after the newest row of a job; 0 if it has none."""
     newest = select(func.max(MetricRow.id)).where(MetricRow.job_id == job_id)
     return transaction.scalars(newest).one() or 0
 
@@ -60,8 +60,8 @@ def read(
 ) -> dict[str, Points]:
     """The series of a job by name, each in the order of its steps.
 
-    Where a step was trained twice, the highest attempt's value counts. With ``after``, only steps about which
-    something arrived behind that cursor: replayed ones included.
+    Of a step that several attempts have trained, the newest attempt's value counts. With ``after``,
+    only steps with a row after that cursor are returned, replayed steps included.
     """
     rows = transaction.execute(_rows(job_id, after, from_step, to_step)).all()
     series: dict[str, Points] = {}
@@ -74,12 +74,12 @@ def read(
 
 
 def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[str, float | None]]:
-    """What the newest rows of each running job say, by job; of at most ``limit`` jobs, the newest first.
+    """The newest metrics of each running job, of at most ``limit`` jobs, the newest first.
 
-    Several rows, as one of an evaluation says nothing about training.
+    Several rows are merged, because a row of an evaluation has no training metrics.
     """
     running = transaction.scalars(
-        select(Job.id).where(Job.status == "running").order_by(Job.id.desc()).limit(limit)
+        select(JobRow.id).where(JobRow.status == "running").order_by(JobRow.id.desc()).limit(limit)
     ).all()
     found: dict[str, dict[str, float | None]] = {}
     for job_id in running:

@@ -1,6 +1,6 @@
-"""How attempts end, and what becomes of their jobs.
+"""The end of an attempt, and what follows for its job.
 
-A worker that did not hear the answer calls again: the same call of the same attempt gets the same answer.
+A worker that lost the reply calls again: the same call of the same attempt gets the same reply.
 """
 
 import random
@@ -16,7 +16,7 @@ from dar.protocol.worker import Complete, Fail, Outcome, Release
 from service.store import checkpoints, reward_pauses, transitions
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 MAX_FRUITLESS_ATTEMPTS = 3
 MAX_FAILED_ATTEMPTS = 20
@@ -24,49 +24,50 @@ MAX_BACKOFF_SECONDS = 600.0
 PROBE_SECONDS = 5.0
 FIRST_REWARD_WAIT_SECONDS, MAX_REWARD_WAIT_SECONDS = 5.0, 60.0
 POISON = (
-    "usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens helps), the machine fails, "
-    "or this job's data or model make the trainer crash"
+    "usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens helps), "
+    "the machine fails, or this job's data or model make the trainer crash"
 )
-PAUSED = "paused; resume it to go on from its newest checkpoint."
+PAUSED = "paused; resume it to continue from its newest checkpoint."
 Ending = Callable[[Transaction], Outcome]
-"""One of `complete`, `fail` and `release`, with what the worker said."""
+"""One of `complete`, `fail` and `release`, bound to its request."""
 
 
 def lose(transaction: Transaction, held: Held, why: str) -> None:
-    """End an attempt that cannot report any more; its job goes back into the queue."""
+    """End an attempt whose worker is gone; its job goes back into the queue."""
     _retry(transaction, held, "lost", why, not_before=0.0)
 
 
 def complete(transaction: Transaction, lease_id: str, said: Complete) -> Outcome:
-    """The attempt trained to the end. The same call again gets the same answer.
+    """End an attempt that trained to the last step.
 
     Raises:
         FencedError: The lease has ended.
-        ConflictError: Rows are missing (``spool_behind``), or the final checkpoint is (``checkpoint_missing``).
+        ConflictError: Rows are missing (``spool_behind``), or the final checkpoint is missing
+            (``checkpoint_missing``).
     """
     held = lock(transaction, lease_id)
-    if (told := _told_before(held, said.attempt, "complete")) is not None:
-        return told
+    if (earlier := _earlier_reply(held, said.attempt, "complete")) is not None:
+        return earlier
     check_fence(held, said.attempt)
     job, attempt = held.job, held.attempt
     if attempt.acked_seq != said.last_seq:
         raise ConflictError(
-            f"rows up to {said.last_seq} were said but {attempt.acked_seq} is the last one committed; "
-            "send the rest of the spool first",
+            f"the attempt has rows up to {said.last_seq}, but {attempt.acked_seq} is the last one "
+            "committed; send the rest of the spool first",
             code="spool_behind",
         )
     final = checkpoints.find(transaction, job.id, said.checkpoint_id)
     if final is None or final.status != "available" or final.step != job.total_steps:
         raise ConflictError(
-            f"checkpoint {said.checkpoint_id!r} is not an available one of step {job.total_steps}; "
-            "upload and commit the final checkpoint first",
+            f"checkpoint {said.checkpoint_id!r} is not available, or is not of step "
+            f"{job.total_steps}; upload and commit the final checkpoint first",
             code="checkpoint_missing",
         )
     values = {"step": job.total_steps, "latest_checkpoint_id": final.id}
     moved = transitions.move(
         transaction,
         "succeeded",
-        Job.id == job.id,
+        JobRow.id == job.id,
         f"trained {job.total_steps} steps; the result is the model {job.model_name}",
         values=values,
         facts={"fine_tuned_model": job.model_name},
@@ -75,19 +76,19 @@ def complete(transaction: Transaction, lease_id: str, said: Complete) -> Outcome
 
 
 def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
-    """The attempt ended badly: a user's error ends the job, anything else is tried again after a pause.
+    """End a failed attempt: a user's error fails the job, any other error retries it later.
 
     Raises:
         FencedError: The lease has ended.
     """
     held = lock(transaction, lease_id)
-    if (told := _told_before(held, said.attempt, "fail")) is not None:
-        return told
+    if (earlier := _earlier_reply(held, said.attempt, "fail")) is not None:
+        return earlier
     check_fence(held, said.attempt)
     job = held.job
     if said.kind == "transient":
         pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(job.fruitless_attempts + 1, 16))
-        pause *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries; nothing secret hangs on it
+        pause *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries; no secret depends on it
         return _retry(transaction, held, "failed", said.message, not_before=pause, call="fail")
     if job.cancel_requested_at is not None:
         return _confirm_cancel(transaction, held, "failed", "fail")
@@ -96,7 +97,7 @@ def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
     if said.code == RewardBudgetError.code:
         values["status_detail"] = "reward_budget_exhausted"
     moved = transitions.move(
-        transaction, "failed", Job.id == job.id, said.message, values=values, facts=error
+        transaction, "failed", JobRow.id == job.id, said.message, values=values, facts=error
     )
     return _end(transaction, held, "failed", "fail", moved)
 
@@ -104,31 +105,31 @@ def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
 def release(
     transaction: Transaction, lease_id: str, said: Release, probe_seconds: float = PROBE_SECONDS
 ) -> Outcome:
-    """The attempt gives its job back, or confirms that it was cancelled or paused.
+    """End an attempt that gives its job back, or that confirms a cancellation or a pause.
 
-    A job that the user wants paused is paused whatever the attempt's own reason was; one whose pause was withdrawn
-    meanwhile goes back into the queue.
+    A job that is pausing becomes paused, whatever reason the attempt gives. A job whose pause was
+    withdrawn goes back into the queue.
 
     Args:
-        transaction: Where it happens.
-        lease_id: The attempt's.
-        said: Why.
+        transaction: The transaction to write in.
+        lease_id: The attempt's lease.
+        said: The reason.
         probe_seconds: `Settings.reward_probe_seconds`.
 
     Raises:
         FencedError: The lease has ended.
-        ConflictError: It confirms a cancellation that nobody asked for.
+        ConflictError: It confirms a cancellation that was not requested.
     """
     held = lock(transaction, lease_id)
-    if (told := _told_before(held, said.attempt, "release")) is not None:
-        return told
+    if (earlier := _earlier_reply(held, said.attempt, "release")) is not None:
+        return earlier
     check_fence(held, said.attempt)
     job = held.job
     if job.cancel_requested_at is not None:
         return _confirm_cancel(transaction, held, "cancelled", "release")
     if said.reason == "cancelled":
-        raise ConflictError(f"nobody has asked to cancel job {job.id}")
-    this = Job.id == job.id
+        raise ConflictError(f"no cancellation of job {job.id} was requested")
+    this = JobRow.id == job.id
     if job.status == "pausing":
         message = said.message or PAUSED
         moved = transitions.move(transaction, "paused", this, message)
@@ -144,14 +145,14 @@ def release(
             "not_before": transaction.now + timedelta(seconds=wait),
             "reward_waits": min(job.reward_waits + 1, 16),
         }
-        message = said.message or "the reward service does not answer"
+        message = said.message or "the reward service does not respond"
         moved = transitions.move(transaction, "reward_down", this, message, values=values)
     return _end(transaction, held, "drained", "release", moved)
 
 
 def _pause_for_reward(
-    transaction: Transaction, job: Job, said: Release, probe_seconds: float
-) -> Job | None:
+    transaction: Transaction, job: JobRow, said: Release, probe_seconds: float
+) -> JobRow | None:
     message = said.message or "too many completions got no reward"
     error = {"code": said.code or "reward_error", "message": message, "param": None}
     kept = {**error, "is_outage": said.is_outage}
@@ -161,7 +162,7 @@ def _pause_for_reward(
         "not_before": transaction.now + wait,
         "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
     }
-    this = Job.id == job.id
+    this = JobRow.id == job.id
     return transitions.move(
         transaction, "reward_paused", this, message, values=values, facts={"code": error["code"]}
     )
@@ -185,50 +186,56 @@ def _retry(
     if fruitless >= MAX_FRUITLESS_ATTEMPTS or failed >= MAX_FAILED_ATTEMPTS:
         count = f"{fruitless} attempts in a row ended without a newer checkpoint"
         if fruitless < MAX_FRUITLESS_ATTEMPTS:
-            count = f"{failed} attempts have ended badly"
+            count = f"{failed} attempts were lost or failed"
         message = f"{count}; the last one: {why}. {POISON}"
         values["error"] = {"code": "poison", "message": message, "param": None}
         moved = transitions.move(
-            transaction, "poisoned", Job.id == job.id, message, values=values, facts=facts
+            transaction, "poisoned", JobRow.id == job.id, message, values=values, facts=facts
         )
         return _end(transaction, held, status, call, moved)
     if job.status == "pausing":
-        message = f"{PAUSED} Its attempt did not end well: {why}"
+        message = f"{PAUSED} Its last attempt was lost or failed: {why}"
         moved = transitions.move(
-            transaction, "paused", Job.id == job.id, message, values=values, facts=facts
+            transaction, "paused", JobRow.id == job.id, message, values=values, facts=facts
         )
         return _end(transaction, held, status, call, moved)
     values["not_before"] = transaction.now + timedelta(seconds=not_before)
     name: transitions.MoveName = "lost" if status == "lost" else "retried"
-    moved = transitions.move(transaction, name, Job.id == job.id, why, values=values, facts=facts)
+    moved = transitions.move(
+        transaction, name, JobRow.id == job.id, why, values=values, facts=facts
+    )
     return _end(transaction, held, status, call, moved)
 
 
 def _confirm_cancel(
     transaction: Transaction, held: Held, status: AttemptStatus, call: str | None
 ) -> Outcome:
-    where = and_(Job.id == held.job.id, Job.attempt == held.attempt.number)
+    where = and_(JobRow.id == held.job.id, JobRow.attempt == held.attempt.number)
     moved = transitions.move(transaction, "cancel_confirmed", where, "cancelled while it ran")
     return _end(transaction, held, status, call, moved)
 
 
 def _end(
-    transaction: Transaction, held: Held, status: AttemptStatus, call: str | None, job: Job | None
+    transaction: Transaction,
+    held: Held,
+    status: AttemptStatus,
+    call: str | None,
+    job: JobRow | None,
 ) -> Outcome:
     if job is None:
         raise ConflictError(
-            f"job {held.job.id} is {held.job.status}; attempt {held.attempt.number} cannot end it so"
+            f"job {held.job.id} is {held.job.status}; attempt {held.attempt.number} cannot end this way"
         )
     outcome = {"call": call, "status": job.status, "status_detail": job.status_detail}
     transaction.execute(
-        update(Attempt)
-        .where(Attempt.job_id == job.id, Attempt.number == held.attempt.number)
+        update(AttemptRow)
+        .where(AttemptRow.job_id == job.id, AttemptRow.number == held.attempt.number)
         .values(status=status, ended_at=transaction.now, outcome=outcome)
     )
     return Outcome(status=job.status, status_detail=job.status_detail)
 
 
-def _told_before(held: Held, number: int, call: str) -> Outcome | None:
+def _earlier_reply(held: Held, number: int, call: str) -> Outcome | None:
     outcome = held.attempt.outcome
     if held.attempt.number != number or outcome is None or outcome["call"] != call:
         return None

@@ -1,4 +1,4 @@
-"""Pages of a list by keyset: stable while rows are added, and as fast on the last page as on the first."""
+"""Keyset pagination: stable while rows are added, and as fast on the last page as on the first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Column = InstrumentedAttribute[Any]
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Which page of a list is wanted."""
+    """Selects a page of a list."""
 
     limit: int = 20
     after: str | None = None
@@ -26,7 +26,7 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Slice(Generic[Row]):
-    """Rows of one page, and whether more follow in the direction of travel."""
+    """The rows of a page, and whether more rows follow in the requested direction."""
 
     rows: Sequence[Row]
     has_more: bool
@@ -39,10 +39,10 @@ def page(
     keys: Sequence[Column],
     cursor: Cursor,
 ) -> Slice[Row]:
-    """The rows of ``statement`` that ``cursor`` asks for, in the order of ``keys``.
+    """The rows of ``statement`` that ``cursor`` selects, in the order of ``keys``.
 
     Raises:
-        InvalidRequestError: The cursor names nothing in this list.
+        InvalidRequestError: The cursor's id is not in this list.
     """
     is_backward = cursor.before is not None
     is_ascending = (cursor.order == "asc") is not is_backward
@@ -76,5 +76,5 @@ def _position(
             param=name,
             code="invalid_cursor",
         )
-    # Bound with the columns' own types: an instant must reach SQLite in the form it is stored in.
+    # Bound with the columns' types: SQLite compares an instant in the form that it stores.
     return [literal(value, key.type) for key, value in zip(keys, found, strict=True)]

@@ -11,7 +11,7 @@ from service.store import reward_secrets
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.reward_tables import JobEndpointRow, RewardEndpointRow
-from service.store.tables import Attempt, Job
+from service.store.tables import AttemptRow, JobRow
 
 State = Literal["ok", "misconfigured"]
 Lock = Literal["keep", "change"]
@@ -47,6 +47,23 @@ def get(
             f"there is no reward endpoint {endpoint_id!r}; GET /v1/reward_endpoints lists yours"
         )
     return found
+
+
+def keep(transaction: Transaction, revisions: Mapping[str, int]) -> bool:
+    """Keep endpoints from being changed until the transaction ends.
+
+    Returns:
+        Whether each of them still has its revision in ``revisions``.
+    """
+    if not revisions:
+        return True
+    kept = transaction.execute(
+        select(RewardEndpointRow.id, RewardEndpointRow.revision)
+        .where(RewardEndpointRow.id.in_(revisions), RewardEndpointRow.deleted_at.is_(None))
+        .order_by(RewardEndpointRow.id)
+        .with_for_update(read=True)
+    ).all()
+    return {row.id: row.revision for row in kept} == revisions
 
 
 def list_page(
@@ -111,9 +128,9 @@ def remove(transaction: Transaction, project_id: str, endpoint_id: str) -> None:
     # A submission holds the lock ``keep`` until its job is visible here.
     endpoint = get(transaction, project_id, endpoint_id, lock="change")
     needed_by = transaction.scalars(
-        select(func.min(Job.id))
-        .join(JobEndpointRow, JobEndpointRow.job_id == Job.id)
-        .where(JobEndpointRow.endpoint_id == endpoint_id, Job.status.not_in(list(TERMINAL)))
+        select(func.min(JobRow.id))
+        .join(JobEndpointRow, JobEndpointRow.job_id == JobRow.id)
+        .where(JobEndpointRow.endpoint_id == endpoint_id, JobRow.status.not_in(list(TERMINAL)))
     ).one()
     if needed_by is not None:
         raise ConflictError(
@@ -146,8 +163,8 @@ def note_requests(
 
     An attempt uses the endpoints as they were when it started, so later changes keep their state.
     """
-    started_at = select(Attempt.started_at).where(
-        Attempt.job_id == job_id, Attempt.number == attempt
+    started_at = select(AttemptRow.started_at).where(
+        AttemptRow.job_id == job_id, AttemptRow.number == attempt
     )
     for state in ("ok", "misconfigured"):  # if two components share an endpoint, a refusal wins
         names = [name for name, found in states.items() if found == state]
@@ -218,15 +235,15 @@ def usage(transaction: Transaction, endpoint_id: str) -> tuple[dict[str, int], i
     """Jobs that name an endpoint by status, the sum of their steps, and the id of the newest."""
     named = select(JobEndpointRow.job_id).where(JobEndpointRow.endpoint_id == endpoint_id)
     rows = transaction.execute(
-        select(Job.status, func.count(), func.sum(Job.step))
-        .where(Job.id.in_(named))
-        .group_by(Job.status)
-        .order_by(Job.status)
+        select(JobRow.status, func.count(), func.sum(JobRow.step))
+        .where(JobRow.id.in_(named))
+        .group_by(JobRow.status)
+        .order_by(JobRow.status)
     ).all()
     newest = transaction.scalars(
-        select(Job.id)
-        .where(Job.id.in_(named))
-        .order_by(Job.created_at.desc(), Job.id.desc())
+        select(JobRow.id)
+        .where(JobRow.id.in_(named))
+        .order_by(JobRow.created_at.desc(), JobRow.id.desc())
         .limit(1)
     ).first()
     by_status = {row[0]: row[1] for row in rows}

@@ -11,7 +11,7 @@ from dar.protocol.worker import RewardsRow
 from service.store import reward_endpoints
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
-from service.store.tables import RewardFailure
+from service.store.tables import RewardFailureRow
 
 MOST_KEPT = 10_000
 """Per job; older ones are deleted. The job's metrics count all failures."""
@@ -42,27 +42,27 @@ def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[Rewa
     ]
     if not values:
         return
-    transaction.execute(insert(RewardFailure), values)
+    transaction.execute(insert(RewardFailureRow), values)
     surplus = (
-        select(RewardFailure.id)
-        .where(RewardFailure.job_id == job_id)
-        .order_by(RewardFailure.created_at.desc(), RewardFailure.id.desc())
+        select(RewardFailureRow.id)
+        .where(RewardFailureRow.job_id == job_id)
+        .order_by(RewardFailureRow.created_at.desc(), RewardFailureRow.id.desc())
         .offset(MOST_KEPT)
         .limit(MOST_KEPT)
     )
     transaction.execute(
-        delete(RewardFailure)
-        .where(RewardFailure.id.in_(surplus))
+        delete(RewardFailureRow)
+        .where(RewardFailureRow.id.in_(surplus))
         .execution_options(synchronize_session=False)
     )
 
 
 def list_page(
     transaction: Transaction, job_id: str, step: int | None, cursor: Cursor
-) -> Slice[RewardFailure]:
+) -> Slice[RewardFailureRow]:
     """One page of a job's failures."""
-    statement = select(RewardFailure).where(RewardFailure.job_id == job_id)
+    statement = select(RewardFailureRow).where(RewardFailureRow.job_id == job_id)
     if step is not None:
-        statement = statement.where(RewardFailure.step == step)
-    keys = (RewardFailure.created_at, RewardFailure.id)
-    return page(transaction, statement, RewardFailure.id, keys, cursor)
+        statement = statement.where(RewardFailureRow.step == step)
+    keys = (RewardFailureRow.created_at, RewardFailureRow.id)
+    return page(transaction, statement, RewardFailureRow.id, keys, cursor)

@@ -8,23 +8,23 @@ from sqlalchemy import and_, select, update
 
 from service.store import transitions
 from service.store.database import Transaction
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 MAX_WAITS = 16
 """Upper bound of ``reward_waits``: the wait has long reached its limit by then."""
 
 
-def due(transaction: Transaction, limit: int) -> list[Job]:
+def due(transaction: Transaction, limit: int) -> list[JobRow]:
     """Paused jobs whose reward services are due for a check, the longest due first."""
     return list(
         transaction.scalars(
-            select(Job)
+            select(JobRow)
             .where(
-                Job.status == "paused",
-                Job.status_detail == "reward",
-                Job.not_before <= transaction.now,
+                JobRow.status == "paused",
+                JobRow.status_detail == "reward",
+                JobRow.not_before <= transaction.now,
             )
-            .order_by(Job.not_before, Job.id)
+            .order_by(JobRow.not_before, JobRow.id)
             .limit(limit)
         ).all()
     )
@@ -39,10 +39,10 @@ def note_probe(
         Whether the job resumes; False if its status changed meanwhile.
     """
     this = and_(
-        Job.id == job_id,
-        Job.attempt == attempt,
-        Job.status == "paused",
-        Job.status_detail == "reward",
+        JobRow.id == job_id,
+        JobRow.attempt == attempt,
+        JobRow.status == "paused",
+        JobRow.status_detail == "reward",
     )
     if is_back:
         values = {"error": None, "not_before": transaction.now}
@@ -52,12 +52,12 @@ def note_probe(
             transitions.move(transaction, "resumed", this, message, values=values, facts=facts)
             is not None
         )
-    job = transaction.scalars(select(Job).where(this).with_for_update()).one_or_none()
+    job = transaction.scalars(select(JobRow).where(this).with_for_update()).one_or_none()
     if job is not None:
         wait = wait_before_probe(job.error, job.reward_waits, base_seconds)
         transaction.execute(
-            update(Job)
-            .where(Job.id == job_id)
+            update(JobRow)
+            .where(JobRow.id == job_id)
             .values(
                 not_before=transaction.now + wait, reward_waits=min(job.reward_waits + 1, MAX_WAITS)
             )

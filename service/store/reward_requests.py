@@ -20,7 +20,7 @@ from dar.protocol.worker import FIRST_RESULT_ID, RewardAnnouncement, RewardProgr
 from service.store import events
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import Job, RewardDeliveryRow, RewardRequestRow
+from service.store.tables import JobRow, RewardDeliveryRow, RewardRequestRow
 
 MAX_INVALID = 5
 """Invalid results after which a request accepts no more."""
@@ -149,9 +149,9 @@ def find(transaction: Transaction, request_id: str) -> RewardRequestRow | None:
     return transaction.get(RewardRequestRow, request_id)
 
 
-def job_of(transaction: Transaction, row: RewardRequestRow) -> Job:
+def job_of(transaction: Transaction, row: RewardRequestRow) -> JobRow:
     """The job that sent the request."""
-    return transaction.get_one(Job, row.job_id)
+    return transaction.get_one(JobRow, row.job_id)
 
 
 def settle(
@@ -164,10 +164,10 @@ def settle(
     """
     # The job first, as everywhere: its lock orders all changes of its requests.
     job = transaction.scalars(
-        select(Job)
-        .join(RewardRequestRow, RewardRequestRow.job_id == Job.id)
+        select(JobRow)
+        .join(RewardRequestRow, RewardRequestRow.job_id == JobRow.id)
         .where(RewardRequestRow.id == request_id)
-        .with_for_update(of=Job)
+        .with_for_update(of=JobRow)
     ).one()
     row = transaction.get_one(RewardRequestRow, request_id)
     outcome = _outcome_of(transaction, job, row, result)
@@ -180,7 +180,7 @@ def settle(
 
 
 def _outcome_of(
-    transaction: Transaction, job: Job, row: RewardRequestRow, result: CallbackResult
+    transaction: Transaction, job: JobRow, row: RewardRequestRow, result: CallbackResult
 ) -> CallbackOutcome:
     if result.webhook_id is not None and not _is_fresh(transaction, row.id, result):
         return "replayed"
@@ -303,7 +303,10 @@ def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str
     """Number of the newest result of each job's running attempt, if there is one."""
     rows = transaction.execute(
         select(RewardRequestRow.job_id, func.max(RewardRequestRow.result_id))
-        .join(Job, and_(Job.id == RewardRequestRow.job_id, Job.attempt == RewardRequestRow.attempt))
+        .join(
+            JobRow,
+            and_(JobRow.id == RewardRequestRow.job_id, JobRow.attempt == RewardRequestRow.attempt),
+        )
         .where(RewardRequestRow.job_id.in_(job_ids), RewardRequestRow.result_id.is_not(None))
         .group_by(RewardRequestRow.job_id)
     ).all()
@@ -312,7 +315,7 @@ def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str
 
 def forget(transaction: Transaction) -> None:
     """Delete expired requests."""
-    ended = select(Job.id).where(Job.status.in_(TERMINAL))
+    ended = select(JobRow.id).where(JobRow.status.in_(TERMINAL))
     now = transaction.now
     transaction.execute(
         delete(RewardRequestRow)

@@ -1,6 +1,6 @@
-"""What a trainer says, as it arrives: numbered rows of one attempt, each stored once.
+"""Rows of a trainer: numbered within one attempt, each stored once.
 
-Rows are facts: they are accepted from an attempt that has lost its job as well, tagged with its number.
+Rows of an attempt that has lost its job are stored too, with the attempt's number: they are facts.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRo
 from service.store import events, metrics, reward_failures, samples
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
-from service.store.tables import Attempt, Job, SpoolRow
+from service.store.tables import AttemptRow, JobRow, SpoolRow
 
 DIGEST_BYTES = 16
 HEADLINE = ("dar/loss", "dar/rewards_mean")
@@ -25,7 +25,7 @@ HEADLINE = ("dar/loss", "dar/rewards_mean")
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """A row arrived again with other content."""
+    """A row that was sent again with other content."""
 
     seq: int
 
@@ -34,10 +34,10 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     """Store the rows that are new.
 
     Returns:
-        The highest ``seq`` up to which everything is stored, or the contradiction because of which nothing was.
+        The ``seq`` up to which all rows are stored; or a contradiction, and then nothing is stored.
 
     Raises:
-        ConflictError: Rows in between are missing (``seq_gap``).
+        ConflictError: Rows are missing before these (``seq_gap``).
     """
     job, attempt = held.job, held.attempt
     acked = attempt.acked_seq
@@ -45,7 +45,8 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
         return acked
     if rows[0].seq > acked + 1:
         raise ConflictError(
-            f"the rows start at {rows[0].seq}, but {acked} is the last one committed; send from {acked + 1}",
+            f"the rows start at {rows[0].seq}, but {acked} is the last one committed; send from "
+            f"{acked + 1}",
             code="seq_gap",
         )
     digests = {row.seq: _digest(row) for row in rows}
@@ -73,11 +74,11 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     )
     reports = [row for row in fresh if isinstance(row, RewardsRow)]
     reward_failures.add(transaction, job.id, attempt.number, reports)
-    _tell(transaction, held, fresh)
-    _follow(transaction, held, steps)
+    _append_events(transaction, held, fresh)
+    _update_job(transaction, held, steps)
     transaction.execute(
-        update(Attempt)
-        .where(Attempt.job_id == job.id, Attempt.number == attempt.number)
+        update(AttemptRow)
+        .where(AttemptRow.job_id == job.id, AttemptRow.number == attempt.number)
         .values(acked_seq=fresh[-1].seq)
     )
     return fresh[-1].seq
@@ -101,13 +102,13 @@ def _contradicted(transaction: Transaction, held: Held, digests: dict[int, bytes
     return next((seq for seq, digest in known if digests[seq] != digest), None)
 
 
-def _tell(transaction: Transaction, held: Held, rows: Sequence[Row]) -> None:
+def _append_events(transaction: Transaction, held: Held, rows: Sequence[Row]) -> None:
     job = held.job
-    told = job.metrics_event_step
+    newest = job.metrics_event_step
     new: list[events.NewEvent] = []
     for row in rows:
-        if isinstance(row, MetricsRow) and row.step > told:
-            told = row.step
+        if isinstance(row, MetricsRow) and row.step > newest:
+            newest = row.step
             new.append(_step_event(row, job.total_steps))
         elif isinstance(row, EventRow):
             data: dict[str, Any] = {"kind": "trainer", **(row.data or {})}
@@ -115,8 +116,10 @@ def _tell(transaction: Transaction, held: Held, rows: Sequence[Row]) -> None:
             at = datetime.fromtimestamp(row.at, UTC)
             new.append(events.NewEvent(row.message, level=row.level, data=data, at=at))
     events.append(transaction, job.id, new)
-    if told != job.metrics_event_step:
-        transaction.execute(update(Job).where(Job.id == job.id).values(metrics_event_step=told))
+    if newest != job.metrics_event_step:
+        transaction.execute(
+            update(JobRow).where(JobRow.id == job.id).values(metrics_event_step=newest)
+        )
 
 
 def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
@@ -134,11 +137,11 @@ def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
     )
 
 
-def _follow(transaction: Transaction, held: Held, steps: Sequence[MetricsRow]) -> None:
+def _update_job(transaction: Transaction, held: Held, steps: Sequence[MetricsRow]) -> None:
     if not steps or not is_live(held.attempt, held.job):
         return
     values: dict[str, Any] = {"step": steps[-1].step, "reward_waits": 0}
     tokens = steps[-1].values.get("train/tokens")
     if tokens is not None:
         values["tokens"] = int(tokens)
-    transaction.execute(update(Job).where(Job.id == held.job.id).values(values))
+    transaction.execute(update(JobRow).where(JobRow.id == held.job.id).values(values))

@@ -43,7 +43,9 @@ def read(
     limit: int,
     after: int | None,
 ) -> Sequence[SampleRow]:
-    """Samples of a job behind the one with the id ``after``; of a step trained twice, the highest attempt's.
+    """Samples of a job after the one with the id ``after``.
+
+    Of a step that several attempts have trained, only the newest attempt's samples count.
 
     Raises:
         InvalidRequestError: The job has no sample ``after``.
@@ -71,7 +73,7 @@ def read(
         statement = statement.where(_behind(key, _value(order, edge), after, is_descending))
     ordering: list[ColumnElement[Any]] = [key.desc() if is_descending else key.asc()]
     if key is not SampleRow.id:
-        # A missing value comes last either way; among equals the older sample comes first.
+        # A missing value comes last in both orders; of equal values the older sample comes first.
         ordering = [key.is_(None), *ordering, SampleRow.id.asc()]
     return transaction.scalars(statement.order_by(*ordering).limit(limit)).all()
 

@@ -1,4 +1,4 @@
-"""The tables. Every object of a user carries its ``project_id``; instants are aware UTC."""
+"""The tables. Every object of a user has its ``project_id``; instants are aware and in UTC."""
 
 from datetime import datetime
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
+from dar.protocol.spec import JobSpec
 from dar.protocol.status import JOB_STATUSES, TERMINAL
 from service.store.columns import Base as Base
 from service.store.columns import Id, RowId, quoted
@@ -28,8 +29,8 @@ from service.store.reward_tables import RewardSecretRow as RewardSecretRow
 from service.store.reward_tables import SecretKeyRow as SecretKeyRow
 
 
-class Project(Base):
-    """Who owns files, jobs and keys."""
+class ProjectRow(Base):
+    """The owner of files, jobs and keys."""
 
     __tablename__ = "projects"
 
@@ -37,25 +38,25 @@ class Project(Base):
     created_at: Mapped[datetime]
 
 
-class ApiKey(Base):
-    """A bearer key, stored as the SHA-256 of its whole text."""
+class ApiKeyRow(Base):
+    """A bearer key, stored as its SHA-256."""
 
     __tablename__ = "api_keys"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     project_id: Mapped[str | None] = mapped_column(ForeignKey("projects.id"))
-    """None: the key of a worker, which serves every project."""
+    """None for a worker's key, which is valid for every project."""
     scopes: Mapped[str] = mapped_column(String(200))
-    """Words separated by spaces, like ``read submit``."""
+    """Separated by spaces, for example ``read submit``."""
     sha256: Mapped[str] = mapped_column(String(64))
     is_configured: Mapped[bool]
-    """Came from the settings or from a key file; revoked when those name another."""
+    """From the settings or a key file; revoked when those name another key."""
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
 
 
-class File(Base):
+class FileRow(Base):
     """An uploaded training file."""
 
     __tablename__ = "files"
@@ -69,12 +70,12 @@ class File(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     num_rows: Mapped[int]
     columns: Mapped[dict[str, Any]]
-    """By name: the ``first`` row with a value, the first where it is ``missing`` or null, the first where it is ``absent``."""
+    """See `service.jobs.datasets.Dataset.columns`."""
     created_at: Mapped[datetime]
 
 
-class Job(Base):
-    """A training job: the truth about it. The broker and the workers only follow this row."""
+class JobRow(Base):
+    """A training job. This row is its only state; the broker and the workers follow it."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -105,13 +106,13 @@ class Job(Base):
     model: Mapped[str] = mapped_column(String(256))
     model_source: Mapped[dict[str, Any]]
     model_name: Mapped[str] = mapped_column(String(256))
-    """Name of the result; shown as ``fine_tuned_model`` once the job has succeeded."""
+    """Name of the result, shown as ``fine_tuned_model`` once the job has succeeded."""
     training_file: Mapped[str] = mapped_column(Id)
-    """Id of the file; empty where the spec names a data set of a hub."""
+    """Id of the file; empty for a hub data set."""
     spec: Mapped[dict[str, Any]]
-    """The resolved spec: every default written out."""
+    """The resolved spec, with every default written out."""
     labels: Mapped[dict[str, Any] | None]
-    """The user's ``metadata``, which is a taken name here."""
+    """The user's ``metadata``; SQLAlchemy reserves that name."""
     suffix: Mapped[str | None] = mapped_column(String(64))
     seed: Mapped[int]
     total_steps: Mapped[int]
@@ -122,25 +123,30 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(default=0)
     not_before: Mapped[datetime]
     failed_attempts: Mapped[int] = mapped_column(default=0)
-    """Lost or failed ones in all; drained ones never count."""
+    """Attempts that were lost or failed. Drained attempts do not count."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
-    """Lost or failed ones in a row without a newer checkpoint."""
+    """Consecutive lost or failed attempts without a newer checkpoint."""
     reward_waits: Mapped[int] = mapped_column(default=0)
-    """Attempts in a row that left because the reward service was down."""
+    """Consecutive attempts that ended because the reward service was down."""
     latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)
     event_seq: Mapped[int] = mapped_column(default=0)
     """``seq`` of the newest event."""
     metrics_event_step: Mapped[int] = mapped_column(default=0)
-    """Newest step that has its ``metrics`` event; replayed steps get no second one."""
+    """Newest step with a ``metrics`` event. A replayed step gets no second event."""
 
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     body_sha256: Mapped[str] = mapped_column(String(64))
     retry_count: Mapped[int]
-    """``x-stainless-retry-count`` of the request that made it."""
+    """``x-stainless-retry-count`` of the request that submitted the job."""
+
+    @property
+    def parsed_spec(self) -> JobSpec:
+        """The spec as a model."""
+        return JobSpec.model_validate(self.spec)
 
 
-class JobInput(Base):
-    """A checkpoint that a job starts from: kept as long as the job may need it."""
+class JobInputRow(Base):
+    """A checkpoint that a job starts from, kept as long as the job may need it."""
 
     __tablename__ = "job_inputs"
 
@@ -150,8 +156,8 @@ class JobInput(Base):
     )
 
 
-class Attempt(Base):
-    """One execution of a job by one slot. Its number is the fencing token of every write."""
+class AttemptRow(Base):
+    """One execution of a job by one worker slot. Its number is the fencing token of every write."""
 
     __tablename__ = "attempts"
     __table_args__ = (
@@ -184,13 +190,13 @@ class Attempt(Base):
     start_step: Mapped[int]
     resume_checkpoint_id: Mapped[str | None] = mapped_column(Id)
     acked_seq: Mapped[int] = mapped_column(default=0)
-    """Everything the attempt said up to here is committed."""
+    """All rows of the attempt up to this one are committed."""
     outcome: Mapped[dict[str, Any] | None]
-    """What the worker was told at the end, so that a repeated call gets the same answer."""
+    """The reply to the call that ended the attempt; a repeated call gets the same reply."""
 
 
-class JobEvent(Base):
-    """An append-only fact about a job."""
+class JobEventRow(Base):
+    """An event of a job. Events are only appended."""
 
     __tablename__ = "job_events"
 
@@ -205,7 +211,7 @@ class JobEvent(Base):
 
 
 class SpoolRow(Base):
-    """Digest of a row that a trainer said, so that a replay is told from a contradiction."""
+    """Digest of a row of a trainer, to distinguish a replayed row from a contradicting one."""
 
     __tablename__ = "spool_rows"
 
@@ -216,13 +222,13 @@ class SpoolRow(Base):
 
 
 class MetricRow(Base):
-    """All metrics of one step as one JSON text: one row per (metric, step) is 4 to 10 times slower."""
+    """All metrics of one step as JSON. One row for each metric is 4 to 10 times slower."""
 
     __tablename__ = "metric_rows"
     __table_args__ = (Index(None, "job_id", "id"), Index(None, "job_id", "step", "attempt"))
 
     id: Mapped[int] = mapped_column(RowId, primary_key=True)
-    """Order of arrival: the cursor of readers."""
+    """Order of arrival, which is the cursor of readers."""
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     attempt: Mapped[int]
     seq: Mapped[int]
@@ -247,8 +253,8 @@ class SampleRow(Base):
     body: Mapped[dict[str, Any]]
 
 
-class RewardFailure(Base):
-    """A request to a reward service that was given up."""
+class RewardFailureRow(Base):
+    """A request to a reward service that failed after all its attempts."""
 
     __tablename__ = "reward_failures"
     __table_args__ = (Index(None, "job_id", "created_at", "id"), Index(None, "job_id", "step"))
@@ -269,8 +275,8 @@ class RewardFailure(Base):
     quote: Mapped[str] = mapped_column(Text)
 
 
-class Checkpoint(Base):
-    """A resumable state of a job at a step."""
+class CheckpointRow(Base):
+    """The resumable state of a job at a step."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (
@@ -285,7 +291,7 @@ class Checkpoint(Base):
     attempt: Mapped[int]
     step: Mapped[int]
     name: Mapped[str] = mapped_column(String(256))
-    """``fine_tuned_model_checkpoint``; works as ``model`` of a later job."""
+    """``fine_tuned_model_checkpoint``; a later job can use it as its ``model``."""
     status: Mapped[str] = mapped_column(String(12))
     kind: Mapped[str] = mapped_column(String(8))
     bytes: Mapped[int] = mapped_column(BigInteger)

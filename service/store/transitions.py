@@ -1,8 +1,8 @@
-"""The states of a job and every move between them. Nothing else writes ``jobs.status``.
+"""The states of a job and all moves between them. Nothing else writes ``jobs.status``.
 
-A move is one conditional UPDATE that appends its event in the same transaction; when the row is no longer in one of the
-move's sources, nothing happens and `move` says so. ``cancel_requested_at`` is the one flag that changes what may follow:
-a job that is to be cancelled never goes back into the queue.
+A move is one conditional UPDATE, with its event in the same transaction. If the job is not in one
+of the move's sources, nothing is changed and `move` returns None. ``cancel_requested_at`` also
+decides which moves are open: a job that is being cancelled never goes back into the queue.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,9 @@ from dar.protocol.events import Level
 from dar.protocol.status import TERMINAL, AttemptStatus, JobStatus, StatusDetail
 from service.store import events
 from service.store.database import Transaction
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 MoveName = Literal[
-    "validated",
-    "rejected",
     "claimed",
     "succeeded",
     "failed",
@@ -42,15 +40,15 @@ MoveName = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One row of the state table."""
+    """A row of the state table."""
 
     sources: frozenset[JobStatus]
     target: JobStatus
     detail: StatusDetail | None = None
     attempt: AttemptStatus | None = None
-    """What becomes of the running attempt."""
+    """Status of the attempt after the move."""
     is_cancelling: bool | None = None
-    """Guard: whether a cancellation must (not) have been asked for; None: either."""
+    """Guard: whether a cancellation must have been requested, or must not; None: either."""
     level: Level = "info"
 
 
@@ -59,11 +57,8 @@ def _of(*statuses: JobStatus) -> frozenset[JobStatus]:
 
 
 MOVES: Mapping[MoveName, Move] = {
-    # From before the first attempt.
-    "validated": Move(_of("validating_files"), "queued"),
-    "rejected": Move(_of("validating_files"), "failed", "user_error", level="error"),
     "claimed": Move(_of("queued"), "running", "starting"),
-    # What an attempt reports.
+    # Reported by an attempt.
     "succeeded": Move(_of("running", "pausing"), "succeeded", None, "succeeded"),
     "failed": Move(_of("running", "pausing"), "failed", "user_error", "failed", level="error"),
     "retried": Move(
@@ -76,20 +71,20 @@ MOVES: Mapping[MoveName, Move] = {
     "reward_down": Move(
         _of("running"), "queued", "waiting_for_reward", "drained", is_cancelling=False, level="warn"
     ),
-    # What the service finds out.
+    # Found by the service.
     "lost": Move(_of("running"), "queued", None, "lost", is_cancelling=False, level="warn"),
     "poisoned": Move(
         _of("running", "pausing"), "failed", "poison", is_cancelling=False, level="error"
     ),
-    # What a user asks for.
-    "cancelled": Move(_of("validating_files", "queued", "paused"), "cancelled"),
+    # Requested by a user.
+    "cancelled": Move(_of("queued", "paused"), "cancelled"),
     "cancel_requested": Move(
         _of("running", "pausing"), "running", "cancelling", is_cancelling=False
     ),
     "cancel_confirmed": Move(_of("running"), "cancelled", None, "cancelled", is_cancelling=True),
     "pause_requested": Move(_of("running"), "pausing", is_cancelling=False),
     "pause_withdrawn": Move(_of("pausing"), "running", is_cancelling=False),
-    # However the attempt of a job in ``pausing`` ends, unless it ends the job.
+    # Also when the attempt of a pausing job ends in any way that does not end the job.
     "paused": Move(_of("queued", "pausing"), "paused", "by_user", is_cancelling=False),
     "resumed": Move(_of("paused"), "queued"),
     "restarted": Move(_of("failed", "cancelled"), "queued"),
@@ -104,40 +99,40 @@ def move(
     *,
     values: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
-) -> Job | None:
-    """Make a move if the job is still where it may start from.
+) -> JobRow | None:
+    """Make a move, if the job is in one of its sources.
 
     Args:
-        transaction: Where it happens; the event goes into the same one.
-        name: Which row of `MOVES`.
-        job: Picks the job, and guards it further: ``and_(Job.id == ..., Job.attempt == ...)``.
-        message: The move in words: the event's message and the job's ``status_message``.
-        values: Other columns to set at once. ``status_detail`` replaces the table's.
+        transaction: The transaction to write in.
+        name: Row of `MOVES`.
+        job: Selects the job, with any further guards.
+        message: The event's message and the job's ``status_message``.
+        values: Other columns to set. ``status_detail`` replaces that of the row of `MOVES`.
         facts: Added to the event's data.
 
     Returns:
-        The job after the move; None when it was elsewhere, so that nothing was changed.
+        The job after the move; None if it was in no source of the move and nothing was changed.
     """
     row = MOVES[name]
     is_over = row.target in TERMINAL
     statement = (
-        update(Job)
-        .where(job, Job.status.in_(row.sources))
+        update(JobRow)
+        .where(job, JobRow.status.in_(row.sources))
         .values(
             {
                 "status": row.target,
                 "status_detail": row.detail,
                 "status_message": message,
                 "finished_at": transaction.now if is_over else None,
-                "event_seq": Job.event_seq + 1,
+                "event_seq": JobRow.event_seq + 1,
                 **(values or {}),
             }
         )
-        .returning(Job)
+        .returning(JobRow)
         .execution_options(synchronize_session=False, populate_existing=True)
     )
     if row.is_cancelling is not None:
-        asked = Job.cancel_requested_at.is_not(None)
+        asked = JobRow.cancel_requested_at.is_not(None)
         statement = statement.where(asked if row.is_cancelling else ~asked)
     moved = transaction.scalars(statement).one_or_none()
     if moved is None:

@@ -5,15 +5,15 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
-from service.callbacks import OUTCOMES
 from service.store import reward_requests
+from service.telemetry import CALLBACK_OUTCOMES
 
 TOKEN = "rwt_" + "x" * 43
 
 
 def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any) -> None:
     fates = set(get_args(reward_requests.CallbackOutcome)) - {"replayed"}
-    assert {*fates, "refused", "unsupported", "too_large"} == set(OUTCOMES)
+    assert {*fates, "refused", "unsupported", "too_large"} == set(CALLBACK_OUTCOMES)
     _, lease = live.running()
     deadline = (datetime.now(UTC) + timedelta(seconds=60)).timestamp()
     asked = {
@@ -36,7 +36,7 @@ def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any) -> None:
     start = 'dar_reward_callback_total{status="'
     lines = [line.removeprefix(start) for line in told.splitlines() if line.startswith(start)]
     counts = {line.partition('"')[0]: float(line.rpartition(" ")[2]) for line in lines}
-    assert counts.keys() == set(OUTCOMES)
+    assert counts.keys() == set(CALLBACK_OUTCOMES)
     assert {fate: count for fate, count in counts.items() if count} == {
         "accepted": 1, "duplicate": 1, "conflict": 1, "refused": 1,
     }  # fmt: skip

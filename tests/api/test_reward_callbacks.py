@@ -95,7 +95,7 @@ def test_the_first_valid_result_is_taken_and_its_repetition_is_a_duplicate(
     assert (told["id"], told["type"], told["request_id"]) == (1000, "reward_result", "rwq_1")
     assert told["result"].encode() == body
     assert callback_events(live, job_id) == ["reward_callback_conflict"]
-    assert live.runtime.callbacks.counts() == {"accepted": 1, "duplicate": 1, "conflict": 2}
+    assert live.runtime.telemetry._callbacks == {"accepted": 1, "duplicate": 1, "conflict": 2}
 
 
 def test_a_result_ends_the_long_poll_at_once_and_the_cursor_remembers_it(live: Any) -> None:
@@ -181,7 +181,7 @@ def test_a_result_after_the_deadline_is_late(live: Any, error_of: Callable[..., 
         answer = pending.post(pending.body(1, 2))
         assert (answer.status_code, error_of(answer)["code"]) == (410, "gone")
     assert callback_events(live, job_id) == ["reward_callback_late"]
-    assert live.runtime.callbacks.counts() == {"late": 2}
+    assert live.runtime.telemetry._callbacks == {"late": 2}
     assert directives(lease)["directives"] == []
 
 

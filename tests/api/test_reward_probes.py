@@ -152,7 +152,7 @@ def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) ->
     spec = live.spec(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
     first = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
     judge.status = 404
-    live.runtime.remembered._until.clear()
+    live.runtime.passed_probes._until.clear()
     again = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
     assert again.json()["id"] == first.json()["id"]
 

@@ -20,7 +20,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample
 from service.rewards.watch import RewardWatch
 from service.store import reward_pauses
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 
 class Judge:
@@ -116,12 +116,14 @@ def paused(live: Any) -> Callable[..., str]:
 
 def make_due(live: Any) -> None:
     with live.runtime.database.write() as transaction:
-        transaction.execute(update(Job).values(not_before=transaction.now - timedelta(seconds=1)))
+        transaction.execute(
+            update(JobRow).values(not_before=transaction.now - timedelta(seconds=1))
+        )
 
 
 def stored_statuses(live: Any, *job_ids: str) -> list[str]:
     with live.runtime.database.read() as transaction:
-        return [transaction.get_one(Job, job_id).status for job_id in job_ids]
+        return [transaction.get_one(JobRow, job_id).status for job_id in job_ids]
 
 
 def test_a_job_goes_on_when_its_service_gives_rewards_again(
@@ -320,8 +322,8 @@ def test_a_job_that_cannot_be_looked_at_keeps_no_other_job_paused(
     component = {"name": "letters", "url": judge.url}
     bad_spec, bad_row, fine = (paused(component) for _ in range(3))
     with live.runtime.database.write() as transaction:
-        transaction.execute(update(Job).where(Job.id == bad_spec).values(spec={"dar": 1}))
-        training_file = transaction.get_one(Job, bad_row).training_file
+        transaction.execute(update(JobRow).where(JobRow.id == bad_spec).values(spec={"dar": 1}))
+        training_file = transaction.get_one(JobRow, bad_row).training_file
     live.runtime.artifacts.file(training_file).write_bytes(b"[1, 2]\n")
     make_due(live)
     RewardWatch(live.runtime).run_once()

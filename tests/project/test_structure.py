@@ -34,6 +34,14 @@ VIOLATIONS = {
         "dar/rewards/base.py",
         "import dar.client",
     ),
+    "inside service a lower layer never imports a higher one": (
+        "service/store/jobs.py",
+        "import service.http.auth",
+    ),
+    "no module of service imports itself through others": (
+        "service/store/events.py",
+        "import service.store.jobs",
+    ),
     "torch stays in dar.training: nothing else reaches it, even transitively": (
         "dar/protocol/jobs.py",
         "import torch",

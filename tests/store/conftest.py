@@ -251,7 +251,7 @@ class World:
             **values,
         }
         with self.database.write() as transaction:
-            jobs.submit(transaction, tables.Job(**row), [])
+            jobs.submit(transaction, tables.JobRow(**row), [])
         return job_id
 
     def claim(self, slot: str = "0", **values: str) -> fence.Held | None:
@@ -269,25 +269,25 @@ class World:
         assert held.job.id == job_id
         return held
 
-    def job(self, job_id: str) -> tables.Job:
+    def job(self, job_id: str) -> tables.JobRow:
         with self.database.read() as transaction:
             return jobs.get(transaction, self.project_id, job_id)
 
-    def attempt(self, held: fence.Held) -> tables.Attempt:
+    def attempt(self, held: fence.Held) -> tables.AttemptRow:
         with self.database.read() as transaction:
             return fence.find(transaction, held.attempt.lease_id)
 
-    def events(self, job_id: str) -> list[tables.JobEvent]:
+    def events(self, job_id: str) -> list[tables.JobEventRow]:
         with self.database.read() as transaction:
-            query = transaction.query(tables.JobEvent).filter_by(job_id=job_id)
-            return query.order_by(tables.JobEvent.seq).all()
+            query = transaction.query(tables.JobEventRow).filter_by(job_id=job_id)
+            return query.order_by(tables.JobEventRow.seq).all()
 
     def manifest(self, step: int, **values: Any) -> Manifest:
         file = {"name": "model.safetensors", "bytes": 3, "sha256": "1" * 64}
         body = {"step": step, "kind": "full", "config_sha256": "2" * 64, "files": [file]}
         return Manifest.model_validate(body | values)
 
-    def publish(self, held: fence.Held, step: int) -> tables.Checkpoint:
+    def publish(self, held: fence.Held, step: int) -> tables.CheckpointRow:
         """An available checkpoint of the attempt."""
         with self.database.write() as transaction:
             now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
@@ -336,6 +336,6 @@ def a_file(world: World) -> Callable[[str], None]:
             "created_at": world.clock.now,
         }
         with world.database.write() as transaction:
-            transaction.add(tables.File(**row))
+            transaction.add(tables.FileRow(**row))
 
     return make

@@ -6,7 +6,7 @@ import pytest
 
 from dar.errors import ConflictError
 from service.store import checkpoints, fence, transitions
-from service.store.tables import Job, JobInput
+from service.store.tables import JobInputRow, JobRow
 
 
 def register(world: Any, held: fence.Held, step: int, sha256: str, **manifest: Any) -> Any:
@@ -71,13 +71,13 @@ def test_what_another_job_starts_from_is_kept_until_that_job_is_over(world: Any)
     world.publish(held, 4)
     user = world.submit()
     with world.database.write() as transaction:
-        transaction.add(JobInput(job_id=user, checkpoint_id=base.id))
+        transaction.add(JobInputRow(job_id=user, checkpoint_id=base.id))
     with world.database.write() as transaction:
         assert checkpoints.mark_superseded(transaction) == 0
     with world.database.write() as transaction:
         from_queue = world.job(user)
         assert from_queue.status == "queued"
-        transitions.move(transaction, "cancelled", Job.id == user, "x")
+        transitions.move(transaction, "cancelled", JobRow.id == user, "x")
         assert checkpoints.mark_superseded(transaction) == 1
 
 

@@ -8,7 +8,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from service.store.database import Database, is_outage
-from service.store.tables import Job, Project
+from service.store.tables import JobRow, ProjectRow
 
 
 def test_a_block_that_raises_stores_nothing_and_runs_no_hook(database: Database) -> None:
@@ -16,7 +16,7 @@ def test_a_block_that_raises_stores_nothing_and_runs_no_hook(database: Database)
 
     def fail() -> None:
         with database.write() as transaction:
-            transaction.add(Project(id="proj-x", created_at=transaction.now))
+            transaction.add(ProjectRow(id="proj-x", created_at=transaction.now))
             transaction.flush()
             transaction.after_commit(lambda: ran.append("hook"))
             raise LookupError
@@ -24,7 +24,7 @@ def test_a_block_that_raises_stores_nothing_and_runs_no_hook(database: Database)
     with pytest.raises(LookupError):
         fail()
     with database.read() as transaction:
-        assert transaction.get(Project, "proj-x") is None
+        assert transaction.get(ProjectRow, "proj-x") is None
     assert ran == []
 
 
@@ -33,28 +33,30 @@ def test_a_hook_runs_when_others_can_see_what_was_stored(database: Database) -> 
 
     def look() -> None:
         with database.read() as transaction:
-            seen.append(transaction.get(Project, "proj-y") is not None)
+            seen.append(transaction.get(ProjectRow, "proj-y") is not None)
 
     with database.write() as transaction:
-        transaction.add(Project(id="proj-y", created_at=transaction.now))
+        transaction.add(ProjectRow(id="proj-y", created_at=transaction.now))
         transaction.after_commit(look)
     assert seen == [True]
 
 
 def test_a_reader_stores_nothing(database: Database) -> None:
     with database.read() as transaction:
-        transaction.add(Project(id="proj-z", created_at=datetime.now(UTC)))
+        transaction.add(ProjectRow(id="proj-z", created_at=datetime.now(UTC)))
         transaction.flush()
     with database.read() as transaction:
-        assert transaction.get(Project, "proj-z") is None
+        assert transaction.get(ProjectRow, "proj-z") is None
 
 
 def test_instants_come_back_aware_and_exact(database: Database) -> None:
     instant = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=UTC)
     with database.write() as transaction:
-        transaction.add(Project(id="proj-t", created_at=instant))
+        transaction.add(ProjectRow(id="proj-t", created_at=instant))
     with database.read() as transaction:
-        project = transaction.scalars(select(Project).where(Project.created_at == instant)).one()
+        project = transaction.scalars(
+            select(ProjectRow).where(ProjectRow.created_at == instant)
+        ).one()
     assert project.created_at == instant
     assert project.created_at.tzinfo is UTC
 
@@ -62,7 +64,7 @@ def test_instants_come_back_aware_and_exact(database: Database) -> None:
 def test_a_naive_instant_never_reaches_the_database(database: Database) -> None:
     naive = datetime.now(UTC).replace(tzinfo=None)
     with database.write() as transaction:
-        transaction.add(Project(id="proj-n", created_at=naive))
+        transaction.add(ProjectRow(id="proj-n", created_at=naive))
         with pytest.raises(StatementError, match="naive"):
             transaction.flush()
         transaction.rollback()
@@ -72,7 +74,7 @@ def test_many_writers_at_once_all_get_through(database: Database) -> None:
     def add(number: int) -> None:
         for index in range(10):
             with database.write() as transaction:
-                row = Project(id=f"proj-{number}-{index}", created_at=transaction.now)
+                row = ProjectRow(id=f"proj-{number}-{index}", created_at=transaction.now)
                 transaction.add(row)
 
     threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
@@ -81,7 +83,7 @@ def test_many_writers_at_once_all_get_through(database: Database) -> None:
     for thread in threads:
         thread.join()
     with database.read() as transaction:
-        assert len(transaction.scalars(select(Project.id)).all()) == 80
+        assert len(transaction.scalars(select(ProjectRow.id)).all()) == 80
 
 
 def test_without_a_clock_of_its_own_a_test_sees_the_databases(url: str) -> None:
@@ -106,7 +108,7 @@ def test_of_several_replicas_one_is_elected(database: Database, url: str) -> Non
 def test_a_deadlock_is_tried_again_and_both_get_through(database: Database) -> None:
     with database.write() as transaction:
         for name in "ab":
-            transaction.add(Project(id=name, created_at=transaction.now))
+            transaction.add(ProjectRow(id=name, created_at=transaction.now))
     both_hold_one = threading.Barrier(2)
     tries = []
 
@@ -115,7 +117,7 @@ def test_a_deadlock_is_tried_again_and_both_get_through(database: Database) -> N
             tries.append(first)
             is_first_try = tries.count(first) == 1
             for name in (first, second):
-                statement = update(Project).where(Project.id == name)
+                statement = update(ProjectRow).where(ProjectRow.id == name)
                 transaction.execute(statement.values(created_at=datetime.now(UTC)))  # type: ignore[attr-defined] # it is a Transaction
                 if is_first_try and name == first:
                     both_hold_one.wait(10)
@@ -147,7 +149,7 @@ def test_an_unreachable_database_is_an_outage() -> None:
 def test_a_status_that_nobody_knows_is_refused_by_the_database(world: object) -> None:
     job_id = world.submit()  # type: ignore[attr-defined] # it is the conftest's World
     with pytest.raises(DBAPIError), world.database.write() as transaction:  # type: ignore[attr-defined] # it is the conftest's World
-        transaction.execute(update(Job).where(Job.id == job_id).values(status="sleeping"))
+        transaction.execute(update(JobRow).where(JobRow.id == job_id).values(status="sleeping"))
 
 
 def test_what_a_failed_statement_held_is_not_told(database: Database) -> None:

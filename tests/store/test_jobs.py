@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 from dar.errors import InvalidRequestError, NotFoundError
 from service.store import jobs
 from service.store.paging import Cursor
-from service.store.tables import Project
+from service.store.tables import ProjectRow
 
 
 def ids(world: Any, cursor: Cursor, **wanted: Any) -> tuple[list[str], bool]:
@@ -51,7 +51,7 @@ def test_jobs_are_narrowed_by_status(world: Any) -> None:
 
 def test_a_job_of_another_project_is_not_there(world: Any) -> None:
     with world.database.write() as transaction:
-        transaction.add(Project(id="proj-other", created_at=transaction.now))
+        transaction.add(ProjectRow(id="proj-other", created_at=transaction.now))
     theirs = world.submit(project_id="proj-other")
     with pytest.raises(NotFoundError):
         world.job(theirs)

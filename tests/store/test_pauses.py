@@ -9,7 +9,7 @@ from sqlalchemy import update
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.worker import AttemptProgress, Complete, Fail, Outcome, Release
 from service.store import fence, jobs, leases, outcomes, reward_pauses
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 
 def end(world: Any, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
@@ -265,5 +265,5 @@ def test_a_job_that_its_user_has_paused_is_not_looked_after(world: Any) -> None:
     job_id = world.submit()
     ask(world, jobs.pause, job_id)
     with world.database.write() as transaction:
-        transaction.execute(update(Job).values(not_before=transaction.now - timedelta(days=1)))
+        transaction.execute(update(JobRow).values(not_before=transaction.now - timedelta(days=1)))
     assert due(world) == []

@@ -10,7 +10,7 @@ import pytest
 from dar.errors import ConflictError
 from service.store import checkpoints, files, jobs, transitions
 from service.store.database import Transaction
-from service.store.tables import File, Job, JobInput
+from service.store.tables import FileRow, JobInputRow, JobRow
 
 pytestmark = pytest.mark.parametrize("dialect", ["postgresql"], indirect=True)
 HEAD_START = 0.3
@@ -47,7 +47,7 @@ def test_a_cancellation_waits_for_a_drain_and_then_holds(world: Any) -> None:
     held = world.running()
     cancel = in_transaction(world, lambda tx: jobs.cancel(tx, world.project_id, held.job.id).status)
     with world.database.write() as drain:
-        transitions.move(drain, "drained", Job.id == held.job.id, "drained")
+        transitions.move(drain, "drained", JobRow.id == held.job.id, "drained")
         with meanwhile(cancel) as outcome:
             drain.commit()
     assert outcome == ["cancelled"]
@@ -56,7 +56,7 @@ def test_a_cancellation_waits_for_a_drain_and_then_holds(world: Any) -> None:
 def test_a_file_is_not_deleted_under_a_submission(world: Any) -> None:
     with world.database.write() as transaction:
         transaction.add(
-            File(
+            FileRow(
                 id="file-1",
                 project_id=world.project_id,
                 filename="rows.jsonl",
@@ -85,7 +85,7 @@ def test_a_checkpoint_is_not_removed_under_a_submission(world: Any) -> None:
         assert checkpoints.keep(submission, [base.id])
         with meanwhile(in_transaction(world, checkpoints.mark_superseded)) as outcome:
             user = world.submit()
-            submission.add(JobInput(job_id=user, checkpoint_id=base.id))
+            submission.add(JobInputRow(job_id=user, checkpoint_id=base.id))
             submission.commit()
     assert outcome == [0]
     with world.database.write() as submission:

@@ -13,7 +13,7 @@ from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
 from service.store import jobs
-from service.store.tables import File
+from service.store.tables import FileRow
 
 
 class Counter(Waker):
@@ -148,8 +148,8 @@ def test_files_without_a_row_go_after_a_day(setup: Setup) -> None:
     assert left == {"file-known", "file-young"}
 
 
-def uploaded(setup: Setup, file_id: str) -> File:
-    return File(
+def uploaded(setup: Setup, file_id: str) -> FileRow:
+    return FileRow(
         id=file_id,
         project_id=setup.world.project_id,
         filename="rows.jsonl",

@@ -81,7 +81,7 @@ def test_who_moves_rows_in_the_database_gains_nothing(world: Any, change: str, v
 def test_another_projects_endpoint_of_the_same_address_cannot_read_it(world: Any) -> None:
     mine = add(world)
     with world.database.write() as transaction:
-        row = tables_.Project(id="proj-other", created_at=transaction.now)
+        row = tables_.ProjectRow(id="proj-other", created_at=transaction.now)
         transaction.add(row)
     with world.database.write() as transaction:
         transaction.execute(update(tables_.RewardEndpointRow).values(project_id="proj-other"))
@@ -226,7 +226,7 @@ def _submit(world: Any, endpoint_id: str, barrier: threading.Barrier, outcomes: 
 def _job(world: Any, endpoint_id: str) -> Any:
     now = world.clock.now
     job_id = f"ftjob-{endpoint_id}"
-    return tables_.Job(
+    return tables_.JobRow(
         id=job_id, project_id=world.project_id, api_key_id="key-1", created_at=now, status="queued",
         model="base", model_source={}, model_name=job_id, training_file="f", spec={}, seed=1,
         total_steps=1, keep_last=1, not_before=now, body_sha256="0" * 64, retry_count=0,

@@ -7,7 +7,7 @@ from sqlalchemy import update
 
 from dar.protocol.status import JOB_STATUSES, TERMINAL
 from service.store import transitions
-from service.store.tables import Job
+from service.store.tables import JobRow
 
 
 def put(world: Any, job_id: str, status: str, *, is_cancelling: bool = False) -> None:
@@ -18,7 +18,7 @@ def put(world: Any, job_id: str, status: str, *, is_cancelling: bool = False) ->
         "cancel_requested_at": world.clock.now if is_cancelling else None,
     }
     with world.database.write() as transaction:
-        transaction.execute(update(Job).where(Job.id == job_id).values(values))
+        transaction.execute(update(JobRow).where(JobRow.id == job_id).values(values))
 
 
 def test_every_move_starts_from_its_sources_only(world: Any) -> None:
@@ -28,7 +28,7 @@ def test_every_move_starts_from_its_sources_only(world: Any) -> None:
             put(world, job_id, status, is_cancelling=row.is_cancelling is True)
             before = world.job(job_id)
             with world.database.write() as transaction:
-                moved = transitions.move(transaction, name, Job.id == job_id, "a reason")
+                moved = transitions.move(transaction, name, JobRow.id == job_id, "a reason")
             after = world.job(job_id)
             assert (moved is not None) is (status in row.sources), (name, status)
             if moved is None:
@@ -49,13 +49,15 @@ def test_a_pending_cancellation_decides_which_moves_are_open(
     row = transitions.MOVES[name]
     put(world, job_id, min(row.sources), is_cancelling=not row.is_cancelling)
     with world.database.write() as transaction:
-        assert transitions.move(transaction, name, Job.id == job_id, "a reason") is None
+        assert transitions.move(transaction, name, JobRow.id == job_id, "a reason") is None
 
 
 def test_a_move_leaves_an_event_that_says_what_happened(world: Any) -> None:
     job_id = world.submit()
     with world.database.write() as transaction:
-        transitions.move(transaction, "cancelled", Job.id == job_id, "because", facts={"who": "me"})
+        transitions.move(
+            transaction, "cancelled", JobRow.id == job_id, "because", facts={"who": "me"}
+        )
     first, second = world.events(job_id)
     assert (first.seq, first.data["status"]) == (1, "queued")
     assert (second.seq, second.message, second.type) == (2, "because", "message")
@@ -73,7 +75,7 @@ def test_a_move_that_is_rolled_back_leaves_no_event(world: Any) -> None:
 
     def work() -> None:
         with world.database.write() as transaction:
-            transitions.move(transaction, "cancelled", Job.id == job_id, "because")
+            transitions.move(transaction, "cancelled", JobRow.id == job_id, "because")
             raise LookupError
 
     with pytest.raises(LookupError):

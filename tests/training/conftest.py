@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.metrics import is_reproducible
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.training import DARConfig, DARTrainer
 from dar.training.report.sink import Request
 
@@ -31,7 +31,7 @@ class RecordingSink:
 
     def __init__(self) -> None:
         self.reports: dict[int, dict[str, float]] = {}
-        self.shown: dict[int, list[SampleRow]] = {}
+        self.shown: dict[int, list[ReportedSample]] = {}
         self.events: list[tuple[str, str, Mapping[str, Any] | None]] = []
         self.requests: list[tuple[int, list[Any], list[Any]]] = []
         self.phases: list[tuple[str, int, str | None]] = []
@@ -42,7 +42,7 @@ class RecordingSink:
         self.seq += 1
         self.reports.setdefault(step, {}).update(values)
 
-    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         self.seq += 1
         self.shown[step] = list(samples)
 

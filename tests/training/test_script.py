@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError, ServiceUnavailableError
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.settings import inherited_environment
 from dar.training import DARConfig, DARTrainer
 from dar.training.data.sets import open_rows
@@ -337,13 +337,13 @@ def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.Monkey
 # --- the screen ------------------------------------------------------------------------------------------------------
 
 
-def row(completion: str, **changes: Any) -> SampleRow:
+def row(completion: str, **changes: Any) -> ReportedSample:
     values = {
         "group": 0, "index": 0, "prompt": "The soup was", "completion": completion, "finish_reason": "stop",
         "completion_tokens": 3, "reward": 0.5, "reward_status": "reward", "advantage": 0.1, "weight": 1.25,
         "logp_policy": -1.0, "logp_ref": -1.0, "logp_behavior": -1.0,
     }  # fmt: skip
-    return SampleRow.model_validate(values | changes)
+    return ReportedSample.model_validate(values | changes)
 
 
 @pytest.mark.parametrize("width", [80, 120])

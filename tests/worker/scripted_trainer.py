@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dar.errors import RewardMisconfiguredError, RewardUnavailableError, TrainingError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from worker.attempt.main import How, SpoolSink, StdinControl, leave, main
 from worker.launch import Launch
 
@@ -49,7 +49,7 @@ def publish(launch: Launch, sink: SpoolSink, step: int) -> None:
 
 
 def say_nul(sink: SpoolSink) -> None:
-    sample = SampleRow(
+    sample = ReportedSample(
         group=0,
         index=0,
         prompt="a\0b",

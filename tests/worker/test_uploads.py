@@ -15,7 +15,7 @@ import pytest
 
 from dar.errors import CheckpointError, FencedError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
-from dar.protocol.worker import CheckpointRow, CheckpointUpload, Fail, Lease
+from dar.protocol.worker import CheckpointUpload, Fail, Lease, NewCheckpointRow
 from worker.api import Backoff, GaveUpError, WorkerClient, error_of
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import Identity
@@ -130,7 +130,7 @@ def connect(state: AttemptState) -> Iterator[Callable[[str], WorkerClient]]:
         client.close()
 
 
-def publish(state: AttemptState, step: int) -> CheckpointRow:
+def publish(state: AttemptState, step: int) -> NewCheckpointRow:
     folder = state.folder.work / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     content = os.urandom(SIZE)
@@ -141,7 +141,7 @@ def publish(state: AttemptState, step: int) -> CheckpointRow:
     manifest = Manifest(step=step, kind="full", config_sha256="0" * 64, files=[file])
     text = manifest.model_dump_json(indent=1).encode()
     (folder / "MANIFEST.json").write_bytes(text)
-    return CheckpointRow(
+    return NewCheckpointRow(
         type="checkpoint",
         seq=1,
         at=0.0,

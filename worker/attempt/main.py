@@ -19,12 +19,12 @@ from dar.processes import die_with_parent
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import ComponentRequests, FailedRequest
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import (
     AttemptProgress,
-    CheckpointRow,
     EventRow,
     MetricsRow,
+    NewCheckpointRow,
     Phase,
     RewardsRow,
     SamplesRow,
@@ -110,12 +110,12 @@ class SpoolSink:
             lambda seq, at: MetricsRow(type="metrics", seq=seq, at=at, step=step, values=checked)
         )
 
-    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         """Some of the step's completions."""
         for start in range(0, len(samples), SAMPLES_PER_ROW):
             self._append_samples(step, list(samples[start : start + SAMPLES_PER_ROW]))
 
-    def _append_samples(self, step: int, samples: list[SampleRow]) -> None:
+    def _append_samples(self, step: int, samples: list[ReportedSample]) -> None:
         self._spool.append(
             lambda seq, at: SamplesRow(type="samples", seq=seq, at=at, step=step, samples=samples)
         )
@@ -166,7 +166,7 @@ class SpoolSink:
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - the folder holds it
         """A checkpoint was published: have it uploaded."""
         self._spool.append(
-            lambda seq, at: CheckpointRow(
+            lambda seq, at: NewCheckpointRow(
                 type="checkpoint",
                 seq=seq,
                 at=at,

@@ -9,7 +9,7 @@ import structlog
 
 from dar.errors import CheckpointError, ConflictError, FencedError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
-from dar.protocol.worker import CheckpointRow, CheckpointUpload, RegisterCheckpoint
+from dar.protocol.worker import CheckpointUpload, NewCheckpointRow, RegisterCheckpoint
 from worker.api import Backoff, WorkerClient
 from worker.supervisor.state import AttemptState
 
@@ -32,13 +32,13 @@ class CheckpointUploader:
         self._lease = state.lease
         self._client = client
         self._keep = state.lease.spec.dar.checkpointing.keep_last
-        self._waiting: collections.deque[CheckpointRow] = collections.deque()
+        self._waiting: collections.deque[NewCheckpointRow] = collections.deque()
         self._arrived = threading.Event()
         self._ended = threading.Event()
         self.committed: dict[int, str] = {}
         """Checkpoint ids by step."""
 
-    def take(self, row: CheckpointRow) -> None:
+    def take(self, row: NewCheckpointRow) -> None:
         """Upload the checkpoint that ``row`` announces."""
         self._waiting.append(row)
         while len(self._waiting) > self._keep:
@@ -54,7 +54,7 @@ class CheckpointUploader:
 
     def run(self) -> None:
         """Upload until all are committed."""
-        previous: CheckpointRow | None = None
+        previous: NewCheckpointRow | None = None
         while not self._state.is_given_up():
             self._arrived.clear()
             is_last = self._ended.is_set()
@@ -69,13 +69,13 @@ class CheckpointUploader:
             else:
                 self._arrived.wait(LOOK_SECONDS)
 
-    def _folder(self, row: CheckpointRow) -> Path:
+    def _folder(self, row: NewCheckpointRow) -> Path:
         return self._state.folder.work / "checkpoints" / Path(row.folder).name
 
-    def _drop(self, row: CheckpointRow) -> None:
+    def _drop(self, row: NewCheckpointRow) -> None:
         shutil.rmtree(self._folder(row), ignore_errors=True)
 
-    def _upload(self, row: CheckpointRow) -> str:
+    def _upload(self, row: NewCheckpointRow) -> str:
         folder = self._folder(row)
         content = (folder / MANIFEST_NAME).read_bytes()
         manifest = Manifest.model_validate_json(content)

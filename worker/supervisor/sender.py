@@ -6,12 +6,12 @@ from collections.abc import Callable
 import orjson
 
 from dar.errors import ConflictError
-from dar.protocol.worker import CheckpointRow
+from dar.protocol.worker import NewCheckpointRow
 from worker.api import WorkerClient
 from worker.folders import AttemptRecord
 from worker.spool import SpooledRow, SpoolReader
 
-TakeCheckpoint = Callable[[CheckpointRow], None]
+TakeCheckpoint = Callable[[NewCheckpointRow], None]
 
 
 def send_batch(
@@ -74,7 +74,7 @@ class SpoolSender:
             )
             for row in rows:
                 if row.type == "checkpoint" and row.seq <= self._reader.acked:
-                    self._take_checkpoint(CheckpointRow(**orjson.loads(row.payload)))
+                    self._take_checkpoint(NewCheckpointRow(**orjson.loads(row.payload)))
             if not rows:
                 if is_last:
                     return

@@ -14,7 +14,7 @@ from rich.text import Text
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import ComponentRequests, FailedRequest
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import Phase
 
 SHOWN_PROMPTS = 2
@@ -115,7 +115,7 @@ class TrainingConsole:
     ) -> None:
         """Not shown: what a user has to hear comes as an event."""
 
-    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         """Show some of the step's completions, every so many steps."""
         if not self._sample_every or step < self._next_samples:
             return
@@ -208,7 +208,7 @@ def report_line(values: Mapping[str, float]) -> str:
     return "  ".join(shown)
 
 
-def samples_table(samples: Sequence[SampleRow]) -> Table:
+def samples_table(samples: Sequence[ReportedSample]) -> Table:
     """The completions of a few prompts with their rewards and weights, for any width from 60 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     table.add_column("reward", justify="right", no_wrap=True, style="cyan", min_width=7)
@@ -224,7 +224,7 @@ def samples_table(samples: Sequence[SampleRow]) -> Table:
     return table
 
 
-def _completion(row: SampleRow) -> Text:
+def _completion(row: ReportedSample) -> Text:
     text = Text(plain(row.completion) or "(nothing)")
     if row.finish_reason == "length":
         text.append(" … cut", style="dim")

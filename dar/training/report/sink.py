@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import ComponentRequests, FailedRequest
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import Phase
 
 Request = Literal["cancel", "drain"]
@@ -20,7 +20,7 @@ class Sink(Protocol):
         """Metrics of a step, by registered name; finite numbers only."""
         ...
 
-    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         """Some of the step's completions, for viewing."""
         ...
 
@@ -60,7 +60,7 @@ class NullSink:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Drop it."""
 
-    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         """Drop it."""
 
     def rewards(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.rewards.scoring.step_report import (
     StepObserver,
     StepRequests,
@@ -104,12 +104,12 @@ def _moments(name: str, values: Tensor) -> dict[str, float]:
     }
 
 
-def sample_rows(step: ScoredStep) -> list[SampleRow]:
+def sample_rows(step: ScoredStep) -> list[ReportedSample]:
     """The completions of the step's first prompts, with everything that decided their weight."""
     places = step.places
     rows = range(min(sum(step.counts[:SHOWN_GROUPS]), SHOWN_SAMPLES))
     return [
-        SampleRow(
+        ReportedSample(
             group=places[row][0],
             index=places[row][1],
             prompt=step.prompts[places[row][0]].text[:SHOWN_CHARACTERS],

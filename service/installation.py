@@ -1,0 +1,31 @@
+"""What every part of a process needs of its installation: settings, database and keys."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from dar.settings import Settings
+from service.secret_box import SecretBox
+from service.store.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """Settings, database and keys."""
+
+    settings: Settings
+    database: Database
+    reward_secret: str = field(repr=False)
+    """Signs requests to inline reward URLs."""
+    secrets: SecretBox
+    """Encrypts and decrypts the secrets of reward endpoints."""
+
+
+async def current(request: Request) -> Installation:
+    """The installation that serves the request."""
+    installation: Installation = request.app.state.runtime
+    return installation
+
+
+CurrentInstallation = Annotated[Installation, Depends(current)]
