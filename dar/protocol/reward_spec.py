@@ -135,7 +135,7 @@ class Tanh(Input):
 
 
 Normalize = Literal["none", "running", "group"] | MinMax | Tanh
-Protocol = Literal["dar.reward.v1", "openrlhf", "trl", "plain", "openai_grader"]
+ProtocolName = Literal["dar.reward.v1", "openrlhf", "trl", "plain", "openai_grader"]
 ENDPOINT_ID = r"^rwe_[0-9A-Za-z]{26}$"
 
 
@@ -163,7 +163,7 @@ class RewardComponent(Input):
     """http: the user's reward service, reached from the worker; or name a registered ``endpoint``."""
     endpoint: Annotated[str, Field(pattern=ENDPOINT_ID)] | None = None
     """http: a registered reward endpoint (``rwe_…``), which brings its own URL and secrets."""
-    protocol: Protocol = "dar.reward.v1"
+    protocol: ProtocolName = "dar.reward.v1"
     """http: what is spoken with it."""
     template: Any = None
     """http, protocol ``plain``: body of a request; ``{{name}}`` in a string is replaced by a value of the sample."""

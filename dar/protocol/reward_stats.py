@@ -20,14 +20,14 @@ MAX_FAILURES = 64
 """Failed requests of one report that are told one by one; all are counted."""
 
 ComponentName = Annotated[str, Field(pattern=COMPONENT_NAME)]
-Outcome = Literal["ok"] | Family
+RequestOutcome = Literal["ok"] | Family
 
 
 class ComponentRequests(Input):
     """The finished requests of one component and outcome since the last report."""
 
     component: ComponentName
-    outcome: Outcome
+    outcome: RequestOutcome
     samples: Count
     """In all of these requests."""
     retries: Count

@@ -41,7 +41,7 @@ MAX_FEEDBACK = 4096
 
 Mode = Literal["train", "eval", "validate"]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
-Number = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
+RewardNumber = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
 PartName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
 
 
@@ -169,14 +169,14 @@ class SampleResult(_Wire):
     """One sample of an answer: exactly one of ``reward``, ``skip`` and ``error``. A null reward alone is a skip."""
 
     id: str
-    reward: Number | None = None
+    reward: RewardNumber | None = None
     skip: bool = False
     """The reward does not apply to this sample."""
     error: SampleError | None = None
     reason: Feedback | None = None
     """Why the sample was skipped."""
     components: Annotated[
-        dict[PartName, Number], Field(max_length=MAX_PARTS), BeforeValidator(_few)
+        dict[PartName, RewardNumber], Field(max_length=MAX_PARTS), BeforeValidator(_few)
     ] = Field(default_factory=dict)
     """Parts of the reward, for viewing only."""
     feedback: Feedback | None = None
@@ -203,7 +203,7 @@ class RewardResponse(_Wire):
     type: str | None = None
     """``reward.result`` where the answer is posted to a callback; elsewhere it says nothing."""
     request_id: str
-    rewards: Annotated[list[Number | None], Bounded] | None = None
+    rewards: Annotated[list[RewardNumber | None], Bounded] | None = None
     results: Annotated[list[SampleResult], Bounded] | None = None
 
     @model_validator(mode="after")
@@ -344,10 +344,10 @@ def load_json(body: bytes) -> object:
         _refuse_json(body, str(error))
 
 
-Answer = TypeVar("Answer", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def _parse(model: type[Answer], body: bytes) -> Answer:
+def _parse(model: type[Model], body: bytes) -> Model:
     content = load_json(body)
     if not isinstance(content, Mapping):
         _refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")

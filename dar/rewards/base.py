@@ -4,7 +4,7 @@ A missing reward is a third value. Nothing here or above it turns a failure into
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, Protocol
 
@@ -66,6 +66,8 @@ class RequestBatch:
     """Columns of the rows that are sent beside ``ground_truth``; None: no others."""
     created_at: datetime
     deadline: datetime
+    encoded: Sequence[bytes] = ()
+    """The samples as JSON of ``dar.reward.v1``, where they are encoded already."""
     reply: Mapping[str, Any] | None = None
     """How the service may answer; None: at once, until ``deadline``."""
 
@@ -228,3 +230,35 @@ class RewardObserver(Protocol):
     def waiting(self, component: str, message: str) -> None:
         """A request waits: for its next attempt, for a ``Retry-After``, or for the breaker."""
         ...
+
+
+OPENING, CLOSING = "<think>", "</think>"
+
+
+def strip_thinking(sample: RewardSample) -> RewardSample:
+    """``sample`` without its thinking.
+
+    Every block goes, and with the one at the beginning the white space behind it; a block that is not closed goes to the end. Where
+    the prompt ends with ``<think>``, as many chat templates let it, the completion begins inside of a block; so it does where a block
+    is closed that was never opened. The tokens go too, as they would still hold it; their number stays that of the whole
+    completion.
+    """
+    told = sample.prompt_text or sample.prompt or ""
+    completion = _without(sample.completion, is_inside=told.rstrip().endswith(OPENING))
+    return replace(sample, completion=completion, completion_ids=None)
+
+
+def _without(text: str, *, is_inside: bool) -> str:
+    opening, closing = text.find(OPENING), text.find(CLOSING)
+    is_inside = is_inside or (closing >= 0 and not 0 <= opening < closing)
+    if is_inside:
+        text = OPENING + text
+    kept: list[str] = []
+    rest, has_more = text, True
+    while has_more:
+        before, found, rest = rest.partition(OPENING)
+        kept.append(before)
+        _, closed, rest = rest.partition(CLOSING)
+        has_more = bool(found and closed)
+    has_begun = kept[0].strip()
+    return "".join(kept) if has_begun or len(kept) == 1 else "".join(kept).lstrip()

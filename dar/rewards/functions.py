@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dar.errors import ConfigurationError, RewardContractError
 from dar.protocol.rewards import MAX_REWARD, SampleResult
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
-from dar.rewards.scoring.threads import ExitRequestedError, in_daemon_thread
+from dar.rewards.threads import ExitRequestedError, in_daemon_thread
 
 Returned = Sequence[float | Mapping[str, Any] | None]
 RewardFunction = Callable[..., Returned | Awaitable[Returned]]

@@ -11,20 +11,31 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
-from dar.rewards.base import RewardContext, RewardObserver, RewardResult, RewardSample
+from dar.rewards.base import (
+    RewardContext,
+    RewardObserver,
+    RewardResult,
+    RewardSample,
+    strip_thinking,
+)
 from dar.rewards.cache.cache import ResultCache, Spared
 from dar.rewards.http.async_results import Inbox
-from dar.rewards.http.batching import Batcher, Piece, Request
-from dar.rewards.http.breaker import State
+from dar.rewards.http.batching import Batcher, Piece, QueuedRequest
+from dar.rewards.http.breaker import BreakerState
 from dar.rewards.http.egress import parse_url
-from dar.rewards.http.endpoint import Connection, Endpoint, Slot, open_endpoint
-from dar.rewards.http.options import HttpOptions
+from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, EndpointConfig, open_endpoint
 from dar.rewards.http.redaction import check_headers
-from dar.rewards.http.request import Delivery, Sender
+from dar.rewards.http.request import HttpOptions, RetryingRequest, Sender
 from dar.rewards.http.retry import AttemptFailedError
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.http.wire import CALLBACK_BYTES, Batch, EncodedSample, batches, encode_sample
-from dar.rewards.thinking import without_thinking
+from dar.rewards.http.wire import (
+    CALLBACK_BYTES,
+    EncodedBatch,
+    EncodedSample,
+    batches,
+    encode_sample,
+)
+from dar.rewards.protocols.native import NativeProtocol
 
 __all__ = ["HttpOptions", "HttpReward"]
 logger = logging.getLogger(__name__)
@@ -66,6 +77,7 @@ class HttpReward:
         self._name = name
         self._url = url
         self._options = options or HttpOptions()
+        self._protocol = self._options.protocol or NativeProtocol()
         self._secrets = (*secrets, *(() if secret is None else (secret,)))
         self._keys = tuple(map(decode_secret, self._secrets))
         self._target = parse_url(url, self._options.guard)
@@ -82,7 +94,7 @@ class HttpReward:
         self._max_bytes = self._options.batch.max_bytes
         if self._options.allow_async:
             self._max_bytes -= CALLBACK_BYTES
-        bounds = (self._options.batch.max_samples, self._options.protocol.max_samples)
+        bounds = (self._options.batch.max_samples, self._protocol.max_samples)
         self._max_samples = min(bound for bound in bounds if bound is not None)
         self._endpoint: Endpoint | None = None
         self._batcher: Batcher | None = None
@@ -114,7 +126,7 @@ class HttpReward:
             RewardMisconfiguredError: The service refuses for good.
         """
         if self._options.strip_thinking:  # first, so that what is remembered goes by what is sent
-            samples = list(map(without_thinking, samples))
+            samples = list(map(strip_thinking, samples))
         if self._cache is None or context.mode == "validate":
             return await self._ask(samples, context)
         return await self._cache.score(samples, context, self._ask, self._spared)
@@ -156,9 +168,9 @@ class HttpReward:
         if self.observer is not None:
             self.observer.spared(self._name, spared.hits, spared.copies)
 
-    def _pieces(self, encoded: Sequence[EncodedSample]) -> list[Batch]:
+    def _pieces(self, encoded: Sequence[EncodedSample]) -> list[EncodedBatch]:
         """Whole groups, but for those that alone are over a limit."""
-        groups: dict[str, Batch] = {}
+        groups: dict[str, EncodedBatch] = {}
         for sample in encoded:
             groups.setdefault(sample.group_id, []).append(sample)
         limits = {"max_samples": self._max_samples, "max_bytes": self._max_bytes}
@@ -180,13 +192,13 @@ class HttpReward:
             )
         return self._batcher
 
-    def _connection(self) -> Connection:
+    def _connection(self) -> EndpointConfig:
         options = self._options
-        return Connection(
+        return EndpointConfig(
             target=self._target,
             secrets=self._secrets,
             headers=tuple(sorted((name.lower(), value) for name, value in options.headers.items())),
-            limits=Connection.limits_of(options.limits),
+            limits=EndpointConfig.limits_of(options.limits),
             guard=options.guard,
             breaker=options.breaker,
             budget=options.budget,
@@ -195,7 +207,7 @@ class HttpReward:
             owner=None if options.is_shared else self,
         )
 
-    async def _send(self, request: Request) -> None:
+    async def _send(self, request: QueuedRequest) -> None:
         endpoint, batcher = self._endpoint, self._batcher
         assert endpoint is not None
         assert batcher is not None
@@ -211,7 +223,11 @@ class HttpReward:
                 piece.outcome.set_result({sample.id: found[sample.id] for sample in piece.samples})
 
     async def _deliver(
-        self, samples: Batch, request: Request, endpoint: Endpoint, slot: Slot
+        self,
+        samples: EncodedBatch,
+        request: QueuedRequest,
+        endpoint: Endpoint,
+        slot: ConcurrencySlot,
     ) -> dict[str, RewardResult]:
         """The results of ``samples``, over as many requests as the limit on their size demands, which may sink on the way."""
         found: dict[str, RewardResult] = {}
@@ -219,7 +235,9 @@ class HttpReward:
         while waiting:
             limits = {"max_samples": self._max_samples, "max_bytes": self._max_bytes}
             part = next(batches(waiting, **limits))
-            delivery = Delivery(self._sender(endpoint), request.context, request.ready_at, slot)
+            delivery = RetryingRequest(
+                self._sender(endpoint), request.context, request.ready_at, slot
+            )
             try:
                 found.update(await delivery.results(part))
             except AttemptFailedError as failure:
@@ -245,6 +263,7 @@ class HttpReward:
             label=self._label,
             url=self._url,
             options=self._options,
+            protocol=self._protocol,
             keys=self._keys,
             endpoint=endpoint,
             observer=self.observer,
@@ -252,7 +271,7 @@ class HttpReward:
             waits=self.waits,
         )
 
-    def _breaker_changed(self, state: State, reason: str) -> None:
+    def _breaker_changed(self, state: BreakerState, reason: str) -> None:
         logger.info("%s: breaker %s: %s", self._label, state, reason)
         if self.observer is not None:
             self.observer.breaker_changed(self._name, state, reason)

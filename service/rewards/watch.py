@@ -23,7 +23,7 @@ from dar.rewards.from_spec import http_options
 from dar.rewards.http.async_results import Inbox, Stored
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.http_reward import HttpReward
-from dar.rewards.scoring.threads import all_of
+from dar.rewards.threads import all_of
 from service.rewards.endpoints import access_for
 from service.rewards.first_prompts import as_sample, first_prompts
 from service.runtime import Runtime

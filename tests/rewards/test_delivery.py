@@ -14,7 +14,7 @@ from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored
 from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http.redaction import check_headers
-from dar.rewards.http.retry_budget import RetryBudgetOptions
+from dar.rewards.http.retry import RetryBudgetOptions
 from dar.rewards.http.signing import decode_secret, signed_headers, verify
 from dar.rewards.http_reward import HttpOptions, HttpReward
 

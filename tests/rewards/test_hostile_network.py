@@ -12,7 +12,7 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http.breaker import BreakerOptions
-from dar.rewards.http.retry_budget import RetryBudgetOptions
+from dar.rewards.http.retry import RetryBudgetOptions
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 

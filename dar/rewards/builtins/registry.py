@@ -6,13 +6,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from dar.errors import InvalidRequestError, Problem
-from dar.rewards.base import RewardContext, RewardResult, RewardSample
+from dar.rewards.base import RewardContext, RewardResult, RewardSample, strip_thinking
 from dar.rewards.builtins.base import Builtin
 from dar.rewards.builtins.lengths import LengthPenalty, OverlongPenalty, RepetitionPenalty
 from dar.rewards.builtins.numbers import NumericAnswer
 from dar.rewards.builtins.texts import Contains, ExactMatch, FormatTags, JsonValid, RegexMatch
-from dar.rewards.scoring.threads import in_daemon_thread
-from dar.rewards.thinking import without_thinking
+from dar.rewards.threads import in_daemon_thread
 
 BUILTINS: Mapping[str, type[Builtin]] = {
     builtin.fn: builtin
@@ -97,7 +96,7 @@ class BuiltinReward:
         return await in_daemon_thread(lambda: list(map(self._score, samples)))
 
     def _score(self, sample: RewardSample) -> RewardResult:
-        return self._builtin.score(without_thinking(sample) if self._strip_thinking else sample)
+        return self._builtin.score(strip_thinking(sample) if self._strip_thinking else sample)
 
     async def aclose(self) -> None:
         """Nothing to free."""

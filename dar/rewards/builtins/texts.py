@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from dar.rewards.base import Failed, RewardResult, RewardSample, Scored, Skipped
 from dar.rewards.builtins.base import Builtin, ColumnName, Reward
-from dar.rewards.http.encoding import readable_text
+from dar.rewards.http.wire import readable_text
 
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 

@@ -22,7 +22,7 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardResult, RewardSample, Scored
 from dar.rewards.cache.store import MAX_BYTES, CacheStore
-from dar.rewards.http.encoding import to_json, without_surrogates
+from dar.rewards.http.wire import to_json, without_surrogates
 
 Ask = Callable[[Sequence[RewardSample], RewardContext], Awaitable[list[RewardResult]]]
 NATIVE = "dar.reward.v1"

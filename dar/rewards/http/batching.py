@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dar.rewards.base import RewardContext, RewardResult
-from dar.rewards.http.wire import ENVELOPE_BYTES, Batch, EncodedSample
+from dar.rewards.http.wire import ENVELOPE_BYTES, EncodedBatch, EncodedSample
 
 QUEUED_PER_SLOT = 4
 """Requests that may wait for each one that may be in flight."""
@@ -20,7 +20,7 @@ QUEUED_PER_SLOT = 4
 class Piece:
     """Samples of one call that are not split: a group, or a part of one that alone is over the limits."""
 
-    samples: Batch
+    samples: EncodedBatch
     outcome: "asyncio.Future[dict[str, RewardResult]]"
     task: "asyncio.Task[None] | None" = None
     """Sends it; None: it still waits for others."""
@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class QueuedRequest:
     """Pieces that go out together."""
 
     context: RewardContext
@@ -67,7 +67,7 @@ class Batcher:
 
     def __init__(
         self,
-        send: Callable[[Request], Coroutine[Any, Any, None]],
+        send: Callable[[QueuedRequest], Coroutine[Any, Any, None]],
         *,
         max_samples: Callable[[], int],
         max_bytes: int,
@@ -82,8 +82,8 @@ class Batcher:
         self._is_merging = is_merging
         self._places = asyncio.Semaphore(QUEUED_PER_SLOT * slots)
         self._turn = asyncio.Lock()
-        self._open: dict[Hashable, Request] = {}
-        self._waiting: set[Request] = set()
+        self._open: dict[Hashable, QueuedRequest] = {}
+        self._waiting: set[QueuedRequest] = set()
 
     async def put(self, piece: Piece, context: RewardContext) -> None:
         """Add ``piece`` to a request; waits while too many requests do."""
@@ -102,27 +102,27 @@ class Batcher:
             if is_full or not self._is_merging:
                 self._flush(request)
 
-    def leaves_queue(self, request: Request) -> None:
+    def leaves_queue(self, request: QueuedRequest) -> None:
         """``request`` has got its slot, or will never need one."""
         if request in self._waiting:
             self._waiting.remove(request)
             self._places.release()
 
-    def _begin(self, context: RewardContext) -> Request:
-        request = Request(context)
+    def _begin(self, context: RewardContext) -> QueuedRequest:
+        request = QueuedRequest(context)
         self._waiting.add(request)
         self._open[context] = request
         loop = asyncio.get_running_loop()
         request.timer = loop.call_later(self._linger, self._flush, request)
         return request
 
-    def _fits(self, request: Request, piece: Piece) -> bool:
+    def _fits(self, request: QueuedRequest, piece: Piece) -> bool:
         samples = sum(len(part.samples) for part in request.pieces) + len(piece.samples)
         size = sum(part.size for part in request.pieces) + piece.size
         is_new = request.ids.isdisjoint(sample.id for sample in piece.samples)
         return is_new and samples <= self._max_samples() and size <= self._room
 
-    def _flush(self, request: Request) -> None:
+    def _flush(self, request: QueuedRequest) -> None:
         if self._open.get(request.context) is not request:
             return
         del self._open[request.context]
@@ -134,7 +134,7 @@ class Batcher:
         for piece in request.pieces:
             piece.task = request.task
 
-    async def _run(self, request: Request) -> None:
+    async def _run(self, request: QueuedRequest) -> None:
         try:
             await self._send(request)
         except Exception as error:  # noqa: BLE001 - outermost frame of the task: raised again by whoever waits for a piece
@@ -144,7 +144,7 @@ class Batcher:
             for piece in request.pieces:
                 piece.outcome.cancel()
 
-    def _abandoned(self, request: Request) -> None:
+    def _abandoned(self, request: QueuedRequest) -> None:
         """Nobody waits for any piece of ``request`` any more: it is not sent, or no longer."""
         if not all(piece.outcome.cancelled() for piece in request.pieces):
             return
@@ -157,7 +157,7 @@ class Batcher:
             self.leaves_queue(request)
 
 
-def _settle(request: Request, error: Exception) -> None:
+def _settle(request: QueuedRequest, error: Exception) -> None:
     for piece in request.pieces:
         if not piece.outcome.done():
             piece.outcome.set_exception(error)

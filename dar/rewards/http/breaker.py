@@ -13,8 +13,8 @@ from typing import Literal
 
 from dar.errors import RewardMisconfiguredError
 
-State = Literal["closed", "open", "half_open", "misconfigured"]
-Outcome = Literal["ok", "failed", "neutral"]
+BreakerState = Literal["closed", "open", "half_open", "misconfigured"]
+CallOutcome = Literal["ok", "failed", "neutral"]
 """How a call went; ``neutral`` says nothing about the service: it was cancelled, or its request was too large."""
 
 
@@ -54,13 +54,13 @@ class CircuitBreaker:
     def __init__(
         self,
         options: BreakerOptions,
-        on_change: Callable[[State, str], None],
+        on_change: Callable[[BreakerState, str], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
         self._on_change = on_change
         self._now = now
-        self._state: State = "closed"
+        self._state: BreakerState = "closed"
         self._refusal: RewardMisconfiguredError | None = None
         self._outcomes: deque[tuple[float, bool]] = deque()
         self._failures = 0
@@ -71,7 +71,7 @@ class CircuitBreaker:
         self._changed = asyncio.Event()
 
     @property
-    def state(self) -> State:
+    def state(self) -> BreakerState:
         """What it does now."""
         if self._state in {"open", "misconfigured"} and self._now() >= self._opens_until:
             self._enter_state("half_open", "the pause is over")
@@ -92,7 +92,7 @@ class CircuitBreaker:
             return Call(self._generation, is_probe=True)
         return None
 
-    def done(self, call: Call, outcome: Outcome, reason: str = "") -> None:
+    def done(self, call: Call, outcome: CallOutcome, reason: str = "") -> None:
         """Report how ``call`` went. What was let through before the last change of state no longer counts."""
         if call.generation != self._generation:
             return
@@ -117,7 +117,7 @@ class CircuitBreaker:
         except TimeoutError:
             return
 
-    def _probed(self, outcome: Outcome, reason: str) -> None:
+    def _probed(self, outcome: CallOutcome, reason: str) -> None:
         self._is_probing = False
         if outcome == "ok":
             self._pauses = 0
@@ -139,13 +139,13 @@ class CircuitBreaker:
         if is_failure and calls >= self._options.min_calls and too_many:
             self._pause("open", f"{failures} of the last {calls} requests failed: {reason}")
 
-    def _pause(self, state: State, reason: str) -> None:
+    def _pause(self, state: BreakerState, reason: str) -> None:
         seconds = self._options.open_seconds * 2.0 ** min(self._pauses, 16)
         self._pauses += 1
         self._opens_until = self._now() + min(seconds, self._options.max_open_seconds)
         self._enter_state(state, reason)
 
-    def _enter_state(self, state: State, reason: str) -> None:
+    def _enter_state(self, state: BreakerState, reason: str) -> None:
         self._state = state
         self._generation += 1
         self._is_probing = False

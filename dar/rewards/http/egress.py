@@ -18,9 +18,8 @@ import httpcore2
 import httpx2
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
-from dar.rewards.http.connection import JoinedStream
+from dar.rewards.http.connection import CURRENT, JoinedStream
 from dar.rewards.http.dns import RESOLVE_SECONDS, resolve_in_thread
-from dar.rewards.http.timings import CURRENT
 from dar.settings import Settings
 
 MAX_URL = 2048

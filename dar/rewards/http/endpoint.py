@@ -20,13 +20,17 @@ import httpcore2
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardLimits
-from dar.rewards.http.breaker import BreakerOptions, Call, CircuitBreaker, State
+from dar.rewards.http.breaker import BreakerOptions, BreakerState, Call, CircuitBreaker
+from dar.rewards.http.connection import CURRENT, Timings
 from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Resolver, Target
 from dar.rewards.http.redaction import Redactor, silence_header_logs
 from dar.rewards.http.responses import Answer, Incoming, failure_of, read_answer, refusal_of
-from dar.rewards.http.retry import AttemptFailedError, RetrySchedule
-from dar.rewards.http.retry_budget import RetryBudget, RetryBudgetOptions
-from dar.rewards.http.timings import CURRENT, Timings
+from dar.rewards.http.retry import (
+    AttemptFailedError,
+    RetryBudget,
+    RetryBudgetOptions,
+    RetrySchedule,
+)
 
 KEEPALIVE_SECONDS = 15.0
 """Idle connections are closed after this; below the 60 to 75 s of common servers, so that we close first."""
@@ -41,7 +45,7 @@ def default_tls() -> ssl.SSLContext:
 
 
 @dataclass(frozen=True)
-class Connection:
+class EndpointConfig:
     """How an endpoint is reached; equal ones share an `Endpoint`."""
 
     target: Target
@@ -70,7 +74,7 @@ class Patience:
     seconds: float
 
 
-class Slot:
+class ConcurrencySlot:
     """A request's place among those that may be in flight.
 
     Args:
@@ -94,13 +98,15 @@ class Slot:
             self._places.release()
 
 
-Listener = Callable[[State, str], None]
+Listener = Callable[[BreakerState, str], None]
 
 
 class Endpoint:
     """One endpoint, in one event loop. Got with `open_endpoint`, given back with `release`."""
 
-    def __init__(self, connection: Connection, registry: "dict[Connection, Endpoint]") -> None:
+    def __init__(
+        self, connection: EndpointConfig, registry: "dict[EndpointConfig, Endpoint]"
+    ) -> None:
         self._connection = connection
         self._registry = registry
         self._users = 0
@@ -144,9 +150,9 @@ class Endpoint:
             self._registry.pop(self._connection, None)
             await self._pool.aclose()
 
-    def slot(self) -> Slot:
+    def slot(self) -> ConcurrencySlot:
         """A place for one request, not held yet."""
-        return Slot(self._places)
+        return ConcurrencySlot(self._places)
 
     def redact(self, text: str) -> str:
         """``text`` without the endpoint's secrets."""
@@ -326,7 +332,7 @@ class Endpoint:
         failure.quote = self._redact(failure.quote)[:QUOTED]
         return failure
 
-    def _breaker_changed(self, state: State, reason: str) -> None:
+    def _breaker_changed(self, state: BreakerState, reason: str) -> None:
         for listener in list(self.listeners):
             listener(state, reason)
 
@@ -358,12 +364,12 @@ _TRANSPORT_ERRORS = (
 )
 
 
-_endpoints: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Connection, Endpoint]]" = (
+_endpoints: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[EndpointConfig, Endpoint]]" = (
     WeakKeyDictionary()
 )
 
 
-def open_endpoint(connection: Connection) -> Endpoint:
+def open_endpoint(connection: EndpointConfig) -> Endpoint:
     """The endpoint of ``connection`` in this event loop, as one more user of it."""
     known = _endpoints.setdefault(asyncio.get_running_loop(), {})
     if connection not in known:

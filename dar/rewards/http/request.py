@@ -1,15 +1,21 @@
 """One request to a reward service, from its samples to their results: signed, sent until it is answered or given up, and decoded."""
 
 import asyncio
+import hashlib
+import logging
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import orjson
+
 from dar.errors import AuthenticationError, RewardContractError, RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.protocol.rewards import MAX_REQUEST_BYTES
 from dar.rewards.base import (
     Failed,
@@ -17,25 +23,67 @@ from dar.rewards.base import (
     RequestRecord,
     RewardContext,
     RewardObserver,
+    RewardProtocol,
     RewardResult,
     RewardSample,
 )
 from dar.rewards.http.async_results import Inbox, LaterReply, Polled
-from dar.rewards.http.breaker import Outcome
-from dar.rewards.http.endpoint import Endpoint, Patience, Slot
-from dar.rewards.http.log import log_attempt, trace_id
-from dar.rewards.http.options import HttpOptions
+from dar.rewards.http.breaker import BreakerOptions, CallOutcome
+from dar.rewards.http.connection import Timings
+from dar.rewards.http.egress import EgressPolicy, Resolver
+from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, Patience
 from dar.rewards.http.redaction import redacted
 from dar.rewards.http.responses import Answer
-from dar.rewards.http.retry import AttemptFailedError, Kind, RetrySchedule, parse_retry_after
+from dar.rewards.http.retry import (
+    AttemptFailedError,
+    FailureKind,
+    RetryBudgetOptions,
+    RetrySchedule,
+    parse_retry_after,
+)
 from dar.rewards.http.signing import signed_headers, verify
-from dar.rewards.http.timings import Timings
 from dar.rewards.http.wire import EncodedSample, as_result, request_id_of
 from dar.version import __version__
 
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """How a reward service is called; the first fields are those of the job spec."""
+
+    columns: Sequence[str] | None = None
+    """Columns of the prompt's row that are sent besides ``ground_truth``; None: no others."""
+    batch: RewardBatching = field(default_factory=RewardBatching)
+    limits: RewardLimits = field(default_factory=RewardLimits)
+    timeouts: RewardTimeouts = field(default_factory=RewardTimeouts)
+    retry: RewardRetry = field(default_factory=RewardRetry)
+    protocol: RewardProtocol | None = None
+    """Encodes requests and decodes answers; None: ``dar.reward.v1``."""
+    prompt_format: Literal["auto", "text"] = "auto"
+    """``text`` sends a conversation as the text that the policy saw, where the sample has it."""
+    strip_thinking: bool = False
+    """Whether completions are sent without their thinking; see `dar.rewards.base.strip_thinking`."""
+    allow_async: bool = False
+    """Whether the service may answer 202 and send the result later."""
+    require_signed_responses: bool = False
+    """Whether an answer must be signed with one of the secrets."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Secret headers."""
+    guard: EgressPolicy | None = None
+    """Where requests may go; None: anywhere, for scripts on a user's own machine."""
+    breaker: BreakerOptions = field(default_factory=BreakerOptions)
+    budget: RetryBudgetOptions = field(default_factory=RetryBudgetOptions)
+    is_shared: bool = True
+    """Whether connections, limits and breaker are shared with other sources of this process that
+    name the same endpoint."""
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    """Trusted certificate authorities; None: the system's."""
+    resolver: Resolver | None = None
+    """Looks up host names; None: the system's resolver."""
+
+
 SECONDS_PER_MEGABYTE = 3.0
 """What an attempt's limit grows by with each MB of body above the first."""
-_OUTCOMES: Mapping[Kind, Outcome] = {
+_OUTCOMES: Mapping[FailureKind, CallOutcome] = {
     "transient": "failed",
     "contract": "failed",
     "name": "failed",
@@ -54,6 +102,7 @@ class Sender:
     label: str
     url: str
     options: HttpOptions
+    protocol: RewardProtocol
     keys: tuple[bytes, ...]
     endpoint: Endpoint
     observer: RewardObserver | None
@@ -74,7 +123,7 @@ class _Tried:
     timings: Timings = field(default_factory=Timings)
 
 
-class Delivery:
+class RetryingRequest:
     """The delivery of some samples: one request, and further ones for those that the service wants to be asked about again.
 
     Args:
@@ -84,7 +133,9 @@ class Delivery:
         slot: The delivery's place among those in flight.
     """
 
-    def __init__(self, sender: Sender, context: RewardContext, ready_at: float, slot: Slot) -> None:
+    def __init__(
+        self, sender: Sender, context: RewardContext, ready_at: float, slot: ConcurrencySlot
+    ) -> None:
         self._slot = slot
         self._sender = sender
         self._options = sender.options
@@ -177,7 +228,7 @@ class Delivery:
         if self._options.allow_async and self._later is None:
             await self._announce([sample.id for sample in samples])
         call = await self._endpoint.admit(self._schedule, self._patience, self._waits_for_breaker)
-        outcome: Outcome = "neutral"
+        outcome: CallOutcome = "neutral"
         reason = ""
         try:
             self._tried.started_at = time.monotonic()
@@ -235,9 +286,13 @@ class Delivery:
             columns=self._options.columns,
             created_at=now,
             deadline=deadline,
+            # A prompt sent as text is not what was encoded.
+            encoded=()
+            if self._options.prompt_format == "text"
+            else tuple(sample.json for sample in samples),
             reply=reply,
         )
-        self._body = self._options.protocol.encode(self._batch)
+        self._body = self._sender.protocol.encode(self._batch)
         self._endpoint.budget.first_attempt()
         self._queued_seconds = time.monotonic() - self._ready_at
         if len(self._body) > MAX_REQUEST_BYTES:
@@ -314,7 +369,7 @@ class Delivery:
         assert self._batch is not None
         self._check_signature(answer)
         try:
-            results = self._options.protocol.decode(answer.body, self._batch)
+            results = self._sender.protocol.decode(answer.body, self._batch)
         except RewardContractError as error:
             reason = self._endpoint.redact(error.message)
             raise AttemptFailedError("contract", error.error_code, reason, status=200) from None
@@ -393,3 +448,41 @@ class Delivery:
 
 def _may_be_repeated(result: RewardResult) -> bool:
     return isinstance(result, Failed) and result.is_transient
+
+
+logger = logging.getLogger("dar.rewards.requests")
+
+
+def trace_id(request_id: str) -> str:
+    """The trace id that all attempts at a request have in ``traceparent``: 32 hexadecimal digits."""
+    return hashlib.sha256(request_id.encode()).hexdigest()[:32]
+
+
+def log_attempt(record: RequestRecord) -> None:
+    """Write a line of JSON. What the service said (`RequestRecord.quote`) is left out: it may repeat what it was sent."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    content = {
+        "component": record.component,
+        "request_id": record.request_id,
+        "trace_id": trace_id(record.request_id),
+        "step": record.step,
+        "mode": record.mode,
+        "attempt": record.attempt,
+        "is_final": record.is_final,
+        "samples": record.samples,
+        "outcome": record.outcome,
+        "status": record.status,
+        "bytes_out": record.bytes_out,
+        "bytes_in": record.bytes_in,
+        "queued_ms": _milliseconds(record.queued_seconds),
+        "dns_ms": _milliseconds(record.dns_seconds),
+        "connect_ms": _milliseconds(record.connect_seconds),
+        "ttfb_ms": _milliseconds(record.first_byte_seconds),
+        "total_ms": _milliseconds(record.seconds),
+    }
+    logger.info("reward request %s", orjson.dumps(content).decode(), extra={"request": content})
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)

@@ -12,7 +12,7 @@ import httpcore2
 
 from dar.protocol.rewards import MAX_RESPONSE_BYTES
 from dar.rewards.http.egress import EgressDeniedError
-from dar.rewards.http.retry import AttemptFailedError, Kind, parse_retry_after
+from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
 READ_BYTES = 4096
 """Bytes of an error answer that are read."""
@@ -66,7 +66,7 @@ async def read_answer(incoming: Incoming) -> Answer:
     """The whole of a 200 or 202, unless its headers or its size break the contract.
 
     Raises:
-        AttemptFailedError: Kind ``contract``.
+        AttemptFailedError: FailureKind ``contract``.
     """
     headers = incoming.headers
     if incoming.encoding != "identity":
@@ -115,7 +115,7 @@ async def refusal_of(incoming: Incoming) -> AttemptFailedError:
     if status == 413:
         reason = f"{reason}: the request is too large"
         return AttemptFailedError("too_large", code, reason, status=status)
-    kind: Kind = "refused" if status in _REFUSED else "permanent"
+    kind: FailureKind = "refused" if status in _REFUSED else "permanent"
     return AttemptFailedError(kind, code, reason, quote=quote, status=status)
 
 
@@ -166,7 +166,7 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
         reason = "the TLS connection failed; a server without TLS may listen there"
         return AttemptFailedError("transient", "protocol", reason)
     if isinstance(cause, socket.gaierror):
-        kind: Kind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
+        kind: FailureKind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
         return AttemptFailedError(kind, "dns", "its host name was not found")
     if isinstance(cause, ConnectionRefusedError):
         return AttemptFailedError("transient", "connect", "connection refused")

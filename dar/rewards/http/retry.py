@@ -7,16 +7,16 @@ prints to stdout wherever structlog is installed, and stdout belongs to the user
 import random
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from dar.protocol.reward_spec import RewardRetry
-from dar.rewards.http.retry_budget import RetryBudget
 
-Kind = Literal["transient", "contract", "name", "refused", "too_large", "permanent"]
+FailureKind = Literal["transient", "contract", "name", "refused", "too_large", "permanent"]
 """How a failed attempt is treated.
 
 - ``transient``: tried again up to the configured number of attempts
@@ -26,7 +26,7 @@ Kind = Literal["transient", "contract", "name", "refused", "too_large", "permane
 - ``too_large``: tried again in halves
 - ``permanent``: nothing will help but a change of the configuration
 """
-RETRIES: dict[Kind, int | None] = {
+RETRIES: dict[FailureKind, int | None] = {
     "transient": None,
     "contract": 1,
     "name": 2,
@@ -55,7 +55,7 @@ class AttemptFailedError(Exception):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: FailureKind,
         code: str,
         reason: str,
         *,
@@ -84,6 +84,61 @@ class AttemptFailedError(Exception):
         return f"{self.reason}: {self.quote}" if self.quote else self.reason
 
 
+@dataclass(frozen=True, slots=True)
+class RetryBudgetOptions:
+    """Retries that an endpoint gets within the window."""
+
+    fraction: float = 0.2
+    """Of the first attempts."""
+    minimum: int = 10
+    """However few first attempts there were."""
+    window_seconds: float = 60.0
+
+
+class RetryBudget:
+    """Counts first attempts and retries. A retry beyond the budget is not dropped: it waits until an older one is forgotten.
+
+    Args:
+        options: The bounds.
+        now: Monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self, options: RetryBudgetOptions, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._options = options
+        self._now = now
+        self._firsts: deque[float] = deque()
+        self._retries: deque[float] = deque()
+
+    def first_attempt(self) -> None:
+        """A request is sent for the first time."""
+        self._firsts.append(self._now())
+        self._forget()
+
+    def reserve(self) -> float:
+        """Take a retry; returns the seconds until it is within the budget, 0 for at once."""
+        self._forget()
+        now = self._now()
+        allowed = max(1, self._options.minimum, int(self._options.fraction * len(self._firsts)))
+        # Reservations are in order of time, so that the n-th from the end must have left the window.
+        due = now
+        if len(self._retries) >= allowed:
+            due = max(now, self._retries[-allowed] + self._options.window_seconds)
+        self._retries.append(due)
+        return due - now
+
+    def give_back(self) -> None:
+        """The retry reserved last is not made."""
+        self._retries.pop()
+
+    def _forget(self) -> None:
+        start = self._now() - self._options.window_seconds
+        for times in (self._firsts, self._retries):
+            while times and times[0] <= start:
+                times.popleft()
+
+
 class RetrySchedule:
     """The attempts of one request: how many are left, and the wait before the next.
 
@@ -105,7 +160,7 @@ class RetrySchedule:
         self._ends_at = time.monotonic() + deadline_seconds
         self._on_wait = on_wait
         self._budget = budget
-        self._failures: Counter[Kind] = Counter()
+        self._failures: Counter[FailureKind] = Counter()
         self._attempts_before = 0
 
     @property

@@ -1,7 +1,7 @@
 """How a probe asks: through a job's own client, once and without retries, with what went over the wire kept for the report.
 
 A job's client hides what a probe is to find: it waits, repeats, leaves a failing service alone and believes a refusal. So the part of
-it that makes one request (`Delivery`) is used here below batching, with a breaker that never opens; guard, limits, signatures and
+it that makes one request (`RetryingRequest`) is used here below batching, with a breaker that never opens; guard, limits, signatures and
 decoding are a job's.
 """
 
@@ -19,18 +19,17 @@ import httpcore2
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_probe import ProbeExchange, ProbeMessage
 from dar.protocol.reward_spec import RewardRetry
-from dar.rewards.base import RequestBatch, RewardContext, RewardResult, RewardSample
-from dar.rewards.http.breaker import BreakerOptions, CircuitBreaker, State
-from dar.rewards.http.endpoint import Connection, Endpoint
+from dar.rewards.base import RequestBatch, RewardContext, RewardResult, RewardSample, strip_thinking
+from dar.rewards.http.breaker import BreakerOptions, BreakerState, CircuitBreaker
+from dar.rewards.http.connection import Timings
+from dar.rewards.http.endpoint import Endpoint, EndpointConfig
 from dar.rewards.http.redaction import REDACTED
-from dar.rewards.http.request import Delivery
+from dar.rewards.http.request import RetryingRequest
 from dar.rewards.http.responses import READ_BYTES, Answer, Incoming
 from dar.rewards.http.retry import AttemptFailedError
 from dar.rewards.http.signing import signed_headers
-from dar.rewards.http.timings import Timings
 from dar.rewards.http.wire import batches, encode_sample
 from dar.rewards.http_reward import HttpReward
-from dar.rewards.thinking import without_thinking
 
 SHOWN = 4096
 """Characters of a body that are shown."""
@@ -98,7 +97,7 @@ class _NeverOpens(CircuitBreaker):
 class _Tapped(Endpoint):
     """An endpoint that notes what goes over the wire, and can forge a signature or lose an answer."""
 
-    def __init__(self, connection: Connection, keys: int) -> None:
+    def __init__(self, connection: EndpointConfig, keys: int) -> None:
         super().__init__(connection, {})
         self.breaker = _NeverOpens(_NEVER, _ignore)
         self.wished_pause = 0.0
@@ -151,7 +150,7 @@ class _Tapped(Endpoint):
         return await super()._read(response)
 
 
-def _ignore(state: State, reason: str) -> None:
+def _ignore(state: BreakerState, reason: str) -> None:
     del state, reason
 
 
@@ -218,13 +217,13 @@ class Line(HttpReward):
         """
         wire = Wire(is_forged, loses_first)
         if self._options.strip_thinking:
-            samples = list(map(without_thinking, samples))
+            samples = list(map(strip_thinking, samples))
         encoded = [encode_sample(sample, self._options.columns, 0) for sample in samples]
         slot = self._tapped.slot()
         await slot.acquire()
         options = replace(self._options, retry=_TWICE if loses_first else _ONCE)
         sender = replace(self._sender(self._tapped), options=options)
-        delivery = Delivery(sender, CONTEXT, time.monotonic(), slot)
+        delivery = RetryingRequest(sender, CONTEXT, time.monotonic(), slot)
         token = _WIRE.set(wire)
         started = time.monotonic()
         failure: AttemptFailedError | None = None
@@ -259,7 +258,7 @@ class Line(HttpReward):
             created_at=_EPOCH,
             deadline=_EPOCH,
         )
-        return self._options.protocol.decode(asked.wire.lost.body, batch)
+        return self._protocol.decode(asked.wire.lost.body, batch)
 
     def exchange(self, step: int, asked: Asked) -> ProbeExchange:
         """What went over the wire, without secrets."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from dar.protocol.rewards import MAX_FEEDBACK, load_json
 from dar.rewards.base import Failed, RequestBatch, RewardResult, RewardSample, Scored
-from dar.rewards.http.encoding import to_json
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, parts, refuse, sent_columns
 
 PASSING = frozenset(

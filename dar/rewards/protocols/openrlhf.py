@@ -9,7 +9,7 @@ from typing import Any
 
 from dar.protocol.rewards import MAX_SAMPLES, load_json
 from dar.rewards.base import RequestBatch, RewardResult, Scored
-from dar.rewards.http.encoding import to_json
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, parts, prompt_text, refuse, same_length
 
 

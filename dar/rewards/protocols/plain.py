@@ -14,7 +14,7 @@ from typing import Any
 from dar.errors import InvalidRequestError
 from dar.protocol.rewards import load_json
 from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored
-from dar.rewards.http.encoding import to_json
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, prompt_text, refuse, sent_columns
 
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")

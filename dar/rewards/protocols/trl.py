@@ -8,7 +8,7 @@ from typing import Any
 
 from dar.protocol.rewards import MAX_SAMPLES, load_json
 from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored, Skipped
-from dar.rewards.http.encoding import to_json
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, refuse, same_length, sent_columns
 
 

@@ -15,7 +15,7 @@ advantage does.
 - Where the job says ``on_partial_skip: zero``, a component that skips some samples of a group, but not all, adds 0 to the sums of
   those; `SampleReward.zeroed` names it. A sample that all components skip stays a skip.
 
-No failure becomes a number here, and no skip but by that option; what becomes of samples without a reward says `dar.rewards.scoring.group_policy`.
+No failure becomes a number here, and no skip but by that option; what becomes of samples without a reward says `dar.rewards.scoring.failures`.
 """
 
 import math

@@ -6,11 +6,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dar.errors import RewardContractError
+from dar.protocol.spec import Order
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, RewardSource, Scored
-from dar.rewards.scoring.threads import (
+from dar.rewards.threads import (
     POLL_SECONDS,
     STOP_SECONDS,
     ExitRequestedError,
@@ -22,8 +23,6 @@ from dar.rewards.scoring.threads import (
 if TYPE_CHECKING:
     from dar.rewards.scoring.combine import Results
 
-Order = Literal["fixed", "completion"]
-"""``fixed``: as the tickets were given. ``completion``: whichever has its rewards first."""
 MOST_UNDER_WAY = 4096
 """Groups without rewards at which `InFlight.submit` holds the sampler back."""
 

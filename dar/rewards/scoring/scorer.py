@@ -26,6 +26,7 @@ from dar.errors import (
     RewardUnavailableError,
 )
 from dar.protocol.reward_spec import COMPONENT_NAME, RewardURL
+from dar.protocol.spec import Order
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -38,8 +39,8 @@ from dar.rewards.base import (
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.rewards.http_reward import HttpReward
 from dar.rewards.scoring.combine import Combination, Results, WeightedSource, checked_gates
-from dar.rewards.scoring.in_flight import InFlight, Order, Ticket
-from dar.rewards.scoring.threads import LoopThread, ScoringStoppedError
+from dar.rewards.scoring.in_flight import InFlight, Ticket
+from dar.rewards.threads import LoopThread, ScoringStoppedError
 
 __all__ = [
     "RewardScorer",

@@ -21,7 +21,7 @@ from dar.protocol.reward_stats import (
     REQUEST_SECONDS,
     ComponentRequests,
     FailedRequest,
-    Outcome,
+    RequestOutcome,
 )
 from dar.rewards.base import RequestRecord, SampleReward
 from dar.rewards.scoring.failures import code_of, family_of
@@ -182,9 +182,11 @@ class StepObserver:
 
 
 def _requests(finished: Sequence[FinishedRequest]) -> list[ComponentRequests]:
-    kinds: defaultdict[tuple[str, Outcome], list[FinishedRequest]] = defaultdict(list)
+    kinds: defaultdict[tuple[str, RequestOutcome], list[FinishedRequest]] = defaultdict(list)
     for one in finished:
-        outcome: Outcome = "ok" if one.record.outcome == "ok" else family_of(one.record.outcome)
+        outcome: RequestOutcome = (
+            "ok" if one.record.outcome == "ok" else family_of(one.record.outcome)
+        )
         kinds[one.record.component, outcome].append(one)
     return [
         ComponentRequests(
