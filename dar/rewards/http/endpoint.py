@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Self, cast
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import httpcore2
@@ -21,7 +21,7 @@ import httpcore2
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardLimits
 from dar.rewards.http.breaker import BreakerOptions, BreakerState, Call, CircuitBreaker
-from dar.rewards.http.connection import CURRENT, Timings
+from dar.rewards.http.connection import CURRENT, JoinedStream, Timings
 from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Resolver, Target
 from dar.rewards.http.redaction import Redactor, silence_header_logs
 from dar.rewards.http.responses import Answer, Incoming, failure_of, read_answer, refusal_of
@@ -132,8 +132,6 @@ class Endpoint:
             http2=False,
             network_backend=self._guard,
         )
-        # A pool that dialled by itself would dial whatever a name resolves to.
-        assert self._pool._network_backend is self._guard  # noqa: SLF001 - the one fact that everything here rests on
         silence_header_logs()
 
     def acquire(self) -> Self:
@@ -312,8 +310,8 @@ class Endpoint:
         return await self._read(response)
 
     async def _read(self, response: httpcore2.Response) -> Answer:
+        incoming = Incoming(response)
         try:
-            incoming = Incoming(response)
             if incoming.status not in {200, 202}:
                 raise await refusal_of(incoming)
             return await read_answer(incoming)
@@ -322,7 +320,9 @@ class Endpoint:
         except _TRANSPORT_ERRORS as error:
             raise self._told(failure_of(error)) from error
         finally:
-            _leave_surplus(response)
+            stream = response.extensions["network_stream"]
+            if isinstance(stream, JoinedStream):  # it is another one after a 101
+                stream.end_answer(incoming.status, incoming.headers)
             await response.aclose()
 
     def _told(self, failure: AttemptFailedError) -> AttemptFailedError:
@@ -335,17 +335,6 @@ class Endpoint:
     def _breaker_changed(self, state: BreakerState, reason: str) -> None:
         for listener in list(self.listeners):
             listener(state, reason)
-
-
-def _leave_surplus(response: httpcore2.Response) -> None:
-    """See to it that what a server sent beyond its answer is never read as the answer to the next request on the connection.
-
-    Most protocols repeat nothing of the request, so that rewards of other samples could not be told from the right ones.
-    """
-    connection = cast("Any", response.stream)._stream._connection  # noqa: SLF001 - the pool tells nobody what is left over
-    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001 - nor does the connection
-    if surplus:
-        response.extensions["network_stream"].spoil()
 
 
 class _StaleConnectionError(Exception):
