@@ -6,7 +6,8 @@ from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardM
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardObserver, RewardProtocol, RewardSource
-from dar.rewards.builtins.registry import BuiltinReward, make_builtin
+from dar.rewards.builtins.base import BuiltinReward
+from dar.rewards.builtins.registry import make_builtin
 from dar.rewards.cache.cache import CachePlace, Caches, ResultCache
 from dar.rewards.http.async_results import Inbox
 from dar.rewards.http.egress import EgressPolicy

@@ -34,6 +34,10 @@ VIOLATIONS = {
         "dar/rewards/base.py",
         "import dar.client",
     ),
+    "inside dar.rewards a lower layer never imports a higher one": (
+        "dar/rewards/http/wire.py",
+        "import dar.rewards.protocols.native",
+    ),
     "torch stays in dar.training: nothing else reaches it, even transitively": (
         "dar/protocol/jobs.py",
         "import torch",

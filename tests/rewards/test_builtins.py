@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dar.errors import InvalidRequestError
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
+from dar.rewards.builtins.base import BuiltinReward
 from dar.rewards.builtins.numbers import answer_in
-from dar.rewards.builtins.registry import BUILTINS, BuiltinReward, make_builtin
+from dar.rewards.builtins.registry import BUILTINS, make_builtin
 
 TEXT = st.text(st.characters(codec=None, categories=None), max_size=60)
 """Any text, lone surrogates included."""

@@ -372,9 +372,10 @@ def test_an_evaluation_uses_the_moments_and_leaves_them_alone() -> None:
     before = combination.state(3)
     rewards = {"a": scored(0.5, 0.25)}
     seen = combination(group(2), rewards, RewardContext(3, mode="eval"))
-    trained = combination(group(2), rewards, RewardContext(4))
+    training = Combination([term("a", normalize="running")])
+    training.restore(before)
+    trained = training(group(2), rewards, RewardContext(4))
     assert rewards_of(seen) == rewards_of(trained) != [0.5, 0.25]
-    combination.drop_step(4)
     combination.end_step(4)
     assert combination.state(4)["moments"] == before["moments"]
 

@@ -162,10 +162,6 @@ class Combination:
         """All groups of ``step`` are combined: their rewards count from the next step on."""
         self._moments.end_step(step)
 
-    def drop_step(self, step: int) -> None:
-        """``step`` is given up and will be sampled again."""
-        self._moments.drop_step(step)
-
     def state(self, step: int) -> dict[str, object]:
         """What a checkpoint of ``step`` keeps, as JSON."""
         return self._moments.state(step)

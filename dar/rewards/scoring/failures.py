@@ -34,7 +34,6 @@ REMEMBERED = 64
 SHOWN_IDS = 8
 SHOWN_CHARACTERS = 700
 _MESSAGE = re.compile(r"component (?P<component>[a-z][a-z0-9_]*): (?P<code>[A-Za-z0-9_.]+): ")
-_STATUS = re.compile(r"http_(\d{3})")
 
 
 def family_of(code: str) -> Family:
@@ -170,7 +169,6 @@ def budget_error(why: str, failures: Iterable[tuple[str, str | None, str]]) -> R
     found = list(failures)
     errors = Counter(code for code, _, _ in found)
     ids = [sample_id for _, sample_id, _ in found if sample_id is not None]
-    statuses = [int(match[1]) for code, _, _ in found if (match := _STATUS.fullmatch(code))]
     parts = [why]
     if errors:
         parts.append(", ".join(f"{code} {count}" for code, count in errors.most_common(5)))
@@ -181,7 +179,6 @@ def budget_error(why: str, failures: Iterable[tuple[str, str | None, str]]) -> R
         "; ".join(parts),
         errors=errors,
         sample_ids=ids[-SHOWN_IDS:],
-        last_status=statuses[-1] if statuses else None,
         is_outage=bool(errors) and all(family_of(code) in OUTAGES for code in errors),
     )
 

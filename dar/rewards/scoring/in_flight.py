@@ -38,8 +38,6 @@ class Ticket:
     def __init__(self, samples: Sequence[RewardSample], context: RewardContext) -> None:
         self.samples = tuple(samples)
         self.context = context
-        self.submitted_at = time.monotonic()
-        """By the clock of `time.monotonic`, as are the next two."""
         self.done_at: float | None = None
         """When all sources had answered, or one had failed."""
         self.answered_at: dict[str, float] = {}

@@ -133,10 +133,6 @@ class RunningMoments:
         for number in sorted(self._after)[:-KEPT_STEPS]:
             del self._after[number]
 
-    def drop_step(self, step: int) -> None:
-        """Forget what was noted of ``step``, because it will be sampled again."""
-        self._noted.pop(step, None)
-
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of ``step`` keeps, as JSON."""
         moments = {name: [m.count, m.mean, m.squares] for name, m in self.after(step).items()}
