@@ -156,8 +156,8 @@ class RewardCaching(Input):
     that neither a repetition nor another order changes a reward. An inline URL is not probed, so
     there it is off."""
     scope: Literal["job", "endpoint"] = "job"
-    """``job``: used by the job alone; ``endpoint``: shared on each worker host by the jobs that name
-    the same registered endpoint."""
+    """``job``: used by the job alone; ``endpoint``: shared on each worker host by the jobs that
+    name the same registered endpoint."""
     ttl_seconds: Annotated[float, Field(gt=0, le=366 * 86_400)] = 7 * 86_400.0
     """How long a reward is cached; 604,800 s are 7 days."""
 
@@ -190,8 +190,8 @@ class RewardComponent(Input):
     """Where the reward comes from: a reward service, a function of this package, or a reward model
     in the trainer's process."""
     role: Literal["term", "gate"] = "term"
-    """A ``term`` is added to the sum. A ``gate`` gives 0 or 1, and the sum is multiplied by it before
-    ``combine.clip``; it has no weight, clip or normalisation, and is always required."""
+    """A ``term`` is added to the sum. A ``gate`` gives 0 or 1, and the sum is multiplied by it
+    before ``combine.clip``; it has no weight, clip or normalisation, and is always required."""
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """Factor of this component in the sum; 0: its reward is reported only."""
     required: bool = True
@@ -212,8 +212,8 @@ class RewardComponent(Input):
     protocol: ProtocolName = "dar.reward.v1"
     """http: the form of requests and answers."""
     template: Any = None
-    """http, protocol ``plain``: body of a request; ``{{name}}`` in a string is replaced by a value of
-    the sample."""
+    """http, protocol ``plain``: body of a request; ``{{name}}`` in a string is replaced by a value
+    of the sample."""
     pointer: Annotated[str, Field(pattern=r"^(/[^/]*)*$", max_length=256)] | None = None
     """http, protocol ``plain``: JSON pointer to the reward in an answer, like ``/data/0/score``."""
     grader: dict[str, Any] | None = None
@@ -221,8 +221,8 @@ class RewardComponent(Input):
     coerce: bool = False
     """http: whether rewards that are numeric strings or booleans are read as numbers."""
     prompt_format: Literal["auto", "text"] = "auto"
-    """http: ``auto`` sends conversations as ``messages``; ``text`` sends every prompt as the text that
-    the policy saw."""
+    """http: ``auto`` sends conversations as ``messages``; ``text`` sends every prompt as the text
+    that the policy saw."""
     strip_thinking: bool = False
     """http, builtin: whether completions are scored without their ``<think>…</think>`` blocks; an
     unclosed block extends to the end."""
@@ -233,8 +233,8 @@ class RewardComponent(Input):
     cache: RewardCaching = RewardCaching()
     """http: whether rewards are cached."""
     reply: Literal["sync", "either"] = "sync"
-    """http: how the service may answer; ``either`` also allows a 202, with the result sent later to a
-    callback or fetched by polling."""
+    """http: how the service may answer; ``either`` also allows a 202, with the result sent later to
+    a callback or fetched by polling."""
     require_signed_responses: bool = False
     """http: whether an answer must carry a signature of the endpoint's secret."""
     columns: (
@@ -280,9 +280,10 @@ class RewardComponent(Input):
         if missing[self.kind] is None:
             needed = {"builtin": "fn", "hf_model": "model", "http": "url or endpoint"}[self.kind]
             raise PydanticCustomError(
-                "missing_field", "a component of kind {kind} needs {needed}",
+                "missing_field",
+                "a component of kind {kind} needs {needed}",
                 {"kind": self.kind, "needed": needed},
-            )  # fmt: skip
+            )
         if self.url is not None and self.endpoint is not None:
             raise PydanticCustomError(
                 "exclusive_fields",
@@ -321,13 +322,16 @@ class RewardComponent(Input):
                 # A registered endpoint may bring them.
                 if not is_given and protocol == self.protocol and self.endpoint is None:
                     raise PydanticCustomError(
-                        "missing_field", "protocol {protocol} needs {name}",
+                        "missing_field",
+                        "protocol {protocol} needs {name}",
                         {"protocol": protocol, "name": name},
-                    )  # fmt: skip
+                    )
         if self.protocol != "dar.reward.v1" and self.reply != "sync":
             raise PydanticCustomError(
-                "sync_protocol", "protocol {own} knows no later answers; send reply sync", {"own": self.protocol}
-            )  # fmt: skip
+                "sync_protocol",
+                "protocol {own} has no later answers; send reply sync",
+                {"own": self.protocol},
+            )
 
 
 FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
@@ -352,15 +356,19 @@ class Combine(Input):
     clip: Bounds | None = None
     """Bounds that the sum is clipped to."""
     on_partial_skip: Literal["drop_group", "zero"] = "drop_group"
-    """Applies where a component skips only some completions of a prompt. ``drop_group`` drops all of
-    them (or the component, if it is not required), as sums over different components cannot be
+    """Applies where a component skips only some completions of a prompt. ``drop_group`` drops all
+    of them (or the component, if it is not required), as sums over different components cannot be
     compared. ``zero`` adds 0 for the skipped ones, with a warning and a metric."""
     tie_eps: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """If the sums of a group differ by no more than this, they are equal: their advantages are 0."""
+    """If the sums of a group differ by no more than this, they are equal: their advantages are
+    0."""
 
 
 class FailurePolicy(Input):
-    """How samples without a reward are handled. Only ``fallback_value`` makes a failure a number."""
+    """How samples without a reward are handled.
+
+    Only ``fallback_value`` makes a failure a number.
+    """
 
     on_error: Literal["drop_sample", "drop_group", "fail_job"] | FallbackValue = "drop_sample"
     """What happens to a sample that could not be scored: it is dropped, its whole group is dropped,
@@ -369,10 +377,11 @@ class FailurePolicy(Input):
     min_valid: Annotated[int, Field(ge=1, le=1024)] = 2
     """A group with fewer scored samples is dropped."""
     refill: Annotated[float, Field(ge=1, le=4)] = 1.0
-    """Groups that may be sampled for a step to replace dropped ones, relative to the batch size; 1: no
-    replacement."""
+    """Groups that may be sampled for a step to replace dropped ones, relative to the batch size; 1:
+    no replacement."""
     max_failed_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """The job pauses if a larger share of the samples of the last ``window_groups`` groups failed."""
+    """The job pauses if a larger share of the samples of the last ``window_groups`` groups
+    failed."""
     window_groups: Annotated[int, Field(ge=1, le=100_000)] = 200
     """Number of groups over which ``max_failed_fraction`` is computed."""
     max_empty_steps: Annotated[int, Field(ge=1, le=1000)] = 3

@@ -386,7 +386,7 @@ def test_failures_are_no_part_of_the_moments() -> None:
     results = {"a": [BAD, Scored(5.0), SKIP, Scored(0.0)], "b": scored(1, 2, 3, 4)}
     combination(group(4), results, RewardContext(1))
     combination.end_step(1)
-    moments.note(1, "a", [1.0, 0.0])
+    moments.record(1, "a", [1.0, 0.0])
     moments.end_step(1)
     assert combination.state(1) == moments.state(1)
 

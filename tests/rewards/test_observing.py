@@ -64,8 +64,8 @@ def test_requests_are_summed_up_by_component_and_outcome(observer: StepObserver)
 
 
 def test_samples_that_were_not_sent_are_counted_once(observer: StepObserver) -> None:
-    observer.spared("judge", 2, 3)
-    observer.spared("judge", 0, 1)
+    observer.not_sent("judge", 2, 3)
+    observer.not_sent("judge", 0, 1)
     taken = observer.take()
     assert taken.metrics == {"reward/judge/cached": 6, "reward/judge/cache_hits": 2}
     assert all(map(is_known, taken.metrics))

@@ -97,7 +97,7 @@ def test_what_is_no_answer_is_refused(
 def test_only_trl_knows_null_as_a_skip() -> None:
     batch = batch_of([sample(0), sample(1)])
     assert TRLProtocol().decode(b"[null, 1]", batch) == [Skipped(), Scored(1.0)]
-    with pytest.raises(RewardContractError, match="null where a number was expected"):
+    with pytest.raises(RewardContractError, match="null, but a number is expected"):
         OpenRLHFProtocol().decode(b'{"rewards": [null, 1]}', batch)
 
 

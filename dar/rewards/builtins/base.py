@@ -1,4 +1,4 @@
-"""What a builtin is: a model of its parameters that scores samples."""
+"""A builtin is a model of its parameters that scores samples; `BuiltinReward` makes it a source."""
 
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
@@ -17,27 +17,27 @@ class Builtin(Input):
     """A reward function and its parameters."""
 
     fn: ClassVar[str]
-    """Its name in a job spec."""
+    """Name in a job spec."""
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """The reward of one sample; depends on nothing else."""
+        """The reward of one sample. It depends on nothing else."""
         raise NotImplementedError
 
     @property
     def columns(self) -> list[str]:
-        """Columns of the prompt's row that it reads."""
+        """Columns of the row that it reads."""
         return []
 
 
 class BuiltinReward:
     """A builtin as a reward source.
 
-    It runs in a thread, so that a large group does not hold up answers of reward services on the event loop.
+    It runs in a thread, so that a large group does not block the event loop.
 
     Args:
         name: Component name.
-        builtin: What it is.
-        strip_thinking: Whether it gets to see completions without their thinking.
+        builtin: The builtin.
+        strip_thinking: Whether completions are scored without their thinking.
     """
 
     def __init__(self, name: str, builtin: Builtin, *, strip_thinking: bool = False) -> None:
@@ -47,7 +47,6 @@ class BuiltinReward:
 
     @property
     def name(self) -> str:
-        """Component name."""
         return self._name
 
     async def score(
@@ -62,4 +61,4 @@ class BuiltinReward:
         return self._builtin.score(strip_thinking(sample) if self._strip_thinking else sample)
 
     async def aclose(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is no connection."""

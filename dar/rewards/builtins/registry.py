@@ -1,4 +1,4 @@
-"""All builtins by name, and one of them as a reward source."""
+"""All builtins by name, and their construction from parameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,8 +23,9 @@ def make_builtin(fn: str, params: Mapping[str, Any]) -> Builtin:
     """The builtin ``fn`` with its parameters.
 
     Raises:
-        InvalidRequestError: There is no such function or parameter, or a value is out of bounds; ``problems`` names each with its
-            path below the component: ``fn`` or ``params.<name>``.
+        InvalidRequestError: The function or a parameter does not exist, or a value is out of
+            bounds. ``problems`` has each with its path below the component: ``fn`` or
+            ``params.<name>``.
     """
     kind = BUILTINS.get(fn)
     if kind is None:

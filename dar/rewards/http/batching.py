@@ -1,7 +1,7 @@
-"""Puts the groups of concurrent calls together into requests, and holds callers back while too many requests wait.
+"""Batches the groups of concurrent calls into requests, and blocks callers while the queue is full.
 
-A request is sent when it is full, or when it has waited ``linger`` for further groups. What is waiting is bounded, so that a slow
-service slows the sampler down instead of filling the memory.
+A request is sent when it is full or has waited ``linger`` for further groups. The queue is bounded,
+so that a slow service slows the sampler down instead of filling the memory.
 """
 
 import asyncio
@@ -13,27 +13,27 @@ from dar.rewards.base import RewardContext, RewardResult
 from dar.rewards.http.wire import ENVELOPE_BYTES, EncodedBatch, EncodedSample
 
 QUEUED_PER_SLOT = 4
-"""Requests that may wait for each one that may be in flight."""
+"""Queued requests per request that may be in flight."""
 
 
 @dataclass(slots=True, eq=False)
 class Piece:
-    """Samples of one call that are not split: a group, or a part of one that alone is over the limits."""
+    """Samples of one call that stay together: a group, or a part of one that exceeds the limits."""
 
     samples: EncodedBatch
     outcome: "asyncio.Future[dict[str, RewardResult]]"
     task: "asyncio.Task[None] | None" = None
-    """Sends it; None: it still waits for others."""
+    """The task that sends it; None: its request waits for further groups."""
 
     @property
     def size(self) -> int:
-        """Bytes in a body."""
+        """Bytes in the body of a request."""
         return sum(len(sample.json) + 1 for sample in self.samples)
 
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """Pieces that go out together."""
+    """Pieces that are sent in one request."""
 
     context: RewardContext
     pieces: list[Piece] = field(default_factory=list)
@@ -41,28 +41,28 @@ class QueuedRequest:
     timer: asyncio.TimerHandle | None = None
     task: "asyncio.Task[None] | None" = None
     ready_at: float = 0.0
-    """When it was full, on the clock of the loop."""
+    """When it was ready to be sent, on the clock of the loop."""
 
     @property
     def samples(self) -> Sequence[EncodedSample]:
-        """All samples, in order, but those that nobody waits for any more."""
+        """The samples that a call still waits for, in order."""
         return [
             sample for piece in self.pieces if not piece.outcome.done() for sample in piece.samples
         ]
 
 
 class Batcher:
-    """The requests of one component that are not on their way yet.
+    """The queued requests of one component.
 
     Args:
-        send: Sends a request and settles the outcomes of its pieces; runs as a task of its own. It calls `leaves_queue` once
-            the request no longer waits.
-        max_samples: Most samples in a request, now.
+        send: Sends a request and sets the outcomes of its pieces; runs as a task. It calls
+            `leaves_queue` as soon as the request no longer waits.
+        max_samples: Returns the current limit of samples in a request.
         max_bytes: Largest body.
-        linger_seconds: How long a request that is not full waits for more.
+        linger_seconds: How long a request that is not full waits for further groups.
         slots: Requests that may be in flight.
-        is_merging: Whether groups of several calls may share a request. Which of them do depends on when they come, so that a
-            process that begins a step again may put them together otherwise.
+        is_merging: Whether groups of several calls may share a request. Which groups do depends on
+            timing, so a process that repeats a step may batch them differently.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Batcher:
         self._waiting: set[QueuedRequest] = set()
 
     async def put(self, piece: Piece, context: RewardContext) -> None:
-        """Add ``piece`` to a request; waits while too many requests do."""
+        """Add ``piece`` to a request. Waits while the queue is full."""
         async with self._turn:
             request = self._open.get(context)
             if request is not None and not self._fits(request, piece):
@@ -97,13 +97,13 @@ class Batcher:
                 request = self._begin(context)
             request.pieces.append(piece)
             request.ids.update(sample.id for sample in piece.samples)
-            piece.outcome.add_done_callback(lambda _: self._abandoned(request))
+            piece.outcome.add_done_callback(lambda _: self._cancel_if_unused(request))
             is_full = sum(len(part.samples) for part in request.pieces) >= self._max_samples()
             if is_full or not self._is_merging:
                 self._flush(request)
 
     def leaves_queue(self, request: QueuedRequest) -> None:
-        """``request`` has got its slot, or will never need one."""
+        """Remove ``request`` from the queue: it has its slot, or needs none."""
         if request in self._waiting:
             self._waiting.remove(request)
             self._places.release()
@@ -137,15 +137,15 @@ class Batcher:
     async def _run(self, request: QueuedRequest) -> None:
         try:
             await self._send(request)
-        except Exception as error:  # noqa: BLE001 - outermost frame of the task: raised again by whoever waits for a piece
+        except Exception as error:  # noqa: BLE001 - outermost frame of the task: raised again where a piece is awaited
             _settle(request, error)
         finally:
             self.leaves_queue(request)
             for piece in request.pieces:
                 piece.outcome.cancel()
 
-    def _abandoned(self, request: QueuedRequest) -> None:
-        """Nobody waits for any piece of ``request`` any more: it is not sent, or no longer."""
+    def _cancel_if_unused(self, request: QueuedRequest) -> None:
+        """Cancel ``request`` if no call waits for any of its pieces."""
         if not all(piece.outcome.cancelled() for piece in request.pieces):
             return
         if request.task is not None:
@@ -161,4 +161,4 @@ def _settle(request: QueuedRequest, error: Exception) -> None:
     for piece in request.pieces:
         if not piece.outcome.done():
             piece.outcome.set_exception(error)
-            piece.outcome.exception()  # marked as seen: its caller may have been cancelled meanwhile
+            piece.outcome.exception()  # marks it as retrieved: its call may have been cancelled

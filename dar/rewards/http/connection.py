@@ -23,7 +23,8 @@ from dar.protocol.rewards import MAX_RESPONSE_BYTES
 FLUSH_BYTES = 256 * 1024
 """Bytes of a request that are buffered before they are sent."""
 KEPT_BYTES = MAX_RESPONSE_BYTES + 1024**2
-"""Bytes of an answer, its head and chunk sizes included, above which its connection is not reused."""
+"""Bytes of an answer, its head and chunk sizes included, above which its connection is not
+reused."""
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 _WITHOUT_BODY = frozenset({204, 304})
 
@@ -47,7 +48,7 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
             self._poll = select.poll()
             self._poll.register(raw.fileno(), select.POLLIN)
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - the base class has it
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - part of the base class
         """Send what was written, then read."""
         try:
             await self._flush()
@@ -61,7 +62,7 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
             self._answer.clear()
         return received
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the base class has it
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - part of the base class
         """Buffer what is to be sent."""
         self._unsent += buffer
         self._write_timeout = timeout
@@ -97,12 +98,12 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         self,
         ssl_context: ssl.SSLContext,
         server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - the base class has it
+        timeout: float | None = None,  # noqa: ASYNC109 - part of the base class
     ) -> httpcore2.AsyncNetworkStream:
         """The same connection, encrypted."""
         return JoinedStream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
 
-    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - the base class has it
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - part of the base class
         """See the base class. The pool closes an idle connection that is readable."""
         if info == "is_readable" and self._is_spoiled:
             return True

@@ -172,7 +172,7 @@ class Line(HttpReward):
 
     async def open(self) -> None:
         """Make what all requests share; in the event loop that makes them."""
-        self._tapped = _Tapped(self._connection(), len(self._keys))
+        self._tapped = _Tapped(self._endpoint_config(), len(self._keys))
         self._tapped.acquire()
 
     async def aclose(self) -> None:

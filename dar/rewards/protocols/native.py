@@ -14,7 +14,6 @@ class NativeProtocol:
     max_samples: int | None = MAX_SAMPLES
 
     def encode(self, batch: RequestBatch) -> bytes:
-        """See `RewardProtocol`."""
         context = batch.context
         samples = batch.encoded or [
             encode_sample(sample, batch.columns, context.steps_done).json
@@ -35,7 +34,6 @@ class NativeProtocol:
         return orjson.dumps(content, option=orjson.OPT_UTC_Z)
 
     def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
-        """See `RewardProtocol`."""
         ids = [sample.id for sample in batch.samples]
         results = decode_response(body, request_id=batch.request_id, ids=ids)
         return [as_result(result) for result in results]

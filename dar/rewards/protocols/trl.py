@@ -1,6 +1,6 @@
-"""``trl``: the keyword arguments of a reward function of TRL as a JSON object, and its return value as JSON.
+"""``trl``: the keyword arguments and the return value of a reward function of TRL as JSON.
 
-A function ``f(prompts, completions, **kwargs)`` is a service as soon as something calls it with the object that came in.
+A service only has to call its function ``f(prompts, completions, **kwargs)`` with that object.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from dar.rewards.protocols.strict import kind, number, refuse, same_length, sent
 
 
 class TRLProtocol:
-    """Speaks with a reward function of TRL.
+    """Encodes and decodes for a reward function of TRL.
 
     Args:
-        coerce: Whether numeric texts and booleans are rewards.
+        coerce: Whether numeric strings and booleans are numbers.
     """
 
     name = "trl"
@@ -26,7 +26,6 @@ class TRLProtocol:
         self._coerce = coerce
 
     def encode(self, batch: RequestBatch) -> bytes:
-        """The body of a request; see `RewardProtocol`."""
         samples = batch.samples
         rows = [sent_columns(sample, batch.columns) for sample in samples]
         names = dict.fromkeys(name for row in rows for name in row)
@@ -40,7 +39,6 @@ class TRLProtocol:
         return to_json(content)
 
     def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
-        """The results in an answer; see `RewardProtocol`."""
         answer = load_json(body)
         if isinstance(answer, Mapping):
             if "rewards" not in answer:
@@ -69,6 +67,6 @@ def _completion(sample: RewardSample) -> str | list[dict[str, Any]]:
 
 
 def _ids(samples: tuple[RewardSample, ...]) -> list[list[int]] | None:
-    """The tokens of all completions, or None where not all are known."""
+    """The token ids of all completions; None if some are unknown."""
     known = [list(s.completion_ids) for s in samples if s.completion_ids is not None]
     return known if len(known) == len(samples) else None
