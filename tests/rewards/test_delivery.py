@@ -61,6 +61,13 @@ async def test_groups_of_concurrent_calls_share_requests(
     assert [len(request.ids) for request in server.requests] == [16, 16, 8]
 
 
+async def test_a_sample_is_encoded_once(
+    server: Any, source_of: Any, context: RewardContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("dar.rewards.protocols.native.encode_sample")
+    assert await source_of(server.url("fine")).score(group(1), context) == rewards(1)
+
+
 async def test_steps_and_modes_do_not_share_requests(server: Any, source_of: Any) -> None:
     source = source_of(server.url("fine"))
     contexts = [RewardContext(1), RewardContext(2), RewardContext(1, "eval")]

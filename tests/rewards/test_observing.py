@@ -85,7 +85,7 @@ def test_the_first_failure_of_each_class_is_told_at_once(
     level, message, data = events[0]
     assert (level, data["answer"], data["status"]) == ("warn", "<b>", 500)
     assert "http_500" in message
-    assert "tried again" in message
+    assert "is retried" in message
 
 
 def test_changes_of_a_breaker_are_told_and_its_state_is_a_metric(
