@@ -239,6 +239,18 @@ class RewardObserver(Protocol):
         ...
 
 
+def trl_prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:
+    """The prompt as TRL passes it to reward functions: text, or messages."""
+    return sample.prompt if sample.messages is None else [dict(item) for item in sample.messages]
+
+
+def trl_completion(sample: RewardSample) -> str | list[dict[str, Any]]:
+    """The completion as TRL passes it to reward functions: text, or one message."""
+    if sample.messages is None:
+        return sample.completion
+    return [{"role": "assistant", "content": sample.completion}]
+
+
 OPENING, CLOSING = "<think>", "</think>"
 
 

@@ -10,7 +10,16 @@ from pydantic import ValidationError
 
 from dar.errors import ConfigurationError, RewardContractError
 from dar.protocol.rewards import MAX_REWARD, SampleResult
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.base import (
+    Failed,
+    RewardContext,
+    RewardResult,
+    RewardSample,
+    Scored,
+    Skipped,
+    trl_completion,
+    trl_prompt,
+)
 from dar.rewards.threads import ExitRequestedError, in_daemon_thread
 
 Returned = Sequence[float | Mapping[str, Any] | None]
@@ -101,8 +110,8 @@ class FunctionReward:
         arguments: dict[str, list[Any]] = {
             name: [sample.columns.get(name) for sample in samples] for name in names
         }
-        arguments["prompts"] = [_prompt(sample) for sample in samples]
-        arguments["completions"] = [_completion(sample) for sample in samples]
+        arguments["prompts"] = [trl_prompt(sample) for sample in samples]
+        arguments["completions"] = [trl_completion(sample) for sample in samples]
         ids = [sample.completion_ids for sample in samples if sample.completion_ids is not None]
         if len(ids) == len(samples):
             arguments["completion_ids"] = [list(item) for item in ids]
@@ -132,16 +141,6 @@ def _accepted_names(parameters: Mapping[str, inspect.Parameter]) -> frozenset[st
         return None
     by_name = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     return frozenset(name for name, parameter in parameters.items() if parameter.kind in by_name)
-
-
-def _prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:
-    return sample.prompt if sample.messages is None else [dict(item) for item in sample.messages]
-
-
-def _completion(sample: RewardSample) -> str | list[dict[str, Any]]:
-    if sample.messages is None:
-        return sample.completion
-    return [{"role": "assistant", "content": sample.completion}]
 
 
 def as_results(values: object, expected: int, source: str) -> list[RewardResult]:

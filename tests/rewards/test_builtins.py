@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dar.errors import InvalidRequestError
@@ -48,6 +48,7 @@ def test_every_builtin_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("fn", EXAMPLES)
+@example(completion="\ud800", truth=None)
 @given(
     completion=TEXT, truth=st.none() | TEXT | st.integers() | st.floats() | st.lists(st.integers())
 )

@@ -220,7 +220,7 @@ def test_a_lone_surrogate_in_a_completion_is_sent_as_a_replacement() -> None:
 @pytest.mark.parametrize(
     ("template", "param", "message"),
     [
-        ({"a": "{{completion}}", "b": [{"c": "{{answer}}"}]}, ".b[0].c", "no value of a sample"),
+        ({"a": "{{completion}}", "b": [{"c": "{{answer}}"}]}, ".b[0].c", "not a value of a sample"),
         (["{{text}} {{columns.x}}"], "[0]", "does not send"),
         ({"a": "completion"}, "", "sends no completion"),
         (None, "", "sends no completion"),

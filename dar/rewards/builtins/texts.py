@@ -200,7 +200,7 @@ class JsonValid(Builtin):
         try:
             # Its nesting limit is fixed; that of the json module depends on the caller's stack.
             value: object = from_json(text, allow_inf_nan=False)
-        except ValueError:  # also raised for a lone surrogate
+        except (ValueError, TypeError):  # TypeError: the text has a lone surrogate
             return False
         if self.type == "array":
             return isinstance(value, list)

@@ -11,7 +11,6 @@ both a callback and polling deliver, the first valid result is used.
 
 import asyncio
 import hashlib
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from dar.protocol.rewards import (
     decode_accepted,
     decode_response,
 )
-from dar.rewards.http.retry import AttemptFailedError
+from dar.rewards.http.retry import JITTER, AttemptFailedError
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 1.0, 15.0, 1.5
 SHORTEST_POLL_SECONDS = 0.1
@@ -39,8 +38,6 @@ POLL_JITTER = 0.2
 TOKEN_BYTES = 32
 ANNOUNCEMENTS = 2
 """A request is announced again if an earlier announcement has a deadline in the past."""
-# Not the module's functions: the process-wide generator decides what a seeded trainer samples next.
-_JITTER = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +212,7 @@ class LaterReply:
         requested: float | None = None
         while True:
             if requested is None:
-                requested = wait * _JITTER.uniform(1 - POLL_JITTER, 1 + POLL_JITTER)
+                requested = wait * JITTER.uniform(1 - POLL_JITTER, 1 + POLL_JITTER)
                 wait = min(wait * POLL_GROWTH, LONGEST_POLL_SECONDS)
             await asyncio.sleep(max(requested, SHORTEST_POLL_SECONDS))
             try:

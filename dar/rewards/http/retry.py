@@ -37,7 +37,7 @@ RETRIES: dict[FailureKind, int | None] = {
 """Retries of each kind; None: as many as configured."""
 
 # Not the module's functions: the process-wide generator decides what a seeded trainer samples next.
-_JITTER = random.SystemRandom()
+JITTER = random.SystemRandom()
 
 
 class AttemptFailedError(Exception):
@@ -196,7 +196,7 @@ class RetrySchedule:
 
     def pause(self, made: int) -> float:
         """A random wait before attempt ``made`` + 1: exponential backoff with full jitter."""
-        return _JITTER.uniform(0, min(self._options.cap, self._options.base * 2**made))
+        return JITTER.uniform(0, min(self._options.cap, self._options.base * 2**made))
 
     def wait_after(self, error: AttemptFailedError) -> float | None:
         """Seconds before the next attempt; None: there is none."""

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dar.protocol.rewards import MAX_SAMPLES, load_json
-from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.base import (
+    RequestBatch,
+    RewardResult,
+    RewardSample,
+    Scored,
+    Skipped,
+    trl_completion,
+    trl_prompt,
+)
 from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, refuse, same_length, sent_columns
 
@@ -31,8 +39,8 @@ class TRLProtocol:
         names = dict.fromkeys(name for row in rows for name in row)
         content: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
         content |= {
-            "prompts": [_prompt(sample) for sample in samples],
-            "completions": [_completion(sample) for sample in samples],
+            "prompts": [trl_prompt(sample) for sample in samples],
+            "completions": [trl_completion(sample) for sample in samples],
             "completion_ids": _ids(samples),
             "trainer_state": {"global_step": batch.context.steps_done},
         }
@@ -54,16 +62,6 @@ class TRLProtocol:
             else Scored(number(value, f"rewards.{place}", coerce=self._coerce))
             for place, value in enumerate(same_length(answer, len(batch.samples), "rewards"))
         ]
-
-
-def _prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:
-    return sample.prompt if sample.messages is None else [dict(item) for item in sample.messages]
-
-
-def _completion(sample: RewardSample) -> str | list[dict[str, Any]]:
-    if sample.messages is None:
-        return sample.completion
-    return [{"role": "assistant", "content": sample.completion}]
 
 
 def _ids(samples: tuple[RewardSample, ...]) -> list[list[int]] | None:
