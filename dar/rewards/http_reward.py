@@ -197,7 +197,7 @@ class HttpReward:
             target=self._target,
             secrets=self._secrets,
             headers=tuple(sorted((name.lower(), value) for name, value in options.headers.items())),
-            limits=EndpointConfig.limits_of(options.limits),
+            limits=(options.limits.concurrency, options.limits.rps),
             guard=options.guard,
             breaker=options.breaker,
             budget=options.budget,

@@ -31,10 +31,7 @@ def answer_in(text: str) -> Fraction | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return _value(boxed) if boxed else None
-    found = None
-    for match in _IN_TEXT.finditer(text):
-        found = match
-    return None if found is None else _fraction(found[1], found[2])
+    return _last_number(text)
 
 
 def _value(text: str) -> Fraction | None:
@@ -45,6 +42,10 @@ def _value(text: str) -> Fraction | None:
     if (fraction := _FRACTION.fullmatch(plain)) is not None:
         value = _fraction(fraction[2], fraction[3])
         return None if value is None else (-value if fraction[1] == "-" else value)
+    return _last_number(text)
+
+
+def _last_number(text: str) -> Fraction | None:
     found = None
     for match in _IN_TEXT.finditer(text):
         found = match

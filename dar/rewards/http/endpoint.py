@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary
 import httpcore2
 
 from dar.errors import RewardMisconfiguredError
-from dar.protocol.reward_spec import RewardLimits
 from dar.rewards.http.breaker import BreakerOptions, BreakerState, Call, CircuitBreaker
 from dar.rewards.http.connection import CURRENT, JoinedStream, Timings
 from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Resolver, Target
@@ -61,11 +60,6 @@ class EndpointConfig:
     resolver: Resolver | None = field(repr=False)
     owner: object | None
     """None: shared with all sources; otherwise used by this owner alone."""
-
-    @staticmethod
-    def limits_of(limits: RewardLimits) -> tuple[int, float | None]:
-        """The limits that are part of the configuration."""
-        return limits.concurrency, limits.rps
 
 
 @dataclass(slots=True)
@@ -255,24 +249,20 @@ class Endpoint:
         Raises:
             AttemptFailedError: There was no usable answer.
         """
-        target = self._config.target
+        path = self._config.target.target
         try:
-            return await self._once("POST", target.target, body, headers(), timeouts, timings)
+            return await self._once(
+                "POST", path, body, headers(), timeouts, timings, is_repeatable=True
+            )
         except _StaleConnectionError:
             pass
-        try:
-            return await self._once("POST", target.target, body, headers(), timeouts, timings)
-        except _StaleConnectionError as error:
-            raise self._without_secrets(failure_of(error.cause)) from error.cause
+        return await self._once("POST", path, body, headers(), timeouts, timings)
 
     async def get(
         self, target: str, headers: Mapping[str, str], timeouts: Mapping[str, float]
     ) -> Answer:
         """GET ``target`` (path and query) on the endpoint's origin; see `post`."""
-        try:
-            return await self._once("GET", target, b"", headers, timeouts)
-        except _StaleConnectionError as error:
-            raise self._without_secrets(failure_of(error.cause)) from error.cause
+        return await self._once("GET", target, b"", headers, timeouts)
 
     async def _once(
         self,
@@ -282,6 +272,8 @@ class Endpoint:
         headers: Mapping[str, str],
         timeouts: Mapping[str, float],
         timings: Timings | None = None,
+        *,
+        is_repeatable: bool = False,
     ) -> Answer:
         timings = timings or Timings()
         timings.begin()
@@ -301,11 +293,10 @@ class Endpoint:
         token = CURRENT.set(timings)
         try:
             response = await self._pool.handle_async_request(request)
-        except (httpcore2.NetworkError, httpcore2.RemoteProtocolError) as error:
-            if not timings.has_dialled:
-                raise _StaleConnectionError(error) from error
-            raise self._without_secrets(failure_of(error)) from error
         except _TRANSPORT_ERRORS as error:
+            is_broken = isinstance(error, httpcore2.NetworkError | httpcore2.RemoteProtocolError)
+            if is_repeatable and is_broken and not timings.has_dialled:
+                raise _StaleConnectionError from error
             raise self._without_secrets(failure_of(error)) from error
         finally:
             CURRENT.reset(token)
@@ -341,10 +332,6 @@ class Endpoint:
 
 class _StaleConnectionError(Exception):
     """A reused connection broke before an answer arrived."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
 
 
 _TRANSPORT_ERRORS = (

@@ -245,7 +245,8 @@ class RetryingRequest:
         except AttemptFailedError as failure:
             outcome, reason = _OUTCOMES[failure.kind], failure.code
             if failure.kind == "permanent":
-                self._endpoint.breaker.trip(self._refusal(failure))
+                message = f"{self._sender.label}: {failure.full_reason}"
+                self._endpoint.breaker.trip(RewardMisconfiguredError(message, code=failure.code))
             raise
         finally:
             self._endpoint.breaker.done(call, outcome, reason)
@@ -258,11 +259,6 @@ class RetryingRequest:
 
     def _waits_for_breaker(self, message: str) -> None:
         self._sender.waits(f"{self._sender.label}: {message}")
-
-    def _refusal(self, failure: AttemptFailedError) -> RewardMisconfiguredError:
-        return RewardMisconfiguredError(
-            f"{self._sender.label}: {failure.full_reason}", code=failure.code
-        )
 
     async def _announce(self, ids: list[str]) -> None:
         """Announce the request to the inbox. Time without the DAR service does not count."""

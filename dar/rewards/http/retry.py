@@ -175,11 +175,6 @@ class RetrySchedule:
         """Number of the current attempt, from 1."""
         return self._failures.total() + 1
 
-    @property
-    def attempts_in_all(self) -> int:
-        """Attempts so far, including those of earlier requests for the same samples."""
-        return self._attempts_before + self.attempt
-
     def extend(self, seconds: float) -> None:
         """Move the deadline back by a wait that does not count."""
         self._ends_at += seconds
@@ -190,7 +185,7 @@ class RetrySchedule:
 
     def next_request(self, wait: float) -> bool:
         """Start a further request after ``wait`` seconds; False: no attempt is left."""
-        self._attempts_before = self.attempts_in_all
+        self._attempts_before += self.attempt
         self._failures.clear()
         return self._attempts_before < self._options.attempts and self.remaining_seconds > wait
 

@@ -1,4 +1,4 @@
-"""Samples as JSON, their order in requests, and the ids of requests."""
+"""Samples as JSON, batches of samples, and the ids of requests."""
 
 import contextlib
 import hashlib

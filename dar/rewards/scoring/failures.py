@@ -69,7 +69,7 @@ class FailureBudget:
         self._groups: deque[tuple[int, int]] = deque(maxlen=policy.window_groups)
         self._failed = self._samples = 0
         self._empty_steps = 0
-        self._last_step: dict[str, Any] = {"groups": [], "empty_steps": 0}
+        self._last_step: dict[str, Any] = self._counts()
         self._recent: deque[tuple[str, str | None, str]] = deque(maxlen=REMEMBERED)
         """Code, sample id and message of the newest failures."""
 
@@ -124,14 +124,14 @@ class FailureBudget:
             self._exhaust(
                 f"the last {self._empty_steps} steps had no group with enough scored samples to learn from"
             )
-        self._last_step = {"groups": list(self._groups), "empty_steps": self._empty_steps}
+        self._last_step = self._counts()
 
     def state(self) -> dict[str, Any]:
         """The counts as of the last `end_step`, as JSON."""
-        return {
-            "groups": [list(group) for group in self._last_step["groups"]],
-            "empty_steps": self._last_step["empty_steps"],
-        }
+        return self._last_step
+
+    def _counts(self) -> dict[str, Any]:
+        return {"groups": list(map(list, self._groups)), "empty_steps": self._empty_steps}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore a `state`. The oldest failures beyond half of the budget are forgotten."""
@@ -145,13 +145,13 @@ class FailureBudget:
             self._groups[place] = (0, samples)
             self._failed -= failed
         self._empty_steps = min(int(state["empty_steps"]), self._policy.max_empty_steps // 2)
-        self._last_step = {"groups": list(self._groups), "empty_steps": self._empty_steps}
+        self._last_step = self._counts()
 
     def _forget(self) -> None:
         self._groups.clear()
         self._recent.clear()
         self._failed = self._samples = self._empty_steps = 0
-        self._last_step = {"groups": [], "empty_steps": 0}
+        self._last_step = self._counts()
 
     def _exhaust(self, why: str) -> None:
         error = budget_error(why, list(self._recent))
