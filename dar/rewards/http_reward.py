@@ -36,6 +36,7 @@ from dar.rewards.http.wire import (
     encode_sample,
 )
 from dar.rewards.protocols.native import NativeProtocol
+from dar.rewards.threads import wait_for_all
 
 __all__ = ["HttpOptions", "HttpReward"]
 logger = logging.getLogger(__name__)
@@ -141,10 +142,12 @@ class HttpReward:
         try:
             for piece in pieces:
                 await batcher.put(piece, context)
-            outcomes = await _all_or_first_error(pieces)
+            await wait_for_all([piece.outcome for piece in pieces])
         finally:
             await _leave(pieces)
-        found = {sample_id: result for found in outcomes for sample_id, result in found.items()}
+        found = {
+            name: result for piece in pieces for name, result in piece.outcome.result().items()
+        }
         return [found[sample.id] for sample in samples]
 
     async def aclose(self) -> None:
@@ -274,15 +277,6 @@ class HttpReward:
         logger.info("%s: breaker %s: %s", self._label, state, reason)
         if self.observer is not None:
             self.observer.breaker_changed(self._name, state, reason)
-
-
-async def _all_or_first_error(pieces: Sequence[Piece]) -> list[dict[str, RewardResult]]:
-    """All outcomes, in order. The first error is raised at once."""
-    await asyncio.wait([piece.outcome for piece in pieces], return_when=asyncio.FIRST_EXCEPTION)
-    for piece in pieces:
-        if piece.outcome.done():
-            piece.outcome.result()
-    return [piece.outcome.result() for piece in pieces]
 
 
 async def _leave(pieces: Sequence[Piece]) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -38,6 +38,18 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, Value]]) -> list[Value
         first = errors.exceptions[0]
         raise first from first.__cause__
     return [task.result() for task in tasks]
+
+
+async def wait_for_all(futures: Collection[asyncio.Future[Value]]) -> None:
+    """Wait for all; the first error is raised at once.
+
+    Unlike with `asyncio.gather`, a cancellation of the caller does not cancel the futures.
+    """
+    if futures:
+        await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
+    for future in futures:
+        if future.done():
+            future.result()
 
 
 async def in_daemon_thread(function: Callable[[], Value]) -> Value:

@@ -23,6 +23,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardResult, RewardSample, Scored
 from dar.rewards.cache.store import MAX_BYTES, CacheStore
 from dar.rewards.http.wire import to_json, without_surrogates
+from dar.rewards.threads import wait_for_all
 
 RequestRewards = Callable[[Sequence[RewardSample], RewardContext], Awaitable[list[RewardResult]]]
 NATIVE = "dar.reward.v1"
@@ -197,7 +198,7 @@ class ResultCache:
         for flight in flights:
             flight.waiting += 1
         try:
-            await _all_or_first_error(flights)
+            await wait_for_all([flight.task for flight in flights if flight.task is not None])
         finally:
             await self._leave(flights)
         known = {key: _result_of(flight)[key] for key, flight in joined.items()}
@@ -257,17 +258,6 @@ class ResultCache:
 def _result_of(flight: Flight) -> dict[bytes, CachedResult]:
     assert flight.task is not None
     return flight.task.result()
-
-
-async def _all_or_first_error(flights: set[Flight]) -> None:
-    tasks = [flight.task for flight in flights if flight.task is not None]
-    if not tasks:
-        return
-    # Unlike `gather`, a cancellation here does not cancel the tasks.
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    for task in tasks:
-        if task.done():
-            task.result()
 
 
 def _encoded(result: RewardResult) -> bytes | None:
