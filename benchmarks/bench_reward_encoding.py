@@ -42,11 +42,11 @@ def once(given: tuple[RewardSample, ...], key: bytes, answer: bytes, request_id:
     context = RewardContext(step=1, job_id="ftjob-bench")
     now = datetime.now(UTC)
     protocol = NativeProtocol()
-    known_id = request_id_of(
-        [encode_sample(sample, None, 0) for sample in given], "bench", context, number=0
-    )
+    encoded = [encode_sample(sample, None, 0) for sample in given]
+    known_id = request_id_of(encoded, "bench", context, number=0)
     assert known_id == request_id
-    batch = RequestBatch(known_id, "bench", context, given, None, now, now)
+    sent = tuple(sample.json for sample in encoded)
+    batch = RequestBatch(known_id, "bench", context, given, None, now, now, sent)
     body = protocol.encode(batch)
     signed_headers([key], known_id, int(now.timestamp()), body)
     assert protocol.decode(answer, batch)[0] == Scored(0.5, {"fit": 1.0}, "fine")

@@ -275,7 +275,6 @@ class RewardBudgetError(RewardError):
         message: See `DARError`.
         errors: Failed samples by kind of failure.
         sample_ids: Some of them.
-        last_status: HTTP status of the newest failure that had one.
         is_outage: Whether every failure was of a kind that passes, so that the service may simply come back.
         **details: See `DARError`.
     """
@@ -291,14 +290,12 @@ class RewardBudgetError(RewardError):
         *,
         errors: Mapping[str, int] | None = None,
         sample_ids: Sequence[str] = (),
-        last_status: int | None = None,
         is_outage: bool = False,
         **details: Any,  # noqa: ANN401 - what `DARError` takes, whatever its type
     ) -> None:
         super().__init__(message, **details)
         self.errors = dict(errors or {})
         self.sample_ids = tuple(sample_ids)
-        self.last_status = last_status
         self.is_outage = is_outage
 
 

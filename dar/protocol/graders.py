@@ -1,4 +1,4 @@
-"""Graders in OpenAI's shape: one completion, scored now by a registered reward endpoint."""
+"""Graders like OpenAI's: one completion, scored at once by a registered reward endpoint."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ def _check_type(given: object) -> object:
     if given != "endpoint":
         raise PydanticCustomError(
             "unsupported_grader",
-            "only graders of type 'endpoint' are run here; register your scorer at POST /v1/reward_endpoints and name it: "
+            "only graders of type 'endpoint' are supported; register your scorer at POST /v1/reward_endpoints and name it: "
             '{{"type": "endpoint", "name": …, "endpoint": "rwe_…"}}',
         )
     return given
@@ -24,7 +24,7 @@ class EndpointGrader(Input):
 
     type: Annotated[Literal["endpoint"], BeforeValidator(_check_type)]
     name: Annotated[str, Field(min_length=1, max_length=64)]
-    """Names its score in the answer."""
+    """Name of its score in the answer."""
     endpoint: Annotated[str, Field(pattern=ENDPOINT_ID)]
     """The endpoint's id."""
 
@@ -36,7 +36,8 @@ class RunGrader(Input):
     model_sample: str
     """The completion."""
     item: Any = None
-    """The row: ``prompt`` or ``messages``, ``ground_truth`` (or ``reference_answer``), and columns."""
+    """The row: ``prompt`` or ``messages``, ``ground_truth`` or ``reference_answer``, and
+    columns."""
 
 
 class ValidateGrader(Input):
@@ -46,7 +47,7 @@ class ValidateGrader(Input):
 
 
 class GraderErrors(Output):
-    """OpenAI's list of what can go wrong. Ours are ``unresponsive_reward_error`` and ``other_error``."""
+    """OpenAI's error flags. Used here are ``unresponsive_reward_error`` and ``other_error``."""
 
     formula_parse_error: bool
     invalid_variable_error: bool
@@ -55,7 +56,7 @@ class GraderErrors(Output):
     model_grader_server_error: bool
     model_grader_server_error_details: str | None
     other_error: bool
-    """It answered something that is no reward, or refuses us."""
+    """The answer is not a reward, or the endpoint rejects requests."""
     python_grader_runtime_error: bool
     python_grader_runtime_error_details: str | None
     python_grader_server_error: bool
@@ -63,14 +64,14 @@ class GraderErrors(Output):
     sample_parse_error: bool
     truncated_observation_error: bool
     unresponsive_reward_error: bool
-    """It could not be reached, or did not answer in time."""
+    """The endpoint could not be reached, or did not answer in time."""
     endpoint_error_code: str | None
     endpoint_error_details: str | None
-    """What the endpoint said or did."""
+    """Description of the endpoint's failure."""
 
 
 class GraderMetadata(Output):
-    """How a grader's run went."""
+    """Details of a grader run."""
 
     name: str
     type: Literal["endpoint"]
@@ -84,17 +85,17 @@ class GraderMetadata(Output):
 
 
 class GraderRun(Output):
-    """What a grader gave."""
+    """Result of a grader run."""
 
     reward: float | None
-    """Null: none; a failure is never a number."""
+    """Null: there is none; a failure is never a number."""
     sub_rewards: dict[str, float]
-    """Parts that the endpoint reported beside the reward."""
+    """Parts of the reward."""
     model_grader_token_usage_per_model: dict[str, Any]
     metadata: GraderMetadata
 
 
 class ValidGrader(Output):
-    """A grader that can be run."""
+    """A valid grader."""
 
     grader: EndpointGrader

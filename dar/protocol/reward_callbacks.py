@@ -1,4 +1,4 @@
-"""What the service answers to a result that a reward service posts later."""
+"""The answer to a result that a reward service posts to a callback."""
 
 from typing import Literal
 
@@ -9,4 +9,4 @@ class CallbackAnswer(Output):
     """The result is stored."""
 
     status: Literal["accepted", "duplicate"]
-    """``duplicate``: the same body was stored before."""
+    """``duplicate``: the same body was already stored."""

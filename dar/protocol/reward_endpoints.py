@@ -11,7 +11,7 @@ from dar.protocol.base import Input, Output, UnixSeconds
 from dar.protocol.reward_probe import ProbeFinding
 from dar.protocol.reward_spec import (
     FIELDS_OF_KIND,
-    Protocol,
+    ProtocolName,
     RewardBatching,
     RewardCaching,
     RewardComponent,
@@ -71,7 +71,7 @@ Name = Annotated[str, Field(min_length=1, max_length=64)]
 class EndpointOptions(Input):
     """How a reward service is called; a component of a job has the same fields."""
 
-    protocol: Protocol = "dar.reward.v1"
+    protocol: ProtocolName = "dar.reward.v1"
     """Format of requests and answers."""
     template: Any = None
     """Protocol ``plain``: the body of a request."""
@@ -125,7 +125,7 @@ class UpdateRewardEndpoint(Input):
         default_factory=dict, max_length=MAX_HEADERS
     )
     """Headers by name; null removes one, others stay."""
-    protocol: Protocol | None = None
+    protocol: ProtocolName | None = None
     template: Any = None
     pointer: str | None = None
     grader: dict[str, Any] | None = None

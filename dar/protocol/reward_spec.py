@@ -1,11 +1,11 @@
-"""The ``rewards`` of a job spec: which sources score a job's completions, and how they are called."""
+"""The ``rewards`` of a job spec: which sources score completions, and how they are called."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dar.protocol.base import Input, only
 
@@ -53,6 +53,43 @@ def _check_order(bounds: list[float]) -> list[float]:
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_check_order)]
 
 
+def _retired(name: str, neutral: object) -> Any:  # noqa: ANN401 - what the decorator of pydantic returns
+    """A validator that drops a field of earlier versions, which had this one value."""
+    check = cast("Callable[[object], object]", only(neutral).func)
+
+    def drop(given: object) -> object:
+        if not isinstance(given, dict) or name not in given:
+            return given
+        try:
+            check(given[name])
+        except PydanticCustomError as error:
+            # Raised as it is, the error would lack the field in its path.
+            details = InitErrorDetails(type=error, loc=(name,), input=given[name])
+            raise ValidationError.from_exception_data(name, [details]) from None
+        return {key: value for key, value in given.items() if key != name}
+
+    return model_validator(mode="before")(drop)
+
+
+def with_retired_fields(rewards: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of `Rewards` with the fields of earlier versions.
+
+    Digests of specs include them, so that a request repeated after an upgrade is recognised.
+    """
+    return {
+        **rewards,
+        "combine": {**rewards["combine"], "mode": "weighted_sum"},
+        "components": [
+            {
+                **component,
+                "batch": {**component["batch"], "by": "group"},
+                "limits": {**component["limits"], "adaptive": False},
+            }
+            for component in rewards["components"]
+        ],
+    }
+
+
 class FallbackValue(Input):
     """A reward for samples that could not be scored."""
 
@@ -60,36 +97,38 @@ class FallbackValue(Input):
 
 
 class RewardTimeouts(Input):
-    """Hard limits on waiting for a reward service, in seconds."""
+    """Time limits of requests to a reward service, in seconds."""
 
     connect: Annotated[float, Field(gt=0, le=60)] = 5.0
     """To open a connection."""
     read: Annotated[float, Field(gt=0, le=600)] = 30.0
-    """Between two pieces of an answer."""
+    """Between two reads of an answer."""
     attempt: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """For one attempt, from dialling to the last byte."""
+    """For one attempt, from connecting to the last byte."""
     deadline: Annotated[float, Field(gt=0, le=3600)] = 300.0
-    """For one request over all its attempts and the waits between them."""
+    """For one request, all attempts and the waits between them included."""
 
 
 class RewardRetry(Input):
     """How transient failures of a reward service are retried."""
 
     attempts: Annotated[int, Field(ge=1, le=20)] = 4
-    """Attempts in all, the first included."""
+    """Most attempts, the first included."""
     base: Annotated[float, Field(gt=0, le=60)] = 0.5
     """Seconds; the wait before attempt n+1 is drawn from 0 to ``base * 2**n``."""
     cap: Annotated[float, Field(gt=0, le=600)] = 30.0
-    """Longest drawn wait, in seconds."""
+    """Longest random wait, in seconds."""
     retry_after_cap: Annotated[float, Field(gt=0, le=600)] = 60.0
-    """Longest wait that a ``Retry-After`` header can ask for, in seconds."""
+    """Longest wait that a ``Retry-After`` header can request, in seconds."""
 
 
 class RewardBatching(Input):
-    """How samples are put together into requests; the completions of one prompt stay together."""
+    """How samples are batched into requests.
 
-    by: Annotated[Literal["group"], only("group")] = "group"
-    """What is never split over two requests, unless it alone is over the limits."""
+    The completions of one prompt are split over two requests only if they alone exceed a limit.
+    """
+
+    _by = _retired("by", "group")
     max_samples: Annotated[int, Field(ge=1, le=256)] = 16
     """Most samples in one request."""
     max_bytes: Annotated[int, Field(ge=1024, le=8 * 1024**2)] = 1024**2
@@ -99,32 +138,35 @@ class RewardBatching(Input):
 
 
 class RewardLimits(Input):
-    """How hard a reward service may be driven."""
+    """Limits on the load of a reward service."""
+
+    _adaptive = _retired("adaptive", False)
 
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
     """Requests in flight at once."""
     rps: Annotated[float, Field(gt=0, le=10_000)] | None = None
-    """Most requests begun per second, retries included; null: no bound."""
-    adaptive: Annotated[Literal[False], only(False)] = False
+    """Most requests started per second, retries included; null: no limit."""
 
 
 class RewardCaching(Input):
-    """Whether rewards are remembered, and equal samples of a step sent once."""
+    """Whether rewards are cached, and equal samples of a step are sent once."""
 
     enabled: Literal["auto"] | bool = "auto"
-    """``auto``: only where the last probe of the registered endpoint, at its present revision, found that repeats and other
-    orders change nothing; an inline URL has no such probe, so there it is off."""
+    """``auto``: on where the last probe of the registered endpoint, at its current revision, found
+    that neither a repetition nor another order changes a reward. An inline URL is not probed, so
+    there it is off."""
     scope: Literal["job", "endpoint"] = "job"
-    """``endpoint``: shared on each worker host by the jobs that name the same registered endpoint."""
+    """``job``: used by the job alone; ``endpoint``: shared on each worker host by the jobs that
+    name the same registered endpoint."""
     ttl_seconds: Annotated[float, Field(gt=0, le=366 * 86_400)] = 7 * 86_400.0
-    """How long a reward is remembered; 604,800 s are 7 days."""
+    """How long a reward is cached; 604,800 s are 7 days."""
 
 
 class MinMax(Input):
     """Maps ``[lo, hi]`` onto [0, 1]."""
 
     minmax: Bounds
-    """``[lo, hi]``; what lies beyond is held at 0 or 1."""
+    """``[lo, hi]``; values outside become 0 or 1."""
 
 
 class Tanh(Input):
@@ -135,56 +177,64 @@ class Tanh(Input):
 
 
 Normalize = Literal["none", "running", "group"] | MinMax | Tanh
-Protocol = Literal["dar.reward.v1", "openrlhf", "trl", "plain", "openai_grader"]
+ProtocolName = Literal["dar.reward.v1", "openrlhf", "trl", "plain", "openai_grader"]
 ENDPOINT_ID = r"^rwe_[0-9A-Za-z]{26}$"
 
 
 class RewardComponent(Input):
-    """One reward source of a job. Which fields may differ from their defaults depends on ``kind``."""
+    """One reward source of a job. ``kind`` decides which fields may differ from their defaults."""
 
     name: Annotated[str, Field(pattern=COMPONENT_NAME)]
     """Unique in the job; names the component's metrics."""
     kind: Literal["http", "builtin", "hf_model"] = "http"
-    """Where the reward comes from: a reward service, a function of this package, or a reward model beside the trainer."""
+    """Where the reward comes from: a reward service, a function of this package, or a reward model
+    in the trainer's process."""
     role: Literal["term", "gate"] = "term"
-    """What becomes of its rewards: a ``term`` is added to the sum; a ``gate`` says 0 or 1, and the sum is multiplied by it before
-    ``combine.clip``. A gate has no weight, clip or normalisation, and is always required."""
+    """A ``term`` is added to the sum. A ``gate`` gives 0 or 1, and the sum is multiplied by it
+    before ``combine.clip``; it has no weight, clip or normalisation, and is always required."""
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-    """Factor of this component in the sum; 0 only watches."""
+    """Factor of this component in the sum; 0: its reward is reported only."""
     required: bool = True
-    """Whether a sample that this component cannot score counts as missing; otherwise the sum goes on without it."""
+    """Whether a sample that this component cannot score has no reward; otherwise the sum is taken
+    without the component."""
     clip: Bounds | None = None
-    """Bounds that the raw reward is held to: ``[low, high]``."""
+    """Bounds that the raw reward is clipped to: ``[low, high]``."""
     normalize: Normalize = "none"
-    """What is done to the clipped reward before it is weighted: ``none``; ``running`` takes mean and deviation of all rewards so
-    far; ``group`` those of the prompt's rewards; ``{"minmax": [lo, hi]}``; ``{"tanh": scale}``."""
+    """How the clipped reward is normalised before it is weighted. ``running`` uses the mean and
+    standard deviation of all rewards so far, ``group`` those of the prompt's rewards;
+    ``{"minmax": [lo, hi]}`` maps this range onto [0, 1]; ``{"tanh": scale}`` is
+    ``tanh(reward / scale)``."""
 
     url: RewardURL | None = None
-    """http: the user's reward service, reached from the worker; or name a registered ``endpoint``."""
+    """http: the reward service, called from the worker; the alternative is ``endpoint``."""
     endpoint: Annotated[str, Field(pattern=ENDPOINT_ID)] | None = None
-    """http: a registered reward endpoint (``rwe_…``), which brings its own URL and secrets."""
-    protocol: Protocol = "dar.reward.v1"
-    """http: what is spoken with it."""
+    """http: a registered reward endpoint (``rwe_…``) with its own URL and secrets."""
+    protocol: ProtocolName = "dar.reward.v1"
+    """http: the form of requests and answers."""
     template: Any = None
-    """http, protocol ``plain``: body of a request; ``{{name}}`` in a string is replaced by a value of the sample."""
+    """http, protocol ``plain``: body of a request; ``{{name}}`` in a string is replaced by a value
+    of the sample."""
     pointer: Annotated[str, Field(pattern=r"^(/[^/]*)*$", max_length=256)] | None = None
     """http, protocol ``plain``: JSON pointer to the reward in an answer, like ``/data/0/score``."""
     grader: dict[str, Any] | None = None
-    """http, protocol ``openai_grader``: sent along as ``grader``."""
+    """http, protocol ``openai_grader``: sent as ``grader``."""
     coerce: bool = False
-    """http: whether rewards sent as numeric strings or booleans are taken as numbers."""
+    """http: whether rewards that are numeric strings or booleans are read as numbers."""
     prompt_format: Literal["auto", "text"] = "auto"
-    """http: ``auto`` sends conversations as ``messages``; ``text`` sends every prompt as the text that the policy saw."""
+    """http: ``auto`` sends conversations as ``messages``; ``text`` sends every prompt as the text
+    that the policy saw."""
     strip_thinking: bool = False
-    """http, builtin: whether completions are scored without their ``<think>…</think>`` blocks; an unclosed one goes to the end."""
+    """http, builtin: whether completions are scored without their ``<think>…</think>`` blocks; an
+    unclosed block extends to the end."""
     batch: RewardBatching = RewardBatching()
     limits: RewardLimits = RewardLimits()
     timeouts: RewardTimeouts = RewardTimeouts()
     retry: RewardRetry = RewardRetry()
     cache: RewardCaching = RewardCaching()
-    """http: whether rewards are remembered."""
+    """http: whether rewards are cached."""
     reply: Literal["sync", "either"] = "sync"
-    """http: how the service may answer; ``either`` allows a 202 whose result follows by callback or polling."""
+    """http: how the service may answer; ``either`` also allows a 202, with the result sent later to
+    a callback or fetched by polling."""
     require_signed_responses: bool = False
     """http: whether an answer must carry a signature of the endpoint's secret."""
     columns: (
@@ -199,7 +249,8 @@ class RewardComponent(Input):
     """builtin: its parameters."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    """hf_model: a folder under the models directory, or a hub id, of a sequence classifier with one label."""
+    """hf_model: a sequence classifier with one label: a folder under the models directory, or a hub
+    id."""
 
     @field_validator("columns")
     @classmethod
@@ -229,9 +280,10 @@ class RewardComponent(Input):
         if missing[self.kind] is None:
             needed = {"builtin": "fn", "hf_model": "model", "http": "url or endpoint"}[self.kind]
             raise PydanticCustomError(
-                "missing_field", "a component of kind {kind} needs {needed}",
+                "missing_field",
+                "a component of kind {kind} needs {needed}",
                 {"kind": self.kind, "needed": needed},
-            )  # fmt: skip
+            )
         if self.url is not None and self.endpoint is not None:
             raise PydanticCustomError(
                 "exclusive_fields",
@@ -270,13 +322,16 @@ class RewardComponent(Input):
                 # A registered endpoint may bring them.
                 if not is_given and protocol == self.protocol and self.endpoint is None:
                     raise PydanticCustomError(
-                        "missing_field", "protocol {protocol} needs {name}",
+                        "missing_field",
+                        "protocol {protocol} needs {name}",
                         {"protocol": protocol, "name": name},
-                    )  # fmt: skip
+                    )
         if self.protocol != "dar.reward.v1" and self.reply != "sync":
             raise PydanticCustomError(
-                "sync_protocol", "protocol {own} knows no later answers; send reply sync", {"own": self.protocol}
-            )  # fmt: skip
+                "sync_protocol",
+                "protocol {own} has no later answers; send reply sync",
+                {"own": self.protocol},
+            )
 
 
 FIELDS_OF_KIND: Mapping[str, tuple[str, ...]] = {
@@ -295,36 +350,44 @@ FIELDS_OF_PROTOCOL: Mapping[str, tuple[str, ...]] = {
 
 
 class Combine(Input):
-    """How the rewards of the components become one."""
+    """How the rewards of the components become one: their weighted sum."""
 
-    mode: Annotated[Literal["weighted_sum"], only("weighted_sum")] = "weighted_sum"
+    _mode = _retired("mode", "weighted_sum")
     clip: Bounds | None = None
-    """Bounds that the sum is held to."""
+    """Bounds that the sum is clipped to."""
     on_partial_skip: Literal["drop_group", "zero"] = "drop_group"
-    """A component that skips only some completions of a prompt: ``drop_group`` leaves all of them out (if it is not required: the
-    component), as sums over different components cannot be compared; ``zero`` adds 0 for those, with a warning and a metric."""
+    """Applies where a component skips only some completions of a prompt. ``drop_group`` drops all
+    of them (or the component, if it is not required), as sums over different components cannot be
+    compared. ``zero`` adds 0 for the skipped ones, with a warning and a metric."""
     tie_eps: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """Sums of a group that lie within this range are equal: their advantages are 0."""
+    """If the sums of a group differ by no more than this, they are equal: their advantages are
+    0."""
 
 
 class FailurePolicy(Input):
-    """What becomes of samples without a reward. No failure turns into a number but by ``fallback_value``."""
+    """How samples without a reward are handled.
+
+    Only ``fallback_value`` makes a failure a number.
+    """
 
     on_error: Literal["drop_sample", "drop_group", "fail_job"] | FallbackValue = "drop_sample"
-    """A sample that could not be scored is left out; or its whole group is; or the job fails; or it gets a reward that is named
-    here (``{"fallback_value": 0.0}``), with a warning and a metric each time."""
+    """What happens to a sample that could not be scored: it is dropped, its whole group is dropped,
+    the job fails, or it gets this reward (``{"fallback_value": 0.0}``), with a warning and a metric
+    each time."""
     min_valid: Annotated[int, Field(ge=1, le=1024)] = 2
-    """Scored samples below which a group is left out."""
+    """A group with fewer scored samples is dropped."""
     refill: Annotated[float, Field(ge=1, le=4)] = 1.0
-    """Groups that may be sampled for a step, relative to the batch size, to replace those left out; 1: none extra."""
+    """Groups that may be sampled for a step to replace dropped ones, relative to the batch size; 1:
+    no replacement."""
     max_failed_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Failed samples in the last ``window_groups`` groups above which the job pauses."""
+    """The job pauses if a larger share of the samples of the last ``window_groups`` groups
+    failed."""
     window_groups: Annotated[int, Field(ge=1, le=100_000)] = 200
-    """Groups that ``max_failed_fraction`` looks back on."""
+    """Number of groups over which ``max_failed_fraction`` is computed."""
     max_empty_steps: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Steps in a row without a usable group after which the job pauses."""
+    """The job pauses after this many steps in a row without a usable group."""
     on_budget: Literal["pause", "fail"] = "pause"
-    """What happens then."""
+    """What happens when one of these limits is exceeded."""
 
 
 class Rewards(Input):

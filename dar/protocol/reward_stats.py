@@ -1,4 +1,4 @@
-"""How reward services did: what a trainer reports of its requests, and what the API shows of it."""
+"""Statistics of reward services: reported by trainers, shown by the API."""
 
 from typing import Annotated, Literal, get_args
 
@@ -11,45 +11,45 @@ Family = Literal[
     "timeout", "connect", "tls", "dns", "http_4xx", "http_429", "http_5xx", "contract", "nonfinite", "length", "egress",
     "callback_late", "other",
 ]  # fmt: skip
-"""Classes of failure: few and fixed, so that they can name metrics and label series."""
+"""Classes of failure: few and fixed, as they become names of metrics and labels."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 REQUEST_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-"""Upper bounds of the buckets that request times are counted in; a last bucket holds what took longer."""
+"""Upper bounds of the buckets of request times; a last bucket holds longer ones."""
 MAX_FAILURES = 64
-"""Failed requests of one report that are told one by one; all are counted."""
+"""Failed requests listed in one report; all are counted."""
 
 ComponentName = Annotated[str, Field(pattern=COMPONENT_NAME)]
-Outcome = Literal["ok"] | Family
+RequestOutcome = Literal["ok"] | Family
 
 
 class ComponentRequests(Input):
-    """The finished requests of one component and outcome since the last report."""
+    """Finished requests of one component and outcome since the last report."""
 
     component: ComponentName
-    outcome: Outcome
+    outcome: RequestOutcome
     samples: Count
-    """In all of these requests."""
+    """Samples in these requests."""
     retries: Count
-    """Attempts beyond the first of each."""
+    """Attempts after the first of each request."""
     buckets: Annotated[
         list[Count],
         Field(min_length=len(REQUEST_SECONDS) + 1, max_length=len(REQUEST_SECONDS) + 1),
     ]
-    """Requests by time, over all their attempts: up to each of `REQUEST_SECONDS`, and longer."""
+    """Requests by duration, over all attempts: up to each of `REQUEST_SECONDS`, and longer."""
     seconds: NonNegative
-    """All their times together."""
+    """Total duration."""
     queued_seconds: NonNegative
-    """What they waited before they were sent."""
+    """Total wait before the first attempt."""
 
     @property
     def count(self) -> int:
-        """How many requests."""
+        """Number of requests."""
         return sum(self.buckets)
 
 
 class FailedRequest(Input):
-    """A request that was given up."""
+    """A failed request."""
 
     component: ComponentName
     request_id: Annotated[str, Field(max_length=64)]
@@ -61,11 +61,11 @@ class FailedRequest(Input):
     samples: Count
     seconds: NonNegative
     quote: Annotated[str, Field(max_length=512)] = ""
-    """First bytes of what the service said, without secrets."""
+    """Start of the answer, without secrets."""
 
 
 class RewardFailure(Output):
-    """A request to a reward service that was given up, as the API shows it."""
+    """A failed request to a reward service, as shown by the API."""
 
     id: str
     object: Literal["fine_tuning.job.reward_failure"]
@@ -73,47 +73,47 @@ class RewardFailure(Output):
     """Its ``webhook-id``, the same on every attempt."""
     created_at: UnixSeconds
     step: int
-    """Step of the report that told of it: the one that the samples were for, or the next that was reported."""
+    """Step of the report with the failure: that of the samples, or the next that was reported."""
     attempt: int
-    """Which execution of the job sent it."""
+    """Number of the job's attempt that sent it."""
     component: str
     code: str
     error_class: str
-    """One of ``timeout``, ``connect``, ``tls``, ``dns``, ``http_4xx``, ``http_429``, ``http_5xx``, ``contract``, ``nonfinite``,
-    ``length``, ``egress``, ``callback_late``, ``other``."""
+    """One of ``timeout``, ``connect``, ``tls``, ``dns``, ``http_4xx``, ``http_429``, ``http_5xx``,
+    ``contract``, ``nonfinite``, ``length``, ``egress``, ``callback_late``, ``other``."""
     status: int | None
-    """HTTP status; null where no answer came."""
+    """HTTP status; null: no answer arrived."""
     attempts: int
     samples: int
     latency_seconds: float
-    """Over all attempts and the waits between them."""
+    """Duration of all attempts and the waits between them."""
     quote: str
-    """First bytes of what the service said, without secrets."""
+    """Start of the answer, without secrets."""
 
 
 class ComponentStats(Output):
-    """How the reward service of a component did."""
+    """Statistics of a component's reward service."""
 
     component: str
     requests: int
     failed_requests: int
     retries: int
     cached: int
-    """Completions that the service was not asked about: remembered, or equal to another one of the step."""
+    """Completions that were not sent: in the cache, or equal to another one of the step."""
     cache_hits: int
-    """Those that were remembered from before."""
+    """Completions with a cached reward."""
     p50_seconds: float | None
-    """Median request time of the newest step that had requests."""
+    """Median request time of the newest step with requests."""
     p95_seconds: float | None
 
 
 class RewardStats(Output):
-    """How the rewards of a job came, over all its steps; a step that was made twice counts once."""
+    """Statistics of a job's rewards over all steps; a repeated step counts once."""
 
     object: Literal["fine_tuning.job.reward_stats"]
     job_id: str
     steps: int
-    """Steps that were reported."""
+    """Reported steps."""
     rewards: int
     """Samples with a reward."""
     skips: int

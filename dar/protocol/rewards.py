@@ -1,7 +1,7 @@
-"""``dar.reward.v1``: what is sent to a reward service, and what it may answer.
+"""``dar.reward.v1``: requests to a reward service and its answers.
 
-`decode_response` is the only way from bytes to rewards. It accepts an answer as a whole or refuses it as a whole, so a
-failed score can never turn into a number on its way.
+`decode_response` is the only way from bytes to rewards. It accepts or rejects an answer as a whole,
+so a failed score never becomes a number.
 """
 
 import json
@@ -27,26 +27,26 @@ from dar.protocol.samples import FinishReason
 
 VERSION = "dar.reward.v1"
 REQUEST_TYPE, RESULT_TYPE = "reward.request", "reward.result"
-TOKEN_PREFIX = "rwt_"  # noqa: S105 - how a token begins, not one
+TOKEN_PREFIX = "rwt_"  # noqa: S105 - a prefix, not a token
 MAX_SAMPLES = 256
 """Most samples in one request."""
 MAX_REQUEST_BYTES = 8 * 1024**2
 MAX_RESPONSE_BYTES = 8 * 1024**2
 MAX_REWARD = 1e6
-"""Largest magnitude of a reward; beyond it something else than a reward was sent."""
+"""Largest magnitude of a reward; a larger number is taken for an error."""
 MAX_PARTS = 32
-"""Most parts of a reward that are reported beside it."""
+"""Most parts of a reward."""
 MAX_FEEDBACK = 4096
-"""Characters of feedback that are kept."""
+"""Longest feedback, in characters; the rest is cut off."""
 
 Mode = Literal["train", "eval", "validate"]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
-Number = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
+RewardNumber = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
 PartName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
 
 
 class _Wire(BaseModel):
-    """Types are strict; unknown keys are ignored, so that either side may be the newer one."""
+    """Types are strict. Unknown keys are ignored, so that either side may be newer."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -59,33 +59,33 @@ class _Wire(BaseModel):
 
 
 class SampleMetadata(_Wire):
-    """How a completion came about."""
+    """How a completion was sampled."""
 
     policy_version: int
     """Optimizer steps that the policy had done when it sampled."""
     truncated: bool
-    """Whether the completion was cut off at its longest length."""
+    """Whether the completion was cut off at the length limit."""
 
 
 class RequestSample(_Wire):
-    """One completion to be scored. Exactly one of ``prompt`` and ``messages`` is not null."""
+    """A completion to score. Exactly one of ``prompt`` and ``messages`` is not null."""
 
     id: Identifier
     """Unique in the request."""
     group_id: Identifier
-    """The same for all completions of one prompt."""
+    """Shared by all completions of one prompt."""
     index: Annotated[int, Field(ge=0)]
-    """Which completion of its group, from 0."""
+    """Index of the completion in its group, from 0."""
     prompt: str | None
     messages: list[dict[str, Any]] | None
     completion: str
-    """The bare text, without special tokens."""
+    """Text without special tokens."""
     finish_reason: FinishReason
     completion_tokens: Annotated[int, Field(ge=0)]
     ground_truth: Any
-    """The row's ``ground_truth`` column, null without one."""
+    """The row's ``ground_truth`` column; null: there is none."""
     columns: dict[str, Any]
-    """The other columns that the job names."""
+    """The further columns named by the job."""
     metadata: SampleMetadata
 
     @model_validator(mode="after")
@@ -98,11 +98,11 @@ class RequestSample(_Wire):
 
 
 class Callback(_Wire):
-    """Where a later answer may be posted: the body of a 200 with ``"type": "reward.result"``."""
+    """Where a later answer may be posted: the body of a 200, with ``"type": "reward.result"``."""
 
     url: Annotated[str, Field(max_length=2048)]
     token: Annotated[str, Field(pattern=r"^rwt_[A-Za-z0-9_-]{43}$", repr=False)]
-    """To be sent as ``Authorization: Bearer rwt_…``; it opens this one request and nothing else."""
+    """Sent as ``Authorization: Bearer rwt_…``; valid for this request only."""
 
 
 class Reply(_Wire):
@@ -111,18 +111,19 @@ class Reply(_Wire):
     modes: Annotated[list[Literal["sync", "async"]], Field(min_length=1)]
     """``sync``: with a 200. ``async``: also with a 202, and the result later."""
     deadline: Annotated[AwareDatetime, Field(strict=False)]
-    """No answer is read after this instant."""
+    """Answers after this instant are ignored."""
     callback: Callback | None = None
-    """With ``async``; without it a later answer can only be fetched, from the 202's ``poll_url``."""
+    """Only with ``async``. Without it a later answer must be available at the 202's
+    ``poll_url``."""
 
 
 class RewardRequest(_Wire):
-    """Body of the POST to a reward service; the same bytes on every attempt."""
+    """Body of the POST to a reward service, the same bytes on every attempt."""
 
     type: Literal["reward.request"]
     version: Literal["dar.reward.v1"]
     request_id: Identifier
-    """Equal to the ``webhook-id`` header; to be echoed."""
+    """Equal to the ``webhook-id`` header; the answer must repeat it."""
     job_id: str | None
     component: str
     step: Annotated[int, Field(ge=0)]
@@ -146,8 +147,8 @@ def _bounded_feedback(text: str) -> str:
 Feedback = Annotated[str, AfterValidator(_bounded_feedback)]
 
 
-def _few(parts: object) -> object:
-    """Counted first: a dict of half a million wrong names would cost seconds and a gigabyte of error objects."""
+def _limited(parts: object) -> object:
+    """Check the size first: half a million wrong names would cost seconds and a GB of errors."""
     if isinstance(parts, Mapping) and len(parts) > MAX_PARTS:
         raise PydanticCustomError(
             "too_many_parts",
@@ -166,21 +167,24 @@ class SampleError(_Wire):
 
 
 class SampleResult(_Wire):
-    """One sample of an answer: exactly one of ``reward``, ``skip`` and ``error``. A null reward alone is a skip."""
+    """The result of one sample: one of ``reward``, ``skip`` and ``error``.
+
+    A null reward is a skip.
+    """
 
     id: str
-    reward: Number | None = None
+    reward: RewardNumber | None = None
     skip: bool = False
     """The reward does not apply to this sample."""
     error: SampleError | None = None
     reason: Feedback | None = None
     """Why the sample was skipped."""
     components: Annotated[
-        dict[PartName, Number], Field(max_length=MAX_PARTS), BeforeValidator(_few)
+        dict[PartName, RewardNumber], Field(max_length=MAX_PARTS), BeforeValidator(_limited)
     ] = Field(default_factory=dict)
     """Parts of the reward, for viewing only."""
     feedback: Feedback | None = None
-    """Stored for viewing, never interpreted."""
+    """Stored for viewing, not interpreted."""
 
     @model_validator(mode="after")
     def _one_outcome(self) -> "SampleResult":
@@ -194,16 +198,16 @@ class SampleResult(_Wire):
 
 
 Bounded = Field(max_length=MAX_SAMPLES, fail_fast=True)
-"""No list of millions is looked at element by element, and the first mistake is enough."""
+"""The length is checked before the items, and checking stops at the first error."""
 
 
 class RewardResponse(_Wire):
-    """A 200: ``rewards`` in the order of the samples, or ``results`` by id."""
+    """Body of a 200: ``rewards`` in the order of the samples, or ``results`` by id."""
 
     type: str | None = None
-    """``reward.result`` where the answer is posted to a callback; elsewhere it says nothing."""
+    """``reward.result`` in a callback; otherwise ignored."""
     request_id: str
-    rewards: Annotated[list[Number | None], Bounded] | None = None
+    rewards: Annotated[list[RewardNumber | None], Bounded] | None = None
     results: Annotated[list[SampleResult], Bounded] | None = None
 
     @model_validator(mode="after")
@@ -216,24 +220,25 @@ class RewardResponse(_Wire):
 
 
 class Accepted(_Wire):
-    """A 202: the result comes later, to the callback or at ``poll_url``."""
+    """Body of a 202: the result follows, to the callback or at ``poll_url``."""
 
     request_id: str
     status: Literal["accepted"]
     poll_url: Annotated[str, Field(max_length=2048)] | None = None
-    """Where the result can be fetched: on the origin of the reward service; relative to its URL."""
+    """Where the result can be fetched, on the origin of the reward service; may be relative."""
     eta_ms: Annotated[float, Field(ge=0)] | None = None
-    """When it may be there, in milliseconds from now; a hint."""
+    """Expected time until the result, in milliseconds; a hint."""
 
 
 def decode_request(body: bytes) -> RewardRequest:
-    """The request in ``body``, for a reward service.
+    """Decode a request in a reward service.
 
     Raises:
-        InvalidRequestError: It is not a request of ``dar.reward.v1``; the problems name the fields.
+        InvalidRequestError: It is not a request of ``dar.reward.v1``; ``problems`` names the
+            fields.
     """
     try:
-        # Not orjson: it would round integers over 64 bits, which columns may hold.
+        # Not orjson: it rounds integers over 64 bits, which columns may hold.
         content = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
@@ -253,16 +258,16 @@ def decode_request(body: bytes) -> RewardRequest:
 
 
 def decode_response(body: bytes, *, request_id: str, ids: Sequence[str]) -> list[SampleResult]:
-    """The results in ``body``, one for each of ``ids`` and in their order.
+    """The results in an answer, one for each of ``ids`` and in their order.
 
     Args:
-        body: An answer of a reward service, at most `MAX_RESPONSE_BYTES`.
-        request_id: Id of the request that was sent.
-        ids: Ids of the samples that were sent.
+        body: Answer of a reward service, at most `MAX_RESPONSE_BYTES`.
+        request_id: Id of the request.
+        ids: Ids of its samples.
 
     Raises:
-        RewardContractError: The answer breaks the contract; ``error_code`` says how (``contract.length``,
-            ``contract.nonfinite``, …). Nothing of such an answer is used.
+        RewardContractError: The answer breaks the contract (``contract.length``,
+            ``contract.nonfinite``, …). No part of it is used.
     """
     response = _parse(RewardResponse, body)
     _check_echo(response.request_id, request_id)
@@ -270,7 +275,7 @@ def decode_response(body: bytes, *, request_id: str, ids: Sequence[str]) -> list
 
 
 def decode_result(body: bytes, *, request_id: str, ids: Sequence[str]) -> list[SampleResult]:
-    """The results in a body that was posted to a callback: like `decode_response`, and its type must be `RESULT_TYPE`.
+    """The results in the body of a callback: like `decode_response`, with the type `RESULT_TYPE`.
 
     Raises:
         RewardContractError: As for `decode_response`; ``contract.result_type`` for another type.
@@ -283,10 +288,10 @@ def decode_result(body: bytes, *, request_id: str, ids: Sequence[str]) -> list[S
 
 
 def decode_accepted(body: bytes, *, request_id: str) -> Accepted:
-    """The promise in the body of a 202.
+    """Decode the body of a 202.
 
     Raises:
-        RewardContractError: It is none, or for another request.
+        RewardContractError: It is invalid, or for another request.
     """
     accepted = _parse(Accepted, body)
     _check_echo(accepted.request_id, request_id)
@@ -294,7 +299,7 @@ def decode_accepted(body: bytes, *, request_id: str) -> Accepted:
 
 
 def is_own_request(body: bytes) -> bool:
-    """Whether ``body`` is a request of ours that somebody sends back instead of an answer."""
+    """Whether ``body`` is a request, returned instead of an answer."""
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -333,10 +338,11 @@ def _by_id(response: RewardResponse, ids: Sequence[str]) -> list[SampleResult]:
 
 
 def load_json(body: bytes) -> object:
-    """The JSON value in an answer; of a name that occurs twice in an object the last counts.
+    """The JSON value in an answer. Of equal keys in an object the last one counts.
 
     Raises:
-        RewardContractError: It is no JSON (``contract.json``), or a number in it is not finite (``contract.nonfinite``).
+        RewardContractError: It is not JSON (``contract.json``), or a number in it is not finite
+            (``contract.nonfinite``).
     """
     try:
         return orjson.loads(body)
@@ -344,10 +350,10 @@ def load_json(body: bytes) -> object:
         _refuse_json(body, str(error))
 
 
-Answer = TypeVar("Answer", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def _parse(model: type[Answer], body: bytes) -> Answer:
+def _parse(model: type[Model], body: bytes) -> Model:
     content = load_json(body)
     if not isinstance(content, Mapping):
         _refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
@@ -368,15 +374,15 @@ _CODES = {
     "one_form": "form",
     "missing": "form",
 }
-"""Kinds of pydantic errors that have their own code; all others are ``contract.type``."""
+"""Codes for types of pydantic errors; all others are ``contract.type``."""
 
 
 class _NonFiniteError(ValueError):
-    """A token that JSON parsers of many languages accept, and that is no finite number."""
+    """A number that is not finite, which JSON parsers of many languages accept."""
 
 
 def _refuse_json(body: bytes, reason: str) -> NoReturn:
-    """Tell NaN, Infinity and numbers beyond a float's range, the likely slips, from what is no JSON at all."""
+    """Report NaN, Infinity and numbers beyond a float's range apart from other invalid JSON."""
 
     def constant(token: str) -> NoReturn:
         raise _NonFiniteError(token)

@@ -1,4 +1,4 @@
-"""From the ``rewards`` of a job spec to its scorer, and what keeps a spec from ever working."""
+"""The scorer of a job spec, and the checks of its ``rewards`` at submission."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -6,7 +6,8 @@ from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardM
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardObserver, RewardProtocol, RewardSource
-from dar.rewards.builtins.registry import BuiltinReward, make_builtin
+from dar.rewards.builtins.base import BuiltinReward
+from dar.rewards.builtins.registry import make_builtin
 from dar.rewards.cache.cache import CachePlace, Caches, ResultCache
 from dar.rewards.http.async_results import Inbox
 from dar.rewards.http.egress import EgressPolicy
@@ -40,21 +41,21 @@ def scorer_from_spec(
 
     Args:
         rewards: The spec's ``rewards``.
-        access: How each registered endpoint is reached, by component name.
-        secret: Signs requests to inline URLs; None sends them unsigned.
-        job_id: Named in the requests.
+        access: URL and credentials of each registered endpoint, by component name.
+        secret: Signs requests to inline URLs; None: they are unsigned.
+        job_id: Sent in the requests.
         on_wait: See `RewardScorer`.
-        models: The reward models in memory, by component name.
+        models: Loaded reward models, by component name.
         guard: Which addresses may be reached; None: all.
         observer: See `RewardScorer`.
-        inbox: Takes callbacks of reward services.
+        inbox: Receives callbacks of reward services.
         is_shared: See `HttpOptions`.
-        cache: Where rewards are remembered; None: nowhere, whatever the components say.
+        cache: Where rewards are cached; None: no component is cached.
 
     Raises:
         ConfigurationError: The secret is malformed, or a reward model was not loaded.
-        RewardMisconfiguredError: A registered endpoint is not known here.
-        InvalidRequestError: A builtin cannot work as it is described.
+        RewardMisconfiguredError: A registered endpoint is unknown.
+        InvalidRequestError: A builtin has invalid parameters.
     """
     caches = None if cache is None else Caches(cache)
     reached = access or {}
@@ -118,20 +119,20 @@ def http_source(
     is_shared: bool = True,
     cache: ResultCache | None = None,
 ) -> HttpReward:
-    """The service of an http component.
+    """The source of an http component.
 
     Args:
-        component: What a job spec says of it.
-        access: How its registered endpoint is reached; None for an inline URL.
+        component: From a job spec.
+        access: URL and credentials of its registered endpoint; None for an inline URL.
         secret: Signs requests to an inline URL.
         guard: Which addresses may be reached; None: all.
-        inbox: Takes its callbacks.
+        inbox: Receives its callbacks.
         is_shared: See `HttpOptions`.
-        cache: Knows rewards that need not be asked for.
+        cache: Rewards of earlier requests.
 
     Raises:
         ConfigurationError: A secret is malformed.
-        RewardMisconfiguredError: The registered endpoint is not known here, or the URL cannot be used.
+        RewardMisconfiguredError: The registered endpoint is unknown, or the URL cannot be used.
     """
     url = component.url if access is None else access.url
     if url is None:
@@ -153,7 +154,7 @@ def http_options(
     guard: EgressPolicy | None,
     is_shared: bool = True,
 ) -> HttpOptions:
-    """How the service of an http component is driven; see `http_source`."""
+    """Options of an http component; see `http_source`."""
     return HttpOptions(
         component.columns,
         component.batch,
@@ -172,7 +173,7 @@ def http_options(
 
 
 def protocol_of(component: RewardComponent) -> RewardProtocol:
-    """What is spoken with the service of an http component."""
+    """The protocol of an http component."""
     coerce = component.coerce
     if component.protocol == "openrlhf":
         return OpenRLHFProtocol(coerce=coerce)
@@ -189,11 +190,11 @@ def _bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
     return None if bounds is None else (bounds[0], bounds[1])
 
 
-# --- what is checked when a job is submitted -------------------------------------------------------------------------
+# --- checks at submission -------------------------------------------------------------------------
 
 
 def check_rewards(rewards: Rewards) -> list[Problem]:
-    """What keeps rewards from ever working, beyond what the spec's own types say; each with its path in a job spec."""
+    """Problems that the types of the spec cannot express, each with its path in a job spec."""
     problems = [
         problem
         for index, component in enumerate(rewards.components)
@@ -225,13 +226,13 @@ def _problems_of(component: RewardComponent, path: str) -> Iterator[Problem]:
             yield Problem(problem.message, f"{path}.{problem.param}", problem.code)
     if component.cache.scope == "endpoint" and component.kind == "http" and not component.endpoint:
         yield Problem(
-            "only jobs with the same registered endpoint can share remembered rewards; register one, or send scope job",
+            "only jobs with the same registered endpoint can share cached rewards; register one, or send scope job",
             f"{path}.cache.scope",
             "unsupported_value",
         )
     if component.coerce and component.protocol == "dar.reward.v1":
         yield Problem(
-            "coerce is for services that were written for other protocols; dar.reward.v1 takes numbers alone",
+            "coerce is for services of other protocols; dar.reward.v1 accepts numbers alone",
             f"{path}.coerce",
             "unsupported_value",
         )
@@ -241,7 +242,7 @@ def columns_of(component: RewardComponent) -> list[tuple[str, str]]:
     """The columns that a component reads, each with its path below the component.
 
     Raises:
-        InvalidRequestError: A builtin cannot work as it is described.
+        InvalidRequestError: A builtin has invalid parameters.
     """
     if component.kind == "builtin":
         return [

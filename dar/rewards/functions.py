@@ -1,4 +1,4 @@
-"""Reward functions with TRL's signature: ``f(prompts, completions, **columns) -> list[float | None]``."""
+"""Reward functions with TRL's signature ``f(prompts, completions, **columns)`` as sources."""
 
 import contextlib
 import inspect
@@ -10,26 +10,38 @@ from pydantic import ValidationError
 
 from dar.errors import ConfigurationError, RewardContractError
 from dar.protocol.rewards import MAX_REWARD, SampleResult
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
-from dar.rewards.scoring.threads import ExitRequestedError, in_daemon_thread
+from dar.rewards.base import (
+    Failed,
+    RewardContext,
+    RewardResult,
+    RewardSample,
+    Scored,
+    Skipped,
+    trl_completion,
+    trl_prompt,
+)
+from dar.rewards.threads import ExitRequestedError, in_daemon_thread
 
 Returned = Sequence[float | Mapping[str, Any] | None]
 RewardFunction = Callable[..., Returned | Awaitable[Returned]]
-"""Takes ``prompts`` and ``completions`` as lists, and by name what else it wants of the data set's columns.
+"""Takes the lists ``prompts`` and ``completions``, and columns of the data set by name.
 
-Texts for prompts that are texts; for conversations, lists of messages, the completion's being
-``[{"role": "assistant", "content": …}]``. None says that the reward does not apply to a sample. Instead of a number there may be a
-mapping in the words of ``dar.reward.v1``: ``{"reward": 0.7, "components": {"correct": 1.0}, "feedback": "why"}``,
-``{"skip": True, "reason": "no maths"}`` or ``{"error": {"code": "judge_timeout", "message": "…", "retryable": True}}``.
+Prompts that are text come with text completions; conversations are lists of messages, with the
+completion as ``[{"role": "assistant", "content": …}]``. None means that the reward does not apply
+to a sample. Instead of a number the function may return a mapping with the fields of
+``dar.reward.v1``: ``{"reward": 0.7, "components": {"correct": 1.0}, "feedback": "why"}``,
+``{"skip": True, "reason": "no maths"}`` or
+``{"error": {"code": "judge_timeout", "message": "…", "retryable": True}}``.
 """
 
 
 class FunctionReward:
     """A Python function as a reward source.
 
-    A plain function runs in a thread of its own, so that it may block; one coroutine function runs on the event loop.
-    It is called once per `score`, with all samples, and what it raises comes out unchanged. A plain function gets all samples of a
-    step in one call, as with TRL; a coroutine function those of each prompt as soon as they are sampled.
+    A plain function runs in its own thread and may block; a coroutine function runs on the event
+    loop. It is called once per `score`, and its exceptions pass unchanged. A plain function gets
+    all samples of a step in one call, as in TRL; a coroutine function gets the samples of each
+    prompt as soon as they are sampled.
 
     Args:
         function: The user's function.
@@ -43,7 +55,7 @@ class FunctionReward:
         self._function = function
         self._name = name or function_name(function)
         self._parameters = _parameters(function)
-        self._accepted = _names_taken(self._parameters)
+        self._accepted = _accepted_names(self._parameters)
         if self._accepted is not None and "completions" not in self._accepted:
             raise ConfigurationError(
                 f"reward function {self._name} has no parameter named completions; "
@@ -52,17 +64,16 @@ class FunctionReward:
 
     @property
     def name(self) -> str:
-        """Component name."""
         return self._name
 
     @property
     def takes_whole_steps(self) -> bool:
-        """Whether it is called once for a step: a plain function, which need not bear several threads."""
+        """Whether it is called once per step: plain functions may not be thread-safe."""
         return not inspect.iscoroutinefunction(self._function)
 
     @property
     def needs_completion_ids(self) -> bool:
-        """Whether the function cannot be called without ``completion_ids``."""
+        """Whether ``completion_ids`` is a required parameter."""
         parameter = self._parameters.get("completion_ids")
         return parameter is not None and parameter.default is parameter.empty
 
@@ -71,11 +82,11 @@ class FunctionReward:
         samples: Sequence[RewardSample],
         context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
     ) -> list[RewardResult]:
-        """Call the function once with ``samples``: one result each, in order.
+        """Call the function once: one result per sample, in order.
 
         Raises:
-            RewardContractError: It returned something else than one number, mapping or None per sample.
-            Exception: Whatever the function raised.
+            RewardContractError: It did not return one number, mapping or None per sample.
+            Exception: The function raised it.
         """
         try:
             values = await self._call(self._arguments(samples))
@@ -92,15 +103,15 @@ class FunctionReward:
         return await returned if inspect.isawaitable(returned) else returned
 
     async def aclose(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is no connection."""
 
     def _arguments(self, samples: Sequence[RewardSample]) -> dict[str, list[Any]]:
         names = dict.fromkeys(name for sample in samples for name in sample.columns)
         arguments: dict[str, list[Any]] = {
             name: [sample.columns.get(name) for sample in samples] for name in names
         }
-        arguments["prompts"] = [_prompt(sample) for sample in samples]
-        arguments["completions"] = [_completion(sample) for sample in samples]
+        arguments["prompts"] = [trl_prompt(sample) for sample in samples]
+        arguments["completions"] = [trl_completion(sample) for sample in samples]
         ids = [sample.completion_ids for sample in samples if sample.completion_ids is not None]
         if len(ids) == len(samples):
             arguments["completion_ids"] = [list(item) for item in ids]
@@ -110,7 +121,7 @@ class FunctionReward:
 
 
 def function_name(function: object) -> str:
-    """A component name made of a callable's own name."""
+    """A component name derived from the name of a callable."""
     name = getattr(function, "__name__", type(function).__name__)
     plain = "".join(ch if ch.isascii() and ch.isalnum() else "_" for ch in name.lower()).strip("_")
     return (plain if plain[:1].isalpha() else f"reward_{plain}")[:32].rstrip("_")
@@ -119,39 +130,30 @@ def function_name(function: object) -> str:
 def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some built-in callables do not say
+    except (TypeError, ValueError):  # some built-in callables have no signature
         anything = inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)
         return {anything.name: anything}
 
 
-def _names_taken(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str] | None:
-    """Names that can be passed as keywords; None: any."""
+def _accepted_names(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str] | None:
+    """Names accepted as keywords; None: all."""
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
     by_name = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     return frozenset(name for name, parameter in parameters.items() if parameter.kind in by_name)
 
 
-def _prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:
-    return sample.prompt if sample.messages is None else [dict(item) for item in sample.messages]
-
-
-def _completion(sample: RewardSample) -> str | list[dict[str, Any]]:
-    if sample.messages is None:
-        return sample.completion
-    return [{"role": "assistant", "content": sample.completion}]
-
-
 def as_results(values: object, expected: int, source: str) -> list[RewardResult]:
-    """What a reward function returned, as results: None is a skip, NaN and infinity are failures.
+    """The return value of a reward function as results: None is a skip, NaN and infinity fail.
 
     Args:
-        values: The function's return value.
-        expected: Number of samples that it was given.
-        source: Who returned it, for messages.
+        values: The return value.
+        expected: Number of samples.
+        source: Named in messages.
 
     Raises:
-        RewardContractError: It is no list, has another length, or holds something else than numbers, mappings and None.
+        RewardContractError: It is not a list, has the wrong length, or an item is neither a number,
+            a mapping nor None.
     """
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise RewardContractError(
@@ -173,7 +175,7 @@ def _as_result(value: object, source: str) -> RewardResult:
     if isinstance(value, Mapping):
         return _of_mapping(value, source)
     try:
-        # Booleans, numpy scalars and one-element tensors are numbers here, as they are to TRL; texts are not.
+        # As in TRL, booleans, numpy scalars and one-element tensors are numbers; strings are not.
         reward = float(value) if isinstance(value, SupportsFloat) else None
     except (TypeError, ValueError, OverflowError):
         reward = None
@@ -190,16 +192,20 @@ def _as_result(value: object, source: str) -> RewardResult:
     return Scored(reward)
 
 
-_WORDS = frozenset(SampleResult.model_fields) - {"id"}
-_BAD_NUMBERS = {"finite_number": "nonfinite", "less_than_equal": "out_of_range", "greater_than_equal": "out_of_range"}  # fmt: skip
-"""What makes a sample a failure, as a bare number of that kind does; everything else refuses the whole call."""
+_FIELDS = frozenset(SampleResult.model_fields) - {"id"}
+_BAD_NUMBERS = {
+    "finite_number": "nonfinite",
+    "less_than_equal": "out_of_range",
+    "greater_than_equal": "out_of_range",
+}
+"""Errors that fail the sample, as such a number alone does; all others reject the whole call."""
 
 
 def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
-    unknown = [str(name)[:80] for name in value if name not in _WORDS]
+    unknown = [str(name)[:80] for name in value if name not in _FIELDS]
     if unknown:
         raise RewardContractError(
-            f"{source} returned a mapping with {unknown[0]!r}; it may have {', '.join(sorted(_WORDS))}",
+            f"{source} returned a mapping with {unknown[0]!r}; it may have {', '.join(sorted(_FIELDS))}",
             code="contract.form",
         )
     given = {name: item for name, item in value.items() if item is not None or name == "reward"}
@@ -226,7 +232,7 @@ def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
 
 
 def _plain(value: object) -> object:
-    """A number of any kind (boolean, numpy scalar, one-element tensor) as a float; anything else as it is."""
+    """A boolean, numpy scalar or one-element tensor as a float; other values unchanged."""
     if isinstance(value, SupportsFloat):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return float(value)

@@ -1,7 +1,7 @@
-"""A reward source behind a URL: one signed POST per batch, hard time limits, retries only where they can help.
+"""`HttpReward`: a reward service as a reward source.
 
-Every way to fail ends as a `Failed` for the samples of that request, or as an error when the service refuses for good;
-none ends as a number.
+A failed request makes each of its samples a `Failed`. An error is raised only if no request can
+succeed until the configuration changes. No failure becomes a number.
 """
 
 import asyncio
@@ -11,20 +11,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
-from dar.rewards.base import RewardContext, RewardObserver, RewardResult, RewardSample
-from dar.rewards.cache.cache import ResultCache, Spared
+from dar.rewards.base import (
+    RewardContext,
+    RewardObserver,
+    RewardResult,
+    RewardSample,
+    strip_thinking,
+)
+from dar.rewards.cache.cache import CacheSavings, ResultCache
 from dar.rewards.http.async_results import Inbox
-from dar.rewards.http.batching import Batcher, Piece, Request
-from dar.rewards.http.breaker import State
+from dar.rewards.http.batching import Batcher, Piece, QueuedRequest
+from dar.rewards.http.breaker import BreakerState
 from dar.rewards.http.egress import parse_url
-from dar.rewards.http.endpoint import Connection, Endpoint, Slot, open_endpoint
-from dar.rewards.http.options import HttpOptions
+from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, EndpointConfig, open_endpoint
 from dar.rewards.http.redaction import check_headers
-from dar.rewards.http.request import Delivery, Sender
+from dar.rewards.http.request import HttpOptions, RetryingRequest, Sender
 from dar.rewards.http.retry import AttemptFailedError
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.http.wire import CALLBACK_BYTES, Batch, EncodedSample, batches, encode_sample
-from dar.rewards.thinking import without_thinking
+from dar.rewards.http.wire import (
+    CALLBACK_BYTES,
+    EncodedBatch,
+    EncodedSample,
+    batches,
+    encode_sample,
+)
+from dar.rewards.protocols.native import NativeProtocol
+from dar.rewards.threads import wait_for_all
 
 __all__ = ["HttpOptions", "HttpReward"]
 logger = logging.getLogger(__name__)
@@ -35,18 +47,18 @@ class HttpReward:
 
     Args:
         name: Component name.
-        url: Where requests are posted.
-        secret: ``whsec_…``; short for ``secrets`` with one.
-        secrets: Requests are signed with all of them, so that one can replace another; none sends unsigned requests.
+        url: Requests are posted here.
+        secret: A single secret, ``whsec_…``.
+        secrets: Requests are signed with each of them, for rotation; without any they are unsigned.
         options: Protocol, batching, limits, timeouts, retries, credentials and egress.
-        on_wait: Called with a message whenever a retry is being waited for.
-        observer: Is told of every attempt, every change of the breaker and every wait.
-        inbox: Takes results that come by callback.
-        cache: Knows rewards that need not be asked for; None: every sample is sent.
+        on_wait: Called with a message whenever a request waits.
+        observer: Receives every attempt, change of the breaker and wait.
+        inbox: Receives results that are sent to callbacks.
+        cache: Rewards of earlier requests; None: every sample is sent.
 
     Raises:
-        ConfigurationError: A secret is malformed, a secret header cannot be sent, or signed answers are asked for without a
-            secret.
+        ConfigurationError: A secret is malformed, a secret header cannot be sent, or signed answers
+            are required but there is no secret.
         RewardMisconfiguredError: ``config.url`` or ``egress_denied``: the URL cannot be used.
     """
 
@@ -66,6 +78,7 @@ class HttpReward:
         self._name = name
         self._url = url
         self._options = options or HttpOptions()
+        self._protocol = self._options.protocol or NativeProtocol()
         self._secrets = (*secrets, *(() if secret is None else (secret,)))
         self._keys = tuple(map(decode_secret, self._secrets))
         self._target = parse_url(url, self._options.guard)
@@ -82,22 +95,21 @@ class HttpReward:
         self._max_bytes = self._options.batch.max_bytes
         if self._options.allow_async:
             self._max_bytes -= CALLBACK_BYTES
-        bounds = (self._options.batch.max_samples, self._options.protocol.max_samples)
+        bounds = (self._options.batch.max_samples, self._protocol.max_samples)
         self._max_samples = min(bound for bound in bounds if bound is not None)
         self._endpoint: Endpoint | None = None
         self._batcher: Batcher | None = None
 
     @property
     def name(self) -> str:
-        """Component name."""
         return self._name
 
     def state(self) -> dict[str, Any]:
-        """What was learned about the service, for a checkpoint."""
+        """State for a checkpoint: the limit that the service has shown."""
         return {"max_samples": self._max_samples}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what was learned; a limit that the job has lowered since stays lower."""
+        """Restore the limit of a checkpoint, unless the job's own limit is lower now."""
         learned = state.get("max_samples")
         if isinstance(learned, int) and learned > 0:
             self._max_samples = min(self._max_samples, learned)
@@ -107,19 +119,18 @@ class HttpReward:
     ) -> list[RewardResult]:
         """Score ``samples``: one result each, in order.
 
-        May be called again before it has ended: the groups of all calls are put together into requests. It waits while too
-        many requests do.
+        Concurrent calls share requests. A call waits while too many requests are queued.
 
         Raises:
-            RewardMisconfiguredError: The service refuses for good.
+            RewardMisconfiguredError: No request can succeed until the configuration changes.
         """
-        if self._options.strip_thinking:  # first, so that what is remembered goes by what is sent
-            samples = list(map(without_thinking, samples))
+        if self._options.strip_thinking:  # first, so that cache keys match what is sent
+            samples = list(map(strip_thinking, samples))
         if self._cache is None or context.mode == "validate":
-            return await self._ask(samples, context)
-        return await self._cache.score(samples, context, self._ask, self._spared)
+            return await self._request(samples, context)
+        return await self._cache.score(samples, context, self._request, self._not_sent)
 
-    async def _ask(
+    async def _request(
         self, samples: Sequence[RewardSample], context: RewardContext
     ) -> list[RewardResult]:
         loop = asyncio.get_running_loop()
@@ -131,14 +142,16 @@ class HttpReward:
         try:
             for piece in pieces:
                 await batcher.put(piece, context)
-            outcomes = await _all_or_first_error(pieces)
+            await wait_for_all([piece.outcome for piece in pieces])
         finally:
             await _leave(pieces)
-        found = {sample_id: result for found in outcomes for sample_id, result in found.items()}
+        found = {
+            name: result for piece in pieces for name, result in piece.outcome.result().items()
+        }
         return [found[sample.id] for sample in samples]
 
     async def aclose(self) -> None:
-        """Give up the connections; the last user of an endpoint closes them."""
+        """Release the endpoint; its last user closes the connections."""
         endpoint, self._endpoint, self._batcher = self._endpoint, None, None
         if endpoint is not None:
             await endpoint.release(self._breaker_changed)
@@ -146,28 +159,28 @@ class HttpReward:
             await self._cache.aclose()
 
     def waits(self, message: str) -> None:
-        """A request of this component is waiting."""
+        """Report that a request of this component waits."""
         if self.on_wait is not None:
             self.on_wait(message)
         if self.observer is not None:
             self.observer.waiting(self._name, message)
 
-    def _spared(self, spared: Spared) -> None:
+    def _not_sent(self, savings: CacheSavings) -> None:
         if self.observer is not None:
-            self.observer.spared(self._name, spared.hits, spared.copies)
+            self.observer.not_sent(self._name, savings.hits, savings.copies)
 
-    def _pieces(self, encoded: Sequence[EncodedSample]) -> list[Batch]:
-        """Whole groups, but for those that alone are over a limit."""
-        groups: dict[str, Batch] = {}
+    def _pieces(self, encoded: Sequence[EncodedSample]) -> list[EncodedBatch]:
+        """Whole groups; a group that alone exceeds a limit is split."""
+        groups: dict[str, EncodedBatch] = {}
         for sample in encoded:
             groups.setdefault(sample.group_id, []).append(sample)
         limits = {"max_samples": self._max_samples, "max_bytes": self._max_bytes}
         return [piece for group in groups.values() for piece in batches(group, **limits)]
 
     def _open(self) -> Batcher:
-        """Endpoint and batcher, made at their first use so that they belong to the event loop that uses them."""
+        """The batcher. It and the endpoint belong to the event loop of their first use."""
         if self._batcher is None:
-            self._endpoint = open_endpoint(self._connection())
+            self._endpoint = open_endpoint(self._endpoint_config())
             self._endpoint.listeners.add(self._breaker_changed)
             self._batcher = Batcher(
                 self._send,
@@ -175,18 +188,19 @@ class HttpReward:
                 max_bytes=self._max_bytes,
                 linger_seconds=self._options.batch.linger_ms / 1000,
                 slots=self._options.limits.concurrency,
-                # A later answer finds its request by an id that the samples give, also after a restart.
+                # The id of a request depends on its samples. After a restart the same samples must
+                # share a request, or a later answer would not find its own.
                 is_merging=not self._options.allow_async,
             )
         return self._batcher
 
-    def _connection(self) -> Connection:
+    def _endpoint_config(self) -> EndpointConfig:
         options = self._options
-        return Connection(
+        return EndpointConfig(
             target=self._target,
             secrets=self._secrets,
             headers=tuple(sorted((name.lower(), value) for name, value in options.headers.items())),
-            limits=Connection.limits_of(options.limits),
+            limits=(options.limits.concurrency, options.limits.rps),
             guard=options.guard,
             breaker=options.breaker,
             budget=options.budget,
@@ -195,7 +209,7 @@ class HttpReward:
             owner=None if options.is_shared else self,
         )
 
-    async def _send(self, request: Request) -> None:
+    async def _send(self, request: QueuedRequest) -> None:
         endpoint, batcher = self._endpoint, self._batcher
         assert endpoint is not None
         assert batcher is not None
@@ -203,25 +217,31 @@ class HttpReward:
         try:
             await slot.acquire()
             batcher.leaves_queue(request)
-            found = await self._deliver(list(request.samples), request, endpoint, slot)
+            found = await self._score_batch(list(request.samples), request, endpoint, slot)
         finally:
             slot.release()
         for piece in request.pieces:
             if not piece.outcome.done():
                 piece.outcome.set_result({sample.id: found[sample.id] for sample in piece.samples})
 
-    async def _deliver(
-        self, samples: Batch, request: Request, endpoint: Endpoint, slot: Slot
+    async def _score_batch(
+        self,
+        samples: EncodedBatch,
+        request: QueuedRequest,
+        endpoint: Endpoint,
+        slot: ConcurrencySlot,
     ) -> dict[str, RewardResult]:
-        """The results of ``samples``, over as many requests as the limit on their size demands, which may sink on the way."""
+        """The results of ``samples``, over several requests if the size limit shrinks meanwhile."""
         found: dict[str, RewardResult] = {}
         waiting = samples
         while waiting:
             limits = {"max_samples": self._max_samples, "max_bytes": self._max_bytes}
             part = next(batches(waiting, **limits))
-            delivery = Delivery(self._sender(endpoint), request.context, request.ready_at, slot)
+            retrying = RetryingRequest(
+                self._sender(endpoint), request.context, request.ready_at, slot
+            )
             try:
-                found.update(await delivery.results(part))
+                found.update(await retrying.results(part))
             except AttemptFailedError as failure:
                 if failure.kind in {"permanent", "name"}:
                     raise self._refused(failure, endpoint) from failure
@@ -229,13 +249,13 @@ class HttpReward:
                     self._max_samples = max(1, min(self._max_samples, len(part) // 2))
                     continue
                 logger.warning("%s: %d samples failed: %s", self._label, len(part), failure.code)
-                found.update(dict.fromkeys((s.id for s in part), delivery.failed(failure)))
+                found.update(dict.fromkeys((s.id for s in part), retrying.failed(failure)))
             waiting = waiting[len(part) :]
         return found
 
     def _refused(self, failure: AttemptFailedError, endpoint: Endpoint) -> RewardMisconfiguredError:
         error = RewardMisconfiguredError(f"{self._label}: {failure.full_reason}", code=failure.code)
-        if failure.kind == "name":  # one that is permanent at once was told by the delivery
+        if failure.kind == "name":  # for a permanent failure the request has done so
             endpoint.breaker.trip(error)
         return error
 
@@ -245,6 +265,7 @@ class HttpReward:
             label=self._label,
             url=self._url,
             options=self._options,
+            protocol=self._protocol,
             keys=self._keys,
             endpoint=endpoint,
             observer=self.observer,
@@ -252,30 +273,19 @@ class HttpReward:
             waits=self.waits,
         )
 
-    def _breaker_changed(self, state: State, reason: str) -> None:
+    def _breaker_changed(self, state: BreakerState, reason: str) -> None:
         logger.info("%s: breaker %s: %s", self._label, state, reason)
         if self.observer is not None:
             self.observer.breaker_changed(self._name, state, reason)
 
 
-async def _all_or_first_error(pieces: Sequence[Piece]) -> list[dict[str, RewardResult]]:
-    """The outcomes of all, in order; the first error comes out as soon as it is there."""
-    await asyncio.wait([piece.outcome for piece in pieces], return_when=asyncio.FIRST_EXCEPTION)
-    for piece in pieces:
-        if piece.outcome.done():
-            piece.outcome.result()
-    return [piece.outcome.result() for piece in pieces]
-
-
 async def _leave(pieces: Sequence[Piece]) -> None:
-    """Give up what is not answered, and see to it that nothing of it is left in flight."""
+    """Cancel pieces without an outcome, and wait until their requests have ended."""
     if all(piece.outcome.done() for piece in pieces):
         return
     for piece in pieces:
         piece.outcome.cancel()
-    await asyncio.sleep(
-        0
-    )  # the outcomes' callbacks cancel the requests that nobody waits for any more
+    await asyncio.sleep(0)  # callbacks of the outcomes cancel requests that no call waits for
     tasks = {
         piece.task for piece in pieces if piece.task is not None and piece.task.cancelling() > 0
     }

@@ -16,6 +16,7 @@ from dar.errors import IdempotencyMismatchError, InvalidRequestError, NotFoundEr
 from dar.protocol import spec_checks
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
+from dar.protocol.reward_spec import with_retired_fields
 from dar.protocol.spec import JobSpec, total_steps
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
@@ -79,7 +80,11 @@ class Plan:
 
 def body_digest(spec: JobSpec) -> str:
     """Digest of a spec that ignores whitespace, the order of keys, and defaults written out."""
-    canonical = orjson.dumps(spec.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)
+    content = spec.model_dump(mode="json")
+    dar = content["method"]["dar"]
+    if dar["rewards"] is not None:
+        dar["rewards"] = with_retired_fields(dar["rewards"])
+    canonical = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(canonical).hexdigest()
 
 

@@ -24,7 +24,7 @@ from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.rewards.probe.client import ProbeClient, ProbeTarget
-from dar.rewards.scoring.threads import all_of
+from dar.rewards.threads import all_of
 from service.rewards.endpoints import access_for
 from service.runtime import Runtime
 from service.store import reward_endpoints, reward_pauses

@@ -1,5 +1,6 @@
 """Jobs over HTTP: submitted once, listed, cancelled, and shown as OpenAI's clients expect."""
 
+import json
 import statistics
 import threading
 import time
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from dar.protocol import spec_checks
+from dar.protocol.spec import JobSpec
+from service.jobs.submission import body_digest
 
 PATH = "/v1/fine_tuning/jobs"
 
@@ -157,6 +160,67 @@ def test_the_same_key_and_body_make_one_job(live: Any, error_of: Callable[..., A
     other = live.http.post(PATH, json=spec | {"seed": 5}, headers=headers)
     assert (other.status_code, error_of(other)["code"]) == (409, "idempotency_mismatch")
     assert len(live.http.get(PATH).json()["data"]) == 1
+
+
+DIGEST = "de2972da8ca7cef5e1f76ebea835a4374023026aac54a6e9d55a4a9324f7baf7"
+"""Of `with_rewards`, as the version that still had ``by``, ``adaptive`` and ``mode`` computed it."""
+
+
+def with_rewards(batch: dict[str, Any], limits: dict[str, Any], combine: dict[str, Any]) -> Any:
+    builtin = {"kind": "builtin", "fn": "length_penalty", "params": {"target": 20}}
+    components = [
+        {
+            "name": "judge",
+            "url": "https://rewards.example/score",
+            "batch": {"max_samples": 8} | batch,
+            "limits": {"rps": 5.0} | limits,
+        },
+        {"name": "short", "weight": 0.1} | builtin,
+    ]
+    rewards = {"components": components, "combine": {"tie_eps": 0.01} | combine}
+    method = {"type": "dar", "dar": {"rewards": rewards}}
+    return {"model": "base", "training_file": "file-1", "method": method}
+
+
+def test_retired_fields_of_a_spec_do_not_change_its_digest() -> None:
+    older = with_rewards({"by": "group"}, {"adaptive": False}, {"mode": "weighted_sum"})
+    for given in (older, with_rewards({}, {}, {})):
+        spec = JobSpec.model_validate_json(json.dumps(given))
+        assert body_digest(spec) == DIGEST
+        assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "neutral", "other"),
+    [
+        ("batch", "by", "group", "sample"),
+        ("limits", "adaptive", False, True),
+        ("limits", "adaptive", False, 0),
+        ("combine", "mode", "weighted_sum", "product"),
+    ],
+)
+def test_a_retired_field_is_accepted_at_its_neutral_value_only(
+    live: Any, error_of: Callable[..., Any], part: str, field: str, neutral: Any, other: Any
+) -> None:
+    def post(value: Any, key: str) -> Any:
+        component = {"name": "letters", "url": "http://127.0.0.1:61999/score"}
+        rewards: dict[str, Any] = {"components": [component]}
+        (rewards if part == "combine" else component)[part] = {field: value}
+        spec = live.spec(dar={"rewards": rewards}, training_file=file_id)
+        return live.http.post(PATH, json=spec, headers={"idempotency-key": key})
+
+    file_id = live.upload().json()["id"]
+    job = post(neutral, "k")
+    assert job.status_code == 200
+    dar = job.json()["method"]["dar"]
+    place = dar["rewards"] if part == "combine" else dar["rewards"]["components"][0]
+    assert field not in place[part]
+    refused = post(other, "l")
+    prefix = "method.dar.rewards" if part == "combine" else "method.dar.rewards.components[0]"
+    assert refused.status_code == 400
+    error = error_of(refused)
+    assert (error["param"], error["code"]) == (f"{prefix}.{part}.{field}", "unsupported_value")
+    assert "this version supports only" in error["message"]
 
 
 def test_the_same_key_at_the_same_instant_makes_one_job(live: Any) -> None:

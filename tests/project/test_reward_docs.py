@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from dar.protocol.reward_spec import Protocol
+from dar.protocol.reward_spec import ProtocolName
 from dar.rewards.builtins.registry import BUILTINS
 from dar.rewards.protocols.plain import VALUES
 
@@ -22,5 +22,5 @@ def test_a_builtin_is_described_with_its_parameters(fn: str) -> None:
 
 
 def test_protocols_and_placeholders_are_described() -> None:
-    for name in (*get_args(Protocol), *VALUES):
+    for name in (*get_args(ProtocolName), *VALUES):
         assert f"`{name}`" in GUIDE, name

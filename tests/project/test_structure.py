@@ -42,6 +42,10 @@ VIOLATIONS = {
         "service/store/events.py",
         "import service.store.jobs",
     ),
+    "inside dar.rewards a lower layer never imports a higher one": (
+        "dar/rewards/http/wire.py",
+        "import dar.rewards.protocols.native",
+    ),
     "torch stays in dar.training: nothing else reaches it, even transitively": (
         "dar/protocol/jobs.py",
         "import torch",

@@ -280,7 +280,7 @@ class Seen:
     messages: list[str] = field(default_factory=list)
     spared_samples: list[tuple[int, int]] = field(default_factory=list)
 
-    def spared(self, component: str, hits: int, copies: int) -> None:
+    def not_sent(self, component: str, hits: int, copies: int) -> None:
         self.spared_samples.append((hits, copies))
 
     def request_done(self, record: RequestRecord) -> None:

@@ -247,14 +247,30 @@ async def aborts_reused(exchange: Exchange) -> None:
 
 @behaviour
 async def answers_twice(exchange: Exchange) -> None:
-    """Each answer is sent two times; its rewards are the number of the request, and nothing else tells which one it is for."""
-    rewards = [exchange.number] * len(exchange.request["query"])
-    body = orjson.dumps({"rewards": rewards})
-    head = (
-        f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    await exchange.send((head.encode() + body) * 2)
+    """Each answer is sent twice; its rewards are the number of the request, so that an answer to another one shows."""
+    await exchange.send(_numbered(exchange) * 2)
     exchange.keeps = True
+
+
+@behaviour
+async def answers_once(exchange: Exchange) -> None:
+    await exchange.send(_numbered(exchange))
+    exchange.keeps = True
+
+
+def _numbered(exchange: Exchange) -> bytes:
+    body = orjson.dumps({"rewards": [exchange.number] * len(exchange.request["query"])})
+    if exchange.argument == "chunked":
+        body = b"2;of=2\r\n%b\r\n%x\r\n%b\r\n0\r\nx-trailer: 1\r\n\r\n" % (
+            body[:2],
+            len(body) - 2,
+            body[2:],
+        )
+        framing = "transfer-encoding: chunked"
+    else:
+        framing = f"content-length: {len(body)}"
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{framing}\r\n\r\n"
+    return head.encode() + body
 
 
 @behaviour

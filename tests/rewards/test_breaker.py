@@ -6,7 +6,7 @@ import pytest
 
 from dar.errors import RewardMisconfiguredError
 from dar.rewards.http.breaker import BreakerOptions, Call, CircuitBreaker
-from dar.rewards.http.retry_budget import RetryBudget, RetryBudgetOptions
+from dar.rewards.http.retry import RetryBudget, RetryBudgetOptions
 
 
 class Clock:

@@ -6,13 +6,14 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dar.errors import InvalidRequestError
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
+from dar.rewards.builtins.base import BuiltinReward
 from dar.rewards.builtins.numbers import answer_in
-from dar.rewards.builtins.registry import BUILTINS, BuiltinReward, make_builtin
+from dar.rewards.builtins.registry import BUILTINS, make_builtin
 
 TEXT = st.text(st.characters(codec=None, categories=None), max_size=60)
 """Any text, lone surrogates included."""
@@ -47,6 +48,7 @@ def test_every_builtin_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("fn", EXAMPLES)
+@example(completion="\ud800", truth=None)
 @given(
     completion=TEXT, truth=st.none() | TEXT | st.integers() | st.floats() | st.lists(st.integers())
 )

@@ -274,7 +274,7 @@ async def test_without_a_usable_file_everything_is_asked_for(
     assert await source.score(samples("a"), NEXT) == [Scored(1.0)]
     assert await source.score(samples("a"), NEXT) == [Scored(1.0)]
     assert len(service.requests) == 2
-    assert "set aside" in caplog.text
+    assert "are damaged" in caplog.text
     caplog.clear()
     (tmp_path / "file").write_text("")
     store = CacheStore(tmp_path / "file" / "no-folder")

@@ -189,7 +189,7 @@ async def test_a_damaged_file_is_set_aside(
     assert await store.get(keys(7), LONG) == values(7)
     assert (tmp_path / f"cache{DAMAGED}" / FILE).exists()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "set aside" in caplog.text
+    assert "are damaged" in caplog.text
 
 
 async def test_a_changed_byte_makes_a_value_unknown_and_no_other(
@@ -218,7 +218,7 @@ async def test_a_place_that_cannot_be_written_is_as_good_as_none(
     store.put(values(2))
     assert await store.get(keys(1), LONG) == {}
     assert len(caplog.records) == 1
-    assert "cannot be remembered" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 async def test_a_writer_that_holds_the_file_stops_no_reader(

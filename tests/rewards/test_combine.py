@@ -372,9 +372,10 @@ def test_an_evaluation_uses_the_moments_and_leaves_them_alone() -> None:
     before = combination.state(3)
     rewards = {"a": scored(0.5, 0.25)}
     seen = combination(group(2), rewards, RewardContext(3, mode="eval"))
-    trained = combination(group(2), rewards, RewardContext(4))
+    training = Combination([term("a", normalize="running")])
+    training.restore(before)
+    trained = training(group(2), rewards, RewardContext(4))
     assert rewards_of(seen) == rewards_of(trained) != [0.5, 0.25]
-    combination.drop_step(4)
     combination.end_step(4)
     assert combination.state(4)["moments"] == before["moments"]
 
@@ -385,7 +386,7 @@ def test_failures_are_no_part_of_the_moments() -> None:
     results = {"a": [BAD, Scored(5.0), SKIP, Scored(0.0)], "b": scored(1, 2, 3, 4)}
     combination(group(4), results, RewardContext(1))
     combination.end_step(1)
-    moments.note(1, "a", [1.0, 0.0])
+    moments.record(1, "a", [1.0, 0.0])
     moments.end_step(1)
     assert combination.state(1) == moments.state(1)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dar.errors import InvalidRequestError, RewardContractError
+from dar.protocol.ids import new_id
 from dar.protocol.rewards import (
     MAX_REWARD,
     RewardRequest,
@@ -19,8 +20,9 @@ from dar.protocol.rewards import (
     decode_request,
     decode_response,
 )
-from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.http.wire import batches, encode_request, encode_sample
+from dar.rewards.base import RequestBatch, RewardContext, RewardSample
+from dar.rewards.http.wire import batches, encode_sample
+from dar.rewards.protocols.native import NativeProtocol
 
 ID = "rwq_1"
 patient = settings(deadline=None, derandomize=True)  # a busy machine is no failure
@@ -144,12 +146,10 @@ samples = st.builds(
 
 
 def request_of(*given_samples: RewardSample, columns: list[str] | None = None) -> RewardRequest:
-    encoded = [encode_sample(sample, columns, 2) for sample in given_samples]
     now = datetime.now(UTC)
     context = RewardContext(3, "eval", "ftjob-1")
-    return decode_request(
-        encode_request(encoded, "helpful", context, created_at=now, deadline=now).body
-    )
+    batch = RequestBatch("rwq_1", "helpful", context, given_samples, columns, now, now)
+    return decode_request(NativeProtocol().encode(batch))
 
 
 @patient
@@ -226,5 +226,6 @@ def test_a_body_keeps_within_its_limit(make_samples: Any) -> None:
     context = RewardContext(10**9, "validate", "ftjob-" + "x" * 26)
     encoded = [encode_sample(sample, None, 0) for sample in make_samples(64, 4)]
     for batch in batches(encoded, max_samples=256, max_bytes=4096):
-        request = encode_request(batch, "c" * 32, context, created_at=now, deadline=now)
-        assert len(request.body) <= 4096
+        sent = tuple(one.sample for one in batch)
+        request = RequestBatch(new_id("rwq_"), "c" * 32, context, sent, None, now, now)
+        assert len(NativeProtocol().encode(request)) <= 4096

@@ -14,7 +14,7 @@ from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored
 from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http.redaction import check_headers
-from dar.rewards.http.retry_budget import RetryBudgetOptions
+from dar.rewards.http.retry import RetryBudgetOptions
 from dar.rewards.http.signing import decode_secret, signed_headers, verify
 from dar.rewards.http_reward import HttpOptions, HttpReward
 
@@ -59,6 +59,13 @@ async def test_groups_of_concurrent_calls_share_requests(
     found = await asyncio.gather(*[source.score(group(n), context) for n in range(10)])
     assert found == [rewards(n) for n in range(10)]
     assert [len(request.ids) for request in server.requests] == [16, 16, 8]
+
+
+async def test_a_sample_is_encoded_once(
+    server: Any, source_of: Any, context: RewardContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("dar.rewards.protocols.native.encode_sample")
+    assert await source_of(server.url("fine")).score(group(1), context) == rewards(1)
 
 
 async def test_steps_and_modes_do_not_share_requests(server: Any, source_of: Any) -> None:

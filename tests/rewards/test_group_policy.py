@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dar.errors import TrainingError
 from dar.protocol.reward_spec import FailurePolicy
 from dar.rewards.base import SampleReward
-from dar.rewards.scoring.group_policy import under_policy
+from dar.rewards.scoring.failures import under_policy
 
 GOOD = SampleReward(1.0, "reward", None, {})
 BETTER = SampleReward(2.0, "reward", None, {})

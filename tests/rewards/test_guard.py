@@ -18,7 +18,7 @@ from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardTimeouts
 from dar.rewards.base import Failed, Scored
 from dar.rewards.http.egress import EgressPolicy, GuardedBackend, check_url, parse_url
-from dar.rewards.http.endpoint import Connection, Endpoint
+from dar.rewards.http.endpoint import Endpoint, EndpointConfig
 from dar.rewards.http_reward import HttpOptions
 from dar.settings import Settings
 
@@ -235,7 +235,7 @@ def test_the_policy_comes_from_the_settings() -> None:
 
 
 async def test_the_guard_is_what_the_pool_dials_with() -> None:
-    connection = Connection(
+    connection = EndpointConfig(
         target=parse_url("https://rewards.example/", STRICT), secrets=(), headers=(), limits=(1, None),
         guard=STRICT, breaker=HttpOptions().breaker, budget=HttpOptions().budget, tls=None, resolver=None, owner=None,
     )  # fmt: skip

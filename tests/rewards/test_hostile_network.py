@@ -12,7 +12,7 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http.breaker import BreakerOptions
-from dar.rewards.http.retry_budget import RetryBudgetOptions
+from dar.rewards.http.retry import RetryBudgetOptions
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 
@@ -104,14 +104,25 @@ async def test_an_abort_on_a_used_connection_costs_no_attempt(
     assert aborted.body == repeated.body
 
 
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+@pytest.mark.parametrize(
+    ("behaviour", "connections"), [("answers-twice", [1, 2, 3, 4]), ("answers-once", [1, 1, 1, 1])]
+)
 async def test_an_answer_that_is_sent_twice_answers_no_other_request(
-    server: Any, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: Any,
+    credentials: HttpOptions,
+    make_samples: Any,
+    context: RewardContext,
+    behaviour: str,
+    connections: list[int],
+    framing: str,
 ) -> None:
     options = replace(credentials, protocol=OpenRLHFProtocol())
-    source = HttpReward("r", server.url("answers-twice"), options=options)
+    source = HttpReward("r", server.url(f"{behaviour}/{framing}"), options=options)
     found = [await source.score(make_samples(4), context) for _ in range(4)]
     await source.aclose()
     assert found == [[Scored(float(number))] * 4 for number in (1, 2, 3, 4)]
+    assert [request.connection for request in server.requests] == connections
 
 
 async def test_no_cookie_is_kept(

@@ -64,8 +64,8 @@ def test_requests_are_summed_up_by_component_and_outcome(observer: StepObserver)
 
 
 def test_samples_that_were_not_sent_are_counted_once(observer: StepObserver) -> None:
-    observer.spared("judge", 2, 3)
-    observer.spared("judge", 0, 1)
+    observer.not_sent("judge", 2, 3)
+    observer.not_sent("judge", 0, 1)
     taken = observer.take()
     assert taken.metrics == {"reward/judge/cached": 6, "reward/judge/cache_hits": 2}
     assert all(map(is_known, taken.metrics))
@@ -85,7 +85,7 @@ def test_the_first_failure_of_each_class_is_told_at_once(
     level, message, data = events[0]
     assert (level, data["answer"], data["status"]) == ("warn", "<b>", 500)
     assert "http_500" in message
-    assert "tried again" in message
+    assert "is retried" in message
 
 
 def test_changes_of_a_breaker_are_told_and_its_state_is_a_metric(

@@ -97,7 +97,7 @@ def test_what_is_no_answer_is_refused(
 def test_only_trl_knows_null_as_a_skip() -> None:
     batch = batch_of([sample(0), sample(1)])
     assert TRLProtocol().decode(b"[null, 1]", batch) == [Skipped(), Scored(1.0)]
-    with pytest.raises(RewardContractError, match="null where a number was expected"):
+    with pytest.raises(RewardContractError, match="null, but a number is expected"):
         OpenRLHFProtocol().decode(b'{"rewards": [null, 1]}', batch)
 
 
@@ -220,7 +220,7 @@ def test_a_lone_surrogate_in_a_completion_is_sent_as_a_replacement() -> None:
 @pytest.mark.parametrize(
     ("template", "param", "message"),
     [
-        ({"a": "{{completion}}", "b": [{"c": "{{answer}}"}]}, ".b[0].c", "no value of a sample"),
+        ({"a": "{{completion}}", "b": [{"c": "{{answer}}"}]}, ".b[0].c", "not a value of a sample"),
         (["{{text}} {{columns.x}}"], "[0]", "does not send"),
         ({"a": "completion"}, "", "sends no completion"),
         (None, "", "sends no completion"),

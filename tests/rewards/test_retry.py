@@ -13,13 +13,13 @@ from dar.rewards.http.responses import failure_of
 from dar.rewards.http.retry import (
     RETRIES,
     AttemptFailedError,
-    Kind,
+    FailureKind,
     RetrySchedule,
     parse_retry_after,
 )
 
 
-def waits(kind: Kind, *, deadline: float = 100.0, **options: Any) -> list[float]:
+def waits(kind: FailureKind, *, deadline: float = 100.0, **options: Any) -> list[float]:
     """All waits of a request that always fails in the same way."""
     reported: list[float] = []
     schedule = RetrySchedule(
@@ -44,7 +44,7 @@ def waits(kind: Kind, *, deadline: float = 100.0, **options: Any) -> list[float]
         ("permanent", 0),
     ],
 )
-def test_each_kind_of_failure_has_its_number_of_retries(kind: Kind, retries: int) -> None:
+def test_each_kind_of_failure_has_its_number_of_retries(kind: FailureKind, retries: int) -> None:
     assert kind in RETRIES
     assert len(waits(kind, attempts=6)) == retries
     assert waits(kind, attempts=1) == []

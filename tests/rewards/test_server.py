@@ -20,11 +20,12 @@ import httpx2
 import pytest
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
+from dar.protocol.ids import new_id
 from dar.protocol.reward_spec import RewardRetry
-from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
+from dar.rewards.base import Failed, RequestBatch, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.http.signing import decode_secret, signed_headers
-from dar.rewards.http.wire import encode_request, encode_sample
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.protocols.native import NativeProtocol
 from dar.rewards.scoring.scorer import scorer_from_functions
 from dar.rewards.server import reward_server, serve
 
@@ -103,13 +104,13 @@ class Requests:
 
     def __init__(self, url: str, samples: list[RewardSample], secret: str | None) -> None:
         now = datetime.now(UTC)
-        encoded = [encode_sample(sample, None, 0) for sample in samples]
-        self.request = encode_request(encoded, "r", RewardContext(1), created_at=now, deadline=now)
+        batch = RequestBatch(new_id("rwq_"), "r", RewardContext(1), tuple(samples), None, now, now)
+        self.body = NativeProtocol().encode(batch)
         keys = [] if secret is None else [decode_secret(secret)]
         stamp = int(now.timestamp())
         self.headers = {
             "content-type": "application/json",
-            **signed_headers(keys, self.request.request_id, stamp, self.request.body),
+            **signed_headers(keys, batch.request_id, stamp, self.body),
         }
         self.client = httpx2.AsyncClient(base_url=url, trust_env=False)
 
@@ -117,7 +118,7 @@ class Requests:
         self, path: str = "/score", content: bytes | None = None, **headers: str
     ) -> httpx2.Response:
         changed = {name.replace("_", "-"): value for name, value in headers.items()}
-        body = self.request.body if content is None else content
+        body = self.body if content is None else content
         return await self.client.post(path, content=body, headers={**self.headers, **changed})
 
 
@@ -169,7 +170,7 @@ async def test_a_request_with_a_bad_signature_is_not_scored(
 
 async def test_an_altered_body_is_not_scored(requests: Any) -> None:
     server = requests()
-    assert (await server.post(content=server.request.body + b" ")).status_code == 401
+    assert (await server.post(content=server.body + b" ")).status_code == 401
 
 
 async def test_one_of_several_secrets_is_enough(requests: Any, secret: str) -> None:

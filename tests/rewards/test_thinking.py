@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dar.protocol.reward_spec import RewardComponent, Rewards
-from dar.rewards.base import RewardContext, RewardSample
+from dar.rewards.base import RewardContext, RewardSample, strip_thinking
 from dar.rewards.from_spec import protocol_of, scorer_from_spec
 from dar.rewards.http_reward import HttpOptions, HttpReward
-from dar.rewards.thinking import without_thinking
 
 
 def sample(completion: str, prompt: str = "p", **fields: Any) -> RewardSample:
@@ -41,23 +40,23 @@ def sample(completion: str, prompt: str = "p", **fields: Any) -> RewardSample:
     ],
 )
 def test_blocks_go_and_the_rest_stays(completion: str, left: str) -> None:
-    assert without_thinking(sample(completion)).completion == left
+    assert strip_thinking(sample(completion)).completion == left
 
 
 @pytest.mark.parametrize("fields", [{"prompt": "p\n<think>\n"}, {"prompt_text": "<u>hi<think>"}])
 def test_a_prompt_that_opens_a_block_makes_the_completion_begin_inside(
     fields: dict[str, Any],
 ) -> None:
-    assert without_thinking(sample("still thinking", **fields)).completion == ""
-    assert without_thinking(sample("done</think> 4", **fields)).completion == "4"
-    told = without_thinking(sample("done</think> 4", **fields))
+    assert strip_thinking(sample("still thinking", **fields)).completion == ""
+    assert strip_thinking(sample("done</think> 4", **fields)).completion == "4"
+    told = strip_thinking(sample("done</think> 4", **fields))
     assert (told.completion_ids, told.completion_tokens) == (None, 9)
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "a", " ", "\n", "<"]), max_size=12))
 def test_nothing_is_left_of_a_block_and_nothing_is_made_up(parts: list[str]) -> None:
     text = "".join(parts)
-    left = without_thinking(sample(text)).completion
+    left = strip_thinking(sample(text)).completion
     assert "<think>" not in left
     found = iter(text)
     assert all(letter in found for letter in left)  # a subsequence

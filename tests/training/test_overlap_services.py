@@ -13,8 +13,8 @@ from dar.errors import TrainingError
 from dar.rewards import from_spec
 from dar.rewards.http import async_results
 from dar.rewards.http.breaker import BreakerOptions
-from dar.rewards.http.options import HttpOptions
-from dar.rewards.http.retry_budget import RetryBudgetOptions
+from dar.rewards.http.request import HttpOptions
+from dar.rewards.http.retry import RetryBudgetOptions
 
 
 @pytest.fixture

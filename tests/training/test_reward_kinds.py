@@ -271,3 +271,14 @@ def test_all_that_decides_a_reward_is_part_of_the_digest_and_nothing_else() -> N
     ]
     assert len({json.dumps(one) for one in [plain, *changed]}) == len(changed) + 1
     assert terms(service, failure={"max_empty_steps": 9}) == plain
+
+
+def test_retired_fields_of_a_spec_are_no_part_of_its_digest() -> None:
+    component = {"name": "a", "url": "http://h/a"}
+    older = component | {"batch": {"by": "group"}, "limits": {"adaptive": False}}
+    stored = {"components": [older], "combine": {"mode": "weighted_sum", "tie_eps": 0.01}}
+    now = {"components": [component], "combine": {"tie_eps": 0.01}}
+    assert Rewards.model_validate(stored) == Rewards.model_validate(now)
+    assert reward_terms(Rewards.model_validate(stored), None) == [
+        {"name": "a", "weight": 1.0, "clip": None, "combine": {"tie_eps": 0.01}}
+    ]

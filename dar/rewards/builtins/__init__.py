@@ -1,5 +1,11 @@
-"""Rewards that this package computes itself: pure functions of a sample, each described by the parameters that a job may send.
+"""Builtin rewards: pure functions of a sample, described by the parameters that a job may send.
 
-All take time in proportion to the text they read, the regular expression included: no completion can hang a job, and no
-time limit makes a reward depend on how busy a machine is.
+All take time in proportion to the text they read, regular expressions included: no completion can
+block a job, and no reward depends on a time limit.
+
+base: what a builtin is, and a builtin as a reward source.
+lengths: length, truncation, repetition.
+numbers: answers that are numbers.
+registry: all builtins by name.
+texts: patterns, exact texts, JSON, tags.
 """

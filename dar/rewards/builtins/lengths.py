@@ -1,4 +1,4 @@
-"""Builtins that look at how much was said: length, truncation, repetition."""
+"""Builtins about the length of a completion: length, truncation, repetition."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -14,14 +14,17 @@ Penalty = Annotated[float, Field(gt=0, le=1e6)]
 
 
 def length_of(sample: RewardSample, unit: Unit) -> int:
-    """Length of a completion; words are what stands between white space."""
+    """Length of a completion; words are separated by white space."""
     if unit == "tokens":
         return sample.completion_tokens
     return len(sample.completion) if unit == "characters" else len(sample.completion.split())
 
 
 class LengthPenalty(Builtin):
-    """0 up to ``target``, then ``-(length - target) / scale``, at least ``-max_penalty``; with ``both_sides`` the distance counts."""
+    """``-(length - target) / scale`` above ``target``, at least ``-max_penalty``.
+
+    With ``both_sides`` a shorter completion is penalised by its distance as well.
+    """
 
     fn: ClassVar[str] = "length_penalty"
 
@@ -32,12 +35,11 @@ class LengthPenalty(Builtin):
     max_penalty: Penalty = 1.0
     """Largest penalty."""
     unit: Unit = "tokens"
-    """What is counted."""
+    """Unit of the length."""
     both_sides: bool = False
     """Whether a completion shorter than ``target`` is penalised too."""
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         excess = length_of(sample, self.unit) - self.target
         distance = abs(excess) if self.both_sides else max(0, excess)
         scale = max(1, self.target) if self.scale is None else self.scale
@@ -47,15 +49,15 @@ class LengthPenalty(Builtin):
 class OverlongPenalty(Builtin):
     """Soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
 
-    0 up to ``max_tokens - buffer_tokens``, from there linearly down to ``-penalty`` at ``max_tokens`` and beyond.
+    0 up to ``max_tokens - buffer_tokens``, then linear down to ``-penalty`` from ``max_tokens`` on.
     """
 
     fn: ClassVar[str] = "overlong_penalty"
 
     max_tokens: Length
-    """Length of the full penalty, in tokens; as a rule the job's ``max_new_tokens``."""
+    """Length of the full penalty, in tokens; usually the job's ``max_new_tokens``."""
     buffer_tokens: Length
-    """Length of the slope before it."""
+    """Length of the linear part before it, in tokens."""
     penalty: Penalty = 1.0
     """The full penalty."""
 
@@ -63,37 +65,37 @@ class OverlongPenalty(Builtin):
     def _fits(self) -> "OverlongPenalty":
         if self.buffer_tokens > self.max_tokens:
             raise PydanticCustomError(
-                "buffer_too_long", "buffer_tokens must not be above max_tokens ({most})", {"most": self.max_tokens}
-            )  # fmt: skip
+                "buffer_too_long",
+                "buffer_tokens must not be above max_tokens ({most})",
+                {"most": self.max_tokens},
+            )
         return self
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         excess = sample.completion_tokens - (self.max_tokens - self.buffer_tokens)
         share = min(1.0, max(0, excess) / self.buffer_tokens)
         return Scored(0.0 - self.penalty * share)
 
 
 class RepetitionPenalty(Builtin):
-    """``-max_penalty`` times the share of n-grams that stood in the completion before; 0 for fewer than ``n`` units."""
+    """``-max_penalty`` times the share of repeated n-grams; 0 for fewer than ``n`` units."""
 
     fn: ClassVar[str] = "repetition_penalty"
 
     n: Annotated[int, Field(ge=1, le=64)] = 3
     """Length of the n-grams."""
     max_penalty: Penalty = 1.0
-    """Factor of the share."""
+    """Factor of the share of repeated n-grams."""
     unit: Literal["words", "characters"] = "words"
-    """What n-grams are made of; words are compared in lower case."""
+    """Unit of the n-grams; words are compared in lower case."""
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         text = sample.completion
         units = text if self.unit == "characters" else text.lower().split()
         count = len(units) - self.n + 1
         if count < 1:
             return Scored(0.0)
-        # Tuples of the units themselves: joined ones would let «a b» + «c» equal «a» + «b c».
+        # Tuples, not joined texts: with those "a b" + "c" would equal "a" + "b c".
         distinct = len({tuple(units[start : start + self.n]) for start in range(count)})
         share = (count - distinct) / count
         return Scored(0.0 - self.max_penalty * share)

@@ -1,4 +1,4 @@
-"""All builtins by name, and one of them as a reward source."""
+"""All builtins by name, and their construction from parameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,13 +6,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dar.errors import InvalidRequestError, Problem
-from dar.rewards.base import RewardContext, RewardResult, RewardSample
 from dar.rewards.builtins.base import Builtin
 from dar.rewards.builtins.lengths import LengthPenalty, OverlongPenalty, RepetitionPenalty
 from dar.rewards.builtins.numbers import NumericAnswer
 from dar.rewards.builtins.texts import Contains, ExactMatch, FormatTags, JsonValid, RegexMatch
-from dar.rewards.scoring.threads import in_daemon_thread
-from dar.rewards.thinking import without_thinking
 
 BUILTINS: Mapping[str, type[Builtin]] = {
     builtin.fn: builtin
@@ -26,8 +23,9 @@ def make_builtin(fn: str, params: Mapping[str, Any]) -> Builtin:
     """The builtin ``fn`` with its parameters.
 
     Raises:
-        InvalidRequestError: There is no such function or parameter, or a value is out of bounds; ``problems`` names each with its
-            path below the component: ``fn`` or ``params.<name>``.
+        InvalidRequestError: The function or a parameter does not exist, or a value is out of
+            bounds. ``problems`` has each with its path below the component: ``fn`` or
+            ``params.<name>``.
     """
     kind = BUILTINS.get(fn)
     if kind is None:
@@ -65,39 +63,3 @@ def _path(location: Sequence[int | str]) -> str:
 def _invalid(problems: list[Problem]) -> InvalidRequestError:
     first = problems[0]
     return InvalidRequestError(first.message, param=first.param, code=first.code, problems=problems)
-
-
-class BuiltinReward:
-    """A builtin as a reward source.
-
-    It runs in a thread, so that a large group does not hold up answers of reward services on the event loop.
-
-    Args:
-        name: Component name.
-        builtin: What it is.
-        strip_thinking: Whether it gets to see completions without their thinking.
-    """
-
-    def __init__(self, name: str, builtin: Builtin, *, strip_thinking: bool = False) -> None:
-        self._name = name
-        self._builtin = builtin
-        self._strip_thinking = strip_thinking
-
-    @property
-    def name(self) -> str:
-        """Component name."""
-        return self._name
-
-    async def score(
-        self,
-        samples: Sequence[RewardSample],
-        context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
-    ) -> list[RewardResult]:
-        """Score ``samples``: one result each, in order."""
-        return await in_daemon_thread(lambda: list(map(self._score, samples)))
-
-    def _score(self, sample: RewardSample) -> RewardResult:
-        return self._builtin.score(without_thinking(sample) if self._strip_thinking else sample)
-
-    async def aclose(self) -> None:
-        """Nothing to free."""

@@ -1,4 +1,4 @@
-"""Builtins that look at what was said: patterns, texts, JSON, tags."""
+"""Builtins about the text of a completion: patterns, exact texts, JSON, tags."""
 
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Protocol
@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from dar.rewards.base import Failed, RewardResult, RewardSample, Scored, Skipped
 from dar.rewards.builtins.base import Builtin, ColumnName, Reward
-from dar.rewards.http.encoding import readable_text
+from dar.rewards.http.wire import readable_text
 
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
@@ -26,10 +26,10 @@ class Pattern(Protocol):
 
 
 def compile_pattern(pattern: str) -> Pattern:
-    """A regular expression of RE2: its time grows with the length of the text alone, whatever the pattern.
+    """Compile a pattern of RE2, whose time is linear in the text, whatever the pattern.
 
     Raises:
-        PydanticCustomError: RE2 does not know the pattern; look-around and back-references are what it leaves out.
+        PydanticCustomError: RE2 rejects the pattern; it has no look-around and no back-references.
     """
     import re2  # noqa: PLC0415 - not part of the base install, which imports this module for its names
 
@@ -41,7 +41,7 @@ def compile_pattern(pattern: str) -> Pattern:
         reason = error.args[0] if error.args else ""
         raise PydanticCustomError(
             "regular_expression",
-            "not a regular expression of RE2, which knows neither look-around nor back-references: {reason}",
+            "not a regular expression of RE2, which has neither look-around nor back-references: {reason}",
             {
                 "reason": reason.decode("utf-8", "replace")
                 if isinstance(reason, bytes)
@@ -52,14 +52,17 @@ def compile_pattern(pattern: str) -> Pattern:
 
 
 class RegexMatch(Builtin):
-    """``match`` if the pattern is found in the completion, else ``no_match``. Patterns are those of RE2."""
+    """``match`` if the pattern is found in the completion, else ``no_match``.
+
+    Patterns are those of RE2.
+    """
 
     fn: ClassVar[str] = "regex_match"
 
     pattern: Annotated[str, Field(min_length=1, max_length=2000)]
-    """Flags stand in front of it, like ``(?i)`` for «ignore case», ``(?m)`` or ``(?s)``."""
+    """Flags come first, like ``(?i)`` to ignore case, ``(?m)`` or ``(?s)``."""
     mode: Literal["search", "full"] = "search"
-    """Whether the pattern may lie anywhere or must be the whole completion."""
+    """Whether the pattern may match anywhere or must match the whole completion."""
     match: Reward = 1.0
     no_match: Reward = 0.0
 
@@ -74,19 +77,18 @@ class RegexMatch(Builtin):
         return compile_pattern(self.pattern)
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         text = readable_text(sample.completion)
         find = self._compiled.search if self.mode == "search" else self._compiled.fullmatch
         return Scored(self.match if find(text) else self.no_match)
 
 
 class _Comparison(Builtin):
-    """What `ExactMatch` and `Contains` share: the texts that are looked for."""
+    """The texts that `ExactMatch` and `Contains` compare with."""
 
     values: Annotated[list[Text], Field(min_length=1, max_length=100)] | None = None
-    """The texts; default: those of ``column``."""
+    """The texts; null: those of ``column``."""
     column: ColumnName = "ground_truth"
-    """Column of the row that holds the text, or a list of texts; without a value there the sample is skipped."""
+    """Column of the row with the text or a list of texts. A sample without a value is skipped."""
     ignore_case: bool = False
     strip: bool = True
     """Whether white space around the texts is ignored."""
@@ -97,13 +99,12 @@ class _Comparison(Builtin):
     def _one_origin(self) -> "_Comparison":
         if self.values is not None and "column" in self.model_fields_set:
             raise PydanticCustomError(
-                "exclusive_fields", "values and column both say what is looked for; send one"
+                "exclusive_fields", "values and column both define the texts; send one"
             )
         return self
 
     @property
     def columns(self) -> list[str]:
-        """See `Builtin`."""
         return [self.column] if self.values is None else []
 
     def _wanted(self, sample: RewardSample) -> list[str] | RewardResult:
@@ -112,7 +113,7 @@ class _Comparison(Builtin):
             return Skipped(f"the row has no {self.column}")
         texts = given if isinstance(given, list | tuple) else [given]
         if not texts or not all(isinstance(text, str) for text in texts):
-            # A number could be written in several ways; numeric_answer compares numbers.
+            # A number can be written in several ways; numeric_answer compares numbers.
             message = f"{self.column} of the row must be a text or a list of texts"
             return Failed("column_type", message, is_transient=False)
         return [self._normal(text) for text in texts]
@@ -128,7 +129,6 @@ class ExactMatch(_Comparison):
     fn: ClassVar[str] = "exact_match"
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         wanted = self._wanted(sample)
         if not isinstance(wanted, list):
             return wanted
@@ -137,23 +137,23 @@ class ExactMatch(_Comparison):
 
 
 class Contains(_Comparison):
-    """``match`` if the completion contains one of the texts, or with ``every`` all of them, else ``no_match``."""
+    """``match`` if the completion contains one of the texts (``every``: all), else ``no_match``."""
 
     fn: ClassVar[str] = "contains"
 
     every: bool = False
-    """Whether all texts must be there."""
+    """Whether all texts must occur."""
 
     @model_validator(mode="after")
     def _not_blank(self) -> "Contains":
         if self.values is not None and not all(map(self._normal, self.values)):
             raise PydanticCustomError(
-                "blank_text", "a blank text is contained in every completion; leave it out, or send strip false"
-            )  # fmt: skip
+                "blank_text",
+                "a blank text is contained in every completion; leave it out, or send strip false",
+            )
         return self
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         wanted = self._wanted(sample)
         if not isinstance(wanted, list):
             return wanted
@@ -166,18 +166,19 @@ class Contains(_Comparison):
 
 
 class JsonValid(Builtin):
-    """``valid`` if the completion is JSON of the wanted type with the wanted keys, else ``invalid``.
+    """``valid`` if the completion is JSON of the required type with the required keys.
 
-    NaN and infinity are no JSON; more than about 200 levels of nesting and integers of more than 4,300 digits are refused.
+    Else ``invalid``. NaN, infinity, more than about 200 levels of nesting and integers of more than
+    4,300 digits are invalid.
     """
 
     fn: ClassVar[str] = "json_valid"
 
     type: Literal["any", "object", "array"] = "any"
     keys: Annotated[list[Text], Field(max_length=100)] = Field(default_factory=list)
-    """Keys that the object must have."""
+    """Required keys of the object."""
     fenced: bool = False
-    """Whether the JSON may stand in a code fence (three backticks), which must then be all there is."""
+    """Whether the JSON may be in a code fence (three backticks), without text around it."""
     valid: Reward = 1.0
     invalid: Reward = 0.0
 
@@ -190,7 +191,6 @@ class JsonValid(Builtin):
         return self
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         return Scored(self.valid if self._is_valid(sample.completion) else self.invalid)
 
     def _is_valid(self, text: str) -> bool:
@@ -198,9 +198,9 @@ class JsonValid(Builtin):
         if self.fenced and text.startswith("```") and text.endswith("```") and len(text) >= 6:
             text = text[3:-3].removeprefix("json").strip()
         try:
-            # Its limit of nesting is its own; the json module's would depend on the depth of the caller's stack.
+            # Its nesting limit is fixed; that of the json module depends on the caller's stack.
             value: object = from_json(text, allow_inf_nan=False)
-        except ValueError:  # a lone surrogate is one too
+        except (ValueError, TypeError):  # TypeError: the text has a lone surrogate
             return False
         if self.type == "array":
             return isinstance(value, list)
@@ -210,7 +210,7 @@ class JsonValid(Builtin):
 
 
 class FormatTags(Builtin):
-    """``match`` if the completion is ``<tag>…</tag>`` for each of the tags in order, each exactly once, else ``no_match``."""
+    """``match`` if each ``<tag>…</tag>`` occurs once and in order, else ``no_match``."""
 
     fn: ClassVar[str] = "format_tags"
 
@@ -219,7 +219,7 @@ class FormatTags(Builtin):
         Field(min_length=1, max_length=16),
     ]
     outside: bool = False
-    """Whether text may stand before, between and after the tags; white space always may."""
+    """Whether text may occur before, between and after the tags; white space always may."""
     match: Reward = 1.0
     no_match: Reward = 0.0
 
@@ -227,11 +227,10 @@ class FormatTags(Builtin):
     @classmethod
     def _distinct(cls, tags: list[str]) -> list[str]:
         if len(set(tags)) < len(tags):
-            raise PydanticCustomError("duplicate_tags", "a tag stands in the list twice")
+            raise PydanticCustomError("duplicate_tags", "a tag is in the list twice")
         return tags
 
     def score(self, sample: RewardSample) -> RewardResult:
-        """See `Builtin`."""
         return Scored(self.match if self._is_match(sample.completion) else self.no_match)
 
     def _is_match(self, text: str) -> bool:

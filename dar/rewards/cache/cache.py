@@ -1,10 +1,10 @@
-"""Rewards that need not be asked for: remembered ones, and those of samples that are equal to another one of the step.
+"""The reward cache: rewards of earlier requests, and one request for equal samples of a step.
 
-    HttpReward.score -> ResultCache.score -> (what is left) -> requests
+    HttpReward.score -> ResultCache.score -> (samples not in the cache) -> requests
 
-An equal sample is one that the service could not tell from another but by what says nothing about it: ids, place in its group, job and
-step. Where equal samples come together one of them travels, and all get its result. Only rewards are remembered: a skip or a failure
-says what was the case when it was asked.
+Samples are equal if they differ only in ids, index in the group, job and step. Of equal samples of
+a step one is sent, and all get its result. Only rewards are stored: a skip or a failure may depend
+on when the request was made.
 """
 
 import asyncio
@@ -22,32 +22,33 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardResult, RewardSample, Scored
 from dar.rewards.cache.store import MAX_BYTES, CacheStore
-from dar.rewards.http.encoding import to_json, without_surrogates
+from dar.rewards.http.wire import to_json, without_surrogates
+from dar.rewards.threads import wait_for_all
 
-Ask = Callable[[Sequence[RewardSample], RewardContext], Awaitable[list[RewardResult]]]
+RequestRewards = Callable[[Sequence[RewardSample], RewardContext], Awaitable[list[RewardResult]]]
 NATIVE = "dar.reward.v1"
 _SORTED = orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
 
 class SampleKey:
-    """What tells samples apart for a reward service.
+    """Computes cache keys of samples.
 
     Args:
-        asked: Everything else that a reward depends on, as JSON: the service, its revision, and how it is spoken to.
-        columns: Columns of the row that are sent beside ``ground_truth``.
-        sends_text: Whether the service may get a conversation as the text that the policy saw.
-        sends_ids: Whether the service gets the completion's tokens.
+        service: What else a reward depends on, as JSON: the service, its revision and the protocol.
+        columns: Columns of the row that are sent besides ``ground_truth``.
+        sends_text: Whether a conversation may be sent as the text that the policy saw.
+        sends_ids: Whether the completion's token ids are sent.
     """
 
     def __init__(
         self,
-        asked: Mapping[str, Any],
+        service: Mapping[str, Any],
         columns: Sequence[str] | None = None,
         *,
         sends_text: bool = False,
         sends_ids: bool = False,
     ) -> None:
-        self._prefix = hashlib.sha256(_bytes_of(asked) + b"\n")
+        self._prefix = hashlib.sha256(_bytes_of(service) + b"\n")
         self._columns = tuple(columns or ())
         self._sends_text = sends_text
         self._sends_ids = sends_ids
@@ -57,13 +58,13 @@ class SampleKey:
         """The keys of an http component.
 
         Args:
-            component: As a job spec describes it.
-            access: How its registered endpoint is reached; None for an inline URL.
+            component: From a job spec.
+            access: URL and credentials of its registered endpoint; None for an inline URL.
         """
-        asked = {
+        service = {
             "endpoint": component.url if access is None else access.endpoint_id or access.url,
             "revision": 0 if access is None else access.revision,
-            "component": component.name,  # a service is told it, and may go by it
+            "component": component.name,  # it is sent, and the reward may depend on it
             **component.model_dump(
                 mode="json",
                 include={
@@ -73,7 +74,7 @@ class SampleKey:
             ),
         }
         return cls(
-            asked,
+            service,
             component.columns,
             sends_text=component.protocol != NATIVE or component.prompt_format == "text",
             sends_ids=component.protocol == "trl",
@@ -85,7 +86,7 @@ class SampleKey:
             "prompt": sample.prompt,
             "messages": None if sample.messages is None else [dict(one) for one in sample.messages],
             "completion": sample.completion,
-            # Both are sent, and a service may well take off something for a completion that was cut off.
+            # Both are sent, and a service may penalise a truncated completion.
             "finish_reason": sample.finish_reason,
             "completion_tokens": sample.completion_tokens,
             "ground_truth": sample.columns.get("ground_truth"),
@@ -110,43 +111,43 @@ def _bytes_of(content: object) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A result, and where it comes from."""
+class CachedResult:
+    """A result and its origin."""
 
     result: RewardResult
-    is_remembered: bool
-    """Whether it was known before its sample came."""
+    is_hit: bool
+    """Whether it was stored before the call."""
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """The samples of one call that are asked for together, on behalf of all calls that have equal ones."""
+    """The samples that one call requests, on behalf of all calls with equal samples."""
 
     context: RewardContext
     keys: tuple[bytes, ...] = ()
-    """Of its samples."""
-    task: "asyncio.Task[dict[bytes, Known]] | None" = None
+    """Keys of its samples."""
+    task: "asyncio.Task[dict[bytes, CachedResult]] | None" = None
     waiting: int = 0
-    """Calls that wait for it."""
+    """Number of calls that wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spared:
+class CacheSavings:
     """Samples of one call that were not sent."""
 
     hits: int
-    """Remembered from before."""
+    """Rewards from the cache."""
     copies: int
-    """Equal to another one that was sent."""
+    """Samples equal to one that was sent."""
 
 
 class ResultCache:
-    """Results of one component. Belongs to the event loop that uses it.
+    """The cache of one component, for one event loop.
 
     Args:
-        store: Remembers rewards.
-        key: Tells samples apart.
-        ttl_seconds: How long a reward is remembered.
+        store: Stores the rewards.
+        key: Computes the key of a sample.
+        ttl_seconds: How long a reward is used.
     """
 
     def __init__(
@@ -161,82 +162,87 @@ class ResultCache:
         self,
         samples: Sequence[RewardSample],
         context: RewardContext,
-        ask: Ask,
-        tell: Callable[[Spared], None],
+        request: RequestRewards,
+        report: Callable[[CacheSavings], None],
     ) -> list[RewardResult]:
-        """The results of ``samples``, in order; asks only for what nobody knows or has asked for in this step.
+        """The results of ``samples``, in order.
 
-        A call that is cancelled takes nothing from others that wait for the same sample; what nobody waits for any more is
-        cancelled with it.
+        Requests only samples that are neither cached nor in flight.
+
+        Cancelling a call does not cancel samples that other calls wait for.
 
         Args:
-            samples: To be scored.
-            context: What they have in common; samples of one context are of one step.
-            ask: Gets the results of those that are left.
-            tell: Is told how many were not sent.
+            samples: Completions to score.
+            context: Their context; samples of one context belong to one step.
+            request: Requests the rewards of samples that are not cached.
+            report: Called with the number of samples that were not sent.
 
         Raises:
-            RewardMisconfiguredError: What ``ask`` raised, here and in all calls that wait for it.
+            RewardMisconfiguredError: ``request`` raised it; also raised in all calls that wait for
+                it.
         """
+        # The first call with a key in a step leads it: its flight requests the sample. Later calls
+        # with the key join that flight, and several flights may serve one call. A flight is a task
+        # of its own, so that cancelling the leading call leaves it to the calls that joined.
         keys = [self._key(sample) for sample in samples]
         first: dict[bytes, RewardSample] = {}
         for key, sample in zip(keys, samples, strict=True):
             first.setdefault(key, sample)
         own = Flight(context)
-        boarded = {key: self._flights.setdefault((context, key), own) for key in first}
-        led = {key: first[key] for key, flight in boarded.items() if flight is own}
+        joined = {key: self._flights.setdefault((context, key), own) for key in first}
+        led = {key: first[key] for key, flight in joined.items() if flight is own}
         if led:
             own.keys = tuple(led)
-            own.task = asyncio.create_task(self._fly(own, led, ask))
-        flights = set(boarded.values())
+            own.task = asyncio.create_task(self._fly(own, led, request))
+        flights = set(joined.values())
         for flight in flights:
             flight.waiting += 1
         try:
-            await _all_or_first_error(flights)
+            await wait_for_all([flight.task for flight in flights if flight.task is not None])
         finally:
             await self._leave(flights)
-        known = {key: _landed(flight)[key] for key, flight in boarded.items()}
-        hits = sum(known[key].is_remembered for key in keys)
-        sent = sum(not known[key].is_remembered for key in led)
+        known = {key: _result_of(flight)[key] for key, flight in joined.items()}
+        hits = sum(known[key].is_hit for key in keys)
+        sent = sum(not known[key].is_hit for key in led)
         if hits or len(keys) > sent:
-            tell(Spared(hits, len(keys) - hits - sent))
+            report(CacheSavings(hits, len(keys) - hits - sent))
         return [known[key].result for key in keys]
 
     async def aclose(self) -> None:
-        """Write what is to be remembered."""
+        """Write pending rewards and close the store."""
         await self._store.aclose()
 
     async def _fly(
-        self, flight: Flight, led: Mapping[bytes, RewardSample], ask: Ask
-    ) -> dict[bytes, Known]:
+        self, flight: Flight, led: Mapping[bytes, RewardSample], request: RequestRewards
+    ) -> dict[bytes, CachedResult]:
         try:
             stored = await self._store.get(list(led), self._ttl_seconds)
-            remembered = {key: _decoded(value) for key, value in stored.items()}
+            cached = {key: _decoded(value) for key, value in stored.items()}
             known = {
-                key: Known(result, is_remembered=True)
-                for key, result in remembered.items()
+                key: CachedResult(result, is_hit=True)
+                for key, result in cached.items()
                 if result is not None
             }
-            asked = {key: sample for key, sample in led.items() if key not in known}
-            if asked:
-                results = await ask(list(asked.values()), flight.context)
-                fresh = dict(zip(asked, results, strict=True))
+            missing = {key: sample for key, sample in led.items() if key not in known}
+            if missing:
+                results = await request(list(missing.values()), flight.context)
+                fresh = dict(zip(missing, results, strict=True))
                 encoded = {key: _encoded(result) for key, result in fresh.items()}
                 self._store.put({k: value for k, value in encoded.items() if value is not None})
-                known |= {key: Known(one, is_remembered=False) for key, one in fresh.items()}
+                known |= {key: CachedResult(one, is_hit=False) for key, one in fresh.items()}
             return known
         finally:
             self._close(flight)
 
     def _close(self, flight: Flight) -> None:
-        """Nobody can board ``flight`` any more."""
+        """Let no further call join ``flight``."""
         for key in flight.keys:
             if self._flights.get((flight.context, key)) is flight:
                 del self._flights[flight.context, key]
 
     async def _leave(self, flights: set[Flight]) -> None:
-        """Wait for ``flights`` no longer; those that nobody waits for end here."""
-        empty: list[asyncio.Task[dict[bytes, Known]]] = []
+        """Stop waiting for ``flights``, and cancel those that no call waits for."""
+        empty: list[asyncio.Task[dict[bytes, CachedResult]]] = []
         for flight in flights:
             flight.waiting -= 1
             if flight.waiting == 0 and flight.task is not None:
@@ -244,29 +250,18 @@ class ResultCache:
                 flight.task.cancel()
                 empty.append(flight.task)
         for task in empty:
-            # Its error has come out already, or belongs to nobody any more.
+            # Its error has been raised already, or no call waits for it.
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
 
 
-def _landed(flight: Flight) -> dict[bytes, Known]:
+def _result_of(flight: Flight) -> dict[bytes, CachedResult]:
     assert flight.task is not None
     return flight.task.result()
 
 
-async def _all_or_first_error(flights: set[Flight]) -> None:
-    tasks = [flight.task for flight in flights if flight.task is not None]
-    if not tasks:
-        return
-    # Unlike awaiting them, this does not cancel them with us.
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    for task in tasks:
-        if task.done():
-            task.result()
-
-
 def _encoded(result: RewardResult) -> bytes | None:
-    """A reward as it is stored; None: it is not to be stored."""
+    """The stored form of a reward; None: the result is not stored."""
     if not isinstance(result, Scored):
         return None
     numbers = (result.reward, *result.components.values())
@@ -276,7 +271,7 @@ def _encoded(result: RewardResult) -> bytes | None:
 
 
 def _decoded(value: bytes) -> Scored | None:
-    """A stored reward; None: it is none."""
+    """The reward of a stored value; None: the value is invalid."""
     try:
         reward, components, feedback = orjson.loads(value)
         return Scored(reward, components, feedback)
@@ -286,19 +281,19 @@ def _decoded(value: bytes) -> Scored | None:
 
 @dataclass(frozen=True)
 class CachePlace:
-    """Where the rewards of a job are remembered."""
+    """Where the rewards of a job are cached."""
 
     job: Path | None
-    """Folder of what the job alone remembers; None: in memory."""
+    """Folder of the job's own cache; None: in memory."""
     endpoints: Path | None = None
-    """Folder of what jobs with the same registered endpoint share, one folder for each; None: as for the job."""
+    """Parent folder of caches shared by jobs, one per registered endpoint; None: not shared."""
     max_bytes: int = MAX_BYTES
-    """Of each file."""
+    """Limit of each file."""
 
 
 @dataclass(slots=True)
 class Caches:
-    """The caches of a scorer's components: those that remember at one place share a store."""
+    """The caches of a scorer's components; those with the same folder share a store."""
 
     place: CachePlace
     stores: dict[Path | None, CacheStore] = field(default_factory=dict)
@@ -306,10 +301,10 @@ class Caches:
     def of(
         self, component: RewardComponent, access: ComponentAccess | None
     ) -> "ResultCache | None":
-        """The cache of an http component; None: every sample of it is sent."""
+        """The cache of an http component; None: every sample is sent."""
         options = component.cache
-        is_known_to_repeat = access is not None and access.is_deterministic
-        if not (is_known_to_repeat if options.enabled == "auto" else options.enabled):
+        is_deterministic = access is not None and access.is_deterministic
+        if not (is_deterministic if options.enabled == "auto" else options.enabled):
             return None
         folder = self.place.job
         shared = self.place.endpoints

@@ -1,8 +1,9 @@
-"""Where remembered rewards lie: an SQLite file that several processes of a host may share, or memory.
+"""Storage of cached rewards: an SQLite file that processes of a host can share, or memory.
 
-A cache may lose what it holds at any time, so nothing here is an error for its user: what cannot be read counts as unknown, what
-cannot be written is left out, and a damaged file is set aside. Each row carries a digest, as SQLite does not notice a flipped bit
-in a page: a row that fails it is unknown too, never another number.
+A cache may lose its content at any time, so no method fails: a value that cannot be read is
+unknown, one that cannot be written is dropped, and a damaged file is moved away. SQLite does not
+notice a flipped bit in a page, so each row has a digest, and a row that does not match it is
+unknown too.
 """
 
 import asyncio
@@ -22,19 +23,19 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 256 * 1024**2
 FILE = "rewards.v1.sqlite3"
-"""The number is that of the tables below: a file of other tables is not opened."""
+"""Contains the version of the tables below, so that a file with other tables is not opened."""
 DAMAGED = ".damaged"
 ROW_BYTES = 160
-"""What a row takes in the file beside its key and value: digest, times, and its place in two indexes."""
+"""Bytes of a row besides its key and value: digest, times and two index entries."""
 BUSY_SECONDS = 2.0
-"""How long another process's write is waited for, in the store's own thread."""
-MOST_NOTED = 1024
-"""Uses that are noted in memory until they are written."""
+"""How long the store's thread waits for a write of another process."""
+MAX_PENDING_USES = 1024
+"""Uses of rows that are kept in memory before they are written."""
 _AT_ONCE = 500
 _DAMAGES = frozenset(
     {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
 )
-"""Result codes of SQLite that no later try changes. The first is that of a statement that does not fit the tables."""
+"""Result codes of SQLite that persist. The first means that a statement does not fit the tables."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS rewards (
     key BLOB PRIMARY KEY, value BLOB NOT NULL, digest BLOB NOT NULL, bytes INTEGER NOT NULL,
@@ -43,21 +44,23 @@ CREATE TABLE IF NOT EXISTS rewards (
 CREATE INDEX IF NOT EXISTS rewards_used_at ON rewards (used_at);
 CREATE TABLE IF NOT EXISTS total (id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER NOT NULL);
 INSERT OR IGNORE INTO total VALUES (0, 0);
-CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON rewards BEGIN UPDATE total SET bytes = bytes + NEW.bytes; END;
-CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON rewards BEGIN UPDATE total SET bytes = bytes - OLD.bytes; END;
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON rewards
+BEGIN UPDATE total SET bytes = bytes + NEW.bytes; END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON rewards
+BEGIN UPDATE total SET bytes = bytes - OLD.bytes; END;
 """
 Found = TypeVar("Found")
 
 
 class CacheStore:
-    """Values by key, the least recently used of which make room for others.
+    """Values by key; the least recently used are evicted.
 
-    All work is done by one thread of its own, in the order in which it was asked for: the event loop never waits for a disk, and
-    what was put before is found after. The file is opened at the first use, and again after `aclose`.
+    One thread does all work in order, so that the event loop never waits for a disk and every `get`
+    sees the earlier `put`. The file is opened at the first use, and again after `aclose`.
 
     Args:
-        folder: Holds the file; it is made. None: in memory.
-        max_bytes: Bytes of all rows, above which the least recently used go.
+        folder: Folder of the file, created if missing; None: in memory.
+        max_bytes: Limit of all rows, above which the least recently used are evicted.
         clock: Seconds since 1970.
     """
 
@@ -72,30 +75,30 @@ class CacheStore:
         self._max_bytes = max_bytes
         self._clock = clock
         self._thread: ThreadPoolExecutor | None = None
-        self._connection: sqlite3.Connection | None = None  # of that thread
+        self._connection: sqlite3.Connection | None = None  # used by that thread alone
         self._used: dict[bytes, float] = {}
-        self._is_troubled = False
+        self._has_warned = False
 
     async def get(self, keys: Sequence[bytes], max_age_seconds: float) -> dict[bytes, bytes]:
-        """The values of those keys that are known.
+        """The known values.
 
         Args:
             keys: Distinct keys.
-            max_age_seconds: Older values count as unknown.
+            max_age_seconds: Older values are unknown.
         """
         now = self._clock()
 
         def read(connection: sqlite3.Connection) -> dict[bytes, bytes]:
             found = _read(connection, keys, now - max_age_seconds)
             self._used.update(dict.fromkeys(found, now))
-            if len(self._used) >= MOST_NOTED:
+            if len(self._used) >= MAX_PENDING_USES:
                 self._write(connection, {}, now)
             return found
 
         return await asyncio.wrap_future(self._executor().submit(self._tried, read, {}))
 
     def put(self, values: Mapping[bytes, bytes]) -> None:
-        """Remember ``values``, some time soon."""
+        """Store ``values`` in the background."""
         now = self._clock()
         if values:
             self._executor().submit(
@@ -103,7 +106,7 @@ class CacheStore:
             )
 
     async def aclose(self) -> None:
-        """Write what is still to be written and close the file; may be called again."""
+        """Finish all writes and close the file. May be called again."""
         thread, self._thread = self._thread, None
         if thread is not None:
             await asyncio.wrap_future(thread.submit(self._close))
@@ -114,10 +117,13 @@ class CacheStore:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-cache")
         return self._thread
 
-    # --- in the store's own thread ---------------------------------------------------------------------------------------
+    # --- in the store's own thread ----------------------------------------------------------------
 
     def _tried(self, work: Callable[[sqlite3.Connection], Found], otherwise: Found) -> Found:
-        """What ``work`` gives; ``otherwise`` where the file cannot be used. A damaged file gets one successor."""
+        """Call ``work``; return ``otherwise`` if the file is unusable.
+
+        A damaged file is replaced once.
+        """
         for is_last in (False, True):
             try:
                 return work(self._opened())
@@ -134,10 +140,10 @@ class CacheStore:
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             name = ":memory:" if self._folder is None else str(self._folder / FILE)
-            # Transactions are begun and ended in SQL.
+            # Transactions are started and ended in SQL.
             self._connection = sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level=None)
             _begin_wal(self._connection)
-            # Without it a power loss costs the newest rows, never the file.
+            # NORMAL: a power loss costs the newest rows, never the file.
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.executescript(_TABLES)
         return self._connection
@@ -153,9 +159,10 @@ class CacheStore:
         connection.execute("BEGIN IMMEDIATE")
         try:
             connection.executemany(
-                "UPDATE rewards SET used_at = ? WHERE key = ?", [(at, key) for key, at in used.items()]
-            )  # fmt: skip
-            # Not OR REPLACE: that would not fire the trigger.
+                "UPDATE rewards SET used_at = ? WHERE key = ?",
+                [(at, key) for key, at in used.items()],
+            )
+            # Not OR REPLACE: it does not fire the delete trigger.
             connection.executemany("DELETE FROM rewards WHERE key = ?", [(row[0],) for row in rows])
             connection.executemany("INSERT INTO rewards VALUES (?, ?, ?, ?, ?, ?)", rows)
             self._make_room(connection)
@@ -196,14 +203,16 @@ class CacheStore:
                 connection.close()
 
     def _set_aside(self, error: Exception) -> None:
-        """Move the whole folder, as the file belongs together with those that SQLite keeps beside it."""
+        """Move the whole folder, as SQLite keeps further files beside the database."""
         if self._folder is None:
             return
         aside = self._folder.with_name(self._folder.name + DAMAGED)
         logger.warning(
-            "remembered rewards in %s are damaged (%s); they are set aside as %s and asked for again",
-            self._folder, error, aside.name,
-        )  # fmt: skip
+            "cached rewards in %s are damaged (%s); they are moved to %s and requested again",
+            self._folder,
+            error,
+            aside.name,
+        )
         shutil.rmtree(aside, ignore_errors=True)
         try:
             self._folder.rename(aside)
@@ -211,16 +220,20 @@ class CacheStore:
             self._warn(failure)
 
     def _warn(self, error: Exception) -> None:
-        if not self._is_troubled:
+        if not self._has_warned:
             logger.warning(
-                "rewards cannot be remembered in %s: %s; services are asked again instead",
-                self._folder or "memory", error,
-            )  # fmt: skip
-        self._is_troubled = True
+                "rewards cannot be cached in %s: %s; they are requested again instead",
+                self._folder or "memory",
+                error,
+            )
+        self._has_warned = True
 
 
 def _begin_wal(connection: sqlite3.Connection) -> None:
-    """Readers and a writer side by side. Another process that opens the same new file is waited for: SQLite itself does not."""
+    """Turn on write-ahead logging.
+
+    Waits for another process that opens the new file; SQLite does not.
+    """
     until = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -241,7 +254,7 @@ def _read(
         part = keys[start : start + _AT_ONCE]
         places = ", ".join("?" * len(part))
         rows = connection.execute(
-            f"SELECT key, value, digest FROM rewards WHERE stored_at > ? AND key IN ({places})",  # noqa: S608 - question marks alone
+            f"SELECT key, value, digest FROM rewards WHERE stored_at > ? AND key IN ({places})",  # noqa: S608 - only question marks are inserted
             (oldest, *part),
         )
         found.update(

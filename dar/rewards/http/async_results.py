@@ -1,15 +1,16 @@
-"""Rewards that come later: a service answers 202, and then calls back or is asked again.
+"""Results that arrive after a 202: by callback or by polling.
 
-Where a trainer runs under a service, the service takes callbacks for it (`Inbox`): each request is announced there before it is
-sent, with the hash of a fresh token, so that a result finds its way even when everything here dies meanwhile. In a plain script
-there is nobody to call back; a service is offered ``async`` all the same and may give a ``poll_url``.
+In a job, the DAR service receives callbacks for the trainer (`Inbox`). Each request is announced
+there before it is sent, with the hash of a fresh token, so that its result is kept even if the
+trainer dies. A plain script has no inbox; its requests still offer ``async``, and the service may
+give a ``poll_url``.
 
-The deadline of a request never moves once it is announced; that it could not be announced for a while costs it no time. Of a callback and a poll, the first valid result wins.
+The deadline is fixed once the request is announced; time spent on announcing does not count. If
+both a callback and polling deliver, the first valid result is used.
 """
 
 import asyncio
 import hashlib
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -27,36 +28,34 @@ from dar.protocol.rewards import (
     decode_accepted,
     decode_response,
 )
-from dar.rewards.http.retry import AttemptFailedError
+from dar.rewards.http.retry import JITTER, AttemptFailedError
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 1.0, 15.0, 1.5
 SHORTEST_POLL_SECONDS = 0.1
-"""What a ``Retry-After`` of nothing comes to."""
+"""Shortest wait between polls, also for ``Retry-After: 0``."""
 POLL_JITTER = 0.2
-"""Share by which a wait may be shorter or longer."""
+"""Largest relative change of a wait, in either direction."""
 TOKEN_BYTES = 32
 ANNOUNCEMENTS = 2
-"""Most announcements of a request: another one where the first was stored so long ago that its deadline has passed."""
-# Not the module's functions: drawing from the process-wide generator would change what a seeded trainer samples next.
-_JITTER = random.SystemRandom()
+"""A request is announced again if an earlier announcement has a deadline in the past."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An announced request, as the service has it."""
+    """An announced request, as the DAR service has stored it."""
 
     callback_url: str
     deadline: datetime
-    """That of the first announcement, perhaps by an earlier process."""
+    """The deadline of the first announcement, possibly by an earlier process."""
     is_accepted: bool = False
-    """The reward service has the request already; it is not sent again."""
+    """The reward service has answered 202; the request is not sent again."""
     poll_url: str | None = None
     result: bytes | None = None
-    """The result, if it is there already."""
+    """The result, if it has arrived."""
 
 
 class Inbox(Protocol):
-    """Where results of callbacks arrive, on behalf of this process."""
+    """Receives callbacks on behalf of this process."""
 
     async def announce(
         self,
@@ -67,44 +66,44 @@ class Inbox(Protocol):
         deadline: datetime,
         sample_ids: Sequence[str],
     ) -> Stored:
-        """Have a request stored before it is sent; waits until it is."""
+        """Store a request before it is sent; waits until it is stored."""
         ...
 
     async def wait(self, request_id: str) -> bytes:
-        """The result that was posted for a request; waits for it however long it takes."""
+        """Wait for the result of a request, without a time limit."""
         ...
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
-        """The reward service has answered 202."""
+        """Report that the reward service has answered 202."""
         ...
 
     def close(self, request_id: str) -> None:
-        """The request needs no callback any more."""
+        """Report that the request needs no callback any more."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Polled:
-    """What a GET of a ``poll_url`` came to."""
+    """The answer to a GET of a ``poll_url``."""
 
     body: bytes | None
-    """Of a 200; None: a 202."""
+    """The body of a 200; None: a 202."""
     retry_after_seconds: float | None = None
 
 
 Poll = Callable[[str, float], Awaitable[Polled]]
-"""GETs a URL within so many seconds, as requests to the reward service are sent: same guard, same credentials."""
+"""GETs a URL within so many seconds, with the guard and credentials of the reward service."""
 
 
 class LaterReply:
-    """The later answer of one request: what is offered, and how it is waited for.
+    """The later answer of one request: the offer, and the wait for the result.
 
     Args:
-        url: The reward service's, whose origin a ``poll_url`` must have.
+        url: URL of the reward service; a ``poll_url`` must have the same origin.
         request_id: Id of the request.
-        ids: Its samples.
-        seconds: From the announcement to the deadline; no answer is taken after that.
-        inbox: Takes callbacks; None: there is nobody to call back.
+        ids: Ids of its samples.
+        seconds: From the announcement to the deadline; later answers are ignored.
+        inbox: Receives callbacks; None: only polling is possible.
     """
 
     def __init__(
@@ -123,16 +122,16 @@ class LaterReply:
         self._callback: Callback | None = None
         self._time = timedelta(seconds=seconds)
         self.deadline = datetime.now(UTC) + self._time
-        """Of the request; an earlier process may have begun it."""
+        """Deadline of the request, possibly set by an earlier process."""
         self.is_accepted = False
-        """The reward service has it, so it is only waited for."""
+        """Whether the reward service has answered 202, so that only the result is missing."""
         self._result: bytes | None = None
 
     async def open(self, component: str, step: int) -> None:
-        """Announce the request, which must happen before it is sent; waits however long our own service is away.
+        """Announce the request before it is sent. Waits while the DAR service is unavailable.
 
         Raises:
-            AttemptFailedError: An earlier process was given a ``poll_url`` that breaks the contract.
+            AttemptFailedError: The stored ``poll_url`` breaks the contract.
         """
         if self._inbox is None:
             return
@@ -154,14 +153,14 @@ class LaterReply:
 
     @property
     def reply(self) -> Reply:
-        """What the request says about answers."""
+        """The ``reply`` field of the request."""
         return Reply(modes=["sync", "async"], deadline=self.deadline, callback=self._callback)
 
     def accept(self, body: bytes) -> None:
-        """Note a 202.
+        """Handle a 202.
 
         Raises:
-            AttemptFailedError: Its body breaks the contract, or leaves no way to get the result.
+            AttemptFailedError: Its body breaks the contract, or there is no way to get the result.
         """
         try:
             accepted = decode_accepted(body, request_id=self._request_id)
@@ -176,7 +175,7 @@ class LaterReply:
             self._inbox.accepted(self._request_id, accepted.poll_url)
 
     def close(self) -> None:
-        """Note that the request was answered at once."""
+        """Report that the request was answered at once."""
         if self._inbox is not None:
             self._inbox.close(self._request_id)
 
@@ -187,9 +186,9 @@ class LaterReply:
             poll: GETs the ``poll_url``.
 
         Raises:
-            AttemptFailedError: None came before the deadline, or what came breaks the contract.
+            AttemptFailedError: None arrived before the deadline, or it breaks the contract.
         """
-        self.is_accepted = False  # whatever fails from here on, another attempt would send it again
+        self.is_accepted = False  # after a failure the next attempt sends the request again
         if self._result is not None:
             result, self._result = self._result, None
             return self._decode(result)
@@ -210,20 +209,20 @@ class LaterReply:
 
     async def _polled(self, url: str, poll: Poll) -> list[SampleResult]:
         wait = FIRST_POLL_SECONDS
-        asked: float | None = None
+        requested: float | None = None
         while True:
-            if asked is None:
-                asked = wait * _JITTER.uniform(1 - POLL_JITTER, 1 + POLL_JITTER)
+            if requested is None:
+                requested = wait * JITTER.uniform(1 - POLL_JITTER, 1 + POLL_JITTER)
                 wait = min(wait * POLL_GROWTH, LONGEST_POLL_SECONDS)
-            await asyncio.sleep(max(asked, SHORTEST_POLL_SECONDS))
+            await asyncio.sleep(max(requested, SHORTEST_POLL_SECONDS))
             try:
                 polled = await poll(url, self.remaining_seconds)
             except AttemptFailedError as error:
                 if error.kind not in {"transient", "name"}:
                     raise
-                asked = error.retry_after_seconds
+                requested = error.retry_after_seconds
                 continue
-            asked = polled.retry_after_seconds
+            requested = polled.retry_after_seconds
             if polled.body is not None:
                 results = self._decode(polled.body)
                 self.close()
@@ -237,20 +236,20 @@ class LaterReply:
 
     @property
     def remaining_seconds(self) -> float:
-        """Time until the deadline; 0 after it."""
+        """Time until the deadline, at least 0."""
         return max(0.0, (self.deadline - datetime.now(UTC)).total_seconds())
 
     def _checked(self, given: str) -> str:
-        """A ``poll_url``, absolute.
+        """Make a ``poll_url`` absolute.
 
         Raises:
-            AttemptFailedError: It leads elsewhere than to the reward service.
+            AttemptFailedError: It is not on the origin of the reward service.
         """
         try:
             base = httpx2.URL(self._url)
             url = base.join(given)
         except (httpx2.InvalidURL, ValueError):
-            raise _contract("poll_url", "a poll_url that is no URL") from None
+            raise _contract("poll_url", "a poll_url that is not a URL") from None
         if (url.scheme, url.host, _port(url)) != (base.scheme, base.host, _port(base)):
             raise _contract("poll_url", "a poll_url on another origin than the reward service's")
         if url.userinfo or url.fragment:
@@ -267,7 +266,7 @@ def _contract(code: str, reason: str) -> AttemptFailedError:
 
 
 async def _first(ways: Sequence[Coroutine[Any, Any, list[SampleResult]]]) -> list[SampleResult]:
-    """The first result; a way that fails is given up while another one is left."""
+    """The first result. A failure counts only if every other way has failed too."""
     waiting = {asyncio.create_task(way) for way in ways}
     try:
         while True:

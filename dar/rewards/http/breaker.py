@@ -1,7 +1,7 @@
-"""A circuit breaker: a service that fails most calls is left alone for a while, then tried with a single request.
+"""A circuit breaker: pauses calls to a service that fails most of them, then tries a single call.
 
-Written out because what is around either lets every waiting call through once the pause is over, or counts a cancelled task as a
-failure of the service.
+Existing packages either let all waiting calls through when the pause ends, or count a cancelled
+task as a failure of the service.
 """
 
 import asyncio
@@ -13,30 +13,30 @@ from typing import Literal
 
 from dar.errors import RewardMisconfiguredError
 
-State = Literal["closed", "open", "half_open", "misconfigured"]
-Outcome = Literal["ok", "failed", "neutral"]
-"""How a call went; ``neutral`` says nothing about the service: it was cancelled, or its request was too large."""
+BreakerState = Literal["closed", "open", "half_open", "misconfigured"]
+CallOutcome = Literal["ok", "failed", "neutral"]
+"""Result of a call. ``neutral`` does not count: it was cancelled, or its request was too large."""
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerOptions:
-    """When calls to a service are held back."""
+    """When calls to a service are paused."""
 
     min_calls: int = 10
-    """Calls in the window below which nothing is concluded."""
+    """With fewer calls in the window the breaker stays closed."""
     failure_fraction: float = 0.5
-    """Failed calls in the window from which on the breaker opens."""
+    """The breaker opens if this share of the calls in the window has failed."""
     window_seconds: float = 60.0
     open_seconds: float = 5.0
-    """First pause; each that follows a failed probe is twice as long."""
+    """First pause; doubled after each failed trial call."""
     max_open_seconds: float = 120.0
     pause_grace_seconds: float = 120.0
-    """How long a request's deadline stands still, in all, while the breaker holds it back; then the request fails."""
+    """How long the breaker may extend a request's deadline in all; then the request fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that was let through."""
+    """A call that the breaker has admitted."""
 
     generation: int
     is_probe: bool
@@ -54,13 +54,13 @@ class CircuitBreaker:
     def __init__(
         self,
         options: BreakerOptions,
-        on_change: Callable[[State, str], None],
+        on_change: Callable[[BreakerState, str], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
         self._on_change = on_change
         self._now = now
-        self._state: State = "closed"
+        self._state: BreakerState = "closed"
         self._refusal: RewardMisconfiguredError | None = None
         self._outcomes: deque[tuple[float, bool]] = deque()
         self._failures = 0
@@ -71,19 +71,19 @@ class CircuitBreaker:
         self._changed = asyncio.Event()
 
     @property
-    def state(self) -> State:
-        """What it does now."""
+    def state(self) -> BreakerState:
+        """The current state."""
         if self._state in {"open", "misconfigured"} and self._now() >= self._opens_until:
             self._enter_state("half_open", "the pause is over")
         return self._state
 
     @property
     def refusal(self) -> RewardMisconfiguredError | None:
-        """Why the service refuses us for good; None: it does not, or may have changed its mind."""
+        """Why no call can succeed until the configuration changes; None: a call may succeed."""
         return self._refusal
 
     def enter(self) -> Call | None:
-        """Let a call through; None: not now. Whoever gets a `Call` reports to `done`."""
+        """Admit a call; None: not now. `done` must be called for every `Call`."""
         state = self.state
         if state == "closed":
             return Call(self._generation, is_probe=False)
@@ -92,8 +92,11 @@ class CircuitBreaker:
             return Call(self._generation, is_probe=True)
         return None
 
-    def done(self, call: Call, outcome: Outcome, reason: str = "") -> None:
-        """Report how ``call`` went. What was let through before the last change of state no longer counts."""
+    def done(self, call: Call, outcome: CallOutcome, reason: str = "") -> None:
+        """Report the outcome of ``call``.
+
+        Calls admitted before the last change of state are ignored.
+        """
         if call.generation != self._generation:
             return
         if call.is_probe:
@@ -102,9 +105,9 @@ class CircuitBreaker:
             self._count(outcome == "failed", reason)
 
     def trip(self, error: RewardMisconfiguredError) -> None:
-        """The service refuses for good: everything that waits fails with ``error``."""
+        """Enter ``misconfigured``: every waiting call fails with ``error``."""
         self._refusal = error
-        if self.state != "misconfigured":  # of many in flight, the first says it
+        if self.state != "misconfigured":  # only the first of many calls in flight reports it
             self._pause("misconfigured", error.error_code)
 
     async def changed(self, seconds: float) -> None:
@@ -117,7 +120,7 @@ class CircuitBreaker:
         except TimeoutError:
             return
 
-    def _probed(self, outcome: Outcome, reason: str) -> None:
+    def _probed(self, outcome: CallOutcome, reason: str) -> None:
         self._is_probing = False
         if outcome == "ok":
             self._pauses = 0
@@ -139,13 +142,13 @@ class CircuitBreaker:
         if is_failure and calls >= self._options.min_calls and too_many:
             self._pause("open", f"{failures} of the last {calls} requests failed: {reason}")
 
-    def _pause(self, state: State, reason: str) -> None:
+    def _pause(self, state: BreakerState, reason: str) -> None:
         seconds = self._options.open_seconds * 2.0 ** min(self._pauses, 16)
         self._pauses += 1
         self._opens_until = self._now() + min(seconds, self._options.max_open_seconds)
         self._enter_state(state, reason)
 
-    def _enter_state(self, state: State, reason: str) -> None:
+    def _enter_state(self, state: BreakerState, reason: str) -> None:
         self._state = state
         self._generation += 1
         self._is_probing = False

@@ -1,7 +1,7 @@
-"""Names are resolved in threads of their own: the system's resolver blocks, and a slow one must not hold up anything else.
+"""Resolves host names in separate threads, as the system's resolver blocks.
 
-The loop's default executor would not do: it is shared with the rest of the process, and a stuck look-up keeps the process from
-ending.
+The loop's default executor is shared with the rest of the process, and a stuck look-up in it would
+keep the process from exiting.
 """
 
 import asyncio
@@ -12,9 +12,9 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 RESOLVE_SECONDS = 5.0
-"""How long an answer is waited for."""
+"""Time limit of a look-up."""
 THREADS = 4
-"""Look-ups at once; further ones wait their turn within their own time."""
+"""Concurrent look-ups; the time that further ones wait counts against their limit."""
 
 _Work = Callable[[], None]
 _waiting: "queue.SimpleQueue[_Work]" = queue.SimpleQueue()
@@ -36,7 +36,7 @@ def _ensure_threads() -> None:
 
 
 async def resolve_in_thread(look_up: Callable[[], Value]) -> Value:
-    """The result of ``look_up``, called in a resolver thread. A cancellation leaves the thread to finish by itself."""
+    """Call ``look_up`` in a resolver thread. After a cancellation its result is discarded."""
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[Value] = loop.create_future()
 
@@ -59,7 +59,7 @@ async def resolve_in_thread(look_up: Callable[[], Value]) -> Value:
         try:
             loop.call_soon_threadsafe(settle, value, error)
         except RuntimeError:
-            return  # the loop has ended meanwhile
+            return  # the loop has ended
 
     _ensure_threads()
     _waiting.put(work)

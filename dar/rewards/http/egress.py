@@ -1,8 +1,9 @@
-"""Where requests to reward services may go: decided on the address that is dialled, not on the name in the URL.
+"""The egress guard: which addresses requests to reward services may reach.
 
-A URL comes from whoever submits a job, so it is a way to make this machine call its own network. A check before the call does not
-help: a name may resolve to another address a moment later. Here a name is resolved once, every answer is checked, and only
-checked addresses are dialled; name, SNI and certificate stay those of the URL.
+A user chooses the URL, and could make this machine call its own network. A check of the name before
+the call does not help, as the name may resolve to another address a moment later. So the name is
+resolved once, every address is checked, and only checked addresses are dialled. Host name, SNI and
+certificate stay those of the URL.
 """
 
 import asyncio
@@ -18,19 +19,18 @@ import httpcore2
 import httpx2
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
-from dar.rewards.http.connection import JoinedStream
+from dar.rewards.http.connection import CURRENT, JoinedStream
 from dar.rewards.http.dns import RESOLVE_SECONDS, resolve_in_thread
-from dar.rewards.http.timings import CURRENT
 from dar.settings import Settings
 
 MAX_URL = 2048
 MAX_ANSWERS = 16
-"""Addresses of one name above which none is believed."""
+"""A name with more addresses is rejected."""
 MAX_DIALLED = 4
-"""Addresses of one name that are tried."""
+"""Most addresses of one name that are dialled."""
 FIRST_FREE_PORT = 1024
 DENIED = "the address of the reward service is not allowed; ask the operator of this installation"
-"""The one text for all that is blocked, so that nobody learns from it what is there."""
+"""The same text for everything blocked, so that it reveals nothing about the network."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -56,23 +56,24 @@ _METADATA: frozenset[Address] = frozenset(
         ),
     )
 )  # fmt: skip
-"""Where clouds hand out credentials to whoever asks from the machine; not even an operator can allow them."""
+"""Metadata services of clouds, which hand out credentials. An operator cannot allow them."""
 
 
 @dataclass(frozen=True, slots=True)
 class EgressPolicy:
-    """What the operator allows beyond public HTTPS services. A job spec cannot change it.
+    """What the operator allows besides public HTTPS services; a job spec cannot change it.
 
     Raises:
-        ConfigurationError: An entry of ``allow_cidrs`` is no network.
+        ConfigurationError: An entry of ``allow_cidrs`` is not a network.
     """
 
     allow_http: tuple[str, ...] = ()
-    """Hosts that may be reached over plain HTTP; ``*.example.org`` stands for all below, ``*`` for all."""
+    """Hosts that may be reached over plain HTTP; ``*.example.org``: all subdomains, ``*``: all
+    hosts."""
     allow_hosts: tuple[str, ...] = ()
     """Hosts whose addresses may be private, in the same form."""
     allow_cidrs: tuple[str, ...] = ()
-    """Networks that may be reached though they are not public."""
+    """Networks that may be reached although they are not public."""
     ports: tuple[int, ...] | None = None
     """Allowed ports; None: 443, 80 for plain HTTP, and 1024 and above."""
 
@@ -81,7 +82,7 @@ class EgressPolicy:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "EgressPolicy":
-        """The policy of this installation."""
+        """The policy in the settings."""
         return cls(
             allow_http=settings.egress_allow_http,
             allow_hosts=settings.egress_allow_hosts,
@@ -90,7 +91,7 @@ class EgressPolicy:
         )
 
     def allows_address(self, address: Address, host: str) -> bool:
-        """Whether ``address``, an answer for ``host``, may be dialled."""
+        """Whether ``address``, to which ``host`` resolves, may be dialled."""
         if getattr(address, "scope_id", None) is not None:
             return False
         plain = _unwrapped(address)
@@ -103,7 +104,7 @@ class EgressPolicy:
         return not _is_special(plain)
 
     def allows_port(self, port: int, scheme: str) -> bool:
-        """Whether a service may listen on ``port``."""
+        """Whether ``port`` may be used."""
         if self.ports is not None:
             return port in self.ports
         return port >= FIRST_FREE_PORT or port == 443 or (port == 80 and scheme == "http")
@@ -125,13 +126,13 @@ def _matches(host: str, patterns: Iterable[str]) -> bool:
 
 
 def _unwrapped(address: Address) -> Address:
-    """An IPv4 address in IPv6 clothes, as itself: it is IPv4 that the kernel dials."""
+    """The IPv4 address in an IPv4-mapped IPv6 address, as the kernel dials IPv4."""
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
 
 
 def _embedded(address: Address) -> set[Address]:
-    """The address and those that tunnels and translators make of it."""
+    """The address and those that tunnels and translators forward it to."""
     found: set[Address] = {address}
     if isinstance(address, ipaddress.IPv6Address):
         found.add(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
@@ -153,7 +154,7 @@ def _is_special(address: Address) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL, taken apart for the connection pool."""
+    """A parsed URL."""
 
     scheme: str
     host: str
@@ -182,10 +183,11 @@ class Target:
 
 
 def parse_url(url: str, policy: EgressPolicy | None) -> Target:
-    """``url``, taken apart and checked by the rules for URLs.
+    """Parse and check ``url``.
 
     Raises:
-        RewardMisconfiguredError: ``config.url``: it is no usable URL; ``egress_denied``: the policy forbids it.
+        RewardMisconfiguredError: ``config.url``: the URL is invalid; ``egress_denied``: the policy
+            forbids it.
     """
     try:
         parts = httpx2.URL(url)
@@ -209,10 +211,11 @@ def parse_url(url: str, policy: EgressPolicy | None) -> Target:
 
 
 def check_url(url: str, policy: EgressPolicy | None) -> None:
-    """Whether a reward service may have this URL; addresses behind a name are checked when they are dialled.
+    """Check the URL of a reward service; addresses behind a name are checked when they are dialled.
 
     Raises:
-        RewardMisconfiguredError: ``config.url``: it is no usable URL; ``egress_denied``: the policy forbids it.
+        RewardMisconfiguredError: ``config.url``: the URL is invalid; ``egress_denied``: the policy
+            forbids it.
     """
     parse_url(url, policy)
 
@@ -224,20 +227,20 @@ def _check_target(target: Target, given: str, policy: EgressPolicy) -> None:
         )
     if not policy.allows_port(target.port, target.scheme):
         raise _bad_url(f"port {target.port} is not allowed")
-    if any(_is_odd_number(host) for host in (target.host, given)):
+    if any(_is_number(host) for host in (target.host, given)):
         raise denied()
     address = _as_address(target.host)
     if address is not None and not policy.allows_address(address, target.host):
         raise denied()
 
 
-def _is_odd_number(host: str) -> bool:
-    """Whether resolvers would read ``host`` as a number that is not in canonical dotted form (``127.1``, ``0x7f000001``)."""
+def _is_number(host: str) -> bool:
+    """Whether ``host`` is an IPv4 address in an unusual form (``127.1``, ``0x7f000001``)."""
     last = host.rpartition(".")[2]
-    is_number = last.isdigit() or (
+    is_numeric = last.isdigit() or (
         last.startswith("0x") and all(ch in "0123456789abcdef" for ch in last[2:])
     )
-    return is_number and _as_address(host) is None
+    return is_numeric and _as_address(host) is None
 
 
 def _as_address(host: str) -> Address | None:
@@ -252,20 +255,20 @@ def _bad_url(why: str) -> RewardMisconfiguredError:
 
 
 def denied() -> RewardMisconfiguredError:
-    """The error for everything that is blocked."""
+    """The error for everything blocked."""
     return RewardMisconfiguredError(DENIED, code="egress_denied")
 
 
 class EgressDeniedError(httpcore2.ConnectError):
-    """An address is blocked; nothing was dialled."""
+    """An address is blocked and was not dialled."""
 
 
 class GuardedBackend(httpcore2.AsyncNetworkBackend):
-    """Opens connections for the pool: resolves once, checks every answer, dials only what it checked.
+    """Opens connections for the pool: resolves once, checks every address, dials only those.
 
     Args:
-        policy: What is allowed; None checks nothing, for scripts on a user's own machine.
-        resolver: Another source of addresses than the system's.
+        policy: What is allowed; None: everything, for scripts on a user's own machine.
+        resolver: Looks up host names; None: the system's resolver.
     """
 
     def __init__(self, policy: EgressPolicy | None, resolver: Resolver | None = None) -> None:
@@ -277,16 +280,16 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - the base class has it
+        timeout: float | None = None,  # noqa: ASYNC109 - part of the base class
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        """A connection to the first checked address that answers.
+        """Connect to the first address that accepts.
 
         Raises:
-            EgressDeniedError: An answer is blocked.
+            EgressDeniedError: An address is blocked.
             httpcore2.ConnectError: No address could be reached, or there is none.
-            httpcore2.ConnectTimeout: None answered within ``timeout`` seconds.
+            httpcore2.ConnectTimeout: No address accepted within ``timeout`` seconds.
         """
         timings = CURRENT.get()
         if timings is not None:
@@ -308,7 +311,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         raise failure
 
     async def addresses(self, host: str, port: int, seconds: float) -> list[str]:
-        """The addresses that would be dialled for ``host``; dials none.
+        """The addresses that would be dialled for ``host``.
 
         Raises:
             EgressDeniedError: One of them is blocked.
@@ -322,7 +325,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         found = [literal] if literal is not None else await self._resolve(host, port, ends_at)
         if self.policy is not None:
             allowed = all(self.policy.allows_address(address, host) for address in found)
-            if not allowed or len(found) > MAX_ANSWERS or _is_odd_number(host):
+            if not allowed or len(found) > MAX_ANSWERS or _is_number(host):
                 raise EgressDeniedError(DENIED)
         return [_unwrapped(address) for address in found]
 
@@ -331,7 +334,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         try:
             texts = await self._looked_up(host, port, seconds)
         except (socket.gaierror, UnicodeError) as error:
-            # The pool drops the cause of an error but keeps its context, which this is as well.
+            # The pool drops the cause of an error but keeps its context, which is the same here.
             raise httpcore2.ConnectError(str(error)) from error
         return list(dict.fromkeys(map(ipaddress.ip_address, texts)))
 
@@ -344,7 +347,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
             raise socket.gaierror(socket.EAI_AGAIN, reason) from None
 
     async def connect_unix_socket(self, *_: object, **__: object) -> httpcore2.AsyncNetworkStream:
-        """Never opened: a reward service is not on this machine's file system.
+        """Reject: a reward service has no Unix socket.
 
         Raises:
             EgressDeniedError: Always.
@@ -352,10 +355,9 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         raise EgressDeniedError(DENIED)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
         await asyncio.sleep(seconds)
 
 
 def system_addresses(host: str, port: int) -> list[str]:
-    """What the system's resolver says about ``host``."""
+    """The addresses of ``host`` from the system's resolver."""
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]

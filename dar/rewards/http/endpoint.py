@@ -1,10 +1,11 @@
-"""What all requests to one reward endpoint share: connections, slots, rate, ``Retry-After`` gate, breaker and retry budget.
+"""State shared by all requests to a reward endpoint.
 
-Components and jobs of one process that name the same URL with the same credentials and limits share one `Endpoint`: the limits are a
-promise to the service, whoever calls it.
+Connections, concurrency, rate, ``Retry-After``, breaker and retry budget. Components and jobs of a
+process that name the same URL with the same credentials and limits share one `Endpoint`, as the
+limits protect the service from all of them together.
 
-The connection pool is used directly, below the client that is usually around it: it has no redirects, cookies, proxies or netrc to
-be switched off, and it takes the egress guard as a public argument.
+The connection pool is used without the client that httpx2 puts around it: the pool has no
+redirects, cookies, proxies or netrc to turn off, and takes the egress guard as a public argument.
 """
 
 import asyncio
@@ -13,36 +14,39 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Self, cast
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import httpcore2
 
 from dar.errors import RewardMisconfiguredError
-from dar.protocol.reward_spec import RewardLimits
-from dar.rewards.http.breaker import BreakerOptions, Call, CircuitBreaker, State
+from dar.rewards.http.breaker import BreakerOptions, BreakerState, Call, CircuitBreaker
+from dar.rewards.http.connection import CURRENT, JoinedStream, Timings
 from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Resolver, Target
 from dar.rewards.http.redaction import Redactor, silence_header_logs
 from dar.rewards.http.responses import Answer, Incoming, failure_of, read_answer, refusal_of
-from dar.rewards.http.retry import AttemptFailedError, RetrySchedule
-from dar.rewards.http.retry_budget import RetryBudget, RetryBudgetOptions
-from dar.rewards.http.timings import CURRENT, Timings
+from dar.rewards.http.retry import (
+    AttemptFailedError,
+    RetryBudget,
+    RetryBudgetOptions,
+    RetrySchedule,
+)
 
 KEEPALIVE_SECONDS = 15.0
-"""Idle connections are closed after this; below the 60 to 75 s of common servers, so that we close first."""
+"""Idle connections are closed after this; common servers close them after 60 to 75 s."""
 QUOTED = 512
-"""Characters of an error answer that are shown to the owner of the job."""
+"""Characters of an error answer shown to the owner of the job."""
 
 
 @cache
 def default_tls() -> ssl.SSLContext:
-    """Loading the certificates takes 20 ms and more, so it is done once."""
+    """The default TLS context, made once: loading the certificates takes at least 20 ms."""
     return httpcore2.default_ssl_context()
 
 
 @dataclass(frozen=True)
-class Connection:
-    """How an endpoint is reached; equal ones share an `Endpoint`."""
+class EndpointConfig:
+    """Configuration of an endpoint; sources with equal ones share an `Endpoint`."""
 
     target: Target
     secrets: tuple[str, ...] = field(repr=False)
@@ -55,26 +59,21 @@ class Connection:
     tls: ssl.SSLContext | None = field(repr=False)
     resolver: Resolver | None = field(repr=False)
     owner: object | None
-    """None: shared with all; else this owner's own."""
-
-    @staticmethod
-    def limits_of(limits: RewardLimits) -> tuple[int, float | None]:
-        """The limits that tell one endpoint from another."""
-        return limits.concurrency, limits.rps
+    """None: shared with all sources; otherwise used by this owner alone."""
 
 
 @dataclass(slots=True)
 class Patience:
-    """How long one request's deadline may still stand still for the breaker, in seconds."""
+    """How long the breaker may still extend the deadline of a request."""
 
     seconds: float
 
 
-class Slot:
-    """A request's place among those that may be in flight.
+class ConcurrencySlot:
+    """A request's place among those in flight.
 
     Args:
-        places: Those of the endpoint.
+        places: The semaphore of the endpoint.
     """
 
     def __init__(self, places: asyncio.Semaphore) -> None:
@@ -82,40 +81,43 @@ class Slot:
         self._is_held = False
 
     async def acquire(self) -> None:
-        """Wait for the place, unless it is held."""
+        """Wait for a place, unless one is held."""
         if not self._is_held:
             await self._places.acquire()
             self._is_held = True
 
     def release(self) -> None:
-        """Leave it to another, if it is held: while a result is waited for that comes later, nothing is in flight."""
+        """Give the place back, if held.
+
+        A request that waits for a later result is not in flight.
+        """
         if self._is_held:
             self._is_held = False
             self._places.release()
 
 
-Listener = Callable[[State, str], None]
+Listener = Callable[[BreakerState, str], None]
 
 
 class Endpoint:
-    """One endpoint, in one event loop. Got with `open_endpoint`, given back with `release`."""
+    """One endpoint in one event loop; from `open_endpoint`, until `release`."""
 
-    def __init__(self, connection: Connection, registry: "dict[Connection, Endpoint]") -> None:
-        self._connection = connection
+    def __init__(self, config: EndpointConfig, registry: "dict[EndpointConfig, Endpoint]") -> None:
+        self._config = config
         self._registry = registry
         self._users = 0
-        concurrency, rps = connection.limits
+        concurrency, rps = config.limits
         self._places = asyncio.Semaphore(concurrency)
-        self.breaker = CircuitBreaker(connection.breaker, self._breaker_changed)
-        self.budget = RetryBudget(connection.budget)
+        self.breaker = CircuitBreaker(config.breaker, self._breaker_changed)
+        self.budget = RetryBudget(config.budget)
         self.listeners: set[Listener] = set()
-        headers = dict(connection.headers).values()
-        self._redact = Redactor(connection.secrets, headers, connection.target.target)
+        headers = dict(config.headers).values()
+        self._redact = Redactor(config.secrets, headers, config.target.target)
         self._closed_until = 0.0
         self._interval = 0.0 if rps is None else 1.0 / rps
         self._next_start = 0.0
-        self._guard = GuardedBackend(connection.guard, connection.resolver)
-        tls = connection.tls or default_tls()
+        self._guard = GuardedBackend(config.guard, config.resolver)
+        tls = config.tls or default_tls()
         tls.minimum_version = max(tls.minimum_version, ssl.TLSVersion.TLSv1_2)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
@@ -126,44 +128,42 @@ class Endpoint:
             http2=False,
             network_backend=self._guard,
         )
-        # A pool that dialled by itself would dial whatever a name resolves to.
-        assert self._pool._network_backend is self._guard  # noqa: SLF001 - the one fact that everything here rests on
         silence_header_logs()
 
     def acquire(self) -> Self:
-        """One more user."""
+        """Add a user."""
         self._users += 1
         return self
 
     async def release(self, listener: Listener | None = None) -> None:
-        """One user less; the last one closes all connections."""
+        """Remove a user; the last one closes all connections."""
         if listener is not None:
             self.listeners.discard(listener)
         self._users -= 1
         if self._users == 0:
-            self._registry.pop(self._connection, None)
+            self._registry.pop(self._config, None)
             await self._pool.aclose()
 
-    def slot(self) -> Slot:
-        """A place for one request, not held yet."""
-        return Slot(self._places)
+    def slot(self) -> ConcurrencySlot:
+        """A place for one request, not yet held."""
+        return ConcurrencySlot(self._places)
 
     def redact(self, text: str) -> str:
-        """``text`` without the endpoint's secrets."""
+        """Remove the endpoint's secrets from ``text``."""
         return self._redact(text)
 
     def hold_back(self, seconds: float) -> None:
-        """Send nothing to the service for so long; what is on its way stays so."""
+        """Start no request for so long; those in flight go on."""
         self._closed_until = max(self._closed_until, time.monotonic() + seconds)
 
     async def admit(
         self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
     ) -> Call:
-        """Wait until an attempt may be made: gate, breaker, then rate.
+        """Wait until an attempt may start: ``Retry-After``, breaker, then rate.
 
         Raises:
-            AttemptFailedError: It may not be made within the deadline, or the breaker stayed open for too long.
-            RewardMisconfiguredError: The service refuses us for good.
+            AttemptFailedError: The deadline has passed, or the breaker stayed open for too long.
+            RewardMisconfiguredError: No request can succeed until the configuration changes.
         """
         while True:
             call = await self._enter(schedule, patience, on_wait)
@@ -173,13 +173,13 @@ class Endpoint:
     async def passable(
         self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
     ) -> None:
-        """Wait until gate and breaker let an attempt through, without making one; see `admit`."""
+        """Wait as `admit` does, but for ``Retry-After`` and breaker only, and start no attempt."""
         self.breaker.done(await self._enter(schedule, patience, on_wait), "neutral")
 
     async def _enter(
         self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
     ) -> Call:
-        is_told = False
+        is_reported = False
         while True:
             if schedule.remaining_seconds <= 0:
                 raise AttemptFailedError("transient", "deadline", "no answer before the deadline")
@@ -190,9 +190,9 @@ class Endpoint:
             call = self.breaker.enter()
             if call is not None:
                 return call
-            if not is_told:
+            if not is_reported:
                 on_wait("most requests failed; waiting before it is tried again")
-            is_told = True
+            is_reported = True
             await self._wait_for_breaker(schedule, patience)
 
     async def _wait_for_breaker(self, schedule: RetrySchedule, patience: Patience) -> None:
@@ -209,10 +209,9 @@ class Endpoint:
             raise AttemptFailedError("transient", "breaker_open", reason, is_final=True)
 
     async def _keep_pace(self, call: Call) -> bool:
-        """Wait for this call's turn; False: the gate has closed meanwhile, so the call is over.
+        """Wait for this call's turn; False: a ``Retry-After`` came, and the call has ended.
 
-        A few lines instead of a token bucket: that lets a burst through first, and the bound is there for services that cannot
-        take one.
+        Not a token bucket: it starts with a burst, which the limit is there to prevent.
         """
         now = time.monotonic()
         start = max(now, self._next_start)
@@ -235,38 +234,35 @@ class Endpoint:
         timeouts: Mapping[str, float],
         timings: Timings | None = None,
     ) -> Answer:
-        """The answer to one attempt.
+        """Make one attempt.
 
-        A server may close a kept-alive connection just when it is used again. That says nothing about the service, and
-        the request's id makes a repetition harmless: it is sent once more at once, as the same attempt.
+        A server may close an idle connection just when it is used again. That is no failure of the
+        service, and the request's id makes a repetition harmless. So the request is sent once more
+        at once, as the same attempt.
 
         Args:
-            body: What is sent.
-            headers: Makes the headers, with a fresh timestamp.
+            body: The body.
+            headers: Returns the headers, with a fresh timestamp.
             timeouts: ``connect``, ``read``, ``write`` and ``pool``, in seconds.
-            timings: Is told where the time goes.
+            timings: Records where the time goes.
 
         Raises:
-            AttemptFailedError: There was no answer that could be used.
+            AttemptFailedError: There was no usable answer.
         """
-        target = self._connection.target
+        path = self._config.target.target
         try:
-            return await self._once("POST", target.target, body, headers(), timeouts, timings)
+            return await self._once(
+                "POST", path, body, headers(), timeouts, timings, is_repeatable=True
+            )
         except _StaleConnectionError:
             pass
-        try:
-            return await self._once("POST", target.target, body, headers(), timeouts, timings)
-        except _StaleConnectionError as error:
-            raise self._told(failure_of(error.cause)) from error.cause
+        return await self._once("POST", path, body, headers(), timeouts, timings)
 
     async def get(
         self, target: str, headers: Mapping[str, str], timeouts: Mapping[str, float]
     ) -> Answer:
-        """The answer to a GET of ``target`` (path and query) on the endpoint's origin; see `post`."""
-        try:
-            return await self._once("GET", target, b"", headers, timeouts)
-        except _StaleConnectionError as error:
-            raise self._told(failure_of(error.cause)) from error.cause
+        """GET ``target`` (path and query) on the endpoint's origin; see `post`."""
+        return await self._once("GET", target, b"", headers, timeouts)
 
     async def _once(
         self,
@@ -276,11 +272,13 @@ class Endpoint:
         headers: Mapping[str, str],
         timeouts: Mapping[str, float],
         timings: Timings | None = None,
+        *,
+        is_repeatable: bool = False,
     ) -> Answer:
         timings = timings or Timings()
         timings.begin()
-        target = self._connection.target
-        given = {"host": target.authority, **dict(self._connection.headers), **headers}
+        target = self._config.target
+        given = {"host": target.authority, **dict(self._config.headers), **headers}
         if body:
             given["content-length"] = str(len(body))
         request = httpcore2.Request(
@@ -295,59 +293,45 @@ class Endpoint:
         token = CURRENT.set(timings)
         try:
             response = await self._pool.handle_async_request(request)
-        except (httpcore2.NetworkError, httpcore2.RemoteProtocolError) as error:
-            if not timings.has_dialled:
-                raise _StaleConnectionError(error) from error
-            raise self._told(failure_of(error)) from error
         except _TRANSPORT_ERRORS as error:
-            raise self._told(failure_of(error)) from error
+            is_broken = isinstance(error, httpcore2.NetworkError | httpcore2.RemoteProtocolError)
+            if is_repeatable and is_broken and not timings.has_dialled:
+                raise _StaleConnectionError from error
+            raise self._without_secrets(failure_of(error)) from error
         finally:
             CURRENT.reset(token)
         return await self._read(response)
 
     async def _read(self, response: httpcore2.Response) -> Answer:
+        incoming = Incoming(response)
         try:
-            incoming = Incoming(response)
             if incoming.status not in {200, 202}:
                 raise await refusal_of(incoming)
             return await read_answer(incoming)
         except AttemptFailedError as failure:
-            raise self._told(failure) from None
+            raise self._without_secrets(failure) from None
         except _TRANSPORT_ERRORS as error:
-            raise self._told(failure_of(error)) from error
+            raise self._without_secrets(failure_of(error)) from error
         finally:
-            _leave_surplus(response)
+            stream = response.extensions["network_stream"]
+            if isinstance(stream, JoinedStream):  # a 101 has another stream
+                stream.end_answer(incoming.status, incoming.headers)
             await response.aclose()
 
-    def _told(self, failure: AttemptFailedError) -> AttemptFailedError:
-        """``failure``, fit to be told: without secrets, also those cut off where the reading stopped."""
+    def _without_secrets(self, failure: AttemptFailedError) -> AttemptFailedError:
+        """Remove secrets from the texts of ``failure``, then limit their length."""
         failure.reason = self._redact(failure.reason)
         failure.args = (failure.reason,)
         failure.quote = self._redact(failure.quote)[:QUOTED]
         return failure
 
-    def _breaker_changed(self, state: State, reason: str) -> None:
+    def _breaker_changed(self, state: BreakerState, reason: str) -> None:
         for listener in list(self.listeners):
             listener(state, reason)
 
 
-def _leave_surplus(response: httpcore2.Response) -> None:
-    """See to it that what a server sent beyond its answer is never read as the answer to the next request on the connection.
-
-    Most protocols repeat nothing of the request, so that rewards of other samples could not be told from the right ones.
-    """
-    connection = cast("Any", response.stream)._stream._connection  # noqa: SLF001 - the pool tells nobody what is left over
-    surplus, _ = connection._h11_state.trailing_data  # noqa: SLF001 - nor does the connection
-    if surplus:
-        response.extensions["network_stream"].spoil()
-
-
 class _StaleConnectionError(Exception):
-    """A kept-alive connection broke before anything was answered on it."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
+    """A reused connection broke before an answer arrived."""
 
 
 _TRANSPORT_ERRORS = (
@@ -358,14 +342,14 @@ _TRANSPORT_ERRORS = (
 )
 
 
-_endpoints: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Connection, Endpoint]]" = (
+_endpoints: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[EndpointConfig, Endpoint]]" = (
     WeakKeyDictionary()
 )
 
 
-def open_endpoint(connection: Connection) -> Endpoint:
-    """The endpoint of ``connection`` in this event loop, as one more user of it."""
+def open_endpoint(config: EndpointConfig) -> Endpoint:
+    """The endpoint with this configuration in this event loop, with a user added."""
     known = _endpoints.setdefault(asyncio.get_running_loop(), {})
-    if connection not in known:
-        known[connection] = Endpoint(connection, known)
-    return known[connection].acquire()
+    if config not in known:
+        known[config] = Endpoint(config, known)
+    return known[config].acquire()

@@ -1,7 +1,7 @@
-"""Secrets of a reward endpoint: which headers may carry them, and how they are kept out of all that is said.
+"""Secrets of a reward endpoint: which headers may carry them, and their removal from texts.
 
-A service may echo whatever it was sent, in an error page, in a header or as a sample's feedback; nothing of that reaches a log, an
-error or the sample browser unless it has been through a `Redactor`.
+A service may return anything that it was sent, in an error page, a header or a sample's feedback.
+Texts from a service pass through a `Redactor` before they reach a log, an error or the sample view.
 """
 
 import base64
@@ -18,29 +18,29 @@ from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 
 REDACTED = "[redacted]"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
-"""A header's name, as RFC 9110 has it."""
+"""A header name (RFC 9110)."""
 _FORBIDDEN = re.compile(
     r"host|content-.*|transfer-encoding|connection|keep-alive|proxy-.*|te|trailer|upgrade|expect"
     r"|accept|accept-encoding|user-agent|traceparent|webhook-.*|idempotency-key|x-dar-.*"
 )
-"""Headers that say how a request is framed, signed or told from another; these are ours alone."""
+"""Headers that frame, sign or identify a request; only this client sets them."""
 _SHAPES = re.compile(
     r"whsec_[A-Za-z0-9+/=_-]{8,}|rwt_[A-Za-z0-9_-]{16,}|(?<=\bbearer )\S{6,}|(?<=\bbasic )\S{6,}",
     re.IGNORECASE,
 )
-"""What is a secret by its looks, whoever's it is."""
+"""Texts that look like a secret of any party."""
 SHORTEST = 4
-"""Characters of the shortest value that is treated as a secret; a shorter one stands in half of all words."""
+"""Shorter values are not redacted, as they occur in many words."""
 _HEAD = 8
-"""Characters of a secret's beginning that give it away: whoever cut it off after them left enough to be removed."""
+"""A secret cut off after this many characters is still redacted."""
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
-    """Whether these may be sent as secret headers of an endpoint.
+    """Check the secret headers of an endpoint.
 
     Raises:
-        ConfigurationError: A name is no header name or one of ours, or a value holds CR, LF, NUL or what no header can carry.
-            The message does not show a value.
+        ConfigurationError: A name is invalid or reserved, or a value contains characters that a
+            header cannot carry. The message does not show a value.
     """
     for name, value in headers.items():
         if not _TOKEN.fullmatch(name):
@@ -51,19 +51,19 @@ def check_headers(headers: Mapping[str, str]) -> None:
             (ord(ch) < 0x20 and ch != "\t") or ch == "\x7f" for ch in value
         ):
             raise ConfigurationError(
-                f"the value of header {name!r} holds a line break, a control character or a character beyond ASCII"
+                f"the value of header {name!r} contains a line break, a control character or a non-ASCII character"
             )
         if value != value.strip():
             raise ConfigurationError(f"the value of header {name!r} begins or ends with a space")
 
 
 class Redactor:
-    """Removes known secrets from texts, whole or cut off, plain or in the disguises that servers put them in.
+    """Removes known secrets from texts, also when cut off or base64-, URL- or JSON-encoded.
 
     Args:
         secrets: Signing secrets.
         headers: Values of secret headers; a scheme like ``Bearer`` before a token stays readable.
-        url: The endpoint's URL, or what of it comes after the host: the values of its query are secrets as well.
+        url: URL of the endpoint, or its part after the host; the values of its query are secrets.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Redactor:
         self._forms = tuple(forms)
 
     def __call__(self, text: str) -> str:
-        """``text`` without secrets."""
+        """Remove secrets from ``text``."""
         spans = sorted(span for form in self._forms for span in _spans(text, form))
         parts: list[str] = []
         end = 0
@@ -91,7 +91,7 @@ class Redactor:
         return _SHAPES.sub(REDACTED, "".join([*parts, text[end:]]))
 
     def in_json(self, value: Any) -> Any:  # noqa: ANN401 - a JSON value of any shape
-        """A JSON value without secrets in its texts and names."""
+        """Remove secrets from the strings and names of a JSON value."""
         if isinstance(value, str):
             return self(value)
         if isinstance(value, list):
@@ -114,7 +114,7 @@ def _forms(value: str) -> set[str]:
 
 
 def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
-    """Where ``secret`` stands in ``text``, or as much of its beginning as gives it away."""
+    """Occurrences of ``secret``, or of at least its first `_HEAD` characters, in ``text``."""
     head = secret[:_HEAD]
     start = text.find(head)
     while start >= 0:
@@ -126,7 +126,7 @@ def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
 
 
 def redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult:
-    """A result without secrets in its texts: a service may put what it was sent into any of them, and they are shown."""
+    """Remove secrets from the texts of a result, which are shown to users."""
     if isinstance(result, Scored):
         return (
             result if result.feedback is None else replace(result, feedback=redact(result.feedback))
@@ -137,14 +137,14 @@ def redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult
 
 
 class _NoHeaders(logging.Filter):
-    """Keeps the headers of answers, which may echo ours, out of the debug log of the HTTP library."""
+    """Keeps headers of answers, which may repeat ours, out of the HTTP library's debug log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("receive_response_headers.complete")
 
 
 def silence_header_logs() -> None:
-    """Install the filter; once is enough."""
+    """Install the filter, unless it is installed."""
     log = logging.getLogger("httpcore2.http11")
     if not any(isinstance(known, _NoHeaders) for known in log.filters):
         log.addFilter(_NoHeaders())

@@ -1,15 +1,21 @@
-"""One request to a reward service, from its samples to their results: signed, sent until it is answered or given up, and decoded."""
+"""One request to a reward service: encode, sign, send, retry, decode, and log each attempt."""
 
 import asyncio
+import hashlib
+import logging
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import orjson
+
 from dar.errors import AuthenticationError, RewardContractError, RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
 from dar.protocol.rewards import MAX_REQUEST_BYTES
 from dar.rewards.base import (
     Failed,
@@ -17,25 +23,68 @@ from dar.rewards.base import (
     RequestRecord,
     RewardContext,
     RewardObserver,
+    RewardProtocol,
     RewardResult,
     RewardSample,
 )
 from dar.rewards.http.async_results import Inbox, LaterReply, Polled
-from dar.rewards.http.breaker import Outcome
-from dar.rewards.http.endpoint import Endpoint, Patience, Slot
-from dar.rewards.http.log import log_attempt, trace_id
-from dar.rewards.http.options import HttpOptions
+from dar.rewards.http.breaker import BreakerOptions, CallOutcome
+from dar.rewards.http.connection import Timings
+from dar.rewards.http.egress import EgressPolicy, Resolver
+from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, Patience
 from dar.rewards.http.redaction import redacted
 from dar.rewards.http.responses import Answer
-from dar.rewards.http.retry import AttemptFailedError, Kind, RetrySchedule, parse_retry_after
+from dar.rewards.http.retry import (
+    AttemptFailedError,
+    FailureKind,
+    RetryBudgetOptions,
+    RetrySchedule,
+    parse_retry_after,
+)
 from dar.rewards.http.signing import signed_headers, verify
-from dar.rewards.http.timings import Timings
 from dar.rewards.http.wire import EncodedSample, as_result, request_id_of
 from dar.version import __version__
 
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """How a reward service is called; the first fields are those of the job spec."""
+
+    columns: Sequence[str] | None = None
+    """Columns of the prompt's row that are sent besides ``ground_truth``; None: no others."""
+    batch: RewardBatching = field(default_factory=RewardBatching)
+    limits: RewardLimits = field(default_factory=RewardLimits)
+    timeouts: RewardTimeouts = field(default_factory=RewardTimeouts)
+    retry: RewardRetry = field(default_factory=RewardRetry)
+    protocol: RewardProtocol | None = None
+    """Encodes requests and decodes answers; None: ``dar.reward.v1``."""
+    prompt_format: Literal["auto", "text"] = "auto"
+    """``text`` sends a conversation as the text that the policy saw, where the sample has it."""
+    strip_thinking: bool = False
+    """Whether completions are sent without their thinking; see
+    `dar.rewards.base.strip_thinking`."""
+    allow_async: bool = False
+    """Whether the service may answer 202 and send the result later."""
+    require_signed_responses: bool = False
+    """Whether an answer must be signed with one of the secrets."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Secret headers."""
+    guard: EgressPolicy | None = None
+    """Where requests may go; None: anywhere, for scripts on a user's own machine."""
+    breaker: BreakerOptions = field(default_factory=BreakerOptions)
+    budget: RetryBudgetOptions = field(default_factory=RetryBudgetOptions)
+    is_shared: bool = True
+    """Whether connections, limits and breaker are shared with other sources of this process that
+    name the same endpoint."""
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    """Trusted certificate authorities; None: the system's."""
+    resolver: Resolver | None = None
+    """Looks up host names; None: the system's resolver."""
+
+
 SECONDS_PER_MEGABYTE = 3.0
-"""What an attempt's limit grows by with each MB of body above the first."""
-_OUTCOMES: Mapping[Kind, Outcome] = {
+"""Extra time of an attempt for each MB of body above the first."""
+_OUTCOMES: Mapping[FailureKind, CallOutcome] = {
     "transient": "failed",
     "contract": "failed",
     "name": "failed",
@@ -43,27 +92,29 @@ _OUTCOMES: Mapping[Kind, Outcome] = {
     "too_large": "neutral",
     "permanent": "neutral",
 }
-"""What a failed attempt tells the breaker. One that refuses these samples alone is alive; `CircuitBreaker.trip` is told apart."""
+"""What the breaker counts for a failed attempt. A service that rejects these samples alone works;
+a permanent failure is reported with `CircuitBreaker.trip` as well."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """What all requests of one component have in common."""
+    """Settings shared by all requests of one component."""
 
     name: str
     label: str
     url: str
     options: HttpOptions
+    protocol: RewardProtocol
     keys: tuple[bytes, ...]
     endpoint: Endpoint
     observer: RewardObserver | None
     inbox: Inbox | None
     waits: Callable[[str], None]
-    """Is told when a request is waiting."""
+    """Called with a message when a request waits."""
 
 
 @dataclass(slots=True)
-class _Tried:
+class _Attempt:
     """One attempt, for its record."""
 
     number: int
@@ -74,17 +125,21 @@ class _Tried:
     timings: Timings = field(default_factory=Timings)
 
 
-class Delivery:
-    """The delivery of some samples: one request, and further ones for those that the service wants to be asked about again.
+class RetryingRequest:
+    """A request for some samples, with retries.
+
+    Samples that the service marks as retryable are sent again in further requests.
 
     Args:
-        sender: The component.
+        sender: Settings of the component.
         context: Job, step and mode.
         ready_at: When the samples were ready, on the monotonic clock.
-        slot: The delivery's place among those in flight.
+        slot: Its place among the requests in flight.
     """
 
-    def __init__(self, sender: Sender, context: RewardContext, ready_at: float, slot: Slot) -> None:
+    def __init__(
+        self, sender: Sender, context: RewardContext, ready_at: float, slot: ConcurrencySlot
+    ) -> None:
         self._slot = slot
         self._sender = sender
         self._options = sender.options
@@ -104,16 +159,17 @@ class Delivery:
         self._later: LaterReply | None = None
         self._request_id = ""
         self._count = 0
-        self._tried = _Tried(0, ready_at)
+        self._current = _Attempt(0, ready_at)
 
     async def results(self, samples: Sequence[EncodedSample]) -> dict[str, RewardResult]:
         """The result of each sample, by id.
 
-        Samples that failed for a passing reason of their own are sent again, in a new request, until their attempts are used up.
+        Samples with a transient error of their own are sent again, in a new request, while attempts
+        are left.
 
         Raises:
-            AttemptFailedError: The first request was given up.
-            RewardMisconfiguredError: The service refuses us for good.
+            AttemptFailedError: The first request failed, and no attempt is left.
+            RewardMisconfiguredError: No request can succeed until the configuration changes.
         """
         found: dict[str, RewardResult] = {}
         waiting, number = list(samples), 0
@@ -135,18 +191,18 @@ class Delivery:
             if not waiting or not self._schedule.next_request(pause):
                 return found
             self._sender.waits(
-                f"{self._sender.label}: {len(waiting)} samples are to be asked for again in {pause:.1f} s"
+                f"{self._sender.label}: {len(waiting)} samples are sent again in {pause:.1f} s"
             )
             await asyncio.sleep(pause)
         return found
 
     def failed(self, failure: AttemptFailedError) -> Failed:
-        """The result of samples whose request was given up."""
+        """The result of samples whose request failed."""
         message = f"{self._sender.label}: {failure.full_reason}"
         return Failed(failure.code, message, is_transient=failure.kind == "transient")
 
     async def _request(self, samples: list[EncodedSample], number: int) -> list[RewardResult]:
-        """Send one request until it is answered or given up."""
+        """Send one request until it is answered or no attempt is left."""
         self._batch = None
         self._later = None
         self._body = b""
@@ -172,56 +228,52 @@ class Delivery:
         )
 
     async def _attempt(self, samples: list[EncodedSample]) -> list[RewardResult]:
-        self._tried = _Tried(self._schedule.attempt, time.monotonic())
+        self._current = _Attempt(self._schedule.attempt, time.monotonic())
         await self._slot.acquire()
         if self._options.allow_async and self._later is None:
             await self._announce([sample.id for sample in samples])
         call = await self._endpoint.admit(self._schedule, self._patience, self._waits_for_breaker)
-        outcome: Outcome = "neutral"
+        outcome: CallOutcome = "neutral"
         reason = ""
         try:
-            self._tried.started_at = time.monotonic()
+            self._current.started_at = time.monotonic()
             if self._batch is None:
                 self._begin(samples)
             answer = await self._send()
             results = self._decoded(answer) if answer.status == 200 else None
-            outcome = "neutral" if self._tried.status is None else "ok"
+            outcome = "neutral" if self._current.status is None else "ok"
         except AttemptFailedError as failure:
             outcome, reason = _OUTCOMES[failure.kind], failure.code
             if failure.kind == "permanent":
-                self._endpoint.breaker.trip(self._refusal(failure))
+                message = f"{self._sender.label}: {failure.full_reason}"
+                self._endpoint.breaker.trip(RewardMisconfiguredError(message, code=failure.code))
             raise
         finally:
             self._endpoint.breaker.done(call, outcome, reason)
         if results is None:
             self._slot.release()
-            self._tried.in_flight_seconds = time.monotonic() - self._tried.started_at
-            results = await self._result_that_follows()
+            self._current.in_flight_seconds = time.monotonic() - self._current.started_at
+            results = await self._later_result()
         self._record("ok", is_final=True)
         return [redacted(result, self._endpoint.redact) for result in results]
 
     def _waits_for_breaker(self, message: str) -> None:
         self._sender.waits(f"{self._sender.label}: {message}")
 
-    def _refusal(self, failure: AttemptFailedError) -> RewardMisconfiguredError:
-        return RewardMisconfiguredError(
-            f"{self._sender.label}: {failure.full_reason}", code=failure.code
-        )
-
     async def _announce(self, ids: list[str]) -> None:
-        """Have our own service take callbacks for the request; while that is away, neither deadline nor breaker hears of it."""
-        # First the breaker: the deadline that is announced does not stand still for it.
+        """Announce the request to the inbox. Time without the DAR service does not count."""
+        # The breaker first: it could not extend the deadline once it is announced.
         await self._endpoint.passable(self._schedule, self._patience, self._waits_for_breaker)
         seconds, started = self._schedule.remaining_seconds, time.monotonic()
         later = LaterReply(self._sender.url, self._request_id, ids, seconds, self._sender.inbox)
         await later.open(self._sender.name, self._context.step)
         self._schedule.extend(time.monotonic() - started)
-        # An earlier process may have begun it.
+        # An earlier process may have announced it with an earlier deadline.
         self._schedule.end_by(later.remaining_seconds)
         self._later = later
 
     def _begin(self, samples: list[EncodedSample]) -> None:
-        """Fix the body; it is the same on every attempt."""
+        """Encode the body, which is the same on every attempt."""
         now = datetime.now(UTC)
         deadline = now + timedelta(seconds=self._schedule.remaining_seconds)
         reply: Mapping[str, Any] | None = None
@@ -231,20 +283,24 @@ class Delivery:
             request_id=self._request_id,
             component=self._sender.name,
             context=self._context,
-            samples=tuple(self._worded(sample.sample) for sample in samples),
+            samples=tuple(self._as_sent(sample.sample) for sample in samples),
             columns=self._options.columns,
             created_at=now,
             deadline=deadline,
+            # The samples were encoded before their prompts became text.
+            encoded=()
+            if self._options.prompt_format == "text"
+            else tuple(sample.json for sample in samples),
             reply=reply,
         )
-        self._body = self._options.protocol.encode(self._batch)
+        self._body = self._sender.protocol.encode(self._batch)
         self._endpoint.budget.first_attempt()
         self._queued_seconds = time.monotonic() - self._ready_at
         if len(self._body) > MAX_REQUEST_BYTES:
             reason = f"a request of {len(self._body)} bytes"
             raise AttemptFailedError("too_large", "too_large", reason)
 
-    def _worded(self, sample: RewardSample) -> RewardSample:
+    def _as_sent(self, sample: RewardSample) -> RewardSample:
         if self._options.prompt_format == "text" and sample.prompt_text is not None:
             return replace(sample, prompt=sample.prompt_text, messages=None)
         return sample
@@ -265,12 +321,12 @@ class Delivery:
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._endpoint.post(
-                    self._body, lambda: self._headers(ends_at), limits, self._tried.timings
+                    self._body, lambda: self._headers(ends_at), limits, self._current.timings
                 )
         except TimeoutError:
             reason = f"no complete answer within {seconds:.3g} s"
             raise AttemptFailedError("transient", "timeout", reason) from None
-        self._tried.status, self._tried.bytes_in = answer.status, len(answer.body)
+        self._current.status, self._current.bytes_in = answer.status, len(answer.body)
         if answer.status == 202:
             self._accept(answer)
         return answer
@@ -280,7 +336,7 @@ class Delivery:
             raise AttemptFailedError(
                 "contract",
                 "contract.status",
-                "HTTP 202, where only 200 carries rewards",
+                "HTTP 202, but only a 200 carries rewards",
                 status=202,
             )
         self._later.accept(answer.body)
@@ -314,7 +370,7 @@ class Delivery:
         assert self._batch is not None
         self._check_signature(answer)
         try:
-            results = self._options.protocol.decode(answer.body, self._batch)
+            results = self._sender.protocol.decode(answer.body, self._batch)
         except RewardContractError as error:
             reason = self._endpoint.redact(error.message)
             raise AttemptFailedError("contract", error.error_code, reason, status=200) from None
@@ -328,11 +384,11 @@ class Delivery:
         try:
             verify(self._sender.keys, answer.headers, answer.body)
         except AuthenticationError as error:
-            reason = f"its answer is not signed as it must be: {error.message}"
+            reason = f"its answer lacks a valid signature: {error.message}"
             raise AttemptFailedError("contract", "contract.signature", reason, status=200) from None
 
-    async def _result_that_follows(self) -> list[RewardResult]:
-        """Wait for what a 202 announced."""
+    async def _later_result(self) -> list[RewardResult]:
+        """Wait for the result after a 202."""
         assert self._later is not None
 
         async def poll(url: str, seconds: float) -> Polled:
@@ -350,7 +406,7 @@ class Delivery:
                 raise AttemptFailedError("transient", "timeout", "no answer to a poll") from None
             except AttemptFailedError as failure:
                 if failure.kind in {"permanent", "too_large"}:
-                    failure.kind = "refused"  # it concerns this request, not the service
+                    failure.kind = "refused"  # the poll concerns this request, not the service
                 raise
             if polled.status == 200:
                 self._check_signature(polled)
@@ -361,30 +417,30 @@ class Delivery:
 
     def _record_failure(self, failure: AttemptFailedError, *, is_final: bool) -> None:
         if failure.status is not None:
-            self._tried.status = failure.status
+            self._current.status = failure.status
         self._record(failure.code, is_final=is_final, quote=failure.quote)
 
     def _record(self, outcome: str, *, is_final: bool, quote: str = "") -> None:
-        tried = self._tried
+        attempt = self._current
         record = RequestRecord(
             component=self._sender.name,
             request_id=self._request_id,
             step=self._context.step,
             mode=self._context.mode,
-            attempt=tried.number,
+            attempt=attempt.number,
             samples=self._count,
             outcome=outcome,
-            status=tried.status,
-            seconds=time.monotonic() - tried.started_at,
-            in_flight_seconds=tried.in_flight_seconds,
+            status=attempt.status,
+            seconds=time.monotonic() - attempt.started_at,
+            in_flight_seconds=attempt.in_flight_seconds,
             queued_seconds=self._queued_seconds,
             bytes_out=len(self._body),
-            bytes_in=tried.bytes_in,
+            bytes_in=attempt.bytes_in,
             is_final=is_final,
             quote=quote,
-            dns_seconds=tried.timings.dns_seconds,
-            connect_seconds=tried.timings.connect_seconds,
-            first_byte_seconds=tried.timings.first_byte_seconds,
+            dns_seconds=attempt.timings.dns_seconds,
+            connect_seconds=attempt.timings.connect_seconds,
+            first_byte_seconds=attempt.timings.first_byte_seconds,
         )
         log_attempt(record)
         if self._sender.observer is not None:
@@ -393,3 +449,44 @@ class Delivery:
 
 def _may_be_repeated(result: RewardResult) -> bool:
     return isinstance(result, Failed) and result.is_transient
+
+
+logger = logging.getLogger("dar.rewards.requests")
+
+
+def trace_id(request_id: str) -> str:
+    """The trace id in ``traceparent``, the same for all attempts: 32 hexadecimal digits."""
+    return hashlib.sha256(request_id.encode()).hexdigest()[:32]
+
+
+def log_attempt(record: RequestRecord) -> None:
+    """Log an attempt as a line of JSON: numbers and ids, but no prompt, completion or secret.
+
+    `RequestRecord.quote` is omitted, as the service may repeat what it was sent.
+    """
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    content = {
+        "component": record.component,
+        "request_id": record.request_id,
+        "trace_id": trace_id(record.request_id),
+        "step": record.step,
+        "mode": record.mode,
+        "attempt": record.attempt,
+        "is_final": record.is_final,
+        "samples": record.samples,
+        "outcome": record.outcome,
+        "status": record.status,
+        "bytes_out": record.bytes_out,
+        "bytes_in": record.bytes_in,
+        "queued_ms": _milliseconds(record.queued_seconds),
+        "dns_ms": _milliseconds(record.dns_seconds),
+        "connect_ms": _milliseconds(record.connect_seconds),
+        "ttfb_ms": _milliseconds(record.first_byte_seconds),
+        "total_ms": _milliseconds(record.seconds),
+    }
+    logger.info("reward request %s", orjson.dumps(content).decode(), extra={"request": content})
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)

@@ -1,4 +1,4 @@
-"""What an HTTP answer, or the lack of one, says about a reward service."""
+"""Classifies HTTP answers, and failures without an answer, as an `Answer` or an attempt failure."""
 
 import asyncio
 import os
@@ -12,12 +12,12 @@ import httpcore2
 
 from dar.protocol.rewards import MAX_RESPONSE_BYTES
 from dar.rewards.http.egress import EgressDeniedError
-from dar.rewards.http.retry import AttemptFailedError, Kind, parse_retry_after
+from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
 READ_BYTES = 4096
-"""Bytes of an error answer that are read."""
+"""Bytes read of an error answer."""
 QUOTE_SECONDS = 2.0
-"""How long they are waited for."""
+"""Time limit of reading them."""
 _TRANSIENT = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 422})
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
@@ -28,19 +28,19 @@ _OLD_TLS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer that was accepted: a 200 with JSON, or a 202."""
+    """A usable answer: a 200 with JSON, or a 202."""
 
     status: int
     headers: Mapping[str, str]
-    """Names in lower case; several of one name are joined by commas."""
+    """Names in lower case; values of a repeated name are joined by commas."""
     body: bytes
 
 
 class Incoming:
-    """An answer whose body is still to be read.
+    """An answer whose body has not been read.
 
     Args:
-        response: As the connection pool gives it.
+        response: From the connection pool.
     """
 
     def __init__(self, response: httpcore2.Response) -> None:
@@ -54,19 +54,22 @@ class Incoming:
 
     @property
     def encoding(self) -> str:
-        """How the body is compressed; ``identity``: it is not."""
+        """Content encoding; ``identity``: not compressed."""
         return self.headers.get("content-encoding", "").strip().lower() or "identity"
 
     def chunks(self) -> "aclosing[AsyncGenerator[bytes]]":
-        """The body as it comes in; leaving the context ends the reading at once, not at some later collection."""
+        """The body in chunks.
+
+        Leaving the context ends the reading, without waiting for the collector.
+        """
         return aclosing(self._response.aiter_stream())
 
 
 async def read_answer(incoming: Incoming) -> Answer:
-    """The whole of a 200 or 202, unless its headers or its size break the contract.
+    """Read a 200 or 202 completely.
 
     Raises:
-        AttemptFailedError: Kind ``contract``.
+        AttemptFailedError: Kind ``contract``: headers or size break the contract.
     """
     headers = incoming.headers
     if incoming.encoding != "identity":
@@ -78,7 +81,7 @@ async def read_answer(incoming: Incoming) -> Answer:
     if not is_json and incoming.status == 200:
         raise _contract(
             "content_type",
-            f"content-type {media_type[:80]!r} where application/json is due; "
+            f"content-type {media_type[:80]!r}, but application/json is required; "
             "a login page or a proxy may have answered",
         )
     length = headers.get("content-length", "")
@@ -98,7 +101,7 @@ def _contract(code: str, reason: str, status: int = 200) -> AttemptFailedError:
 
 
 async def refusal_of(incoming: Incoming) -> AttemptFailedError:
-    """What an answer other than 200 means; reads the first bytes of its body."""
+    """The failure for another status than 200 or 202; reads the start of the body."""
     status = incoming.status
     code, reason = f"http_{status}", f"HTTP {status}"
     quote = await _quote(incoming)
@@ -108,14 +111,14 @@ async def refusal_of(incoming: Incoming) -> AttemptFailedError:
             "transient", code, reason, quote=quote, retry_after_seconds=after, status=status
         )
     if 200 <= status < 300:
-        return _contract("status", f"{reason}, where only 200 carries rewards", status)
+        return _contract("status", f"{reason}, but only a 200 carries rewards", status)
     if 300 <= status < 400:
         reason = f"{reason}: redirects are not followed; use the address it leads to"
         return AttemptFailedError("permanent", "config.redirect", reason, status=status)
     if status == 413:
         reason = f"{reason}: the request is too large"
         return AttemptFailedError("too_large", code, reason, status=status)
-    kind: Kind = "refused" if status in _REFUSED else "permanent"
+    kind: FailureKind = "refused" if status in _REFUSED else "permanent"
     return AttemptFailedError(kind, code, reason, quote=quote, status=status)
 
 
@@ -123,7 +126,7 @@ async def _quote(incoming: Incoming) -> str:
     if incoming.encoding != "identity":
         return ""
     start = bytearray()
-    # The status has said what matters: a body that stalls or breaks does not change it.
+    # The status decides; a body that stalls or breaks does not change the failure.
     with suppress(
         TimeoutError, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.ReadTimeout
     ):
@@ -137,7 +140,10 @@ async def _quote(incoming: Incoming) -> str:
 
 
 def failure_of(error: Exception) -> AttemptFailedError:
-    """What a failure below HTTP means: blocked addresses and bad certificates are permanent, all else passes."""
+    """The failure for an error below HTTP.
+
+    Only blocked addresses and TLS problems are permanent.
+    """
     if isinstance(error, EgressDeniedError):
         return AttemptFailedError("permanent", "egress_denied", str(error))
     if isinstance(error, httpcore2.ConnectTimeout):
@@ -148,7 +154,7 @@ def failure_of(error: Exception) -> AttemptFailedError:
         found = _failure_of_cause(cause)
         if found is not None:
             return found
-    # The text quotes what came over the connection.
+    # The error's text may contain what was received.
     return AttemptFailedError(
         "transient", "protocol", "the connection broke, or spoke no HTTP", quote=str(error)
     )
@@ -162,11 +168,11 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
         reason = "it speaks no TLS version from 1.2 on"
         return AttemptFailedError("permanent", "tls.version", reason)
     if isinstance(cause, ssl.SSLError):
-        # Its error number is OpenSSL's own, so the system's words for it would mislead.
+        # Its number is OpenSSL's own, so `os.strerror` would mislead.
         reason = "the TLS connection failed; a server without TLS may listen there"
         return AttemptFailedError("transient", "protocol", reason)
     if isinstance(cause, socket.gaierror):
-        kind: Kind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
+        kind: FailureKind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
         return AttemptFailedError(kind, "dns", "its host name was not found")
     if isinstance(cause, ConnectionRefusedError):
         return AttemptFailedError("transient", "connect", "connection refused")
@@ -176,7 +182,7 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that led to it, nearest first."""
+    """The error and its causes and contexts, nearest first."""
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:

@@ -1,32 +1,32 @@
-"""Which failures of a reward service are tried again, and when.
+"""Retries of reward requests: which failures, when, and how many per endpoint.
 
-Written out rather than taken from stamina: that reports every retry through one process-wide list of hooks, whose default
-prints to stdout wherever structlog is installed, and stdout belongs to the user's script.
+Not stamina: it reports every retry through a process-wide list of hooks, which print to stdout if
+structlog is installed, and stdout belongs to the user's script.
 """
 
 import random
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from dar.protocol.reward_spec import RewardRetry
-from dar.rewards.http.retry_budget import RetryBudget
 
-Kind = Literal["transient", "contract", "name", "refused", "too_large", "permanent"]
-"""How a failed attempt is treated.
+FailureKind = Literal["transient", "contract", "name", "refused", "too_large", "permanent"]
+"""How a failed attempt is handled.
 
-- ``transient``: tried again up to the configured number of attempts
-- ``contract``: an answer that breaks the contract; tried again once
-- ``name``: the host name does not exist; tried again twice, then permanent
-- ``refused``: these samples are not accepted; never tried again
-- ``too_large``: tried again in halves
-- ``permanent``: nothing will help but a change of the configuration
+- ``transient``: retried up to the configured number of attempts
+- ``contract``: the answer breaks the contract; retried once
+- ``name``: the host name does not exist; retried twice, then permanent
+- ``refused``: the service rejects these samples; not retried
+- ``too_large``: retried in halves
+- ``permanent``: only a change of the configuration helps
 """
-RETRIES: dict[Kind, int | None] = {
+RETRIES: dict[FailureKind, int | None] = {
     "transient": None,
     "contract": 1,
     "name": 2,
@@ -36,26 +36,26 @@ RETRIES: dict[Kind, int | None] = {
 }
 """Retries of each kind; None: as many as configured."""
 
-# Not the module's functions: drawing from the process-wide generator would change what a seeded trainer samples next.
-_JITTER = random.SystemRandom()
+# Not the module's functions: the process-wide generator decides what a seeded trainer samples next.
+JITTER = random.SystemRandom()
 
 
 class AttemptFailedError(Exception):
     """One attempt at a request failed.
 
     Args:
-        kind: How it is treated.
+        kind: How it is handled.
         code: Machine-readable reason, like ``timeout``, ``http_503`` or ``contract.length``.
-        reason: What went wrong, in words. It may be logged, so it quotes nothing that the service said.
-        quote: First bytes of what the service said, for the owner of the job only.
-        retry_after_seconds: When the service wants to be asked again.
-        status: Of the answer; None: none came.
-        is_final: Whether nothing is tried again whatever the kind says.
+        reason: Description. It may be logged, so it contains nothing of the answer.
+        quote: Start of the answer, for the owner of the job only.
+        retry_after_seconds: From the ``Retry-After`` header.
+        status: HTTP status; None: no answer arrived.
+        is_final: Whether it is not retried, whatever its kind.
     """
 
     def __init__(
         self,
-        kind: Kind,
+        kind: FailureKind,
         code: str,
         reason: str,
         *,
@@ -75,13 +75,70 @@ class AttemptFailedError(Exception):
 
     @property
     def holds_back_all(self) -> bool:
-        """Whether its ``Retry-After`` is meant for every request to the service."""
+        """Whether its ``Retry-After`` applies to every request to the service."""
         return self.status in {429, 503} and self.retry_after_seconds is not None
 
     @property
     def full_reason(self) -> str:
-        """The reason and what the service said."""
+        """The reason and the quote."""
         return f"{self.reason}: {self.quote}" if self.quote else self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class RetryBudgetOptions:
+    """Limits on the retries of an endpoint within the window."""
+
+    fraction: float = 0.2
+    """Retries per first attempt."""
+    minimum: int = 10
+    """Retries that are always allowed."""
+    window_seconds: float = 60.0
+
+
+class RetryBudget:
+    """Limits retries to a fraction of first attempts, so that an outage does not multiply the load.
+
+    A retry beyond the budget is not dropped: it waits until an older one leaves the window.
+
+    Args:
+        options: The limits.
+        now: Monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self, options: RetryBudgetOptions, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._options = options
+        self._now = now
+        self._firsts: deque[float] = deque()
+        self._retries: deque[float] = deque()
+
+    def first_attempt(self) -> None:
+        """Count a request that is sent for the first time."""
+        self._firsts.append(self._now())
+        self._prune()
+
+    def reserve(self) -> float:
+        """Reserve a retry. Returns the seconds to wait before it is within the budget."""
+        self._prune()
+        now = self._now()
+        allowed = max(1, self._options.minimum, int(self._options.fraction * len(self._firsts)))
+        # Reservations are ordered by time: the `allowed`-th from the end must have left the window.
+        due = now
+        if len(self._retries) >= allowed:
+            due = max(now, self._retries[-allowed] + self._options.window_seconds)
+        self._retries.append(due)
+        return due - now
+
+    def give_back(self) -> None:
+        """Cancel the last reservation."""
+        self._retries.pop()
+
+    def _prune(self) -> None:
+        start = self._now() - self._options.window_seconds
+        for times in (self._firsts, self._retries):
+            while times and times[0] <= start:
+                times.popleft()
 
 
 class RetrySchedule:
@@ -89,9 +146,9 @@ class RetrySchedule:
 
     Args:
         options: The component's retry settings.
-        deadline_seconds: Time for all attempts and waits together, from now.
-        on_wait: Called with each failure, the number of the next attempt and the wait before it in seconds.
-        budget: Retries of the whole endpoint; None: no bound.
+        deadline_seconds: Time for all attempts and waits, from now.
+        on_wait: Called with the failure, the number of the next attempt and the seconds before it.
+        budget: Budget of the endpoint; None: no limit.
     """
 
     def __init__(
@@ -105,7 +162,7 @@ class RetrySchedule:
         self._ends_at = time.monotonic() + deadline_seconds
         self._on_wait = on_wait
         self._budget = budget
-        self._failures: Counter[Kind] = Counter()
+        self._failures: Counter[FailureKind] = Counter()
         self._attempts_before = 0
 
     @property
@@ -115,34 +172,29 @@ class RetrySchedule:
 
     @property
     def attempt(self) -> int:
-        """Number of the attempt that is being made, from 1."""
+        """Number of the current attempt, from 1."""
         return self._failures.total() + 1
 
-    @property
-    def attempts_in_all(self) -> int:
-        """Attempts so far, with those of earlier requests for the same samples."""
-        return self._attempts_before + self.attempt
-
     def extend(self, seconds: float) -> None:
-        """Put the deadline off: the clock stood still for so long."""
+        """Move the deadline back by a wait that does not count."""
         self._ends_at += seconds
 
     def end_by(self, seconds: float) -> None:
-        """Bring the deadline forward, to at most so many seconds from now."""
+        """Move the deadline forward, to at most so many seconds from now."""
         self._ends_at = min(self._ends_at, time.monotonic() + seconds)
 
     def next_request(self, wait: float) -> bool:
-        """Go on with a new request for some of the same samples after ``wait`` seconds; False: nothing is left for one."""
-        self._attempts_before = self.attempts_in_all
+        """Start a further request after ``wait`` seconds; False: no attempt is left."""
+        self._attempts_before += self.attempt
         self._failures.clear()
         return self._attempts_before < self._options.attempts and self.remaining_seconds > wait
 
     def pause(self, made: int) -> float:
-        """A drawn wait before attempt ``made`` + 1, in seconds: full jitter, the bound doubled by each attempt."""
-        return _JITTER.uniform(0, min(self._options.cap, self._options.base * 2**made))
+        """A random wait before attempt ``made`` + 1: exponential backoff with full jitter."""
+        return JITTER.uniform(0, min(self._options.cap, self._options.base * 2**made))
 
     def wait_after(self, error: AttemptFailedError) -> float | None:
-        """Seconds to wait before the next attempt; None when there is none."""
+        """Seconds before the next attempt; None: there is none."""
         self._failures[error.kind] += 1
         made = self._failures.total()
         most = RETRIES[error.kind]
@@ -169,7 +221,7 @@ _SECONDS = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})?")
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds in a ``Retry-After`` header: a number or an HTTP date; None for anything else, a negative one included."""
+    """Seconds of a ``Retry-After``, a number or an HTTP date; None: absent, invalid or past."""
     if value is None:
         return None
     if _SECONDS.fullmatch(value.strip()):

@@ -1,7 +1,7 @@
 """Signatures of Standard Webhooks 1.0.0: HMAC-SHA256 over ``{id}.{timestamp}.{body}``.
 
-The secret is ``whsec_`` and base64. A signature header holds entries separated by spaces, so that two secrets overlap while
-one replaces the other.
+A secret is ``whsec_`` and base64. A signature header holds entries separated by spaces, so that two
+secrets can be valid during a rotation.
 """
 
 import base64
@@ -16,16 +16,16 @@ PREFIX = "whsec_"
 MIN_SECRET_BYTES = 24
 """The shortest secret that Standard Webhooks allows."""
 TOLERANCE_SECONDS = 300
-"""How far a timestamp may be from the receiver's clock."""
+"""Largest difference between a timestamp and the receiver's clock."""
 _MAX_ENTRIES = 16
-"""Signatures that are looked at; a rotation needs two."""
+"""Signatures that are checked; a rotation needs two."""
 
 
 def decode_secret(secret: str) -> bytes:
     """The key bytes in ``whsec_…``.
 
     Raises:
-        ConfigurationError: The secret is malformed or too short; the message does not show it.
+        ConfigurationError: The secret is malformed or too short. The message does not show it.
     """
     expected = f"a reward secret is {PREFIX!r} and base64 of at least {MIN_SECRET_BYTES} bytes"
     if not secret.startswith(PREFIX):
@@ -44,9 +44,9 @@ def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
 
     Args:
         key: Bytes of the secret (`decode_secret`).
-        message_id: Content of ``webhook-id``.
-        timestamp: Content of ``webhook-timestamp``: seconds since 1970, UTC.
-        body: The bytes that are sent.
+        message_id: Value of ``webhook-id``.
+        timestamp: Value of ``webhook-timestamp``: seconds since 1970, UTC.
+        body: The body.
     """
     digest = hmac.digest(key, f"{message_id}.{timestamp}.".encode() + body, "sha256")
     return f"v1,{base64.b64encode(digest).decode()}"
@@ -55,7 +55,7 @@ def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
 def signed_headers(
     keys: Iterable[bytes], message_id: str, timestamp: int, body: bytes
 ) -> dict[str, str]:
-    """The three headers of a signed message; without keys only the id and the time."""
+    """The headers of a signed message; without keys only the id and the time."""
     headers = {"webhook-id": message_id, "webhook-timestamp": str(timestamp)}
     entries = [sign(key, message_id, timestamp, body) for key in keys]
     return headers | ({"webhook-signature": " ".join(entries)} if entries else {})
@@ -69,18 +69,18 @@ def verify(
     now: datetime | None = None,
     tolerance_seconds: float = TOLERANCE_SECONDS,
 ) -> None:
-    """Check that a holder of one of ``keys`` sent ``body`` just now.
+    """Check that ``body`` was signed with one of ``keys`` just now.
 
     Args:
         keys: Accepted secrets, decoded.
         headers: Request headers with lower-case names.
         body: The bytes that were received.
-        now: The receiver's clock; default: the real one.
-        tolerance_seconds: How far the timestamp may be from ``now``, either way.
+        now: Time of receipt; None: the current time.
+        tolerance_seconds: Largest difference between the timestamp and ``now``.
 
     Raises:
-        AuthenticationError: A header is missing or malformed, the timestamp is too old or too new, or no entry of the
-            signature fits.
+        AuthenticationError: A header is missing or malformed, the timestamp is too old or too new,
+            or no entry of the signature matches.
     """
     message_id = headers.get("webhook-id", "")
     stamp = headers.get("webhook-timestamp", "")
@@ -101,10 +101,10 @@ def verify(
         )
     expected = [sign(key, message_id, int(stamp), body).encode() for key in keys]
     entries = [entry.encode("utf-8", "replace") for entry in signature.split()[:_MAX_ENTRIES]]
-    # Every pair is compared, so that the time taken does not tell which one fits.
-    fits = [hmac.compare_digest(entry, known) for entry in entries for known in expected]
-    if not any(fits):
+    # Every pair is compared, so that the time taken does not reveal which one matches.
+    matches = [hmac.compare_digest(entry, known) for entry in entries for known in expected]
+    if not any(matches):
         raise AuthenticationError(
-            "the signature does not fit: the body was altered or the secrets differ",
+            "the signature does not match: the body was altered or the secrets differ",
             code="invalid_signature",
         )

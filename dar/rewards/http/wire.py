@@ -1,35 +1,29 @@
-"""From samples to the bytes of requests: encoded once, put together by group, split where a limit demands it."""
+"""Samples as JSON, batches of samples, and the ids of requests."""
 
+import contextlib
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
 import orjson
 
 from dar.protocol.ids import new_id
-from dar.protocol.rewards import VERSION, SampleResult
-from dar.rewards.base import (
-    Failed,
-    RewardContext,
-    RewardResult,
-    RewardSample,
-    Scored,
-    Skipped,
-)
-from dar.rewards.http.encoding import to_json
+from dar.protocol.rewards import SampleResult
+from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
 
 ENVELOPE_BYTES = 512
-"""Room for everything in a body that is not a sample; a real envelope takes about 330 bytes."""
+"""Bytes reserved in a body for everything but the samples; a real envelope takes about 330."""
 CALLBACK_BYTES = 300
-"""Room for a callback beside it; with a URL of 60 characters it takes 150."""
+"""Bytes reserved for a callback besides; with a URL of 60 characters it takes 150."""
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """A sample as JSON."""
+    """A sample and its JSON in the form of ``dar.reward.v1``."""
 
     id: str
     group_id: str
@@ -37,27 +31,52 @@ class EncodedSample:
     sample: RewardSample
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedRequest:
-    """A request as it is sent on every attempt."""
+EncodedBatch = list[EncodedSample]
 
-    request_id: str
-    ids: tuple[str, ...]
-    body: bytes
+
+def to_json(content: object) -> bytes:
+    """``content`` as JSON. Lone surrogates, which JSON cannot carry, become U+FFFD.
+
+    Raises:
+        TypeError: A value has no JSON form.
+    """
+    with contextlib.suppress(orjson.JSONEncodeError):
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    readable = without_surrogates(content)
+    with contextlib.suppress(orjson.JSONEncodeError):
+        return orjson.dumps(readable, option=orjson.OPT_SERIALIZE_NUMPY)
+    # orjson rejects integers over 64 bits, JSON does not.
+    return json.dumps(readable, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def readable_text(text: str) -> str:
+    """``text`` with U+FFFD for every lone surrogate, so that it can be encoded as UTF-8."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def without_surrogates(value: object) -> object:
+    """``value`` with U+FFFD for every lone surrogate in its strings, at any depth."""
+    if isinstance(value, str):
+        return readable_text(value)
+    if isinstance(value, Mapping):
+        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_surrogates(item) for item in value]
+    return value
 
 
 def encode_sample(
     sample: RewardSample, columns: Sequence[str] | None, policy_version: int
 ) -> EncodedSample:
-    """A sample as JSON. Lone surrogates, which JSON cannot carry, become U+FFFD.
+    """Encode a sample. Lone surrogates, which JSON cannot carry, become U+FFFD.
 
     Args:
-        sample: What is to be scored.
-        columns: Columns of the row that are sent beside ``ground_truth``; None: no others.
+        sample: The completion to score.
+        columns: Columns of the row sent besides ``ground_truth``; None: no others.
         policy_version: Optimizer steps that the policy had done.
 
     Raises:
-        TypeError: A column holds a value that JSON has no word for.
+        TypeError: A column holds a value without a JSON form.
     """
     content = {
         "id": sample.id,
@@ -85,16 +104,18 @@ def encode_sample(
 def request_id_of(
     samples: Sequence[EncodedSample], component: str, context: RewardContext, *, number: int
 ) -> str:
-    """The id of a request: the same for the same samples of a job, whichever process sends it.
+    """The id of a request.
 
-    So a service that has scored them already may say so. Without a job id nothing tells one run from another, and the id is
-    drawn.
+    Within a job it is a digest of the samples: a process that repeats a step sends the same ids,
+    and a service can recognise requests it has already scored. Without a job id two runs could not
+    be distinguished, so the id is random.
 
     Args:
-        samples: What is sent.
+        samples: The samples of the request.
         component: Name of the component.
         context: Job, step and mode.
-        number: How many requests with these samples were answered before, when some of them are to be scored again.
+        number: How many requests with these samples were answered before; above 0 where some of
+            them are scored again.
     """
     if context.job_id is None:
         return new_id("rwq_")
@@ -107,59 +128,18 @@ def request_id_of(
     return "rwq_" + "".join(_CROCKFORD[number_of_id >> shift & 31] for shift in range(125, -1, -5))
 
 
-def encode_request(
-    samples: Sequence[EncodedSample],
-    component: str,
-    context: RewardContext,
-    *,
-    created_at: datetime,
-    deadline: datetime,
-    request_id: str | None = None,
-    reply: Mapping[str, Any] | None = None,
-) -> EncodedRequest:
-    """The body of one request.
-
-    Args:
-        samples: What is to be scored.
-        component: Name of the component.
-        context: Job, step and mode.
-        created_at: When the request was made.
-        deadline: No answer is read after it.
-        request_id: None: a fresh one.
-        reply: How the service may answer; None: at once.
-    """
-    known_id = request_id or new_id("rwq_")
-    content = {
-        "type": "reward.request",
-        "version": VERSION,
-        "request_id": known_id,
-        "job_id": context.job_id,
-        "component": component,
-        "step": context.step,
-        "mode": context.mode,
-        "created_at": created_at,
-        "samples": [orjson.Fragment(sample.json) for sample in samples],
-        "reply": {"modes": ["sync"], **(reply or {}), "deadline": deadline},
-    }
-    ids = tuple(sample.id for sample in samples)
-    return EncodedRequest(known_id, ids, orjson.dumps(content, option=orjson.OPT_UTC_Z))
-
-
-Batch = list[EncodedSample]
-
-
 def batches(
     samples: Sequence[EncodedSample], *, max_samples: int, max_bytes: int
-) -> Iterator[Batch]:
-    """Put whole groups together into requests; only a group that alone is over a limit is split.
+) -> Iterator[EncodedBatch]:
+    """Divide samples into requests. A group is split only if it alone exceeds a limit.
 
-    A sample that alone is over ``max_bytes`` gets a request of its own.
+    A sample that alone exceeds ``max_bytes`` gets a request of its own.
     """
-    groups: dict[str, Batch] = {}
+    groups: dict[str, EncodedBatch] = {}
     for sample in samples:
         groups.setdefault(sample.group_id, []).append(sample)
     room = max_bytes - ENVELOPE_BYTES
-    batch: Batch = []
+    batch: EncodedBatch = []
     for group in groups.values():
         if batch and not _fits([*batch, *group], max_samples, room):
             yield batch
@@ -172,14 +152,13 @@ def batches(
         yield batch
 
 
-def _fits(batch: Batch, max_samples: int, room: int) -> bool:
-    return (
-        len(batch) <= max_samples and sum(len(sample.json) + 1 for sample in batch) <= room
-    )  # + 1: its comma
+def _fits(batch: EncodedBatch, max_samples: int, room: int) -> bool:
+    size = sum(len(sample.json) + 1 for sample in batch)  # + 1: the comma
+    return len(batch) <= max_samples and size <= room
 
 
-def _split(group: Batch, max_samples: int, room: int) -> Iterator[Batch]:
-    batch: Batch = []
+def _split(group: EncodedBatch, max_samples: int, room: int) -> Iterator[EncodedBatch]:
+    batch: EncodedBatch = []
     for sample in group:
         if batch and not _fits([*batch, sample], max_samples, room):
             yield batch
@@ -189,7 +168,7 @@ def _split(group: Batch, max_samples: int, room: int) -> Iterator[Batch]:
 
 
 def as_result(result: SampleResult) -> RewardResult:
-    """A wire result as reward sources report it."""
+    """A result of ``dar.reward.v1`` in the types of the trainer."""
     if result.error is not None:
         code = f"service.{result.error.code}"
         message = result.error.message or "the reward service could not score the sample"

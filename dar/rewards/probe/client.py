@@ -23,21 +23,27 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_probe import ProbeExchange, ProbeMessage
 from dar.protocol.reward_spec import RewardComponent, RewardRetry
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.base import Failed, RequestBatch, RewardContext, RewardResult, RewardSample
+from dar.rewards.base import (
+    Failed,
+    RequestBatch,
+    RewardContext,
+    RewardResult,
+    RewardSample,
+    strip_thinking,
+)
 from dar.rewards.from_spec import http_options
-from dar.rewards.http.breaker import BreakerOptions, CircuitBreaker, State
+from dar.rewards.http.breaker import BreakerOptions, BreakerState, CircuitBreaker
+from dar.rewards.http.connection import Timings
 from dar.rewards.http.egress import EgressPolicy, Resolver
-from dar.rewards.http.endpoint import Connection, Endpoint
+from dar.rewards.http.endpoint import Endpoint, EndpointConfig
 from dar.rewards.http.redaction import REDACTED
-from dar.rewards.http.request import Delivery
+from dar.rewards.http.request import RetryingRequest
 from dar.rewards.http.responses import READ_BYTES, Answer, Incoming
 from dar.rewards.http.retry import AttemptFailedError
 from dar.rewards.http.signing import signed_headers
-from dar.rewards.http.timings import Timings
 from dar.rewards.http.wire import batches, encode_sample
 from dar.rewards.http_reward import HttpReward
 from dar.rewards.probe.callbacks import AcceptanceInbox, ProbeInbox
-from dar.rewards.thinking import without_thinking
 
 SHOWN = 4096
 """Characters of a body that are shown."""
@@ -130,7 +136,7 @@ class _NeverOpens(CircuitBreaker):
 class _RecordingEndpoint(Endpoint):
     """Records requests and answers; can forge a signature or drop an answer."""
 
-    def __init__(self, connection: Connection, keys: int) -> None:
+    def __init__(self, connection: EndpointConfig, keys: int) -> None:
         super().__init__(connection, {})
         self.breaker = _NeverOpens(_NEVER, _ignore)
         self.retry_after_seconds = 0.0
@@ -182,7 +188,7 @@ class _RecordingEndpoint(Endpoint):
         return await super()._read(response)
 
 
-def _ignore(state: State, reason: str) -> None:
+def _ignore(state: BreakerState, reason: str) -> None:
     del state, reason
 
 
@@ -222,7 +228,7 @@ class ProbeClient(HttpReward):
         )
 
     async def __aenter__(self) -> Self:
-        self._recording = _RecordingEndpoint(self._connection(), len(self._keys)).acquire()
+        self._recording = _RecordingEndpoint(self._endpoint_config(), len(self._keys)).acquire()
         return self
 
     async def __aexit__(
@@ -282,7 +288,7 @@ class ProbeClient(HttpReward):
         """
         wire = WireRecord(is_forged, loses_first)
         if self._options.strip_thinking:
-            samples = list(map(without_thinking, samples))
+            samples = list(map(strip_thinking, samples))
         encoded = [encode_sample(sample, self._options.columns, 0) for sample in samples]
         acceptance = AcceptanceInbox(self.inbox) if stops_at_202 and self.inbox else None
         sender = replace(
@@ -293,7 +299,7 @@ class ProbeClient(HttpReward):
         slot = self._recording.slot()
         await slot.acquire()
         started = time.monotonic()
-        delivery = Delivery(sender, context, started, slot)
+        delivery = RetryingRequest(sender, context, started, slot)
         token = _WIRE.set(wire)
         failure: AttemptFailedError | None = None
         results: tuple[RewardResult, ...]
@@ -330,7 +336,7 @@ class ProbeClient(HttpReward):
             created_at=_EPOCH,
             deadline=_EPOCH,
         )
-        return self._options.protocol.decode(call.wire.lost.body, batch)
+        return self._protocol.decode(call.wire.lost.body, batch)
 
     def exchange(self, step: int, call: ProbeCall) -> ProbeExchange:
         """Request and answer, without secrets."""

@@ -1,6 +1,7 @@
-"""``openai_grader``: services of the shape of OpenAI's ``POST /fine_tuning/alpha/graders/run``, one sample per request.
+"""``openai_grader``: services like OpenAI's ``POST /fine_tuning/alpha/graders/run``.
 
-A grader reports a reward even when it could not grade, with an error flag beside it: the flag decides.
+One sample per request. A grader that could not grade reports a reward together with an error flag;
+then the flag decides.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,21 +9,21 @@ from typing import Any
 
 from dar.protocol.rewards import MAX_FEEDBACK, load_json
 from dar.rewards.base import Failed, RequestBatch, RewardResult, RewardSample, Scored
-from dar.rewards.http.encoding import to_json
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, parts, refuse, sent_columns
 
-PASSING = frozenset(
+TRANSIENT = frozenset(
     {"model_grader_server_error", "python_grader_server_error", "unresponsive_reward_error"}
 )
-"""Flags of failures that may pass by themselves."""
+"""Flags of transient failures."""
 
 
 class OpenAIGraderProtocol:
-    """Speaks with a grader.
+    """Encodes and decodes a grader run.
 
     Args:
-        grader: Sent along as it is.
-        coerce: Whether numeric texts and booleans are rewards.
+        grader: Sent unchanged.
+        coerce: Whether numeric strings and booleans are numbers.
     """
 
     name = "openai_grader"
@@ -33,7 +34,6 @@ class OpenAIGraderProtocol:
         self._coerce = coerce
 
     def encode(self, batch: RequestBatch) -> bytes:
-        """The body of a request; see `RewardProtocol`."""
         (sample,) = batch.samples
         content = {
             "grader": self._grader,
@@ -42,8 +42,7 @@ class OpenAIGraderProtocol:
         }
         return to_json(content)
 
-    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:  # noqa: ARG002 - one answer is for one sample
-        """The results in an answer; see `RewardProtocol`."""
+    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:  # noqa: ARG002 - part of the RewardProtocol interface
         answer = load_json(body)
         if not isinstance(answer, Mapping):
             refuse("type", f"the answer must be an object, not {kind(answer)}")
@@ -61,7 +60,7 @@ class OpenAIGraderProtocol:
 
 
 def _item(sample: RewardSample, batch: RequestBatch) -> dict[str, Any]:
-    """What graders know as ``item``: the row, and the prompt by the names that no column has."""
+    """The ``item`` of a grader: columns of the row, and the prompt under reserved names."""
     item = sent_columns(sample, batch.columns)
     if "ground_truth" in item:
         item.setdefault("reference_answer", item["ground_truth"])
@@ -75,12 +74,12 @@ def _object(value: object, where: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        refuse("type", f"{where}: {kind(value)} where an object was expected")
+        refuse("type", f"{where}: {kind(value)}, but an object is expected")
     return value
 
 
 def _flags(errors: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the flags that are set, those of the parts of a multi-grader included."""
+    """Names of the set flags, including those of the parts of a multi-grader."""
     for name, value in errors.items():
         if value is True:
             yield name
@@ -96,5 +95,5 @@ def _failure(flags: list[str], errors: Mapping[str, Any]) -> Failed:
     return Failed(
         f"grader.{flags[0][:64]}",
         f"the grader could not grade: {text}"[:MAX_FEEDBACK],
-        is_transient=PASSING.issuperset(flags),
+        is_transient=TRANSIENT.issuperset(flags),
     )

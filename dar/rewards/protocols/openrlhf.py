@@ -1,7 +1,8 @@
 """``openrlhf``: servers written for OpenRLHF's ``--remote_rm_url``, like its ``serve_rm``.
 
-Lists go out by position: ``query`` (prompt and completion as one text), ``prompts`` and ``labels``. Back comes ``rewards`` by
-position, perhaps with ``scores`` and ``extra_logs`` beside it, or the bare list.
+A request has lists by position: ``query`` (prompt and completion as one text), ``prompts`` and
+``labels``. An answer has ``rewards`` by position, possibly with ``scores`` and ``extra_logs``, or
+is the list alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,15 +10,15 @@ from typing import Any
 
 from dar.protocol.rewards import MAX_SAMPLES, load_json
 from dar.rewards.base import RequestBatch, RewardResult, Scored
-from dar.rewards.http.encoding import to_json
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, parts, prompt_text, refuse, same_length
 
 
 class OpenRLHFProtocol:
-    """Speaks with a remote reward model of OpenRLHF.
+    """Encodes and decodes for a remote reward model of OpenRLHF.
 
     Args:
-        coerce: Whether numeric texts and booleans are rewards.
+        coerce: Whether numeric strings and booleans are numbers.
     """
 
     name = "openrlhf"
@@ -27,7 +28,6 @@ class OpenRLHFProtocol:
         self._coerce = coerce
 
     def encode(self, batch: RequestBatch) -> bytes:
-        """The body of a request; see `RewardProtocol`."""
         prompts = [prompt_text(sample, self.name) for sample in batch.samples]
         queries = [
             prompt + sample.completion
@@ -37,7 +37,6 @@ class OpenRLHFProtocol:
         return to_json({"query": queries, "prompts": prompts, "labels": labels})
 
     def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
-        """The results in an answer; see `RewardProtocol`."""
         answer, count = load_json(body), len(batch.samples)
         beside: Mapping[str, Any] = {}
         if isinstance(answer, Mapping):
@@ -59,7 +58,7 @@ class OpenRLHFProtocol:
 
 
 def _flat(rewards: object, count: int) -> object:
-    """Undo what servers do to the list: a single reward comes bare, and tensors come as one row or one column."""
+    """A flat list. Servers send one reward without a list, and tensors as a row or column."""
     if not isinstance(rewards, list):
         is_single = count == 1 and isinstance(rewards, int | float | str)
         return [rewards] if is_single else rewards
@@ -71,7 +70,7 @@ def _flat(rewards: object, count: int) -> object:
 
 
 def _logged(answer: Mapping[str, Any], place: int, count: int) -> Iterator[tuple[object, object]]:
-    """What was logged for the sample at ``place``, by name."""
+    """The logged values of the sample at ``place``, by name."""
     logs = answer.get("extra_logs")
     named = {"scores": answer.get("scores"), **(logs if isinstance(logs, Mapping) else {})}
     for name, values in named.items():

@@ -1,10 +1,11 @@
-"""``plain``: any JSON API that scores one text per request, described by a template and a JSON pointer.
+"""``plain``: any JSON API with one text per request, by a template and a JSON pointer.
 
     template: {"input": "{{text}}", "parameters": {"label": "{{columns.topic}}"}}
     pointer: /0/score
 
-Values are put into the template as JSON values, never pasted into JSON text: a completion cannot change the shape of a
-request. A text that is one placeholder alone becomes the value with its type; inside of a longer text a value is written out.
+Values are inserted as JSON values, not pasted into JSON text: a completion cannot change the form
+of a request. A string that is a single placeholder becomes the value with its type; in a longer
+string the value is inserted as text.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from dar.errors import InvalidRequestError
 from dar.protocol.rewards import load_json
 from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored
-from dar.rewards.http.encoding import to_json
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, prompt_text, refuse, sent_columns
 
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
@@ -41,20 +42,20 @@ VALUES: Mapping[str, Callable[[RewardSample], Any]] = {
     "id": lambda sample: sample.id,
     "group_id": lambda sample: sample.group_id,
 }  # fmt: skip
-"""What a placeholder can name, beside ``columns.<name>``."""
+"""Names of placeholders, besides ``columns.<name>``."""
 OF_COMPLETION = frozenset({"completion", "text", "conversation"})
 
 
 def check_template(template: object, columns: frozenset[str]) -> None:
-    """Refuse a template that cannot work.
+    """Check the template of a component.
 
     Args:
-        template: Of a component.
-        columns: The columns that it sends.
+        template: The template.
+        columns: The columns that the component sends.
 
     Raises:
-        InvalidRequestError: A placeholder names nothing, or none stands for the completion; ``param`` is the place in the
-            template.
+        InvalidRequestError: A placeholder is unknown, or none includes the completion. ``param`` is
+            the place in the template.
     """
     named: set[str] = set()
     for path, text in _texts(template, ""):
@@ -62,12 +63,14 @@ def check_template(template: object, columns: frozenset[str]) -> None:
             column = name.removeprefix(_COLUMN) if name.startswith(_COLUMN) else None
             if column is not None and column not in columns | {"ground_truth"}:
                 raise InvalidRequestError(
-                    f"{{{{{name}}}}} is a column that the component does not send; add it to columns", param=path
-                )  # fmt: skip
+                    f"{{{{{name}}}}} is a column that the component does not send; add it to columns",
+                    param=path,
+                )
             if column is None and name not in VALUES:
                 raise InvalidRequestError(
-                    f"{{{{{name}}}}} is no value of a sample; there are {', '.join(VALUES)} and columns.<name>", param=path
-                )  # fmt: skip
+                    f"{{{{{name}}}}} is not a value of a sample; there are {', '.join(VALUES)} and columns.<name>",
+                    param=path,
+                )
             named.add(name)
     if not named & OF_COMPLETION:
         raise InvalidRequestError(
@@ -78,7 +81,7 @@ def check_template(template: object, columns: frozenset[str]) -> None:
 
 
 def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
-    """All texts in a JSON value but the names of its objects, with their places."""
+    """All strings in a JSON value except object keys, with their places."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, Mapping):
@@ -90,12 +93,12 @@ def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
 
 
 class PlainProtocol:
-    """Speaks with any API that takes one text and answers with a number somewhere.
+    """Encodes and decodes for an API that takes one text and returns a number.
 
     Args:
         template: Body of a request.
         pointer: JSON pointer (RFC 6901) to the reward in an answer.
-        coerce: Whether numeric texts and booleans are rewards.
+        coerce: Whether numeric strings and booleans are numbers.
     """
 
     name = "plain"
@@ -107,19 +110,17 @@ class PlainProtocol:
         self._coerce = coerce
 
     def encode(self, batch: RequestBatch) -> bytes:
-        """The body of a request; see `RewardProtocol`."""
         (sample,) = batch.samples
         columns = sent_columns(sample, batch.columns)
         return to_json(_filled(self._template, sample, columns))
 
-    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:  # noqa: ARG002 - one answer is for one sample
-        """The results in an answer; see `RewardProtocol`."""
+    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:  # noqa: ARG002 - part of the RewardProtocol interface
         value = resolve(load_json(body), self._pointer)
         return [Scored(number(value, self._pointer or "answer", coerce=self._coerce))]
 
 
 def _filled(template: object, sample: RewardSample, columns: Mapping[str, Any]) -> object:
-    """The template with the values of a sample; what was put in is not looked at again."""
+    """Insert the values of a sample; placeholders in inserted values are not replaced."""
 
     def value_of(match: re.Match[str]) -> object:
         name = match[1].strip()
@@ -140,17 +141,17 @@ def _filled(template: object, sample: RewardSample, columns: Mapping[str, Any]) 
 
 
 def _written(value: object) -> str:
-    """A value inside of a longer text: a text as it is, nothing for null, everything else as JSON."""
+    """A value within a longer string: strings unchanged, nothing for null, all else as JSON."""
     if isinstance(value, str):
         return value
     return "" if value is None else to_json(value).decode()
 
 
 def resolve(answer: object, pointer: str) -> object:
-    """What a JSON pointer (RFC 6901) points to.
+    """The value at a JSON pointer (RFC 6901).
 
     Raises:
-        RewardContractError: There is nothing (``contract.form``).
+        RewardContractError: There is none (``contract.form``).
     """
     found = answer
     for raw in pointer.split("/")[1:]:
@@ -167,6 +168,6 @@ def resolve(answer: object, pointer: str) -> object:
 
 
 def _is_index(token: str, length: int) -> bool:
-    """Whether it is an index of RFC 6901, without leading zeros, that lies inside."""
-    is_written_so = re.fullmatch(r"0|[1-9][0-9]{0,8}", token) is not None
-    return is_written_so and int(token) < length
+    """Whether ``token`` is an array index of RFC 6901, without leading zeros, below ``length``."""
+    is_index = re.fullmatch(r"0|[1-9][0-9]{0,8}", token) is not None
+    return is_index and int(token) < length

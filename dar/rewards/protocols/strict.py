@@ -1,4 +1,4 @@
-"""What all adapters share: strict reading of numbers, and parts of a reward that are for viewing only."""
+"""Shared by the protocols: strict number checks, and parts of a reward."""
 
 import math
 import re
@@ -14,7 +14,7 @@ _NUMERIC = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def refuse(code: str, message: str) -> NoReturn:
-    """Refuse an answer as a whole.
+    """Reject an answer as a whole.
 
     Raises:
         RewardContractError: With ``contract.<code>``.
@@ -28,17 +28,17 @@ def number(value: object, where: str, *, coerce: bool = False) -> float:
     Args:
         value: From an answer.
         where: Its place there, for messages.
-        coerce: Whether numeric texts and booleans are numbers too.
+        coerce: Whether numeric strings and booleans are numbers.
 
     Raises:
-        RewardContractError: It is no number (``contract.type``), not finite (``contract.nonfinite``) or beyond ±10^6
-            (``contract.range``).
+        RewardContractError: It is not a number (``contract.type``), not finite
+            (``contract.nonfinite``) or beyond ±10^6 (``contract.range``).
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         if not coerce or not isinstance(value, bool | str):
-            refuse("type", f"{where}: {kind(value)} where a number was expected")
+            refuse("type", f"{where}: {kind(value)}, but a number is expected")
         if isinstance(value, str) and not _NUMERIC.fullmatch(value.strip()):
-            refuse("type", f"{where}: the text {value[:40]!r} is no number")
+            refuse("type", f"{where}: the text {value[:40]!r} is not a number")
     try:
         found = float(value)
     except OverflowError:  # an integer beyond the range of a float
@@ -51,7 +51,7 @@ def number(value: object, where: str, *, coerce: bool = False) -> float:
 
 
 def kind(value: object) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     if value is None:
         return "null"
     names = {bool: "a boolean", str: "a text", list: "a list", dict: "an object"}
@@ -59,22 +59,25 @@ def kind(value: object) -> str:
 
 
 def same_length(values: object, expected: int, where: str) -> list[Any]:
-    """``values`` if it is a list with one item for each sample. One item never stands for several samples.
+    """``values`` if it is a list with one item per sample.
 
     Raises:
-        RewardContractError: It is no list (``contract.type``) or has another length (``contract.length``).
+        RewardContractError: It is not a list (``contract.type``) or has the wrong length
+            (``contract.length``).
     """
     if not isinstance(values, list):
-        refuse("type", f"{where}: {kind(values)} where a list was expected")
+        refuse("type", f"{where}: {kind(values)}, but a list is expected")
     if len(values) != expected:
         refuse("length", f"{where}: {len(values)} items for {expected} samples")
     return values
 
 
 def parts(given: Iterable[tuple[object, object]]) -> dict[str, float]:
-    """Parts of a reward, for viewing: names as they are allowed here, and only what is a reward-like number.
+    """Parts of a reward, for viewing, with valid names.
 
-    Whatever else services log is left out; it never decides whether a reward counts.
+    Other values than bounded numbers are dropped.
+
+    They never decide whether a reward is valid.
     """
     found: dict[str, float] = {}
     for name, value in given:
@@ -98,10 +101,10 @@ def _free_name(name: object, taken: Mapping[str, float]) -> str:
 
 
 def prompt_text(sample: RewardSample, protocol: str) -> str:
-    """The text that the policy saw.
+    """The prompt as the policy saw it.
 
     Raises:
-        RewardMisconfiguredError: The prompt is a conversation, and how the policy saw it is not known.
+        RewardMisconfiguredError: The prompt is a conversation, and its text is unknown.
     """
     text = sample.prompt if sample.prompt is not None else sample.prompt_text
     if text is None:
@@ -114,6 +117,6 @@ def prompt_text(sample: RewardSample, protocol: str) -> str:
 
 
 def sent_columns(sample: RewardSample, columns: Iterable[str] | None) -> dict[str, Any]:
-    """The columns of a sample's row that may be sent: ``ground_truth`` if it has one, and those of ``columns``."""
+    """The columns that are sent: ``ground_truth``, if present, and ``columns``."""
     names = dict.fromkeys(["ground_truth", *(columns or ())])
     return {name: sample.columns[name] for name in names if name in sample.columns}

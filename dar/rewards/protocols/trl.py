@@ -1,22 +1,30 @@
-"""``trl``: the keyword arguments of a reward function of TRL as a JSON object, and its return value as JSON.
+"""``trl``: the keyword arguments and the return value of a reward function of TRL as JSON.
 
-A function ``f(prompts, completions, **kwargs)`` is a service as soon as something calls it with the object that came in.
+A service only has to call its function ``f(prompts, completions, **kwargs)`` with that object.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from dar.protocol.rewards import MAX_SAMPLES, load_json
-from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored, Skipped
-from dar.rewards.http.encoding import to_json
+from dar.rewards.base import (
+    RequestBatch,
+    RewardResult,
+    RewardSample,
+    Scored,
+    Skipped,
+    trl_completion,
+    trl_prompt,
+)
+from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, refuse, same_length, sent_columns
 
 
 class TRLProtocol:
-    """Speaks with a reward function of TRL.
+    """Encodes and decodes for a reward function of TRL.
 
     Args:
-        coerce: Whether numeric texts and booleans are rewards.
+        coerce: Whether numeric strings and booleans are numbers.
     """
 
     name = "trl"
@@ -26,21 +34,19 @@ class TRLProtocol:
         self._coerce = coerce
 
     def encode(self, batch: RequestBatch) -> bytes:
-        """The body of a request; see `RewardProtocol`."""
         samples = batch.samples
         rows = [sent_columns(sample, batch.columns) for sample in samples]
         names = dict.fromkeys(name for row in rows for name in row)
         content: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
         content |= {
-            "prompts": [_prompt(sample) for sample in samples],
-            "completions": [_completion(sample) for sample in samples],
+            "prompts": [trl_prompt(sample) for sample in samples],
+            "completions": [trl_completion(sample) for sample in samples],
             "completion_ids": _ids(samples),
             "trainer_state": {"global_step": batch.context.steps_done},
         }
         return to_json(content)
 
     def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
-        """The results in an answer; see `RewardProtocol`."""
         answer = load_json(body)
         if isinstance(answer, Mapping):
             if "rewards" not in answer:
@@ -58,17 +64,7 @@ class TRLProtocol:
         ]
 
 
-def _prompt(sample: RewardSample) -> str | list[dict[str, Any]] | None:
-    return sample.prompt if sample.messages is None else [dict(item) for item in sample.messages]
-
-
-def _completion(sample: RewardSample) -> str | list[dict[str, Any]]:
-    if sample.messages is None:
-        return sample.completion
-    return [{"role": "assistant", "content": sample.completion}]
-
-
 def _ids(samples: tuple[RewardSample, ...]) -> list[list[int]] | None:
-    """The tokens of all completions, or None where not all are known."""
+    """The token ids of all completions; None if some are unknown."""
     known = [list(s.completion_ids) for s in samples if s.completion_ids is not None]
     return known if len(known) == len(samples) else None

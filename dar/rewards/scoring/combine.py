@@ -1,21 +1,22 @@
-"""From the results of several components to one reward per sample.
+"""Combines the results of several components into one reward per sample.
 
-For each component: clip, normalise, weight. Their sum is multiplied by the gates and clipped once more. It goes over the same
-components for all samples of a group: sums over different components cannot be compared, and comparing is all that an
-advantage does.
+Each component is clipped, normalised and weighted. Their sum is multiplied by the gates and
+clipped. All samples of a group are summed over the same components: an advantage compares them, and
+sums over different components cannot be compared.
 
-- A component of weight 0 only watches: nothing that it says or fails to say changes a reward.
-- A *required* component that fails makes its sample an error. One that all samples of a group skip is left out for the group;
-  one that only some of them skip makes the group a skip.
-- A component that is not required never does either: unless it has a reward for every sample of a group that is still to be
-  summed, it is left out for the whole group.
-- A *gate* says 0 or 1 for each sample; any other number is the failure ``contract.gate``. A sample that it fails on is an error, one
-  that it skips a skip, whatever the others of the group have: a gate is never left out, so nothing passes it unseen.
-- A sample for which no component is left has no reward.
-- Where the job says ``on_partial_skip: zero``, a component that skips some samples of a group, but not all, adds 0 to the sums of
-  those; `SampleReward.zeroed` names it. A sample that all components skip stays a skip.
+- A component of weight 0 is reported only and never changes a reward.
+- If a *required* component fails, the sample is an error. If it skips all samples of a group, it is
+  dropped for the group; if it skips some, the group is a skip.
+- A component that is not required is dropped for the group unless it has a reward for every sample
+  that is still to be summed.
+- A *gate* gives 0 or 1; any other number is the failure ``contract.gate``. A sample is an error if
+  a gate fails and a skip if it skips, whatever the rest of the group has: a gate is never dropped.
+- A sample without any component left has no reward.
+- With ``on_partial_skip: zero`` a component that skips some samples of a group, but not all, adds 0
+  for those; `SampleReward.zeroed` names it. A sample that all components skip stays a skip.
 
-No failure becomes a number here, and no skip but by that option; what becomes of samples without a reward says `dar.rewards.scoring.group_policy`.
+No failure becomes a number here, and a skip only by that option. `dar.rewards.scoring.failures`
+handles samples without a reward.
 """
 
 import math
@@ -39,26 +40,25 @@ from dar.rewards.scoring.normalize import Moments, RunningMoments, normalized
 
 @dataclass(frozen=True, slots=True)
 class WeightedSource:
-    """A reward source as a component of a sum."""
+    """A reward source as a component of the sum."""
 
     source: RewardSource
     weight: float = 1.0
-    """0: the component only watches."""
+    """0: the component is reported only."""
     clip: tuple[float, float] | None = None
-    """Bounds that the raw reward is held to before it is normalised and weighted."""
+    """Bounds of the raw reward, applied before it is normalised and weighted."""
     normalize: Normalize = "none"
     required: bool = True
-    """Whether a sample that it fails on has no reward."""
+    """Whether a sample has no reward if the component fails."""
     is_gate: bool = False
-    """Whether the sum is multiplied by its rewards, which are 0 or 1, instead of their being added."""
+    """Whether its rewards, 0 or 1, multiply the sum instead of being added."""
 
     @property
     def name(self) -> str:
-        """Component name."""
         return self.source.name
 
     def clipped(self, reward: float) -> float:
-        """``reward`` within the bounds."""
+        """Clip ``reward`` to the bounds."""
         return _within(reward, self.clip)
 
 
@@ -77,15 +77,15 @@ def combine(
     moments: Mapping[str, Moments] | None = None,
     is_zeroing: bool = False,
 ) -> list[SampleReward]:
-    """The total of each sample, as this module says.
+    """The reward of each sample, by the rules of this module.
 
     Args:
-        components: The terms of the sum.
+        components: Terms and gates.
         samples: Whole groups.
-        results: What each component said.
+        results: Results of each component.
         clip: Bounds of the sum.
-        moments: For the components that are normalised by ``running``.
-        is_zeroing: Whether a component counts as 0 for what it skips of a group that it does not skip as a whole.
+        moments: Moments of the components normalised by ``running``.
+        is_zeroing: Whether ``on_partial_skip`` is ``zero``.
     """
     totals: dict[int, SampleReward] = {}
     results = checked_gates(components, results)
@@ -96,7 +96,7 @@ def combine(
 
 
 def checked_gates(components: Sequence[WeightedSource], results: Results) -> Results:
-    """``results``, in which what a gate says beside 0 and 1 is a failure: no threshold is guessed."""
+    """``results`` with a failure for every number of a gate other than 0 and 1."""
     return {
         **results,
         **{
@@ -115,10 +115,10 @@ def _as_gate(result: RewardResult) -> RewardResult:
 
 
 class Combination:
-    """How the components of a job become one reward, with what is remembered from step to step.
+    """Combines the components of a job, with the running moments kept from step to step.
 
     Args:
-        components: The terms of the sum.
+        components: Terms and gates.
         clip: Bounds of the sum.
         is_zeroing: See `combine`.
     """
@@ -139,9 +139,9 @@ class Combination:
     def __call__(
         self, samples: Sequence[RewardSample], results: Results, context: RewardContext
     ) -> list[SampleReward]:
-        """The total of each sample of whole groups; in training their rewards are noted for `end_step`.
+        """The reward of each sample of whole groups; in training they are recorded for `end_step`.
 
-        To be called once for each group, in any order within a step, but after `end_step` of the step before.
+        Call it once per group, in any order within a step, after `end_step` of the previous step.
         """
         moments = self._moments.after(context.steps_done)
         totals = combine(
@@ -155,26 +155,22 @@ class Combination:
         if context.mode == "train":
             for one in self._running:
                 scored = [r.reward for r in results[one.name] if isinstance(r, Scored)]
-                self._moments.note(context.step, one.name, map(one.clipped, scored))
+                self._moments.record(context.step, one.name, map(one.clipped, scored))
         return totals
 
     def end_step(self, step: int) -> None:
-        """All groups of ``step`` are combined: their rewards count from the next step on."""
+        """Include the rewards of ``step`` in the moments from the next step on."""
         self._moments.end_step(step)
 
-    def drop_step(self, step: int) -> None:
-        """``step`` is given up and will be sampled again."""
-        self._moments.drop_step(step)
-
     def state(self, step: int) -> dict[str, object]:
-        """What a checkpoint of ``step`` keeps, as JSON."""
+        """State for a checkpoint of ``step``, as JSON."""
         return self._moments.state(step)
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from what `state` gave.
+        """Restore a `state`.
 
         Raises:
-            CheckpointError: It is of other components, or no such state.
+            CheckpointError: It is invalid, or of other components.
         """
         self._moments.restore(state)
 
@@ -184,7 +180,7 @@ def _within(reward: float, bounds: tuple[float, float] | None) -> float:
 
 
 def _groups(samples: Sequence[RewardSample]) -> list[list[int]]:
-    """Positions of the samples of each group."""
+    """Positions of the samples, by group."""
     groups: dict[str, list[int]] = {}
     for position, sample in enumerate(samples):
         groups.setdefault(sample.group_id, []).append(position)
@@ -192,7 +188,7 @@ def _groups(samples: Sequence[RewardSample]) -> list[list[int]]:
 
 
 class _Group:
-    """One group on its way to its totals."""
+    """The computation of one group's rewards."""
 
     def __init__(
         self,
@@ -228,14 +224,14 @@ class _Group:
                 total = math.fsum(terms) if self._passes(position) else 0.0
                 zeroed = [one.name for one in used if self._is_skipped(one, position)]
                 self._put(position, _within(total, clip), "reward", None, zeroed)
-            else:  # zeros alone are no reward
+            else:  # zeros alone make no reward
                 self._put(position, None, "skip", "every component that counts skipped this sample")
         return self._found
 
     def _column(
         self, one: WeightedSource, rest: Sequence[int], moments: Mapping[str, Moments]
     ) -> dict[int, float]:
-        """The weighted terms of one component, by position, without what it skipped."""
+        """The weighted terms of one component, by position, without skipped samples."""
         found = zip(rest, self._of(one, rest), strict=True)
         raw = {place: result.reward for place, result in found if isinstance(result, Scored)}
         clipped = [one.clipped(reward) for reward in raw.values()]
@@ -243,7 +239,7 @@ class _Group:
         return {place: one.weight * term for place, term in zip(raw, terms, strict=True)}
 
     def _passes(self, position: int) -> bool:
-        """Whether all gates are open; a sample that one of them says nothing about does not come here."""
+        """Whether all gates are 1. Samples without a result of a gate are already excluded."""
         results = [self._results[gate.name][position] for gate in self._gates]
         return all(isinstance(result, Scored) and result.reward == 1 for result in results)
 
@@ -254,10 +250,10 @@ class _Group:
         return [self._results[one.name][position] for position in positions]
 
     def _lack(self, position: int) -> tuple[RewardStatus, str] | None:
-        """Why a sample has no total whatever the others of its group have, or None."""
+        """Why a sample has no reward, whatever its group has; None: it may have one."""
         lacks = [self._lack_of_gates(position), self._lack_of_terms(position)]
-        told = [lack for lack in lacks if lack is not None]
-        return min(told, key=lambda lack: lack[0] != "error", default=None)
+        found = [lack for lack in lacks if lack is not None]
+        return min(found, key=lambda lack: lack[0] != "error", default=None)
 
     def _lack_of_gates(self, position: int) -> tuple[RewardStatus, str] | None:
         lack: tuple[RewardStatus, str] | None = None
@@ -296,7 +292,7 @@ class _Group:
     def _used(
         self, rest: Sequence[int]
     ) -> tuple[list[WeightedSource], tuple[RewardStatus, str] | None]:
-        """The components that count for the group, or why none can."""
+        """The components that are summed for the group, or why there is none."""
         used = []
         for one in self._terms:
             outcomes = self._of(one, rest)
@@ -310,14 +306,14 @@ class _Group:
                 return [], (
                     "skip",
                     f"component {one.name} skipped {skipped} of the {len(outcomes)} completions of this prompt; "
-                    "sums over different components cannot be compared, so all of them are left out",
+                    "sums over different components cannot be compared, so all of them are dropped",
                 )
         if used or not rest:
             return used, None
         return [], self._nothing_left(rest)
 
     def _nothing_left(self, rest: Sequence[int]) -> tuple[RewardStatus, str]:
-        """Why no component counts: each of those that are not required lacks a reward for some sample."""
+        """Why no component is summed: each lacks a reward for some sample."""
         for one in self._terms:
             for position in self._positions:
                 result = self._results[one.name][position]
@@ -337,7 +333,7 @@ class _Group:
         message: str | None,
         zeroed: Sequence[str] = (),
     ) -> None:
-        """Note a total with what each component said about the sample."""
+        """Store a reward together with the results of each component."""
         components: dict[str, float | None] = {}
         feedback: dict[str, str] = {}
         for name, outcomes in self._results.items():

@@ -1,4 +1,4 @@
-"""Groups of samples whose rewards are under way, in an event loop beside the thread that samples and trains."""
+"""Groups being scored, in an event loop beside the thread that samples and trains."""
 
 import asyncio
 import functools
@@ -6,11 +6,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dar.errors import RewardContractError
+from dar.protocol.spec import Order
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, RewardSource, Scored
-from dar.rewards.scoring.threads import (
+from dar.rewards.threads import (
     POLL_SECONDS,
     STOP_SECONDS,
     ExitRequestedError,
@@ -22,51 +23,47 @@ from dar.rewards.scoring.threads import (
 if TYPE_CHECKING:
     from dar.rewards.scoring.combine import Results
 
-Order = Literal["fixed", "completion"]
-"""``fixed``: as the tickets were given. ``completion``: whichever has its rewards first."""
 MOST_UNDER_WAY = 4096
-"""Groups without rewards at which `InFlight.submit` holds the sampler back."""
+"""`InFlight.submit` blocks while this many groups are being scored."""
 
 
 class Ticket:
-    """A group of samples that was handed to the sources.
+    """A group of samples that was submitted to the sources.
 
     Args:
         samples: The group.
-        context: What its samples have in common.
+        context: Context of its samples.
     """
 
     def __init__(self, samples: Sequence[RewardSample], context: RewardContext) -> None:
         self.samples = tuple(samples)
         self.context = context
-        self.submitted_at = time.monotonic()
-        """By the clock of `time.monotonic`, as are the next two."""
         self.done_at: float | None = None
-        """When all sources had answered, or one had failed."""
+        """When all sources had answered or one had raised an error, by `time.monotonic`."""
         self.answered_at: dict[str, float] = {}
-        """When each source answered, by its name."""
+        """When each source answered, by its name and `time.monotonic`."""
         self.results: Results = {}
         self.error: BaseException | None = None
         self.place = -1
-        """Number in the order of completion."""
+        """Position in the order of completion."""
         self.is_complete = False
-        """Whether it was said that no more groups of the same step follow."""
+        """Whether all groups of its step have been submitted."""
         self.whole: dict[str, asyncio.Future[list[RewardResult]]] = {}
-        """What sources that want a whole step at once say about this group."""
+        """Results for this group from sources that take whole steps, by name."""
 
 
 def takes_whole_steps(source: RewardSource) -> bool:
-    """Whether a source wants all samples of a step in one call, as functions and models on this machine do."""
+    """Whether a source takes all samples of a step in one call, like local functions and models."""
     return bool(getattr(source, "takes_whole_steps", False))
 
 
 def checked(
     name: str, results: list[RewardResult], samples: Sequence[RewardSample]
 ) -> list[RewardResult]:
-    """The same rules for every source, whoever wrote it: one result per sample, and only finite numbers.
+    """Check the results of a source: one per sample; numbers that are not finite become failures.
 
     Raises:
-        RewardContractError: There is another number of results.
+        RewardContractError: The number of results is wrong.
     """
     if len(results) != len(samples):
         raise RewardContractError(
@@ -82,44 +79,44 @@ def checked(
 
 
 class InFlight:
-    """Everything that the sources have been asked and not yet answered.
+    """The calls of the sources that have not finished.
 
     Args:
-        sources: All of them are asked about every group.
-        loop: Where they are asked.
+        sources: Each scores every group.
+        loop: Runs the calls.
     """
 
     def __init__(self, sources: Sequence[RewardSource], loop: LoopThread) -> None:
         self._sources = tuple(sources)
         self._loop = loop
         self._changed = threading.Condition()
-        self._under_way = 0
+        self._running = 0
         self._done_count = 0
         self._error: BaseException | None = None
-        self._tasks: set[asyncio.Task[None]] = set()  # touched by the loop's thread alone
+        self._tasks: set[asyncio.Task[None]] = set()  # used by the loop's thread alone
         self._turns: dict[str, asyncio.Lock] = {}
 
     def submit(self, ticket: Ticket, should_stop: Callable[[], bool] | None = None) -> None:
-        """Ask the sources about a group; does not wait, but while too many are under way.
+        """Start scoring a group. Waits only while too many groups are being scored.
 
         Raises:
-            ScoringStoppedError: ``should_stop`` became true meanwhile.
-            Exception: Whatever a source has raised about another group: nobody need sample on for it.
+            ScoringStoppedError: ``should_stop`` became true.
+            Exception: A source raised it for another group, so that sampling can end early.
         """
         self._raise(self._error)
-        self._wait_for(lambda: self._under_way < MOST_UNDER_WAY, should_stop)
+        self._wait_for(lambda: self._running < MOST_UNDER_WAY, should_stop)
         with self._changed:
-            self._under_way += 1
-        self._loop.call(lambda: self._begin(self._ask(ticket)))
+            self._running += 1
+        self._loop.call(lambda: self._start(self._score(ticket)))
 
     def complete(self, tickets: Sequence[Ticket]) -> None:
-        """Say that these are all groups of a step: what wants whole steps is asked now."""
+        """Mark these as all groups of a step: sources that take whole steps are called now."""
         new = [ticket for ticket in tickets if not ticket.is_complete]
         for ticket in new:
             ticket.is_complete = True
         for source in self._sources if new else ():
             if takes_whole_steps(source):
-                self._loop.call(functools.partial(self._begin_whole, source, new))
+                self._loop.call(functools.partial(self._start_whole, source, new))
 
     def next_of(
         self,
@@ -127,14 +124,14 @@ class InFlight:
         order: Order,
         should_stop: Callable[[], bool] | None = None,
     ) -> Ticket:
-        """Wait for one of ``tickets``; an error of any of them comes out at once.
+        """Wait for one of ``tickets``. An error of any of them is raised at once.
 
         Raises:
-            ScoringStoppedError: ``should_stop`` became true; nothing is under way any more.
-            Exception: Whatever a source raised.
+            ScoringStoppedError: ``should_stop`` became true; all calls are cancelled.
+            Exception: A source raised it.
         """
 
-        def is_there() -> bool:
+        def is_ready() -> bool:
             done = [ticket for ticket in tickets if ticket.done_at is not None]
             return (
                 tickets[0].done_at is not None
@@ -142,7 +139,7 @@ class InFlight:
                 or any(ticket.error is not None for ticket in done)
             )
 
-        self._wait_for(is_there, should_stop)
+        self._wait_for(is_ready, should_stop)
         done = sorted((t for t in tickets if t.done_at is not None), key=lambda t: t.place)
         for ticket in done:
             self._raise(ticket.error)
@@ -157,42 +154,40 @@ class InFlight:
         raise error
 
     def cancel(self) -> None:
-        """Drop everything under way; returns when it has ended, or after a second."""
+        """Cancel all calls, and wait until they have ended, for at most a second."""
         self._loop.run(self._cancel_all)
 
     def _wait_for(
-        self, is_there: Callable[[], bool], should_stop: Callable[[], bool] | None
+        self, is_ready: Callable[[], bool], should_stop: Callable[[], bool] | None
     ) -> None:
         while True:
             with self._changed:
-                if is_there() or self._changed.wait_for(is_there, POLL_SECONDS):
+                if is_ready() or self._changed.wait_for(is_ready, POLL_SECONDS):
                     return
             if should_stop is not None and should_stop():
                 self.cancel()
-                raise ScoringStoppedError("scoring was stopped; nothing of it is kept")
+                raise ScoringStoppedError("scoring was stopped; its results are discarded")
 
-    # --- in the loop's thread ------------------------------------------------------------------------------------------
+    # --- in the loop's thread ---------------------------------------------------------------------
 
-    def _begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _begin_whole(self, source: RewardSource, tickets: Sequence[Ticket]) -> None:
-        self._begin(self._ask_whole(source, tickets))
+    def _start_whole(self, source: RewardSource, tickets: Sequence[Ticket]) -> None:
+        self._start(self._score_whole(source, tickets))
 
-    async def _ask(self, ticket: Ticket) -> None:
+    async def _score(self, ticket: Ticket) -> None:
         loop = asyncio.get_running_loop()
         for source in self._sources:
             if takes_whole_steps(source):
                 ticket.whole[source.name] = loop.create_future()
         try:
-            answers = await all_of(self._ask_one(source, ticket) for source in self._sources)
+            answers = await all_of(self._score_one(source, ticket) for source in self._sources)
             names = [source.name for source in self._sources]
             ticket.results = dict(zip(names, answers, strict=True))
-        except (
-            BaseException
-        ) as error:  # outermost frame of the task: raised again by whoever waits for the ticket
+        except BaseException as error:  # outermost frame of the task: raised again in `next_of`
             ticket.error = error
             if isinstance(error, asyncio.CancelledError):
                 raise
@@ -202,10 +197,10 @@ class InFlight:
                 ticket.place = self._done_count
                 ticket.done_at = time.monotonic()
                 self._done_count += 1
-                self._under_way -= 1
+                self._running -= 1
                 self._changed.notify_all()
 
-    async def _ask_one(self, source: RewardSource, ticket: Ticket) -> list[RewardResult]:
+    async def _score_one(self, source: RewardSource, ticket: Ticket) -> list[RewardResult]:
         if source.name in ticket.whole:
             results = await ticket.whole[source.name]
         else:
@@ -214,7 +209,7 @@ class InFlight:
         ticket.answered_at[source.name] = time.monotonic()
         return results
 
-    async def _ask_whole(self, source: RewardSource, tickets: Sequence[Ticket]) -> None:
+    async def _score_whole(self, source: RewardSource, tickets: Sequence[Ticket]) -> None:
         samples = [sample for ticket in tickets for sample in ticket.samples]
         waiting = [ticket.whole[source.name] for ticket in tickets]
         try:
@@ -222,8 +217,8 @@ class InFlight:
                 found = await source.score(samples, tickets[0].context)
             results = iter(checked(source.name, found, samples))
         except asyncio.CancelledError:
-            raise  # so are those who wait
-        except Exception as error:  # noqa: BLE001 - outermost frame of the task: goes to those who wait
+            raise  # the waiting futures are cancelled as well
+        except Exception as error:  # noqa: BLE001 - outermost frame of the task: set on the waiting futures
             for future in waiting:
                 if not future.done():
                     future.set_exception(error)

@@ -1,8 +1,9 @@
 """Normalisation of a component's rewards, before they are weighted and summed.
 
-``running`` needs a memory. It is moved on between steps alone: all groups of a step are normalised by what was known when
-the step began, and the step's own rewards are taken in at its end, in sums that are rounded once. So neither the order in which
-groups come back nor how they are put into requests changes a single bit, and a resumed run goes on as if it had not stopped.
+``running`` keeps state, which changes only between steps: all groups of a step are normalised by
+the moments at its start, and its rewards are added at its end, in sums that are rounded once. So
+neither the order of the groups nor their batching into requests changes a bit, and a resumed run is
+identical to one that never stopped.
 """
 
 import math
@@ -14,17 +15,17 @@ from dar.errors import CheckpointError
 from dar.protocol.reward_spec import MinMax, Normalize, Tanh
 
 WARM_UP = 256
-"""Rewards that must be known before ``running`` changes anything."""
+"""Rewards that are needed before ``running`` has an effect."""
 MIN_STD = 1e-6
-"""Standard deviation below which rewards are taken as equal but for rounding."""
+"""With a smaller standard deviation rewards are equal but for rounding."""
 
 KEPT_STEPS = 8
-"""Steps whose moments are kept in memory: more than any overlap runs ahead of the step that is trained."""
+"""Steps whose moments are kept; more than sampling can be ahead of training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, mean and sum of squared deviations of all rewards so far (Welford's, merged step by step as Chan et al. do)."""
+    """Count, mean and sum of squared deviations (Welford; merged as by Chan et al.)."""
 
     count: int = 0
     mean: float = 0.0
@@ -32,7 +33,9 @@ class Moments:
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.squares < 0 or not math.isfinite(self.mean + self.squares):
-            raise ValueError(f"no moments of rewards: {self.count}, {self.mean}, {self.squares}")
+            raise ValueError(
+                f"invalid moments of rewards: {self.count}, {self.mean}, {self.squares}"
+            )
 
     @property
     def std(self) -> float:
@@ -40,7 +43,7 @@ class Moments:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def with_step(self, rewards: Sequence[float]) -> "Moments":
-        """The moments with the rewards of one more step, in whatever order they are given."""
+        """The moments including the rewards of another step, in any order."""
         if not rewards:
             return self
         added = len(rewards)
@@ -57,7 +60,7 @@ class Moments:
     def apply(self, reward: float) -> float:
         """``reward`` in standard deviations from the mean; unchanged during the warm-up.
 
-        While all rewards were equal there is no scale: then it is centred only.
+        As long as all rewards are equal it is only centred.
         """
         if self.count < WARM_UP:
             return reward
@@ -68,10 +71,10 @@ class Moments:
 def normalized(
     rewards: Sequence[float], how: Normalize, moments: Moments = Moments()
 ) -> list[float]:
-    """The clipped rewards of one component and one group, normalised.
+    """Normalise the clipped rewards of one component and one group.
 
     Args:
-        rewards: Those of the samples that are compared with each other.
+        rewards: Rewards of the samples that are compared.
         how: The component's ``normalize``.
         moments: For ``running``.
     """
@@ -88,65 +91,61 @@ def normalized(
 
 
 def _z_scores(rewards: Sequence[float]) -> list[float]:
-    """Deviations from the mean in biased standard deviations, of which there are at least `MIN_STD`."""
+    """Deviations from the mean in biased standard deviations, at least `MIN_STD`."""
     if not rewards or min(rewards) == max(rewards):
-        return [0.0] * len(rewards)  # the mean of equal numbers may be off by its last digit
+        return [0.0] * len(rewards)  # the mean of equal numbers may differ in its last digit
     mean = math.fsum(rewards) / len(rewards)
     std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
     return [(reward - mean) / max(std, MIN_STD) for reward in rewards]
 
 
 class RunningMoments:
-    """What ``running`` remembers of each component that asks for it.
+    """The moments of each component that is normalised by ``running``.
 
-    Rewards of a step may be collected while an earlier one is still trained, and a checkpoint of that earlier one must not
-    hold them: so the moments after each of the last steps are kept.
+    The rewards of a step may be collected while an earlier step is still trained, and must not be
+    part of a checkpoint of that step. So the moments after each of the last steps are kept.
 
     Args:
-        names: Those components.
+        names: Names of the components.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         self._names = tuple(names)
         self._after: dict[int, dict[str, Moments]] = {0: dict.fromkeys(names, Moments())}
-        self._noted: dict[int, dict[str, list[float]]] = {}
+        self._recorded: dict[int, dict[str, list[float]]] = {}
 
     def after(self, step: int) -> Mapping[str, Moments]:
-        """Moments of the rewards of all steps up to ``step``, as far as they have ended."""
+        """Moments of all finished steps up to ``step``."""
         known = [number for number in self._after if number <= step]
         return self._after[max(known, default=min(self._after))]
 
-    def note(self, step: int, name: str, rewards: Iterable[float]) -> None:
-        """Take down clipped rewards of a step in progress, in any order."""
+    def record(self, step: int, name: str, rewards: Iterable[float]) -> None:
+        """Record clipped rewards of a step in progress, in any order."""
         if name in self._names:
-            self._noted.setdefault(step, {}).setdefault(name, []).extend(rewards)
+            self._recorded.setdefault(step, {}).setdefault(name, []).extend(rewards)
 
     def end_step(self, step: int) -> None:
-        """What was noted of ``step`` counts from now on; a step that has ended before stays as it was."""
-        noted = self._noted.pop(step, {})
+        """Add the recorded rewards of ``step``; a step that has already ended is unchanged."""
+        recorded = self._recorded.pop(step, {})
         if step in self._after or step < min(self._after):
             return
         before = self.after(step)
         self._after[step] = {
-            name: before[name].with_step(noted.get(name, ())) for name in self._names
+            name: before[name].with_step(recorded.get(name, ())) for name in self._names
         }
         for number in sorted(self._after)[:-KEPT_STEPS]:
             del self._after[number]
 
-    def drop_step(self, step: int) -> None:
-        """Forget what was noted of ``step``, because it will be sampled again."""
-        self._noted.pop(step, None)
-
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of ``step`` keeps, as JSON."""
+        """State for a checkpoint of ``step``, as JSON."""
         moments = {name: [m.count, m.mean, m.squares] for name, m in self.after(step).items()}
         return {"step": step, "moments": moments}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave.
+        """Restore a `state`.
 
         Raises:
-            CheckpointError: It is of other components, or no such state.
+            CheckpointError: It is invalid, or of other components.
         """
         try:
             step = int(state["step"])
@@ -156,10 +155,10 @@ class RunningMoments:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"the checkpoint holds no moments of rewards: {error!r}"
+                f"the checkpoint holds no valid moments of rewards: {error!r}"
             ) from error
         if found.keys() != set(self._names):
             raise CheckpointError(
                 f"the checkpoint holds moments of the components {sorted(found)}, but {sorted(self._names)} are normalised by them"
             )
-        self._after, self._noted = {step: found}, {}
+        self._after, self._recorded = {step: found}, {}

@@ -1,10 +1,11 @@
-"""Rewards for a trainer: a synchronous face over sources that wait for networks.
+"""`RewardScorer`: the synchronous interface of a trainer to its reward sources.
 
-    with scorer_from_functions([length, "https://rewards.example/score"], weights=[0.1, 1.0]) as scorer:
+    funcs = [length, "https://rewards.example/score"]
+    with scorer_from_functions(funcs, weights=[0.1, 1.0]) as scorer:
         totals = scorer.score(samples, RewardContext(step=1))
 
-One thread runs one event loop for all sources, so that requests to several of them are in flight together while the
-trainer's thread does something else, or waits and can be told to stop:
+One thread runs an event loop for all sources, so that requests to several of them are in flight
+while the trainer samples or trains. Waiting can be stopped:
 
     tickets = [scorer.submit(group, context) for group in groups_as_they_are_sampled]
     for ticket, totals in scorer.collect(tickets, "completion"):
@@ -26,6 +27,7 @@ from dar.errors import (
     RewardUnavailableError,
 )
 from dar.protocol.reward_spec import COMPONENT_NAME, RewardURL
+from dar.protocol.spec import Order
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -38,8 +40,8 @@ from dar.rewards.base import (
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.rewards.http_reward import HttpReward
 from dar.rewards.scoring.combine import Combination, Results, WeightedSource, checked_gates
-from dar.rewards.scoring.in_flight import InFlight, Order, Ticket
-from dar.rewards.scoring.threads import LoopThread, ScoringStoppedError
+from dar.rewards.scoring.in_flight import InFlight, Ticket
+from dar.rewards.threads import LoopThread, ScoringStoppedError
 
 __all__ = [
     "RewardScorer",
@@ -52,17 +54,17 @@ _REWARD_URL: TypeAdapter[str] = TypeAdapter(RewardURL)
 
 
 class RewardScorer:
-    """Scores samples with several sources at once and sums what they say.
+    """Scores samples with several sources and combines their results.
 
     Args:
         components: The sources, with distinct names.
-        on_wait: Called from the scorer's thread with a message whenever a retry is being waited for.
-        job_id: Named in requests whose context names none.
-        observer: Is told what happens between us and reward services.
-        combination: How they become one reward; default: their weighted sum.
+        on_wait: Called from the scorer's thread with a message whenever a request waits.
+        job_id: Used for contexts without a job id.
+        observer: Receives events of requests to reward services.
+        combination: How the results become one reward; default: their weighted sum.
 
     Raises:
-        ConfigurationError: There is no component, two have one name, or none adds to the sum.
+        ConfigurationError: There is no component, two have the same name, or none adds to the sum.
     """
 
     def __init__(
@@ -90,11 +92,10 @@ class RewardScorer:
                 component.source.observer = observer
         self._job_id = job_id
         self._loop: LoopThread | None = None
-        self._flight: InFlight | None = None
+        self._calls: InFlight | None = None
 
     @property
     def names(self) -> list[str]:
-        """Names of the components, in order."""
         return [component.source.name for component in self._components]
 
     def score(
@@ -104,20 +105,20 @@ class RewardScorer:
         *,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[SampleReward]:
-        """The total reward of each sample, in order; a missing one is None, never a number.
+        """The reward of each sample, in order; a missing reward is None, never a number.
 
         Args:
-            samples: Completions to be scored, with distinct ids.
-            context: What they have in common.
+            samples: Completions to score, with distinct ids.
+            context: Their context.
             should_stop: Polled every 50 ms; once it is true everything in flight is cancelled.
 
         Raises:
             ScoringStoppedError: ``should_stop`` became true.
-            RewardMisconfiguredError: A source refuses for good.
-            RewardUnavailableError: Every sample failed, and each for a passing reason.
-            RewardContractError: Every sample failed, and at least one for a reason that will not pass; or a reward
-                function returned something else than one number or None per sample.
-            Exception: Whatever a reward function of the user raised.
+            RewardMisconfiguredError: A source cannot succeed until the configuration changes.
+            RewardUnavailableError: Every sample failed, each for a transient reason.
+            RewardContractError: Every sample failed, at least one for a lasting reason; or a reward
+                function did not return one number or None per sample.
+            Exception: A reward function raised it.
         """
         if not samples:
             return []
@@ -132,30 +133,30 @@ class RewardScorer:
         *,
         should_stop: Callable[[], bool] | None = None,
     ) -> Ticket:
-        """Have a group scored while the caller goes on; waits only while thousands of groups are under way.
+        """Start scoring a group. Waits only while thousands of groups are being scored.
 
         Args:
-            samples: Whole groups, in most cases one; their ids are distinct in the step.
-            context: What they have in common.
+            samples: Whole groups, usually one; their ids are distinct in the step.
+            context: Their context.
             should_stop: As for `score`.
 
         Returns:
-            What `collect` takes.
+            The ticket for `collect`.
 
         Raises:
             ScoringStoppedError: ``should_stop`` became true.
         """
         known_context = replace(context, job_id=context.job_id or self._job_id)
         ticket = Ticket(samples, known_context)
-        self._under_way().submit(ticket, should_stop)
+        self._started().submit(ticket, should_stop)
         return ticket
 
     def complete(self, tickets: Sequence[Ticket]) -> None:
-        """Say that ``tickets`` are a whole step: a source that wants all of its samples in one call is asked now.
+        """Mark ``tickets`` as a whole step: sources that take whole steps are called now.
 
-        `collect` does the same; this is for who has something else to do before.
+        `collect` does the same; call this first if other work comes in between.
         """
-        self._under_way().complete(tickets)
+        self._started().complete(tickets)
 
     def collect(
         self,
@@ -165,29 +166,29 @@ class RewardScorer:
         may_all_fail: bool = False,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[Ticket, list[SampleReward]]]:
-        """Give each of ``tickets`` with the total rewards of its samples, once they are there.
+        """Yield each of ``tickets`` with the rewards of its samples, as soon as they are complete.
 
         Args:
             tickets: A whole step.
-            order: ``fixed``: as they are given. ``completion``: as their rewards come.
-            may_all_fail: Whether it is no error when every sample failed.
+            order: ``fixed``: as given. ``completion``: as their rewards arrive.
+            may_all_fail: Whether a step may end without an error if every sample failed.
             should_stop: As for `score`.
 
         Raises:
             ScoringStoppedError: ``should_stop`` became true; everything in flight is cancelled.
-            RewardMisconfiguredError: A source refuses for good.
-            RewardUnavailableError: Every sample of the step failed, and each for a passing reason.
-            RewardContractError: Every sample of the step failed, and at least one for a reason that will not pass; or a reward
-                function returned something else than one number or None per sample.
-            Exception: Whatever a reward function of the user raised.
+            RewardMisconfiguredError: A source cannot succeed until the configuration changes.
+            RewardUnavailableError: Every sample of the step failed, each for a transient reason.
+            RewardContractError: Every sample of the step failed, at least one for a lasting reason;
+                or a reward function did not return one number or None per sample.
+            Exception: A reward function raised it.
         """
-        under_way = self._under_way()
-        under_way.complete(tickets)
+        in_flight = self._started()
+        in_flight.complete(tickets)
         left = list(tickets)
         has_failed = not may_all_fail
         results: dict[str, list[RewardResult]] = {name: [] for name in self.names}
         while left:
-            ticket = under_way.next_of(left, order, should_stop)
+            ticket = in_flight.next_of(left, order, should_stop)
             left.remove(ticket)
             totals = self.combination(ticket.samples, ticket.results, ticket.context)
             has_failed = has_failed and all(total.status == "error" for total in totals)
@@ -199,18 +200,18 @@ class RewardScorer:
             yield ticket, totals
 
     def _needed(self, results: Results) -> Results:
-        """Without what only watches or may be missing: that has made no sample fail."""
+        """Results of the components that can make a sample fail, if any of them failed."""
         needed = {one.name for one in self._components if one.required and one.weight}
         found = {name: outcomes for name, outcomes in results.items() if name in needed}
         has_failed = any(isinstance(one, Failed) for outcomes in found.values() for one in outcomes)
         return found if has_failed else results
 
     def end_step(self, step: int) -> None:
-        """All rewards of ``step`` are collected: what they tell of a component's scale counts from the next step on."""
+        """Include the rewards of ``step`` in the running moments from the next step on."""
         self.combination.end_step(step)
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of ``step`` keeps, as JSON: what is remembered of rewards, and learned about services."""
+        """State for a checkpoint of ``step``, as JSON: running moments and limits of services."""
         learned = {
             one.source.name: one.source.state()
             for one in self._components
@@ -219,10 +220,10 @@ class RewardScorer:
         return {"combination": self.combination.state(step), "services": learned}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave.
+        """Restore a `state`.
 
         Raises:
-            CheckpointError: It is of other components, or no such state.
+            CheckpointError: It is invalid, or of other components.
         """
         self.combination.restore(state["combination"])
         for one in self._components:
@@ -230,11 +231,14 @@ class RewardScorer:
                 one.source.restore(state["services"].get(one.source.name, {}))
 
     def close(self) -> None:
-        """Cancel what is in flight, close all connections and end the scorer's thread; may be called again."""
+        """Cancel what is in flight, close all connections and stop the thread.
+
+        May be called again.
+        """
         loop, self._loop = self._loop, None
-        under_way, self._flight = self._flight, None
-        if loop is not None and under_way is not None:
-            under_way.cancel()
+        in_flight, self._calls = self._calls, None
+        if loop is not None and in_flight is not None:
+            in_flight.cancel()
             loop.run(self._close_sources)
             loop.close()
 
@@ -249,11 +253,11 @@ class RewardScorer:
     ) -> None:
         self.close()
 
-    def _under_way(self) -> InFlight:
-        if self._loop is None or self._flight is None:
+    def _started(self) -> InFlight:
+        if self._loop is None or self._calls is None:
             self._loop = LoopThread()
-            self._flight = InFlight([one.source for one in self._components], self._loop)
-        return self._flight
+            self._calls = InFlight([one.source for one in self._components], self._loop)
+        return self._calls
 
     async def _close_sources(self) -> None:
         for component in self._components:
@@ -287,18 +291,18 @@ def scorer_from_functions(
     """A scorer of reward functions and reward services.
 
     Args:
-        funcs: One or several; a callable has TRL's signature (`RewardFunction`), a text is the URL of a reward
-            service.
+        funcs: One or several: callables with TRL's signature (`RewardFunction`) or URLs of reward
+            services.
         weights: Factor of each in the sum, those of ``sources`` last; default 1.
-        sources: Further sources, under their own names.
+        sources: Further sources, with their own names.
         secret: Signs requests to the URLs.
         on_wait: See `RewardScorer`.
         observer: See `RewardScorer`.
 
     Raises:
-        ConfigurationError: ``weights`` has another length, the secret is malformed, or a function cannot take
-            ``completions``.
-        InvalidRequestError: A text is no usable URL.
+        ConfigurationError: ``weights`` has the wrong length, the secret is malformed, or a function
+            does not accept ``completions``.
+        InvalidRequestError: A URL is invalid.
     """
     given = [funcs] if isinstance(funcs, str) or callable(funcs) else list(funcs)
     count = len(given) + len(sources)
@@ -324,7 +328,7 @@ def scorer_from_functions(
 
 
 def _checked_url(url: str) -> str:
-    """``url``, by the rules of job specs; the message of an error does not repeat it, as it may hold a password."""
+    """Check ``url`` by the rules of job specs. Errors do not show it, as it may hold a password."""
     try:
         return _REWARD_URL.validate_python(url)
     except ValidationError as error:
@@ -332,7 +336,7 @@ def _checked_url(url: str) -> str:
 
 
 def _free_name(name: str, taken: set[str]) -> str:
-    """``name``, numbered if it is taken; fit to be a component name."""
+    """``name``, with a number if it is taken."""
     assert re.fullmatch(COMPONENT_NAME, name)
     number, free = 1, name
     while free in taken:

@@ -1,7 +1,7 @@
-"""`StepObserver`: what happened between a trainer and its reward services, summed up per step.
+"""`StepObserver`: requests to reward services, summed up per step.
 
-It turns records of requests into metrics and into rows for the service, and tells as events what a user has to hear at once: the
-first failure of each class, and every change of a circuit breaker.
+It turns records of requests into metrics and rows for the service. The first failure of each class
+and every change of a circuit breaker become events at once.
 """
 
 import itertools
@@ -21,13 +21,13 @@ from dar.protocol.reward_stats import (
     REQUEST_SECONDS,
     ComponentRequests,
     FailedRequest,
-    Outcome,
+    RequestOutcome,
 )
 from dar.rewards.base import RequestRecord, SampleReward
 from dar.rewards.scoring.failures import code_of, family_of
 
 Span = tuple[float, float]
-Tell = Callable[[Level, str, Mapping[str, Any] | None], None]
+Emit = Callable[[Level, str, Mapping[str, Any] | None], None]
 BREAKER_STATES: Mapping[str, int] = {"closed": 0, "half_open": 1, "open": 2, "misconfigured": 3}
 QUOTED_CHARACTERS = 512
 
@@ -38,7 +38,7 @@ class FinishedRequest:
 
     record: RequestRecord
     seconds: float
-    """Of all its attempts, without the waits between them."""
+    """Duration of all attempts, without the waits between them."""
 
     @property
     def retries(self) -> int:
@@ -48,46 +48,46 @@ class FinishedRequest:
 
 @dataclass(frozen=True, slots=True)
 class StepRequests:
-    """The requests since the last report."""
+    """Requests since the last report."""
 
     requests: Sequence[ComponentRequests] = ()
     failures: Sequence[FailedRequest] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """By registered name."""
+    """Values by metric name."""
 
 
 class StepObserver:
-    """A `dar.rewards.base.RewardObserver` that sums up. Safe to use from several threads.
+    """A `dar.rewards.base.RewardObserver` that sums up; thread-safe.
 
     Args:
-        tell: Takes events.
-        on_wait: Called with a message whenever a component is waited for.
-        concurrency: Most requests in flight, for each reward service.
+        emit: Receives events.
+        on_wait: Called with a message whenever a request waits.
+        concurrency: Limit of requests in flight, by component.
     """
 
     def __init__(
         self,
-        tell: Tell,
+        emit: Emit,
         on_wait: Callable[[str], None] | None = None,
         *,
         concurrency: Mapping[str, int] | None = None,
     ) -> None:
-        self._tell = tell
+        self._emit = emit
         self._on_wait = on_wait
         self._concurrency = dict(concurrency or {})
         self._lock = threading.Lock()
         self._requests: list[FinishedRequest] = []
         self._seconds: dict[str, float] = {}
-        """Of the attempts so far at requests that are not finished."""
-        self._told: set[tuple[str, str]] = set()
+        """Duration of the attempts so far, of unfinished requests."""
+        self._reported: set[tuple[str, str]] = set()
         self._breakers = dict.fromkeys(self._concurrency, "closed")
         self._spans: defaultdict[str, list[Span]] = defaultdict(list)
-        """When attempts were under way, on the monotonic clock, by component."""
-        self._spared: Counter[str] = Counter()
-        """By name of the metric."""
+        """Start and end of attempts in flight on the monotonic clock, by component."""
+        self._unsent: Counter[str] = Counter()
+        """Samples that were not sent, by metric name."""
 
     def request_done(self, record: RequestRecord) -> None:
-        """Count a finished request; tell the first failure of its class, be it final or not."""
+        """Count an attempt; the first failure of each class becomes an event, final or not."""
         is_new = False
         now = time.monotonic()
         with self._lock:
@@ -101,19 +101,19 @@ class StepObserver:
                 self._seconds[record.request_id] = seconds
             if record.outcome != "ok":
                 kind = (record.component, family_of(record.outcome))
-                is_new = kind not in self._told
-                self._told.add(kind)
+                is_new = kind not in self._reported
+                self._reported.add(kind)
         if is_new:
-            self._tell_failure(record)
+            self._emit_failure(record)
 
-    def spared(self, component: str, hits: int, copies: int) -> None:
-        """Count samples that were not sent."""
+    def not_sent(self, component: str, hits: int, copies: int) -> None:
+        """See `RewardObserver`."""
         with self._lock:
-            self._spared[f"reward/{component}/cached"] += hits + copies
-            self._spared[f"reward/{component}/cache_hits"] += hits
+            self._unsent[f"reward/{component}/cached"] += hits + copies
+            self._unsent[f"reward/{component}/cache_hits"] += hits
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:
-        """Tell that a breaker has changed."""
+        """Emit an event for a change of state."""
         with self._lock:
             if self._breakers.get(component, "closed") == state:
                 return
@@ -121,28 +121,28 @@ class StepObserver:
         data = {"kind": "reward_breaker", "component": component, "state": state, "reason": reason}
         level: Level = "info" if state == "closed" else "warn"
         words = {
-            "closed": "answers again; requests go on",
-            "open": "fails too often: requests wait for it",
+            "closed": "answers again; requests continue",
+            "open": "fails too often; requests wait",
             "half_open": "is tried with one request",
-            "misconfigured": "refuses us",
+            "misconfigured": "rejects all requests",
         }
         because = f" ({reason})" if reason else ""
-        self._tell(level, f"reward component {component} {words.get(state, state)}{because}", data)
+        self._emit(level, f"reward component {component} {words.get(state, state)}{because}", data)
 
     def waiting(self, component: str, message: str) -> None:
-        """Show what is waited for."""
-        del component  # the message names its service
+        """Show the message."""
+        del component  # the message includes it
         if self._on_wait is not None:
             self._on_wait(message)
 
     def take(self) -> StepRequests:
-        """What has been counted since the last call."""
+        """The counts since the last call."""
         with self._lock:
             finished, self._requests = self._requests, []
             breakers = dict(self._breakers)
             spans, self._spans = self._spans, defaultdict(list)
-            spared, self._spared = self._spared, Counter()
-        metrics = {**_metrics(finished, breakers), **spared}
+            unsent, self._unsent = self._unsent, Counter()
+        metrics = {**_metrics(finished, breakers), **unsent}
         for component, found in spans.items():
             metrics[f"reward/{component}/in_flight"] = _most_at_once(found)
         for component, limit in self._concurrency.items():
@@ -155,7 +155,7 @@ class StepObserver:
             metrics=metrics,
         )
 
-    def _tell_failure(self, record: RequestRecord) -> None:
+    def _emit_failure(self, record: RequestRecord) -> None:
         data = {
             "kind": "reward_error",
             "component": record.component,
@@ -171,9 +171,9 @@ class StepObserver:
             "bytes_in": record.bytes_in,
             "answer": record.quote[:QUOTED_CHARACTERS],
         }
-        then = "given up" if record.is_final else "tried again"
+        then = "not retried" if record.is_final else "retried"
         quote = f": {record.quote[:QUOTED_CHARACTERS]}" if record.quote else ""
-        self._tell(
+        self._emit(
             "warn",
             f"reward component {record.component}: a request of {record.samples} samples failed with {record.outcome} and is "
             f"{then}{quote}; further failures of this class are counted in reward_stats",
@@ -182,9 +182,11 @@ class StepObserver:
 
 
 def _requests(finished: Sequence[FinishedRequest]) -> list[ComponentRequests]:
-    kinds: defaultdict[tuple[str, Outcome], list[FinishedRequest]] = defaultdict(list)
+    kinds: defaultdict[tuple[str, RequestOutcome], list[FinishedRequest]] = defaultdict(list)
     for one in finished:
-        outcome: Outcome = "ok" if one.record.outcome == "ok" else family_of(one.record.outcome)
+        outcome: RequestOutcome = (
+            "ok" if one.record.outcome == "ok" else family_of(one.record.outcome)
+        )
         kinds[one.record.component, outcome].append(one)
     return [
         ComponentRequests(
@@ -243,18 +245,18 @@ def _metrics(finished: Sequence[FinishedRequest], breakers: Mapping[str, str]) -
 
 
 def _most_at_once(spans: Sequence[Span]) -> int:
-    # An end at the same moment as a start comes first, as -1 sorts before 1.
+    # An end sorts before a start at the same moment, as -1 < 1.
     edges = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
     return max(itertools.accumulate(change for _, change in edges), default=0)
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of the values that ``share`` of them do not exceed; ``ordered`` is not empty."""
+    """The smallest value that ``share`` of the values do not exceed. Needs a value."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
-    """How many samples of a step were scored, skipped or failed, and the distribution of each component's raw rewards."""
+    """Counts of scored, skipped and failed samples, and statistics of raw rewards."""
     statuses = Counter(reward.status for reward in rewards)
     families = Counter(family_of(code_of(reward)) for reward in rewards if reward.status == "error")
     values: dict[str, float] = {
@@ -281,6 +283,6 @@ def component_rewards(rewards: Sequence[SampleReward]) -> dict[str, list[float]]
     components: defaultdict[str, list[float]] = defaultdict(list)
     for reward in rewards:
         for name, value in reward.components.items():
-            if "/" not in name:  # a part is for viewing only
+            if "/" not in name:  # parts are for viewing only
                 components[name] += [] if value is None else [value]
     return dict(components)

@@ -26,7 +26,7 @@ from transformers import (
 from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
-from dar.rewards.scoring.threads import in_daemon_thread
+from dar.rewards.threads import in_daemon_thread
 from dar.training.checkpoint.fingerprint import weights_sketch
 from dar.training.model import loading
 

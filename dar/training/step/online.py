@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dar.protocol.reward_spec import FailurePolicy, FallbackValue
-from dar.protocol.spec import Overlap
+from dar.protocol.spec import Order, Overlap
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scoring.failures import FailureBudget
-from dar.rewards.scoring.in_flight import Order
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.data.rows import Prompt, TokenPair
 from dar.training.model.loading import LanguageModel

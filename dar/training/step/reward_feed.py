@@ -6,10 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from dar.protocol.reward_spec import FailurePolicy
+from dar.protocol.spec import Order
 from dar.rewards.base import SampleReward
-from dar.rewards.scoring.failures import FailureBudget
-from dar.rewards.scoring.group_policy import under_policy
-from dar.rewards.scoring.in_flight import Order
+from dar.rewards.scoring.failures import FailureBudget, under_policy
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.parallel.ranks import Ranks
 from dar.training.report.sink import StopRequestedError

@@ -1,27 +1,27 @@
-"""Three bridges: several coroutines at once, a blocking function from a coroutine, a coroutine from blocking code."""
+"""Threads and coroutines: blocking functions from coroutines, and coroutines from blocking code."""
 
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 POLL_SECONDS = 0.05
-"""Pause between two looks at ``should_stop``."""
+"""Interval between two checks of ``should_stop``."""
 STOP_SECONDS = 1.0
 """How long cancelled requests may take to close their connections."""
 
 
 class ScoringStoppedError(Exception):
-    """``should_stop`` became true; nothing is in flight any more."""
+    """``should_stop`` became true; all calls have been cancelled."""
 
 
 class ExitRequestedError(Exception):
-    """Carries a SystemExit or KeyboardInterrupt past the event loop, which would die of it, to the caller's thread.
+    """Carries a SystemExit or KeyboardInterrupt past the event loop to the caller's thread.
 
     Args:
-        request: What was raised.
+        request: The original exception.
     """
 
     def __init__(self, request: BaseException) -> None:
@@ -30,7 +30,7 @@ class ExitRequestedError(Exception):
 
 
 async def all_of(coroutines: Iterable[Coroutine[Any, Any, Value]]) -> list[Value]:
-    """The results of all, in order. The first error cancels the others and comes out itself, not in a group."""
+    """All results, in order. The first error cancels the others and is raised without its group."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
@@ -40,10 +40,22 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, Value]]) -> list[Value
     return [task.result() for task in tasks]
 
 
-async def in_daemon_thread(function: Callable[[], Value]) -> Value:
-    """Run ``function`` in a thread that holds back neither a cancellation nor the end of the process.
+async def wait_for_all(futures: Collection[asyncio.Future[Value]]) -> None:
+    """Wait for all; the first error is raised at once.
 
-    A thread cannot be stopped: after a cancellation it runs on, and its result is dropped.
+    Unlike with `asyncio.gather`, a cancellation of the caller does not cancel the futures.
+    """
+    if futures:
+        await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+async def in_daemon_thread(function: Callable[[], Value]) -> Value:
+    """Run ``function`` in a thread that delays neither a cancellation nor the end of the process.
+
+    A thread cannot be stopped: after a cancellation it goes on, and its result is discarded.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -63,7 +75,7 @@ async def in_daemon_thread(function: Callable[[], Value]) -> Value:
 
 
 class LoopThread:
-    """An event loop in a thread of its own."""
+    """An event loop in its own thread."""
 
     def __init__(self) -> None:
         self._started = threading.Event()
@@ -76,7 +88,7 @@ class LoopThread:
         function: Callable[[], Coroutine[Any, Any, Value]],
         should_stop: Callable[[], bool] | None = None,
     ) -> Value:
-        """The result of the coroutine that ``function`` makes; what it raises is raised here.
+        """Run the coroutine that ``function`` returns; its exception is raised here.
 
         Raises:
             ScoringStoppedError: ``should_stop`` became true; the coroutine has ended.
@@ -101,14 +113,14 @@ class LoopThread:
         finally:
             if future.cancel():
                 ended.wait(STOP_SECONDS)
-        raise ScoringStoppedError("scoring was stopped; nothing of it is kept")
+        raise ScoringStoppedError("scoring was stopped; its results are discarded")
 
     def call(self, function: Callable[[], None]) -> None:
-        """Call ``function`` in the loop's thread, after all that was to be called before; does not wait."""
+        """Call ``function`` in the loop's thread, after all earlier calls. Does not wait."""
         self._loop.call_soon_threadsafe(function)
 
     def close(self) -> None:
-        """End the loop and its thread."""
+        """Stop the loop and its thread."""
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
