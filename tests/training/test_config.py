@@ -1,6 +1,6 @@
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
@@ -9,7 +9,6 @@ from dar.errors import InvalidRequestError
 from dar.protocol.spec import Hyperparameters, Sampling
 from dar.training import DARConfig
 from dar.training.config.ignored import OF_EVALUATION, WITHOUT_EFFECT
-from dar.training.loss import Normalization
 
 SAME_MEANING = {"batch_size": "per_device_train_batch_size"}
 WITH_EFFECT = {
@@ -38,9 +37,6 @@ def test_defaults_are_those_of_a_job_spec(tmp_path: Path) -> None:
     assert config.num_train_epochs == 1
     assert config.lr_scheduler_type == Hyperparameters().lr_scheduler_type
     assert str(config.optim.value).startswith(Hyperparameters().optim)
-    assert set(get_args(Normalization)) == set(
-        get_args(Hyperparameters.model_fields["adv_norm"].annotation)
-    )
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from dar.errors import InvalidRequestError
+from dar.protocol.spec import LoraSpec
 from dar.training.config.config import DARConfig
+from dar.training.config.fields import from_spec
 from dar.training.config.ignored import WITHOUT_EFFECT
 
+_LORA = LoraSpec.model_fields
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -87,17 +90,12 @@ class ScriptArguments:
     use_peft: bool = field(
         default=False, metadata={"help": "Train a LoRA adapter instead of all weights."}
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: float = field(
-        default=32.0, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_r: int = from_spec(_LORA["r"])
+    lora_alpha: float = from_spec(_LORA["lora_alpha"])
+    lora_dropout: float = from_spec(_LORA["lora_dropout"])
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={
-            "help": "Modules that get an adapter: all-linear, a pattern, or names.",
-            "metavar": "NAME",
-        },
+        default_factory=lambda: [_LORA["target_modules"].default],
+        metadata={"help": _LORA["target_modules"].description, "metavar": "NAME"},
     )
     dtype: Dtype | None = field(
         default=None,
@@ -239,7 +237,7 @@ def _help(name: str, options: Mapping[str, Any]) -> str:
         return argparse.SUPPRESS
     if name.startswith("no_"):
         return f"Not --{name[3:]}."
-    text = CLEARER.get(name) or str(options.get("help") or "")
+    text = CLEARER.get(name) or str(options.get("help") or "").replace("``", "")
     default = getattr(options.get("default"), "value", options.get("default"))
     if isinstance(default, list):
         default = " ".join(map(str, default))
