@@ -13,7 +13,7 @@ or, with ``behavior="policy"``, the policy's own before any of them. Arithmetic 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +29,11 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError, TrainingError
+from dar.protocol.samples import FinishReason
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
 from dar.training.model.loading import LanguageModel
 from dar.training.model.logprobs import autocast
-from dar.training.sampling.completions import Completion, Done, OnGroup
-
-if TYPE_CHECKING:
-    from dar.protocol.samples import FinishReason
 
 Warper = Callable[[Any, Any], Any]
 """A filter of transformers: takes what was read and the scores, gives scores."""
@@ -49,6 +46,44 @@ NOISE_BLOCK = 64
 """Tokens for which noise is drawn at once."""
 LARGEST_UNIFORM = 1 - 2**-40
 """Keeps the product of a uniform number and the total mass below the total mass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was sampled for a prompt."""
+
+    ids: list[int]
+    """Tokens, the end-of-sequence token included where there is one."""
+    logp: float
+    """Log-probability of the whole completion, in nats: under the law that sampled it, or with ``behavior="policy"`` under the
+    policy at temperature 1 without filters."""
+    finish_reason: FinishReason
+
+
+OnGroup = Callable[[int, list[Completion]], None]
+"""Takes the number of a prompt within the step and its K completions, as soon as the last of them has ended."""
+
+
+class Done:
+    """Completions that have ended, by row; tells of each prompt that has all of its own.
+
+    Args:
+        k: Completions of a prompt.
+        on_group: Is told.
+    """
+
+    def __init__(self, k: int, on_group: OnGroup) -> None:
+        self.rows: dict[int, Completion] = {}
+        self._k = k
+        self._on_group = on_group
+
+    def add(self, row: int, completion: Completion) -> None:
+        """Take in one more."""
+        self.rows[row] = completion
+        number = row // self._k
+        rows = range(number * self._k, (number + 1) * self._k)
+        if all(row in self.rows for row in rows):
+            self._on_group(number, [self.rows[row] for row in rows])
 
 
 @dataclass(slots=True)
