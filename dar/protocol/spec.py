@@ -57,7 +57,7 @@ class Hyperparameters(Input):
     allow_missing: bool = True
     """Whether completions without a reward are left out; otherwise one of them ends training."""
     weight_norm: WeightNormalization = "none"
-    """Whether weights are divided by their mean: ``none``, over the ``batch``, or ``per_prompt``."""
+    """Mean that weights are divided by: ``none``, that of the ``batch``, or ``per_prompt``."""
     min_ess: Annotated[float, Unit("fraction")] = Field(0.0, ge=0, lt=1)
     """Weights are flattened until the effective sample size is this share of the completions; 0
     turns it off."""

@@ -184,7 +184,7 @@ class DARConfig(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most one: with several, transformers uses DataParallel, which splits a step wrongly."""
+        """At most one: with more, transformers uses DataParallel, which splits a step wrongly."""
         return min(1, int(super().n_gpu))
 
     @property

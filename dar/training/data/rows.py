@@ -273,7 +273,7 @@ class PromptEncoder:
             self(row)
 
     def _needs_tokens(self, prompt: Sequence[Message], text: str, longest: int) -> bool:
-        """Whether a conversation may have no token, or lose turns, after which a template may fail."""
+        """Whether a conversation may have no token, or lose turns, so that a template may fail."""
         turns = sum(message["role"] == "user" for message in prompt)
         # Nearly every token has at least one byte.
         return not text.strip() or (turns > 1 and len(text.encode()) > longest)
@@ -361,7 +361,7 @@ class PromptEncoder:
         return [*ids[:head], *ids[len(ids) - longest + head :]]
 
     def _without_early_turns(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
-        """The conversation without its first turn, its first two, and so on; a user starts a turn."""
+        """The conversation without its first turn, its first two, and so on; users start turns."""
         starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
         for start in starts[1:]:
             yield [*messages[: starts[0]], *messages[start:]]

@@ -39,13 +39,13 @@ def open_rows(
     path = Path(name).expanduser()
     if config is not None and path.exists():
         raise InvalidRequestError(
-            f"{name} is a path of this machine and has no configurations; leave --dataset_config out",
+            f"{name} is a local path and has no configurations; leave --dataset_config out",
             param="dataset_config",
         )
     if is_one_split(path) and split not in ONLY_SPLIT:
         raise InvalidRequestError(
-            f"{path} has no splits, so there is no {split!r}; leave the split out, or give a folder "
-            f"with {split}{path.suffix or '.jsonl'}",
+            f"{path} has no splits, so there is no {split!r}; leave the split out, or give a "
+            f"folder with {split}{path.suffix or '.jsonl'}",
             param=PARAM,
         )
     if path.is_file():
@@ -103,7 +103,7 @@ def _from_hub(name: str, split: str, config: str | None, *, is_offline: bool) ->
         return load_hub_rows(HubData(name, split, config), is_offline=is_offline)
     except OSError as error:
         raise ServiceUnavailableError(
-            f"the hub cannot be reached to load the data set {name!r}: {error}; give a file, or try "
-            "again with a connection",
+            f"the hub cannot be reached to load the data set {name!r}: {error}; give a file, or "
+            "try again with a connection",
             code="hub_unreachable",
         ) from error

@@ -26,7 +26,7 @@ from dar.training.parallel import deepspeed_config
 
 
 def judge(folders: Sequence[Path], *, alpha: float, beta: float, dar_k: int) -> None:
-    """Report each model's distance from the optimum of the brackets task; the first is the reference."""
+    """Report each model's distance from the optimum of the brackets; the first is the reference."""
     task = Brackets()
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
     ref_PY = task.distribution(models[0])

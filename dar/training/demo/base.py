@@ -36,7 +36,7 @@ def report(**facts: object) -> None:
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens that starts every text with the beginning-of-sequence token."""
+    """A byte-level BPE of 512 tokens that starts every text with a beginning-of-sequence token."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()

@@ -97,7 +97,7 @@ class Brackets:
         return [v * (ids[-1] == EOS_ID) for v, ids in zip(values, completion_ids, strict=True)]
 
     def model(self, seed: int) -> LlamaForCausalLM:
-        """A Llama of 46 thousand parameters over exactly the task's symbols, from random weights."""
+        """A Llama of 46 thousand parameters over the task's symbols, with random weights."""
         torch.manual_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
@@ -161,7 +161,7 @@ class Brackets:
 
     @cached_property
     def _tree(self) -> tuple[Tensor, Tensor]:
-        """Membership ``[N, Y]`` (node n is a prefix of y), and parents ``[N]``; node 0: the root."""
+        """Membership ``[N, Y]`` (node n is a prefix of y), parents ``[N]``; node 0 is the root."""
         prefixes = sorted(
             {ids[:n] for ids in self.completions for n in range(len(ids) + 1)}, key=len
         )

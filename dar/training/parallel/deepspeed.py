@@ -47,7 +47,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def _offload(model: nn.Module) -> Any:  # noqa: ANN401 - DeepSpeed has no annotations
-    """The object that fetches and releases weights around layers; None if the model is not trained."""
+    """The object that fetches and releases weights around layers; None if none is trained."""
     for parameter in model.parameters():
         optimizer = getattr(parameter, "_z3_optimizer", None)
         if optimizer is not None:
@@ -114,7 +114,7 @@ def load_whole_optimizer_state(
     groups: Groups,
     state: Mapping[str, Any],
 ) -> None:
-    """Load the state of an optimizer without shards into DeepSpeed's; every process has all of it."""
+    """Load an unsharded optimizer's state into DeepSpeed's; every process has all of it."""
     base = optimizer.optimizer
     for own, saved in zip(base.param_groups, state["param_groups"], strict=True):
         own |= {name: value for name, value in saved.items() if name != "params"}

@@ -27,7 +27,7 @@ INSTALLATION = "pip install 'dar-service[deepspeed]'"
 STAGES = {"zero2": 2, "zero3": 3}
 """Stage of each strategy of a job spec."""
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-"""Optimizers that update each element of a weight by itself, so that a shard gets the same update."""
+"""Optimizers that update each element of a weight by itself, so that shards change nothing."""
 TUNING = {
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm",
     "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "stage3_max_live_parameters",

@@ -186,7 +186,7 @@ class Ranks:
             self._begin_epoch()
 
     def _part(self) -> None:
-        """Keep the main process, which may hold the store, until the others have read all values."""
+        """Keep the main process, which may hold the store, until the others have read all."""
         if self.count == 1:
             return
         with contextlib.suppress(DistError):
@@ -197,7 +197,7 @@ class Ranks:
                 time.sleep(SHORTEST_PAUSE)
 
     def _agree(self, error: BaseException) -> BaseException | None:
-        """Publish ``error`` if it is the first; return the first one, or None if it is ``error``."""
+        """Publish ``error`` if it is the first; return the first, or None if that is ``error``."""
         mine = json.dumps(_error_as_json(error, self.index))
         try:
             first = self._store.compare_set(self._abort, "", mine).decode()

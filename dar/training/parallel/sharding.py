@@ -82,7 +82,7 @@ def whole_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
 def load_whole_optimizer_state(
     model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Load the state of an optimizer without shards into a sharded one; every process has all of it."""
+    """Load an unsharded optimizer's state into a sharded one; every process has all of it."""
     own: Any = get_optimizer_state_dict(model, optimizer)
     groups = [
         {**group, "params": mine["params"]}

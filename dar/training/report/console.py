@@ -208,7 +208,7 @@ def report_line(values: Mapping[str, float]) -> str:
 
 
 def samples_table(samples: Sequence[SampleRow]) -> Table:
-    """The completions of a few prompts with their rewards and weights, for any width from 60 columns."""
+    """The completions of a few prompts with rewards and weights, for any width from 60 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     table.add_column("reward", justify="right", no_wrap=True, style="cyan", min_width=7)
     table.add_column("weight", justify="right", no_wrap=True, min_width=6)

@@ -3,8 +3,8 @@
 Rewards should rise while a policy learns, so nothing is compared with the beginning of a job. The
 rule, for each component:
 
-- *now* is the mean of its last `RECENT` step means, and *before* that of up to `WINDOW` steps before
-  these.
+- *now* is the mean of its last `RECENT` step means, and *before* that of up to `WINDOW` steps
+  before these.
 - *sigma* is the largest of: the deviation of the step means before; the standard error of a step's
   mean before, and that of a step's mean now. So neither a noisy service nor a first success after
   many steps without one is a jump. Nor is a steady rise over the window, which widens the deviation

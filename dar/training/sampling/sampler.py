@@ -167,7 +167,7 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         uniforms_B: float64 in [0, 1).
 
     Returns:
-        Tokens ``[B]`` and their log-probabilities ``[B]``, float32, or float64 where the scores are.
+        Tokens ``[B]`` and their log-probabilities ``[B]``, float32 or, for float64 scores, float64.
     """
     logps_BV = torch.log_softmax(raised(scores_BV), dim=-1)
     masses_BV = logps_BV.exp().double().cumsum(dim=-1)
