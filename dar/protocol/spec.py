@@ -120,7 +120,7 @@ class Sampling(Input):
     max_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=2, le=10_000_000)
     """Longest prompt and completion together, in tokens; null: the model's context."""
     max_prompt_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=1, le=10_000_000)
-    """Longest prompt, in tokens, which is cut from the left; null: what a completion leaves."""
+    """Longest prompt, in tokens; a longer one is cut on the left; null: what a completion leaves."""
 
 
 class LoraSpec(Input):
@@ -130,7 +130,7 @@ class LoraSpec(Input):
     r: int = Field(16, ge=1, le=1024)
     """Rank of the adapter."""
     lora_alpha: float = Field(32.0, gt=0)
-    """Scale of the adapter: it is multiplied by this and divided by its rank."""
+    """The adapter is multiplied by this and divided by its rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"

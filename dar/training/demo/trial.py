@@ -96,6 +96,20 @@ class _Curve(TrainerCallback):
             self._note(state.global_step)
 
 
+def _config(folder: str, seed: int, settings: Mapping[str, Any]) -> DARConfig:
+    return DARConfig(
+        output_dir=folder,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        log_level="error",
+        **{**SETTINGS, **settings},
+    )
+
+
 def train(
     task: Brackets,
     *,
@@ -121,20 +135,8 @@ def train(
     model = task.model(seed)
     ref_PY = task.distribution(model)
     with tempfile.TemporaryDirectory() as folder:
-        process: dict[str, Any] = {
-            "output_dir": folder,
-            "seed": seed,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "log_level": "error",
-        }
-        meant = DARConfig(
-            **process | dict(SETTINGS) | dict(settings if judged_as is None else judged_as)
-        )
-        made = DARConfig(**process | dict(SETTINGS) | settings | dict(planted.settings))
+        meant = _config(folder, seed, settings if judged_as is None else judged_as)
+        made = _config(folder, seed, {**settings, **planted.settings})
 
         def reward(prompts: Any, completions: Any, completion_ids: Any) -> Sequence[float | None]:  # noqa: ANN401 - TRL's signature
             values = task.reward(prompts, completions, completion_ids)

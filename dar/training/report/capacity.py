@@ -4,7 +4,7 @@ Overlap hides latency, not lack of capacity. By queueing theory (Little) a servi
 requests in flight, each for b groups and of mean latency E[L], needs S = G E[L] / (C b) for the G
 groups of a step. All of it is hidden only while S is below the time that a step takes anyway,
 T = sampling + training. So C has to be at least 1.5 E[L] G / (b T), where 1.5 is a margin for
-stragglers. S is measured as the rate at which responses for groups arrive, so neither E[L] nor b
+stragglers. S is measured by the rate at which responses for groups arrive, so neither E[L] nor b
 needs to be known: the C that is needed is 1.5 C S / T.
 """
 
