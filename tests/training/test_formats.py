@@ -210,7 +210,7 @@ GOOD = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
         ({**GOOD, "prompt_ids": [4]}, "'prompt_ids' go with 'completion_ids'"),
         ({**GOOD, "prompt": user("w4"), "completions": [user("w4")] * 2}, "holds: user"),
         ({**GOOD, "behavior_logps": [-1.0]}, "needs 2 behavior_logps"),
-        ({**GOOD, "behavior_logps": [-1.0, -2.0]}, "but row 1 has completions, rewards; use one"),
+        ({**GOOD, "behavior_logps": [-1.0, -2.0]}, "but row 1 has completions, rewards: keep to"),
         ({"prompt": "w1", "completions": ["w2"]}, "completions but no rewards"),
         ({"chosen": "w10 w20"}, "'chosen' but no 'rejected'"),
         ({"chosen": "w10", "rejected": "w20"}, "no common beginning"),

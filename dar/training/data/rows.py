@@ -192,8 +192,8 @@ def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
             form = form or form_of(row)
             if form_of(row) != form:
                 raise RowError(
-                    f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}; "
-                    "use one format for all rows",
+                    f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}: "
+                    "keep to one format",
                     code="mixed_format",
                 )
 
