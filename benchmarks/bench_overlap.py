@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARConfig, DARTrainer, NullSink
-from dar.training.sampling.completions import Completion
+from dar.training.sampling.sampler import Completion
 
 SCALE = 1 / 20
 GROUPS, K, CONCURRENCY = 32, 4, 16

@@ -142,7 +142,7 @@ def brackets() -> None:
 def tradeoff() -> None:
     """What alpha buys: the optima of all alphas as a curve, and what the ablations reached."""
     task = Brackets()
-    reference = task.law(task.model(0))
+    reference = task.distribution(task.model(0))
     optima = []
     for alpha in [0.04 * 1.15**power for power in range(30)]:
         law = (reference + task.rewards / alpha).log_softmax(dim=1)

@@ -14,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 from dar import DARConfig, DARTrainer, DataCollatorForDAR
 from dar.protocol.presets import PRESETS
-from dar.training.config.config import Meaning, preset_values
+from dar.training.config.config import preset_values
+from dar.training.config.fields import HelpText
 from dar.training.config.ignored import OF_EVALUATION, WITHOUT_EFFECT
 from dar.training.evaluation import Predictions
 from dar.training.reward_sources import RewardFunctions
@@ -145,7 +146,7 @@ def config() -> str:
     rows = []
     for one in fields(DARConfig):
         meaning = one.metadata.get("help")
-        if isinstance(meaning, Meaning):
+        if isinstance(meaning, HelpText):
             others = (
                 f"`{values[one.name]}`" if one.name in values else "" for values in presets.values()
             )
@@ -163,7 +164,7 @@ def inherited(presets: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for theirs in fields(TrainingArguments):
         own = ours[theirs.name]
-        if theirs.name in WITHOUT_EFFECT or isinstance(own.metadata.get("help"), Meaning):
+        if theirs.name in WITHOUT_EFFECT or isinstance(own.metadata.get("help"), HelpText):
             continue
         preset = ", ".join(
             f"{name}: `{values[own.name]}`"

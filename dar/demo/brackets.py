@@ -23,7 +23,7 @@ PLOT_COLUMNS, PLOT_ROWS = 60, 12
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Base and trained model against the optimum; names as in `dar.training.demo.brackets.Standing`."""
+    """Base and trained model against the optimum; names as in `dar.training.demo.brackets.ExactMetrics`."""
 
     before: Mapping[str, float]
     after: Mapping[str, float]

@@ -1,6 +1,7 @@
 """Presets: named sets of hyperparameters, for job specs and for `dar.DARConfig` alike.
 
-``default`` is what the fields themselves say; how it was chosen stands in ``docs/decisions``.
+``default`` changes nothing: the fields have their own defaults. ``docs/decisions`` says how these
+were chosen.
 """
 
 from collections.abc import Mapping
@@ -10,9 +11,17 @@ from typing import Any, Literal
 Preset = Literal["default", "paper", "reference"]
 
 ONLINE_ONLY = (
-    "dar_k", "behavior", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop",
-)  # fmt: skip
-"""Hyperparameters and sampling options that mean nothing where completions are read from the data."""
+    "dar_k",
+    "behavior",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+)
+"""Hyperparameters and sampling options without effect if completions are read from the data."""
 
 _NO_DEPARTURES = {
     "baseline": "mean",
@@ -28,7 +37,7 @@ _NO_DEPARTURES = {
 
 @dataclass(frozen=True, slots=True)
 class PresetValues:
-    """What a preset puts in the place of the defaults, by the names of a job spec."""
+    """Values that a preset sets in place of the defaults, by the names of a job spec."""
 
     meaning: str
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,10 @@
 """The job spec: everything needed to reproduce a job, exactly as a client submits it.
 
-Fields that this version cannot vary yet accept their neutral value and refuse every other one (`only`): an option is never
-accepted and then ignored.
+The fields are the one table of hyperparameters: default, bounds, unit and help. The API checks a
+spec by them, and `dar.DARConfig` and the flags of ``dar train`` take theirs from here.
+
+Fields that this version cannot vary yet accept their neutral value and reject every other (`only`):
+an option is never accepted and then ignored.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,64 +12,79 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dar.protocol.base import Fraction, Input, NonNegative, Positive, only
+from dar.protocol.base import Input, only
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
 
+Normalization = Literal["none", "per_prompt", "batch"]
+Baseline = Literal["mean", "leave_one_out"]
+LogRatio = Literal["sum", "mean"]
+WeightNormalization = Literal["none", "batch", "per_prompt"]
+Behavior = Literal["sampled", "policy"]
 Overlap = Literal["none", "stream", "one_step"]
-Order = Literal["fixed", "completion"]
+TrainingOrder = Literal["fixed", "completion"]
+
+
+class Unit(str):
+    """Unit of a field's value, as an annotation; the API's schema does not show it."""
+
+    __slots__ = ()
 
 
 class Hyperparameters(Input):
     """How the policy is optimised. The same names and defaults as `dar.DARConfig`."""
 
-    alpha: NonNegative = 0.1
+    alpha: Annotated[float, Unit("reward")] = Field(0.1, ge=0)
     """Strength of the pull towards the reference model, in units of reward."""
-    beta: Positive = 0.3
-    """Strength of the pull towards the sampling policy, in units of reward; sets the step, not the optimum."""
-    dar_k: Annotated[int, Field(ge=1, le=1024)] = 4
+    beta: Annotated[float, Unit("reward")] = Field(0.3, gt=0)
+    """Strength of the pull towards the sampling policy, in units of reward; sets the step, not the
+    optimum."""
+    dar_k: int = Field(4, ge=1, le=1024)
     """Completions sampled per prompt (K)."""
-    dar_wclip: Positive = 20.0
+    dar_wclip: float = Field(20.0, gt=0)
     """Largest weight of a completion."""
-    adv_norm: Literal["none", "per_prompt", "batch"] = "none"
-    """Normalisation of the advantages after centring."""
-    baseline: Literal["mean", "leave_one_out"] = "leave_one_out"
-    """What a reward is compared with: the mean of its prompt's rewards, or the mean of its siblings'."""
-    log_ratio: Literal["sum", "mean"] = "sum"
-    """log(reference / behavior) of a completion: the sum over its tokens, or the mean."""
-    tie_tolerance: NonNegative = 0.0
-    """Rewards of a prompt that lie within this range are equal: their advantages are 0."""
+    adv_norm: Normalization = "none"
+    """Normalisation of the advantages after centring: ``none``, ``per_prompt`` or ``batch``."""
+    baseline: Baseline = "leave_one_out"
+    """Baseline of a reward: the mean reward of its prompt (``mean``), or the mean of the prompt's
+    other completions (``leave_one_out``)."""
+    log_ratio: Annotated[LogRatio, Unit("nats")] = "sum"
+    """log(reference / behavior) of a completion: ``sum`` over its tokens, or ``mean``."""
+    tie_tolerance: Annotated[float, Unit("reward")] = Field(0.0, ge=0)
+    """Rewards of a prompt that lie within this range count as equal: their advantages are 0."""
     drop_ties: bool = False
     """Whether prompts whose rewards are all equal are left out of the step."""
     allow_missing: bool = True
-    """Whether completions without a reward are left out; otherwise one ends the job."""
-    weight_norm: Literal["none", "batch", "per_prompt"] = "none"
-    """Whether weights are divided by their mean, over the step or over the prompt."""
-    min_ess: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Weights are flattened until the effective sample size is this share of the completions; 0 turns it off."""
-    behavior: Literal["sampled", "policy"] = "sampled"
-    """Behavior log-probabilities: of the law that sampled, filters and temperature included, or the policy's own."""
-    learning_rate: Positive = 1e-6
+    """Whether completions without a reward are left out; otherwise one of them ends training."""
+    weight_norm: WeightNormalization = "none"
+    """Mean that weights are divided by: ``none``, that of the ``batch``, or ``per_prompt``."""
+    min_ess: Annotated[float, Unit("fraction")] = Field(0.0, ge=0, lt=1)
+    """Weights are flattened until the effective sample size is this share of the completions; 0
+    turns it off."""
+    behavior: Behavior = "sampled"
+    """Behavior log-probabilities: ``sampled`` takes those of the distribution that was sampled,
+    filters and temperature included; ``policy`` takes the policy's own at temperature 1."""
+    learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 8
+    batch_size: int = Field(8, ge=1, le=65536)
     """Prompts per optimizer step; each gives ``dar_k`` completions."""
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_steps: int | None = Field(None, ge=1, le=10_000_000)
     """Optimizer steps in all; null: from ``n_epochs``."""
-    n_epochs: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    n_epochs: float | None = Field(None, gt=0, le=10_000)
     """Passes over the training file; null: from ``max_steps``, or 1 when both are null."""
-    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    warmup_steps: int = Field(0, ge=0, le=10_000_000)
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """What the learning rate does after the warm-up."""
-    weight_decay: NonNegative = 0.0
+    """Schedule of the learning rate after the warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: NonNegative = 1.0
+    max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0 turns it off."""
     optim: Literal["adamw", "adafactor"] = "adamw"
     """Optimizer."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
     """Decay of AdamW's second moment."""
 
     @model_validator(mode="after")
@@ -74,7 +92,8 @@ class Hyperparameters(Input):
         if self.max_steps is not None and self.n_epochs is not None:
             raise PydanticCustomError(
                 "exclusive_fields",
-                "max_steps and n_epochs both set the length of the job; send one and leave the other null",
+                "max_steps and n_epochs both set the length of the job; "
+                "send one and leave the other null",
             )
         return self
 
@@ -82,37 +101,37 @@ class Hyperparameters(Input):
 class Sampling(Input):
     """How completions are sampled from the policy."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
+    max_new_tokens: Annotated[int, Unit("tokens")] = Field(128, ge=1, le=131_072)
     """Longest completion, in tokens, its end-of-sequence token included."""
-    temperature: Positive = 1.0
+    temperature: float = Field(1.0, gt=0)
     """Divides the logits before sampling."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Smallest probability mass that is kept; 1 turns it off."""
-    top_k: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    top_p: Annotated[float, Unit("probability")] = Field(1.0, gt=0, le=1)
+    """Only the likeliest tokens that make up this probability mass are kept; 1 turns it off."""
+    top_k: Annotated[int, Unit("tokens")] = Field(0, ge=0, le=10_000_000)
     """Number of likeliest tokens that are kept; 0 turns it off."""
-    min_p: Fraction | None = None
+    min_p: Annotated[float | None, Unit("fraction")] = Field(None, ge=0, le=1)
     """Tokens less likely than this fraction of the likeliest one are dropped; null turns it off."""
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: float = Field(1.0, gt=0)
     """Divides the scores of tokens that occurred already; 1 turns it off."""
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default_factory=list, max_length=16
     )
     """Strings that end a completion as soon as it contains one of them."""
-    max_length: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+    max_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=2, le=10_000_000)
     """Longest prompt and completion together, in tokens; null: the model's context."""
-    max_prompt_length: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Longest prompt, in tokens; null: what a completion leaves."""
+    max_prompt_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=1, le=10_000_000)
+    """Longest prompt, in tokens; a longer one is cut on the left; null: what a completion leaves."""
 
 
 class LoraSpec(Input):
     """Train a low-rank adapter instead of the full weights."""
 
     type: Literal["lora"]
-    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    r: int = Field(16, ge=1, le=1024)
     """Rank of the adapter."""
-    lora_alpha: Positive = 32.0
-    """The adapter is scaled by ``lora_alpha / r``."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_alpha: float = Field(32.0, gt=0)
+    """The adapter is multiplied by this and divided by its rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: ``all-linear``, a pattern, or names."""
@@ -121,28 +140,28 @@ class LoraSpec(Input):
 class Resources(Input):
     """Hardware of the job."""
 
-    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    processes: int = Field(1, ge=1, le=64)
     """Processes that train together, one for each GPU of the worker's slot."""
     strategy: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = "auto"
-    """How they share the work: ``ddp`` keeps whole weights in each process, ``fsdp`` and ``zero3`` cut them into shards, ``zero2``
-    cuts gradients and optimizer state; ``auto`` is ``ddp``."""
+    """How they share the work: ``ddp`` keeps whole weights in each process, ``fsdp`` and ``zero3``
+    cut them into shards, ``zero2`` cuts gradients and optimizer state; ``auto`` is ``ddp``."""
 
 
 class Evaluation(Input):
-    """How often the policy is tried on the validation file."""
+    """How often the policy is evaluated on the validation file."""
 
-    every_steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    every_steps: int = Field(ge=1, le=10_000_000)
     """Steps between two evaluations; the last step always has one."""
-    max_prompts: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    max_prompts: int | None = Field(None, ge=1, le=100_000)
     """Prompts that are used, from the first; null: all."""
 
 
 class Checkpointing(Input):
     """When resumable states are written. The last step always gets one."""
 
-    every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    every_steps: int | None = Field(None, ge=1, le=10_000_000)
     """Steps between two checkpoints; null: a twentieth of the job."""
-    keep_last: Annotated[int, Field(ge=1, le=1000)] = 3
+    keep_last: int = Field(3, ge=1, le=1000)
     """Checkpoints that are kept; older ones are removed."""
     keep_best: Annotated[Literal[False], only(False)] = False
 
@@ -158,7 +177,7 @@ class DARSpec(Input):
     """A training job by Direct Advantage Regression."""
 
     preset: Preset = "default"
-    """Where values that are not sent come from: ``default``, ``paper`` or ``reference``."""
+    """Source of values that are not given: ``default``, ``paper`` or ``reference``."""
     hyperparameters: Hyperparameters = Hyperparameters()
     sampling: Sampling = Sampling()
     rewards: Rewards | None = None
@@ -166,13 +185,15 @@ class DARSpec(Input):
     peft: LoraSpec | None = None
     """Null trains the full weights."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the forward and backward pass; auto: bf16 on GPUs that have it, else fp32."""
+    """Number format of the forward and backward pass; auto: bf16 on GPUs that support it, else
+    fp32."""
     overlap: Overlap = "stream"
-    """What is done while rewards are pending: ``none``: nothing; ``stream``: training on the prompts that are scored already;
-    ``one_step``: that, and the next step is sampled before this one is trained, by a policy that is one update older."""
-    order: Order = "fixed"
-    """In which order the prompts of a step are trained on: ``fixed`` is reproducible to the last bit; ``completion``: as they are
-    scored, which waits least and differs by rounding."""
+    """What is done while rewards are pending: ``none``: nothing; ``stream``: training on the
+    prompts that are scored already; ``one_step``: that, and the next step is sampled before this
+    one is trained, by a policy that is one update older."""
+    order: TrainingOrder = "fixed"
+    """In which order the prompts of a step are trained on: ``fixed`` is reproducible to the last
+    bit; ``completion``: as they are scored, which waits least and differs by rounding."""
     resources: Resources = Resources()
     checkpointing: Checkpointing = Checkpointing()
     evaluation: Evaluation | None = None
@@ -182,7 +203,7 @@ class DARSpec(Input):
     @model_validator(mode="before")
     @classmethod
     def _put_preset_behind(cls, given: object) -> object:
-        """Values of the preset stand where the client has sent none."""
+        """Fill in the preset's values where the client has sent none."""
         if not isinstance(given, dict):
             return given
         preset = given.get("preset", "default")
@@ -212,24 +233,23 @@ MetadataValue = Annotated[str, Field(max_length=512)]
 class JobSpec(Input):
     """Body of ``POST /v1/fine_tuning/jobs``."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: str = Field(min_length=1, max_length=256)
     """A folder under the models directory, a fine-tuned model, or a hub id (with a slash)."""
-    training_file: Annotated[str, Field(min_length=1, max_length=256)]
-    """Id of an uploaded file of prompts, or of completions with their rewards; or a data set of the hub,
-    ``hf://owner/name?split=train``."""
-    validation_file: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    """Id of an uploaded file, of the training file's format, that the policy is tried on; see ``method.dar.evaluation``."""
+    training_file: str = Field(min_length=1, max_length=256)
+    """Id of an uploaded file of prompts, or of completions with their rewards; or a data set of the
+    hub, ``hf://owner/name?split=train``."""
+    validation_file: str | None = Field(None, min_length=1, max_length=256)
+    """Id of an uploaded file, of the training file's format, that the policy is evaluated on; see
+    ``method.dar.evaluation``."""
     method: Method
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    seed: int | None = Field(None, ge=0, le=2**31 - 1)
     """Fixes data order and sampling; null: the service draws one and records it."""
-    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)] | None = (
-        None
-    )
+    suffix: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)
     """Part of the fine-tuned model's name."""
     metadata: dict[Annotated[str, Field(min_length=1, max_length=64)], MetadataValue] | None = None
     """Up to 16 labels of the user's own."""
     skip_validation: bool = False
-    """Whether the job is accepted without trying its reward services first."""
+    """Whether the job is accepted without calling its reward services first."""
     hyperparameters: Annotated[None, only(None)] = None
     integrations: Annotated[None, only(None)] = None
 
@@ -255,25 +275,26 @@ class JobSpec(Input):
         if dar.rewards is None and dar.overlap == "one_step":
             raise PydanticCustomError(
                 "overlap_without_rewards",
-                "overlap one_step samples one step ahead, but without rewards nothing is sampled; leave it out",
+                "overlap one_step samples one step ahead, but without rewards nothing is sampled; "
+                "leave it out",
             )
         prompts, processes = dar.hyperparameters.batch_size, dar.resources.processes
         if prompts % processes:
             raise PydanticCustomError(
                 "batch_not_divisible",
-                "{processes} processes cannot share a batch_size of {prompts} evenly; send a multiple",
+                "{processes} processes cannot share a batch_size of {prompts} evenly; "
+                "send a multiple",
                 {"processes": processes, "prompts": prompts},
             )
         return self
 
     @property
     def dar(self) -> DARSpec:
-        """The DAR part of the spec."""
         return self.method.dar
 
 
 def total_steps(hyperparameters: Hyperparameters, num_rows: int) -> int:
-    """Optimizer steps of a job over ``num_rows`` prompts; the last batch of an epoch runs on into the next."""
+    """Optimizer steps of a job over ``num_rows`` prompts; batches cross the ends of epochs."""
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps
     prompts = (hyperparameters.n_epochs or 1.0) * num_rows

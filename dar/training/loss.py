@@ -35,16 +35,11 @@ Departures from the papers, each off by default here and in the presets ``paper`
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Normalization = Literal["none", "per_prompt", "batch"]
-Baseline = Literal["mean", "leave_one_out"]
-LogRatio = Literal["sum", "mean"]
-WeightNormalization = Literal["none", "batch", "per_prompt"]
-Behavior = Literal["sampled", "policy"]
+from dar.protocol.spec import Baseline, Normalization, WeightNormalization
 
 MAX_LOG_WEIGHT = 88.0
 """Exponents are held at this, so that no weight overflows before it is clipped: float32 ends at e^88.72."""

@@ -17,7 +17,7 @@ from dar.protocol.reward_spec import Rewards
 from dar.rewards.scoring.failures import FailureBudget
 from dar.training.checkpoint.fingerprint import config_sha256
 from dar.training.config.config import DARConfig, preset_values
-from dar.training.config.ignored import no_point_of_rest, online_only
+from dar.training.config.ignored import online_only
 from dar.training.data.rows import DataCollatorForDAR, Rows, check_rows, check_table
 from dar.training.evaluation import (
     ComputeMetrics,
@@ -150,7 +150,7 @@ class DARTrainer(ScoringTrainer):
         self._job_id = job_id
         self._reporter = Reporter()
         self._meet(sink, control)
-        if given.is_online and (why := no_point_of_rest(config)):
+        if given.is_online and (why := config.convergence_problem):
             self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
         self._identify(base_name or (model if isinstance(model, str) else model.name_or_path))

@@ -15,7 +15,7 @@ from dar.protocol.checkpoints import Manifest
 from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import ReportedSample
 from dar.training import DARConfig, DARTrainer
-from dar.training.report.sink import Request
+from dar.training.report.sink import StopKind
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -74,11 +74,11 @@ class RecordingSink:
 class ScriptedControl:
     """Requests something from the n-th question on."""
 
-    def __init__(self, request: Request, after: Callable[[], bool]) -> None:
+    def __init__(self, request: StopKind, after: Callable[[], bool]) -> None:
         self._request = request
         self._after = after
 
-    def requested(self) -> Request | None:
+    def requested(self) -> StopKind | None:
         return self._request if self._after() else None
 
 

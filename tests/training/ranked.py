@@ -29,7 +29,7 @@ from dar.settings import environment
 from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
-from dar.training.report.sink import Request, StopRequestedError
+from dar.training.report.sink import StopKind, StopRequestedError
 from dar.training.step import parts
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
@@ -114,12 +114,12 @@ class Kept(NullSink):
 class AfterStep:
     """A control that requests something once a step is done."""
 
-    def __init__(self, request: Request, sink: Kept, step: str) -> None:
-        self._request: Request = request
+    def __init__(self, request: StopKind, sink: Kept, step: str) -> None:
+        self._request: StopKind = request
         self._sink = sink
         self._step = step
 
-    def requested(self) -> Request | None:
+    def requested(self) -> StopKind | None:
         return self._request if self._step in self._sink.metrics_of else None
 
 
@@ -169,7 +169,7 @@ def train(
     model: LlamaForCausalLM | None = None,
     resume: Path | None = None,
     reward: Any = share_of_w40,
-    stop: tuple[Request, str] | None = None,
+    stop: tuple[StopKind, str] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> DARTrainer:
     """Train; the last checkpoint and what was said lie in ``folder / name`` afterwards."""

@@ -12,15 +12,15 @@ import torch
 from dar.errors import InvalidRequestError
 from dar.training import DARConfig
 from dar.training.demo.base import save_base
-from dar.training.demo.brackets import Brackets, Standing, divergence
-from dar.training.demo.judge import PROMPTS, is_balanced
+from dar.training.demo.bracket_reward import PROMPTS, is_balanced
+from dar.training.demo.brackets import Brackets, ExactMetrics, divergence
 from dar.training.demo.trial import SETTINGS, train
 from dar.training.model.loading import eos_ids, load_model, load_tokenizer
 
 
-def is_at_rest(standing: Standing) -> bool:
+def has_converged(metrics: ExactMetrics) -> bool:
     """What a right trainer reaches after 300 steps, whatever the seed; `make bench` tries five."""
-    return standing.share > 0.97 and standing.kl_target < 0.10
+    return metrics.share > 0.97 and metrics.kl_target < 0.10
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def test_the_law_lists_every_completion_once(can_stop: bool) -> None:
     model = task.model(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    law = task.law(model)
+    law = task.distribution(model)
     assert law.shape == (3, 63 if can_stop else 32)
     torch.testing.assert_close(law.exp().sum(dim=1), torch.ones(3, dtype=torch.float64))
     # Tempering the enumerated law token by token is what dividing the logits does.
-    cold = task.law(model, temperature=0.7)
+    cold = task.distribution(model, temperature=0.7)
     torch.testing.assert_close(task.tempered(law, 0.7), cold, atol=1e-9, rtol=0)
     assert divergence(law, cold) > 0.003
 
@@ -51,10 +51,10 @@ def test_the_reward_counts_as_many_completions_as_there_are_ways() -> None:
     assert not is_balanced("(()")
 
 
-def test_the_point_of_rest_at_temperature_1_maximises_the_objective_whatever_beta(
+def test_the_fixed_point_at_temperature_1_maximises_the_objective_whatever_beta(
     task: Brackets,
 ) -> None:
-    ref = task.law(task.model(0))
+    ref = task.distribution(task.model(0))
     configs = [
         DARConfig(output_dir="none", use_cpu=True, alpha=0.2, beta=beta) for beta in (0.05, 0.8)
     ]
@@ -69,10 +69,10 @@ def test_the_point_of_rest_at_temperature_1_maximises_the_objective_whatever_bet
         assert value < best
 
 
-def test_a_policy_sampled_too_cold_has_no_point_of_rest(task: Brackets) -> None:
-    ref = task.law(task.model(0))
+def test_a_policy_sampled_too_cold_does_not_converge(task: Brackets) -> None:
+    ref = task.distribution(task.model(0))
     config = DARConfig(output_dir="none", use_cpu=True, alpha=0.1, beta=0.3, temperature=0.74)
-    with pytest.raises(InvalidRequestError, match="no point of rest"):
+    with pytest.raises(InvalidRequestError, match="does not converge"):
         task.target(ref, config)
 
 
@@ -80,7 +80,7 @@ def test_a_policy_sampled_too_cold_has_no_point_of_rest(task: Brackets) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_reaches_the_optimum(task: Brackets, seed: int) -> None:
     run = train(task, seed=seed)
-    assert is_at_rest(run.final)
+    assert has_converged(run.final)
     assert run.final.reward == pytest.approx(run.final.best_reward, abs=0.04)
     assert run.curve[0].reward == pytest.approx(0.146, abs=0.03)
 
@@ -90,14 +90,14 @@ def test_without_the_reference_the_reward_looks_perfect_and_the_optimum_is_misse
     task: Brackets,
 ) -> None:
     run = train(task, seed=0, mistake="reference_dropped", max_steps=150)
-    assert not is_at_rest(run.final)
+    assert not has_converged(run.final)
     assert run.final.reward > run.final.best_reward
     assert run.final.kl_ref > 1.5 * run.final.best_kl_ref  # and it is on its way up
 
 
 def test_with_its_sign_flipped_the_reward_falls(task: Brackets) -> None:
     run = train(task, seed=3, mistake="sign_flipped", max_steps=60)
-    assert not is_at_rest(run.final)
+    assert not has_converged(run.final)
     assert run.final.reward < run.curve[0].reward
 
 
@@ -110,7 +110,7 @@ def test_a_model_of_two_symbols_and_no_special_token_goes_through_its_files(
     assert tokenizer("(()")["input_ids"] == [1, 0, 0, 1]
     assert tokenizer.decode([0, 1, 1], skip_special_tokens=True) == "())"
     loaded = load_model(tmp_path / "model", is_offline=True)
-    torch.testing.assert_close(task.law(loaded), task.law(model), atol=0, rtol=0)
+    torch.testing.assert_close(task.distribution(loaded), task.distribution(model), atol=0, rtol=0)
     assert eos_ids(loaded, tokenizer) == frozenset()
 
 

@@ -1,6 +1,7 @@
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
@@ -8,8 +9,8 @@ from transformers import TrainingArguments
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import Hyperparameters, Sampling
 from dar.training import DARConfig
+from dar.training.config.fields import HelpText
 from dar.training.config.ignored import OF_EVALUATION, WITHOUT_EFFECT
-from dar.training.loss import Normalization
 
 SAME_MEANING = {"batch_size": "per_device_train_batch_size"}
 WITH_EFFECT = {
@@ -38,9 +39,34 @@ def test_defaults_are_those_of_a_job_spec(tmp_path: Path) -> None:
     assert config.num_train_epochs == 1
     assert config.lr_scheduler_type == Hyperparameters().lr_scheduler_type
     assert str(config.optim.value).startswith(Hyperparameters().optim)
-    assert set(get_args(Normalization)) == set(
-        get_args(Hyperparameters.model_fields["adv_norm"].annotation)
-    )
+
+
+def out_of_range() -> Iterator[tuple[str, float]]:
+    """The nearest values that the schema of a job spec refuses, without its largest counts."""
+    names = {one.name for one in fields(DARConfig)}
+    for part in (Hyperparameters, Sampling):
+        for name, schema in part.model_json_schema()["properties"].items():
+            kind = {**schema, **schema.get("anyOf", [{}])[0]}
+            for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+                is_count = key == "maximum" and kind["type"] == "integer"
+                if key in kind and not is_count and name in names - {*NOT_OURS, "learning_rate"}:
+                    yield name, kind[key] + {"minimum": -1, "maximum": 1}.get(key, 0)
+
+
+@pytest.mark.parametrize(("name", "value"), list(out_of_range()))
+def test_bounds_are_those_of_a_job_spec(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name} is {value}, but must be") as caught:
+        DARConfig(output_dir=str(tmp_path), **{name: value})
+    assert caught.value.param == name
+
+
+def test_help_is_that_of_a_job_spec() -> None:
+    help_of = {one.name: one.metadata.get("help") for one in fields(DARConfig)}
+    for part in (Hyperparameters, Sampling):
+        for name, spec in part.model_fields.items():
+            if isinstance(help_of.get(name), HelpText) and name not in NOT_OURS:
+                assert help_of[name] == " ".join(str(spec.description).split())
+    assert (help_of["max_new_tokens"].unit, help_of["alpha"].unit) == ("tokens", "reward")
 
 
 @pytest.mark.parametrize(

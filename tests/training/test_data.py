@@ -100,7 +100,7 @@ def test_other_columns_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
             [{"prompt": "a"}, {"prompt": "b", "chosen": "c"}],
             "row 2: .*'chosen'.* remove the column",
         ),
-        ({"train": [{"prompt": "a"}]}, r"splits \(train\); give one of them"),
+        ({"train": [{"prompt": "a"}]}, r"splits \(train\); pass one of them"),
         (iter([{"prompt": "a"}]), "without streaming"),
         (["text"], "not a mapping"),
     ],

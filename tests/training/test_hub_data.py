@@ -127,7 +127,7 @@ def test_what_the_hub_does_not_have_is_the_users_error(hub: None, address: str, 
 
 
 def test_a_machine_that_may_not_ask_the_hub_says_so(hub: None) -> None:
-    with pytest.raises(TrainingError, match="the hub may not be asked here"):
+    with pytest.raises(TrainingError, match="this process may not call the hub"):
         load_hub_rows(HubData("owner/data"), is_offline=True)
 
 

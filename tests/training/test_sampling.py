@@ -320,5 +320,5 @@ def test_a_broken_policy_is_an_error_and_not_a_completion(
 ) -> None:
     model = make_model()
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="no numbers"):
+    with pytest.raises(TrainingError, match="not numbers"):
         sampler().sample(model, PROMPTS, step=1)

@@ -147,7 +147,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     said = capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} | {"__pycache__"} == before
     for expected in (
-        "What the first prompts give", "(nothing was written)", "10 passes over 6 rows",
+        "Completions of the first prompts", "(nothing was written)", "10 passes over 6 rows",
         "2 prompts, 8 completions, at most 32 new tokens", "short, reward_model", "reward models", "out, checkpoints too",
         "team/pleased",
     ):  # fmt: skip
@@ -300,7 +300,7 @@ def test_flags_go_before_the_file_and_both_before_the_preset(tmp_path: Path) -> 
             "adv_norm is 'sideways', but must be one of none, per_prompt, batch",
         ),
         ("- alpha", "must hold a mapping"),
-        ("alpha: {", "is no YAML"),
+        ("alpha: {", "is not YAML"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, content: str, said: str) -> None:

@@ -1,17 +1,14 @@
-"""Options of transformers that do nothing here: refused, so that none is ever accepted and then ignored."""
+"""Options of transformers that have no effect here: they are refused, and so never ignored."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import ONLINE_ONLY
-
-if TYPE_CHECKING:
-    from dar.training.config.config import DARConfig
 
 WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "auto_find_batch_size": (False,),
@@ -63,8 +60,8 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "parallelism_config": (None,),
     "local_rank": (-1,),
 }
-"""Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral values. Any other value is
-refused: an option is never accepted and then ignored."""
+"""Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral
+values. Any other value is refused."""
 
 OF_EVALUATION: dict[str, dict[str, tuple[object, ...]]] = {
     "no": {"do_eval": (False,), "eval_steps": (None,), "eval_delay": (0,)},
@@ -75,10 +72,10 @@ OF_EVALUATION: dict[str, dict[str, tuple[object, ...]]] = {
 
 
 def refuse_without_effect(arguments: TrainingArguments) -> None:
-    """Refuse options that are set and would do nothing.
+    """Refuse options that are set and would have no effect.
 
     Raises:
-        InvalidRequestError: One is.
+        InvalidRequestError: There is such an option; ``param`` names it.
     """
     strategy = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy))
     for name, neutral in (WITHOUT_EFFECT | OF_EVALUATION[strategy]).items():
@@ -92,24 +89,24 @@ def refuse_without_effect(arguments: TrainingArguments) -> None:
 
 
 def _is_settled(arguments: TrainingArguments, name: str) -> bool:
-    """Whether a value that is not neutral comes from transformers or a launcher, or says what holds anyway."""
+    """Whether transformers or a launcher set a value that is not neutral, or it changes nothing."""
     if name == "dataloader_pin_memory":  # transformers turns it off on CPUs
         return arguments.use_cpu
-    if name == "local_rank":  # torch.distributed.launch tells every process
+    if name == "local_rank":  # torch.distributed.launch sets it in every process
         return bool(arguments.local_rank == arguments.local_process_index)
     if name == "accelerator_config":
-        ours, usual = vars(arguments.accelerator_config), vars(AcceleratorConfig())
-        # All but this are about data loaders, or count shares of a step, which is done here.
-        return all(ours[key] == usual[key] for key in ours if key != "use_configured_state")
+        given, usual = vars(arguments.accelerator_config), vars(AcceleratorConfig())
+        # All others concern data loaders, or the split of a step, which this trainer does itself.
+        return all(given[key] == usual[key] for key in given if key != "use_configured_state")
     return False
 
 
 def online_only(arguments: TrainingArguments, preset: Mapping[str, Any]) -> list[str]:
-    """Options of sampling that differ from what they are by themselves, where nothing is sampled.
+    """Options of sampling that are set in a run that samples nothing.
 
     Args:
         arguments: Of a run that reads its completions from the data set.
-        preset: Values that stand in for what the user has not given.
+        preset: Values of options that the user has not given.
     """
     found = []
     for one in fields(arguments):
@@ -119,13 +116,3 @@ def online_only(arguments: TrainingArguments, preset: Mapping[str, Any]) -> list
         ):
             found.append(one.name)
     return found
-
-
-def no_point_of_rest(config: "DARConfig") -> str | None:
-    """Why training at this temperature would sharpen the policy for ever; None where it would not."""
-    if config.temperature > config.coldest + 1e-9:
-        return None
-    return (
-        f"temperature {config.temperature:g} is not above {config.coldest:.3g}, so with this alpha and beta training has no point "
-        "of rest: the policy sharpens until it is stopped; raise temperature, or alpha relative to beta"
-    )

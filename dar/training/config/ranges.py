@@ -1,44 +1,44 @@
-"""What the options of `dar.DARConfig` may be: checked before anything else, so that a slip is told by name and not by a traceback."""
+"""Bounds of the options of `dar.DARConfig`; a bad value fails with the option's name.
+
+Options that a job spec has by the same name take their bounds from it (`dar.protocol.spec`), but
+not its largest counts: those protect a service, and a script may exceed them.
+"""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
+from pydantic.fields import FieldInfo
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dar.errors import InvalidRequestError
-from dar.protocol.spec import Order, Overlap
-from dar.training.loss import Baseline, Behavior, LogRatio, Normalization, WeightNormalization
-
-if TYPE_CHECKING:
-    from dar.training.config.config import DARConfig
+from dar.training.config.fields import SPEC_FIELDS
 
 Rule = tuple[Callable[[Any], bool], str]
-"""Whether a value may be, and what it must be in words."""
+"""Whether a value is allowed, and what it must be in words."""
+
+BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "above"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "below"),
+}
+"""How a bound of pydantic compares a value with a limit, and how that reads."""
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(least: int) -> Rule:
+def _number(*, is_whole: bool = False, is_optional: bool = False, **limits: float) -> Rule:
     def check(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if value is None:
+            return is_optional
+        if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+            return False
+        return (is_whole or math.isfinite(value)) and all(
+            BOUNDS[name][0](value, limit) for name, limit in limits.items()
+        )
 
-    return check, f"a whole number, at least {least}"
-
-
-def _number(check: Callable[[float], bool], rule: str) -> Rule:
-    return lambda value: _is_number(value) and check(value), rule
-
-
-def _or_none(rule: Rule) -> Rule:
-    return lambda value: value is None or rule[0](value), rule[1]
-
-
-def _one_of(names: Iterable[str]) -> Rule:
-    words = list(names)
-    return lambda value: value in words, " or ".join((", ".join(words[:-1]), words[-1]))
+    words = " and ".join(f"{BOUNDS[name][1]} {limit}" for name, limit in limits.items())
+    return check, f"{'a whole number' if is_whole else 'a number'}, {words}"
 
 
 def _are_texts(value: object) -> bool:
@@ -51,65 +51,66 @@ def _are_trackers(value: object) -> bool:
     return isinstance(names, list | tuple) and all(name in known for name in names)
 
 
-_AT_LEAST_0 = _number(lambda value: value >= 0, "a number, at least 0")
-_ABOVE_0 = _number(lambda value: value > 0, "a number above 0")
-_DECAY = _number(lambda value: 0 <= value < 1, "a number, at least 0 and below 1")
+_AT_LEAST_0 = _number(ge=0)
+_ABOVE_0 = _number(gt=0)
+_COUNT = _number(is_whole=True, ge=1)
 
 RANGES: Mapping[str, Rule] = {
-    "alpha": _AT_LEAST_0,
-    "beta": _ABOVE_0,
-    "dar_k": _count(1),
-    "dar_wclip": _ABOVE_0,
-    "adv_norm": _one_of(get_args(Normalization)),
-    "baseline": _one_of(get_args(Baseline)),
-    "log_ratio": _one_of(get_args(LogRatio)),
-    "tie_tolerance": _AT_LEAST_0,
-    "weight_norm": _one_of(get_args(WeightNormalization)),
-    "min_ess": _DECAY,
-    "behavior": _one_of(get_args(Behavior)),
-    "overlap": _one_of(get_args(Overlap)),
-    "order": _one_of(get_args(Order)),
-    "max_new_tokens": _count(1),
-    "temperature": _ABOVE_0,
-    "top_p": _number(lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-    "top_k": _count(0),
-    "min_p": _or_none(_number(lambda value: 0 <= value <= 1, "a number between 0 and 1")),
-    "repetition_penalty": _ABOVE_0,
     "stop": (_are_texts, "a list of strings, none of them empty"),
-    "max_length": _or_none(_count(2)),
-    "max_prompt_length": _or_none(_count(1)),
     "learning_rate": _AT_LEAST_0,
-    "weight_decay": _AT_LEAST_0,
-    "adam_beta1": _DECAY,
-    "adam_beta2": _DECAY,
     "adam_epsilon": _AT_LEAST_0,
-    "max_grad_norm": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,
     "num_train_epochs": _ABOVE_0,
-    "max_steps": _count(-1),
+    "max_steps": _number(is_whole=True, ge=-1),
     "logging_steps": _ABOVE_0,
     "save_steps": _ABOVE_0,
-    "eval_steps": _or_none(_ABOVE_0),
+    "eval_steps": _number(gt=0, is_optional=True),
     "eval_delay": _AT_LEAST_0,
-    "save_total_limit": _or_none(_count(1)),
-    "ddp_timeout": _count(1),
-    "per_device_train_batch_size": _count(1),
-    "gradient_accumulation_steps": _count(1),
-    "seed": (
-        lambda value: _count(0)[0](value) and value < 2**32,
-        "a whole number from 0 to 2**32 - 1",
-    ),
+    "save_total_limit": _number(is_whole=True, ge=1, is_optional=True),
+    "ddp_timeout": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "seed": _number(is_whole=True, ge=0, lt=2**32),
     "report_to": (_are_trackers, f"none, all, or of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"),
 }
+"""Options that no job spec has, or that may be more here: transformers also takes a learning rate
+of 0, a share of all steps as ``warmup_steps``, and -1 for ``max_steps``."""
+WIDER = ("optim", "lr_scheduler_type")
+"""Options with more choices in transformers, which checks them itself, than in a job spec."""
 
 
-def check_ranges(config: "DARConfig") -> None:
-    """Refuse values that cannot be meant.
+def rule_of(spec: FieldInfo) -> Rule | None:
+    """The rule of a field of the job spec; None for kinds that need none here."""
+    kind = spec.annotation
+    if get_origin(kind) is Literal:
+        names = get_args(kind)
+        return lambda value: value in names, f"{', '.join(names[:-1])} or {names[-1]}"
+    kinds = get_args(kind) or (kind,)
+    is_whole = int in kinds
+    if not is_whole and float not in kinds:
+        return None
+    limits = {
+        name: getattr(bound, name)
+        for bound in spec.metadata
+        for name in BOUNDS
+        if hasattr(bound, name) and not (is_whole and name == "le")
+    }
+    return _number(is_whole=is_whole, is_optional=type(None) in kinds, **limits)
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Check the values of `dar.DARConfig` by name.
 
     Raises:
-        InvalidRequestError: One is; ``param`` names it.
+        InvalidRequestError: One is out of range; ``param`` names it.
     """
-    for name, (is_right, rule) in RANGES.items():
-        value = getattr(config, name)
-        if not is_right(value):
-            raise InvalidRequestError(f"{name} is {value!r}, but must be {rule}", param=name)
+    of_spec = {
+        name: rule
+        for name, spec in SPEC_FIELDS.items()
+        if name in values and name not in WIDER and (rule := rule_of(spec))
+    }
+    for name, (is_right, words) in (of_spec | dict(RANGES)).items():
+        if not is_right(values[name]):
+            raise InvalidRequestError(
+                f"{name} is {values[name]!r}, but must be {words}", param=name
+            )

@@ -1,4 +1,9 @@
-"""Rows, data sets and data of a hub."""
+"""Data sets.
+
+rows: checks of rows, `PromptEncoder` and `DataCollatorForDAR`.
+sets: data sets by name: files, folders, hub.
+hub: data sets of a hub.
+"""
 
 from dar.training.data.rows import DataCollatorForDAR, PromptEncoder
 

@@ -1,4 +1,4 @@
-"""Data sets of a hub, loaded without running anything that comes with them."""
+"""Data sets of a hub, loaded without running their code."""
 
 from typing import Any
 
@@ -19,17 +19,19 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
     """One split of a data set, from the hub or from its cache on this machine.
 
     Args:
-        data: Which one.
-        is_offline: Whether the hub may not be asked. ``HF_HUB_OFFLINE=1`` then lets the cache be read.
+        data: Name, split and configuration.
+        is_offline: Whether the hub may not be called. With ``HF_HUB_OFFLINE=1`` the cache is read.
 
     Raises:
-        TrainingError: There is no such data set, split or configuration, its files cannot be read, or it needs code of its own.
+        TrainingError: There is no such data set, split or configuration, its files cannot be read,
+            or it needs its own code.
         OSError: The hub cannot be reached.
     """
     name = f"the hub data set {data.name!r} (split {data.split!r})"
     if is_offline and not is_offline_mode():
         raise TrainingError(
-            f"{name} cannot be loaded: the hub may not be asked here; set HF_HUB_OFFLINE=1 to read it from the cache, or give a file",
+            f"{name} cannot be loaded: this process may not call the hub; set HF_HUB_OFFLINE=1 to "
+            "read it from the cache, or give a file",
             param=PARAM,
         )
     disable_progress_bars()
@@ -40,7 +42,8 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
         if not is_offline:
             raise
         raise TrainingError(
-            f"{name} is not in the cache of this machine, and the hub may not be asked", param=PARAM
+            f"{name} is not in this machine's cache, and this process may not call the hub",
+            param=PARAM,
         ) from error
     except (DatasetsError, FileNotFoundError, RuntimeError, ValueError) as error:
         raise TrainingError(f"{name} cannot be loaded: {error}", param=PARAM) from error

@@ -1,4 +1,4 @@
-"""Rows of data sets: checking them, making token ids of their prompts, and the order in which they are used."""
+"""Rows of data sets: their checks, the token ids of their prompts, and batches of these."""
 
 import contextlib
 import json
@@ -26,15 +26,11 @@ from dar.protocol.samples import FinishReason
 
 
 class Rows(Protocol):
-    """Anything that holds rows by number: a list of dicts, a `datasets.Dataset`."""
+    """Rows by number, each a mapping of columns: a list of dicts, a `datasets.Dataset`."""
 
-    def __len__(self) -> int:
-        """Number of rows."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 - data sets of many libraries
-        """A row as a mapping."""
-        ...
+    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 - data sets of many libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +42,19 @@ class TokenPair:
 
     @property
     def total(self) -> int:
-        """Tokens of both."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class DataCollatorForDAR:
-    """Lays out prompts with completions as one rectangle: the batch that a forward pass takes.
+    """Pads prompts with completions to one batch for a forward pass.
 
-    Prompts are padded on the left and completions on the right, so that all completions start in the same column and only
-    the last columns need logits. Masks and positions come from lengths, never from token ids: a padding or end-of-sequence
-    token inside a completion is a token like any other, and a tokenizer whose padding is its end-of-sequence token trains the
-    end as any other does. Nothing is appended, cut or tokenized here: `dar.training.data.rows.PromptEncoder` and
-    `dar.training.step.offline.RowEncoder` have done that.
+    Prompts are padded on the left and completions on the right, so that all completions start in
+    the same column and only the last columns need logits. Masks and positions come from lengths,
+    never from token ids: a padding or end-of-sequence token inside a completion is a token like any
+    other, so the end is trained also where the tokenizer pads with its end-of-sequence token.
+    Nothing is appended, cut or tokenized: `dar.training.data.rows.PromptEncoder` and
+    `dar.training.step.offline.RowEncoder` do that before.
 
     ```python
     collate = DataCollatorForDAR()
@@ -74,8 +70,9 @@ class DataCollatorForDAR:
     ```
 
     Args:
-        pad_token_id: Stands where there is no token. Attention never sees it, so what it is changes nothing; default 0, which every
-            vocabulary has (a tokenizer's own padding token may lie beyond the model's embeddings).
+        pad_token_id: Fills places without a token. Attention never sees it, so its value changes
+            nothing; default 0, which every vocabulary has (a tokenizer's own padding token may lie
+            beyond the model's embeddings).
     """
 
     pad_token_id: int = 0
@@ -84,16 +81,17 @@ class DataCollatorForDAR:
         """Pad.
 
         Args:
-            features: B `TokenPair`, or mappings with ``prompt_ids`` and ``completion_ids`` (other keys are not looked at); at least
-                one, none of them without any token.
+            features: B `TokenPair`, or mappings with ``prompt_ids`` and ``completion_ids`` (other
+                keys are ignored); at least one, and each with at least one token.
 
         Returns:
-            With L and C the most tokens of a prompt and of a completion: ``input_ids``, ``attention_mask`` (1 where there is a
-            token) and ``position_ids`` (counted from 0 at the first token of each row), all int64 ``[B, L + C]``; and
-            ``completion_mask``, bool ``[B, C]``, true where a completion has a token.
+            With L and C the most tokens of a prompt and of a completion: ``input_ids``,
+            ``attention_mask`` (1 where there is a token) and ``position_ids`` (counted from 0 at
+            the first token of each row), all int64 ``[B, L + C]``; and ``completion_mask``, bool
+            ``[B, C]``, true where a completion has a token.
 
         Raises:
-            KeyError: A mapping lacks one of the two.
+            KeyError: A mapping lacks one of the two keys.
         """
         pairs = [
             feature
@@ -120,11 +118,11 @@ class DataCollatorForDAR:
 
 @dataclass(frozen=True, slots=True)
 class StoredCompletion:
-    """A completion that stands in the data set."""
+    """A completion of the data set."""
 
     ids: list[int]
     finish_reason: FinishReason
-    """``length``: it was cut on the right, or does not end with an end-of-sequence token."""
+    """``length``: it was cut on the right, or has no end-of-sequence token at its end."""
     reward: float | None
     """None: missing."""
     behavior_logp: float | None
@@ -137,19 +135,19 @@ class Prompt:
 
     ids: list[int]
     text: str
-    """As it stood in the row, or a conversation as the model reads it."""
+    """The text of the row, or a conversation as the model reads it."""
     messages: Sequence[Mapping[str, Any]] | None
     """The conversation, where the row holds one."""
     columns: dict[str, Any]
     """All other columns of the row."""
     cut_tokens: int
-    """How many tokens were cut off, from the left, to keep within the longest prompt."""
+    """Tokens that were cut off on the left, to keep within the longest prompt."""
     completions: tuple[StoredCompletion, ...] = ()
-    """Offline: what the row holds. Online: none."""
+    """Offline: the completions of the row. Online: empty."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file; blank lines are left out.
+    """Read the rows of a JSON Lines file; blank lines are skipped.
 
     Raises:
         InvalidRequestError: A line is not a JSON object; the message names it.
@@ -177,8 +175,8 @@ def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
         is_replay: Whether rows hold their completions and rewards: offline training.
 
     Raises:
-        InvalidRequestError: It is no data set with rows, or a row cannot be used; the message names the row, from 1, and the
-            column.
+        InvalidRequestError: It is not a data set with rows, or a row cannot be used; the message
+            names the row, from 1, and the column.
     """
     check_table(rows)
     form: tuple[str, ...] | None = None
@@ -194,13 +192,14 @@ def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
             form = form or form_of(row)
             if form_of(row) != form:
                 raise RowError(
-                    f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}: keep to one format",
+                    f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}: "
+                    "keep to one format",
                     code="mixed_format",
                 )
 
 
 def check_table(rows: Rows) -> None:
-    """Refuse what is no table of rows.
+    """Refuse a data set that is not a table of rows.
 
     Raises:
         InvalidRequestError: It is a dictionary of splits, has no length, or is empty.
@@ -208,13 +207,13 @@ def check_table(rows: Rows) -> None:
     if isinstance(rows, Mapping):
         names = ", ".join(map(str, rows))
         raise InvalidRequestError(
-            f"the data set is a dictionary of splits ({names}); give one of them",
+            f"the data set is a dictionary of splits ({names}); pass one of them",
             param="training_file",
         )
     if not hasattr(rows, "__len__"):
         raise InvalidRequestError(
-            f"a {type(rows).__name__} cannot be trained on: rows are taken by number, in a random order, so a data set needs a "
-            "length; load it without streaming",
+            f"a {type(rows).__name__} cannot be trained on: rows are read by number, in a random "
+            "order, so a data set needs a length; load it without streaming",
             param="training_file",
         )
     if len(rows) == 0:
@@ -223,10 +222,10 @@ def check_table(rows: Rows) -> None:
 
 @contextlib.contextmanager
 def naming_row(index: int) -> Iterator[None]:
-    """Say which row, from 0, is wrong.
+    """Add the row's number to the message of an error inside; ``index`` counts from 0.
 
     Raises:
-        InvalidRequestError: For one inside.
+        InvalidRequestError: One was raised inside.
     """
     try:
         yield
@@ -238,14 +237,14 @@ class PromptEncoder:
     """Turns rows into token ids.
 
     Args:
-        tokenizer: Of the model that is trained.
-        max_prompt_length: Longest prompt in tokens. A longer conversation loses its earliest turns, but never what stands
-            before the first; a longer last turn loses the beginning of its text, a longer text its beginning, but never its BOS
-            token.
+        tokenizer: The tokenizer of the model that is trained.
+        max_prompt_length: Longest prompt in tokens. A longer conversation loses its earliest turns,
+            but never the messages before the first turn. A longer last turn loses the beginning of
+            its text, and a longer text its beginning, but never its BOS token.
     """
 
     own_columns: frozenset[str] = frozenset({"prompt"})
-    """Columns that are not passed on."""
+    """Columns that are not passed to reward functions."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
         self._tokenizer = tokenizer
@@ -255,14 +254,14 @@ class PromptEncoder:
         """Encode one row.
 
         Raises:
-            InvalidRequestError: There is no prompt, or it has no token, or is a conversation that the model's chat template refuses,
-                or there is no template.
+            InvalidRequestError: There is no prompt, it has no token, or it is a conversation and
+                the model's chat template refuses it or is missing.
         """
         prompt = read_prompt(row)
         return self.fitted(row, prompt, self.encoded(prompt), self._max_length)
 
     def check(self, row: Row) -> None:
-        """Raise what `__call__` would raise of the row, mostly without making tokens, which takes twenty times as long.
+        """Raise the errors of `__call__`, mostly without tokenizing, which is 20 times slower.
 
         Raises:
             InvalidRequestError: See `__call__`.
@@ -274,9 +273,9 @@ class PromptEncoder:
             self(row)
 
     def _needs_tokens(self, prompt: Sequence[Message], text: str, longest: int) -> bool:
-        """Whether a conversation may have no token, or so many that turns are left out, after which a template may refuse it."""
+        """Whether a conversation may have no token, or lose turns, so that a template may fail."""
         turns = sum(message["role"] == "user" for message in prompt)
-        # Nearly every token stands for a byte at least.
+        # Nearly every token has at least one byte.
         return not text.strip() or (turns > 1 and len(text.encode()) > longest)
 
     def encoded(self, prompt: str | Sequence[Message]) -> list[int]:
@@ -288,14 +287,15 @@ class PromptEncoder:
         ids = self._plain(prompt) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise InvalidRequestError(
-                f"the prompt {prompt!r:.80} has no tokens, and the tokenizer has no BOS token to start from"
+                f"the prompt {prompt!r:.80} has no tokens, and the tokenizer has no BOS token to "
+                "start from"
             )
         return ids
 
     def fitted(
         self, row: Row, prompt: str | Sequence[Message] | None, ids: list[int], longest: int
     ) -> Prompt:
-        """The prompt of a row, cut to ``longest`` tokens; ``prompt`` is None where the row gives token ids."""
+        """The prompt of a row, cut to ``longest`` tokens; ``prompt`` is None for rows of ids."""
         messages = None if prompt is None or isinstance(prompt, str) else list(prompt)
         kept = ids if len(ids) <= longest else self._cut(ids, messages, longest)
         return Prompt(
@@ -312,19 +312,19 @@ class PromptEncoder:
         has_bos_text = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
         ids: list[int] = tokenizer(text, add_special_tokens=not has_bos_text)["input_ids"]
         if ids and ids[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
-            ids = ids[:-1]  # a tokenizer that closes texts would have us continue after the end
+            ids = ids[:-1]  # some tokenizers end every text, and a prompt must stay open
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def rendered(self, messages: Sequence[Message], *, is_whole: bool = False) -> str:
-        """A conversation as the model reads it, up to where it is to answer, or whole.
+        """A conversation as the model reads it, up to the model's turn, or whole.
 
         Raises:
-            InvalidRequestError: The chat template refuses it, or there is none.
+            InvalidRequestError: The chat template refuses it or is missing.
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(
                 "the prompts are conversations, but the model's tokenizer has no chat template; "
-                "send plain texts or use an instruction-tuned model"
+                "send plain texts, or use an instruction-tuned model"
             )
         is_continued = messages[-1]["role"] == "assistant"
         try:
@@ -361,22 +361,22 @@ class PromptEncoder:
         return [*ids[:head], *ids[len(ids) - longest + head :]]
 
     def _without_early_turns(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
-        """The conversation without its first turn, without its first two, and so on to the last; a user begins a turn."""
+        """The conversation without its first turn, its first two, and so on; users start turns."""
         starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
         for start in starts[1:]:
             yield [*messages[: starts[0]], *messages[start:]]
 
     def _head(self, ids: list[int], messages: Sequence[Message] | None) -> int:
-        """Tokens that stand before the text of the last turn; of a plain text, its BOS token."""
+        """Number of tokens before the text of the last turn; for a plain text, its BOS token."""
         if messages is not None:
             emptied = [*messages[:-1], {**messages[-1], "content": ""}]
-            with contextlib.suppress(InvalidRequestError):  # some templates want words
+            with contextlib.suppress(InvalidRequestError):  # some templates refuse empty texts
                 return common_length(ids, self._conversation(emptied))
         return int(ids[0] == self._tokenizer.bos_token_id)
 
 
 def common_length(one: Iterable[int], other: Iterable[int]) -> int:
-    """How many leading items two sequences share."""
+    """Number of leading items that two sequences share."""
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

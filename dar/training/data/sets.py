@@ -1,4 +1,4 @@
-"""A data set by its name, as a command line gives it: a file, a folder or a hub id."""
+"""A data set by the name on a command line: a file, a folder or a hub id."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from dar.training.data.hub import load_hub_rows
 from dar.training.data.rows import Rows, read_rows
 
 BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""What reads a file that is not JSON Lines."""
+"""Suffix of a file that is not JSON Lines -> its reader in `datasets`."""
 PARAM = "dataset_name"
 ONLY_SPLIT = ("train", "test")
-"""What rows without splits may be called: the defaults of a command line."""
+"""Split names that rows without splits accept: the defaults of a command line."""
 
 
 def open_rows(
@@ -24,12 +24,12 @@ def open_rows(
     """The rows of a split.
 
     Args:
-        name: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, which is one split; a folder with
-            a file ``<split>.jsonl`` (or of another of these kinds), or one that `datasets.Dataset.save_to_disk` has
-            written; or a data set of the hub.
-        split: Which of its splits.
-        config: Which of its configurations; hub only.
-        is_offline: Whether the hub may not be asked.
+        name: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, which is one split; a folder
+            with a file ``<split>.jsonl`` (or of another of these kinds), or a folder that
+            `datasets.Dataset.save_to_disk` wrote; or a data set of the hub.
+        split: Name of the split.
+        config: Name of the configuration; hub only.
+        is_offline: Whether the hub may not be called.
 
     Raises:
         InvalidRequestError: There is no such file, folder or split, or it cannot be read.
@@ -39,13 +39,13 @@ def open_rows(
     path = Path(name).expanduser()
     if config is not None and path.exists():
         raise InvalidRequestError(
-            f"{name} lies on this machine and has no configurations; leave --dataset_config out",
+            f"{name} is a local path and has no configurations; leave --dataset_config out",
             param="dataset_config",
         )
     if is_one_split(path) and split not in ONLY_SPLIT:
         raise InvalidRequestError(
-            f"{path} has no splits, so there is no {split!r}; leave the split out, or give a folder with "
-            f"{split}{path.suffix or '.jsonl'}",
+            f"{path} has no splits, so there is no {split!r}; leave the split out, or give a "
+            f"folder with {split}{path.suffix or '.jsonl'}",
             param=PARAM,
         )
     if path.is_file():
@@ -58,7 +58,7 @@ def open_rows(
 
 
 def is_one_split(path: Path) -> bool:
-    """Whether the name is that of rows without splits: a file, or a folder that `datasets.Dataset.save_to_disk` has written."""
+    """Whether it has no splits: a file, or a folder that `datasets.Dataset.save_to_disk` wrote."""
     return path.is_file() or (path / "state.json").is_file()
 
 
@@ -67,7 +67,7 @@ def _from_file(path: Path) -> Rows:
         return read_rows(path)
     if path.suffix not in BUILDERS:
         raise InvalidRequestError(
-            f"{path} must end with .jsonl, {', '.join(BUILDERS)} to say what it is", param=PARAM
+            f"{path} must end with .jsonl, {', '.join(BUILDERS)} to name its format", param=PARAM
         )
     try:
         loaded: Any = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
@@ -85,7 +85,8 @@ def _from_folder(path: Path, split: str) -> Rows:
         saved: Any = load_from_disk(str(path))
     except (DatasetsError, OSError, ValueError) as error:
         raise InvalidRequestError(
-            f"the folder {path} has no {split}.jsonl and is no saved data set: {error}", param=PARAM
+            f"the folder {path} has no {split}.jsonl and is not a saved data set: {error}",
+            param=PARAM,
         ) from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
@@ -102,6 +103,7 @@ def _from_hub(name: str, split: str, config: str | None, *, is_offline: bool) ->
         return load_hub_rows(HubData(name, split, config), is_offline=is_offline)
     except OSError as error:
         raise ServiceUnavailableError(
-            f"the hub cannot be reached to load the data set {name!r}: {error}; give a file, or try again with a connection",
+            f"the hub cannot be reached to load the data set {name!r}: {error}; give a file, or "
+            "try again with a connection",
             code="hub_unreachable",
         ) from error

@@ -1,24 +1,27 @@
-"""A task whose optimum is known exactly: to balance brackets, in a language of 32 (or 63) completions.
+"""A task whose optimum is known exactly: to balance brackets, by one of 32 (or 63) completions.
 
-A policy over so few completions can be written down whole, and so can the optimum of DAR's objective. What a trainer reaches
-is then a fact without sampling noise, and mistakes that a rising reward would hide show themselves
-(`dar.training.demo.trial`).
+A policy over so few completions can be listed in full, and so can the optimum of DAR's objective.
+The result of training is then measured without sampling noise, and mistakes that a rising reward
+would hide become visible (`dar.training.demo.trial`).
 
-Notation: pi, mu and pi_ref are laws over the Y completions of a prompt; A = c r - (terms that do not depend on the
-completion), where c = 1 with the leave-one-out baseline and 1 - 1/K where the mean includes the completion itself.
+Notation: pi, mu and pi_ref are distributions over the Y completions of a prompt; A = c r - (terms
+that do not depend on the completion), where c = 1 with the leave-one-out baseline and 1 - 1/K where
+the mean includes the completion itself.
 
-Where training comes to rest. The completions are drawn from mu, and the loss -E_mu[w log pi] is least at pi ~ mu w. With
-log w = alpha/(alpha+beta) (log pi_ref - log mu) + A/(alpha+beta) this is
+What training converges to. The completions are drawn from mu, and the loss -E_mu[w log pi] is
+minimal at pi ~ mu w. With log w = alpha/(alpha+beta) (log pi_ref - log mu) + A/(alpha+beta) this is
 
-    pi  ~  mu^(beta/(alpha+beta))  pi_ref^(alpha/(alpha+beta))  exp(c r/(alpha+beta))                          (*)
+    pi  ~  mu^(beta/(alpha+beta))  pi_ref^(alpha/(alpha+beta))  exp(c r/(alpha+beta))           (*)
 
-At temperature 1, mu is the policy itself, and pi = mu solves (*) by pi* ~ pi_ref exp(c r/alpha): beta drops out, and pi*
-maximises J(pi) = c E_pi[r] - alpha KL(pi || pi_ref). At another temperature T, mu is the law that draws each token with its
-probability to the power 1/T, renormalised token by token; (*) has no closed form, but is iterated over all completions.
-Near its solution an iteration shrinks an error by beta/(alpha+beta)/T, so there is one as long as that is below 1: a policy that is
-sampled colder than T = beta/(alpha+beta) has no point of rest and sharpens for ever.
+At temperature 1, mu is the policy itself, and pi = mu solves (*) by pi* ~ pi_ref exp(c r/alpha):
+beta drops out, and pi* maximises J(pi) = c E_pi[r] - alpha KL(pi || pi_ref). At another temperature
+T, mu is the distribution that draws each token with its probability to the power 1/T, renormalised
+token by token; (*) has no closed form, but is iterated over all completions. Near its solution an
+iteration multiplies an error by beta/(alpha+beta)/T. So there is a solution as long as that is
+below 1: at or below T = beta/(alpha+beta) training does not converge, and entropy keeps falling.
 
-Shapes: P prompts, Y completions, N nodes of the tree of completions (a node is a beginning). Laws are float64 log-probabilities.
+Shapes: P prompts, Y completions, N nodes of the tree of completions (a node is a prefix).
+Distributions are float64 log-probabilities.
 """
 
 import itertools
@@ -41,12 +44,12 @@ from transformers import (
 
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
-from dar.training.demo.judge import NEW_TOKENS, PROMPTS, SYMBOLS, balanced
+from dar.training.demo.bracket_reward import NEW_TOKENS, PROMPTS, SYMBOLS, balanced
 
 START = ")"
 EOS_ID = len(SYMBOLS)
 MOST_ITERATIONS = 10_000
-"""Of the search for the point of rest; it needs some 60 at T = 0.7 and alpha = beta."""
+"""Of equation (*); it needs some 60 at T = 0.7 and alpha = beta."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Brackets:
     """The task.
 
     Attributes:
-        can_stop: Whether an end-of-sequence token is a third symbol. A completion then has any length up to 5, and earns
-            its reward only if it is balanced and has ended itself: when to stop is part of what is learnt.
+        can_stop: Whether an end-of-sequence token is a third symbol. A completion then has any
+            length up to 5, and earns its reward only if it is balanced and ends by that token: the
+            policy also has to learn when to stop.
     """
 
     can_stop: bool = False
@@ -93,7 +97,7 @@ class Brackets:
         return [v * (ids[-1] == EOS_ID) for v, ids in zip(values, completion_ids, strict=True)]
 
     def model(self, seed: int) -> LlamaForCausalLM:
-        """A Llama of 46 thousand parameters over exactly the task's symbols, from random weights."""
+        """A Llama of 46 thousand parameters over the task's symbols, with random weights."""
         torch.manual_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
@@ -112,8 +116,9 @@ class Brackets:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token per symbol, and no special token but the end.
 
-        In front of every text stands a closing bracket, which can begin no balanced one: attention needs a place to rest.
-        Without it the policy is four times as far from its optimum after 300 steps (KL 0.10 against 0.03).
+        Every text starts with a closing bracket, which cannot start a balanced one, as an attention
+        sink. Without it the policy is four times as far from its optimum after 300 steps (KL 0.10
+        against 0.03).
         """
         vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
         tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=SYMBOLS[0]))
@@ -125,14 +130,14 @@ class Brackets:
         special = {"eos_token": "<eos>"} if self.can_stop else {}
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
-    # --- laws ----------------------------------------------------------------------------------------------------------
+    # --- distributions ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def law(self, model: nn.Module, *, temperature: float = 1.0) -> Tensor:
+    def distribution(self, model: nn.Module, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities ``[P, Y]`` of all completions under ``model``, by teacher forcing.
 
-        Written apart from the trainer's own code, so that a mistake there cannot hide here. Prompts have one length, and
-        attention looks back only, so neither padding nor masks are needed.
+        It shares no code with the trainer, so that a mistake there cannot hide here. Prompts have
+        one length, and attention is causal, so neither padding nor masks are needed.
         """
         width = 1 + len(PROMPTS[0])
         targets_YC = nn.utils.rnn.pad_sequence(
@@ -156,20 +161,20 @@ class Brackets:
 
     @cached_property
     def _tree(self) -> tuple[Tensor, Tensor]:
-        """Membership ``[N, Y]`` (node n begins completion y), and each node's parent ``[N]``; node 0 is the root."""
-        beginnings = sorted(
+        """Membership ``[N, Y]`` (node n is a prefix of y), parents ``[N]``; node 0 is the root."""
+        prefixes = sorted(
             {ids[:n] for ids in self.completions for n in range(len(ids) + 1)}, key=len
         )
-        number = {ids: n for n, ids in enumerate(beginnings)}
+        number = {ids: n for n, ids in enumerate(prefixes)}
         is_in_NY = torch.tensor(
-            [[ids[: len(node)] == node for ids in self.completions] for node in beginnings]
+            [[ids[: len(node)] == node for ids in self.completions] for node in prefixes]
         )
-        return is_in_NY, torch.tensor([number[node[:-1]] for node in beginnings])
+        return is_in_NY, torch.tensor([number[node[:-1]] for node in prefixes])
 
-    def tempered(self, law_PY: Tensor, temperature: float) -> Tensor:
-        """The law that draws each token of ``law_PY`` at ``temperature``: ``[P, Y]``."""
+    def tempered(self, logps_PY: Tensor, temperature: float) -> Tensor:
+        """The distribution that draws each token of ``logps_PY`` at ``temperature``: ``[P, Y]``."""
         is_in_NY, parent_N = self._tree
-        mass_PN = law_PY.unsqueeze(1).masked_fill(~is_in_NY, -torch.inf).logsumexp(dim=2)
+        mass_PN = logps_PY.unsqueeze(1).masked_fill(~is_in_NY, -torch.inf).logsumexp(dim=2)
         tokens_PN = (mass_PN - mass_PN[:, parent_N])[:, 1:] / temperature
         is_child_NN = parent_N[1:] == torch.arange(len(parent_N)).unsqueeze(1)
         total_PN = tokens_PN.unsqueeze(1).masked_fill(~is_child_NN, -torch.inf).logsumexp(dim=2)
@@ -177,62 +182,63 @@ class Brackets:
         return torch.einsum("pn,ny->py", tempered_PN, is_in_NY[1:].double())
 
     def target(self, ref_PY: Tensor, config: DARConfig) -> Tensor:
-        """Where training under ``config`` comes to rest: the solution of (*), ``[P, Y]``.
+        """The distribution that training under ``config`` converges to: (*) solved, ``[P, Y]``.
 
         Raises:
-            InvalidRequestError: There is none: the temperature is too low, or alpha is 0.
+            InvalidRequestError: There is no solution: the temperature is too low, or alpha is 0.
         """
         total = config.alpha + config.beta
         if config.alpha == 0 or config.beta / total >= config.temperature:
             raise InvalidRequestError(
-                f"with alpha={config.alpha}, beta={config.beta} and temperature={config.temperature} training has no point "
-                "of rest: beta / (alpha + beta) must be below the temperature",
+                f"with alpha={config.alpha}, beta={config.beta} and "
+                f"temperature={config.temperature} training does not converge: "
+                "beta / (alpha + beta) must be below the temperature",
                 param="temperature",
             )
         pull_PY = (config.alpha * ref_PY + gain(config) * self.rewards) / total
-        law_PY = ref_PY
+        logps_PY = ref_PY
         for _ in range(MOST_ITERATIONS):
-            mu_PY = self.tempered(law_PY, config.temperature)
+            mu_PY = self.tempered(logps_PY, config.temperature)
             following_PY = (config.beta / total * mu_PY + pull_PY).log_softmax(dim=1)
-            if torch.allclose(following_PY, law_PY, rtol=0, atol=1e-10):
+            if torch.allclose(following_PY, logps_PY, rtol=0, atol=1e-10):
                 break
-            law_PY = following_PY
+            logps_PY = following_PY
         return following_PY
 
-    def standing(self, model: nn.Module, ref_PY: Tensor, config: DARConfig) -> "Standing":
-        """How near ``model`` is to where training should bring it."""
-        law_PY, target_PY = self.law(model), self.target(ref_PY, config)
-        reward, kl_ref = self._value(law_PY, ref_PY)
+    def evaluate(self, model: nn.Module, ref_PY: Tensor, config: DARConfig) -> "ExactMetrics":
+        """Compare ``model`` with what training under ``config`` converges to."""
+        logps_PY, target_PY = self.distribution(model), self.target(ref_PY, config)
+        reward, kl_ref = self._value(logps_PY, ref_PY)
         best_reward, best_kl_ref = self._value(target_PY, ref_PY)
         c = gain(config)
-        return Standing(
+        return ExactMetrics(
             reward=reward,
             best_reward=best_reward,
             kl_ref=kl_ref,
             best_kl_ref=best_kl_ref,
-            kl_target=divergence(law_PY, target_PY),
+            kl_target=divergence(logps_PY, target_PY),
             objective=c * reward - config.alpha * kl_ref,
             best_objective=c * best_reward - config.alpha * best_kl_ref,
         )
 
-    def _value(self, law_PY: Tensor, ref_PY: Tensor) -> tuple[float, float]:
-        reward = (law_PY.exp() * self.rewards).sum(dim=1).mean().item()
-        return reward, divergence(law_PY, ref_PY)
+    def _value(self, logps_PY: Tensor, ref_PY: Tensor) -> tuple[float, float]:
+        reward = (logps_PY.exp() * self.rewards).sum(dim=1).mean().item()
+        return reward, divergence(logps_PY, ref_PY)
 
 
-def divergence(law_PY: Tensor, other_PY: Tensor) -> float:
-    """KL(law || other), the mean over the prompts, in nats."""
-    return (law_PY.exp() * (law_PY - other_PY)).sum(dim=1).mean().item()
+def divergence(logps_PY: Tensor, other_PY: Tensor) -> float:
+    """KL(logps || other), the mean over the prompts, in nats."""
+    return (logps_PY.exp() * (logps_PY - other_PY)).sum(dim=1).mean().item()
 
 
 def gain(config: DARConfig) -> float:
-    """By how much the advantage of a completion grows with its reward: the c of this module's text."""
+    """Growth of a completion's advantage with its reward: the c of the module's docstring."""
     return 1.0 if config.baseline == "leave_one_out" else 1 - 1 / config.dar_k
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Exact figures of a policy beside those of the law where training comes to rest."""
+class ExactMetrics:
+    """Exact figures of a policy, and those of the distribution that training converges to."""
 
     reward: float
     """E[r]."""

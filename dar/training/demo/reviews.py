@@ -1,8 +1,8 @@
-"""A little language of reviews: enough English for a small model to learn fluently in under a minute.
+"""A small language of reviews, which a small model learns to write fluently in under a minute.
 
-A review is one sentence about a thing, often a second clause about one of its parts, and sometimes a verdict. Two in five
-are pleased, two in five are not, one in five has no opinion, so that a reward for sentiment has room on both sides.
-Everything is drawn from one seed, and no text is shipped.
+A review is one sentence about a thing, often with a second clause about one of its parts, and
+sometimes a closing sentence. Two in five are positive, two in five negative, one in five neutral,
+so that a reward for sentiment can rise and fall. All texts are drawn from one seed.
 """
 
 import random
@@ -26,24 +26,26 @@ THINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("colour", "handle", "design", "weight", "manual", "box"),
     ),
 }
-"""Kind -> the things one can review, and the parts one can remark on."""
+"""Kind -> the things of a review, and the parts that it mentions."""
 
 ADJECTIVES: dict[int, tuple[str, ...]] = {
     1: (
-        "great", "lovely", "excellent", "superb", "delightful", "wonderful", "brilliant", "charming",
-        "beautiful", "fantastic", "pleasant", "perfect", "good", "impressive", "amazing", "nice",
+        "great", "lovely", "excellent", "superb", "delightful", "wonderful", "brilliant",
+        "charming", "beautiful", "fantastic", "pleasant", "perfect", "good", "impressive",
+        "amazing", "nice",
     ),
     -1: (
         "awful", "terrible", "horrible", "ugly", "boring", "disappointing", "bad", "dreadful",
         "poor", "annoying", "nasty", "miserable", "disgusting", "worthless", "sad", "painful",
     ),
     0: (
-        "ordinary", "old", "small", "plain", "quiet", "usual", "long", "new", "average", "large", "brown",
+        "ordinary", "old", "small", "plain", "quiet", "usual", "long", "new", "average", "large",
+        "brown",
     ),
 }  # fmt: skip
-"""Mood (1 pleased, -1 not, 0 neither) -> adjectives."""
+"""Mood (1 positive, -1 negative, 0 neutral) -> adjectives."""
 
-VERDICTS: dict[int, tuple[str, ...]] = {
+CLOSINGS: dict[int, tuple[str, ...]] = {
     1: (
         "I loved it.", "It made me smile.", "I enjoyed every minute.", "My friends liked it.",
         "We were so happy.", "I recommend it.", "What a treat.",
@@ -61,11 +63,10 @@ VERDICTS: dict[int, tuple[str, ...]] = {
 
 INTENSIFIERS = ("", "", "", "very ", "rather ", "really ")
 OPENINGS = tuple(f"The {thing} was" for things, _ in THINGS.values() for thing in things)
-"""The demo's prompts: how every review begins."""
+"""The demo's prompts: the first words of every review."""
 
 
 def review(rng: random.Random) -> str:
-    """One review."""
     things, parts = THINGS[rng.choice(tuple(THINGS))]
     mood = rng.choices((1, -1, 0), weights=(2, 2, 1))[0]
     text = f"The {rng.choice(things)} was {rng.choice(INTENSIFIERS)}{rng.choice(ADJECTIVES[mood])}"
@@ -77,7 +78,7 @@ def review(rng: random.Random) -> str:
             f"{rng.choice(INTENSIFIERS)}{rng.choice(ADJECTIVES[other])}"
         )
     text += "."
-    return f"{text} {rng.choice(VERDICTS[mood])}" if rng.random() < 0.5 else text
+    return f"{text} {rng.choice(CLOSINGS[mood])}" if rng.random() < 0.5 else text
 
 
 def reviews(count: int, seed: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The brackets task through `dar.DARTrainer`, as it is meant to be and with mistakes planted.
+"""The brackets task trained through `dar.DARTrainer`, correctly and with deliberate mistakes.
 
-A trainer that makes one of `MISTAKES` still trains, and in half of them the reward rises nicely; only the distance to the known
-optimum (`dar.training.demo.brackets`) gives them away.
+A trainer that makes one of `MISTAKES` still trains, and in half of them the reward still rises;
+only the distance to the known optimum (`dar.training.demo.brackets`) shows the mistake.
 """
 
 import tempfile
@@ -14,8 +14,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
-from dar.training.demo.brackets import EOS_ID, Brackets, Standing
-from dar.training.demo.judge import NEW_TOKENS, PROMPTS
+from dar.training.demo.bracket_reward import NEW_TOKENS, PROMPTS
+from dar.training.demo.brackets import EOS_ID, Brackets, ExactMetrics
 from dar.training.trainer import DARTrainer
 
 SETTINGS: Mapping[str, Any] = {
@@ -37,17 +37,18 @@ VARIANTS: Mapping[str, tuple[bool, Mapping[str, Any]]] = {
     "end": (True, {"alpha": 0.3, "beta": 0.1}),
     "cold": (False, {"alpha": 0.3, "beta": 0.1, "temperature": 0.7}),
 }
-"""Name -> whether completions can stop, and what is in place of `SETTINGS`. The two harder variants are pulled harder to the
-reference: at alpha = beta = 0.2 they are not at rest after 300 steps (KL to it 0.15 and 0.5)."""
+"""Name -> whether completions can stop, and changes to `SETTINGS`. The two harder variants have a
+stronger pull towards the reference: at alpha = beta = 0.2 they have not converged after 300 steps
+(KL to the optimum 0.15 and 0.5)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A mistake that could be made in a trainer, planted."""
+    """A mistake that a trainer could make."""
 
     meaning: str
     settings: Mapping[str, Any]
-    """Arguments of `dar.DARConfig` that amount to it."""
+    """Arguments of `dar.DARConfig` that have the same effect."""
     reward_sign: float = 1.0
     is_end_masked: bool = False
 
@@ -65,10 +66,9 @@ MISTAKES: Mapping[str, Mistake] = {
 
 
 class EndMaskingCollator(DataCollatorForDAR):
-    """Takes the end-of-sequence token for padding, as masks made from token ids do where both are one token."""
+    """Treats the end-of-sequence token as padding, as a mask by token ids may do."""
 
     def __call__(self, features: Sequence[TokenPair | Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad, and leave the end out of the log-probability."""
         batch = super().__call__(features)
         mask_BC = batch["completion_mask"]
         is_end_BC = batch["input_ids"][:, -mask_BC.shape[1] :] == EOS_ID
@@ -77,13 +77,13 @@ class EndMaskingCollator(DataCollatorForDAR):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a training run came to."""
+    """Result of a training run."""
 
-    final: Standing
-    curve: dict[int, Standing]
-    """Step -> standing, the beginning (0) and the last step included."""
+    final: ExactMetrics
+    curve: dict[int, ExactMetrics]
+    """By step, from 0 to the last."""
     metrics: dict[str, float]
-    """What the trainer reported, the mean over all steps; names: `dar.protocol.metrics`."""
+    """The trainer's metrics, as means over all steps; names: `dar.protocol.metrics`."""
 
 
 class _Curve(TrainerCallback):
@@ -96,6 +96,20 @@ class _Curve(TrainerCallback):
             self._note(state.global_step)
 
 
+def _config(folder: str, seed: int, settings: Mapping[str, Any]) -> DARConfig:
+    return DARConfig(
+        output_dir=folder,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        log_level="error",
+        **{**SETTINGS, **settings},
+    )
+
+
 def train(
     task: Brackets,
     *,
@@ -106,38 +120,32 @@ def train(
     losing: Callable[[list[float]], Sequence[float | None]] = list,
     **settings: Any,  # noqa: ANN401 - arguments of DARConfig
 ) -> Run:
-    """Train a random model through `dar.DARTrainer` and compare it with what it should be.
+    """Train a random model through `dar.DARTrainer` and compare it with the optimum.
 
     Args:
         task: The task.
         seed: Of the model and of sampling.
-        mistake: A key of `MISTAKES`; the result is judged as if it were not made.
+        mistake: A key of `MISTAKES`; the optimum is that without the mistake.
         every: Steps between two points of the curve.
-        judged_as: Arguments of `dar.DARConfig` that say what the optimum is; default: ``settings``.
-        losing: What becomes of the rewards of a step on their way to the trainer.
+        judged_as: Arguments of `dar.DARConfig` that define the optimum; default: ``settings``.
+        losing: Changes the rewards of a step before the trainer gets them.
         settings: Arguments of `dar.DARConfig` in place of `SETTINGS`.
     """
     planted = MISTAKES[mistake] if mistake else Mistake("", {})
     model = task.model(seed)
-    ref_PY = task.law(model)
+    ref_PY = task.distribution(model)
     with tempfile.TemporaryDirectory() as folder:
-        process: dict[str, Any] = {
-            "output_dir": folder, "seed": seed, "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
-            "disable_tqdm": True, "use_cpu": True, "log_level": "error",
-        }  # fmt: skip
-        meant = DARConfig(
-            **process | dict(SETTINGS) | dict(settings if judged_as is None else judged_as)
-        )
-        made = DARConfig(**process | dict(SETTINGS) | settings | dict(planted.settings))
+        meant = _config(folder, seed, settings if judged_as is None else judged_as)
+        made = _config(folder, seed, {**settings, **planted.settings})
 
         def reward(prompts: Any, completions: Any, completion_ids: Any) -> Sequence[float | None]:  # noqa: ANN401 - TRL's signature
             values = task.reward(prompts, completions, completion_ids)
             return losing([planted.reward_sign * value for value in values])
 
-        curve = {0: task.standing(model, ref_PY, meant)}
+        curve = {0: task.evaluate(model, ref_PY, meant)}
 
         def note(step: int) -> None:
-            curve[step] = task.standing(model.eval(), ref_PY, meant)
+            curve[step] = task.evaluate(model.eval(), ref_PY, meant)
 
         trainer = DARTrainer(
             model,

@@ -1,9 +1,10 @@
-"""Weights and optimizer state that DeepSpeed has cut (ZeRO-2, ZeRO-3): made whole to be read, and cut again.
+"""Weights and optimizer state under DeepSpeed (ZeRO-2, ZeRO-3): gathered to be read, and cut again.
 
-ZeRO-2 leaves every weight whole on every process and cuts gradients and optimizer state; ZeRO-3 cuts the weights too. What a
-checkpoint holds is the same as without DeepSpeed: the optimizer's state by weight, in the order of `transformers.Trainer`.
+ZeRO-2 keeps every weight whole on every process and cuts gradients and optimizer state into shards;
+ZeRO-3 cuts the weights too. A checkpoint has the same content as without DeepSpeed: the optimizer's
+state by weight, in the order of `transformers.Trainer`.
 
-What gathers here is a collective, which all processes must reach together.
+Functions that gather are collectives, which all processes must call together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,28 +17,28 @@ from torch import Tensor, nn
 from dar.training.parallel import deepspeed_config
 
 Groups = Sequence[Mapping[str, Any]]
-"""Parameter groups of an optimizer as they were before DeepSpeed took it: weights under ``params``."""
+"""Parameter groups of an optimizer before DeepSpeed wrapped it: weights under ``params``."""
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has cut the weights of ``model``."""
+    """Whether ZeRO-3 has cut the weights of ``model`` into shards."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def cut(model: nn.Module) -> None:
-    """Cut a model that is only read: each process keeps its share of every weight. Called by all together."""
+    """Cut a model that is only read: each process keeps its share of every weight. Collective."""
     deepspeed = deepspeed_config.load()
     deepspeed.zero.Init(module=model, dtype=torch.float32, mem_efficient_linear=False)
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Have all weights of a cut model on every process, to be read. Entered by all together, left alone."""
+    """Gather all weights of a cut model on every process, to be read. Entering is collective."""
     deepspeed = deepspeed_config.load()
     offload = _offload(model)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         if offload is not None:
-            _take_hooks_off(offload)
+            _remove_hooks(offload)
         try:
             yield
         finally:
@@ -46,7 +47,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def _offload(model: nn.Module) -> Any:  # noqa: ANN401 - DeepSpeed has no annotations
-    """What fetches and releases the weights of a trained model around its layers; None for a model that is only read."""
+    """The object that fetches and releases weights around layers; None if none is trained."""
     for parameter in model.parameters():
         optimizer = getattr(parameter, "_z3_optimizer", None)
         if optimizer is not None:
@@ -54,8 +55,8 @@ def _offload(model: nn.Module) -> Any:  # noqa: ANN401 - DeepSpeed has no annota
     return None
 
 
-def _take_hooks_off(offload: Any) -> None:  # noqa: ANN401 - DeepSpeed has no annotations
-    """Keep forward passes from releasing weights, and fetching them again from processes that are elsewhere."""
+def _remove_hooks(offload: Any) -> None:  # noqa: ANN401 - DeepSpeed has no annotations
+    """Keep forward passes from releasing weights, which would be fetched again by a collective."""
     for parameter in offload.module.parameters():
         parameter.ds_active_sub_modules.clear()
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
@@ -64,7 +65,7 @@ def _take_hooks_off(offload: Any) -> None:  # noqa: ANN401 - DeepSpeed has no an
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights of a cut model, on the CPU of process 0; empty elsewhere. Called by all together."""
+    """All weights of a cut model, on the CPU of process 0; empty elsewhere. Collective."""
     with whole(model):
         if torch.distributed.get_rank() != 0:
             return {}
@@ -81,20 +82,17 @@ def whole_optimizer_state(
     *,
     is_main: bool,
 ) -> dict[str, Any]:
-    """State of DeepSpeed's optimizer as torch's would be without shards; empty but on the main process.
-
-    Called by all together.
+    """State of DeepSpeed's optimizer in the form that torch's has without shards. Collective.
 
     Args:
         optimizer: DeepSpeed's.
-        groups: Of torch's optimizer, before DeepSpeed took it.
-        is_main: Whether this process keeps the result.
+        groups: Those of torch's optimizer, before DeepSpeed wrapped it.
+        is_main: Whether this process keeps the result; the others get an empty one.
     """
     _link(optimizer)
     gather = deepspeed_config.load().utils.safe_get_full_optimizer_state
-    first: dict[str, Tensor] = next(
-        iter(optimizer.optimizer.state.values()), {}
-    )  # the others differ in sizes alone
+    # All states have the same names; only sizes differ.
+    first: dict[str, Tensor] = next(iter(optimizer.optimizer.state.values()), {})
     state: dict[int, dict[str, Any]] = {}
     for number, parameter in enumerate(_weights(groups)):
         for name, value in first.items():
@@ -116,7 +114,7 @@ def load_whole_optimizer_state(
     groups: Groups,
     state: Mapping[str, Any],
 ) -> None:
-    """Put what `whole_optimizer_state` or an optimizer without shards gave, of which every process has all, into DeepSpeed's."""
+    """Load an unsharded optimizer's state into DeepSpeed's; every process has all of it."""
     base = optimizer.optimizer
     for own, saved in zip(base.param_groups, state["param_groups"], strict=True):
         own |= {name: value for name, value in saved.items() if name != "params"}
@@ -142,18 +140,21 @@ def _weights(groups: Groups) -> Iterator[nn.Parameter]:
 
 
 def _is_cut_up(value: Tensor) -> bool:
-    """Whether this part of an optimizer's state belongs to single elements of a weight, and not to the weight."""
+    """Whether this part of an optimizer's state has a value for each element of a weight."""
     return value.dim() > 0
 
 
 def _pieces(optimizer: Any) -> Sequence[Tensor]:  # noqa: ANN401 - DeepSpeed has no annotations
-    """What the optimizer inside of DeepSpeed's steps: slices of flattened weights."""
+    """Tensors that DeepSpeed's inner optimizer updates: slices of flattened weights."""
     pieces: Sequence[Tensor] | None = getattr(optimizer, "fp32_partitioned_groups_flat", None)
     return optimizer.single_partition_of_fp32_groups if pieces is None else pieces
 
 
 def _link(optimizer: Any) -> None:  # noqa: ANN401 - DeepSpeed has no annotations
-    """Have ZeRO-2 find each weight's part of the state: it looks when the first group has stepped, and misses the others'."""
+    """Make ZeRO-2 link each weight with its part of the state.
+
+    It does so itself once the first group has stepped, and misses the other groups.
+    """
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
         optimizer._hp_optimizer_states_linked = False  # noqa: SLF001 - there is no public way
         optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - there is no public way
@@ -164,7 +165,7 @@ def _set(parameter: Any, name: str, value: Tensor) -> None:  # noqa: ANN401 - De
     if not hasattr(parameter, "ds_id"):
         utils.safe_set_full_optimizer_state(parameter, value, name)
         return
-    # ZeRO-3 fills the last share up; its function for whole values leaves the filling to the caller, and refuses it.
+    # ZeRO-3 pads the last share; its function for whole values neither pads nor accepts padding.
     size, index = parameter.ds_tensor.numel(), torch.distributed.get_rank()
     share = value.new_zeros(size)
     part = value.flatten()[size * index : size * (index + 1)]

@@ -1,7 +1,8 @@
-"""What DeepSpeed is told: stage and sizes are the user's, everything else follows from `dar.DARConfig`.
+"""DeepSpeed's configuration: stage and sizes are the user's, the rest follows from `dar.DARConfig`.
 
-The same arithmetic as without DeepSpeed is the point. So its own mixed precision, optimizers and schedules, which would train
-another run than the same arguments do in one process, are refused; bfloat16 comes from torch's autocast, as everywhere here.
+The result must be that of the same arguments without DeepSpeed. So its own mixed precision,
+optimizers and schedules, which change the arithmetic, are refused; bfloat16 comes from torch's
+autocast, as everywhere here.
 """
 
 import contextlib
@@ -12,40 +13,57 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
 from dar.settings import forget_environment, inherited_environment
-
-if TYPE_CHECKING:
-    from dar.training.config.config import DARConfig
 
 INSTALLATION = "pip install 'dar-service[deepspeed]'"
 STAGES = {"zero2": 2, "zero3": 3}
 """Stage of each strategy of a job spec."""
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-"""What works on any slice of the weights alone, so that shards are stepped as the whole would be."""
+"""Optimizers that update each element of a weight by itself, so that shards change nothing."""
 TUNING = {
-    "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size",
-    "reduce_scatter", "round_robin_gradients", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
+    "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm",
+    "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size", "sub_group_size",
 }  # fmt: skip
-"""Options of ``zero_optimization`` that are taken as they are: they move work about and leave the result alone."""
+"""Options of ``zero_optimization`` that are kept: they change how work is split, not its result."""
 MEANINGLESS = {
-    "stage3_gather_16bit_weights_on_model_save", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
+    "stage3_gather_16bit_weights_on_model_save", "steps_per_print", "wall_clock_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 }  # fmt: skip
-"""Options in common configurations that say nothing about training; this trainer has its own way with each."""
+"""Options in common configurations that do not concern training; they are dropped."""
 OFFLOADING = ("offload_optimizer", "offload_param")
 LAUNCHED = "ACCELERATE_USE_DEEPSPEED"
-"""Variable by which ``accelerate launch`` asks for DeepSpeed. accelerate sets it also for itself, and leaves it set."""
+"""Variable by which ``accelerate launch`` requests DeepSpeed. accelerate also sets it itself, and
+leaves it set."""
+
+
+class DeepSpeedArguments(Protocol):
+    """Arguments of `dar.DARConfig` that decide DeepSpeed's configuration."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    optim: OptimizerNames | str
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one optimizer step, over all processes."""
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """Number format of forward and backward passes; None: float32."""
 
 
 def is_installed() -> bool:
-    """Whether DeepSpeed can be imported."""
     return importlib.util.find_spec("deepspeed") is not None
 
 
@@ -56,14 +74,14 @@ def is_launched() -> bool:
 
 @functools.cache
 def load() -> Any:  # noqa: ANN401 - DeepSpeed has no annotations
-    """DeepSpeed, quiet on the standard output and never in need of a compiler.
+    """Import DeepSpeed, without output on stdout and without a need for a compiler.
 
     Raises:
         InvalidRequestError: It is not installed.
     """
     if not is_installed():
         raise InvalidRequestError(
-            f"DeepSpeed is not installed; {INSTALLATION}, or use fsdp, which needs nothing",
+            f"DeepSpeed is not installed; {INSTALLATION}, or use fsdp, which needs no installation",
             param="deepspeed",
         )
     before = logging.root.manager.disable
@@ -77,9 +95,9 @@ def load() -> Any:  # noqa: ANN401 - DeepSpeed has no annotations
     logger = logging.getLogger("DeepSpeed")  # writes to the standard output
     logger.handlers.clear()
     logger.propagate = True
-    # What torch 2.13 has renamed it calls by the old names, dozens of times in a run.
+    # It calls functions by names that torch 2.13 deprecates, dozens of times in a run.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # On CPUs it would compile a collective of its own when training begins.
+    # On CPUs it would compile its own collective when training begins.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return module
 
@@ -90,20 +108,21 @@ def config_of(strategy: str) -> dict[str, Any]:
 
 
 def leave_loading_alone() -> None:
-    """Have `from_pretrained` give whole models: they are read, copied and compared before they are cut."""
+    """Make `from_pretrained` load whole models: they are read and copied before they are cut."""
     unset_hf_deepspeed_config()
 
 
 def forget_launch() -> None:
-    """Undo that accelerate would use DeepSpeed for every later trainer of this process too."""
+    """Keep accelerate from using DeepSpeed for every later trainer of this process too."""
     forget_environment(LAUNCHED)
 
 
-def settle(config: dict[str, Any], args: "DARConfig") -> None:
-    """Turn what the user or a launcher has given into what DeepSpeed gets, in place.
+def settle(config: dict[str, Any], args: DeepSpeedArguments) -> None:
+    """Turn the user's or a launcher's configuration into the one that DeepSpeed gets, in place.
 
     Raises:
-        InvalidRequestError: It asks for something that this trainer does not drive, or contradicts ``args``.
+        InvalidRequestError: It sets something that this trainer does not support, or contradicts
+            ``args``.
     """
     zero = dict(config.get("zero_optimization") or {})
     _check_zero(zero)
@@ -111,15 +130,16 @@ def settle(config: dict[str, Any], args: "DARConfig") -> None:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in OPTIMIZERS:
         raise InvalidRequestError(
-            f"optim={optimizer!r} cannot be used with DeepSpeed, which gives an optimizer slices of flattened weights; "
-            f"use one of {', '.join(OPTIMIZERS)}",
+            f"optim={optimizer!r} cannot be used with DeepSpeed, which passes slices of flattened "
+            f"weights to an optimizer; use one of {', '.join(OPTIMIZERS)}",
             param="optim",
         )
     kept = {name: value for name, value in zero.items() if name in TUNING | {"stage"}}
     config.clear()
     config |= {
-        # Shares of a step are counted here, not by DeepSpeed: see `StepTrainer`.
-        "train_micro_batch_size_per_gpu": args.prompts_per_step // args.world_size,
+        # This trainer counts the shares of a step, not DeepSpeed.
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size
+        * args.gradient_accumulation_steps,
         "gradient_accumulation_steps": 1,
         "train_batch_size": args.prompts_per_step,
         "gradient_clipping": args.max_grad_norm,
@@ -129,7 +149,8 @@ def settle(config: dict[str, Any], args: "DARConfig") -> None:
         "steps_per_print": float("inf"),
     }
     if args.half is not None:
-        # Without modules named, gradients and gathered weights travel in float32, as without DeepSpeed.
+        # With no modules named, gradients and gathered weights are sent in float32, as without
+        # DeepSpeed.
         config["torch_autocast"] = {
             "enabled": True,
             "dtype": str(args.half).removeprefix("torch."),
@@ -140,13 +161,15 @@ def settle(config: dict[str, Any], args: "DARConfig") -> None:
 def _check_zero(zero: Mapping[str, Any]) -> None:
     if zero.get("stage") not in STAGES.values():
         raise InvalidRequestError(
-            f"zero_optimization.stage is {zero.get('stage')!r}; this trainer drives ZeRO-2 and ZeRO-3, so set 2 or 3",
+            f"zero_optimization.stage is {zero.get('stage')!r}, but this trainer supports ZeRO-2 "
+            "and ZeRO-3 only; set 2 or 3",
             param="deepspeed",
         )
     for name in OFFLOADING:
         if (zero.get(name) or {}).get("device") not in (None, "none"):
             raise InvalidRequestError(
-                f"zero_optimization.{name} is not driven by this trainer; leave it out, and use more processes if memory is short",
+                f"this trainer does not support zero_optimization.{name}; leave it out, and use "
+                "more processes if memory is short",
                 param="deepspeed",
             )
     _refuse(
@@ -159,10 +182,11 @@ def _check_zero(zero: Mapping[str, Any]) -> None:
     )
 
 
-def _check_rest(config: Mapping[str, Any], args: "DARConfig") -> None:
-    if args.fp16:
+def _check_rest(config: Mapping[str, Any], args: DeepSpeedArguments) -> None:
+    if args.half == torch.float16:
         raise InvalidRequestError(
-            "fp16 is not driven with DeepSpeed; use bf16, or neither, or fsdp", param="fp16"
+            "this trainer does not support fp16 with DeepSpeed; use bf16, or neither, or fsdp",
+            param="fp16",
         )
     own = {
         "train_micro_batch_size_per_gpu": (args.per_device_train_batch_size,),
@@ -170,7 +194,7 @@ def _check_rest(config: Mapping[str, Any], args: "DARConfig") -> None:
         "train_batch_size": (args.prompts_per_step,),
         "gradient_clipping": (args.max_grad_norm,),
     }
-    halves = {"bf16": bool(args.bf16), "fp16": False}
+    halves = {"bf16": args.half == torch.bfloat16, "fp16": False}
     for name, values in own.items():
         _compare(name, config.get(name, "auto"), values)
     for name, value in halves.items():
@@ -182,8 +206,8 @@ def _check_rest(config: Mapping[str, Any], args: "DARConfig") -> None:
 def _compare(name: str, value: object, expected: tuple[object, ...]) -> None:
     if value != "auto" and value not in expected:
         raise InvalidRequestError(
-            f"the DeepSpeed configuration sets {name} to {value!r}, but the arguments of training say {expected[0]!r}; "
-            "leave it out, or set it to 'auto'",
+            f"the DeepSpeed configuration sets {name} to {value!r}, but the arguments of training "
+            f"say {expected[0]!r}; leave it out, or set it to 'auto'",
             param="deepspeed",
         )
 
@@ -191,14 +215,14 @@ def _compare(name: str, value: object, expected: tuple[object, ...]) -> None:
 def _refuse(names: list[str]) -> None:
     if names:
         raise InvalidRequestError(
-            f"the DeepSpeed configuration sets {', '.join(names)}, which this trainer does not drive; leave that out: optimizer, "
-            "schedule, precision and batch come from DARConfig",
+            f"the DeepSpeed configuration sets {', '.join(names)}, which this trainer does not "
+            "support; leave that out: optimizer, schedule, precision and batch come from DARConfig",
             param="deepspeed",
         )
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse weights that DeepSpeed would train in another number format than this trainer does without it.
+    """Refuse weights that DeepSpeed would train in another number format.
 
     Raises:
         InvalidRequestError: They are not in float32.
@@ -206,7 +230,7 @@ def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if str(parameter.dtype) != "torch.float32":
             raise InvalidRequestError(
-                f"{name} is in {parameter.dtype}, but DeepSpeed trains float32 weights (bf16=True still computes in bfloat16); "
-                "load the model with dtype=torch.float32, or use fsdp",
+                f"{name} is in {parameter.dtype}, but DeepSpeed trains float32 weights (bf16=True "
+                "still computes in bfloat16); load the model with dtype=torch.float32, or use fsdp",
                 param="model",
             )

@@ -1,4 +1,4 @@
-"""How the processes of a training run come to be: what launchers leave undone, and what a job spec asks for."""
+"""Starting the processes of a training run: by a launcher, or as a job spec says."""
 
 import os
 import re
@@ -16,31 +16,34 @@ _MEMBERSHIP = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 
 
 def is_left_alone() -> bool:
-    """Whether ``accelerate launch --cpu`` was asked for several processes and has started only this one.
+    """Whether ``accelerate launch --cpu`` should start several processes and started only this one.
 
-    It leaves the others to MPI, and without ``--mpirun_hostfile`` there is none.
+    It leaves the others to MPI, which is not used without ``--mpirun_hostfile``.
     """
-    told = inherited_environment((*_MEETING, *_MEMBERSHIP))
-    return all(name in told for name in _MEETING) and not any(name in told for name in _MEMBERSHIP)
+    given = inherited_environment((*_MEETING, *_MEMBERSHIP))
+    return all(name in given for name in _MEETING) and not any(
+        name in given for name in _MEMBERSHIP
+    )
 
 
 def refuse_if_left_alone() -> None:
-    """Do not train in one process what was to be trained in several.
+    """Refuse to train in one process if several were requested.
 
     Raises:
-        InvalidRequestError: It is so.
+        InvalidRequestError: Several were requested; see `is_left_alone`.
     """
     if is_left_alone():
         raise InvalidRequestError(
-            "accelerate was asked for several processes on CPUs and has started one, because without MPI it knows no other way; "
-            "start them by `torchrun --nproc-per-node N script.py`, or train by `python -m dar.training`, which does so itself"
+            "accelerate should start several processes on CPUs and started one, because it starts "
+            "the others by MPI only; use `torchrun --nproc-per-node N script.py`, or "
+            "`python -m dar.training`, which starts them itself"
         )
 
 
 def start_all_processes() -> None:
-    """Become torchrun, with the command line of this process, where accelerate has started one process of several.
+    """Replace this process by torchrun with the same command line, if accelerate left it alone.
 
-    Returns where there is nothing to do, or where accelerate's command line does not say how many are wanted.
+    Otherwise, or if accelerate's command line does not name their number, it returns.
     """
     count = _wanted_processes(os.getppid()) if is_left_alone() else None
     if count is not None:
@@ -49,7 +52,7 @@ def start_all_processes() -> None:
 
 
 def _wanted_processes(launcher: int) -> int | None:
-    """What stands after ``--num_processes`` on the command line of process ``launcher``."""
+    """The value of ``--num_processes`` on the command line of process ``launcher``."""
     try:
         line = Path(f"/proc/{launcher}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except (OSError, UnicodeDecodeError):  # not Linux, or another user's
@@ -59,25 +62,26 @@ def _wanted_processes(launcher: int) -> int | None:
 
 
 def strategy_options(resources: Resources) -> dict[str, Any]:
-    """Arguments of `dar.DARConfig` by which several processes share the work as a job spec says.
+    """Arguments of `dar.DARConfig` for the strategy of a job spec.
 
     Raises:
-        TrainingError: One process has nobody to share with, or the strategy cannot be used here.
+        TrainingError: The strategy needs several processes, or cannot be used on this worker.
     """
     if resources.strategy in ("auto", "ddp"):
         return {}
     if resources.processes == 1:
         raise TrainingError(
-            f"strategy {resources.strategy!r} shares a model among processes, but the job has one; send "
-            "resources.processes of at least 2, or leave strategy at auto",
+            f"strategy {resources.strategy!r} shares a model among processes, but the job has one; "
+            "send resources.processes of at least 2, or leave strategy at auto",
             param="method.dar.resources.strategy",
         )
     if resources.strategy == "fsdp":
         return {"fsdp": True}
     if not deepspeed_config.is_installed():
         raise TrainingError(
-            f"strategy {resources.strategy!r} needs DeepSpeed, which this worker has not; {deepspeed_config.INSTALLATION} there, or "
-            "send fsdp, which cuts weights, gradients and optimizer state into shards as zero3 does",
+            f"strategy {resources.strategy!r} needs DeepSpeed, which is not installed on this "
+            f"worker; {deepspeed_config.INSTALLATION} there, or send fsdp, which cuts weights, "
+            "gradients and optimizer state into shards as zero3 does",
             param="method.dar.resources.strategy",
         )
     return {"deepspeed": deepspeed_config.config_of(resources.strategy)}

@@ -1,11 +1,12 @@
-"""`Ranks`: what the processes of one training run tell each other beside torch's collectives.
+"""`Ranks`: communication between the processes of one training run, beside torch's collectives.
 
-A reward may take an hour. Whoever waits for it inside a collective of torch runs into that collective's time limit, and hears
-nothing meanwhile: not that training is to stop, and not that another process has failed. So everything but tensors of the
-model goes through a store of key-value pairs (the one that the processes have met by). Nobody waits there without looking
-now and again whether another process has given up, and no wait has a limit of its own.
+A reward may take an hour. A process that waits for it inside a collective of torch exceeds that
+collective's time limit, and meanwhile learns neither that training should stop nor that another
+process has failed. So everything but the model's tensors goes through a key-value store, the one
+that the process group was formed with. Every wait there polls whether another process has failed,
+and has no time limit.
 
-Values are JSON and tensors; nothing that could run code when it is read.
+Values are JSON and tensors, so reading one never runs code.
 """
 
 import contextlib
@@ -34,11 +35,12 @@ from dar.training.report.sink import StopRequestedError
 T = TypeVar("T")
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.0005, 0.05
-"""Seconds between two looks at the store; they grow while one waits. (The store's own wait logs each of its time limits.)"""
+"""Seconds between two polls of the store, growing during a wait. The store's own wait is not used,
+because it logs each of its time limits."""
 PARTING_SECONDS = 5.0
-"""How long the main process waits for the others at the end; one of them may be dead."""
+"""Longest wait of the main process for the others at the end; one of them may be dead."""
 PIECE_BYTES = 2**22
-"""Largest value of one key: a torch store refuses 8 MiB."""
+"""Largest value of one key; a torch store refuses 8 MiB."""
 TENSOR = "$tensor"
 """Key of the JSON object that stands for a tensor."""
 
@@ -53,7 +55,7 @@ class Ranks:
     Args:
         index: Number of this process, from 0.
         count: Number of processes.
-        store: What they all reach; None for one process.
+        store: The store that all of them can reach; None for one process.
     """
 
     _made: ClassVar[Iterator[int]] = itertools.count()
@@ -71,14 +73,14 @@ class Ranks:
 
     @classmethod
     def of_launch(cls, index: int, count: int) -> "Ranks":
-        """The processes that torchrun, ``accelerate launch`` or a worker has started, once torch's process group is there.
+        """The processes of torch's process group, as torchrun, accelerate or a worker started them.
 
         All of them must call this equally often.
         """
         number = next(cls._made)
         if count == 1:
             return cls()
-        met = distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no other name for where its processes met
+        met = distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public name for it
         return cls(index, count, PrefixStore(f"dar-ranks-{number}", met))
 
     @property
@@ -91,19 +93,19 @@ class Ranks:
         return self.slice_of(self.index, n)
 
     def slice_of(self, index: int, n: int) -> range:
-        """The share of process ``index``; the shares of all, one after the other, are ``range(n)``."""
+        """The share of process ``index``; the shares of all, in order, make up ``range(n)``."""
         return range(n * index // self.count, n * (index + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, by index, on every process.
 
         Args:
-            value: JSON and tensors; tuples come back as lists, and tensors on the CPU.
+            value: JSON and tensors; tuples are returned as lists, and tensors on the CPU.
 
         Raises:
-            DARError: Another process has failed with it.
-            StopRequestedError: Another process was asked to stop.
-            ProcessFailedError: Another process has failed in some other way, or is gone.
+            DARError: Another process failed with it.
+            StopRequestedError: Another process received a request to stop.
+            ProcessFailedError: Another process failed in some other way, or is gone.
         """
         if self.count == 1:
             return [value]
@@ -117,15 +119,16 @@ class Ranks:
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on the main process, however long it takes there; it is called nowhere else.
+        """Call ``make`` on the main process only, for any length of time; all return its value.
 
         Args:
-            make: Gives JSON and tensors.
+            make: Returns JSON and tensors.
 
         Raises:
-            DARError: ``make`` has raised it, or another process has failed with it.
+            DARError: ``make`` raised it, or another process failed with it.
             StopRequestedError: The same.
-            ProcessFailedError: ``make`` has raised something else (on the main process: that itself), or a process has failed.
+            ProcessFailedError: ``make`` raised another error (the main process raises that one), or
+                a process failed.
         """
         if self.count == 1:
             return make()
@@ -144,12 +147,12 @@ class Ranks:
         return value
 
     def look(self) -> None:
-        """Leave if another process has given up. Cheap; never waits.
+        """Raise if another process has failed. Cheap; never waits.
 
         Raises:
-            DARError: Another process has failed with it.
-            StopRequestedError: Another process was asked to stop.
-            ProcessFailedError: Another process has failed in some other way, or is gone.
+            DARError: Another process failed with it.
+            StopRequestedError: Another process received a request to stop.
+            ProcessFailedError: Another process failed in some other way, or is gone.
         """
         if self.count > 1:
             with _reaching():
@@ -159,14 +162,15 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What one process raises inside, all raise: every one of them must be in here, in the same order.
+        """If one process raises inside, all raise; all must enter and leave in the same order.
 
-        Afterwards they can go on talking, each from its own ``except``.
+        Afterwards they can still communicate, each from its own ``except``.
 
         Raises:
-            DARError: What the first that failed has raised.
+            DARError: The first process that failed raised it.
             StopRequestedError: The same.
-            ProcessFailedError: The first that failed has raised something else, which stands in its own log.
+            ProcessFailedError: The first process that failed raised another error, which is in its
+                own log.
         """
         try:
             yield
@@ -182,7 +186,7 @@ class Ranks:
             self._begin_epoch()
 
     def _part(self) -> None:
-        """The main process, which may hold the store, stays until the others have read what was said."""
+        """Keep the main process, which may hold the store, until the others have read all."""
         if self.count == 1:
             return
         with contextlib.suppress(DistError):
@@ -193,15 +197,15 @@ class Ranks:
                 time.sleep(SHORTEST_PAUSE)
 
     def _agree(self, error: BaseException) -> BaseException | None:
-        """Tell the others, if none of them was first; what the first has raised, or None if it is ``error`` itself."""
+        """Publish ``error`` if it is the first; return the first, or None if that is ``error``."""
         mine = json.dumps(_error_as_json(error, self.index))
         try:
             first = self._store.compare_set(self._abort, "", mine).decode()
         except DistError:
-            return None  # who held the store is dead
+            return None  # the process that held the store is dead
         return None if first == mine else _read_error(json.loads(first))
 
-    # --- the store ---------------------------------------------------------------------------------------------------
+    # --- the store -------------------------------------------------------------------------------
 
     def _begin_epoch(self) -> None:
         self._epoch += 1
@@ -221,11 +225,11 @@ class Ranks:
         names = [f"{key}.{i}" for i in range(len(pieces))]
         with _reaching():
             for name, piece in zip(names, pieces, strict=True):
-                self._store.set(name, piece)  # type: ignore[arg-type]  # annotated as text, takes bytes as well
+                self._store.set(name, piece)  # type: ignore[arg-type]  # annotated as str, also takes bytes
             self._store.set(key, f"{len(pieces)}")
         self._fresh += [key, *names]
 
-    def _take(self, key: str) -> Any:  # noqa: ANN401 - whatever was put there
+    def _take(self, key: str) -> Any:  # noqa: ANN401 - any value that was put
         pause = SHORTEST_PAUSE
         while not self._is_there(key):
             self.look()
@@ -244,7 +248,10 @@ class Ranks:
             return json.loads(self._store.get(key))
 
     def _forget(self) -> None:
-        """Remove what all have read: whoever has spoken in this round has read everything before the previous one's end."""
+        """Remove keys that all processes have read.
+
+        A process that has put a value in this round has read all values up to the previous one.
+        """
         with _reaching():
             for key in self._stale:
                 self._store.delete_key(key)
@@ -257,19 +264,19 @@ def _reaching() -> Iterator[None]:
         yield
     except torch.distributed.DistNetworkError as error:
         raise ProcessFailedError(
-            "the main process of this training run cannot be reached any more: it has ended, or the network between the "
-            f"machines is broken ({error})"
+            "the main process of this training run cannot be reached any more: it has ended, or "
+            f"the network between the machines is broken ({error})"
         ) from error
 
 
 def meet(index: int, count: int, *, port: int, listener: int | None) -> None:
-    """Have the processes of one machine meet on its loopback address; torch alone would listen on all addresses.
+    """Form torch's process group on the loopback address; torch itself listens on all addresses.
 
     Args:
         index: Number of this process, from 0.
         count: Number of processes.
-        port: Where process 0 listens.
-        listener: File descriptor of its socket there; None in the other processes.
+        port: Port that process 0 listens on.
+        listener: File descriptor of its socket; None in the other processes.
 
     Raises:
         TrainingError: There are GPUs, but not one for each process.
@@ -277,7 +284,7 @@ def meet(index: int, count: int, *, port: int, listener: int | None) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < count:
         raise TrainingError(
-            f"the job wants {count} processes, each with a GPU of its own, but the worker's slot has {gpus}; "
+            f"the job needs {count} processes with a GPU each, but the worker's slot has {gpus}; "
             "send fewer processes, or run it on a worker with a larger slot (DAR_DEVICES)",
             param="method.dar.resources.processes",
         )
@@ -288,7 +295,7 @@ def meet(index: int, count: int, *, port: int, listener: int | None) -> None:
     torch.distributed.init_process_group(backend, store=store, rank=index, world_size=count)
 
 
-# --- values as bytes -------------------------------------------------------------------------------------------------
+# --- values as bytes -----------------------------------------------------------------------------
 
 
 def encode(value: object) -> bytes:
@@ -302,8 +309,8 @@ def encode(value: object) -> bytes:
     return struct.pack("<Q", len(text)) + text + safetensors.torch.save(tensors)
 
 
-def decode(content: bytes) -> Any:  # noqa: ANN401 - whatever was encoded
-    """What `encode` was given; tuples are lists now, and tensors lie on the CPU."""
+def decode(content: bytes) -> Any:  # noqa: ANN401 - any value that was encoded
+    """The value that `encode` got, with lists for tuples and with tensors on the CPU."""
     start = struct.calcsize("<Q")
     end = start + struct.unpack_from("<Q", content)[0]
     tensors = safetensors.torch.load(content[end:])
@@ -332,36 +339,37 @@ def _whole(value: object, tensors: Mapping[str, Tensor]) -> object:
     return value
 
 
-# --- errors as JSON --------------------------------------------------------------------------------------------------
+# --- errors as JSON ------------------------------------------------------------------------------
 
 
 def _error_as_json(error: BaseException, index: int) -> dict[str, Any]:
-    told: dict[str, Any] = {"class": type(error).__name__, "message": str(error), "index": index}
+    fields: dict[str, Any] = {"class": type(error).__name__, "message": str(error), "index": index}
     if isinstance(error, DARError):
-        told |= {
+        fields |= {
             "param": error.param,
             "code": error.error_code,
             "problems": [problem.as_json() for problem in error.problems],
             "retry_after_seconds": error.retry_after_seconds,
         }
-    return told
+    return fields
 
 
-def _read_error(told: Mapping[str, Any]) -> BaseException:
-    cls = getattr(dar.errors, told["class"], None)
+def _read_error(fields: Mapping[str, Any]) -> BaseException:
+    cls = getattr(dar.errors, fields["class"], None)
     if isinstance(cls, type) and issubclass(cls, DARError):
-        problems: Sequence[Mapping[str, Any]] = told["problems"]
+        problems: Sequence[Mapping[str, Any]] = fields["problems"]
         return cls(
-            told["message"],
-            param=told["param"],
-            code=told["code"],
+            fields["message"],
+            param=fields["param"],
+            code=fields["code"],
             problems=[Problem(**problem) for problem in problems],
-            retry_after_seconds=told["retry_after_seconds"],
+            retry_after_seconds=fields["retry_after_seconds"],
         )
-    if told["class"] == StopRequestedError.__name__:
-        return StopRequestedError(told["message"])
-    if told["class"] == torch.OutOfMemoryError.__name__:
-        return torch.OutOfMemoryError(told["message"])
+    if fields["class"] == StopRequestedError.__name__:
+        return StopRequestedError(fields["message"])
+    if fields["class"] == torch.OutOfMemoryError.__name__:
+        return torch.OutOfMemoryError(fields["message"])
     return ProcessFailedError(
-        f"process {told['index']} of this training run has failed with {told['class']}: {told['message']}"
+        f"process {fields['index']} of this training run has failed with {fields['class']}: "
+        f"{fields['message']}"
     )

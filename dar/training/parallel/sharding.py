@@ -1,10 +1,11 @@
-"""Weights that are cut into shards, one for each process (FSDP2, ZeRO-3): made whole to sample, and to be written down.
+"""Weights in shards, one for each process (FSDP2, ZeRO-3): gathered to sample and to be saved.
 
-A forward pass of a sharded model is full of collectives, and all processes must make the same number of them. Sampling cannot
-promise that: completions end where they end. So whoever only reads the weights makes them whole first, on every process, and
-is then alone with them. Training passes stay sharded; `StepTrainer` gives each process as many of them.
+A forward pass of a sharded model contains collectives, so all processes must make the same number
+of passes. Sampling cannot: completions differ in length. So code that only reads the weights first
+gathers them on every process, and then needs no other process. Training passes stay sharded; the
+trainer makes the same number of them in each process.
 
-What is particular to DeepSpeed lies in `dar.training.parallel.deepspeed`.
+`dar.training.parallel.deepspeed` holds the parts that are specific to DeepSpeed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,6 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any weight of ``model`` is cut into shards."""
     return deepspeed.is_cut(model) or any(
         isinstance(module, FSDPModule) for module in model.modules()
     )
@@ -35,7 +35,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Have all weights on every process, so that forward passes inside need no other process. Entered by all together."""
+    """Gather all weights on every process; forward passes inside need no other. Collective."""
     if deepspeed.is_cut(model):
         with deepspeed.whole(model):
             yield
@@ -49,14 +49,14 @@ def whole(model: nn.Module) -> Iterator[None]:
     finally:
         for module in shards:
             module.reshard()
-            # The root is needed again at once when the backward pass begins.
+            # The backward pass needs the root first, so it stays gathered after the forward pass.
             module.set_reshard_after_forward(
                 reshard_after_forward=module is not model, recurse=False
             )
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights of a sharded model, on the CPU of process 0; empty elsewhere. Called by all together."""
+    """All weights of a sharded model, on the CPU of process 0; empty elsewhere. Collective."""
     if deepspeed.is_cut(model):
         return deepspeed.whole_weights(model)
     weights: Any = get_model_state_dict(model, options=WHOLE)
@@ -64,7 +64,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """State of the optimizer of a sharded model as its ``state_dict`` would be without shards; empty but on process 0."""
+    """The optimizer's ``state_dict`` as it is without shards, on process 0; empty elsewhere."""
     named: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if not named:
         return {}
@@ -82,7 +82,7 @@ def whole_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
 def load_whole_optimizer_state(
     model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Put what `whole_optimizer_state` or an optimizer without shards gave, of which every process has all, into a sharded one."""
+    """Load an unsharded optimizer's state into a sharded one; every process has all of it."""
     own: Any = get_optimizer_state_dict(model, optimizer)
     groups = [
         {**group, "params": mine["params"]}

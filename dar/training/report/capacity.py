@@ -1,9 +1,11 @@
-"""`Capacity`: says when a reward service cannot keep up, and how many requests at once would do.
+"""`Capacity`: warns if a reward service is too slow, with the concurrency that would suffice.
 
-Overlapping hides latency, not lack of capacity. By Little's law a service that has C requests in flight, each for b groups and of
-mean latency E[L], needs S = G E[L] / (C b) for the G groups of a step. All of it is hidden only while S is below the time that a
-step takes anyway, T = sampling + training; so C has to be at least 1.5 E[L] G / (b T), with half as much again for stragglers.
-S is measured as the pace at which groups were answered, so neither E[L] nor b needs to be known: the C that is needed is 1.5 C S / T.
+Overlap hides latency, not lack of capacity. By queueing theory (Little) a service that has C
+requests in flight, each for b groups and of mean latency E[L], needs S = G E[L] / (C b) for the G
+groups of a step. All of it is hidden only while S is below the time that a step takes anyway,
+T = sampling + training. So C has to be at least 1.5 E[L] G / (b T), where 1.5 is a margin for
+stragglers. S is measured by the rate at which responses for groups arrive, so neither E[L] nor b
+needs to be known: the C that is needed is 1.5 C S / T.
 """
 
 import math
@@ -15,42 +17,43 @@ from dar.training.report.sink import Sink
 MARGIN = 1.5
 """For stragglers."""
 COUNTED = 0.8
-"""Share of the groups whose pace is measured: the last to be answered say more about stragglers than about capacity."""
+"""Share of the groups whose rate is measured: the last ones are stragglers, which say little about
+capacity."""
 LEAST_WAIT = 0.05
-"""Share of a step that has to be waited before anything is said."""
+"""Share of a step that has to be spent waiting before a warning."""
 LEAST_GROUPS = 4
-"""Groups without which there is no pace."""
+"""Fewest groups from which a rate is computed."""
 LOUDER = 1.25
-"""How much more has to be needed before it is said again."""
+"""Factor by which the need has to grow before the warning is repeated."""
 
 
 class Capacity:
-    """Watches the pace of the reward services of a run.
+    """Measures the rate of the reward services of a run.
 
     Args:
         concurrency: Most requests in flight, for each component that has such a limit.
-        sink: Is told what is needed.
+        sink: Gets the warnings.
     """
 
     def __init__(self, concurrency: Mapping[str, int], sink: Sink) -> None:
         self._concurrency = dict(concurrency)
         self._sink = sink
         self._seconds: dict[str, float] = {}
-        self._said: dict[str, int] = {}
+        self._warned: dict[str, int] = {}
 
     def end_rewards(self, tickets: Sequence[Ticket]) -> None:
-        """Take in the answers of a step."""
+        """Record the responses of a step."""
         self._seconds = {
             name: service_seconds([t.answered_at[name] for t in tickets if name in t.answered_at])
             for name in self._concurrency
         }
 
     def end_step(self, number: int, times: Mapping[str, float]) -> None:
-        """Compare them with what else the step took, and say what is needed.
+        """Compare them with the rest of the step's time, and warn if a service is too slow.
 
         Args:
-            number: Of the step.
-            times: Its metrics ``time/…_seconds``.
+            number: Number of the step.
+            times: The step's metrics ``time/…_seconds``.
         """
         phases = ("sampling", "reference", "training")
         busy = sum(times.get(f"time/{phase}_seconds", 0.0) for phase in phases)
@@ -60,14 +63,15 @@ class Capacity:
             return
         for name, needed_seconds in seconds.items():
             needed = needed_concurrency(self._concurrency[name], needed_seconds, busy)
-            if needed_seconds <= busy or needed < LOUDER * self._said.get(name, 0):
+            if needed_seconds <= busy or needed < LOUDER * self._warned.get(name, 0):
                 continue
-            self._said[name] = needed
+            self._warned[name] = needed
             self._sink.event(
                 "warn",
-                f"reward component {name} takes {needed_seconds:.3g} s for a step's prompts, but sampling and training take only "
-                f"{busy:.3g} s, so the trainer waits for it; raise its limits.concurrency from {self._concurrency[name]} to at "
-                f"least {needed}, if the service can bear that",
+                f"reward component {name} takes {needed_seconds:.3g} s for a step's prompts, but "
+                f"sampling and training take only {busy:.3g} s, so the trainer waits for it; raise "
+                f"its limits.concurrency from {self._concurrency[name]} to at least {needed}, if "
+                "the service can handle that",
                 {
                     "kind": "reward_capacity",
                     "step": number,
@@ -79,13 +83,13 @@ class Capacity:
 
 
 def service_seconds(answered_at: Sequence[float]) -> float:
-    """What a service needs for a step: the pace of its answers times their number.
+    """Time that a service needs for a step: the interval between responses times their number.
 
     Args:
-        answered_at: When each group was answered, in seconds.
+        answered_at: Time of each group's response, in seconds.
 
     Returns:
-        0 where there are too few to have a pace.
+        0 if there are too few responses.
     """
     count = math.ceil(COUNTED * len(answered_at))
     if len(answered_at) < LEAST_GROUPS:
@@ -98,8 +102,8 @@ def needed_concurrency(concurrency: int, service: float, busy: float) -> int:
     """Requests in flight that would hide a service behind the rest of a step.
 
     Args:
-        concurrency: As it is.
-        service: Seconds that the service needs for a step with it.
+        concurrency: The present number.
+        service: Seconds that the service needs for a step with that number.
         busy: Seconds of sampling and training in a step.
     """
     return math.ceil(MARGIN * concurrency * service / max(busy, 1e-9))

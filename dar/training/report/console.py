@@ -1,4 +1,7 @@
-"""What `dar train` shows, all on stderr: a bar on a terminal and a line per report elsewhere, samples now and then, a summary."""
+"""The output of `dar train`, all on stderr: progress, samples and a summary.
+
+Progress is a bar on a terminal, and a line per report elsewhere.
+"""
 
 import math
 import time
@@ -21,7 +24,7 @@ SHOWN_PROMPTS = 2
 SHOWN_COMPLETIONS = 4
 LONGEST_TEXT = 240
 """Characters of a prompt or completion in a table of samples."""
-DOING: Mapping[str, str] = {
+PHASES: Mapping[str, str] = {
     "starting": "starting",
     "sampling": "sampling",
     "waiting_for_reward": "waiting for rewards",
@@ -32,11 +35,11 @@ DOING: Mapping[str, str] = {
 
 
 class TrainingConsole:
-    """A sink for people.
+    """A sink that writes to a terminal.
 
     Args:
         sample_every: Steps between two tables of samples; 0: none.
-        console: Where to write; default: stderr.
+        console: Target of the output; default: stderr.
     """
 
     def __init__(self, sample_every: int = 10, console: Console | None = None) -> None:
@@ -55,10 +58,10 @@ class TrainingConsole:
         self._rates: list[float] = []
         self.newest_checkpoint: Path | None = None
 
-    # --- a run, from beginning to end --------------------------------------------------------------------------------
+    # --- a run, from beginning to end ------------------------------------------------------------
 
     def begin(self, total: int, done: int = 0) -> None:
-        """Start the bar; ``done`` of ``total`` steps lie behind."""
+        """Start the bar; ``done`` of ``total`` steps are done already."""
         self._total = total
         self._next_samples = done + 1
         self._started = time.monotonic()
@@ -76,7 +79,7 @@ class TrainingConsole:
         self._progress.start()
 
     def end(self) -> None:
-        """Take the bar away; may be called again."""
+        """Remove the bar; may be called again."""
         progress, self._progress = self._progress, None
         if progress is not None:
             progress.stop()
@@ -86,10 +89,9 @@ class TrainingConsole:
         """Since the start."""
         return time.monotonic() - self._started
 
-    # --- as a sink ---------------------------------------------------------------------------------------------------
+    # --- as a sink -------------------------------------------------------------------------------
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the metrics of a step."""
         self._waiting = None
         evaluated = {k.removeprefix("eval_"): v for k, v in values.items() if k.startswith("eval_")}
         if evaluated:
@@ -113,10 +115,10 @@ class TrainingConsole:
         requests: Sequence[ComponentRequests],
         failures: Sequence[FailedRequest],
     ) -> None:
-        """Not shown: what a user has to hear comes as an event."""
+        """Not shown: problems that matter to a user also come as events."""
 
     def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
-        """Show some of the step's completions, every so many steps."""
+        """Show some completions of the step, every ``sample_every`` steps."""
         if not self._sample_every or step < self._next_samples:
             return
         self._next_samples = step - step % self._sample_every + self._sample_every
@@ -126,37 +128,34 @@ class TrainingConsole:
         self.console.print()
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - data is for machines
-        """Show what is worth telling."""
         colour = {"warn": "yellow", "error": "red"}.get(level, "blue")
         self.console.print(Text.assemble((f"{level}: ", colour), message), soft_wrap=True)
 
-    def phase(self, phase: Phase, step: int, message: str | None = None) -> None:  # noqa: ARG002 - the step is in the bar
-        """Show what is being done; what is waited for is worth a line of its own."""
+    def phase(self, phase: Phase, step: int, message: str | None = None) -> None:  # noqa: ARG002 - the bar shows the step
+        """Show the phase in the bar; a message gets its own line."""
         if message is not None and message != self._waiting:
             self._waiting = message
             self.event("info", message)
         if self._progress is not None:
-            note = self._note or f"[dim]{DOING[phase]} …[/dim]"
+            note = self._note or f"[dim]{PHASES[phase]} …[/dim]"
             self._progress.update(self._task, note=note)
 
     def flush(self) -> int:
-        """Nothing is kept, so nothing is counted."""
-        return 0
+        return 0  # nothing is buffered
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - part of the Sink interface
-        """Remember the newest."""
         self.newest_checkpoint = folder
         if self._progress is None:
             self._line(f"step {step}/{self._total}  checkpoint {folder}")
 
-    # --- the end -----------------------------------------------------------------------------------------------------
+    # --- the end ---------------------------------------------------------------------------------
 
     def summary(self, headline: str, facts: Mapping[str, str]) -> None:
-        """Say how it went.
+        """Show the summary of a run.
 
         Args:
-            headline: In one sentence.
-            facts: Beside what the metrics say: label and text.
+            headline: The outcome in one sentence.
+            facts: Further facts beside the metrics: label and text.
         """
         self.end()
         show_facts(self.console, headline, {**self._numbers(), **facts})
@@ -183,7 +182,7 @@ class TrainingConsole:
 
 
 def show_facts(console: Console, headline: str, facts: Mapping[str, str]) -> None:
-    """A headline, and labelled facts under it."""
+    """Print a headline, and labelled facts below it."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -195,7 +194,7 @@ def show_facts(console: Console, headline: str, facts: Mapping[str, str]) -> Non
 
 
 def report_line(values: Mapping[str, float]) -> str:
-    """The numbers of a step that one looks at first, in at most 50 characters."""
+    """The most important numbers of a step, in at most 50 characters."""
     shown = []
     for name, label, form in (
         ("dar/rewards_mean", "reward", "+.3f"),
@@ -209,7 +208,7 @@ def report_line(values: Mapping[str, float]) -> str:
 
 
 def samples_table(samples: Sequence[ReportedSample]) -> Table:
-    """The completions of a few prompts with their rewards and weights, for any width from 60 columns."""
+    """The completions of a few prompts with rewards and weights, for any width from 60 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     table.add_column("reward", justify="right", no_wrap=True, style="cyan", min_width=7)
     table.add_column("weight", justify="right", no_wrap=True, min_width=6)
@@ -238,7 +237,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plain(text: str, *, from_end: bool = False) -> str:
-    """One line of printable text, cut to a length that can be looked at."""
+    """One line of printable text, cut to `LONGEST_TEXT`."""
     flat = " ".join("".join(ch if ch.isprintable() else " " for ch in text).split())
     if len(flat) <= LONGEST_TEXT:
         return flat
@@ -246,7 +245,7 @@ def plain(text: str, *, from_end: bool = False) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in words, like ``2 h 3 min``."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -255,7 +254,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them."""
+    """Bytes in words, like ``1.5 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,15 +1,19 @@
-"""`DriftWatch`: tells when the raw rewards of a component jump, as those of a service do that is changed or begins to lie.
+"""`DriftWatch`: detects a jump in a component's raw rewards, as when its service or model changes.
 
-Rewards are meant to rise while a policy learns, so nothing is compared with the beginning of a job. The rule, for each component:
+Rewards should rise while a policy learns, so nothing is compared with the beginning of a job. The
+rule, for each component:
 
-- *now* is the mean of its last `RECENT` step means, and *before* that of up to `WINDOW` steps that lie before them.
-- *sigma* is the largest of: the deviation of the step means before; the standard error of a step's mean before, and that of one now. So
-  neither a noisy service nor a first success after many steps of nothing is a jump, and a rise that goes on over the window is none
-  either: it widens the deviation as fast as it moves the mean (a straight line is about 2 sigma, however steep).
-- A jump is ``|now - before| > JUMP * sigma``, once `WARM_UP` steps lie before. It is told once: the episode lasts until the distance is
-  below `CALM` sigma again, as it is soon after, when the new level is part of what lies before.
+- *now* is the mean of its last `RECENT` step means, and *before* that of up to `WINDOW` steps
+  before these.
+- *sigma* is the largest of: the deviation of the step means before; the standard error of a step's
+  mean before, and that of a step's mean now. So neither a noisy service nor a first success after
+  many steps without one is a jump. Nor is a steady rise over the window, which widens the deviation
+  as fast as it moves the mean (a straight line is about 2 sigma, whatever its slope).
+- A jump is ``|now - before| > JUMP * sigma``, once there are `WARM_UP` steps before. It is reported
+  once: it lasts until the distance is below `CALM` sigma again, which is soon, when the steps
+  before include the new level.
 
-A step without a reward of the component is no step here.
+Steps without a reward of the component do not count.
 """
 
 import math
@@ -39,26 +43,27 @@ class StepMean:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """A jump."""
+    """A jump of a component's rewards."""
 
     component: str
     now: float
     """Mean reward of the last steps."""
     before: float
-    """Mean reward of those before."""
+    """Mean reward of the steps before."""
     sigma: float
-    """What ordinary steps differ by; 0 where all were the same."""
+    """Ordinary deviation between steps; 0 if all were equal."""
 
     @property
     def message(self) -> str:
-        """For the owner of the job."""
+        """A warning for the owner of the job."""
         return (
-            f"the rewards of component {self.component} have jumped from {self.before:.4g} to {self.now:.4g} on average, while steps "
-            f"before differed by {self.sigma:.2g}; see whether its service, model or scale was changed"
+            f"the rewards of component {self.component} have jumped from {self.before:.4g} to "
+            f"{self.now:.4g} on average, while steps before differed by {self.sigma:.2g}; see "
+            "whether its service, model or scale was changed"
         )
 
     def data(self, step: int) -> dict[str, Any]:
-        """For the job's event."""
+        """Data of the job's event."""
         return {
             "kind": "reward_drift",
             "step": step,
@@ -71,21 +76,21 @@ class Drift:
 
 
 class DriftWatch:
-    """Watches the step means of all components; see this module for the rule."""
+    """Watches the step means of all components; the module's docstring has the rule."""
 
     def __init__(self) -> None:
         self._steps: dict[str, deque[StepMean]] = {}
         self._jumped: set[str] = set()
 
     def add(self, component: str, rewards: Sequence[float]) -> Drift | None:
-        """Take in a step.
+        """Record a step.
 
         Args:
-            component: Its name.
-            rewards: Its raw rewards, at least one.
+            component: Name of the component.
+            rewards: Its raw rewards in the step, at least one.
 
         Returns:
-            A jump, if one begins here.
+            A jump, if one begins in this step.
         """
         steps = self._steps.setdefault(component, deque(maxlen=RECENT + WINDOW))
         mean = math.fsum(rewards) / len(rewards)
@@ -104,7 +109,7 @@ class DriftWatch:
         return Drift(component, now, before, sigma)
 
     def state(self) -> dict[str, Any]:
-        """What is remembered, as JSON."""
+        """State for a checkpoint, as JSON."""
         return {
             "steps": {
                 name: [[step.mean, step.error] for step in steps]
@@ -114,7 +119,7 @@ class DriftWatch:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a `state`."""
         self._steps = {
             name: deque((StepMean(*step) for step in steps), maxlen=RECENT + WINDOW)
             for name, steps in state["steps"].items()

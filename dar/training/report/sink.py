@@ -1,4 +1,4 @@
-"""Where a trainer says what it does, and where it asks whether it should go on."""
+"""The interfaces of a trainer's reports (`Sink`) and of requests to stop (`Control`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,12 @@ from dar.protocol.reward_stats import ComponentRequests, FailedRequest
 from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import Phase
 
-Request = Literal["cancel", "drain"]
+StopKind = Literal["cancel", "drain"]
+"""``cancel``: stop as fast as possible. ``drain``: stop with a checkpoint."""
 
 
 class Sink(Protocol):
-    """Takes everything that a trainer has to say; a worker makes it durable and sends it on."""
+    """Receives all reports of a trainer; a worker stores and sends them."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a step, by registered name; finite numbers only."""
@@ -30,22 +31,22 @@ class Sink(Protocol):
         requests: Sequence[ComponentRequests],
         failures: Sequence[FailedRequest],
     ) -> None:
-        """How requests to reward services went since the last call."""
+        """Statistics of the requests to reward services since the last call."""
         ...
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
-        """Something worth telling the user."""
+        """A message for the user."""
         ...
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
-        """What is being done now, for which step; cheap and volatile."""
+        """The present phase and its step; cheap, and not stored."""
         ...
 
     def flush(self) -> int:
-        """Make everything said so far durable.
+        """Make all reports so far durable.
 
         Returns:
-            The highest sequence number so far; 0 where there are none.
+            The highest sequence number so far; 0 if there are none.
         """
         ...
 
@@ -55,13 +56,13 @@ class Sink(Protocol):
 
 
 class NullSink:
-    """A sink that drops everything: the default outside a service."""
+    """A sink that drops all reports: the default outside a service."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Drop it."""
+        pass
 
     def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
-        """Drop it."""
+        pass
 
     def rewards(
         self,
@@ -69,47 +70,45 @@ class NullSink:
         requests: Sequence[ComponentRequests],
         failures: Sequence[FailedRequest],
     ) -> None:
-        """Drop it."""
+        pass
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
-        """Drop it."""
+        pass
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
-        """Drop it."""
+        pass
 
     def flush(self) -> int:
-        """Nothing is kept, so nothing is counted."""
         return 0
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
-        """Drop it."""
+        pass
 
 
 class Control(Protocol):
-    """Says whether training should stop. Asked often, so it must be cheap."""
+    """Requests to stop training. Polled often, so it must be cheap."""
 
-    def requested(self) -> Request | None:
-        """``cancel``: leave as fast as possible. ``drain``: leave with a checkpoint. None: go on."""
+    def requested(self) -> StopKind | None:
+        """The request, or None to continue."""
         ...
 
 
 class NullControl:
-    """Never asks for a stop."""
+    """Never requests a stop."""
 
-    def requested(self) -> Request | None:
-        """Go on."""
+    def requested(self) -> StopKind | None:
         return None
 
 
 class StopRequestedError(Exception):
-    """Training was asked to stop between two step edges; what was begun is dropped."""
+    """A stop was requested within a step; the unfinished step is dropped."""
 
 
 def check(control: Control) -> None:
-    """Leave if a stop is requested.
+    """Raise if a stop is requested.
 
     Raises:
-        StopRequestedError: It is.
+        StopRequestedError: A stop is requested.
     """
     if control.requested() is not None:
         raise StopRequestedError

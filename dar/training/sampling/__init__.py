@@ -1,0 +1,5 @@
+"""Sampling from the policy.
+
+prompts: the prompts of each step.
+sampler: completions, with their log-probabilities.
+"""

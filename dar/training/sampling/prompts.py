@@ -1,4 +1,4 @@
-"""Which prompts a step is made of: a function of the seed and the step's number alone."""
+"""The prompts of each step: a function of the seed and the step's number alone."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,7 +11,7 @@ from dar.training.report.sink import Sink
 
 
 class PromptOrder:
-    """Which row stands at each position of the endless stream of prompts: a function of seed and position alone.
+    """The row at each position of the stream of prompts: a function of seed and position alone.
 
     Every epoch is another permutation; a step may take its last prompts from the next epoch.
     """
@@ -27,7 +27,7 @@ class PromptOrder:
         return order
 
     def row(self, position: int) -> int:
-        """Number of the row at ``position``, both from 0."""
+        """Number of the row at ``position``; both count from 0."""
         epoch, index = divmod(position, self.row_count)
         return self._permutation(epoch)[index]
 
@@ -39,7 +39,7 @@ class PromptStream:
         rows: The data set.
         encoder: Makes token ids of a row.
         config: Batch size and seed.
-        sink: Is told once when a prompt had to be cut.
+        sink: Gets one warning if a prompt had to be cut.
     """
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
@@ -51,7 +51,10 @@ class PromptStream:
         self._has_warned = False
 
     def try_rows(self) -> None:
-        """Try what may fail: a chat template may refuse what stands in the last row, and not every tokenizer begins a text.
+        """Check rows whose encoding may fail, before training reaches them.
+
+        A chat template may refuse a conversation, and an empty text has no token unless the
+        tokenizer has a BOS token.
 
         Raises:
             InvalidRequestError: A prompt cannot be encoded; the message names the row.
@@ -72,14 +75,14 @@ class PromptStream:
                 self._has_warned = True
                 self._sink.event(
                     "warn",
-                    f"the prompt of row {row + 1} is {prompt.cut_tokens} tokens too long: its beginning was cut off, "
-                    "and so it goes with every prompt that is too long",
+                    f"the prompt of row {row + 1} is {prompt.cut_tokens} tokens too long: its "
+                    "beginning was cut off, as for every prompt that is too long",
                     {"kind": "prompt_cut", "row": row + 1, "cut_tokens": prompt.cut_tokens},
                 )
         return prompts
 
     def rows_of_step(self, number: int) -> list[int]:
-        """Numbers of their rows, from 0."""
+        """Numbers of the rows of step ``number``, from 0."""
         start = (number - 1) * self.prompts_per_step
         positions = range(start, start + self.prompts_per_step)
         return [self._order.row(position) for position in positions]
@@ -94,12 +97,11 @@ class PromptStream:
 
 
 class EvaluationStream(PromptStream):
-    """All rows in every step, in their order."""
+    """All rows of the data set in every step, in their order."""
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
         super().__init__(rows, encoder, config, sink)
         self.prompts_per_step = len(rows)
 
     def rows_of_step(self, number: int) -> list[int]:  # noqa: ARG002 - every step is the same
-        """All of them."""
         return list(range(self.prompts_per_step))

@@ -1,19 +1,21 @@
 """Sampling completions from the policy, with the exact log-probability of what was drawn.
 
-One loop of our own instead of ``generate``: prompts are read once and their key-value cache is then repeated for the K
-completions of each; finished rows leave the batch; positions and masks come from lengths; and every token costs one uniform
-number that is a function of (seed, step, row, token position), turned into a token by the inverse of the cumulative
-distribution. So a completion depends neither on its neighbours in the batch nor on how the batch was cut, up to rounding:
-other shapes may change the last digits of the logits, and in bfloat16 now and then a token.
+The sampler has its own loop instead of ``generate``. Prompts are read once, and their key-value
+cache is then repeated for the K completions of each. Finished rows leave the batch. Positions and
+masks come from lengths. Every token uses one uniform number, a function of (seed, step, row, token
+position), which the inverse of the cumulative distribution turns into a token. So a completion
+depends neither on its neighbours in the batch nor on how the batch was cut, up to rounding: other
+shapes may change the last digits of the logits, and in bfloat16 now and then a token.
 
-The law that is sampled, in this order: padding is impossible; the repetition penalty acts on the raw logits; then
-temperature, top-k, top-p, min-p, as in transformers. The behavior log-probability is that of the law after all of these,
-or, with ``behavior="policy"``, the policy's own before any of them. Arithmetic is in float32, or in float64 where the model is.
+The distribution that is sampled, in this order: padding is impossible; the repetition penalty acts
+on the raw logits; then temperature, top-k, top-p, min-p, as in transformers. The behavior
+log-probability is taken after all of these, or, with ``behavior="policy"``, it is the policy's own
+before any of them. Arithmetic is in float32, or in float64 where the model is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +31,14 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError, TrainingError
+from dar.protocol.samples import FinishReason
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
 from dar.training.model.loading import LanguageModel
 from dar.training.model.logprobs import autocast
-from dar.training.sampling.completions import Completion, Done, OnGroup
-
-if TYPE_CHECKING:
-    from dar.protocol.samples import FinishReason
 
 Warper = Callable[[Any, Any], Any]
-"""A filter of transformers: takes what was read and the scores, gives scores."""
+"""A filter of transformers: takes token ids and scores, returns scores."""
 
 MAX_ROWS = 512
 """Most completions that are decoded at once."""
@@ -51,9 +50,46 @@ LARGEST_UNIFORM = 1 - 2**-40
 """Keeps the product of a uniform number and the total mass below the total mass."""
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A sampled completion of a prompt."""
+
+    ids: list[int]
+    """Tokens, the end-of-sequence token included where there is one."""
+    logp: float
+    """Log-probability of the whole completion, in nats: under the distribution that was sampled, or
+    with ``behavior="policy"`` under the policy at temperature 1 without filters."""
+    finish_reason: FinishReason
+
+
+OnGroup = Callable[[int, list[Completion]], None]
+"""Called with the number of a prompt within the step and its K completions, once all have ended."""
+
+
+class FinishedCompletions:
+    """Completions that have ended, by row; reports each prompt whose completions have all ended.
+
+    Args:
+        k: Completions of a prompt.
+        on_group: Called for each such prompt.
+    """
+
+    def __init__(self, k: int, on_group: OnGroup) -> None:
+        self.rows: dict[int, Completion] = {}
+        self._k = k
+        self._on_group = on_group
+
+    def add(self, row: int, completion: Completion) -> None:
+        self.rows[row] = completion
+        number = row // self._k
+        rows = range(number * self._k, (number + 1) * self._k)
+        if all(row in self.rows for row in rows):
+            self._on_group(number, [self.rows[row] for row in rows])
+
+
 @dataclass(slots=True)
 class _Batch:
-    """Rows that are still being decoded; everything but ``rows`` and ``written`` lies on the model's device."""
+    """Rows that are still being decoded; tensors are on the model's device."""
 
     rows: list[int]
     """Number of each row in the whole step."""
@@ -69,7 +105,7 @@ class _Batch:
     logp_sums_B: Tensor
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these places."""
+        """Keep the rows at these positions of the batch, drop all others."""
         index = torch.tensor(rows, device=self.positions_B.device)
         self.rows = [self.rows[i] for i in rows]
         self.written = [self.written[i] for i in rows]
@@ -85,10 +121,10 @@ def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
     """Noise of `NOISE_BLOCK` consecutive tokens for each row, from a counter-based generator.
 
     Args:
-        seed: Of the job.
+        seed: The job's.
         step: Optimizer step, from 1.
         rows: Numbers of B rows in the whole step.
-        block: Which block of tokens, from 0.
+        block: Number of the block of tokens, from 0.
 
     Returns:
         ``[B, NOISE_BLOCK]`` float64 in [0, 1).
@@ -103,12 +139,12 @@ def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
 
 
 def raised(values: Tensor) -> Tensor:
-    """Values as float32, or as float64 where they are that already."""
+    """Values in float32; float64 stays float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Refuse a prompt that the model's embeddings cannot read.
+    """Refuse a prompt with a token that the model has no embedding for.
 
     Raises:
         InvalidRequestError: A token of a prompt is not below ``vocabulary``.
@@ -116,8 +152,9 @@ def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
     largest = max((max(ids) for ids in prompts), default=0)
     if largest >= vocabulary:
         raise InvalidRequestError(
-            f"a prompt has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: the tokenizer is not that of "
-            "the model, or was enlarged without it; use its own tokenizer, or resize the model's embeddings",
+            f"a prompt has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: "
+            "the tokenizer is not the model's, or was extended without it; use the model's "
+            "tokenizer, or resize the model's embeddings",
             param="model",
         )
 
@@ -130,7 +167,7 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         uniforms_B: float64 in [0, 1).
 
     Returns:
-        Tokens ``[B]`` and their log-probabilities ``[B]``, float32, or float64 where the scores are.
+        Tokens ``[B]`` and their log-probabilities ``[B]``, float32 or, for float64 scores, float64.
     """
     logps_BV = torch.log_softmax(raised(scores_BV), dim=-1)
     masses_BV = logps_BV.exp().double().cumsum(dim=-1)
@@ -145,8 +182,8 @@ class Sampler:
     """Samples K completions of each prompt.
 
     Args:
-        config: Lengths and the sampling law.
-        tokenizer: Finds stop strings in what was sampled.
+        config: Lengths and the options of sampling.
+        tokenizer: Decodes completions, to find stop strings.
         eos_ids: Tokens that end a completion.
         max_length: Longest prompt with completion, in tokens.
     """
@@ -175,15 +212,15 @@ class Sampler:
             self._warpers.append(TopPLogitsWarper(config.top_p))
         if config.min_p:
             self._warpers.append(MinPLogitsWarper(config.min_p))
-        # A token may stand for less than a character but not for less than a byte, and a character has at most 4.
+        # A token may be a part of a character, but at least one byte; a character has at most 4.
         self._stop_window = 4 * max(map(len, config.stop), default=0) + 8
 
     @torch.no_grad()
     def check(self, model: LanguageModel) -> None:
-        """Refuse a model whose key-value cache cannot be repeated and cut row by row, as sampling does.
+        """Refuse a model whose key-value cache cannot be repeated and cut row by row.
 
         Raises:
-            TrainingError: It is one: in most cases a hybrid with recurrent layers.
+            TrainingError: The model has no such cache; most such models have recurrent layers.
         """
         model.eval()
         try:
@@ -194,8 +231,8 @@ class Sampler:
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise TrainingError(
-                f"{type(base).__name__} cannot be sampled from here ({error}): its cache does not hold one row per "
-                "completion; use a model with attention layers only",
+                f"this trainer cannot sample from {type(base).__name__} ({error}): its cache does "
+                "not hold one row per completion; use a model with attention layers only",
                 param="model",
             ) from error
 
@@ -215,27 +252,28 @@ class Sampler:
 
         Args:
             model: The policy; it is left in evaluation mode.
-            prompts: Token ids of P prompts; none at all give no completions.
-            step: Optimizer step, from 1, or 0 in an evaluation; with the seed of the config and the numbers of prompt and
-                completion it decides the noise.
-            first_prompt: Number of the first of these prompts within the step, from 0; the others follow.
-            numbers: The number of each, ascending, where they do not follow each other.
+            prompts: Token ids of P prompts; P may be 0.
+            step: Optimizer step, from 1, or 0 in an evaluation. The noise is a function of it, the
+                config's seed and the numbers of prompt and completion.
+            first_prompt: Number of the first of these prompts within the step, from 0.
+            numbers: Number of each prompt within the step, ascending; default: consecutive.
             before_each: Called every few tokens; may raise to stop.
-            on_group: Called between two tokens with every prompt whose completions have all ended; may raise to stop.
+            on_group: Called between two tokens for every prompt whose completions have all ended;
+                may raise to stop.
 
         Returns:
-            P * K completions, those of a prompt together.
+            P * K completions, those of a prompt side by side.
 
         Raises:
-            InvalidRequestError: A prompt has a token that the model has not.
-            TrainingError: The policy gave a probability that is no number.
+            InvalidRequestError: A prompt has a token that the model does not know.
+            TrainingError: The policy returned a probability that is not a number.
         """
         check_tokens(prompts, int(model.config.get_text_config().vocab_size))
         model.eval()
         if numbers is None:
             numbers = range(first_prompt, first_prompt + len(prompts))
-        done = Done(self._config.dar_k, on_group)
-        # One autocast context round the whole loop: inside it, each weight is cast only once.
+        done = FinishedCompletions(self._config.dar_k, on_group)
+        # One autocast context around the whole loop: within it, each weight is cast only once.
         with autocast(next(model.parameters()).device, self._config.half):
             for part, own in self._parts(prompts, numbers):
                 self._decode(self._prefill(model, part, own), model, step, before_each, done)
@@ -253,7 +291,7 @@ class Sampler:
     def _prefill(
         self, model: LanguageModel, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
     ) -> tuple[_Batch, Tensor]:
-        """Read the prompts once and repeat what was read for the K completions of each."""
+        """Read the prompts once, and repeat their cache for the K completions of each."""
         k, device = self._config.dar_k, next(model.parameters()).device
         inputs = self._collate([TokenPair(ids, ()) for ids in prompts])
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -300,7 +338,7 @@ class Sampler:
         model: LanguageModel,
         step: int,
         before_each: Callable[[], None],
-        done: Done,
+        done: FinishedCompletions,
     ) -> None:
         batch, logits_BV = start
         prompt_width = batch.cache.get_seq_length()
@@ -313,7 +351,7 @@ class Sampler:
                 ).to(logits_BV.device)
             if position % 16 == 0:
                 before_each()
-            tokens_B, logps_B = draw(self._law(logits_BV, batch.seen_BV), noise_BN[:, offset])
+            tokens_B, logps_B = draw(self._scores(logits_BV, batch.seen_BV), noise_BN[:, offset])
             if self._config.behavior == "policy":
                 policy_BV = raised(logits_BV).log_softmax(dim=-1)
                 logps_B = policy_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
@@ -330,7 +368,7 @@ class Sampler:
             logits_BV = self._read(model, batch, tokens_B, width=prompt_width + position + 1)
 
     def _read(self, model: LanguageModel, batch: _Batch, tokens_B: Tensor, *, width: int) -> Tensor:
-        """Logits ``[B, V]`` after one more token of each row; ``width`` columns have been written then."""
+        """Logits ``[B, V]`` after one more token of each row, with ``width`` columns written."""
         logits_BV: Tensor = model(
             input_ids=tokens_B.unsqueeze(1),
             attention_mask=batch.attention_BT[:, :width],
@@ -341,14 +379,14 @@ class Sampler:
         batch.positions_B = batch.positions_B + 1
         return logits_BV
 
-    def _law(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
+    def _scores(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
         scores_BV = raised(logits_BV)
         if self._impossible is not None and self._impossible < scores_BV.shape[1]:
             scores_BV = scores_BV.clone()
             scores_BV[:, self._impossible] = -torch.inf
         if seen_BV is not None:
-            # transformers' own processor reads the padded prompt, and so would penalise the padding token, which in many
-            # models is the end-of-sequence token.
+            # transformers' own processor reads the padded prompt, so it would penalise the padding
+            # token, which in many models is the end-of-sequence token.
             penalty = self._config.repetition_penalty
             penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
             scores_BV = torch.where(seen_BV, penalised_BV, scores_BV)
@@ -356,8 +394,8 @@ class Sampler:
             scores_BV = warper(scores_BV, scores_BV)  # none of them reads its first argument
         return scores_BV
 
-    def _finish(self, batch: _Batch, tokens: list[int], done: Done) -> list[int]:
-        """Take in one token per row; returns the places of the rows that go on."""
+    def _finish(self, batch: _Batch, tokens: list[int], done: FinishedCompletions) -> list[int]:
+        """Append one token per row; returns the positions of the rows that continue."""
         ended: list[tuple[int, FinishReason]] = []
         kept: list[int] = []
         for place, (token, written) in enumerate(zip(tokens, batch.written, strict=True)):
@@ -373,8 +411,8 @@ class Sampler:
             for place, reason in ended:
                 if not np.isfinite(sums[place]):
                     raise TrainingError(
-                        "the policy gives probabilities that are no numbers, so nothing can be sampled; "
-                        "lower learning_rate or max_grad_norm, or raise beta"
+                        "the policy returns probabilities that are not numbers, so nothing can be "
+                        "sampled; lower learning_rate or max_grad_norm, or raise beta"
                     )
                 done.add(batch.rows[place], Completion(batch.written[place], sums[place], reason))
         return kept

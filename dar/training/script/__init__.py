@@ -1,0 +1,7 @@
+"""``dar train``: a training run from a command line.
+
+main: the command, its signals and exit codes.
+flags: options of the command line and of YAML files.
+assembly: a trainer from these options.
+dry_run: the output of ``--dry_run``.
+"""

@@ -1,4 +1,4 @@
-"""From what a command line names to a trainer with everything loaded."""
+"""A trainer, with everything loaded, from the options of a command line."""
 
 import importlib
 import sys
@@ -30,10 +30,10 @@ def build(
     sink: Sink,
     control: Control,
 ) -> DARTrainer:
-    """The trainer of a command line, with everything loaded.
+    """Load everything that a command line names, and make its trainer.
 
     Raises:
-        DARError: Something cannot be loaded, or cannot work together.
+        DARError: Something cannot be loaded, or does not fit together.
     """
     assert script.model_name_or_path
     assert script.dataset_name
@@ -54,8 +54,8 @@ def build(
             Path(script.dataset_name).expanduser()
         ):
             raise InvalidRequestError(
-                f"{script.dataset_name} is one split, which is trained on; name other prompts with --eval_dataset_name to "
-                "evaluate",
+                f"{script.dataset_name} is one split, which is trained on; name other prompts with "
+                "--eval_dataset_name to evaluate",
                 param="eval_dataset_name",
             )
         evaluated["eval_dataset"] = open_rows(
@@ -85,10 +85,10 @@ def build(
 
 
 def imported_function(name: str) -> RewardFunction:
-    """The function that ``module:function`` names; modules of the working directory are found too.
+    """Import ``module:function``; modules of the working directory are found too.
 
     Raises:
-        InvalidRequestError: There is none.
+        InvalidRequestError: There is no such function.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -115,7 +115,7 @@ def imported_function(name: str) -> RewardFunction:
 
 
 def config_of(values: Mapping[str, Any]) -> DARConfig:
-    """Arguments of a trainer that speaks through a sink of ours.
+    """Arguments of a trainer whose output is that of its sink alone.
 
     Raises:
         InvalidRequestError: A value cannot be used.
@@ -135,8 +135,8 @@ def _model(script: ScriptArguments, config: DARConfig, *, is_offline: bool) -> P
         return loading.load_model(script.model_name_or_path, dtype=dtype, is_offline=is_offline)
     except OSError as error:
         raise ServiceUnavailableError(
-            f"the hub cannot be reached to load the model {script.model_name_or_path!r}: {error}; give a folder, or try again "
-            "with a connection",
+            f"the hub cannot be reached to load the model {script.model_name_or_path!r}: {error}; "
+            "give a folder, or try again with a connection",
             code="hub_unreachable",
         ) from error
 

@@ -1,4 +1,7 @@
-"""``dar train --dry_run``: everything is loaded, two prompts are sampled and scored, nothing is written."""
+"""The output of ``dar train --dry_run``.
+
+A dry run loads everything, samples and scores two prompts, and writes nothing.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,18 +21,18 @@ PREVIEWED_PROMPTS = 2
 def show_preview(
     trainer: DARTrainer, step: ScoredStep, console: Console, given: Mapping[str, Any]
 ) -> None:
-    """Say what the first prompts gave, and what a run would do.
+    """Show the completions of the first prompts, and the facts of a run.
 
     Args:
-        trainer: That would run.
-        step: What its preview gave.
-        console: Where to write.
-        given: Arguments as they were given; those of the trainer write nothing.
+        trainer: The trainer of the run.
+        step: Its preview.
+        console: Target of the output.
+        given: Arguments as the user gave them; the trainer's own are changed to write nothing.
 
     Raises:
         RewardContractError: A completion got no reward.
     """
-    console.print("[bold]What the first prompts give[/bold]")
+    console.print("[bold]Completions of the first prompts[/bold]")
     console.print(samples_table(sample_rows(step)))
     show_facts(console, "What a run would do (nothing was written)", _facts(trainer, given))
     failed = [reward for reward in step.rewards if reward.status == "error"]
@@ -44,7 +47,8 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
     prompts = config.prompts_per_step
     output = str(given["output_dir"])
     facts = {
-        "steps": f"{config.max_steps}: {config.max_steps * prompts / rows:.3g} passes over {rows:,} rows",
+        "steps": f"{config.max_steps}: {config.max_steps * prompts / rows:.3g} passes over "
+        f"{rows:,} rows",
         "memory": " + ".join(f"{size(count)} {name}" for name, count in memory.items())
         + f" = {size(sum(memory.values()))}, and activations",
         "writes to": output + (", checkpoints too" if config.save_strategy != "no" else ""),
@@ -52,7 +56,8 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
     if trainer.reward_names:
         completions = prompts * config.dar_k
         facts |= {
-            "each step": f"{prompts} prompts, {completions} completions, at most {completions * config.max_new_tokens:,} new tokens",
+            "each step": f"{prompts} prompts, {completions} completions, "
+            f"at most {completions * config.max_new_tokens:,} new tokens",
             "rewards": ", ".join(trainer.reward_names),
         }
     else:

@@ -1,7 +1,7 @@
-"""The command line of `dar train`: every `DARConfig` field and what a script needs beside it, as flags or as YAML.
+"""The command line of `dar train`: fields of `ScriptArguments` and `DARConfig` as flags or YAML.
 
-A value comes from the first of: the command line, the file of ``--config``, ``--preset``, the defaults. Flags may be written
-with dashes or underscores.
+A value comes from the first of: the command line, the file of ``--config``, ``--preset``, the
+defaults. Flags may be written with dashes or underscores.
 """
 
 import argparse
@@ -15,19 +15,22 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from dar.errors import InvalidRequestError
+from dar.protocol.spec import LoraSpec
 from dar.training.config.config import DARConfig
+from dar.training.config.fields import from_spec
 from dar.training.config.ignored import WITHOUT_EFFECT
 
+_LORA = LoraSpec.model_fields
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass
 class ScriptArguments:
-    """What is trained, on what, and by which rewards."""
+    """The model, its data and its rewards."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Model to be trained: folder or hub id.", "metavar": "MODEL"},
+        metadata={"help": "Model that is trained: folder or hub id.", "metavar": "MODEL"},
     )
     dataset_name: str | None = field(
         default=None,
@@ -56,7 +59,8 @@ class ScriptArguments:
     reward_url: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Reward service; may be repeated. Requests are signed with DAR_REWARD_SECRET, or else the file reward_secret in DAR_HOME.",
+            "help": "Reward service; may be repeated. Requests are signed with DAR_REWARD_SECRET, "
+            "or else the file reward_secret in DAR_HOME.",
             "metavar": "URL",
             "action": "extend",
         },
@@ -72,7 +76,8 @@ class ScriptArguments:
     reward_model_name_or_path: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Reward model: folder or hub id of a sequence classifier with one label; may be repeated.",
+            "help": "Reward model: folder or hub id of a sequence classifier with one label; may "
+            "be repeated.",
             "metavar": "MODEL",
             "action": "extend",
         },
@@ -80,29 +85,26 @@ class ScriptArguments:
     reward_weights: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "Factor of each reward: functions first, then services, then models. (default: 1 each)",
+            "help": "Factor of each reward: functions first, then services, then models. (default: "
+            "1 each)",
             "metavar": "X",
         },
     )
     use_peft: bool = field(
         default=False, metadata={"help": "Train a LoRA adapter instead of all weights."}
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: float = field(
-        default=32.0, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_r: int = from_spec(_LORA["r"])
+    lora_alpha: float = from_spec(_LORA["lora_alpha"])
+    lora_dropout: float = from_spec(_LORA["lora_dropout"])
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={
-            "help": "Modules that get an adapter: all-linear, a pattern, or names.",
-            "metavar": "NAME",
-        },
+        default_factory=lambda: [_LORA["target_modules"].default],
+        metadata={"help": _LORA["target_modules"].description, "metavar": "NAME"},
     )
     dtype: Dtype | None = field(
         default=None,
         metadata={
-            "help": "Number format of the weights. (default: float32; under an adapter with --bf16, bfloat16)"
+            "help": "Number format of the weights. (default: float32; under an adapter with "
+            "--bf16, bfloat16)"
         },
     )
     sample_every: int = field(
@@ -116,48 +118,51 @@ ONLY_WITH = {
     "lora_dropout": "use_peft",
     "lora_target_modules": "use_peft",
 }
-"""Flags that say nothing without another one."""
+"""Flags that have no effect without another one."""
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 COMMON = (
-    "output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-    "max_steps", "warmup_steps", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "bf16", "fp16",
-    "gradient_checkpointing", "seed", "use_cpu", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
-    "resume_from_checkpoint", "eval_strategy", "eval_steps", "report_to", "run_name", "push_to_hub", "hub_model_id",
-    "hub_private_repo", "hub_strategy",
+    "output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "optim", "weight_decay",
+    "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "seed", "use_cpu", "logging_steps",
+    "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "eval_strategy",
+    "eval_steps", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "hub_strategy",
 )  # fmt: skip
-"""Flags of transformers that most runs touch; they come first in the help."""
+"""Flags of transformers that most runs set; they come first in the help."""
 USAGE = """
   dar train --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER
       --reward_url URL | --reward_function MODULE:NAME | --reward_model_name_or_path MODEL
       [--config FILE.yaml] [--preset default|paper|reference] [--dry_run] [options]"""
 DESCRIPTION = """\
 Train a language model by Direct Advantage Regression on its own samples. Rows that
-hold completions with rewards are trained on as they stand; they need no reward option.
+hold completions with rewards are trained on directly; they need no reward option.
 
 A value comes from the first of: the command line, the file of --config, --preset, the
 defaults shown here. With several processes:
   accelerate launch --num_processes 2 -m dar.training, followed by the same options."""
 CLEARER = {
     "output_dir": "Folder of checkpoints and of the trained model.",
-    "per_device_train_batch_size": "Prompts of each process in an optimizer step, before accumulation.",
-    "gradient_accumulation_steps": "Factor on that number; the result is that of one large batch.",
-    "gradient_checkpointing": "Compute activations again in the backward pass: less memory, more time.",
-    "gradient_checkpointing_kwargs": "How; arguments of torch.utils.checkpoint as JSON.",
+    "per_device_train_batch_size": "Prompts of each process in a step, before accumulation.",
+    "gradient_accumulation_steps": "Multiplies the prompts per step, like a larger batch.",
+    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "gradient_checkpointing_kwargs": "Its arguments for torch.utils.checkpoint, as JSON.",
     "activation_checkpointing": "Another name of --gradient_checkpointing.",
     "activation_checkpointing_kwargs": "Another name of --gradient_checkpointing_kwargs.",
     "max_steps": "Optimizer steps; goes before --num_train_epochs.",
     "logging_strategy": "Whether to report: steps, or no.",
     "save_strategy": "Whether to write checkpoints: steps, or no.",
     "push_to_hub": "Push every checkpoint and the trained model to the hub.",
-    "hub_strategy": "What is pushed: end, every_save, checkpoint or all_checkpoints; the last two include what a resume needs.",
-    "resume_from_checkpoint": "Checkpoint of a run with the same arguments to go on from; latest: the newest in --output_dir.",
+    "hub_strategy": "What is pushed: end, every_save, checkpoint or all_checkpoints; the last two "
+    "can be resumed from.",
+    "resume_from_checkpoint": "Checkpoint of a run with the same arguments to resume; latest: the "
+    "newest in --output_dir.",
     "report_to": "Trackers: none, all, wandb, trackio or tensorboard; several in a YAML list.",
 }
-"""Help where that of transformers says nothing, or something else than what happens here."""
+"""Help that replaces the help of transformers where this is missing or wrong here."""
 LIST_OR_TEXT = ("report_to", "optim_target_modules", "debug")
-"""Options of which a flag takes one value, but a YAML file also a list."""
+"""Options that take one value as a flag, and also a list in a YAML file."""
 LONGEST_CHOICES = 60
-"""Characters of a list of choices that the help shows."""
+"""Longest list of choices that the help shows, in characters."""
 GROUPS = {
     "script": "model, data, rewards",
     "dar": "Direct Advantage Regression",
@@ -168,7 +173,7 @@ GROUPS = {
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """What was asked for: only what was given, flags and YAML alike."""
+    """The options that were given, as flags or in YAML; no defaults."""
 
     script: ScriptArguments
     config: Mapping[str, Any]
@@ -177,7 +182,7 @@ class CommandLine:
 
 
 class FlagParser(HfArgumentParser):
-    """Flags of two dataclasses. It notes only what is given, and raises what is wrong."""
+    """Flags of two dataclasses. It returns only what is given, and raises on errors."""
 
     def __init__(self) -> None:
         self.actions_by_name: dict[str, argparse.Action] = {}
@@ -198,7 +203,7 @@ class FlagParser(HfArgumentParser):
         )
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # noqa: ANN401 - as argparse
-        """Add a flag under its name with underscores, to the group where it belongs."""
+        """Add a flag under its name with underscores, to its group."""
         name = names[0].lstrip("-")
         plain = [other for other in names if "-" not in other.lstrip("-")]
         is_switch = options.get("action") in {"store_true", "store_false", "help"}
@@ -225,7 +230,7 @@ class FlagParser(HfArgumentParser):
         return self._titled[next(found, "other")]
 
     def error(self, message: str) -> NoReturn:
-        """Refuse what was typed.
+        """Raise instead of exiting.
 
         Raises:
             InvalidRequestError: Always.
@@ -234,12 +239,12 @@ class FlagParser(HfArgumentParser):
 
 
 def _help(name: str, options: Mapping[str, Any]) -> str:
-    """The help of a flag with its default; none for an option that training could not honour anyway."""
+    """The help of a flag with its default; suppressed for options that have no effect."""
     if name.removeprefix("no_") in WITHOUT_EFFECT and name not in COMMON:
         return argparse.SUPPRESS
     if name.startswith("no_"):
         return f"Not --{name[3:]}."
-    text = CLEARER.get(name) or str(options.get("help") or "")
+    text = CLEARER.get(name) or str(options.get("help") or "").replace("``", "")
     default = getattr(options.get("default"), "value", options.get("default"))
     if isinstance(default, list):
         default = " ".join(map(str, default))
@@ -254,24 +259,23 @@ def _metavar(kind: object) -> str:
 
 
 def make_parser() -> FlagParser:
-    """All flags."""
     parser = FlagParser()
     parser.add_argument("--config", metavar="FILE.yaml", help="Values for any of these options.")
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="Load everything, sample and score two prompts, say what would happen; write nothing.",
+        help="Load everything, sample and score two prompts, show the plan; write nothing.",
     )
     parser.add_argument("--help", action="help", help="Show this.")
     return parser
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
-    """What was asked for.
+    """Parse flags and the YAML file.
 
     Raises:
-        InvalidRequestError: A flag or a key of the YAML file is unknown, has a wrong value or is missing.
-        SystemExit: Help was asked for, and shown.
+        InvalidRequestError: A flag or a key of the file is unknown, missing or has a wrong value.
+        SystemExit: The help was requested, and shown.
     """
     parser = make_parser()
     typed = vars(parser.parse_args([_underscored(argument) for argument in arguments]))
@@ -304,7 +308,7 @@ def _evaluates(given: Mapping[str, Any]) -> bool:
 
 
 def _underscored(argument: str) -> str:
-    """``--dry-run`` is ``--dry_run``; what follows an equals sign is left as it is."""
+    """``--dry-run`` becomes ``--dry_run``; the value after an equals sign stays."""
     if not argument.startswith("--"):
         return argument
     name, sign, value = argument.partition("=")
@@ -317,7 +321,7 @@ def _from_yaml(path: Path, parser: FlagParser) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"--config {path}: {error}", param="config") from None
     except yaml.YAMLError as error:
-        raise InvalidRequestError(f"{path} is no YAML: {error}", param="config") from None
+        raise InvalidRequestError(f"{path} is not YAML: {error}", param="config") from None
     if not isinstance(content, dict):
         raise InvalidRequestError(f"{path} must hold a mapping of options", param="config")
     values = {}
@@ -331,7 +335,7 @@ def _from_yaml(path: Path, parser: FlagParser) -> dict[str, Any]:
 
 
 def _converted(path: Path, name: str, value: object, action: argparse.Action) -> object:
-    """A YAML value as the flag would have read it; ``5e-7``, say, is a text to YAML."""
+    """A YAML value as the flag parses it; YAML reads ``5e-7``, for example, as a string."""
     if value is None or isinstance(value, dict):
         return value
     takes_many = action.nargs == "+"

@@ -28,27 +28,27 @@ from dar.errors import (
 from dar.settings import load_settings
 from dar.training.config.config import DARConfig
 from dar.training.report.console import TrainingConsole
-from dar.training.report.sink import Request
+from dar.training.report.sink import StopKind
 from dar.training.script.assembly import build, config_of
 from dar.training.script.dry_run import PREVIEWED_PROMPTS, show_preview
 from dar.training.script.flags import CommandLine, ScriptArguments, read_command_line
 from dar.training.trainer import DARTrainer
 
 
-class ExitCode(IntEnum):
-    """How a run ends; the numbers are those of ``sysexits.h`` where one fits."""
+class ScriptExit(IntEnum):
+    """Exit codes; those of ``sysexits.h`` where one fits."""
 
     DONE = 0
     FAILED = 1
     USAGE = 64
-    """What was given cannot work: other arguments, data or models are needed."""
+    """The input cannot work: other arguments, data or models are needed."""
     UNAVAILABLE = 69
-    """The hub or a reward service cannot be reached: the same command may work later."""
+    """The hub or a reward service cannot be reached; the same command may work later."""
     INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; a known error is a paragraph on stderr and an exit code, never a traceback.
+    """Run the command line; a known error becomes a message on stderr and an exit code.
 
     Args:
         arguments: Default: those of this process.
@@ -58,24 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DARError as error:
         return _fail(error.message, _exit_code(error), error)
     except torch.OutOfMemoryError as error:
-        text = f"the model does not fit into the GPU's memory: {error}; train an adapter (--use_peft) or lower --max_new_tokens"
-        return _fail(text, ExitCode.FAILED)
+        text = (
+            f"the model does not fit into the GPU's memory: {error}; train an adapter (--use_peft) "
+            "or lower --max_new_tokens"
+        )
+        return _fail(text, ScriptExit.FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted before the first step; nothing was trained", ExitCode.INTERRUPTED)
+        return _fail(
+            "interrupted before the first step; nothing was trained", ScriptExit.INTERRUPTED
+        )
 
 
 def run(line: CommandLine) -> int:
-    """Train, or try, as ``line`` says.
+    """Train, or do a dry run, as ``line`` says.
 
     Raises:
-        DARError: What was asked for cannot work, or training failed.
+        DARError: The arguments cannot work, or training failed.
     """
     resume = line.config.get("resume_from_checkpoint")
     values = {k: v for k, v in line.config.items() if k != "resume_from_checkpoint"}
     with contextlib.ExitStack() as stack:
         if line.is_dry_run:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            # Making the trainer makes its folder, its repository and its trackers.
+            # Making the trainer creates its folder, repository and trackers.
             values |= {"output_dir": folder, "push_to_hub": False, "report_to": "none"}
         config = config_of(values)
         _quiet(config)
@@ -89,7 +94,7 @@ def run(line: CommandLine) -> int:
                 step = trainer.preview(PREVIEWED_PROMPTS)
             if is_main:
                 show_preview(trainer, step, console.console, line.config)
-            return ExitCode.DONE
+            return ScriptExit.DONE
         checkpoint = None if resume is None else _checkpoint(str(resume), trainer)
         return _train(trainer, console, stop, checkpoint, line.script)
 
@@ -101,18 +106,17 @@ def _status(
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a stop with a checkpoint, and a second one into an immediate one."""
+    """Stops with a checkpoint at the first SIGINT or SIGTERM, and at once at the second."""
 
     def __init__(self) -> None:
         self.received: int | None = None
 
-    def requested(self) -> Request | None:
-        """Drain, once a signal has come."""
+    def requested(self) -> StopKind | None:
         return None if self.received is None else "drain"
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals while the context lasts."""
+        """Handle both signals while the context lasts."""
         before = {
             number: signal.signal(number, self._receive)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -129,7 +133,7 @@ class StopSignals:
         self.received = number
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def _train(
@@ -152,13 +156,15 @@ def _train(
         if is_main:
             _say_interrupted(console, step, total)
         return 128 + (stop.received or signal.SIGINT)
-    trainer.save_model(_internal_call=True)  # which leaves the push, with what only we know, to us
+    trainer.save_model(
+        _internal_call=True
+    )  # without a push, which follows with the data set's name
     if trainer.args.push_to_hub:
         trainer.push_to_hub("End of training", dataset=script.dataset_name)
     if is_main:
         console.summary(f"Trained {total} steps.", _where(trainer, console))
         _say_how_to_load(console, trainer)
-    return ExitCode.DONE
+    return ScriptExit.DONE
 
 
 def _say_interrupted(console: TrainingConsole, step: int, total: int) -> None:
@@ -169,7 +175,7 @@ def _say_interrupted(console: TrainingConsole, step: int, total: int) -> None:
         headline = f"Stopped after step {step} of {total}; a checkpoint was written."
         facts = {
             "checkpoint": str(folder),
-            "go on": f"the same command with --resume_from_checkpoint {folder}",
+            "resume": f"the same command with --resume_from_checkpoint {folder}",
         }
     console.summary(headline, facts)
 
@@ -191,7 +197,8 @@ def _say_how_to_load(console: TrainingConsole, trainer: DARTrainer) -> None:
         else ("transformers", "AutoModelForCausalLM")
     )
     console.console.print(
-        f"\n  from {package} import {name}\n  model = {name}.from_pretrained({str(trainer.args.output_dir)!r})",
+        f"\n  from {package} import {name}\n"
+        f"  model = {name}.from_pretrained({str(trainer.args.output_dir)!r})",
         markup=False,
         soft_wrap=True,
     )
@@ -212,7 +219,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _quiet(config: DARConfig) -> None:
-    """Libraries talk over each other otherwise; what matters comes as an error of ours, or as an event."""
+    """Silence libraries; all that matters is raised as a `DARError` or reported as an event."""
     level = transformers.utils.logging.log_levels[str(config.log_level)]
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.disable_progress_bar()
@@ -221,21 +228,21 @@ def _quiet(config: DARConfig) -> None:
     disable_progress_bars()
 
 
-# --- endings -------------------------------------------------------------------------------------------------------------
+# --- endings -------------------------------------------------------------------------------------
 
 
 def _exit_code(error: DARError) -> int:
-    kinds: tuple[tuple[type[DARError], ExitCode], ...] = (
-        (RewardContractError, ExitCode.FAILED),
-        (InvalidRequestError, ExitCode.USAGE),
-        (ConfigurationError, ExitCode.USAGE),
-        (CheckpointError, ExitCode.USAGE),
-        (ServiceUnavailableError, ExitCode.UNAVAILABLE),
-        (RewardError, ExitCode.UNAVAILABLE),
+    kinds: tuple[tuple[type[DARError], ScriptExit], ...] = (
+        (RewardContractError, ScriptExit.FAILED),
+        (InvalidRequestError, ScriptExit.USAGE),
+        (ConfigurationError, ScriptExit.USAGE),
+        (CheckpointError, ScriptExit.USAGE),
+        (ServiceUnavailableError, ScriptExit.UNAVAILABLE),
+        (RewardError, ScriptExit.UNAVAILABLE),
     )
     if isinstance(error, TrainingError) and error.param is not None:
-        return ExitCode.USAGE
-    return next((code for kind, code in kinds if isinstance(error, kind)), ExitCode.FAILED)
+        return ScriptExit.USAGE
+    return next((code for kind, code in kinds if isinstance(error, kind)), ScriptExit.FAILED)
 
 
 def _fail(text: str, code: int, error: DARError | None = None) -> int:

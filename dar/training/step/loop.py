@@ -19,7 +19,7 @@ from dar.training.loss import dar_loss
 from dar.training.model.logprobs import forward_batches, logps_and_entropies
 from dar.training.model.policy import Policy
 from dar.training.report.capacity import Capacity
-from dar.training.report.sink import Control, Request, StopRequestedError, check
+from dar.training.report.sink import Control, StopKind, StopRequestedError, check
 from dar.training.step.metrics import Reporter
 from dar.training.step.parts import StepPart
 from dar.training.step.pipeline import Pipeline
@@ -58,7 +58,7 @@ class StepTrainer(ResumableTrainer):
     _policy: Policy
     _reporter: Reporter
 
-    stopped_by: Request | None = None
+    stopped_by: StopKind | None = None
     """What ended `train` before its time."""
     _pipeline: Pipeline | None = None
     _has_budget: bool = False
@@ -202,7 +202,7 @@ class StepTrainer(ResumableTrainer):
         step.entropies_B[rows] = entropies_B.to("cpu", step.entropies_B.dtype)
         return loss.detach()
 
-    def _leave_if(self, reasons: tuple[Request, ...]) -> None:
+    def _leave_if(self, reasons: tuple[StopKind, ...]) -> None:
         """Leave if a stop is requested for one of ``reasons``: all processes at the same place, or none."""
         if self.ranks.from_main(self._control.requested) in reasons:
             raise StopRequestedError

@@ -19,9 +19,8 @@ from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import whole
 from dar.training.report.capacity import Capacity
 from dar.training.report.sink import Control, Sink, StopRequestedError, check
-from dar.training.sampling.completions import Completion
 from dar.training.sampling.prompts import PromptStream
-from dar.training.sampling.sampler import Sampler
+from dar.training.sampling.sampler import Completion, Sampler
 from dar.training.step.parts import StepInProgress
 from dar.training.step.records import Mode, ScoredStep, Weigher
 from dar.training.step.reward_feed import PENDING, Delivery, RewardFeed

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dar.training.parallel.ranks import Ranks
-from dar.training.sampling.completions import Completion
+from dar.training.sampling.sampler import Completion
 from dar.training.step.records import ScoredStep
 
 LEAST_ROWS = 16

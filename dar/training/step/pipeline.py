@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from dar.protocol.spec import Overlap
-from dar.training.sampling.completions import Completion
+from dar.training.sampling.sampler import Completion
 from dar.training.step.parts import StepInProgress
 
 

@@ -1,0 +1,55 @@
+"""Fields of a dataclass that take default, help and unit from a field of the job spec."""
+
+from collections.abc import Mapping
+from dataclasses import field
+from functools import partial
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from dar.protocol.spec import DARSpec, Hyperparameters, Sampling, Unit
+
+SPEC_FIELDS: Mapping[str, FieldInfo] = {
+    **DARSpec.model_fields,
+    **Hyperparameters.model_fields,
+    **Sampling.model_fields,
+}
+"""The fields of a job spec by the names that they have in `dar.DARConfig` too."""
+
+
+class HelpText(str):
+    """What a field of `dar.DARConfig` is: the help of its flag, with what docs/python.md adds.
+
+    It is a str because transformers' parser passes all other keys of a field's metadata to
+    argparse.
+    """
+
+    __slots__ = ("source", "unit")
+
+    source: str
+    """Where it comes from: an equation or departure of `dar.training.loss`, a paper, a library."""
+    unit: str
+    """Of its value; empty: a pure number or a word."""
+
+
+def described(text: str, *, source: str, unit: str = "") -> dict[str, HelpText]:
+    """Metadata of a dataclass field that has a help text."""
+    help_text = HelpText(text)
+    help_text.source, help_text.unit = source, unit
+    return {"help": help_text}
+
+
+def from_spec(spec: FieldInfo, *, source: str = "") -> Any:  # noqa: ANN401 - as dataclasses.field
+    """A dataclass field with the default and the help of a field of the job spec.
+
+    Args:
+        spec: The field of the job spec.
+        source: See `HelpText`.
+    """
+    unit = next((str(note) for note in spec.metadata if isinstance(note, Unit)), "")
+    text = " ".join((spec.description or "").split())
+    metadata = described(text, source=source, unit=unit)
+    if spec.default_factory is not None:
+        make = partial(spec.get_default, call_default_factory=True)
+        return field(default_factory=make, metadata=metadata)
+    return field(default=spec.default, metadata=metadata)
