@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import torch
 import transformers
 from peft import PeftModel
-from torch import nn
 
 from dar.protocol.reward_spec import Rewards
 from dar.rewards.functions import FunctionReward, RewardFunction
@@ -17,19 +16,6 @@ from dar.training.checkpoint.checkpoint import digest
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import Rows
 from dar.training.model.loading import LanguageModel
-
-SKETCHED_VALUES = 256
-"""Leading values of each parameter that go into a sketch: enough to tell two models apart, and cheap for large ones."""
-
-
-def weights_sketch(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and leading values of a model's parameters."""
-    sketch = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        leading = parameter.detach().flatten()[:SKETCHED_VALUES].to("cpu", torch.float32)
-        sketch.update(f"{name} {tuple(parameter.shape)} ".encode())
-        sketch.update(leading.numpy().tobytes())
-    return sketch.hexdigest()
 
 
 def rows_sha256(rows: Rows) -> str:

@@ -120,30 +120,39 @@ def all_logps(
     vocabulary: int,
     half: torch.dtype | None = None,
     before_each: Callable[[], None] = lambda: None,
+    with_entropies: bool = False,
 ) -> Tensor:
     """Log-probabilities of any number of completions, without gradients and without dropout.
 
     Args:
         model: A causal language model; it is left in evaluation mode.
         pairs: B sequences.
-        collate: Lays out the sequences of a forward pass.
+        collate: Makes a batch of the sequences of one forward pass.
         vocabulary: Size of the model's vocabulary.
-        half: What forward passes are cast to; None: nothing.
+        half: Number format that forward passes are cast to; None: no cast.
         before_each: Called before each forward pass; may raise to stop.
+        with_entropies: Whether to return the summed entropies too; see `logps_and_entropies`.
 
     Returns:
-        ``[B]`` on the CPU, in nats; float64 for a float64 model, else float32.
+        ``[B]`` on the CPU, in nats, or ``[2, B]`` with the entropies in the second row; float64 for
+        a float64 model, else float32.
     """
     model.eval()
     parameter = next(model.parameters())
     device = parameter.device
-    logps_B = torch.zeros(len(pairs), dtype=torch.promote_types(parameter.dtype, torch.float32))
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    values_NB = torch.zeros(1 + with_entropies, len(pairs), dtype=dtype)
     for rows in forward_batches(pairs, vocabulary):
         before_each()
         batch = {k: v.to(device) for k, v in collate([pairs[i] for i in rows]).items()}
         with autocast(device, half):
-            logps_B[rows] = completion_logps(model, batch).cpu()
-    return logps_B
+            measured = (
+                logps_and_entropies(model, batch)
+                if with_entropies
+                else (completion_logps(model, batch),)
+            )
+            values_NB[:, rows] = torch.stack(measured).cpu()
+    return values_NB if with_entropies else values_NB[0]
 
 
 def autocast(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[object]:

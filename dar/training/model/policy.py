@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
-from dar.training.checkpoint.fingerprint import weights_sketch
 from dar.training.config.config import DARConfig
 from dar.training.model import loading
+from dar.training.model.sketch import weights_sketch
 
 
 @dataclass(frozen=True, slots=True)

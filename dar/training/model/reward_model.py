@@ -27,8 +27,8 @@ from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingEr
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
 from dar.rewards.scoring.threads import in_daemon_thread
-from dar.training.checkpoint.fingerprint import weights_sketch
 from dar.training.model import loading
+from dar.training.model.sketch import weights_bytes, weights_sketch
 
 RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
 """Folder or hub id of a sequence classifier with one label, or such a model, or several of these."""
@@ -92,7 +92,7 @@ class RewardModel:
     @property
     def size_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+        return weights_bytes(self._model)
 
     def sketch(self) -> str:
         """Tells the weights from others."""

@@ -183,13 +183,13 @@ class Weigher:
         if rows and not is_behavior_known:
             policy_logps = self._policy([step.pairs[row] for row in rows])
             step.behavior_logps_B[rows] = policy_logps.to(self._dtype)
-        self.ask_reference(step, rows)
+        self.measure_reference(step, rows)
         step.seconds["reference"] = time.monotonic() - started
         self._weigh(step, everything)
         return step
 
     def begin(self, step: ScoredStep) -> None:
-        """Make room for what `ask_reference` and `weigh` will find."""
+        """Make room for what `measure_reference` and `weigh` will find."""
         step.behavior_logps_B = step.behavior_logps_B.to(self._dtype)
         if self._reference is not None:
             step.ref_logps_B = torch.full_like(step.behavior_logps_B, math.nan)
@@ -198,7 +198,7 @@ class Weigher:
         step.policy_logps_B = step.policy_logps_B.to(self._dtype)
         step.entropies_B = step.entropies_B.to(self._dtype)
 
-    def ask_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
+    def measure_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
         """Log-probabilities of these completions under the reference; they need no rewards."""
         if rows and self._reference is not None and step.ref_logps_B is not None:
             logps = self._reference([step.pairs[row] for row in rows])

@@ -3,86 +3,79 @@
 import sys
 from collections.abc import Mapping
 
+import torch
+
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import PromptEncoder, Rows, naming_row
 from dar.training.model import loading
 from dar.training.model.policy import Policy
-from dar.training.parallel.ranks import Ranks
-from dar.training.report.sink import Control, Sink
+from dar.training.run_context import RunContext
 from dar.training.sampling.prompts import EvaluationStream, PromptStream
 from dar.training.sampling.sampler import Sampler, check_tokens
 from dar.training.step.offline import ReplaySource, RowEncoder, check_replay
-from dar.training.step.online import OnlineSource, Scoring
+from dar.training.step.online import OnlineSource
+from dar.training.step.passes import ForwardPasses
 from dar.training.step.records import Mode, Weigher
+from dar.training.step.reward_feed import Scoring
 
 STREAMS: Mapping[Mode, type[PromptStream]] = {"train": PromptStream, "eval": EvaluationStream}
 
 
 def make_source(
+    run: RunContext,
     policy: Policy,
+    passes: ForwardPasses,
     config: DARConfig,
     rows: Rows,
-    weigher: Weigher,
     *,
     scoring: Scoring | None,
-    job_id: str | None,
-    sink: Sink,
-    control: Control,
-    ranks: Ranks,
-    mode: Mode = "train",
+    mode: Mode,
 ) -> OnlineSource | ReplaySource:
-    """The step source of a training run.
+    """The step source of a data set.
 
     Args:
-        policy: What is sampled from.
+        run: The training run.
+        policy: The model that is trained.
+        passes: Measures completions.
         config: Of the run.
         rows: The data set.
-        weigher: Turns rewards into weights.
-        scoring: How completions are scored; None: they are not sampled, but read from ``rows`` with their rewards.
-        job_id: Named to reward services.
-        sink: Is told what is done.
-        control: Is asked whether to go on.
-        ranks: The processes that train together.
-        mode: In an evaluation every step is all rows, in their order.
+        scoring: How completions are scored; None: ``rows`` hold completions and rewards.
+        mode: In an evaluation, every step is all rows in their order.
 
     Raises:
-        InvalidRequestError: A row cannot be used, or a prompt and ``max_new_tokens`` do not fit into the model's context.
+        InvalidRequestError: A row cannot be used, or a prompt and ``max_new_tokens`` do not fit
+            into the model's context.
         TrainingError: The model cannot be sampled from.
     """
     tokenizer = policy.tokenizer
+    weigher = Weigher(
+        config,
+        passes.reference_logps if config.alpha > 0 else None,
+        passes.policy_logps,
+        dtype=torch.promote_types(policy.model.dtype, torch.float32),
+    )
     context = loading.context_length(policy.model) or sys.maxsize
     longest = min(config.max_length or context, context)
     if scoring is None:
-        encoder_of_rows = _row_encoder(policy, config, longest)
+        row_encoder = _row_encoder(policy, config, longest)
         count = config.prompts_per_step if mode == "train" else len(rows)
-        check_replay(rows, encoder_of_rows, count)
-        stream = _stream(mode, rows, encoder_of_rows, config, sink, ranks)
-        return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=sink, mode=mode)
+        check_replay(rows, row_encoder, count)
+        stream = _stream(run, mode, rows, row_encoder, config)
+        return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=run.sink, mode=mode)
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
-    stream = _stream(mode, rows, encoder, config, sink, ranks)
+    stream = _stream(run, mode, rows, encoder, config)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
         _check_tokens(rows, encoder, policy.vocabulary)
-    return OnlineSource(
-        policy.model,
-        stream,
-        _sampler(policy, config, longest),
-        scoring,
-        weigher,
-        tokenizer=tokenizer,
-        sink=sink,
-        control=control,
-        job_id=job_id,
-        ranks=ranks,
-        mode=mode,
-    )
+    sampler = _sampler(policy, config, longest)
+    return OnlineSource(run, policy, stream, sampler, scoring, weigher, mode=mode)
 
 
 def _stream(
-    mode: Mode, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink, ranks: Ranks
+    run: RunContext, mode: Mode, rows: Rows, encoder: PromptEncoder, config: DARConfig
 ) -> PromptStream:
-    stream = STREAMS[mode](rows, encoder, config, sink)
-    ranks.from_main(stream.try_rows)
+    stream = STREAMS[mode](rows, encoder, config, run.sink)
+    run.ranks.from_main(stream.try_rows)
     return stream
 
 
@@ -98,12 +91,12 @@ def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
 
 def _longest_prompt(config: DARConfig, longest: int) -> int:
     length = config.max_prompt_length or longest
-    if length >= longest:  # no bound at all
+    if length >= longest:  # the bound has no effect
         length = longest - config.max_new_tokens
     if length <= 0:
         raise InvalidRequestError(
-            f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, which is the most that "
-            "max_length or the model allows; lower max_new_tokens",
+            f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, "
+            "which is the most that max_length or the model allows; lower max_new_tokens",
             param="max_new_tokens",
         )
     return length
@@ -117,7 +110,7 @@ def _sampler(policy: Policy, config: DARConfig, longest: int) -> Sampler:
 
 
 def _check_tokens(rows: Rows, encoder: PromptEncoder, vocabulary: int) -> None:
-    """Where the tokenizer has more tokens than the model, which may be for padding alone, try every prompt."""
+    """Check every prompt if the tokenizer has more tokens than the model, maybe only for padding."""
     for index in range(len(rows)):
         with naming_row(index):
             check_tokens([encoder(rows[index]).ids], vocabulary)
