@@ -248,7 +248,7 @@ class DARTrainer(Trainer):
             reward_names=[str(term["name"]) for term in terms],
             last_report=lambda: reporter.reported,
         )
-        self.checkpoints = RunCheckpoints(
+        self._checkpoints = RunCheckpoints(
             run,
             self.hub,
             config_sha256=config_sha256(
@@ -264,6 +264,16 @@ class DARTrainer(Trainer):
         self.args.deepspeed_plugin = copy.deepcopy(self.args.deepspeed_plugin)  # it is changed here
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = settle_accelerator(self)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self._checkpoints.root
+
+    @property
+    def published_step(self) -> int:
+        """Step of the newest checkpoint that was written or resumed from."""
+        return self._checkpoints.published_step
 
     @property
     def stopped_by(self) -> Request | None:
@@ -317,7 +327,7 @@ class DARTrainer(Trainer):
         trial: Any,  # noqa: ANN401 - the signature of transformers
         ignore_keys: list[str] | None,
     ) -> TrainOutput:
-        if len(set(self.ranks.gather(self.checkpoints.config_sha256))) > 1:
+        if len(set(self.ranks.gather(self._checkpoints.config_sha256))) > 1:
             raise InvalidRequestError(
                 "the processes of this training run have different arguments, data or base models; "
                 "give all the same"
@@ -339,27 +349,27 @@ class DARTrainer(Trainer):
                 "DeepSpeed has wrapped this trainer's model, and can wrap it only once; make "
                 "another trainer"
             )
-        self.checkpoints.sweep()
+        self._checkpoints.sweep()
         if not resume:
             return super().train(None, trial, ignore_keys)
         if isinstance(resume, bool):
             raise InvalidRequestError("resume_from_checkpoint must name the checkpoint's folder")
         folder = Path(resume)
-        manifest = self.checkpoints.open(folder)
+        manifest = self._checkpoints.open(folder)
         if manifest.step >= self.args.max_steps:
             # The last step was done before: only its checkpoint is published in this run too.
-            self.checkpoints.load_weights(folder)
+            self._checkpoints.load_weights(folder)
             self.state.global_step = manifest.step
-            self.checkpoints.restore_members()
+            self._checkpoints.restore_members()
             self._evaluate_if_due()
-            self.checkpoints.republish(folder, manifest)
+            self._checkpoints.republish(folder, manifest)
             return TrainOutput(manifest.step, math.nan, {})
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not is_sharded(self.model)):
-            self.checkpoints.load_weights(folder)
+            self._checkpoints.load_weights(folder)
         return super().train(str(folder / RESUME_FOLDER), trial, ignore_keys)
 
     def _save_unpublished(self) -> None:
-        if self.state.global_step > self.checkpoints.published_step:
+        if self.state.global_step > self.published_step:
             self._save_checkpoint(self.model, None)
 
     def _source_of(
@@ -543,12 +553,12 @@ class DARTrainer(Trainer):
     # --- checkpoints ---------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401, ARG002 - as transformers
-        self.checkpoints.save()
+        self._checkpoints.save()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As transformers does, but without empty parameter groups."""
         if self.optimizer is None:
-            return self.checkpoints.without_empty_groups(super().create_optimizer(model))
+            return self._checkpoints.without_empty_groups(super().create_optimizer(model))
         return self.optimizer
 
     def _prepare_for_training(
@@ -571,15 +581,15 @@ class DARTrainer(Trainer):
         model: nn.Module | None = None,  # noqa: ARG002 - as transformers
     ) -> None:
         if not is_sharded(self.model):  # else it was done before the weights were sharded
-            self.checkpoints.load_weights(Path(resume_from_checkpoint).parent)
+            self._checkpoints.load_weights(Path(resume_from_checkpoint).parent)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.checkpoints.restore_training()
+            self._checkpoints.restore_training()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.checkpoints.restore_random()
+            self._checkpoints.restore_random()
 
     # --- saving and the hub --------------------------------------------------------------------
 
@@ -594,7 +604,7 @@ class DARTrainer(Trainer):
             TrainingError: The hub cannot be reached, or rejects the upload.
         """
         folder = Path(output_dir or str(self.args.output_dir))
-        self.checkpoints.save_model(folder)
+        self._checkpoints.save_model(folder)
         self.hub.write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub("Model save", revision=self.args.hub_revision)

@@ -200,9 +200,9 @@ def _say_how_to_load(console: TrainingConsole, trainer: DARTrainer) -> None:
 def _checkpoint(name: str, trainer: DARTrainer) -> Path:
     if name != "latest":
         return Path(name)
-    found = sorted(trainer.checkpoints.root.glob("step-*"), key=_step_of)
+    found = sorted(trainer.checkpoints.glob("step-*"), key=_step_of)
     if not found:
-        raise CheckpointError(f"there is no checkpoint in {trainer.checkpoints.root}")
+        raise CheckpointError(f"there is no checkpoint in {trainer.checkpoints}")
     return found[-1]
 
 
