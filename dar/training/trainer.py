@@ -60,11 +60,10 @@ from dar.training.run_setup import (
 from dar.training.step.loop import StepLoop, StepShare
 from dar.training.step.metrics import Reporter
 from dar.training.step.offline import ReplaySource
-from dar.training.step.online import OnlineSource
+from dar.training.step.online import OnlineSource, make_source
 from dar.training.step.passes import ForwardPasses
 from dar.training.step.records import Mode, ScoredStep
 from dar.training.step.reward_feed import Scoring
-from dar.training.step.sources import make_source
 
 __all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
 

@@ -27,10 +27,9 @@ from dar.training.model.logprobs import forward_batches, logps_and_entropies
 from dar.training.report.sink import Request, StopRequestedError
 from dar.training.run_context import RunContext
 from dar.training.step.metrics import Reporter
-from dar.training.step.parts import StepPart
 from dar.training.step.pipeline import BeginningSource, Pipeline
 from dar.training.step.records import ScoredStep
-from dar.training.step.reward_feed import Scoring
+from dar.training.step.reward_feed import Scoring, StepPart
 
 MOST_EMPTY_STEPS = 3
 """Training fails after this many steps in a row without two usable rewards."""

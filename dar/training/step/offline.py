@@ -29,8 +29,8 @@ from dar.training.data.rows import (
 )
 from dar.training.report.sink import Sink
 from dar.training.sampling.prompts import PromptStream
-from dar.training.step.parts import StepInProgress
 from dar.training.step.records import Mode, ScoredStep, Weigher
+from dar.training.step.reward_feed import StepInProgress
 
 
 class RowEncoder(PromptEncoder):

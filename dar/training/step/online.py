@@ -1,27 +1,43 @@
-"""`OnlineSource`: completions of a step are sampled from the policy and scored."""
+"""`OnlineSource`: completions of a step are sampled from the policy and scored.
+
+`make_source` makes the step source of a data set, this one or `ReplaySource`.
+"""
 
 import itertools
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dar.errors import InvalidRequestError
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scoring.in_flight import Order
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
-from dar.training.data.rows import Prompt, TokenPair
+from dar.training.config.config import DARConfig
+from dar.training.data.rows import Prompt, PromptEncoder, Rows, TokenPair, naming_row
+from dar.training.model import loading
 from dar.training.model.policy import Policy
 from dar.training.parallel.sharding import whole
 from dar.training.report.sink import StopRequestedError
 from dar.training.run_context import RunContext
 from dar.training.sampling.completions import Completion
-from dar.training.sampling.prompts import PromptStream
-from dar.training.sampling.sampler import Sampler
-from dar.training.step.parts import StepInProgress
+from dar.training.sampling.prompts import EvaluationStream, PromptStream
+from dar.training.sampling.sampler import Sampler, check_tokens
+from dar.training.step.offline import ReplaySource, RowEncoder, check_replay
+from dar.training.step.passes import ForwardPasses
 from dar.training.step.records import Mode, ScoredStep, Weigher
-from dar.training.step.reward_feed import PENDING, RewardCollector, RewardFeed, Scoring
+from dar.training.step.reward_feed import (
+    PENDING,
+    RewardCollector,
+    RewardFeed,
+    Scoring,
+    StepInProgress,
+)
+
+STREAMS: Mapping[Mode, type[PromptStream]] = {"train": PromptStream, "eval": EvaluationStream}
 
 
 class OnlineSource:
@@ -308,3 +324,100 @@ def _wait_for_all(number: int, completions: Sequence[Completion]) -> None:
 
 def _logps(completions: Sequence[Completion]) -> torch.Tensor:
     return torch.tensor([completion.logp for completion in completions], dtype=torch.float64)
+
+
+# --- the source of a data set ------------------------------------------------------------------
+
+
+def make_source(
+    run: RunContext,
+    policy: Policy,
+    passes: ForwardPasses,
+    config: DARConfig,
+    rows: Rows,
+    *,
+    scoring: Scoring | None,
+    mode: Mode,
+) -> OnlineSource | ReplaySource:
+    """The step source of a data set.
+
+    Args:
+        run: The training run.
+        policy: The model that is trained.
+        passes: Measures completions.
+        config: Of the run.
+        rows: The data set.
+        scoring: How completions are scored; None: ``rows`` hold completions and rewards.
+        mode: In an evaluation, every step is all rows in their order.
+
+    Raises:
+        InvalidRequestError: A row cannot be used, or a prompt and ``max_new_tokens`` do not fit
+            into the model's context.
+        TrainingError: The model cannot be sampled from.
+    """
+    tokenizer = policy.tokenizer
+    weigher = Weigher(
+        config,
+        passes.reference_logps if config.alpha > 0 else None,
+        passes.policy_logps,
+        dtype=torch.promote_types(policy.model.dtype, torch.float32),
+    )
+    context = loading.context_length(policy.model) or sys.maxsize
+    longest = min(config.max_length or context, context)
+    if scoring is None:
+        row_encoder = _row_encoder(policy, config, longest)
+        count = config.prompts_per_step if mode == "train" else len(rows)
+        check_replay(rows, row_encoder, count)
+        stream = _stream(run, mode, rows, row_encoder, config)
+        return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=run.sink, mode=mode)
+    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
+    stream = _stream(run, mode, rows, encoder, config)
+    if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
+        _check_tokens(rows, encoder, policy.vocabulary)
+    sampler = _sampler(policy, config, longest)
+    return OnlineSource(run, policy, stream, sampler, scoring, weigher, mode=mode)
+
+
+def _stream(
+    run: RunContext, mode: Mode, rows: Rows, encoder: PromptEncoder, config: DARConfig
+) -> PromptStream:
+    stream = STREAMS[mode](rows, encoder, config, run.sink)
+    run.ranks.from_main(stream.try_rows)
+    return stream
+
+
+def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
+    return RowEncoder(
+        policy.tokenizer,
+        config.max_prompt_length,
+        longest=longest,
+        vocabulary=policy.vocabulary,
+        eos_ids=loading.eos_ids(policy.model, policy.tokenizer),
+    )
+
+
+def _longest_prompt(config: DARConfig, longest: int) -> int:
+    length = config.max_prompt_length or longest
+    if length >= longest:  # the bound has no effect
+        length = longest - config.max_new_tokens
+    if length <= 0:
+        raise InvalidRequestError(
+            f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, "
+            "which is the most that max_length or the model allows; lower max_new_tokens",
+            param="max_new_tokens",
+        )
+    return length
+
+
+def _sampler(policy: Policy, config: DARConfig, longest: int) -> Sampler:
+    eos_ids = loading.eos_ids(policy.model, policy.tokenizer)
+    sampler = Sampler(config, policy.tokenizer, eos_ids=eos_ids, max_length=longest)
+    sampler.check(policy.model)
+    return sampler
+
+
+def _check_tokens(rows: Rows, encoder: PromptEncoder, vocabulary: int) -> None:
+    """Check every prompt if the tokenizer has more tokens than the model, maybe only for padding."""
+    for index in range(len(rows)):
+        with naming_row(index):
+            check_tokens([encoder(rows[index]).ids], vocabulary)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from dar.protocol.spec import Overlap
 from dar.training.sampling.completions import Completion
-from dar.training.step.parts import StepInProgress
+from dar.training.step.reward_feed import StepInProgress
 
 
 class BeginningSource(Protocol):

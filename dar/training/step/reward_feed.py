@@ -1,7 +1,13 @@
-"""`RewardFeed`: brings the rewards of a sampled step to all processes, in the order in which it is trained on."""
+"""The rewards of a sampled step, and the parts in which it is trained on as they arrive.
 
+A step is cut the same way whatever is overlapped, so that overlapping changes no bit of the result:
+first into as many shares as transformers accumulates gradients over, then, where a prompt can be
+weighed by itself, into parts of at least `LEAST_ROWS` completions and at most `MOST_PARTS` in all.
+"""
+
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +21,18 @@ from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.parallel.ranks import Ranks
 from dar.training.report.capacity import Capacity
 from dar.training.report.sink import StopRequestedError
-from dar.training.step.parts import Prompts, flat
+from dar.training.sampling.completions import Completion
 from dar.training.step.records import LEAST_VALID, ScoredStep, Weigher
 
 PENDING = SampleReward(None, "skip", None, {})
 """Placeholder of a reward that has not arrived."""
+LEAST_ROWS = 16
+"""Completions of a process below which a part is not cut further: smaller passes leave a GPU idle."""
+MOST_PARTS = 8
+"""Parts of a step: when the last one is scored, an eighth of the training is left."""
+
+Prompts = list[list[int]]
+"""Numbers of prompts of a step, for each process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,15 @@ class RewardCollector:
         self._arrived.update(rewards)
 
 
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """Prompts whose completions are scored and weighed."""
+
+    prompts: Prompts
+    is_last: bool
+    """Whether the optimizer steps after it."""
+
+
 class RewardFeed:
     """The rewards of one step, on all processes; they call its methods together.
 
@@ -181,7 +203,7 @@ class RewardFeed:
             part = self._receive(part, self._scoring.part_order)
         else:
             self.receive_all()
-        prompts = sorted(flat(part))
+        prompts = sorted(_flat(part))
         if prompts:
             self._weigher.weigh(self._step, prompts)
         return part
@@ -199,7 +221,7 @@ class RewardFeed:
         """After all were taken: prompts that were sampled again because too few had a reward."""
         again = self._sample_again()
         if again is not None:
-            self._weigher.weigh(self._step, sorted(flat(again)))
+            self._weigher.weigh(self._step, sorted(_flat(again)))
         return again
 
     def _own(self, prompts: Sequence[int]) -> Prompts:
@@ -252,7 +274,7 @@ class RewardFeed:
         prompts = [
             sorted(own[: len(needed)]) for own, needed in zip(of_each(arrived), part, strict=True)
         ]
-        taken = set(flat(prompts))
+        taken = set(_flat(prompts))
         self._collector.keep({p: rewards for p, rewards in arrived.items() if p not in taken})
         rewards = [(p, [asdict(one) for one in arrived[p]]) for p in sorted(taken)]
         return {"prompts": prompts, "rewards": rewards}
@@ -278,3 +300,72 @@ class RewardFeed:
     def _scored_count(self, prompt: int) -> int:
         rows = self._step.rows_of([prompt])
         return sum(self._step.rewards[row].reward is not None for row in rows)
+
+
+class StepInProgress:
+    """A step whose completions are known, and whose rewards may still arrive.
+
+    Args:
+        step: The step.
+        feed: Its rewards as they arrive; None: they are known.
+        sampled: Its completions if they were sampled.
+    """
+
+    def __init__(
+        self, step: ScoredStep, feed: RewardFeed | None = None, sampled: Sequence[Completion] = ()
+    ) -> None:
+        self.step = step
+        self.sampled = tuple(sampled)
+        self._feed = feed
+
+    def finished(self) -> ScoredStep:
+        """The step with all rewards and weights; waits for them."""
+        if self._feed is not None:
+            self._feed.finish()
+        return self.step
+
+    def shares(self, ranks: Ranks, count: int, *, is_streamable: bool) -> list[Iterator[StepPart]]:
+        """The parts of each of ``count`` shares; the shares must be iterated over in order."""
+        most = max(1, MOST_PARTS // count) if self._feed is not None and is_streamable else 1
+        plan = [_cut(share, self.step, most) for share in _shares(self.step, ranks, count)]
+        return [self._parts(parts, is_last=i == count - 1) for i, parts in enumerate(plan)]
+
+    def _parts(self, plan: Sequence[Prompts], *, is_last: bool) -> Iterator[StepPart]:
+        for i, part in enumerate(plan):
+            prompts = part if self._feed is None else self._feed.take(part)
+            is_end = is_last and i == len(plan) - 1
+            again = self._feed.refill() if is_end and self._feed is not None else None
+            if again is not None:  # they count now, and are trained on only once
+                prompts = _without(prompts, again)
+            yield StepPart(prompts, is_last=is_end and again is None)
+            if again is not None:
+                yield StepPart(again, is_last=True)
+
+
+def _shares(step: ScoredStep, ranks: Ranks, count: int) -> list[Prompts]:
+    """The prompts of each process, for each share."""
+    own = [ranks.slice_of(index, len(step.prompts)) for index in range(ranks.count)]
+    return [
+        [list(one[len(one) * i // count : len(one) * (i + 1) // count]) for one in own]
+        for i in range(count)
+    ]
+
+
+def _cut(share: Prompts, step: ScoredStep, most: int) -> list[Prompts]:
+    """Cut a share into parts; each process has a piece of every part."""
+    rows = max(sum(step.counts[p] for p in prompts) for prompts in share)
+    count = max(1, min(most, rows // LEAST_ROWS, max(map(len, share))))
+    cuts = [[len(one) * i // count for i in range(count + 1)] for one in share]
+    return [
+        [one[a[i] : a[i + 1]] for one, a in zip(share, cuts, strict=True)] for i in range(count)
+    ]
+
+
+def _without(prompts: Prompts, others: Prompts) -> Prompts:
+    left_out = set(_flat(others))
+    return [[p for p in one if p not in left_out] for one in prompts]
+
+
+def _flat(prompts: Prompts) -> list[int]:
+    """The prompts of all processes."""
+    return list(itertools.chain(*prompts))
