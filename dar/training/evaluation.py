@@ -1,10 +1,10 @@
 """Evaluation: between steps, the policy is measured on rows of their own.
 
-An evaluation is one large step without an update. K completions of every prompt are sampled with the
-noise of step 0 (training counts from 1), so every evaluation draws the same random numbers. They are
-scored, compared and weighed as in training, and all statistics span the whole data set. Rows that
-hold completions and rewards are used as they are. Training continues as if there had been no
-evaluation: nothing is drawn from its random generators.
+An evaluation is one large step without an update. K completions of every prompt are sampled with
+the noise of step 0 (training counts from 1), so every evaluation draws the same random numbers.
+They are scored, compared and weighed as in training, and all statistics span the whole data set.
+Rows that hold completions and rewards are used as they are. Training continues as if there had been
+no evaluation: nothing is drawn from its random generators.
 """
 
 import contextlib
@@ -177,7 +177,7 @@ def naming_evaluation(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Restore every random generator afterwards: reward functions and ``compute_metrics`` may draw."""
+    """Restore every random generator afterwards: rewards and ``compute_metrics`` may draw."""
     python, numpy_state = random.getstate(), np.random.get_state(legacy=True)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -226,7 +226,7 @@ class RunEvaluation:
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """Prepare for a training run, so that data which cannot be used fail before its first step."""
+        """Prepare for a training run, so that unusable data fail before its first step."""
         self._last_step, self.is_due = -1, False
         try:
             is_given = self._run.trainer.eval_dataset is not None

@@ -32,8 +32,8 @@ from dar.training.step.records import is_streamable
 from dar.training.step.reward_feed import Scoring
 
 RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Rewards
-"""A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a job
-spec."""
+"""A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a
+job spec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +245,8 @@ class RewardSession:
         self._reporter = reporter
         self._scorer: RewardScorer | None = None
         self._closed_state: dict[str, Any] | None = None
-        """The last scorer's state when it was closed. A failed step closes it, and then a checkpoint
-        of the step before is written."""
+        """The last scorer's state when it was closed. A failed step closes it, and then a
+        checkpoint of the step before is written."""
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What is checked and settled before a training run: its arguments, its data, accelerate's strategy."""
+"""What is checked and settled before a training run: arguments, data, accelerate's strategy."""
 
 import copy
 import logging

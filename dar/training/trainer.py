@@ -1,4 +1,4 @@
-"""`DARTrainer`: transformers' training loop, with steps of completions that are sampled and scored."""
+"""`DARTrainer`: transformers' training loop over steps of sampled and scored completions."""
 
 import copy
 import functools

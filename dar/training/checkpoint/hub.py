@@ -183,13 +183,13 @@ class HubPush:
 
 
 def tag_model(model: LanguageModel) -> None:
-    """Add the method's tags to the model, so that they are there when it is pushed by itself."""
+    """Add the method's tags to the model, for a push without this trainer."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.add_model_tags(list(TAGS[:2]))
 
 
 def repository_name(args: DARConfig, made: str | None) -> str:
-    """Repository on the hub: the one that was made, else the configured one, else the folder's name."""
+    """Repository: the created one, else the configured one, else the folder's name."""
     return str(made or args.hub_model_id or Path(str(args.output_dir)).absolute().name)
 
 
@@ -208,7 +208,7 @@ def hub_errors(repository: str) -> Iterator[None]:
 
 
 def _staged(source: Path, without: frozenset[str] | set[str] = frozenset()) -> Path:
-    """A copy of a checkpoint that outlives it: the upload may end after the checkpoint is removed."""
+    """A copy of a checkpoint, as the upload may end after the checkpoint is removed."""
     target = Path(tempfile.mkdtemp(prefix=".push-", dir=source.parent.parent))
 
     def left_out(folder: str, names: list[str]) -> set[str]:

@@ -1,8 +1,8 @@
 """`RunCheckpoints`: publishes the checkpoints of a run, and loads the one that it resumes from.
 
-It replaces everything by which `transformers.Trainer` saves and loads: transformers writes in place,
-picks the folder with the highest number even if it is incomplete, and pickles optimizer, scheduler
-and random states.
+It replaces everything by which `transformers.Trainer` saves and loads: transformers writes in
+place, picks the folder with the highest number even if it is incomplete, and pickles optimizer,
+scheduler and random states.
 """
 
 import shutil

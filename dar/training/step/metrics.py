@@ -272,7 +272,7 @@ class Reporter:
         }
 
     def report(self, sink: Sink, number: int) -> dict[str, float]:
-        """Report the metrics since the last report, and samples of the last step, step ``number``."""
+        """Report the metrics since the last report, and samples of the last step."""
         assert self._last is not None
         requests = self.observer.take() if self.observer else StepRequests()
         self.reported = {**self._window.take(), **requests.metrics}

@@ -417,7 +417,7 @@ def _sampler(policy: Policy, config: DARConfig, longest: int) -> Sampler:
 
 
 def _check_tokens(rows: Rows, encoder: PromptEncoder, vocabulary: int) -> None:
-    """Check every prompt if the tokenizer has more tokens than the model, maybe only for padding."""
+    """Check every prompt, as the tokenizer has more tokens than the model, maybe for padding."""
     for index in range(len(rows)):
         with naming_row(index):
             check_tokens([encoder(rows[index]).ids], vocabulary)

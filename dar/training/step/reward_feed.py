@@ -27,7 +27,7 @@ from dar.training.step.records import LEAST_VALID, ScoredStep, Weigher
 PENDING = SampleReward(None, "skip", None, {})
 """Placeholder of a reward that has not arrived."""
 LEAST_ROWS = 16
-"""Completions of a process below which a part is not cut further: smaller passes leave a GPU idle."""
+"""A part with fewer completions of a process is not cut: smaller passes leave a GPU idle."""
 MOST_PARTS = 8
 """Parts of a step: when the last one is scored, an eighth of the training is left."""
 
