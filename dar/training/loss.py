@@ -68,7 +68,7 @@ def normalized_advantages(
     eps: float = 1e-6,
     tie_tolerance: float = 0.0,
 ) -> Tensor:
-    """How much better each completion is than its siblings: equation (3), with departures 1, 2 and 4.
+    """How much better each completion is than its siblings: equation (3), departures 1, 2, 4.
 
     Deviations are biased (divided by n). With K = 1 there are no siblings, and all advantages
     are 0.

@@ -83,8 +83,8 @@ class GivenRewards:
         path = config.reward_model_path
         if models is not None and path is not None:
             raise InvalidRequestError(
-                "reward_model and args.reward_model_path both name a reward model; give one of them, "
-                "or a list as reward_model",
+                "reward_model and args.reward_model_path both name a reward model; give one of "
+                "them, or a list as reward_model",
                 param="reward_model_path",
             )
         if isinstance(functions, Rewards):

@@ -200,8 +200,8 @@ def hub_errors(repository: str) -> Iterator[None]:
         yield
     except HUB_ERRORS as error:
         raise TrainingError(
-            f"{repository!r} cannot be pushed to the hub: {error}; the model is on this machine and "
-            "can be pushed later",
+            f"{repository!r} cannot be pushed to the hub: {error}; the model is on this machine "
+            "and can be pushed later",
             param="push_to_hub",
             code="push_failed",
         ) from error

@@ -109,9 +109,9 @@ def _introduction(facts: CardFacts) -> str:
         base = f"`{Path(facts.base).name}`" if facts.base else "a language model"
     return (
         f"# {facts.name}\n\n{what} {base}, trained by Direct Advantage Regression (DAR): for each "
-        "prompt the model samples completions, each gets a reward, and the model is fine-tuned on its own "
-        "samples, weighted by how much better they are than their siblings, and held near to the "
-        "model it started from."
+        "prompt the model samples completions, each gets a reward, and the model is fine-tuned on "
+        "its own samples, weighted by how much better they are than their siblings, and held near "
+        "to the model it started from."
     )
 
 
@@ -159,4 +159,5 @@ def _versions() -> str:
 
 
 def _citation() -> str:
-    return f"## Citation\n\nThe method: [arXiv 2504.14177](https://arxiv.org/abs/2504.14177).\n\n{PAPER}"
+    url = "https://arxiv.org/abs/2504.14177"
+    return f"## Citation\n\nThe method: [arXiv 2504.14177]({url}).\n\n{PAPER}"

@@ -36,7 +36,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def load_model(
     name: str | Path, *, dtype: torch.dtype = torch.float32, is_offline: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or a hub: safetensors only, built-in architectures only.
+    """Load a causal language model from safetensors; built-in architectures only.
 
     Args:
         name: Folder or hub id.

@@ -201,8 +201,8 @@ class RewardModel:
         if not self._tokenizer.chat_template:
             raise RewardMisconfiguredError(
                 "the prompts are conversations, but the tokenizer of the reward model "
-                f"{_named(self._model)} has no chat template; use plain prompts, a reward model for "
-                "conversations, or give reward_processing_class"
+                f"{_named(self._model)} has no chat template; use plain prompts, a reward model "
+                "for conversations, or give reward_processing_class"
             )
         for messages in _shorter(_answered(prompt, completion)):
             ids = self._rendered(messages)
@@ -231,7 +231,7 @@ def load_reward_model(
     dtype: torch.dtype | str = "auto",
     is_offline: bool = False,
 ) -> RewardModel:
-    """Load a reward model from a folder or a hub: safetensors only, built-in architectures only.
+    """Load a reward model from safetensors; built-in architectures only.
 
     Args:
         name: Folder or hub id.
@@ -300,8 +300,8 @@ def make_reward_models(
         own = list(tokenizers)
     if len(own) != len(models):
         raise InvalidRequestError(
-            f"{len(own)} tokenizers (reward_processing_class) for {len(models)} reward models; give "
-            "one each, or None for the one beside the model",
+            f"{len(own)} tokenizers (reward_processing_class) for {len(models)} reward models; "
+            "give one each, or None for the one beside the model",
             param="reward_processing_class",
         )
     made = []

@@ -176,7 +176,7 @@ class RowEncoder(PromptEncoder):
         if not text.startswith(before):
             at = common_length(map(ord, before), map(ord, text))
             raise InvalidRequestError(
-                "the model's chat template renders the prompt differently when the answer follows: "
+                "the model's chat template writes the prompt differently when the answer follows: "
                 f"alone it has {before[at : at + 40]!r} where with the answer it has "
                 f"{text[at : at + 40]!r}. The policy would be trained on another prompt than it "
                 "samples from; use a template that only appends, or send prompt_ids and "

@@ -232,7 +232,8 @@ class Weigher:
                 (step.rewards[row].message for row in missing if step.rewards[row].message), None
             )
             raise TrainingError(
-                f"{len(missing)} of the {len(rows)} completions of step {step.number} have no reward"
+                f"{len(missing)} of the {len(rows)} completions of step {step.number} have no "
+                "reward"
                 + (f" ({why})" if why else "")
                 + "; set allow_missing to leave such completions out",
                 code="missing_reward",
