@@ -240,7 +240,7 @@ class RewardSession:
     """
 
     def __init__(self, run: RunContext, rewards: LoadedRewards, reporter: Reporter) -> None:
-        self.rewards = rewards
+        self.loaded = rewards
         self._run = run
         self._reporter = reporter
         self._scorer: RewardScorer | None = None
@@ -256,9 +256,9 @@ class RewardSession:
                 observer = self._reporter.observer = StepObserver(
                     self._run.sink.event,
                     self._report_wait,
-                    concurrency=self.rewards.concurrency(),
+                    concurrency=self.loaded.concurrency(),
                 )
-                scorer = self.rewards.open(
+                scorer = self.loaded.open(
                     job_id=self._run.job_id, on_wait=self._report_wait, observer=observer
                 )
                 if scorer is not None:
@@ -273,7 +273,7 @@ class RewardSession:
         Args:
             is_training: Whether failures count towards the budget of a training run.
         """
-        trainer, policy = self._run.trainer, self.rewards.failure
+        trainer, policy = self._run.trainer, self.loaded.failure
         is_watched = is_training and self._run.ranks.is_main
         return Scoring(
             self._scorer,
@@ -284,7 +284,7 @@ class RewardSession:
             is_streamable=is_streamable(trainer.args) and not trainer.is_deepspeed_enabled,
             policy=policy,
             budget=FailureBudget(policy) if policy is not None and is_watched else None,
-            capacity=Capacity(self.rewards.concurrency(), self._run.sink) if is_watched else None,
+            capacity=Capacity(self.loaded.concurrency(), self._run.sink) if is_watched else None,
         )
 
     def state(self) -> dict[str, Any]:

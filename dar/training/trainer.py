@@ -379,7 +379,7 @@ class DARTrainer(Trainer):
         config: DARConfig | None = None,
     ) -> OnlineSource | ReplaySource:
         """The step source of a data set; ``scoring`` counts failures of training."""
-        is_online = self._rewards.rewards.given.is_online
+        is_online = self._rewards.loaded.given.is_online
         return make_source(
             self._run,
             self._policy,
@@ -476,7 +476,7 @@ class DARTrainer(Trainer):
         held = {
             "model": weights_bytes(self.model),
             "reference": weights_bytes(self._policy.reference),
-            "reward models": sum(model.size_bytes for model in self._rewards.rewards.models),
+            "reward models": sum(model.size_bytes for model in self._rewards.loaded.models),
             "gradients": sum(trained),
             "AdamW's moments": 2 * sum(trained) if "adamw" in str(self.args.optim).lower() else 0,
         }

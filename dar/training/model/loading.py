@@ -50,7 +50,7 @@ def load_model(
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(name), local_files_only=is_offline)
-        refuse_code(name, config)
+        reject_code(name, config)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(name),
             dtype=dtype,
@@ -91,7 +91,7 @@ def _make_savable(model: PreTrainedModel) -> None:
         model.generation_config.do_sample = True
 
 
-def refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:
+def reject_code(name: str | Path, config: Mapping[str, Any]) -> None:
     """Reject a model whose configuration names code of its own.
 
     Raises:
@@ -107,7 +107,7 @@ def refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:
         )
     for value in config.values():
         if isinstance(value, Mapping):
-            refuse_code(name, value)
+            reject_code(name, value)
 
 
 def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedTokenizerBase:

@@ -217,7 +217,7 @@ class RewardModel:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RewardMisconfiguredError(
-                f"the chat template of the reward model {_named(self._model)} refuses the "
+                f"the chat template of the reward model {_named(self._model)} rejects the "
                 f"conversation: {error}"
             ) from error
         return list(encoded["input_ids"])
@@ -249,7 +249,7 @@ def load_reward_model(
     path = str(name)
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
-        loading.refuse_code(name, config)
+        loading.reject_code(name, config)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=dtype,
