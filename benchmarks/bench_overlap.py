@@ -117,16 +117,22 @@ class PacedSampler:
 class PacedTrainer(DARTrainer):
     """Trains in the time of a larger model."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as DARTrainer
+        super().__init__(*args, **kwargs)
+        backward = self._loop._backward  # noqa: SLF001 - the seam that this is for
+
+        def paced(model: Any, step: Any, rows: list[int]) -> Any:  # noqa: ANN401 - as StepLoop
+            until = time.monotonic() + TRAINING * len(rows) / (GROUPS * K)
+            loss = backward(model, step, rows)
+            time.sleep(max(0.0, until - time.monotonic()))
+            return loss
+
+        self._loop._backward = paced  # type: ignore[method-assign]  # noqa: SLF001 - the seam that this is for
+
     def _source_of(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as DARTrainer
         source: Any = super()._source_of(*args, **kwargs)
         source._sampler = PacedSampler()  # noqa: SLF001 - the seam that this is for
         return source
-
-    def _backward(self, model: Any, step: Any, rows: list[int]) -> Any:  # noqa: ANN401 - as DARTrainer
-        until = time.monotonic() + TRAINING * len(rows) / (GROUPS * K)
-        loss = super()._backward(model, step, rows)
-        time.sleep(max(0.0, until - time.monotonic()))
-        return loss
 
 
 class Times(NullSink):

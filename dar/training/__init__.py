@@ -1,6 +1,17 @@
 """The DAR training core: it runs alone, from a ten-line script, and knows no service.
 
 Importing this package loads no torch; a name loads its module when it is first used.
+
+trainer: `DARTrainer`, a `transformers.Trainer` made of the parts below.
+loss: Direct Advantage Regression as pure functions.
+evaluation: the policy is measured on rows of their own, between steps.
+reward_sources: functions, services and models that score completions.
+from_spec: trains a job from its spec and files.
+run_setup: what is checked and settled before a run.
+run_context: what the parts of a run share.
+offline: the public names of offline training.
+
+Folders: config, data, model, parallel, sampling, step, checkpoint, report, script and demo.
 """
 
 from importlib import import_module

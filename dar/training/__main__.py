@@ -5,7 +5,7 @@ import sys
 from dar.training.parallel.launch import start_all_processes
 
 if __name__ == "__main__":
-    start_all_processes()  # it may put another program in place of this one
+    start_all_processes()  # it may replace this process by torchrun
     from dar.training.script.main import main
 
     sys.exit(main())

@@ -1,8 +1,10 @@
-"""Evaluation: between steps, the policy is tried on rows of their own, with the same random numbers every time.
+"""Evaluation: between steps, the policy is measured on rows of their own.
 
-An evaluation is one large step without an update: K completions of every prompt, sampled with the noise of step 0 (training
-counts from 1), scored, compared and weighed as in training, all statistics over the whole data set. Rows that hold completions
-and rewards are taken as they stand. Training goes on as if nothing had been tried: nothing is drawn from its random numbers.
+An evaluation is one large step without an update. K completions of every prompt are sampled with
+the noise of step 0 (training counts from 1), so every evaluation draws the same random numbers.
+They are scored, compared and weighed as in training, and all statistics span the whole data set.
+Rows that hold completions and rewards are used as they are. Training continues as if there had been
+no evaluation: nothing is drawn from its random generators.
 """
 
 import contextlib
@@ -17,31 +19,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.trainer_utils import IntervalStrategy
 
 from dar.errors import InvalidRequestError
 from dar.protocol.metrics import EVALUATION
 from dar.training.data.rows import Rows, TokenPair, check_rows
-from dar.training.model.logprobs import Collator, autocast, forward_batches, logps_and_entropies
-from dar.training.step.loop import StepTrainer
+from dar.training.run_context import RunContext
 from dar.training.step.metrics import step_metrics
-from dar.training.step.records import Mode, ScoredStep, StepSource
+from dar.training.step.records import ScoredStep, StepSource
 
 ComputeMetrics = Callable[["Predictions"], Mapping[str, float]]
-"""What a user measures on an evaluation: names without prefix, and their values."""
+"""A user's metrics of an evaluation: names without prefix, and values."""
 Measure = Callable[[Sequence[TokenPair]], Tensor]
-"""Log-probabilities and summed entropies ``[2, B]`` of completions under the policy as it is."""
+"""Log-probabilities and summed entropies ``[2, B]`` of completions under the current policy."""
 LEFT_OUT = frozenset({"dar/staleness", "time/reference_seconds"})
-"""What says nothing here."""
+"""Metrics without meaning in an evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What ``compute_metrics`` is given: B completions of P prompts, those of a prompt together, in the order of the rows."""
+    """The argument of ``compute_metrics``: B completions of P prompts.
+
+    They are in the order of the rows, and completions of a prompt are together.
+    """
 
     prompts: list[Any]
-    """``[B]``: a text or a list of messages, repeated for each of its completions."""
+    """``[B]``: a text or a list of messages, repeated for each completion."""
     completions: list[str]
     """``[B]`` texts without special tokens."""
     rewards: list[float | None]
@@ -49,16 +53,16 @@ class Predictions:
     counts: list[int]
     """``[P]`` completions of each prompt; B in all."""
     columns: dict[str, list[Any]]
-    """``[B]`` values of every other column of the rows, None where a row has it not."""
+    """``[B]`` values of every other column of the rows; None where a row lacks it."""
 
 
 class Evaluator:
     """Evaluates the policy on one data set.
 
     Args:
-        source: Gives all its completions as one step.
+        source: Returns all its completions as one step.
         measure: Measures them under the policy.
-        compute_metrics: Gives further metrics.
+        compute_metrics: Returns further metrics.
     """
 
     def __init__(
@@ -69,12 +73,12 @@ class Evaluator:
         self._compute_metrics = compute_metrics
 
     def __call__(self, steps_done: int) -> dict[str, float]:
-        """Metrics of the policy as it is, by their names in training; those of ``compute_metrics`` by the names it gives.
+        """Metrics of the current policy, by their names in training.
 
         Raises:
             RewardError: No completion could be scored.
             StopRequestedError: A stop was requested meanwhile.
-            TrainingError: A reward is missing and may not be, or the policy gives probabilities that are no numbers.
+            TrainingError: A reward is missing and may not be, or a probability is not finite.
         """
         started = time.monotonic()
         step = self._source(steps_done)
@@ -92,7 +96,7 @@ class Evaluator:
 
 
 def predictions(step: ScoredStep) -> Predictions:
-    """An evaluated step as ``compute_metrics`` sees it."""
+    """An evaluated step as the argument of ``compute_metrics``."""
     of_row = [step.prompts[prompt] for prompt, _ in step.places]
     names = dict.fromkeys(name for prompt in step.prompts for name in prompt.columns)
     return Predictions(
@@ -105,10 +109,10 @@ def predictions(step: ScoredStep) -> Predictions:
 
 
 def checked(values: object) -> dict[str, float]:
-    """What a user's ``compute_metrics`` gave, without the values that are no numbers.
+    """The metrics of a user's ``compute_metrics``, without those that are not finite.
 
     Raises:
-        InvalidRequestError: It is something else than numbers by name.
+        InvalidRequestError: They are not numbers by name.
     """
     is_right = isinstance(values, Mapping) and all(
         isinstance(name, str) and isinstance(value, Real | np.number | Tensor)
@@ -132,16 +136,16 @@ def named(rows: Rows | Mapping[str, Rows]) -> dict[str, Rows]:
 def check_evaluation_rows(
     rows: Rows | Mapping[str, Rows] | None, *, is_replay: bool, is_needed: bool
 ) -> None:
-    """Refuse data sets that could not be evaluated on.
+    """Reject data sets that cannot be evaluated on.
 
     Args:
         rows: One or several data sets.
         is_replay: Whether rows hold their completions and rewards, as in offline training.
-        is_needed: Whether training is to evaluate on them.
+        is_needed: Whether training evaluates on them.
 
     Raises:
-        InvalidRequestError: There is none, or one has no rows, or a row cannot be used; the message names data set, row and
-            column.
+        InvalidRequestError: There is none, or one has no rows, or a row cannot be used; the message
+            names data set, row and column.
     """
     if rows is None and is_needed:
         raise InvalidRequestError(
@@ -155,10 +159,10 @@ def check_evaluation_rows(
 
 @contextlib.contextmanager
 def naming_evaluation(name: str) -> Iterator[None]:
-    """Say that it is the evaluation's data that are wrong.
+    """Turn an error about the training data into one about this data set.
 
     Raises:
-        InvalidRequestError: For one about the training data inside.
+        InvalidRequestError: It was raised inside.
     """
     try:
         yield
@@ -171,44 +175,9 @@ def naming_evaluation(name: str) -> Iterator[None]:
         ) from error
 
 
-@torch.no_grad()
-def measured(
-    model: nn.Module,
-    pairs: Sequence[TokenPair],
-    *,
-    collate: Collator,
-    vocabulary: int,
-    half: torch.dtype | None,
-    before_each: Callable[[], None],
-) -> Tensor:
-    """Log-probabilities and summed entropies of completions, without gradients and without dropout.
-
-    Args:
-        model: A causal language model; it is left in evaluation mode.
-        pairs: B sequences.
-        collate: Lays out the sequences of a forward pass.
-        vocabulary: Size of the model's vocabulary.
-        half: What forward passes are cast to; None: nothing.
-        before_each: Called before each forward pass; may raise to stop.
-
-    Returns:
-        ``[2, B]`` on the CPU, in nats; float64 for a float64 model, else float32.
-    """
-    model.eval()
-    parameter = next(model.parameters())
-    values = torch.zeros(2, len(pairs), dtype=torch.promote_types(parameter.dtype, torch.float32))
-    for rows in forward_batches(pairs, vocabulary):
-        before_each()
-        batch = collate([pairs[i] for i in rows])
-        batch = {name: tensor.to(parameter.device) for name, tensor in batch.items()}
-        with autocast(parameter.device, half):
-            values[:, rows] = torch.stack(logps_and_entropies(model, batch)).cpu()
-    return values
-
-
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Put every random generator back afterwards: a reward function may draw, and ``compute_metrics`` too."""
+    """Restore every random generator afterwards: rewards and ``compute_metrics`` may draw."""
     python, numpy_state = random.getstate(), np.random.get_state(legacy=True)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -218,87 +187,96 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-class EvaluatingTrainer(StepTrainer):
-    """Tries the policy on ``eval_dataset`` between two steps, never twice at the same one.
+class RunEvaluation:
+    """Evaluates the policy between two steps, at most once at the same one.
 
-    An evaluation that a stop breaks off is made up for at the beginning of the resumed run: the checkpoint says so.
+    If a stop interrupts an evaluation, the checkpoint says that one is due, and the resumed run
+    begins with it.
+
+    Args:
+        run: The training run.
+        source_of: Makes the step source of a data set.
+        opened: Keeps the rewards open.
+        measure: Measures completions under the current policy.
+        compute_metrics: Returns further metrics.
+        is_replay: Whether rows hold their completions and rewards.
     """
 
-    _compute: ComputeMetrics | None = None
-    _evaluators: Mapping[str, Evaluator] | None = None
-    """Of the training run under way, by the name of the data set."""
-    _evaluated_step: int = -1
-    _is_evaluation_due: bool = False
+    def __init__(
+        self,
+        run: RunContext,
+        *,
+        source_of: Callable[[Rows], StepSource],
+        opened: Callable[[], AbstractContextManager[None]],
+        measure: Measure,
+        compute_metrics: ComputeMetrics | None,
+        is_replay: bool,
+    ) -> None:
+        self.is_due = False
+        """Whether an evaluation was begun and did not end."""
+        self._run = run
+        self._source_of = source_of
+        self._opened = opened
+        self._measure = measure
+        self._compute_metrics = compute_metrics
+        self._is_replay = is_replay
+        self._evaluators: Mapping[str, Evaluator] | None = None
+        """Of the current training run, by the name of the data set."""
+        self._last_step = -1
 
-    # Given by `dar.DARTrainer`:
-
-    @property
-    def _is_replay(self) -> bool:
-        raise NotImplementedError
-
-    def _source_of(self, rows: Rows, mode: Mode) -> StepSource:
-        raise NotImplementedError
-
-    def _scoring(self) -> AbstractContextManager[None]:
-        raise NotImplementedError
-
-    def _measured(self, pairs: Sequence[TokenPair]) -> Tensor:
-        raise NotImplementedError
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Prepare for a training run, so that unusable data fail before its first step."""
+        self._last_step, self.is_due = -1, False
+        try:
+            is_given = self._run.trainer.eval_dataset is not None
+            self._evaluators = self._evaluators_of(None) if is_given else {}
+            yield
+        finally:
+            self._evaluators = None
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,  # noqa: ANN401 - the signature of transformers
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = EVALUATION.removesuffix("_"),
+        self, eval_dataset: Rows | Mapping[str, Rows] | None, prefix: str
     ) -> dict[str, float]:
-        """Sample completions of every prompt of the evaluation data, score them, and measure; nothing is trained.
-
-        Every evaluation draws the same random numbers: those of step 0, so that a prompt's depend on the seed, its row and the
-        completion's number alone. Rewards get ``mode="eval"``. Data sets that hold completions and rewards are taken as they are.
-
-        Args:
-            eval_dataset: Rows, or several data sets by name, whose name then stands in the names of their metrics; default: those
-                of the constructor.
-            ignore_keys: Not used; a model's outputs are no metrics here.
-            metric_key_prefix: Stands before the name of every metric, with a ``_``.
-
-        Returns:
-            What training reports of a step (``eval_dar/rewards_mean``, …), and what ``compute_metrics`` gives, for the whole data
-            set. The sink, ``on_log`` and ``on_evaluate`` of the callbacks are told the same; values that are no numbers are left
-            out.
-
-        Raises:
-            InvalidRequestError: There are no evaluation data, or a row cannot be used.
-            RewardError: No completion could be scored.
-            StopRequestedError: A stop was requested meanwhile.
-            TrainingError: A reward is missing and may not be, or the policy gives probabilities that are no numbers.
-        """
-        if ignore_keys:
-            raise InvalidRequestError("a model's outputs are no metrics here", param="ignore_keys")
+        """Metrics of all data sets; see `dar.DARTrainer.evaluate`."""
         with contextlib.ExitStack() as stack:
             if self._evaluators is None:  # training keeps the processes together itself
-                stack.enter_context(self.ranks.together())
-            stack.enter_context(undisturbed(self.args.device))
-            stack.enter_context(self._scoring())
+                stack.enter_context(self._run.ranks.together())
+            stack.enter_context(undisturbed(self._run.trainer.args.device))
+            stack.enter_context(self._opened())
             evaluators = self._evaluators
             if evaluators is None or eval_dataset is not None:
                 evaluators = self._evaluators_of(eval_dataset)
-            values = {
-                "_".join(filter(None, (metric_key_prefix, dataset, name))): value
+            return {
+                "_".join(filter(None, (prefix, dataset, name))): value
                 for dataset, evaluator in evaluators.items()
-                for name, value in evaluator(self.state.global_step).items()
+                for name, value in evaluator(self._run.trainer.state.global_step).items()
             }
-        self.log_evaluation(values)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, values
-        )
+
+    def evaluate_step(
+        self, evaluate: Callable[[], dict[str, float]], *, is_start: bool
+    ) -> dict[str, float]:
+        """Evaluate by ``evaluate``, unless it was done at this step.
+
+        Args:
+            evaluate: Evaluates.
+            is_start: Whether the first step is still to come. A resumed run has evaluated before.
+        """
+        step = self._run.trainer.state.global_step
+        is_resume = is_start and step > 0 and not self.is_due
+        if is_resume or step == self._last_step:
+            return {}
+        self.is_due = True
+        values = evaluate()
+        self.is_due = False
+        self._last_step = step
         return values
 
     def _evaluators_of(
         self, eval_dataset: Rows | Mapping[str, Rows] | None
     ) -> dict[str, Evaluator]:
-        """Evaluators of these data sets, or else of the constructor's."""
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        """Evaluators of these data sets; default: those of the constructor."""
+        rows: Any = self._run.trainer.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise InvalidRequestError("there is nothing to evaluate on: give eval_dataset")
         if eval_dataset is not None:
@@ -306,91 +284,50 @@ class EvaluatingTrainer(StepTrainer):
         evaluators = {}
         for name, one in named(rows).items():
             with naming_evaluation(name):
-                source = self._source_of(one, "eval")
-            evaluators[name] = Evaluator(source, self._measured, self._computing())
+                source = self._source_of(one)
+            evaluators[name] = Evaluator(source, self._measure, self._computing())
         return evaluators
 
     def _computing(self) -> ComputeMetrics | None:
-        """The user's ``compute_metrics``, asked by the main process alone."""
-        compute = self._compute
+        """The user's ``compute_metrics``, called on the main process alone."""
+        compute = self._compute_metrics
         if compute is None:
             return None
-        return lambda found: self.ranks.from_main(lambda: checked(compute(found)))
+        return lambda found: self._run.ranks.from_main(lambda: checked(compute(found)))
 
-    def _evaluate(
-        self,
-        trial: Any,  # noqa: ANN401, ARG002 - as transformers
-        ignore_keys_for_eval: list[str] | None,
-        skip_scheduler: bool = False,
-    ) -> dict[str, float]:
-        """Called by transformers where ``control.should_evaluate`` is set, and with ``skip_scheduler`` before the first step."""
-        step = self.state.global_step
-        is_resume = skip_scheduler and step > 0 and not self._is_evaluation_due
-        if is_resume or step == self._evaluated_step:
-            return {}
-        self._is_evaluation_due = True
-        values = self.evaluate(ignore_keys=ignore_keys_for_eval)
-        self._is_evaluation_due = False
-        self._evaluated_step = step
-        return values
+    # --- when an evaluation is due -------------------------------------------------------------
 
-    # --- when ----------------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Make everything ready before the first step, so that data which cannot be evaluated on fail there."""
-        self._evaluated_step, self._is_evaluation_due = -1, False
-        try:
-            self._evaluators = {} if self.eval_dataset is None else self._evaluators_of(None)
-            yield
-        finally:
-            self._evaluators = None
-
-    def get_batch_samples(
-        self,
-        epoch_iterator: Any,  # noqa: ANN401 - as transformers
-        num_batches: int,
-        device: torch.device,
-    ) -> tuple[list[Any], None]:
-        """Make up for what a stop broke off, then begin the step."""
-        if self._is_evaluation_due:
-            self._evaluate(None, None)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def _end_step(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> None:
-        super()._end_step(step, grad_norm, learning_rate)
+    def end_step(self, step: ScoredStep) -> None:
+        """StopKind an evaluation if a pass over the training data has ended within this step."""
+        trainer = self._run.trainer
         if (
-            self.args.eval_strategy == IntervalStrategy.EPOCH
+            trainer.args.eval_strategy == IntervalStrategy.EPOCH
             and self._ends_pass(step.number)
-            and self.args.eval_delay <= step.epoch
+            and trainer.args.eval_delay <= step.epoch
         ):
-            self.control.should_evaluate = True
+            trainer.control.should_evaluate = True
 
     def _ends_pass(self, number: int) -> bool:
-        """Whether a pass over the training data ends within step ``number``."""
-        count, rows = self.args.prompts_per_step, len(self.train_dataset)
+        trainer = self._run.trainer
+        count, rows = trainer.args.prompts_per_step, len(trainer.train_dataset)
         return number * count // rows > (number - 1) * count // rows
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as transformers
-        is_within_step = self._step is not None
-        if not is_within_step and self.state.global_step < self.state.max_steps:
-            # transformers takes the end of its loop for that of an epoch, and a stop may have ended it
-            self.control.should_evaluate = False
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+    def end_loop(self) -> None:
+        """StopKind no evaluation after transformers' loop if a stop has ended it.
 
-    # --- what a resume needs of it ---------------------------------------------------------------------------------------
+        transformers takes the end of its loop for the end of an epoch.
+        """
+        trainer = self._run.trainer
+        if trainer.state.global_step < trainer.state.max_steps:
+            trainer.control.should_evaluate = False
 
-    def own_state(self) -> dict[str, Any]:
-        """That of training, and whether an evaluation is still due."""
-        return {**super().own_state(), "is_evaluation_due": self._is_evaluation_due}
+    # --- resuming ------------------------------------------------------------------------------
 
-    def restore_own_state(self, state: dict[str, Any]) -> None:
-        """Take back what `own_state` gave."""
-        super().restore_own_state(state)
-        self._is_evaluation_due = self.eval_dataset is not None and state["is_evaluation_due"]
+    def state(self) -> dict[str, Any]:
+        """Whether an evaluation is due."""
+        return {"is_evaluation_due": self.is_due}
 
-    def catch_up(self, state: dict[str, Any]) -> None:
-        """Make up for what a stop broke off at the last step."""
-        self.restore_own_state(state)
-        if self._is_evaluation_due:
-            self._evaluate(None, None)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        is_given = self._run.trainer.eval_dataset is not None
+        self.is_due = is_given and state["is_evaluation_due"]

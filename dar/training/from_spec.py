@@ -1,4 +1,4 @@
-"""`train_job`: a job spec, trained from its files to its last checkpoint."""
+"""`train_job`: trains a job from its spec and files to its last checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,12 +32,12 @@ Ending = Literal["finished", "drained", "cancelled"]
 RENAMED = {"batch_size", "max_steps", "n_epochs", "lr_scheduler_type", "optim"}
 """Hyperparameters of a job spec that `DARConfig` has by another name."""
 CHECKPOINTS_PER_JOB = 20
-"""How many checkpoints a job gets when its spec does not say."""
+"""Number of checkpoints if the spec does not say how often."""
 
 
 @dataclass(frozen=True)
 class JobInputs:
-    """Everything a job needs, on this machine's disk."""
+    """Everything a job needs; files are on this machine."""
 
     job_id: str
     spec: JobSpec
@@ -50,36 +50,38 @@ class JobInputs:
     training_file: Path | None
     """JSON Lines; None: the spec names a data set of the hub."""
     work_dir: Path
-    """Checkpoints are published as ``checkpoints/step-<n>`` in here."""
+    """Checkpoints are published in it as ``checkpoints/step-<n>``."""
     resume_from: Path | None
     """A checkpoint of this job."""
     reward_secret: str | None
     threads: int
     offline: bool
-    """Whether the model hub may not be asked."""
+    """Whether access to the model hub is forbidden."""
     validation_file: Path | None = None
     """JSON Lines of prompts; None: no evaluation."""
     reward_access: RewardAccess = field(default_factory=RewardAccess)
     """How its reward services are reached."""
     reward_models: Mapping[str, Path] = field(default_factory=dict)
-    """Folders of reward models by component name; those that are not here come from the hub."""
+    """Folders of reward models by component name; the others come from the hub."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
-    """Train a job to its end, or until ``control`` asks for a stop.
+    """Train a job to its end, or until ``control`` requests a stop.
 
     Returns:
-        ``finished``: the checkpoint of the last step lies on disk. ``drained``: a checkpoint of the last whole step does,
-        unless no step was done since the start. ``cancelled``: nothing was written.
+        ``finished``: the checkpoint of the last step is on disk. ``drained``: a checkpoint of the
+        last finished step is on disk, unless no step was done since the start. ``cancelled``:
+        nothing was written.
 
     Raises:
         TrainingError: The spec, the model or the data cannot work, or training diverged.
         InvalidRequestError: A row or a parameter is wrong.
-        RewardMisconfiguredError: The reward service refuses us for good.
+        RewardMisconfiguredError: The reward service rejects requests permanently.
         RewardContractError: The reward service breaks its contract.
-        RewardUnavailableError: The reward service cannot be reached, and could not be so far.
-        RewardBudgetError: It cannot be reached any more, or too few completions got a reward. As with every want of rewards, a
-            checkpoint of the last whole step lies on disk, if any step was done since the start.
+        RewardUnavailableError: The reward service could not be reached from the start.
+        RewardBudgetError: It cannot be reached any more, or too few completions got a reward. As
+            with every `RewardError`, a checkpoint of the last finished step is on disk, if any step
+            was done since the start.
     """
     _prepare_process(inputs.threads)
     sink.phase("starting", 0, "loading the model")
@@ -96,9 +98,10 @@ def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
         ) from error
     except torch.OutOfMemoryError as error:
         if trainer.state.global_step > 0:
-            raise  # it had fitted before, so it may fit again
+            raise  # it fitted before, so it may fit again
         raise TrainingError(
-            f"the model does not fit into the GPU's memory: {error}; train an adapter (peft), or lower max_new_tokens",
+            f"the model does not fit into the GPU's memory: {error}; train an adapter (peft), or "
+            "lower max_new_tokens",
             code="out_of_memory",
         ) from error
     endings: dict[str | None, Ending] = {"cancel": "cancelled", "drain": "drained"}
@@ -114,7 +117,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
     """
     spec = inputs.spec.dar
     config = job_config(inputs)
-    # Master weights stay in float32 where they are trained; under an adapter they are frozen, and half the size is enough.
+    # Trained weights stay in float32. Under an adapter they are frozen, so half the size is enough.
     half = config.half if spec.peft is not None else None
     model = loading.load_model(
         inputs.model,
@@ -139,16 +142,16 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         job_id=inputs.job_id,
         is_offline=inputs.offline,
     )
-    trainer.remove_callback(PrinterCallback)  # it prints every report on stdout
+    trainer.remove_callback(PrinterCallback)  # it prints every report to stdout
     return trainer
 
 
 def training_rows(inputs: JobInputs) -> Rows:
-    """The rows that a job trains on, from its file or from the hub.
+    """The training data of a job, from its file or from the hub.
 
     Raises:
         TrainingError: The hub has no such data set.
-        InvalidRequestError: A line of the file is no row.
+        InvalidRequestError: A line of the file is not a row.
     """
     if inputs.training_file is not None:
         return read_rows(inputs.training_file)
@@ -161,7 +164,7 @@ def _validation_rows(inputs: JobInputs) -> Rows | None:
         return None
     if inputs.validation_file is None:
         raise InvalidRequestError(
-            "the job evaluates, but its validation file is not here", param="validation_file"
+            "the job evaluates, but its validation file is missing", param="validation_file"
         )
     return read_rows(inputs.validation_file)[: evaluation.max_prompts]
 

@@ -1,37 +1,44 @@
 """Direct Advantage Regression as pure functions (He et al., arXiv 2504.14177 and 2602.11523).
 
-The policy of the next step is regressed onto the optimum of a reward that is pulled towards two anchors, the frozen reference
-pi_ref (strength alpha) and the policy pi_t that sampled (strength beta):
+The policy of the next step is regressed onto the optimum of a reward with a pull towards two
+anchors: the frozen reference pi_ref (strength alpha) and the sampling policy pi_t (strength beta):
 
-    max_pi  E_pi[A] - alpha KL(pi || pi_ref) - beta KL(pi || pi_t)                                          (1)
-    pi*  ~  pi_ref^(alpha / (alpha + beta))  pi_t^(beta / (alpha + beta))  exp(A / (alpha + beta))          (2)
+    max_pi  E_pi[A] - alpha KL(pi || pi_ref) - beta KL(pi || pi_t)                               (1)
+    pi*  ~  pi_ref^(alpha / (alpha + beta)) pi_t^(beta / (alpha + beta)) exp(A / (alpha + beta)) (2)
 
-Sampling from pi_t, that regression is maximum likelihood on the policy's own samples, each with the weight pi* / pi_t:
+With samples from pi_t, that regression is maximum likelihood with the weights pi* / pi_t:
 
-    A     = r - baseline, normalised                                              `normalized_advantages`   (3)
-    log w = alpha / (alpha + beta) (log pi_ref - log pi_t) + A / (alpha + beta)   `importance_weights`      (4)
-    L     = - mean( min(w, clip) log pi )                                         `dar_loss`                (5)
+    A     = r - baseline, normalised                                             (3)
+    log w = alpha / (alpha + beta) (log pi_ref - log pi_t) + A / (alpha + beta)  (4)
+    L     = - mean( min(w, clip) log pi )                                        (5)
 
-Shapes: P prompts, K completions of each; where their number differs, K is the largest, and the rest is not valid.
-Log-probabilities are sums over the tokens of a completion, its end-of-sequence token included, in nats, at temperature 1.
-float64 stays float64; everything else is computed in float32.
+They are computed by (3) `normalized_advantages`, (4) `importance_weights` and (5) `dar_loss`.
+
+Shapes: P prompts, K completions of each; where their number differs, K is the largest, and the rest
+is not valid. Log-probabilities are sums over the tokens of a completion, its end-of-sequence token
+included, in nats, at temperature 1. float64 stays float64; everything else is computed in float32.
 
 Departures from the papers, each off by default here and in the presets ``paper`` and ``reference``:
 
-1. ``baseline="leave_one_out"``: the baseline of a completion is the mean of its siblings. With the mean over all K, which
-   includes the completion itself, every advantage is smaller by the factor 1 - 1/K, as if alpha and beta were larger.
-2. ``valid``: a completion without a reward is left out of every mean, deviation and loss. It never counts as 0: a service
-   that fails on a good completion must not teach the policy to avoid it.
-3. ``lengths``: log pi_ref - log pi_t is divided by the completion's tokens. As a sum it drifts by tens of nats over a few
-   hundred tokens, and the weight then says how long a completion is rather than how good.
-4. ``tie_tolerance``: in a group whose rewards lie within it, all advantages are 0. Normalising by a deviation makes +1 and -1
-   of the noise in the last digits of a reward; a group that tells nothing can also be dropped (`tied`).
-5. `self_normalized`: clipped weights are divided by their mean, so that the size of a step depends neither on the scale of the
-   rewards nor on how far the policy has moved.
-6. ``min_ess``: when few completions would carry the step, log w is multiplied by the largest number in [0, 1] that keeps the
-   effective sample size at ``min_ess``: as if alpha and beta were both divided by it, in this step alone.
-7. Behavior log-probabilities are those of the law that sampled, temperature, filters and penalties included, where the papers
-   take the policy's own. Nothing here knows the difference; `dar.training.sampling.sampler` records the one or the other.
+1. ``baseline="leave_one_out"``: the baseline of a completion is the mean of its siblings. With the
+   mean over all K, which includes the completion itself, every advantage is smaller by the factor
+   1 - 1/K, as if alpha and beta were larger.
+2. ``valid``: a completion without a reward is left out of every mean, deviation and loss. It never
+   counts as 0: a service that fails on a good completion must not teach the policy to avoid it.
+3. ``lengths``: log pi_ref - log pi_t is divided by the completion's tokens. As a sum it drifts by
+   tens of nats over a few hundred tokens, and then the weight depends more on a completion's length
+   than on its reward.
+4. ``tie_tolerance``: in a group whose rewards lie within it, all advantages are 0. Normalising by a
+   deviation would turn the noise in the last digits of a reward into +1 and -1. A group without
+   information can also be dropped (`tied`).
+5. `self_normalized`: clipped weights are divided by their mean, so that the size of a step depends
+   neither on the scale of the rewards nor on how far the policy has moved.
+6. ``min_ess``: if few completions would dominate the step, log w is multiplied by the largest
+   number in [0, 1] that keeps the effective sample size at ``min_ess``, as if alpha and beta were
+   both divided by it, in this step alone.
+7. Behavior log-probabilities are those of the sampled distribution, including temperature, filters
+   and penalties; the papers use the policy's own. `dar.training.sampling.sampler` records the one
+   or the other, and nothing here depends on which.
 """
 
 import math
@@ -42,9 +49,9 @@ from torch import Tensor
 from dar.protocol.spec import Baseline, Normalization, WeightNormalization
 
 MAX_LOG_WEIGHT = 88.0
-"""Exponents are held at this, so that no weight overflows before it is clipped: float32 ends at e^88.72."""
+"""Largest exponent: no weight overflows before it is clipped. float32 ends at e^88.72."""
 HALVINGS = 40
-"""Of [0, 1] in the search for the power of departure 6: finer than float32 can tell."""
+"""Of [0, 1] in the search for the power of departure 6: finer than float32."""
 
 
 def normalized_advantages(
@@ -56,18 +63,21 @@ def normalized_advantages(
     eps: float = 1e-6,
     tie_tolerance: float = 0.0,
 ) -> Tensor:
-    """How much better each completion is than its siblings: equation (3), with departures 1, 2 and 4.
+    """How much better each completion is than its siblings: equation (3), departures 1, 2, 4.
 
-    Deviations are biased (divided by n). With K = 1 there are no siblings, and all advantages are 0.
+    Deviations are biased (divided by n). With K = 1 there are no siblings, and all advantages
+    are 0.
 
     Args:
-        rewards: ``[P, K]``; what stands at places that are not valid does not matter, NaN included.
-        mode: ``"none"`` leaves r - baseline; ``"per_prompt"`` divides by the deviation of the prompt's rewards;
-            ``"batch"`` subtracts the mean of all advantages and divides by their deviation.
+        rewards: ``[P, K]``; values that are not valid do not matter and may be NaN.
+        mode: ``"none"`` leaves r - baseline; ``"per_prompt"`` divides by the deviation of the
+            prompt's rewards; ``"batch"`` subtracts the mean of all advantages and divides by their
+            deviation.
         baseline: Mean over the prompt's valid completions, with or without the completion itself.
         valid: ``[P, K]`` boolean, the scored completions; absent: all.
-        eps: Least deviation that is divided by.
-        tie_tolerance: Prompts whose rewards lie within this range get advantages of 0; in units of reward.
+        eps: Lower bound of the deviation.
+        tie_tolerance: Prompts whose rewards lie within this range get advantages of 0; in units of
+            reward.
 
     Returns:
         ``[P, K]``; 0 where not valid.
@@ -128,17 +138,18 @@ def importance_weights(
     min_ess: float = 0.0,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Weight of each completion in the regression: equation (4), then ``min(w, clip)``; with departures 2, 3 and 6.
+    """Weight of each completion: equation (4), then ``min(w, clip)``; departures 2, 3 and 6.
 
     Args:
         advantages: Any shape.
         ref_logps: Log-probabilities under the frozen reference, same shape, nats.
-        behavior_logps: Log-probabilities under what really sampled, same shape, nats.
+        behavior_logps: Log-probabilities under the sampled distribution, same shape, nats.
         alpha: Pull towards the reference; at least 0.
         beta: Pull towards the sampling policy; above 0.
         clip: Largest weight; above 0.
-        lengths: Tokens of each completion, same shape: the log-ratio is per token then; absent: per completion.
-        min_ess: Least effective sample size of the weights before they are clipped; 0 turns it off.
+        lengths: Tokens of each completion, same shape, for a log-ratio per token; absent: per
+            completion.
+        min_ess: Least effective sample size of the weights before they are clipped; 0: off.
         valid: Boolean, same shape, the completions that count; absent: all.
 
     Returns:
@@ -164,8 +175,9 @@ def importance_weights(
 def flattening_power(log_weights: Tensor, *, min_ess: float, valid: Tensor | None = None) -> Tensor:
     """The largest power in [0, 1] under which weights keep an effective sample size: departure 6.
 
-    The effective sample size falls as the power rises (its logarithm is 2 L(t) - L(2t) with the convex function
-    L(t) = log sum w^t), so halving an interval finds it. Clipping afterwards can only raise it.
+    The effective sample size falls as the power rises (its logarithm is 2 L(t) - L(2t) with the
+    convex function L(t) = log sum w^t), so halving an interval finds it. Clipping afterwards can
+    only raise it.
 
     Args:
         log_weights: Any shape.
@@ -194,14 +206,15 @@ def _ess_of_power(log_weights: Tensor, power: float) -> float:
 
 
 def effective_sample_size(weights: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Share of the completions that carries a step: ``(sum w)^2 / (n sum w^2)``.
+    """Effective share of the completions: ``(sum w)^2 / (n sum w^2)``.
 
     Args:
         weights: Any shape, none negative.
         valid: Boolean, same shape, the weights that count; absent: all.
 
     Returns:
-        Scalar: from 1/n, when one weight is all there is, to 1, when all are equal; 0 when none is above 0.
+        Scalar: from 1/n, if only one weight is above 0, to 1, if all are equal; 0 if none is above
+        0.
     """
     kept = _precise(weights if valid is None else weights[valid])
     shares = kept / kept.max().clamp(min=torch.finfo(kept.dtype).tiny) if kept.numel() else kept
@@ -212,11 +225,12 @@ def effective_sample_size(weights: Tensor, *, valid: Tensor | None = None) -> Te
 def self_normalized(
     weights: Tensor, *, mode: WeightNormalization, valid: Tensor | None = None
 ) -> Tensor:
-    """Weights of mean 1: departure 5. Relative to each other they stay as they are, so some may exceed the clip now.
+    """Weights of mean 1: departure 5. Their ratios stay the same, so some may exceed the clip now.
 
     Args:
         weights: ``[P, K]``, none negative, 0 where not valid.
-        mode: ``"batch"`` divides by the mean over all, ``"per_prompt"`` by the mean over the prompt, ``"none"`` by nothing.
+        mode: ``"batch"`` divides by the mean over all, ``"per_prompt"`` by the mean over the
+            prompt, ``"none"`` by nothing.
         valid: ``[P, K]`` boolean, the completions that count; absent: all.
 
     Returns:
@@ -254,7 +268,7 @@ def dar_loss(weights: Tensor, policy_logps: Tensor, *, valid: Tensor | None = No
 
 
 def _precise(values: Tensor) -> Tensor:
-    """In float32, or in float64 where it was that."""
+    """In float32, or still in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -1,8 +1,10 @@
-"""Everything that gives rewards in a training run: functions, services and models, as its user gave them."""
+"""The reward sources of a training run: functions, services and models, as its user gave them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,33 +18,41 @@ from dar.rewards.from_spec import scorer_from_spec
 from dar.rewards.functions import RewardFunction
 from dar.rewards.http.async_results import Inbox
 from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.scoring.failures import FailureBudget
 from dar.rewards.scoring.scorer import RewardScorer, scorer_from_functions
+from dar.rewards.scoring.step_report import StepObserver
 from dar.training.checkpoint.fingerprint import reward_terms
 from dar.training.config.config import DARConfig
 from dar.training.model.reward_model import RewardModel, RewardModels, as_list, make_reward_models
 from dar.training.parallel.ranks import Ranks
+from dar.training.report.capacity import Capacity
+from dar.training.run_context import RunContext
+from dar.training.step.metrics import Reporter
+from dar.training.step.records import is_streamable
+from dar.training.step.reward_feed import Scoring
 
 RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Rewards
-"""A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a job spec."""
+"""A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a
+job spec."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardAccess:
-    """How the reward services of a job spec are reached; what a training service knows and a script need not."""
+    """How the reward services of a job spec are reached; a training service sets it."""
 
     endpoints: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
     """URL and secrets of the components that name a registered endpoint."""
     guard: EgressPolicy | None = None
     """Which addresses requests may reach; None: all."""
     inbox: Inbox | None = None
-    """Takes rewards that come later by callback."""
+    """Receives rewards that arrive later by callback."""
     cache: CachePlace | None = None
-    """Where rewards are remembered; None: in the folder of the run."""
+    """Where rewards are cached; None: in the folder of the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenRewards:
-    """What gives rewards, not yet opened; see `dar.DARTrainer` for the fields."""
+    """Reward sources as they were given; see `dar.DARTrainer` for the fields."""
 
     functions: RewardFunctions | None
     models: Sequence[str | Path | PreTrainedModel]
@@ -51,7 +61,7 @@ class GivenRewards:
     secret: str | None
     access: RewardAccess = field(default_factory=RewardAccess)
     names: Sequence[str] | None = None
-    """Component names of the models; None: they are numbered."""
+    """Component names of the models; None: numbered names."""
 
     @classmethod
     def of(
@@ -64,16 +74,17 @@ class GivenRewards:
         config: DARConfig,
         access: RewardAccess | None = None,
     ) -> "GivenRewards":
-        """Bring together what was given.
+        """Combine what was given.
 
         Raises:
-            InvalidRequestError: A reward model was given twice, or one that the rewards of a job spec do not name; or weights
-                without anything that they could weigh.
+            InvalidRequestError: A reward model was given twice, or one that the rewards of a job
+                spec do not name; or there are weights and no reward.
         """
         path = config.reward_model_path
         if models is not None and path is not None:
             raise InvalidRequestError(
-                "reward_model and args.reward_model_path both name a reward model; give one of them, or a list as reward_model",
+                "reward_model and args.reward_model_path both name a reward model; give one of "
+                "them, or a list as reward_model",
                 param="reward_model_path",
             )
         if isinstance(functions, Rewards):
@@ -81,7 +92,8 @@ class GivenRewards:
             given, names = list(places.values()), list(places)
         elif isinstance(models, Mapping):
             raise InvalidRequestError(
-                "reward models are named only by the rewards of a job spec; give a list as reward_model",
+                "reward models are named only by the rewards of a job spec; give a list as "
+                "reward_model",
                 param="reward_model",
             )
         else:
@@ -101,14 +113,15 @@ class GivenRewards:
 
     @property
     def is_online(self) -> bool:
-        """Whether there is anything that scores fresh completions; otherwise the data hold them with their rewards."""
+        """Whether completions are sampled and scored; otherwise the data hold them with rewards."""
         return self.functions is not None or bool(self.models)
 
     def load(self, ranks: Ranks, device: torch.device, *, is_offline: bool) -> "LoadedRewards":
         """Load the reward models, on the main process alone.
 
         Raises:
-            InvalidRequestError: A model has not exactly one label, or the number of tokenizers is another.
+            InvalidRequestError: A model does not have exactly one label, or the number of
+                tokenizers is wrong.
             TrainingError: A model cannot be loaded.
         """
         models: list[RewardModel] = []
@@ -130,16 +143,16 @@ class GivenRewards:
 
 @dataclass(frozen=True, slots=True)
 class LoadedRewards:
-    """What gives rewards, with the models in memory."""
+    """Reward sources with their models in memory."""
 
     given: GivenRewards
     models: Sequence[RewardModel]
     """Of the main process; the others have none."""
     sketches: Sequence[str]
-    """Tell the weights of each model from others, on all processes."""
+    """Digest of each model's weights, on all processes."""
 
     def terms(self) -> list[dict[str, object]]:
-        """Name and weight of each reward, and the weights of models: what decides their sum."""
+        """Name and weight of each reward, and digests of models: what decides their sum."""
         weights = self.given.weights
         if isinstance(self.given.functions, Rewards):
             sketches = dict(zip(self.given.names or (), self.sketches, strict=True))
@@ -160,7 +173,7 @@ class LoadedRewards:
 
     @property
     def failure(self) -> FailurePolicy | None:
-        """What a job spec says of rewards that fail; None of other rewards."""
+        """The failure policy of a job spec; None for other rewards."""
         functions = self.given.functions
         return functions.failure if isinstance(functions, Rewards) else None
 
@@ -187,9 +200,9 @@ class LoadedRewards:
         """The scorer of these rewards; None where there are none.
 
         Raises:
-            ConfigurationError: The secret is malformed, the number of weights is another, or a function cannot take
-                ``completions``.
-            InvalidRequestError: A text is no usable URL.
+            ConfigurationError: The secret is malformed, the number of weights is wrong, or a
+                function cannot take ``completions``.
+            InvalidRequestError: A text is not a usable URL.
         """
         given = self.given
         if not given.is_online:
@@ -217,26 +230,109 @@ class LoadedRewards:
         )
 
 
+class RewardSession:
+    """The scorer of a run, open while it trains, evaluates or previews; on the main process only.
+
+    Args:
+        run: The training run.
+        rewards: The reward sources.
+        reporter: Reports the requests to reward services.
+    """
+
+    def __init__(self, run: RunContext, rewards: LoadedRewards, reporter: Reporter) -> None:
+        self.loaded = rewards
+        self._run = run
+        self._reporter = reporter
+        self._scorer: RewardScorer | None = None
+        self._closed_state: dict[str, Any] | None = None
+        """The last scorer's state when it was closed. A failed step closes it, and then a
+        checkpoint of the step before is written."""
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Open the scorer, unless it is open, and close it afterwards."""
+        with contextlib.ExitStack() as stack:
+            if self._scorer is None and self._run.ranks.is_main:
+                observer = self._reporter.observer = StepObserver(
+                    self._run.sink.event,
+                    self._report_wait,
+                    concurrency=self.loaded.concurrency(),
+                )
+                scorer = self.loaded.open(
+                    job_id=self._run.job_id, on_wait=self._report_wait, observer=observer
+                )
+                if scorer is not None:
+                    stack.callback(self._report_requests)
+                    self._scorer = stack.enter_context(scorer)
+                    stack.callback(self._keep_state, scorer)
+            yield
+
+    def scoring(self, *, is_training: bool = False) -> Scoring:
+        """How completions are scored while the session is open.
+
+        Args:
+            is_training: Whether failures count towards the budget of a training run.
+        """
+        trainer, policy = self._run.trainer, self.loaded.failure
+        is_watched = is_training and self._run.ranks.is_main
+        return Scoring(
+            self._scorer,
+            overlap=trainer.args.overlap,
+            order=trainer.args.order,
+            # DeepSpeed keeps gradients where they cannot be scaled afterwards, so the number of
+            # completions that count must be known before the first pass.
+            is_streamable=is_streamable(trainer.args) and not trainer.is_deepspeed_enabled,
+            policy=policy,
+            budget=FailureBudget(policy) if policy is not None and is_watched else None,
+            capacity=Capacity(self.loaded.concurrency(), self._run.sink) if is_watched else None,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What the scorer has cached, and learned about its services."""
+        if self._scorer is None:
+            return {"rewards": self._closed_state}
+        return {"rewards": self._scorer.state(self._run.trainer.state.global_step)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        if self._scorer is not None and state.get("rewards") is not None:
+            self._scorer.restore(state["rewards"])
+
+    def _keep_state(self, scorer: RewardScorer) -> None:
+        self._closed_state = scorer.state(self._run.trainer.state.global_step)
+        self._scorer = None
+
+    def _report_requests(self) -> None:
+        trainer = self._run.trainer
+        step = min(trainer.state.global_step + 1, max(1, trainer.args.max_steps))
+        self._reporter.report_requests(self._run.sink, step)
+
+    def _report_wait(self, message: str) -> None:
+        step = self._run.trainer.state.global_step + 1
+        self._run.sink.phase("waiting_for_reward", step, message)
+
+
 def _models_of_spec(
     rewards: Rewards,
     given: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
 ) -> dict[str, str | Path | PreTrainedModel]:
-    """Where the reward models of a job spec lie, by component name.
+    """Folder or hub id of each reward model of a job spec, by component name.
 
     Raises:
-        InvalidRequestError: Something was given that the spec does not name.
+        InvalidRequestError: A model was given that the spec does not name.
     """
     named = {c.name: c.model or "" for c in rewards.components if c.kind == "hf_model"}
     places = {} if given is None else given
     if not isinstance(places, Mapping):
         raise InvalidRequestError(
-            "the rewards of a job spec name their own reward models; give reward_model by component name, or functions and "
-            "URLs instead of the spec",
+            "the rewards of a job spec name their own reward models; give reward_model by "
+            "component name, or functions and URLs instead of the spec",
             param="reward_model",
         )
     if unknown := sorted(places.keys() - named.keys()):
         raise InvalidRequestError(
-            f"reward_model names {unknown[0]!r}, which is no component of kind hf_model; there are {sorted(named)}",
+            f"reward_model names {unknown[0]!r}, which is no component of kind hf_model; there are "
+            f"{sorted(named)}",
             param="reward_model",
         )
     return {**named, **places}

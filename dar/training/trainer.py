@@ -1,47 +1,76 @@
-"""`DARTrainer`: `transformers.Trainer` does the optimizer steps, a step source brings the scored completions."""
+"""`DARTrainer`: transformers' training loop over steps of sampled and scored completions."""
 
 import copy
-import logging
+import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError, RewardError
-from dar.protocol.reward_spec import Rewards
-from dar.rewards.scoring.failures import FailureBudget
+from dar.protocol.checkpoints import RESUME_FOLDER
+from dar.protocol.metrics import EVALUATION
 from dar.training.checkpoint.fingerprint import config_sha256
-from dar.training.config.config import DARConfig, preset_values
-from dar.training.config.ignored import online_only
-from dar.training.data.rows import DataCollatorForDAR, Rows, check_rows, check_table
-from dar.training.evaluation import (
-    ComputeMetrics,
-    Predictions,
-    check_evaluation_rows,
-)
-from dar.training.model.logprobs import idle_weights
+from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
+from dar.training.checkpoint.model_card import CardNotes
+from dar.training.checkpoint.resume import RunCheckpoints
+from dar.training.config.config import DARConfig
+from dar.training.data.rows import DataCollatorForDAR, Rows, check_table
+from dar.training.evaluation import ComputeMetrics, Predictions, RunEvaluation
+from dar.training.model.loading import LanguageModel
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
-from dar.training.parallel.launch import refuse_if_left_alone
+from dar.training.model.sketch import weights_bytes
 from dar.training.parallel.ranks import Ranks
-from dar.training.report.capacity import Capacity
-from dar.training.report.sink import Control, NullControl, NullSink, Sink, StopRequestedError
-from dar.training.reward_sources import GivenRewards, RewardAccess, RewardFunctions
+from dar.training.parallel.sharding import is_sharded
+from dar.training.report.sink import (
+    Control,
+    NullControl,
+    NullSink,
+    Sink,
+    StopKind,
+    StopRequestedError,
+)
+from dar.training.reward_sources import (
+    GivenRewards,
+    LoadedRewards,
+    RewardAccess,
+    RewardFunctions,
+    RewardSession,
+)
+from dar.training.run_context import RunContext
+from dar.training.run_setup import (
+    check_data,
+    limit_search_for_unused,
+    settle_accelerator,
+    settled_config,
+)
+from dar.training.step.loop import StepLoop, StepShare
 from dar.training.step.metrics import Reporter
-from dar.training.step.pipeline import Pipeline
-from dar.training.step.records import ScoredStep
-from dar.training.step.scoring import ScoringTrainer
+from dar.training.step.offline import ReplaySource
+from dar.training.step.online import OnlineSource, make_source
+from dar.training.step.passes import ForwardPasses
+from dar.training.step.records import Mode, ScoredStep
+from dar.training.step.reward_feed import Scoring
 
-logger = logging.getLogger(__name__)
 __all__ = ["DARTrainer", "Predictions", "RewardFunctions"]
 
+LOG_HISTORY = 1000
+"""Reports that `transformers.TrainerState` keeps; every checkpoint contains them."""
 
-class DARTrainer(ScoringTrainer):
+
+class DARTrainer(Trainer):
     """Trains a language model by Direct Advantage Regression on its own samples.
 
     ```python
@@ -59,43 +88,62 @@ class DARTrainer(ScoringTrainer):
     trainer.train()
     ```
 
-    A data set whose rows hold completions and rewards is trained on as it stands
-    (`dar.training.step.offline.ReplaySource`); no reward function is given then.
+    A data set whose rows hold completions and rewards is trained on as it is
+    (`dar.training.offline.ReplaySource`); then no reward function is given.
 
-    Checkpoints lie in ``output_dir/checkpoints/step-<n>``; ``train(resume_from_checkpoint=folder)`` goes on from one as if
-    nothing had happened: on a CPU, to the last bit. The reference is always made from ``model``, never from a checkpoint.
+    Checkpoints are in ``output_dir/checkpoints/step-<n>``. ``train(resume_from_checkpoint=folder)``
+    continues from one as if the run had not been interrupted: on a CPU, to the last bit. The
+    reference is always made from ``model``, never from a checkpoint.
 
     Args:
         model: Folder or hub id, or a model; it is trained in place.
         args: All hyperparameters.
-        train_dataset: Rows with a ``prompt`` (a text or a list of messages); other columns go to the reward function. Offline: rows
-            of `dar.protocol.rows`, with completions and rewards, or ``chosen`` and ``rejected``; their number of completions may
-            differ.
-        reward_funcs: What gives rewards: a function ``f(prompts, completions, **columns)`` of TRL's signature, sync or async, the
-            URL of a reward service, a list of these, or the rewards of a job spec.
-        eval_dataset: Rows that the policy is tried on, or several data sets by name; of the same kind as ``train_dataset``.
-            ``args.eval_strategy``, ``eval_steps``, ``eval_delay`` and ``eval_on_start`` say when, besides `evaluate`.
-        compute_metrics: Further metrics of an evaluation: takes `Predictions`, returns numbers by name.
-        reward_model: Gives rewards too: folder or hub id of a sequence classifier with one label, such a model, or a list. With the
-            rewards of a job spec: where its reward models lie, by component name, if not where the spec says.
-        reward_processing_class: The reward model's tokenizer, or a list; default: the one beside it.
-        reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default 1.
+        train_dataset: Rows with a ``prompt`` (a text or a list of messages); other columns go to
+            the reward function. Offline: rows of `dar.protocol.rows`, with completions and rewards,
+            or ``chosen`` and ``rejected``; their number of completions may differ.
+        reward_funcs: The rewards: a function ``f(prompts, completions, **columns)`` of TRL's
+            signature, sync or async, the URL of a reward service, a list of these, or the rewards
+            of a job spec.
+        eval_dataset: Rows that the policy is evaluated on, or several data sets by name; of the
+            same kind as ``train_dataset``. ``args.eval_strategy``, ``eval_steps``, ``eval_delay``
+            and ``eval_on_start`` say when; `evaluate` does it at any time.
+        compute_metrics: Further metrics of an evaluation: takes `Predictions`, returns numbers by
+            name.
+        reward_model: Another source of rewards: folder or hub id of a sequence classifier with one
+            label, such a model, or a list. With the rewards of a job spec: the folder or hub id of
+            its reward models by component name, where it differs from the spec.
+        reward_processing_class: The reward model's tokenizer, or a list; default: the one beside
+            it.
+        reward_weights: Factor of each reward in their sum, those of ``reward_funcs`` first; default
+            1.
         reward_secret: Signs requests to reward services (``whsec_…``).
-        reward_access: How the reward services of a job spec are reached; a training service gives it.
+        reward_access: How the reward services of a job spec are reached; set by a training service.
         processing_class: The model's tokenizer; default: the one beside ``model``.
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
         callbacks: Further callbacks of transformers.
-        sink: Is told everything that happens.
-        control: Is asked whether to go on.
-        base_name: What an adapter calls its base model; default: the name of ``model``.
-        job_id: Named to reward services.
-        is_offline: Whether the model hub may not be asked.
+        sink: Receives metrics, samples, events and checkpoints.
+        control: Requests a stop.
+        base_name: The base model's name in an adapter; default: the name of ``model``.
+        job_id: Sent to reward services.
+        is_offline: Whether access to the model hub is forbidden.
 
     Raises:
         InvalidRequestError: The data set or a combination of arguments cannot work.
         TrainingError: The model cannot be loaded.
     """
+
+    # What transformers' annotations leave open, and is certain here:
+    args: DARConfig
+    model: LanguageModel
+    processing_class: PreTrainedTokenizerBase
+    optimizer: Optimizer
+    lr_scheduler: LambdaLR
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+    deepspeed: Any
+    hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates the None it starts with
 
     def __init__(
         self,
@@ -127,57 +175,110 @@ class DARTrainer(ScoringTrainer):
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
         check_table(train_dataset)
         args = args or DARConfig(output_dir="dar-output")
-        config = _settled(args, len(train_dataset), reward_funcs)
+        config = settled_config(args, len(train_dataset), reward_funcs)
         given = GivenRewards.of(
-            reward_funcs, reward_model, reward_processing_class, reward_weights, reward_secret, config, reward_access,
-        )  # fmt: skip
-        _check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
+            reward_funcs,
+            reward_model,
+            reward_processing_class,
+            reward_weights,
+            reward_secret,
+            config,
+            reward_access,
+        )
+        check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
-            model, config, tokenizer=processing_class, ref_model=ref_model, peft_config=peft_config,
-            base_name=base_name, is_offline=is_offline,
-        )  # fmt: skip
+            model,
+            config,
+            tokenizer=processing_class,
+            ref_model=ref_model,
+            peft_config=peft_config,
+            base_name=base_name,
+            is_offline=is_offline,
+        )
         is_using_cache = policy.model.config.use_cache
         super().__init__(
-            model=policy.model, args=config, data_collator=DataCollatorForDAR(), callbacks=callbacks,
-            train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=policy.tokenizer,
-        )  # fmt: skip
-        # transformers turns the cache off for training, and would write that into every checkpoint
+            model=policy.model,
+            args=config,
+            data_collator=DataCollatorForDAR(),
+            callbacks=callbacks,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=policy.tokenizer,
+        )
+        # transformers turns the cache off for training, and every checkpoint would say so
         policy.model.config.use_cache = is_using_cache
         policy.place_reference(config.device)
-        self._leave_unused_alone()
+        limit_search_for_unused(self)
         self._policy = policy
-        self._compute = compute_metrics
-        self._job_id = job_id
-        self._reporter = Reporter()
-        self._meet(sink, control)
+        self.ranks = ranks = Ranks.of_launch(config.process_index, config.world_size)
+        self.sink = (sink if ranks.is_main else None) or NullSink()
+        control = (control if ranks.is_main else None) or NullControl()
+        self._run = RunContext(self, ranks, self.sink, control, job_id)
         if given.is_online and (why := config.convergence_problem):
             self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
-        self._rewards = given.load(self.ranks, config.device, is_offline=is_offline)
-        self._identify(base_name or (model if isinstance(model, str) else model.name_or_path))
-
-    def _identify(self, name: str | None) -> None:
-        """Say what this run is: to its checkpoints, and to the model card with the model's name."""
-        terms = self._rewards.terms()
-        self.config_sha256 = config_sha256(
-            self.args, self._policy.model, self.train_dataset, self._policy.base_sketch, terms
+        self._assemble(
+            given.load(ranks, config.device, is_offline=is_offline),
+            compute_metrics,
+            base_name or (model if isinstance(model, str) else model.name_or_path),
         )
-        self.describe(name, [str(term["name"]) for term in terms])
 
-    def _leave_unused_alone(self) -> None:
-        """Have DDP look for weights without a gradient only where there are any: it takes time, and torch warns of it."""
-        handler = self.accelerator.ddp_handler
-        is_ddp = self.args.world_size > 1 and not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def _assemble(
+        self, rewards: LoadedRewards, compute_metrics: ComputeMetrics | None, base_name: str | None
+    ) -> None:
+        """Create the parts of the trainer."""
+        run, policy = self._run, self._policy
+        self.reporter = reporter = Reporter()
+        terms = rewards.terms()
+        self._passes = ForwardPasses(run, policy)
+        self._loop = StepLoop(run, policy.vocabulary, reporter)
+        self._rewards = RewardSession(run, rewards, reporter)
+        self._evaluation = RunEvaluation(
+            run,
+            source_of=lambda rows: self._source_of(rows, "eval"),
+            opened=self._rewards.opened,
+            measure=self._passes.policy_logps_and_entropies,
+            compute_metrics=compute_metrics,
+            is_replay=not rewards.given.is_online,
         )
-        if is_ddp and self.args.ddp_find_unused_parameters is None and not idle_weights(self.model):
-            handler.find_unused_parameters = False
+        self.hub = HubPush(
+            run,
+            base_name=base_name,
+            reward_names=[str(term["name"]) for term in terms],
+            last_report=lambda: reporter.reported,
+        )
+        self._checkpoints = RunCheckpoints(
+            run,
+            self.hub,
+            config_sha256=config_sha256(
+                self.args, policy.model, self.train_dataset, policy.base_sketch, terms
+            ),
+            members=(self._loop, self._evaluation, self._rewards),
+            last_report=lambda: reporter.reported,
+        )
+        tag_model(self.model)
 
-    def _meet(self, sink: Sink | None, control: Control | None) -> None:
-        """Find the other processes; one speaks and listens for all."""
-        self.ranks = Ranks.of_launch(self.args.process_index, self.args.world_size)
-        is_main = self.ranks.is_main
-        self.sink = (sink if is_main else None) or NullSink()
-        self._control: Control = (control if is_main else None) or NullControl()
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate; see `settle_accelerator`."""
+        self.args.deepspeed_plugin = copy.deepcopy(self.args.deepspeed_plugin)  # it is changed here
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = settle_accelerator(self)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self._checkpoints.root
+
+    @property
+    def published_step(self) -> int:
+        """Step of the newest checkpoint that was written or resumed from."""
+        return self._checkpoints.published_step
+
+    @property
+    def stopped_by(self) -> StopKind | None:
+        """The request that ended `train` early."""
+        return self._loop.stopped_by
+
+    # --- training ------------------------------------------------------------------------------
 
     def train(
         self,
@@ -185,7 +286,7 @@ class DARTrainer(ScoringTrainer):
         trial: Any = None,  # noqa: ANN401 - the signature of transformers
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train to the last step, or until a stop is requested (then `stopped_by` says so).
+        """Train to the last step, or until a stop is requested (see `stopped_by`).
 
         Args:
             resume_from_checkpoint: A checkpoint folder of a trainer with the same arguments.
@@ -193,58 +294,162 @@ class DARTrainer(ScoringTrainer):
             ignore_keys_for_eval: Not used.
 
         Returns:
-            Steps done, and transformers' own figures of the run.
+            Steps done, and transformers' own metrics of the run.
 
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
             RewardError: No completion of a step could be scored.
-            TrainingError: The loss or the policy is no number, or three steps in a row had no usable reward.
+            TrainingError: The loss or the policy is not finite, or three steps in a row had no
+                usable reward.
         """
-        self.stopped_by = None
+        self._loop.stopped_by = None
         try:
             with self.ranks.together():
                 return self._train_together(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except StopRequestedError:
-            # What was begun is dropped; nothing has changed since the last step edge.
-            self.stopped_by = self.ranks.from_main(self._control.requested)
-            if self.stopped_by == "drain" and self.state.global_step > self.published_step:
-                self._save_checkpoint(self.model, None)
+            # The unfinished step is dropped; nothing has changed since the one before.
+            self._loop.stopped_by = self.ranks.from_main(self._run.control.requested)
+            if self.stopped_by == "drain":
+                self._save_unpublished()
             return TrainOutput(self.state.global_step, math.nan, {})
         except RewardError:
-            # As after a drain: the job may go on from here when there are rewards again.
-            if self.state.global_step > self.published_step:
-                self._save_checkpoint(self.model, None)
+            # As after a drain: the job may continue from here when there are rewards again.
+            self._save_unpublished()
             raise
         finally:
             self.is_in_train = False
 
     def _train_together(
         self,
-        resume_from_checkpoint: str | Path | bool | None,
+        resume: str | Path | bool | None,
         trial: Any,  # noqa: ANN401 - the signature of transformers
-        ignore_keys_for_eval: list[str] | None,
+        ignore_keys: list[str] | None,
     ) -> TrainOutput:
-        policy = self._rewards.failure
-        self._budget = self._capacity = self._budget_state = None
-        self._has_budget = policy is not None
-        if self.ranks.is_main:
-            self._budget = None if policy is None else FailureBudget(policy)
-            self._capacity = Capacity(self._rewards.concurrency(), self.sink)
-        if len(set(self.ranks.gather(self.config_sha256))) > 1:
+        if len(set(self.ranks.gather(self._checkpoints.config_sha256))) > 1:
             raise InvalidRequestError(
-                "the processes of this training run have different arguments, data or base models; give all the same"
+                "the processes of this training run have different arguments, data or base models; "
+                "give all the same"
             )
-        with self._scoring():
-            self._pipeline = Pipeline(
-                self._source_of(self.train_dataset, "train"),
-                overlap=self.args.overlap,
-                last_step=self.args.max_steps,
+        with self._rewards.opened():
+            scoring = self._rewards.scoring(is_training=True)
+            self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)
+            with self._evaluation.prepared():
+                return self._train_from(resume, trial, ignore_keys)
+
+    def _train_from(
+        self,
+        resume: str | Path | bool | None,
+        trial: Any,  # noqa: ANN401 - the signature of transformers
+        ignore_keys: list[str] | None,
+    ) -> TrainOutput:
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise InvalidRequestError(
+                "DeepSpeed has wrapped this trainer's model, and can wrap it only once; make "
+                "another trainer"
             )
-            with self._evaluating():
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._checkpoints.sweep()
+        if not resume:
+            return super().train(None, trial, ignore_keys)
+        if isinstance(resume, bool):
+            raise InvalidRequestError("resume_from_checkpoint must name the checkpoint's folder")
+        folder = Path(resume)
+        manifest = self._checkpoints.open(folder)
+        if manifest.step >= self.args.max_steps:
+            # The last step was done before: only its checkpoint is published in this run too.
+            self._checkpoints.load_weights(folder)
+            self.state.global_step = manifest.step
+            self._checkpoints.restore_members()
+            self._evaluate_if_due()
+            self._checkpoints.republish(folder, manifest)
+            return TrainOutput(manifest.step, math.nan, {})
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not is_sharded(self.model)):
+            self._checkpoints.load_weights(folder)
+        return super().train(str(folder / RESUME_FOLDER), trial, ignore_keys)
+
+    def _save_unpublished(self) -> None:
+        if self.state.global_step > self.published_step:
+            self._save_checkpoint(self.model, None)
+
+    def _source_of(
+        self,
+        rows: Rows,
+        mode: Mode,
+        scoring: Scoring | None = None,
+        config: DARConfig | None = None,
+    ) -> OnlineSource | ReplaySource:
+        """The step source of a data set; ``scoring`` counts failures of training."""
+        is_online = self._rewards.loaded.given.is_online
+        return make_source(
+            self._run,
+            self._policy,
+            self._passes,
+            config or self.args,
+            rows,
+            scoring=(scoring or self._rewards.scoring()) if is_online else None,
+            mode=mode,
+        )
+
+    def get_train_dataloader(self) -> Any:  # noqa: ANN401 - transformers only iterates over its DataLoader
+        """Endless and empty: a step is sampled when it begins, never earlier."""
+        return itertools.repeat(None)
+
+    def get_batch_samples(
+        self,
+        epoch_iterator: Any,  # noqa: ANN401, ARG002 - the signature of transformers
+        num_batches: int,
+        device: torch.device,  # noqa: ARG002 - the signature of transformers
+    ) -> tuple[list[Any], None]:
+        """Begin a step: ``num_batches`` shares, which are scored while they are trained on."""
+        self._evaluate_if_due()
+        return self._loop.begin_step(num_batches), None
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: Any,  # noqa: ANN401 - a `StepShare`; transformers passes on what `get_batch_samples` returned
+        num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002 - the signature of transformers
+    ) -> Tensor:
+        """Make the backward passes of a share; see `StepLoop.train`."""
+        share: StepShare = inputs
+        return self._loop.train(model, share)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:  # noqa: ANN401 - as transformers
+        return self._loop.clip(functools.partial(super()._clip_grad_norm, model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401 - as transformers
+        measure = functools.partial(super()._get_grad_norm, model, grad_norm)
+        return self._loop.checked(self._loop.clip(measure) if grad_norm is None else measure())
+
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ANN401, ARG002 - the signature of transformers
+        """Not counted: the estimate of transformers ignores sampling."""
+        return 0
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Tensor | float | None,
+        *rest: Any,  # noqa: ANN401 - as transformers
+        **more: Any,  # noqa: ANN401 - as transformers
+    ) -> None:
+        step = self._loop.step
+        if step is None:
+            self._evaluation.end_loop()
+        else:
+            learning_rate = float(more.get("learning_rate") or 0.0)
+            self._loop.end_step(step, float(grad_norm or 0.0), learning_rate)
+            self._evaluation.end_step(step)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report to the sink and, with DAR's metrics, to the callbacks of transformers."""
+        self._log(self._loop.report(logs), start_time)
+
+    def _log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        del self.state.log_history[:-LOG_HISTORY]
 
     def preview(self, prompts: int = 2) -> ScoredStep:
-        """Sample and score the prompts that a run would begin with; nothing is trained or written.
+        """Sample and score the first prompts of a run; nothing is trained or written.
 
         Args:
             prompts: How many; at least one for each process.
@@ -256,67 +461,218 @@ class DARTrainer(ScoringTrainer):
         config = copy.copy(self.args)
         config.per_device_train_batch_size = math.ceil(prompts / self.ranks.count)
         config.gradient_accumulation_steps = 1
-        with self.ranks.together(), self._scoring():
-            step = self._source_of(self.train_dataset, "train", config)(1)
+        with self.ranks.together(), self._rewards.opened():
+            step = self._source_of(self.train_dataset, "train", config=config)(1)
             rows = step.valid_rows
             if rows:
-                step.policy_logps_B[rows] = self._policy_logps([step.pairs[row] for row in rows])
+                pairs = [step.pairs[row] for row in rows]
+                step.policy_logps_B[rows] = self._passes.policy_logps(pairs)
         return step
 
     def memory(self) -> dict[str, int]:
-        """Bytes that stay in the memory of the main process, by what they hold; activations come on top."""
+        """Bytes that stay in the memory of the main process, by content; without activations."""
         trained = [p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad]
         held = {
-            "model": module_bytes(self.model),
-            "reference": module_bytes(self._policy.reference),
-            "reward models": sum(model.size_bytes for model in self._rewards.models),
+            "model": weights_bytes(self.model),
+            "reference": weights_bytes(self._policy.reference),
+            "reward models": sum(model.size_bytes for model in self._rewards.loaded.models),
             "gradients": sum(trained),
             "AdamW's moments": 2 * sum(trained) if "adamw" in str(self.args.optim).lower() else 0,
         }
         return {name: size for name, size in held.items() if size}
 
+    # --- evaluation ----------------------------------------------------------------------------
 
-def module_bytes(module: nn.Module | None) -> int:
-    """Memory of a module's weights; 0 for none."""
-    return 0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters())
+    def evaluate(
+        self,
+        eval_dataset: Any = None,  # noqa: ANN401 - the signature of transformers
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = EVALUATION.removesuffix("_"),
+    ) -> dict[str, float]:
+        """Sample completions of every prompt of the evaluation data, score and measure them.
 
+        Every evaluation draws the same random numbers, those of step 0: a prompt's depend only on
+        the seed, its row and the completion's number. Rewards get ``mode="eval"``. Data sets that
+        hold completions and rewards are used as they are.
 
-def _check_data(
-    rows: Rows, evaluated: Rows | Mapping[str, Rows] | None, config: DARConfig, *, is_replay: bool
-) -> None:
-    check_rows(rows, is_replay=is_replay)
-    if is_replay and (names := online_only(config, preset_values(config.preset))):
-        # Not refused, as a config is often shared by online and offline runs of one script.
-        logger.warning(
-            "%s: without effect, as there is no reward source and completions are read from the data set",
-            ", ".join(names),
+        Args:
+            eval_dataset: Rows, or several data sets by name, which then is part of the names of
+                their metrics; default: those of the constructor.
+            ignore_keys: Not used; a model's outputs are no metrics here.
+            metric_key_prefix: Put before the name of every metric, with a ``_``.
+
+        Returns:
+            The metrics of a training step (``eval_dar/rewards_mean``, …) for the whole data set,
+            and those of ``compute_metrics``, without values that are not finite. The sink gets the
+            same, and so do ``on_log`` and ``on_evaluate`` of the callbacks.
+
+        Raises:
+            InvalidRequestError: There are no evaluation data, or a row cannot be used.
+            RewardError: No completion could be scored.
+            StopRequestedError: A stop was requested meanwhile.
+            TrainingError: A reward is missing and may not be, or a probability is not finite.
+        """
+        if ignore_keys:
+            raise InvalidRequestError("a model's outputs are no metrics here", param="ignore_keys")
+        values = self._evaluation.evaluate(eval_dataset, metric_key_prefix)
+        self.sink.metrics(self.state.global_step, values)
+        self._log(values)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, values
         )
-    if config.overlap == "one_step" and is_replay:
+        return values
+
+    def _evaluate(
+        self,
+        trial: Any,  # noqa: ANN401, ARG002 - as transformers
+        ignore_keys_for_eval: list[str] | None,
+        skip_scheduler: bool = False,
+    ) -> dict[str, float]:
+        # transformers sets ``skip_scheduler`` before the first step
+        return self._evaluation.evaluate_step(
+            lambda: self.evaluate(ignore_keys=ignore_keys_for_eval), is_start=skip_scheduler
+        )
+
+    def _evaluate_if_due(self) -> None:
+        if self._evaluation.is_due:
+            self._evaluate(None, None)
+
+    def predict(self, *_: Any, **__: Any) -> NoReturn:  # noqa: ANN401 - any arguments of transformers
+        """Not supported: there are no labels to predict.
+
+        Raises:
+            InvalidRequestError: Always.
+        """
         raise InvalidRequestError(
-            "overlap='one_step' samples one step ahead, but the data hold their completions; leave it out",
-            param="overlap",
+            "predict needs labelled data, which DAR does not use; evaluate measures the policy on "
+            "prompts"
         )
-    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating)
 
+    # --- checkpoints ---------------------------------------------------------------------------
 
-def _settled(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
-    """A copy of ``config`` whose length is counted in steps, with what the rewards of a job spec say of ties.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401, ARG002 - as transformers
+        self._checkpoints.save()
 
-    The last batch of an epoch runs on into the next.
-    """
-    refuse_if_left_alone()
-    for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
-        if is_set and config.world_size == 1:
-            raise InvalidRequestError(
-                f"{name} shares a model among processes, but there is one; start several (torchrun --nproc-per-node N …), "
-                f"or leave {name} out",
-                param=name,
-            )
-    config = copy.copy(config)
-    if config.max_steps <= 0:
-        prompts = config.num_train_epochs * row_count
-        config.max_steps = max(1, math.ceil(prompts / config.prompts_per_step))
-    if isinstance(rewards, Rewards):
-        config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
-    config.ignore_data_skip = True  # the position in the data is a function of the step
-    return config
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As transformers does, but without empty parameter groups."""
+        if self.optimizer is None:
+            return self._checkpoints.without_empty_groups(super().create_optimizer(model))
+        return self.optimizer
+
+    def _prepare_for_training(
+        self,
+        max_steps: int,
+        train_dataloader: Any,  # noqa: ANN401 - as transformers
+        resume_from_checkpoint: str | None,
+    ) -> Any:  # noqa: ANN401 - as transformers
+        is_deepspeed = self.is_deepspeed_enabled  # transformers would load DeepSpeed's pickles
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]  # transformers is only partly typed
+            max_steps, train_dataloader, None if is_deepspeed else resume_from_checkpoint
+        )
+        if is_deepspeed:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(
+        self,
+        resume_from_checkpoint: str,
+        model: nn.Module | None = None,  # noqa: ARG002 - as transformers
+    ) -> None:
+        if not is_sharded(self.model):  # else it was done before the weights were sharded
+            self._checkpoints.load_weights(Path(resume_from_checkpoint).parent)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._checkpoints.restore_training()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._checkpoints.restore_random()
+
+    # --- saving and the hub --------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what `from_pretrained` reads, and a model card; with ``args.push_to_hub``, push it.
+
+        Args:
+            output_dir: Folder; default: that of the arguments.
+            _internal_call: Whether transformers calls, which pushes by itself.
+
+        Raises:
+            TrainingError: The hub cannot be reached, or rejects the upload.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        self._checkpoints.save_model(folder)
+        self.hub.write_card(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub("Model save", revision=self.args.hub_revision)
+
+    def create_model_card(  # type: ignore[override]  # transformers takes facts that nothing here could use
+        self,
+        model_name: str | None = None,
+        dataset: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+        language: str | Sequence[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write ``README.md`` into the output folder.
+
+        Args:
+            model_name: Default: the last part of ``hub_model_id``, or of the output folder.
+            dataset: Names of data sets on the hub.
+            tags: Further tags.
+            language: ISO 639 code, or several.
+            license: SPDX identifier in small letters, like ``apache-2.0``.
+        """
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.hub.write_card(folder, CardNotes(model_name, dataset, tags, language, license))
+
+    def push_to_hub(  # type: ignore[override]  # the card's facts have names here
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,  # noqa: ANN401 - those of `create_model_card`
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Push what `save_model` saves to ``args.hub_model_id``, which is created if needed.
+
+        Args:
+            commit_message: Of the commit.
+            blocking: Whether to wait for the end of the upload.
+            token: Of the hub; default: ``args.hub_token``, or the one this machine is logged in
+                with.
+            revision: Branch; default: ``args.hub_revision``, or the main one.
+            private: Whether a new repository is private; default: ``args.hub_private_repo``.
+            **card: Facts for the model card; see `create_model_card`.
+
+        Returns:
+            The commit, or its future without ``blocking``; None on other processes than the main
+            one.
+
+        Raises:
+            TrainingError: The hub cannot be reached, or rejects the upload.
+        """
+        return self.hub.push(
+            commit_message or "End of training",
+            is_blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+            notes=CardNotes(**card) if card else None,
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository unless it exists; see `push_to_hub` for the arguments.
+
+        Raises:
+            TrainingError: The hub cannot be reached, or rejects the request.
+        """
+        # called by transformers' constructor, so before `_assemble`
+        with hub_errors(repository_name(self.args, self.hub_model_id)):
+            super().init_hf_repo(token, private)
+
+    def _finish_current_push(self) -> None:
+        self.hub.finish()

@@ -30,7 +30,7 @@ from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import StopKind, StopRequestedError
-from dar.training.step import parts
+from dar.training.step import reward_feed
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 PATIENCE = 6
@@ -216,9 +216,9 @@ def train(
 
 def stream(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     """Train in many parts, whose rewards come late."""
-    usual, parts.LEAST_ROWS = parts.LEAST_ROWS, 4
+    usual, reward_feed.LEAST_ROWS = reward_feed.LEAST_ROWS, 4
     train(folder, name, {"max_steps": 3, **settings}, reward=late)
-    parts.LEAST_ROWS = usual
+    reward_feed.LEAST_ROWS = usual
 
 
 def refill(

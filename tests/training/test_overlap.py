@@ -20,8 +20,8 @@ from dar.rewards.scoring.in_flight import Ticket
 from dar.training import DARTrainer
 from dar.training.parallel.ranks import Ranks
 from dar.training.report.capacity import Capacity, needed_concurrency, service_seconds
-from dar.training.step.parts import StepInProgress, StepPart
 from dar.training.step.records import Weigher, is_streamable
+from dar.training.step.reward_feed import StepInProgress, StepPart
 
 LORA = LoraConfig(
     r=2, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dar.errors import RewardContractError
-from dar.protocol.spec import Order
+from dar.protocol.spec import TrainingOrder
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, RewardSource, Scored
 from dar.rewards.threads import (
     POLL_SECONDS,
@@ -121,7 +121,7 @@ class InFlight:
     def next_of(
         self,
         tickets: Sequence[Ticket],
-        order: Order,
+        order: TrainingOrder,
         should_stop: Callable[[], bool] | None = None,
     ) -> Ticket:
         """Wait for one of ``tickets``. An error of any of them is raised at once.

@@ -27,7 +27,7 @@ from dar.errors import (
     RewardUnavailableError,
 )
 from dar.protocol.reward_spec import COMPONENT_NAME, RewardURL
-from dar.protocol.spec import Order
+from dar.protocol.spec import TrainingOrder
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -161,7 +161,7 @@ class RewardScorer:
     def collect(
         self,
         tickets: Sequence[Ticket],
-        order: Order = "fixed",
+        order: TrainingOrder = "fixed",
         *,
         may_all_fail: bool = False,
         should_stop: Callable[[], bool] | None = None,

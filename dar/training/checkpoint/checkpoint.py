@@ -1,11 +1,12 @@
-"""Checkpoints: published whole or not at all, loaded only when every byte is what was published.
+"""Checkpoints: published completely or not at all, and loaded only if every byte is unchanged.
 
-A checkpoint is a folder. At its top lie the model's files, as `from_pretrained` reads them; in ``resume/`` lies what only a
-resume needs. ``MANIFEST.json`` is written last and holds size and SHA-256 of every other file. Tensors are kept as
-safetensors and everything else as JSON, never as a pickle, which could run code when it is loaded.
+A checkpoint is a folder. It contains the model's files, as `from_pretrained` reads them, and a
+folder ``resume/`` with what only a resume needs. ``MANIFEST.json`` is written last and holds size
+and SHA-256 of every other file. Tensors are stored as safetensors and everything else as JSON,
+never as a pickle, which could run code when it is loaded.
 
-Publishing: write into ``.tmp-…``, fsync every file and folder, rename, fsync the parent. A process that is killed in between
-leaves only a ``.tmp-…``, which the next one sweeps away.
+Publishing: write into ``.tmp-…``, fsync every file and folder, rename, fsync the parent. A process
+that is killed meanwhile leaves only a ``.tmp-…``, which the next one removes.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A checkpoint that lies on disk."""
+    """A checkpoint on disk."""
 
     folder: Path
     manifest: Manifest
@@ -56,16 +57,16 @@ def publish(
     write: Callable[[Path], None],
     manifest: Callable[[list[ManifestFile]], Manifest],
 ) -> Published:
-    """Write a checkpoint and make it appear as ``root/step-<step>`` in one move.
+    """Write a checkpoint and publish it as ``root/step-<step>`` by one rename.
 
     Args:
         root: Folder of all checkpoints; it is created.
         step: Optimizer steps done.
-        write: Writes the files into the folder it is given.
+        write: Writes the files into a folder.
         manifest: Makes the manifest of those files.
 
     Raises:
-        OSError: The disk is full or broken; no checkpoint has appeared.
+        OSError: The disk is full or broken; no checkpoint was published.
     """
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f"{TEMPORARY_PREFIX}step-{step}-{os.getpid()}"
@@ -78,9 +79,7 @@ def publish(
         (temporary / MANIFEST_NAME).write_bytes(body)
         _sync_tree(temporary)
         target = root / f"step-{step}"
-        if (
-            target.exists()
-        ):  # of an attempt that died after its rename: replace it by the same, freshly verified
+        if target.exists():  # of an attempt that died after its rename
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(root)
@@ -91,7 +90,7 @@ def publish(
 
 
 def copy_files(source: Path, target: Path, manifest: Manifest) -> None:
-    """Copy what ``manifest`` lists from one checkpoint folder into another that has its sub-folders."""
+    """Copy the files of ``manifest`` into another checkpoint folder that has its sub-folders."""
     for file in manifest.files:
         shutil.copyfile(source / file.name, target / file.name)
 
@@ -106,7 +105,8 @@ def verify(folder: Path) -> Manifest:
     """Read a checkpoint's manifest and check every file against it.
 
     Raises:
-        CheckpointError: It is no checkpoint, a file is missing, altered or unknown; the message names it.
+        CheckpointError: It is no checkpoint, or a file is missing, changed or unknown; the message
+            names it.
     """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
@@ -152,7 +152,7 @@ def _sync_tree(folder: Path) -> None:
     _sync(folder)
 
 
-# --- what only a resume needs ----------------------------------------------------------------------------------------
+# --- what only a resume needs ------------------------------------------------------------------
 
 
 def save_resume_state(
@@ -161,13 +161,14 @@ def save_resume_state(
     scheduler: Mapping[str, Any],
     own: Mapping[str, Any],
 ) -> None:
-    """Write optimizer, scheduler, random states and the trainer's own counters into ``folder/resume``.
+    """Write optimizer, scheduler, random states and the trainer's own state into ``folder/resume``.
 
     Args:
         folder: The checkpoint.
-        optimizer: ``state_dict`` of the optimizer: its state goes into safetensors, its hyperparameters into JSON.
+        optimizer: ``state_dict`` of the optimizer: its state goes into safetensors, its
+            hyperparameters into JSON.
         scheduler: ``state_dict`` of the learning-rate scheduler.
-        own: JSON values of the trainer.
+        own: The trainer's own state as JSON values.
     """
     tensors, optimizer_json = _split_optimizer(optimizer)
     rng_tensors, rng_json = _random_states()
@@ -190,7 +191,7 @@ class ResumeState:
 
     @classmethod
     def load(cls, folder: Path) -> "ResumeState":
-        """Read it from the checkpoint in ``folder``, which has been verified."""
+        """Read it from the verified checkpoint in ``folder``."""
         resume = folder / RESUME_FOLDER
         return cls(
             load_file(resume / TENSORS_NAME),
@@ -199,7 +200,7 @@ class ResumeState:
 
     @property
     def trainer(self) -> dict[str, Any]:
-        """The trainer's own counters."""
+        """The trainer's own state."""
         own: dict[str, Any] = self.json["trainer"]
         return own
 
@@ -216,7 +217,7 @@ class ResumeState:
         return {"state": state, "param_groups": self.json["optimizer"]["param_groups"]}
 
     def restore_random(self) -> None:
-        """Put every random generator where it was."""
+        """Restore every random generator."""
         states = self.json["random"]
         version, internal, gauss = states["python"]
         random.setstate((version, tuple(internal), gauss))
@@ -230,10 +231,10 @@ class ResumeState:
 
 
 def load_weights(model: LanguageModel, folder: Path) -> None:
-    """Put the weights of the checkpoint in ``folder`` into ``model``.
+    """Load the weights of the checkpoint in ``folder`` into ``model``.
 
     Raises:
-        CheckpointError: They are those of another model.
+        CheckpointError: They belong to another model.
     """
     try:
         if isinstance(model, PeftModel):

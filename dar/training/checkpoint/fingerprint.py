@@ -1,4 +1,4 @@
-"""What decides the result of a training run, as one digest: a checkpoint is resumed under the same digest only."""
+"""Digest of everything that decides the result of a run; a resume needs the same digest."""
 
 import hashlib
 import itertools
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import torch
 import transformers
 from peft import PeftModel
-from torch import nn
 
 from dar.protocol.reward_spec import Rewards
 from dar.rewards.functions import FunctionReward, RewardFunction
@@ -17,19 +16,6 @@ from dar.training.checkpoint.checkpoint import digest
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import Rows
 from dar.training.model.loading import LanguageModel
-
-SKETCHED_VALUES = 256
-"""Leading values of each parameter that go into a sketch: enough to tell two models apart, and cheap for large ones."""
-
-
-def weights_sketch(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and leading values of a model's parameters."""
-    sketch = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        leading = parameter.detach().flatten()[:SKETCHED_VALUES].to("cpu", torch.float32)
-        sketch.update(f"{name} {tuple(parameter.shape)} ".encode())
-        sketch.update(leading.numpy().tobytes())
-    return sketch.hexdigest()
 
 
 def rows_sha256(rows: Rows) -> str:
@@ -45,10 +31,10 @@ def reward_terms(
     rewards: RewardFunction | str | Sequence[RewardFunction | str] | Rewards | None,
     weights: Sequence[float] | None,
 ) -> list[dict[str, object]]:
-    """Name, weight and clip of each reward and all else that decides their sum, but not where they are computed.
+    """Everything that decides the sum of the rewards, but not where they are computed.
 
     Args:
-        rewards: What gives rewards; None where the data set does.
+        rewards: The reward sources; None if the data hold the rewards.
         weights: Factor of each function; default 1.
     """
     if isinstance(rewards, Rewards):
@@ -62,7 +48,7 @@ def reward_terms(
 
 
 def _terms_of_spec(rewards: Rewards) -> list[dict[str, object]]:
-    """What was left at its default is not told, so that a digest outlives new fields."""
+    """Without fields at their default, so that new fields do not change the digest."""
     further: dict[str, object] = {
         "combine": rewards.combine.model_dump(mode="json", exclude_defaults=True),
         "failure": rewards.failure.model_dump(
@@ -89,14 +75,14 @@ def config_sha256(
     base: str,
     rewards: Sequence[Mapping[str, object]],
 ) -> str:
-    """Digest of everything that decides the result, except what a reward service answers.
+    """Digest of everything that decides the result, except the answers of reward services.
 
     Args:
         config: Its `DARConfig.decisive_values`.
-        policy: The model that is trained; of an adapter, its configuration.
+        policy: The model that is trained; only an adapter's configuration counts.
         rows: The data set.
         base: Sketch of the weights that training and reference start from.
-        rewards: What `reward_terms` gives.
+        rewards: The result of `reward_terms`.
     """
     adapter: object = None
     if isinstance(policy, PeftModel):
@@ -119,7 +105,7 @@ def _as_list(value: object) -> object:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the last digits of a result depend on beside the configuration."""
+    """What changes the last digits of a result, besides the configuration."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

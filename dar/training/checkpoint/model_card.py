@@ -1,9 +1,9 @@
-"""The model card: what a folder of trained weights says of itself, for people and for the hub's index."""
+"""The model card: Markdown that describes trained weights, with metadata for the hub's index."""
 
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from huggingface_hub import ModelCardData
 from dar.version import __version__
 
 TAGS = ("dar", "alignment", "generated_from_trainer")
-"""By these the hub finds models that were trained by this method."""
+"""The hub lists models by these."""
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-"""What a name on the hub looks like; it refuses a card that names anything else as a base model."""
+"""Form of a name on the hub, which rejects a card with any other name of a base model."""
 SHOWN_METRICS = (
     "dar/rewards_mean",
     "dar/kl_ref",
@@ -39,10 +39,23 @@ PAPER = """\
 
 
 @dataclass(frozen=True, slots=True)
+class CardNotes:
+    """What a user may add to a card or replace in it."""
+
+    model_name: str | None = None
+    """Default: the last part of the repository's name."""
+    dataset: str | Sequence[str] | None = None
+    tags: str | Sequence[str] | None = None
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card tells."""
+    """The contents of a card."""
 
     name: str
+    """Of the trained model."""
     base: str | None
     """Name of the model that training started from, as the user gave it."""
     is_adapter: bool
@@ -51,16 +64,13 @@ class CardFacts:
     """Hyperparameters."""
     metrics: Mapping[str, float]
     """Of the last report."""
-    datasets: Sequence[str] = ()
-    tags: Sequence[str] = ()
-    language: str | Sequence[str] | None = None
-    license: str | None = None
-    rewards: Sequence[str] = field(default=())
+    rewards: Sequence[str]
     """Names of the reward components."""
+    notes: CardNotes
 
 
 def hub_name(name: str | None) -> str | None:
-    """``name`` if the hub could know it; None for a folder."""
+    """``name`` if it may be a name on the hub; None for a folder."""
     if not name or Path(name).exists() or not REPO_ID.fullmatch(name):
         return None
     return name
@@ -68,20 +78,26 @@ def hub_name(name: str | None) -> str | None:
 
 def card_text(facts: CardFacts) -> str:
     """The card, as Markdown with the hub's metadata on top."""
+    notes = facts.notes
+    language = notes.language
     data = ModelCardData(
         base_model=hub_name(facts.base),
-        datasets=[name for name in facts.datasets if hub_name(name)] or None,
-        language=list(facts.language)
-        if isinstance(facts.language, Sequence) and not isinstance(facts.language, str)
-        else facts.language,
+        datasets=[dataset for dataset in _listed(notes.dataset) if hub_name(dataset)] or None,
+        language=language if language is None or isinstance(language, str) else list(language),
         library_name="peft" if facts.is_adapter else "transformers",
-        license=facts.license,
+        license=notes.license,
         model_name=facts.name,
         pipeline_tag="text-generation",
-        tags=[*TAGS, *(["lora"] if facts.is_adapter else []), *facts.tags],
+        tags=[*TAGS, *(["lora"] if facts.is_adapter else []), *_listed(notes.tags)],
     )
     parts = [_introduction(facts), _use(facts), _training(facts), _versions(), _citation()]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -92,9 +108,10 @@ def _introduction(facts: CardFacts) -> str:
     else:
         base = f"`{Path(facts.base).name}`" if facts.base else "a language model"
     return (
-        f"# {facts.name}\n\n{what} {base}, trained by Direct Advantage Regression (DAR): for each prompt the model samples "
-        "completions, each gets a reward, and the model is fine-tuned on its own samples, weighted by how much better they "
-        "are than their siblings, and held near to the model it started from."
+        f"# {facts.name}\n\n{what} {base}, trained by Direct Advantage Regression (DAR): for each "
+        "prompt the model samples completions, each gets a reward, and the model is fine-tuned on "
+        "its own samples, weighted by how much better they are than their siblings, and held near "
+        "to the model it started from."
     )
 
 
@@ -142,4 +159,5 @@ def _versions() -> str:
 
 
 def _citation() -> str:
-    return f"## Citation\n\nThe method: [arXiv 2504.14177](https://arxiv.org/abs/2504.14177).\n\n{PAPER}"
+    url = "https://arxiv.org/abs/2504.14177"
+    return f"## Citation\n\nThe method: [arXiv 2504.14177]({url}).\n\n{PAPER}"

@@ -160,4 +160,4 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     note(trainer.state.global_step)
-    return Run(curve[trainer.state.global_step], curve, trainer.step_values())
+    return Run(curve[trainer.state.global_step], curve, trainer.reporter.reported)

@@ -1,4 +1,4 @@
-"""Loading models without running anything that comes with them."""
+"""Loads models without running code that comes with them."""
 
 import contextlib
 import copy
@@ -28,28 +28,29 @@ from dar.protocol.spec import LoraSpec
 LanguageModel = PreTrainedModel | PeftModel
 
 CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code"})
-"""Keys of a config.json that have loaded code from a hub: auto_map by design, the others through CVE-2026-4372 and
-CVE-2026-5241. No honest weights need them with a built-in architecture."""
+"""Keys of a config.json that have loaded code from a hub: auto_map by design, the others through
+CVE-2026-4372 and CVE-2026-5241. A built-in architecture needs none of them."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_model(
     name: str | Path, *, dtype: torch.dtype = torch.float32, is_offline: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or a hub: safetensors only, built-in architectures only.
+    """Load a causal language model from safetensors; built-in architectures only.
 
     Args:
         name: Folder or hub id.
         dtype: Number format of the weights.
-        is_offline: Whether the hub may not be asked.
+        is_offline: Whether access to the hub is forbidden.
 
     Raises:
-        TrainingError: There is no such model, it wants to run code, or it is no causal language model.
+        TrainingError: There is no such model, it needs code of its own, or it is not a causal
+            language model.
         OSError: The hub cannot be reached.
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(name), local_files_only=is_offline)
-        refuse_code(name, config)
+        reject_code(name, config)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(name),
             dtype=dtype,
@@ -61,7 +62,8 @@ def load_model(
         if not is_offline and is_hub_unreachable(error):
             raise
         raise TrainingError(
-            f"the model {str(name)!r} cannot be loaded as a causal language model from safetensors: {error}",
+            f"the model {str(name)!r} cannot be loaded as a causal language model from "
+            f"safetensors: {error}",
             param="model",
         ) from error
     _make_savable(model)
@@ -69,7 +71,7 @@ def load_model(
 
 
 def is_hub_unreachable(error: BaseException | None) -> bool:
-    """Whether what was asked for may well exist, and only the network failed."""
+    """Whether only the network failed, and the files may exist."""
     while error is not None:
         if isinstance(error, LocalEntryNotFoundError):
             return True
@@ -78,10 +80,10 @@ def is_hub_unreachable(error: BaseException | None) -> bool:
 
 
 def _make_savable(model: PreTrainedModel) -> None:
-    """Some published models set a temperature and no sampling.
+    """Repair the generation config of models that set a temperature and no sampling.
 
-    transformers loads that, aligns its special tokens with the tokenizer's when training begins, and then refuses to save what
-    it has changed: the first checkpoint would fail.
+    transformers loads it, aligns its special tokens with the tokenizer's when training begins, and
+    then rejects the changed config when it is saved: the first checkpoint would fail.
     """
     try:
         model.generation_config.validate(strict=True)
@@ -89,26 +91,27 @@ def _make_savable(model: PreTrainedModel) -> None:
         model.generation_config.do_sample = True
 
 
-def refuse_code(name: str | Path, config: Mapping[str, Any]) -> None:
-    """Refuse a model whose configuration names code of its own.
+def reject_code(name: str | Path, config: Mapping[str, Any]) -> None:
+    """Reject a model whose configuration names code of its own.
 
     Raises:
-        TrainingError: It does.
+        TrainingError: It names code.
     """
     found = CODE_KEYS & config.keys()
     if found:
         raise TrainingError(
-            f"the model {str(name)!r} asks to run its own code ({', '.join(sorted(found))} in config.json), which is never "
-            "done here; use a model of an architecture that transformers has built in",
+            f"the model {str(name)!r} asks to run its own code ({', '.join(sorted(found))} in "
+            "config.json), which is never done here; use a model of an architecture that "
+            "transformers has built in",
             param="model",
         )
     for value in config.values():
         if isinstance(value, Mapping):
-            refuse_code(name, value)
+            reject_code(name, value)
 
 
 def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model.
+    """Load the tokenizer beside a model.
 
     Raises:
         TrainingError: There is none.
@@ -125,7 +128,7 @@ def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedT
 
 
 def merge_adapters(model: PreTrainedModel, adapters: Sequence[Path]) -> PreTrainedModel:
-    """Fold adapters into the weights of ``model``, in order.
+    """Merge adapters into the weights of ``model``, in order.
 
     Raises:
         TrainingError: A folder holds no safetensors adapter for this model.
@@ -144,14 +147,14 @@ def merge_adapters(model: PreTrainedModel, adapters: Sequence[Path]) -> PreTrain
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Put a fresh adapter on ``model``, which is frozen.
+    """Add a new adapter to ``model``, which is frozen.
 
     Raises:
-        TrainingError: The adapter names modules that the model has not, or by a pattern that is none.
+        TrainingError: The adapter names modules that the model lacks, or by an invalid pattern.
     """
     try:
         with _quiet_peft():
-            return get_peft_model(model, copy.deepcopy(config))  # which peft fills in
+            return get_peft_model(model, copy.deepcopy(config))  # peft changes the config
     except (ValueError, re.error) as error:
         raise TrainingError(
             f"the adapter does not fit the model: {error}", param="method.dar.peft.target_modules"
@@ -161,13 +164,13 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 @contextlib.contextmanager
 def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
-        # peft 0.19 asks transformers 5.23 for a property that is being renamed
+        # peft 0.19 reads a property that transformers 5.23 is renaming
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield
 
 
 def lora_config(spec: LoraSpec) -> LoraConfig:
-    """The adapter of a job spec as peft wants it."""
+    """The adapter of a job spec, as peft's config."""
     return LoraConfig(
         r=spec.r,
         lora_alpha=cast("int", spec.lora_alpha),  # peft divides by r, so a float will do
@@ -178,10 +181,10 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: log-probabilities are compared between passes, and noise would be taken for signal."""
+    """Set every dropout probability to 0, as log-probabilities are compared between passes."""
     for path, module in model.named_modules():
         if "lora_dropout" in path:
-            continue  # an adapter's own dropout is asked for by name, and acts in training passes only
+            continue  # an adapter's own dropout acts in training passes only
         for name, value in list(vars(module).items()):
             is_probability = name == "p" and isinstance(module, nn.Dropout)
             if isinstance(value, float) and (is_probability or "drop" in name):
@@ -189,45 +192,47 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def check_forward(model: LanguageModel) -> None:
-    """Refuse an architecture that cannot be told positions, or cannot leave out logits.
+    """Reject an architecture that takes no positions, or cannot leave out logits.
 
     Raises:
-        TrainingError: It is one.
+        TrainingError: It does not take both.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     missing = {"position_ids", "logits_to_keep"} - inspect.signature(base.forward).parameters.keys()
     if missing:
         raise TrainingError(
-            f"{type(base).__name__} takes no {' and no '.join(sorted(missing))}, without which padded sequences have wrong "
-            "log-probabilities; use a decoder-only model of another architecture",
+            f"{type(base).__name__} takes no {' and no '.join(sorted(missing))}, without which "
+            "padded sequences have wrong log-probabilities; use a decoder-only model of another "
+            "architecture",
             param="model",
         )
 
 
 def context_length(model: LanguageModel) -> int | None:
-    """Longest sequence that the model was built for, or None where its config does not say."""
+    """Longest sequence of the model in tokens; None if its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Refuse a tokenizer whose first or last token the model has not; its padding is never read.
+    """Reject a tokenizer whose BOS or EOS token the model lacks; its padding token is never read.
 
     Raises:
-        TrainingError: It is one.
+        TrainingError: The model lacks one.
     """
     for name in ("bos_token", "eos_token"):
         token_id = getattr(tokenizer, f"{name}_id")
         if token_id is not None and token_id >= vocabulary:
             raise TrainingError(
-                f"the tokenizer's {name} {getattr(tokenizer, name)!r} has id {token_id}, but the model has tokens 0 to "
-                f"{vocabulary - 1} only; use the model's own tokenizer, or resize the model's embeddings",
+                f"the tokenizer's {name} {getattr(tokenizer, name)!r} has id {token_id}, but the "
+                f"model has tokens 0 to {vocabulary - 1} only; use the model's own tokenizer, or "
+                "resize the model's embeddings",
                 param="model",
             )
 
 
 def eos_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a completion: all of the model's generation config, and the tokenizer's."""
+    """Tokens that end a completion, of the model's configs and the tokenizer."""
     found: set[int] = set()
     for value in (
         getattr(model.generation_config, "eos_token_id", None),

@@ -23,24 +23,25 @@ def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: A causal language model.
-        batch: B sequences as `dar.training.data.rows.DataCollatorForDAR` lays them out, on the model's device.
+        batch: B sequences of `dar.training.data.rows.DataCollatorForDAR`, on the model's device.
 
     Returns:
-        ``[B]``: sums over the tokens of each completion, in nats; float64 for a float64 model, else float32.
+        ``[B]``: sums over the tokens of each completion, in nats; float64 for a float64 model, else
+        float32.
     """
     return _summed_logps(_completion_logits(model, batch), batch)
 
 
 def logps_and_entropies(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same as `completion_logps`, with what the policy's distributions were like on the way.
+    """The same as `completion_logps`, with the entropies of the policy's distributions.
 
     Args:
         model: A causal language model.
-        batch: As `completion_logps` takes it.
+        batch: As for `completion_logps`.
 
     Returns:
-        Log-probabilities ``[B]``, and ``[B]`` entropies of the next token at temperature 1, summed over the tokens of each
-        completion, in nats, without gradient.
+        Log-probabilities ``[B]``, and entropies ``[B]`` of the next token at temperature 1, summed
+        over the tokens of each completion, in nats, without gradient.
     """
     logits_BCV = _completion_logits(model, batch)
     with torch.no_grad():  # one sequence at a time: probabilities take as much memory as logits
@@ -77,7 +78,7 @@ def _summed_logps(logits_BCV: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _precise(values: Tensor) -> Tensor:
-    """In float32, or in float64 where it was that."""
+    """In float32, or still in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -120,39 +121,48 @@ def all_logps(
     vocabulary: int,
     half: torch.dtype | None = None,
     before_each: Callable[[], None] = lambda: None,
+    with_entropies: bool = False,
 ) -> Tensor:
     """Log-probabilities of any number of completions, without gradients and without dropout.
 
     Args:
         model: A causal language model; it is left in evaluation mode.
         pairs: B sequences.
-        collate: Lays out the sequences of a forward pass.
+        collate: Makes a batch of the sequences of one forward pass.
         vocabulary: Size of the model's vocabulary.
-        half: What forward passes are cast to; None: nothing.
+        half: Number format that forward passes are cast to; None: no cast.
         before_each: Called before each forward pass; may raise to stop.
+        with_entropies: Whether to return the summed entropies too; see `logps_and_entropies`.
 
     Returns:
-        ``[B]`` on the CPU, in nats; float64 for a float64 model, else float32.
+        ``[B]`` on the CPU, in nats, or ``[2, B]`` with the entropies in the second row; float64 for
+        a float64 model, else float32.
     """
     model.eval()
     parameter = next(model.parameters())
     device = parameter.device
-    logps_B = torch.zeros(len(pairs), dtype=torch.promote_types(parameter.dtype, torch.float32))
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    values_NB = torch.zeros(1 + with_entropies, len(pairs), dtype=dtype)
     for rows in forward_batches(pairs, vocabulary):
         before_each()
         batch = {k: v.to(device) for k, v in collate([pairs[i] for i in rows]).items()}
         with autocast(device, half):
-            logps_B[rows] = completion_logps(model, batch).cpu()
-    return logps_B
+            measured = (
+                logps_and_entropies(model, batch)
+                if with_entropies
+                else (completion_logps(model, batch),)
+            )
+            values_NB[:, rows] = torch.stack(measured).cpu()
+    return values_NB if with_entropies else values_NB[0]
 
 
 def autocast(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[object]:
-    """Autocast on ``device`` to this number format, or nothing."""
+    """Autocast on ``device`` to this number format; None: no autocast."""
     return nullcontext() if half is None else torch.autocast(device.type, dtype=half)
 
 
 def idle_weights(model: nn.Module) -> list[str]:
-    """Names of trained weights that have no part in the log-probability of a completion: of unused experts, or an image encoder."""
+    """Names of trained weights that no log-probability depends on, as of an image encoder."""
     device = next(model.parameters()).device
     ones = torch.ones((1, 2), dtype=torch.long, device=device)
     batch = {
@@ -162,7 +172,7 @@ def idle_weights(model: nn.Module) -> list[str]:
         "completion_mask": ones[:, 1:].bool(),
     }
     is_training = model.training
-    model.eval()  # checkpointed blocks would hide their weights
+    model.eval()  # activation checkpointing would hide weights from the graph
     with torch.enable_grad():
         reached = [completion_logps(model, batch).grad_fn]
     model.train(is_training)

@@ -1,4 +1,4 @@
-"""The policy, its reference and its tokenizer, brought together from whatever the user gave."""
+"""`Policy`: the trained model, its reference and its tokenizer."""
 
 import copy
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
-from dar.training.checkpoint.fingerprint import weights_sketch
 from dar.training.config.config import DARConfig
 from dar.training.model import loading
+from dar.training.model.sketch import weights_sketch
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What is trained, and what it is anchored to."""
+    """The trained model, its frozen reference and its tokenizer."""
 
     model: loading.LanguageModel
     reference: nn.Module | None
-    """Frozen; None where the policy without its adapter is the reference, or where there is none (alpha = 0)."""
+    """None if the reference is the policy without its adapter, or there is none (alpha = 0)."""
     tokenizer: PreTrainedTokenizerBase
     base_sketch: str
-    """Tells the weights that training starts from, and the reference, from others."""
+    """Digest of the weights that training starts from, and of the reference."""
 
     @classmethod
     def make(
@@ -38,10 +38,11 @@ class Policy:
         base_name: str | None,
         is_offline: bool,
     ) -> "Policy":
-        """Load what is missing, add the adapter, freeze the reference; see `dar.DARTrainer` for the arguments.
+        """Load what is missing, add the adapter, freeze the reference; see `dar.DARTrainer`.
 
         Raises:
-            InvalidRequestError: ``model`` has an adapter already and is to get another, or a reference has no part.
+            InvalidRequestError: ``model`` has an adapter already and would get another, or the
+                reference would have no effect.
             TrainingError: A model or tokenizer cannot be loaded.
         """
         if ref_model is not None and config.alpha == 0:
@@ -59,11 +60,12 @@ class Policy:
         loading.disable_dropout(policy)
         sketch = weights_sketch(policy)
         reference: nn.Module | None = ref_model
-        transformers.set_seed(config.seed)  # an adapter begins at random
+        transformers.set_seed(config.seed)  # for the random weights of a new adapter
         if peft_config is not None:
             if isinstance(policy, PeftModel):
                 raise InvalidRequestError(
-                    "the model has an adapter already; leave peft_config out to train that one, or merge it first"
+                    "the model has an adapter already; leave peft_config out to train that one, or "
+                    "merge it first"
                 )
             policy = loading.add_adapter(policy, peft_config)
         if isinstance(policy, PeftModel):
@@ -82,6 +84,6 @@ class Policy:
         return int(self.model.config.get_text_config().vocab_size)
 
     def place_reference(self, device: torch.device) -> None:
-        """Move the reference to where the policy is trained."""
+        """Move the reference to the policy's device."""
         if self.reference is not None:
             self.reference.to(device)

@@ -1,8 +1,8 @@
 """Reward models: a sequence classifier with one label, on this machine, as a reward source.
 
-What decides a reward is the completion, so nothing of it is ever cut to make room for the prompt: a text that is too long
-loses its beginning. Rows are padded on the right with a token that cannot be taken for one of theirs, so that a reward does
-not depend on what else is in the batch.
+A reward depends mostly on the completion, so a text that is too long is cut at its beginning. Rows
+are padded on the right with a token that none of them contains, so that a reward does not depend on
+the other rows of the batch.
 """
 
 import asyncio
@@ -27,11 +27,12 @@ from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingEr
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
 from dar.rewards.threads import in_daemon_thread
-from dar.training.checkpoint.fingerprint import weights_sketch
 from dar.training.model import loading
+from dar.training.model.sketch import weights_bytes, weights_sketch
 
 RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
-"""Folder or hub id of a sequence classifier with one label, or such a model, or several of these."""
+"""Folder or hub id of a sequence classifier with one label, or such a model, or several of
+these."""
 
 MAX_ROWS = 64
 """Most sequences in one forward pass."""
@@ -42,18 +43,20 @@ MAX_TOKENS = 16_384
 class RewardModel:
     """Scores completions with a sequence classifier of one label.
 
-    A plain prompt and its completion are read as one text, to which the tokenizer adds what it adds to every text, and which
-    ends with its EOS token if the completion came to its end. A conversation is laid out by the chat template of the reward model's own tokenizer.
+    A plain prompt and its completion are encoded as one text, with the special tokens of every text
+    and, if the completion has ended, the EOS token. A conversation is rendered by the chat template
+    of the reward model's own tokenizer.
 
     Args:
-        model: A model of `transformers.AutoModelForSequenceClassification`; it is frozen and put into evaluation mode.
+        model: A model of `transformers.AutoModelForSequenceClassification`; it is frozen and put
+            into evaluation mode.
         tokenizer: Its own; default: the one beside the model.
         name: Component name.
-        max_length: Longest text in tokens; default: what model and tokenizer were made for.
-        is_offline: Whether the hub may not be asked for the tokenizer.
+        max_length: Longest text in tokens; default: the limit of model and tokenizer.
+        is_offline: Whether access to the hub is forbidden.
 
     Raises:
-        InvalidRequestError: The model has not exactly one label.
+        InvalidRequestError: The model does not have exactly one label.
         TrainingError: There is no tokenizer.
     """
 
@@ -68,8 +71,8 @@ class RewardModel:
     ) -> None:
         if model.config.num_labels != 1:
             raise InvalidRequestError(
-                f"the reward model {_named(model)} gives {model.config.num_labels} numbers per text, but a reward is one: use a "
-                "sequence classifier with num_labels=1",
+                f"the reward model {_named(model)} returns {model.config.num_labels} numbers per "
+                "text, but a reward is one: use a sequence classifier with num_labels=1",
                 param="reward_model",
             )
         self._model = model.requires_grad_(requires_grad=False).eval()
@@ -86,20 +89,20 @@ class RewardModel:
 
     @property
     def takes_whole_steps(self) -> bool:
-        """Always: forward passes of many texts of like length cost less."""
+        """Always: forward passes over many texts of similar length cost less."""
         return True
 
     @property
     def size_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+        return weights_bytes(self._model)
 
     def sketch(self) -> str:
-        """Tells the weights from others."""
+        """Digest of the weights."""
         return weights_sketch(self._model)
 
     def to(self, device: torch.device) -> "RewardModel":
-        """Move the model to where it is to score."""
+        """Move the model to ``device``."""
         self._model.to(device)
         return self
 
@@ -108,16 +111,16 @@ class RewardModel:
         samples: Sequence[RewardSample],
         context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
     ) -> list[RewardResult]:
-        """Score ``samples``: one result each, in order. A reward that is no finite number is a failure.
+        """Score ``samples``: one result each, in order. A reward that is not finite is a failure.
 
         Raises:
-            RewardMisconfiguredError: The prompts are conversations that the tokenizer's chat template refuses.
+            RewardMisconfiguredError: The tokenizer's chat template rejects a conversation.
         """
         is_stopped = threading.Event()
         try:
             return await in_daemon_thread(lambda: self._score(samples, is_stopped))
         except asyncio.CancelledError:
-            is_stopped.set()  # a thread cannot be ended from outside; this one ends with its forward pass
+            is_stopped.set()  # a thread cannot be killed; this one ends after its forward pass
             raise
 
     async def aclose(self) -> None:
@@ -144,8 +147,8 @@ class RewardModel:
     def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Rewards ``[B]``, float32 or finer.
 
-        A classifier on top of a decoder reads the last token that is not ``pad_token_id`` of its configuration. A published
-        one is right with its own; where it has none, that is a token which none of the rows holds.
+        A classifier on top of a decoder reads the last token that is not ``pad_token_id`` of its
+        configuration. If the configuration has none, a token that no row contains takes its place.
         """
         config = self._model.config.get_text_config()
         configured = config.pad_token_id
@@ -166,13 +169,14 @@ class RewardModel:
         rewards_B: Tensor = logits_B1[:, 0]
         return rewards_B.to("cpu", torch.promote_types(rewards_B.dtype, torch.float32))
 
-    # --- texts as token ids ------------------------------------------------------------------------------------------
+    # --- texts as token ids ------------------------------------------------------------------
 
     def encode(self, sample: RewardSample) -> list[int]:
-        """The tokens that the model reads of a sample, at most its longest text.
+        """The model's tokens of a sample, at most its longest text.
 
         Raises:
-            RewardMisconfiguredError: The tokenizer's chat template refuses the conversation, or there is none.
+            RewardMisconfiguredError: The tokenizer's chat template rejects the conversation, or
+                there is none.
         """
         if sample.messages is None:
             ids = self._text(sample)
@@ -196,23 +200,25 @@ class RewardModel:
     def _conversation(self, prompt: Sequence[Mapping[str, Any]], completion: str) -> list[int]:
         if not self._tokenizer.chat_template:
             raise RewardMisconfiguredError(
-                f"the prompts are conversations, but the tokenizer of the reward model {_named(self._model)} has no chat "
-                "template; use plain prompts, a reward model for conversations, or give reward_processing_class"
+                "the prompts are conversations, but the tokenizer of the reward model "
+                f"{_named(self._model)} has no chat template; use plain prompts, a reward model "
+                "for conversations, or give reward_processing_class"
             )
         for messages in _shorter(_answered(prompt, completion)):
-            ids = self._laid_out(messages)
+            ids = self._rendered(messages)
             if len(ids) <= self._max_length:
                 break
         return ids
 
-    def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         try:
             encoded: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=True, return_dict=True
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RewardMisconfiguredError(
-                f"the chat template of the reward model {_named(self._model)} refuses the conversation: {error}"
+                f"the chat template of the reward model {_named(self._model)} rejects the "
+                f"conversation: {error}"
             ) from error
         return list(encoded["input_ids"])
 
@@ -225,24 +231,25 @@ def load_reward_model(
     dtype: torch.dtype | str = "auto",
     is_offline: bool = False,
 ) -> RewardModel:
-    """Load a reward model from a folder or a hub: safetensors only, built-in architectures only.
+    """Load a reward model from safetensors; built-in architectures only.
 
     Args:
         name: Folder or hub id.
         tokenizer: Its own; default: the one beside it.
         component: Component name of its rewards.
         dtype: Number format of the weights; ``auto``: as they were saved.
-        is_offline: Whether the hub may not be asked.
+        is_offline: Whether access to the hub is forbidden.
 
     Raises:
-        TrainingError: There is no such model, it wants to run code, or it is no sequence classifier.
-        InvalidRequestError: It has not exactly one label.
+        TrainingError: There is no such model, it needs code of its own, or it is not a sequence
+            classifier.
+        InvalidRequestError: It does not have exactly one label.
         OSError: The hub cannot be reached.
     """
     path = str(name)
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
-        loading.refuse_code(name, config)
+        loading.reject_code(name, config)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=dtype,
@@ -255,12 +262,14 @@ def load_reward_model(
         if not is_offline and loading.is_hub_unreachable(error):
             raise
         raise TrainingError(
-            f"the reward model {path!r} cannot be loaded as a sequence classifier from safetensors: {error}",
+            f"the reward model {path!r} cannot be loaded as a sequence classifier from "
+            f"safetensors: {error}",
             param="reward_model",
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise TrainingError(
-            f"the model {path!r} is no reward model: its weights lack {', '.join(missing[:3])}, which would be random",
+            f"the model {path!r} is no reward model: its weights lack {', '.join(missing[:3])}, "
+            "which would be random",
             param="reward_model",
         )
     return RewardModel(model, tokenizer, name=component, is_offline=is_offline)
@@ -279,7 +288,8 @@ def make_reward_models(
     Their components have ``names``; default: `component_name`.
 
     Raises:
-        InvalidRequestError: The number of tokenizers is another, or a model has not exactly one label.
+        InvalidRequestError: The number of tokenizers is wrong, or a model does not have exactly one
+            label.
         TrainingError: A model cannot be loaded.
     """
     models = as_list(given)
@@ -290,8 +300,8 @@ def make_reward_models(
         own = list(tokenizers)
     if len(own) != len(models):
         raise InvalidRequestError(
-            f"{len(own)} tokenizers (reward_processing_class) for {len(models)} reward models; give one each, or None for the "
-            "one beside the model",
+            f"{len(own)} tokenizers (reward_processing_class) for {len(models)} reward models; "
+            "give one each, or None for the one beside the model",
             param="reward_processing_class",
         )
     made = []
@@ -320,15 +330,15 @@ def component_name(number: int) -> str:
 def _tokenizer(model: PreTrainedModel, *, is_offline: bool) -> PreTrainedTokenizerBase:
     if not model.name_or_path:
         raise InvalidRequestError(
-            "the reward model came as a model that was loaded from nowhere, so there is no tokenizer beside it; give "
-            "reward_processing_class",
+            "the reward model was given as a model without a folder or hub id, so there is no "
+            "tokenizer beside it; give reward_processing_class",
             param="reward_processing_class",
         )
     return loading.load_tokenizer(model.name_or_path, is_offline=is_offline)
 
 
 def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Longest text for model and tokenizer; a tokenizer that does not say names an absurdly large number."""
+    """Longest text for model and tokenizer; a tokenizer without a limit has a huge number."""
     return min(
         loading.context_length(model) or tokenizer.model_max_length, tokenizer.model_max_length
     )
@@ -339,7 +349,7 @@ def _named(model: PreTrainedModel) -> str:
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Numbers of the rows of each forward pass, long rows first to save padding; a row without tokens is in none."""
+    """Numbers of the rows of each forward pass, long rows first to save padding; no empty rows."""
     batch: list[int] = []
     filled = [place for place, row in enumerate(rows) if row]
     for place in sorted(filled, key=lambda i: (-len(rows[i]), i)):
@@ -354,13 +364,13 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 def _unused(rows: Sequence[Sequence[int]], vocabulary: int) -> int | None:
-    """A token that stands in none of the rows, if there is one."""
+    """A token that no row contains, if there is one."""
     used = {token for row in rows for token in row}
     return next((token for token in range(vocabulary) if token not in used), None)
 
 
 def _answered(prompt: Sequence[Mapping[str, Any]], completion: str) -> Sequence[Mapping[str, Any]]:
-    """The conversation with its completion; one that ends with the assistant's words has them continued."""
+    """The conversation with its completion, which continues a last message of the assistant."""
     last = prompt[-1]
     if last["role"] == "assistant" and isinstance(last.get("content"), str):
         return [*prompt[:-1], {**last, "content": last["content"] + completion}]
@@ -370,7 +380,7 @@ def _answered(prompt: Sequence[Mapping[str, Any]], completion: str) -> Sequence[
 def _shorter(
     messages: Sequence[Mapping[str, Any]],
 ) -> Iterator[Sequence[Mapping[str, Any]]]:
-    """The conversation, then without its first turn, and so on to its last; a user begins a turn."""
+    """The conversation, then without its first turns. A turn begins with a message of the user."""
     yield messages
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
     for start in starts[1:]:

@@ -53,12 +53,11 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         + f" = {size(sum(memory.values()))}, and activations",
         "writes to": output + (", checkpoints too" if config.save_strategy != "no" else ""),
     }
-    if trainer.reward_names:
+    if trainer.hub.reward_names:
         completions = prompts * config.dar_k
         facts |= {
-            "each step": f"{prompts} prompts, {completions} completions, "
-            f"at most {completions * config.max_new_tokens:,} new tokens",
-            "rewards": ", ".join(trainer.reward_names),
+            "each step": f"{prompts} prompts, {completions} completions, at most {completions * config.max_new_tokens:,} new tokens",
+            "rewards": ", ".join(trainer.hub.reward_names),
         }
     else:
         facts |= {"each step": f"{prompts} prompts with the completions and rewards of the data"}

@@ -1,4 +1,4 @@
-"""The numbers and samples of a step, as they are reported. Names, units and meanings: `dar.protocol.metrics`."""
+"""Metrics and samples of a step. Names, units and meanings: `dar.protocol.metrics`."""
 
 import math
 import time
@@ -30,7 +30,7 @@ SHOWN_CHARACTERS = 8192
 
 
 def step_metrics(step: ScoredStep) -> dict[str, float]:
-    """Metrics of one step; those that have no value, because nothing was scored, are left out.
+    """Metrics of one step, without those that have no value because nothing was scored.
 
     Args:
         step: After its training pass.
@@ -86,9 +86,13 @@ def _weight_metrics(step: ScoredStep) -> dict[str, float]:
 
 
 def _divergences(log_ratios: Tensor) -> dict[str, float]:
-    """KL(behavior || reference) of whole completions, estimated from log(reference / behavior) of those that were sampled.
+    """KL(behavior || reference) of whole completions, estimated on the sampled ones.
 
-    Both estimators are unbiased; k3 is never negative and varies less while the two are close, but explodes when they are not.
+    Both estimators are unbiased. k3 is never negative, and it varies less while the two are close
+    but explodes when they are not.
+
+    Args:
+        log_ratios: log(reference / behavior) of each completion.
     """
     ratios = log_ratios.clamp(max=MAX_LOG_WEIGHT).exp()
     return {
@@ -105,7 +109,7 @@ def _moments(name: str, values: Tensor) -> dict[str, float]:
 
 
 def sample_rows(step: ScoredStep) -> list[ReportedSample]:
-    """The completions of the step's first prompts, with everything that decided their weight."""
+    """Completions of the step's first prompts, with everything that decided their weight."""
     places = step.places
     rows = range(min(sum(step.counts[:SHOWN_GROUPS]), SHOWN_SAMPLES))
     return [
@@ -139,11 +143,11 @@ def _where_valid(step: ScoredStep, values_B: Tensor | None, row: int) -> float |
 
 
 class MetricsWindow:
-    """What happened since the last report: means over its steps, sums of counts, extremes of extremes, the last of counters."""
+    """Metrics since the last report: means over steps, sums of counts, extremes, last counters."""
 
     LAST = frozenset({"train/learning_rate", "train/epoch", "train/tokens"})
     SUMS = "reward/n_"
-    """What the names of counts begin with."""
+    """Prefix of the names of counts."""
     EXTREMES: Mapping[str, Callable[[float, float], float]] = {
         "dar/weights_max": max,
         "completions/max_length": max,
@@ -155,7 +159,7 @@ class MetricsWindow:
         self._counts: dict[str, int] = {}
 
     def add(self, values: dict[str, float]) -> None:
-        """Take in the metrics of a step."""
+        """Add the metrics of a step."""
         for name, value in values.items():
             if name in self.LAST:
                 self._sums[name], self._counts[name] = value, 1
@@ -173,22 +177,22 @@ class MetricsWindow:
         return self.EXTREMES.get(name) or of_component
 
     def take(self) -> dict[str, float]:
-        """The values of the window, which is empty afterwards."""
+        """The values of the window; it is empty afterwards."""
         values = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return values
 
     def state(self) -> dict[str, Any]:
-        """What has been taken in, as JSON."""
+        """What was added since the last report, as JSON."""
         return {"sums": self._sums, "counts": self._counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from `state`."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
 
 class Reporter:
-    """Collects what steps were like, and tells it when a report is due."""
+    """Collects the metrics of steps, and sends a report when one is due."""
 
     def __init__(self) -> None:
         self._window = MetricsWindow()
@@ -198,7 +202,7 @@ class Reporter:
         self._drift = DriftWatch()
         self._last: ScoredStep | None = None
         self.observer: StepObserver | None = None
-        """Knows the requests to reward services, where there are any."""
+        """Counts the requests to reward services, if there are any."""
         self.reported: dict[str, float] = {}
         """The last report."""
 
@@ -208,13 +212,13 @@ class Reporter:
         return self._last is not None
 
     def begin_step(self) -> None:
-        """Start the clock."""
+        """Start to measure the time of a step."""
         self._started = time.monotonic()
 
     def end_step(
         self, step: ScoredStep, *, grad_norm: float, learning_rate: float
     ) -> dict[str, float]:
-        """Take in a step after its optimizer step; returns its times."""
+        """Add a step after its optimizer step; returns its times."""
         self._tokens += step.tokens
         self._last = step
         times = self._times(step)
@@ -226,27 +230,27 @@ class Reporter:
                 "train/epoch": step.epoch,
                 "train/tokens": float(self._tokens),
             }
-            # none where a scaled float16 gradient overflowed
+            # not finite where a scaled float16 gradient overflowed
             | ({"train/grad_norm": grad_norm} if math.isfinite(grad_norm) else {})
         )
         return times
 
-    def tell_of(self, step: ScoredStep, sink: Sink) -> None:
-        """Tell what must not pass in silence: numbers that no source gave, and rewards that have jumped. Once for each step."""
+    def warn_of(self, step: ScoredStep, sink: Sink) -> None:
+        """Warn of rewards that no source returned, and of rewards that have jumped."""
         count = len(step.rewards)
         if fallbacks := sum(reward.is_fallback for reward in step.rewards):
             sink.event(
                 "warn",
-                f"step {step.number}: {fallbacks} of {count} completions could not be scored and count with the job's "
-                "fallback_value",
+                f"step {step.number}: {fallbacks} of {count} completions could not be scored and "
+                "count with the job's fallback_value",
                 {"kind": "reward_fallback", "step": step.number, "count": fallbacks},
             )
         zeroed = Counter(name for reward in step.rewards for name in reward.zeroed)
         for name, found in sorted(zeroed.items()):
             sink.event(
                 "warn",
-                f"step {step.number}: reward component {name} skipped {found} of {count} completions and counts as 0 for them "
-                "(combine.on_partial_skip)",
+                f"step {step.number}: reward component {name} skipped {found} of {count} "
+                "completions and counts as 0 for them (combine.on_partial_skip)",
                 {"kind": "reward_zeroed", "step": step.number, "component": name, "count": found},
             )
         for name, values in component_rewards(step.rewards).items():
@@ -268,12 +272,12 @@ class Reporter:
         }
 
     def report(self, sink: Sink, number: int) -> dict[str, float]:
-        """Tell ``sink`` the metrics since the last report, and samples of the last step, which has this number."""
+        """Report the metrics since the last report, and samples of the last step."""
         assert self._last is not None
         requests = self.observer.take() if self.observer else StepRequests()
         self.reported = {**self._window.take(), **requests.metrics}
         sink.metrics(number, self.reported)
-        _tell_requests(sink, number, requests)
+        _send_requests(sink, number, requests)
         samples = sample_rows(self._last)
         if samples:
             sink.samples(number, samples)
@@ -281,12 +285,12 @@ class Reporter:
         return self.reported
 
     def report_requests(self, sink: Sink, number: int) -> None:
-        """Tell ``sink`` the requests since the last report: of a step that was not finished."""
+        """Report the requests since the last report, which belong to an unfinished step."""
         if self.observer is not None:
-            _tell_requests(sink, number, self.observer.take())
+            _send_requests(sink, number, self.observer.take())
 
     def state(self) -> dict[str, Any]:
-        """What has been taken in, as JSON."""
+        """Counters, and what was added since the last report, as JSON."""
         return {
             "tokens": self._tokens,
             "window": self._window.state(),
@@ -294,13 +298,13 @@ class Reporter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from `state`."""
         self._tokens = state["tokens"]
         self._window.restore(state["window"])
         if "drift" in state:
             self._drift.restore(state["drift"])
 
 
-def _tell_requests(sink: Sink, number: int, found: StepRequests) -> None:
+def _send_requests(sink: Sink, number: int, found: StepRequests) -> None:
     if found.requests:
         sink.rewards(number, found.requests, found.failures)

@@ -29,26 +29,28 @@ from dar.training.data.rows import (
 )
 from dar.training.report.sink import Sink
 from dar.training.sampling.prompts import PromptStream
-from dar.training.step.parts import StepInProgress
 from dar.training.step.records import Mode, ScoredStep, Weigher
+from dar.training.step.reward_feed import StepInProgress
 
 
 class RowEncoder(PromptEncoder):
     """Turns rows with completions into token ids.
 
-    A completion's tokens are those that follow the prompt's when both are one text, so that the policy is trained on what it
-    would see; its end-of-sequence token is appended where it has none. A conversation goes through the chat template with the
-    assistant's turn. Token ids are taken as they are.
+    A completion's tokens are those that follow the prompt's when both are encoded as one text, as
+    the policy samples them; an end-of-sequence token is appended if there is none. A conversation
+    is rendered by the chat template together with the assistant's turn. Token ids are used as they
+    are.
 
-    Where prompt and completion are longer than ``longest`` together, the prompt gives way first, down to ``longest // 2`` tokens
-    (cut from the left, as `PromptEncoder` says), then the completion, cut from the right. Token ids of completions are never cut.
-    Nothing depends on the other rows.
+    If prompt and completion together are longer than ``longest``, first the prompt is cut from the
+    left, down to ``longest // 2`` tokens (see `dar.training.data.PromptEncoder`), then the
+    completion from the right. Token ids of completions are never cut. Nothing depends on the other
+    rows.
 
     Args:
-        tokenizer: Of the model that is trained.
+        tokenizer: The trained model's.
         max_prompt_length: Longest prompt in tokens; None: what its completions leave.
         longest: Most tokens of prompt and completion together.
-        vocabulary: Token ids are below it.
+        vocabulary: Number of tokens of the model.
         eos_ids: Tokens that end a completion.
     """
 
@@ -72,7 +74,8 @@ class RowEncoder(PromptEncoder):
         """Encode one row, its completions included.
 
         Raises:
-            InvalidRequestError: The row cannot be trained on, or does not fit the model's chat template.
+            InvalidRequestError: The row cannot be trained on, or does not fit the model's chat
+                template.
         """
         found = read_offline(row, self.vocabulary)
         if found.prompt_ids is not None:
@@ -84,13 +87,14 @@ class RowEncoder(PromptEncoder):
         longest_completion = max(map(len, completions))
         if min(map(len, completions)) == 0:
             raise RowError(
-                "a completion has 0 tokens, and the tokenizer no EOS token to end it with",
+                "a completion has 0 tokens, and the tokenizer has no EOS token to end it with",
                 "completion",
             )
         room = self._longest - longest_completion
         if found.kind == "tokens" and room < 1:
             raise RowError(
-                f"a completion has {longest_completion} tokens, but must have at least 1 and fewer than {self._longest}",
+                f"a completion has {longest_completion} tokens, but must have at least 1 and fewer "
+                f"than {self._longest}",
                 "completion_ids",
             )
         if found.kind != "tokens":
@@ -99,7 +103,7 @@ class RowEncoder(PromptEncoder):
         return replace(prompt, completions=self._stored(found, completions, len(prompt.ids)))
 
     def check(self, row: Row) -> None:
-        """See `PromptEncoder.check`."""
+        """Check a row without encoding it if possible; see `dar.training.data.PromptEncoder`."""
         found = read_offline(row, self.vocabulary)
         prompt = found.prompt
         if prompt is None or isinstance(prompt, str):
@@ -120,8 +124,9 @@ class RowEncoder(PromptEncoder):
         room = self._longest - prompt_length
         if row.behavior_logps is not None and max(map(len, completions)) > room:
             raise RowError(
-                f"a completion of {max(map(len, completions))} tokens must be cut to {room}, and then its behavior_logps do not "
-                "fit it any more; raise max_length, shorten it, or leave behavior_logps out of all rows",
+                f"a completion of {max(map(len, completions))} tokens must be cut to {room}, and "
+                "then its behavior_logps do not fit it any more; raise max_length, shorten it, or "
+                "leave behavior_logps out of all rows",
                 "behavior_logps",
             )
         known: Sequence[float | None] = row.behavior_logps or [None] * len(completions)
@@ -138,7 +143,7 @@ class RowEncoder(PromptEncoder):
     def _is_ended(self, ids: Sequence[int]) -> bool:
         return not self._eos_ids or ids[-1] in self._eos_ids
 
-    # --- tokens of a completion ------------------------------------------------------------------------------------------
+    # --- tokens of a completion ----------------------------------------------------------------
 
     def _completion_ids(
         self, prompt: str | Sequence[Message] | None, prompt_ids: list[int], completion: Completion
@@ -155,15 +160,15 @@ class RowEncoder(PromptEncoder):
         return self._ended(self._turn(prompt, prompt_ids, completion))
 
     def _following(self, prompt_ids: list[int], whole: list[int], text: str) -> list[int]:
-        """Tokens of ``text`` behind the prompt; by itself where the tokenizer would merge across the border between both."""
+        """Tokens of ``text`` after the prompt; encoded alone if a token would span both."""
         count = len(prompt_ids)
         return whole[count:] if common_length(prompt_ids, whole) == count else self.bare(text)
 
     def _answer(self, prompt: Sequence[Message], answer: Message) -> tuple[str, str]:
-        """A conversation with its answer as the model reads it, and what of that follows the prompt."""
+        """The rendered conversation with its answer, and the part that follows the prompt."""
         before = self.rendered(prompt)
         last = prompt[-1]
-        if last["role"] == "assistant":  # the answer goes on where the prompt's last message ends
+        if last["role"] == "assistant":  # the answer continues the prompt's last message
             whole = [*prompt[:-1], {**answer, "content": last["content"] + answer["content"]}]
         else:
             whole = [*prompt, answer]
@@ -171,9 +176,11 @@ class RowEncoder(PromptEncoder):
         if not text.startswith(before):
             at = common_length(map(ord, before), map(ord, text))
             raise InvalidRequestError(
-                "the model's chat template writes the prompt differently when the answer follows: alone it has "
-                f"{before[at : at + 40]!r} where with the answer it has {text[at : at + 40]!r}. What the policy would be trained on "
-                "is not what it is asked; use a template that only appends, or send prompt_ids and completion_ids"
+                "the model's chat template writes the prompt differently when the answer follows: "
+                f"alone it has {before[at : at + 40]!r} where with the answer it has "
+                f"{text[at : at + 40]!r}. The policy would be trained on another prompt than it "
+                "samples from; use a template that only appends, or send prompt_ids and "
+                "completion_ids"
             )
         return text, text[len(before) :]
 
@@ -181,7 +188,7 @@ class RowEncoder(PromptEncoder):
         text, rest = self._answer(prompt, answer)
         ids = self._following(prompt_ids, self.bare(text), rest)
         ends = [place for place, token in enumerate(ids) if token in self._eos_ids]
-        # Templates put a line break behind the end of a turn; sampling stops at the end itself.
+        # Templates append a line break to the end of a turn; sampling stops before it.
         if ends and not str(self._tokenizer.decode(ids[ends[-1] + 1 :])).strip():
             return ids[: ends[-1] + 1]
         return ids
@@ -196,15 +203,15 @@ class RowEncoder(PromptEncoder):
 class ReplaySource:
     """Reads completions and rewards from the data set: offline training.
 
-    The number of completions may differ between rows. Where rows hold no ``behavior_logps``, the policy as it is stands for what
-    sampled.
+    The number of completions may differ between rows. If any row lacks ``behavior_logps``, the
+    current policy's log-probabilities are used.
 
     Args:
         prompts: The prompts of each step, with their completions.
         weigher: Turns rewards into weights.
-        tokenizer: Makes text of completions.
-        sink: Is told the phases.
-        mode: Which of them.
+        tokenizer: Decodes completions.
+        sink: Receives the phases.
+        mode: Whether the steps are trained or evaluated on.
     """
 
     def __init__(
@@ -226,10 +233,10 @@ class ReplaySource:
         self,
         number: int,
         *,
-        staleness: int = 0,  # noqa: ARG002 - of what is sampled
-        stored: object = None,  # noqa: ARG002 - of what is sampled too
+        staleness: int = 0,  # noqa: ARG002 - only sampled steps are stale
+        stored: object = None,  # noqa: ARG002 - only sampled steps are stored
     ) -> StepInProgress:
-        """Step ``number``, with everything known; see `dar.training.step.pipeline.Pipeline`."""
+        """Step ``number`` with its rewards; see `dar.training.step.pipeline.Pipeline`."""
         return StepInProgress(self(number))
 
     def __call__(self, number: int) -> ScoredStep:
@@ -258,16 +265,16 @@ class ReplaySource:
 
 
 def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None:
-    """Refuse rows that cannot be replayed, before the first step.
+    """Reject rows that cannot be replayed, before the first step.
 
     Args:
         rows: The data set.
-        encoder: Of its rows.
+        encoder: Encodes its rows.
         prompts_per_step: Rows of an optimizer step.
 
     Raises:
-        InvalidRequestError: A row cannot be encoded, or no completion would have another to be compared with; the message names
-            the row.
+        InvalidRequestError: A row cannot be encoded (the message names it), or no completion would
+            have another to be compared with.
     """
     most = 0
     for index in range(len(rows)):
@@ -275,7 +282,7 @@ def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None
         with naming_row(index):
             found = read_offline(row, encoder.vocabulary)
             most = max(most, len(found.completions))
-            # Rows with conversations are all tried by `PromptStream`; texts that lack nothing cannot fail.
+            # `PromptStream` checks all rows with conversations; only empty texts can fail.
             is_doubtful = found.behavior_logps is not None or "" in (
                 found.prompt,
                 *found.completions,
@@ -284,8 +291,8 @@ def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None
                 encoder(row)
     if most == 1 and prompts_per_step == 1:
         raise InvalidRequestError(
-            "every row holds one completion and a step takes one row, so nothing can be compared and every advantage would be "
-            "0; set the batch size to at least 2",
+            "every row holds one completion and a step takes one row, so nothing can be compared "
+            "and every advantage would be 0; set the batch size to at least 2",
             param="per_device_train_batch_size",
         )
 

@@ -1,137 +1,125 @@
-"""`OnlineSource`: completions of a step are sampled from the policy and scored."""
+"""`OnlineSource`: completions of a step are sampled from the policy and scored.
+
+`make_source` makes the step source of a data set, this one or `ReplaySource`.
+"""
 
 import itertools
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dar.protocol.reward_spec import FailurePolicy, FallbackValue
-from dar.protocol.spec import Order, Overlap
+from dar.errors import InvalidRequestError
+from dar.protocol.spec import TrainingOrder
 from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.scoring.failures import FailureBudget
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
-from dar.training.data.rows import Prompt, TokenPair
-from dar.training.model.loading import LanguageModel
-from dar.training.parallel.ranks import Ranks
+from dar.training.config.config import DARConfig
+from dar.training.data.rows import Prompt, PromptEncoder, Rows, TokenPair, naming_row
+from dar.training.model import loading
+from dar.training.model.policy import Policy
 from dar.training.parallel.sharding import whole
-from dar.training.report.capacity import Capacity
-from dar.training.report.sink import Control, Sink, StopRequestedError, check
-from dar.training.sampling.prompts import PromptStream
-from dar.training.sampling.sampler import Completion, Sampler
-from dar.training.step.parts import StepInProgress
+from dar.training.report.sink import StopRequestedError
+from dar.training.run_context import RunContext
+from dar.training.sampling.prompts import EvaluationStream, PromptStream
+from dar.training.sampling.sampler import Completion, Sampler, check_tokens
+from dar.training.step.offline import ReplaySource, RowEncoder, check_replay
+from dar.training.step.passes import ForwardPasses
 from dar.training.step.records import Mode, ScoredStep, Weigher
-from dar.training.step.reward_feed import PENDING, Delivery, RewardFeed
+from dar.training.step.reward_feed import (
+    PENDING,
+    RewardCollector,
+    RewardFeed,
+    Scoring,
+    StepInProgress,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How the completions of a run are scored."""
-
-    scorer: RewardScorer | None
-    """None where this is not the main process."""
-    overlap: Overlap = "none"
-    order: Order = "fixed"
-    is_streamable: bool = False
-    """Whether a prompt can be weighed by itself."""
-    policy: FailurePolicy | None = None
-    """What becomes of groups that cannot be scored."""
-    budget: FailureBudget | None = None
-    """Counts them."""
-    capacity: Capacity | None = None
-    """Watches how fast they come."""
+STREAMS: Mapping[Mode, type[PromptStream]] = {"train": PromptStream, "eval": EvaluationStream}
 
 
 class OnlineSource:
     """Samples from the policy and has the completions scored.
 
-    Each process samples for its share of the prompts; the main one has all completions scored, however long that takes. What it
-    samples itself goes to the reward sources prompt by prompt, as soon as the K completions of one have ended; what the others
-    sample goes there when they are done.
+    Each process samples for its share of the prompts, and the main one has all completions scored,
+    however long that takes. Its own completions are submitted prompt by prompt, as soon as the K
+    completions of one have ended. Those of the other processes are submitted when all are sampled.
 
     Args:
-        model: The policy.
+        run: The training run.
+        policy: Model and tokenizer.
         prompts: The prompts of each step.
         sampler: Samples K completions of each.
-        scoring: Gives rewards.
-        weigher: Turns them into weights.
-        tokenizer: Makes text of completions.
-        sink: Is told the phases.
-        control: Is asked whether to go on.
-        job_id: Named to reward services.
-        mode: In an evaluation the number of a step is that of the steps done before, and the noise always that of step 0.
-        ranks: The processes that sample together.
+        scoring: How they are scored.
+        weigher: Turns rewards into weights.
+        mode: In an evaluation, a step's number is that of the steps done before, and its noise is
+            always that of step 0.
     """
 
     def __init__(
         self,
-        model: LanguageModel,
+        run: RunContext,
+        policy: Policy,
         prompts: PromptStream,
         sampler: Sampler,
         scoring: Scoring,
         weigher: Weigher,
         *,
-        tokenizer: PreTrainedTokenizerBase,
-        sink: Sink,
-        control: Control,
-        job_id: str | None,
-        ranks: Ranks,
-        mode: Mode = "train",
+        mode: Mode,
     ) -> None:
-        self._model = model
+        self._run = run
+        self._policy = policy
         self._prompts = prompts
         self._sampler = sampler
         self._scoring = scoring
         self._weigher = weigher
-        self._tokenizer = tokenizer
-        self._sink = sink
-        self._control = control
-        self._job_id = job_id
-        self._ranks = ranks
         self._mode: Mode = mode
 
     def __call__(self, number: int) -> ScoredStep:
-        """Sample and score step ``number``, whole; see `StepSource`.
+        """Sample, score and weigh step ``number``; see `StepSource`.
 
         Raises:
             StopRequestedError: A stop was requested meanwhile.
             RewardError: No completion of the step could be scored.
-            TrainingError: The policy gave a probability that is no number.
+            TrainingError: A probability of the policy is not finite.
         """
         return self.begin(number).finished()
 
     def begin(
         self, number: int, *, staleness: int = 0, stored: Sequence[Completion] | None = None
     ) -> StepInProgress:
-        """Sample step ``number`` and ask for its rewards.
+        """Sample step ``number`` and submit its completions.
 
         Args:
             number: From 1.
-            staleness: Optimizer steps that will lie between the policy as it is and the training.
-            stored: Its completions, where they were sampled before.
+            staleness: Optimizer steps between the sampling policy and the trained one.
+            stored: Its completions, if they were sampled before.
 
         Raises:
             StopRequestedError: A stop was requested meanwhile.
-            TrainingError: The policy gave a probability that is no number.
+            TrainingError: A probability of the policy is not finite.
         """
-        self._sink.phase("sampling" if self._mode == "train" else "evaluating", number)
+        run = self._run
+        run.sink.phase("sampling" if self._mode == "train" else "evaluating", number)
         started = time.monotonic()
         prompts = self._prompts.of_step(number)
-        asking = self._asking(number, prompts, staleness)
+        context = RewardContext(number, self._mode, run.job_id, staleness)
+        groups = _Groups(
+            self._scoring.scorer, prompts, context, self._policy.tokenizer, run.should_stop
+        )
         waited = 0.0
         if stored is None:
-            own = self._ranks.slice(len(prompts))
-            stored, waited = self._sample(asking, list(own), is_again=False)
+            own = run.ranks.slice(len(prompts))
+            stored, waited = self._sample(groups, list(own), is_again=False)
         completions = list(stored)
-        asking.ask_rest(range(len(prompts)), completions)
+        groups.submit_all(range(len(prompts)), completions)
         step = ScoredStep(
             number=number,
             epoch=self._prompts.epoch(number),
             prompts=prompts,
-            pairs=asking.pairs(range(len(prompts)), completions),
-            texts=[asking.text(one) for one in completions],
+            pairs=groups.pairs(range(len(prompts)), completions),
+            texts=[groups.text(one) for one in completions],
             finish_reasons=[completion.finish_reason for completion in completions],
             rewards=[PENDING] * len(completions),
             behavior_logps_B=_logps(completions),
@@ -140,15 +128,14 @@ class OnlineSource:
             staleness=staleness,
         )
         self._weigher.begin(step)
-        feed = self._feed(step, asking)
+        feed = self._feed(step, groups)
         if self._scoring.overlap == "none":
             feed.receive_all()
-        self._ask_reference(step, range(len(completions)))
+        self._measure_reference(step, range(len(completions)))
         return StepInProgress(step, feed, completions)
 
-    def _feed(self, step: ScoredStep, asking: "_Asking") -> RewardFeed:
+    def _feed(self, step: ScoredStep, groups: "_Groups") -> RewardFeed:
         scoring = self._scoring
-        order: Order = "fixed" if scoring.overlap == "none" else scoring.order
         count = len(step.prompts)
         refill = 0
         if self._mode == "train" and scoring.policy is not None:
@@ -156,127 +143,108 @@ class OnlineSource:
         return RewardFeed(
             step,
             self._weigher,
-            self._ranks,
-            delivery=self._delivery(asking, self._evenly(count), order, may_all_fail=False),
-            resample=lambda again: self._resample(step, asking, again),
-            order=order,
-            is_streamed=scoring.overlap != "none",
-            is_streamable=scoring.is_streamable,
+            self._run.ranks,
+            scoring=scoring,
+            collector=self._collector(
+                groups, self._evenly(count), scoring.part_order, may_all_fail=False
+            ),
+            resample=lambda again: self._resample(step, groups, again),
             refill=refill,
-            on_wait=lambda is_waiting: self._tell(step.number, is_waiting=is_waiting),
+            on_wait=lambda is_waiting: self._report_wait(step.number, is_waiting=is_waiting),
         )
 
-    def _tell(self, number: int, *, is_waiting: bool) -> None:
+    def _report_wait(self, number: int, *, is_waiting: bool) -> None:
         if self._mode == "train":
-            self._sink.phase("waiting_for_reward" if is_waiting else "training", number)
+            self._run.sink.phase("waiting_for_reward" if is_waiting else "training", number)
 
     def _evenly(self, count: int) -> list[int]:
-        """Prompts in the order in which they are trained on: of every process the same share at any time."""
-        owned = [self._ranks.slice_of(index, count) for index in range(self._ranks.count)]
+        """Prompts in the order of training: at any time the same share of every process."""
+        ranks = self._run.ranks
+        owned = [ranks.slice_of(index, count) for index in range(ranks.count)]
         places = [((i + 1) / len(one), p) for one in owned for i, p in enumerate(one)]
         return [p for _, p in sorted(places)]
 
-    def _delivery(
-        self, asking: "_Asking", numbers: Sequence[int], order: Order, *, may_all_fail: bool
-    ) -> Delivery | None:
-        scoring = self._scoring
-        if scoring.scorer is None:
+    def _collector(
+        self, groups: "_Groups", numbers: Sequence[int], order: TrainingOrder, *, may_all_fail: bool
+    ) -> RewardCollector | None:
+        if self._scoring.scorer is None:
             return None
-        tickets = {asking.place(number): asking.tickets[number] for number in numbers}
-        scoring.scorer.complete(list(tickets.values()))
-        has_fallback = scoring.policy is not None and isinstance(
-            scoring.policy.on_error, FallbackValue
-        )
-        return Delivery(
-            scoring.scorer,
-            tickets,
+        return RewardCollector(
+            self._scoring,
+            {groups.place(number): groups.tickets[number] for number in numbers},
             order,
-            policy=scoring.policy,
-            budget=scoring.budget if self._mode == "train" else None,
-            may_all_fail=may_all_fail or has_fallback,
-            should_stop=self._should_stop,
-            on_end=lambda: self._end_rewards(list(tickets.values())),
+            is_training=self._mode == "train",
+            may_all_fail=may_all_fail,
+            should_stop=self._run.should_stop,
         )
-
-    def _end_rewards(self, tickets: Sequence[Ticket]) -> None:
-        if self._scoring.capacity is not None and self._mode == "train":
-            self._scoring.capacity.end_rewards(tickets)
-
-    def _asking(self, number: int, prompts: Sequence[Prompt], staleness: int) -> "_Asking":
-        context = RewardContext(number, self._mode, self._job_id, staleness)
-        return _Asking(self._scoring.scorer, prompts, context, self._tokenizer, self._should_stop)
 
     def _sample(
-        self, asking: "_Asking", own: Sequence[int], *, is_again: bool
+        self, groups: "_Groups", own: Sequence[int], *, is_again: bool
     ) -> tuple[list[Completion], float]:
-        """Completions of this process's prompts; those of all processes, and seconds of waiting for the others."""
-        prompts = asking.prompts
-        with whole(self._model):
+        """Sample for this process's prompts.
+
+        Returns:
+            Completions of all processes, and the seconds in which this one waited for the others.
+        """
+        prompts, ranks = groups.prompts, self._run.ranks
+        with whole(self._policy.model):
             completions = self._sampler.sample(
-                self._model,
+                self._policy.model,
                 [prompts[p].ids for p in own],
-                step=asking.context.step if self._mode == "train" else 0,
+                step=groups.context.step if self._mode == "train" else 0,
                 numbers=[p + is_again * len(prompts) for p in own],
-                before_each=self._look_out,
-                on_group=asking.ask if self._scoring.overlap != "none" else _later,
+                before_each=self._run.poll,
+                on_group=groups.submit if self._scoring.overlap != "none" else _wait_for_all,
             )
         sampled = time.monotonic()
-        shares = self._ranks.gather([asdict(completion) for completion in completions])
-        waited = time.monotonic() - sampled if self._ranks.count > 1 else 0.0
+        shares = ranks.gather([asdict(completion) for completion in completions])
+        waited = time.monotonic() - sampled if ranks.count > 1 else 0.0
         return [Completion(**values) for values in itertools.chain(*shares)], waited
 
     def _resample(
-        self, step: ScoredStep, asking: "_Asking", again: Sequence[int]
-    ) -> Delivery | None:
-        """Sample these prompts once more, with other noise, and put what comes in the place of what was there."""
-        self._sink.phase("sampling", step.number)
+        self, step: ScoredStep, groups: "_Groups", again: Sequence[int]
+    ) -> RewardCollector | None:
+        """Sample these prompts again with other noise, and replace their completions."""
+        self._run.sink.phase("sampling", step.number)
         started = time.monotonic()
-        share = self._ranks.slice(len(step.prompts))
+        share = self._run.ranks.slice(len(step.prompts))
         own = [p for p in again if p in share]
-        completions, waited = self._sample(asking, own, is_again=True)
+        completions, waited = self._sample(groups, own, is_again=True)
         numbers = [p + len(step.prompts) for p in again]
-        asking.ask_rest(numbers, completions)
+        groups.submit_all(numbers, completions)
         rows = step.rows_of(again)
-        pairs = asking.pairs(numbers, completions)
+        pairs = groups.pairs(numbers, completions)
         for row, pair, completion in zip(rows, pairs, completions, strict=True):
             step.pairs[row] = pair
-            step.texts[row] = asking.text(completion)
+            step.texts[row] = groups.text(completion)
             step.finish_reasons[row] = completion.finish_reason
         step.behavior_logps_B[rows] = _logps(completions).to(step.behavior_logps_B.dtype)
         step.idle_generation_seconds += waited
         spent = time.monotonic() - started
-        # A step that was sampled ahead counts no time of its own before this.
+        # A step that was sampled ahead has no time of its own before this.
         step.seconds["sampling"] = step.seconds.get("sampling", 0.0) + spent
-        self._ask_reference(step, rows)
-        return self._delivery(asking, numbers, "fixed", may_all_fail=True)
+        self._measure_reference(step, rows)
+        return self._collector(groups, numbers, "fixed", may_all_fail=True)
 
-    def _ask_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
+    def _measure_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
         started = time.monotonic()
-        self._weigher.ask_reference(step, rows)
+        self._weigher.measure_reference(step, rows)
         spent = time.monotonic() - started
         step.seconds["reference"] = step.seconds.get("reference", 0.0) + spent
 
-    def _look_out(self) -> None:
-        check(self._control)
-        self._ranks.look()
 
-    def _should_stop(self) -> bool:
-        """Asked by the main process while it waits for rewards; what another one has failed with is raised from here."""
-        self._ranks.look()
-        return self._control.requested() is not None
+class _Groups:
+    """Submits the completions of a step for scoring, each prompt's once, on the main process.
 
-
-class _Asking:
-    """Hands the completions of a step to the reward sources, each prompt's once; other processes than the main one only keep texts.
-
-    A prompt that is sampled once more has another number then: its place in the step and the number of prompts together.
+    A prompt that is sampled again gets another number: its place in the step plus the number of
+    prompts.
 
     Args:
-        scorer: Of the main process.
+        scorer: None on the other processes.
         prompts: Of the step.
         context: Of the step.
-        tokenizer: Makes text of completions.
-        should_stop: Asked where the scorer lets wait.
+        tokenizer: Decodes completions.
+        should_stop: Polled while the scorer accepts no more.
     """
 
     def __init__(
@@ -295,7 +263,7 @@ class _Asking:
         self._should_stop = should_stop
 
     def place(self, number: int) -> int:
-        """Of a prompt in the step."""
+        """Place of a prompt in the step."""
         return number % len(self.prompts)
 
     def text(self, completion: Completion) -> str:
@@ -310,11 +278,11 @@ class _Asking:
             for i, completion in enumerate(completions)
         ]
 
-    def ask(self, number: int, completions: Sequence[Completion]) -> None:
-        """Have the completions of one prompt scored.
+    def submit(self, number: int, completions: Sequence[Completion]) -> None:
+        """Submit the completions of one prompt, unless it was done before.
 
         Raises:
-            StopRequestedError: A stop was requested while the scorer took no more.
+            StopRequestedError: A stop was requested while the scorer accepted no more.
         """
         if self._scorer is None or number in self.tickets:
             return
@@ -342,16 +310,113 @@ class _Asking:
         except ScoringStoppedError:
             raise StopRequestedError from None
 
-    def ask_rest(self, numbers: Sequence[int], completions: Sequence[Completion]) -> None:
-        """Have all of these prompts scored that were not asked about before."""
+    def submit_all(self, numbers: Sequence[int], completions: Sequence[Completion]) -> None:
+        """Submit the completions of these prompts, except those that were submitted before."""
         k = len(completions) // len(numbers)
         for i, number in enumerate(numbers):
-            self.ask(number, completions[i * k : (i + 1) * k])
+            self.submit(number, completions[i * k : (i + 1) * k])
 
 
-def _later(number: int, completions: Sequence[Completion]) -> None:
-    """With ``overlap="none"`` nothing is asked before everything is sampled."""
+def _wait_for_all(number: int, completions: Sequence[Completion]) -> None:
+    """With ``overlap="none"``, no prompt is submitted before all are sampled."""
 
 
 def _logps(completions: Sequence[Completion]) -> torch.Tensor:
     return torch.tensor([completion.logp for completion in completions], dtype=torch.float64)
+
+
+# --- the source of a data set ------------------------------------------------------------------
+
+
+def make_source(
+    run: RunContext,
+    policy: Policy,
+    passes: ForwardPasses,
+    config: DARConfig,
+    rows: Rows,
+    *,
+    scoring: Scoring | None,
+    mode: Mode,
+) -> OnlineSource | ReplaySource:
+    """The step source of a data set.
+
+    Args:
+        run: The training run.
+        policy: The model that is trained.
+        passes: Measures completions.
+        config: Of the run.
+        rows: The data set.
+        scoring: How completions are scored; None: ``rows`` hold completions and rewards.
+        mode: In an evaluation, every step is all rows in their order.
+
+    Raises:
+        InvalidRequestError: A row cannot be used, or a prompt and ``max_new_tokens`` do not fit
+            into the model's context.
+        TrainingError: The model cannot be sampled from.
+    """
+    tokenizer = policy.tokenizer
+    weigher = Weigher(
+        config,
+        passes.reference_logps if config.alpha > 0 else None,
+        passes.policy_logps,
+        dtype=torch.promote_types(policy.model.dtype, torch.float32),
+    )
+    context = loading.context_length(policy.model) or sys.maxsize
+    longest = min(config.max_length or context, context)
+    if scoring is None:
+        row_encoder = _row_encoder(policy, config, longest)
+        count = config.prompts_per_step if mode == "train" else len(rows)
+        check_replay(rows, row_encoder, count)
+        stream = _stream(run, mode, rows, row_encoder, config)
+        return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=run.sink, mode=mode)
+    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
+    stream = _stream(run, mode, rows, encoder, config)
+    if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
+        _check_tokens(rows, encoder, policy.vocabulary)
+    sampler = _sampler(policy, config, longest)
+    return OnlineSource(run, policy, stream, sampler, scoring, weigher, mode=mode)
+
+
+def _stream(
+    run: RunContext, mode: Mode, rows: Rows, encoder: PromptEncoder, config: DARConfig
+) -> PromptStream:
+    stream = STREAMS[mode](rows, encoder, config, run.sink)
+    run.ranks.from_main(stream.try_rows)
+    return stream
+
+
+def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
+    return RowEncoder(
+        policy.tokenizer,
+        config.max_prompt_length,
+        longest=longest,
+        vocabulary=policy.vocabulary,
+        eos_ids=loading.eos_ids(policy.model, policy.tokenizer),
+    )
+
+
+def _longest_prompt(config: DARConfig, longest: int) -> int:
+    length = config.max_prompt_length or longest
+    if length >= longest:  # the bound has no effect
+        length = longest - config.max_new_tokens
+    if length <= 0:
+        raise InvalidRequestError(
+            f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, "
+            "which is the most that max_length or the model allows; lower max_new_tokens",
+            param="max_new_tokens",
+        )
+    return length
+
+
+def _sampler(policy: Policy, config: DARConfig, longest: int) -> Sampler:
+    eos_ids = loading.eos_ids(policy.model, policy.tokenizer)
+    sampler = Sampler(config, policy.tokenizer, eos_ids=eos_ids, max_length=longest)
+    sampler.check(policy.model)
+    return sampler
+
+
+def _check_tokens(rows: Rows, encoder: PromptEncoder, vocabulary: int) -> None:
+    """Check every prompt, as the tokenizer has more tokens than the model, maybe for padding."""
+    for index in range(len(rows)):
+        with naming_row(index):
+            check_tokens([encoder(rows[index]).ids], vocabulary)

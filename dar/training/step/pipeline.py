@@ -1,10 +1,10 @@
-"""`Pipeline`: what is sampled when. With ``overlap="one_step"`` the step after next to be trained is sampled before the next is trained.
+"""`Pipeline`: when steps are sampled. ``overlap="one_step"`` samples one step ahead.
 
     none, stream     sample 1 | train 1 | sample 2 | train 2 | …
     one_step         sample 1 | sample 2 | train 1 | sample 3 | train 2 | …
 
-So while step n + 1 is sampled and step n - 1 trained, the rewards of step n have all that time to come. The price: step n + 1 is
-sampled by the policy of one update less.
+So the rewards of step n may arrive while step n - 1 is trained and step n + 1 is sampled. The
+price: step n + 1 is sampled by a policy that lacks one update.
 """
 
 from collections.abc import Sequence
@@ -12,30 +12,30 @@ from typing import Any, Protocol
 
 from dar.protocol.spec import Overlap
 from dar.training.sampling.sampler import Completion
-from dar.training.step.parts import StepInProgress
+from dar.training.step.reward_feed import StepInProgress
 
 
 class BeginningSource(Protocol):
-    """Gives steps whose rewards may still come."""
+    """Begins steps whose rewards may still arrive."""
 
     def begin(
         self, number: int, *, staleness: int = 0, stored: Sequence[Completion] | None = None
     ) -> StepInProgress:
-        """Sample step ``number``, or take its completions from ``stored``, and ask for its rewards.
+        """Sample step ``number``, or take its completions from ``stored``, and submit them.
 
         Raises:
-            StopRequestedError: A stop was requested meanwhile; what was sampled for it is dropped.
+            StopRequestedError: A stop was requested meanwhile; the completions are dropped.
         """
         ...
 
 
 class Pipeline:
-    """Gives the steps of a run in order.
+    """Returns the steps of a run in order.
 
     Args:
-        source: Begins them.
+        source: Begins the steps.
         overlap: Whether one step is sampled ahead.
-        last_step: The last of the run.
+        last_step: The last step of the run.
     """
 
     def __init__(self, source: BeginningSource, *, overlap: Overlap, last_step: int) -> None:
@@ -46,11 +46,13 @@ class Pipeline:
         self._state: dict[str, Any] | None = None
 
     def take(self, number: int) -> StepInProgress:
-        """Step ``number``, sampled; its rewards may still come. What was sampled in this call is in its times.
+        """Step ``number``, sampled; its rewards may still arrive.
+
+        Its times are those of this call, which may have sampled the next step.
 
         Raises:
-            StopRequestedError: A stop was requested meanwhile; what was sampled is dropped, but `state` is still that of the
-                last step edge, so that a checkpoint of now goes on from there.
+            StopRequestedError: A stop was requested meanwhile. The completions are dropped, but
+                `state` is still that of the last step edge, so a checkpoint continues from there.
         """
         ahead, self._ahead = self._ahead, None
         taken = ahead or self._begin(number)
@@ -74,7 +76,7 @@ class Pipeline:
         return self._source.begin(number, staleness=self._state["staleness"], stored=stored)
 
     def end(self) -> None:
-        """Say that the step that was taken is trained: a checkpoint from now on begins with the next."""
+        """The taken step is trained: a checkpoint from now on begins with the next."""
         self._state = None
         if self._ahead is not None:
             self._state = {
@@ -86,9 +88,9 @@ class Pipeline:
             }
 
     def state(self) -> dict[str, Any] | None:
-        """What was sampled and not trained at the last step edge, as JSON; an older policy has sampled it."""
+        """The step that was sampled ahead at the last step edge, as JSON."""
         return self._state
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from what `state` gave."""
+        """Continue from `state`."""
         self._state = state

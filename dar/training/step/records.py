@@ -1,4 +1,4 @@
-"""What an optimizer step is made of: its prompts, its scored completions and their weights."""
+"""`ScoredStep`: the completions of an optimizer step. `Weigher`: computes their weights."""
 
 import itertools
 import math
@@ -24,19 +24,19 @@ from dar.training.loss import (
 
 Mode = Literal["train", "eval"]
 LogProbabilities = Callable[[Sequence[TokenPair]], Tensor]
-"""Log-probabilities ``[B]`` of completions under some model, in nats."""
+"""Returns log-probabilities ``[B]`` of completions under some model, in nats."""
 LEAST_VALID = 2
-"""Scored completions that a comparison needs: a group with fewer is left out."""
+"""Scored completions that a comparison needs; a group with fewer is left out."""
 
 
 @dataclass(slots=True)
 class ScoredStep:
-    """All completions of one optimizer step: B of P prompts, those of a prompt together."""
+    """All completions of an optimizer step: B of P prompts, those of a prompt together."""
 
     number: int
     """Optimizer step, from 1."""
     epoch: float
-    """Passes over the data set when the step is done."""
+    """Passes over the data set at the end of the step."""
     prompts: list[Prompt]
     """``[P]``."""
     pairs: list[TokenPair]
@@ -46,40 +46,42 @@ class ScoredStep:
     finish_reasons: list[FinishReason]
     rewards: list[SampleReward]
     behavior_logps_B: Tensor
-    """NaN where the data do not say what sampled."""
+    """NaN where the data lack them."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of ``sampling``, ``reward`` (waiting for it) and ``reference`` (the passes that the `Weigher` needs)."""
+    """Wall time of ``sampling``, ``reward`` (waiting) and ``reference`` (passes of `Weigher`)."""
     idle_generation_seconds: float = 0.0
     """Part of ``sampling`` in which this process waited for the others."""
     ref_logps_B: Tensor | None = None
     """NaN where not valid; None without a reference (alpha = 0)."""
     counts: list[int] = field(default_factory=list)
-    """``[P]`` completions of each prompt; left out: equally many."""
+    """``[P]`` completions of each prompt; default: equally many."""
     staleness: int | None = 0
-    """Optimizer steps since the policy was as it sampled; None: it did not sample, or nobody knows when."""
+    """Optimizer steps between the sampling policy and the trained one; None: not known."""
     valid_B: Tensor = field(init=False)
-    """True where a completion counts: it has a reward, and so has another one to compare it with."""
+    """True where a completion counts: it has a reward, and another one to be compared with."""
     advantages_B: Tensor = field(init=False)
     """0 where not valid."""
     weights_B: Tensor = field(init=False)
     """0 where not valid."""
     clipped_B: Tensor = field(init=False)
-    """True where the weight was held at the clip."""
+    """True where the weight was clipped."""
     policy_logps_B: Tensor = field(init=False)
-    """NaN until the training pass fills it in."""
+    """NaN before the training pass."""
     entropies_B: Tensor = field(init=False)
-    """Entropy of the policy's next token, summed over the completion, in nats; NaN until the training pass fills it in."""
+    """Entropy of the policy's next token, summed over the completion, in nats.
+
+    NaN before the training pass."""
     group_count: int = field(init=False, default=0)
-    """Groups with anything to compare: those prompts with at least two scored completions."""
+    """Groups with at least two scored completions."""
     tied_count: int = field(init=False, default=0)
-    """How many of these groups have rewards that are all equal."""
+    """Groups among them whose rewards are all equal."""
     dropped_count: int = field(init=False, default=0)
-    """Prompts that were left out, as too few of their completions had a reward at first."""
+    """Prompts too few of whose completions had a reward at first."""
     refilled_count: int = field(init=False, default=0)
-    """How many of these were sampled once more."""
+    """Prompts among them that were sampled again."""
 
     def __post_init__(self) -> None:
-        """Nothing counts before a `Weigher` has seen it."""
+        """No completion counts before a `Weigher` has compared it."""
         count = len(self.pairs)
         if not self.counts:
             self.counts = [count // len(self.prompts)] * len(self.prompts)
@@ -94,7 +96,7 @@ class ScoredStep:
 
     @property
     def lengths(self) -> Tensor:
-        """``[B]`` tokens of each completion, its end-of-sequence token included."""
+        """``[B]`` tokens of each completion, with its end-of-sequence token."""
         return torch.tensor([len(pair.completion_ids) for pair in self.pairs])
 
     @property
@@ -103,13 +105,13 @@ class ScoredStep:
         return list(itertools.accumulate(self.counts, initial=0))
 
     def rows_of(self, prompts: Sequence[int]) -> list[int]:
-        """Rows of these prompts."""
+        """Rows of the completions of these prompts."""
         starts = self.starts
         return [row for p in prompts for row in range(starts[p], starts[p + 1])]
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """``[B]``: number of each completion's prompt, and its own number among those of the prompt."""
+        """``[B]``: number of the prompt, and number of the completion within the prompt."""
         return [(p, k) for p, count in enumerate(self.counts) for k in range(count)]
 
     @property
@@ -124,13 +126,13 @@ class ScoredStep:
 
     @property
     def valid_rows(self) -> list[int]:
-        """Numbers of the completions that count."""
+        """Rows of the completions that count."""
         rows: list[int] = self.valid_B.nonzero().flatten().tolist()
         return rows
 
 
 class StepSource(Protocol):
-    """Gives the scored completions of each step; called when the step begins."""
+    """Returns the scored completions of a step; called when the step begins."""
 
     def __call__(self, number: int) -> ScoredStep:
         """Completions of step ``number``, from 1.
@@ -142,18 +144,20 @@ class StepSource(Protocol):
 
 
 class Weigher:
-    """Turns rewards into weights: statistics over the whole step and over scored completions only.
+    """Turns rewards into weights; its statistics span the whole step and only scored completions.
 
-    A completion is compared with the others of its prompt. A prompt with a single completion has no others: all such prompts of
-    a step are one group, whose mean is their baseline (with K = 1 that is the whole step). A completion without any to be
-    compared with (the only scored one of its prompt, or the only single one of its step) is left out, as its advantage
-    could only be 0, which would train on it whatever its reward.
+    A completion is compared with the others of its prompt. All prompts of a step with a single
+    completion form one group, whose mean is their baseline (with K = 1, that is the whole step). A
+    completion without another to be compared with (the only scored one of its prompt, or the only
+    single one of its step) is left out: its advantage could only be 0, so it would be trained on
+    whatever its reward.
 
     Args:
         config: alpha, beta, clip, normalisation and departures.
-        reference: Log-probabilities under the frozen reference; None where alpha is 0.
-        policy: Log-probabilities under the policy as it is: stands in where behavior log-probabilities are unknown.
-        dtype: What everything of a step is computed in.
+        reference: Log-probabilities under the frozen reference; None if alpha is 0.
+        policy: Log-probabilities under the current policy, used where those of the sampling policy
+            are unknown.
+        dtype: Number format of all values of a step.
     """
 
     def __init__(
@@ -170,7 +174,7 @@ class Weigher:
         self._dtype = dtype
 
     def __call__(self, step: ScoredStep, *, is_behavior_known: bool) -> ScoredStep:
-        """Fill in valid, advantages, reference log-probabilities and weights of ``step``, whose rewards are all known.
+        """Compute everything of ``step`` that follows from its rewards, which are all known.
 
         Raises:
             TrainingError: A reward is missing, and the config does not allow that.
@@ -183,13 +187,13 @@ class Weigher:
         if rows and not is_behavior_known:
             policy_logps = self._policy([step.pairs[row] for row in rows])
             step.behavior_logps_B[rows] = policy_logps.to(self._dtype)
-        self.ask_reference(step, rows)
+        self.measure_reference(step, rows)
         step.seconds["reference"] = time.monotonic() - started
         self._weigh(step, everything)
         return step
 
     def begin(self, step: ScoredStep) -> None:
-        """Make room for what `ask_reference` and `weigh` will find."""
+        """Allocate the tensors that `measure_reference` and `weigh` fill in."""
         step.behavior_logps_B = step.behavior_logps_B.to(self._dtype)
         if self._reference is not None:
             step.ref_logps_B = torch.full_like(step.behavior_logps_B, math.nan)
@@ -198,16 +202,17 @@ class Weigher:
         step.policy_logps_B = step.policy_logps_B.to(self._dtype)
         step.entropies_B = step.entropies_B.to(self._dtype)
 
-    def ask_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
-        """Log-probabilities of these completions under the reference; they need no rewards."""
+    def measure_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
+        """Fill in the reference's log-probabilities of these completions; needs no rewards."""
         if rows and self._reference is not None and step.ref_logps_B is not None:
             logps = self._reference([step.pairs[row] for row in rows])
             step.ref_logps_B[list(rows)] = logps.to(self._dtype)
 
     def weigh(self, step: ScoredStep, prompts: Sequence[int]) -> None:
-        """Compare and weigh the completions of these prompts, whose rewards and reference log-probabilities are known.
+        """Compare and weigh the completions of these prompts.
 
-        All prompts must be given together where `is_streamable` is false of the config.
+        Their rewards and reference log-probabilities are known. Unless the config `is_streamable`,
+        all prompts must be passed together.
 
         Raises:
             TrainingError: A reward is missing, and the config does not allow that.
@@ -219,7 +224,7 @@ class Weigher:
         self._weigh(step, prompts)
 
     def _rewards(self, step: ScoredStep, prompts: Sequence[int]) -> Tensor:
-        """``[B]``, NaN where missing or of another prompt."""
+        """``[B]``; NaN where missing or of another prompt."""
         rows = step.rows_of(prompts)
         missing = [row for row in rows if step.rewards[row].reward is None]
         if missing and not self._config.allow_missing:
@@ -227,7 +232,8 @@ class Weigher:
                 (step.rewards[row].message for row in missing if step.rewards[row].message), None
             )
             raise TrainingError(
-                f"{len(missing)} of the {len(rows)} completions of step {step.number} have no reward"
+                f"{len(missing)} of the {len(rows)} completions of step {step.number} have no "
+                "reward"
                 + (f" ({why})" if why else "")
                 + "; set allow_missing to leave such completions out",
                 code="missing_reward",
@@ -285,7 +291,7 @@ class Weigher:
 
 
 def is_streamable(config: DARConfig) -> bool:
-    """Whether a prompt's completions can be weighed before the rewards of the others are known: no statistic spans prompts."""
+    """Whether a prompt can be weighed before the others have rewards."""
     is_per_prompt = config.adv_norm != "batch" and config.weight_norm != "batch"
     return is_per_prompt and config.min_ess == 0 and config.dar_k >= LEAST_VALID
 
@@ -295,15 +301,15 @@ def group_rows(counts: Sequence[int], prompts: Sequence[int] | None = None) -> T
 
     Args:
         counts: ``[P]`` completions of each prompt, those of a prompt together; B in all.
-        prompts: Those that are asked about; None: all.
+        prompts: The prompts to group; None: all.
 
     Returns:
-        ``[G, K]`` numbers from 0 to B - 1, -1 where a group has fewer than K: a group for each prompt with several
-        completions, and one for all prompts with a single one.
+        ``[G, K]`` rows from 0 to B - 1, and -1 where a group has fewer than K: a group for each
+        prompt with several completions, and one for all prompts with a single one.
     """
     starts = list(itertools.accumulate(counts, initial=0))
-    asked = range(len(counts)) if prompts is None else prompts
-    rows = [list(range(starts[p], starts[p + 1])) for p in asked]
+    chosen = range(len(counts)) if prompts is None else prompts
+    rows = [list(range(starts[p], starts[p + 1])) for p in chosen]
     groups = [group for group in rows if len(group) > 1]
     singles = [row for group in rows if len(group) == 1 for row in group]
     if singles:

@@ -1,0 +1,121 @@
+"""What is checked and settled before a training run: arguments, data, accelerate's strategy."""
+
+import copy
+import logging
+import math
+from collections.abc import Mapping
+
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+
+from dar.errors import InvalidRequestError
+from dar.protocol.reward_spec import Rewards
+from dar.training.config.config import DARConfig, preset_values
+from dar.training.config.ignored import online_only
+from dar.training.data.rows import Rows, check_rows
+from dar.training.evaluation import check_evaluation_rows
+from dar.training.model.logprobs import idle_weights
+from dar.training.parallel import deepspeed_config
+from dar.training.parallel.launch import refuse_if_left_alone
+from dar.training.reward_sources import RewardFunctions
+from dar.training.run_context import HostTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
+    """A copy of ``config`` with a length in steps, and the tie tolerance of a job spec's rewards.
+
+    The last batch of an epoch continues into the next.
+
+    Raises:
+        InvalidRequestError: The launcher or the number of processes does not fit the arguments.
+    """
+    refuse_if_left_alone()
+    for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
+        if is_set and config.world_size == 1:
+            raise InvalidRequestError(
+                f"{name} shards a model over processes, but there is one; start several (torchrun "
+                f"--nproc-per-node N …), or leave {name} out",
+                param=name,
+            )
+    config = copy.copy(config)
+    if config.max_steps <= 0:
+        prompts = config.num_train_epochs * row_count
+        config.max_steps = max(1, math.ceil(prompts / config.prompts_per_step))
+    if isinstance(rewards, Rewards):
+        config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
+    config.ignore_data_skip = True  # the position in the data is a function of the step
+    return config
+
+
+def check_data(
+    rows: Rows, evaluated: Rows | Mapping[str, Rows] | None, config: DARConfig, *, is_replay: bool
+) -> None:
+    """Reject data that cannot be trained or evaluated on.
+
+    Args:
+        rows: The training data.
+        evaluated: One or several data sets for evaluation.
+        config: Of the run.
+        is_replay: Whether rows hold their completions and rewards, as in offline training.
+
+    Raises:
+        InvalidRequestError: A row or an option cannot be used.
+    """
+    check_rows(rows, is_replay=is_replay)
+    if is_replay and (names := online_only(config, preset_values(config.preset))):
+        # Not rejected, as a config is often shared by online and offline runs of one script.
+        logger.warning(
+            "%s: without effect, as there is no reward source and completions are read from the "
+            "data set",
+            ", ".join(names),
+        )
+    if config.overlap == "one_step" and is_replay:
+        raise InvalidRequestError(
+            "overlap='one_step' samples one step ahead, but the data hold their completions; leave "
+            "it out",
+            param="overlap",
+        )
+    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating)
+
+
+def settle_accelerator(trainer: HostTrainer) -> bool:
+    """Change what accelerate has set up. It offers no FSDP on CPUs, where torch's is used instead.
+
+    Returns:
+        Whether weights are sharded by FSDP.
+
+    Raises:
+        InvalidRequestError: The launcher requested what this trainer does not support.
+    """
+    args, state = trainer.args, trainer.accelerator.state
+    is_fsdp = trainer.is_fsdp_enabled
+    if trainer.is_deepspeed_enabled:
+        deepspeed_config.leave_loading_alone()
+        if args.deepspeed:
+            deepspeed_config.forget_launch()
+        deepspeed_config.settle(state.deepspeed_plugin.deepspeed_config, args)
+        deepspeed_config.check_weights(trainer.model)
+    if args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+        is_fsdp = True
+    if is_fsdp and state.fsdp_plugin.fsdp_version != 2:
+        raise InvalidRequestError(
+            "this trainer supports version 2 of FSDP only; set fsdp_config={'version': 2} "
+            "(accelerate launch --fsdp_version 2)",
+            param="fsdp_config",
+        )
+    return is_fsdp
+
+
+def limit_search_for_unused(trainer: HostTrainer) -> None:
+    """Have DDP search for weights without a gradient only if there are any.
+
+    The search takes time in every step, and torch warns if it finds none.
+    """
+    args = trainer.args
+    is_ddp = args.world_size > 1 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if is_ddp and args.ddp_find_unused_parameters is None and not idle_weights(trainer.model):
+        trainer.accelerator.ddp_handler.find_unused_parameters = False
