@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx2
 import structlog
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from dar.errors import (
     DARError,
@@ -40,7 +41,6 @@ from dar.protocol.worker import (
     RewardProgressNoted,
     RewardRequestStates,
 )
-from worker.wire import encode
 
 log = structlog.get_logger(__name__)
 
@@ -378,3 +378,25 @@ class WorkerClient:
         """Say how the attempt ended."""
         verb = type(verdict).__name__.lower()
         return self._ask(Outcome, "POST", f"/leases/{lease_id}/{verb}", verdict)
+
+
+NUL, REPLACEMENT = "\0", "\N{REPLACEMENT CHARACTER}"
+_ESCAPED_NUL = b"\\u0000"
+
+
+def encode(model: BaseModel) -> bytes:
+    """``model`` as JSON without NUL, in its texts and in the names of what it holds."""
+    content = model.model_dump_json().encode()
+    if _ESCAPED_NUL not in content:
+        return content
+    return to_json(_without_nul(model.model_dump(mode="json")))
+
+
+def _without_nul(value: object) -> object:
+    if isinstance(value, str):
+        return value.replace(NUL, REPLACEMENT)
+    if isinstance(value, dict):
+        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nul(item) for item in value]
+    return value

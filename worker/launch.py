@@ -132,7 +132,7 @@ Line: TypeAdapter[Order | RewardNews] = TypeAdapter(
 """What the supervisor writes to a running trainer."""
 
 
-class Result(BaseModel):
+class TrainerResult(BaseModel):
     """How a trainer ended, in its own words."""
 
     model_config = ConfigDict(frozen=True)

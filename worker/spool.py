@@ -19,8 +19,8 @@ import orjson
 
 from dar.errors import DARError
 from dar.protocol.worker import Row
+from worker.api import encode
 from worker.folders import read_if_there, write_atomically
-from worker.wire import encode
 
 SEGMENT_BYTES = 4 * 1024**2
 SYNC_SECONDS = 1.0

@@ -13,12 +13,11 @@ except for rewards: there it says that the reward is missing.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
+from unicodedata import east_asian_width
 
 from dar.errors import InvalidRequestError
-from dar.protocol.cells import as_list, is_number, kind_of_value
-from dar.protocol.preferences import common_prompt_length
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -302,6 +301,26 @@ def _after(prompt: Sequence[Message], messages: Sequence[Message]) -> Sequence[M
     return messages[count:] if is_repeating else messages
 
 
+def common_prompt_length(one: str, other: str) -> int:
+    """Length of the common prompt of two texts: the longest that ends between two words and leaves something of both."""
+    most = min(len(one.rstrip()), len(other.rstrip())) - 1
+    length = next((i for i in range(most) if one[i] != other[i]), max(most, 0))
+    cuts = range(length, 0, -1)
+    return next((cut for cut in cuts if _is_boundary(one, cut) and _is_boundary(other, cut)), 0)
+
+
+def _is_boundary(text: str, cut: int) -> bool:
+    """Whether a prompt may end at ``cut``.
+
+    It may before white space, which then begins the completion, as it does inside a text; after a mark like ``<|assistant|>``; and
+    anywhere in a script that is written without spaces.
+    """
+    before, after = text[cut - 1], text[cut]
+    if before.isspace():
+        return False
+    return after.isspace() or before in ">]" or "W" in map(east_asian_width, (before, after))
+
+
 def _is_same(one: Message, other: Message) -> bool:
     return _without_nulls(one) == _without_nulls(other)
 
@@ -390,3 +409,33 @@ def _messages(value: object, name: str) -> list[Message]:
                 "each message must be an object with role and content", f"{name}[{index}]"
             )
     return messages
+
+
+# --- cells ------------------------------------------------------------------------------------------
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number, which a boolean is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_list(value: object) -> list[Any] | None:
+    """A list; also of an array, as tables in other formats give them. None: it is no list."""
+    if isinstance(value, str | bytes | Mapping):
+        return None
+    if isinstance(value, Sequence):
+        return list(value)
+    plain = getattr(value, "tolist", None)
+    made = plain() if callable(plain) else None
+    return made if isinstance(made, list) else None
+
+
+def kind_of_value(value: object) -> str:
+    """What a value is, in words."""
+    names = {str: "a text", bool: "a boolean", type(None): "null"}
+    if isinstance(value, Mapping):
+        return "an object"
+    items = as_list(value)
+    if items is not None:
+        return "a list" if items else "an empty list"
+    return names.get(type(value), "a number")

@@ -33,7 +33,7 @@ from dar.training.report.sink import NullSink, Sink
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
 from worker.folders import AttemptFolder, write_atomically
-from worker.launch import ExitCode, Launch, Line, Result, RewardNews
+from worker.launch import ExitCode, Launch, Line, RewardNews, TrainerResult
 from worker.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
@@ -179,9 +179,9 @@ class SpoolSink:
     def close(self, error: DARError | None = None) -> None:
         """Say how the trainer ended, and nothing after it."""
         self._spool.close()
-        result = Result(last_seq=self._spool.last_seq)
+        result = TrainerResult(last_seq=self._spool.last_seq)
         if error is not None:
-            result = Result(
+            result = TrainerResult(
                 last_seq=self._spool.last_seq,
                 code=error.error_code,
                 message=error.message,

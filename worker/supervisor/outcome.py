@@ -5,7 +5,7 @@ from typing import Literal
 
 from dar.errors import DARError
 from dar.protocol.worker import Fail, Release
-from worker.launch import ExitCode, Result
+from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
 Reason = Literal["cancel", "pause", "drain"]
@@ -28,7 +28,9 @@ class Finished:
 Verdict = Finished | Fail | Release
 
 
-def judge(attempt: int, ended: TrainerExit, result: Result | None, asked: Reason | None) -> Verdict:
+def judge(
+    attempt: int, ended: TrainerExit, result: TrainerResult | None, asked: Reason | None
+) -> Verdict:
     """What became of an attempt.
 
     Args:

@@ -20,7 +20,7 @@ from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder, read_if_there
-from worker.launch import ExitCode, Launch, Result
+from worker.launch import ExitCode, Launch, TrainerResult
 from worker.spool import SpoolReader
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
@@ -234,7 +234,7 @@ class Supervisor:
         if self._state.failure is not None:
             return failure(self._lease.attempt, self._state.failure)
         content = read_if_there(self._folder.result)
-        result = None if content is None else Result.model_validate_json(content)
+        result = None if content is None else TrainerResult.model_validate_json(content)
         return judge(self._lease.attempt, ended, result, self._stopping.asked)
 
     def _report(self, verdict: Verdict) -> None:
