@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import structlog
 
+from dar.client.transport import Backoff
 from dar.errors import AuthenticationError, DARError, PermissionDeniedError
 from dar.protocol.worker import Lease
 from dar.settings import Settings
-from worker.api import Backoff, WorkerClient
+from worker.api import WorkerClient
 from worker.cleanup import Leftovers, sweep_processes
 from worker.folders import SlotFolder
 from worker.identity import Identity

@@ -42,8 +42,8 @@ class Checkpoints:
             folder = client.checkpoints.download(job.id, checkpoint.id, "weights/")
             model = AutoModelForCausalLM.from_pretrained(folder)
 
-        A file appears under its name only when it is complete and right. After an interruption the same call goes on
-        where it was; files that are there and right are not fetched again.
+        A file appears under its name only when it is complete and right. After an interruption the
+        same call goes on where it was; files that are there and right are not fetched again.
 
         Args:
             job_id: The job.

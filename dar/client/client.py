@@ -11,6 +11,7 @@ from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.transport import Transport
 from dar.errors import ConfigurationError
 from dar.settings import load_settings
+from dar.version import __version__
 
 
 class Client:
@@ -20,13 +21,13 @@ class Client:
             for job in client.jobs.list(status="running"):
                 print(job.id, job.progress.percent)
 
-    Every method raises the errors of `dar.errors`, as the service raised them, with their ``request_id``, and
-    `ServiceConnectionError` when the service cannot be reached.
+    Every method raises the errors of `dar.errors`, as the service raised them, with their
+    ``request_id``, and `ServiceConnectionError` when the service cannot be reached.
 
     Args:
         api_key: ``dar-sk-…``; default: ``DAR_API_KEY``, else the content of ``$DAR_HOME/api_key``.
-        base_url: Where the service is, with or without ``/v1``; default: ``DAR_BASE_URL``, else the host and port of the
-            installation in the environment.
+        base_url: Where the service is, with or without ``/v1``; default: ``DAR_BASE_URL``, else the
+            host and port of the installation in the environment.
         timeout: Seconds between two pieces of an answer; connecting gets 5 s at most.
         max_retries: How often a request is repeated after a passing failure.
 
@@ -52,7 +53,14 @@ class Client:
                     f"no API key: pass api_key=, set DAR_API_KEY, or start the service once (`dar up`), "
                     f"which writes one to {settings.home / 'api_key'}"
                 )
-        self._transport = Transport(api_key, base_url, timeout=timeout, max_retries=max_retries)
+        self._transport = Transport(
+            api_key,
+            base_url,
+            timeout=timeout,
+            max_retries=max_retries,
+            headers={"accept": "application/json", "user-agent": f"dar-sdk/{__version__}"},
+            follow_redirects=True,
+        )
         self.files = Files(self._transport)
         """Training files."""
         self.jobs = Jobs(self._transport)

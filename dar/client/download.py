@@ -55,7 +55,10 @@ class Download:
         return self._directory
 
     def _target(self, file: CheckpointFile) -> Path:
-        """Where a file goes. The service's word is not taken for it: the name is checked, and no link is followed."""
+        """Where a file goes.
+
+        The service's word is not taken for it: the name is checked, and no link is followed.
+        """
         try:
             name = _FILE_NAME.validate_python(file.name)
         except ValidationError:

@@ -22,7 +22,8 @@ PATH = "/fine_tuning/jobs"
 Order = Literal["asc", "desc"]
 SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage"]
 OUTAGE_SECONDS = 300.0
-"""How long `Jobs.wait` bears with a service that cannot be reached: jobs go on through its restarts."""
+"""How long `Jobs.wait` bears with a service that cannot be reached: jobs go on through its
+restarts."""
 
 
 class Jobs:
@@ -49,7 +50,8 @@ class Jobs:
 
         Args:
             spec: The whole spec; fields given by name are added to it and win.
-            idempotency_key: The same key again gives the same job; default: a fresh one, kept over this call's retries.
+            idempotency_key: The same key again gives the same job; default: a fresh one, kept over
+                this call's retries.
             **fields: Fields of the spec.
 
         Raises:
@@ -108,7 +110,8 @@ class Jobs:
         """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint.
 
         Raises:
-            ConflictError: It has succeeded, is being cancelled, or a file that it needs has been deleted.
+            ConflictError: It has succeeded, is being cancelled, or a file that it needs has been
+                deleted.
         """
         return self._transport.post(f"{_path(job_id)}/resume", Job)
 

@@ -10,7 +10,9 @@ Item = TypeVar("Item")
 
 
 class Listing(Generic[Item]):
-    """All items of a list. Iterating fetches page after page; iterating again asks the service again.
+    """All items of a list.
+
+    Iterating fetches page after page; iterating again asks the service again.
 
     Args:
         transport: Where to ask.

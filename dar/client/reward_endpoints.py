@@ -17,7 +17,8 @@ from dar.protocol.reward_probe import ProbeReport
 PATH = "/reward_endpoints"
 Order = Literal["asc", "desc"]
 Samples = Sequence[Mapping[str, Any]]
-"""Completions to be scored: ``prompt`` or ``messages``, ``completion``, and perhaps ``ground_truth`` and ``columns``."""
+"""Completions to be scored: ``prompt`` or ``messages``, ``completion``, and perhaps
+``ground_truth`` and ``columns``."""
 
 
 class RewardEndpoints:
@@ -45,9 +46,11 @@ class RewardEndpoints:
         Args:
             name: For people.
             url: Where requests are posted.
-            headers: Secret headers; they are sent to this URL's origin alone, and never shown again.
+            headers: Secret headers; they are sent to this URL's origin alone, and never shown
+                again.
             signing_secret: ``whsec_…``; default: the service makes one.
-            **options: Fields of a component that stand behind a job's own, like ``timeouts`` or ``protocol``.
+            **options: Fields of a component that stand behind a job's own, like ``timeouts`` or
+                ``protocol``.
 
         Raises:
             InvalidRequestError: ``param`` says what is wrong.
@@ -71,8 +74,9 @@ class RewardEndpoints:
 
         Args:
             endpoint_id: The endpoint.
-            **changes: ``name``, ``url``, ``headers`` (None removes one) or any option. Another origin of ``url`` drops the secret
-                headers that are not given again; ``dropped_headers`` of the answer names them.
+            **changes: ``name``, ``url``, ``headers`` (None removes one) or any option. Another
+                origin of ``url`` drops the secret headers that are not given again;
+                ``dropped_headers`` of the answer names them.
 
         Raises:
             InvalidRequestError: ``param`` says what is wrong.
@@ -104,8 +108,8 @@ class RewardEndpoints:
     def purge_cache(self, endpoint_id: str) -> RewardEndpoint:
         """Have rewards that were remembered of an endpoint never be used again, as after a change of the service's model.
 
-        Jobs see it when they are next given to a worker. `cache.enabled` ``auto`` wants a new probe before rewards are remembered
-        again.
+        Jobs see it when they are next given to a worker. `cache.enabled` ``auto`` wants a new probe
+        before rewards are remembered again.
         """
         return self._transport.post(f"{_path(endpoint_id)}/purge_cache", RewardEndpoint)
 

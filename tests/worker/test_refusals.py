@@ -53,7 +53,7 @@ class Service:
 
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Service, Any]]]:
-    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.001)
     monkeypatch.setattr("worker.api.LONGEST_PAUSE_SECONDS", 0.01)
     over = threading.Event()
     timer = threading.Timer(5.0, over.set)  # what would wait for ever fails instead

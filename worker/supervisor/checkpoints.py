@@ -7,10 +7,11 @@ from pathlib import Path
 
 import structlog
 
+from dar.client.transport import Backoff
 from dar.errors import CheckpointError, ConflictError, FencedError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.worker import CheckpointRow, CheckpointUpload, RegisterCheckpoint
-from worker.api import Backoff, WorkerClient
+from worker.api import LONGEST_PAUSE_SECONDS, WorkerClient
 from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
@@ -82,13 +83,13 @@ class CheckpointUploader:
         register = RegisterCheckpoint(
             attempt=self._lease.attempt, manifest=manifest, manifest_sha256=row.manifest_sha256
         )
-        backoff, left, most = Backoff(), UPLOAD_ATTEMPTS, 0
+        backoff, left, most = Backoff(LONGEST_PAUSE_SECONDS), UPLOAD_ATTEMPTS, 0
         while True:
             try:
                 upload = self._register(register)
                 arrived = sum(upload.received.values())
                 if arrived > most:  # more than ever before, so that this cannot go on for ever
-                    backoff, left, most = Backoff(), UPLOAD_ATTEMPTS, arrived
+                    backoff, left, most = Backoff(LONGEST_PAUSE_SECONDS), UPLOAD_ATTEMPTS, arrived
                 return self._upload_rest(folder, register, upload, len(content))
             except FencedError:
                 raise

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import structlog
 from pydantic import ValidationError
 
+from dar.client.transport import Backoff
 from dar.errors import DARError
 from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
-from worker.api import Backoff, WorkerClient
+from worker.api import WorkerClient
 from worker.folders import read_if_there
 from worker.supervisor.state import LOST, AttemptState
 
