@@ -141,7 +141,7 @@ def start_all(
         name="service",
         command=[*python, "service", "serve"],
         environment=environment(**shared),
-        log=home / "logs" / "service.http.log",
+        log=home / "logs" / "service.log",
     )
     processes.start(service)
     is_ready = partial(answers, f"{url}/readyz")

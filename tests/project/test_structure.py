@@ -34,6 +34,10 @@ VIOLATIONS = {
         "dar/rewards/base.py",
         "import dar.client",
     ),
+    "inside worker a lower layer never imports a higher one": (
+        "worker/folders.py",
+        "import worker.slot",
+    ),
     "torch stays in dar.training: nothing else reaches it, even transitively": (
         "dar/protocol/jobs.py",
         "import torch",

@@ -233,4 +233,4 @@ def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
 
 def test_a_refused_key_is_said_at_every_poll(installation: Any) -> None:
     installation.start_worker(worker_key="dar-wk-x-wrong", slot="stranger")
-    installation.until(lambda: installation.log("worker").count("refuses the worker key") >= 2)
+    installation.until(lambda: installation.log("worker").count("rejects the worker key") >= 2)
