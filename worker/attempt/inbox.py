@@ -34,10 +34,11 @@ class PipeInbox:
         self._lock = threading.Lock()
         self._stored: dict[str, Stored] = {}
         self._results: dict[str, bytes] = {}
+        # Requests whose result is still needed; results for others are dropped.
         self._open: set[str] = set()
-        # Announcements without a reply yet, per request.
+        # Announcements without a reply yet. Each gets one reply, in their order, even when its
+        # caller no longer waits.
         self._unanswered: Counter[str] = Counter()
-        # Callbacks that wake the coroutines that wait for a request.
         self._waiters: defaultdict[str, set[Wake]] = defaultdict(set)
         self._unsent: queue.SimpleQueue[RewardNote] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="reward-notes", daemon=True).start()
