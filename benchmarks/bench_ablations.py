@@ -19,8 +19,8 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from dar.demo.demo import base_folder, make_base
-from dar.demo.screen import Screen
+from dar.demo.run import base_folder, make_base
+from dar.demo.screen import DemoScreen
 from dar.settings import load_settings
 from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.config.config import preset_values
@@ -220,7 +220,7 @@ def show(case: str, exact: Mapping[str, Any], sampled: Mapping[str, Any]) -> Non
 def main() -> None:
     """Measure and report."""
     cache = base_folder(load_settings().cache_home)
-    make_base(Screen(), cache)
+    make_base(DemoScreen(), cache)
     model = str(Path(cache) / "model")
     processes = int(sys.argv[1]) if len(sys.argv) > 1 else PROCESSES
     print(f"{'':<26} {'brackets, exact':^39} {'reviews, last 5 steps':^55}")

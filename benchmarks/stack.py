@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dar.cli.up import answers, free_port
 from dar.client import Client
+from dar.processes import answers, free_port
 from dar.settings import environment
 
 

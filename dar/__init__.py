@@ -1,6 +1,17 @@
-"""Direct Advantage Regression: the training core, the reward client, the SDK and the ``dar`` command.
+"""Direct Advantage Regression: training core, reward client, SDK and the ``dar`` command.
 
-Importing this package is light: each name is loaded when it is first used, so that a client never loads torch.
+Each name is loaded when it is first used, so that the SDK never loads torch.
+
+cli: the ``dar`` command.
+client: the SDK.
+demo: ``dar demo``.
+errors: all errors that a user can see.
+processes: child processes, restarted and ended with their parent.
+protocol: wire models of all processes.
+rewards: reward sources, the client of reward services, the reward server.
+settings: all settings of an installation.
+training: the trainer.
+version: the version.
 """
 
 from importlib import import_module

@@ -1,10 +1,11 @@
-"""Every failure a user can meet, as one tree.
+"""All errors that a user can see, as one class tree.
 
-A class fixes the ``code``, the HTTP status and whether trying again can help. The service renders an error with
-`DARError.body`, and the SDK raises the same class again from that body (`error_from_body`). A message says what is wrong,
-where, and what to do.
+A class sets the ``code``, the HTTP status and whether a retry can help. The service renders an
+error with `DARError.body`, and the SDK raises the same class from that body (`error_from_body`). A
+message says what is wrong, where, and what to do.
 
-Add a class only where a caller would act on it differently; otherwise raise the nearest one with a better message.
+Add a class only if a caller would handle it differently. Otherwise raise the nearest class with a
+better message.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with an input.
+    """One problem of an input.
 
     Attributes:
         message: What is wrong and what to do about it.
@@ -29,21 +30,21 @@ class Problem:
     row: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The wire form; ``row`` is present only where there is one."""
+        """The JSON form; ``row`` is present only if it is set."""
         body: dict[str, Any] = {"param": self.param, "message": self.message, "code": self.code}
         return body if self.row is None else body | {"row": self.row}
 
 
 class DARError(Exception):
-    """Root of the tree: something went wrong that nobody could have prevented by other input.
+    """A fault inside the service. Retry; if it stays, report `request_id`.
 
     Args:
         message: What is wrong, where, and what to do.
-        param: Path of the offending parameter, if there is one.
-        code: Replaces the class's own code where a finer one is known.
-        problems: All that is wrong, when there is more than one thing.
-        request_id: Id of the request that failed, to be quoted to the operator.
-        retry_after_seconds: When trying again makes sense, for retryable errors.
+        param: Path of the wrong parameter, if there is one.
+        code: A more specific code than that of the class.
+        problems: All problems, when there are several.
+        request_id: Id of the failed request, for the operator.
+        retry_after_seconds: When to retry, for retryable errors.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -70,7 +71,7 @@ class DARError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
     def body(self, request_id: str | None = None) -> dict[str, Any]:
-        """The error as every route answers it: ``{"error": {...}}``."""
+        """The error as every route returns it: ``{"error": {...}}``."""
         return {
             "error": {
                 "message": self.message,
@@ -84,7 +85,7 @@ class DARError(Exception):
 
 
 class InvalidRequestError(DARError):
-    """The request is malformed or asks for what cannot be."""
+    """The request is malformed, or a value is invalid."""
 
     code = "invalid_request"
     status = 400
@@ -93,13 +94,13 @@ class InvalidRequestError(DARError):
 
 
 class ModelNotFoundError(InvalidRequestError):
-    """``model`` names neither a folder, nor a fine-tuned model, nor an allowed hub id."""
+    """``model`` is not a folder, a fine-tuned model or an allowed hub id."""
 
     code = "model_not_found"
 
 
 class AuthenticationError(DARError):
-    """No API key was sent, or it is unknown, expired or revoked."""
+    """The API key is missing, unknown, expired or revoked."""
 
     code = "invalid_api_key"
     status = 401
@@ -108,7 +109,7 @@ class AuthenticationError(DARError):
 
 
 class PermissionDeniedError(DARError):
-    """The key is valid but its scopes do not cover this request."""
+    """The key is valid, but its scopes do not allow this request."""
 
     code = "insufficient_scope"
     status = 403
@@ -117,7 +118,7 @@ class PermissionDeniedError(DARError):
 
 
 class NotFoundError(DARError):
-    """There is no such route or object, or it belongs to somebody else."""
+    """There is no such route or object, or it belongs to another project."""
 
     code = "not_found"
     status = 404
@@ -135,7 +136,7 @@ class MethodNotAllowedError(DARError):
 
 
 class ConflictError(DARError):
-    """The object's state does not allow this."""
+    """The state of the object does not allow this request."""
 
     code = "invalid_state"
     status = 409
@@ -150,13 +151,13 @@ class IdempotencyMismatchError(ConflictError):
 
 
 class FencedError(ConflictError):
-    """A late attempt tried to write: its lease has passed to a successor, so it must stop."""
+    """A late attempt tried to write. Another attempt holds its lease, so it must stop."""
 
     code = "fenced"
 
 
 class GoneError(DARError):
-    """It was there, and nobody waits for it any more: too late, or the job has ended."""
+    """The request is too late: its deadline has passed, or the job has ended."""
 
     code = "gone"
     status = 410
@@ -165,7 +166,7 @@ class GoneError(DARError):
 
 
 class InvalidResultError(DARError):
-    """What a reward service posted to a callback breaks the contract; it may be corrected and sent again."""
+    """A result posted to a callback violates the contract. Correct it and send it again."""
 
     code = "invalid_result"
     status = 422
@@ -174,7 +175,7 @@ class InvalidResultError(DARError):
 
 
 class PayloadTooLargeError(DARError):
-    """The body is over the limit."""
+    """The body is larger than the limit."""
 
     code = "payload_too_large"
     status = 413
@@ -183,7 +184,7 @@ class PayloadTooLargeError(DARError):
 
 
 class UnsupportedMediaTypeError(DARError):
-    """The body is in a format or encoding that this route does not read."""
+    """The route does not support the format or encoding of the body."""
 
     code = "unsupported_media_type"
     status = 415
@@ -192,7 +193,7 @@ class UnsupportedMediaTypeError(DARError):
 
 
 class RangeNotSatisfiableError(DARError):
-    """The requested byte range lies outside the file."""
+    """The requested byte range is outside the file."""
 
     code = "range_not_satisfiable"
     status = 416
@@ -201,7 +202,7 @@ class RangeNotSatisfiableError(DARError):
 
 
 class RateLimitError(DARError):
-    """Too many requests in too short a time."""
+    """Too many requests in a short time. Wait for ``Retry-After``."""
 
     code = "rate_limit_exceeded"
     status = 429
@@ -209,21 +210,21 @@ class RateLimitError(DARError):
 
 
 class ServiceUnavailableError(DARError):
-    """The service cannot answer now; the message says when to come again."""
+    """The service cannot respond now. Retry after ``Retry-After``."""
 
     code = "service_unavailable"
     status = 503
 
 
 class ServiceConnectionError(DARError):
-    """The client could not reach the service at all. Never sent over the wire."""
+    """The client could not reach the service. No response has this code."""
 
     code = "connection_failed"
     status = 503
 
 
 class ConfigurationError(DARError):
-    """A setting is missing or contradicts another; said at start-up."""
+    """A setting is missing or contradicts another one. It is reported at start-up."""
 
     code = "configuration_error"
     status = 500
@@ -238,20 +239,20 @@ class SecretUnreadableError(DARError):
 
 
 class RewardError(DARError):
-    """A reward source could not give rewards; the message names the source and its last answer."""
+    """A reward source returned no rewards. The message names the source and its last response."""
 
     code = "reward_error"
 
 
 class RewardUnavailableError(RewardError):
-    """The reward service is down, overloaded or too slow: the same request may succeed later."""
+    """The reward service is down, overloaded or too slow. The same request may succeed later."""
 
     code = "reward_unavailable"
     status = 503
 
 
 class RewardMisconfiguredError(RewardError):
-    """The reward service refuses us for good: wrong path, wrong credentials, a redirect, a bad certificate."""
+    """The reward service rejects all requests: wrong path, credentials, redirect or certificate."""
 
     code = "reward_misconfigured"
     status = 400
@@ -260,7 +261,7 @@ class RewardMisconfiguredError(RewardError):
 
 
 class RewardContractError(RewardError):
-    """The reward service answered, and the answer breaks the contract of ``dar.reward.v1``."""
+    """A response of the reward service violates the contract ``dar.reward.v1``."""
 
     code = "reward_contract"
     status = 400
@@ -269,13 +270,13 @@ class RewardContractError(RewardError):
 
 
 class RewardBudgetError(RewardError):
-    """Too many completions got no reward, or the reward service went away in mid-training: more than the job's policy allows.
+    """More completions got no reward than the failure policy of the job allows.
 
     Args:
         message: See `DARError`.
         errors: Failed samples by kind of failure.
-        sample_ids: Some of them.
-        is_outage: Whether every failure was of a kind that passes, so that the service may simply come back.
+        sample_ids: Ids of some of them.
+        is_outage: Whether every failure was of a kind that may pass by itself.
         **details: See `DARError`.
     """
 
@@ -291,7 +292,7 @@ class RewardBudgetError(RewardError):
         errors: Mapping[str, int] | None = None,
         sample_ids: Sequence[str] = (),
         is_outage: bool = False,
-        **details: Any,  # noqa: ANN401 - what `DARError` takes, whatever its type
+        **details: Any,  # noqa: ANN401 - passed on to `DARError`
     ) -> None:
         super().__init__(message, **details)
         self.errors = dict(errors or {})
@@ -300,7 +301,7 @@ class RewardBudgetError(RewardError):
 
 
 class TrainingError(DARError):
-    """Training cannot go on with this spec: bad data, an unloadable model, a loss that is no number."""
+    """Training with this spec failed: invalid data, a model that does not load, a loss of NaN."""
 
     code = "training_failed"
     status = 400
@@ -319,16 +320,15 @@ def _classes(root: type[DARError]) -> list[type[DARError]]:
 
 
 def error_from_body(status: int, body: object, *, request_id: str | None = None) -> DARError:
-    """The error that the service rendered, as the class it was raised with.
+    """The error in a response body, as the class with which the service raised it.
 
-    A code this version does not know falls back to the class of the same status, then to `DARError`; nothing of what
-    the service said is lost.
+    For an unknown code, it is the class with the same status, else `DARError`. All fields are kept.
     """
     error: Mapping[str, Any] = {}
     if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping):
         error = body["error"]
     code = error.get("code")
-    message = error.get("message") or f"the server answered HTTP {status} without an error body"
+    message = error.get("message") or f"the server returned HTTP {status} without an error body"
     classes = [cls for cls in _classes(DARError) if cls is not ServiceConnectionError]
     by_code = [cls for cls in classes if cls.code == code and cls.status == status]
     by_status = [cls for cls in classes if cls.status == status]

@@ -1,7 +1,8 @@
 """All settings, in one frozen class, read from the environment with the prefix ``DAR_``.
 
-Built only where a process starts (`Settings()`), then passed down; reading the environment anywhere else is a lint error.
-Every process of the product uses the same class, so one environment describes one installation.
+Settings are read only where a process starts (`load_settings`), then passed down. Reading the
+environment anywhere else is a lint error. Every process of the product uses the same class, so one
+environment describes one installation.
 """
 
 import ipaddress
@@ -21,71 +22,76 @@ Bytes = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseSettings):
-    """Settings of one installation. The field ``lease_ttl_seconds`` is the variable ``DAR_LEASE_TTL_SECONDS``."""
+    """Settings of one installation. The field ``port`` is the variable ``DAR_PORT``."""
 
     model_config = SettingsConfigDict(
         env_prefix="DAR_", frozen=True, extra="ignore", populate_by_name=True
     )
 
     home: Path = Field(default=Path("~/.local/share/dar"))
-    """Folder of everything that is kept: database, artifacts, keys, models, the worker's spool."""
+    """Folder of all stored data: database, artifacts, keys, models, the worker's spool."""
 
     cache_home: Path = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
-    """Folder of what can be made again: the demo's base model."""
+    """Folder of data that can be made again: the demo's base model."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe log line that is written."""
+    """Lowest level of log lines that are written."""
 
-    # --- where the service is, for clients and workers -------------------------------------------------------------
+    # --- address of the service, for clients and workers
     base_url: str | None = None
-    """URL of the service as clients and workers reach it; default ``http://host:port``."""
+    """URL under which clients and workers reach the service; default: ``http://host:port``."""
 
     public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")] | None = None
-    """URL of the service as reward services reach it, for callbacks; default: that for clients and workers."""
+    """URL under which reward services reach the service, for callbacks; default: the
+    URL for clients and workers."""
 
     host: str = "127.0.0.1"
-    """Address the service binds to."""
+    """Address to which the service binds."""
 
     port: Annotated[int, Field(ge=1, le=65535)] = 8321
-    """Port the service binds to."""
+    """Port to which the service binds."""
 
     api_key: SecretStr | None = None
     """API key of the SDK and the CLI; default: the content of ``$DAR_HOME/api_key``."""
 
-    # --- service ---------------------------------------------------------------------------------------------------
+    # --- service
     database_url: SecretStr | None = None
     """SQLAlchemy URL (``postgresql+psycopg://…``); default: SQLite at ``$DAR_HOME/dar.db``."""
 
     broker_url: SecretStr | None = None
-    """``redis://…`` of the Valkey or Redis that carries wake-ups; without one, workers poll."""
+    """``redis://…`` URL of the Valkey or Redis that wakes workers; default: workers only poll."""
 
     models_dir: Path | None = None
-    """Folder whose sub-folders are the base models that a job may name; default ``$DAR_HOME/models``."""
+    """Folder of base models that a job may name; default: ``$DAR_HOME/models``."""
 
     artifacts_dir: Path | None = None
-    """Folder of uploaded files and checkpoints; default ``$DAR_HOME/artifacts``."""
+    """Folder of uploaded files and checkpoints; default: ``$DAR_HOME/artifacts``."""
 
     hub_models: Annotated[tuple[str, ...], NoDecode] = ("*/*",)
     """Comma-separated patterns of hub models that a job may name, like ``Qwen/*``."""
 
     hub_datasets: Annotated[tuple[str, ...], NoDecode] = ("*/*",)
-    """Comma-separated patterns of hub data sets that a job may name as ``hf://…``, like ``trl-lib/*``."""
+    """Comma-separated patterns of hub data sets that a job may name as ``hf://…``, like
+    ``trl-lib/*``."""
 
     reward_secret: SecretStr | None = None
-    """Secret (``whsec_…``) that signs requests to inline reward URLs; default: ``$DAR_HOME/reward_secret``."""
+    """Secret (``whsec_…``) that signs requests to inline reward URLs; default: the content of
+    ``$DAR_HOME/reward_secret``."""
 
     egress_allow_hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    """Comma-separated hosts of reward services whose addresses may be private, like ``rewards.internal,*.corp.example``."""
+    """Comma-separated hosts of reward services that may have private addresses, like
+    ``rewards.internal,*.corp.example``."""
 
     egress_allow_cidrs: Annotated[tuple[str, ...], NoDecode] = ()
-    """Comma-separated networks in which reward services may be though they are not public, like ``10.20.0.0/16``; the metadata
-    addresses of clouds stay blocked."""
+    """Comma-separated private networks that reward services may be in, like ``10.20.0.0/16``. The
+    metadata addresses of clouds stay blocked."""
 
     egress_allow_http: Annotated[tuple[str, ...], NoDecode] = ()
-    """Comma-separated hosts of reward services that may be reached over plain HTTP; ``*`` for all."""
+    """Comma-separated hosts of reward services that may use plain HTTP; ``*``: all hosts."""
 
     egress_ports: Annotated[tuple[int, ...], NoDecode] = ()
-    """Comma-separated ports that reward services may have; default: 443, 80 for plain HTTP, and 1024 and above."""
+    """Comma-separated ports that reward services may use; default: 443, 80 for plain HTTP, and all
+    from 1024 on."""
 
     is_migrating: bool = True
     """Whether the service upgrades the database schema when it starts."""
@@ -94,30 +100,31 @@ class Settings(BaseSettings):
     """How long the service waits for its database when it starts."""
 
     secret_keys: SecretStr | None = None
-    """Comma-separated Fernet keys that the secrets of reward endpoints are stored under, the newest first; default: the content of
-    ``$DAR_HOME/secret_keys``."""
+    """Comma-separated Fernet keys that encrypt the secrets of reward endpoints, the newest first;
+    default: the content of ``$DAR_HOME/secret_keys``."""
 
     max_body_bytes: Bytes = 1024**2
-    """Largest JSON body of a request."""
+    """Largest JSON body of a request, in bytes."""
 
     max_file_bytes: Bytes = 512 * 1024**2
-    """Largest uploaded training file."""
+    """Largest uploaded training file, in bytes."""
 
     max_batch_bytes: Bytes = 16 * 1024**2
-    """Largest batch of a worker, unpacked."""
+    """Largest batch of a worker, in bytes after decompression."""
 
-    # --- leases ----------------------------------------------------------------------------------------------------
+    # --- leases
     lease_ttl_seconds: Seconds = 300.0
-    """How long a worker may be silent before its job passes to another."""
+    """How long a worker may send no heartbeat before another worker gets its job."""
 
     reconcile_seconds: Seconds = 5.0
     """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
 
     reward_probe_seconds: Seconds = 5.0
-    """Pause before the service looks whether the reward service of a paused job is back; doubles up to 12 times that. Where the
-    reward service refused us or answered wrongly, 12 times longer."""
+    """Pause before the service probes the reward service of a paused job again. It doubles up to 12
+    times this value. All pauses are 12 times longer if the reward service rejected requests or
+    returned invalid responses."""
 
-    # --- worker ----------------------------------------------------------------------------------------------------
+    # --- worker
     worker_key: SecretStr | None = None
     """Key of scope ``worker``; default: the content of ``$DAR_HOME/worker_key``."""
 
@@ -125,37 +132,39 @@ class Settings(BaseSettings):
     """Name of this machine, the same after a restart."""
 
     slot: str = "0"
-    """Name of this worker's slot on its node; one worker process per slot."""
+    """Name of the worker's slot on its node. Each slot has one worker process."""
 
     devices: str | None = None
-    """GPUs of the slot as ``CUDA_VISIBLE_DEVICES`` takes them; default: all."""
+    """GPUs of the slot, in the format of ``CUDA_VISIBLE_DEVICES``; default: all."""
 
     work_dir: Path | None = None
-    """Folder of the worker's spools, inputs and local checkpoints; default ``$DAR_HOME/worker``."""
+    """Folder of the worker's spools, inputs and local checkpoints; default:
+    ``$DAR_HOME/worker``."""
 
     reward_cache_bytes: Bytes = 256 * 1024**2
-    """Remembered rewards in one file, of a job or of an endpoint that jobs share; the least recently used make room."""
+    """Size limit of one reward cache, of a job or of an endpoint, in bytes. The least recently used
+    rewards are removed first."""
 
     heartbeat_seconds: Seconds = 15.0
     """Pause between two renewals of a lease."""
 
     poll_seconds: Seconds = 10.0
-    """Pause between two looks for queued jobs when no wake-up arrives."""
+    """Pause between two polls for queued jobs when no wake-up arrives."""
 
     spool_seconds: Seconds = 1.0
-    """Longest time that what the trainer said waits before it is sent."""
+    """Longest time that a trainer's reports wait before they are sent."""
 
     drain_seconds: Seconds = 120.0
-    """How long a trainer may take to checkpoint and leave when its worker is stopped."""
+    """How long a trainer may take to write a checkpoint and end when its worker is stopped."""
 
     cancel_seconds: Seconds = 30.0
     """How long a trainer may take to stop after a cancellation before it is killed."""
 
     torch_threads: Annotated[int, Field(ge=1)] = 1
-    """CPU threads of a trainer; part of what makes a run reproducible."""
+    """CPU threads of a trainer. A repeated run gives equal results only with the same number."""
 
     is_offline: bool = Field(default=False)
-    """Whether a trainer may not reach the model hub."""
+    """Whether trainers must not use the model hub."""
 
     @field_validator("home", "cache_home", "models_dir", "artifacts_dir", "work_dir")
     @classmethod
@@ -197,38 +206,34 @@ class Settings(BaseSettings):
 
     @property
     def service_url(self) -> str:
-        """URL of the service without a slash at its end."""
+        """URL of the service, without a slash at its end."""
         return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
 
     @property
     def callback_url(self) -> str:
-        """URL under which reward services post later answers, without a slash at its end."""
+        """URL for callbacks of reward services, without a slash at its end."""
         return f"{(self.public_url or self.service_url).rstrip('/')}/v1/reward_callbacks"
 
     @property
     def sqlalchemy_url(self) -> str:
-        """URL of the database."""
         if self.database_url is None:
             return f"sqlite:///{self.home / 'dar.db'}"
         return self.database_url.get_secret_value()
 
     @property
     def models_path(self) -> Path:
-        """Folder of the base models."""
         return self.models_dir or self.home / "models"
 
     @property
     def artifacts_path(self) -> Path:
-        """Folder of uploaded files and checkpoints."""
         return self.artifacts_dir or self.home / "artifacts"
 
     @property
     def work_path(self) -> Path:
-        """Folder of the worker's own files."""
         return self.work_dir or self.home / "worker"
 
     def secret_from(self, value: SecretStr | None, filename: str) -> str | None:
-        """A secret given in the environment, else the content of ``$DAR_HOME/<filename>``, else None."""
+        """``value``, else the content of ``$DAR_HOME/<filename>``, else None."""
         if value is not None:
             return value.get_secret_value()
         path = self.home / filename
@@ -242,10 +247,13 @@ def _starting_with(url: SecretStr | None, schemes: tuple[str, ...]) -> SecretStr
 
 
 def load_settings(**given: object) -> Settings:
-    """The settings of this process, from its environment and from what its command line gave (None: nothing).
+    """The settings of this process, from its environment and its command line.
+
+    Args:
+        **given: Values of the command line by field name; None: not given.
 
     Raises:
-        ConfigurationError: A variable cannot be used; the message names it.
+        ConfigurationError: A variable is invalid; the message names it.
     """
     try:
         return Settings.model_validate(
@@ -264,11 +272,11 @@ def _variable(name: str) -> str:
 
 
 def environment(without: Iterable[str] = (), /, **changes: object) -> dict[str, str]:
-    """This process's environment for a child.
+    """The environment of this process, changed for a child.
 
     Args:
-        without: Settings, by field name, that the child has no business to know.
-        **changes: Settings by field name; None leaves one as it is.
+        without: Settings, by field name, that the child must not get.
+        **changes: Settings by field name; None: unchanged.
     """
     given = {_variable(name): str(value) for name, value in changes.items() if value is not None}
     withheld = {_variable(name) for name in without}
@@ -277,15 +285,15 @@ def environment(without: Iterable[str] = (), /, **changes: object) -> dict[str, 
 
 
 def own_environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """All variables of this process with some changes, for a child that does the same work."""
+    """All variables of this process with changes, for a child that does the same work."""
     return {**os.environ, **changes}
 
 
 def inherited_environment(names: Iterable[str]) -> dict[str, str]:
-    """The variables among ``names`` that this process has, for a child that may see no others."""
+    """The variables of ``names`` that this process has, for a child that gets no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def forget_environment(name: str) -> None:
-    """Unset a variable of this process that a library has set for itself and left behind."""
+    """Unset a variable of this process that a library has set for itself."""
     os.environ.pop(name, None)

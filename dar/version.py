@@ -1,3 +1,3 @@
-"""The version, where it can be read without loading anything."""
+"""The version, in a module without imports."""
 
 __version__ = "0.1.0"

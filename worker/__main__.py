@@ -1,4 +1,4 @@
-"""``python -m worker``: one slot, until SIGTERM."""
+"""``python -m worker``: run one slot until SIGTERM."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ EXIT_CONFIGURATION = 78
 
 
 def start_logging(level: str) -> None:
-    """Send one line per event to stderr, those of libraries included."""
+    """Log one line per event to stderr, including those of libraries."""
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[
@@ -37,15 +37,16 @@ def start_logging(level: str) -> None:
 
 
 def worker_key(settings: Settings) -> str:
-    """The key that this worker claims jobs with.
+    """The key with which this worker claims jobs.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: It is not set.
     """
     key = settings.secret_from(settings.worker_key, "worker_key")
     if key is None:
         raise ConfigurationError(
-            f"no worker key: set DAR_WORKER_KEY, or start the service once, which writes {settings.home / 'worker_key'}"
+            "no worker key: set DAR_WORKER_KEY, or start the service once, which writes "
+            f"{settings.home / 'worker_key'}"
         )
     return key
 
@@ -57,7 +58,7 @@ def main(command: Sequence[str] = TRAINER_COMMAND) -> int:
         command: Command line of a trainer.
 
     Returns:
-        The exit code: 0 after a clean stop, 78 when the configuration forbids a start.
+        The exit code: 0 after a clean stop, 78 for a wrong configuration.
     """
     try:
         settings = load_settings()

@@ -1,7 +1,7 @@
-"""The Celery application: the broker says «look now», and the slot looks. Without a broker the slot polls alone.
+"""The Celery application: a message wakes the slot. Without a broker the slot only polls.
 
-Nothing that matters is in a message. They are acknowledged before they are worked on, because redelivery of a hint is
-worth nothing, and the visibility timeout then has no meaning for jobs that run for days.
+A message carries no data. It is acknowledged before the slot acts on it: redelivering a wake-up is
+pointless, and a broker's visibility timeout would end long before a job of several days.
 """
 
 import signal
@@ -23,7 +23,7 @@ JOIN_SECONDS = 0.5
 
 
 def make_app(broker_url: str, slot: Slot) -> Celery:
-    """A Celery application whose only task lets ``slot`` look for a job."""
+    """A Celery application whose only task wakes ``slot``."""
     app = Celery("worker", broker=broker_url, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
@@ -55,7 +55,7 @@ def make_app(broker_url: str, slot: Slot) -> Celery:
 
 
 class Process:
-    """The worker process: a thread that polls, and Celery in the main thread if there is a broker."""
+    """The worker process: a thread that polls, and with a broker Celery in the main thread."""
 
     def __init__(self, slot: Slot, broker_url: str | None) -> None:
         self._slot = slot
@@ -63,7 +63,7 @@ class Process:
         self._poll = threading.Thread(target=slot.poll, name="poll")
 
     def run(self) -> int:
-        """Run until SIGTERM or SIGINT, and until the running job has left. Returns the exit code."""
+        """Run until SIGTERM or SIGINT and the end of the running attempt; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._drain)
         code = 0
@@ -73,12 +73,12 @@ class Process:
             code = self._run_celery(self._broker_url)
             self._slot.drain.set()
         while self._poll.is_alive():
-            self._poll.join(JOIN_SECONDS)  # in slices, so that a signal is handled meanwhile
+            self._poll.join(JOIN_SECONDS)  # in slices, so that signals are handled
         log.info("worker stopped", code=code)
         return code
 
     def _drain(self, number: int, _frame: FrameType | None) -> None:
-        log.info("stopping: the running job writes a checkpoint and leaves", signal=number)
+        log.info("stopping: the running job writes a checkpoint and ends", signal=number)
         self._slot.drain.set()
 
     def _run_celery(self, broker_url: str) -> int:
@@ -91,11 +91,11 @@ class Process:
             self._slot.drain.set()
 
         def stop_if_too_early(**_: object) -> None:
-            if self._slot.drain.is_set():  # the signal came before Celery listened to it
+            if self._slot.drain.is_set():  # the signal came before Celery handled it
                 celery_state.should_stop = 0
 
         def keep_logging(**_: object) -> None:
-            """Log lines are ours: a receiver of this signal keeps Celery from setting up its own."""
+            """A receiver of this signal keeps Celery from setting up its own logging."""
 
         worker_init.connect(start_polling, weak=False)
         worker_shutting_down.connect(drain, weak=False)

@@ -1,4 +1,4 @@
-"""What attempts leave behind: trainers of dead workers are killed, unsent rows are sent, folders are removed."""
+"""Cleanup after attempts: kill trainers of dead workers, send unsent rows, remove folders."""
 
 import threading
 from collections.abc import Callable
@@ -20,7 +20,7 @@ KEPT_ASIDE = timedelta(days=7)
 
 
 def sweep_processes(folder: SlotFolder) -> None:
-    """Kill the trainers that a dead predecessor left, and remove what they alone needed."""
+    """Kill the trainers that a dead worker left, and remove the files that only they needed."""
     for attempt in folder.all_attempts():
         if kill_leftover(attempt):
             log.warning("killed the trainer of a dead worker", folder=str(attempt.path))
@@ -28,10 +28,10 @@ def sweep_processes(folder: SlotFolder) -> None:
 
 
 class Leftovers:
-    """Sends the rows of attempts that are over, with the worker's own key; `run` is the body of a thread.
+    """Sends the rows of ended attempts with the worker's own key; `run` is the body of a thread.
 
     Args:
-        active: Id of the lease that is being served; its folder is not touched.
+        active: Returns the id of the lease that runs now; its folder is left alone.
         pause_seconds: Pause between two passes.
     """
 
@@ -50,12 +50,12 @@ class Leftovers:
         self._wake = threading.Event()
         self._stopped = False
 
-    def look(self) -> None:
-        """Have a pass made now."""
+    def wake(self) -> None:
+        """Start the next pass now."""
         self._wake.set()
 
     def stop(self) -> None:
-        """Have `run` return after the row batch it is at."""
+        """Make `run` return after the current batch of rows."""
         self._stopped = True
         self._wake.set()
 
@@ -65,12 +65,12 @@ class Leftovers:
             self._wake.clear()
             try:
                 self.sweep()
-            except Exception:  # outermost frame of a thread that must not end before its worker
-                log.exception("leftovers could not be swept")
+            except Exception:  # outermost frame of a thread that must live as long as its worker
+                log.exception("cleanup after attempts failed")
             self._wake.wait(self._pause_seconds)
 
     def sweep(self) -> None:
-        """One pass over all attempts that are over; waits for a service that is away."""
+        """Make one pass over all ended attempts; waits while the service is unreachable."""
         for attempt in self._folder.all_attempts():
             if self._stopped:
                 return
@@ -85,7 +85,7 @@ class Leftovers:
         return None if lease_id is None else self._folder.attempt(lease_id)
 
     def _send(self, attempt: AttemptFolder, record: AttemptRecord) -> bool:
-        """Send all rows of an attempt; returns whether its folder is of no more use."""
+        """Send all rows of an attempt; returns whether its folder can be removed."""
         reader = SpoolReader(attempt.spool)
         facts = {"job": record.job_id, "attempt": record.attempt}
         try:
@@ -106,12 +106,12 @@ class Leftovers:
         )
 
     def _put_aside(self, attempt: AttemptFolder, error: DARError, facts: dict[str, object]) -> bool:
-        """Leave the rows alone until the worker's next start; returns whether they have lain long enough."""
+        """Skip the rows until the worker's next start; returns whether they are too old to keep."""
         changed_at = datetime.fromtimestamp(attempt.spool.stat().st_mtime, UTC)
         if datetime.now(UTC) - changed_at > KEPT_ASIDE:
             return True
         is_serious = isinstance(error, ConflictError | SpoolDamagedError)
-        say = log.error if is_serious else log.warning
-        say("rows of an earlier attempt cannot be sent", error=error.message, **facts)
+        write = log.error if is_serious else log.warning
+        write("rows of an earlier attempt cannot be sent", error=error.message, **facts)
         self._aside.add(attempt)
         return False

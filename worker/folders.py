@@ -1,23 +1,24 @@
-"""Where a worker keeps what on disk.
+"""The files of a worker on disk.
 
 Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
 
     slot-<slot>/
-      lock                        held by the slot's worker; its content is the holder's process id
-      logs/<job>-<attempt>.log    what the trainers of failed attempts printed, the newest 20 (``-1.log``, …: further processes)
+      lock                      locked by the slot's worker; contains its process id
+      logs/<job>-<attempt>.log  output of trainers of failed attempts, the newest 20
+                                (``-1.log``, …: their other processes)
       attempts/<lease>/
-        attempt.json              whose rows these are: enough to send them after a restart
-        trainer.json              process id and start time of the trainer
-        trainer.log               what the trainer printed
-        trainer-1.log, …            what its further processes printed, if it has any
-        progress.json             what the trainer does now
-        result.json               how the trainer ended, in its own words
-        inputs/                   training file, model, adapters, resume checkpoint
-        work/checkpoints/         published checkpoints: those to be uploaded, and the newest
-        spool/                    rows that are not acknowledged yet
+        attempt.json            lease, job and attempt: enough to send the rows after a restart
+        trainer.json            process id and start time of the trainer
+        trainer.log             output of the trainer
+        trainer-1.log, …        output of its other processes, if it has any
+        progress.json           what the trainer does now
+        result.json             how the trainer ended, as it reports itself
+        inputs/                 training file, model, adapters, resume checkpoint
+        work/checkpoints/       published checkpoints: those to upload, and the newest
+        spool/                  rows that are not acknowledged yet
     reward-caches/
-      job-<job>/                  rewards that a job remembers, until it has succeeded
-      endpoint-<endpoint>/        rewards that jobs with one registered endpoint share
+      job-<job>/                cached rewards of a job, until it succeeds
+      endpoint-<endpoint>/      cached rewards that jobs with one registered endpoint share
 
 No key or token is ever written here.
 """
@@ -34,7 +35,7 @@ LOGS_KEPT = 20
 
 
 class AttemptRecord(BaseModel):
-    """Whose folder it is."""
+    """The attempt that a folder belongs to."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -49,7 +50,7 @@ def write_atomically(path: Path, content: bytes, *, is_durable: bool = False) ->
     Args:
         path: The file.
         content: All of it.
-        is_durable: That holds after a power loss too.
+        is_durable: Whether this must hold after a power loss.
     """
     fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with fresh.open("wb") as file:
@@ -61,7 +62,7 @@ def write_atomically(path: Path, content: bytes, *, is_durable: bool = False) ->
 
 
 def read_if_there(path: Path) -> bytes | None:
-    """Content of ``path``; None when there is no such file."""
+    """Content of ``path``; None if there is no such file."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -76,71 +77,61 @@ class AttemptFolder:
 
     @property
     def record(self) -> Path:
-        """Whose folder it is."""
         return self.path / "attempt.json"
 
     @property
     def trainer(self) -> Path:
-        """Which process trains."""
         return self.path / "trainer.json"
 
     @property
     def log(self) -> Path:
-        """What that process prints."""
         return self.path / "trainer.log"
 
     def log_of(self, process: int) -> Path:
-        """What a process of several that train together prints; number 0 is the trainer itself."""
+        """Log of one of several processes that train together; number 0 is the trainer itself."""
         return self.log if process == 0 else self.path / f"trainer-{process}.log"
 
     def logs(self) -> list[tuple[str, Path]]:
-        """The logs that are there, each with what its name has beside the trainer's."""
+        """The existing logs, each with the suffix of its process, such as ``-1``."""
         found = sorted(self.path.glob("trainer*.log"))
         return [(path.stem.removeprefix("trainer"), path) for path in found]
 
     @property
     def progress(self) -> Path:
-        """What it does now."""
         return self.path / "progress.json"
 
     @property
     def result(self) -> Path:
-        """How it ended."""
         return self.path / "result.json"
 
     @property
     def inputs(self) -> Path:
-        """What it needs."""
         return self.path / "inputs"
 
     @property
     def work(self) -> Path:
-        """What it makes."""
         return self.path / "work"
 
     @property
     def spool(self) -> Path:
-        """What it says."""
         return self.path / "spool"
 
     def create(self, record: AttemptRecord) -> None:
-        """Make the folder for an attempt."""
         for folder in (self.path, self.inputs, self.work, self.spool):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(self.record, record.model_dump_json().encode())
 
     def read_record(self) -> AttemptRecord | None:
-        """Whose folder it is; None if it was never finished."""
+        """The attempt of this folder; None if the folder was not completely made."""
         content = read_if_there(self.record)
         return None if content is None else AttemptRecord.model_validate_json(content)
 
     def strip(self) -> None:
-        """Remove what only a running trainer needs; rows and log stay."""
+        """Remove the files that only a running trainer needs; rows and log stay."""
         for folder in (self.inputs, self.work):
             shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove everything."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -152,7 +143,7 @@ class SlotFolder:
 
     @classmethod
     def of(cls, work_path: Path, slot: str) -> "SlotFolder":
-        """The folder of ``slot``, made if it is new."""
+        """The folder of ``slot``, created if needed."""
         folder = cls(work_path / f"slot-{quote(slot, safe='')}")
         for path in (folder.attempts, folder.logs):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -160,21 +151,17 @@ class SlotFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the slot's worker."""
         return self.path / "lock"
 
     @property
     def attempts(self) -> Path:
-        """One folder per attempt."""
         return self.path / "attempts"
 
     @property
     def logs(self) -> Path:
-        """Logs of failed attempts."""
         return self.path / "logs"
 
     def attempt(self, lease_id: str) -> AttemptFolder:
-        """The folder of an attempt."""
         return AttemptFolder(self.attempts / quote(lease_id, safe=""))
 
     def all_attempts(self) -> list[AttemptFolder]:
@@ -182,7 +169,7 @@ class SlotFolder:
         return [AttemptFolder(path) for path in sorted(self.attempts.iterdir()) if path.is_dir()]
 
     def keep_log(self, folder: AttemptFolder, record: AttemptRecord) -> None:
-        """Put an attempt's logs aside, and remove the oldest of those that lie there."""
+        """Move an attempt's logs to `logs`, and remove the oldest logs there."""
         for suffix, path in folder.logs():
             path.replace(self.logs / f"{record.job_id}-{record.attempt}{suffix}.log")
         logs = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)

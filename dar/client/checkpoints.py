@@ -14,7 +14,7 @@ Order = Literal["asc", "desc"]
 
 
 class Checkpoints:
-    """What jobs have trained: ``client.checkpoints``."""
+    """Checkpoints of jobs: ``client.checkpoints``."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -25,7 +25,7 @@ class Checkpoints:
         return Listing(self._transport, _path(job_id), Page[Checkpoint], params)
 
     def retrieve(self, job_id: str, checkpoint_id: str) -> Checkpoint:
-        """One checkpoint's facts, with its files."""
+        """One checkpoint, with the list of its files."""
         return self._transport.get(f"{_path(job_id)}/{escaped(checkpoint_id)}", Checkpoint)
 
     def download(
@@ -42,21 +42,22 @@ class Checkpoints:
             folder = client.checkpoints.download(job.id, checkpoint.id, "weights/")
             model = AutoModelForCausalLM.from_pretrained(folder)
 
-        A file appears under its name only when it is complete and right. After an interruption the same call goes on
-        where it was; files that are there and right are not fetched again.
+        A file gets its name only when it is complete and correct. After an interruption the same
+        call resumes, and skips files that are already correct.
 
         Args:
             job_id: The job.
             checkpoint_id: The checkpoint.
-            directory: Folder to write into; made if it does not exist.
-            include_optimizer: Also fetch what only a resume needs (``resume/…``).
-            on_bytes: Called with the bytes there so far and the bytes in all.
+            directory: Folder to write into; created if it does not exist.
+            include_optimizer: Whether to download the files that only a resume needs
+                (``resume/…``).
+            on_bytes: Called with the bytes received so far and the total.
 
         Returns:
             The folder.
 
         Raises:
-            CheckpointError: A file's content or name is not what it should be.
+            CheckpointError: A file's content or name is wrong.
             OSError: The folder cannot be written.
         """
         checkpoint = self.retrieve(job_id, checkpoint_id)

@@ -1,4 +1,4 @@
-"""The client: where the service is, with which key, and one attribute per kind of object."""
+"""`Client`: a service, an API key, and one attribute per kind of object."""
 
 from types import TracebackType
 from typing import Self
@@ -11,6 +11,7 @@ from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.transport import Transport
 from dar.errors import ConfigurationError
 from dar.settings import load_settings
+from dar.version import __version__
 
 
 class Client:
@@ -20,18 +21,19 @@ class Client:
             for job in client.jobs.list(status="running"):
                 print(job.id, job.progress.percent)
 
-    Every method raises the errors of `dar.errors`, as the service raised them, with their ``request_id``, and
-    `ServiceConnectionError` when the service cannot be reached.
+    Every method raises the errors of `dar.errors` with the classes and the ``request_id`` of the
+    service. It raises `ServiceConnectionError` when the service cannot be reached.
 
     Args:
-        api_key: ``dar-sk-…``; default: ``DAR_API_KEY``, else the content of ``$DAR_HOME/api_key``.
-        base_url: Where the service is, with or without ``/v1``; default: ``DAR_BASE_URL``, else the host and port of the
-            installation in the environment.
-        timeout: Seconds between two pieces of an answer; connecting gets 5 s at most.
+        api_key: ``dar-sk-…``; default: ``DAR_API_KEY``, else the content of
+            ``$DAR_HOME/api_key``.
+        base_url: URL of the service, with or without ``/v1``; default: ``DAR_BASE_URL``, else
+            ``DAR_HOST`` and ``DAR_PORT``.
+        timeout: Seconds between two parts of a response; connecting gets 5 s at most.
         max_retries: How often a request is repeated after a passing failure.
 
     Raises:
-        ConfigurationError: There is no API key.
+        ConfigurationError: There is no API key, or ``base_url`` is not a URL.
     """
 
     def __init__(
@@ -49,28 +51,35 @@ class Client:
                 api_key = settings.secret_from(settings.api_key, "api_key")
             if not api_key:
                 raise ConfigurationError(
-                    f"no API key: pass api_key=, set DAR_API_KEY, or start the service once (`dar up`), "
-                    f"which writes one to {settings.home / 'api_key'}"
+                    "no API key: pass api_key=, set DAR_API_KEY, or start the service once "
+                    f"(`dar up`), which writes one to {settings.home / 'api_key'}"
                 )
-        self._transport = Transport(api_key, base_url, timeout=timeout, max_retries=max_retries)
+        self._transport = Transport(
+            api_key,
+            base_url,
+            timeout=timeout,
+            max_retries=max_retries,
+            headers={"accept": "application/json", "user-agent": f"dar-sdk/{__version__}"},
+            follow_redirects=True,
+        )
         self.files = Files(self._transport)
         """Training files."""
         self.jobs = Jobs(self._transport)
         """Training jobs, their metrics, samples and events."""
         self.checkpoints = Checkpoints(self._transport)
-        """What jobs have trained."""
+        """Checkpoints of jobs."""
         self.models = Models(self._transport)
-        """What jobs can start from."""
+        """Models that jobs can start from."""
         self.reward_endpoints = RewardEndpoints(self._transport)
         """Registered reward services."""
 
     @property
     def base_url(self) -> str:
-        """Where the service is, without ``/v1``."""
+        """URL of the service, without ``/v1``."""
         return self._transport.base_url
 
     def close(self) -> None:
-        """Close all connections; the client is not used afterwards."""
+        """Close all connections; the client cannot be used afterwards."""
         self._transport.close()
 
     def __enter__(self) -> Self:

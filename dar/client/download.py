@@ -1,4 +1,4 @@
-"""Fetching files with known digests: resumable, verified, and never outside their folder."""
+"""Download of files with known digests: resumable, verified, and never outside their folder."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ _FILE_NAME: TypeAdapter[str] = TypeAdapter(FileName)
 
 
 class Download:
-    """Files on their way into a folder.
+    """The download of several files into a folder.
 
     Args:
-        transport: Where they come from.
-        path: Path under which each file's name is a route.
+        transport: Connection to the service.
+        path: Route of the files; a file's name follows it.
         directory: Folder to write into.
-        files: What to fetch.
-        on_bytes: Called with the bytes there so far and the bytes in all.
+        files: The files.
+        on_bytes: Called with the bytes received so far and the total.
     """
 
     def __init__(
@@ -41,33 +41,37 @@ class Download:
         self._finished = 0
 
     def run(self) -> Path:
-        """Fetch what is missing; gives the folder.
+        """Download the files that are missing; returns the folder.
 
         Raises:
-            CheckpointError: A file's content or name is not what it should be.
+            CheckpointError: A file's content or name is wrong.
         """
         for file in self._files:
             target = self._target(file)
-            if not _is_right(target, file):
+            if not _is_correct(target, file):
                 self._fetch(file, target)
             self._finished += file.bytes
             self._report(0)
         return self._directory
 
     def _target(self, file: CheckpointFile) -> Path:
-        """Where a file goes. The service's word is not taken for it: the name is checked, and no link is followed."""
+        """Path of a file.
+
+        The name from the service is checked, and no symbolic link is followed.
+        """
         try:
             name = _FILE_NAME.validate_python(file.name)
         except ValidationError:
             raise CheckpointError(
-                f"the service lists a file named {file.name!r}, which is not a name inside a checkpoint"
+                f"the service lists a file named {file.name!r}, "
+                "which is not a valid name in a checkpoint"
             ) from None
         self._directory.mkdir(parents=True, exist_ok=True)
         target = self._directory / name
         target.parent.mkdir(exist_ok=True)
         if not target.parent.resolve().is_relative_to(self._directory.resolve()):
             raise CheckpointError(
-                f"{target.parent} leads out of {self._directory}; remove that link"
+                f"{target.parent} links to a place outside {self._directory}; remove that link"
             )
         return target
 
@@ -76,19 +80,21 @@ class Download:
         if partial.is_symlink():
             partial.unlink()
         was_begun = True
-        while was_begun:  # what an earlier call left may be damaged; then once more, from the start
+        while (
+            was_begun
+        ):  # a part from an earlier call may be damaged: then once more from the start
             was_begun = partial.exists()
             self._transport.retried(lambda: self._receive(file, partial))
-            if _is_right(partial, file):
+            if _is_correct(partial, file):
                 partial.replace(target)
                 return
             partial.unlink()
         raise CheckpointError(
-            f"{file.name} arrived with another content than its SHA-256 says; it was not kept"
+            f"the downloaded {file.name} does not match its SHA-256; it was deleted"
         )
 
     def _receive(self, file: CheckpointFile, partial: Path) -> None:
-        """Append what is missing; whether it is right is seen afterwards."""
+        """Append the missing bytes; `_fetch` verifies them."""
         start = partial.stat().st_size if partial.exists() else 0
         if start > 0 and start >= file.bytes:
             return
@@ -103,7 +109,7 @@ class Download:
                 for chunk in response.iter_bytes():
                     received += len(chunk)
                     if received > file.bytes:
-                        break  # it can only be wrong, and might never end
+                        break  # the file is wrong, and the response might never end
                     sink.write(chunk)
                     self._report(received)
 
@@ -112,7 +118,7 @@ class Download:
             self._on_bytes(self._finished + received, self._total)
 
 
-def _is_right(path: Path, file: CheckpointFile) -> bool:
+def _is_correct(path: Path, file: CheckpointFile) -> bool:
     if path.is_symlink() or not path.is_file() or path.stat().st_size != file.bytes:
         return False
     with path.open("rb") as content:

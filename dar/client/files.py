@@ -34,12 +34,12 @@ class Files:
             file = client.files.create(b'{"prompt": "The soup was"}')
 
         Args:
-            file: A path, the content, or an open binary file, read from where it stands.
-            purpose: What it is for; the service knows only ``fine-tune``.
-            filename: Name that the service shows; default: the path's.
+            file: A path, the content, or an open binary file, read from its current position.
+            purpose: Only ``fine-tune`` is supported.
+            filename: Name that the service shows; default: the name of the path.
 
         Raises:
-            InvalidRequestError: A row is bad; the problems name the rows, and nothing is stored.
+            InvalidRequestError: A row is invalid. The problems name the rows. Nothing is stored.
             OSError: The file cannot be read.
         """
         with contextlib.ExitStack() as stack:
@@ -62,11 +62,11 @@ class Files:
         return Listing(self._transport, PATH, Page[File], params)
 
     def retrieve(self, file_id: str) -> File:
-        """One file's facts."""
+        """One file, without its content."""
         return self._transport.get(f"{PATH}/{escaped(file_id)}", File)
 
     def content(self, file_id: str) -> bytes:
-        """A file as it was uploaded."""
+        """The content of a file, as it was uploaded."""
         return self._transport.send("GET", f"{PATH}/{escaped(file_id)}/content").content
 
     def delete(self, file_id: str) -> Deleted:
@@ -81,7 +81,7 @@ class Files:
 def _opened(
     file: str | Path | bytes | BinaryIO, stack: contextlib.ExitStack
 ) -> tuple[BinaryIO, str]:
-    """The content as a file that can be read again from its start, for a retry, and its name."""
+    """The content as a file that a retry can read again from its start, and its name."""
     if isinstance(file, bytes):
         return io.BytesIO(file), "upload.jsonl"
     if isinstance(file, str | Path):

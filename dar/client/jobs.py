@@ -22,7 +22,7 @@ PATH = "/fine_tuning/jobs"
 Order = Literal["asc", "desc"]
 SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage"]
 OUTAGE_SECONDS = 300.0
-"""How long `Jobs.wait` bears with a service that cannot be reached: jobs go on through its restarts."""
+"""How long `Jobs.wait` tolerates an unreachable service: jobs continue during its restarts."""
 
 
 class Jobs:
@@ -48,12 +48,13 @@ class Jobs:
             )
 
         Args:
-            spec: The whole spec; fields given by name are added to it and win.
-            idempotency_key: The same key again gives the same job; default: a fresh one, kept over this call's retries.
+            spec: The whole spec. Fields given by name replace its fields.
+            idempotency_key: A repeated key returns the same job. Default: a new key, which all
+                retries of this call use.
             **fields: Fields of the spec.
 
         Raises:
-            InvalidRequestError: The spec is wrong; ``param`` and ``problems`` say where.
+            InvalidRequestError: The spec is invalid; ``param`` and ``problems`` say where.
             IdempotencyMismatchError: The key was used with another spec.
         """
         given = (
@@ -65,7 +66,7 @@ class Jobs:
         return self._transport.post(PATH, Job, body={**given, **fields}, headers=headers)
 
     def retrieve(self, job_id: str) -> Job:
-        """A job as it is now."""
+        """The current state of a job."""
         return self._transport.get(_path(job_id), Job)
 
     def list(
@@ -79,7 +80,7 @@ class Jobs:
         """All jobs, newest first.
 
         Args:
-            status: Only jobs in this state.
+            status: Only jobs with this status.
             metadata: Only jobs with these labels.
             order: ``asc``: oldest first.
             limit: Size of a page.
@@ -92,23 +93,25 @@ class Jobs:
         """Cancel a job; its checkpoints are kept. Cancelling it again is no error.
 
         Raises:
-            ConflictError: It has already succeeded or failed.
+            ConflictError: The job has succeeded or failed.
         """
         return self._transport.post(f"{_path(job_id)}/cancel", Job)
 
     def pause(self, job_id: str) -> Job:
-        """Pause a job: at once while it waits; while it runs, after a checkpoint, and it is ``pausing`` until then.
+        """Pause a job.
+
+        A queued job pauses at once. A running job is ``pausing`` until it has written a checkpoint.
 
         Raises:
-            ConflictError: It is over, or is being cancelled.
+            ConflictError: The job has ended or is being cancelled.
         """
         return self._transport.post(f"{_path(job_id)}/pause", Job)
 
     def resume(self, job_id: str) -> Job:
-        """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint.
+        """Queue a paused, failed or cancelled job again; it continues from its newest checkpoint.
 
         Raises:
-            ConflictError: It has succeeded, is being cancelled, or a file that it needs has been deleted.
+            ConflictError: The job has succeeded, is being cancelled, or needs a deleted file.
         """
         return self._transport.post(f"{_path(job_id)}/resume", Job)
 
@@ -120,22 +123,22 @@ class Jobs:
         poll_seconds: float = 1.0,
         timeout_seconds: float | None = None,
     ) -> Job:
-        """Wait for the end of a job, through restarts of the service.
+        """Wait until a job ends, through restarts of the service.
 
             job = client.jobs.wait(job.id, on_progress=lambda job: print(job.progress.step))
             assert job.status == "succeeded", job.error
 
         Args:
             job_id: The job.
-            on_progress: Called with the job at first and whenever something about it has changed.
-            poll_seconds: Pause between two looks.
-            timeout_seconds: Longest wait; default: as long as it takes.
+            on_progress: Called with the job at the start and after each change.
+            poll_seconds: Pause between two requests.
+            timeout_seconds: Longest wait; default: no limit.
 
         Returns:
             The job, ``succeeded``, ``failed`` or ``cancelled``.
 
         Raises:
-            TimeoutError: The job has not ended in time; it goes on.
+            TimeoutError: The job has not ended in time; it continues.
             ServiceConnectionError: The service could not be reached for 300 s.
         """
         started = answered = time.monotonic()
@@ -159,7 +162,7 @@ class Jobs:
             time.sleep(poll_seconds)
 
     def events(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Event]:
-        """What happened to a job, newest first; ``limit`` is the size of a page."""
+        """The events of a job, newest first; ``limit`` is the size of a page."""
         params = {"order": order, "limit": limit}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
 
@@ -175,14 +178,14 @@ class Jobs:
         """The series of a job, each with its own steps.
 
             metrics = client.jobs.metrics(job.id, names=["dar/rewards_mean"])
-            news = client.jobs.metrics(job.id, names=["dar/rewards_mean"], after=metrics.cursor)
+            newer = client.jobs.metrics(job.id, names=["dar/rewards_mean"], after=metrics.cursor)
 
         Args:
             job_id: The job.
-            names: Which series; default: all.
-            after: ``cursor`` of an earlier answer: gives only what is new since then.
-            from_step: First step that is wanted.
-            to_step: Last step that is wanted.
+            names: Names of series; default: all.
+            after: ``cursor`` of an earlier response; only newer values are returned.
+            from_step: First step to return.
+            to_step: Last step to return.
         """
         params = {
             "names": None if names is None else ",".join(names),
@@ -193,13 +196,13 @@ class Jobs:
         return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
 
     def reward_stats(self, job_id: str) -> RewardStats:
-        """How many samples of a job were scored, skipped or failed, and how each reward service did."""
+        """Counts of scored, skipped and failed samples, and statistics of each reward service."""
         return self._transport.get(f"{_path(job_id)}/reward_stats", RewardStats)
 
     def reward_failures(
         self, job_id: str, *, step: int | None = None, order: Order = "desc", limit: int = 20
     ) -> Listing[RewardFailure]:
-        """Requests to reward services that were given up, newest first.
+        """Failed requests to reward services, after all retries, newest first.
 
         Args:
             job_id: The job.
@@ -219,7 +222,7 @@ class Jobs:
         order: SampleOrder = "desc",
         limit: int = 20,
     ) -> Listing[Sample]:
-        """Completions that were kept for viewing, with their reward, advantage and weight.
+        """Completions that were stored for viewing, with their reward, advantage and weight.
 
         Args:
             job_id: The job.

@@ -22,5 +22,5 @@ class Models:
         return Listing(self._transport, PATH, Page[Model], {})
 
     def retrieve(self, model: str) -> Model:
-        """One model's facts."""
+        """One model."""
         return self._transport.get(f"{PATH}/{escaped(model)}", Model)

@@ -10,13 +10,13 @@ Item = TypeVar("Item")
 
 
 class Listing(Generic[Item]):
-    """All items of a list. Iterating fetches page after page; iterating again asks the service again.
+    """All items of a list. Iterating requests page after page, each time anew.
 
     Args:
-        transport: Where to ask.
+        transport: Connection to the service.
         path: Path of the list.
         answer: Model of one page.
-        params: Query parameters, ``limit`` being the size of a page.
+        params: Query parameters; ``limit`` is the size of a page.
     """
 
     def __init__(

@@ -17,7 +17,8 @@ from dar.protocol.reward_probe import ProbeReport
 PATH = "/reward_endpoints"
 Order = Literal["asc", "desc"]
 Samples = Sequence[Mapping[str, Any]]
-"""Completions to be scored: ``prompt`` or ``messages``, ``completion``, and perhaps ``ground_truth`` and ``columns``."""
+"""Completions to score: ``prompt`` or ``messages``, ``completion``; optional: ``ground_truth``,
+``columns``."""
 
 
 class RewardEndpoints:
@@ -39,18 +40,19 @@ class RewardEndpoints:
 
             endpoint = client.reward_endpoints.create(
                 "judge", "https://judge.example/score", headers={"authorization": "Bearer …"})
-            keep(endpoint.signing_secret)  # it is shown this once
+            keep(endpoint.signing_secret)  # it is shown only once
             rewards = {"components": [{"name": "judge", "endpoint": endpoint.id}]}
 
         Args:
-            name: For people.
-            url: Where requests are posted.
-            headers: Secret headers; they are sent to this URL's origin alone, and never shown again.
+            name: A name for people.
+            url: URL to which requests are posted.
+            headers: Secret headers; they are sent only to the origin of ``url`` and never shown
+                again.
             signing_secret: ``whsec_…``; default: the service makes one.
-            **options: Fields of a component that stand behind a job's own, like ``timeouts`` or ``protocol``.
+            **options: Defaults for fields of a component, like ``timeouts`` or ``protocol``.
 
         Raises:
-            InvalidRequestError: ``param`` says what is wrong.
+            InvalidRequestError: A field is invalid; ``param`` names it.
         """
         body = {"name": name, "url": url, "headers": dict(headers or {}), **options}
         if signing_secret is not None:
@@ -63,19 +65,20 @@ class RewardEndpoints:
         return Listing(self._transport, PATH, Page[RewardEndpoint], params)
 
     def retrieve(self, endpoint_id: str) -> RewardEndpoint:
-        """One endpoint; of its secrets only fingerprints."""
+        """One endpoint, with fingerprints instead of its secrets."""
         return self._transport.get(_path(endpoint_id), RewardEndpoint)
 
     def update(self, endpoint_id: str, **changes: object) -> ChangedRewardEndpoint:
-        """Change an endpoint: what is given replaces what was there.
+        """Change fields of an endpoint.
 
         Args:
             endpoint_id: The endpoint.
-            **changes: ``name``, ``url``, ``headers`` (None removes one) or any option. Another origin of ``url`` drops the secret
-                headers that are not given again; ``dropped_headers`` of the answer names them.
+            **changes: ``name``, ``url``, ``headers`` (None removes one) or any option. A ``url``
+                with another origin drops the secret headers that are not given again;
+                ``dropped_headers`` of the response names them.
 
         Raises:
-            InvalidRequestError: ``param`` says what is wrong.
+            InvalidRequestError: A field is invalid; ``param`` names it.
         """
         return self._transport.patch(_path(endpoint_id), ChangedRewardEndpoint, body=changes)
 
@@ -90,11 +93,12 @@ class RewardEndpoints:
     def rotate_secret(
         self, endpoint_id: str, *, keep_old_secret_active_for_24_hours: bool = True
     ) -> NewRewardEndpoint:
-        """Make a new signing secret; ``signing_secret`` of the answer shows it, this once.
+        """Make a new signing secret; ``signing_secret`` of the response shows it, only this once.
 
         Args:
             endpoint_id: The endpoint.
-            keep_old_secret_active_for_24_hours: Whether the old one signs beside it for a day.
+            keep_old_secret_active_for_24_hours: Whether requests are signed with the old secret
+                too, for one day.
         """
         body = {"keep_old_secret_active_for_24_hours": keep_old_secret_active_for_24_hours}
         return self._transport.post(
@@ -102,10 +106,10 @@ class RewardEndpoints:
         )
 
     def purge_cache(self, endpoint_id: str) -> RewardEndpoint:
-        """Have rewards that were remembered of an endpoint never be used again, as after a change of the service's model.
+        """Stop using the cached rewards of an endpoint, as after a change of its model.
 
-        Jobs see it when they are next given to a worker. `cache.enabled` ``auto`` wants a new probe before rewards are remembered
-        again.
+        It takes effect in a job when its next attempt starts. With `cache.enabled` ``auto``, a new
+        probe is needed before rewards are cached again.
         """
         return self._transport.post(f"{_path(endpoint_id)}/purge_cache", RewardEndpoint)
 
@@ -117,13 +121,13 @@ class RewardEndpoints:
         samples: Samples | None = None,
         light: bool = False,
     ) -> ProbeReport:
-        """Try an endpoint, or the reward service of a component, as a job would use it.
+        """Test an endpoint, or the reward service of a component, as a job would use it.
 
         Args:
             endpoint_id: The endpoint.
-            component: Instead: a component with a ``url``.
+            component: A component with a ``url``, instead of an endpoint.
             samples: Two to eight completions; default: built-in ones.
-            light: Only the steps that a submission takes.
+            light: Whether to run only the steps of a submission.
 
         Raises:
             ValueError: Both or neither of ``endpoint_id`` and ``component`` are given.
@@ -140,7 +144,7 @@ class RewardEndpoints:
         return self._transport.post(f"{path}/probe", ProbeReport, body=body)
 
     def stats(self, endpoint_id: str) -> RewardEndpointStats:
-        """Which jobs use an endpoint, and what its latest probe found."""
+        """The jobs that use an endpoint, and the result of its latest probe."""
         return self._transport.get(f"{_path(endpoint_id)}/stats", RewardEndpointStats)
 
 

@@ -1,4 +1,4 @@
-"""One request to the service: the key, the retries, and errors as the classes the service raised."""
+"""HTTP to the service, for the SDK and for workers: requests, their errors, and waits."""
 
 import contextlib
 import json
@@ -12,79 +12,111 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
-from dar.version import __version__
+from dar.rewards.http.retry import parse_retry_after
 
 CONNECT_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 8.0
 MAX_RETRY_AFTER_SECONDS = 60.0
-"""Longest wait that the service can ask for."""
+"""Longest wait that a service can request."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _RETRIED = frozenset({408, 429})
-# Not the module's functions: they would change what a seeded program draws next.
+# A generator of its own: the module's functions would change what a seeded program draws next.
 _JITTER = random.SystemRandom()
 
 Answer = TypeVar("Answer", bound=BaseModel)
 Result = TypeVar("Result")
 Upload = Callable[[], Mapping[str, Any]]
-"""Makes the parts of a multipart body, afresh for each attempt."""
+"""Makes the parts of a multipart body, again for each attempt."""
 
 
 class AttemptError(Exception):
     """One attempt at a request failed.
 
     Args:
-        error: What the caller of the SDK sees when no attempt is left.
-        is_passing: Whether another attempt can help.
+        error: What the caller sees when no attempt is left.
+        is_passing: Whether another attempt can succeed.
+        status: HTTP status of the response; None: there was no response.
     """
 
-    def __init__(self, error: DARError, *, is_passing: bool) -> None:
+    def __init__(self, error: DARError, *, is_passing: bool, status: int | None = None) -> None:
         super().__init__(error.message)
         self.error = error
         self.is_passing = is_passing
+        self.status = status
+
+
+class Backoff:
+    """Growing waits between attempts: 0.5 s, doubled each time, with jitter.
+
+    Args:
+        longest: Longest wait in seconds.
+        least: Smallest share of a wait that the jitter leaves.
+    """
+
+    def __init__(self, longest: float, least: float = 0.5) -> None:
+        self._longest = longest
+        self._least = least
+        self._pause = FIRST_BACKOFF_SECONDS
+
+    def next(self, requested: float | None = None) -> float:
+        """Seconds to wait now, at least ``requested``, the value of a ``Retry-After``."""
+        pause = self._pause * _JITTER.uniform(self._least, 1.0)
+        self._pause = min(2 * self._pause, self._longest)
+        return max(pause, min(requested or 0.0, MAX_RETRY_AFTER_SECONDS))
 
 
 class Transport:
-    """HTTP with the manners of the service.
+    """HTTP connections to one service.
 
     Args:
-        api_key: Sent as a bearer token.
-        base_url: Where the service is, with or without ``/v1``.
-        timeout: Seconds between two pieces of an answer.
-        max_retries: How often a request is repeated after a passing failure.
+        key: Sent as a bearer token.
+        base_url: URL of the service, with or without ``/v1``.
+        timeout: Seconds between two parts of a response; connecting gets 5 s at most.
+        max_retries: How often `send` repeats a request after a passing failure.
+        headers: Sent with every request.
+        follow_redirects: Whether a response may come from storage on another host. The key is not
+            sent to that host.
 
     Raises:
-        ConfigurationError: ``base_url`` is no URL.
+        ConfigurationError: ``base_url`` is not a URL.
     """
 
-    def __init__(self, api_key: str, base_url: str, *, timeout: float, max_retries: int) -> None:
+    def __init__(
+        self,
+        key: str,
+        base_url: str,
+        *,
+        timeout: float,
+        max_retries: int,
+        headers: Mapping[str, str],
+        follow_redirects: bool,
+    ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         parts = urlsplit(self.base_url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ConfigurationError(
-                f"base_url {base_url!r} is not a URL like http://127.0.0.1:8321; correct base_url= or DAR_BASE_URL"
+                f"base_url {base_url!r} is not a URL like http://127.0.0.1:8321; "
+                "correct base_url= or DAR_BASE_URL"
             )
         self.max_retries = max_retries
         self._client = httpx2.Client(
-            headers={
-                "authorization": f"Bearer {api_key}",
-                "accept": "application/json",
-                "user-agent": f"dar-sdk/{__version__}",
-            },
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-            follow_redirects=True,  # to storage elsewhere; the key is not sent along to another host
-            trust_env=parts.hostname not in LOOPBACK,  # no proxy leads to here
+            headers={"authorization": f"Bearer {key}", **headers},
+            timeout=_timeout(timeout),
+            follow_redirects=follow_redirects,
+            trust_env=parts.hostname not in LOOPBACK,  # no proxy can reach a loopback address
+            # Loading certificates takes 40 ms, and plain HTTP needs none unless it is redirected.
+            verify=follow_redirects or parts.scheme == "https",
         )
 
     def close(self) -> None:
-        """Close all connections."""
         self._client.close()
 
     def get(
         self, path: str, answer: type[Answer], params: Mapping[str, Any] | None = None
     ) -> Answer:
-        """What a GET answers; parameters that are None are left out."""
-        return self._parse(self.send("GET", path, params=params), answer)
+        """GET a model; parameters that are None are left out."""
+        return self.parse(self.send("GET", path, params=params), answer)
 
     def post(
         self,
@@ -95,18 +127,16 @@ class Transport:
         upload: Upload | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """What a POST of JSON, of a multipart body or of nothing answers."""
-        return self._parse(
+        """POST JSON, a multipart body or nothing."""
+        return self.parse(
             self.send("POST", path, body=body, upload=upload, headers=headers), answer
         )
 
     def patch(self, path: str, answer: type[Answer], *, body: object) -> Answer:
-        """What a PATCH of JSON answers."""
-        return self._parse(self.send("PATCH", path, body=body), answer)
+        return self.parse(self.send("PATCH", path, body=body), answer)
 
     def delete(self, path: str, answer: type[Answer]) -> Answer:
-        """What a DELETE answers."""
-        return self._parse(self.send("DELETE", path), answer)
+        return self.parse(self.send("DELETE", path), answer)
 
     def send(
         self,
@@ -118,16 +148,24 @@ class Transport:
         upload: Upload | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx2.Response:
-        """Send a request, again after passing failures, and read its answer.
+        """Send a request, repeat it after passing failures, and read the response.
 
         Raises:
             ServiceConnectionError: The service could not be reached.
-            DARError: It answered with an error; the class is the one it raised.
+            DARError: The service returned an error; the class is the one that it raised.
         """
+        # NaN is sent as it is, so that the service names its path. A null could pass as a default.
+        content = None if body is None else json.dumps(body).encode()
+        json_type = {} if body is None else {"content-type": "application/json"}
 
         def attempt() -> httpx2.Response:
             with self.open(
-                method, path, params=params, body=body, upload=upload, headers=headers
+                method,
+                path,
+                params=params,
+                content=content,
+                upload=upload,
+                headers={**(headers or {}), **json_type},
             ) as response:
                 response.read()
                 return response
@@ -141,65 +179,75 @@ class Transport:
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
-        body: object = None,
+        content: bytes | None = None,
         upload: Upload | None = None,
         headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
     ) -> Iterator[httpx2.Response]:
-        """Send a request once; its answer's body is read by the caller.
+        """Send a request once; the caller reads the body of the response.
 
         Raises:
-            AttemptError: The service could not be reached, the connection broke, or it answered with an error; to be
-                resolved by `retried`.
+            AttemptError: The service could not be reached, the connection broke, or the service
+                returned an error. `retried` handles it.
         """
-        sent = dict(headers or {})
-        if body is not None:
-            sent["content-type"] = "application/json"
+        more: dict[str, Any] = {} if timeout is None else {"timeout": _timeout(timeout)}
+        if upload is not None:
+            more |= upload()
         try:
             with self._client.stream(
                 method,
                 f"{self.base_url}/v1{path}",
                 params={key: value for key, value in (params or {}).items() if value is not None},
-                # NaN goes out as it is: the service names its path, where null might pass for a default.
-                content=None if body is None else json.dumps(body).encode(),
-                headers=sent,
-                **(upload() if upload is not None else {}),
+                content=content,
+                headers=headers,
+                **more,
             ) as response:
-                if response.is_error:
+                if not response.is_success:
                     response.read()
-                    raise _failure_of(response)
+                    raise failure_of(response)
                 yield response
         except httpx2.TransportError as error:
             unreachable = ServiceConnectionError(
-                f"cannot reach the DAR service at {self.base_url}: {str(error) or type(error).__name__}; "
-                "start it with `dar up`, or say where it is with base_url= or DAR_BASE_URL"
+                f"cannot reach the DAR service at {self.base_url}: "
+                f"{str(error) or type(error).__name__}; "
+                "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
             )
             raise AttemptError(unreachable, is_passing=True) from error
 
     def retried(self, attempt: Callable[[], Result]) -> Result:
-        """What ``attempt`` returns, tried again after passing failures as often as is allowed.
+        """Call ``attempt``, and again after passing failures, up to ``max_retries`` times.
 
         Raises:
             ServiceConnectionError: The service could not be reached.
-            DARError: It answered with an error; the class is the one it raised.
+            DARError: The service returned an error; the class is the one that it raised.
         """
-        number = 0
+        backoff = Backoff(MAX_BACKOFF_SECONDS, least=0.75)
+        retries = 0
         while True:
             try:
                 return attempt()
             except AttemptError as failure:
-                if number >= self.max_retries or not failure.is_passing:
+                if retries >= self.max_retries or not failure.is_passing:
                     raise failure.error from failure.__cause__
-                wait = _wait_seconds(failure.error, number)
-            time.sleep(wait)
-            number += 1
+                requested = failure.error.retry_after_seconds
+            time.sleep(
+                backoff.next() if requested is None else min(requested, MAX_RETRY_AFTER_SECONDS)
+            )
+            retries += 1
 
-    def _parse(self, response: httpx2.Response, answer: type[Answer]) -> Answer:
+    def parse(self, response: httpx2.Response, answer: type[Answer]) -> Answer:
+        """The body of a response as a model.
+
+        Raises:
+            DARError: It is something else.
+        """
         try:
             return answer.model_validate_json(response.content)
         except ValidationError as error:
             raise DARError(
-                f"{self.base_url} answered something else than a {answer.__name__}; is it a DAR service of this "
-                f"version? {error.error_count()} problems, the first: {error.errors()[0]['msg']}",
+                f"{self.base_url} returned something else than a {answer.__name__}; "
+                f"is it a DAR service of this version? {error.error_count()} problems, "
+                f"the first: {error.errors()[0]['msg']}",
                 request_id=response.headers.get("x-request-id"),
             ) from None
 
@@ -209,33 +257,28 @@ def escaped(name: str) -> str:
     return quote(name, safe="")
 
 
-def _failure_of(response: httpx2.Response) -> AttemptError:
+def failure_of(response: httpx2.Response) -> AttemptError:
+    """The error that a response reports."""
     try:
         body = response.json()
     except ValueError:
         body = None
-    headers = response.headers
-    error = error_from_body(response.status_code, body, request_id=headers.get("x-request-id"))
+    headers, status = response.headers, response.status_code
+    error = error_from_body(status, body, request_id=headers.get("x-request-id"))
     error.retry_after_seconds = _retry_after(headers)
-    told = headers.get("x-should-retry")
-    status = response.status_code
+    advice = headers.get("x-should-retry")
     is_passing = (
-        told == "true" if told in {"true", "false"} else status in _RETRIED or status >= 500
+        advice == "true" if advice in {"true", "false"} else status in _RETRIED or status >= 500
     )
-    return AttemptError(error, is_passing=is_passing)
+    return AttemptError(error, is_passing=is_passing, status=status)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        with contextlib.suppress(ValueError):
-            seconds = float(headers.get(name, "")) * unit
-            if 0 <= seconds < float("inf"):
-                return seconds
-    return None
+    milliseconds = parse_retry_after(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    return parse_retry_after(headers.get("retry-after"))
 
 
-def _wait_seconds(error: DARError, number: int) -> float:
-    if error.retry_after_seconds is not None:
-        return min(error.retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
-    longest = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0**number)
-    return longest * _JITTER.uniform(0.75, 1.0)
+def _timeout(seconds: float) -> httpx2.Timeout:
+    return httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))

@@ -1,4 +1,4 @@
-"""How the brackets demo ends: with the exact figures of the trained model, and its curve below the theoretical optimum."""
+"""The result of the brackets demo: exact figures of both models, and a plot of the rewards."""
 
 import itertools
 import json
@@ -12,38 +12,38 @@ from typing import Any
 from rich.table import Table
 
 from dar.client import Client
-from dar.demo.screen import Screen
+from dar.demo.screen import DemoScreen
 
 MOST_REWARD_OFF = 0.05
-"""The demo has failed when E[r] is farther from the optimum's."""
+"""The demo fails when E[r] is farther from that of the optimum."""
 MOST_KL_OFF = 0.15
-"""… or when KL(policy || optimum) is larger, in nats."""
+"""The demo fails when KL(policy || optimum) is larger, in nats."""
 PLOT_COLUMNS, PLOT_ROWS = 60, 12
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Base and trained model against the optimum; names as in `dar.training.demo.brackets.ExactMetrics`."""
+class BracketsResult:
+    """Figures of base and trained model, named as in `dar.training.demo.brackets.ExactMetrics`."""
 
     before: Mapping[str, float]
     after: Mapping[str, float]
 
     @property
     def is_near(self) -> bool:
-        """Whether training has ended where it should."""
+        """Whether the trained model is close enough to the optimum."""
         off = abs(self.after["reward"] - self.after["best_reward"])
         return off <= MOST_REWARD_OFF and self.after["kl_target"] <= MOST_KL_OFF
 
     def __str__(self) -> str:
-        """In a sentence."""
         return (
-            f"{self.after['reward']:.1%} of all completions are balanced (the optimum: {self.after['best_reward']:.1%}; "
-            f"before: {self.before['reward']:.1%}), and the policy is {self.after['kl_target']:.3f} nats from the optimum"
+            f"{self.after['reward']:.1%} of all completions are balanced "
+            f"(the optimum: {self.after['best_reward']:.1%}; before: {self.before['reward']:.1%}), "
+            f"and the policy is {self.after['kl_target']:.3f} nats from the optimum"
         )
 
 
-def judge(folders: Sequence[Path], hyperparameters: Mapping[str, Any]) -> Verdict:
-    """Compare base and trained model with the optimum, by listing all their completions."""
+def compare(folders: Sequence[Path], hyperparameters: Mapping[str, Any]) -> BracketsResult:
+    """Compare base and trained model with the optimum, over all possible completions."""
     command = [sys.executable, "-m", "dar.training.demo", "judge"]
     for name in ("alpha", "beta", "dar_k"):
         command += [f"--{name}", str(hyperparameters[name])]
@@ -51,11 +51,11 @@ def judge(folders: Sequence[Path], hyperparameters: Mapping[str, Any]) -> Verdic
         [*command, "--folder", *map(str, folders)], stdout=subprocess.PIPE, check=True
     )
     before, after = (json.loads(line) for line in result.stdout.splitlines())
-    return Verdict(before, after)
+    return BracketsResult(before, after)
 
 
 def rewards_of(client: Client, job_id: str) -> list[float]:
-    """Mean reward of every step, from the first."""
+    """Mean reward of every step, the first step first."""
     values: list[float] = []
     cursor: str | None = None
     while True:
@@ -69,7 +69,10 @@ def rewards_of(client: Client, job_id: str) -> list[float]:
 
 
 def plot(values: Sequence[float], optimum: float) -> list[str]:
-    """A curve from 0 to 1 in characters, its means over neighbouring steps, and the optimum as a dashed line."""
+    """Draw a curve from 0 to 1 in characters, with the optimum as a dashed line.
+
+    Each column shows the mean over neighbouring steps.
+    """
     columns = min(PLOT_COLUMNS, len(values))
     edges = [round(column * len(values) / columns) for column in range(columns + 1)]
     means = [sum(values[start:end]) / (end - start) for start, end in itertools.pairwise(edges)]
@@ -91,9 +94,9 @@ def _row(value: float) -> int:
     return round((1 - min(1.0, max(0.0, value))) * PLOT_ROWS)
 
 
-def show(screen: Screen, values: Sequence[float], verdict: Verdict) -> None:
-    """The curve and the exact figures."""
-    after = verdict.after
+def show(screen: DemoScreen, values: Sequence[float], compared: BracketsResult) -> None:
+    """Print the curve and the exact figures."""
+    after = compared.after
     screen.console.print("\nMean reward of each step's completions\n")
     screen.console.print(
         "\n".join(plot(values, after["best_reward"])), soft_wrap=True, markup=False
@@ -108,5 +111,5 @@ def show(screen: Screen, values: Sequence[float], verdict: Verdict) -> None:
         ("J = reward - alpha KL(policy ‖ reference)", "objective", after["best_objective"]),
     )
     for meaning, name, best in rows:
-        table.add_row(meaning, f"{verdict.before[name]:.3f}", f"{after[name]:.3f}", f"{best:.3f}")
+        table.add_row(meaning, f"{compared.before[name]:.3f}", f"{after[name]:.3f}", f"{best:.3f}")
     screen.console.print(table)

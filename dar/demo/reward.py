@@ -1,6 +1,6 @@
-"""The demo's reward service: how pleased a review sounds, from -1 to 1, by the VADER lexicon; or whether brackets balance.
+"""The demo's reward service: the sentiment of a review by the VADER lexicon, or balanced brackets.
 
-It is an ordinary reward service, made of one function: a user's own would look the same.
+It is an ordinary reward service, made of one function, as a user would write it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ analyzer = SentimentIntensityAnalyzer()
 
 
 def positivity(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
-    """VADER's compound score of each review, its opening included."""
+    """VADER's compound score, from -1 to 1, of each review with its opening."""
     return [
         float(analyzer.polarity_scores(prompt + completion)["compound"])
         for prompt, completion in zip(prompts, completions, strict=True)

@@ -1,4 +1,4 @@
-"""What the demo shows, all on stderr: a bar for what takes long, a line for what is done, samples at the end."""
+"""The output of the demo, all on stderr: progress bars, a line for each finished part, samples."""
 
 import contextlib
 import shutil
@@ -28,23 +28,25 @@ class Scores:
         return sum(self.rewards) / len(self.rewards)
 
 
-class Screen:
-    """What the user sees, all on stderr: a bar for what takes long, a line for what is done."""
+class DemoScreen:
+    """Prints on stderr: a progress bar for each long part, and a line for each finished one."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
 
     def introduce(self, text: str) -> None:
-        """Say what is going to happen."""
         self.console.print(f"{text}\n", soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
     def done(self, what: str, detail: str) -> None:
-        """Say that a part is finished."""
+        """Print that a part is finished."""
         self.console.print(f"[green]✓[/green] [bold]{what:<15}[/bold] {detail}", soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator["Bar"]:
-        """A progress bar; on something that is no terminal, a line now and then."""
+        """A progress bar; without a terminal, a line after each quarter."""
         with Progress(
             TextColumn(f"  [bold]{what:<15}[/bold]"),
             BarColumn(bar_width=32),
@@ -60,21 +62,20 @@ class Screen:
 class Bar:
     """One running progress bar."""
 
-    def __init__(self, screen: Screen, what: str, total: int, progress: Progress) -> None:
+    def __init__(self, screen: DemoScreen, what: str, total: int, progress: Progress) -> None:
         self._screen, self._what, self._total, self._progress = screen, what, total, progress
         self._task = progress.add_task(what, total=total, note="")
         self._next_line = 0
 
     def at(self, completed: int, note: str) -> None:
-        """Show how far it is."""
         self._progress.update(self._task, completed=completed, note=note)
         if not self._screen.console.is_terminal and completed >= self._next_line:
             self._screen.console.print(f"  {self._what:<15} {completed}/{self._total}  {note}")
             self._next_line = completed + max(1, self._total // 4)
 
 
-def show_samples(screen: Screen, prompts: Sequence[str], before: Scores, after: Scores) -> None:
-    """A table of what the base model and the trained one say."""
+def show_samples(screen: DemoScreen, prompts: Sequence[str], before: Scores, after: Scores) -> None:
+    """Print a table of completions of the base model and of the trained one."""
     table = Table(title="The same prompts and seed, before and after", title_justify="left")
     for heading in (
         "prompt",
@@ -89,8 +90,8 @@ def show_samples(screen: Screen, prompts: Sequence[str], before: Scores, after: 
     screen.console.print(table)
 
 
-def show_next(screen: Screen, settings: Settings, job: Job, weights: Path) -> None:
-    """How to look further."""
+def show_next(screen: DemoScreen, settings: Settings, job: Job, weights: Path) -> None:
+    """Print how to inspect the job."""
     key = settings.home / "api_key"
     url = settings.service_url
     # `make demo` runs the command of a virtual environment that is not on the PATH.

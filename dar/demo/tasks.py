@@ -1,4 +1,4 @@
-"""What the demo can train: a small model that writes pleased reviews, or one that balances brackets."""
+"""The tasks of the demo: a model that writes pleased reviews, and one that balances brackets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,22 +7,23 @@ from typing import Any, Literal
 TaskName = Literal["reviews", "brackets"]
 
 BASE_STEPS = 220
-"""Optimizer steps of the reviews' base model; they give fluent reviews."""
+"""Optimizer steps of the base model for reviews, enough for fluent text."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoTask:
-    """A job, and how its base model is made."""
+    """A job, and the commands that make its base model."""
 
     name: TaskName
     introduction: str
     base_command: tuple[str, ...]
-    """Arguments of ``python -m dar.training.demo`` that make ``model/`` and ``prompts.jsonl`` in a folder."""
+    """Arguments of ``python -m dar.training.demo``, which writes ``model/`` and
+    ``prompts.jsonl``."""
     base_steps: int
     sources: tuple[str, ...]
-    """Files of `dar.training` that decide what the base model is like."""
+    """Files of `dar.training.demo` whose change makes another base model."""
     spec: Mapping[str, Any]
-    """The job, but for its reward URL."""
+    """The job spec without its reward URL."""
     reward: str
     """Name of the reward component."""
     suffix: str
@@ -30,7 +31,7 @@ class DemoTask:
 
     @property
     def model(self) -> str:
-        """What the base model is called in a job."""
+        """Name of the base model in a job."""
         return f"{self.name}-base"
 
     @property
@@ -42,10 +43,13 @@ class DemoTask:
 
 REVIEWS = DemoTask(
     name="reviews",
-    introduction="A small model learns to write pleased reviews. Its reward comes from a service of yours, over HTTP.",
+    introduction=(
+        "A small model learns to write pleased reviews. Its reward comes from a separate service, "
+        "over HTTP."
+    ),
     base_command=("base", "--steps", str(BASE_STEPS)),
     base_steps=BASE_STEPS,
-    sources=("demo.py", "demo_reviews.py"),
+    sources=("base.py", "reviews.py"),
     # alpha + beta of 0.4 suits rewards in [-1, 1]: few weights reach the clip.
     spec={
         "hyperparameters": {
@@ -74,12 +78,13 @@ REVIEWS = DemoTask(
 BRACKETS = DemoTask(
     name="brackets",
     introduction=(
-        "A small model learns to balance brackets. There are only 32 completions of each prompt, so the optimum of its "
-        "objective is known: training has to end there, not merely at a high reward."
+        "A small model learns to balance brackets. There are only 32 completions of each prompt, "
+        "so the optimum of its objective is known. Training has to end there, not merely at a "
+        "high reward."
     ),
     base_command=("brackets",),
     base_steps=1,
-    sources=("demo.py", "brackets.py", "demo_brackets.py"),
+    sources=("base.py", "brackets.py", "judge.py"),
     # The settings of `dar.training.demo.trial`, as a job spec.
     spec={
         "hyperparameters": {

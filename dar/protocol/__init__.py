@@ -1,0 +1,32 @@
+"""Everything that crosses a process: pydantic models, and the rules over specs and rows.
+
+Models, one file per noun:
+
+base: base classes and common types of all models.
+checkpoints: checkpoints, their manifests and files.
+events: events of a job.
+files: uploaded files.
+graders: graders in the shape of OpenAI.
+health: responses of the health checks.
+jobs: a job as the service returns it.
+metrics: all metrics of a job, with unit and meaning.
+models: models that a job may start from.
+reward_callbacks: responses to results that a reward service posts.
+reward_endpoints: registered reward services.
+reward_probe: the report of a probe.
+reward_spec: the ``rewards`` of a job spec.
+reward_stats: statistics of reward requests.
+rewards: ``dar.reward.v1``, requests to a reward service and its responses.
+samples: completions stored for viewing.
+spec: the job spec.
+status: statuses of jobs and attempts.
+worker: messages between workers and the service.
+
+Rules that several processes share:
+
+hub_data: the address of a data set on a hub.
+ids: identifiers.
+presets: named sets of hyperparameters.
+rows: formats of the rows of a data set.
+spec_checks: checks of a spec that need no data.
+"""

@@ -1,4 +1,4 @@
-"""What all wire models share: inputs are strict and closed, outputs are complete, both are frozen."""
+"""Base classes of all wire models: strict inputs, complete outputs, both frozen."""
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -11,7 +11,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def only(value: object) -> BeforeValidator:
-    """Accept just ``value``; the error names it, so that a client knows what to send."""
+    """Accept only ``value``; the error names it, so that a client knows what to send."""
 
     def check(given: object) -> object:
         if given != value or isinstance(given, bool) != isinstance(value, bool):
@@ -32,7 +32,10 @@ def only(value: object) -> BeforeValidator:
 
 
 class Input(BaseModel):
-    """Something a client sends: an unknown field, a wrong type, NaN or infinity is an error with its path."""
+    """Data from a client.
+
+    Unknown fields, wrong types, NaN and infinity are errors with their path.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -40,9 +43,9 @@ class Input(BaseModel):
 
 
 class Output(BaseModel):
-    """Something the service sends: no defaults, so that nothing is left out by accident.
+    """Data from the service. It has no defaults, so that no field is left out by accident.
 
-    A client ignores fields it does not know, so that an older SDK reads a newer service.
+    A client ignores unknown fields, so that an older SDK can read a newer service.
     """
 
     model_config = ConfigDict(
@@ -64,7 +67,7 @@ class Page(Output, Generic[Item]):
 
 
 class Deleted(Output):
-    """Answer to a DELETE."""
+    """Response to a DELETE."""
 
     id: str
     object: str
@@ -72,10 +75,10 @@ class Deleted(Output):
 
 
 Json = Any
-"""A JSON value; what it may hold is the reader's business."""
+"""A JSON value of any shape; its reader checks it."""
 
 MAX_COUNT = 2**31 - 1
-"""Largest step, attempt or row number: what every database's integer column holds."""
+"""Largest step, attempt or row number: the limit of an integer column in every database."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A number of things, or of a step."""

@@ -1,4 +1,4 @@
-"""Checkpoints: resumable states, whose files can be downloaded."""
+"""Checkpoints: resumable states whose files can be downloaded."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,8 @@ from dar.protocol.base import Count, Input, Output, UnixSeconds
 CheckpointKind = Literal["full", "adapter"]
 MANIFEST_NAME = "MANIFEST.json"
 RESUME_FOLDER = "resume"
-"""Folder inside a checkpoint with what only a resume needs: optimizer, scheduler, counters, random states."""
+"""Folder inside a checkpoint with files for a resume: optimizer, scheduler, counters, random
+states."""
 
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[
@@ -28,17 +29,21 @@ class ManifestFile(Input):
 
 
 class Manifest(Input):
-    """``MANIFEST.json`` of a checkpoint: written last, so that a folder without one is not a checkpoint."""
+    """``MANIFEST.json`` of a checkpoint.
+
+    It is written last: a folder without it is no checkpoint.
+    """
 
     version: Literal[1] = 1
     step: Count
     kind: CheckpointKind
     last_seq: Count = 0
-    """What the trainer had said when it was written: highest ``seq`` of its spool; 0 outside a service."""
+    """Highest ``seq`` of the trainer's spool when the manifest was written; 0 outside a service."""
     config_sha256: SHA256
-    """Digest of everything that decides the result: a resume under another configuration is refused."""
+    """Digest of everything that decides the result. A resume under another configuration is
+    rejected."""
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Values of the step, for lists of checkpoints."""
+    """Metrics of the step, shown in lists of checkpoints."""
     files: Annotated[list[ManifestFile], Field(min_length=1, max_length=10_000)]
 
 

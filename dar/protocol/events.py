@@ -19,4 +19,7 @@ class Event(Output):
     type: Literal["message", "metrics"]
     message: str
     data: dict[str, Any] | None
-    """For ``metrics``: the step and its values. For ``message``: ``kind`` (status, checkpoint, …) and the facts."""
+    """For ``metrics``: the step and its values.
+
+    For ``message``: ``kind`` (status, checkpoint, …) and the facts.
+    """

@@ -6,7 +6,7 @@ from dar.protocol.base import Output, UnixSeconds
 
 
 class File(Output):
-    """An uploaded training file: OpenAI's ``file`` and what was found in it."""
+    """An uploaded training file: OpenAI's ``file``, with its digest, rows and columns."""
 
     id: str
     object: Literal["file"]

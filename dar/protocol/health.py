@@ -1,4 +1,4 @@
-"""Whether the service works."""
+"""Health of the service."""
 
 from typing import Literal
 
@@ -6,15 +6,15 @@ from dar.protocol.base import Output
 
 
 class Health(Output):
-    """Answer of ``/healthz``: the process runs."""
+    """Response of ``/healthz``: the process runs."""
 
     status: Literal["ok"]
     version: str
 
 
 class Ready(Output):
-    """Answer of ``/readyz``: 200 when requests can be served, 503 when not."""
+    """Response of ``/readyz``: 200 when requests can be served, 503 when not."""
 
     status: Literal["ok", "degraded", "unavailable"]
     checks: dict[str, str]
-    """Each of ``database``, ``migrations``, ``storage``, ``broker``: ``ok``, ``off`` or what is wrong."""
+    """``database``, ``migrations``, ``storage`` and ``broker``: ``ok``, ``off`` or the problem."""

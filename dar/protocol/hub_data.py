@@ -21,14 +21,15 @@ class HubData:
     """``owner/name``."""
     split: str = "train"
     config: str | None = None
-    """Which of the data set's configurations; None: its only one."""
+    """Name of a configuration of the data set; None: its only one."""
 
     @classmethod
     def parse(cls, address: str, param: str = "training_file") -> "HubData":
-        """Read an address.
+        """Parse an address.
 
         Raises:
-            InvalidRequestError: It is none, or asks for more than a split and a configuration.
+            InvalidRequestError: It is not such an address, or it has other parameters than a split
+                and a configuration.
         """
         found = _ADDRESS.match(address)
         query = parse_qsl((found["query"] or "") if found else "", keep_blank_values=True)
@@ -41,7 +42,8 @@ class HubData:
         )
         if found is None or not is_right:
             raise InvalidRequestError(
-                f"{address!r} is no data set of a hub; write hf://owner/name?split=train, with &config=… where it has several",
+                f"{address!r} is no data set of a hub; write hf://owner/name?split=train, "
+                "with &config=… where it has several",
                 param=param,
             )
         return cls(found["name"], **words)

@@ -22,5 +22,5 @@ Prefix = Literal[
 
 
 def new_id(prefix: Prefix) -> str:
-    """A fresh id, like ``ftjob-01K…``."""
+    """A new id, like ``ftjob-01K…``."""
     return f"{prefix}{ULID()}"

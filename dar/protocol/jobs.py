@@ -1,4 +1,4 @@
-"""A job as the service shows it: OpenAI's ``fine_tuning.job`` and what that object has no word for."""
+"""A job as the service returns it: OpenAI's ``fine_tuning.job`` with more fields."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,7 @@ from dar.protocol.status import JobStatus, StatusDetail
 
 
 class JobError(Output):
-    """Why a job failed, or waits in ``paused`` for its rewards."""
+    """Why a job failed, or why it was paused for lack of rewards."""
 
     code: str
     message: str
@@ -15,7 +15,7 @@ class JobError(Output):
 
 
 class Progress(Output):
-    """How far a job is."""
+    """Progress of a job."""
 
     step: int
     """Optimizer steps done."""
@@ -37,7 +37,7 @@ class Job(Output):
     status: JobStatus
     status_detail: StatusDetail | None
     status_message: str | None
-    """The status in words: what is going on, what is waited for, what to do."""
+    """The status as a sentence: what the job does or waits for, and what to do."""
     model: str
     fine_tuned_model: str | None
     training_file: str
@@ -49,7 +49,7 @@ class Job(Output):
     metadata: dict[str, str] | None
     hyperparameters: dict[str, Any]
     method: dict[str, Any] | None
-    """The resolved spec: every default written out."""
+    """The resolved spec, with all defaults."""
     integrations: list[Any] | None
     trained_tokens: int | None
     error: JobError | None
@@ -57,6 +57,6 @@ class Job(Output):
     """Number of the current or last attempt; 0 before the first."""
     progress: Progress
     actions: list[Literal["cancel", "pause", "resume"]]
-    """What can be asked of the job in its present state."""
+    """Actions that the job allows in its current state."""
     links: dict[str, str]
-    """Paths of what belongs to the job."""
+    """Paths of the job's events, metrics, samples and other resources."""

@@ -1,4 +1,4 @@
-"""The metrics of a job: every name, its unit and its meaning. A trainer may send no other."""
+"""The metrics of a job: names, units, meanings. The service rejects other names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "dar/loss",
         "nats",
-        "-mean over the completions that count of weight x policy log-probability; a completion counts when it is scored and so "
-        "is another one that it is compared with",
+        "-mean of weight x policy log-probability over the completions that count; a completion "
+        "counts when it is scored, and so is another one with which it is compared",
     ),
     Metric("dar/rewards_mean", "reward", "mean reward of the step's scored completions"),
     Metric("dar/rewards_std", "reward", "biased standard deviation of those rewards"),
@@ -41,29 +41,33 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "dar/entropy",
         "nats per token",
-        "mean entropy of the policy's next token at temperature 1, before the step, over the tokens of the completions that count",
+        "mean entropy of the policy's next token at temperature 1, before the step, over the "
+        "tokens of the completions that count",
     ),
-    Metric("dar/weights_clip_fraction", "fraction", "share of weights held at the clip"),
+    Metric("dar/weights_clip_fraction", "fraction", "share of weights at the clip"),
     Metric(
         "dar/effective_sample_size",
         "fraction",
-        "(sum w)^2 / (n sum w^2): share of the completions that carries the step",
+        "(sum w)^2 / (n sum w^2): effective share of the completions in the step",
     ),
     Metric(
         "dar/kl_ref",
         "nats",
-        "mean over completions of d = behavior less reference log-probability (the estimator k1 of KL(behavior || reference) of whole "
-        "completions); sampled at temperature 1 without filters, behavior is the policy",
+        "mean over completions of d = behavior minus reference log-probability, which is the "
+        "estimator k1 of KL(behavior || reference) of whole completions; at temperature 1 "
+        "without filters, behavior is the policy",
     ),
     Metric(
         "dar/kl_ref_k3",
         "nats",
-        "mean over completions of exp(-d) - 1 + d (the estimator k3 of the same): never negative, but of use only while it is small",
+        "mean over completions of exp(-d) - 1 + d, the estimator k3 of the same; it is never "
+        "negative, and useful only while it is small",
     ),
     Metric(
         "dar/staleness",
         "steps",
-        "optimizer steps between the policy that sampled and the one that is trained; 0: on-policy; none for stored completions",
+        "optimizer steps between the policy that sampled and the policy that is trained; 0 is "
+        "on-policy; absent for stored completions",
     ),
     Metric(
         "rewards/missing_fraction",
@@ -73,17 +77,19 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/fallback_fraction",
         "fraction",
-        "share of completions that could not be scored and whose reward is the job's fallback_value",
+        "share of completions that could not be scored and got the job's fallback_value",
     ),
     Metric(
         "rewards/zeroed_fraction",
         "fraction",
-        "share of completions in whose reward a component counts as 0 that skipped them (combine.on_partial_skip: zero)",
+        "share of completions in whose reward a component that skipped them counts as 0 "
+        "(combine.on_partial_skip: zero)",
     ),
     Metric(
         "rewards/zero_variance_fraction",
         "fraction",
-        "share of prompts whose rewards are all equal, within tie_tolerance, among those with at least two; they tell nothing",
+        "share of prompts whose rewards are all equal within tie_tolerance, among prompts with at "
+        "least two rewards; such prompts give no signal",
     ),
     Metric("reward/n_valid", "completions", "completions of the step with a reward"),
     Metric("reward/n_skip", "completions", "completions to which no reward applies"),
@@ -92,19 +98,20 @@ METRICS: tuple[Metric, ...] = (
         Metric(
             f"reward/n_error/{family}",
             "completions",
-            f"those whose first failure was of class {family}; left out where there are none",
+            f"of these, completions whose first failure was of class {family}; absent when 0",
         )
         for family in FAMILIES
     ),
     Metric(
         "rewards/dropped_groups",
         "prompts",
-        "prompts of the step that were left out at first, as fewer than two of their completions had a reward",
+        "prompts of the step that were left out at first, because fewer than two of their "
+        "completions had a reward",
     ),
     Metric(
         "rewards/refilled_groups",
         "prompts",
-        "how many of these were sampled once more (failure.refill of a job)",
+        "of these, prompts that were sampled again (failure.refill of a job)",
     ),
     Metric("completions/mean_length", "tokens", "mean completion length"),
     Metric("completions/min_length", "tokens", "shortest completion"),
@@ -119,34 +126,38 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/epoch", "epochs", "passes over the training file so far"),
     Metric("train/tokens", "tokens", "completion tokens trained on so far"),
     Metric("time/step_seconds", "s", "wall time of the whole step"),
-    Metric("time/sampling_seconds", "s", "part of it spent sampling"),
+    Metric("time/sampling_seconds", "s", "part of the step spent sampling"),
     Metric(
         "time/reward_seconds",
         "s",
-        "part of it spent waiting for rewards, with nothing else to do",
+        "part of the step spent waiting for rewards, with nothing else to do",
     ),
     Metric(
         "time/reference_seconds",
         "s",
-        "part of it spent in forward passes of the reference, and of the policy where behavior log-probabilities are unknown",
+        "part of the step spent in forward passes of the reference, and of the policy where "
+        "behavior log-probabilities are unknown",
     ),
-    Metric("time/training_seconds", "s", "part of it spent in forward, backward and optimizer"),
+    Metric(
+        "time/training_seconds", "s", "part of the step spent in forward, backward and optimizer"
+    ),
     Metric(
         "time/idle_seconds",
         "s",
-        "time since the end of the step before in which the policy was neither sampled from nor trained: waiting for rewards, and "
-        "what lay between the steps (checkpoints, evaluation, reports)",
+        "time since the end of the previous step in which the policy was neither sampled nor "
+        "trained: waiting for rewards, checkpoints, evaluation, reports",
     ),
     Metric(
         "time/idle_reward_seconds",
         "s",
-        "part of the idle time that was spent waiting for rewards; the rest of a reward's latency is hidden behind sampling and "
-        "training (overlap)",
+        "part of the idle time spent waiting for rewards; the rest of a reward's latency overlaps "
+        "with sampling and training",
     ),
     Metric(
         "time/idle_generation_seconds",
         "s",
-        "part of the sampling time in which the main process waited until the others had sampled their prompts",
+        "part of the sampling time in which the main process waited for the other processes to "
+        "sample their prompts",
     ),
     Metric("time/tokens_per_second", "tokens/s", "completion tokens of the step / its wall time"),
 )
@@ -162,15 +173,15 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     },
     "reward": {
         "requests": ("requests", "finished requests to a component's service since the last report"),
-        "failed_requests": ("requests", "those that were given up"),
-        "retries": ("attempts", "attempts beyond the first of each"),
-        "in_flight": ("requests", "most of its requests that were under way at once since the last report"),
-        "concurrency": ("requests", "most that may be under way at once"),
+        "failed_requests": ("requests", "of these, requests that failed after all retries"),
+        "retries": ("attempts", "attempts beyond the first of each request"),
+        "in_flight": ("requests", "largest number of concurrent requests since the last report"),
+        "concurrency": ("requests", "limit of concurrent requests"),
         "cached": (
             "completions",
-            "completions that a component's service was not asked about: remembered, or equal to another one of the step",
+            "completions that were not sent to a component's service: cached, or equal to another one of the step",
         ),
-        "cache_hits": ("completions", "those that were remembered from before"),
+        "cache_hits": ("completions", "of these, completions whose reward was cached before the step"),
         "breaker": ("state", "its circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured"),
     },
     "time/reward": {
@@ -178,25 +189,26 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "p95_seconds": ("s", "95th percentile of the same"),
     },
 }  # fmt: skip
-"""``<prefix>/<component>/<last>``: unit and meaning of the series that each reward component has, by prefix and last part."""
+"""Series of each reward component, ``<prefix>/<component>/<last>``: unit and meaning by prefix and
+last part."""
 EVALUATION = "eval_"
-"""What the names of metrics begin with that were reached on the validation file."""
+"""Prefix of the names of metrics of the validation file."""
 
 
 DELIVERY = (
     "requests", "failed_requests", "retries", "in_flight", "concurrency", "cached", "cache_hits", "breaker",
 )  # fmt: skip
-"""Last parts of the series that tell how rewards were fetched: like those of time, they may differ between equal runs."""
+"""Last parts of series about reward requests. Like times, they may differ between equal runs."""
 
 
 def is_reproducible(name: str) -> bool:
-    """Whether a run of the same job gives the same values of ``name`` again."""
+    """Whether a repeated run of a job gives the same values of this metric."""
     is_delivery = name.startswith("reward/") and name.rpartition("/")[2] in DELIVERY
     return not name.startswith("time/") and not is_delivery
 
 
 def is_known(name: str) -> bool:
-    """Whether ``name`` is a registered metric or one of a reward component, of training or of an evaluation."""
+    """Whether this is a metric of training or evaluation, registered or of a reward component."""
     name = name.removeprefix(EVALUATION)
     if name in NAMES:
         return True
@@ -206,7 +218,7 @@ def is_known(name: str) -> bool:
 
 
 class Series(Output):
-    """One metric over the job: the i-th value was reached at the i-th step. A value that is no number is null."""
+    """One metric over the job. The i-th value belongs to the i-th step. NaN and infinity are null."""
 
     step: list[int]
     value: list[float | None]
@@ -215,19 +227,19 @@ class Series(Output):
 
 
 class Metrics(Output):
-    """Answer of ``GET /v1/fine_tuning/jobs/{id}/metrics``."""
+    """Response of ``GET /v1/fine_tuning/jobs/{id}/metrics``."""
 
     object: Literal["metrics"]
     series: dict[str, Series]
     cursor: str
-    """Send it as ``after`` to get only what is new."""
+    """Send it as ``after`` to get only newer values."""
     status: JobStatus
     poll_after_ms: int
-    """When the next poll makes sense."""
+    """How long to wait before the next poll."""
 
 
 class MetricName(Output):
-    """A registered metric as the API lists it."""
+    """A registered metric, as the API lists it."""
 
     name: str
     unit: str

@@ -14,5 +14,5 @@ class Model(Output):
     owned_by: str
     kind: Literal["base", "fine_tuned"]
     job_id: str | None
-    """The job that made it."""
+    """The job that trained it."""
     checkpoint_id: str | None

@@ -1,24 +1,26 @@
-"""What a row of a data set may look like: one set of rules for the trainer and for uploaded files.
+"""The formats of a row of a data set: one set of rules for the trainer and for uploaded files.
 
-A row holds a prompt alone (`prompts`: completions are sampled), or also what is trained on as it stands (offline):
+A row holds a prompt alone (`prompts`: completions are sampled), or also completions to train on
+(offline):
 
-- `preferences`: ``chosen`` and ``rejected``, which get the rewards 1 and 0; their common beginning is the prompt where there is none;
-- `completions`: ``completion`` or ``completions``, with ``reward`` or ``rewards`` and perhaps ``behavior_logps``;
-- `tokens`: the same with ``completion_ids``, and ``prompt_ids`` where the prompt is given as tokens too.
+- `preferences`: ``chosen`` and ``rejected``, which get the rewards 1 and 0. Without a ``prompt``,
+  their common beginning is the prompt.
+- `completions`: ``completion`` or ``completions``, with ``reward`` or ``rewards``, and optionally
+  ``behavior_logps``.
+- `tokens`: the same with ``completion_ids``, and ``prompt_ids`` if the prompt is given as tokens.
 
-A text goes with texts, a conversation (a list of messages) with messages or texts of the assistant. Null is the same as nothing,
-except for rewards: there it says that the reward is missing.
+A text prompt goes with texts. A conversation (a list of messages) goes with messages or texts of
+the assistant. A null counts as an absent column, except for rewards: a null reward is missing.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
+from unicodedata import east_asian_width
 
 from dar.errors import InvalidRequestError
-from dar.protocol.cells import as_list, is_number, kind_of_value
-from dar.protocol.preferences import common_prompt_length
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -32,18 +34,18 @@ KINDS: Mapping[str, Kind] = {
     "chosen": "preferences",
     "rejected": "preferences",
 }
-"""Columns that hold completions, and what they make of a row."""
+"""Columns that hold completions, and the kind of row they make."""
 REWARD_COLUMNS = ("reward", "rewards")
 OFFLINE_COLUMNS = frozenset({"prompt", "prompt_ids", "behavior_logps", *KINDS, *REWARD_COLUMNS})
-"""Columns that offline training reads; all others are the user's own."""
+"""Columns that offline training reads; all others belong to the user."""
 
 
 class RowError(InvalidRequestError):
-    """A row that cannot be used, and why.
+    """A row cannot be used.
 
     Args:
         message: What is wrong, and what to do.
-        param: The column, with the place in it.
+        param: The column, with the position in it.
         code: Machine-readable kind.
     """
 
@@ -55,14 +57,14 @@ class RowError(InvalidRequestError):
 
 @dataclass(frozen=True, slots=True)
 class OfflineRow:
-    """A row with K completions, brought into one form."""
+    """A row with K completions, in one common form."""
 
     kind: Kind
     prompt: str | list[Message] | None
-    """None where ``prompt_ids`` stand for it."""
+    """None if ``prompt_ids`` replace it."""
     prompt_ids: list[int] | None
     completions: list[Completion]
-    """``[K]`` texts of a text prompt, assistant messages of a conversation, or token ids."""
+    """``[K]`` texts for a text prompt, assistant messages for a conversation, or token ids."""
     rewards: list[float | None]
     """``[K]``; None: missing."""
     behavior_logps: list[float] | None
@@ -70,10 +72,10 @@ class OfflineRow:
 
 
 def kind_of(row: Row) -> Kind:
-    """What a row holds.
+    """The kind of a row.
 
     Raises:
-        RowError: Completions of two kinds.
+        RowError: It has completions of two kinds.
     """
     there = [name for name in KINDS if row.get(name) is not None]
     kinds = {KINDS[name] for name in there}
@@ -87,11 +89,11 @@ def kind_of(row: Row) -> Kind:
 
 
 def form_of(row: Row) -> tuple[str, ...]:
-    """Names of the columns that make the format of a row; all rows of a data set have the same."""
+    """Names of the columns that define the format; all rows of a data set have the same ones."""
     filled = (*KINDS, "behavior_logps")
     return (
         *(name for name in filled if row.get(name) is not None),
-        *(name for name in REWARD_COLUMNS if name in row),  # null says that one is missing
+        *(name for name in REWARD_COLUMNS if name in row),  # null is a missing reward
     )
 
 
@@ -99,7 +101,7 @@ def read_prompt(row: Row) -> str | list[Message]:
     """The prompt: a text or a conversation.
 
     Raises:
-        RowError: There is none, or it is neither.
+        RowError: There is no prompt, or it is something else.
     """
     prompt = row.get("prompt")
     if isinstance(prompt, str):
@@ -119,8 +121,9 @@ def check_online(row: Row) -> None:
     for name in KINDS:
         if row.get(name) is not None:
             raise RowError(
-                f"the row has the column {name!r}, but completions are sampled and scored where a reward source is given; "
-                f"remove the column, or leave the reward source out to train on what the rows hold",
+                f"the row has the column {name!r}, but with a reward source completions are "
+                "sampled and scored; remove the column, or leave the reward source out to train "
+                "on the completions of the rows",
                 name,
                 "unexpected_column",
             )
@@ -128,11 +131,11 @@ def check_online(row: Row) -> None:
 
 
 def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
-    """Bring a row with completions and rewards into one form.
+    """Convert a row with completions and rewards to the common form.
 
     Args:
         row: The row.
-        vocabulary: Token ids are below it; None: not known here.
+        vocabulary: Token ids must be smaller than this; None: not checked.
 
     Raises:
         RowError: It cannot be trained on.
@@ -140,8 +143,8 @@ def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
     kind, prompt_ids = kind_of(row), row.get("prompt_ids")
     if kind == "prompts":
         raise RowError(
-            "the row has no completions to train on; give reward_funcs, or rows with 'completion' or 'completion_ids' and "
-            "'reward', or with 'chosen' and 'rejected'",
+            "the row has no completions to train on; give reward_funcs, or rows with 'completion' "
+            "or 'completion_ids' and 'reward', or with 'chosen' and 'rejected'",
             "completion",
             "missing",
         )
@@ -159,7 +162,7 @@ def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
     return OfflineRow(kind, prompt, None, completions, rewards, _behavior_logps(row, count))
 
 
-# --- completions ---------------------------------------------------------------------------------------------------------
+# --- completions ----------------------------------------------------------------------------------
 
 
 def _read_texts(row: Row) -> tuple[str | list[Message], list[Completion]]:
@@ -170,7 +173,8 @@ def _read_texts(row: Row) -> tuple[str | list[Message], list[Completion]]:
         items = [items]
     if not items or not all(isinstance(item, str | list | tuple) for item in items):
         raise RowError(
-            f"{name} must be a text, a message list of the assistant, or a list of either, but it is {value!r:.80}",
+            f"{name} must be a text, a message list of the assistant, or a list of either, "
+            f"but it is {value!r:.80}",
             name,
         )
     if len({isinstance(item, str) for item in items}) > 1:
@@ -193,7 +197,8 @@ def _answer(messages: Sequence[Message], name: str) -> Message:
     roles = [message["role"] for message in messages]
     if roles != ["assistant"]:
         raise RowError(
-            f"{name} must hold one message of the assistant after the prompt, but holds: {', '.join(roles) or 'none'}",
+            f"{name} must hold one message of the assistant after the prompt, "
+            f"but holds: {', '.join(roles) or 'none'}",
             name,
         )
     return messages[0]
@@ -228,7 +233,7 @@ def _tokens(value: object, name: str, vocabulary: int | None) -> list[int]:
     return [int(token) for token in ids]
 
 
-# --- preferences ---------------------------------------------------------------------------------------------------------
+# --- preferences ----------------------------------------------------------------------------------
 
 
 def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
@@ -238,7 +243,8 @@ def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
     for name in REWARD_COLUMNS:
         if row.get(name) is not None:
             raise RowError(
-                f"'chosen' and 'rejected' have the rewards 1 and 0; remove the column {name!r}, or send 'completions' with it",
+                f"'chosen' and 'rejected' have the rewards 1 and 0; remove the column {name!r}, "
+                "or send 'completions' with it",
                 name,
                 "mixed_format",
             )
@@ -262,7 +268,8 @@ def _texts_of_preference(
     cut = common_prompt_length(chosen, rejected)
     if cut == 0:
         raise RowError(
-            "chosen and rejected have no common beginning that could be the prompt; add a column 'prompt'",
+            "chosen and rejected have no common beginning that could be the prompt; "
+            "add a column 'prompt'",
             "prompt",
             "missing",
         )
@@ -280,13 +287,15 @@ def _prompt_of_conversations(
     count = next((i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)), shared)
     if count == 0:
         raise RowError(
-            "chosen and rejected have no common first message that could be the prompt; add a column 'prompt'",
+            "chosen and rejected have no common first message that could be the prompt; "
+            "add a column 'prompt'",
             "prompt",
             "missing",
         )
     if given is not None and given.strip() != str(chosen[count - 1].get("content")).strip():
         raise RowError(
-            "prompt is a text, but chosen and rejected are conversations in which it is not the last common message",
+            "prompt is a text, but chosen and rejected are conversations in which it is not the "
+            "last common message",
             "prompt",
             "mixed_format",
         )
@@ -294,7 +303,7 @@ def _prompt_of_conversations(
 
 
 def _after(prompt: Sequence[Message], messages: Sequence[Message]) -> Sequence[Message]:
-    """What a conversation adds to the prompt, whether or not it repeats it."""
+    """The messages of a conversation after the prompt, which it may or may not repeat."""
     count = len(prompt)
     is_repeating = len(messages) > count and all(
         _is_same(a, b) for a, b in zip(prompt, messages[:count], strict=True)
@@ -302,22 +311,43 @@ def _after(prompt: Sequence[Message], messages: Sequence[Message]) -> Sequence[M
     return messages[count:] if is_repeating else messages
 
 
+def common_prompt_length(one: str, other: str) -> int:
+    """Length of the longest common beginning that ends between words and is shorter than both."""
+    most = min(len(one.rstrip()), len(other.rstrip())) - 1
+    length = next((i for i in range(most) if one[i] != other[i]), max(most, 0))
+    cuts = range(length, 0, -1)
+    return next((cut for cut in cuts if _is_boundary(one, cut) and _is_boundary(other, cut)), 0)
+
+
+def _is_boundary(text: str, cut: int) -> bool:
+    """Whether a prompt may end at ``cut``.
+
+    It may end before white space, which then begins the completion as it does inside a text; after
+    a mark like ``<|assistant|>``; and anywhere in a script that is written without spaces.
+    """
+    before, after = text[cut - 1], text[cut]
+    if before.isspace():
+        return False
+    return after.isspace() or before in ">]" or "W" in map(east_asian_width, (before, after))
+
+
 def _is_same(one: Message, other: Message) -> bool:
     return _without_nulls(one) == _without_nulls(other)
 
 
 def _without_nulls(message: Message) -> dict[str, Any]:
-    """A table gives every message the columns of all."""
+    # A table gives every message the columns of all messages.
     return {name: value for name, value in message.items() if value is not None}
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def _rewards(row: Row, count: int) -> list[float | None]:
     if not any(name in row for name in REWARD_COLUMNS):
         raise RowError(
-            "the row has completions but no rewards; add 'reward' or 'rewards' (null where one is missing)",
+            "the row has completions but no rewards; add 'reward' or 'rewards' "
+            "(null where one is missing)",
             "reward",
             "missing",
         )
@@ -358,11 +388,11 @@ def _numbers(value: Any, name: str, count: int) -> list[Any]:  # noqa: ANN401 - 
     return values
 
 
-# --- columns and lists ---------------------------------------------------------------------------------------------------
+# --- columns and lists ----------------------------------------------------------------------------
 
 
 def _one_of(row: Row, names: Sequence[str]) -> str:
-    """The column of two that stand for each other which has a value, or else which is there."""
+    """Of two alternative columns the one that has a value, else the one that exists."""
     given = [name for name in names if row.get(name) is not None]
     if len(given) > 1:
         raise RowError(
@@ -390,3 +420,33 @@ def _messages(value: object, name: str) -> list[Message]:
                 "each message must be an object with role and content", f"{name}[{index}]"
             )
     return messages
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number; a boolean is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_list(value: object) -> list[Any] | None:
+    """The items of a list or of an array; None: it is neither."""
+    if isinstance(value, str | bytes | Mapping):
+        return None
+    if isinstance(value, Sequence):
+        return list(value)
+    plain = getattr(value, "tolist", None)
+    made = plain() if callable(plain) else None
+    return made if isinstance(made, list) else None
+
+
+def kind_of_value(value: object) -> str:
+    """The type of a value, in words."""
+    names = {str: "a text", bool: "a boolean", type(None): "null"}
+    if isinstance(value, Mapping):
+        return "an object"
+    items = as_list(value)
+    if items is not None:
+        return "a list" if items else "an empty list"
+    return names.get(type(value), "a number")

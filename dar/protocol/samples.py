@@ -1,4 +1,4 @@
-"""Samples: completions kept for viewing, with everything that decided their weight."""
+"""Samples: completions stored for viewing, with everything that decided their weight."""
 
 from typing import Any, Literal
 
@@ -11,12 +11,15 @@ FinishReason = Literal["stop", "length"]
 
 
 class ReportedSample(Input):
-    """A sample as the trainer reports it. All log-probabilities are sums over completion tokens, in nats."""
+    """A sample as the trainer reports it.
+
+    All log-probabilities are sums over completion tokens, in nats.
+    """
 
     group: Count
-    """Prompt of the step, from 0."""
+    """Number of the prompt in the step, from 0."""
     index: Count
-    """Which of the prompt's K completions, from 0."""
+    """Number of the completion among the K of its prompt, from 0."""
     prompt: str
     completion: str
     finish_reason: FinishReason
@@ -26,9 +29,9 @@ class ReportedSample(Input):
     reward_status: RewardStatus
     reward_message: str | None = None
     components: dict[str, float | None] = Field(default_factory=dict)
-    """Raw reward of each component; a part that its service reported beside it is ``<component>/<part>``."""
+    """Raw reward of each component. A part that its service reported is ``<component>/<part>``."""
     feedback: dict[str, str] = Field(default_factory=dict)
-    """What reward services said about the sample, by component."""
+    """Feedback of reward services about the sample, by component."""
     advantage: float | None
     weight: float | None
     logp_policy: float | None
@@ -37,7 +40,7 @@ class ReportedSample(Input):
 
 
 class Sample(Output):
-    """A sample as the API shows it."""
+    """A sample as the API returns it."""
 
     id: str
     object: Literal["fine_tuning.job.sample"]

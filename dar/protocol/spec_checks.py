@@ -1,4 +1,4 @@
-"""What a job spec may say and cannot be meant: told when a job is submitted, and not asked again of a job that was accepted."""
+"""Spec checks that need no data. They run at submission only, not for jobs accepted earlier."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ SHARDING = ("fsdp", "zero2", "zero3")
 
 
 def problems_of(spec: JobSpec) -> list[Problem]:
-    """Everything in a job spec that would have no effect or cannot work, whatever the data."""
+    """All settings of a spec that would have no effect or cannot work, whatever the data."""
     return [*_of_sampling(spec), *_of_groups(spec), *_of_resources(spec)]
 
 
 def _of_sampling(spec: JobSpec) -> Iterator[Problem]:
-    """Without a reward source completions are read, and what only sampling needs must not be asked for."""
+    """Without rewards, completions are read from a file, and options of sampling have no effect."""
     if spec.dar.rewards is not None:
         return
     preset = PRESETS[spec.dar.preset]
@@ -27,8 +27,8 @@ def _of_sampling(spec: JobSpec) -> Iterator[Problem]:
         for name in type(sent).model_fields:
             if name in ONLINE_ONLY and getattr(sent, name) != getattr(usual, name):
                 yield Problem(
-                    f"{name} has no effect without rewards, as the completions are read from the training file; "
-                    "leave it out, or send rewards",
+                    f"{name} has no effect without rewards, because the completions are read from "
+                    "the training file; leave it out, or send rewards",
                     f"method.dar.{part}.{name}",
                     "online_only",
                 )
@@ -38,8 +38,8 @@ def _of_groups(spec: JobSpec) -> Iterator[Problem]:
     hyper = spec.dar.hyperparameters
     if spec.dar.rewards is not None and hyper.dar_k == 1 and hyper.batch_size == 1:
         yield Problem(
-            "one completion of one prompt has nothing to be compared with, so every advantage would be 0; send a dar_k or a "
-            "batch_size of at least 2",
+            "one completion of one prompt has nothing to be compared with, so every advantage "
+            "would be 0; send a dar_k or a batch_size of at least 2",
             "method.dar.hyperparameters.dar_k",
             "nothing_to_compare",
         )
@@ -51,15 +51,15 @@ def _of_resources(spec: JobSpec) -> Iterator[Problem]:
         return
     if resources.processes == 1:
         yield Problem(
-            f"strategy {resources.strategy!r} shares a model among processes, but the job has one; send resources.processes of "
-            "at least 2, or leave strategy at auto",
+            f"strategy {resources.strategy!r} shares a model among processes, but the job has "
+            "one; send resources.processes of at least 2, or leave strategy at auto",
             "method.dar.resources.strategy",
             "one_process",
         )
     if resources.strategy.startswith("zero") and spec.dar.hyperparameters.optim != "adamw":
         yield Problem(
-            f"strategy {resources.strategy!r} steps slices of the weights, which {spec.dar.hyperparameters.optim} cannot; send "
-            "optim adamw, or another strategy",
+            f"strategy {resources.strategy!r} updates slices of the weights, which "
+            f"{spec.dar.hyperparameters.optim} cannot; send optim adamw, or another strategy",
             "method.dar.hyperparameters.optim",
             "optimizer_not_sharded",
         )

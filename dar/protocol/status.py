@@ -1,11 +1,11 @@
-"""The words for the state of a job, an attempt and a checkpoint."""
+"""The statuses of a job and of an attempt."""
 
 from typing import Literal, get_args
 
 JobStatus = Literal[
     "validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"
 ]
-"""OpenAI's six and ``pausing``, ``paused``."""
+"""OpenAI's six statuses, and ``pausing`` and ``paused``."""
 
 StatusDetail = Literal[
     "backoff",
@@ -28,6 +28,6 @@ StatusDetail = Literal[
 AttemptStatus = Literal["running", "succeeded", "failed", "lost", "drained", "cancelled"]
 
 TERMINAL: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
-"""A job in one of these holds no GPU and moves only by an explicit resume."""
+"""A job with one of these statuses uses no GPU, and only an explicit resume changes it."""
 
 JOB_STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)

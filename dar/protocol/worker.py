@@ -1,4 +1,4 @@
-"""What workers and the service say to each other: leases, directives, batches, checkpoints, outcomes."""
+"""Messages between workers and the service: leases, directives, batches, checkpoints, outcomes."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,21 +17,22 @@ Phase = Literal[
     "starting", "sampling", "waiting_for_reward", "training", "evaluating", "checkpointing"
 ]
 WAKE_TASK = "worker.wake"
-"""Name of the Celery task that says «look for queued jobs»; it carries nothing."""
+"""Name of the Celery task that wakes a worker to claim a job; it has no arguments."""
 WAKE_QUEUE = "dar.wake"
 FIRST_RESULT_ID = 1000
-"""Directives that carry results are numbered from here, so that those of the job itself have room below."""
+"""First number of directives with results; lower numbers are directives to the job itself."""
 
 
 class Claim(Input):
-    """A slot asks for a job."""
+    """Request of a slot for a job."""
 
     node: Name
     slot: Name
     incarnation: Name
-    """Changes with every start of the worker process: a new one frees what its predecessor held."""
+    """Changes with every start of the worker process. A new one frees the leases of the previous
+    one."""
     boot_id: Name
-    """Changes with every start of the machine: a new one frees what the whole node held."""
+    """Changes with every start of the machine. A new one frees all leases of the node."""
 
 
 REWARD_MODELS = "reward_models"
@@ -39,42 +40,42 @@ REWARD_MODELS = "reward_models"
 
 
 class ModelSource(Output):
-    """Where the weights of a job's model come from."""
+    """The source of the weights of a job's model."""
 
     kind: Literal["folder", "hub"]
     name: str
     """Folder under the models directory, or hub id; empty for a model made of a full checkpoint."""
     checkpoint_id: str | None
-    """A fine-tuned model with full weights: its files are the inputs ``model/…``."""
+    """A fine-tuned model with full weights; its files are the inputs ``model/…``."""
     adapter_ids: list[str]
-    """Adapters to be merged in this order: their files are the inputs ``adapters/<n>/…``."""
+    """Adapters to merge in this order; their files are the inputs ``adapters/<n>/…``."""
 
 
 class ComponentAccess(Output):
-    """How a component's registered endpoint is reached; kept in memory only."""
+    """URL and secrets of a component's registered endpoint; kept in memory only."""
 
     url: str
     secrets: Annotated[list[str], Field(repr=False)]
-    """Sign its requests, the newest first."""
+    """Secrets that sign its requests, the newest first."""
     headers: Annotated[dict[str, str], Field(repr=False)]
     """Secret headers, sent to this URL alone."""
     endpoint_id: str | None = None
-    """None: not a registered one."""
+    """None: it is not registered."""
     revision: int = 0
-    """Of the endpoint; rewards that an earlier revision gave are not used."""
+    """Revision of the endpoint. Cached rewards of earlier revisions are not used."""
     is_deterministic: bool = False
-    """Whether the last probe found, at this revision, that repeats and other orders change no reward."""
+    """Whether the last probe of this revision found that repetition and order change no reward."""
 
 
 class Lease(Output):
-    """A job given to a slot for a limited time; answer to a claim."""
+    """A job that a slot holds for a limited time; response to a claim."""
 
     lease_id: str
     job_id: str
     attempt: int
-    """Counts executions of the job; the fencing token of every write."""
+    """Number of the execution of the job; the fencing token of every write."""
     token: str
-    """Bearer token of this attempt, valid for its job only."""
+    """Bearer token of this attempt, valid only for its job."""
     ttl_seconds: float
     spec: JobSpec
     seed: int
@@ -84,15 +85,15 @@ class Lease(Output):
     reward_secret: str | None
     """Signs requests to inline reward URLs; kept in memory only."""
     rewards: dict[str, ComponentAccess] = Field(default_factory=dict)
-    """By component, for those that name a registered endpoint."""
+    """By component name, for components with a registered endpoint."""
 
 
 class InputFile(Output):
     """A file that an attempt needs."""
 
     name: str
-    """``training_file``, ``validation_file``, ``model/<file>``, ``adapters/<n>/<file>``, ``reward_models/<component>/<file>``
-    or ``resume/<file>``."""
+    """``training_file``, ``validation_file``, ``model/<file>``, ``adapters/<n>/<file>``,
+    ``reward_models/<component>/<file>`` or ``resume/<file>``."""
     bytes: int
     sha256: str
 
@@ -104,12 +105,12 @@ class Inputs(Output):
 
 
 class AttemptProgress(Input):
-    """What an attempt does right now."""
+    """What an attempt does now."""
 
     phase: Phase
     step: Count
     message: Annotated[str, Field(max_length=2000)] | None = None
-    """What is waited for, and why."""
+    """What the attempt waits for, and why."""
 
 
 class Heartbeat(Input):
@@ -120,47 +121,47 @@ class Heartbeat(Input):
 
 
 class LeaseState(Output):
-    """Answer to a heartbeat."""
+    """Response to a heartbeat."""
 
     ttl_seconds: float
 
 
 class Directive(Output):
-    """Something the service wants of a running attempt."""
+    """An instruction of the service to a running attempt."""
 
     id: int
-    """1: cancel, 2: pause. From `FIRST_RESULT_ID` on: results of reward requests, in the order in which they came."""
+    """1: cancel, 2: pause. From 1000 on: results of reward requests, in the order of arrival."""
     type: Literal["cancel", "pause", "reward_result"]
     request_id: str | None = None
-    """reward_result: which request it answers."""
+    """``reward_result``: the id of the request."""
     result: str | None = None
-    """reward_result: the body that the reward service sent."""
+    """``reward_result``: the body that the reward service sent."""
 
 
 class Directives(Output):
-    """Answer of the long poll."""
+    """Response of the long poll."""
 
     directives: list[Directive]
     cursor: str
-    """What was told so far: the ``after`` of the next poll."""
+    """Send it as ``after`` in the next poll."""
 
 
 MOST_REWARD_REQUESTS = 64
-"""Reward requests in one announcement, or notes in one report of progress."""
+"""Most reward requests in one announcement, and most notes in one report of progress."""
 
 
 class RewardAnnouncement(Input):
-    """A reward request that may be answered by a callback; announced before it is sent."""
+    """A reward request whose result may arrive by a callback; announced before it is sent."""
 
     request_id: Identifier
     component: Name
     step: Count
     sample_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MAX_SAMPLES)]
-    """What a result must be about."""
+    """Samples that a result must be about."""
     token_sha256: SHA256
-    """Of the token that opens the callback."""
+    """Digest of the token that authorizes the callback."""
     deadline: Instant
-    """No result is taken after it."""
+    """Later results are rejected."""
 
 
 class AnnounceRewardRequests(Input):
@@ -173,28 +174,29 @@ class AnnounceRewardRequests(Input):
 
 
 class RewardRequestState(Output):
-    """A stored request, as the attempt that announced it should go on with it."""
+    """A stored reward request: how the attempt that announced it should continue."""
 
     request_id: str
     callback_url: str
     deadline: float
-    """Seconds since 1970; that of the first announcement, unless the request was begun anew since."""
+    """Seconds since 1970. It is that of the first announcement, unless the request was
+    restarted."""
     is_accepted: bool
-    """The reward service has it already: wait for the result and do not send it again."""
+    """The reward service has accepted it: wait for the result, and do not send it again."""
     poll_url: str | None
-    """Where the reward service said that the result can be fetched."""
+    """URL from which the result can be fetched, as the reward service reported it."""
     result: str | None
-    """The body that the reward service sent, if it has already."""
+    """The body that the reward service sent; null: none yet."""
 
 
 class RewardRequestStates(Output):
-    """Answer to an announcement, in its order."""
+    """Response to an announcement, in its order."""
 
     requests: list[RewardRequestState]
 
 
 class RewardProgress(Input):
-    """What became of an announced request: the reward service took it (202), or answered it on another way."""
+    """Progress of an announced request: accepted with 202, or closed with a result elsewhere."""
 
     request_id: Identifier
     state: Literal["accepted", "closed"]
@@ -202,14 +204,14 @@ class RewardProgress(Input):
 
 
 class NoteRewardProgress(Input):
-    """What became of requests that an attempt announced, in the order in which it happened."""
+    """Progress of requests that an attempt announced, in the order of time."""
 
     attempt: Number
     requests: Annotated[list[RewardProgress], Field(min_length=1, max_length=MOST_REWARD_REQUESTS)]
 
 
 class RewardProgressNoted(Output):
-    """Answer to a report of progress: all of it is noted but what concerns unknown requests."""
+    """Response to a report of progress. All of it is stored, except for unknown requests."""
 
     unknown: list[str]
     """Ids of requests that the job has not announced, each once."""
@@ -223,7 +225,7 @@ class MetricsRow(Input):
     at: Instant
     step: Number
     values: dict[str, float | None]
-    """By registered name; null stands for a value that is no number."""
+    """By registered name; null stands for infinity or NaN."""
 
 
 class SamplesRow(Input):
@@ -237,7 +239,7 @@ class SamplesRow(Input):
 
 
 class EventRow(Input):
-    """Something worth telling the user."""
+    """A message for the user."""
 
     type: Literal["event"]
     seq: Number
@@ -248,7 +250,7 @@ class EventRow(Input):
 
 
 class NewCheckpointRow(Input):
-    """A checkpoint lies on the worker's disk; tells the supervisor to upload it."""
+    """A checkpoint on the worker's disk, which the supervisor uploads."""
 
     type: Literal["checkpoint"]
     seq: Number
@@ -259,13 +261,13 @@ class NewCheckpointRow(Input):
 
 
 class RewardsRow(Input):
-    """The requests to reward services since the last one of these."""
+    """Statistics of requests to reward services since the last such row."""
 
     type: Literal["rewards"]
     seq: Number
     at: Instant
     step: Number
-    """The step that was reported, or in which training ended."""
+    """The step of the report, or the step in which training ended."""
     requests: Annotated[list[ComponentRequests], Field(max_length=1024)]
     failures: Annotated[list[FailedRequest], Field(max_length=MAX_FAILURES)]
 
@@ -284,10 +286,10 @@ class Batch(Input):
 
 
 class BatchAck(Output):
-    """Answer to a batch."""
+    """Response to a batch."""
 
     acked_seq: int
-    """Everything up to here is committed and need not be sent again."""
+    """Rows up to this number are committed and need not be sent again."""
 
 
 class RegisterCheckpoint(Input):
@@ -299,22 +301,22 @@ class RegisterCheckpoint(Input):
 
 
 class CheckpointUpload(Output):
-    """What the service has of a checkpoint so far."""
+    """The parts of a checkpoint that the service has received."""
 
     checkpoint_id: str
     status: Literal["pending", "available"]
     received: dict[str, int]
-    """Bytes received of each file; an upload goes on from there."""
+    """Bytes received of each file; an upload continues from there."""
 
 
 class AttemptOf(Input):
-    """Names the attempt that writes."""
+    """The attempt that writes."""
 
     attempt: Number
 
 
 class Complete(Input):
-    """The attempt trained to the end."""
+    """The attempt finished training."""
 
     attempt: Number
     last_seq: Count
@@ -322,30 +324,37 @@ class Complete(Input):
 
 
 class Fail(Input):
-    """The attempt ended badly."""
+    """The attempt failed."""
 
     attempt: Number
     kind: Literal["user", "transient"]
-    """``user``: the spec or its data cannot work, so there is no retry. ``transient``: try again, with backoff."""
+    """``user``: the spec or its data cannot work, so there is no retry.
+
+    ``transient``: the job is tried again, with backoff.
+    """
     code: Annotated[str, Field(max_length=64)]
     message: Annotated[str, Field(max_length=8000)]
     param: str | None = None
 
 
 class Release(Input):
-    """The attempt gives its job back, or confirms a cancellation or a pause."""
+    """The attempt returns its job to the queue, or confirms a cancellation or a pause."""
 
     attempt: Number
     reason: Literal["drained", "waiting_for_reward", "cancelled", "paused", "paused_reward"]
-    """``paused``: as the user asked. ``paused_reward``: too few rewards to go on with; ``message`` and ``code`` say why."""
+    """``paused``: by the user.
+
+    ``paused_reward``: too few rewards to continue; ``message`` and ``code`` say why.
+    """
     message: Annotated[str, Field(max_length=2000)] | None = None
     code: Annotated[str, Field(max_length=64)] | None = None
     is_outage: bool = False
-    """``paused_reward``: whether the reward service may simply come back, so that it is worth looking soon."""
+    """``paused_reward``: whether the failure may pass by itself, so that an early probe is
+    useful."""
 
 
 class Outcome(Output):
-    """What became of the job after complete, fail or release."""
+    """The status of the job after complete, fail or release."""
 
     status: str
     status_detail: str | None

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from dar.errors import InvalidRequestError, Problem
-from dar.protocol.cells import kind_of_value
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.rows import (
     KINDS,
     REWARD_COLUMNS,
     RowError,
     kind_of,
+    kind_of_value,
     read_offline,
     read_prompt,
 )

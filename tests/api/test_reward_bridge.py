@@ -38,9 +38,9 @@ class CountingClient(WorkerClient):
         self.calls.append(("announce", len(announced.requests)))
         return super().announce_rewards(lease_id, announced)
 
-    def note_rewards(self, lease_id: str, said: NoteRewardProgress) -> RewardProgressNoted:
-        self.calls.append(("note", len(said.requests)))
-        return super().note_rewards(lease_id, said)
+    def note_rewards(self, lease_id: str, progress: NoteRewardProgress) -> RewardProgressNoted:
+        self.calls.append(("note", len(progress.requests)))
+        return super().note_rewards(lease_id, progress)
 
 
 Carry = Callable[[Sequence[RewardNote]], tuple[list[tuple[str, int]], list[RewardNews]]]

@@ -1,7 +1,11 @@
 import dataclasses
+from pathlib import Path
 
-from dar.demo.brackets import Verdict, plot
-from dar.demo.tasks import BRACKETS, TASKS
+import pytest
+
+from dar.demo.brackets import BracketsResult, plot
+from dar.demo.run import base_folder
+from dar.demo.tasks import BRACKETS, TASKS, DemoTask
 from dar.protocol.spec import DARSpec
 from dar.training.demo.trial import SETTINGS
 
@@ -31,7 +35,7 @@ def test_a_short_curve_has_a_column_for_every_step() -> None:
 
 
 def test_the_brackets_demo_fails_where_only_the_reward_is_high() -> None:
-    good = Verdict(STANDING, STANDING)
+    good = BracketsResult(STANDING, STANDING)
     assert good.is_near
     dropped_reference = {**STANDING, "reward": 0.999, "kl_target": 1.7}
     assert not dataclasses.replace(good, after=dropped_reference).is_near
@@ -49,3 +53,8 @@ def test_every_demo_is_a_spec_and_the_brackets_are_those_of_the_tests() -> None:
         assert getattr(hyper, name) == SETTINGS[name]
     assert (hyper.max_steps, hyper.batch_size) == (SETTINGS["max_steps"], 12)
     assert spec.sampling.max_new_tokens == SETTINGS["max_new_tokens"]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_the_files_that_make_a_base_model_exist(task: DemoTask, tmp_path: Path) -> None:
+    assert base_folder(tmp_path, task).parent == tmp_path / "dar" / "demo"

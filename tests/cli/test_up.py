@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dar.cli.up import answers
 from dar.client import Client
+from dar.processes import answers
 from dar.settings import environment
 
 

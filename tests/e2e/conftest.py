@@ -22,9 +22,9 @@ from typing import Any
 import psutil
 import pytest
 
-from dar.cli.processes import launch
-from dar.cli.up import answers, find_valkey, valkey_child
+from dar.cli.up import find_valkey, valkey_child
 from dar.client import Client
+from dar.processes import answers, launch
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.settings import environment as current_environment

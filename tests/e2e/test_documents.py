@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dar.cli.up import answers
+from dar.processes import answers
 from dar.settings import environment
 
 ROOT = Path(__file__).parents[2]

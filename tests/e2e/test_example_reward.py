@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dar.cli.up import answers
+from dar.processes import answers
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lexicon_reward.py"
 

@@ -50,6 +50,10 @@ VIOLATIONS = {
         "dar/training/model/policy.py",
         "import dar.training.step.loop",
     ),
+    "inside worker a lower layer never imports a higher one": (
+        "worker/folders.py",
+        "import worker.slot",
+    ),
     "torch stays in dar.training: nothing else reaches it, even transitively": (
         "dar/protocol/jobs.py",
         "import torch",

@@ -174,7 +174,7 @@ def test_a_trainer_speaks_on_a_pipe_of_its_own_and_hears_large_results(
 ) -> None:
     with os.fdopen(trainer.notes, "rb") as notes:
         assert json.loads(notes.readline()) == {"request_id": "rwq_1", "state": "closed"}
-        trainer.tell(RewardNews(request_id="rwq_1", result="x" * 8 * 1024**2))
+        trainer.send_news(RewardNews(request_id="rwq_1", result="x" * 8 * 1024**2))
         trainer.order(Order(type="cancel"))
         until = time.monotonic() + 30
         while (ended := trainer.poll()) is None:
@@ -191,7 +191,7 @@ def test_a_trainer_that_does_not_listen_holds_up_nobody(trainer: TrainerProcess)
         os.kill(trainer.pid, 19)  # SIGSTOP: it reads nothing any more
         started = time.monotonic()
         for _ in range(4):
-            trainer.tell(RewardNews(request_id="rwq_1", result="x" * 1024**2))
+            trainer.send_news(RewardNews(request_id="rwq_1", result="x" * 1024**2))
         trainer.order(Order(type="cancel"))
         assert trainer.kill().signal_name == "SIGKILL"
         assert time.monotonic() - started < 20

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.worker import Fail, Release
-from worker.launch import ExitCode, Result
+from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 from worker.supervisor.outcome import Finished, Reason, judge
 
@@ -87,7 +87,7 @@ def exit_of(code: int) -> TrainerExit:
 
 @pytest.mark.parametrize("asked", ["pause", None])
 def test_a_trainer_that_finished_first_has_finished(asked: Reason | None) -> None:
-    assert judge(1, exit_of(ExitCode.FINISHED), Result(last_seq=3), asked) == Finished(3)
+    assert judge(1, exit_of(ExitCode.FINISHED), TrainerResult(last_seq=3), asked) == Finished(3)
 
 
 def test_an_attempt_that_was_asked_to_pause_is_given_back_so() -> None:
@@ -96,7 +96,7 @@ def test_an_attempt_that_was_asked_to_pause_is_given_back_so() -> None:
 
 
 def test_want_of_rewards_is_told_as_what_it_is() -> None:
-    said = Result(last_seq=3, code="reward_unavailable", message="HTTP 503", is_outage=True)
+    said = TrainerResult(last_seq=3, code="reward_unavailable", message="HTTP 503", is_outage=True)
     verdict = judge(2, exit_of(ExitCode.REWARD_PAUSED), said, None)
     assert verdict == Release(
         attempt=2, reason="paused_reward", message="HTTP 503", code="reward_unavailable",

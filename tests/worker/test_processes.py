@@ -17,7 +17,7 @@ from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess, Fail
 from dar.settings import environment
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
-from worker.launch import Launch, Order, Result
+from worker.launch import Launch, Order, TrainerResult
 from worker.supervisor.child_process import (
     TrainerExit,
     TrainerProcess,
@@ -205,7 +205,7 @@ def test_a_second_worker_on_a_slot_is_refused_and_told_who_holds_it(tmp_path: Pa
 
 @pytest.mark.parametrize("asked", ["cancel", "drain", None])
 def test_a_job_that_finished_first_has_finished_whatever_was_asked(asked: Any) -> None:
-    assert judge(1, TrainerExit(0, ""), Result(last_seq=9), asked) == Finished(9)
+    assert judge(1, TrainerExit(0, ""), TrainerResult(last_seq=9), asked) == Finished(9)
 
 
 def test_an_exit_code_without_words_is_a_crash() -> None:
@@ -233,4 +233,4 @@ def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
 
 def test_a_refused_key_is_said_at_every_poll(installation: Any) -> None:
     installation.start_worker(worker_key="dar-wk-x-wrong", slot="stranger")
-    installation.until(lambda: installation.log("worker").count("refuses the worker key") >= 2)
+    installation.until(lambda: installation.log("worker").count("rejects the worker key") >= 2)

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from dar.protocol.worker import EventRow, Fail
-from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient
+from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient, encode
 from worker.cleanup import Leftovers
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.spool import SpoolDamagedError, SpoolReader, SpoolWriter
 from worker.supervisor.sender import SpoolSender
-from worker.wire import encode
 
 RECORD = AttemptRecord(lease_id="lease-1", job_id="job-1", attempt=1)
 
@@ -54,7 +53,7 @@ class Service:
 
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Service, Any]]]:
-    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.001)
     monkeypatch.setattr("worker.api.LONGEST_PAUSE_SECONDS", 0.01)
     over = threading.Event()
     timer = threading.Timer(5.0, over.set)  # what would wait for ever fails instead

@@ -13,10 +13,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from dar.client.transport import Backoff, failure_of
 from dar.errors import CheckpointError, FencedError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, Fail, Lease, NewCheckpointRow
-from worker.api import Backoff, GaveUpError, WorkerClient, error_of
+from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import Identity
 from worker.supervisor import checkpoints
@@ -158,7 +159,7 @@ def test_an_upload_that_breaks_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
-    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.05)
     proxy = CuttingProxy(installation.port, cuts=3, after=int(2.5 * PART))
     uploader = CheckpointUploader(state, connect(proxy.url))
     uploader.take(publish(state, 2))
@@ -185,7 +186,7 @@ def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
     installation: Any, state: AttemptState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
-    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.01)
     assert SIZE // PART > checkpoints.UPLOAD_ATTEMPTS
     with AnswerLost(
         installation.url, state.lease.token, node="test", give_up=state.is_given_up
@@ -227,7 +228,7 @@ def test_an_altered_local_checkpoint_never_becomes_visible(
     connect: Callable[[str], WorkerClient],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.01)
     row = publish(state, 2)
     file = state.folder.work / "checkpoints" / row.folder / "model.safetensors"
     file.write_bytes(bytes(SIZE))
@@ -319,7 +320,7 @@ def test_a_reward_model_that_is_nowhere_is_said(
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "."])
 def test_an_input_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="no path inside"):
+    with pytest.raises(InputError, match="not a path in a folder"):
         safe_path(tmp_path, name)
 
 
@@ -336,7 +337,7 @@ def test_a_service_that_is_away_is_asked_until_nobody_waits_any_more(
     state: AttemptState, connect: Callable[[str], WorkerClient], unused_port: Callable[[], int]
 ) -> None:
     client = connect(f"http://127.0.0.1:{unused_port()}")
-    with pytest.raises(ServiceConnectionError, match="no answer from the service"):
+    with pytest.raises(ServiceConnectionError, match="cannot reach the DAR service"):
         client.inputs(state.lease.lease_id)
     threading.Timer(0.3, state.over.set).start()
     with pytest.raises(GaveUpError):
@@ -344,9 +345,9 @@ def test_a_service_that_is_away_is_asked_until_nobody_waits_any_more(
 
 
 def test_a_retry_after_is_heeded_and_pauses_grow_to_their_limit() -> None:
-    error = error_of(httpx2.Response(503, headers={"retry-after": "7"}))
+    error = failure_of(httpx2.Response(503, headers={"retry-after": "7"})).error
     assert error.retryable
-    assert Backoff().next(error.retry_after_seconds) == 7
+    assert Backoff(30.0).next(error.retry_after_seconds) == 7
     backoff = Backoff(longest=2.0)
     drawn = [backoff.next() for _ in range(6)]
     assert all(pause <= 2.0 for pause in drawn)

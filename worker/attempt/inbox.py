@@ -1,6 +1,7 @@
-"""The trainer's end of later rewards: what it says about reward requests goes out on a pipe, results come in on stdin.
+"""Asynchronous rewards in the trainer: notes go out on a pipe, results come in on stdin.
 
-The trainer has no credentials for the service, so its supervisor speaks for it (`worker.supervisor.reward_bridge`).
+The trainer has no credentials for the service. Its supervisor calls the service for it
+(`worker.supervisor.reward_bridge`).
 """
 
 import asyncio
@@ -22,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class PipeInbox:
-    """An inbox of `dar.rewards.http.async_results` behind the supervisor. Safe to use from several threads.
+    """The inbox of `dar.rewards.http.async_results` over the supervisor; thread-safe.
 
     Args:
         descriptor: Write end of the pipe to the supervisor.
@@ -33,16 +34,17 @@ class PipeInbox:
         self._lock = threading.Lock()
         self._stored: dict[str, Stored] = {}
         self._results: dict[str, bytes] = {}
+        # Requests whose result is still needed; results for others are dropped.
         self._open: set[str] = set()
-        # Requests whose result is still wanted; what comes for others is dropped.
+        # Announcements without a reply yet. Each gets one reply, in their order, even when its
+        # caller no longer waits.
         self._unanswered: Counter[str] = Counter()
-        # Announcements, given up or not; each is answered once, in their order.
         self._waiters: defaultdict[str, set[Wake]] = defaultdict(set)
         self._unsent: queue.SimpleQueue[RewardNote] = queue.SimpleQueue()
         threading.Thread(target=self._write, name="reward-notes", daemon=True).start()
 
     def deliver(self, news: RewardNews) -> None:
-        """Take what the supervisor says about a request; from the thread that reads stdin."""
+        """Take news about a request; called by the thread that reads stdin."""
         with self._lock:
             state = news.state
             if state is not None and self._is_wanted(news.request_id):
@@ -68,7 +70,7 @@ class PipeInbox:
         deadline: datetime,
         sample_ids: Sequence[str],
     ) -> Stored:
-        """Have the service store a request; waits until it has."""
+        """Make the service store a request, and wait until it is stored."""
         wanted = RewardAnnouncement(
             request_id=request_id,
             component=component,
@@ -93,18 +95,18 @@ class PipeInbox:
         return stored
 
     async def wait(self, request_id: str) -> bytes:
-        """The result that was posted for a request; waits for it however long it takes."""
+        """Wait without limit for the result that is posted for a request."""
         try:
             return await self._arrival(self._results, request_id)
         finally:
             self._settle(request_id)
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
-        """Have the service remember that the reward service took the request."""
+        """Make the service store that the reward service accepted the request."""
         self._unsent.put(RewardNote(request_id=request_id, state="accepted", poll_url=poll_url))
 
     def close(self, request_id: str) -> None:
-        """Have the service take no callback for the request any more."""
+        """Make the service reject further callbacks for the request."""
         self._settle(request_id)
         self._unsent.put(RewardNote(request_id=request_id, state="closed"))
 
@@ -115,7 +117,11 @@ class PipeInbox:
             self._stored.pop(request_id, None)
 
     def _is_wanted(self, request_id: str) -> bool:
-        """Count an answer to an announcement; whether it answers the last one, and that was not given up."""
+        """Count a reply to an announcement.
+
+        Returns:
+            Whether it replies to the last announcement, and its caller still waits.
+        """
         self._unanswered[request_id] -= 1
         if self._unanswered[request_id] > 0:
             return False
@@ -126,7 +132,7 @@ class PipeInbox:
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
                 loop.call_soon_threadsafe(news.set)
 
         with self._lock:
@@ -150,5 +156,5 @@ class PipeInbox:
             try:
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
-            except OSError:  # the supervisor is dead, and stdin ends this process
+            except OSError:  # the supervisor is dead, and the end of stdin ends this process
                 return

@@ -1,7 +1,7 @@
-"""The trainer process: ``python -m worker.attempt``. The only part of the worker that reaches torch.
+"""The trainer process, ``python -m worker.attempt``: the only part of the worker that uses torch.
 
-It reads its launch from stdin, trains, writes what it has to say to its folder (`worker.folders`) and ends with an
-`ExitCode`. When stdin ends its worker is dead, and so it ends too.
+It reads its launch from stdin, trains, reports through its folder (`worker.folders`) and ends with
+an `ExitCode`. The end of stdin means that its worker is dead; then it ends too.
 """
 
 import gc
@@ -33,7 +33,7 @@ from dar.training.report.sink import NullSink, Sink
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
 from worker.folders import AttemptFolder, write_atomically
-from worker.launch import ExitCode, Launch, Line, Result, RewardNews
+from worker.launch import ExitCode, Launch, Line, RewardNews, TrainerResult
 from worker.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
@@ -53,30 +53,29 @@ EXIT_CODES: Mapping[How, ExitCode] = {
 
 
 class StdinControl:
-    """What the supervisor wants, read from stdin by a thread of its own.
+    """Orders and news of the supervisor, read from stdin by a thread of its own.
 
-    Until `begin` is called there is nothing to save, so a request ends the process at once.
+    Until `begin` is called there is nothing to save, so an order ends the process at once.
     """
 
     def __init__(self, stdin: BinaryIO, inbox: PipeInbox | None = None) -> None:
         self._stdin = stdin
         self.inbox = inbox
-        """Where results of reward requests arrive; None: nobody would send any."""
+        """Inbox for results of reward requests; None: the supervisor sends none."""
         self._lock = threading.Lock()
         self._request: Literal["cancel", "drain"] | None = None
         self._has_begun = False
 
     def listen(self) -> None:
-        """Start the thread."""
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
     def begin(self) -> None:
-        """From now on requests wait until they are asked for."""
+        """From now on orders only set `requested`."""
         with self._lock:
             self._has_begun = True
 
     def requested(self) -> Literal["cancel", "drain"] | None:
-        """What is wanted; a cancellation outranks a drain."""
+        """The last order; a drain does not replace a cancellation."""
         return self._request
 
     def _read(self) -> None:
@@ -92,11 +91,11 @@ class StdinControl:
                 if not self._has_begun:
                     code = ExitCode.CANCELLED if order.type == "cancel" else ExitCode.DRAINED
                     os._exit(code)
-        os._exit(ExitCode.CRASHED)  # the worker is dead: nobody would read another word
+        os._exit(ExitCode.CRASHED)  # the worker is dead, and nothing reads further reports
 
 
 class SpoolSink:
-    """Writes what a trainer says to the attempt's folder. Safe to use from several threads."""
+    """Writes a trainer's reports to the attempt's folder; thread-safe."""
 
     def __init__(self, folder: AttemptFolder) -> None:
         self._folder = folder
@@ -104,14 +103,14 @@ class SpoolSink:
         self._lock = threading.Lock()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of a step; a value that is no number is kept as null."""
+        """Store metrics of a step; infinity and NaN become null."""
         checked = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._spool.append(
             lambda seq, at: MetricsRow(type="metrics", seq=seq, at=at, step=step, values=checked)
         )
 
     def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
-        """Some of the step's completions."""
+        """Store some completions of a step."""
         for start in range(0, len(samples), SAMPLES_PER_ROW):
             self._append_samples(step, list(samples[start : start + SAMPLES_PER_ROW]))
 
@@ -126,7 +125,7 @@ class SpoolSink:
         requests: Sequence[ComponentRequests],
         failures: Sequence[FailedRequest],
     ) -> None:
-        """How requests to reward services went."""
+        """Store statistics of requests to reward services."""
         self._spool.append(
             lambda seq, at: RewardsRow(
                 type="rewards",
@@ -139,7 +138,7 @@ class SpoolSink:
         )
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
-        """Something worth telling the user."""
+        """Store a message for the user."""
         facts = None if data is None else dict(data)
         self._spool.append(
             lambda seq, at: EventRow(
@@ -153,18 +152,18 @@ class SpoolSink:
         )
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
-        """What is being done now."""
+        """Report the current phase."""
         shown = None if message is None else message[:PROGRESS_LENGTH]
         progress = AttemptProgress(phase=phase, step=step, message=shown)
         with self._lock:
             write_atomically(self._folder.progress, progress.model_dump_json().encode())
 
     def flush(self) -> int:
-        """Make everything said so far durable; returns the number of rows."""
+        """Make all rows durable; returns their number."""
         return self._spool.flush()
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - the folder holds it
-        """A checkpoint was published: have it uploaded."""
+        """Queue a published checkpoint for upload."""
         self._spool.append(
             lambda seq, at: NewCheckpointRow(
                 type="checkpoint",
@@ -177,11 +176,11 @@ class SpoolSink:
         )
 
     def close(self, error: DARError | None = None) -> None:
-        """Say how the trainer ended, and nothing after it."""
+        """Report how the trainer ended; nothing may be written afterwards."""
         self._spool.close()
-        result = Result(last_seq=self._spool.last_seq)
+        result = TrainerResult(last_seq=self._spool.last_seq)
         if error is not None:
-            result = Result(
+            result = TrainerResult(
                 last_seq=self._spool.last_seq,
                 code=error.error_code,
                 message=error.message,
@@ -192,8 +191,9 @@ class SpoolSink:
 
 
 def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
-    """Train with `dar.training`, perhaps as one of several processes."""
-    gc.disable()  # looking for garbage among what is imported, which all stays, is a fifth of the time that importing takes
+    """Train with `dar.training`, alone or as one of several processes."""
+    # Imported objects all stay, and searching them for garbage takes a fifth of the import time.
+    gc.disable()
     from dar.training.from_spec import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be heard
         JobInputs,
         train_job,
@@ -231,10 +231,10 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
 
 
 def ending_of(error: DARError, launch: Launch) -> ExitCode:
-    """How a trainer ends with an error; CRASHED: as with any mistake, so that the job is tried again.
+    """The exit code for an error; CRASHED means that the job is tried again.
 
-    Want of rewards pauses the job, so that nothing is lost while somebody looks after the reward service, unless the spec says
-    that it fails.
+    Missing rewards pause the job, unless the spec says that they fail it. So no work is lost while
+    the reward service is repaired.
     """
     if isinstance(error, RewardUnavailableError):
         return ExitCode.REWARD_UNAVAILABLE
@@ -246,7 +246,7 @@ def ending_of(error: DARError, launch: Launch) -> ExitCode:
 
 
 def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
-    """Train, and put what comes of it into words."""
+    """Train as process 0, and report the result."""
     sink = SpoolSink(AttemptFolder(launch.folder))
     siblings = Siblings(launch)
     try:
@@ -265,7 +265,7 @@ def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
 
 
 def attend_as_sibling(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
-    """Train along with process 0, which alone speaks of it."""
+    """Train as one of the other processes, which report nothing."""
     try:
         return EXIT_CODES[train(launch, NullSink(), control)]
     except DARError as error:
@@ -276,18 +276,17 @@ def attend_as_sibling(launch: Launch, control: StdinControl, train: Train) -> Ex
 
 
 def main(train: Train = train_with_torch) -> ExitCode:
-    """Be a trainer.
+    """Run a trainer.
 
     Args:
-        train: Does the training.
+        train: Does the training; tests replace it.
     """
     die_with_parent()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("httpx2").setLevel(
-        logging.WARNING
-    )  # it logs every URL, query string included
+    # At INFO it logs every URL with its query string.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     stdin = sys.stdin.buffer
     launch = Launch.model_validate_json(stdin.readline())
     control = StdinControl(stdin, None if launch.outbox is None else PipeInbox(launch.outbox))
@@ -300,7 +299,7 @@ def main(train: Train = train_with_torch) -> ExitCode:
 
 
 def leave(code: ExitCode) -> None:
-    """End without the interpreter's own end, in which native libraries may hang or crash after all is done."""
+    """End the process without the interpreter's shutdown, in which native libraries may hang."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,12 +1,12 @@
-"""The further processes of a trainer: started and watched by the first, in its process group, and never outliving it.
+"""The other processes of a trainer, which the first process starts and watches.
 
-Each is told its launch on stdin, as the trainer is by its worker; reward secrets are not among it, because the first process
-alone asks for rewards. Three things end them with the first: the end of their stdin, the kernel, and whoever kills the group.
+They run in its process group. Each gets its launch on stdin, as the trainer does from its worker,
+but without reward secrets, because only the first process requests rewards. Three mechanisms end
+them with the first: the end of their stdin, the kernel, and a signal to the group.
 """
 
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,26 +15,31 @@ import time
 
 from dar.settings import own_environment
 from worker.folders import AttemptFolder
-from worker.launch import ExitCode, Launch
+from worker.launch import ExitCode, Launch, signal_name
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
 LOG_TAIL_BYTES = 2048
 AGREED = frozenset(ExitCode) - {ExitCode.CRASHED}
-"""Exit codes that all processes come to together."""
+"""Exit codes with which all processes end together."""
 AGREED_SECONDS = 60.0
-"""What the first process then has to end in the same way."""
+"""Time for the first process to end in the same way."""
 CRASHED_SECONDS = 10.0
-"""What it has after a crash of another, whose reason it hears through the store if it is not inside a collective of torch."""
+"""Time for it to end after another one crashed.
+
+It learns the reason through the store, unless it is inside a collective of torch.
+"""
 FINISH_SECONDS = 20.0
 
 
 class Siblings:
-    """The processes 1, 2, … of a trainer; made by the thread that trains, which must live as long as they.
+    """The processes 1, 2, … of a trainer.
+
+    The thread that trains creates them, and must live as long as they do.
 
     Args:
-        launch: The trainer's own.
+        launch: The launch of the trainer.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -43,7 +48,7 @@ class Siblings:
         self._ended_at: dict[int, float] = {}
         self._listener = socket.create_server(("127.0.0.1", 0)) if launch.processes > 1 else None
         self.launch = launch
-        """The trainer's, with where the processes meet."""
+        """The launch of the trainer, with the port at which the processes meet."""
         if self._listener is not None:
             port = int(self._listener.getsockname()[1])
             self.launch = launch.model_copy(
@@ -77,14 +82,14 @@ class Siblings:
         return process
 
     def finish(self) -> None:
-        """Wait until they have ended, as they should now."""
+        """Wait until they have ended, after training."""
         self._is_finished = True
         until = time.monotonic() + FINISH_SECONDS
         for number, process in self._processes.items():
             try:
                 process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
-                log.warning("process %d does not end and is left to be killed", number)
+                log.warning("process %d does not end; the worker will kill it", number)
 
     def _watch(self) -> None:
         while not self._is_finished:
@@ -95,17 +100,21 @@ class Siblings:
             time.sleep(LOOK_SECONDS)
 
     def _is_overdue(self, number: int, code: int) -> bool:
-        """Whether the trainer had the time to end by itself after a process has ended."""
+        """Whether the trainer had enough time to end by itself after a process ended."""
         waited = time.monotonic() - self._ended_at.setdefault(number, time.monotonic())
         if code in AGREED:
             return waited > AGREED_SECONDS
         return code < 0 or waited > CRASHED_SECONDS
 
     def _end_like(self, number: int, code: int) -> None:
-        """End the trainer as one of its processes has ended: it can neither go on without it nor know that it is gone."""
-        how = f"exit code {code}" if code >= 0 else _signal_name(-code)
+        """End the trainer in the same way as one of its processes.
+
+        The trainer cannot continue without it, and may block in a collective.
+        """
+        how = f"exit code {code}" if code >= 0 else signal_name(-code)
         log.error(
-            "process %d of this trainer has ended with %s, and nothing goes on without it; the end of its log:\n%s",
+            "process %d of this trainer ended with %s, so training cannot continue; "
+            "the end of its log:\n%s",
             number,
             how,
             self._log_tail(number),
@@ -113,15 +122,8 @@ class Siblings:
         logging.shutdown()
         if code < 0:
             os.kill(os.getpid(), -code)
-            time.sleep(1.0)  # a signal that does not end us
+            time.sleep(1.0)  # in case the signal does not end this process
         os._exit(ExitCode.CRASHED)
 
     def _log_tail(self, number: int) -> str:
         return self._folder.log_of(number).read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"

@@ -1,4 +1,4 @@
-"""Uploads published checkpoints beside training: registered, sent in parts that survive a break, committed."""
+"""Uploads published checkpoints during training: register, send in resumable parts, commit."""
 
 import collections
 import shutil
@@ -7,24 +7,25 @@ from pathlib import Path
 
 import structlog
 
+from dar.client.transport import Backoff
 from dar.errors import CheckpointError, ConflictError, FencedError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, NewCheckpointRow, RegisterCheckpoint
-from worker.api import Backoff, WorkerClient
+from worker.api import LONGEST_PAUSE_SECONDS, WorkerClient
 from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
 
 PART_BYTES = 8 * 1024**2
 UPLOAD_ATTEMPTS = 5
-"""Times that an upload is begun without getting on, because the service and we disagree about it."""
+"""Attempts at an upload without progress, when the service and the worker disagree about it."""
 LOOK_SECONDS = 0.5
 
 
 class CheckpointUploader:
     """Uploads one checkpoint at a time, in order; `run` is the body of its thread.
 
-    A checkpoint that the job would not keep anyway, because ``keep_last`` newer ones already wait, is skipped.
+    A checkpoint is skipped when ``keep_last`` newer ones wait, because the job would not keep it.
     """
 
     def __init__(self, state: AttemptState, client: WorkerClient) -> None:
@@ -39,7 +40,7 @@ class CheckpointUploader:
         """Checkpoint ids by step."""
 
     def take(self, row: NewCheckpointRow) -> None:
-        """Upload the checkpoint that ``row`` announces."""
+        """Queue the checkpoint that ``row`` announces."""
         self._waiting.append(row)
         while len(self._waiting) > self._keep:
             skipped = self._waiting.popleft()
@@ -48,12 +49,11 @@ class CheckpointUploader:
         self._arrived.set()
 
     def finish(self) -> None:
-        """No more will come: `run` returns when all are committed."""
+        """Make `run` return when all are committed, because no more checkpoints follow."""
         self._ended.set()
         self._arrived.set()
 
     def run(self) -> None:
-        """Upload until all are committed."""
         previous: NewCheckpointRow | None = None
         while not self._state.is_given_up():
             self._arrived.clear()
@@ -82,21 +82,20 @@ class CheckpointUploader:
         register = RegisterCheckpoint(
             attempt=self._lease.attempt, manifest=manifest, manifest_sha256=row.manifest_sha256
         )
-        backoff, left, most = Backoff(), UPLOAD_ATTEMPTS, 0
+        backoff, left, most = Backoff(LONGEST_PAUSE_SECONDS), UPLOAD_ATTEMPTS, 0
         while True:
             try:
                 upload = self._register(register)
                 arrived = sum(upload.received.values())
-                if arrived > most:  # more than ever before, so that this cannot go on for ever
-                    backoff, left, most = Backoff(), UPLOAD_ATTEMPTS, arrived
+                if arrived > most:  # more than ever before, so that the loop ends
+                    backoff, left, most = Backoff(LONGEST_PAUSE_SECONDS), UPLOAD_ATTEMPTS, arrived
                 return self._upload_rest(folder, register, upload, len(content))
             except FencedError:
                 raise
-            except (
-                ConflictError
-            ) as error:  # we disagree about what has arrived: ask, and go on there
+            except ConflictError as error:
+                # The service has other bytes than expected: register again and continue there.
                 left -= 1
-                log.warning("upload goes on anew", step=row.step, error=error.message)
+                log.warning("upload starts again", step=row.step, error=error.message)
                 if left == 0:
                     raise CheckpointError(
                         f"the checkpoint of step {row.step} could not be uploaded: {error.message}"

@@ -1,7 +1,7 @@
-"""The trainer process: started fresh, in a session of its own, and never outliving its worker.
+"""The trainer process, which runs in its own session and never outlives its worker.
 
-Three things end it with its worker: the kernel (`die_with_parent`), the end of its stdin, and the next worker of the slot,
-which kills what it finds (`kill_leftover`).
+Three mechanisms end it with its worker: the kernel (`die_with_parent`), the end of its stdin, and
+the next worker of the slot, which kills a remaining trainer (`kill_leftover`).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import orjson
 
 from dar.settings import inherited_environment
 from worker.folders import AttemptFolder, read_if_there, write_atomically
-from worker.launch import Launch, Order, RewardNews
+from worker.launch import Launch, Order, RewardNews, signal_name
 
 LOG_TAIL_BYTES = 4096
 KILL_SECONDS = 10.0
@@ -29,7 +29,7 @@ PASSED_ON = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 )
-"""Variables of the worker's environment that its trainers see; no key is among them."""
+"""Variables of the worker's environment that its trainers get; no key is among them."""
 
 
 def trainer_environment(
@@ -40,8 +40,9 @@ def trainer_environment(
     Args:
         devices: ``CUDA_VISIBLE_DEVICES``; None: all.
         threads: CPU threads of each of its processes.
-        is_offline: Whether it may not reach the model hub.
-        processes: Processes that train together; the others get theirs from the first (`worker.attempt.siblings`).
+        is_offline: Whether it must not use the model hub.
+        processes: Processes that train together; the others inherit this environment from the
+            first (`worker.attempt.siblings`).
     """
     environment = inherited_environment(PASSED_ON) | {
         "PYTHONUNBUFFERED": "1",
@@ -64,11 +65,14 @@ def trainer_environment(
 
 
 def start_ticks(pid: int) -> int | None:
-    """When process ``pid`` started, in clock ticks since boot: with the pid it names a process. None: it is gone."""
+    """Start of process ``pid`` in clock ticks since boot; None: it has ended.
+
+    Together with the pid it identifies a process, because the system reuses pids.
+    """
     content = read_if_there(Path(f"/proc/{pid}/stat"))
     if content is None:
         return None
-    fields = content.rpartition(b")")[2].split()  # the command before it may hold spaces
+    fields = content.rpartition(b")")[2].split()  # the command before it may contain spaces
     return None if fields[0] == b"Z" else int(fields[19])
 
 
@@ -77,24 +81,20 @@ class TrainerExit:
     """How a trainer process ended."""
 
     code: int
-    """Exit code; the negative number of the signal that killed it."""
+    """Exit code, or the negative number of the signal that killed it."""
     log_tail: str
 
     @property
     def signal_name(self) -> str | None:
-        """Name of the signal that killed it, if one did."""
-        if self.code >= 0:
-            return None
-        try:
-            return signal.Signals(-self.code).name
-        except ValueError:  # a real-time signal
-            return f"signal {-self.code}"
+        """Name of the signal that killed it; None: it ended by itself."""
+        return None if self.code >= 0 else signal_name(-self.code)
 
 
 class TrainerProcess:
     """A running trainer.
 
-    The thread that makes it must live until it has ended: the kernel counts that thread's end as the parent's death.
+    The thread that creates it must live until the trainer has ended, because the kernel treats the
+    end of that thread as the death of the parent.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class TrainerProcess:
         self._folder = folder
         self._redact = launch.redactor()
         self.notes, outbox = os.pipe()
-        """Read end of the pipe on which it sends a `RewardNote` per line; whoever reads it closes it."""
+        """Read end of the pipe with a `RewardNote` per line; its reader closes it."""
         with folder.log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -124,52 +124,48 @@ class TrainerProcess:
         identity = {"pid": self.pid, "started": start_ticks(self.pid)}
         write_atomically(folder.trainer, orjson.dumps(identity))
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._teller = threading.Thread(target=self._write, name="teller", daemon=True)
-        self._teller.start()
-        self._tell(launch.model_copy(update={"outbox": outbox}).model_dump_json())
-
-    def _tell(self, line: str) -> None:
-        self._lines.put(line)
+        self._writer = threading.Thread(target=self._write, name="trainer-stdin", daemon=True)
+        self._writer.start()
+        self._lines.put(launch.model_copy(update={"outbox": outbox}).model_dump_json())
 
     def _write(self) -> None:
-        """Write lines to the trainer: a thread of its own, as one that does not read must not hold up who ends it."""
+        # A thread of its own: a trainer that does not read must not block the thread that ends it.
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it died; `poll` reports how
+        with contextlib.suppress(OSError):  # it died, and `poll` returns how
             while (line := self._lines.get()) is not None:
                 self._process.stdin.write(f"{line}\n".encode())
                 self._process.stdin.flush()
-        with contextlib.suppress(OSError):  # what was left in its buffer has nowhere to go
+        with contextlib.suppress(OSError):  # the buffer cannot be written any more
             self._process.stdin.close()
 
     def order(self, order: Order) -> None:
-        """Tell the trainer what is wanted of it; never waits for it."""
-        self._tell(order.model_dump_json())
+        """Send an order to the trainer, without waiting."""
+        self._lines.put(order.model_dump_json())
 
-    def tell(self, news: RewardNews) -> None:
-        """Tell the trainer about a reward request; never waits for it."""
-        self._tell(news.model_dump_json())
+    def send_news(self, news: RewardNews) -> None:
+        """Send the state of a reward request to the trainer, without waiting."""
+        self._lines.put(news.model_dump_json())
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the trainer and everything it started."""
+        """Send a signal to the trainer and all its processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def poll(self) -> TrainerExit | None:
-        """How the trainer ended; None while it runs. What it started and left behind is killed first."""
+        """How the trainer ended; None while it runs. Its remaining processes are killed first."""
         if self._process.returncode is None:
             how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if how is None:
                 return None
-            self.signal(
-                signal.SIGKILL
-            )  # while the leader is not reaped, the group's id is still its own
+            # Before the leader is reaped, because until then no other group can get its id.
+            self.signal(signal.SIGKILL)
             self._process.wait()
             self._close_stdin()
             self._folder.trainer.unlink(missing_ok=True)
         return TrainerExit(self._process.returncode, self.log_tail())
 
     def kill(self) -> TrainerExit:
-        """End the trainer and everything it started at once."""
+        """Kill the trainer and all its processes."""
         while (ended := self.poll()) is None:
             self.signal(signal.SIGKILL)
             time.sleep(0.01)
@@ -177,20 +173,20 @@ class TrainerProcess:
 
     def _close_stdin(self) -> None:
         self._lines.put(None)
-        self._teller.join()  # every reader of the pipe is dead, so that no write waits any more
+        self._writer.join()  # all readers of the pipe are dead, so no write blocks
 
     def log_tail(self) -> str:
-        """The end of what the trainer printed, without any secret of its rewards."""
+        """The end of the trainer's log, without the secrets of its rewards."""
         with self._folder.log.open("rb") as file:
             file.seek(max(0, self._folder.log.stat().st_size - LOG_TAIL_BYTES))
             return self._redact(file.read().decode(errors="replace"))
 
 
 def kill_leftover(folder: AttemptFolder) -> bool:
-    """Kill the trainer that a dead worker left in ``folder``, if that very process still runs.
+    """Kill the trainer that a dead worker left in ``folder``, if the same process still runs.
 
     Returns:
-        Whether there was one.
+        Whether a trainer was killed.
     """
     content = read_if_there(folder.trainer)
     if content is None:

@@ -1,4 +1,4 @@
-"""The two threads that keep in touch with the service about a lease: heartbeats go out, directives come in."""
+"""The two threads that hold a lease: one sends heartbeats, one receives directives."""
 
 import time
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from collections.abc import Callable
 import structlog
 from pydantic import ValidationError
 
+from dar.client.transport import Backoff
 from dar.errors import DARError
 from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
-from worker.api import Backoff, WorkerClient
+from worker.api import WorkerClient
 from worker.folders import read_if_there
 from worker.supervisor.state import LOST, AttemptState
 
@@ -17,16 +18,17 @@ log = structlog.get_logger(__name__)
 LOOK_SECONDS = 0.2
 """How often the trainer's progress is read."""
 NEWS_SECONDS = 1.0
-"""Shortest pause between two heartbeats that are sent because the phase changed."""
+"""Shortest pause before a heartbeat that a change of phase causes."""
 
 
 class Heartbeats:
     """Renews a lease until the attempt is over; `run` is the body of its thread.
 
-    A change of phase or message is sent within a second, so that a user sees at once that a job waits for rewards.
+    A change of phase or message is sent within a second, so that a user sees at once that a job
+    waits for rewards.
 
     Args:
-        interval_seconds: Longest pause; never over a quarter of the lease's time to live.
+        interval_seconds: Longest pause; at most a quarter of the lease's time to live.
     """
 
     def __init__(self, state: AttemptState, client: WorkerClient, interval_seconds: float) -> None:
@@ -35,22 +37,21 @@ class Heartbeats:
         self._interval = min(interval_seconds, state.lease.ttl_seconds / 4)
 
     def run(self) -> None:
-        """Renew until the attempt is over."""
         while not self._state.over.is_set():
             sent = self._send()
             self._await_next(sent)
 
     def _send(self) -> AttemptProgress:
-        """Send one heartbeat, however often it takes; the progress is the newest at each try."""
-        lease, said = self._state.lease, [self.progress()]
+        """Send one heartbeat, repeated until it succeeds, each time with the newest progress."""
+        lease, sent = self._state.lease, [self.progress()]
 
         def beat() -> None:
-            said[0] = self.progress()
-            heartbeat = Heartbeat(attempt=lease.attempt, progress=said[0])
+            sent[0] = self.progress()
+            heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0])
             self._client.heartbeat(lease.lease_id, heartbeat)
 
         self._client.persist(beat, "heartbeat", longest=self._interval)
-        return said[0]
+        return sent[0]
 
     def _await_next(self, sent: AttemptProgress) -> None:
         start = time.monotonic()
@@ -64,7 +65,6 @@ class Heartbeats:
                     return
 
     def progress(self) -> AttemptProgress:
-        """What the trainer does now."""
         content = read_if_there(self._state.folder.progress)
         if content is None:
             return self._state.first_progress
@@ -76,10 +76,10 @@ class Heartbeats:
 
 
 class DirectiveListener:
-    """Listens for what the service wants of an attempt; `run` is the body of its thread.
+    """Polls the service for directives to an attempt; `run` is the body of its thread.
 
     Args:
-        client: Its own, closed at the end: a long poll may outlast the attempt by its waiting time.
+        client: A client of its own, closed at the end. A long poll may outlast the attempt.
         take_result: Called with each result of a reward request.
     """
 
@@ -94,7 +94,7 @@ class DirectiveListener:
         self._take_result = take_result
 
     def run(self) -> None:
-        """Listen until the attempt is over. After an outage the service is asked again within two seconds."""
+        """Poll until the attempt is over; after an outage, again within two seconds."""
         with self._client:
             self._listen()
 

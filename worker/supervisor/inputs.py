@@ -1,4 +1,4 @@
-"""Brings an attempt's files to this machine: resumable, and verified by SHA-256."""
+"""Downloads an attempt's files to this machine: resumable, and verified by SHA-256."""
 
 import hashlib
 import shutil
@@ -18,19 +18,19 @@ log = structlog.get_logger(__name__)
 
 Answer = TypeVar("Answer")
 VERIFY_ATTEMPTS = 3
-SPARE_BYTES = 256 * 1024**2
-"""Room on the disk that fetching must leave."""
+RESERVED_BYTES = 256 * 1024**2
+"""Free disk space that a download must leave."""
 
 
 class InputError(DARError):
-    """An input cannot be brought here: it is altered, oddly named, or there is no room."""
+    """An input cannot be downloaded: it is altered, wrongly named, or the disk is full."""
 
     code = "input_failed"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalInputs:
-    """Where the files of an attempt lie."""
+    """Paths of an attempt's files on this machine."""
 
     training_file: Path | None
     """None: the job names a data set of the hub."""
@@ -40,11 +40,11 @@ class LocalInputs:
     adapters: tuple[Path, ...]
     resume_from: Path | None
     reward_models: Mapping[str, Path] = field(default_factory=dict)
-    """By component name; those that are not here come from the hub."""
+    """By component name; the others come from the hub."""
 
 
 def local_model(lease: Lease, models_path: Path) -> Path | None:
-    """The folder of the job's model on this machine, if it need not be fetched."""
+    """The folder of the job's model on this machine; None: it must be downloaded."""
     if lease.model.kind != "folder" or lease.model.checkpoint_id is not None:
         return None
     folder = safe_path(models_path, lease.model.name)
@@ -52,21 +52,21 @@ def local_model(lease: Lease, models_path: Path) -> Path | None:
 
 
 def folder_reward_models(lease: Lease) -> dict[str, str]:
-    """The reward models of the job that are folders under a models directory, by component name."""
+    """The job's reward models that are folders under a models directory, by component name."""
     rewards = lease.spec.dar.rewards
     components = () if rewards is None else rewards.components
     return {c.name: c.model for c in components if c.model is not None and "/" not in c.model}
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """``folder / name`` for a name that stays inside.
+    """``folder / name``, for a name that stays inside the folder.
 
     Raises:
-        InputError: It would not.
+        InputError: It leaves the folder.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or any(part in {"..", "."} for part in parts):
-        raise InputError(f"the service named an input {name!r}, which is no path inside a folder")
+        raise InputError(f"the service named an input {name!r}, which is not a path in a folder")
     return folder.joinpath(*parts)
 
 
@@ -86,20 +86,20 @@ class InputFetcher:
         self._folder = state.folder.inputs
 
     def fetch(self) -> LocalInputs:
-        """Bring everything that is not here yet; waits for a service that is away.
+        """Download all files that are missing; waits while the service is unreachable.
 
         Raises:
-            InputError: A file cannot be brought here.
-            GaveUpError: The attempt is to stop.
-            DARError: The service refuses.
+            InputError: A file cannot be downloaded.
+            GaveUpError: The attempt must stop.
+            DARError: The service rejects the request.
         """
         lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
         files = self._persist(lambda: self._client.inputs(lease_id).files, "inputs")
         reward_models = self._reward_models()
-        lies_here = [f"{REWARD_MODELS}/{name}/" for name in self._local_rewards()]
+        local = [f"{REWARD_MODELS}/{name}/" for name in self._local_rewards()]
         if here is not None:
-            lies_here.append("model/")
-        wanted = [file for file in files if not file.name.startswith(tuple(lies_here))]
+            local.append("model/")
+        wanted = [file for file in files if not file.name.startswith(tuple(local))]
         self._check_room(sum(file.bytes for file in wanted))
         for file in wanted:
             self._fetch_one(file)
@@ -129,13 +129,13 @@ class InputFetcher:
         )
 
     def _local_rewards(self) -> dict[str, Path]:
-        """Reward models that need not be fetched."""
+        """Reward models that are on this machine already."""
         named = folder_reward_models(self._lease).items()
         places = {name: safe_path(self._models_path, model) for name, model in named}
         return {name: place for name, place in places.items() if place.is_dir()}
 
     def _reward_models(self) -> dict[str, Path]:
-        """Where each reward model lies once everything is fetched."""
+        """Path of each reward model once everything is downloaded."""
         fetched = {
             name: self._folder / REWARD_MODELS / name for name in folder_reward_models(self._lease)
         }
@@ -149,10 +149,10 @@ class InputFetcher:
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self._folder).free
-        if free < needed + SPARE_BYTES:
+        if free < needed + RESERVED_BYTES:
             raise InputError(
                 f"{self._folder} has {free:,} bytes free, but the job's inputs need {needed:,} and "
-                f"{SPARE_BYTES:,} must stay: make room on this worker"
+                f"{RESERVED_BYTES:,} must stay: make room on this worker"
             )
 
     def _fetch_one(self, file: InputFile) -> None:

@@ -1,41 +1,43 @@
-"""What the service is told about an attempt that has ended: a pure function of how it ended."""
+"""What a worker reports when an attempt ends, as a pure function of how the trainer ended."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from dar.errors import DARError
 from dar.protocol.worker import Fail, Release
-from worker.launch import ExitCode, Result
+from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
 Reason = Literal["cancel", "pause", "drain"]
 
 MESSAGE_LENGTH = 8000
-"""What `Fail.message` may hold."""
+"""Longest `Fail.message`."""
 OUT_OF_MEMORY_HINT = (
-    "The usual reason is that the machine ran out of memory: use a smaller batch_size, dar_k, max_new_tokens or model, "
-    "or give the worker more memory."
+    "The usual reason is that the machine ran out of memory: use a smaller batch_size, dar_k, "
+    "max_new_tokens or model, or give the worker more memory."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The trainer trained to the end; what it made must arrive before the job succeeds."""
+    """The trainer finished; its rows and checkpoints must arrive before the job succeeds."""
 
     last_seq: int
 
 
-Verdict = Finished | Fail | Release
+AttemptEnd = Finished | Fail | Release
 
 
-def judge(attempt: int, ended: TrainerExit, result: Result | None, asked: Reason | None) -> Verdict:
-    """What became of an attempt.
+def judge(
+    attempt: int, ended: TrainerExit, result: TrainerResult | None, asked: Reason | None
+) -> AttemptEnd:
+    """What to report about an attempt.
 
     Args:
         attempt: Its number.
-        ended: How its trainer's process ended.
-        result: What the trainer said of it; None when it could not.
-        asked: What the trainer was asked to do.
+        ended: How the process of its trainer ended.
+        result: The trainer's own report; None if it could not write one.
+        asked: Why the trainer was ordered to stop; None: it was not.
     """
     if ended.code == ExitCode.FINISHED and result is not None:
         return Finished(result.last_seq)
@@ -71,7 +73,7 @@ def judge(attempt: int, ended: TrainerExit, result: Result | None, asked: Reason
 
 
 def crash(ended: TrainerExit) -> str:
-    """A crash in words, with the end of the trainer's log."""
+    """A message about a crash, with the end of the trainer's log."""
     how = f"exit code {ended.code}" if ended.signal_name is None else ended.signal_name
     hint = f" {OUT_OF_MEMORY_HINT}" if ended.signal_name == "SIGKILL" else ""
     tail = f"\n{ended.log_tail.strip()}" if ended.log_tail.strip() else ""
@@ -79,7 +81,7 @@ def crash(ended: TrainerExit) -> str:
 
 
 def failure(attempt: int, error: BaseException) -> Fail:
-    """What to say when the worker itself could not go on with the attempt."""
+    """The report when the worker itself could not continue the attempt."""
     code = error.error_code if isinstance(error, DARError) else "worker_error"
-    message = f"the worker could not go on with the attempt: {error}"
+    message = f"the worker could not continue the attempt: {error}"
     return Fail(attempt=attempt, kind="transient", code=code, message=message[:MESSAGE_LENGTH])

@@ -1,4 +1,4 @@
-"""The supervisor's end of later rewards: it announces a trainer's reward requests to the service, and hands results on."""
+"""Asynchronous rewards in the supervisor: announces requests to the service, forwards results."""
 
 import os
 from collections.abc import Callable
@@ -25,18 +25,18 @@ READ_BYTES = 64 * 1024
 
 
 class RewardBridge:
-    """Carries a trainer's notes to the service, all that lie in the pipe together; `run` is the body of its thread.
+    """Sends a trainer's notes to the service, in batches; `run` is the body of its thread.
 
     Args:
-        tell: Passes news on to the trainer; must not block.
+        send_news: Sends news to the trainer; must not block.
     """
 
     def __init__(
-        self, state: AttemptState, client: WorkerClient, tell: Callable[[RewardNews], None]
+        self, state: AttemptState, client: WorkerClient, send_news: Callable[[RewardNews], None]
     ) -> None:
         self._state = state
         self._client = client
-        self._tell = tell
+        self._send_news = send_news
 
     def run(self, descriptor: int) -> None:
         """Read notes from the pipe until the trainer has ended, then close it.
@@ -51,37 +51,37 @@ class RewardBridge:
                 self._pass_on([RewardNote.model_validate_json(line) for line in lines])
 
     def take(self, directive: Directive) -> None:
-        """Hand a result on to the trainer."""
+        """Forward a result to the trainer."""
         assert directive.request_id is not None
-        self._tell(RewardNews(request_id=directive.request_id, result=directive.result))
+        self._send_news(RewardNews(request_id=directive.request_id, result=directive.result))
 
     def _pass_on(self, notes: list[RewardNote]) -> None:
         announced: list[RewardNote] = []
-        said: list[RewardProgress] = []
+        progress: list[RewardProgress] = []
         for note in notes:
             if note.state is not None:
-                said.append(
+                progress.append(
                     RewardProgress(
                         request_id=note.request_id, state=note.state, poll_url=note.poll_url
                     )
                 )
             else:
-                # What was said of a request before it is announced again is no news about the second announcement.
-                if any(one.request_id == note.request_id for one in said):
-                    self._send(announced, said)
+                # A note from before a repeated announcement says nothing about the new one.
+                if any(one.request_id == note.request_id for one in progress):
+                    self._send(announced, progress)
                 announced.append(note)
-            if max(len(announced), len(said)) == MOST_REWARD_REQUESTS:
-                self._send(announced, said)
-        self._send(announced, said)
+            if max(len(announced), len(progress)) == MOST_REWARD_REQUESTS:
+                self._send(announced, progress)
+        self._send(announced, progress)
 
-    def _send(self, announced: list[RewardNote], said: list[RewardProgress]) -> None:
-        """Tell the service, and empty both lists. A trainer waits for its announcements, so they go first."""
+    def _send(self, announced: list[RewardNote], progress: list[RewardProgress]) -> None:
+        """Send and clear both lists; announcements first, because the trainer waits for them."""
         if announced:
             self._announce(announced)
-        if said:
-            self._note(said)
+        if progress:
+            self._note(progress)
         announced.clear()
-        said.clear()
+        progress.clear()
 
     def _announce(self, notes: list[RewardNote]) -> None:
         lease = self._state.lease
@@ -93,11 +93,11 @@ class RewardBridge:
 
         answer = self._client.persist(announce, "announcement", longest=2.0)
         for state in answer.requests:
-            self._tell(RewardNews(request_id=state.request_id, state=state))
+            self._send_news(RewardNews(request_id=state.request_id, state=state))
 
-    def _note(self, said: list[RewardProgress]) -> None:
+    def _note(self, progress: list[RewardProgress]) -> None:
         lease = self._state.lease
-        body = NoteRewardProgress(attempt=lease.attempt, requests=said)
+        body = NoteRewardProgress(attempt=lease.attempt, requests=progress)
         noted = self._client.persist(
             lambda: self._client.note_rewards(lease.lease_id, body), "reward progress", longest=2.0
         )
@@ -106,7 +106,10 @@ class RewardBridge:
 
 
 def _as_of_now(note: RewardNote) -> RewardAnnouncement:
-    """The announcement with its deadline put off by what passed since it was made: a service that is away costs no time."""
+    """The announcement with its deadline extended by the time since it was made.
+
+    So an unreachable service does not shorten the time for the reward.
+    """
     assert note.announcement is not None
     now = datetime.now(UTC)
     late = now - (note.said_at or now)

@@ -1,9 +1,10 @@
-"""Rewards that are remembered on this host, for longer than an attempt.
+"""Caches of rewards on this host that outlive an attempt.
 
-They are removed when their job has succeeded, or when nobody has used them for long: jobs that failed, were cancelled or went on
-elsewhere may come back.
+A job's cache is removed when the job succeeds. Any cache is removed when it was not used for 14
+days, because jobs that failed, were cancelled or moved to another host may come back.
 
-A file is moved away before it is removed: a process that still has it open goes on with it, and no later one finds half of it.
+A folder is renamed before it is removed. A process that still has its files open can continue, and
+no later process finds half of them.
 """
 
 import contextlib
@@ -22,17 +23,17 @@ from dar.settings import Settings
 log = structlog.get_logger(__name__)
 
 KEPT_SECONDS = 14 * 86_400.0
-"""How long a folder stays that nobody has written to; a use is written, too."""
+"""How long an unused folder stays. A use writes to the folder too."""
 GOING = ".going-"
 
 
 @dataclass(frozen=True, slots=True)
 class RewardCaches:
-    """The folders of all slots of this worker's host.
+    """The caches of all slots of this host.
 
     Args:
-        path: Holds them.
-        max_bytes: Of each.
+        path: Folder that holds them.
+        max_bytes: Size limit of each.
     """
 
     path: Path
@@ -40,24 +41,23 @@ class RewardCaches:
 
     @classmethod
     def of(cls, settings: Settings) -> "RewardCaches":
-        """Those of this installation."""
         return cls(settings.work_path / "reward-caches", settings.reward_cache_bytes)
 
     def place_of(self, job_id: str) -> CachePlace:
-        """Where a job's rewards are remembered."""
+        """Where the rewards of a job are cached."""
         return CachePlace(self._folder_of(job_id), self.path, self.max_bytes)
 
     def forget(self, job_id: str) -> None:
-        """Remove what a job alone remembers."""
+        """Remove the cache of one job."""
         self._remove(self._folder_of(job_id))
 
     def sweep(self) -> None:
-        """Remove what was not used for long: of jobs that went on elsewhere, of endpoints that are not named any more."""
-        with contextlib.suppress(OSError):  # mostly as nothing was ever remembered here
+        """Remove caches that were not used for 14 days."""
+        with contextlib.suppress(OSError):  # usually because no reward was ever cached here
             now = datetime.now(UTC).timestamp()
             for folder in self.path.iterdir():
                 if now - _changed_at(folder) > KEPT_SECONDS:
-                    log.info("removing remembered rewards that nobody uses", folder=str(folder))
+                    log.info("removing unused cached rewards", folder=str(folder))
                     self._remove(folder)
 
     def _folder_of(self, job_id: str) -> Path:
@@ -70,7 +70,7 @@ class RewardCaches:
             try:
                 folder.rename(going)
             except OSError:
-                return  # there is none, or another slot was faster
+                return  # there is none, or another slot renamed it first
         shutil.rmtree(going, ignore_errors=True)
 
 

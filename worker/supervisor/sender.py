@@ -1,4 +1,4 @@
-"""Sends an attempt's spool to the service, in order, for as long as it takes."""
+"""Sends an attempt's spool to the service, in order, through outages."""
 
 import threading
 from collections.abc import Callable
@@ -17,22 +17,24 @@ TakeCheckpoint = Callable[[NewCheckpointRow], None]
 def send_batch(
     reader: SpoolReader, client: WorkerClient, record: AttemptRecord
 ) -> list[SpooledRow]:
-    """Send the next rows and forget those that the service committed.
+    """Send the next rows and acknowledge those that the service committed.
 
     Returns:
-        The rows that were sent; none when the service has all.
+        The rows that were sent; empty when the service has all.
 
     Raises:
-        ConflictError: The service lacks rows that were sent before, or has others under their numbers.
+        ConflictError: The service lacks rows that were sent before, or has others under their
+            numbers.
         SpoolDamagedError: The spool cannot be read.
-        DARError: The service cannot be reached or refuses.
+        DARError: The service cannot be reached or rejects the rows.
     """
     rows = reader.read()
     if rows:
         ack = client.batch(record.lease_id, record.attempt, (row.payload for row in rows))
         if ack.acked_seq < rows[0].seq:
             raise ConflictError(
-                f"the service acknowledges row {ack.acked_seq} of {record.job_id}, but was sent {rows[0].seq}"
+                f"the service acknowledges row {ack.acked_seq} of {record.job_id}, "
+                f"but was sent {rows[0].seq}"
             )
         reader.ack(ack.acked_seq)
     return rows
@@ -42,8 +44,8 @@ class SpoolSender:
     """Sends the spool of a running attempt; `run` is the body of its thread.
 
     Args:
-        take_checkpoint: Called for each published checkpoint once everything said before it is committed.
-        pause_seconds: How long rows may wait for more.
+        take_checkpoint: Called for each published checkpoint once all rows before it are committed.
+        pause_seconds: How long rows may wait for more rows.
     """
 
     def __init__(
@@ -62,13 +64,12 @@ class SpoolSender:
         self._ended = threading.Event()
 
     def finish(self) -> None:
-        """The trainer has ended: `run` returns when everything is sent."""
+        """Make `run` return when everything is sent, because the trainer has ended."""
         self._ended.set()
 
     def run(self) -> None:
-        """Send until everything is sent."""
         while True:
-            is_last = self._ended.is_set()  # asked before looking, so that no row slips in between
+            is_last = self._ended.is_set()  # read before the rows, so that no row is missed
             rows = self._client.persist(
                 lambda: send_batch(self._reader, self._client, self._record), "batch"
             )

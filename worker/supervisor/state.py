@@ -1,4 +1,4 @@
-"""What the threads that look after one attempt know together."""
+"""The state that the threads of one attempt share."""
 
 import threading
 import time
@@ -20,16 +20,16 @@ from worker.folders import AttemptFolder
 log = structlog.get_logger(__name__)
 
 LOST = (FencedError, AuthenticationError, NotFoundError, PermissionDeniedError)
-"""Answers that say that the lease is no longer ours."""
+"""Errors of the service that mean that this worker has lost the lease."""
 
 
 class AttemptState:
     """Flags of one attempt. Each is set once and never cleared.
 
     Args:
-        lease: What the service gave us.
+        lease: The lease from the service.
         folder: The attempt's files.
-        drain: The worker's own flag: it is being stopped.
+        drain: The worker's own flag, set when it stops.
     """
 
     def __init__(self, lease: Lease, folder: AttemptFolder, drain: threading.Event) -> None:
@@ -37,24 +37,25 @@ class AttemptState:
         self.folder = folder
         self.drain = drain
         self.cancel = threading.Event()
-        """The user wants the job cancelled."""
+        """The user cancelled the job."""
         self.pause = threading.Event()
-        """The user wants the job paused."""
+        """The user paused the job."""
         self.lost = threading.Event()
-        """The lease is a successor's: everything stops, nothing is reported."""
+        """Another attempt holds the lease: everything stops, and nothing is reported."""
         self.reporting = threading.Event()
-        """The outcome is being reported: the lease ends, and who hears that first is not surprised."""
+        """The end is being reported. It ends the lease, so other threads may see lease errors
+        now."""
         self.over = threading.Event()
-        """The outcome was reported, or never will be."""
+        """The end was reported, or never will be."""
         self.failure: BaseException | None = None
-        """Why the attempt cannot go on, if one of its threads found that out."""
+        """The error of a thread because of which the attempt cannot continue."""
         self.first_progress = AttemptProgress(phase="starting", step=0)
-        """What is shown until the trainer speaks."""
+        """The progress to report until the trainer reports its own."""
         self.gives_up_at: float | None = None
-        """Monotonic instant after which nobody waits for the service any more."""
+        """Monotonic time after which calls to the service are not repeated."""
 
     def is_given_up(self) -> bool:
-        """Whether calls are not to be repeated any more."""
+        """Whether calls to the service are no longer repeated."""
         return (
             self.lost.is_set()
             or self.over.is_set()
@@ -62,7 +63,7 @@ class AttemptState:
         )
 
     def must_stop(self) -> bool:
-        """Whether the attempt should not go on, whatever the reason."""
+        """Whether there is any reason to stop the attempt."""
         return (
             self.cancel.is_set()
             or self.pause.is_set()
@@ -72,13 +73,13 @@ class AttemptState:
         )
 
     def lose(self, error: DARError) -> None:
-        """Drop the attempt: the service says that it is not ours."""
+        """Stop the attempt, because this worker has lost its lease."""
         if not self.lost.is_set() and not self.over.is_set():
             log.warning("lease lost", lease=self.lease.lease_id, error=error.message)
             self.lost.set()
 
     def spawn(self, name: str, work: Callable[[], None]) -> threading.Thread:
-        """Run ``work`` in a thread; how it ends badly is remembered here."""
+        """Run ``work`` in a thread; an exception of it is stored in `failure`."""
 
         def run() -> None:
             try:
@@ -90,7 +91,9 @@ class AttemptState:
                     self.lose(error)
             except Exception as error:  # outermost frame of a thread: the attempt ends with it
                 if not self.over.is_set():
-                    log.warning("attempt cannot go on", part=name, error=str(error), exc_info=True)
+                    log.warning(
+                        "attempt cannot continue", part=name, error=str(error), exc_info=True
+                    )
                     self.failure = error
 
         thread = threading.Thread(target=run, name=f"{name}-{self.lease.lease_id}", daemon=True)

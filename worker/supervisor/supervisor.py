@@ -1,8 +1,9 @@
-"""Carries one attempt from its lease to its outcome.
+"""Runs one attempt, from its lease to the report of how it ended.
 
-The thread that calls `Supervisor.run` starts the trainer and waits for it. Beside it run four threads: heartbeats,
-directives, the sender of the spool and the uploader of checkpoints. At the end the order is: every row acknowledged, every
-checkpoint committed, then the outcome; so a job that has succeeded is all there.
+The thread that calls `Supervisor.run` starts the trainer and waits for it. Five more threads run
+beside it: heartbeats, directives, the sender of the spool, the uploader of checkpoints and the
+bridge for reward requests. At the end all rows are acknowledged first, then all checkpoints
+committed, then the end is reported. So a job that has succeeded is complete.
 """
 
 import math
@@ -20,13 +21,13 @@ from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder, read_if_there
-from worker.launch import ExitCode, Launch, Result
+from worker.launch import ExitCode, Launch, TrainerResult
 from worker.spool import SpoolReader
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
 from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
 from worker.supervisor.inputs import InputFetcher, LocalInputs
-from worker.supervisor.outcome import Finished, Reason, Verdict, failure, judge
+from worker.supervisor.outcome import AttemptEnd, Finished, Reason, failure, judge
 from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
@@ -37,29 +38,28 @@ log = structlog.get_logger(__name__)
 
 TRAINER_COMMAND = (sys.executable, "-m", "worker.attempt")
 LOOK_SECONDS = 0.05
-LAST_WORD_SECONDS = 5.0
-"""How long it then tries to report the outcome; without it the next start of the worker frees the job."""
+LAST_REPORT_SECONDS = 5.0
+"""How long a stopping worker tries to report the end; else its next start frees the job."""
 CANCELLED_ROWS_SECONDS = 2.0
-"""How long a cancellation waits for the last rows; they are sent afterwards in any case."""
-
+"""How long a cancellation waits for the last rows; `worker.cleanup` sends the rest afterwards."""
 
 RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
     "cancel": "cancelled",
     "pause": "paused",
     "drain": "drained",
 }
-"""Why an attempt is given back that was asked to stop before there was a trainer."""
+"""Release reasons of an attempt that is stopped before its trainer starts."""
 
 
 class Supervisor:
     """Runs one attempt.
 
     Args:
-        settings: This installation's.
+        settings: Settings of this installation.
         lease: The job to run.
-        folder: The slot's.
-        drain: Set when the worker is being stopped.
-        command: The trainer's command line.
+        folder: Folder of the slot.
+        drain: Set when the worker stops.
+        command: Command line of the trainer.
     """
 
     def __init__(
@@ -101,35 +101,33 @@ class Supervisor:
         )
 
     def run(self) -> None:
-        """Run the attempt to its end. What goes wrong is reported to the service, not raised."""
+        """Run the attempt until it ends. Failures are reported to the service, not raised."""
         context = {"job": self._lease.job_id, "attempt": self._lease.attempt}
         log.info("attempt begins", **context)
-        verdict: Verdict | None = None
+        end: AttemptEnd | None = None
         try:
-            verdict = self._execute_or_fail()
-            if verdict is not None:
-                self._report(verdict)
+            end = self._execute_or_fail()
+            if end is not None:
+                self._report(end)
         except GaveUpError:
-            log.warning("outcome not reported", **context)
+            log.warning("end of attempt not reported", **context)
         except LOST as error:
             self._state.lose(error)
         finally:
             self._state.over.set()
             self._client.close()
-            self._tidy(verdict)
-            log.info("attempt ends", verdict=repr(verdict)[:500], **context)
+            self._tidy(end)
+            log.info("attempt ends", end=repr(end)[:500], **context)
 
-    def _execute_or_fail(self) -> Verdict | None:
+    def _execute_or_fail(self) -> AttemptEnd | None:
         try:
             self._folder.create(self._record)
             self._spawn_messengers()
             return self._execute()
         except (GaveUpError, *LOST):
             raise
-        except (
-            Exception
-        ) as error:  # outermost frame of an attempt: whatever it is, the job must go on elsewhere
-            log.exception("attempt cannot go on")
+        except Exception as error:  # outermost frame of an attempt: the job must continue elsewhere
+            log.exception("attempt cannot continue")
             return failure(self._lease.attempt, error)
 
     def _spawn_messengers(self) -> None:
@@ -139,16 +137,16 @@ class Supervisor:
         self._state.spawn("directives", listener.run)
 
     def _hand_on(self, result: Directive) -> None:
-        # None before the trainer has announced anything, so that there are no results either.
+        # None before the trainer has announced a request; then there are no results either.
         if self._bridge is not None:
             self._bridge.take(result)
 
-    def _execute(self) -> Verdict | None:
-        """Fetch, train, send; None when the lease is lost."""
+    def _execute(self) -> AttemptEnd | None:
+        """Fetch, train, send; None if the lease is lost."""
         try:
             inputs = InputFetcher(self._state, self._client, self._settings.models_path).fetch()
         except GaveUpError:
-            return self._verdict_without_trainer()
+            return self._end_without_trainer()
         except LOST:
             raise
         except DARError as error:
@@ -158,7 +156,7 @@ class Supervisor:
             return None
         return self._judge(ended)
 
-    def _verdict_without_trainer(self) -> Verdict | None:
+    def _end_without_trainer(self) -> AttemptEnd | None:
         if self._state.lost.is_set():
             return None
         if self._state.failure is not None:
@@ -178,7 +176,7 @@ class Supervisor:
         uploader = self._state.spawn("uploader", self._uploader.run)
         trainer = TrainerProcess(self._command, self._folder, launch, environment)
         log.info("trainer started", pid=trainer.pid)
-        bridge = self._bridge = RewardBridge(self._state, self._new_client(), trainer.tell)
+        bridge = self._bridge = RewardBridge(self._state, self._new_client(), trainer.send_news)
         self._state.spawn("rewards", lambda: bridge.run(trainer.notes))
         try:
             while (ended := trainer.poll()) is None:
@@ -216,7 +214,7 @@ class Supervisor:
     def _deliver(
         self, sender: threading.Thread, uploader: threading.Thread, *, is_finished: bool
     ) -> None:
-        """Wait until all rows and checkpoints have arrived, or nobody may wait any more."""
+        """Wait until all rows and checkpoints have arrived or the time for it is over."""
         is_cancelled = self._stopping.asked == "cancel" and not is_finished
         until = time.monotonic() + CANCELLED_ROWS_SECONDS if is_cancelled else math.inf
         self._sender.finish()
@@ -228,31 +226,32 @@ class Supervisor:
         while thread.is_alive() and time.monotonic() < until:
             thread.join(LOOK_SECONDS)
             if self._state.drain.is_set() and self._state.gives_up_at is None:
-                self._state.gives_up_at = self._stopping.last_call()
+                self._state.gives_up_at = self._stopping.sends_until()
 
-    def _judge(self, ended: TrainerExit) -> Verdict:
+    def _judge(self, ended: TrainerExit) -> AttemptEnd:
         if self._state.failure is not None:
             return failure(self._lease.attempt, self._state.failure)
         content = read_if_there(self._folder.result)
-        result = None if content is None else Result.model_validate_json(content)
+        result = None if content is None else TrainerResult.model_validate_json(content)
         return judge(self._lease.attempt, ended, result, self._stopping.asked)
 
-    def _report(self, verdict: Verdict) -> None:
-        said = self._complete(verdict) if isinstance(verdict, Finished) else verdict
-        self._state.gives_up_at = (
-            None  # what was spent on rows and checkpoints leaves time for this
-        )
+    def _report(self, end: AttemptEnd) -> None:
+        report = self._complete(end) if isinstance(end, Finished) else end
+        # The limit for rows and checkpoints does not apply to this report.
+        self._state.gives_up_at = None
         self._state.reporting.set()
         outcome = self._client.persist(
-            lambda: self._client.end(self._lease.lease_id, said), "outcome", give_up=self._is_late
+            lambda: self._client.end(self._lease.lease_id, report),
+            "end of attempt",
+            give_up=self._is_late,
         )
-        log.info("outcome reported", job=self._lease.job_id, status=outcome.status)
-        if outcome.status == "succeeded":  # any other end can be followed by a resume
+        log.info("end of attempt reported", job=self._lease.job_id, status=outcome.status)
+        if outcome.status == "succeeded":  # after any other end the job may be resumed
             self._caches.forget(self._lease.job_id)
 
     def _is_late(self) -> bool:
         if self._state.drain.is_set() and self._state.gives_up_at is None:
-            self._state.gives_up_at = time.monotonic() + LAST_WORD_SECONDS
+            self._state.gives_up_at = time.monotonic() + LAST_REPORT_SECONDS
         return self._state.is_given_up()
 
     def _complete(self, finished: Finished) -> Complete | Fail:
@@ -261,7 +260,8 @@ class Supervisor:
             if self._state.is_given_up():
                 raise GaveUpError("complete")
             error = DARError(
-                f"the trainer said that it finished, but published no checkpoint of step {self._lease.total_steps}",
+                "the trainer reported success, but published no checkpoint of step "
+                f"{self._lease.total_steps}",
                 code="checkpoint_missing",
             )
             return failure(self._lease.attempt, error)
@@ -271,9 +271,9 @@ class Supervisor:
             checkpoint_id=checkpoint_id,
         )
 
-    def _tidy(self, verdict: Verdict | None) -> None:
-        """Remove what nobody needs any more; unsent rows stay, and are sent with the worker's own key."""
-        if isinstance(verdict, Fail):
+    def _tidy(self, end: AttemptEnd | None) -> None:
+        """Remove files that are no longer needed; unsent rows stay for `worker.cleanup`."""
+        if isinstance(end, Fail):
             self._slot_folder.keep_log(self._folder, self._record)
         self._folder.strip()
         self._caches.sweep()

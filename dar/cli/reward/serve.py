@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from dar.cli.launch import require
 from dar.errors import ConfigurationError
+from dar.processes import require
 from dar.settings import load_settings
 
 TARGET = "MODULE:FUNCTION"

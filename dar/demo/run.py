@@ -1,11 +1,16 @@
 """``dar demo``: a real job through the real system, on the public API only, in about two minutes.
 
-What happens, in order: everything is started (`dar up`) and a base model is made, once, from random weights; a reward
-service is started that likes pleased reviews (or balanced brackets); prompts are uploaded and a job is submitted with that
-service's URL; the job is followed over REST; its weights are downloaded, loaded and sampled; base and result are scored by the
-same service, or, where the optimum is known, compared with it.
+The steps, in order:
+
+1. Start everything (`dar up`), and train a base model from random weights if there is none yet.
+2. Start a reward service that prefers pleased reviews (or balanced brackets).
+3. Upload prompts and submit a job with the URL of that service. Follow the job over REST.
+4. Download the weights and sample them.
+5. Score the base model and the result with the same service. For brackets, compare both with the
+   known optimum.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -13,43 +18,44 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-from dar.cli.launch import require
-from dar.cli.up import free_port
 from dar.client import Client
 from dar.demo import brackets
-from dar.demo.screen import Scores, Screen, show_next, show_samples
-from dar.demo.session import Session, StartedProcess, Stopwatch
+from dar.demo.screen import DemoScreen, Scores, show_next, show_samples
 from dar.demo.tasks import BRACKETS, REVIEWS, DemoTask
 from dar.errors import DARError, TrainingError
+from dar.processes import Child, Processes, answers, free_port, require
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scoring.scorer import scorer_from_functions
-from dar.settings import Settings, load_settings
+from dar.settings import environment, load_settings
 
+START_SECONDS = 90.0
+STOP_SECONDS = 600.0
 SAMPLES_PER_PROMPT = 6
 LEAST_RISE = 0.4
-"""The reviews demo has failed when the mean reward of fresh samples rose by less."""
+"""The reviews demo fails when the mean reward of fresh samples rises by less."""
 
 
 def base_folder(cache_home: Path, task: DemoTask = REVIEWS) -> Path:
-    """Where this version's base model is kept: a change to what makes it gives it another folder."""
+    """Where the base model is cached; a change of the code that makes it changes the folder."""
     digest = hashlib.sha256(" ".join(task.base_command).encode())
     for name in task.sources:
-        digest.update((files("dar.training") / name).read_bytes())
+        digest.update((files("dar.training.demo") / name).read_bytes())
     return cache_home / "dar" / "demo" / digest.hexdigest()[:16]
 
 
-def make_base(screen: Screen, folder: Path, task: DemoTask = REVIEWS) -> None:
-    """Make the base model, unless it is there.
+def make_base(screen: DemoScreen, folder: Path, task: DemoTask = REVIEWS) -> None:
+    """Make the base model unless the folder exists.
 
     Raises:
-        TrainingError: It could not be made.
+        TrainingError: The process that makes it failed.
     """
     if folder.is_dir():
         screen.done("base model", f"from {folder}")
@@ -62,7 +68,7 @@ def make_base(screen: Screen, folder: Path, task: DemoTask = REVIEWS) -> None:
     screen.done("base model", f"made in {time.monotonic() - started:.0f} s, kept in {folder}")
 
 
-def _make_base(screen: Screen, folder: Path, task: DemoTask) -> None:
+def _make_base(screen: DemoScreen, folder: Path, task: DemoTask) -> None:
     command = [sys.executable, "-m", "dar.training.demo", *task.base_command]
     with (
         screen.bar("base model", task.base_steps) as bar,
@@ -78,18 +84,18 @@ def _make_base(screen: Screen, folder: Path, task: DemoTask) -> None:
 
 
 def install_model(base: Path, models: Path, task: DemoTask) -> None:
-    """Put the base model where jobs find it."""
+    """Copy the base model to the folder of models that jobs may name."""
     target = models / task.model
     if target.is_dir():
         shutil.rmtree(target)
     shutil.copytree(base / "model", target)
 
 
-def follow(screen: Screen, client: Client, job_id: str, steps: int) -> Job:
-    """Watch a job to its end over REST.
+def follow(screen: DemoScreen, client: Client, job_id: str, steps: int) -> Job:
+    """Show the progress of a job until it ends.
 
     Raises:
-        TrainingError: It did not succeed.
+        TrainingError: The job did not succeed.
     """
     cursor: str | None = None
     reward = ""
@@ -113,7 +119,7 @@ def follow(screen: Screen, client: Client, job_id: str, steps: int) -> Job:
 
 
 def sample(folders: Sequence[Path], prompts: Sequence[str]) -> list[list[list[str]]]:
-    """Completions of each prompt by each model, with the same seed; loaded by transformers alone."""
+    """Sample completions of each prompt from each model, with one seed and transformers alone."""
     command = [
         sys.executable,
         "-m",
@@ -132,7 +138,7 @@ def sample(folders: Sequence[Path], prompts: Sequence[str]) -> list[list[list[st
 
 
 def score(url: str, secret: str, prompts: Sequence[str], completions: list[list[str]]) -> Scores:
-    """Have the reward service score completions, as a job would.
+    """Score completions with the reward service, as a job would.
 
     Raises:
         DARError: A completion got no reward.
@@ -160,27 +166,71 @@ def score(url: str, secret: str, prompts: Sequence[str], completions: list[list[
     return Scores(completions, rewards)
 
 
-def start_all(session: Session, settings: Settings) -> tuple[str, StartedProcess]:
-    """Start service, Valkey and worker on a free port; returns the service's URL and what to wait for."""
-    port = free_port()
-    command = [sys.executable, "-m", "dar.cli", "up", "--home", str(settings.home)]
-    return f"http://127.0.0.1:{port}", session.start("demo-up", [*command, "--port", str(port)])
+class Stopwatch:
+    """Wall time of the whole demo and of named parts."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._parts: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._parts[name] = time.monotonic() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part and in ``total``, rounded to a tenth."""
+        parts = {**self._parts, "total": time.monotonic() - self._started}
+        return {name: round(value, 1) for name, value in parts.items()}
 
 
-def start_reward_service(session: Session, task: DemoTask) -> str:
+def start(processes: Processes, home: Path, name: str, *command: str) -> None:
+    """Start ``python -m command`` in the home folder."""
+    processes.start(
+        Child(
+            name=name,
+            command=[sys.executable, "-m", *command],
+            environment=environment(home=home),
+            log=home / "logs" / f"{name}.log",
+            stop_seconds=STOP_SECONDS,
+        )
+    )
+
+
+def wait_for(processes: Processes, name: str, url: str) -> None:
+    """Wait until a GET of ``url`` returns 200.
+
+    Raises:
+        ServiceUnavailableError: The process ended or took too long.
+    """
+    processes.wait_until(partial(answers, url), name, START_SECONDS, _sleep)
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
+
+def start_stack(processes: Processes, home: Path) -> str:
+    """Start service, Valkey and worker on a free port; returns the URL of the service."""
+    port = str(free_port())
+    start(processes, home, "demo-up", "dar.cli", "up", "--home", str(home), "--port", port)
+    return f"http://127.0.0.1:{port}"
+
+
+def start_reward_service(processes: Processes, home: Path, task: DemoTask) -> str:
     """Start the demo's reward service and wait for it; returns its URL."""
-    port = free_port()
-    command = [sys.executable, "-m", "dar.demo.reward", "--port", str(port)]
-    command += ["--task", task.name]
-    started = session.start("demo-reward", command)
-    session.wait_for(f"http://127.0.0.1:{port}/healthz", started)
+    port = str(free_port())
+    start(processes, home, "demo-reward", "dar.demo.reward", "--port", port, "--task", task.name)
+    wait_for(processes, "demo-reward", f"http://127.0.0.1:{port}/healthz")
     return f"http://127.0.0.1:{port}/score"
 
 
 def train(
-    screen: Screen, client: Client, prompts_file: Path, reward_url: str, task: DemoTask
+    screen: DemoScreen, client: Client, prompts_file: Path, reward_url: str, task: DemoTask
 ) -> Job:
-    """Upload the prompts, submit the job, follow it to its end."""
+    """Upload the prompts, submit the job and follow it until it ends."""
     file = client.files.create(prompts_file)
     component = {"name": task.reward, "kind": "http", "url": reward_url}
     job = client.jobs.create(
@@ -198,36 +248,36 @@ def train(
     return job
 
 
-def download(screen: Screen, client: Client, job: Job, folder: Path) -> None:
-    """Fetch the weights of the newest checkpoint."""
+def download(screen: DemoScreen, client: Client, job: Job, folder: Path) -> None:
+    """Download the weights of the newest checkpoint."""
     checkpoint = next(iter(client.checkpoints.list(job.id)))
     client.checkpoints.download(job.id, checkpoint.id, folder)
     screen.done("downloaded", f"step {checkpoint.step_number} → {folder}")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a demo has shown."""
+class DemoResult:
+    """What a demo found."""
 
-    verdict: str
+    summary: str
     is_good: bool
     expected: str
     facts: dict[str, object]
-    """For ``--json``, beside what every demo tells."""
+    """Fields of ``--json`` besides those of every demo."""
 
 
 def compare(
-    screen: Screen, folders: Sequence[Path], prompts_file: Path, reward_url: str, secret: str
-) -> Outcome:
-    """Sample both models on the same prompts and have the reward service score what they say."""
+    screen: DemoScreen, folders: Sequence[Path], prompts_file: Path, reward_url: str, secret: str
+) -> DemoResult:
+    """Sample both models on the same prompts and score the samples with the reward service."""
     prompts = [json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()]
     before, after = (
         score(reward_url, secret, prompts, completions) for completions in sample(folders, prompts)
     )
     show_samples(screen, prompts, before, after)
     rise = after.mean - before.mean
-    return Outcome(
-        verdict=f"the mean reward of fresh samples rose by {rise:.2f}",
+    return DemoResult(
+        summary=f"the mean reward of fresh samples rose by {rise:.2f}",
         is_good=rise > LEAST_RISE,
         expected=f"more than {LEAST_RISE} was expected",
         facts={"reward_before": round(before.mean, 4), "reward_after": round(after.mean, 4)},
@@ -235,19 +285,19 @@ def compare(
 
 
 def compare_exactly(
-    screen: Screen, folders: Sequence[Path], rewards: Sequence[float], task: DemoTask
-) -> Outcome:
+    screen: DemoScreen, folders: Sequence[Path], rewards: Sequence[float], task: DemoTask
+) -> DemoResult:
     """Compare both models with the optimum, which is known for brackets."""
-    verdict = brackets.judge(folders, task.spec["hyperparameters"])
-    brackets.show(screen, rewards, verdict)
-    exact = {name: round(value, 4) for name, value in verdict.after.items()}
-    return Outcome(
-        verdict=str(verdict),
-        is_good=verdict.is_near,
+    compared = brackets.compare(folders, task.spec["hyperparameters"])
+    brackets.show(screen, rewards, compared)
+    exact = {name: round(value, 4) for name, value in compared.after.items()}
+    return DemoResult(
+        summary=str(compared),
+        is_good=compared.is_near,
         expected=f"a reward within {brackets.MOST_REWARD_OFF} of the optimum's and at most "
         f"{brackets.MOST_KL_OFF} nats were expected",
         facts={
-            "reward_before": round(verdict.before["reward"], 4),
+            "reward_before": round(compared.before["reward"], 4),
             "reward_after": exact["reward"],
             "exact": exact,
         },
@@ -255,72 +305,73 @@ def compare_exactly(
 
 
 def run(*, home: Path | None, as_json: bool, task: DemoTask = REVIEWS) -> None:
-    """Run the demo; raises when training did not reach what it should.
+    """Run the demo.
 
     Raises:
-        TrainingError: It did not.
+        TrainingError: Training did not reach the expected result.
     """
     for package, module in (("service", "fastapi"), ("worker", "torch")):
         require(package, module)
     watch = Stopwatch()
     settings = load_settings(home=home)
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    screen = Screen()
+    screen = DemoScreen()
     screen.introduce(task.introduction)
     base = base_folder(settings.cache_home, task)
-    with Session(settings.home) as session:
-        url, stack = start_all(session, settings)
+    home = settings.home
+    with Processes(screen.note) as processes:
+        url = start_stack(processes, home)
         with watch.part("base"):
             make_base(screen, base, task)
         install_model(base, settings.models_path, task)
-        session.wait_for(f"{url}/readyz", stack)
-        reward_url = start_reward_service(session, task)
+        wait_for(processes, "demo-up", f"{url}/readyz")
+        reward_url = start_reward_service(processes, home, task)
         screen.done(
             "processes", f"service, Valkey, worker at {url}; reward service at {reward_url}"
         )
         key = settings.secret_from(settings.api_key, "api_key")
         secret = settings.secret_from(settings.reward_secret, "reward_secret")
-        assert secret is not None  # the service has made it before it was ready
+        assert secret is not None  # the service writes the file before it is ready
         with Client(api_key=key, base_url=url) as client:
             with watch.part("job"):
                 job = train(screen, client, base / "prompts.jsonl", reward_url, task)
-            weights = settings.home / "demo" / job.id
+            weights = home / "demo" / job.id
             download(screen, client, job, weights)
             rewards = brackets.rewards_of(client, job.id)
         folders = [base / "model", weights]
         if task is BRACKETS:
-            outcome = compare_exactly(screen, folders, rewards, task)
+            result = compare_exactly(screen, folders, rewards, task)
         else:
-            outcome = compare(screen, folders, base / "prompts.jsonl", reward_url, secret)
+            result = compare(screen, folders, base / "prompts.jsonl", reward_url, secret)
     show_next(screen, settings, job, weights)
-    conclude(screen, outcome, job, weights, watch.seconds(), as_json=as_json)
+    conclude(screen, result, job, weights, watch.seconds(), as_json=as_json)
 
 
 def conclude(
-    screen: Screen,
-    outcome: Outcome,
+    screen: DemoScreen,
+    result: DemoResult,
     job: Job,
     weights: Path,
     seconds: dict[str, float],
     *,
     as_json: bool,
 ) -> None:
-    """Say how it went, on stdout too if asked for.
+    """Print the result, with ``as_json`` on stdout too.
 
     Raises:
-        TrainingError: Not as it should.
+        TrainingError: The result is not as expected.
     """
-    verdict = f"{outcome.verdict} (in {seconds['total']:.0f} s)"
-    screen.console.print(f"\n[bold]{verdict}[/bold]", soft_wrap=True)
+    summary = f"{result.summary} (in {seconds['total']:.0f} s)"
+    screen.console.print(f"\n[bold]{summary}[/bold]", soft_wrap=True)
     if as_json:
-        result = {
+        facts = {
             "job_id": job.id,
             "status": job.status,
-            **outcome.facts,
+            **result.facts,
             "steps": job.progress.step,
             "seconds": seconds,
             "checkpoint_dir": str(weights),
         }
-        sys.stdout.write(json.dumps(result) + "\n")
-    if not outcome.is_good:
-        raise TrainingError(f"{verdict}, but {outcome.expected}")
+        sys.stdout.write(json.dumps(facts) + "\n")
+    if not result.is_good:
+        raise TrainingError(f"{summary}, but {result.expected}")
