@@ -117,7 +117,9 @@ def test_a_purge_is_a_revision_and_no_repair(
     live: Any, endpoint: dict[str, Any], error_of: Callable[..., Any]
 ) -> None:
     with live.runtime.database.write() as transaction:
-        reward_endpoints.set_state(transaction, endpoint["id"], "misconfigured")
+        reward_endpoints.set_state(
+            transaction, endpoint["id"], endpoint["revision"], "misconfigured"
+        )
     shown = live.http.post(f"{PATH}/{endpoint['id']}/purge_cache").json()
     assert (shown["revision"], shown["state"], shown["url"]) == (
         2,
