@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback
 
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.metrics import is_reproducible
-from dar.protocol.samples import SampleRow
+from dar.protocol.samples import ReportedSample
 from dar.protocol.spec import JobSpec
 from dar.training import DARConfig, DARTrainer, JobInputs, NullControl, NullSink, train_job
 
@@ -35,7 +35,7 @@ class Recording(NullSink):
         kept = {n: v for n, v in values.items() if is_reproducible(n) and "time/" not in n}
         self.reports.setdefault(step, {}).update(kept)
 
-    def samples(self, step: int, samples: Sequence[SampleRow]) -> None:
+    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         self.completions[step] = [row.completion for row in samples[:8]]
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
