@@ -71,7 +71,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     (model / "config.json").write_text('{"model_type": "llama"}')
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    log = home / "service.http.log"
+    log = home / "service.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "serve", "--port", str(port)],

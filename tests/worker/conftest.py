@@ -84,7 +84,7 @@ class Installation:
 
     def start_service(self, **changes: object) -> None:
         command = ["-m", "service", "serve", "--port", str(self.port)]
-        log = self.home / "logs" / "service.http.log"
+        log = self.home / "logs" / "service.log"
         log.touch()
         before = log.stat().st_size
         if self.port == 0:
