@@ -1,7 +1,6 @@
 """A whole installation in a folder: real Valkey, real service, real worker, real reward service, each its own process."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -28,6 +27,8 @@ from dar.client import Client
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.settings import environment as current_environment
+from fakes import reward_chaos
+from fakes.hostile_server import hostile_server_in_thread
 
 REWARD_SERVICE = '''
 import sys
@@ -259,31 +260,17 @@ def broker_log(installation: Installation) -> Iterator[BrokerLog]:
     log.close()
 
 
-def _module(folder: str, name: str) -> ModuleType:
-    """A module of other tests, by its file: those of the hostile reward service belong to a program as well."""
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / folder / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture
 def hostile_server() -> Iterator[Any]:
     """A reward service that misbehaves, each path in its own way."""
-    names = ("hostile_exchange", "hostile_behaviours", "hostile_server")
-    *_, server = [_module("rewards", name) for name in names]
-    with server.hostile_server_in_thread() as running:
+    with hostile_server_in_thread() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def chaos() -> ModuleType:
     """A reward service with faults, which are passing."""
-    return _module("training", "reward_chaos")
+    return reward_chaos
 
 
 Answer = Callable[[Mapping[str, str], bytes], tuple[int, Any]]

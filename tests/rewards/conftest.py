@@ -2,15 +2,12 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import socket
 import socketserver
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +22,7 @@ from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, 
 from dar.rewards.base import RequestRecord, RewardContext, RewardResult, RewardSample
 from dar.rewards.http import async_results
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes import hostile_server, later_judges
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TOKEN = "tok-5f0a91c2/7be4+d1"
@@ -241,33 +239,15 @@ async def ask(
         await source.aclose()
 
 
-def _beside(name: str) -> ModuleType:
-    """A module beside this one. It belongs to a program as well, so it is loaded by its file."""
-    if name not in sys.modules:
-        path = Path(__file__).with_name(f"{name}.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def _hostile_server() -> ModuleType:
-    _beside("hostile_exchange")
-    _beside("hostile_behaviours")
-    return _beside("hostile_server")
-
-
 @pytest.fixture
 def hostile_servers() -> ModuleType:
-    return _hostile_server()
+    return hostile_server
 
 
 @pytest.fixture
 def server() -> Iterator[Any]:
     """The hostile server, in a thread, so that what is left in the test's own loop is the client's."""
-    with _hostile_server().hostile_server_in_thread() as running:
+    with hostile_server.hostile_server_in_thread() as running:
         yield running
 
 
@@ -370,4 +350,4 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def judging() -> ModuleType:
     """What reward services do that answer later."""
-    return _beside("later_judges")
+    return later_judges

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import SampleRow
 from dar.training import DARConfig, DARTrainer
 from dar.training.report.sink import Request
+from fakes import reward_chaos
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -216,19 +216,10 @@ def train(
     return run
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def chaos() -> ModuleType:
     """`reward_chaos.py`."""
-    return _load("reward_chaos")
+    return reward_chaos
 
 
 @pytest.fixture

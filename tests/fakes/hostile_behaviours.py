@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import orjson
-from hostile_exchange import Exchange, reward_of
+
+from fakes.hostile_exchange import Exchange, reward_of
 
 HANG_SECONDS = 60.0
 RATHER_MUCH = 64 * 1024**2

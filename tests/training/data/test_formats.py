@@ -248,7 +248,7 @@ def test_completions_beside_a_reward_source_are_refused(
 
 
 def test_the_rows_of_the_guide_are_what_it_says() -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    guide = (Path(__file__).parents[3] / "docs" / "guide.md").read_text()
     section = guide.partition("## Data formats")[2].partition("\n## ")[0]
     table = re.findall(r"^\| [^|]+ \| (online|offline).*\| `(\{.*\})` \|$", section, re.MULTILINE)
     assert [kind for kind, _ in table] == ["online"] + ["offline"] * 4

@@ -1,8 +1,7 @@
-"""Training runs of `test_ranks.py` and `test_zero.py`: the same in one process, by import, and in two, as a program."""
+"""Training runs of `test_ranks.py` and `test_deepspeed.py`: the same in one process, by import, and in two, as a program."""
 
 import asyncio
 import gc
-import importlib.util
 import json
 import os
 import socket
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,8 +29,10 @@ from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import Request, StopRequestedError
 from dar.training.step import parts
+from fakes import reward_chaos as chaos
 
-TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
+TESTS = Path(__file__).parents[2]
+TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
 PATIENCE = 6
 """Seconds that torch lets a process wait inside a collective; a reward may take longer."""
 PROMPTS = [
@@ -78,18 +78,6 @@ async def late(completions: list[str], **_: Any) -> list[float | None]:
     rewards = share_of_w40(completions)
     await asyncio.sleep(0.02 * (len(completions[0]) % 7))
     return [None if len(completions[0]) % 4 == 0 else reward for reward in rewards]
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-chaos = _load("reward_chaos")
 
 
 class Kept(NullSink):
@@ -373,7 +361,10 @@ def start(folder: Path, part: str) -> list[str]:
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), part],
-            env=environment() | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            env=environment()
+            | common
+            | {"PYTHONPATH": str(TESTS)}
+            | {"RANK": str(i), "LOCAL_RANK": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -16,8 +16,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import orjson
-from hostile_behaviours import BEHAVIOURS
-from hostile_exchange import Exchange
+
+from fakes.hostile_behaviours import BEHAVIOURS
+from fakes.hostile_exchange import Exchange
 
 
 @dataclass
