@@ -21,6 +21,7 @@ from dar.rewards.cache.cache import CachePlace, ResultCache, SampleKey
 from dar.rewards.cache.store import FILE, CacheStore
 from dar.rewards.from_spec import scorer_from_spec
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.reward_server import RewardServer, status
 
 STEP = RewardContext(step=1, job_id="ftjob-1")
 NEXT = RewardContext(step=2, job_id="ftjob-1")
@@ -84,7 +85,7 @@ async def remember(
 
 
 async def test_equal_samples_of_a_call_travel_once(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
 ) -> None:
     service = hostile(by_length)
     results = await remember(service.url).score(samples("a", "bbb", "a", "a", "bbb"), STEP)
@@ -94,7 +95,7 @@ async def test_equal_samples_of_a_call_travel_once(
 
 
 async def test_equal_samples_of_concurrent_calls_travel_once(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
 ) -> None:
     service = hostile(by_length)
     source = remember(service.url)
@@ -107,7 +108,7 @@ async def test_equal_samples_of_concurrent_calls_travel_once(
 
 
 async def test_what_is_no_reward_is_shared_in_its_step_and_forgotten(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
 ) -> None:
     def skip_one_fail_one(request: Any) -> None:
         error = {"code": "odd", "message": "no", "retryable": False}
@@ -131,9 +132,9 @@ async def test_what_is_no_reward_is_shared_in_its_step_and_forgotten(
 
 
 async def test_a_failed_request_is_nothing_to_remember(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward]
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward]
 ) -> None:
-    service = hostile(lambda r: r.answer(b"no", status="422 No"), by_length)
+    service = hostile(status(422, b"no"), by_length)
     source = remember(service.url)
     refused = await source.score(samples("a", "a"), STEP)
     assert [type(one) for one in refused] == [Failed, Failed]
@@ -141,7 +142,7 @@ async def test_a_failed_request_is_nothing_to_remember(
 
 
 async def test_a_cancelled_call_takes_nothing_from_others(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward]
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward]
 ) -> None:
     may_answer, is_here = threading.Event(), threading.Event()
 
@@ -165,7 +166,7 @@ async def test_a_cancelled_call_takes_nothing_from_others(
 
 
 async def test_what_nobody_waits_for_is_dropped_and_asked_for_anew(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward]
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward]
 ) -> None:
     is_here = threading.Event()
 
@@ -185,16 +186,16 @@ async def test_what_nobody_waits_for_is_dropped_and_asked_for_anew(
 
 
 async def test_a_refusal_reaches_all_who_wait(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward]
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward]
 ) -> None:
-    source = remember(hostile(lambda r: r.answer(b"who?", status="401 No")).url)
+    source = remember(hostile(status(401, b"who?")).url)
     calls = [source.score(samples("a", group=n), STEP) for n in range(3)]
     errors = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(error) for error in errors] == [RewardMisconfiguredError] * 3
 
 
 async def test_request_ids_are_those_of_what_is_sent(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward], fast: HttpOptions
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], fast: HttpOptions
 ) -> None:
     service = hostile(by_length)
     await remember(service.url).score(samples("a", "bb", "a"), STEP)
@@ -208,7 +209,7 @@ async def test_request_ids_are_those_of_what_is_sent(
 
 
 async def test_completions_that_differ_in_their_thinking_alone_travel_once(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward]
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward]
 ) -> None:
     service = hostile(by_length)
     thoughts = samples("<think>a</think>xy", "<think>b</think>xy", "xy")
@@ -227,7 +228,7 @@ async def test_completions_that_differ_in_their_thinking_alone_travel_once(
 
 
 async def test_a_reward_is_remembered_with_all_that_was_said(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
 ) -> None:
     def chatty(request: Any) -> None:
         content = {
@@ -251,7 +252,7 @@ async def test_a_reward_is_remembered_with_all_that_was_said(
 
 
 async def test_a_validation_always_asks(
-    hostile: Callable[..., Any], remember: Callable[..., HttpReward]
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward]
 ) -> None:
     service = hostile(by_length)
     source = remember(service.url)
@@ -261,7 +262,7 @@ async def test_a_validation_always_asks(
 
 
 async def test_without_a_usable_file_everything_is_asked_for(
-    hostile: Callable[..., Any],
+    hostile: Callable[..., RewardServer],
     remember: Callable[..., HttpReward],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -287,7 +288,7 @@ async def test_without_a_usable_file_everything_is_asked_for(
 
 @pytest.mark.parametrize("revision", [1, 2])
 def test_a_job_remembers_over_attempts_until_the_revision_changes(
-    hostile: Callable[..., Any], tmp_path: Path, revision: int
+    hostile: Callable[..., RewardServer], tmp_path: Path, revision: int
 ) -> None:
     service = hostile(by_length)
     place = CachePlace(tmp_path / "job", tmp_path)
@@ -303,7 +304,7 @@ def test_a_job_remembers_over_attempts_until_the_revision_changes(
     assert len(service.requests) == revision
 
 
-def test_without_a_place_nothing_is_remembered(hostile: Callable[..., Any]) -> None:
+def test_without_a_place_nothing_is_remembered(hostile: Callable[..., RewardServer]) -> None:
     service = hostile(by_length)
     one = {"name": "r", "url": service.url, "cache": {"enabled": True}}
     rewards = Rewards.model_validate({"components": [one]})
@@ -325,7 +326,10 @@ Groups = st.lists(
 )
 @given(steps=st.lists(Groups, min_size=1, max_size=3), is_split=st.booleans())
 def test_rewards_are_the_same_with_and_without(
-    hostile: Callable[..., Any], fast: HttpOptions, steps: list[list[list[str]]], is_split: bool
+    hostile: Callable[..., RewardServer],
+    fast: HttpOptions,
+    steps: list[list[list[str]]],
+    is_split: bool,
 ) -> None:
     def answer(request: Any) -> None:
         texts = [one["completion"] for one in request.content["samples"]]

@@ -17,6 +17,7 @@ from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http.async_results import Stored
 from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.reward_server import Later, RewardServer, accept, not_yet, ready, result_of
 
 Ask = Callable[..., Any]
 
@@ -70,23 +71,23 @@ def posted(found: Sequence[Any], *rewards: float) -> bool:
 
 
 async def test_sync_is_what_is_offered_where_nothing_else_is_allowed(
-    judging: Any, hostile: Ask, ask: Ask, fast: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, fast: HttpOptions
 ) -> None:
-    server = hostile(judging.accept(poll_url="/r"))
+    server = hostile(accept(poll_url="/r"))
     found = await ask(server.url, options=fast)
     assert {result.code for result in found} == {"contract.status"}
     assert server.requests[0].content["reply"]["modes"] == ["sync"]
 
 
 async def test_a_callback_brings_the_result_and_its_request_was_announced_before(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
     service = Service()
 
     def behave(request: Any) -> None:
         assert service.said[0] == ("announced", "r", "3", "s0", "s1", "s2", "s3")
-        judging.accept()(request)
-        body = judging.result_of(request, 4, 3, 2, 1, type="reward.result")
+        accept()(request)
+        body = result_of(request, 4, 3, 2, 1, type="reward.result")
         service.results[request.content["request_id"]] = body
 
     server = hostile(behave)
@@ -103,20 +104,20 @@ async def test_a_callback_brings_the_result_and_its_request_was_announced_before
 
 
 async def test_an_answer_at_once_closes_the_callback(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
     service = Service()
-    found = await ask(hostile(lambda r: r.fine()).url, options=later, inbox=service)
+    found = await ask(hostile().url, options=later, inbox=service)
     assert posted(found, 0.5, 0.5, 0.5, 0.5)
     assert service.said[-1] == ("closed",)
 
 
 async def test_the_faster_of_callback_and_poll_wins(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
     polled = Service()
     assert posted(
-        await ask(hostile(judging.Judge("/r", judging.ready)).url, options=later, inbox=polled),
+        await ask(hostile(Later("/r", ready)).url, options=later, inbox=polled),
         1,
         2,
         3,
@@ -126,31 +127,31 @@ async def test_the_faster_of_callback_and_poll_wins(
     called = Service()
 
     def poll_in_vain(request: Any, post: Any) -> None:
-        judging.not_yet(request, post)
-        called.results[post.content["request_id"]] = judging.result_of(post, 9, 9, 9, 9)
+        not_yet(request, post)
+        called.results[post.content["request_id"]] = result_of(post, 9, 9, 9, 9)
 
-    found = await ask(hostile(judging.Judge("/r", poll_in_vain)).url, options=later, inbox=called)
+    found = await ask(hostile(Later("/r", poll_in_vain)).url, options=later, inbox=called)
     assert posted(found, 9, 9, 9, 9)
 
 
 async def test_a_poll_that_fails_for_good_leaves_the_callback(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
     service = Service()
 
     def gone(request: Any, post: Any) -> None:
         request.answer(b"", status="404 Gone")
-        service.results[post.content["request_id"]] = judging.result_of(post, 1, 1, 1, 1)
+        service.results[post.content["request_id"]] = result_of(post, 1, 1, 1, 1)
 
-    found = await ask(hostile(judging.Judge("/r", gone)).url, options=later, inbox=service)
+    found = await ask(hostile(Later("/r", gone)).url, options=later, inbox=service)
     assert posted(found, 1, 1, 1, 1)
 
 
 async def test_a_result_that_does_not_come_in_time_is_missing(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
     started = time.monotonic()
-    judge = judging.Judge("/r", judging.not_yet)
+    judge = Later("/r", not_yet)
     found = await ask(hostile(judge).url, options=hurried(later, 0.5), inbox=Service())
     assert [(result.code, result.is_transient) for result in found] == [("callback_late", True)] * 4
     assert 0.4 < time.monotonic() - started < 10
@@ -158,10 +159,10 @@ async def test_a_result_that_does_not_come_in_time_is_missing(
 
 
 async def test_our_own_service_may_be_away_for_longer_than_the_deadline(
-    hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
 ) -> None:
     service = Service(away_seconds=2.5)
-    server = hostile(lambda r: r.fine())
+    server = hostile()
     options = replace(hurried(later, 2.0), breaker=BreakerOptions(min_calls=1))
     found = await ask(server.url, options=options, inbox=service, observer=seen)
     assert posted(found, 0.5, 0.5, 0.5, 0.5)
@@ -174,10 +175,10 @@ async def test_our_own_service_may_be_away_for_longer_than_the_deadline(
 
 
 async def test_a_request_that_is_not_announced_is_never_sent_and_a_cancellation_ends_the_wait(
-    hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
 ) -> None:
     before = asyncio.all_tasks()
-    server = hostile(lambda r: r.fine())
+    server = hostile()
     options = replace(hurried(later, 0.1), breaker=BreakerOptions(min_calls=1))
     service = Service(away_seconds=3600)
     waiting = asyncio.create_task(ask(server.url, options=options, inbox=service, observer=seen))
@@ -191,7 +192,7 @@ async def test_a_request_that_is_not_announced_is_never_sent_and_a_cancellation_
 
 
 async def test_what_the_breaker_holds_back_is_announced_only_when_it_may_go(
-    hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
 ) -> None:
     service = Service()
     statuses = iter(["500 Internal Server Error"])
@@ -216,13 +217,13 @@ async def test_what_the_breaker_holds_back_is_announced_only_when_it_may_go(
 
 
 async def test_in_flight_is_a_request_until_its_202(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
 ) -> None:
     service = Service()
 
     def behave(request: Any) -> None:
-        judging.accept()(request)
-        body = judging.result_of(request, 4, 3, 2, 1)
+        accept()(request)
+        body = result_of(request, 4, 3, 2, 1)
         threading.Timer(
             0.5, service.results.__setitem__, (request.content["request_id"], body)
         ).start()
@@ -250,19 +251,19 @@ class Earlier(Service):
 
 
 async def test_a_result_that_an_earlier_process_has_got_is_used_and_nothing_is_sent(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    server = hostile(lambda r: r.fine())
+    server = hostile()
     inbox = Earlier(rewards=[1, 2, 3, 4])
     assert posted(await ask(server.url, options=later, inbox=inbox), 1, 2, 3, 4)
     assert server.requests == []
 
 
 async def test_what_an_earlier_process_has_sent_is_only_waited_for(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
     def behave(request: Any) -> None:
-        assert request.line.startswith("GET /r ")
+        assert (request.method, request.target) == ("GET", "/r")
         request_id = request.headers["webhook-id"]
         request.answer(orjson.dumps({"request_id": request_id, "rewards": [5, 6, 7, 8]}))
 
@@ -272,17 +273,16 @@ async def test_what_an_earlier_process_has_sent_is_only_waited_for(
 
 
 async def test_the_deadline_of_the_earlier_process_holds(
-    hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    server = hostile(lambda r: r.fine())
+    server = hostile()
     found = await ask(server.url, options=later, inbox=Earlier(seconds=0.2))
     assert {result.code for result in found} == {"callback_late"}
     assert server.requests == []
 
 
 async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
-    judging: Any,
-    hostile: Ask,
+    hostile: Callable[..., RewardServer],
     later: HttpOptions,
     make_samples: Callable[..., Any],
     context: RewardContext,
@@ -291,13 +291,13 @@ async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
     lock, posts = threading.Lock(), []
 
     def behave(request: Any) -> None:
-        judging.accept()(request)
+        accept()(request)
         with lock:
             posts.append(request)
             if len(posts) == 12:  # three times the concurrency: no result before all were sent
                 for post in posts:
                     rewards = [1.0] * len(post.ids)
-                    service.results[post.content["request_id"]] = judging.result_of(post, *rewards)
+                    service.results[post.content["request_id"]] = result_of(post, *rewards)
 
     options = replace(later, batch=later.batch.model_copy(update={"max_samples": 4}))
     source = HttpReward("r", hostile(behave).url, options=options, inbox=service)
@@ -308,11 +308,11 @@ async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
 
 
 async def test_a_cancellation_leaves_no_task_behind(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
     before = asyncio.all_tasks()
     waiting = asyncio.create_task(
-        ask(hostile(judging.Judge("/r", judging.not_yet)).url, options=later, inbox=Service())
+        ask(hostile(Later("/r", not_yet)).url, options=later, inbox=Service())
     )
     await asyncio.sleep(0.3)
     waiting.cancel()
@@ -322,9 +322,12 @@ async def test_a_cancellation_leaves_no_task_behind(
 
 
 async def test_the_same_samples_of_a_job_have_the_same_request_id_and_others_another(
-    hostile: Ask, ask: Ask, later: HttpOptions, make_samples: Callable[..., Any]
+    hostile: Callable[..., RewardServer],
+    ask: Ask,
+    later: HttpOptions,
+    make_samples: Callable[..., Any],
 ) -> None:
-    server = hostile(lambda r: r.fine())
+    server = hostile()
     found = [await ask(server.url, options=later) for _ in range(2)]
     found.append(await ask(server.url, count=3, options=later))
     assert not any(isinstance(result, Failed) for results in found for result in results)

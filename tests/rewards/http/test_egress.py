@@ -21,6 +21,8 @@ from dar.rewards.http.egress import EgressPolicy, GuardedBackend, check_url, par
 from dar.rewards.http.endpoint import Connection, Endpoint
 from dar.rewards.http_reward import HttpOptions
 from dar.settings import Settings
+from fakes.hostile_manners import hostile_server
+from fakes.reward_server import RewardServer
 
 Ask = Callable[..., Any]
 STRICT = EgressPolicy()
@@ -95,7 +97,7 @@ async def test_a_name_with_a_blocked_answer_is_not_dialled_at_all(
 
 
 async def test_a_name_that_moves_to_loopback_is_caught_at_the_next_connection(
-    trap: Trap, score: Ask, server: Any, credentials: HttpOptions
+    trap: Trap, score: Ask, server: RewardServer, credentials: HttpOptions
 ) -> None:
     """Public at the check, private when it is dialled: here each connection has its own answer, checked before it is used."""
     asked: list[str] = []
@@ -106,7 +108,7 @@ async def test_a_name_that_moves_to_loopback_is_caught_at_the_next_connection(
 
     first_only = EgressPolicy(allow_http=("*",), allow_cidrs=("127.0.0.1/32",))
     options = replace(credentials, guard=first_only, resolver=moving)
-    url = server.url("closes-idle").replace("127.0.0.1", "rewards.example")
+    url = server.at("closes-idle").replace("127.0.0.1", "rewards.example")
     check_url(url, first_only)
     assert await score(url, options=options) == [Scored(n / 8) for n in range(4)]
     await asyncio.sleep(0.05)
@@ -272,16 +274,16 @@ async def test_names_that_do_not_exist_and_resolvers_that_are_stuck(
 
 
 async def test_proxies_of_the_environment_are_not_used(
-    trap: Trap, server: Any, score: Ask, monkeypatch: pytest.MonkeyPatch
+    trap: Trap, server: RewardServer, score: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{trap.port}")
-    assert await score(server.url("fine")) == [Scored(n / 8) for n in range(4)]
+    assert await score(server.at("fine")) == [Scored(n / 8) for n in range(4)]
     assert trap.connections == 0
 
 
 async def test_the_certificate_is_checked_for_the_name_though_an_address_is_dialled(
-    hostile_servers: Any, score: Ask, credentials: HttpOptions
+    score: Ask, credentials: HttpOptions
 ) -> None:
     authority = trustme.CA()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -290,11 +292,11 @@ async def test_the_certificate_is_checked_for_the_name_though_an_address_is_dial
     tls.sni_callback = lambda _socket, name, _context: names.append(name)
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    with hostile_servers.hostile_server_in_thread(tls) as server:
+    with hostile_server(tls) as server:
         options = replace(
             credentials, guard=ON_LOOPBACK, tls=trusting, resolver=answering(["127.0.0.1"])
         )
-        url = server.url("fine").replace("127.0.0.1", "rewards.example")
+        url = server.at("fine").replace("127.0.0.1", "rewards.example")
         assert await score(url, options=options) == [Scored(n / 8) for n in range(4)]
         assert names == ["rewards.example"]
         assert server.requests[0].headers["host"] == f"rewards.example:{server.port}"

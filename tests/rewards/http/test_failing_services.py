@@ -16,18 +16,19 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardRetry
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.reward_server import RewardServer, fine, hang, status
 
 Ask = Callable[..., Any]
 
 
 async def test_every_attempt_sends_the_same_bytes_under_the_same_id(
-    hostile: Callable[..., Any], ask: Ask, secret: str, fast: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, secret: str, fast: HttpOptions
 ) -> None:
-    busy = lambda r: r.answer(b"", status="500 Oops")  # noqa: E731 - a behaviour like those above
-    server = hostile(busy, busy, lambda r: r.fine())
+    busy = status(500)
+    server = hostile(busy, busy, fine)
     assert await ask(server.url, secret=secret) == [Scored(0.5)] * 4
     first, *others = server.requests
-    assert first.line == "POST /score HTTP/1.1"
+    assert (first.method, first.target) == ("POST", "/score")
     assert first.headers["idempotency-key"] == first.content["request_id"]
     assert first.headers["accept-encoding"] == "identity"
     assert first.headers["user-agent"].startswith("dar-service/")
@@ -49,7 +50,7 @@ async def test_a_refused_connection_is_a_passing_failure(ask: Ask) -> None:
 
 
 async def test_retry_after_holds_back_every_request(
-    hostile: Callable[..., Any], ask: Ask, fast: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, fast: HttpOptions
 ) -> None:
     one_by_one = replace(fast, batch=RewardBatching(max_samples=4))
     at: list[float] = []
@@ -78,7 +79,10 @@ async def test_retry_after_holds_back_every_request(
 
 
 async def test_a_request_that_is_too_large_is_halved_and_the_size_remembered(
-    hostile: Callable[..., Any], fast: HttpOptions, make_samples: Any, context: RewardContext
+    hostile: Callable[..., RewardServer],
+    fast: HttpOptions,
+    make_samples: Any,
+    context: RewardContext,
 ) -> None:
     def at_most_five(request: Any) -> None:
         if len(request.ids) > 5:
@@ -104,25 +108,25 @@ async def test_a_request_that_is_too_large_is_halved_and_the_size_remembered(
 
 
 async def test_a_single_sample_that_is_too_large_fails(
-    hostile: Callable[..., Any], ask: Ask
+    hostile: Callable[..., RewardServer], ask: Ask
 ) -> None:
-    found = await ask(hostile(lambda r: r.answer(b"", status="413 Too Large")).url)
+    found = await ask(hostile(status(413)).url)
     assert {(result.code, result.is_transient) for result in found} == {("http_413", False)}
 
 
 async def test_the_deadline_bounds_all_attempts_together(
-    hostile: Callable[..., Any], ask: Ask, impatient: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, impatient: HttpOptions
 ) -> None:
     timeouts = impatient.timeouts.model_copy(update={"deadline": 0.7})
     options = replace(impatient, timeouts=timeouts, retry=RewardRetry(attempts=20, cap=0.01))
     waits: list[str] = []
-    found = await ask(hostile(lambda r: r.hang()).url, options=options, on_wait=waits.append)
+    found = await ask(hostile(hang).url, options=options, on_wait=waits.append)
     assert len(waits) <= 2  # of 19: an attempt takes 0.3 s at least
     assert all(isinstance(result, Failed) and result.is_transient for result in found)
 
 
 async def test_a_part_of_the_requests_may_fail(
-    hostile: Callable[..., Any], ask: Ask, fast: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, fast: HttpOptions
 ) -> None:
     def odd_groups_fail(request: Any) -> None:
         if request.content["samples"][0]["group_id"] == "g1":
@@ -154,8 +158,8 @@ async def test_a_certificate_that_nobody_vouches_for_is_permanent(
 
 
 async def test_a_server_without_tls_is_a_passing_failure(
-    hostile: Callable[..., Any], ask: Ask, impatient: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, impatient: HttpOptions
 ) -> None:
-    server = hostile(lambda r: r.fine())
+    server = hostile()
     found = await ask(server.url.replace("http://", "https://"), options=impatient)
     assert all(isinstance(result, Failed) and result.is_transient for result in found)

@@ -7,6 +7,7 @@ import orjson
 import pytest
 
 from dar.rewards.base import Failed, Scored, Skipped
+from fakes.reward_server import RewardServer
 
 Ask = Callable[..., Any]
 SENT = [Scored(n / 8) for n in range(4)]
@@ -64,9 +65,9 @@ BROKEN_ANSWERS = {
 
 @pytest.mark.parametrize("path", BROKEN_ANSWERS)
 async def test_a_broken_answer_is_asked_for_once_more_and_never_used(
-    server: Any, score: Ask, seen: Any, path: str
+    server: RewardServer, score: Ask, seen: Any, path: str
 ) -> None:
-    found = await score(server.url(path))
+    found = await score(server.at(path))
     code = BROKEN_ANSWERS[path]
     assert [(type(result), result.code) for result in found] == [(Failed, code)] * 4
     assert not any(result.is_transient for result in found)
@@ -80,34 +81,36 @@ async def test_a_broken_answer_is_asked_for_once_more_and_never_used(
 
 @pytest.mark.parametrize("path", ["one-short", "nan", "invalid-utf8", "endless-chunks"])
 async def test_a_broken_answer_may_be_followed_by_a_right_one(
-    server: Any, score: Ask, path: str
+    server: RewardServer, score: Ask, path: str
 ) -> None:
-    assert await score(server.url(f"{path}?first=1")) == SENT
+    assert await score(server.at(f"{path}?first=1")) == SENT
 
 
-async def test_results_are_matched_by_id_in_any_order(server: Any, score: Ask) -> None:
-    assert await score(server.url("shuffled")) == SENT
+async def test_results_are_matched_by_id_in_any_order(server: RewardServer, score: Ask) -> None:
+    assert await score(server.at("shuffled")) == SENT
 
 
-async def test_of_duplicate_keys_the_last_counts_and_is_checked(server: Any, score: Ask) -> None:
-    assert await score(server.url("duplicate-keys")) == [Scored(float(n)) for n in range(4)]
+async def test_of_duplicate_keys_the_last_counts_and_is_checked(
+    server: RewardServer, score: Ask
+) -> None:
+    assert await score(server.at("duplicate-keys")) == [Scored(float(n)) for n in range(4)]
 
 
-async def test_null_is_a_skip(server: Any, score: Ask) -> None:
-    assert await score(server.url("all-null")) == [Skipped()] * 4
-    assert await score(server.url("some-null")) == [Skipped(), *SENT[1:]]
+async def test_null_is_a_skip(server: RewardServer, score: Ask) -> None:
+    assert await score(server.at("all-null")) == [Skipped()] * 4
+    assert await score(server.at("some-null")) == [Skipped(), *SENT[1:]]
 
 
 async def test_what_a_service_says_about_samples_cannot_break_out_of_its_text(
-    server: Any, score: Ask
+    server: RewardServer, score: Ask
 ) -> None:
-    first, second, *_ = await score(server.url("injection"))
+    first, second, *_ = await score(server.at("injection"))
     shown = "<script>alert(1)</script>\nset-cookie: a=1[31m"
     assert first == Scored(1.0, {}, shown)
     assert second == Failed("service.x", shown, is_transient=False)
 
 
-async def test_texts_are_cut_and_parts_kept(hostile: Callable[..., Any], ask: Ask) -> None:
+async def test_texts_are_cut_and_parts_kept(hostile: Callable[..., RewardServer], ask: Ask) -> None:
     long = {"id": "s0", "reward": 3, "components": {"a": 1.5}, "feedback": "x" * 5000, "new": 1}
     others = [{"id": f"s{n}", "skip": True, "reason": "no maths"} for n in (1, 2, 3)]
 

@@ -15,6 +15,7 @@ from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http.retry_budget import RetryBudgetOptions
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
+from fakes.reward_server import RewardServer
 
 Ask = Callable[..., Any]
 SENT = [Scored(n / 8) for n in range(4)]
@@ -29,14 +30,14 @@ def hasty(credentials: HttpOptions) -> HttpOptions:
 
 @pytest.mark.parametrize("path", ["slow-body", "slow-headers", "endless-1xx", "no-answer"])
 async def test_an_answer_without_end_is_cut_off_and_its_slot_freed(
-    server: Any, score: Ask, hasty: HttpOptions, path: str
+    server: RewardServer, score: Ask, hasty: HttpOptions, path: str
 ) -> None:
     alone = replace(hasty, limits=RewardLimits(concurrency=1))
-    found = await score(server.url(path), options=alone)
+    found = await score(server.at(path), options=alone)
     assert [(type(result), result.code) for result in found] == [(Failed, "timeout")] * 4
     assert all(result.is_transient for result in found)
     assert len(server.requests) == 3
-    assert await score(server.url(f"{path}?first=1"), options=alone) == SENT
+    assert await score(server.at(f"{path}?first=1"), options=alone) == SENT
 
 
 async def test_a_black_hole_is_given_up_after_the_connect_timeout(
@@ -61,14 +62,14 @@ PASSING_FAILURES = {
 
 @pytest.mark.parametrize("path", PASSING_FAILURES)
 async def test_a_passing_failure_is_tried_again_as_often_as_told(
-    server: Any, score: Ask, path: str
+    server: RewardServer, score: Ask, path: str
 ) -> None:
-    found = await score(server.url(path))
+    found = await score(server.at(path))
     code = PASSING_FAILURES[path]
     assert [(type(result), result.code) for result in found] == [(Failed, code)] * 4
     assert all(result.is_transient for result in found)
     assert len(server.requests) == 3
-    assert await score(server.url(f"{path}?first=2")) == SENT
+    assert await score(server.at(f"{path}?first=2")) == SENT
     ids = [request.headers["webhook-id"] for request in server.requests]
     assert len(set(ids[:3])) == len(set(ids[3:])) == 1
     assert len({request.body for request in server.requests[:3]}) == 1
@@ -86,38 +87,38 @@ async def ask_in_turn(
 
 
 async def test_a_connection_that_was_closed_while_idle_costs_nothing(
-    server: Any, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: RewardServer, credentials: HttpOptions, make_samples: Any, context: RewardContext
 ) -> None:
     once = replace(credentials, retry=RewardRetry(attempts=1))
-    await ask_in_turn(server.url("closes-idle"), once, make_samples(4), context, 3)
-    assert [request.connection for request in server.requests] == [1, 2, 3]
+    await ask_in_turn(server.at("closes-idle"), once, make_samples(4), context, 3)
+    assert [request.connection_number for request in server.requests] == [1, 2, 3]
 
 
 async def test_an_abort_on_a_used_connection_costs_no_attempt(
-    server: Any, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: RewardServer, credentials: HttpOptions, make_samples: Any, context: RewardContext
 ) -> None:
     once = replace(credentials, retry=RewardRetry(attempts=1))
-    await ask_in_turn(server.url("aborts-reused"), once, make_samples(4), context, 3)
-    assert [request.connection for request in server.requests] == [1, 1, 2, 2]
+    await ask_in_turn(server.at("aborts-reused"), once, make_samples(4), context, 3)
+    assert [request.connection_number for request in server.requests] == [1, 1, 2, 2]
     assert {request.headers["x-dar-attempt"] for request in server.requests} == {"1"}
     aborted, repeated = server.requests[1:3]
     assert aborted.body == repeated.body
 
 
 async def test_an_answer_that_is_sent_twice_answers_no_other_request(
-    server: Any, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: RewardServer, credentials: HttpOptions, make_samples: Any, context: RewardContext
 ) -> None:
     options = replace(credentials, protocol=OpenRLHFProtocol())
-    source = HttpReward("r", server.url("answers-twice"), options=options)
+    source = HttpReward("r", server.at("answers-twice"), options=options)
     found = [await source.score(make_samples(4), context) for _ in range(4)]
     await source.aclose()
     assert found == [[Scored(float(number))] * 4 for number in (1, 2, 3, 4)]
 
 
 async def test_no_cookie_is_kept(
-    server: Any, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: RewardServer, credentials: HttpOptions, make_samples: Any, context: RewardContext
 ) -> None:
-    source = HttpReward("r", server.url("cookie"), options=credentials)
+    source = HttpReward("r", server.at("cookie"), options=credentials)
     for _ in range(2):
         await source.score(make_samples(4), context)
     await source.aclose()
@@ -125,7 +126,7 @@ async def test_no_cookie_is_kept(
 
 
 async def test_a_burst_of_failures_loses_no_sample(
-    server: Any, score: Ask, seen: Any, credentials: HttpOptions
+    server: RewardServer, score: Ask, seen: Any, credentials: HttpOptions
 ) -> None:
     options = replace(
         credentials,
@@ -135,7 +136,7 @@ async def test_a_burst_of_failures_loses_no_sample(
         breaker=BreakerOptions(min_calls=10, open_seconds=0.1, max_open_seconds=0.4),
         budget=RetryBudgetOptions(window_seconds=0.5),
     )
-    found = await score(server.url("status/500?first=20"), 160, options)
+    found = await score(server.at("status/500?first=20"), 160, options)
     assert found == [Scored(n / 8) for n in range(160)]
     assert seen.states[0] == "open"
     assert seen.states[-1] == "closed"
@@ -147,7 +148,7 @@ async def test_a_burst_of_failures_loses_no_sample(
 
 
 async def test_retries_stay_within_their_budget(
-    server: Any, score: Ask, credentials: HttpOptions
+    server: RewardServer, score: Ask, credentials: HttpOptions
 ) -> None:
     options = replace(
         credentials,
@@ -156,7 +157,7 @@ async def test_retries_stay_within_their_budget(
         breaker=BreakerOptions(min_calls=1000),
         budget=RetryBudgetOptions(fraction=0.2, minimum=3, window_seconds=1000),
     )
-    found = await score(server.url("status/500"), 40, options)
+    found = await score(server.at("status/500"), 40, options)
     assert {result.code for result in found} == {"http_500"}
     assert len(server.requests) == 10 + 3
 
@@ -173,19 +174,19 @@ async def test_retries_stay_within_their_budget(
     ],
 )
 async def test_retry_after_is_kept_within_bounds(
-    server: Any, score: Ask, seen: Any, value: str, wait: str
+    server: RewardServer, score: Ask, seen: Any, value: str, wait: str
 ) -> None:
     started = time.monotonic()
-    assert await score(server.url(f"retry-after/{value}".replace(" ", "%20"))) == SENT
+    assert await score(server.at(f"retry-after/{value}".replace(" ", "%20"))) == SENT
     assert time.monotonic() - started >= float(wait.split()[0])
     assert [message.rpartition(" in ")[2] for message in seen.messages] == [wait]
 
 
 async def test_a_wait_beyond_the_deadline_fails_at_once(
-    server: Any, score: Ask, credentials: HttpOptions, seen: Any
+    server: RewardServer, score: Ask, credentials: HttpOptions, seen: Any
 ) -> None:
     patient = replace(credentials, retry=RewardRetry(attempts=3, base=0.005, retry_after_cap=60))
-    found = await score(server.url("retry-after/100"), options=patient)
+    found = await score(server.at("retry-after/100"), options=patient)
     assert seen.messages == []
     assert all(result.code == "http_429" and result.is_transient for result in found)
     assert len(server.requests) == 1
@@ -200,10 +201,10 @@ PERMANENT = {
 
 @pytest.mark.parametrize("path", PERMANENT)
 async def test_a_refusal_for_good_stops_at_once(
-    server: Any, score: Ask, seen: Any, path: str
+    server: RewardServer, score: Ask, seen: Any, path: str
 ) -> None:
     with pytest.raises(RewardMisconfiguredError) as caught:
-        await score(server.url(path))
+        await score(server.at(path))
     assert caught.value.error_code == PERMANENT[path]
     assert "/".join(path.split("/")[:2]) in caught.value.message
     assert [request.path for request in server.requests] == [f"/{path}"]
@@ -211,7 +212,7 @@ async def test_a_refusal_for_good_stops_at_once(
 
 
 async def test_after_a_refusal_nothing_is_sent_until_it_may_have_been_mended(
-    server: Any, score: Ask, credentials: HttpOptions
+    server: RewardServer, score: Ask, credentials: HttpOptions
 ) -> None:
     one_by_one = replace(
         credentials,
@@ -219,7 +220,7 @@ async def test_after_a_refusal_nothing_is_sent_until_it_may_have_been_mended(
         limits=RewardLimits(concurrency=1),
         breaker=BreakerOptions(open_seconds=0.3),
     )
-    url = server.url("status/401?first=1")
+    url = server.at("status/401?first=1")
     with pytest.raises(RewardMisconfiguredError):
         await score(url, 40, one_by_one)
     with pytest.raises(RewardMisconfiguredError, match="HTTP 401"):
@@ -231,9 +232,9 @@ async def test_after_a_refusal_nothing_is_sent_until_it_may_have_been_mended(
 
 @pytest.mark.parametrize("code", [400, 422])
 async def test_refused_samples_fail_without_a_retry(
-    server: Any, score: Ask, seen: Any, code: int
+    server: RewardServer, score: Ask, seen: Any, code: int
 ) -> None:
-    found = await score(server.url(f"status/{code},too odd"))
+    found = await score(server.at(f"status/{code},too odd"))
     assert {(result.code, result.is_transient) for result in found} == {(f"http_{code}", False)}
     assert "too odd" in found[0].message
     assert seen.records[0].quote == "too odd"
@@ -241,10 +242,10 @@ async def test_refused_samples_fail_without_a_retry(
 
 
 async def test_a_request_that_is_too_large_is_halved_between_groups(
-    server: Any, score: Ask, seen: Any
+    server: RewardServer, score: Ask, seen: Any
 ) -> None:
-    assert await score(server.url("at-most/8"), 16) == [Scored(n / 8) for n in range(16)]
-    groups = [{s["group_id"] for s in item.request["samples"]} for item in server.requests]
+    assert await score(server.at("at-most/8"), 16) == [Scored(n / 8) for n in range(16)]
+    groups = [{s["group_id"] for s in item.content["samples"]} for item in server.requests]
     assert groups == [{"g0", "g1", "g2", "g3"}, {"g0", "g1"}, {"g2", "g3"}]
     assert len({item.headers["webhook-id"] for item in server.requests}) == 3
     assert seen.states == []
@@ -266,21 +267,21 @@ SECRETS_ECHOED = [
 
 @pytest.mark.parametrize("where", SECRETS_ECHOED)
 async def test_secrets_that_a_service_sends_back_are_shown_nowhere(
-    server: Any, score: Ask, where: str
+    server: RewardServer, score: Ask, where: str
 ) -> None:
     """The fixture looks for them in results, errors, records, messages and logs."""
     if where in {"401", "403"}:
         with pytest.raises(RewardMisconfiguredError) as caught:
-            await score(server.url(f"echo/{where}"))
+            await score(server.at(f"echo/{where}"))
         assert "....." in caught.value.message
     else:
-        assert len(await score(server.url(f"echo/{where}"))) == 4
+        assert len(await score(server.at(f"echo/{where}"))) == 4
 
 
 async def test_samples_that_the_service_could_not_score_for_now_are_sent_again_alone(
-    server: Any, score: Ask, seen: Any
+    server: RewardServer, score: Ask, seen: Any
 ) -> None:
-    assert await score(server.url("judge/1")) == SENT
+    assert await score(server.at("judge/1")) == SENT
     first, second = server.requests
     assert (first.ids, second.ids) == (["s0", "s1", "s2", "s3"], ["s1", "s3"])
     assert first.request_id != second.request_id
@@ -288,9 +289,9 @@ async def test_samples_that_the_service_could_not_score_for_now_are_sent_again_a
 
 
 async def test_samples_that_stay_unscored_are_given_up_after_all_attempts(
-    server: Any, score: Ask
+    server: RewardServer, score: Ask
 ) -> None:
-    found = await score(server.url("judge/99"))
+    found = await score(server.at("judge/99"))
     assert found[::2] == SENT[::2]
     failed = Failed("service.judge_timeout", "the judge slept", is_transient=True)
     assert found[1::2] == [failed] * 2
@@ -298,10 +299,10 @@ async def test_samples_that_stay_unscored_are_given_up_after_all_attempts(
 
 
 async def test_the_same_samples_of_a_job_have_the_same_request_id_in_every_process(
-    server: Any, score: Ask
+    server: RewardServer, score: Ask
 ) -> None:
     for _ in range(2):
-        await score(server.url("fine"))
+        await score(server.at("fine"))
     first, again = server.requests
     assert first.request_id == again.request_id
     assert first.headers["webhook-id"] == again.headers["webhook-id"] == first.request_id

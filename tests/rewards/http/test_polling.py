@@ -10,6 +10,7 @@ import pytest
 from dar.rewards.base import RewardContext, RewardSample, Scored
 from dar.rewards.http import async_results
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.reward_server import Later, RewardServer, accept, not_yet, ready, result_of
 
 Ask = Callable[..., Any]
 
@@ -23,29 +24,28 @@ def posted(found: Sequence[Any], *rewards: float) -> bool:
 
 
 async def test_without_a_training_service_async_is_offered_for_polling_alone(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    judge = judging.Judge("/results/7?x=1", judging.not_yet, judging.ready)
+    judge = Later("/results/7?x=1", not_yet, ready)
     found = await ask(hostile(judge).url, options=later)
     assert posted(found, 1, 2, 3, 4)
     reply = judge.posts[0].content["reply"]
     assert (reply["modes"], set(reply)) == (["sync", "async"], {"modes", "deadline"})
-    assert [request.line.split()[:2] for request in judge.asked] == [["GET", "/results/7?x=1"]] * 2
+    assert [(one.method, one.target) for one in judge.polls] == [("GET", "/results/7?x=1")] * 2
     assert len(judge.posts) == 1
 
 
 async def test_without_a_callback_a_poll_that_fails_for_good_fails_these_samples_only(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    judge = judging.Judge("/r", lambda request, _: request.answer(b"", status="401 No"))
+    judge = Later("/r", lambda request, _: request.answer(b"", status="401 No"))
     found = await ask(hostile(judge).url, options=later)
     assert {result.code for result in found} == {"http_401"}
-    assert (len(judge.asked), len(judge.posts)) == (1, 1)
+    assert (len(judge.polls), len(judge.posts)) == (1, 1)
 
 
 async def test_requests_that_may_be_answered_later_are_the_same_in_whatever_order_groups_come(
-    judging: Any,
-    hostile: Ask,
+    hostile: Callable[..., RewardServer],
     later: HttpOptions,
     make_samples: Callable[..., list[RewardSample]],
     context: RewardContext,
@@ -57,7 +57,7 @@ async def test_requests_that_may_be_answered_later_are_the_same_in_whatever_orde
 
         def at_once(request: Any, posts: list[Any] = posts) -> None:
             posts.append(request)
-            request.answer(judging.result_of(request, 1, 2, 3, 4))
+            request.answer(result_of(request, 1, 2, 3, 4))
 
         source = HttpReward("r", hostile(at_once).url, options=later)
         try:
@@ -70,14 +70,14 @@ async def test_requests_that_may_be_answered_later_are_the_same_in_whatever_orde
 
 
 async def test_polls_outlive_passing_failures_and_heed_retry_after(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    judge = judging.Judge(
+    judge = Later(
         "/r",
         lambda request, _: request.answer(b"", status="500 Oops"),
         lambda request, _: request.connection.close(),
         lambda request, _: request.answer(b"{}", status="202 Accepted", retry_after="0.4"),
-        judging.ready,
+        ready,
     )
     assert posted(await ask(hostile(judge).url, options=later), 1, 2, 3, 4)
     assert judge.times[3] - judge.times[2] >= 0.39
@@ -85,7 +85,10 @@ async def test_polls_outlive_passing_failures_and_heed_retry_after(
 
 
 async def test_waits_between_polls_grow_to_a_bound(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions, monkeypatch: pytest.MonkeyPatch
+    hostile: Callable[..., RewardServer],
+    ask: Ask,
+    later: HttpOptions,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     waits: list[float] = []
     real = asyncio.sleep
@@ -96,7 +99,7 @@ async def test_waits_between_polls_grow_to_a_bound(
 
     monkeypatch.setattr(async_results, "FIRST_POLL_SECONDS", 1.0)
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    judge = judging.Judge("/r", *[judging.not_yet] * 11, judging.ready)
+    judge = Later("/r", *[not_yet] * 11, ready)
     assert posted(await ask(hostile(judge).url, options=later), 1, 2, 3, 4)
     expected = [min(1.5**n, 15.0) for n in range(12)]
     assert len(waits) == 12
@@ -120,18 +123,18 @@ POLL_URLS = {
 
 @pytest.mark.parametrize("name", POLL_URLS)
 async def test_nothing_but_the_origin_of_the_reward_service_is_polled(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions, name: str
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, name: str
 ) -> None:
-    judge = judging.Judge(None, judging.not_yet)
+    judge = Later(None, not_yet)
     server = hostile(judge)
     port = server.url.split(":")[2].split("/")[0]
     judge.poll_url = POLL_URLS[name].replace("{port}", port)
     found = await ask(server.url, options=hurried(later, 5))
     if name == "a backslash":  # a strange path, but on this server
-        assert all(request.line.startswith("GET /") for request in judge.asked)
+        assert all(request.method == "GET" for request in judge.polls)
         return
     assert {result.code for result in found} == {"contract.poll_url"}
-    assert judge.asked == []
+    assert judge.polls == []
     assert len(judge.posts) == 2  # a broken contract is tried once more
 
 
@@ -148,7 +151,7 @@ BROKEN_PROMISES = {
 
 @pytest.mark.parametrize("name", BROKEN_PROMISES)
 async def test_a_202_must_be_a_promise(
-    hostile: Ask, ask: Ask, later: HttpOptions, name: str
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, name: str
 ) -> None:
     body, code = BROKEN_PROMISES[name]
 
@@ -161,14 +164,14 @@ async def test_a_202_must_be_a_promise(
 
 
 async def test_what_a_202_says_beyond_the_contract_does_no_harm(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    judge = judging.Judge("/r", judging.ready)
+    judge = Later("/r", ready)
 
     def behave(request: Any) -> None:
-        if request.line.startswith("POST"):
+        if request.method == "POST":
             judge.posts.append(request)
-            judging.accept(poll_url="/r", eta_ms=20, queue={"length": 3})(request)
+            accept(poll_url="/r", eta_ms=20, queue={"length": 3})(request)
         else:
             judge(request)
 
@@ -176,9 +179,9 @@ async def test_what_a_202_says_beyond_the_contract_does_no_harm(
 
 
 async def test_a_polled_result_passes_the_same_checks_and_is_asked_for_once_more(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    judge = judging.Judge("/r", lambda request, post: request.answer(judging.result_of(post, 1)))
+    judge = Later("/r", lambda request, post: request.answer(result_of(post, 1)))
     found = await ask(hostile(judge).url, options=later)
     assert {result.code for result in found} == {"contract.length"}
     assert len(judge.posts) == 2
@@ -188,19 +191,19 @@ async def test_a_polled_result_passes_the_same_checks_and_is_asked_for_once_more
 
 
 async def test_a_poll_that_never_ends_ends_at_the_deadline(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    judge = judging.Judge("/r", lambda request, _: request.hang())
+    judge = Later("/r", lambda request, _: request.hang())
     found = await ask(hostile(judge).url, options=hurried(later, 0.5))
     assert {result.code for result in found} == {"callback_late"}
 
 
 async def test_polls_carry_a_signature_and_the_requests_id(
-    judging: Any, hostile: Ask, ask: Ask, later: HttpOptions, secret: str
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, secret: str
 ) -> None:
-    judge = judging.Judge("/r", judging.ready)
+    judge = Later("/r", ready)
     assert posted(await ask(hostile(judge).url, options=later, secret=secret), 1, 2, 3, 4)
-    headers = judge.asked[0].headers
+    headers = judge.polls[0].headers
     assert headers["webhook-id"] == judge.posts[0].headers["webhook-id"]
     assert headers["webhook-signature"].startswith("v1,")
     assert headers["accept-encoding"] == "identity"

@@ -17,6 +17,7 @@ from dar.rewards.http.redaction import check_headers
 from dar.rewards.http.retry_budget import RetryBudgetOptions
 from dar.rewards.http.signing import decode_secret, signed_headers, verify
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.reward_server import RewardServer, fine
 
 Ask = Callable[..., Any]
 OTHER_SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
@@ -33,7 +34,7 @@ def rewards(number: int, k: int = 4) -> list[Scored]:
     return [Scored((number * k + n) / 8) for n in range(k)]
 
 
-async def arrived(server: Any, count: int) -> None:
+async def arrived(server: RewardServer, count: int) -> None:
     """Wait for so many requests."""
     while len(server.requests) < count:  # noqa: ASYNC110 - the server is in another thread
         await asyncio.sleep(0.01)
@@ -53,36 +54,36 @@ async def source_of(fast: HttpOptions) -> Any:
 
 
 async def test_groups_of_concurrent_calls_share_requests(
-    server: Any, source_of: Any, context: RewardContext
+    server: RewardServer, source_of: Any, context: RewardContext
 ) -> None:
-    source = source_of(server.url("fine"))
+    source = source_of(server.at("fine"))
     found = await asyncio.gather(*[source.score(group(n), context) for n in range(10)])
     assert found == [rewards(n) for n in range(10)]
     assert [len(request.ids) for request in server.requests] == [16, 16, 8]
 
 
-async def test_steps_and_modes_do_not_share_requests(server: Any, source_of: Any) -> None:
-    source = source_of(server.url("fine"))
+async def test_steps_and_modes_do_not_share_requests(server: RewardServer, source_of: Any) -> None:
+    source = source_of(server.at("fine"))
     contexts = [RewardContext(1), RewardContext(2), RewardContext(1, "eval")]
     await asyncio.gather(*[source.score(group(n), given) for n, given in enumerate(contexts)])
-    sent = {(r.request["step"], r.request["mode"], len(r.ids)) for r in server.requests}
+    sent = {(r.content["step"], r.content["mode"], len(r.ids)) for r in server.requests}
     assert sent == {(1, "train", 4), (2, "train", 4), (1, "eval", 4)}
 
 
 async def test_the_same_ids_in_two_calls_do_not_share_a_request(
-    server: Any, source_of: Any, context: RewardContext
+    server: RewardServer, source_of: Any, context: RewardContext
 ) -> None:
-    source = source_of(server.url("fine"))
+    source = source_of(server.at("fine"))
     found = await asyncio.gather(*[source.score(group(0), context) for _ in range(2)])
     assert found == [rewards(0)] * 2
     assert [len(request.ids) for request in server.requests] == [4, 4]
 
 
 async def test_bodies_keep_within_their_bytes(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     source = source_of(
-        server.url("fine"), replace(fast, batch=RewardBatching(max_samples=64, max_bytes=8192))
+        server.at("fine"), replace(fast, batch=RewardBatching(max_samples=64, max_bytes=8192))
     )
     found = await asyncio.gather(
         *[source.score(group(n, completion="x" * 500), context) for n in range(8)]
@@ -93,10 +94,10 @@ async def test_bodies_keep_within_their_bytes(
 
 
 async def test_a_request_that_is_not_full_lingers_for_more(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     patient = replace(fast, batch=RewardBatching(max_samples=8, linger_ms=10_000))
-    source = source_of(server.url("fine"), patient)
+    source = source_of(server.at("fine"), patient)
     first = asyncio.create_task(source.score(group(0), context))
     await asyncio.sleep(0.1)
     assert server.requests == []
@@ -106,12 +107,12 @@ async def test_a_request_that_is_not_full_lingers_for_more(
 
 
 async def test_callers_are_held_back_while_too_many_requests_wait(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     one_by_one = replace(
         fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=2)
     )
-    source = source_of(server.url("no-answer"), one_by_one)
+    source = source_of(server.at("no-answer"), one_by_one)
     calls = [asyncio.create_task(source.score(group(n), context)) for n in range(30)]
     await arrived(server, 2)
     await asyncio.sleep(0.05)
@@ -126,10 +127,10 @@ async def test_callers_are_held_back_while_too_many_requests_wait(
 
 
 async def test_no_more_requests_are_in_flight_than_allowed_over_all_sources_of_an_endpoint(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=3))
-    sources = [source_of(server.url("no-answer"), options, name=f"c{n}") for n in range(2)]
+    sources = [source_of(server.at("no-answer"), options, name=f"c{n}") for n in range(2)]
     calls = [asyncio.create_task(s.score(group(n), context)) for s in sources for n in range(6)]
     await arrived(server, 3)
     await asyncio.sleep(0.1)
@@ -140,24 +141,24 @@ async def test_no_more_requests_are_in_flight_than_allowed_over_all_sources_of_a
 
 
 async def test_sources_that_differ_in_credentials_share_nothing(
-    server: Any, source_of: Any, secret: str, context: RewardContext
+    server: RewardServer, source_of: Any, secret: str, context: RewardContext
 ) -> None:
-    first, second = source_of(server.url("fine"), secret=secret), source_of(server.url("fine"))
+    first, second = source_of(server.at("fine"), secret=secret), source_of(server.at("fine"))
     await first.score(group(0), context)
     await second.score(group(0), context)
     assert server.connections == 2
-    third = source_of(server.url("fine"))
+    third = source_of(server.at("fine"))
     await third.score(group(0), context)
     assert server.connections == 2
 
 
 async def test_fifty_requests_in_flight_are_cancelled_within_a_second(
-    server: Any, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=50)
     )
-    source = source_of(server.url("no-answer"), options, observer=seen)
+    source = source_of(server.at("no-answer"), options, observer=seen)
     calls = [asyncio.create_task(source.score(group(n), context)) for n in range(50)]
     await arrived(server, 50)
     started = time.monotonic()
@@ -172,9 +173,9 @@ async def test_fifty_requests_in_flight_are_cancelled_within_a_second(
 
 
 async def test_a_cancelled_call_does_not_take_the_others_with_it(
-    server: Any, source_of: Any, context: RewardContext
+    server: RewardServer, source_of: Any, context: RewardContext
 ) -> None:
-    source = source_of(server.url("fine"))
+    source = source_of(server.at("fine"))
     calls = [asyncio.create_task(source.score(group(n), context)) for n in range(4)]
     await asyncio.sleep(0)
     calls[1].cancel()
@@ -184,19 +185,19 @@ async def test_a_cancelled_call_does_not_take_the_others_with_it(
 
 
 async def test_requests_begin_no_faster_than_the_rate(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=8, rps=50)
     )
-    source = source_of(server.url("fine"), options)
+    source = source_of(server.at("fine"), options)
     started = time.monotonic()
     await asyncio.gather(*[source.score(group(n), context) for n in range(11)])
     assert time.monotonic() - started >= 10 / 50
 
 
 async def test_an_open_breaker_holds_requests_back_only_so_long(
-    server: Any, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast,
@@ -206,7 +207,7 @@ async def test_an_open_breaker_holds_requests_back_only_so_long(
             min_calls=2, open_seconds=30, pause_grace_seconds=0.2, failure_fraction=0.5
         ),
     )
-    source = source_of(server.url("status/500"), options, observer=seen)
+    source = source_of(server.at("status/500"), options, observer=seen)
     for n in range(2):
         assert (await source.score(group(n), context))[0].code == "http_500"
     started = time.monotonic()
@@ -220,7 +221,7 @@ async def test_an_open_breaker_holds_requests_back_only_so_long(
 
 
 async def test_the_deadline_stands_still_while_the_breaker_is_open(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast,
@@ -229,26 +230,26 @@ async def test_the_deadline_stands_still_while_the_breaker_is_open(
         retry=RewardRetry(attempts=1),
         breaker=BreakerOptions(min_calls=2, open_seconds=0.8),
     )
-    source = source_of(server.url("status/500?first=2"), options)
+    source = source_of(server.at("status/500?first=2"), options)
     for n in range(2):
         await source.score(group(n), context)
     assert await source.score(group(2), context) == rewards(2)
 
 
 async def test_too_large_requests_do_not_open_the_breaker(
-    server: Any, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, breaker=BreakerOptions(min_calls=1))
-    source = source_of(server.url("at-most/1"), options, observer=seen)
+    source = source_of(server.at("at-most/1"), options, observer=seen)
     assert await source.score(group(0), context) == rewards(0)
     assert seen.states == []
     assert source.state() == {"max_samples": 1}
 
 
 async def test_all_secrets_sign_so_that_one_can_replace_another(
-    server: Any, source_of: Any, secret: str, context: RewardContext
+    server: RewardServer, source_of: Any, secret: str, context: RewardContext
 ) -> None:
-    await source_of(server.url("fine"), secrets=[OTHER_SECRET, secret]).score(group(0), context)
+    await source_of(server.at("fine"), secrets=[OTHER_SECRET, secret]).score(group(0), context)
     request = server.requests[0]
     assert request.headers["webhook-signature"].count("v1,") == 2
     for key in (secret, OTHER_SECRET):
@@ -256,7 +257,11 @@ async def test_all_secrets_sign_so_that_one_can_replace_another(
 
 
 async def test_an_answer_that_must_be_signed_is(
-    hostile: Any, source_of: Any, fast: HttpOptions, secret: str, context: RewardContext
+    hostile: Callable[..., RewardServer],
+    source_of: Any,
+    fast: HttpOptions,
+    secret: str,
+    context: RewardContext,
 ) -> None:
     def signed(key: str, tamper: bytes = b"") -> Callable[[Any], None]:
         def answer(request: Any) -> None:
@@ -272,7 +277,7 @@ async def test_an_answer_that_must_be_signed_is(
         group(0), context
     )
     assert found == [Scored(0.5)] * 4
-    for behave in (signed(OTHER_SECRET), signed(secret, b" "), lambda r: r.fine()):
+    for behave in (signed(OTHER_SECRET), signed(secret, b" "), fine):
         bad = hostile(behave)
         found = await source_of(bad.url, strict, secret=secret).score(group(0), context)
         assert {result.code for result in found} == {"contract.signature"}
@@ -282,10 +287,10 @@ async def test_an_answer_that_must_be_signed_is(
 
 
 async def test_secret_headers_are_sent_and_never_shown(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     secret = replace(fast, headers={"Authorization": "Bearer abcdefgh", "X-Team": "blue"})
-    await source_of(server.url("fine"), secret).score(group(0), context)
+    await source_of(server.at("fine"), secret).score(group(0), context)
     assert server.requests[0].headers["authorization"] == "Bearer abcdefgh"
     assert server.requests[0].headers["x-team"] == "blue"
     assert "abcdefgh" not in repr(secret)
@@ -309,22 +314,22 @@ def test_values_that_break_out_of_a_header_are_refused_and_not_shown(value: str)
 
 
 async def test_a_prompt_format_of_text_sends_what_the_policy_saw(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     message = {"role": "user", "content": "hi"}
     sample = RewardSample("s0", "g0", 0, None, [message], "c", "stop", 1, prompt_text="<u>hi")
     for form in ("auto", "text"):
-        source = source_of(server.url("fine"), replace(fast, prompt_format=form))
+        source = source_of(server.at("fine"), replace(fast, prompt_format=form))
         await source.score([sample], context)
-    first, second = (request.request["samples"][0] for request in server.requests)
+    first, second = (request.content["samples"][0] for request in server.requests)
     assert (first["prompt"], first["messages"]) == (None, [message])
     assert (second["prompt"], second["messages"]) == ("<u>hi", None)
 
 
 async def test_a_probe_that_shares_nothing_is_not_held_back_by_others(
-    server: Any, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
-    url = server.url("status/401?first=1")
+    url = server.at("status/401?first=1")
     with pytest.raises(RewardMisconfiguredError):
         await source_of(url).score(group(0), context)
     alone = source_of(url, replace(fast, is_shared=False))
@@ -332,10 +337,10 @@ async def test_a_probe_that_shares_nothing_is_not_held_back_by_others(
 
 
 async def test_attempts_of_one_request_are_told_to_the_observer(
-    server: Any, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, budget=RetryBudgetOptions(minimum=1))
-    source = source_of(server.url("status/503,busy?first=1"), options, observer=seen)
+    source = source_of(server.at("status/503,busy?first=1"), options, observer=seen)
     assert await source.score(group(0), context) == rewards(0)
     first, second = seen.records
     assert (first.outcome, first.status, first.quote) == ("http_503", 503, "busy")

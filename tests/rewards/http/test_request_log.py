@@ -10,6 +10,7 @@ import pytest
 
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.reward_server import RewardServer
 
 HIDDEN = {
     "prompt": "the prompt of the user",
@@ -47,9 +48,9 @@ async def asked(source: HttpReward, context: RewardContext, *, times: int = 1) -
 
 
 async def test_an_attempt_is_told_with_its_sizes_and_times(
-    server: Any, fast: HttpOptions, context: RewardContext, lines: Callable[[], Any]
+    server: RewardServer, fast: HttpOptions, context: RewardContext, lines: Callable[[], Any]
 ) -> None:
-    await asked(HttpReward("judge", server.url("fine"), options=fast), context, times=2)
+    await asked(HttpReward("judge", server.at("fine"), options=fast), context, times=2)
     first, second = lines()
     request = server.requests[0]
     assert first["request_id"] == request.headers["webhook-id"]
@@ -66,9 +67,9 @@ async def test_an_attempt_is_told_with_its_sizes_and_times(
 
 
 async def test_attempts_that_fail_are_told_with_what_is_known_of_them(
-    server: Any, fast: HttpOptions, context: RewardContext, lines: Callable[[], Any]
+    server: RewardServer, fast: HttpOptions, context: RewardContext, lines: Callable[[], Any]
 ) -> None:
-    await asked(HttpReward("judge", server.url("status/503?first=1"), options=fast), context)
+    await asked(HttpReward("judge", server.at("status/503?first=1"), options=fast), context)
     await asked(HttpReward("judge", "http://127.0.0.1:61999/score", options=fast), context)
     away, back, *refused = lines()
     assert [(one["attempt"], one["outcome"], one["status"], one["is_final"]) for one in (away, back)] == [
@@ -81,7 +82,7 @@ async def test_attempts_that_fail_are_told_with_what_is_known_of_them(
 
 @pytest.mark.parametrize("status", ["200 OK", "500 Sorry", "422 Unprocessable", "200 broken"])
 async def test_nothing_that_was_written_or_is_secret_is_logged_at_info(
-    hostile: Callable[..., Any],
+    hostile: Callable[..., RewardServer],
     fast: HttpOptions,
     context: RewardContext,
     caplog: pytest.LogCaptureFixture,

@@ -16,6 +16,7 @@ import trustme
 from dar.errors import RewardMisconfiguredError
 from dar.rewards.base import Scored
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.hostile_manners import hostile_server
 
 Ask = Callable[..., Any]
 
@@ -60,16 +61,15 @@ def contexts(authority: trustme.CA) -> dict[str, ssl.SSLContext]:
 )
 async def test_a_bad_certificate_is_permanent_and_nothing_is_sent(
     contexts: dict[str, ssl.SSLContext],
-    hostile_servers: Any,
     score: Ask,
     trusting: HttpOptions,
     name: str,
     code: str,
     word: str,
 ) -> None:
-    with hostile_servers.hostile_server_in_thread(contexts[name]) as server:
+    with hostile_server(contexts[name]) as server:
         with pytest.raises(RewardMisconfiguredError, match=word) as caught:
-            await score(server.url("fine"), options=trusting)
+            await score(server.at("fine"), options=trusting)
         assert caught.value.error_code == code
         assert server.requests == []
 
@@ -102,23 +102,22 @@ async def test_a_server_of_the_last_century_is_permanent(
 
 
 async def test_a_good_certificate_is_believed(
-    contexts: dict[str, ssl.SSLContext], hostile_servers: Any, score: Ask, trusting: HttpOptions
+    contexts: dict[str, ssl.SSLContext], score: Ask, trusting: HttpOptions
 ) -> None:
-    with hostile_servers.hostile_server_in_thread(contexts["good"]) as server:
-        found = await score(server.url("fine"), options=trusting)
+    with hostile_server(contexts["good"]) as server:
+        found = await score(server.at("fine"), options=trusting)
     assert found == [Scored(n / 8) for n in range(4)]
 
 
 async def test_a_certificate_that_changes_during_a_job_stops_it(
     contexts: dict[str, ssl.SSLContext],
     authority: trustme.CA,
-    hostile_servers: Any,
     trusting: HttpOptions,
     make_samples: Any,
     context: Any,
 ) -> None:
-    with hostile_servers.hostile_server_in_thread(contexts["good"]) as server:
-        source = HttpReward("r", server.url("closes-idle"), options=trusting)
+    with hostile_server(contexts["good"]) as server:
+        source = HttpReward("r", server.at("closes-idle"), options=trusting)
         await source.score(make_samples(4), context)
         authority_of_another = trustme.CA()
         authority_of_another.issue_cert("127.0.0.1").configure_cert(contexts["good"])

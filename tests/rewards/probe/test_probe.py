@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.server import reward_server
+from fakes.reward_server import RewardServer
 
 TOKEN = "tok-5f0a91c2/7be4+d1"
 Probe = Callable[..., Any]
@@ -46,7 +47,7 @@ async def test_a_good_service_passes_all_steps_without_a_warning(
 
 
 async def test_the_number_of_requests_is_what_is_promised(
-    ask_probe: Probe, hostile: Any, statuses: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], statuses: Any, services: Any
 ) -> None:
     full, light = hostile(services.good), hostile(services.good)
     await ask_probe(full.url)
@@ -62,7 +63,7 @@ async def test_the_number_of_requests_is_what_is_promised(
 
 
 async def test_a_users_samples_are_what_is_scored(
-    ask_probe: Probe, hostile: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any
 ) -> None:
     samples = [
         ProbeSample(prompt="2+2?", completion=text, ground_truth=4, columns={"level": "easy"})
@@ -77,7 +78,7 @@ async def test_a_users_samples_are_what_is_scored(
 
 
 async def test_a_protocol_of_one_sample_per_request_is_probed_as_well(
-    ask_probe: Probe, hostile: Any, failed: Any, statuses: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, statuses: Any
 ) -> None:
     def grade(request: Any) -> None:
         reward = len(request.content["model_sample"])
@@ -99,7 +100,7 @@ async def test_a_refused_connection_says_what_to_do(ask_probe: Probe, failed: An
 
 
 async def test_a_malformed_secret_is_found_before_anything_is_sent(
-    ask_probe: Probe, hostile: Any, failed: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, services: Any
 ) -> None:
     service = hostile(services.good)
     report = await ask_probe(service.url, secrets=["not-a-secret"])
@@ -127,7 +128,12 @@ WRONG: dict[str, Callable[[Any], Behaviour]] = {
 
 @pytest.mark.parametrize("code", WRONG)
 async def test_a_wrong_answer_ends_at_step_two(
-    ask_probe: Probe, hostile: Any, services: Any, code: str, failed: Any, statuses: Any
+    ask_probe: Probe,
+    hostile: Callable[..., RewardServer],
+    services: Any,
+    code: str,
+    failed: Any,
+    statuses: Any,
 ) -> None:
     service = hostile(WRONG[code](services))
     report = await ask_probe(service.url)
@@ -139,7 +145,9 @@ async def test_a_wrong_answer_ends_at_step_two(
     assert report.exchange[0].response is not None
 
 
-async def test_a_page_in_place_of_json_is_shown(ask_probe: Probe, hostile: Any) -> None:
+async def test_a_page_in_place_of_json_is_shown(
+    ask_probe: Probe, hostile: Callable[..., RewardServer]
+) -> None:
     page = b"<html>please log in" + b"x" * 10_000
     service = hostile(lambda request: request.answer(page, content_type="text/html"))
     report = await ask_probe(service.url)
@@ -151,7 +159,7 @@ async def test_a_page_in_place_of_json_is_shown(ask_probe: Probe, hostile: Any) 
 
 
 async def test_samples_that_the_service_cannot_score_are_errors_only_if_they_are_the_users(
-    ask_probe: Probe, hostile: Any, failed: Any, warned: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, warned: Any
 ) -> None:
     def fails(request: Any) -> None:
         results = [{"id": name, "error": {"code": "no_truth"}} for name in request.ids]
@@ -167,14 +175,14 @@ async def test_samples_that_the_service_cannot_score_are_errors_only_if_they_are
 
 
 async def test_a_service_that_skips_everything_is_warned_of(
-    ask_probe: Probe, hostile: Any, failed: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, warned: Any, services: Any
 ) -> None:
     report = await ask_probe(hostile(services.scoring(lambda *_: None)).url, light=True)
     assert (failed(report), warned(report)) == ([], {(2, "samples.skipped")})
 
 
 async def test_a_service_that_never_answers_ends_with_the_time_that_was_given(
-    ask_probe: Probe, hostile: Any, failed: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any
 ) -> None:
     report = await ask_probe(hostile(lambda request: request.hang()).url, seconds=0.5)
     assert failed(report) == [(2, "timeout")]
@@ -182,7 +190,7 @@ async def test_a_service_that_never_answers_ends_with_the_time_that_was_given(
 
 
 async def test_a_slow_service_that_answers_is_unfinished_not_broken(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     turns = hostile(services.good, lambda request: request.hang())
     report = await ask_probe(turns.url, light=True, seconds=1.5)
@@ -190,7 +198,9 @@ async def test_a_slow_service_that_answers_is_unfinished_not_broken(
     assert report.latency_ms["p50"] is not None
 
 
-async def test_a_cancelled_probe_leaves_nothing_behind(ask_probe: Probe, hostile: Any) -> None:
+async def test_a_cancelled_probe_leaves_nothing_behind(
+    ask_probe: Probe, hostile: Callable[..., RewardServer]
+) -> None:
     task = asyncio.create_task(ask_probe(hostile(lambda request: request.hang()).url))
     await asyncio.sleep(0.3)
     task.cancel()
@@ -204,7 +214,11 @@ async def test_a_cancelled_probe_leaves_nothing_behind(ask_probe: Probe, hostile
 
 @pytest.mark.parametrize("text", ["200 OK", "403 Forbidden"])
 async def test_a_report_holds_no_secret_even_if_the_service_says_them(
-    ask_probe: Probe, hostile: Any, secret: str, text: str, caplog: pytest.LogCaptureFixture
+    ask_probe: Probe,
+    hostile: Callable[..., RewardServer],
+    secret: str,
+    text: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
 

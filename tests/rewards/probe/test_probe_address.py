@@ -10,6 +10,8 @@ import trustme
 from starlette.applications import Starlette
 
 from dar.rewards.http.egress import EgressPolicy
+from fakes.hostile_manners import hostile_server
+from fakes.reward_server import RewardServer
 
 Probe = Callable[..., Any]
 DENIED = ["93.184.215.14", "10.0.0.1"]
@@ -28,14 +30,14 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
 
 
 @pytest.fixture
-def serve_tls(authority: trustme.CA, hostile_servers: Any) -> Callable[..., Any]:
+def serve_tls(authority: trustme.CA) -> Callable[..., Any]:
     """A service behind a certificate for ``host`` that ends in so many days."""
 
     def serve(host: str = "127.0.0.1", days: float = 90) -> Any:
         until = datetime.now(UTC) + timedelta(days=days)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(host, not_after=until).configure_cert(context)
-        return hostile_servers.hostile_server_in_thread(context)
+        return hostile_server(context)
 
     return serve
 
@@ -49,7 +51,7 @@ async def test_a_certificate_that_does_not_hold_is_an_error_and_nothing_is_sent(
     host: str, days: float, word: str,
 ) -> None:  # fmt: skip
     with serve_tls(host, days) as server:
-        report = await ask_probe(server.url("fine"), tls=trusting)
+        report = await ask_probe(server.at("fine"), tls=trusting)
         assert server.requests == []
     assert failed(report) == [(1, "tls.certificate")]
     assert word in report.errors[0].detail
@@ -59,7 +61,7 @@ async def test_a_certificate_that_ends_soon_is_warned_of(
     ask_probe: Probe, warned: Any, serve_tls: Any, trusting: ssl.SSLContext
 ) -> None:
     with serve_tls(days=5) as server:
-        report = await ask_probe(server.url("fine"), tls=trusting, light=True)
+        report = await ask_probe(server.at("fine"), tls=trusting, light=True)
     assert report.ok
     assert (1, "tls.expires_soon") in warned(report)
     assert (
@@ -71,7 +73,7 @@ async def test_a_good_certificate_is_told_about(
     ask_probe: Probe, statuses: Any, serve_tls: Any, trusting: ssl.SSLContext
 ) -> None:
     with serve_tls() as server:
-        report = await ask_probe(server.url("fine"), tls=trusting, light=True)
+        report = await ask_probe(server.at("fine"), tls=trusting, light=True)
     assert statuses(report)[1] == "ok"
     assert "TLSv1.3, certificate valid until" in report.steps[0].detail
 
@@ -85,7 +87,7 @@ async def test_a_service_without_tls_is_no_https_service(
 
 
 async def test_behind_a_guard_addresses_are_counted_and_not_named(
-    ask_probe: Probe, statuses: Any, hostile: Any, services: Any
+    ask_probe: Probe, statuses: Any, hostile: Callable[..., RewardServer], services: Any
 ) -> None:
     guard = EgressPolicy(allow_http=("reward.test",), allow_hosts=("reward.test",))
     url = hostile(services.good).url.replace("127.0.0.1", "reward.test")

@@ -10,6 +10,7 @@ import pytest
 
 from dar.cli.reward.listener import listening
 from dar.rewards.probe.callbacks import ProbeInbox
+from fakes.reward_server import RewardServer, accept
 
 Probe = Callable[..., Any]
 EITHER = {"reply": "either"}
@@ -58,7 +59,12 @@ class CallsBack:
 
 
 async def test_a_service_that_calls_back_passes_all_steps(
-    ask_probe: Probe, statuses: Any, failed: Any, hostile: Any, services: Any, inbox: ProbeInbox
+    ask_probe: Probe,
+    statuses: Any,
+    failed: Any,
+    hostile: Callable[..., RewardServer],
+    services: Any,
+    inbox: ProbeInbox,
 ) -> None:
     service = CallsBack(services)
     report = await ask_probe(hostile(service).url, component=EITHER, inbox=inbox)
@@ -73,7 +79,7 @@ async def test_a_service_that_calls_back_passes_all_steps(
 
 
 async def test_callbacks_with_a_wrong_token_a_wrong_body_or_twice_are_told_apart(
-    ask_probe: Probe, hostile: Any, services: Any, inbox: ProbeInbox
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any, inbox: ProbeInbox
 ) -> None:
     service = CallsBack(services)
     await ask_probe(hostile(service).url, component=EITHER, inbox=inbox, light=True)
@@ -88,7 +94,11 @@ async def test_callbacks_with_a_wrong_token_a_wrong_body_or_twice_are_told_apart
 
 
 async def test_a_promise_that_is_not_kept_is_an_error(
-    ask_probe: Probe, failed: Any, hostile: Any, services: Any, inbox: ProbeInbox
+    ask_probe: Probe,
+    failed: Any,
+    hostile: Callable[..., RewardServer],
+    services: Any,
+    inbox: ProbeInbox,
 ) -> None:
     service = CallsBack(services, wrongly=True)
     component = {**EITHER, "timeouts": {"attempt": 0.5, "deadline": 1.5}}
@@ -99,17 +109,21 @@ async def test_a_promise_that_is_not_kept_is_an_error(
 
 
 async def test_a_result_that_is_polled_needs_no_callback(
-    ask_probe: Probe, statuses: Any, failed: Any, hostile: Any, judging: Any, services: Any
+    ask_probe: Probe,
+    statuses: Any,
+    failed: Any,
+    hostile: Callable[..., RewardServer],
+    services: Any,
 ) -> None:
     posts: dict[str, Any] = {}
 
     def behave(request: Any) -> None:
-        if request.line.startswith("POST"):
+        if request.method == "POST":
             name = request.content["request_id"]
             posts[name] = request.content
-            judging.accept(poll_url=f"/results/{name}")(request)
+            accept(poll_url=f"/results/{name}")(request)
             return
-        name = request.line.split()[1].rpartition("/")[2]
+        name = request.path.rpartition("/")[2]
         rewards = [services.length_of(sample) for sample in posts[name]["samples"]]
         request.answer(orjson.dumps({"request_id": name, "rewards": rewards}))
 
@@ -120,7 +134,11 @@ async def test_a_result_that_is_polled_needs_no_callback(
 
 
 async def test_a_service_that_answers_at_once_may_do_so(
-    ask_probe: Probe, statuses: Any, hostile: Any, services: Any, inbox: ProbeInbox
+    ask_probe: Probe,
+    statuses: Any,
+    hostile: Callable[..., RewardServer],
+    services: Any,
+    inbox: ProbeInbox,
 ) -> None:
     report = await ask_probe(hostile(services.good).url, component=EITHER, inbox=inbox)
     assert statuses(report)[9] == "ok"

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from fakes.reward_server import RewardServer
+
 Probe = Callable[..., Any]
 
 
@@ -12,7 +14,7 @@ Probe = Callable[..., Any]
 
 
 async def test_rewards_by_chance_are_measured(
-    ask_probe: Probe, hostile: Any, services: Any, warned: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any, warned: Any
 ) -> None:
     chance = random.Random(7)
     report = await ask_probe(hostile(services.scoring(lambda *_: chance.random())).url)
@@ -24,7 +26,7 @@ async def test_rewards_by_chance_are_measured(
 
 
 async def test_a_cache_by_id_does_not_hide_chance(
-    ask_probe: Probe, hostile: Any, warned: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any
 ) -> None:
     chance, kept = random.Random(7), {}
 
@@ -40,7 +42,7 @@ async def test_a_cache_by_id_does_not_hide_chance(
 
 
 async def test_a_service_that_refuses_a_repetition_is_broken(
-    ask_probe: Probe, hostile: Any, failed: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, services: Any
 ) -> None:
     seen: set[str] = set()
 
@@ -54,14 +56,14 @@ async def test_a_service_that_refuses_a_repetition_is_broken(
 
 
 async def test_rewards_by_position_are_found(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     report = await ask_probe(hostile(services.scoring(lambda _, place: place)).url, light=True)
     assert warned(report) == {(4, "order.position")}
 
 
 async def test_rewards_by_the_company_in_a_request_are_found(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     def behave(request: Any) -> None:
         count = len(request.ids)
@@ -74,7 +76,7 @@ async def test_rewards_by_the_company_in_a_request_are_found(
 
 
 async def test_noise_is_not_taken_for_an_effect_of_the_order(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     flips = [0]
 
@@ -110,14 +112,14 @@ class Crowded:
         if is_full:
             self._services.status("429 Too Many Requests", retry_after="0.1")(request)
             return
-        request.stopping.wait(0.1)
+        request.server.stopping.wait(0.1)
         with self._lock:
             self._busy -= 1
         self._services.good(request)
 
 
 async def test_a_service_without_room_gets_fewer_requests_suggested(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     report = await ask_probe(hostile(services.on(is_load, Crowded(services, 2))).url)
     assert (5, "load.throttled") in warned(report)
@@ -127,13 +129,13 @@ async def test_a_service_without_room_gets_fewer_requests_suggested(
 
 
 async def test_a_service_that_queues_is_told_how_many_it_works_on(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     turn = threading.Lock()
 
     def one_at_a_time(request: Any) -> None:
         with turn:
-            request.stopping.wait(0.15)
+            request.server.stopping.wait(0.15)
         services.good(request)
 
     report = await ask_probe(hostile(services.on(is_load, one_at_a_time)).url)
@@ -142,7 +144,7 @@ async def test_a_service_that_queues_is_told_how_many_it_works_on(
 
 
 async def test_failures_under_load_are_a_warning_while_they_are_few(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     count = iter(range(100))
     rarely = services.on(
@@ -155,7 +157,7 @@ async def test_failures_under_load_are_a_warning_while_they_are_few(
 
 
 async def test_a_service_that_breaks_down_under_load_is_not_usable(
-    ask_probe: Probe, hostile: Any, failed: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, services: Any
 ) -> None:
     report = await ask_probe(hostile(services.on(is_load, services.status("500 Oops"))).url)
     assert failed(report) == [(5, "http_500")]
@@ -163,10 +165,10 @@ async def test_a_service_that_breaks_down_under_load_is_not_usable(
 
 
 async def test_latency_near_the_limit_is_warned_of(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     def slowly(request: Any) -> None:
-        request.stopping.wait(0.6)
+        request.server.stopping.wait(0.6)
         services.good(request)
 
     times = {"connect": 1, "read": 1, "attempt": 1.1, "deadline": 60}
@@ -183,7 +185,11 @@ async def test_latency_near_the_limit_is_warned_of(
 
 
 async def test_a_service_that_checks_no_signature_is_warned_of(
-    ask_probe: Probe, hostile: Any, warned: Any, statuses: Any, services: Any
+    ask_probe: Probe,
+    hostile: Callable[..., RewardServer],
+    warned: Any,
+    statuses: Any,
+    services: Any,
 ) -> None:
     service = hostile(services.good)
     report = await ask_probe(service.url)
@@ -193,7 +199,7 @@ async def test_a_service_that_checks_no_signature_is_warned_of(
 
 
 async def test_a_service_that_breaks_on_unusual_texts_is_warned_of(
-    ask_probe: Probe, hostile: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any
 ) -> None:
     def is_odd(request: Any) -> bool:
         texts = [sample["completion"] for sample in request.content["samples"]]
@@ -208,7 +214,7 @@ async def test_a_service_that_breaks_on_unusual_texts_is_warned_of(
 
 
 async def test_a_constant_reward_is_warned_of(
-    ask_probe: Probe, hostile: Any, warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
     report = await ask_probe(hostile(services.scoring(lambda *_: 0.5)).url)
     assert report.ok

@@ -34,6 +34,7 @@ from dar.rewards.scoring.scorer import (
     WeightedSource,
     scorer_from_functions,
 )
+from fakes.reward_server import RewardServer, fine, hang, status
 
 MakeSamples = Callable[..., list[RewardSample]]
 
@@ -225,9 +226,9 @@ def scorer_of(fast: HttpOptions) -> Callable[..., RewardScorer]:
 
 
 def test_a_stop_cancels_everything_in_flight_at_once(
-    hostile: Callable[..., Any], make_samples: MakeSamples
+    hostile: Callable[..., RewardServer], make_samples: MakeSamples
 ) -> None:
-    server = hostile(lambda r: r.hang())
+    server = hostile(hang)
     with scorer_from_functions([server.url]) as scorer:
         asked_at = 0.0
 
@@ -264,9 +265,9 @@ def test_a_blocked_function_does_not_hold_up_a_stop(make_samples: MakeSamples) -
 
 
 def test_after_a_stop_the_scorer_works_on(
-    hostile: Callable[..., Any], make_samples: MakeSamples, scorer_of: Any
+    hostile: Callable[..., RewardServer], make_samples: MakeSamples, scorer_of: Any
 ) -> None:
-    server = hostile(lambda r: r.hang(), lambda r: r.fine())
+    server = hostile(hang, fine)
     with scorer_of(server.url) as scorer:
         with pytest.raises(ScoringStoppedError):
             scorer.score(
@@ -276,10 +277,10 @@ def test_after_a_stop_the_scorer_works_on(
 
 
 def test_waits_are_reported_with_reason_and_attempt(
-    hostile: Callable[..., Any], make_samples: MakeSamples, scorer_of: Any
+    hostile: Callable[..., RewardServer], make_samples: MakeSamples, scorer_of: Any
 ) -> None:
     messages: list[str] = []
-    server = hostile(lambda r: r.answer(b"private", status="503 Busy"), lambda r: r.fine())
+    server = hostile(status(503, b"private"), fine)
     with scorer_of(server.url, on_wait=messages.append) as scorer:
         scorer.score(make_samples(4), RewardContext(1))
     (message,) = messages
@@ -298,18 +299,18 @@ def test_a_service_that_is_down_is_unavailable_and_said_so_while_waiting(
 
 
 def test_a_misconfigured_service_stops_the_call(
-    hostile: Callable[..., Any], make_samples: MakeSamples, scorer_of: Any
+    hostile: Callable[..., RewardServer], make_samples: MakeSamples, scorer_of: Any
 ) -> None:
-    server = hostile(lambda r: r.answer(b"no such path", status="404 Not Found"))
+    server = hostile(status(404, b"no such path"))
     scorer = scorer_of(server.url)
     with scorer, pytest.raises(RewardMisconfiguredError, match="no such path"):
         scorer.score(make_samples(4), RewardContext(1))
 
 
 def test_the_spec_makes_components_with_their_options(
-    hostile: Callable[..., Any], make_samples: MakeSamples, secret: str
+    hostile: Callable[..., RewardServer], make_samples: MakeSamples, secret: str
 ) -> None:
-    server = hostile(lambda r: r.fine())
+    server = hostile()
     component = {"url": server.url, "columns": ["level"], "batch": {"max_samples": 2}}
     rewards = Rewards.model_validate(
         {
@@ -331,12 +332,12 @@ def test_the_spec_makes_components_with_their_options(
 
 
 def test_functions_and_urls_are_mixed_with_weights(
-    hostile: Callable[..., Any], make_samples: MakeSamples
+    hostile: Callable[..., RewardServer], make_samples: MakeSamples
 ) -> None:
     def length(completions: list[str]) -> list[int]:
         return [len(text) for text in completions]
 
-    functions = [length, hostile(lambda r: r.fine()).url, length]
+    functions = [length, hostile().url, length]
     with scorer_from_functions(functions, weights=[1, 10, 100]) as scorer:
         assert scorer.names == ["length", "remote", "length_2"]
         assert scorer.score(make_samples(1), RewardContext(1))[0].reward == 207.0

@@ -17,6 +17,7 @@ from dar.rewards.base import Scored
 from dar.rewards.http.signing import decode_secret, signed_headers
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.server import endpoint, reward_server
+from fakes.reward_server import RewardServer
 
 TOKEN = "rwt_" + "k" * 43
 SECOND_SECRET = "whsec_" + "c" * 32
@@ -107,7 +108,7 @@ async def test_a_token_that_a_callback_repeats_is_not_logged(
     serve_app: Callable[..., str],
     secret: str,
     caplog: pytest.LogCaptureFixture,
-    hostile: Callable[..., Any],
+    hostile: Callable[..., RewardServer],
 ) -> None:
     def echo(request: Any) -> None:
         said = ("x" * 970 + request.headers["authorization"]).encode()

@@ -15,6 +15,7 @@ from dar.rewards.base import Scored
 from dar.rewards.http.signing import decode_secret, verify
 from dar.rewards.http_reward import HttpOptions
 from dar.rewards.server import reward_server
+from fakes.reward_server import RewardServer
 
 Asks = Callable[..., Any]
 Content = Callable[..., dict[str, Any]]
@@ -22,7 +23,7 @@ IDS = ["s0", "s1"]
 
 
 @pytest.fixture
-def posts(hostile: Asks, token: str) -> Asks:
+def posts(hostile: Callable[..., RewardServer], token: str) -> Asks:
     """A receiver of callbacks, and what a request says about it."""
 
     def make(*behaviours: Callable[[Any], None]) -> tuple[Any, dict[str, str]]:

@@ -15,6 +15,7 @@ import pytest
 
 from dar.errors import ConfigurationError
 from dar.rewards.server import serve
+from fakes.reward_server import RewardServer, hang
 
 Asks = Callable[..., Any]
 Content = Callable[..., dict[str, Any]]
@@ -90,7 +91,7 @@ async def start(tmp_path: Path, asker: Asks) -> AsyncIterator[Callable[..., Any]
             pass
 
 
-async def stopping(server: Any) -> None:
+async def stopping(server: RewardServer) -> None:
     while (await server.client.get("/healthz")).status_code == 200:  # noqa: ASYNC110 - another process
         await asyncio.sleep(0.01)
 
@@ -125,7 +126,7 @@ async def test_a_promised_result_can_still_be_fetched(start: Asks, content: Cont
 
 
 async def test_a_pending_callback_is_delivered(
-    start: Asks, content: Content, hostile: Asks, token: str, secret: str
+    start: Asks, content: Content, hostile: Callable[..., RewardServer], token: str, secret: str
 ) -> None:
     receiver = hostile(
         lambda request: request.answer(b"", status="503 Later"),
@@ -143,10 +144,15 @@ async def test_a_pending_callback_is_delivered(
 
 
 async def test_nothing_holds_a_stop_up_beyond_its_bound(
-    start: Asks, content: Content, eventually: Asks, hostile: Asks, token: str, secret: str
+    start: Asks,
+    content: Content,
+    eventually: Asks,
+    hostile: Callable[..., RewardServer],
+    token: str,
+    secret: str,
 ) -> None:
     process, server = await start(asynchronous=True, stop_seconds=0.3, secret=secret)
-    receiver = hostile(lambda request: request.hang())
+    receiver = hostile(hang)
     callback = {"url": receiver.url, "token": token}
     await server.post(content(is_async=True, callback=callback))
     process.go()
@@ -187,7 +193,7 @@ def under_uvicorn(app: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
 
 
 async def test_under_uvicorn_alone_a_pending_callback_is_delivered(
-    content: Content, eventually: Asks, hostile: Asks, token: str, asker: Asks, tmp_path: Path,
+    content: Content, eventually: Asks, hostile: Callable[..., RewardServer], token: str, asker: Asks, tmp_path: Path,
     free_port: Callable[[], int], secret: str,
 ) -> None:  # fmt: skip
     (tmp_path / "my_app.py").write_text(APPLICATION)
