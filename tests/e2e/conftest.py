@@ -1,7 +1,6 @@
 """A whole installation in a folder: real Valkey, real service, real worker, real reward service, each its own process."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,9 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
@@ -27,8 +24,8 @@ from dar.client import Client
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.settings import environment as current_environment
-from fakes import reward_chaos
-from fakes.hostile_server import hostile_server_in_thread
+from fakes import hostile_manners
+from fakes.reward_server import RewardRequest, RewardServer
 
 REWARD_SERVICE = '''
 import sys
@@ -261,39 +258,14 @@ def broker_log(installation: Installation) -> Iterator[BrokerLog]:
 
 
 @pytest.fixture
-def hostile_server() -> Iterator[Any]:
+def hostile_server() -> Iterator[RewardServer]:
     """A reward service that misbehaves, each path in its own way."""
-    with hostile_server_in_thread() as running:
+    with hostile_manners.hostile_server() as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def chaos() -> ModuleType:
-    """A reward service with faults, which are passing."""
-    return reward_chaos
 
 
 Answer = Callable[[Mapping[str, str], bytes], tuple[int, Any]]
 """From headers (lower case) and body of a POST to a status and what is sent as JSON."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        server: Any = self.server
-        body = self.rfile.read(int(self.headers["content-length"]))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        status, answer = server.answer(headers, body)
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture
@@ -302,19 +274,11 @@ def serve() -> Iterator[Callable[[Answer], str]]:
     with contextlib.ExitStack() as stack:
 
         def start(answer: Answer) -> str:
-            server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-            server.daemon_threads = True
-            server.answer = answer  # type: ignore[attr-defined] # read by the handler
-            thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-            thread.start()
+            def behave(request: RewardRequest) -> None:
+                status, content = answer(request.headers, request.body)
+                request.json(content, status)
 
-            def stop() -> None:
-                server.shutdown()
-                thread.join()
-                server.server_close()
-
-            stack.callback(stop)
-            return f"http://127.0.0.1:{server.server_port}/score"
+            return stack.enter_context(RewardServer(behave)).url
 
         yield start
 

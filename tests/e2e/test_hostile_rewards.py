@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.worker import WAKE_TASK
+from fakes.reward_server import RewardServer
 
 STEPS, GROUPS, K = 2, 2, 4
 REQUESTS = STEPS * GROUPS
@@ -214,7 +215,7 @@ def assert_nothing_is_left(
 @pytest.mark.timeout(240)
 def test_services_that_break_the_contract_or_the_connection_cost_their_own_rewards_alone(
     installation: Any,
-    hostile_server: Any,
+    hostile_server: RewardServer,
     black_hole: str,
     reviews_base: Path,
     broker_log: Any,
@@ -224,7 +225,7 @@ def test_services_that_break_the_contract_or_the_connection_cost_their_own_rewar
     own = Credentials()
 
     def url_of(path: str) -> str:
-        return f"{black_hole}{BLACK_HOLE}" if path == BLACK_HOLE else str(hostile_server.url(path))
+        return f"{black_hole}{BLACK_HOLE}" if path == BLACK_HOLE else hostile_server.at(path)
 
     for paths in (ANSWERS, TRANSPORT):
         hostile_server.counts.clear()

@@ -1,27 +1,23 @@
 """Rewards that come late, and a reward service on loopback whose manners can be spoiled; a reward is a function of its completion."""
 
 import asyncio
-import contextlib
 import hashlib
-import json
 import random
-import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dar.protocol.reward_spec import Rewards
+from fakes.reward_server import RewardRequest, RewardServer
 
-if TYPE_CHECKING:  # importing torch takes seconds, which whoever needs the service alone is spared
+if TYPE_CHECKING:  # importing torch takes seconds, and some users need the service alone
     from dar.training import DARTrainer
 
 WIDE = {"per_device_train_batch_size": 12, "dar_k": 4, "max_new_tokens": 5, "learning_rate": 1e-2}
 """48 completions: three parts."""
 
-Manners = Callable[["Request"], bool]
+Manners = Callable[[RewardRequest], bool]
 """Is shown each request; whether it has spoiled it."""
 
 
@@ -50,103 +46,29 @@ def assert_same(one: "tuple[DARTrainer, Any]", other: "tuple[DARTrainer, Any]") 
     assert reports == other_reports
 
 
-class Request(BaseHTTPRequestHandler):
-    """One attempt."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        self.body = self.rfile.read(int(self.headers["content-length"]))
-        self.content = json.loads(self.body)
-        server: Any = self.server
-        with server.lock:
-            server.requests.append(self.content)
-        if not server.manners(self):
-            self.fine()
-
-    def results(self) -> list[dict[str, Any]]:
-        return [
-            {"id": sample["id"], "reward": reward_of(sample["completion"])}
-            for sample in self.content["samples"]
-        ]
-
-    def fine(self, results: list[dict[str, Any]] | None = None) -> None:
-        """What a service should answer, in any order."""
-        found = self.results() if results is None else results
-        random.shuffle(found)
-        self.send({"request_id": self.content["request_id"], "results": found})
-
-    def send(self, content: object, status: int = 200, *, copies: int = 1, **headers: str) -> None:
-        """Answer; another ``content_type`` and more headers may be given."""
-        body = json.dumps(content).encode()
-        given = {"content_type": "application/json", "content_length": str(len(body)), **headers}
-        lines = [f"HTTP/1.1 {status} Status"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in given.items()]
-        with contextlib.suppress(OSError):
-            self.wfile.write(("\r\n".join([*lines, "", ""]).encode() + body) * copies)
-
-    def accept(self) -> None:
-        """Take the request, whose results are there when they are asked for."""
-        server: Any = self.server
-        request_id = self.content["request_id"]
-        with server.lock:
-            server.later[request_id] = self.results()
-        content = {"request_id": request_id, "status": "accepted", "poll_url": f"/{request_id}"}
-        self.send(content, 202)
-
-    def do_GET(self) -> None:
-        server: Any = self.server
-        request_id = self.path[1:]
-        with server.lock:
-            results = server.later[request_id]
-            random.shuffle(results)
-        self.send({"request_id": request_id, "results": results})
-
-    def reset(self) -> None:
-        """Leave without a word."""
-        linger = struct.pack("ii", 1, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.close_connection = True
-        self.connection.close()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+def results_of(request: RewardRequest) -> list[dict[str, Any]]:
+    return [
+        {"id": sample["id"], "reward": reward_of(sample["completion"])}
+        for sample in request.samples
+    ]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
+def send(
+    request: RewardRequest, results: list[dict[str, Any]], request_id: str | None = None
+) -> None:
+    """Answer in any order."""
+    random.shuffle(results)
+    request.json({"request_id": request_id or request.request_id, "results": results})
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has given up is no news."""
 
+def service(manners: Manners = lambda _: False) -> RewardServer:
+    """A service that answers what its manners have not spoiled."""
 
-class Service:
-    """The service, while it is open."""
+    def behave(request: RewardRequest) -> None:
+        if not manners(request):
+            send(request, results_of(request))
 
-    def __init__(self, manners: Manners = lambda _: False) -> None:
-        self._server: Any = _Server(("127.0.0.1", 0), Request)
-        self._server.manners = manners
-        self._server.lock = threading.Lock()
-        self._server.requests = []
-        self._server.later = {}
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/score"
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        """Every attempt's body."""
-        return list(self._server.requests)
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator["Service"]:
-        thread = threading.Thread(target=lambda: self._server.serve_forever(0.01), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
-            thread.join()
+    return RewardServer(behave)
 
 
 PASSING = ("503", "429", "reset", "hang")
@@ -164,11 +86,16 @@ class Chaos:
         self._left: dict[str, list[str]] = {}
         self._lock = threading.Lock()
         self._hang_seconds = hang_seconds
+        self._later: dict[str, list[dict[str, Any]]] = {}
         self.met: list[str] = []
 
-    def __call__(self, request: Request) -> bool:
+    def __call__(self, request: RewardRequest) -> bool:
+        if request.method == "GET":
+            request_id = request.path[1:]
+            send(request, self._later[request_id], request_id)
+            return True
         with self._lock:
-            left = self._left.setdefault(request.content["request_id"], self._draw())
+            left = self._left.setdefault(request.request_id, self._draw())
             fault = left.pop() if left else ""
             self.met.append(fault)
             pause = self._random.random() * 0.05
@@ -180,19 +107,19 @@ class Chaos:
             _break(request, fault)
         elif is_later:
             self.met.append("later")
-            request.accept()
+            self._later[request.request_id] = results_of(request)
+            request.accept(poll_url=f"/{request.request_id}")
         return bool(fault) or is_later
 
-    def _fail(self, request: Request, fault: str) -> None:
+    def _fail(self, request: RewardRequest, fault: str) -> None:
         if fault == "503":
-            request.send({}, 503)
+            request.json({}, 503)
         elif fault == "429":
-            request.send({}, 429, retry_after="0")
+            request.json({}, 429, retry_after="0")
         elif fault == "reset":
             request.reset()
         else:
             time.sleep(self._hang_seconds)
-            request.close_connection = True
 
     def _draw(self) -> list[str]:
         """What the next new request meets, the last one first: a broken answer every third time, so that all of them occur."""
@@ -202,26 +129,26 @@ class Chaos:
         return self._random.choices(PASSING, k=self._random.randrange(3))
 
 
-def _break(request: Request, fault: str) -> None:
+def _break(request: RewardRequest, fault: str) -> None:
     """Answer in a way that no reward may be taken from, but for those of an answer that is only sent twice."""
-    results, request_id = request.results(), request.content["request_id"]
+    results, request_id = results_of(request), request.request_id
     wrong = [{"id": one["id"], "reward": 0.5} for one in results]
     if fault == "short":
-        request.fine(wrong[1:])
+        send(request, wrong[1:])
     elif fault == "long":
-        request.fine([*wrong, {"id": "s9999", "reward": 0.5}])
+        send(request, [*wrong, {"id": "s9999", "reward": 0.5}])
     elif fault == "text":
-        request.fine([{**one, "reward": "0.5"} for one in results])
+        send(request, [{**one, "reward": "0.5"} for one in results])
     elif fault == "not_a_number":
-        request.fine([*wrong[1:], {**wrong[0], "reward": float("nan")}])
+        send(request, [*wrong[1:], {**wrong[0], "reward": float("nan")}])
     elif fault == "an_id_twice":
-        request.fine([wrong[0], *wrong[:-1]])
+        send(request, [wrong[0], *wrong[:-1]])
     elif fault == "of_another":
-        request.send({"request_id": "rwq_1", "results": wrong})
+        request.json({"request_id": "rwq_1", "results": wrong})
     elif fault == "no_json":
-        request.send({"request_id": request_id, "results": wrong}, content_type="text/html")
+        request.json({"request_id": request_id, "results": wrong}, content_type="text/html")
     else:
-        request.send({"request_id": request_id, "results": results}, copies=2)
+        request.json({"request_id": request_id, "results": results}, copies=2)
 
 
 def rewards_of(url: str, **fields: Any) -> Rewards:
@@ -247,12 +174,13 @@ class Failing:
         self._prompts, self._indices, self._again = prompts, indices, again
         self._count = count
 
-    def __call__(self, request: Any) -> bool:
-        request.fine(
+    def __call__(self, request: RewardRequest) -> bool:
+        send(
+            request,
             [
                 self._failed(one["id"]) if self._fails(sample) else one
-                for sample, one in zip(request.content["samples"], request.results(), strict=True)
-            ]
+                for sample, one in zip(request.samples, results_of(request), strict=True)
+            ],
         )
         return True
 

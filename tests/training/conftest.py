@@ -1,7 +1,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import SampleRow
 from dar.training import DARConfig, DARTrainer
 from dar.training.report.sink import Request
-from fakes import reward_chaos
+from fakes import reward_chaos as chaos
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -216,18 +215,11 @@ def train(
     return run
 
 
-@pytest.fixture(scope="session")
-def chaos() -> ModuleType:
-    """`reward_chaos.py`."""
-    return reward_chaos
-
-
 @pytest.fixture
 def run(
     train: Callable[..., DARTrainer],
     new_sink: Callable[[], Any],
     make_model: Callable[..., Any],
-    chaos: ModuleType,
 ) -> Callable[..., tuple[DARTrainer, Any]]:
     """Train with rewards that come late; the trainer, and what it said."""
 

@@ -1,13 +1,11 @@
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -23,6 +21,7 @@ from dar.training import DARTrainer, JobInputs, NullControl, train_job
 from dar.training.checkpoint.checkpoint import verify
 from dar.training.from_spec import build_trainer, job_config
 from dar.training.parallel import deepspeed_config
+from fakes import loopback
 
 SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0NTY="
 
@@ -42,14 +41,8 @@ def reward_url() -> Iterator[str]:
     def app(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
         return [text.split().count("w40") / 8 for text in completions]
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
-        server.should_exit = True
-        thread.join()
+    with loopback.serving(app) as url:
+        yield f"{url}/score"
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Jobs whose rewards come from every kind of source, and from services that were written for other systems."""
 
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import load_file
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -28,6 +25,7 @@ from dar.protocol.reward_spec import Rewards
 from dar.protocol.spec import JobSpec
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
 from dar.training.checkpoint.fingerprint import reward_terms
+from fakes import loopback
 
 COUNT = {"name": "count", "kind": "builtin", "fn": "contains", "params": {"values": ["w40"]}}
 
@@ -93,14 +91,8 @@ def serving(handle: Callable[[dict[str, Any]], Any]) -> Iterator[str]:
         return JSONResponse(handle(await request.json()))
 
     app = Starlette(routes=[Route("/score", endpoint, methods=["POST"])])
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
-        server.should_exit = True
-        thread.join()
+    with loopback.serving(app) as url:
+        yield f"{url}/score"
 
 
 def test_a_builtin_and_a_reward_model_are_summed_with_their_weights(

@@ -215,7 +215,7 @@ def refill(
     """Train with a reward service that at first cannot score some prompts; it runs beside the main process."""
     prompts = tuple(row["prompt"] for row in PROMPTS[::3])
     failing = chaos.Failing(prompts=prompts, indices=(0, 1), count=8)
-    with chaos.Service(failing).open() as service:
+    with chaos.service(failing) as service:
         rewards = chaos.rewards_of(service.url, failure={"refill": 2, "max_failed_fraction": 1})
         train(folder, name, settings, reward=rewards, dtype=dtype)
 

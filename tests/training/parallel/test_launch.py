@@ -1,16 +1,13 @@
 """How several processes come to be: the command line, the job spec, and launchers that leave one alone."""
 
 import json
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -20,6 +17,7 @@ from dar.rewards.server import reward_server
 from dar.settings import environment
 from dar.training import DARTrainer
 from dar.training.parallel.launch import strategy_options
+from fakes import loopback
 
 
 @pytest.fixture
@@ -28,14 +26,8 @@ def reward_url() -> Iterator[str]:
     def app(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
         return [text.count("w4") / 8 for text in completions]
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
-        server.should_exit = True
-        thread.join()
+    with loopback.serving(app) as url:
+        yield f"{url}/score"
 
 
 @pytest.mark.slow  # accelerate, torchrun and two trainers import torch

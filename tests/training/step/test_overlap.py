@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from dar.training.parallel.ranks import Ranks
 from dar.training.report.capacity import Capacity, needed_concurrency, service_seconds
 from dar.training.step.parts import StepInProgress, StepPart
 from dar.training.step.records import Weigher, is_streamable
+from fakes import reward_chaos as chaos
 
 LORA = LoraConfig(
     r=2, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -41,7 +41,7 @@ LORA = LoraConfig(
     ids=["default", "adapter, shares", "per prompt", "batch", "over the step", "K = 1"],
 )
 def test_streaming_in_fixed_order_changes_no_bit(
-    run: Callable[..., Any], settings: dict[str, Any], chaos: ModuleType
+    run: Callable[..., Any], settings: dict[str, Any]
 ) -> None:
     barrier, stream = run(overlap="none", **settings), run(overlap="stream", **settings)
     chaos.assert_same(barrier, stream)
@@ -64,7 +64,7 @@ def test_only_statistics_of_a_prompt_are_streamed(config: Callable[..., Any]) ->
 
 
 def test_training_begins_before_the_last_reward_has_come(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, chaos: ModuleType
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
     may_answer = asyncio.Event()
@@ -94,9 +94,7 @@ def test_training_begins_before_the_last_reward_has_come(
     assert sink.reports[1]["dar/loss"] != 0
 
 
-def test_the_order_of_completion_changes_no_more_than_rounding(
-    run: Callable[..., Any], chaos: ModuleType
-) -> None:
+def test_the_order_of_completion_changes_no_more_than_rounding(run: Callable[..., Any]) -> None:
     fixed, completion = run(max_steps=1), run(max_steps=1, order="completion")
     (weights, reports), (others, other_reports) = (
         chaos.result_of(*fixed),
@@ -154,7 +152,7 @@ def test_a_run_resumed_at_any_step_goes_on_to_the_same_bits(
 
 
 def test_a_run_drained_while_it_waits_goes_on_with_what_it_had_sampled(
-    run: Callable[..., Any], new_sink: Callable[[], Any], tmp_path: Path, chaos: ModuleType
+    run: Callable[..., Any], new_sink: Callable[[], Any], tmp_path: Path
 ) -> None:
     settings = {"overlap": "one_step", "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
     whole = run(output_dir=str(tmp_path / "whole"), **settings)

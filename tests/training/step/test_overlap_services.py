@@ -3,8 +3,8 @@
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from dar.rewards.http import async_results
 from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http.options import HttpOptions
 from dar.rewards.http.retry_budget import RetryBudgetOptions
+from fakes import reward_chaos as chaos
+from fakes.reward_server import RewardServer
 
 
 @pytest.fixture
@@ -35,13 +37,13 @@ def high_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     [("none", "sync"), ("stream", "sync"), ("one_step", "sync"), ("stream", "either")],
 )
 def test_a_chaotic_service_gives_the_bits_of_a_perfect_one(
-    run: Callable[..., Any], overlap: str, reply: str, chaos: ModuleType
+    run: Callable[..., Any], overlap: str, reply: str
 ) -> None:
     spoiled = chaos.Chaos(hang_seconds=2.5)
     impatient = {"timeouts": {"attempt": 1.0, "read": 1.0, "deadline": 120}}
     outcomes = []
     for manners, component in ((lambda _: False, {}), (spoiled, impatient)):
-        with chaos.Service(manners).open() as service:
+        with chaos.service(manners) as service:
             rewards = chaos.rewards_of(service.url, component={**component, "reply": reply})
             outcomes.append(run(reward_funcs=rewards, overlap=overlap, max_steps=4))
     chaos.assert_same(*outcomes)
@@ -56,20 +58,13 @@ def test_a_chaotic_service_gives_the_bits_of_a_perfect_one(
 
 
 @pytest.fixture
-def serve(chaos: ModuleType) -> Iterator[Callable[..., Any]]:
-    opened = []
-
-    def start(manners: Any) -> Any:
-        opened.append(chaos.Service(manners).open())
-        return opened[-1].__enter__()
-
-    yield start
-    for service in opened:
-        service.__exit__(None, None, None)
+def serve() -> Iterator[Callable[[chaos.Manners], RewardServer]]:
+    with ExitStack() as stack:
+        yield lambda manners: stack.enter_context(chaos.service(manners))
 
 
 def test_dropped_groups_are_sampled_again_in_the_same_way_whatever_is_overlapped(
-    run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
+    run: Callable[..., Any], serve: Callable[..., Any]
 ) -> None:
     failing = chaos.Failing(prompts=("w55",), indices=(0, 1, 2))
     outcomes, services = [], []
@@ -85,8 +80,8 @@ def test_dropped_groups_are_sampled_again_in_the_same_way_whatever_is_overlapped
         assert values["rewards/missing_fraction"] == 0
     again = {
         sample["group_id"]
-        for body in services[0].requests
-        for sample in body["samples"]
+        for request in services[0].requests
+        for sample in request.samples
         if int(sample["group_id"][1:]) >= 12
     }
     assert again
@@ -97,7 +92,7 @@ def test_dropped_groups_are_sampled_again_in_the_same_way_whatever_is_overlapped
 
 
 def test_dropped_groups_are_sampled_again_one_step_ahead_too(
-    run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
+    run: Callable[..., Any], serve: Callable[..., Any]
 ) -> None:
     failing = chaos.Failing(prompts=("w55",), indices=(0, 1, 2))
     rewards = chaos.rewards_of(
@@ -111,7 +106,7 @@ def test_dropped_groups_are_sampled_again_one_step_ahead_too(
 
 
 def test_a_refill_that_fails_too_leaves_its_groups_out(
-    run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
+    run: Callable[..., Any], serve: Callable[..., Any]
 ) -> None:
     failing = chaos.Failing(prompts=("w55",), indices=(0, 1, 2, 3), again=True)
     rewards = chaos.rewards_of(
@@ -136,15 +131,14 @@ def test_a_failed_sample_costs_what_the_policy_says(
     serve: Callable[..., Any],
     failure: dict[str, Any],
     missing_per_group: int,
-    chaos: ModuleType,
 ) -> None:
     service = serve(chaos.Failing(prompts=("w55",), indices=(2,)))
     rewards = chaos.rewards_of(service.url, failure={"max_failed_fraction": 1, **failure})
     _, sink = run(reward_funcs=rewards, max_steps=1)
     groups = {
         sample["group_id"]
-        for body in service.requests
-        for sample in body["samples"]
+        for request in service.requests
+        for sample in request.samples
         if sample["prompt"] == "w55"
     }
     expected = len(groups) * missing_per_group / 48
@@ -152,7 +146,7 @@ def test_a_failed_sample_costs_what_the_policy_says(
 
 
 def test_a_job_may_end_at_the_first_failure(
-    run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
+    run: Callable[..., Any], serve: Callable[..., Any]
 ) -> None:
     service = serve(chaos.Failing(prompts=("w55",), indices=(2,)))
     rewards = chaos.rewards_of(service.url, failure={"on_error": "fail_job"})
@@ -161,7 +155,7 @@ def test_a_job_may_end_at_the_first_failure(
 
 
 def test_ties_of_a_job_spec_tell_nothing(
-    run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
+    run: Callable[..., Any], serve: Callable[..., Any]
 ) -> None:
     rewards = chaos.rewards_of(serve(lambda _: False).url, combine={"tie_eps": 2.0})
     _, sink = run(reward_funcs=rewards, max_steps=1)
@@ -170,7 +164,7 @@ def test_ties_of_a_job_spec_tell_nothing(
 
 
 def test_a_service_that_cannot_keep_up_is_named_with_the_concurrency_it_needs(
-    run: Callable[..., Any], serve: Callable[..., Any], chaos: ModuleType
+    run: Callable[..., Any], serve: Callable[..., Any]
 ) -> None:
     def slowly(_: Any) -> bool:
         time.sleep(0.1 + random.random() / 100)

@@ -1,15 +1,12 @@
 """When rewards stop coming in mid-training, the last whole step is kept, and what went wrong is told."""
 
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -19,6 +16,7 @@ from dar.protocol.spec import JobSpec
 from dar.rewards.server import reward_server
 from dar.training.from_spec import JobInputs, train_job
 from dar.training.report.sink import NullControl
+from fakes import loopback
 
 SECRET = "whsec_" + "A" * 43 + "="
 GROUPS = 3
@@ -51,14 +49,8 @@ def url(judge: Judge) -> Iterator[str]:
         return judge(prompts, completions, **columns)
 
     app = reward_server(secret=SECRET)(function)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
-        server.should_exit = True
-        thread.join()
+    with loopback.serving(app) as url:
+        yield f"{url}/score"
 
 
 @pytest.fixture
