@@ -11,12 +11,25 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-LONGEST_FIRST = ("e2e", "worker", "cli")
+LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
+"""Folders that take longest come first: their tests must not be the last to start."""
+TOGETHER = ("e2e", "store", "client")
+"""Folders whose tests share what is expensive to start: an installation, a PostgreSQL, a service."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the folders that start processes: whole files go to one test process, and a long one must not be last."""
-    items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
+    """Give whole files to one test process, and whole folders where their tests share processes."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+    for item in items:
+        folder = item.path.parent
+        group = folder if folder.name in TOGETHER else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 def pytest_collection() -> None:

@@ -71,7 +71,7 @@ def train(installation: Any, reviews_base: Path, tmp_path: Path) -> Callable[...
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_chaos_changes_no_bit_of_a_job(train: Callable[..., Any]) -> None:
     spoiled = chaos.Chaos(hang_seconds=3.0)

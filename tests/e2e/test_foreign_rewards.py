@@ -61,7 +61,7 @@ def decorated(installation: Any) -> Iterator[str]:
         yield f"{url}/score"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(180)
 def test_rewards_of_openrlhf_and_trl_score_a_job_unchanged(
     installation: Any,

@@ -152,6 +152,9 @@ class LoopbackServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.stopping.set()
         self.go_down()
         with self._lock:

@@ -2,13 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dar.protocol.worker import EventRow, Fail
+from fakes.loopback import LoopbackServer, Request
 from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient
 from worker.cleanup import Leftovers
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
@@ -24,32 +24,15 @@ class Service:
 
     def __init__(self, *statuses: int) -> None:
         self.calls = 0
-        self.url = ""
-        service = self
+        self._statuses = statuses
+        self._server = LoopbackServer(self)
+        self.url = self._server.url.rstrip("/")
+        self.close = self._server.close
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["content-length"]))
-                status = statuses[min(service.calls, len(statuses) - 1)]
-                service.calls += 1
-                body = b'{"acked_seq": 2}' if status == 200 else b"{}"
-                self.send_response(status)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    def __call__(self, request: Request) -> None:
+        status = self._statuses[min(self.calls, len(self._statuses) - 1)]
+        self.calls += 1
+        request.answer(b'{"acked_seq": 2}' if status == 200 else b"{}", status)
 
 
 @pytest.fixture

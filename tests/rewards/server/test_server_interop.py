@@ -4,9 +4,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import httpx2
@@ -16,6 +15,7 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from dar.protocol.rewards import decode_response, decode_result
 from dar.rewards.server import reward_server
+from fakes.loopback import LoopbackServer, Request
 
 OTHER = "whsec_" + "b" * 32
 TOKEN = "rwt_" + "k" * 43
@@ -92,23 +92,12 @@ def receiver() -> Iterator[tuple[str, Queue[Post]]]:
     """A service that takes every callback."""
     posts: Queue[Post] = Queue()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            posts.put(({name.lower(): value for name, value in self.headers.items()}, body))
-            self.send_response(200)
-            self.end_headers()
+    def take(request: Request) -> None:
+        posts.put((request.headers, request.body))
+        request.answer(b"")
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/rwq_1", posts
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with LoopbackServer(take) as server:
+        yield server.at("rwq_1"), posts
 
 
 def assert_verifies(headers: Any, body: bytes, secret: str) -> None:

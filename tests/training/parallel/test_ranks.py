@@ -64,7 +64,6 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
     assert str(last) in told[1]["metrics"]
 
 
-@pytest.mark.slow  # the first starts two processes that import torch and train seventeen times
 @pytest.mark.parametrize(
     ("one", "other"),
     [

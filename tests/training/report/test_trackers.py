@@ -18,6 +18,9 @@ from wandb.proto import wandb_internal_pb2
 
 from dar.settings import inherited_environment
 
+# Each tracker is a library of its own, and its run a process that imports torch.
+pytestmark = pytest.mark.slow
+
 Points = dict[str, dict[int, float]]
 """Name -> step -> value."""
 
