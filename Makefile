@@ -24,7 +24,7 @@ demo: setup  ## train a small model against a reward service, through the real s
 	@$(BIN)/dar demo
 
 # Three processes on two cores: tests of whole installations wait a third of their time.
-PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder --durations 30
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30
 
 test: setup  ## run the fast tests: everything a change must not break
 	@$(PYTEST) -m "not slow"

@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from filelock import FileLock
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
 """Folders that take longest come first: their tests must not be the last to start."""
@@ -17,19 +19,24 @@ TOGETHER = ("e2e", "store", "client")
 """Folders whose tests share what is expensive to start: an installation, a PostgreSQL, a service."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give whole files to one test process, and whole folders where their tests share processes."""
+class ByFile(LoadScopeScheduling):
+    """Gives whole files to one test process, and whole folders where their tests share processes."""
 
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePosixPath(nodeid.partition("::")[0])
+        return str(file.parent if file.parent.name in TOGETHER else file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         folder = item.path.parent.name
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
-    for item in items:
-        folder = item.path.parent
-        group = folder if folder.name in TOGETHER else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 def pytest_collection() -> None:
