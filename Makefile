@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check bench serve
+.PHONY: help setup demo test test-slow check bench serve
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; give one with make PYTHON=…" if sys.version_info < (3, 11) else 0)'
@@ -24,8 +24,13 @@ demo: setup  ## train a small model against a reward service, through the real s
 	@$(BIN)/dar demo
 
 # Three processes on two cores: tests of whole installations wait a third of their time.
-test: setup  ## run all tests
-	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30
+
+test: setup  ## run the fast tests: everything a change must not break
+	@$(PYTEST) -m "not slow"
+
+test-slow: setup  ## run the slow tests: whole jobs, several processes, long training
+	@$(PYTEST) -m slow
 
 check: setup  ## lint, format, types, import rules, dependencies
 	$(BIN)/ruff check .

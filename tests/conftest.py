@@ -6,17 +6,37 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from filelock import FileLock
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-LONGEST_FIRST = ("e2e", "worker", "cli")
+LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
+"""Folders that take longest come first: their tests must not be the last to start."""
+TOGETHER = ("e2e", "store", "client")
+"""Folders whose tests share what is expensive to start: an installation, a PostgreSQL, a service."""
+
+
+class ByFile(LoadScopeScheduling):
+    """Gives whole files to one test process, and whole folders where their tests share processes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePosixPath(nodeid.partition("::")[0])
+        return str(file.parent if file.parent.name in TOGETHER else file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the folders that start processes: whole files go to one test process, and a long one must not be last."""
-    items.sort(key=lambda item: item.path.parent.name not in LONGEST_FIRST)
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
 
 
 def pytest_collection() -> None:

@@ -1,6 +1,5 @@
 """A live service: a real uvicorn on a real socket, on a migrated SQLite of its own."""
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -10,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from fastapi import FastAPI
 
 from dar.protocol.checkpoints import Manifest
 from dar.settings import Settings
+from fakes.reward_server import RewardRequest, RewardServer
 from service import migrate
 from service.app import create_app
 from service.runtime import Runtime
@@ -271,50 +270,26 @@ def error_of() -> Callable[[httpx2.Response], dict[str, Any]]:
 class Judge:
     """A reward service: gives each completion its length, and remembers what it was sent."""
 
-    port: int = 0
+    url: str = ""
     status: int = 200
-    extra: dict[str, Any] = field(default_factory=dict)
     answer: Callable[[dict[str, Any]], Any] | None = None
     delay: float = 0.0
     seen: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/score"
+    def __call__(self, request: RewardRequest) -> None:
+        self.seen.append((request.headers, request.body))
+        time.sleep(self.delay)
+        request.json((self.answer or self.lengths)(request.content), self.status)
 
-    def reply(self, body: bytes) -> bytes:
-        asked = json.loads(body)
-        if self.answer is not None:
-            return json.dumps(self.answer(asked)).encode()
+    @staticmethod
+    def lengths(asked: dict[str, Any]) -> dict[str, Any]:
         rewards = [float(len(sample["completion"])) for sample in asked["samples"]]
-        return json.dumps({"request_id": asked["request_id"], "rewards": rewards}).encode()
+        return {"request_id": asked["request_id"], "rewards": rewards}
 
 
 @pytest.fixture
 def judge() -> Iterator[Judge]:
     made = Judge()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            made.seen.append(({k.lower(): v for k, v in self.headers.items()}, body))
-            time.sleep(made.delay)
-            content = made.reply(body)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.send_response(made.status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield made
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with RewardServer(made) as server:
+        made.url = server.url
+        yield made

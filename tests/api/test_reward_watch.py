@@ -2,12 +2,9 @@
 
 import asyncio
 import contextlib
-import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +15,7 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample
+from fakes.reward_server import RewardRequest, RewardServer
 from service.rewards.watch import RewardWatch
 from service.store import reward_pauses
 from service.store.tables import JobRow
@@ -27,7 +25,7 @@ class Judge:
     """A reward service that is told what to answer."""
 
     def __init__(self) -> None:
-        judge = self
+        self.url = ""
         self.status = 200
         self.asked: list[Any] = []
         self.limits_ms: list[int] = []
@@ -35,42 +33,24 @@ class Judge:
         self.accepts_as: Callable[[str], str] | None = None
         """Makes the ``request_id`` of a 202 from that of the request; None: rewards at once."""
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                judge.asked.append(body)
-                judge.limits_ms.append(int(self.headers["x-dar-deadline-ms"]))
-                time.sleep(judge.pause_seconds)
-                samples = body["samples"] if "samples" in body else body["query"]
-                rewards = [1.0] * len(samples)
-                answer = {"request_id": body.get("request_id"), "rewards": rewards}
-                status = judge.status
-                if judge.accepts_as is not None:
-                    answer = {
-                        "request_id": judge.accepts_as(body["request_id"]),
-                        "status": "accepted",
-                    }
-                    status = 202
-                content = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                with contextlib.suppress(OSError):  # nobody waits any more
-                    self.wfile.write(content)
+    def __call__(self, request: RewardRequest) -> None:
+        body = request.content
+        self.asked.append(body)
+        self.limits_ms.append(int(request.headers["x-dar-deadline-ms"]))
+        time.sleep(self.pause_seconds)
+        if self.accepts_as is not None:
+            request_id = self.accepts_as(body["request_id"])
+            request.json({"request_id": request_id, "status": "accepted"}, 202)
+            return
+        rewards = [1.0] * len(body["samples"] if "samples" in body else body["query"])
+        request.json({"request_id": body.get("request_id"), "rewards": rewards}, self.status)
 
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/score"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+@contextlib.contextmanager
+def serving(judge: Judge) -> Iterator[Judge]:
+    with RewardServer(judge) as server:
+        judge.url = server.url
+        yield judge
 
 
 @pytest.fixture
@@ -81,17 +61,15 @@ def live(serve: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def judge() -> Iterator[Judge]:
-    judge = Judge()
-    yield judge
-    judge.close()
+    with serving(Judge()) as judge:
+        yield judge
 
 
 @pytest.fixture
 def refusing() -> Iterator[Judge]:
-    judge = Judge()
-    judge.status = 401
-    yield judge
-    judge.close()
+    with serving(Judge()) as judge:
+        judge.status = 401
+        yield judge
 
 
 @pytest.fixture

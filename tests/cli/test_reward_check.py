@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from dar.protocol.reward_probe import ProbeReport
 from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
+from fakes.reward_server import RewardRequest, RewardServer
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 DEAD = "http://127.0.0.1:61999/score"
@@ -24,26 +23,13 @@ class Service:
     """A reward service that checks signatures; ``answer`` may be replaced."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.answer: Callable[[dict[str, Any]], tuple[int, bytes]] = self.rewards
-        service = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                status, content = service.take(headers, body)
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+    def __call__(self, request: RewardRequest) -> None:
+        status, content = self.take(request.headers, request.body)
+        request.answer(content, status)
 
     def take(self, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         self.seen.append((headers, json.loads(body)))
@@ -61,12 +47,9 @@ class Service:
 @pytest.fixture
 def service() -> Iterator[Service]:
     made = Service()
-    thread = threading.Thread(target=made.server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield made
-    made.server.shutdown()
-    thread.join()
-    made.server.server_close()
+    with RewardServer(made) as server:
+        made.url = server.url
+        yield made
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from dar.client import Client
 from dar.protocol.checkpoints import Checkpoint
 from dar.protocol.jobs import Job
 from dar.settings import environment
+from fakes.loopback import LoopbackServer, Request
 
 PROMPTS = b"".join(
     json.dumps({"prompt": f"prompt {n}", "ground_truth": "x"}).encode() + b"\n" for n in range(5)
@@ -226,63 +225,37 @@ class Answer:
     declared_bytes: int | None = None
 
 
-@dataclass
 class Scripted:
-    """A server that gives its answers in turn, the last one for ever, and keeps what it was sent."""
+    """A server that gives its answers in turn, the last one again and again, and keeps what it was sent."""
 
-    answers: list[Answer]
-    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
-    url: str = ""
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.url = ""
 
-
-def _handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self) -> None:
-            size = int(self.headers.get("content-length", 0))
-            headers = {key.lower(): value for key, value in self.headers.items()}
-            sent = self.rfile.read(size)
-            script.requests.append((f"{self.command} {self.path}", headers, sent))
-            answer = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
-            if answer.status == 0:
-                self.close_connection = True
-                return
-            body = json.dumps(answer.body).encode() if answer.raw is None else answer.raw
-            self.send_response(answer.status)
-            for name, value in answer.headers.items():
-                self.send_header(name, value)
-            self.send_header("content-length", str(answer.declared_bytes or len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-            self.close_connection = answer.declared_bytes is not None
-
-        do_GET = do_POST = do_DELETE = answer  # noqa: N815 - the names that http.server calls
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    return Handler
+    def __call__(self, request: Request) -> None:
+        self.requests.append((f"{request.method} {request.target}", request.headers, request.body))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer.status == 0:
+            return
+        body = json.dumps(answer.body).encode() if answer.raw is None else answer.raw
+        headers = {name.replace("-", "_"): value for name, value in answer.headers.items()}
+        length = str(answer.declared_bytes or len(body))
+        request.answer(body, answer.status, content_length=length, **headers)
+        request.keeps = answer.declared_bytes is None
 
 
 @pytest.fixture
 def scripted() -> Iterator[Callable[..., Scripted]]:
-    servers: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(*answers: Answer) -> Scripted:
-        script = Scripted(list(answers))
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
-        thread = threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        script.url = f"http://127.0.0.1:{server.server_port}"
-        return script
+        def start(*answers: Answer) -> Scripted:
+            script = Scripted(*answers)
+            server = stack.enter_context(LoopbackServer(script))
+            script.url = server.url.rstrip("/")
+            return script
 
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        yield start
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """A whole installation in a folder: real Valkey, real service, real worker, real reward service, each its own process."""
 
 import contextlib
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -14,9 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
@@ -28,6 +24,8 @@ from dar.processes import answers, launch
 from dar.protocol.jobs import Job
 from dar.protocol.status import TERMINAL
 from dar.settings import environment as current_environment
+from fakes import hostile_manners
+from fakes.reward_server import RewardRequest, RewardServer
 
 REWARD_SERVICE = '''
 import sys
@@ -259,54 +257,15 @@ def broker_log(installation: Installation) -> Iterator[BrokerLog]:
     log.close()
 
 
-def _module(folder: str, name: str) -> ModuleType:
-    """A module of other tests, by its file: those of the hostile reward service belong to a program as well."""
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / folder / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture
-def hostile_server() -> Iterator[Any]:
+def hostile_server() -> Iterator[RewardServer]:
     """A reward service that misbehaves, each path in its own way."""
-    names = ("hostile_exchange", "hostile_behaviours", "hostile_server")
-    *_, server = [_module("rewards", name) for name in names]
-    with server.hostile_server_in_thread() as running:
+    with hostile_manners.hostile_server() as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def chaos() -> ModuleType:
-    """A reward service with faults, which are passing."""
-    return _module("training", "reward_chaos")
 
 
 Answer = Callable[[Mapping[str, str], bytes], tuple[int, Any]]
 """From headers (lower case) and body of a POST to a status and what is sent as JSON."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        server: Any = self.server
-        body = self.rfile.read(int(self.headers["content-length"]))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        status, answer = server.answer(headers, body)
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture
@@ -315,19 +274,11 @@ def serve() -> Iterator[Callable[[Answer], str]]:
     with contextlib.ExitStack() as stack:
 
         def start(answer: Answer) -> str:
-            server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-            server.daemon_threads = True
-            server.answer = answer  # type: ignore[attr-defined] # read by the handler
-            thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-            thread.start()
+            def behave(request: RewardRequest) -> None:
+                status, content = answer(request.headers, request.body)
+                request.json(content, status)
 
-            def stop() -> None:
-                server.shutdown()
-                thread.join()
-                server.server_close()
-
-            stack.callback(stop)
-            return f"http://127.0.0.1:{server.server_port}/score"
+            return stack.enter_context(RewardServer(behave)).url
 
         yield start
 

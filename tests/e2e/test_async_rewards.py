@@ -3,20 +3,20 @@
 The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on importing torch.
 """
 
-import json
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from safetensors.numpy import load_file
+
+from fakes.reward_server import RewardRequest, RewardServer
 
 STEPS = 4
 HELD_STEP = 4
@@ -34,6 +34,10 @@ class Judge:
     held: list[dict[str, Any]] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, request: RewardRequest) -> None:
+        request.accept()
+        self.take(request.content)
 
     def take(self, request: dict[str, Any]) -> None:
         with self.lock:
@@ -77,36 +81,12 @@ class Judge:
                 time.sleep(0.2)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        server: Any = self.server
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        answer = json.dumps({"request_id": request["request_id"], "status": "accepted"}).encode()
-        self.send_response(202)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-        server.judge.take(request)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def judge() -> Iterator[Judge]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    judge = Judge(f"http://127.0.0.1:{server.server_address[1]}/score")
-    server.judge = judge  # type: ignore[attr-defined] # read by the handler
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield judge
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    judge = Judge()
+    with RewardServer(judge) as server:
+        judge.url = server.url
+        yield judge
 
 
 def submit(installation: Any, reviews_base: Path, url: str, reply: str) -> str:
@@ -162,7 +142,7 @@ def until_held(until: Callable[..., Any], judge: Judge) -> None:
     time.sleep(1.0)  # that the reward service has the requests is noted by then
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_callbacks_give_the_weights_that_answers_at_once_give(
     installation: Any, reviews_base: Path, expected: dict[str, Any], judge: Judge, tmp_path: Path
@@ -172,7 +152,7 @@ def test_callbacks_give_the_weights_that_answers_at_once_give(
     assert len(judge.posts) == 3 * STEPS
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("answered", ["while it is dead", "after its return"])
 def test_a_worker_that_is_killed_while_results_are_pending_asks_for_none_again(
@@ -205,7 +185,7 @@ def test_a_worker_that_is_killed_while_results_are_pending_asks_for_none_again(
     assert installation.client.jobs.retrieve(job_id).attempt == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_service_that_is_killed_while_results_are_pending_loses_none(
     installation: Any,

@@ -5,13 +5,13 @@ The test is slow because it trains two whole jobs, and a trainer spends some six
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
 from dar.protocol.metrics import is_reproducible
+from fakes import reward_chaos as chaos
 
 SERVICES, STEPS, GROUPS, K = 4, 3, 6, 4
 """So few requests go to each service that no breaker opens and no retry has to wait for its turn."""
@@ -30,14 +30,12 @@ def component(url: str, number: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def train(
-    installation: Any, reviews_base: Path, chaos: ModuleType, tmp_path: Path
-) -> Callable[..., dict[str, Any]]:
+def train(installation: Any, reviews_base: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """What comes of a job whose services have some manners: files of the last checkpoint, metrics and samples."""
     client = installation.client
 
     def run(manners: Callable[[Any], bool]) -> dict[str, Any]:
-        with chaos.Service(manners).open() as service:
+        with chaos.service(manners) as service:
             components = [component(service.url, number) for number in range(SERVICES)]
             spec = installation.spec(
                 client.files.create(reviews_base / "prompts.jsonl").id,
@@ -73,9 +71,9 @@ def train(
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
-def test_chaos_changes_no_bit_of_a_job(train: Callable[..., Any], chaos: ModuleType) -> None:
+def test_chaos_changes_no_bit_of_a_job(train: Callable[..., Any]) -> None:
     spoiled = chaos.Chaos(hang_seconds=3.0)
     perfect, chaotic = train(lambda _: False), train(spoiled)
     for name, tensors in perfect["files"].items():

@@ -4,16 +4,14 @@ The test is slow because it trains a whole job, and a trainer spends some six CP
 """
 
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from dar.rewards.server import reward_server
+from fakes import loopback
 
 STEPS, GROUPS, K = 2, 3, 4
 
@@ -59,17 +57,11 @@ def trl_style(_: Mapping[str, str], body: bytes) -> tuple[int, Any]:
 def decorated(installation: Any) -> Iterator[str]:
     """`short`, made a reward service by the decorator."""
     app = reward_server(secret_file=installation.home / "reward_secret")(short)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
-        server.should_exit = True
-        thread.join()
+    with loopback.serving(app) as url:
+        yield f"{url}/score"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(180)
 def test_rewards_of_openrlhf_and_trl_score_a_job_unchanged(
     installation: Any,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.worker import WAKE_TASK
+from fakes.reward_server import RewardServer
 
 STEPS, GROUPS, K = 2, 2, 4
 REQUESTS = STEPS * GROUPS
@@ -210,33 +211,58 @@ def assert_nothing_is_left(
     assert find_secrets(log, [*own.hidden, *TASKS_LEFT]) == []
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_services_that_break_the_contract_or_the_connection_cost_their_own_rewards_alone(
+def check(
     installation: Any,
-    hostile_server: Any,
+    reviews_base: Path,
+    url_of: Callable[[str], str],
+    paths: Mapping[str, Ending],
+    broker_log: Any,
+    find_secrets: Any,
+    until: Callable[..., Any],
+) -> Any:
+    """The finished job, after everything that must hold of it was looked at."""
+    own = Credentials()
+    job, log = train(installation, reviews_base, url_of, paths, own, until)
+    assert_ended_as_told(installation, job, paths)
+    assert_rewards_were_sent(installation, job, paths)
+    assert_nothing_is_left(installation, job, log, own, broker_log, find_secrets, until)
+    return job
+
+
+@pytest.mark.timeout(240)
+def test_services_that_break_the_contract_cost_their_own_rewards_alone(
+    installation: Any,
+    hostile_server: RewardServer,
+    reviews_base: Path,
+    broker_log: Any,
+    find_secrets: Any,
+    until: Callable[..., Any],
+) -> None:
+    looked_at = (reviews_base, hostile_server.at, ANSWERS, broker_log, find_secrets, until)
+    check(installation, *looked_at)
+    assert max(hostile_server.counts.values()) <= 2 * REQUESTS
+
+
+@pytest.mark.slow  # a whole job is trained, and its rewards time out
+@pytest.mark.timeout(240)
+def test_services_that_break_the_connection_cost_their_own_rewards_alone(
+    installation: Any,
+    hostile_server: RewardServer,
     black_hole: str,
     reviews_base: Path,
     broker_log: Any,
     find_secrets: Any,
     until: Callable[..., Any],
 ) -> None:
-    own = Credentials()
-
     def url_of(path: str) -> str:
-        return f"{black_hole}{BLACK_HOLE}" if path == BLACK_HOLE else str(hostile_server.url(path))
+        return f"{black_hole}{BLACK_HOLE}" if path == BLACK_HOLE else hostile_server.at(path)
 
-    for paths in (ANSWERS, TRANSPORT):
-        hostile_server.counts.clear()
-        job, log = train(installation, reviews_base, url_of, paths, own, until)
-        assert_ended_as_told(installation, job, paths)
-        assert_rewards_were_sent(installation, job, paths)
-        assert_nothing_is_left(installation, job, log, own, broker_log, find_secrets, until)
-        burst = hostile_server.counts.pop("/status/500", None)
-        assert burst in {None, REQUESTS + 10}
-        waited = hostile_server.counts.pop(f"/{UNREADABLE}", None)
-        assert waited in {None, REQUESTS + UNREADABLE.count(";") + 1}
-        assert max(hostile_server.counts.values()) <= 2 * REQUESTS
+    looked_at = (reviews_base, url_of, TRANSPORT, broker_log, find_secrets, until)
+    job = check(installation, *looked_at)
+    assert hostile_server.counts.pop("/status/500") == REQUESTS + 10
+    waits = REQUESTS + UNREADABLE.count(";") + 1
+    assert hostile_server.counts.pop(f"/{UNREADABLE}") == waits
+    assert max(hostile_server.counts.values()) <= 2 * REQUESTS
     states = [
         event.data["state"]
         for event in installation.client.jobs.events(job.id, order="asc", limit=100)

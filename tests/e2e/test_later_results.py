@@ -83,7 +83,7 @@ class Judge:
         self.http.close()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_exactly_one_result_in_time_counts(
     installation: Any,

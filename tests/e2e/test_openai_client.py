@@ -55,6 +55,7 @@ def test_a_job_runs_to_its_end(client: openai.OpenAI, finished: str) -> None:
     assert job.method.type == "dar"
 
 
+@pytest.mark.slow  # a job of its own is trained
 def test_a_job_without_rewards_trains_on_what_its_file_holds(
     installation: Any, client: openai.OpenAI
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_job_without_rewards_trains_on_what_its_file_holds(
     assert {sample.completion for sample in samples} >= {" good.", " dull."}
 
 
+@pytest.mark.slow  # a job of its own is trained
 def test_a_job_is_evaluated_on_its_validation_file(
     installation: Any, client: openai.OpenAI
 ) -> None:
@@ -121,6 +123,7 @@ def test_checkpoints_are_listed_newest_first(client: openai.OpenAI, finished: st
     assert all(checkpoint.fine_tuning_job_id == finished for checkpoint in checkpoints)
 
 
+@pytest.mark.slow  # a job of its own is trained
 def test_a_running_job_is_cancelled(
     installation: Any, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
 ) -> None:
@@ -136,6 +139,7 @@ def test_a_running_job_is_cancelled(
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
+@pytest.mark.slow  # a job of its own is trained
 def test_a_running_job_is_paused_and_resumed(
     installation: Any, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
 ) -> None:

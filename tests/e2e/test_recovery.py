@@ -79,7 +79,6 @@ def assert_every_step_once(installation: Any, job_id: str) -> None:
     assert sorted(steps) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_worker_loses_nothing(
     installation: Any, file_id: str, undisturbed: Result, tmp_path: Path, until: Callable[..., Any]
@@ -104,7 +103,7 @@ def test_a_killed_worker_loses_nothing(
     assert_equal(Result.of(installation, job_id, tmp_path), undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_drained_worker_and_a_restarted_service_lose_nothing(
     installation: Any, file_id: str, undisturbed: Result, tmp_path: Path
@@ -152,7 +151,7 @@ def mean_share_of_the_letter(folders: list[Path], prompts: list[str]) -> list[fl
     return means
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 def test_the_downloaded_weights_load_and_score_higher(
     undisturbed: Result, reviews_base: Path
 ) -> None:

@@ -3,21 +3,21 @@
 import base64
 import json
 import secrets
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dar.rewards.http.signing import decode_secret, verify
+from fakes.reward_server import RewardRequest, RewardServer
 
 
 class Judge:
     """A reward service that gives out rewards to those alone who show its secrets."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         self.token = f"Bearer {secrets.token_hex(16)}"
         self.accepted = 0
@@ -26,32 +26,14 @@ class Judge:
         self.changes_at: int | None = None
         """Step from which on other secrets are asked for."""
         self.refused: list[str] = []
-        judge = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                status, answer = judge.answer(
-                    {name.lower(): value for name, value in self.headers.items()}, body
-                )
-                content = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
-        self.thread.start()
 
     def change_secrets(self) -> None:
         self.changes_at = None
         self.token = f"Bearer {secrets.token_hex(16)}"
+
+    def __call__(self, request: RewardRequest) -> None:
+        status, answer = self.answer(request.headers, request.body)
+        request.json(answer, status)
 
     def answer(self, headers: dict[str, str], body: bytes) -> tuple[int, Any]:
         asked = json.loads(body)
@@ -70,17 +52,13 @@ class Judge:
         rewards = [float(sample["completion"].count("e")) for sample in asked["samples"]]
         return 200, {"request_id": asked["request_id"], "rewards": rewards}
 
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
 
 @pytest.fixture
 def judge() -> Iterator[Judge]:
     made = Judge()
-    yield made
-    made.close()
+    with RewardServer(made) as server:
+        made.url = server.url
+        yield made
 
 
 @pytest.mark.slow  # a whole job is trained

@@ -3,11 +3,8 @@
 The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on importing torch.
 """
 
-import json
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dar.protocol.jobs import Job
+from fakes.reward_server import RewardRequest, RewardServer
 
 STEPS = 8
 OUTAGE = 5
@@ -25,7 +23,6 @@ class RewardService:
     """Scores as the installation's does, refuses when it is told to, and goes down altogether at a step."""
 
     def __init__(self) -> None:
-        service = self
         self.status = 200
         self.refuses_from: tuple[int, int] | None = None
         """Step from which on the status turns to another, and that one; once."""
@@ -34,46 +31,17 @@ class RewardService:
         self.trained: list[int] = []
         """Status of each answer to a trainer."""
         self.probed = 0
+        self._server = RewardServer(self)
+        self.url = self._server.url
+        self.come_back, self.close = self._server.come_back, self._server.close
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                status, answer = service.answer(body)
-                content = json.dumps(answer).encode()
-                if service.goes_down_at is not None and body["step"] >= service.goes_down_at:
-                    service.go_down()
-                    status = 503
-                    self.close_connection = True
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
-        self._handler = Handler
-        self._start(0)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/score"
-
-    def _start(self, port: int) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-
-    def go_down(self) -> None:
-        """Refuse connections from now on."""
-        self.goes_down_at = None
-        self._server.socket.close()
-
-    def come_back(self) -> None:
-        """Listen again, at the same address."""
-        self.close()
-        self._start(self._server.server_port)
+    def __call__(self, request: RewardRequest) -> None:
+        status, answer = self.answer(request.content)
+        if self.goes_down_at is not None and request.content["step"] >= self.goes_down_at:
+            self.goes_down_at = None
+            self._server.go_down()  # from now on connections are refused
+            status = 503
+        request.json(answer, status)
 
     def answer(self, asked: Any) -> tuple[int, Any]:
         if self.refuses_from is not None and asked["step"] >= self.refuses_from[0]:
@@ -87,11 +55,6 @@ class RewardService:
         texts = [sample["completion"] for sample in asked["samples"]]
         rewards = [text.count("e") / max(1, len(text)) for text in texts]
         return 200, {"request_id": asked["request_id"], "rewards": rewards}
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -149,7 +112,7 @@ def paused(installation: Any, job_id: str, until: Callable[..., Any]) -> Job:
     return job
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_an_outage_pauses_the_job_until_the_service_is_back_and_changes_nothing(
     installation: Any,
@@ -187,7 +150,7 @@ def test_an_outage_pauses_the_job_until_the_service_is_back_and_changes_nothing(
     assert kinds.count("reward_error") == 2, "one of the 503, one of the refused connection"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_refusal_pauses_at_once_and_the_user_resumes_when_it_is_mended(
     installation: Any,
@@ -211,7 +174,7 @@ def test_a_refusal_pauses_at_once_and_the_user_resumes_when_it_is_mended(
     assert service.trained[2:] == [200, 200], "no step is scored again"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(120)
 def test_a_refusal_fails_the_job_where_its_spec_says_so(
     installation: Any, submit: Callable[..., str], service: RewardService
@@ -222,7 +185,6 @@ def test_a_refusal_fails_the_job_where_its_spec_says_so(
     assert service.trained == [200, 403]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_running_job_is_paused_with_a_checkpoint_and_resumed(
     installation: Any, submit: Callable[..., str], until: Callable[..., Any], tmp_path: Path

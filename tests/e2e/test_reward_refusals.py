@@ -45,7 +45,7 @@ class Picky:
         return 200, {"request_id": asked["request_id"], "rewards": rewards}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_service_that_is_gone_pauses_the_job_and_what_was_learned_about_sizes_outlives_that(
     installation: Any,

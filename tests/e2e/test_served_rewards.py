@@ -103,7 +103,7 @@ def callbacks_taken(installation: Any) -> float:
     return float(found[1])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(300)
 def test_signed_callbacks_through_a_restart_give_the_weights_that_answers_at_once_give(
     installation: Any, reviews_base: Path, served: Served, tmp_path: Path

@@ -2,22 +2,13 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
-import socket
-import socketserver
-import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import orjson
 import psutil
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 
 from dar.errors import RewardMisconfiguredError
@@ -25,6 +16,9 @@ from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, 
 from dar.rewards.base import RequestRecord, RewardContext, RewardResult, RewardSample
 from dar.rewards.http import async_results
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.hostile_manners import hostile_server
+from fakes.loopback import serving
+from fakes.reward_server import RewardServer
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TOKEN = "tok-5f0a91c2/7be4+d1"
@@ -90,136 +84,14 @@ def impatient(fast: HttpOptions) -> HttpOptions:
 def serve_app() -> Iterator[Callable[[Starlette], str]]:
     """Serves an application on a free port in a thread; gives its address."""
     with contextlib.ExitStack() as stack:
-
-        def start(app: Starlette) -> str:
-            server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
-            thread = threading.Thread(target=server.run, daemon=True)
-            thread.start()
-            while not server.started:
-                threading.Event().wait(0.005)
-                assert thread.is_alive()
-
-            def stop() -> None:
-                server.should_exit = True
-                thread.join()
-
-            stack.callback(stop)
-            port = server.servers[0].sockets[0].getsockname()[1]
-            return f"http://127.0.0.1:{port}"
-
-        yield start
-
-
-@dataclass
-class Received:
-    """One request as it came in, with its connection."""
-
-    line: str
-    headers: dict[str, str]
-    body: bytes
-    connection: socket.socket
-    stopping: threading.Event
-
-    @property
-    def content(self) -> dict[str, Any]:
-        return dict(orjson.loads(self.body))
-
-    @property
-    def ids(self) -> list[str]:
-        return [sample["id"] for sample in self.content["samples"]]
-
-    def send(self, data: bytes) -> None:
-        self.connection.sendall(data)
-
-    def answer(
-        self,
-        body: bytes,
-        *,
-        status: str = "200 OK",
-        content_type: str = "application/json",
-        **headers: str,
-    ) -> None:
-        lines = [f"HTTP/1.1 {status}", f"content-type: {content_type}"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        if "content_length" not in headers:
-            lines.append(f"content-length: {len(body)}")
-        self.send("\r\n".join([*lines, "connection: close", "", ""]).encode() + body)
-
-    def rewards(self, rewards: list[Any]) -> None:
-        """A conforming answer in the short form."""
-        content = {"request_id": self.content["request_id"], "rewards": rewards}
-        self.answer(orjson.dumps(content))
-
-    def fine(self) -> None:
-        """0.5 for every sample."""
-        self.rewards([0.5] * len(self.ids))
-
-    def hang(self) -> None:
-        self.stopping.wait(20)
-
-
-Behaviour = Callable[[Received], None]
-
-
-@dataclass
-class Hostile:
-    """A server that behaves as it is told, in turn, the last behaviour for ever."""
-
-    url: str
-    behaviours: list[Behaviour]
-    requests: list[Received] = field(default_factory=list)
-
-
-class _Handler(socketserver.StreamRequestHandler):
-    def handle(self) -> None:
-        server: Any = self.server
-        line = self.rfile.readline().decode().strip()
-        if not line:
-            return
-        headers = {}
-        while text := self.rfile.readline().decode().strip():
-            name, _, value = text.partition(":")
-            headers[name.lower()] = value.strip()
-        body = self.rfile.read(int(headers.get("content-length", 0)))
-        request = Received(line, headers, body, self.connection, server.stopping)
-        hostile: Hostile = server.hostile
-        with server.lock:
-            hostile.requests.append(request)
-            turns = hostile.behaviours
-            behave = turns.pop(0) if len(turns) > 1 else turns[0]
-        with contextlib.suppress(OSError):
-            behave(request)
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, behaviours: list[Behaviour]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.stopping = threading.Event()
-        self.lock = threading.Lock()
-        self.hostile = Hostile(f"http://127.0.0.1:{self.server_address[1]}/score", behaviours)
+        yield lambda app: stack.enter_context(serving(app))
 
 
 @pytest.fixture
-def hostile() -> Iterator[Callable[..., Hostile]]:
+def hostile() -> Iterator[Callable[..., RewardServer]]:
+    """Starts reward services with manners."""
     with contextlib.ExitStack() as stack:
-
-        def start(*behaviours: Behaviour) -> Hostile:
-            server = stack.enter_context(_Server(list(behaviours)))
-            thread = threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True)
-            thread.start()
-
-            def stop() -> None:
-                server.stopping.set()
-                server.shutdown()
-                thread.join()
-
-            stack.callback(stop)
-            return server.hostile
-
-        yield start
+        yield lambda *manners: stack.enter_context(RewardServer(*manners))
 
 
 @pytest.fixture
@@ -239,35 +111,13 @@ async def ask(
     yield score
     for source in opened:
         await source.aclose()
-
-
-def _beside(name: str) -> ModuleType:
-    """A module beside this one. It belongs to a program as well, so it is loaded by its file."""
-    if name not in sys.modules:
-        path = Path(__file__).with_name(f"{name}.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def _hostile_server() -> ModuleType:
-    _beside("hostile_exchange")
-    _beside("hostile_behaviours")
-    return _beside("hostile_server")
+    await asyncio.sleep(0)  # in which their connections end
 
 
 @pytest.fixture
-def hostile_servers() -> ModuleType:
-    return _hostile_server()
-
-
-@pytest.fixture
-def server() -> Iterator[Any]:
-    """The hostile server, in a thread, so that what is left in the test's own loop is the client's."""
-    with _hostile_server().hostile_server_in_thread() as running:
+def server() -> Iterator[RewardServer]:
+    """A server whose paths misbehave, each in its own way."""
+    with hostile_server() as running:
         yield running
 
 
@@ -365,9 +215,3 @@ def later(fast: HttpOptions) -> HttpOptions:
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_results, "FIRST_POLL_SECONDS", 0.02)
     monkeypatch.setattr(async_results, "SHORTEST_POLL_SECONDS", 0.01)
-
-
-@pytest.fixture
-def judging() -> ModuleType:
-    """What reward services do that answer later."""
-    return _beside("later_judges")

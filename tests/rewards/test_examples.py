@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dar.protocol.reward_spec import RewardRetry
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.settings import environment
+from fakes.loopback import LoopbackServer, Request
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEY = "sk-of-the-judge"
@@ -208,38 +208,20 @@ class StandIn:
 def judge() -> Iterator[StandIn]:
     stand_in = StandIn()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            with stand_in.lock:
-                stand_in.at_once += 1
-                stand_in.most_at_once = max(stand_in.most_at_once, stand_in.at_once)
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            status, answer = stand_in.answer(self.path, self.headers["authorization"], body)
-            with stand_in.lock:
-                stand_in.at_once -= 1
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def behave(request: Request) -> None:
+        with stand_in.lock:
+            stand_in.at_once += 1
+            stand_in.most_at_once = max(stand_in.most_at_once, stand_in.at_once)
+        key = request.headers.get("authorization")
+        status, answer = stand_in.answer(request.path, key, request.content)
+        with stand_in.lock:
+            stand_in.at_once -= 1
+        request.json(answer, status)
 
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except OSError:
-                assert stand_in.released.is_set() or stand_in.asked["hang"]  # it was left waiting
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        stand_in.url = f"http://127.0.0.1:{server.server_port}/v1"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
+    with LoopbackServer(behave, path="v1") as server:
+        stand_in.url = server.url
         yield stand_in
         stand_in.released.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

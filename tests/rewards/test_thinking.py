@@ -13,6 +13,7 @@ from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.rewards.base import RewardContext, RewardSample, strip_thinking
 from dar.rewards.from_spec import protocol_of, scorer_from_spec
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from fakes.reward_server import RewardServer
 
 
 def sample(completion: str, prompt: str = "p", **fields: Any) -> RewardSample:
@@ -75,7 +76,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_every_protocol_sends_what_the_component_asks_for(
-    protocol: str, hostile: Callable[..., Any], fast: HttpOptions, context: RewardContext
+    protocol: str, hostile: Callable[..., RewardServer], fast: HttpOptions, context: RewardContext
 ) -> None:
     server = hostile(lambda request: request.answer(b"{}"))
     fields = {"name": "a", "url": server.url, "protocol": protocol, **PROTOCOLS[protocol]}

@@ -1,8 +1,6 @@
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from dar.protocol.metrics import is_reproducible
 from dar.protocol.samples import ReportedSample
 from dar.training import DARConfig, DARTrainer
 from dar.training.report.sink import StopKind
+from fakes import reward_chaos as chaos
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -216,27 +215,11 @@ def train(
     return run
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def chaos() -> ModuleType:
-    """`reward_chaos.py`."""
-    return _load("reward_chaos")
-
-
 @pytest.fixture
 def run(
     train: Callable[..., DARTrainer],
     new_sink: Callable[[], Any],
     make_model: Callable[..., Any],
-    chaos: ModuleType,
 ) -> Callable[..., tuple[DARTrainer, Any]]:
     """Train with rewards that come late; the trainer, and what it said."""
 

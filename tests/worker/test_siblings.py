@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
-import uvicorn
 
 from dar.rewards.server import reward_server
+from fakes import loopback
 
 GOLDEN = Path(__file__).parents[1] / "training" / "golden"
 PROMPTS = b'{"prompt": "w10 w20"}\n{"prompt": "w30"}\n{"prompt": "w5 w6 w7"}\n'
@@ -30,14 +28,8 @@ def reward_url(installation: Any) -> Iterator[str]:
         time.sleep(0.1)
         return [text.count("w4") / 8 for text in completions]
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
-        server.should_exit = True
-        thread.join()
+    with loopback.serving(app) as url:
+        yield f"{url}/score"
 
 
 @pytest.fixture

@@ -1,0 +1,165 @@
+"""Two real processes that train together, against one that trains alone."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from dar.training.parallel.ranks import Ranks
+
+# The processes of the fixture share the machine with all other tests.
+pytestmark = pytest.mark.timeout(400)
+
+PROGRAM = Path(__file__).with_name("ranked.py")
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ranked", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each run: those of one process, then those of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    ranked = load()
+    ranked.train(folder, "whole", ranked.WHOLE)
+    ranked.train(folder, "in shares", ranked.IN_SHARES)
+    ranked.stream(folder, "streamed", ranked.WHOLE | {"overlap": "none"})
+    ranked.stream(folder, "ahead", ranked.WHOLE | {"overlap": "one_step"})
+    ranked.refill(folder, "refilled", ranked.WHOLE)
+    ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True)
+    ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True)
+    settings = ranked.WHOLE | ranked.EVALUATED
+    ranked.train(folder, "whole judged", settings, is_judged=True)
+    ranked.start(folder, "main")
+    return folder
+
+
+def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
+    """Weights and optimizer to 1e-10 of their norm, the same completions, and metrics to 1e-10."""
+    for pattern in ("*model.safetensors", "resume/optimizer.safetensors"):
+        ours, theirs = (
+            load_file(next((runs / name / "checkpoints" / f"step-{last}").glob(pattern)))
+            for name in (one, other)
+        )
+        for key in ours:
+            if not key.startswith("random/"):
+                distance = (ours[key] - theirs[key]).norm()
+                assert distance <= 1e-10 * max(1e-12, ours[key].norm()), key
+    told = [json.loads((runs / name / "told.json").read_text()) for name in (one, other)]
+    for step, completions in told[1]["completions"].items():
+        assert completions == told[0]["completions"][step]
+    for step, values in told[1]["metrics"].items():
+        assert values == pytest.approx(told[0]["metrics"][step], rel=1e-10, abs=1e-12)
+    assert str(last) in told[1]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("whole", "in shares"),
+        ("whole", "ddp"),
+        ("whole", "ddp in shares"),
+        ("whole offline", "ddp offline"),
+        ("whole lora", "ddp lora"),
+        ("streamed", "ddp streamed"),
+        ("refilled", "ddp refilled"),
+        ("refilled", "fsdp refilled"),
+        ("ahead", "ddp ahead"),
+        ("ahead", "fsdp ahead"),
+        ("whole", "fsdp"),
+        ("whole lora", "fsdp lora"),
+    ],
+)
+def test_how_a_step_is_shared_changes_nothing(runs: Path, one: str, other: str) -> None:
+    assert_same(runs, one, other)
+
+
+def test_the_streamed_runs_lack_rewards_refill_them_and_are_one_update_stale(runs: Path) -> None:
+    told = [
+        json.loads((runs / name / "told.json").read_text())["metrics"]
+        for name in ("ddp streamed", "ddp ahead")
+    ]
+    assert any(values["rewards/missing_fraction"] > 0 for values in told[0].values())
+    refilled = json.loads((runs / "fsdp refilled" / "told.json").read_text())["metrics"]
+    assert all(values["rewards/refilled_groups"] > 0 for values in refilled.values())
+    assert [values["dar/staleness"] for values in told[1].values()] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_go_on_from_the_checkpoint_of_one(runs: Path, strategy: str) -> None:
+    assert_same(runs, "whole", f"{strategy} resumed")
+    told = json.loads((runs / f"{strategy} resumed" / "told.json").read_text())
+    assert list(told["metrics"]) == ["3"]
+    assert any("processes was 1 and is 2" in message for message in told["events"])
+
+
+def test_two_processes_evaluate_as_one_with_a_reward_model_that_only_the_main_one_holds(
+    runs: Path,
+) -> None:
+    assert_same(runs, "whole judged", "ddp judged")
+    metrics = json.loads((runs / "ddp judged" / "told.json").read_text())["metrics"]
+    for step in ("0", "2", "3"):
+        names = [name for name in metrics[step] if name.startswith("eval")]
+        assert {"few", "one"} <= {part for name in names for part in re.split("[/_]", name)}
+    held = json.loads((runs / "heard-1.json").read_text())["judge bytes"]
+    assert held[0] > held[1] == 0
+
+
+def test_weights_without_a_gradient_are_looked_for_only_where_there_are_any(runs: Path) -> None:
+    for index in range(2):
+        heard = json.loads((runs / f"heard-{index}.json").read_text())
+        assert heard["looks for unused"] == {"whole": False, "lora": False, "idle": True}
+    assert "2" in json.loads((runs / "idle" / "told.json").read_text())["metrics"]
+
+
+def test_a_reward_may_take_longer_than_a_collective_of_torch(runs: Path) -> None:
+    assert "1" in json.loads((runs / "slow" / "told.json").read_text())["metrics"]
+
+
+def test_a_drain_and_an_error_reach_all_processes(runs: Path) -> None:
+    for index in range(2):
+        heard = json.loads((runs / f"heard-{index}.json").read_text())
+        assert heard["drained"] == ["drain", 1, 1]
+        assert heard["broken"] == ["RewardMisconfiguredError", "the judge is gone"]
+    assert [path.name for path in (runs / "drained" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_processes_tell_each_other_values_errors_and_stops(runs: Path) -> None:
+    heard: list[dict[str, Any]] = [
+        json.loads((runs / f"heard-{index}.json").read_text()) for index in range(2)
+    ]
+    odd = "process 1 of this training run has failed with KeyError: 'odd'"
+    assert [values.pop("KeyError") for values in heard] == [
+        ["ProcessFailedError", odd],
+        ["KeyError", "'odd'"],
+    ]
+    assert heard[0] == heard[1]
+    assert heard[0]["gathered"] == [{"index": i, "number": float("inf")} for i in range(2)]
+    assert heard[0]["tensors"] == [[0.0, 0.0], [1.0, 1.0]]
+    assert heard[0]["from_main"] == ["only", 0]
+    assert heard[0]["large"] == [9_000_000, 9_000_000]
+    assert heard[0]["slices"] == [[0, 1], [2, 3, 4]]
+    assert heard[0]["misconfigured"] == ["a wrong path", "rewards"]
+    assert heard[0]["TrainingError"] == ["TrainingError", "of one"]
+    assert heard[0]["StopRequestedError"] == ["StopRequestedError", "now"]
+    assert heard[0]["afterwards"] == [0, 1]
+
+
+def test_one_process_is_the_identity() -> None:
+    ranks, thing = Ranks(), object()
+    assert ranks.gather(thing) == [thing]
+    assert ranks.from_main(lambda: thing) is thing
+    assert list(ranks.slice(3)) == [0, 1, 2]
+    assert ranks.is_main
+    ranks.look()
