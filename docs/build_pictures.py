@@ -1,6 +1,6 @@
-"""Draws the pictures of ``dar.md`` from the kept results of the benchmarks: ``python docs/build_pictures.py``.
+"""Draw the pictures of ``dar.md`` from ``benchmarks/results``: ``python docs/build_pictures.py``.
 
-Each is one SVG without scripts or fonts of its own, readable on a light and on a dark page.
+Each is one SVG without scripts or embedded fonts, readable on a light and on a dark page.
 """
 
 import json
@@ -54,7 +54,7 @@ class Plot:
         )
 
     def ticks(self, xs: Sequence[float], ys: Sequence[float]) -> None:
-        """Numbers along both axes, and lines across."""
+        """Draw numbers along both axes, and horizontal lines."""
         for x in xs:
             left, bottom = self._at((x, self._y[1]))
             self._parts.append(self._text(left, bottom + 16, f"{x:g}", size=11, anchor="middle"))
@@ -69,7 +69,7 @@ class Plot:
     def line(
         self, points: Sequence[Point], colour: str, label: str = "", *, is_dashed: bool = False
     ) -> None:
-        """A curve with its name beside the plot."""
+        """Draw a curve with its name to the right of the plot."""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self._at, points))
         dash = ' stroke-dasharray="6 4"' if is_dashed else ""
         self._parts.append(
@@ -78,7 +78,7 @@ class Plot:
         self._name(label, colour)
 
     def dot(self, point: Point, colour: str, label: str) -> None:
-        """A point with its name right of it."""
+        """Draw a point with its name to the right of it."""
         x, y = self._at(point)
         self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         self._parts.append(self._text(x + 7, y + 4, label, size=11, fill=colour))
@@ -90,20 +90,19 @@ class Plot:
             self._parts.append(self._text(WIDTH - RIGHT + 8, height, label, size=11, fill=colour))
 
     def save(self, name: str) -> None:
-        """Write it."""
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">'
         body = "\n".join([head, *self._parts, "</svg>\n"])
         (DOCS / "pictures" / f"{name}.svg").write_text(body, encoding="utf-8")
 
 
 def result(name: str) -> dict[str, Any]:
-    """The JSON line of a benchmark."""
+    """Read the JSON line of a benchmark."""
     figures: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return figures
 
 
 def weights() -> None:
-    """Weight against advantage: equation (4) with the clip of 20."""
+    """Weight against advantage: equation (4) with clip 20."""
     plot = Plot("Weight of a completion", ("advantage A", -1, 1), ("weight, clip = 20", 0, 22))
     plot.ticks((-1, -0.5, 0, 0.5, 1), (0, 5, 10, 15, 20))
     for total, colour in ((0.05, RED), (0.2, ORANGE), (0.4, BLUE), (0.8, GREEN)):
@@ -114,7 +113,7 @@ def weights() -> None:
 
 
 def brackets() -> None:
-    """Reward and distance from the reference: right, and with the reference term dropped."""
+    """Reward and distance from the reference, with and without the reference term."""
     cases = result("brackets")["cases"]
     right, wrong = cases["plain"], cases["plain reference_dropped"]
     panels = (
@@ -140,7 +139,7 @@ def brackets() -> None:
 
 
 def tradeoff() -> None:
-    """What alpha buys: the optima of all alphas as a curve, and what the ablations reached."""
+    """Reward against distance: the optima of all alphas, and what the ablations reached."""
     task = Brackets()
     reference = task.distribution(task.model(0))
     optima = []

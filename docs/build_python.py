@@ -1,9 +1,10 @@
-"""Write docs/python.md from signatures and docstrings, so that it cannot disagree with them: ``python docs/build_python.py``."""
+"""Write docs/python.md from signatures and docstrings: ``python docs/build_python.py``."""
 
 import ast
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
@@ -21,25 +22,25 @@ from dar.training.evaluation import Predictions
 from dar.training.reward_sources import RewardFunctions
 
 TARGET = Path(__file__).with_name("python.md")
+WIDTH = 100
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"^    (\*{0,2}\w+): (.*)$")
 FROM_TRL = {"reward_funcs", "reward_weights", "peft_config", "ref_model"}
-"""Parameters that TRL's trainers have by the same names."""
+"""Parameters that TRL's trainers have with the same names."""
 REWARD_FUNCTIONS = re.sub(r"\b(?:\w+\.)+(\w)", r"\1", inspect.formatannotation(RewardFunctions))
-"""Too long to be read."""
+"""The expanded type, which is too long to read; the page shows ``RewardFunctions``."""
 METHODS = ("train", "evaluate", "save_model", "push_to_hub")
 
 
 @dataclass(slots=True)
 class Doc:
-    """A docstring of Google's style, taken apart."""
+    """A parsed docstring in Google's style."""
 
     text: str = ""
     sections: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, thing: object) -> "Doc":
-        """The docstring of a class or function."""
         found, name = cls(), ""
         body: list[str] = []
         for line in (inspect.getdoc(thing) or "").splitlines():
@@ -54,7 +55,7 @@ class Doc:
         return found
 
     def entries(self, section: str) -> dict[str, str]:
-        """What a section says of each name."""
+        """Map each name in a section to its text."""
         said: dict[str, str] = {}
         for line in self.sections.get(section, ()):
             if match := ENTRY.match(line):
@@ -64,34 +65,48 @@ class Doc:
         return said
 
     def paragraph(self, section: str) -> str:
-        """A section as one paragraph."""
         return " ".join(line.strip() for line in self.sections.get(section, ()) if line.strip())
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
     headings = list(headings)
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     lines = [headings, ["---"] * len(headings), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def wrapped(text: str) -> str:
+    """Wrap prose at 100 columns; tables, headings and code stay as they are."""
+    lines: list[str] = []
+    is_code = False
+    for line in text.split("\n"):
+        is_code ^= line.startswith("```")
+        if is_code or len(line) <= WIDTH or line.startswith(("|", "#")):
+            lines.append(line)
+            continue
+        indent = "  " if line.startswith("- ") else ""
+        lines += textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
 def shown_type(annotation: object) -> str:
-    """A type as one writes it."""
+    """Format a type without module names."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     text = re.sub(r"\b(?:\w+\.)+(\w)", r"\1", text.replace("'Predictions'", "Predictions"))
     return f"`{text}`".replace(REWARD_FUNCTIONS, "RewardFunctions")
 
 
 def shown_value(value: object) -> str:
-    """A default as one writes it."""
+    """Format a default as in source code."""
     if value in (MISSING, inspect.Parameter.empty):
         return "required"
     return f"`{value.value if isinstance(value, Enum) else value!r}`"
 
 
 def trainer() -> str:
-    """`DARTrainer`: its parameters, then its methods."""
+    """`DARTrainer`: parameters, then methods."""
     doc = Doc.of(DARTrainer)
     said = doc.entries("Args")
     inherited = inspect.signature(Trainer.__init__).parameters
@@ -105,14 +120,14 @@ def trainer() -> str:
         rows.append(
             (f"`{name}`", shown_type(parameter.annotation), shown_value(parameter.default), said.pop(name), source)
         )  # fmt: skip
-    assert not said, f"documented and not there: {', '.join(said)}"
+    assert not said, f"documented, but not a parameter: {', '.join(said)}"
     parameters = table(("parameter", "type", "default", "meaning", "source"), rows)
     methods = "\n\n".join(function(getattr(DARTrainer, name)) for name in METHODS)
     return f"{doc.text}\n\n{parameters}\n\n{raises(doc)}\n\n{methods}"
 
 
 def function(thing: Callable[..., object]) -> str:
-    """A method with its parameters, what it returns and what it raises."""
+    """Describe a method: parameters, result, exceptions."""
     doc = Doc.of(thing)
     said = doc.entries("Args")
     parameters = [
@@ -133,15 +148,14 @@ def function(thing: Callable[..., object]) -> str:
 
 
 def raises(doc: Doc) -> str:
-    """What is raised, and when."""
     return "\n".join(f"- raises `{name}`: {when}" for name, when in doc.entries("Raises").items())
 
 
 def config() -> str:
-    """`DARConfig`: its own fields in full, then the inherited ones."""
+    """`DARConfig`: its own fields in full, then the inherited ones in short."""
     doc = Doc.of(DARConfig)
     presets = {name: preset_values(name) for name in PRESETS if name != "default"}
-    # Not the fields' own types: transformers' argument parser narrows these in place.
+    # transformers' argument parser changes the types of the fields in place, so these are not used.
     types = get_type_hints(DARConfig)
     rows = []
     for one in fields(DARConfig):
@@ -159,7 +173,7 @@ def config() -> str:
 
 
 def inherited(presets: Mapping[str, Mapping[str, Any]]) -> str:
-    """Options of transformers: those that do what transformers says, and those that are refused."""
+    """Options of transformers: accepted ones with their defaults, then rejected ones."""
     ours = {one.name: one for one in fields(DARConfig)}
     rows = []
     for theirs in fields(TrainingArguments):
@@ -185,22 +199,20 @@ def inherited(presets: Mapping[str, Mapping[str, Any]]) -> str:
     )
     return "\n\n".join(
         (
-            "These defaults are not those of transformers:",
+            "These defaults differ from those of transformers:",
             table(("option", "here", "in transformers"), changed),
-            "These mean what `transformers.TrainingArguments` says:",
+            "These have the meaning that `transformers.TrainingArguments` documents:",
             table(("option", "default", "in a preset"), rows),
-            f"These would do nothing, and are refused at any value but their neutral one: {refused}; and {evaluation}.",
+            f"These would have no effect, so only their neutral value is accepted: {refused}; and {evaluation}.",
         )
     )
 
 
 def default(one: "Field[Any]") -> object:
-    """What a field is when it is not given."""
     return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def collator() -> str:
-    """`DataCollatorForDAR`."""
     doc, said = Doc.of(DataCollatorForDAR), Doc.of(DataCollatorForDAR).entries("Args")
     rows = [
         (f"`{one.name}`", shown_type(one.type), shown_value(default(one)), said[one.name], "own")
@@ -211,7 +223,7 @@ def collator() -> str:
 
 
 def predictions() -> str:
-    """`Predictions`, from the docstrings under its attributes."""
+    """`Predictions`, from the docstrings below its attributes."""
     tree = ast.parse(inspect.getsource(Predictions)).body[0]
     assert isinstance(tree, ast.ClassDef)
     said = {
@@ -227,7 +239,6 @@ def predictions() -> str:
 
 
 def page() -> str:
-    """The whole page."""
     sections = {
         "DARTrainer": trainer(),
         "DARConfig": config(),
@@ -236,10 +247,11 @@ def page() -> str:
     }
     text = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
     head = (
-        "# Python API\n\nWritten by `python docs/build_python.py` from the code. Shapes: P prompts, K completions of each, "
-        "B = P * K completions, T tokens. The method, with its equations and departures by number: [dar.md](dar.md).\n"
+        "# Python API\n\nWritten by `python docs/build_python.py` from the code. Shapes: P prompts, K completions per "
+        "prompt, B = P * K completions, T tokens. [dar.md](dar.md) has the method, with the numbered equations "
+        "and departures.\n"
     )
-    return head + re.sub(r"(?<!`)``(?!`)", "`", text)
+    return wrapped(head + re.sub(r"(?<!`)``(?!`)", "`", text))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Write docs/reference.md from the code, so that it cannot disagree with it: ``python docs/build_reference.py``."""
+"""Write docs/reference.md from the code: ``python docs/build_reference.py``."""
 
 import ast
 import inspect
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -23,18 +24,34 @@ from dar.settings import Settings
 from service.app import create_app
 
 TARGET = Path(__file__).with_name("reference.md")
+WIDTH = 100
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
     headings = list(headings)
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     lines = [headings, ["---"] * len(headings), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def wrapped(text: str) -> str:
+    """Wrap prose at 100 columns; tables, headings and code stay as they are."""
+    lines: list[str] = []
+    is_code = False
+    for line in text.split("\n"):
+        is_code ^= line.startswith("```")
+        if is_code or len(line) <= WIDTH or line.startswith(("|", "#")):
+            lines.append(line)
+            continue
+        indent = "  " if line.startswith("- ") else ""
+        lines += textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
 def attribute_docs(module: str, name: str) -> dict[str, str]:
-    """The docstrings under a class's attributes, by attribute."""
+    """Map each attribute of a class to the docstring below it."""
     package, _, file = module.rpartition(".")
     tree = ast.parse((files(package) / f"{file}.py").read_text())
     body = next(
@@ -53,7 +70,7 @@ def attribute_docs(module: str, name: str) -> dict[str, str]:
 
 
 def settings() -> str:
-    """Every setting with its default."""
+    """Every setting with its default and meaning."""
     docs = attribute_docs("dar.settings", "Settings")
     rows = []
     for name, field in Settings.model_fields.items():
@@ -65,7 +82,7 @@ def settings() -> str:
 
 
 def job_spec() -> str:
-    """Every field of a job spec, then what the presets put in their place."""
+    """Every field of a job spec, then the values of the presets."""
     rows = [
         (f"`{path}`", _shown(field), _meaning(field)) for path, field in _fields(JobSpec, prefix="")
     ]
@@ -78,7 +95,7 @@ def job_spec() -> str:
 
 
 _PRESETS = (
-    "A preset stands behind whatever is not sent; an empty cell is the default above. "
+    "A preset sets the fields that a spec leaves out; an empty cell means the default above. "
     + " ".join(f"`{name}`: {preset.meaning}." for name, preset in PRESETS.items())
 )  # fmt: skip
 
@@ -121,14 +138,12 @@ def _meaning(field: FieldInfo) -> str:
 
 
 def errors() -> str:
-    """Every class of the error tree."""
 
     def walk(cls: type[DARError]) -> Iterator[type[DARError]]:
         yield cls
         for child in cls.__subclasses__():
-            if (
-                child.__module__ == cls.__module__
-            ):  # a package's inner errors are no part of the contract
+            # Internal errors of a package are not documented.
+            if child.__module__ == cls.__module__:
                 yield from walk(child)
 
     rows = [
@@ -140,7 +155,6 @@ def errors() -> str:
 
 
 def metrics() -> str:
-    """Every registered metric."""
     rows: list[tuple[str, str, str]] = [(f"`{m.name}`", m.unit, m.meaning) for m in METRICS]
     rows += [
         (f"`{prefix}/<component>/{last}`", unit, meaning)
@@ -151,7 +165,7 @@ def metrics() -> str:
 
 
 def routes() -> str:
-    """Every route, from the OpenAPI document."""
+    """Every route of the OpenAPI document."""
     document: dict[str, Any] = create_app(Settings(home=Path("/nonexistent"))).openapi()
     rows = []
     for path, methods in document["paths"].items():
@@ -162,7 +176,7 @@ def routes() -> str:
 
 
 def named_commands(group: object) -> Iterator[tuple[str, Any]]:
-    """All commands below a group, with the words that are typed for them."""
+    """Yield all commands of a group, each with the words that call it."""
     for name, command in getattr(group, "commands", {}).items():
         if hasattr(command, "commands"):
             yield from ((f"{name} {below}", found) for below, found in named_commands(command))
@@ -171,7 +185,7 @@ def named_commands(group: object) -> Iterator[tuple[str, Any]]:
 
 
 def commands() -> str:
-    """Every command with its options."""
+    """Every command with its help and options."""
     group = typer.main.get_command(command_line)
     rows = []
     for name, command in named_commands(group):
@@ -183,21 +197,20 @@ def commands() -> str:
 
 
 def reference() -> str:
-    """The whole page."""
     sections = {
-        "Settings": "All processes read the same variables from their environment.\n\n" + settings(),
-        "Routes": "All want `Authorization: Bearer <key>` but `/healthz` and `/readyz`; a reward callback wants the token of its request. The full schemas are in "
-        "`GET /openapi.json`.\n\n" + routes(),
-        "Job spec": "The body of `POST /v1/fine_tuning/jobs`. Unknown fields are refused; the DAR fields of `dar.DARConfig` "
-        "have the same names and defaults.\n\n" + job_spec(),
+        "Settings": "All processes read the same environment variables.\n\n" + settings(),
+        "Routes": "All routes except `/healthz` and `/readyz` need `Authorization: Bearer <key>`; a reward callback needs the "
+        "token of its request. `GET /openapi.json` has the full schemas.\n\n" + routes(),
+        "Job spec": "The body of `POST /v1/fine_tuning/jobs`. Unknown fields are rejected. The DAR fields have the names and defaults of "
+        "`dar.DARConfig`.\n\n" + job_spec(),
         "Errors": "Every failure of every route has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\", "
-        "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`; the SDK raises the class.\n\n" + errors(),
+        "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`. The SDK raises the class.\n\n" + errors(),
         "Metrics": metrics(),
         "Commands": commands(),
     }  # fmt: skip
     text = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
     head = "# Reference\n\nWritten by `python docs/build_reference.py` from the code.\n"
-    return head + text.replace("``", "`")
+    return wrapped(head + text.replace("``", "`"))
 
 
 if __name__ == "__main__":

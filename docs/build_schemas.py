@@ -1,4 +1,4 @@
-"""Write docs/schemas/ from the models of ``dar.reward.v1``, so that it cannot disagree with them: ``python docs/build_schemas.py``."""
+"""Write docs/schemas/ from the models of ``dar.reward.v1``: ``python docs/build_schemas.py``."""
 
 import json
 import sys
@@ -20,11 +20,12 @@ EXCLUSIVE: dict[str, list[dict[str, Any]]] = {
         {"reward": {"type": "null"}, "skip": {"const": False}, "error": {"type": "null"}},
     ],
 }  # fmt: skip
-"""What the models check by code: exactly one of these holds; the first field of each must be there."""
+"""Alternatives that the models check by code. Exactly one of them applies, and its first field is
+required."""
 
 
 def schemas() -> dict[str, str]:
-    """Each file's text, by name."""
+    """The text of each file, by file name."""
     models: dict[str, tuple[type[BaseModel], str]] = {
         "request": (RewardRequest, "Body of the POST to a reward service."),
         "response": (RewardResponse, "Body of a 200, of a poll that is done, and of a callback."),
