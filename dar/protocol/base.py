@@ -1,6 +1,6 @@
 """Base classes of all wire models: strict inputs, complete outputs, both frozen."""
 
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -73,9 +73,6 @@ class Deleted(Output):
     object: str
     deleted: bool
 
-
-Json = Any
-"""A JSON value of any shape; its reader checks it."""
 
 MAX_COUNT = 2**31 - 1
 """Largest step, attempt or row number: the limit of an integer column in every database."""
