@@ -328,6 +328,5 @@ class RunEvaluation:
         return {"is_evaluation_due": self.is_due}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
         is_given = self._run.trainer.eval_dataset is not None
         self.is_due = is_given and state["is_evaluation_due"]

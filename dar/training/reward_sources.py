@@ -294,7 +294,6 @@ class RewardSession:
         return {"rewards": self._scorer.state(self._run.trainer.state.global_step)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
         if self._scorer is not None and state.get("rewards") is not None:
             self._scorer.restore(state["rewards"])
 

@@ -71,7 +71,7 @@ class RewardModel:
     ) -> None:
         if model.config.num_labels != 1:
             raise InvalidRequestError(
-                f"the reward model {_named(model)} returns {model.config.num_labels} numbers per "
+                f"the reward model {_named(model)} gives {model.config.num_labels} numbers per "
                 "text, but a reward is one: use a sequence classifier with num_labels=1",
                 param="reward_model",
             )
@@ -84,7 +84,6 @@ class RewardModel:
 
     @property
     def name(self) -> str:
-        """Component name."""
         return self._name
 
     @property
@@ -102,7 +101,6 @@ class RewardModel:
         return weights_sketch(self._model)
 
     def to(self, device: torch.device) -> "RewardModel":
-        """Move the model to ``device``."""
         self._model.to(device)
         return self
 
@@ -124,7 +122,7 @@ class RewardModel:
             raise
 
     async def aclose(self) -> None:
-        """Nothing to free."""
+        pass
 
     @torch.no_grad()
     def _score(

@@ -334,7 +334,6 @@ class StepLoop:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
         self._empty_steps = state["empty_steps"]
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])

@@ -187,7 +187,6 @@ class MetricsWindow:
         return {"sums": self._sums, "counts": self._counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
 
@@ -298,7 +297,6 @@ class Reporter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
         self._tokens = state["tokens"]
         self._window.restore(state["window"])
         if "drift" in state:

@@ -92,5 +92,4 @@ class Pipeline:
         return self._state
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue from `state`."""
         self._state = state
