@@ -46,19 +46,23 @@ PLUGIN_FOLDERS = {"dar/rewards/builtins", "dar/rewards/protocols", "migrations/v
 
 MAIN_MODULES = {
     "dar/cli": ["dar.cli.main"],
+    "dar/cli/reward": ["dar.cli.reward.main", "dar.cli.reward.check"],
+    "dar/demo": ["dar.demo.run"],
     "dar/rewards": ["dar.rewards.from_spec", "dar.rewards.http_reward"],
     "dar/rewards/http": ["dar.rewards.http_reward", "dar.rewards.http.request"],
     "dar/rewards/probe": ["dar.rewards.probe.run"],
-    "dar/rewards/scoring": ["dar.rewards.scoring.scorer"],
-    "dar/rewards/server": ["dar.rewards.server.app"],
+    "dar/rewards/scoring": ["dar.rewards.scoring.scorer", "dar.rewards.scoring.combine"],
+    "dar/rewards/server": ["dar.rewards.server.app", "dar.rewards.server.endpoint"],
     "dar/training": ["dar.training.trainer", "dar.training.from_spec"],
+    "dar/training/checkpoint": ["dar.training.checkpoint.resume"],
     "dar/training/data": ["dar.training.data.sets", "dar.training.data.rows"],
+    "dar/training/demo": ["dar.training.demo.base"],
     "dar/training/model": ["dar.training.model.loading", "dar.training.model.policy"],
     "dar/training/sampling": ["dar.training.sampling.sampler"],
     "dar/training/script": ["dar.training.script.main"],
-    "dar/training/step": ["dar.training.step.loop"],
+    "dar/training/step": ["dar.training.step.loop", "dar.training.step.online"],
     "service": ["service.app", "service.runtime"],
-    "service/background": ["service.runtime"],
+    "service/background": ["service.runtime", "service.app"],
     "service/http": ["service.app"],
     "service/jobs": ["service.jobs.submission"],
     "service/rewards": ["service.rewards.endpoints"],
@@ -71,6 +75,11 @@ module with the folder's own name."""
 OTHER_KINDS = {
     "dar/version.py": "noun",  # the build reads the version from this file
     "migrations/env.py": "entry point",  # Alembic runs it
+    "dar/demo/reward.py": "entry point",  # the demo starts it: python -m dar.demo.reward
+    "dar/training/offline.py": "face",  # the public names of dar.training.step.offline
+    "dar/training/report/drift.py": "noun",  # DriftWatch: reads metrics, knows no step
+    "service/installation.py": "noun",  # Installation: settings and database, below HTTP
+    "service/runtime.py": "noun",  # Runtime: what one service process holds
 }
 
 
