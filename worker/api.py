@@ -11,7 +11,6 @@ from urllib.parse import quote
 import httpx2
 import structlog
 from pydantic import BaseModel
-from pydantic_core import to_json
 
 from dar.client.transport import AttemptError, Backoff, Transport
 from dar.errors import DARError, NotFoundError, ServiceUnavailableError
@@ -35,6 +34,7 @@ from dar.protocol.worker import (
     RewardProgressNoted,
     RewardRequestStates,
 )
+from worker.spool import encode
 
 log = structlog.get_logger(__name__)
 
@@ -47,8 +47,6 @@ LOOK_SECONDS = 0.1
 """How often a pause checks whether to give up."""
 BROKEN_ANSWERS = 10
 """HTTP 500s in a row, over a minute and a half, after which a call is not repeated."""
-NUL, REPLACEMENT = "\0", "\N{REPLACEMENT CHARACTER}"
-_ESCAPED_NUL = b"\\u0000"
 JSON_TYPE = {"content-type": "application/json"}
 
 Answer = TypeVar("Answer")
@@ -309,25 +307,3 @@ class WorkerClient:
         """Report how the attempt ended."""
         verb = type(end).__name__.lower()
         return self._request(Outcome, "POST", f"/leases/{lease_id}/{verb}", end)
-
-
-def encode(model: BaseModel) -> bytes:
-    """``model`` as JSON, with U+FFFD in place of NUL in all texts and keys.
-
-    Models, reward services and crash logs may produce NUL, which no text column of a database can
-    store.
-    """
-    content = model.model_dump_json().encode()
-    if _ESCAPED_NUL not in content:
-        return content
-    return to_json(_without_nul(model.model_dump(mode="json")))
-
-
-def _without_nul(value: object) -> object:
-    if isinstance(value, str):
-        return value.replace(NUL, REPLACEMENT)
-    if isinstance(value, dict):
-        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nul(item) for item in value]
-    return value

@@ -17,16 +17,19 @@ from io import FileIO
 from pathlib import Path
 
 import orjson
+from pydantic import BaseModel
+from pydantic_core import to_json
 
 from dar.errors import DARError
 from dar.protocol.worker import Row
-from worker.api import encode
 from worker.folders import read_if_there, write_atomically
 
 SEGMENT_BYTES = 4 * 1024**2
 SYNC_SECONDS = 1.0
 BATCH_ROWS = 500
 BATCH_BYTES = 1024**2
+NUL, REPLACEMENT = "\0", "\N{REPLACEMENT CHARACTER}"
+_ESCAPED_NUL = b"\\u0000"
 _LINE = re.compile(rb"([0-9a-f]{8}) (.*)", re.DOTALL)
 
 
@@ -35,6 +38,28 @@ class SpoolDamagedError(DARError):
 
     code = "spool_damaged"
     retryable = False
+
+
+def encode(model: BaseModel) -> bytes:
+    """``model`` as JSON, with U+FFFD in place of NUL in all texts and keys.
+
+    Models, reward services and crash logs may produce NUL, which no text column of a database can
+    store.
+    """
+    content = model.model_dump_json().encode()
+    if _ESCAPED_NUL not in content:
+        return content
+    return to_json(_without_nul(model.model_dump(mode="json")))
+
+
+def _without_nul(value: object) -> object:
+    if isinstance(value, str):
+        return value.replace(NUL, REPLACEMENT)
+    if isinstance(value, dict):
+        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nul(item) for item in value]
+    return value
 
 
 def frame(payload: bytes) -> bytes:

@@ -9,10 +9,10 @@ import pytest
 
 from dar.protocol.worker import EventRow, Fail
 from fakes.loopback import LoopbackServer, Request
-from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient, encode
+from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient
 from worker.cleanup import Leftovers
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
-from worker.spool import SpoolDamagedError, SpoolReader, SpoolWriter
+from worker.spool import SpoolDamagedError, SpoolReader, SpoolWriter, encode
 from worker.supervisor.sender import SpoolSender
 
 RECORD = AttemptRecord(lease_id="lease-1", job_id="job-1", attempt=1)
