@@ -3,15 +3,16 @@
 import hashlib
 import json
 from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import get_args
 
+from fakes.live_service import Live
 from service.callbacks import OUTCOMES
 from service.store import reward_requests
 
 TOKEN = "rwt_" + "x" * 43
 
 
-def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any) -> None:
+def test_prometheus_counts_callbacks_by_what_became_of_them(live: Live) -> None:
     fates = set(get_args(reward_requests.Fate)) - {"replayed"}
     assert {*fates, "refused", "unsupported", "too_large"} == set(OUTCOMES)
     _, lease = live.running()

@@ -16,6 +16,7 @@ import pytest
 from dar.errors import CheckpointError, FencedError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import CheckpointRow, CheckpointUpload, Fail, Lease
+from fakes.scripted_installation import ScriptedInstallation
 from worker.api import Backoff, GaveUpError, WorkerClient, error_of
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import Identity
@@ -87,7 +88,7 @@ class CuttingProxy:
 
 
 @pytest.fixture
-def lease(installation: Any, request: pytest.FixtureRequest) -> Iterator[Lease]:
+def lease(installation: ScriptedInstallation, request: pytest.FixtureRequest) -> Iterator[Lease]:
     """Of a job with one reward service, or with the components that are the parameter."""
     if (components := getattr(request, "param", None)) is None:
         installation.submit(steps=4)
@@ -152,7 +153,7 @@ def publish(state: AttemptState, step: int) -> CheckpointRow:
 
 
 def test_an_upload_that_breaks_goes_on_where_it_was(
-    installation: Any,
+    installation: ScriptedInstallation,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
     monkeypatch: pytest.MonkeyPatch,
@@ -182,7 +183,7 @@ class AnswerLost(WorkerClient):
 
 
 def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
-    installation: Any, state: AttemptState, monkeypatch: pytest.MonkeyPatch
+    installation: ScriptedInstallation, state: AttemptState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
     monkeypatch.setattr("worker.api.FIRST_PAUSE_SECONDS", 0.01)
@@ -198,7 +199,7 @@ def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
 
 
 def test_local_copies_go_when_a_newer_checkpoint_is_committed(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     uploader = CheckpointUploader(state, connect(installation.url))
     for step in (1, 2):
@@ -211,7 +212,7 @@ def test_local_copies_go_when_a_newer_checkpoint_is_committed(
 
 
 def test_checkpoints_beyond_keep_last_are_not_uploaded(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     uploader = CheckpointUploader(state, connect(installation.url))
     for step in (1, 2, 3, 4):
@@ -222,7 +223,7 @@ def test_checkpoints_beyond_keep_last_are_not_uploaded(
 
 
 def test_an_altered_local_checkpoint_never_becomes_visible(
-    installation: Any,
+    installation: ScriptedInstallation,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
     monkeypatch: pytest.MonkeyPatch,
@@ -239,7 +240,7 @@ def test_an_altered_local_checkpoint_never_becomes_visible(
 
 
 def test_inputs_are_fetched_over_a_broken_network_and_verified(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     proxy = CuttingProxy(installation.port, cuts=1, after=10)
     models = installation.home / "models"
@@ -251,7 +252,10 @@ def test_inputs_are_fetched_over_a_broken_network_and_verified(
 
 
 def test_a_model_that_is_not_here_comes_from_the_service(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+    installation: ScriptedInstallation,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    tmp_path: Path,
 ) -> None:
     inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
     assert inputs.model_folder == state.folder.inputs / "model"
@@ -259,7 +263,10 @@ def test_a_model_that_is_not_here_comes_from_the_service(
 
 
 def test_a_model_that_is_nowhere_is_said(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+    installation: ScriptedInstallation,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    tmp_path: Path,
 ) -> None:
     folder = installation.home / "models" / "tiny"
     aside = folder.rename(tmp_path / "aside")
@@ -271,7 +278,7 @@ def test_a_model_that_is_nowhere_is_said(
 
 
 @pytest.fixture
-def judge(installation: Any) -> Iterator[Path]:
+def judge(installation: ScriptedInstallation) -> Iterator[Path]:
     """A folder of a reward model in the service's models directory."""
     folder: Path = installation.home / "models" / "judge"
     folder.mkdir()
@@ -289,7 +296,10 @@ MODELS = [
 @pytest.mark.usefixtures("judge")
 @pytest.mark.parametrize("lease", [MODELS], indirect=True)
 def test_a_reward_model_comes_from_the_service_unless_it_is_here(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+    installation: ScriptedInstallation,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    tmp_path: Path,
 ) -> None:
     inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
     fetched = state.folder.inputs / "reward_models" / "rm"
@@ -303,7 +313,7 @@ def test_a_reward_model_comes_from_the_service_unless_it_is_here(
 
 @pytest.mark.parametrize("lease", [MODELS], indirect=True)
 def test_a_reward_model_that_is_nowhere_is_said(
-    installation: Any,
+    installation: ScriptedInstallation,
     judge: Path,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
@@ -324,7 +334,7 @@ def test_an_input_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -
 
 
 def test_a_token_of_another_attempt_is_fenced_or_refused_and_not_tried_again(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     client = connect(installation.url)
     late = Fail(attempt=99, kind="transient", code="late", message="too late")
