@@ -10,6 +10,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute, iter_route_contexts
 
+from fakes.live_service import Live
+
 OPEN = {"/healthz", "/readyz"}
 
 
@@ -23,7 +25,7 @@ def routes(app: FastAPI) -> list[tuple[str, str]]:
     return found
 
 
-def test_every_route_but_health_wants_a_key(live: Any, error_of: Callable[..., Any]) -> None:
+def test_every_route_but_health_wants_a_key(live: Live, error_of: Callable[..., Any]) -> None:
     known = routes(live.app)
     assert len(known) > 25
     stranger = live.client(None)
@@ -38,7 +40,7 @@ def test_every_route_but_health_wants_a_key(live: Any, error_of: Callable[..., A
             assert error_of(answer)["type"] == "authentication_error"
 
 
-def test_every_route_refuses_a_wrong_key(live: Any, error_of: Callable[..., Any]) -> None:
+def test_every_route_refuses_a_wrong_key(live: Live, error_of: Callable[..., Any]) -> None:
     right = live.key("api_key")
     for wrong in (
         right[:-1] + ("A" if right[-1] != "A" else "B"),
@@ -54,7 +56,7 @@ def test_every_route_refuses_a_wrong_key(live: Any, error_of: Callable[..., Any]
 
 
 def test_every_route_answers_nonsense_with_the_one_shape(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     headers = {"content-type": "application/json"}
     for client in (live.http, live.worker()):
@@ -66,7 +68,7 @@ def test_every_route_answers_nonsense_with_the_one_shape(
 
 
 def test_unknown_paths_and_methods_have_the_one_shape(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     assert error_of(live.http.get("/v1/nowhere"))["code"] == "not_found"
     assert error_of(live.http.get("/docs"))["code"] == "not_found"
@@ -76,7 +78,7 @@ def test_unknown_paths_and_methods_have_the_one_shape(
 
 
 def test_a_mistake_of_ours_is_a_500_that_tells_nothing(
-    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    live: Live, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_arguments: object) -> None:
         raise RuntimeError("the secret is swordfish")
@@ -89,7 +91,7 @@ def test_a_mistake_of_ours_is_a_500_that_tells_nothing(
 
 
 def test_a_database_that_is_gone_is_a_503_that_says_when_to_come_again(
-    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    live: Live, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (live.settings.home / "dar.db").rename(live.settings.home / "moved.db")
     (live.settings.home / "dar.db").mkdir()
@@ -104,7 +106,7 @@ def test_a_database_that_is_gone_is_a_503_that_says_when_to_come_again(
 
 
 def test_a_users_key_is_not_a_workers_and_the_other_way_round(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     answer = live.http.post("/v1/worker/leases/claim", json={})
     assert (answer.status_code, error_of(answer)["code"]) == (403, "insufficient_scope")
@@ -113,7 +115,7 @@ def test_a_users_key_is_not_a_workers_and_the_other_way_round(
         assert (answer.status_code, error_of(answer)["code"]) == (403, "insufficient_scope")
 
 
-def test_a_sane_request_id_is_kept_and_a_strange_one_replaced(live: Any) -> None:
+def test_a_sane_request_id_is_kept_and_a_strange_one_replaced(live: Live) -> None:
     kept = live.http.get("/healthz", headers={"x-request-id": "abc-1"})
     assert kept.headers["x-request-id"] == "abc-1"
     for strange in ("a b", "x" * 200, "<script>"):
@@ -121,7 +123,7 @@ def test_a_sane_request_id_is_kept_and_a_strange_one_replaced(live: Any) -> None
         assert replaced.headers["x-request-id"].startswith("req-")
 
 
-def test_a_body_over_the_limit_is_refused_before_it_is_read(live: Any) -> None:
+def test_a_body_over_the_limit_is_refused_before_it_is_read(live: Live) -> None:
     host, port = live.url.removeprefix("http://").split(":")
     head = (
         f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
@@ -143,7 +145,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(live: Any) -> None:
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_a_number_that_is_none_is_told_with_its_path(
-    live: Any, error_of: Callable[..., Any], word: str
+    live: Live, error_of: Callable[..., Any], word: str
 ) -> None:
     body = json.dumps(live.spec(dar={"hyperparameters": {"alpha": 12345}})).replace("12345", word)
     headers = {"content-type": "application/json"}
@@ -159,7 +161,7 @@ def test_a_number_that_is_none_is_told_with_its_path(
     [b"", b"[", b"null", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"NaN"],
 )
 def test_a_body_that_is_no_job_is_a_400(
-    live: Any, error_of: Callable[..., Any], body: bytes
+    live: Live, error_of: Callable[..., Any], body: bytes
 ) -> None:
     headers = {"content-type": "application/json"}
     answer = live.http.post("/v1/fine_tuning/jobs", content=body, headers=headers)
@@ -167,13 +169,13 @@ def test_a_body_that_is_no_job_is_a_400(
     error_of(answer)
 
 
-def test_a_body_of_another_type_is_a_415(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_body_of_another_type_is_a_415(live: Live, error_of: Callable[..., Any]) -> None:
     answer = live.http.post("/v1/fine_tuning/jobs", data={"model": "base"})
     assert (answer.status_code, error_of(answer)["code"]) == (415, "unsupported_media_type")
 
 
 def test_all_problems_are_told_at_once_with_their_paths(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     spec = live.spec(dar={"hyperparameters": {"alpha": -1, "learning_rat": 1.0}})
     spec["method"]["dar"]["rewards"]["components"][0]["url"] = "ftp://x"
@@ -194,19 +196,19 @@ def test_all_problems_are_told_at_once_with_their_paths(
     assert live.http.get("/v1/fine_tuning/jobs").json()["data"] == []
 
 
-def test_an_unknown_query_parameter_is_refused(live: Any, error_of: Callable[..., Any]) -> None:
+def test_an_unknown_query_parameter_is_refused(live: Live, error_of: Callable[..., Any]) -> None:
     error = error_of(live.http.get("/v1/files", params={"limt": 3}))
     assert error["param"] == "limt"
     assert "limit" in error["message"]
 
 
 @pytest.mark.parametrize("limit", ["0", "101", "x", "1.5", ""])
-def test_a_bad_limit_is_a_400(live: Any, error_of: Callable[..., Any], limit: str) -> None:
+def test_a_bad_limit_is_a_400(live: Live, error_of: Callable[..., Any], limit: str) -> None:
     answer = live.http.get("/v1/fine_tuning/jobs", params={"limit": limit})
     assert (answer.status_code, error_of(answer)["param"]) == (400, "limit")
 
 
-def test_the_openapi_document_names_every_route_and_body(live: Any) -> None:
+def test_the_openapi_document_names_every_route_and_body(live: Live) -> None:
     document = live.http.get("/openapi.json").json()
     assert document["openapi"].startswith("3.")
     schemas = document["components"]["schemas"]
@@ -227,13 +229,15 @@ def test_the_openapi_document_names_every_route_and_body(live: Any) -> None:
     ],
 )
 def test_a_parameter_that_no_database_can_hold_is_a_400(
-    live: Any, error_of: Callable[..., Any], path: str, param: str
+    live: Live, error_of: Callable[..., Any], path: str, param: str
 ) -> None:
     answer = live.http.get(path)
     assert (answer.status_code, error_of(answer)["param"]) == (400, param)
 
 
-def test_a_body_that_no_database_can_hold_is_a_400(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_body_that_no_database_can_hold_is_a_400(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
     answer = live.http.post("/v1/fine_tuning/jobs", json=live.spec(training_file="a\0b"))
     assert (answer.status_code, error_of(answer)["param"]) == (400, "training_file")
     answer = live.http.post("/v1/fine_tuning/jobs", json=live.spec(metadata={"a": "b\0"}))
@@ -243,7 +247,7 @@ def test_a_body_that_no_database_can_hold_is_a_400(live: Any, error_of: Callable
     assert (answer.status_code, error_of(answer)["param"]) == (400, "x-stainless-retry-count")
 
 
-def test_a_stranger_is_not_told_how_a_route_works(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_stranger_is_not_told_how_a_route_works(live: Live, error_of: Callable[..., Any]) -> None:
     for key in (None, "wrong"):
         for path in ("/v1/files?zzz=1", "/v1/worker/leases/x/inputs?zzz=1", "/v1/files/%00"):
             answer = live.client(key).get(path)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from fakes.live_service import Live
+
 GOOD = b'{"prompt": "hi", "topic": "a"}\n{"prompt": [{"role": "user", "content": "ho"}], "topic": null}\n'
 
 LONG = f"bytes={'9' * 5000}-"
 
 
-def test_an_upload_comes_back_as_it_was_with_what_was_found_in_it(live: Any) -> None:
+def test_an_upload_comes_back_as_it_was_with_what_was_found_in_it(live: Live) -> None:
     file = live.upload(GOOD).json()
     assert (file["object"], file["status"], file["purpose"]) == ("file", "processed", "fine-tune")
     assert (file["num_rows"], file["columns"], file["bytes"]) == (2, ["prompt"], len(GOOD))
@@ -24,7 +26,7 @@ def test_an_upload_comes_back_as_it_was_with_what_was_found_in_it(live: Any) -> 
     assert content.headers["etag"] == f'"{file["sha256"]}"'
 
 
-def test_a_part_of_a_file_can_be_fetched(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_part_of_a_file_can_be_fetched(live: Live, error_of: Callable[..., Any]) -> None:
     path = f"/v1/files/{live.upload(GOOD).json()['id']}/content"
     part = live.http.get(path, headers={"range": "bytes=5-9"})
     assert (part.status_code, part.content) == (206, GOOD[5:10])
@@ -74,7 +76,7 @@ def test_a_part_of_a_file_can_be_fetched(live: Any, error_of: Callable[..., Any]
     ],
 )
 def test_one_bad_row_among_thousands_is_named(
-    live: Any, error_of: Callable[..., Any], row: bytes, says: str
+    live: Live, error_of: Callable[..., Any], row: bytes, says: str
 ) -> None:
     rows = [b'{"prompt": "fine"}'] * 3000
     rows[1233] = row
@@ -89,12 +91,12 @@ def test_one_bad_row_among_thousands_is_named(
     assert stored == []
 
 
-def test_the_first_fifty_bad_rows_are_told(live: Any, error_of: Callable[..., Any]) -> None:
+def test_the_first_fifty_bad_rows_are_told(live: Live, error_of: Callable[..., Any]) -> None:
     error = error_of(live.upload(b"{}\n" * 80))
     assert [problem["row"] for problem in error["errors"]] == list(range(1, 51))
 
 
-def test_blank_lines_are_forgiven_at_the_end_only(live: Any, error_of: Callable[..., Any]) -> None:
+def test_blank_lines_are_forgiven_at_the_end_only(live: Live, error_of: Callable[..., Any]) -> None:
     assert live.upload(GOOD + b"\n \n\n").json()["num_rows"] == 2
     assert error_of(live.upload(b"\n" + GOOD))["errors"][0]["row"] == 1
     assert error_of(live.upload(b"\n\n"))["errors"][0]["code"] == "empty_file"
@@ -109,7 +111,7 @@ def test_an_upload_over_the_limit_is_refused(
 
 
 def test_a_form_that_is_not_as_it_should_be_is_a_400(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     file = {"file": ("a.jsonl", GOOD)}
     tries: list[dict[str, Any]] = [
@@ -126,7 +128,7 @@ def test_a_form_that_is_not_as_it_should_be_is_a_400(
     assert (answer.status_code, error_of(answer)["code"]) == (400, "invalid_form")
 
 
-def test_a_file_that_a_job_needs_stays(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_file_that_a_job_needs_stays(live: Live, error_of: Callable[..., Any]) -> None:
     job = live.submit()
     path = f"/v1/files/{job['training_file']}"
     answer = live.http.delete(path)
@@ -139,7 +141,7 @@ def test_a_file_that_a_job_needs_stays(live: Any, error_of: Callable[..., Any]) 
 
 
 def test_columns_that_do_not_fit_the_method_are_told_with_their_row(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     rows = [{"prompt": "a", "topic": "x"}, {"prompt": "b", "completion": "c"}, {"prompt": "c"}]
     file_id = live.upload("\n".join(map(json.dumps, rows)).encode()).json()["id"]
@@ -152,7 +154,7 @@ def test_columns_that_do_not_fit_the_method_are_told_with_their_row(
 
 
 def test_an_upload_for_which_there_is_no_room_is_a_503(
-    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    live: Live, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = SimpleNamespace(free=2 * len(GOOD) - 1)
     monkeypatch.setattr("service.artifacts.shutil.disk_usage", lambda _: free)
@@ -160,7 +162,7 @@ def test_an_upload_for_which_there_is_no_room_is_a_503(
     assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_full")
 
 
-def offline(live: Any, rows: list[dict[str, Any]], **values: Any) -> Any:
+def offline(live: Live, rows: list[dict[str, Any]], **values: Any) -> Any:
     """Answer to a job without rewards over a file of these rows."""
     file = live.upload("\n".join(map(json.dumps, rows)).encode())
     assert file.status_code == 200, file.text
@@ -193,7 +195,7 @@ NO_OFFLINE_FILES: list[tuple[list[dict[str, Any]], int, str, str]] = [
 ]
 
 
-def test_a_job_without_rewards_takes_files_with_completions(live: Any) -> None:
+def test_a_job_without_rewards_takes_files_with_completions(live: Live) -> None:
     for rows in OFFLINE_FILES:
         answer = offline(live, rows * 3, hyperparameters={"n_epochs": 2, "batch_size": 2})
         assert answer.status_code == 200, answer.text
@@ -204,7 +206,7 @@ def test_a_job_without_rewards_takes_files_with_completions(live: Any) -> None:
 
 
 def test_a_job_without_rewards_takes_no_options_of_sampling(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     rows = OFFLINE_FILES[0]
     assert (
@@ -218,7 +220,7 @@ def test_a_job_without_rewards_takes_no_options_of_sampling(
 
 
 def test_files_that_a_job_without_rewards_cannot_train_on_are_refused(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     for rows, row, code, says in NO_OFFLINE_FILES:
         first = error_of(offline(live, rows))["errors"][0]
@@ -227,7 +229,7 @@ def test_files_that_a_job_without_rewards_cannot_train_on_are_refused(
 
 
 def test_files_with_completions_are_refused_where_completions_are_sampled(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     rows = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     file_id = live.upload(rows).json()["id"]

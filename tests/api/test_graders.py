@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from dar.rewards.http.signing import decode_secret, verify
+from fakes.live_service import Judge, Live
 
 FLAGS = {
     *("formula_parse_error", "invalid_variable_error", "model_grader_parse_error"),
@@ -23,13 +24,13 @@ DETAILS = {
 
 
 @pytest.fixture
-def client(live: Any) -> Iterator[openai.OpenAI]:
+def client(live: Live) -> Iterator[openai.OpenAI]:
     key, url = live.key("api_key"), f"{live.url}/v1"
     with openai.OpenAI(api_key=key, base_url=url, max_retries=0) as made:
         yield made
 
 
-def grader_for(live: Any, url: str, **options: Any) -> dict[str, Any]:
+def grader_for(live: Live, url: str, **options: Any) -> dict[str, Any]:
     body = {"name": "judge", "url": url, "headers": {"authorization": "Bearer t"}, **options}
     made = live.http.post("/v1/reward_endpoints", json=body).json()
     live.made = made
@@ -48,7 +49,7 @@ def flagged(answer: Any) -> set[str]:
     return {name for name in FLAGS if getattr(errors, name)}
 
 
-def test_a_completion_gets_its_reward(live: Any, client: openai.OpenAI, judge: Any) -> None:
+def test_a_completion_gets_its_reward(live: Live, client: openai.OpenAI, judge: Judge) -> None:
     judge.answer = lambda asked: {
         "request_id": asked["request_id"],
         "results": [{"id": "s0", "reward": 0.5, "components": {"style": 0.25}}],
@@ -71,7 +72,7 @@ def test_a_completion_gets_its_reward(live: Any, client: openai.OpenAI, judge: A
     assert headers["authorization"] == "Bearer t"
 
 
-def test_a_service_that_does_not_answer_is_unresponsive(live: Any, client: openai.OpenAI) -> None:
+def test_a_service_that_does_not_answer_is_unresponsive(live: Live, client: openai.OpenAI) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
@@ -84,7 +85,7 @@ def test_a_service_that_does_not_answer_is_unresponsive(live: Any, client: opena
     ("status", "rewards"), [(403, [1.0]), (200, ["1.0"]), (200, [1.0, 2.0]), (200, [True])]
 )
 def test_an_answer_that_is_no_reward_is_no_number(
-    live: Any, client: openai.OpenAI, judge: Any, status: int, rewards: list[Any]
+    live: Live, client: openai.OpenAI, judge: Judge, status: int, rewards: list[Any]
 ) -> None:
     judge.status = status
     judge.answer = lambda asked: {"request_id": asked["request_id"], "rewards": rewards}
@@ -95,14 +96,16 @@ def test_an_answer_that_is_no_reward_is_no_number(
 
 
 def test_a_skip_is_neither_a_reward_nor_an_error(
-    live: Any, client: openai.OpenAI, judge: Any
+    live: Live, client: openai.OpenAI, judge: Judge
 ) -> None:
     judge.answer = lambda asked: {"request_id": asked["request_id"], "rewards": [None]}
     answer = run(client, grader_for(live, judge.url))
     assert (answer.reward, answer.metadata.status, flagged(answer)) == (None, "skip", set())
 
 
-def test_a_conversation_is_sent_as_messages(live: Any, client: openai.OpenAI, judge: Any) -> None:
+def test_a_conversation_is_sent_as_messages(
+    live: Live, client: openai.OpenAI, judge: Judge
+) -> None:
     messages = [{"role": "user", "content": "hi"}]
     run(client, grader_for(live, judge.url), item={"messages": messages})
     [sample] = json.loads(judge.seen[-1][1])["samples"]
@@ -110,7 +113,7 @@ def test_a_conversation_is_sent_as_messages(live: Any, client: openai.OpenAI, ju
 
 
 def test_a_grader_is_validated_without_asking_it(
-    live: Any, client: openai.OpenAI, judge: Any
+    live: Live, client: openai.OpenAI, judge: Judge
 ) -> None:
     grader = grader_for(live, judge.url)
     answer = live.http.post("/v1/fine_tuning/alpha/graders/validate", json={"grader": grader})

@@ -11,12 +11,13 @@ import pytest
 
 from dar.protocol import spec_checks
 from dar.protocol.spec import JobSpec
+from fakes.live_service import Live
 from service.jobs.submission import body_digest
 
 PATH = "/v1/fine_tuning/jobs"
 
 
-def test_a_submitted_job_waits_and_shows_its_whole_spec(live: Any) -> None:
+def test_a_submitted_job_waits_and_shows_its_whole_spec(live: Live) -> None:
     spec = live.spec(suffix="mine", seed=7, metadata={"team": "a"})
     answer = live.http.post(PATH, json=spec)
     job = answer.json()
@@ -31,7 +32,7 @@ def test_a_submitted_job_waits_and_shows_its_whole_spec(live: Any) -> None:
         assert live.http.get(path).status_code == 200, name
 
 
-def test_a_job_without_a_seed_gets_one_that_is_told(live: Any) -> None:
+def test_a_job_without_a_seed_gets_one_that_is_told(live: Live) -> None:
     seeds = {live.submit()["seed"] for _ in range(3)}
     assert len(seeds) == 3
 
@@ -98,7 +99,7 @@ def test_what_cannot_run_is_refused_at_submission(
 
 
 def test_a_job_that_was_accepted_before_a_rule_came_is_still_given_out(
-    live: Any, monkeypatch: pytest.MonkeyPatch
+    live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dar = {"resources": {"processes": 1, "strategy": "fsdp"}}
     with monkeypatch.context() as patched:
@@ -110,7 +111,7 @@ def test_a_job_that_was_accepted_before_a_rule_came_is_still_given_out(
 
 
 def test_an_unknown_model_is_answered_with_those_there_are(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     error = error_of(live.http.post(PATH, json=live.spec(model="bose")))
     assert "there are: base" in error["message"]
@@ -135,7 +136,7 @@ def test_an_allowed_hub_data_set_is_left_to_the_worker(serve: Callable[..., Any]
 
 
 def test_a_validation_file_is_shown_kept_and_given_to_the_worker(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     content = b'{"prompt": "try"}\n'
     file_id = live.upload(content).json()["id"]
@@ -150,7 +151,7 @@ def test_a_validation_file_is_shown_kept_and_given_to_the_worker(
     assert live.http.delete(f"/v1/files/{file_id}").status_code == 200
 
 
-def test_the_same_key_and_body_make_one_job(live: Any, error_of: Callable[..., Any]) -> None:
+def test_the_same_key_and_body_make_one_job(live: Live, error_of: Callable[..., Any]) -> None:
     spec, headers = live.spec(), {"idempotency-key": "k1"}
     first = live.http.post(PATH, json=spec, headers=headers)
     again = live.http.post(PATH, json=dict(reversed(spec.items())), headers=headers)
@@ -200,7 +201,7 @@ def test_retired_fields_of_a_spec_do_not_change_its_digest() -> None:
     ],
 )
 def test_a_retired_field_is_accepted_at_its_neutral_value_only(
-    live: Any, error_of: Callable[..., Any], part: str, field: str, neutral: Any, other: Any
+    live: Live, error_of: Callable[..., Any], part: str, field: str, neutral: Any, other: Any
 ) -> None:
     def post(value: Any, key: str) -> Any:
         component = {"name": "letters", "url": "http://127.0.0.1:61999/score"}
@@ -223,7 +224,7 @@ def test_a_retired_field_is_accepted_at_its_neutral_value_only(
     assert "this version supports only" in error["message"]
 
 
-def test_the_same_key_at_the_same_instant_makes_one_job(live: Any) -> None:
+def test_the_same_key_at_the_same_instant_makes_one_job(live: Live) -> None:
     spec, answers = live.spec(), []
 
     def post() -> None:
@@ -239,7 +240,7 @@ def test_the_same_key_at_the_same_instant_makes_one_job(live: Any) -> None:
     assert len({answer.json()["id"] for answer in answers}) == 1
 
 
-def test_a_retry_without_a_key_is_recognised(live: Any) -> None:
+def test_a_retry_without_a_key_is_recognised(live: Live) -> None:
     spec = live.spec()
 
     def post(retry_count: int) -> Any:
@@ -252,7 +253,7 @@ def test_a_retry_without_a_key_is_recognised(live: Any) -> None:
     assert fresh.json()["id"] != first.json()["id"]
 
 
-def test_lists_are_pages_with_filters(live: Any, error_of: Callable[..., Any]) -> None:
+def test_lists_are_pages_with_filters(live: Live, error_of: Callable[..., Any]) -> None:
     made = [live.submit(metadata={"n": str(n % 2), "a b": "c&d"})["id"] for n in range(5)]
     page = live.http.get(PATH, params={"limit": 2}).json()
     assert [job["id"] for job in page["data"]] == made[:2:-1]
@@ -269,7 +270,7 @@ def test_lists_are_pages_with_filters(live: Any, error_of: Callable[..., Any]) -
     assert error_of(both)["param"] == "before"
 
 
-def test_cancelling_twice_is_cancelling_once(live: Any, error_of: Callable[..., Any]) -> None:
+def test_cancelling_twice_is_cancelling_once(live: Live, error_of: Callable[..., Any]) -> None:
     job_id = live.submit()["id"]
     for _ in range(2):
         answer = live.http.post(f"{PATH}/{job_id}/cancel")
@@ -278,7 +279,7 @@ def test_cancelling_twice_is_cancelling_once(live: Any, error_of: Callable[..., 
     assert error_of(live.http.post(f"{PATH}/nothing/cancel"))["code"] == "not_found"
 
 
-def test_a_failed_job_cannot_be_cancelled(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_failed_job_cannot_be_cancelled(live: Live, error_of: Callable[..., Any]) -> None:
     job_id, lease = live.running()
     lease.post("/fail", kind="user", code="training_failed", message="the model does not load")
     answer = live.http.post(f"{PATH}/{job_id}/cancel")
@@ -288,7 +289,7 @@ def test_a_failed_job_cannot_be_cancelled(live: Any, error_of: Callable[..., Any
     assert job["error"]["message"] == "the model does not load"
 
 
-def test_a_submission_takes_milliseconds(live: Any) -> None:
+def test_a_submission_takes_milliseconds(live: Live) -> None:
     spec, taken = live.spec(), []
     for _ in range(40):
         started = time.perf_counter()

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 
+from fakes.live_service import Lease, Live
+
 PATH = "/v1/fine_tuning/jobs"
 
 
-def post(live: Any, job_id: str, verb: str) -> Any:
+def post(live: Live, job_id: str, verb: str) -> Any:
     """As OpenAI's client does: no body, and yet a content type."""
     headers = {"content-type": "application/json"}
     return live.http.post(f"{PATH}/{job_id}/{verb}", headers=headers)
 
 
-def test_pausing_and_resuming_twice_is_doing_it_once(live: Any) -> None:
+def test_pausing_and_resuming_twice_is_doing_it_once(live: Live) -> None:
     job_id = live.submit()["id"]
     for verb, status, actions in (
         ("pause", "paused", ["cancel", "resume"]),
@@ -28,7 +30,7 @@ def test_pausing_and_resuming_twice_is_doing_it_once(live: Any) -> None:
             assert (answer.status_code, job["status"], job["actions"]) == (200, status, actions)
 
 
-def test_what_is_over_is_a_conflict(live: Any, error_of: Callable[..., Any]) -> None:
+def test_what_is_over_is_a_conflict(live: Live, error_of: Callable[..., Any]) -> None:
     job_id, lease = live.running()
     lease.post("/fail", kind="user", code="training_failed", message="no")
     assert error_of(post(live, job_id, "pause"))["code"] == "invalid_state"
@@ -39,7 +41,7 @@ def test_what_is_over_is_a_conflict(live: Any, error_of: Callable[..., Any]) -> 
     assert error_of(post(live, "nothing", "resume"))["code"] == "not_found"
 
 
-def test_a_restart_needs_the_training_file(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_restart_needs_the_training_file(live: Live, error_of: Callable[..., Any]) -> None:
     job = live.submit()
     post(live, job["id"], "cancel")
     assert live.http.delete(f"/v1/files/{job['training_file']}").status_code == 200
@@ -57,7 +59,7 @@ def listen(client: Any, told: list[Any], after: str = "") -> threading.Thread:
     return thread
 
 
-def test_a_pause_reaches_the_worker_within_a_second_and_a_cancellation_after_it(live: Any) -> None:
+def test_a_pause_reaches_the_worker_within_a_second_and_a_cancellation_after_it(live: Live) -> None:
     job_id, lease = live.running()
     told: list[Any] = []
     thread = listen(lease.http, told)
@@ -76,7 +78,7 @@ def test_a_pause_reaches_the_worker_within_a_second_and_a_cancellation_after_it(
     assert lease.post("/release", reason="paused").json()["status"] == "cancelled"
 
 
-def test_a_pause_in_another_replica_is_found(serve: Callable[..., Any], live: Any) -> None:
+def test_a_pause_in_another_replica_is_found(serve: Callable[..., Any], live: Live) -> None:
     job_id, lease = live.running()
     replica = serve()
     told: list[Any] = []
@@ -86,7 +88,7 @@ def test_a_pause_in_another_replica_is_found(serve: Callable[..., Any], live: An
     assert told[0][1]["directives"] == [{"id": 2, "type": "pause"}]
 
 
-def test_want_of_rewards_is_shown_with_its_reason(live: Any) -> None:
+def test_want_of_rewards_is_shown_with_its_reason(live: Live) -> None:
     job_id, lease = live.running()
     said = {"reason": "paused_reward", "code": "http_401", "message": "HTTP 401: who are you?"}
     assert lease.post("/release", **said).json() == {"status": "paused", "status_detail": "reward"}
@@ -110,7 +112,7 @@ def failed(**values: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report(lease: Any) -> None:
+def report(lease: Lease) -> None:
     """Two steps, the second with failures."""
     values = {"reward/n_valid": 16.0, "reward/n_skip": 0.0, "reward/n_error": 0.0}
     worse = {
@@ -137,7 +139,7 @@ def report(lease: Any) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_the_requests_of_a_job_show_whether_its_endpoint_is_misconfigured(live: Any) -> None:
+def test_the_requests_of_a_job_show_whether_its_endpoint_is_misconfigured(live: Live) -> None:
     endpoint = live.register("https://judge.example/score")["id"]
     path = f"/v1/reward_endpoints/{endpoint}"
     component = {"name": "letters", "endpoint": endpoint}
@@ -159,7 +161,7 @@ def test_the_requests_of_a_job_show_whether_its_endpoint_is_misconfigured(live: 
     assert state_after([], [refused]) == "ok", "this attempt still sends the old header"
 
 
-def test_reward_stats_sum_over_the_steps(live: Any) -> None:
+def test_reward_stats_sum_over_the_steps(live: Live) -> None:
     job_id, lease = live.running()
     empty = live.job(job_id, "/reward_stats")
     assert (empty["steps"], empty["rewards"]) == (0, 0)
@@ -176,7 +178,7 @@ def test_reward_stats_sum_over_the_steps(live: Any) -> None:
 
 
 def test_reward_failures_are_pages_and_can_be_narrowed_to_a_step(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     job_id, lease = live.running()
     report(lease)
@@ -194,7 +196,7 @@ def test_reward_failures_are_pages_and_can_be_narrowed_to_a_step(
     assert error_of(wrong)["param"] == "step"
 
 
-def scraped(live: Any) -> dict[str, float]:
+def scraped(live: Live) -> dict[str, float]:
     answer = live.http.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain")
@@ -202,7 +204,7 @@ def scraped(live: Any) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
-def test_prometheus_gets_what_workers_report_once(live: Any) -> None:
+def test_prometheus_gets_what_workers_report_once(live: Live) -> None:
     before = scraped(live)
     assert before["dar_reward_retries_total"] == 0
     job_id, lease = live.running()
@@ -246,6 +248,6 @@ def test_prometheus_gets_what_workers_report_once(live: Any) -> None:
     assert (after["dar_reward_pauses_total"], after['dar_jobs{status="paused"}']) == (1, 1)
 
 
-def test_a_worker_key_opens_the_metrics_too(live: Any) -> None:
+def test_a_worker_key_opens_the_metrics_too(live: Live) -> None:
     assert live.worker().get("/metrics").status_code == 200
     assert live.client(None).get("/metrics").status_code == 401

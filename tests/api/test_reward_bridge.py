@@ -17,6 +17,7 @@ from dar.protocol.worker import (
     RewardProgressNoted,
     RewardRequestStates,
 )
+from fakes.live_service import Live
 from service.store.tables import RewardRequestRow
 from worker.api import WorkerClient
 from worker.folders import AttemptFolder
@@ -47,7 +48,7 @@ Carry = Callable[[Sequence[RewardNote]], tuple[list[tuple[str, int]], list[Rewar
 
 
 @pytest.fixture
-def carry(live: Any, tmp_path: Path) -> Carry:
+def carry(live: Live, tmp_path: Path) -> Carry:
     """Have a bridge carry notes that lie in the pipe together; gives its calls and its news."""
     _, held = live.running()
     lease = Lease.model_validate(held.body)
@@ -84,14 +85,14 @@ def accepted(name: str) -> RewardNote:
     return RewardNote(request_id=name, state="accepted", poll_url=f"/results/{name}")
 
 
-def stored(live: Any, name: str) -> tuple[str, bool]:
+def stored(live: Live, name: str) -> tuple[str, bool]:
     with live.runtime.database.read() as transaction:
         row = transaction.get_one(RewardRequestRow, name)
         return row.state, row.is_accepted
 
 
 def test_notes_go_in_few_calls_and_announcements_before_what_became_of_others(
-    live: Any, carry: Carry
+    live: Live, carry: Carry
 ) -> None:
     old = [f"rwq_{number}" for number in range(70)]
     calls, news = carry([announced(name) for name in old])
@@ -104,7 +105,7 @@ def test_notes_go_in_few_calls_and_announcements_before_what_became_of_others(
     assert len(news) == 70
 
 
-def test_what_concerns_one_request_stays_in_its_order(live: Any, carry: Carry) -> None:
+def test_what_concerns_one_request_stays_in_its_order(live: Live, carry: Carry) -> None:
     calls, news = carry(
         [
             announced("rwq_1"),
@@ -123,7 +124,7 @@ def test_what_concerns_one_request_stays_in_its_order(live: Any, carry: Carry) -
     assert news[0].state.is_accepted
 
 
-def test_a_request_that_nobody_knows_holds_up_no_other(live: Any, carry: Carry) -> None:
+def test_a_request_that_nobody_knows_holds_up_no_other(live: Live, carry: Carry) -> None:
     carry([announced("rwq_1"), announced("rwq_2")])
     carry([closed("rwq_1"), closed("rwq_none"), closed("rwq_2")])
     assert stored(live, "rwq_1") == stored(live, "rwq_2") == ("closed", False)
@@ -135,7 +136,7 @@ def test_an_announcement_that_was_long_on_its_way_has_all_its_time_left(carry: C
     assert news.state.deadline > datetime.now(UTC).timestamp() + 300
 
 
-def test_the_service_takes_many_notes_in_their_order_and_names_unknown_requests(live: Any) -> None:
+def test_the_service_takes_many_notes_in_their_order_and_names_unknown_requests(live: Live) -> None:
     _, lease = live.running()
     wanted = [announced(name).announcement for name in ("rwq_1", "rwq_2")]
     requests = [one.model_dump(mode="json") for one in wanted if one is not None]
@@ -150,7 +151,7 @@ def test_the_service_takes_many_notes_in_their_order_and_names_unknown_requests(
 
 
 def test_one_job_cannot_take_over_the_request_of_another(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     _, lease = live.running()
     wanted = announced("rwq_1").announcement

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fakes.live_service import Judge, Live
 from service.store import reward_endpoints
 from service.store.reward_tables import RewardEndpointRow
 
@@ -16,7 +17,7 @@ def naming(endpoint_id: str, **values: Any) -> dict[str, Any]:
     return {"rewards": {"components": [{"name": "j", "endpoint": endpoint_id, **values}]}}
 
 
-def probed(live: Any, endpoint: dict[str, Any], **report: Any) -> None:
+def probed(live: Live, endpoint: dict[str, Any], **report: Any) -> None:
     """Have a probe found something at the endpoint's present revision."""
     found = {
         "ok": True,
@@ -33,7 +34,7 @@ def probed(live: Any, endpoint: dict[str, Any], **report: Any) -> None:
         )
 
 
-def leased(live: Any, endpoint: dict[str, Any], slot: str = "0") -> dict[str, Any]:
+def leased(live: Live, endpoint: dict[str, Any], slot: str = "0") -> dict[str, Any]:
     """What a new job of the endpoint gets to know of it."""
     live.submit(dar=naming(endpoint["id"]), skip_validation=True)
     access: dict[str, Any] = live.claim(slot=slot).body["rewards"]["j"]
@@ -41,13 +42,13 @@ def leased(live: Any, endpoint: dict[str, Any], slot: str = "0") -> dict[str, An
 
 
 @pytest.fixture
-def endpoint(live: Any) -> dict[str, Any]:
+def endpoint(live: Live) -> dict[str, Any]:
     made: dict[str, Any] = live.register("https://judge.example/score")
     return made
 
 
 def test_a_lease_tells_which_endpoint_and_revision_it_is(
-    live: Any, endpoint: dict[str, Any]
+    live: Live, endpoint: dict[str, Any]
 ) -> None:
     access = leased(live, endpoint)
     assert (access["endpoint_id"], access["revision"]) == (endpoint["id"], 1)
@@ -69,7 +70,7 @@ def test_a_lease_tells_which_endpoint_and_revision_it_is(
     ],
 )
 def test_a_service_counts_as_deterministic_when_a_probe_found_it_so(
-    live: Any, endpoint: dict[str, Any], report: dict[str, Any], expected: bool
+    live: Live, endpoint: dict[str, Any], report: dict[str, Any], expected: bool
 ) -> None:
     probed(live, endpoint, **report)
     assert leased(live, endpoint)["is_deterministic"] is expected
@@ -77,7 +78,7 @@ def test_a_service_counts_as_deterministic_when_a_probe_found_it_so(
 
 @pytest.mark.parametrize("change", ["purge_cache", "rotate_secret", "url"])
 def test_a_probe_of_an_earlier_revision_does_not_count(
-    live: Any, endpoint: dict[str, Any], change: str
+    live: Live, endpoint: dict[str, Any], change: str
 ) -> None:
     probed(live, endpoint)
     path = f"{PATH}/{endpoint['id']}"
@@ -94,7 +95,7 @@ def test_a_probe_of_an_earlier_revision_does_not_count(
     assert (last["revision"], last["determinism"]) == (2, SAME)
 
 
-def test_a_new_name_keeps_what_was_remembered(live: Any, endpoint: dict[str, Any]) -> None:
+def test_a_new_name_keeps_what_was_remembered(live: Live, endpoint: dict[str, Any]) -> None:
     probed(live, endpoint)
     live.http.patch(f"{PATH}/{endpoint['id']}", json={"name": "other"})
     access = leased(live, endpoint)
@@ -102,7 +103,7 @@ def test_a_new_name_keeps_what_was_remembered(live: Any, endpoint: dict[str, Any
 
 
 def test_a_probe_that_was_kept_before_there_were_revisions_is_shown_and_does_not_count(
-    live: Any, endpoint: dict[str, Any]
+    live: Live, endpoint: dict[str, Any]
 ) -> None:
     old = {"at": 1, "ok": True, "errors": [], "warnings": [], "latency_ms": {}}
     with live.runtime.database.write() as transaction:
@@ -114,7 +115,7 @@ def test_a_probe_that_was_kept_before_there_were_revisions_is_shown_and_does_not
 
 
 def test_a_purge_is_a_revision_and_no_repair(
-    live: Any, endpoint: dict[str, Any], error_of: Callable[..., Any]
+    live: Live, endpoint: dict[str, Any], error_of: Callable[..., Any]
 ) -> None:
     with live.runtime.database.write() as transaction:
         reward_endpoints.set_state(
@@ -131,7 +132,9 @@ def test_a_purge_is_a_revision_and_no_repair(
     assert (unknown.status_code, error_of(unknown)["code"]) == (404, "not_found")
 
 
-def test_an_endpoint_says_whether_it_is_remembered(live: Any, error_of: Callable[..., Any]) -> None:
+def test_an_endpoint_says_whether_it_is_remembered(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
     made = live.register(
         "https://judge.example/score", cache={"enabled": True, "scope": "endpoint"}
     )
@@ -149,7 +152,7 @@ def test_an_endpoint_says_whether_it_is_remembered(live: Any, error_of: Callable
         assert answer.status_code == 400, wrong
 
 
-def test_samples_that_were_not_sent_are_counted(live: Any) -> None:
+def test_samples_that_were_not_sent_are_counted(live: Live) -> None:
     job_id, lease = live.running()
     for step in (1, 2):
         values = {
@@ -165,7 +168,7 @@ def test_samples_that_were_not_sent_are_counted(live: Any) -> None:
     assert "dar_reward_cache_hits_total 6.0" in lines
 
 
-def test_a_real_probe_finds_out_whether_rewards_may_be_remembered(live: Any, judge: Any) -> None:
+def test_a_real_probe_finds_out_whether_rewards_may_be_remembered(live: Live, judge: Judge) -> None:
     made = live.register(judge.url)
     assert live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()["ok"]
     assert leased(live, made)["is_deterministic"] is True

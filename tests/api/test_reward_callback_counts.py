@@ -3,15 +3,16 @@
 import hashlib
 import json
 from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import get_args
 
+from fakes.live_service import Live
 from service.store import reward_requests
 from service.telemetry import CALLBACK_OUTCOMES
 
 TOKEN = "rwt_" + "x" * 43
 
 
-def test_prometheus_counts_callbacks_by_what_became_of_them(live: Any) -> None:
+def test_prometheus_counts_callbacks_by_what_became_of_them(live: Live) -> None:
     fates = set(get_args(reward_requests.CallbackOutcome)) - {"replayed"}
     assert {*fates, "refused", "unsupported", "too_large"} == set(CALLBACK_OUTCOMES)
     _, lease = live.running()

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from dar.rewards.http.signing import decode_secret, signed_headers
+from fakes.live_service import Lease, Live
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -49,7 +50,7 @@ def announcement(request_id: str, token: str, seconds: float = 60.0) -> dict[str
     }  # fmt: skip
 
 
-def announce(live: Any, lease: Any, request_id: str = "rwq_1", seconds: float = 60.0) -> Pending:
+def announce(live: Live, lease: Lease, request_id: str = "rwq_1", seconds: float = 60.0) -> Pending:
     token = f"rwt_{secrets.token_urlsafe(32)}"
     answer = lease.post("/reward_requests", requests=[announcement(request_id, token, seconds)])
     assert answer.status_code == 200, answer.text
@@ -57,29 +58,29 @@ def announce(live: Any, lease: Any, request_id: str = "rwq_1", seconds: float = 
     return Pending(request_id, token, state, live.client(None))
 
 
-def note(lease: Any, state: str, **more: Any) -> httpx2.Response:
+def note(lease: Lease, state: str, **more: Any) -> httpx2.Response:
     said = {"request_id": "rwq_1", "state": state, **more}
     answer: httpx2.Response = lease.post("/reward_requests/progress", requests=[said])
     return answer
 
 
 @pytest.fixture
-def pending(live: Any) -> Pending:
+def pending(live: Live) -> Pending:
     _, lease = live.running()
     return announce(live, lease)
 
 
-def directives(lease: Any, after: str = "", wait: float = 0.0) -> Any:
+def directives(lease: Lease, after: str = "", wait: float = 0.0) -> Any:
     return lease.http.get("/directives", params={"after": after, "wait": wait}).json()
 
 
-def callback_events(live: Any, job_id: str) -> list[str]:
+def callback_events(live: Live, job_id: str) -> list[str]:
     kinds = [(event["data"] or {}).get("kind", "") for event in live.job(job_id, "/events")["data"]]
     return [kind for kind in kinds if kind.startswith("reward_callback")]
 
 
 def test_the_first_valid_result_is_taken_and_its_repetition_is_a_duplicate(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     job_id, lease = live.running()
     pending = announce(live, lease)
@@ -98,7 +99,7 @@ def test_the_first_valid_result_is_taken_and_its_repetition_is_a_duplicate(
     assert live.runtime.telemetry._callbacks == {"accepted": 1, "duplicate": 1, "conflict": 2}
 
 
-def test_a_result_ends_the_long_poll_at_once_and_the_cursor_remembers_it(live: Any) -> None:
+def test_a_result_ends_the_long_poll_at_once_and_the_cursor_remembers_it(live: Live) -> None:
     job_id, lease = live.running()
     one, two = announce(live, lease, "rwq_1"), announce(live, lease, "rwq_2")
     told: list[Any] = []
@@ -119,7 +120,7 @@ def test_a_result_ends_the_long_poll_at_once_and_the_cursor_remembers_it(live: A
     assert directives(lease, now["cursor"]) == {"directives": [], "cursor": "1.1000"}
 
 
-def test_a_result_that_another_replica_took_is_found(serve: Callable[..., Any], live: Any) -> None:
+def test_a_result_that_another_replica_took_is_found(serve: Callable[..., Any], live: Live) -> None:
     _, lease = live.running()
     pending = announce(live, lease)
     elsewhere = Pending("rwq_1", pending.token, {}, serve().client(None))
@@ -134,7 +135,7 @@ def test_a_result_that_another_replica_took_is_found(serve: Callable[..., Any], 
 
 @pytest.mark.parametrize("after", ["x", "1.x", "-1", "1..2", "9" * 30])
 def test_a_cursor_that_was_never_given_is_refused(
-    live: Any, error_of: Callable[..., Any], after: str
+    live: Live, error_of: Callable[..., Any], after: str
 ) -> None:
     _, lease = live.running()
     answer = lease.http.get("/directives", params={"after": after, "wait": 0})
@@ -142,7 +143,7 @@ def test_a_cursor_that_was_never_given_is_refused(
 
 
 def test_whoever_has_not_the_token_of_this_request_hears_always_the_same(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     _, lease = live.running()
     pending, other = announce(live, lease), announce(live, lease, "rwq_2")
@@ -164,7 +165,7 @@ def test_whoever_has_not_the_token_of_this_request_hears_always_the_same(
     assert pending.post(body).json() == {"status": "accepted"}
 
 
-def test_wrong_tokens_are_slowed_down_and_right_ones_never(live: Any, pending: Pending) -> None:
+def test_wrong_tokens_are_slowed_down_and_right_ones_never(live: Live, pending: Pending) -> None:
     codes = [pending.post(b"", token="rwt_wrong").status_code for _ in range(70)]
     assert set(codes) == {401, 429}
     assert codes == sorted(codes)
@@ -173,7 +174,7 @@ def test_wrong_tokens_are_slowed_down_and_right_ones_never(live: Any, pending: P
     assert pending.post(pending.body(1, 2)).json() == {"status": "accepted"}
 
 
-def test_a_result_after_the_deadline_is_late(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_result_after_the_deadline_is_late(live: Live, error_of: Callable[..., Any]) -> None:
     job_id, lease = live.running()
     pending = announce(live, lease, seconds=0.2)
     time.sleep(0.3)
@@ -186,7 +187,7 @@ def test_a_result_after_the_deadline_is_late(live: Any, error_of: Callable[..., 
 
 
 def test_nobody_waits_for_a_request_that_was_answered_at_once_or_whose_job_has_ended(
-    live: Any,
+    live: Live,
 ) -> None:
     _, lease = live.running()
     answered, open_one = announce(live, lease), announce(live, lease, "rwq_2")
@@ -220,7 +221,7 @@ def test_an_invalid_result_leaves_the_token_good_for_a_corrected_one(
     assert pending.post(pending.body(1, 2)).json() == {"status": "accepted"}
 
 
-def test_after_five_invalid_results_none_is_taken_any_more(live: Any) -> None:
+def test_after_five_invalid_results_none_is_taken_any_more(live: Live) -> None:
     job_id, lease = live.running()
     pending = announce(live, lease)
     assert [pending.post(b"{}").status_code for _ in range(6)] == [422] * 5 + [410]
@@ -242,7 +243,7 @@ def test_a_body_that_is_packed_too_large_or_no_json_is_refused_and_costs_no_try(
 
 
 @pytest.fixture
-def signed(live: Any) -> Pending:
+def signed(live: Live) -> Pending:
     component = {
         "name": "letters",
         "url": "http://127.0.0.1:61999/score",
@@ -252,13 +253,13 @@ def signed(live: Any) -> Pending:
     return announce(live, lease)
 
 
-def signature(live: Any, body: bytes, message_id: str = "rwr_1", age: float = 0.0, secret: str | None = None) -> dict[str, str]:  # fmt: skip
+def signature(live: Live, body: bytes, message_id: str = "rwr_1", age: float = 0.0, secret: str | None = None) -> dict[str, str]:  # fmt: skip
     key = decode_secret(secret or live.key("reward_secret"))
     return signed_headers([key], message_id, int(datetime.now(UTC).timestamp() - age), body)
 
 
 def test_where_a_signature_is_due_only_a_fresh_one_of_the_right_secret_opens(
-    live: Any, signed: Pending
+    live: Live, signed: Pending
 ) -> None:
     body = signed.body(1, 2)
     request = json.dumps({"type": "reward.request", "request_id": "rwq_1", "samples": []}).encode()
@@ -280,7 +281,7 @@ def test_where_a_signature_is_due_only_a_fresh_one_of_the_right_secret_opens(
     assert signed.post(body, **signature(live, body, age=200)).json() == {"status": "accepted"}
 
 
-def test_a_signature_of_a_replaced_secret_opens_nothing(live: Any) -> None:
+def test_a_signature_of_a_replaced_secret_opens_nothing(live: Live) -> None:
     made = live.register("https://judge.example/score")
     component = {"name": "letters", "endpoint": made["id"], "require_signed_responses": True}
     _, lease = live.running(dar={"rewards": {"components": [component]}}, skip_validation=True)
@@ -298,14 +299,14 @@ def test_a_signature_of_a_replaced_secret_opens_nothing(live: Any) -> None:
     assert pending.post(body, **headers).json() == {"status": "accepted"}
 
 
-def test_junk_before_a_valid_signature_does_no_harm(live: Any, signed: Pending) -> None:
+def test_junk_before_a_valid_signature_does_no_harm(live: Live, signed: Pending) -> None:
     body = signed.body(1, 2)
     headers = signature(live, body)
     headers["webhook-signature"] = f"junk v1a,zzz v1,!! {headers['webhook-signature']}"
     assert signed.post(body, **headers).json() == {"status": "accepted"}
 
 
-def test_a_replayed_callback_changes_nothing(live: Any, signed: Pending) -> None:
+def test_a_replayed_callback_changes_nothing(live: Live, signed: Pending) -> None:
     body = signed.body(1, 2)
     headers = signature(live, body)
     assert signed.post(body, **headers).json() == {"status": "accepted"}
@@ -326,7 +327,7 @@ def test_our_own_request_sent_back_is_refused_without_a_signature_too(pending: P
 # --- attempts that follow each other ---------------------------------------------------------------------------------------
 
 
-def test_the_next_attempt_gets_what_came_for_the_one_before(live: Any) -> None:
+def test_the_next_attempt_gets_what_came_for_the_one_before(live: Live) -> None:
     _, lease = live.running()
     pending = announce(live, lease)
     note(lease, "accepted", poll_url="/results/1")
@@ -339,7 +340,9 @@ def test_the_next_attempt_gets_what_came_for_the_one_before(live: Any) -> None:
     assert state["result"].encode() == body
 
 
-def test_a_request_that_was_accepted_is_not_begun_anew_and_either_token_opens_it(live: Any) -> None:
+def test_a_request_that_was_accepted_is_not_begun_anew_and_either_token_opens_it(
+    live: Live,
+) -> None:
     _, lease = live.running()
     first = announce(live, lease, seconds=60)
     note(lease, "accepted")
@@ -352,7 +355,7 @@ def test_a_request_that_was_accepted_is_not_begun_anew_and_either_token_opens_it
     assert [d["request_id"] for d in directives(again)["directives"]] == ["rwq_1"]
 
 
-def test_a_request_whose_time_ran_out_is_begun_anew(live: Any) -> None:
+def test_a_request_whose_time_ran_out_is_begun_anew(live: Live) -> None:
     _, lease = live.running()
     announce(live, lease, seconds=0.1)
     note(lease, "accepted")
@@ -364,7 +367,7 @@ def test_a_request_whose_time_ran_out_is_begun_anew(live: Any) -> None:
 
 
 def test_an_attempt_that_has_lost_its_job_announces_nothing(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     _, lease = live.running()
     announce(live, lease)
@@ -382,7 +385,7 @@ def test_callbacks_go_to_the_address_that_the_operator_names(serve: Callable[...
     assert url == "https://dar.example/base/v1/reward_callbacks/rwq_1"
 
 
-def test_no_token_is_stored_or_logged(live: Any) -> None:
+def test_no_token_is_stored_or_logged(live: Live) -> None:
     _, lease = live.running()
     pending = announce(live, lease)
     pending.post(pending.body(1, 2))

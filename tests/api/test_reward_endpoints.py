@@ -11,6 +11,7 @@ import pytest
 import structlog
 from sqlalchemy import text
 
+from fakes.live_service import Judge, Live
 from service.http import log
 
 PATH = "/v1/reward_endpoints"
@@ -28,7 +29,7 @@ def headers_of(endpoint: dict[str, Any]) -> list[str]:
 
 
 def test_an_endpoint_is_made_shown_listed_changed_and_deleted(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     made = live.register("https://judge.example/score", batch={"max_samples": 8})
     assert made["id"].startswith("rwe_")
@@ -70,7 +71,7 @@ def test_an_endpoint_is_made_shown_listed_changed_and_deleted(
     ],
 )
 def test_what_an_endpoint_cannot_be_is_refused(
-    live: Any, error_of: Callable[..., Any], values: dict[str, Any], param: str | None
+    live: Live, error_of: Callable[..., Any], values: dict[str, Any], param: str | None
 ) -> None:
     answer = live.http.post(PATH, json={"name": "judge", "url": "https://x/", **values})
     error = error_of(answer)
@@ -81,7 +82,7 @@ def test_what_an_endpoint_cannot_be_is_refused(
 
 
 def test_secrets_are_nowhere_but_in_the_one_answer(
-    serve: Callable[..., Any], judge: Any, capsys: pytest.CaptureFixture[str]
+    serve: Callable[..., Any], judge: Judge, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _logging():
         live = serve(log_level="debug")
@@ -132,7 +133,7 @@ def _logging() -> Iterator[None]:
         structlog.configure(**before)
 
 
-def test_a_lease_brings_what_the_endpoint_has_now_and_only_to_its_job(live: Any) -> None:
+def test_a_lease_brings_what_the_endpoint_has_now_and_only_to_its_job(live: Live) -> None:
     made = live.register("https://judge.example/score", timeouts={"attempt": 7.0})
     component = {"weight": 2.0, "timeouts": {"connect": 1.0}}
     job = live.submit(dar=naming(made["id"], **component), skip_validation=True)
@@ -156,7 +157,7 @@ def test_a_lease_brings_what_the_endpoint_has_now_and_only_to_its_job(live: Any)
     assert live.claim(slot="1").body["rewards"] == {}
 
 
-def test_a_rotated_secret_overlaps_with_the_old_one_for_a_day_or_not_at_all(live: Any) -> None:
+def test_a_rotated_secret_overlaps_with_the_old_one_for_a_day_or_not_at_all(live: Live) -> None:
     made = live.register("https://judge.example/score")
     path = f"{PATH}/{made['id']}/rotate_secret"
     second = live.http.post(path, json={}).json()
@@ -171,7 +172,7 @@ def test_a_rotated_secret_overlaps_with_the_old_one_for_a_day_or_not_at_all(live
     assert len({made["signing_secret"], second["signing_secret"], third["signing_secret"]}) == 3
 
 
-def test_an_old_secret_stops_signing_after_its_day(live: Any) -> None:
+def test_an_old_secret_stops_signing_after_its_day(live: Live) -> None:
     made = live.register("https://judge.example/score")
     live.http.post(f"{PATH}/{made['id']}/rotate_secret")
     with live.runtime.database.write() as transaction:
@@ -182,7 +183,7 @@ def test_an_old_secret_stops_signing_after_its_day(live: Any) -> None:
     assert len(live.claim().body["rewards"]["j"]["secrets"]) == 1
 
 
-def test_another_origin_drops_the_headers_and_says_so(live: Any) -> None:
+def test_another_origin_drops_the_headers_and_says_so(live: Live) -> None:
     made = live.register(
         "https://judge.example/score", headers={"authorization": TOKEN, "x-b": "b"}
     )
@@ -206,7 +207,7 @@ def test_another_origin_drops_the_headers_and_says_so(live: Any) -> None:
     ],
 )
 def test_a_job_without_its_secrets_fails_and_the_next_one_is_given_out(
-    live: Any, change: str, code: str
+    live: Live, change: str, code: str
 ) -> None:
     made = live.register("https://judge.example/score")
     job = live.submit(dar=naming(made["id"]), skip_validation=True)
@@ -218,7 +219,7 @@ def test_a_job_without_its_secrets_fails_and_the_next_one_is_given_out(
     assert (ended["status"], ended["error"]["code"]) == ("failed", code)
 
 
-def test_an_endpoint_that_a_job_needs_stays(live: Any, error_of: Callable[..., Any]) -> None:
+def test_an_endpoint_that_a_job_needs_stays(live: Live, error_of: Callable[..., Any]) -> None:
     made = live.register("https://judge.example/score")
     job = live.submit(dar=naming(made["id"]), skip_validation=True)
     answer = live.http.delete(f"{PATH}/{made['id']}")
@@ -229,7 +230,9 @@ def test_an_endpoint_that_a_job_needs_stays(live: Any, error_of: Callable[..., A
     assert live.http.delete(f"{PATH}/{made['id']}").status_code == 200
 
 
-def test_an_unknown_endpoint_is_a_400_at_its_place(live: Any, error_of: Callable[..., Any]) -> None:
+def test_an_unknown_endpoint_is_a_400_at_its_place(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
     unknown = "rwe_" + "0" * 26
     answer = live.http.post(JOBS, json=live.spec(dar=naming(unknown)))
     error = error_of(answer)
@@ -238,7 +241,7 @@ def test_an_unknown_endpoint_is_a_400_at_its_place(live: Any, error_of: Callable
 
 
 def test_an_endpoint_brings_what_its_protocol_needs(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     template = {"text": "{{completion}}"}
     plain = {"protocol": "plain", "template": template, "pointer": "/score"}
@@ -266,7 +269,7 @@ def test_an_endpoint_brings_what_its_protocol_needs(
 
 
 def test_a_components_fields_that_do_not_fit_its_endpoint_are_told(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     made = live.register("https://judge.example/score")
     dar = naming(made["id"], protocol="plain")
@@ -277,7 +280,7 @@ def test_a_components_fields_that_do_not_fit_its_endpoint_are_told(
 
 
 def test_private_addresses_are_refused_unless_the_operator_allows_them(
-    serve: Callable[..., Any], judge: Any, error_of: Callable[..., Any]
+    serve: Callable[..., Any], judge: Judge, error_of: Callable[..., Any]
 ) -> None:
     lenient, live = serve(), serve(egress_allow_cidrs=(), egress_allow_http=())
     made = lenient.register(judge.url)  # before the operator forbade it
@@ -302,7 +305,7 @@ def test_private_addresses_are_refused_unless_the_operator_allows_them(
     assert judge.seen == []
 
 
-def test_a_key_that_only_reads_changes_nothing(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_key_that_only_reads_changes_nothing(live: Live, error_of: Callable[..., Any]) -> None:
     made = live.register("https://judge.example/score")
     with live.runtime.database.write() as transaction:
         transaction.execute(text("UPDATE api_keys SET scopes = 'read' WHERE scopes LIKE 'read%'"))
@@ -317,7 +320,7 @@ def test_a_key_that_only_reads_changes_nothing(live: Any, error_of: Callable[...
         assert (answer.status_code, error_of(answer)["code"]) == (403, "insufficient_scope"), where
 
 
-def test_endpoints_of_another_project_are_not_there(live: Any) -> None:
+def test_endpoints_of_another_project_are_not_there(live: Live) -> None:
     made = live.register("https://judge.example/score")
     with live.runtime.database.write() as transaction:
         now = datetime.now(UTC).replace(tzinfo=None)

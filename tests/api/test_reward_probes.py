@@ -15,6 +15,7 @@ import pytest
 from dar.client import Client
 from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
+from fakes.live_service import Judge, Live
 from service.rewards import probing
 
 PATH = "/v1/reward_endpoints"
@@ -22,7 +23,7 @@ JOBS = "/v1/fine_tuning/jobs"
 TOKEN = "Bearer s3cret-of-the-header"  # what `live.register` sends
 
 
-def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Any) -> None:
+def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Live, judge: Judge) -> None:
     made = live.register(judge.url)
     report = live.http.post(f"{PATH}/{made['id']}/probe", json={"light": True}).json()
     assert (report["ok"], report["errors"]) == (True, [])
@@ -39,7 +40,7 @@ def test_a_probe_asks_as_a_job_would_and_is_remembered(live: Any, judge: Any) ->
     assert changed.json()["state"] == "ok"
 
 
-def test_a_header_of_one_character_spoils_no_report(live: Any, judge: Any) -> None:
+def test_a_header_of_one_character_spoils_no_report(live: Live, judge: Judge) -> None:
     made = live.register(judge.url, headers={"x-version": "1", "x-flag": "e"})
     judge.status = 401
     report = live.http.post(f"{PATH}/{made['id']}/probe").json()
@@ -47,7 +48,7 @@ def test_a_header_of_one_character_spoils_no_report(live: Any, judge: Any) -> No
 
 
 def test_an_inline_probe_sends_the_users_samples(
-    live: Any, judge: Any, error_of: Callable[..., Any]
+    live: Live, judge: Judge, error_of: Callable[..., Any]
 ) -> None:
     samples = [{"prompt": "hi", "completion": "ho", "ground_truth": 3}] * 2
     component = {"name": "a", "url": judge.url}
@@ -63,7 +64,7 @@ def test_an_inline_probe_sends_the_users_samples(
     assert error_of(live.http.post(f"{PATH}/probe", json=builtin))["code"] == "not_inline"
 
 
-def test_probes_are_rationed(live: Any, judge: Any, error_of: Callable[..., Any]) -> None:
+def test_probes_are_rationed(live: Live, judge: Judge, error_of: Callable[..., Any]) -> None:
     body = {"component": {"name": "a", "url": judge.url}, "light": True}
     answers = [live.http.post(f"{PATH}/probe", json=body) for _ in range(7)]
     assert [answer.status_code for answer in answers] == [200] * 6 + [429]
@@ -81,7 +82,7 @@ def test_probes_are_rationed(live: Any, judge: Any, error_of: Callable[..., Any]
     ],
 )
 def test_a_service_that_must_be_mended_first_refuses_the_job(
-    live: Any, judge: Any, error_of: Callable[..., Any], status: int, answer: Any, code: str
+    live: Live, judge: Judge, error_of: Callable[..., Any], status: int, answer: Any, code: str
 ) -> None:
     judge.status = status
     if answer is not None:
@@ -96,7 +97,7 @@ def test_a_service_that_must_be_mended_first_refuses_the_job(
     live.submit(dar=dar, skip_validation=True)
 
 
-def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Any) -> None:
+def test_a_service_that_may_be_well_later_is_waited_for(live: Live, judge: Judge) -> None:
     judge.status = 503
     live.submit(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
     assert len(judge.seen) == 1  # nobody waits for retries at a submission
@@ -113,7 +114,7 @@ def test_a_service_that_may_be_well_later_is_waited_for(live: Any, judge: Any) -
 
 @pytest.mark.parametrize("protocol", ["dar.reward.v1", "openrlhf"])
 def test_a_submission_asks_with_the_jobs_own_first_prompt(
-    live: Any, judge: Any, protocol: str
+    live: Live, judge: Judge, protocol: str
 ) -> None:
     def strict(asked: dict[str, Any]) -> Any:
         """Knows nothing to say without the row's truth, as a service of verifiable answers does."""
@@ -137,7 +138,7 @@ def test_a_submission_asks_with_the_jobs_own_first_prompt(
         assert [sample["columns"] for sample in asked["samples"]] == [{"level": 3}] * 2
 
 
-def test_a_sweep_tries_its_service_once(live: Any, judge: Any) -> None:
+def test_a_sweep_tries_its_service_once(live: Live, judge: Judge) -> None:
     dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
     for seed in range(5):
         live.submit(dar=dar, seed=seed)
@@ -148,7 +149,7 @@ def test_a_sweep_tries_its_service_once(live: Any, judge: Any) -> None:
     assert len(judge.seen) == first > 0
 
 
-def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) -> None:
+def test_a_repetition_is_answered_without_trying_again(live: Live, judge: Judge) -> None:
     spec = live.spec(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})
     first = live.http.post(JOBS, json=spec, headers={"idempotency-key": "k"})
     judge.status = 404
@@ -157,7 +158,9 @@ def test_a_repetition_is_answered_without_trying_again(live: Any, judge: Any) ->
     assert again.json()["id"] == first.json()["id"]
 
 
-def test_a_full_probe_reports_all_nine_steps_and_keeps_its_findings(live: Any, judge: Any) -> None:
+def test_a_full_probe_reports_all_nine_steps_and_keeps_its_findings(
+    live: Live, judge: Judge
+) -> None:
     made = live.register(judge.url)
     report = live.http.post(f"{PATH}/{made['id']}/probe").json()
     assert report["ok"]
@@ -176,7 +179,7 @@ def test_a_full_probe_reports_all_nine_steps_and_keeps_its_findings(live: Any, j
     assert kept["warnings"] == report["warnings"]
 
 
-def test_the_sdk_and_the_command_line_give_the_full_report(live: Any, judge: Any) -> None:
+def test_the_sdk_and_the_command_line_give_the_full_report(live: Live, judge: Judge) -> None:
     made = live.register(judge.url)
     with Client(live.key("api_key"), live.url) as client:
         report = client.reward_endpoints.probe(made["id"])
@@ -197,7 +200,7 @@ def test_the_sdk_and_the_command_line_give_the_full_report(live: Any, judge: Any
     assert unknown in done.stderr
 
 
-def test_a_probe_takes_callbacks_at_the_route_of_all_callbacks(live: Any, judge: Any) -> None:
+def test_a_probe_takes_callbacks_at_the_route_of_all_callbacks(live: Live, judge: Judge) -> None:
     threads: list[threading.Thread] = []
     statuses: dict[str, list[int]] = {}
 
@@ -236,7 +239,7 @@ def test_a_probe_takes_callbacks_at_the_route_of_all_callbacks(live: Any, judge:
 
 
 def test_a_probe_ends_in_time_and_says_how_far_it_came(
-    live: Any, judge: Any, monkeypatch: pytest.MonkeyPatch
+    live: Live, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probing, "FULL_SECONDS", 1.0)
     judge.delay = 0.4

@@ -15,7 +15,8 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardContext, RewardSample
-from fakes.reward_server import RewardRequest, RewardServer
+from fakes.live_service import Live
+from fakes.reward_server import RewardServer, ScoreRequest
 from service.rewards.watch import RewardWatch
 from service.store import reward_pauses
 from service.store.tables import JobRow
@@ -33,7 +34,7 @@ class Judge:
         self.accepts_as: Callable[[str], str] | None = None
         """Makes the ``request_id`` of a 202 from that of the request; None: rewards at once."""
 
-    def __call__(self, request: RewardRequest) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         body = request.content
         self.asked.append(body)
         self.limits_ms.append(int(request.headers["x-dar-deadline-ms"]))
@@ -73,7 +74,7 @@ def refusing() -> Iterator[Judge]:
 
 
 @pytest.fixture
-def paused(live: Any) -> Callable[..., str]:
+def paused(live: Live) -> Callable[..., str]:
     """Makes a job that is paused for want of rewards."""
 
     def make(*components: dict[str, Any], training_file: str | None = None, **release: Any) -> str:
@@ -92,20 +93,20 @@ def paused(live: Any) -> Callable[..., str]:
     return make
 
 
-def make_due(live: Any) -> None:
+def make_due(live: Live) -> None:
     with live.runtime.database.write() as transaction:
         transaction.execute(
             update(JobRow).values(not_before=transaction.now - timedelta(seconds=1))
         )
 
 
-def stored_statuses(live: Any, *job_ids: str) -> list[str]:
+def stored_statuses(live: Live, *job_ids: str) -> list[str]:
     with live.runtime.database.read() as transaction:
         return [transaction.get_one(JobRow, job_id).status for job_id in job_ids]
 
 
 def test_a_job_goes_on_when_its_service_gives_rewards_again(
-    live: Any, judge: Judge, paused: Callable[..., str]
+    live: Live, judge: Judge, paused: Callable[..., str]
 ) -> None:
     job_id = paused({"name": "letters", "url": judge.url})
     watch = RewardWatch(live.runtime)
@@ -130,7 +131,7 @@ def test_a_job_goes_on_when_its_service_gives_rewards_again(
 
 
 def test_a_service_is_asked_in_its_own_protocol(
-    live: Any, judge: Judge, paused: Callable[..., str]
+    live: Live, judge: Judge, paused: Callable[..., str]
 ) -> None:
     text = {"protocol": "openrlhf", "prompt_format": "text"}
     file_id = live.upload(b'{"prompt": "hi"}\n{"prompt": "ho"}\n').json()["id"]
@@ -142,7 +143,7 @@ def test_a_service_is_asked_in_its_own_protocol(
 
 
 def test_every_component_must_be_back(
-    live: Any, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
+    live: Live, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
 ) -> None:
     job_id = paused(
         {"name": "one", "url": judge.url},
@@ -154,7 +155,7 @@ def test_every_component_must_be_back(
 
 
 def test_a_slow_service_has_the_time_that_its_job_allows(
-    live: Any, judge: Judge, paused: Callable[..., str]
+    live: Live, judge: Judge, paused: Callable[..., str]
 ) -> None:
     judge.pause_seconds = 0.3
     ids = [
@@ -168,7 +169,7 @@ def test_a_slow_service_has_the_time_that_its_job_allows(
 
 
 def test_a_look_has_an_end_whatever_its_job_allows(
-    live: Any, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    live: Live, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.rewards.watch.PROBE_SECONDS", 0.2)
     judge.pause_seconds = 1.0
@@ -179,7 +180,7 @@ def test_a_look_has_an_end_whatever_its_job_allows(
 
 
 def test_a_service_that_accepts_a_request_is_back_before_its_result_comes(
-    live: Any, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    live: Live, judge: Judge, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.rewards.watch.PROBE_SECONDS", 5.0)
     job_id = paused({"name": "letters", "url": judge.url, "reply": "either"})
@@ -202,7 +203,7 @@ def test_a_service_that_accepts_a_request_is_back_before_its_result_comes(
 
 
 def test_a_202_that_the_job_does_not_allow_resumes_nothing(
-    live: Any, judge: Judge, paused: Callable[..., str]
+    live: Live, judge: Judge, paused: Callable[..., str]
 ) -> None:
     judge.accepts_as = str
     job_id = paused({"name": "letters", "url": judge.url})
@@ -213,7 +214,7 @@ def test_a_202_that_the_job_does_not_allow_resumes_nothing(
 
 @pytest.mark.parametrize("other", [{"weight": 0}, {"required": False}])
 def test_a_component_that_makes_no_sample_an_error_keeps_no_job_paused(
-    live: Any,
+    live: Live,
     judge: Judge,
     paused: Callable[..., str],
     free_port: Callable[[], int],
@@ -227,7 +228,7 @@ def test_a_component_that_makes_no_sample_an_error_keeps_no_job_paused(
 
 
 def test_a_gate_must_be_back(
-    live: Any, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
+    live: Live, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
 ) -> None:
     gate = {"name": "gate", "url": f"http://127.0.0.1:{free_port()}/score", "role": "gate"}
     job_id = paused({"name": "letters", "url": judge.url}, gate)
@@ -237,7 +238,7 @@ def test_a_gate_must_be_back(
 
 
 def test_where_no_component_is_required_one_must_be_back(
-    live: Any, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
+    live: Live, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
 ) -> None:
     down = {"url": f"http://127.0.0.1:{free_port()}/score", "required": False}
     none = paused({"name": "one", **down}, {"name": "two", **down})
@@ -248,7 +249,7 @@ def test_where_no_component_is_required_one_must_be_back(
 
 
 def test_a_refusal_by_a_component_that_only_watches_would_pause_the_job_again(
-    live: Any, judge: Judge, paused: Callable[..., str], refusing: Judge
+    live: Live, judge: Judge, paused: Callable[..., str], refusing: Judge
 ) -> None:
     watches = {"name": "watches", "url": refusing.url, "weight": 0}
     job_id = paused({"name": "letters", "url": judge.url}, watches)
@@ -295,7 +296,7 @@ def test_a_refusal_of_an_older_revision_says_nothing_of_the_endpoint(
 
 
 def test_a_job_that_cannot_be_looked_at_keeps_no_other_job_paused(
-    live: Any, judge: Judge, paused: Callable[..., str]
+    live: Live, judge: Judge, paused: Callable[..., str]
 ) -> None:
     component = {"name": "letters", "url": judge.url}
     bad_spec, bad_row, fine = (paused(component) for _ in range(3))
@@ -312,7 +313,7 @@ def test_a_job_that_cannot_be_looked_at_keeps_no_other_job_paused(
 
 
 def test_a_job_goes_on_while_another_one_is_still_being_looked_at(
-    live: Any, paused: Callable[..., str]
+    live: Live, paused: Callable[..., str]
 ) -> None:
     seen: list[str] = []
     slow, fast = (
@@ -342,7 +343,7 @@ def test_a_job_goes_on_while_another_one_is_still_being_looked_at(
 
 
 def test_a_refusal_and_a_hanging_service_hold_up_no_other_job(
-    live: Any, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    live: Live, paused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.rewards.watch.PROBE_SECONDS", 0.2)
     names = ("hangs", "refuses", "fine")
@@ -371,7 +372,7 @@ def test_a_refusal_and_a_hanging_service_hold_up_no_other_job(
 
 
 def test_what_is_not_asked_over_http_waits_for_its_user(
-    live: Any, paused: Callable[..., str], judge: Judge
+    live: Live, paused: Callable[..., str], judge: Judge
 ) -> None:
     job_id = paused({"name": "letters", "url": judge.url})
     make_due(live)

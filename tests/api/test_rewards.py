@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
+from fakes.live_service import Live
+
 PATH = "method.dar.rewards.components"
 SERVICE = {"name": "a", "url": "http://127.0.0.1:9/score"}
 
 
-def answer_to(live: Any, *components: dict[str, Any], rows: bytes | None = None) -> Any:
+def answer_to(live: Live, *components: dict[str, Any], rows: bytes | None = None) -> Any:
     spec = live.spec(
         dar={"rewards": {"components": list(components)}},
         **({} if rows is None else {"training_file": live.upload(rows).json()["id"]}),
@@ -35,7 +37,7 @@ def answer_to(live: Any, *components: dict[str, Any], rows: bytes | None = None)
     ],
 )  # fmt: skip
 def test_a_component_that_cannot_work_is_refused_with_its_place(
-    live: Any, error_of: Callable[..., Any], component: dict[str, Any], param: str, code: str, message: str
+    live: Live, error_of: Callable[..., Any], component: dict[str, Any], param: str, code: str, message: str
 ) -> None:  # fmt: skip
     answer = answer_to(live, SERVICE, {"name": "b", **component})
     error = error_of(answer)
@@ -44,7 +46,7 @@ def test_a_component_that_cannot_work_is_refused_with_its_place(
     assert live.http.get("/v1/fine_tuning/jobs").json()["data"] == []
 
 
-def test_everything_that_is_wrong_is_told_at_once(live: Any, error_of: Callable[..., Any]) -> None:
+def test_everything_that_is_wrong_is_told_at_once(live: Live, error_of: Callable[..., Any]) -> None:
     wrong = {"kind": "builtin", "fn": "nothing", "weight": 0}
     error = error_of(answer_to(live, {"name": "a", **wrong}, {"name": "b", **wrong}))
     told = [problem["param"] for problem in error["errors"]]
@@ -56,7 +58,7 @@ def test_everything_that_is_wrong_is_told_at_once(live: Any, error_of: Callable[
     [("weight", 0.5), ("required", False), ("clip", [0, 1]), ("normalize", "group")],
 )
 def test_what_has_no_meaning_for_a_gate_is_refused(
-    live: Any, error_of: Callable[..., Any], field: str, value: Any
+    live: Live, error_of: Callable[..., Any], field: str, value: Any
 ) -> None:
     gate = {"name": "gate", "role": "gate", "kind": "builtin", "fn": "json_valid"}
     term = {"name": "a", "kind": "builtin", "fn": "length_penalty", "params": {"target": 9}}
@@ -66,7 +68,7 @@ def test_what_has_no_meaning_for_a_gate_is_refused(
     assert field in error["message"]
 
 
-def test_gates_alone_are_no_reward(live: Any, error_of: Callable[..., Any]) -> None:
+def test_gates_alone_are_no_reward(live: Live, error_of: Callable[..., Any]) -> None:
     gate = {"name": "gate", "role": "gate", "kind": "builtin", "fn": "json_valid"}
     error = error_of(answer_to(live, gate))
     assert (error["param"], error["code"]) == (PATH, "no_reward")
@@ -84,13 +86,13 @@ def test_a_hub_model_outside_of_the_allow_list_gives_no_rewards(
     )
 
 
-def test_a_row_without_a_builtins_value_is_skipped_and_not_refused(live: Any) -> None:
+def test_a_row_without_a_builtins_value_is_skipped_and_not_refused(live: Live) -> None:
     rows = b'{"prompt": "a", "ground_truth": 1}\n{"prompt": "b"}\n'
     component = {"name": "right", "kind": "builtin", "fn": "numeric_answer"}
     assert answer_to(live, component, rows=rows).status_code == 200
 
 
-def test_the_files_of_a_reward_model_reach_a_worker(live: Any) -> None:
+def test_the_files_of_a_reward_model_reach_a_worker(live: Live) -> None:
     folder = live.settings.models_path / "judge"
     (folder / "sub").mkdir(parents=True)
     (folder / "config.json").write_text('{"num_labels": 1}')

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from fakes.live_service import Live
+
 WEIGHTS = b"weights" * 1000
 
 
@@ -15,7 +17,7 @@ def metric(step: int, **values: float | None) -> dict[str, Any]:
     return {"type": "metrics", "step": step, "values": {f"dar/{k}": v for k, v in values.items()}}
 
 
-def test_a_job_from_claim_to_download(live: Any) -> None:
+def test_a_job_from_claim_to_download(live: Live) -> None:
     job_id, lease = live.running(seed=3)
     assert lease.body["total_steps"] == 4
     assert lease.body["seed"] == 3
@@ -51,7 +53,7 @@ def test_a_job_from_claim_to_download(live: Any) -> None:
     assert kinds == ["status", "checkpoint", *["metrics"] * 4, "status", "status"]
 
 
-def test_a_result_is_a_model_to_start_from(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_result_is_a_model_to_start_from(live: Live, error_of: Callable[..., Any]) -> None:
     job_id, lease = live.running(suffix="mine")
     lease.post("/complete", last_seq=0, checkpoint_id=lease.checkpoint(4))
     name = live.job(job_id)["fine_tuned_model"]
@@ -65,7 +67,7 @@ def test_a_result_is_a_model_to_start_from(live: Any, error_of: Callable[..., An
     assert later.http.get("/inputs/model/model.safetensors").content == b"weights"
 
 
-def test_the_next_attempt_gets_the_whole_checkpoint_it_goes_on_from(live: Any) -> None:
+def test_the_next_attempt_gets_the_whole_checkpoint_it_goes_on_from(live: Live) -> None:
     _, lease = live.running()
     lease.checkpoint(2)
     again = live.claim(incarnation="life-2")
@@ -77,7 +79,7 @@ def test_the_next_attempt_gets_the_whole_checkpoint_it_goes_on_from(live: Any) -
 
 
 def test_a_broken_upload_goes_on_where_it_broke_off(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     job_id, lease = live.running()
     files = {"model.safetensors": WEIGHTS}
@@ -100,7 +102,7 @@ def test_a_broken_upload_goes_on_where_it_broke_off(
 
 
 def test_a_file_that_arrives_altered_is_refused_and_can_be_sent_again(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     _, lease = live.running()
     checkpoint = lease.announce(4, {"model.safetensors": WEIGHTS}).json()["checkpoint_id"]
@@ -112,7 +114,7 @@ def test_a_file_that_arrives_altered_is_refused_and_can_be_sent_again(
 
 
 def test_only_what_the_manifest_names_can_be_sent_or_fetched(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     job_id, lease = live.running()
     checkpoint = lease.announce(4, {"model.safetensors": WEIGHTS}).json()["checkpoint_id"]
@@ -128,7 +130,7 @@ def test_only_what_the_manifest_names_can_be_sent_or_fetched(
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b/c", ".hidden", "a\\b", "", "a/../b"])
 def test_a_manifest_cannot_name_what_lies_outside(
-    live: Any, error_of: Callable[..., Any], name: str
+    live: Live, error_of: Callable[..., Any], name: str
 ) -> None:
     _, lease = live.running()
     manifest, _ = lease.manifest(4, {"model.safetensors": b"x"})
@@ -139,7 +141,7 @@ def test_a_manifest_cannot_name_what_lies_outside(
 
 
 def test_a_late_attempt_is_turned_away_but_its_rows_are_kept(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     job_id, late = live.running()
     assert live.claim(incarnation="life-2").attempt == 2
@@ -167,7 +169,7 @@ def test_a_late_attempt_is_turned_away_but_its_rows_are_kept(
     assert live.job(job_id, "/metrics")["series"]["dar/loss"]["step"] == [1, 2]
 
 
-def test_a_token_opens_its_own_lease_only(live: Any, error_of: Callable[..., Any]) -> None:
+def test_a_token_opens_its_own_lease_only(live: Live, error_of: Callable[..., Any]) -> None:
     _, mine = live.running()
     live.submit()
     theirs = live.claim(slot="1")
@@ -182,7 +184,9 @@ def test_a_token_opens_its_own_lease_only(live: Any, error_of: Callable[..., Any
     assert user.post("/batch", json={"attempt": 1, "rows": []}).status_code == 403
 
 
-def test_rows_that_contradict_are_refused_and_told(live: Any, error_of: Callable[..., Any]) -> None:
+def test_rows_that_contradict_are_refused_and_told(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
     job_id, lease = live.running()
     lease.say(metric(1, loss=1.0))
     lease.seq = 0
@@ -194,7 +198,7 @@ def test_rows_that_contradict_are_refused_and_told(live: Any, error_of: Callable
     assert error_of(lease.say(metric(2, loss=1.0)))["code"] == "seq_gap"
 
 
-def test_rows_that_cannot_be_are_a_400(live: Any, error_of: Callable[..., Any]) -> None:
+def test_rows_that_cannot_be_are_a_400(live: Live, error_of: Callable[..., Any]) -> None:
     _, lease = live.running()
     unknown = error_of(lease.say({"type": "metrics", "step": 1, "values": {"dar/los": 1.0}}))
     assert (unknown["param"], unknown["code"]) == ("rows[0].values", "unknown_metric")
@@ -224,7 +228,7 @@ def test_packed_rows_are_unpacked_within_bounds(
     assert (other.status_code, error_of(other)["code"]) == (415, "unsupported_media_type")
 
 
-def test_a_cancellation_reaches_the_worker_within_a_second(live: Any) -> None:
+def test_a_cancellation_reaches_the_worker_within_a_second(live: Live) -> None:
     job_id, lease = live.running()
     told: list[tuple[float, Any]] = []
 
@@ -248,7 +252,7 @@ def test_a_cancellation_reaches_the_worker_within_a_second(live: Any) -> None:
     assert ended == {"status": "cancelled", "status_detail": None}
 
 
-def test_a_cancellation_in_another_replica_is_found(serve: Callable[..., Any], live: Any) -> None:
+def test_a_cancellation_in_another_replica_is_found(serve: Callable[..., Any], live: Live) -> None:
     job_id, lease = live.running()
     replica = serve()
     told: list[Any] = []
@@ -262,7 +266,7 @@ def test_a_cancellation_in_another_replica_is_found(serve: Callable[..., Any], l
     assert [item["directives"] for item in told] == [[{"id": 1, "type": "cancel"}]]
 
 
-def test_waiting_workers_hold_no_thread(live: Any) -> None:
+def test_waiting_workers_hold_no_thread(live: Live) -> None:
     _, lease = live.running()
     listeners = [
         threading.Thread(target=lambda: lease.http.get("/directives", params={"wait": 1}))
@@ -278,7 +282,7 @@ def test_waiting_workers_hold_no_thread(live: Any) -> None:
         listener.join(20)
 
 
-def test_nothing_due_is_a_204(live: Any) -> None:
+def test_nothing_due_is_a_204(live: Live) -> None:
     assert live.claim() is None
 
 
@@ -293,7 +297,7 @@ def test_a_lease_that_runs_out_frees_the_job(serve: Callable[..., Any]) -> None:
 
 
 def test_metrics_are_columns_with_a_cursor_and_a_tag(
-    live: Any, error_of: Callable[..., Any]
+    live: Live, error_of: Callable[..., Any]
 ) -> None:
     job_id, lease = live.running()
     path = f"/v1/fine_tuning/jobs/{job_id}/metrics"
@@ -319,7 +323,7 @@ def test_metrics_are_columns_with_a_cursor_and_a_tag(
     assert {"name": "dar/loss"}.items() <= names[0].items()
 
 
-def test_samples_come_back_with_all_that_decided_their_weight(live: Any) -> None:
+def test_samples_come_back_with_all_that_decided_their_weight(live: Live) -> None:
     job_id, lease = live.running()
     sample = {
         "group": 0,
@@ -346,7 +350,7 @@ def test_samples_come_back_with_all_that_decided_their_weight(live: Any) -> None
     assert page["data"][1] == page["data"][1] | sample | {"reward": 1.0, "step": 1, "attempt": 1}
 
 
-def test_old_checkpoints_go_and_the_newest_stay(live: Any) -> None:
+def test_old_checkpoints_go_and_the_newest_stay(live: Live) -> None:
     job_id, lease = live.running(
         dar={"hyperparameters": {"max_steps": 9}, "checkpointing": {"keep_last": 2}}
     )

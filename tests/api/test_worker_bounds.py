@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from fakes.live_service import Live
+
 WEIGHTS = b"weights" * 1000
 
 
-def test_a_base_model_is_served_as_it_is_now_without_what_is_hidden(live: Any) -> None:
+def test_a_base_model_is_served_as_it_is_now_without_what_is_hidden(live: Live) -> None:
     folder = live.settings.models_path / "base"
     (folder / ".cache").mkdir()
     (folder / ".cache" / "blob").write_bytes(b"weights")
@@ -31,7 +33,7 @@ def test_a_base_model_is_served_as_it_is_now_without_what_is_hidden(live: Any) -
 
 
 def test_only_bytes_that_are_still_to_come_need_room(
-    live: Any, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    live: Live, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, lease = live.running()
     files = {"model.safetensors": WEIGHTS}
@@ -48,7 +50,7 @@ def test_only_bytes_that_are_still_to_come_need_room(
     assert "1,000 more bytes, of which 2 times as many must be free" in error_of(full)["message"]
 
 
-def test_a_worker_that_was_told_of_a_cancellation_is_not_told_every_second(live: Any) -> None:
+def test_a_worker_that_was_told_of_a_cancellation_is_not_told_every_second(live: Live) -> None:
     job_id, lease = live.running()
     live.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
     told = lease.http.get("/directives", params={"wait": 5}).json()
@@ -76,14 +78,14 @@ def test_a_worker_that_was_told_of_a_cancellation_is_not_told_every_second(live:
     ],
 )
 def test_what_no_database_can_store_is_a_400(
-    live: Any, error_of: Callable[..., Any], row: dict[str, Any], param: str
+    live: Live, error_of: Callable[..., Any], row: dict[str, Any], param: str
 ) -> None:
     _, lease = live.running()
     refused = lease.say(row)
     assert (refused.status_code, error_of(refused)["param"]) == (400, param)
 
 
-def test_a_text_that_only_looks_like_nul_is_stored(live: Any) -> None:
+def test_a_text_that_only_looks_like_nul_is_stored(live: Live) -> None:
     _, lease = live.running()
     data = {"digits": "1234567890123456789", "float": 0.1234567890123456789}
     row = {"type": "event", "level": "info", "message": r"\u0000", "data": data}

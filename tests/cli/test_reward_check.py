@@ -12,7 +12,7 @@ import pytest
 from dar.protocol.reward_probe import ProbeReport
 from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
-from fakes.reward_server import RewardRequest, RewardServer
+from fakes.reward_server import RewardServer, ScoreRequest
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 DEAD = "http://127.0.0.1:61999/score"
@@ -27,7 +27,7 @@ class Service:
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.answer: Callable[[dict[str, Any]], tuple[int, bytes]] = self.rewards
 
-    def __call__(self, request: RewardRequest) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         status, content = self.take(request.headers, request.body)
         request.answer(content, status)
 

@@ -16,7 +16,8 @@ import httpx2
 import pytest
 from safetensors.numpy import load_file
 
-from fakes.reward_server import RewardRequest, RewardServer
+from fakes.installation import Installation
+from fakes.reward_server import RewardServer, ScoreRequest
 
 STEPS = 4
 HELD_STEP = 4
@@ -35,7 +36,7 @@ class Judge:
     told: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, request: RewardRequest) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         request.accept()
         self.take(request.content)
 
@@ -89,7 +90,7 @@ def judge() -> Iterator[Judge]:
         yield judge
 
 
-def submit(installation: Any, reviews_base: Path, url: str, reply: str) -> str:
+def submit(installation: Installation, reviews_base: Path, url: str, reply: str) -> str:
     component = {
         "name": "letters",
         "url": url,
@@ -107,7 +108,7 @@ def submit(installation: Any, reviews_base: Path, url: str, reply: str) -> str:
     return str(installation.client.jobs.create(**spec, skip_validation=True).id)
 
 
-def weights_of(installation: Any, job_id: str, folder: Path) -> dict[str, Any]:
+def weights_of(installation: Installation, job_id: str, folder: Path) -> dict[str, Any]:
     checkpoint = next(iter(installation.client.checkpoints.list(job_id)))
     assert checkpoint.step_number == STEPS
     installation.client.checkpoints.download(job_id, checkpoint.id, folder)
@@ -116,7 +117,7 @@ def weights_of(installation: Any, job_id: str, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(
-    installation: Any, reviews_base: Path, tmp_path_factory: pytest.TempPathFactory
+    installation: Installation, reviews_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """The weights that come of the same job when its rewards are answered at once."""
     job_id = submit(installation, reviews_base, installation.reward_url, "sync")
@@ -125,7 +126,7 @@ def expected(
 
 
 def assert_right(
-    installation: Any, job_id: str, expected: dict[str, Any], judge: Judge, folder: Path
+    installation: Installation, job_id: str, expected: dict[str, Any], judge: Judge, folder: Path
 ) -> None:
     job = installation.until_done(job_id, 90)
     assert job.status == "succeeded", job.error
@@ -145,7 +146,11 @@ def until_held(until: Callable[..., Any], judge: Judge) -> None:
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_callbacks_give_the_weights_that_answers_at_once_give(
-    installation: Any, reviews_base: Path, expected: dict[str, Any], judge: Judge, tmp_path: Path
+    installation: Installation,
+    reviews_base: Path,
+    expected: dict[str, Any],
+    judge: Judge,
+    tmp_path: Path,
 ) -> None:
     job_id = submit(installation, reviews_base, judge.url, "either")
     assert_right(installation, job_id, expected, judge, tmp_path)
@@ -156,7 +161,7 @@ def test_callbacks_give_the_weights_that_answers_at_once_give(
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("answered", ["while it is dead", "after its return"])
 def test_a_worker_that_is_killed_while_results_are_pending_asks_for_none_again(
-    installation: Any,
+    installation: Installation,
     reviews_base: Path,
     expected: dict[str, Any],
     judge: Judge,
@@ -188,7 +193,7 @@ def test_a_worker_that_is_killed_while_results_are_pending_asks_for_none_again(
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_service_that_is_killed_while_results_are_pending_loses_none(
-    installation: Any,
+    installation: Installation,
     reviews_base: Path,
     expected: dict[str, Any],
     judge: Judge,

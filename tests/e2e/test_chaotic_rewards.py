@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from dar.protocol.metrics import is_reproducible
 from fakes import reward_chaos as chaos
+from fakes.installation import Installation
 
 SERVICES, STEPS, GROUPS, K = 4, 3, 6, 4
 """So few requests go to each service that no breaker opens and no retry has to wait for its turn."""
@@ -30,7 +31,9 @@ def component(url: str, number: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def train(installation: Any, reviews_base: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def train(
+    installation: Installation, reviews_base: Path, tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
     """What comes of a job whose services have some manners: files of the last checkpoint, metrics and samples."""
     client = installation.client
 

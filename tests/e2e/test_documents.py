@@ -11,6 +11,7 @@ import pytest
 
 from dar.processes import answers
 from dar.settings import environment
+from fakes.installation import Installation
 
 ROOT = Path(__file__).parents[2]
 SNIPPETS = {
@@ -26,7 +27,7 @@ SERVERS = [name for name, text in SNIPPETS.items() if "serve(" in text]
 CLIENTS = [name for name in SNIPPETS if name not in SERVERS]
 
 
-def prepare(name: str, installation: Any, folder: Path, reviews_base: Path) -> Path:
+def prepare(name: str, installation: Installation, folder: Path, reviews_base: Path) -> Path:
     """Write a snippet to a file, with a local model, a few steps and this installation's addresses."""
     secret = (installation.home / "reward_secret").read_text().strip()
     text = SNIPPETS[name]
@@ -58,7 +59,9 @@ def test_the_documents_have_snippets() -> None:
 
 @pytest.mark.slow  # each starts an interpreter with torch, or a job
 @pytest.mark.parametrize("name", CLIENTS)
-def test_a_snippet_runs(name: str, installation: Any, tmp_path: Path, reviews_base: Path) -> None:
+def test_a_snippet_runs(
+    name: str, installation: Installation, tmp_path: Path, reviews_base: Path
+) -> None:
     program = prepare(name, installation, tmp_path, reviews_base)
     result = subprocess.run(
         [sys.executable, str(program)],
@@ -75,7 +78,7 @@ def test_a_snippet_runs(name: str, installation: Any, tmp_path: Path, reviews_ba
 @pytest.mark.parametrize("name", SERVERS)
 def test_a_reward_service_of_the_documents_starts(
     name: str,
-    installation: Any,
+    installation: Installation,
     tmp_path: Path,
     reviews_base: Path,
     free_port: Callable[[], int],

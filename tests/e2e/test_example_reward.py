@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from dar.processes import answers
+from fakes.installation import Installation
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lexicon_reward.py"
 
 
 @pytest.mark.slow  # a whole job is trained
 def test_a_job_is_trained_towards_an_examples_reward(
-    installation: Any,
+    installation: Installation,
     free_port: Callable[[], int],
     reviews_base: Path,
     until: Callable[..., Any],

@@ -12,6 +12,7 @@ import pytest
 
 from dar.rewards.server import reward_server
 from fakes import loopback
+from fakes.installation import Installation
 
 STEPS, GROUPS, K = 2, 3, 4
 
@@ -54,7 +55,7 @@ def trl_style(_: Mapping[str, str], body: bytes) -> tuple[int, Any]:
 
 
 @pytest.fixture
-def decorated(installation: Any) -> Iterator[str]:
+def decorated(installation: Installation) -> Iterator[str]:
     """`short`, made a reward service by the decorator."""
     app = reward_server(secret_file=installation.home / "reward_secret")(short)
     with loopback.serving(app) as url:
@@ -64,7 +65,7 @@ def decorated(installation: Any) -> Iterator[str]:
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(180)
 def test_rewards_of_openrlhf_and_trl_score_a_job_unchanged(
-    installation: Any,
+    installation: Installation,
     reviews_base: Path,
     serve: Callable[..., str],
     decorated: str,

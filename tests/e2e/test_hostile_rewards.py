@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.worker import WAKE_TASK
+from fakes.installation import BrokerLog, Installation
 from fakes.reward_server import RewardServer
 
 STEPS, GROUPS, K = 2, 2, 4
@@ -83,7 +84,7 @@ class Credentials:
     def hidden(self) -> list[str]:
         return [self.bearer.split()[1], self.key, self.signing.removeprefix("whsec_")]
 
-    def register(self, installation: Any, url: str) -> str:
+    def register(self, installation: Installation, url: str) -> str:
         """A registered endpoint with these secrets; all share one signing secret."""
         given = {"signing_secret": self.signing} if self.signing else {}
         made = installation.client.reward_endpoints.create(
@@ -118,7 +119,7 @@ def component(endpoint: str, path: str, name: str) -> dict[str, Any]:
 
 
 def train(
-    installation: Any,
+    installation: Installation,
     reviews_base: Path,
     url_of: Callable[[str], str],
     paths: Mapping[str, Ending],
@@ -145,7 +146,7 @@ def train(
         return job, log.read()
 
 
-def assert_ended_as_told(installation: Any, job: Any, paths: Mapping[str, Ending]) -> None:
+def assert_ended_as_told(installation: Installation, job: Any, paths: Mapping[str, Ending]) -> None:
     client = installation.client
     series = client.jobs.metrics(job.id).series
     failures = list(client.jobs.reward_failures(job.id, limit=100))
@@ -172,7 +173,9 @@ def assert_ended_as_told(installation: Any, job: Any, paths: Mapping[str, Ending
     assert (totals.rewards, totals.skips, totals.errors) == (REQUESTS * K, 0, 0)
 
 
-def assert_rewards_were_sent(installation: Any, job: Any, paths: Mapping[str, Ending]) -> None:
+def assert_rewards_were_sent(
+    installation: Installation, job: Any, paths: Mapping[str, Ending]
+) -> None:
     """No sample has a number that was not sent for it: each right one is told by the sample's own id."""
     right = [f"r{number}" for number, ending in enumerate(paths.values()) if ending == "right"]
     some = [f"r{number}" for number, ending in enumerate(paths.values()) if ending == "some"]
@@ -189,11 +192,11 @@ def assert_rewards_were_sent(installation: Any, job: Any, paths: Mapping[str, En
 
 
 def assert_nothing_is_left(
-    installation: Any,
+    installation: Installation,
     job: Any,
     log: bytes,
     own: Credentials,
-    broker: Any,
+    broker: BrokerLog,
     find_secrets: Any,
     until: Any,
 ) -> None:
@@ -212,11 +215,11 @@ def assert_nothing_is_left(
 
 
 def check(
-    installation: Any,
+    installation: Installation,
     reviews_base: Path,
     url_of: Callable[[str], str],
     paths: Mapping[str, Ending],
-    broker_log: Any,
+    broker_log: BrokerLog,
     find_secrets: Any,
     until: Callable[..., Any],
 ) -> Any:
@@ -231,10 +234,10 @@ def check(
 
 @pytest.mark.timeout(240)
 def test_services_that_break_the_contract_cost_their_own_rewards_alone(
-    installation: Any,
+    installation: Installation,
     hostile_server: RewardServer,
     reviews_base: Path,
-    broker_log: Any,
+    broker_log: BrokerLog,
     find_secrets: Any,
     until: Callable[..., Any],
 ) -> None:
@@ -246,11 +249,11 @@ def test_services_that_break_the_contract_cost_their_own_rewards_alone(
 @pytest.mark.slow  # a whole job is trained, and its rewards time out
 @pytest.mark.timeout(240)
 def test_services_that_break_the_connection_cost_their_own_rewards_alone(
-    installation: Any,
+    installation: Installation,
     hostile_server: RewardServer,
     black_hole: str,
     reviews_base: Path,
-    broker_log: Any,
+    broker_log: BrokerLog,
     find_secrets: Any,
     until: Callable[..., Any],
 ) -> None:

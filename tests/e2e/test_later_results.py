@@ -13,6 +13,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from fakes.installation import BrokerLog, Installation
+
 K = 4
 DEADLINE = 5.0
 """Seconds; the test waits that long for the result that never comes."""
@@ -86,10 +88,10 @@ class Judge:
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_exactly_one_result_in_time_counts(
-    installation: Any,
+    installation: Installation,
     reviews_base: Path,
     serve: Callable[..., str],
-    broker_log: Any,
+    broker_log: BrokerLog,
     find_secrets: Callable[..., Any],
 ) -> None:
     client = installation.client

@@ -8,9 +8,11 @@ from typing import Any
 import openai
 import pytest
 
+from fakes.installation import Installation
+
 
 @pytest.fixture(scope="module")
-def client(installation: Any) -> Iterator[openai.OpenAI]:
+def client(installation: Installation) -> Iterator[openai.OpenAI]:
     key = (installation.home / "api_key").read_text().strip()
     with openai.OpenAI(api_key=key, base_url=f"{installation.url}/v1", max_retries=0) as client:
         yield client
@@ -23,7 +25,7 @@ def file_id(client: openai.OpenAI, reviews_base: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(installation: Any, client: openai.OpenAI, file_id: str) -> str:
+def finished(installation: Installation, client: openai.OpenAI, file_id: str) -> str:
     """Id of a job that the client submitted and that ran to its end."""
     spec = installation.spec(
         file_id, hyperparameters={"max_steps": 6}, checkpointing={"every_steps": 3}
@@ -57,7 +59,7 @@ def test_a_job_runs_to_its_end(client: openai.OpenAI, finished: str) -> None:
 
 @pytest.mark.slow  # a job of its own is trained
 def test_a_job_without_rewards_trains_on_what_its_file_holds(
-    installation: Any, client: openai.OpenAI
+    installation: Installation, client: openai.OpenAI
 ) -> None:
     rows = [
         {
@@ -82,7 +84,7 @@ def test_a_job_without_rewards_trains_on_what_its_file_holds(
 
 @pytest.mark.slow  # a job of its own is trained
 def test_a_job_is_evaluated_on_its_validation_file(
-    installation: Any, client: openai.OpenAI
+    installation: Installation, client: openai.OpenAI
 ) -> None:
     def upload(prompts: list[str]) -> str:
         content = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
@@ -125,7 +127,7 @@ def test_checkpoints_are_listed_newest_first(client: openai.OpenAI, finished: st
 
 @pytest.mark.slow  # a job of its own is trained
 def test_a_running_job_is_cancelled(
-    installation: Any, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
+    installation: Installation, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
 ) -> None:
     spec = installation.spec(file_id, hyperparameters={"max_steps": 100_000})
     job = client.fine_tuning.jobs.create(**spec)
@@ -141,7 +143,7 @@ def test_a_running_job_is_cancelled(
 
 @pytest.mark.slow  # a job of its own is trained
 def test_a_running_job_is_paused_and_resumed(
-    installation: Any, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
+    installation: Installation, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
 ) -> None:
     spec = installation.spec(file_id, hyperparameters={"max_steps": 100_000})
     job_id = client.fine_tuning.jobs.create(**spec).id
@@ -167,7 +169,7 @@ def test_a_running_job_is_paused_and_resumed(
 
 
 def test_a_bad_spec_is_a_bad_request_that_names_the_field(
-    installation: Any, client: openai.OpenAI, file_id: str
+    installation: Installation, client: openai.OpenAI, file_id: str
 ) -> None:
     spec = installation.spec(file_id, hyperparameters={"alpha": -1})
     with pytest.raises(openai.BadRequestError) as caught:
@@ -176,7 +178,7 @@ def test_a_bad_spec_is_a_bad_request_that_names_the_field(
     assert caught.value.request_id is not None
 
 
-def test_a_wrong_key_is_refused(installation: Any) -> None:
+def test_a_wrong_key_is_refused(installation: Installation) -> None:
     with (
         openai.OpenAI(
             api_key="dar-sk-wrong", base_url=f"{installation.url}/v1", max_retries=0

@@ -17,16 +17,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from dar.protocol.metrics import is_reproducible
+from fakes.installation import Installation
 
 STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def file_id(installation: Any, reviews_base: Path) -> str:
+def file_id(installation: Installation, reviews_base: Path) -> str:
     return str(installation.client.files.create(reviews_base / "prompts.jsonl").id)
 
 
-def submit(installation: Any, file_id: str) -> str:
+def submit(installation: Installation, file_id: str) -> str:
     return str(installation.client.jobs.create(**installation.spec(file_id)).id)
 
 
@@ -38,7 +39,7 @@ class Result:
     metrics: dict[str, tuple[list[int], list[float | None]]]
 
     @classmethod
-    def of(cls, installation: Any, job_id: str, folder: Path) -> "Result":
+    def of(cls, installation: Installation, job_id: str, folder: Path) -> "Result":
         client = installation.client
         checkpoint = next(iter(client.checkpoints.list(job_id)))
         assert checkpoint.step_number == STEPS
@@ -49,7 +50,7 @@ class Result:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    installation: Any, file_id: str, tmp_path_factory: pytest.TempPathFactory
+    installation: Installation, file_id: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Result:
     """What comes of the job when nothing happens to it."""
     job_id = submit(installation, file_id)
@@ -71,7 +72,7 @@ def assert_equal(result: Result, undisturbed: Result) -> None:
             assert result.metrics[name] == points, name
 
 
-def assert_every_step_once(installation: Any, job_id: str) -> None:
+def assert_every_step_once(installation: Installation, job_id: str) -> None:
     series = installation.client.jobs.metrics(job_id).series["dar/loss"]
     assert series.step == list(range(1, STEPS + 1))
     events = installation.client.jobs.events(job_id)
@@ -81,7 +82,11 @@ def assert_every_step_once(installation: Any, job_id: str) -> None:
 
 @pytest.mark.timeout(240)
 def test_a_killed_worker_loses_nothing(
-    installation: Any, file_id: str, undisturbed: Result, tmp_path: Path, until: Callable[..., Any]
+    installation: Installation,
+    file_id: str,
+    undisturbed: Result,
+    tmp_path: Path,
+    until: Callable[..., Any],
 ) -> None:
     job_id = submit(installation, file_id)
     installation.until_step(job_id, 8)
@@ -106,7 +111,7 @@ def test_a_killed_worker_loses_nothing(
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_drained_worker_and_a_restarted_service_lose_nothing(
-    installation: Any, file_id: str, undisturbed: Result, tmp_path: Path
+    installation: Installation, file_id: str, undisturbed: Result, tmp_path: Path
 ) -> None:
     job_id = submit(installation, file_id)
     installation.until_step(job_id, 4)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dar.rewards.http.signing import decode_secret, verify
-from fakes.reward_server import RewardRequest, RewardServer
+from fakes.installation import Installation
+from fakes.reward_server import RewardServer, ScoreRequest
 
 
 class Judge:
@@ -31,7 +32,7 @@ class Judge:
         self.changes_at = None
         self.token = f"Bearer {secrets.token_hex(16)}"
 
-    def __call__(self, request: RewardRequest) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         status, answer = self.answer(request.headers, request.body)
         request.json(answer, status)
 
@@ -63,7 +64,7 @@ def judge() -> Iterator[Judge]:
 
 @pytest.mark.slow  # a whole job is trained
 def test_a_job_is_scored_with_the_secrets_of_its_endpoint_and_they_stay_nowhere(
-    installation: Any, judge: Judge, reviews_base: Path
+    installation: Installation, judge: Judge, reviews_base: Path
 ) -> None:
     client = installation.client
     endpoint = client.reward_endpoints.create(
@@ -83,7 +84,7 @@ def test_a_job_is_scored_with_the_secrets_of_its_endpoint_and_they_stay_nowhere(
 @pytest.mark.slow  # three trainers are started: two for the job that is refused, one for another meanwhile
 @pytest.mark.timeout(240)
 def test_a_job_whose_secrets_are_refused_waits_until_its_user_has_stored_the_new_ones(
-    installation: Any, judge: Judge, reviews_base: Path, until: Callable[..., Any]
+    installation: Installation, judge: Judge, reviews_base: Path, until: Callable[..., Any]
 ) -> None:
     client = installation.client
     old = [judge.secret, judge.token]

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from fakes.installation import Installation
+
 
 @pytest.fixture
-def without_reward_service(installation: Any) -> Iterator[Any]:
+def without_reward_service(installation: Installation) -> Iterator[Any]:
     installation.end("reward")
     yield installation
     if "reward" not in installation.processes:

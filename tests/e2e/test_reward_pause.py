@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from dar.protocol.jobs import Job
-from fakes.reward_server import RewardRequest, RewardServer
+from fakes.installation import Installation
+from fakes.reward_server import RewardServer, ScoreRequest
 
 STEPS = 8
 OUTAGE = 5
@@ -35,7 +36,7 @@ class RewardService:
         self.url = self._server.url
         self.come_back, self.close = self._server.come_back, self._server.close
 
-    def __call__(self, request: RewardRequest) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         status, answer = self.answer(request.content)
         if self.goes_down_at is not None and request.content["step"] >= self.goes_down_at:
             self.goes_down_at = None
@@ -65,12 +66,12 @@ def service() -> Iterator[RewardService]:
 
 
 @pytest.fixture(scope="module")
-def file_id(installation: Any, reviews_base: Path) -> str:
+def file_id(installation: Installation, reviews_base: Path) -> str:
     return str(installation.client.files.create(reviews_base / "prompts.jsonl").id)
 
 
 @pytest.fixture
-def submit(installation: Any, file_id: str, service: RewardService) -> Callable[..., str]:
+def submit(installation: Installation, file_id: str, service: RewardService) -> Callable[..., str]:
     """Submits a job against the test's own reward service, which is given up soon."""
     component = {
         "name": "letters",
@@ -91,7 +92,7 @@ def submit(installation: Any, file_id: str, service: RewardService) -> Callable[
     return send
 
 
-def weights(installation: Any, job_id: str, folder: Path) -> Any:
+def weights(installation: Installation, job_id: str, folder: Path) -> Any:
     client = installation.client
     checkpoint = next(iter(client.checkpoints.list(job_id)))
     assert checkpoint.step_number == STEPS
@@ -102,7 +103,7 @@ def weights(installation: Any, job_id: str, folder: Path) -> Any:
     }
 
 
-def paused(installation: Any, job_id: str, until: Callable[..., Any]) -> Job:
+def paused(installation: Installation, job_id: str, until: Callable[..., Any]) -> Job:
     def look() -> Any:
         job = installation.client.jobs.retrieve(job_id)
         assert job.status in {"queued", "running", "paused"}, job
@@ -115,7 +116,7 @@ def paused(installation: Any, job_id: str, until: Callable[..., Any]) -> Job:
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_an_outage_pauses_the_job_until_the_service_is_back_and_changes_nothing(
-    installation: Any,
+    installation: Installation,
     submit: Callable[..., str],
     service: RewardService,
     until: Callable[..., Any],
@@ -153,7 +154,7 @@ def test_an_outage_pauses_the_job_until_the_service_is_back_and_changes_nothing(
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_refusal_pauses_at_once_and_the_user_resumes_when_it_is_mended(
-    installation: Any,
+    installation: Installation,
     submit: Callable[..., str],
     service: RewardService,
     until: Callable[..., Any],
@@ -177,7 +178,7 @@ def test_a_refusal_pauses_at_once_and_the_user_resumes_when_it_is_mended(
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(120)
 def test_a_refusal_fails_the_job_where_its_spec_says_so(
-    installation: Any, submit: Callable[..., str], service: RewardService
+    installation: Installation, submit: Callable[..., str], service: RewardService
 ) -> None:
     service.refuses_from = (2, 403)
     job = installation.until_done(submit(steps=3, on_budget="fail"))
@@ -187,7 +188,10 @@ def test_a_refusal_fails_the_job_where_its_spec_says_so(
 
 @pytest.mark.timeout(240)
 def test_a_running_job_is_paused_with_a_checkpoint_and_resumed(
-    installation: Any, submit: Callable[..., str], until: Callable[..., Any], tmp_path: Path
+    installation: Installation,
+    submit: Callable[..., str],
+    until: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     client = installation.client
     job_id = submit(steps=100_000)
@@ -206,7 +210,7 @@ def test_a_running_job_is_paused_with_a_checkpoint_and_resumed(
     until(lambda: client.jobs.retrieve(job_id).status == "cancelled", 20, "it is cancelled")
 
 
-def paused_by_user(installation: Any, job_id: str, until: Callable[..., Any]) -> Job:
+def paused_by_user(installation: Installation, job_id: str, until: Callable[..., Any]) -> Job:
     job: Job = until(
         lambda: (j := installation.client.jobs.retrieve(job_id)).status == "paused" and j,
         30,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.jobs import Job
+from fakes.installation import Installation
 
 REFUSED, STEPS, GROUPS, K = 2, 3, 6, 4
 CONCURRENCY = 2
@@ -48,7 +49,7 @@ class Picky:
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_service_that_is_gone_pauses_the_job_and_what_was_learned_about_sizes_outlives_that(
-    installation: Any,
+    installation: Installation,
     reviews_base: Path,
     serve: Callable[..., str],
     until: Callable[..., Any],

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dar.settings import environment
+from fakes.installation import Installation
 
 STEPS = 6
 MODULE = '''
@@ -62,7 +63,9 @@ class Served:
 
 
 @pytest.fixture
-def served(installation: Any, tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Served]:
+def served(
+    installation: Installation, tmp_path: Path, free_port: Callable[[], int]
+) -> Iterator[Served]:
     (tmp_path / "my_rewards.py").write_text(MODULE)
     served = Served(tmp_path, installation.home, free_port())
     served.start()
@@ -71,7 +74,7 @@ def served(installation: Any, tmp_path: Path, free_port: Callable[[], int]) -> I
 
 
 def weights(
-    installation: Any, reviews_base: Path, folder: Path, component: Any, during: Any
+    installation: Installation, reviews_base: Path, folder: Path, component: Any, during: Any
 ) -> Any:
     """The weights at the end of a job with one component."""
     file_id = installation.client.files.create(reviews_base / "prompts.jsonl").id
@@ -93,7 +96,7 @@ def weights(
     return dict(load_file(folder / "model.safetensors"))
 
 
-def callbacks_taken(installation: Any) -> float:
+def callbacks_taken(installation: Installation) -> float:
     headers = {"authorization": f"Bearer {(installation.home / 'api_key').read_text().strip()}"}
     page = httpx2.get(
         f"{installation.url}/metrics", headers=headers, trust_env=False, verify=False
@@ -106,7 +109,7 @@ def callbacks_taken(installation: Any) -> float:
 @pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(300)
 def test_signed_callbacks_through_a_restart_give_the_weights_that_answers_at_once_give(
-    installation: Any, reviews_base: Path, served: Served, tmp_path: Path
+    installation: Installation, reviews_base: Path, served: Served, tmp_path: Path
 ) -> None:
     def restart(job_id: str) -> None:
         installation.until_step(job_id, 2)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dar.protocol.reward_spec import Rewards
-from fakes.reward_server import RewardRequest, RewardServer
+from fakes.reward_server import RewardServer, ScoreRequest
 
 if TYPE_CHECKING:  # importing torch takes seconds, and some users need the service alone
     from dar.training import DARTrainer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and some users need the serv
 WIDE = {"per_device_train_batch_size": 12, "dar_k": 4, "max_new_tokens": 5, "learning_rate": 1e-2}
 """48 completions: three parts."""
 
-Manners = Callable[[RewardRequest], bool]
+Manners = Callable[[ScoreRequest], bool]
 """Is shown each request; whether it has spoiled it."""
 
 
@@ -46,7 +46,7 @@ def assert_same(one: "tuple[DARTrainer, Any]", other: "tuple[DARTrainer, Any]") 
     assert reports == other_reports
 
 
-def results_of(request: RewardRequest) -> list[dict[str, Any]]:
+def results_of(request: ScoreRequest) -> list[dict[str, Any]]:
     return [
         {"id": sample["id"], "reward": reward_of(sample["completion"])}
         for sample in request.samples
@@ -54,7 +54,7 @@ def results_of(request: RewardRequest) -> list[dict[str, Any]]:
 
 
 def send(
-    request: RewardRequest, results: list[dict[str, Any]], request_id: str | None = None
+    request: ScoreRequest, results: list[dict[str, Any]], request_id: str | None = None
 ) -> None:
     """Answer in any order."""
     random.shuffle(results)
@@ -64,7 +64,7 @@ def send(
 def service(manners: Manners = lambda _: False) -> RewardServer:
     """A service that answers what its manners have not spoiled."""
 
-    def behave(request: RewardRequest) -> None:
+    def behave(request: ScoreRequest) -> None:
         if not manners(request):
             send(request, results_of(request))
 
@@ -89,7 +89,7 @@ class Chaos:
         self._later: dict[str, list[dict[str, Any]]] = {}
         self.met: list[str] = []
 
-    def __call__(self, request: RewardRequest) -> bool:
+    def __call__(self, request: ScoreRequest) -> bool:
         if request.method == "GET":
             request_id = request.path[1:]
             send(request, self._later[request_id], request_id)
@@ -111,7 +111,7 @@ class Chaos:
             request.accept(poll_url=f"/{request.request_id}")
         return bool(fault) or is_later
 
-    def _fail(self, request: RewardRequest, fault: str) -> None:
+    def _fail(self, request: ScoreRequest, fault: str) -> None:
         if fault == "503":
             request.json({}, 503)
         elif fault == "429":
@@ -129,7 +129,7 @@ class Chaos:
         return self._random.choices(PASSING, k=self._random.randrange(3))
 
 
-def _break(request: RewardRequest, fault: str) -> None:
+def _break(request: ScoreRequest, fault: str) -> None:
     """Answer in a way that no reward may be taken from, but for those of an answer that is only sent twice."""
     results, request_id = results_of(request), request.request_id
     wrong = [{"id": one["id"], "reward": 0.5} for one in results]
@@ -174,7 +174,7 @@ class Failing:
         self._prompts, self._indices, self._again = prompts, indices, again
         self._count = count
 
-    def __call__(self, request: RewardRequest) -> bool:
+    def __call__(self, request: ScoreRequest) -> bool:
         send(
             request,
             [

@@ -9,7 +9,7 @@ import orjson
 from fakes.loopback import LoopbackServer, Manner, Request
 
 
-class RewardRequest(Request):
+class ScoreRequest(Request):
     """A request of ``dar.reward.v1``."""
 
     server: "RewardServer"
@@ -46,7 +46,7 @@ class RewardRequest(Request):
 class RewardServer(LoopbackServer):
     """A reward service; without manners it conforms."""
 
-    request_type: ClassVar[type[Request]] = RewardRequest
+    request_type: ClassVar[type[Request]] = ScoreRequest
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class RewardServer(LoopbackServer):
         super().__init__(*(manners or (fine,)), path="score", **options)
 
 
-def fine(request: RewardRequest) -> None:
+def fine(request: ScoreRequest) -> None:
     request.fine()
 
 
@@ -85,12 +85,12 @@ def accept(**more: Any) -> Manner:
 # --- rewards that come later ------------------------------------------------------------------------------------------
 
 
-def result_of(request: RewardRequest, *rewards: float, **more: Any) -> bytes:
+def result_of(request: ScoreRequest, *rewards: float, **more: Any) -> bytes:
     """What a callback or a poll brings."""
     return orjson.dumps({"request_id": request.request_id, "rewards": rewards, **more})
 
 
-Poll = Callable[[RewardRequest, RewardRequest], None]
+Poll = Callable[[ScoreRequest, ScoreRequest], None]
 """Answers a poll; it is given the poll and the request that was accepted."""
 
 
@@ -100,11 +100,11 @@ class Later:
     def __init__(self, poll_url: str | None, *polls: Poll) -> None:
         self.poll_url = poll_url
         self._turns = list(polls)
-        self.polls: list[RewardRequest] = []
+        self.polls: list[ScoreRequest] = []
         self.times: list[float] = []
-        self.posts: list[RewardRequest] = []
+        self.posts: list[ScoreRequest] = []
 
-    def __call__(self, request: RewardRequest) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         if request.method == "POST":
             self.posts.append(request)
             request.accept(**({} if self.poll_url is None else {"poll_url": self.poll_url}))
@@ -115,9 +115,9 @@ class Later:
         turn(request, self.posts[-1])
 
 
-def not_yet(poll: RewardRequest, _: RewardRequest) -> None:
+def not_yet(poll: ScoreRequest, _: ScoreRequest) -> None:
     poll.answer(b"{}", "202 Accepted")
 
 
-def ready(poll: RewardRequest, post: RewardRequest) -> None:
+def ready(poll: ScoreRequest, post: ScoreRequest) -> None:
     poll.answer(result_of(post, 1, 2, 3, 4))

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -13,11 +13,12 @@ from starlette.applications import Starlette
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
-from dar.rewards.base import RequestRecord, RewardContext, RewardResult, RewardSample
+from dar.rewards.base import RewardContext, RewardResult, RewardSample
 from dar.rewards.http import async_results
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.hostile_manners import hostile_server
 from fakes.loopback import serving
+from fakes.observer import Seen
 from fakes.reward_server import RewardServer
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -119,29 +120,6 @@ def server() -> Iterator[RewardServer]:
     """A server whose paths misbehave, each in its own way."""
     with hostile_server() as running:
         yield running
-
-
-@dataclass
-class Seen:
-    """An observer that keeps everything."""
-
-    records: list[RequestRecord] = field(default_factory=list)
-    states: list[str] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
-    spared_samples: list[tuple[int, int]] = field(default_factory=list)
-
-    def not_sent(self, component: str, hits: int, copies: int) -> None:
-        self.spared_samples.append((hits, copies))
-
-    def request_done(self, record: RequestRecord) -> None:
-        self.records.append(record)
-
-    def breaker_changed(self, component: str, state: str, reason: str) -> None:
-        self.states.append(state)
-        self.messages.append(reason)
-
-    def waiting(self, component: str, message: str) -> None:
-        self.messages.append(message)
 
 
 @pytest.fixture

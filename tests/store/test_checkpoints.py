@@ -5,24 +5,25 @@ from typing import Any
 import pytest
 
 from dar.errors import ConflictError
+from fakes.world import World
 from service.store import checkpoints, fence, transitions
 from service.store.tables import JobInputRow, JobRow
 
 
-def register(world: Any, held: fence.Held, step: int, sha256: str, **manifest: Any) -> Any:
+def register(world: World, held: fence.Held, step: int, sha256: str, **manifest: Any) -> Any:
     with world.database.write() as transaction:
         now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
         made = world.manifest(step, **manifest)
         return checkpoints.register(transaction, now.job, now.attempt, made, sha256)
 
 
-def visible(world: Any, job_id: str) -> list[int]:
+def visible(world: World, job_id: str) -> list[int]:
     with world.database.read() as transaction:
         page = checkpoints.list_page(transaction, job_id, checkpoints.Cursor())
     return [row.step for row in page.rows]
 
 
-def test_announcing_twice_makes_one(world: Any) -> None:
+def test_announcing_twice_makes_one(world: World) -> None:
     held = world.running()
     first = register(world, held, 5, "a" * 64)
     assert register(world, held, 5, "a" * 64).id == first.id
@@ -32,14 +33,14 @@ def test_announcing_twice_makes_one(world: Any) -> None:
     assert visible(world, held.job.id) == []
 
 
-def test_a_checkpoint_waits_for_the_rows_said_before_it(world: Any) -> None:
+def test_a_checkpoint_waits_for_the_rows_said_before_it(world: World) -> None:
     held = world.running()
     with pytest.raises(ConflictError) as caught:
         register(world, held, 5, "a" * 64, last_seq=1)
     assert caught.value.error_code == "spool_behind"
 
 
-def test_publishing_is_told_once(world: Any) -> None:
+def test_publishing_is_told_once(world: World) -> None:
     held = world.running()
     made = world.publish(held, 5)
     with world.database.write() as transaction:
@@ -50,7 +51,7 @@ def test_publishing_is_told_once(world: Any) -> None:
     assert world.job(held.job.id).latest_checkpoint_id == made.id
 
 
-def test_only_the_newest_are_kept(world: Any) -> None:
+def test_only_the_newest_are_kept(world: World) -> None:
     held = world.running(keep_last=2)
     other = world.running(keep_last=2)
     for step in (2, 4, 6, 8):
@@ -65,7 +66,7 @@ def test_only_the_newest_are_kept(world: Any) -> None:
     assert visible(world, other.job.id) == [2]
 
 
-def test_what_another_job_starts_from_is_kept_until_that_job_is_over(world: Any) -> None:
+def test_what_another_job_starts_from_is_kept_until_that_job_is_over(world: World) -> None:
     held = world.running(keep_last=1)
     base = world.publish(held, 2)
     world.publish(held, 4)
@@ -81,7 +82,7 @@ def test_what_another_job_starts_from_is_kept_until_that_job_is_over(world: Any)
         assert checkpoints.mark_superseded(transaction) == 1
 
 
-def test_half_an_upload_of_an_ended_attempt_is_removed(world: Any) -> None:
+def test_half_an_upload_of_an_ended_attempt_is_removed(world: World) -> None:
     held = world.running()
     register(world, held, 5, "a" * 64)
     with world.database.write() as transaction:

@@ -6,19 +6,20 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from dar.errors import InvalidRequestError, NotFoundError
+from fakes.world import World
 from service.store import jobs
 from service.store.paging import Cursor
 from service.store.tables import ProjectRow
 
 
-def ids(world: Any, cursor: Cursor, **wanted: Any) -> tuple[list[str], bool]:
+def ids(world: World, cursor: Cursor, **wanted: Any) -> tuple[list[str], bool]:
     with world.database.read() as transaction:
         page = jobs.list_page(transaction, world.project_id, cursor, **wanted)
     return [job.id for job in page.rows], page.has_more
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-def test_pages_go_forth_and_back_without_gaps(world: Any, order: Any) -> None:
+def test_pages_go_forth_and_back_without_gaps(world: World, order: Any) -> None:
     made = [world.submit() for _ in range(5)]
     expected = made if order == "asc" else made[::-1]
     assert ids(world, Cursor(limit=2, order=order)) == (expected[:2], True)
@@ -28,14 +29,14 @@ def test_pages_go_forth_and_back_without_gaps(world: Any, order: Any) -> None:
     assert ids(world, Cursor(limit=5, order=order, before=expected[2])) == (expected[:2], False)
 
 
-def test_a_cursor_that_names_nothing_is_refused(world: Any) -> None:
+def test_a_cursor_that_names_nothing_is_refused(world: World) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         ids(world, Cursor(after="ftjob-none"))
     assert caught.value.param == "after"
 
 
 @pytest.mark.parametrize("key", ["team", 'quo"te', "do.t", "$", "a b", "[0]", "ü'; --"])
-def test_a_label_is_compared_as_it_is(world: Any, key: str) -> None:
+def test_a_label_is_compared_as_it_is(world: World, key: str) -> None:
     mine = world.submit(labels={key: "a", "other": "b"})
     world.submit(labels={key: "b"})
     world.submit(labels=None)
@@ -43,13 +44,13 @@ def test_a_label_is_compared_as_it_is(world: Any, key: str) -> None:
     assert ids(world, Cursor(), labels={key: "a", "other": "c"}) == ([], False)
 
 
-def test_jobs_are_narrowed_by_status(world: Any) -> None:
+def test_jobs_are_narrowed_by_status(world: World) -> None:
     held, waiting = world.running(), world.submit()
     assert ids(world, Cursor(), status="queued") == ([waiting], False)
     assert ids(world, Cursor(), status="running") == ([held.job.id], False)
 
 
-def test_a_job_of_another_project_is_not_there(world: Any) -> None:
+def test_a_job_of_another_project_is_not_there(world: World) -> None:
     with world.database.write() as transaction:
         transaction.add(ProjectRow(id="proj-other", created_at=transaction.now))
     theirs = world.submit(project_id="proj-other")
@@ -58,13 +59,13 @@ def test_a_job_of_another_project_is_not_there(world: Any) -> None:
     assert ids(world, Cursor()) == ([], False)
 
 
-def test_a_key_makes_one_job(world: Any) -> None:
+def test_a_key_makes_one_job(world: World) -> None:
     world.submit(idempotency_key="k")
     with pytest.raises(IntegrityError):
         world.submit(idempotency_key="k")
 
 
-def test_a_retried_body_is_recognised_for_ten_minutes(world: Any) -> None:
+def test_a_retried_body_is_recognised_for_ten_minutes(world: World) -> None:
     job_id = world.submit(body_sha256="f" * 64)
 
     def find(retry_count: int, key: str = "key-1") -> str | None:

@@ -8,10 +8,11 @@ import pytest
 
 from dar.errors import ConflictError, FencedError
 from dar.protocol.worker import AttemptProgress, Complete, Fail, Outcome, Release
+from fakes.world import World
 from service.store import fence, jobs, leases, outcomes
 
 
-def end(world: Any, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
+def end(world: World, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
     call: Any = {Complete: outcomes.complete, Fail: outcomes.fail, Release: outcomes.release}[
         type(said)
     ]
@@ -24,12 +25,12 @@ def transient(attempt: int = 1) -> Fail:
     return Fail(attempt=attempt, kind="transient", code="trainer_died", message="signal 9")
 
 
-def cancel(world: Any, job_id: str) -> None:
+def cancel(world: World, job_id: str) -> None:
     with world.database.write() as transaction:
         jobs.cancel(transaction, world.project_id, job_id)
 
 
-def test_the_oldest_job_that_is_due_is_given_first(world: Any) -> None:
+def test_the_oldest_job_that_is_due_is_given_first(world: World) -> None:
     later = world.clock.now.replace(year=2030)
     world.submit(not_before=later)
     second, third = world.submit(), world.submit()
@@ -37,7 +38,7 @@ def test_the_oldest_job_that_is_due_is_given_first(world: Any) -> None:
     assert [held and held.job.id for held in claims] == [second, third, None]
 
 
-def test_a_claim_starts_an_attempt(world: Any) -> None:
+def test_a_claim_starts_an_attempt(world: World) -> None:
     held = world.running()
     job = world.job(held.job.id)
     assert (job.status, job.status_detail, job.attempt) == ("running", "starting", 1)
@@ -46,7 +47,7 @@ def test_a_claim_starts_an_attempt(world: Any) -> None:
     assert world.events(job.id)[-1].data["node"] == "node-1"
 
 
-def test_many_claimers_never_get_the_same_job(world: Any) -> None:
+def test_many_claimers_never_get_the_same_job(world: World) -> None:
     expected = {world.submit() for _ in range(20)}
     claimed: list[str] = []
 
@@ -64,7 +65,7 @@ def test_many_claimers_never_get_the_same_job(world: Any) -> None:
     assert sorted(claimed) == sorted(expected)
 
 
-def test_a_new_life_of_the_slot_frees_what_the_old_one_held(world: Any) -> None:
+def test_a_new_life_of_the_slot_frees_what_the_old_one_held(world: World) -> None:
     job_id = world.submit()
     first = world.claim("0", incarnation="life-1")
     second = world.claim("0", incarnation="life-2")
@@ -74,13 +75,13 @@ def test_a_new_life_of_the_slot_frees_what_the_old_one_held(world: Any) -> None:
     assert world.job(job_id).status == "running"
 
 
-def test_another_slot_of_the_node_keeps_its_lease(world: Any) -> None:
+def test_another_slot_of_the_node_keeps_its_lease(world: World) -> None:
     held = world.running()
     assert world.claim("other", incarnation="life-9") is None
     assert world.attempt(held).status == "running"
 
 
-def test_a_restart_of_the_machine_frees_all_its_slots(world: Any) -> None:
+def test_a_restart_of_the_machine_frees_all_its_slots(world: World) -> None:
     held = [world.running(), world.running()]
     elsewhere_job = world.submit()
     elsewhere = world.claim("0", node="node-2")
@@ -90,7 +91,7 @@ def test_a_restart_of_the_machine_frees_all_its_slots(world: Any) -> None:
     assert world.job(elsewhere_job).status == "running"
 
 
-def test_the_fence_turns_a_late_attempt_away(world: Any) -> None:
+def test_the_fence_turns_a_late_attempt_away(world: World) -> None:
     job_id = world.submit()
     first = world.claim("0", incarnation="life-1")
     world.claim("0", incarnation="life-2")
@@ -102,14 +103,14 @@ def test_the_fence_turns_a_late_attempt_away(world: Any) -> None:
     assert world.job(job_id).attempt == 2
 
 
-def test_an_attempt_cannot_write_under_another_number(world: Any) -> None:
+def test_an_attempt_cannot_write_under_another_number(world: World) -> None:
     held = world.running()
     with pytest.raises(FencedError), world.database.write() as transaction:
         fence.hold(transaction, held.attempt.lease_id, 2)
 
 
 def test_a_heartbeat_renews_the_lease_and_shows_what_is_done(
-    world: Any, ttl_seconds: float
+    world: World, ttl_seconds: float
 ) -> None:
     held = world.running()
     world.clock.advance(ttl_seconds - 1)
@@ -124,7 +125,7 @@ def test_a_heartbeat_renews_the_lease_and_shows_what_is_done(
     assert (job.step, job.status_detail, job.status_message) == (3, "sampling", "24 of 64")
 
 
-def test_a_lease_runs_out_and_the_job_waits_again(world: Any, ttl_seconds: float) -> None:
+def test_a_lease_runs_out_and_the_job_waits_again(world: World, ttl_seconds: float) -> None:
     held = world.running()
     lease_id = held.attempt.lease_id
     world.clock.advance(ttl_seconds + 1)
@@ -136,7 +137,7 @@ def test_a_lease_runs_out_and_the_job_waits_again(world: Any, ttl_seconds: float
     assert world.attempt(held).status == "lost"
 
 
-def test_three_attempts_without_a_newer_checkpoint_are_poison(world: Any) -> None:
+def test_three_attempts_without_a_newer_checkpoint_are_poison(world: World) -> None:
     job_id = world.submit()
     for number in (1, 2, 3):
         world.claim("0", incarnation=f"life-{number}")
@@ -146,7 +147,7 @@ def test_three_attempts_without_a_newer_checkpoint_are_poison(world: Any) -> Non
     assert "out of memory" in job.error["message"]
 
 
-def test_a_newer_checkpoint_starts_the_count_anew(world: Any) -> None:
+def test_a_newer_checkpoint_starts_the_count_anew(world: World) -> None:
     job_id = world.submit()
     world.claim("0", incarnation="life-1")
     held = world.claim("0", incarnation="life-2")
@@ -157,7 +158,7 @@ def test_a_newer_checkpoint_starts_the_count_anew(world: Any) -> None:
     assert held.attempt.start_step == 5
 
 
-def test_drained_attempts_are_never_poison(world: Any) -> None:
+def test_drained_attempts_are_never_poison(world: World) -> None:
     job_id = world.submit()
     for number in range(1, 6):
         held = world.claim()
@@ -165,7 +166,7 @@ def test_drained_attempts_are_never_poison(world: Any) -> None:
     assert world.job(job_id).status == "queued"
 
 
-def test_twenty_failures_are_too_many_even_with_progress(world: Any) -> None:
+def test_twenty_failures_are_too_many_even_with_progress(world: World) -> None:
     job_id = world.submit(total_steps=100)
     for number in range(1, 21):
         held = world.claim("0", incarnation=f"life-{number}")
@@ -174,7 +175,7 @@ def test_twenty_failures_are_too_many_even_with_progress(world: Any) -> None:
     assert world.job(job_id).status_detail == "poison"
 
 
-def test_the_next_attempt_goes_on_from_the_newest_checkpoint(world: Any) -> None:
+def test_the_next_attempt_goes_on_from_the_newest_checkpoint(world: World) -> None:
     held = world.running()
     world.publish(held, 4)
     newest = world.publish(held, 8)
@@ -183,7 +184,7 @@ def test_the_next_attempt_goes_on_from_the_newest_checkpoint(world: Any) -> None
     assert world.job(held.job.id).step == 8
 
 
-def test_complete_needs_every_row_and_the_final_checkpoint(world: Any) -> None:
+def test_complete_needs_every_row_and_the_final_checkpoint(world: World) -> None:
     held = world.running(total_steps=10)
     half = world.publish(held, 5)
     with pytest.raises(ConflictError, match="has rows up to 3") as behind:
@@ -197,7 +198,7 @@ def test_complete_needs_every_row_and_the_final_checkpoint(world: Any) -> None:
     assert world.job(held.job.id).status == "running"
 
 
-def test_complete_again_gets_the_same_answer(world: Any) -> None:
+def test_complete_again_gets_the_same_answer(world: World) -> None:
     held = world.running()
     final = world.publish(held, 10)
     said = Complete(attempt=1, last_seq=0, checkpoint_id=final.id)
@@ -208,7 +209,7 @@ def test_complete_again_gets_the_same_answer(world: Any) -> None:
         end(world, held, transient())
 
 
-def test_a_users_mistake_ends_the_job_with_its_reason(world: Any) -> None:
+def test_a_users_mistake_ends_the_job_with_its_reason(world: World) -> None:
     held = world.running()
     said = Fail(attempt=1, kind="user", code="training_failed", message="no", param="model")
     assert end(world, held, said) == Outcome(status="failed", status_detail="user_error")
@@ -216,7 +217,7 @@ def test_a_users_mistake_ends_the_job_with_its_reason(world: Any) -> None:
     assert job.error == {"code": "training_failed", "message": "no", "param": "model"}
 
 
-def test_a_transient_failure_is_tried_again_after_a_growing_pause(world: Any) -> None:
+def test_a_transient_failure_is_tried_again_after_a_growing_pause(world: World) -> None:
     held = world.running()
     pauses = []
     for number in (1, 2):
@@ -231,7 +232,7 @@ def test_a_transient_failure_is_tried_again_after_a_growing_pause(world: Any) ->
     assert end(world, held, transient(3)).status_detail == "poison"
 
 
-def test_a_job_whose_reward_service_is_down_waits_longer_each_time(world: Any) -> None:
+def test_a_job_whose_reward_service_is_down_waits_longer_each_time(world: World) -> None:
     held = world.running()
     waits = []
     for number in range(1, 7):
@@ -245,7 +246,7 @@ def test_a_job_whose_reward_service_is_down_waits_longer_each_time(world: Any) -
     assert waits == [5, 10, 20, 40, 60, 60]
 
 
-def test_cancelling_a_waiting_job_is_done_at_once(world: Any) -> None:
+def test_cancelling_a_waiting_job_is_done_at_once(world: World) -> None:
     job_id = world.submit()
     cancel(world, job_id)
     cancel(world, job_id)
@@ -253,7 +254,7 @@ def test_cancelling_a_waiting_job_is_done_at_once(world: Any) -> None:
     assert world.claim() is None
 
 
-def test_cancelling_a_running_job_waits_for_its_worker(world: Any) -> None:
+def test_cancelling_a_running_job_waits_for_its_worker(world: World) -> None:
     held = world.running()
     cancel(world, held.job.id)
     cancel(world, held.job.id)
@@ -276,20 +277,20 @@ def test_cancelling_a_running_job_waits_for_its_worker(world: Any) -> None:
         Release(attempt=1, reason="waiting_for_reward"),
     ],
 )
-def test_a_job_to_be_cancelled_never_goes_back_into_the_queue(world: Any, said: Any) -> None:
+def test_a_job_to_be_cancelled_never_goes_back_into_the_queue(world: World, said: Any) -> None:
     held = world.running()
     cancel(world, held.job.id)
     assert end(world, held, said).status == "cancelled"
 
 
-def test_a_lost_attempt_of_a_job_to_be_cancelled_cancels_it(world: Any) -> None:
+def test_a_lost_attempt_of_a_job_to_be_cancelled_cancels_it(world: World) -> None:
     held = world.running()
     cancel(world, held.job.id)
     assert world.claim(held.attempt.slot, incarnation="life-2") is None
     assert world.job(held.job.id).status == "cancelled"
 
 
-def test_a_job_that_finished_first_has_succeeded(world: Any) -> None:
+def test_a_job_that_finished_first_has_succeeded(world: World) -> None:
     held = world.running()
     final = world.publish(held, 10)
     cancel(world, held.job.id)
@@ -297,13 +298,13 @@ def test_a_job_that_finished_first_has_succeeded(world: Any) -> None:
     assert end(world, held, said).status == "succeeded"
 
 
-def test_a_cancellation_that_nobody_asked_for_is_refused(world: Any) -> None:
+def test_a_cancellation_that_nobody_asked_for_is_refused(world: World) -> None:
     held = world.running()
     with pytest.raises(ConflictError, match="no cancellation of job"):
         end(world, held, Release(attempt=1, reason="cancelled"))
 
 
-def test_a_finished_job_cannot_be_cancelled(world: Any) -> None:
+def test_a_finished_job_cannot_be_cancelled(world: World) -> None:
     held = world.running()
     end(world, held, Fail(attempt=1, kind="user", code="x", message="x"))
     with pytest.raises(ConflictError, match="has already failed"):

@@ -8,11 +8,12 @@ from sqlalchemy import update
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.worker import AttemptProgress, Complete, Fail, Outcome, Release
+from fakes.world import World
 from service.store import fence, jobs, leases, outcomes, reward_pauses
 from service.store.tables import JobRow
 
 
-def end(world: Any, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
+def end(world: World, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
     call: Any = {Complete: outcomes.complete, Fail: outcomes.fail, Release: outcomes.release}[
         type(said)
     ]
@@ -21,23 +22,23 @@ def end(world: Any, held: fence.Held, said: Complete | Fail | Release) -> Outcom
     return outcome
 
 
-def ask(world: Any, what: Any, job_id: str) -> str:
+def ask(world: World, what: Any, job_id: str) -> str:
     with world.database.write() as transaction:
         return str(what(transaction, world.project_id, job_id).status)
 
 
-def state(world: Any, job_id: str) -> tuple[str, str | None]:
+def state(world: World, job_id: str) -> tuple[str, str | None]:
     job = world.job(job_id)
     return job.status, job.status_detail
 
 
-def pausing(world: Any) -> fence.Held:
+def pausing(world: World) -> fence.Held:
     held: fence.Held = world.running()
     assert ask(world, jobs.pause, held.job.id) == "pausing"
     return held
 
 
-def paused_for_reward(world: Any, *, is_outage: bool = True) -> fence.Held:
+def paused_for_reward(world: World, *, is_outage: bool = True) -> fence.Held:
     held: fence.Held = world.running()
     said = Release(
         attempt=1, reason="paused_reward", message="HTTP 401: who are you?", code="http_401",
@@ -47,7 +48,7 @@ def paused_for_reward(world: Any, *, is_outage: bool = True) -> fence.Held:
     return held
 
 
-def test_a_waiting_job_is_paused_at_once_and_goes_on_when_resumed(world: Any) -> None:
+def test_a_waiting_job_is_paused_at_once_and_goes_on_when_resumed(world: World) -> None:
     job_id = world.submit()
     for _ in range(2):
         assert ask(world, jobs.pause, job_id) == "paused"
@@ -59,7 +60,7 @@ def test_a_waiting_job_is_paused_at_once_and_goes_on_when_resumed(world: Any) ->
     assert world.claim().job.id == job_id
 
 
-def test_a_running_job_is_paused_when_its_worker_has_left(world: Any) -> None:
+def test_a_running_job_is_paused_when_its_worker_has_left(world: World) -> None:
     held = pausing(world)
     assert ask(world, jobs.pause, held.job.id) == "pausing"
     world.publish(held, 4)
@@ -73,7 +74,7 @@ def test_a_running_job_is_paused_when_its_worker_has_left(world: Any) -> None:
     assert (again.attempt.number, again.attempt.start_step) == (2, 4)
 
 
-def test_a_pause_stays_on_show_while_the_trainer_goes_on_talking(world: Any) -> None:
+def test_a_pause_stays_on_show_while_the_trainer_goes_on_talking(world: World) -> None:
     held = pausing(world)
     with world.database.write() as transaction:
         now = fence.hold(transaction, held.attempt.lease_id, 1)
@@ -94,14 +95,14 @@ def test_a_pause_stays_on_show_while_the_trainer_goes_on_talking(world: Any) -> 
     ],
 )
 def test_however_the_attempt_of_a_pausing_job_leaves_the_job_is_paused(
-    world: Any, said: Any
+    world: World, said: Any
 ) -> None:
     held = pausing(world)
     end(world, held, said)
     assert state(world, held.job.id) == ("paused", "by_user")
 
 
-def test_a_lease_lost_while_pausing_leaves_the_job_paused(world: Any, ttl_seconds: float) -> None:
+def test_a_lease_lost_while_pausing_leaves_the_job_paused(world: World, ttl_seconds: float) -> None:
     held = pausing(world)
     world.clock.advance(ttl_seconds + 1)
     with world.database.write() as transaction:
@@ -110,7 +111,7 @@ def test_a_lease_lost_while_pausing_leaves_the_job_paused(world: Any, ttl_second
     assert world.attempt(held).status == "lost"
 
 
-def test_a_pausing_job_may_still_finish_or_fail(world: Any) -> None:
+def test_a_pausing_job_may_still_finish_or_fail(world: World) -> None:
     first, second = pausing(world), pausing(world)
     final = world.publish(first, 10)
     end(world, first, Complete(attempt=1, last_seq=0, checkpoint_id=final.id))
@@ -118,7 +119,7 @@ def test_a_pausing_job_may_still_finish_or_fail(world: Any) -> None:
     assert [world.job(held.job.id).status for held in (first, second)] == ["succeeded", "failed"]
 
 
-def test_a_cancellation_outranks_a_pause(world: Any) -> None:
+def test_a_cancellation_outranks_a_pause(world: World) -> None:
     held = pausing(world)
     assert ask(world, jobs.cancel, held.job.id) == "running"
     with pytest.raises(ConflictError, match="is being cancelled"):
@@ -128,13 +129,13 @@ def test_a_cancellation_outranks_a_pause(world: Any) -> None:
     assert end(world, held, Release(attempt=1, reason="paused")).status == "cancelled"
 
 
-def test_a_paused_job_is_cancelled_at_once(world: Any) -> None:
+def test_a_paused_job_is_cancelled_at_once(world: World) -> None:
     job_id = world.submit()
     ask(world, jobs.pause, job_id)
     assert ask(world, jobs.cancel, job_id) == "cancelled"
 
 
-def test_a_withdrawn_pause_costs_at_most_a_new_attempt(world: Any) -> None:
+def test_a_withdrawn_pause_costs_at_most_a_new_attempt(world: World) -> None:
     held = pausing(world)
     assert ask(world, jobs.resume, held.job.id) == "running"
     assert world.attempt(held).status == "running"
@@ -143,7 +144,7 @@ def test_a_withdrawn_pause_costs_at_most_a_new_attempt(world: Any) -> None:
 
 
 def test_failed_and_cancelled_jobs_start_again_from_their_newest_checkpoint(
-    world: Any, a_file: Any
+    world: World, a_file: Any
 ) -> None:
     a_file("file-1")
     failed, cancelled = world.running(), world.running()
@@ -160,7 +161,9 @@ def test_failed_and_cancelled_jobs_start_again_from_their_newest_checkpoint(
     assert world.claim("b").job.id == cancelled.job.id
 
 
-def test_a_poisoned_job_that_is_resumed_has_all_its_attempts_again(world: Any, a_file: Any) -> None:
+def test_a_poisoned_job_that_is_resumed_has_all_its_attempts_again(
+    world: World, a_file: Any
+) -> None:
     a_file("file-1")
     job_id = world.submit()
     for round_ in range(2):
@@ -171,14 +174,14 @@ def test_a_poisoned_job_that_is_resumed_has_all_its_attempts_again(world: Any, a
         ask(world, jobs.resume, job_id)
 
 
-def test_a_job_whose_file_is_gone_cannot_start_again(world: Any) -> None:
+def test_a_job_whose_file_is_gone_cannot_start_again(world: World) -> None:
     job_id = world.submit()
     ask(world, jobs.cancel, job_id)
     with pytest.raises(ConflictError, match="file-1 has been deleted"):
         ask(world, jobs.resume, job_id)
 
 
-def test_a_job_that_is_over_cannot_be_paused_and_a_success_not_be_resumed(world: Any) -> None:
+def test_a_job_that_is_over_cannot_be_paused_and_a_success_not_be_resumed(world: World) -> None:
     held = world.running()
     final = world.publish(held, 10)
     end(world, held, Complete(attempt=1, last_seq=0, checkpoint_id=final.id))
@@ -193,7 +196,7 @@ def test_a_job_that_is_over_cannot_be_paused_and_a_success_not_be_resumed(world:
         ask(world, jobs.pause, "ftjob-none")
 
 
-def test_want_of_rewards_pauses_with_its_reason_and_frees_the_slot(world: Any) -> None:
+def test_want_of_rewards_pauses_with_its_reason_and_frees_the_slot(world: World) -> None:
     held = paused_for_reward(world)
     job = world.job(held.job.id)
     assert job.status_message == "HTTP 401: who are you?"
@@ -208,7 +211,7 @@ def test_want_of_rewards_pauses_with_its_reason_and_frees_the_slot(world: Any) -
     assert world.claim("b").job.id == job.id
 
 
-def test_a_spent_budget_that_shall_fail_the_job_has_its_own_detail(world: Any) -> None:
+def test_a_spent_budget_that_shall_fail_the_job_has_its_own_detail(world: World) -> None:
     held = world.running()
     code = "reward_budget_exhausted"
     end(world, held, Fail(attempt=1, kind="user", code=code, message="too many"))
@@ -216,12 +219,12 @@ def test_a_spent_budget_that_shall_fail_the_job_has_its_own_detail(world: Any) -
     assert world.job(held.job.id).error["code"] == code
 
 
-def due(world: Any) -> list[str]:
+def due(world: World) -> list[str]:
     with world.database.read() as transaction:
         return [job.id for job in reward_pauses.due(transaction, 10)]
 
 
-def note(world: Any, held: fence.Held, *, is_back: bool, attempt: int = 1) -> bool:
+def note(world: World, held: fence.Held, *, is_back: bool, attempt: int = 1) -> bool:
     with world.database.write() as transaction:
         return reward_pauses.note_probe(
             transaction, held.job.id, attempt, is_back=is_back, base_seconds=5
@@ -233,7 +236,7 @@ def note(world: Any, held: fence.Held, *, is_back: bool, attempt: int = 1) -> bo
     [(True, [5, 10, 20, 40, 60, 60]), (False, [60, 120, 240, 480, 720, 720])],
 )
 def test_looks_at_a_reward_service_become_ever_rarer(
-    world: Any, is_outage: bool, waits: list[float]
+    world: World, is_outage: bool, waits: list[float]
 ) -> None:
     held = paused_for_reward(world, is_outage=is_outage)
     for wait in waits:
@@ -245,7 +248,7 @@ def test_looks_at_a_reward_service_become_ever_rarer(
         assert not note(world, held, is_back=False)
 
 
-def test_a_job_whose_reward_service_is_back_is_queued(world: Any) -> None:
+def test_a_job_whose_reward_service_is_back_is_queued(world: World) -> None:
     held = paused_for_reward(world)
     assert note(world, held, is_back=True)
     assert state(world, held.job.id) == ("queued", None)
@@ -253,7 +256,7 @@ def test_a_job_whose_reward_service_is_back_is_queued(world: Any) -> None:
     assert world.claim().job.id == held.job.id
 
 
-def test_a_look_that_comes_too_late_moves_nothing(world: Any) -> None:
+def test_a_look_that_comes_too_late_moves_nothing(world: World) -> None:
     held = paused_for_reward(world)
     assert not note(world, held, is_back=True, attempt=2)
     ask(world, jobs.cancel, held.job.id)
@@ -261,7 +264,7 @@ def test_a_look_that_comes_too_late_moves_nothing(world: Any) -> None:
     assert world.job(held.job.id).status == "cancelled"
 
 
-def test_a_job_that_its_user_has_paused_is_not_looked_after(world: Any) -> None:
+def test_a_job_that_its_user_has_paused_is_not_looked_after(world: World) -> None:
     job_id = world.submit()
     ask(world, jobs.pause, job_id)
     with world.database.write() as transaction:

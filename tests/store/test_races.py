@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dar.errors import ConflictError
+from fakes.world import World
 from service.store import checkpoints, files, jobs, transitions
 from service.store.database import Transaction
 from service.store.tables import FileRow, JobInputRow, JobRow
@@ -35,7 +36,7 @@ def meanwhile(work: Callable[[], Any]) -> Iterator[list[Any]]:
     thread.join(10)
 
 
-def in_transaction(world: Any, work: Callable[[Transaction], Any]) -> Callable[[], Any]:
+def in_transaction(world: World, work: Callable[[Transaction], Any]) -> Callable[[], Any]:
     def run() -> Any:
         with world.database.write() as transaction:
             return work(transaction)
@@ -43,7 +44,7 @@ def in_transaction(world: Any, work: Callable[[Transaction], Any]) -> Callable[[
     return run
 
 
-def test_a_cancellation_waits_for_a_drain_and_then_holds(world: Any) -> None:
+def test_a_cancellation_waits_for_a_drain_and_then_holds(world: World) -> None:
     held = world.running()
     cancel = in_transaction(world, lambda tx: jobs.cancel(tx, world.project_id, held.job.id).status)
     with world.database.write() as drain:
@@ -53,7 +54,7 @@ def test_a_cancellation_waits_for_a_drain_and_then_holds(world: Any) -> None:
     assert outcome == ["cancelled"]
 
 
-def test_a_file_is_not_deleted_under_a_submission(world: Any) -> None:
+def test_a_file_is_not_deleted_under_a_submission(world: World) -> None:
     with world.database.write() as transaction:
         transaction.add(
             FileRow(
@@ -77,7 +78,7 @@ def test_a_file_is_not_deleted_under_a_submission(world: Any) -> None:
     assert outcome == ["file_in_use"]
 
 
-def test_a_checkpoint_is_not_removed_under_a_submission(world: Any) -> None:
+def test_a_checkpoint_is_not_removed_under_a_submission(world: World) -> None:
     held = world.running(keep_last=1)
     base = world.publish(held, 2)
     world.publish(held, 4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fakes.world import World
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
@@ -30,7 +31,7 @@ class Counter(Waker):
 class Setup:
     """A reconciler whose clocks a test moves."""
 
-    def __init__(self, world: Any, folder: Path, ttl_seconds: float) -> None:
+    def __init__(self, world: World, folder: Path, ttl_seconds: float) -> None:
         self.world, self.waker, self.elapsed = world, Counter(), 0.0
         self.artifacts = Artifacts(folder)
         self.artifacts.prepare()
@@ -54,7 +55,7 @@ class Setup:
 
 
 @pytest.fixture
-def setup(world: Any, tmp_path: Path, ttl_seconds: float) -> Iterator[Setup]:
+def setup(world: World, tmp_path: Path, ttl_seconds: float) -> Iterator[Setup]:
     return Setup(world, tmp_path / "artifacts", ttl_seconds)
 
 
@@ -112,7 +113,7 @@ def test_a_cancelled_job_whose_worker_is_gone_ends(setup: Setup, ttl_seconds: fl
     assert setup.world.job(held.job.id).status == "cancelled"
 
 
-def test_a_lease_shorter_than_a_pass_still_ends(world: Any, tmp_path: Path) -> None:
+def test_a_lease_shorter_than_a_pass_still_ends(world: World, tmp_path: Path) -> None:
     setup = Setup(world, tmp_path / "artifacts", ttl_seconds=1.0)
     held = setup.world.running()
     setup.pass_time(80, step=1)

@@ -14,6 +14,7 @@ from sqlalchemy import select, text, update
 from dar.errors import ConfigurationError, ConflictError, NotFoundError, SecretUnreadableError
 from dar.protocol.ids import new_id
 from dar.settings import Settings, environment
+from fakes.world import World
 from service import keys, secret_box
 from service.secret_box import SecretBox
 from service.store import reward_endpoints, reward_secrets
@@ -24,7 +25,7 @@ BOX = SecretBox([secret_box.new_key()])
 SIGNING, HEADER = "whsec_c2lnbmluZw==", "Bearer of-the-header"
 
 
-def add(world: Any, box: SecretBox = BOX, **values: Any) -> str:
+def add(world: World, box: SecretBox = BOX, **values: Any) -> str:
     """An endpoint with a signing secret and a header; each a second younger than the one before."""
     world.clock.advance(1)
     endpoint = tables_.RewardEndpointRow(
@@ -42,13 +43,13 @@ def add(world: Any, box: SecretBox = BOX, **values: Any) -> str:
     return endpoint.id
 
 
-def opened(world: Any, endpoint_id: str, box: SecretBox = BOX) -> reward_secrets.Access:
+def opened(world: World, endpoint_id: str, box: SecretBox = BOX) -> reward_secrets.Access:
     with world.database.read() as transaction:
         endpoint = reward_endpoints.get(transaction, world.project_id, endpoint_id)
         return reward_secrets.open_all(transaction, box, endpoint)
 
 
-def test_secrets_come_back_to_their_own_endpoint(world: Any) -> None:
+def test_secrets_come_back_to_their_own_endpoint(world: World) -> None:
     access = opened(world, add(world))
     assert (access.secrets, access.headers) == ([SIGNING], {"authorization": HEADER})
     assert SIGNING not in repr(access)
@@ -67,7 +68,9 @@ def test_secrets_come_back_to_their_own_endpoint(world: Any) -> None:
         ("reward_secrets SET token = 'nonsense'", "mine"),
     ],
 )
-def test_who_moves_rows_in_the_database_gains_nothing(world: Any, change: str, victim: str) -> None:
+def test_who_moves_rows_in_the_database_gains_nothing(
+    world: World, change: str, victim: str
+) -> None:
     ids = {"mine": add(world), "other": add(world, url="https://evil.example/")}
     with world.database.write() as transaction:
         used = {name: value for name, value in ids.items() if f":{name}" in change}
@@ -78,7 +81,7 @@ def test_who_moves_rows_in_the_database_gains_nothing(world: Any, change: str, v
     assert HEADER not in caught.value.message
 
 
-def test_another_projects_endpoint_of_the_same_address_cannot_read_it(world: Any) -> None:
+def test_another_projects_endpoint_of_the_same_address_cannot_read_it(world: World) -> None:
     mine = add(world)
     with world.database.write() as transaction:
         row = tables_.ProjectRow(id="proj-other", created_at=transaction.now)
@@ -91,7 +94,7 @@ def test_another_projects_endpoint_of_the_same_address_cannot_read_it(world: Any
             reward_secrets.open_all(transaction, BOX, endpoint)
 
 
-def test_a_rotation_of_keys_keeps_every_secret_and_frees_the_old_key(world: Any) -> None:
+def test_a_rotation_of_keys_keeps_every_secret_and_frees_the_old_key(world: World) -> None:
     old, new = secret_box.new_key(), secret_box.new_key()
     ids = [add(world, SecretBox([old])) for _ in range(3)]
     with world.database.write() as transaction:
@@ -102,7 +105,7 @@ def test_a_rotation_of_keys_keeps_every_secret_and_frees_the_old_key(world: Any)
             opened(world, endpoint_id, SecretBox([old]))
 
 
-def test_a_rotation_without_the_old_key_changes_nothing(world: Any) -> None:
+def test_a_rotation_without_the_old_key_changes_nothing(world: World) -> None:
     old, new = secret_box.new_key(), secret_box.new_key()
     endpoint_id = add(world, SecretBox([old]))
     with pytest.raises(SecretUnreadableError), world.database.write() as transaction:
@@ -110,7 +113,7 @@ def test_a_rotation_without_the_old_key_changes_nothing(world: Any) -> None:
     assert opened(world, endpoint_id, SecretBox([old])).secrets == [SIGNING]
 
 
-def test_the_operators_command_rotates(world: Any, url: str, tmp_path: Path) -> None:
+def test_the_operators_command_rotates(world: World, url: str, tmp_path: Path) -> None:
     old, new = secret_box.new_key(), secret_box.new_key()
     endpoint_id = add(world, SecretBox([old]))
     variables = {"DAR_HOME": str(tmp_path), "DAR_DATABASE_URL": url}
@@ -135,7 +138,7 @@ def start(database: Database, home: Path, **given: str) -> list[str]:
 
 
 def test_a_host_keeps_its_key_and_one_with_another_does_not_start(
-    world: Any, tmp_path: Path
+    world: World, tmp_path: Path
 ) -> None:
     database = world.database
     first = start(database, tmp_path / "a")
@@ -152,7 +155,9 @@ def test_a_host_keeps_its_key_and_one_with_another_does_not_start(
 
 
 @pytest.mark.parametrize("dialect", ["postgresql"], indirect=True)
-def test_a_second_host_needs_the_key_before_there_is_any_secret(world: Any, tmp_path: Path) -> None:
+def test_a_second_host_needs_the_key_before_there_is_any_secret(
+    world: World, tmp_path: Path
+) -> None:
     first = start(world.database, tmp_path / "a")
     for given in ({}, {"secret_keys": secret_box.new_key()}):
         with pytest.raises(ConfigurationError):
@@ -190,7 +195,9 @@ def test_an_origin_has_one_spelling(url: str, origin: str) -> None:
     assert secret_box.origin_of(url) == origin
 
 
-def test_a_deletion_and_a_submission_at_once_leave_no_job_without_its_endpoint(world: Any) -> None:
+def test_a_deletion_and_a_submission_at_once_leave_no_job_without_its_endpoint(
+    world: World,
+) -> None:
     for _ in range(10):
         endpoint_id = add(world)
         outcomes: list[str] = []
@@ -212,7 +219,9 @@ def test_a_deletion_and_a_submission_at_once_leave_no_job_without_its_endpoint(w
         assert len(linked) == (outcomes == ["submitted"])
 
 
-def _submit(world: Any, endpoint_id: str, barrier: threading.Barrier, outcomes: list[str]) -> None:
+def _submit(
+    world: World, endpoint_id: str, barrier: threading.Barrier, outcomes: list[str]
+) -> None:
     barrier.wait()
     with contextlib.suppress(NotFoundError), world.database.write() as transaction:
         reward_endpoints.get(transaction, world.project_id, endpoint_id, lock="keep")
@@ -223,7 +232,7 @@ def _submit(world: Any, endpoint_id: str, barrier: threading.Barrier, outcomes: 
         outcomes.append("submitted")
 
 
-def _job(world: Any, endpoint_id: str) -> Any:
+def _job(world: World, endpoint_id: str) -> Any:
     now = world.clock.now
     job_id = f"ftjob-{endpoint_id}"
     return tables_.JobRow(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.worker import RewardAnnouncement
+from fakes.world import World
 from service.store import fence, reward_requests
 from service.store.tables import RewardDeliveryRow, RewardRequestRow
 
@@ -15,7 +16,7 @@ TOKEN_HASH = "a" * 64
 
 
 def announce(
-    world: Any, held: fence.Held, request_id: str, seconds: float = 60.0
+    world: World, held: fence.Held, request_id: str, seconds: float = 60.0
 ) -> RewardRequestRow:
     wanted = RewardAnnouncement(
         request_id=request_id,
@@ -35,7 +36,7 @@ def result(text: str, webhook_id: str | None = None) -> reward_requests.Callback
     return reward_requests.CallbackResult(text, sha256, None, webhook_id)
 
 
-def settle(world: Any, request_id: str, found: reward_requests.CallbackResult) -> str:
+def settle(world: World, request_id: str, found: reward_requests.CallbackResult) -> str:
     fate: str
     fate, _ = world.database.transact(
         lambda transaction: reward_requests.settle(transaction, request_id, found)
@@ -59,12 +60,12 @@ def at_once(*calls: Any) -> list[Any]:
     return outcomes
 
 
-def read(world: Any, held: fence.Held, after: int = 0) -> list[tuple[int, str, str]]:
+def read(world: World, held: fence.Held, after: int = 0) -> list[tuple[int, str, str]]:
     with world.database.read() as transaction:
         return list(reward_requests.results(transaction, held, after))
 
 
-def test_of_results_that_come_at_once_exactly_one_wins(world: Any) -> None:
+def test_of_results_that_come_at_once_exactly_one_wins(world: World) -> None:
     held = world.running()
     for number in range(5):
         request_id = f"rwq_{number}"
@@ -77,7 +78,7 @@ def test_of_results_that_come_at_once_exactly_one_wins(world: Any) -> None:
         assert settle(world, request_id, winner) == "duplicate"
 
 
-def test_results_are_numbered_without_gaps_however_they_come(world: Any) -> None:
+def test_results_are_numbered_without_gaps_however_they_come(world: World) -> None:
     held = world.running()
     ids = [f"rwq_{number}" for number in range(12)]
     for request_id in ids:
@@ -90,7 +91,7 @@ def test_results_are_numbered_without_gaps_however_they_come(world: Any) -> None
     assert read(world, held, 1005) == found[6:]
 
 
-def test_a_result_and_the_next_attempts_announcement_at_once_lose_nothing(world: Any) -> None:
+def test_a_result_and_the_next_attempts_announcement_at_once_lose_nothing(world: World) -> None:
     for number in range(4):
         held = world.running()
         request_id = f"rwq_{number}"
@@ -106,7 +107,7 @@ def test_a_result_and_the_next_attempts_announcement_at_once_lose_nothing(world:
         assert stored.result in {"x", None}
 
 
-def test_a_signed_message_is_good_for_one_request_only(world: Any) -> None:
+def test_a_signed_message_is_good_for_one_request_only(world: World) -> None:
     one, two = world.running(), world.running()
     announce(world, one, "rwq_1")
     announce(world, two, "rwq_2")
@@ -122,7 +123,7 @@ def test_a_signed_message_is_good_for_one_request_only(world: Any) -> None:
 
 
 def test_a_page_of_results_has_a_bound_but_never_none(
-    world: Any, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = world.running()
     monkeypatch.setattr(reward_requests, "PAGE_BYTES", 100)
@@ -133,7 +134,7 @@ def test_a_page_of_results_has_a_bound_but_never_none(
     assert [number for number, _, _ in read(world, held, 1001)] == [1002]
 
 
-def test_old_requests_are_forgotten_once_nobody_can_ask_for_them(world: Any) -> None:
+def test_old_requests_are_forgotten_once_nobody_can_ask_for_them(world: World) -> None:
     held = world.running()
     announce(world, held, "rwq_1")
     announce(world, held, "rwq_2", seconds=86_400 * 30)

@@ -7,6 +7,7 @@ from sqlalchemy import event
 
 from dar.errors import ConflictError
 from dar.protocol.worker import Batch
+from fakes.world import World
 from service.store import fence, metrics, rows, samples
 
 
@@ -15,14 +16,14 @@ def metric(seq: int, step: int, **values: float | None) -> dict[str, Any]:
     return {"type": "metrics", "seq": seq, "at": 1000.0 + seq, "step": step, "values": named}
 
 
-def say(world: Any, held: fence.Held, *said: dict[str, Any]) -> int | rows.Contradiction:
+def say(world: World, held: fence.Held, *said: dict[str, Any]) -> int | rows.Contradiction:
     batch = Batch.model_validate({"attempt": held.attempt.number, "rows": list(said)})
     with world.database.write() as transaction:
         now = fence.lock(transaction, held.attempt.lease_id)
         return rows.add(transaction, now, batch.rows)
 
 
-def read(world: Any, job_id: str, **wanted: Any) -> dict[str, list[tuple[int, float | None]]]:
+def read(world: World, job_id: str, **wanted: Any) -> dict[str, list[tuple[int, float | None]]]:
     with world.database.read() as transaction:
         found = metrics.read(transaction, job_id, **wanted)
     return {
@@ -30,7 +31,7 @@ def read(world: Any, job_id: str, **wanted: Any) -> dict[str, list[tuple[int, fl
     }
 
 
-def test_rows_are_acknowledged_up_to_the_last(world: Any) -> None:
+def test_rows_are_acknowledged_up_to_the_last(world: World) -> None:
     held = world.running()
     assert say(world, held, metric(1, 1, loss=3.0), metric(2, 2, loss=2.0)) == 2
     assert say(world, held) == 2
@@ -38,7 +39,7 @@ def test_rows_are_acknowledged_up_to_the_last(world: Any) -> None:
     assert world.job(held.job.id).step == 2
 
 
-def test_rows_sent_again_are_stored_once(world: Any) -> None:
+def test_rows_sent_again_are_stored_once(world: World) -> None:
     held = world.running()
     for _ in range(3):
         assert say(world, held, metric(1, 1, loss=3.0), metric(2, 2, loss=2.0)) == 2
@@ -48,7 +49,7 @@ def test_rows_sent_again_are_stored_once(world: Any) -> None:
     assert [event.data["step"] for event in steps] == [1, 2, 3]
 
 
-def test_a_gap_is_refused_and_says_where_to_go_on(world: Any) -> None:
+def test_a_gap_is_refused_and_says_where_to_go_on(world: World) -> None:
     held = world.running()
     say(world, held, metric(1, 1, loss=3.0))
     with pytest.raises(ConflictError, match="send from 2") as caught:
@@ -56,7 +57,7 @@ def test_a_gap_is_refused_and_says_where_to_go_on(world: Any) -> None:
     assert caught.value.error_code == "seq_gap"
 
 
-def test_the_same_row_with_other_content_is_a_contradiction(world: Any) -> None:
+def test_the_same_row_with_other_content_is_a_contradiction(world: World) -> None:
     held = world.running()
     say(world, held, metric(1, 1, loss=3.0))
     said = say(world, held, metric(1, 1, loss=3.5), metric(2, 2, loss=2.0))
@@ -64,13 +65,13 @@ def test_the_same_row_with_other_content_is_a_contradiction(world: Any) -> None:
     assert read(world, held.job.id) == {"dar/loss": [(1, 3.0)]}
 
 
-def test_a_value_that_is_no_number_is_null(world: Any) -> None:
+def test_a_value_that_is_no_number_is_null(world: World) -> None:
     held = world.running()
     say(world, held, metric(1, 1, loss=None, rewards_mean=0.5))
     assert read(world, held.job.id)["dar/loss"] == [(1, None)]
 
 
-def test_replayed_steps_count_once_and_get_no_second_event(world: Any) -> None:
+def test_replayed_steps_count_once_and_get_no_second_event(world: World) -> None:
     first = world.running()
     say(world, first, *[metric(n, n, loss=float(n)) for n in (1, 2, 3)])
     second = world.claim(first.attempt.slot, incarnation="life-2")
@@ -80,7 +81,7 @@ def test_replayed_steps_count_once_and_get_no_second_event(world: Any) -> None:
     assert [event.data["step"] for event in events] == [1, 2, 3, 4]
 
 
-def test_a_late_attempts_rows_are_kept_and_change_nothing(world: Any) -> None:
+def test_a_late_attempts_rows_are_kept_and_change_nothing(world: World) -> None:
     first = world.running()
     second = world.claim(first.attempt.slot, incarnation="life-2")
     say(world, second, metric(1, 1, loss=10.0), metric(2, 2, loss=20.0))
@@ -89,7 +90,7 @@ def test_a_late_attempts_rows_are_kept_and_change_nothing(world: Any) -> None:
     assert world.job(first.job.id).step == 2
 
 
-def test_a_cursor_brings_what_is_new_and_what_was_replayed(world: Any) -> None:
+def test_a_cursor_brings_what_is_new_and_what_was_replayed(world: World) -> None:
     first = world.running()
     say(world, first, *[metric(n, n, loss=float(n)) for n in (1, 2, 3)])
     with world.database.read() as transaction:
@@ -101,14 +102,14 @@ def test_a_cursor_brings_what_is_new_and_what_was_replayed(world: Any) -> None:
     assert read(world, first.job.id, after=cursor) == {"dar/loss": [(3, 30.0), (4, 40.0)]}
 
 
-def test_series_are_narrowed_by_name_and_step(world: Any) -> None:
+def test_series_are_narrowed_by_name_and_step(world: World) -> None:
     held = world.running()
     say(world, held, *[metric(n, n, loss=float(n), rewards_mean=0.0) for n in (1, 2, 3)])
     wanted = {"names": ["dar/loss"], "from_step": 2, "to_step": 2}
     assert read(world, held.job.id, **wanted) == {"dar/loss": [(2, 2.0)]}
 
 
-def test_what_a_trainer_tells_becomes_an_event_of_its_attempt(world: Any) -> None:
+def test_what_a_trainer_tells_becomes_an_event_of_its_attempt(world: World) -> None:
     held = world.running()
     said = {"type": "event", "seq": 1, "at": 1000.5, "level": "warn", "message": "hm"}
     say(world, held, said | {"data": {"kind": "memory", "free": 3}})
@@ -135,13 +136,13 @@ def sample(group: int, reward: float | None) -> dict[str, Any]:
     }
 
 
-def groups(world: Any, job_id: str, **wanted: Any) -> list[int]:
+def groups(world: World, job_id: str, **wanted: Any) -> list[int]:
     asked = {"step": None, "order": "asc", "limit": 10, "after": None} | wanted
     with world.database.read() as transaction:
         return [row.body["group"] for row in samples.read(transaction, job_id, **asked)]
 
 
-def test_samples_are_ordered_by_age_or_reward_with_missing_last(world: Any) -> None:
+def test_samples_are_ordered_by_age_or_reward_with_missing_last(world: World) -> None:
     held = world.running()
     made = [sample(0, 0.5), sample(1, None), sample(2, -1.0), sample(3, 0.5)]
     say(world, held, {"type": "samples", "seq": 1, "at": 1.0, "step": 1, "samples": made})
@@ -154,7 +155,7 @@ def test_samples_are_ordered_by_age_or_reward_with_missing_last(world: Any) -> N
 
 
 @pytest.mark.parametrize("order", ["asc", "desc", "reward", "-reward", "advantage", "-advantage"])
-def test_pages_of_samples_neither_skip_nor_repeat(world: Any, order: str) -> None:
+def test_pages_of_samples_neither_skip_nor_repeat(world: World, order: str) -> None:
     held = world.running()
     made = [sample(n, value) for n, value in enumerate([0.5, None, 0.5, -1.0, None, 2.0])]
     say(world, held, {"type": "samples", "seq": 1, "at": 1.0, "step": 1, "samples": made})
@@ -171,7 +172,7 @@ def test_pages_of_samples_neither_skip_nor_repeat(world: Any, order: str) -> Non
     assert paged == whole
 
 
-def test_samples_of_a_replayed_step_are_those_of_the_last_attempt(world: Any) -> None:
+def test_samples_of_a_replayed_step_are_those_of_the_last_attempt(world: World) -> None:
     first = world.running()
     row = {"type": "samples", "seq": 1, "at": 1.0, "step": 1}
     say(world, first, row | {"samples": [sample(0, 0.0)]})
@@ -181,7 +182,7 @@ def test_samples_of_a_replayed_step_are_those_of_the_last_attempt(world: Any) ->
 
 
 @pytest.mark.parametrize("dialect", ["sqlite"], indirect=True)
-def test_the_newest_samples_are_read_along_the_index(world: Any) -> None:
+def test_the_newest_samples_are_read_along_the_index(world: World) -> None:
     asked: list[tuple[str, Any]] = []
 
     def note(*said: Any) -> None:

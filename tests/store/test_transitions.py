@@ -1,16 +1,15 @@
 """The state table: every legal move works, every other is refused, each leaves one event."""
 
-from typing import Any
-
 import pytest
 from sqlalchemy import update
 
 from dar.protocol.status import JOB_STATUSES, TERMINAL
+from fakes.world import World
 from service.store import transitions
 from service.store.tables import JobRow
 
 
-def put(world: Any, job_id: str, status: str, *, is_cancelling: bool = False) -> None:
+def put(world: World, job_id: str, status: str, *, is_cancelling: bool = False) -> None:
     """Put a job into a state, however it could have got there."""
     values = {
         "status": status,
@@ -21,7 +20,7 @@ def put(world: Any, job_id: str, status: str, *, is_cancelling: bool = False) ->
         transaction.execute(update(JobRow).where(JobRow.id == job_id).values(values))
 
 
-def test_every_move_starts_from_its_sources_only(world: Any) -> None:
+def test_every_move_starts_from_its_sources_only(world: World) -> None:
     job_id = world.submit()
     for name, row in transitions.MOVES.items():
         for status in JOB_STATUSES:
@@ -43,7 +42,7 @@ def test_every_move_starts_from_its_sources_only(world: Any) -> None:
     "name", [name for name, row in transitions.MOVES.items() if row.is_cancelling is not None]
 )
 def test_a_pending_cancellation_decides_which_moves_are_open(
-    world: Any, name: transitions.MoveName
+    world: World, name: transitions.MoveName
 ) -> None:
     job_id = world.submit()
     row = transitions.MOVES[name]
@@ -52,7 +51,7 @@ def test_a_pending_cancellation_decides_which_moves_are_open(
         assert transitions.move(transaction, name, JobRow.id == job_id, "a reason") is None
 
 
-def test_a_move_leaves_an_event_that_says_what_happened(world: Any) -> None:
+def test_a_move_leaves_an_event_that_says_what_happened(world: World) -> None:
     job_id = world.submit()
     with world.database.write() as transaction:
         transitions.move(
@@ -70,7 +69,7 @@ def test_a_move_leaves_an_event_that_says_what_happened(world: Any) -> None:
     }
 
 
-def test_a_move_that_is_rolled_back_leaves_no_event(world: Any) -> None:
+def test_a_move_that_is_rolled_back_leaves_no_event(world: World) -> None:
     job_id = world.submit()
 
     def work() -> None:

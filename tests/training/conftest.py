@@ -1,20 +1,19 @@
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dar.protocol.checkpoints import Manifest
-from dar.protocol.metrics import is_reproducible
-from dar.protocol.samples import ReportedSample
-from dar.training import DARConfig, DARTrainer
-from dar.training.report.sink import StopKind
+from dar.protocol.spec import JobSpec
+from dar.training import DARConfig, DARTrainer, JobInputs
 from fakes import reward_chaos as chaos
+from fakes import tiny_models
+from fakes.recording_sink import RecordingSink, ScriptedControl
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -23,62 +22,6 @@ GOLDEN = Path(__file__).parent / "golden"
 def quiet_single_thread() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-
-
-class RecordingSink:
-    """Keeps everything it is told."""
-
-    def __init__(self) -> None:
-        self.reports: dict[int, dict[str, float]] = {}
-        self.shown: dict[int, list[ReportedSample]] = {}
-        self.events: list[tuple[str, str, Mapping[str, Any] | None]] = []
-        self.requests: list[tuple[int, list[Any], list[Any]]] = []
-        self.phases: list[tuple[str, int, str | None]] = []
-        self.published: list[tuple[int, Path, Manifest, str]] = []
-        self.seq = 0
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.seq += 1
-        self.reports.setdefault(step, {}).update(values)
-
-    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
-        self.seq += 1
-        self.shown[step] = list(samples)
-
-    def rewards(self, step: int, requests: Sequence[Any], failures: Sequence[Any]) -> None:
-        self.seq += 1
-        self.requests.append((step, list(requests), list(failures)))
-
-    def event(self, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:
-        self.seq += 1
-        self.events.append((level, message, data))
-
-    def phase(self, phase: str, step: int, message: str | None = None) -> None:
-        self.phases.append((phase, step, message))
-
-    def flush(self) -> int:
-        return self.seq
-
-    def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
-        self.published.append((step, folder, manifest, manifest_sha256))
-
-    def deterministic_reports(self) -> dict[int, dict[str, float]]:
-        """Without wall times, and without what depends on how requests were put together."""
-        return {
-            step: {name: value for name, value in values.items() if is_reproducible(name)}
-            for step, values in self.reports.items()
-        }
-
-
-class ScriptedControl:
-    """Requests something from the n-th question on."""
-
-    def __init__(self, request: StopKind, after: Callable[[], bool]) -> None:
-        self._request = request
-        self._after = after
-
-    def requested(self) -> StopKind | None:
-        return self._request if self._after() else None
 
 
 @pytest.fixture
@@ -121,26 +64,45 @@ def golden_model(end_to_end: dict[str, Any]) -> Callable[[str], LlamaForCausalLM
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """64 words: <unk> <pad> <bos> <eos> w4 … w63."""
-    return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    return tiny_models.tokenizer()
 
 
 @pytest.fixture
 def make_model() -> Callable[..., LlamaForCausalLM]:
-    def make(seed: int = 0, *, scale: float = 0.02, **overrides: Any) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        values: dict[str, Any] = {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 128,
-            "initializer_range": scale,
-            "pad_token_id": 1,
-            "bos_token_id": 2,
-            "eos_token_id": 3,
+    return tiny_models.policy
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The folder of a base model."""
+    return tiny_models.save(tiny_models.policy(), tmp_path / "models" / "tiny")
+
+
+@pytest.fixture
+def job_inputs(
+    base: Path, prompts: list[dict[str, Any]], tmp_path: Path
+) -> Callable[..., JobInputs]:
+    """A job of the base model with the given ``method.dar``."""
+    training_file = tmp_path / "prompts.jsonl"
+
+    def make(
+        dar: dict[str, Any], *, rows: list[dict[str, Any]] = prompts, steps: int = 4, **fields: Any
+    ) -> JobInputs:
+        training_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {"learning_rate": 3e-3, "batch_size": 3, "max_steps": steps}
+        usual = {"hyperparameters": settings, "sampling": {"max_new_tokens": 8}}
+        spec = {
+            "model": "tiny",
+            "training_file": "file-1",
+            "validation_file": "file-2" if "evaluation" in dar else None,
+            "method": {"type": "dar", "dar": usual | dar},
         }
-        return LlamaForCausalLM(LlamaConfig(**values | overrides)).eval()
+        values: dict[str, Any] = {
+            "job_id": "ftjob-1", "spec": JobSpec.model_validate(spec), "seed": 7, "total_steps": steps, "model": base,
+            "adapters": (), "training_file": training_file, "work_dir": tmp_path / "work", "resume_from": None,
+            "reward_secret": None, "threads": 1, "offline": True,
+        }  # fmt: skip
+        return JobInputs(**values | fields)
 
     return make
 
@@ -218,13 +180,13 @@ def train(
 @pytest.fixture
 def run(
     train: Callable[..., DARTrainer],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     make_model: Callable[..., Any],
 ) -> Callable[..., tuple[DARTrainer, Any]]:
     """Train with rewards that come late; the trainer, and what it said."""
 
     def train_late(
-        resume: Path | None = None, sink: Any = None, **settings: Any
+        resume: Path | None = None, sink: RecordingSink = None, **settings: Any
     ) -> tuple[DARTrainer, Any]:
         sink = sink or new_sink()
         arguments = {

@@ -21,6 +21,7 @@ from dar.training.loss import (
     self_normalized,
     tied,
 )
+from fakes.recording_sink import RecordingSink
 
 FEW = settings(max_examples=25, derandomize=True, deadline=None)
 MODES = st.sampled_from(["none", "per_prompt", "batch"])
@@ -46,7 +47,7 @@ def of(values: Any) -> Tensor:
 
 @pytest.fixture
 def weigh(
-    train: Callable[..., DARTrainer], new_sink: Callable[[], Any]
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink]
 ) -> Callable[..., list[Any]]:
     """What one step of offline training made of each completion, in the order of the rows."""
 
@@ -121,7 +122,7 @@ def test_2_what_stands_at_a_missing_reward_never_counts(
 
 @pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf, None])
 def test_2_a_reward_that_is_no_number_leaves_out_its_completion_and_nothing_else(
-    train: Callable[..., DARTrainer], sink: Any, missing: float | None
+    train: Callable[..., DARTrainer], sink: RecordingSink, missing: float | None
 ) -> None:
     def score(completions: list[str], **columns: Any) -> list[float | None]:
         return [missing if i == 1 else float(i % 4) for i in range(len(completions))]
@@ -215,7 +216,7 @@ def test_4_tied_prompts_are_left_out_on_demand(weigh: Callable[..., list[Any]]) 
 
 
 def test_4_steps_of_ties_alone_change_nothing_and_do_not_end_training(
-    train: Callable[..., DARTrainer], make_model: Callable[..., Any], sink: Any
+    train: Callable[..., DARTrainer], make_model: Callable[..., Any], sink: RecordingSink
 ) -> None:
     model = make_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -314,7 +315,7 @@ def test_6_training_flattens_weights_as_if_alpha_and_beta_were_larger(
 
 
 def test_7_behavior_is_the_law_that_sampled_or_on_demand_the_policy(
-    train: Callable[..., DARTrainer], make_model: Callable[..., Any], new_sink: Callable[[], Any]
+    train: Callable[..., DARTrainer], make_model: Callable[..., Any], new_sink: type[RecordingSink]
 ) -> None:
     law, policy = new_sink(), new_sink()
     for sink, behavior in ((law, "sampled"), (policy, "policy")):

@@ -18,6 +18,7 @@ from dar.training.checkpoint.checkpoint import verify
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
 from dar.training.evaluation import Predictions
 from dar.training.model.logprobs import all_logps
+from fakes.recording_sink import RecordingSink
 
 EVAL = [{"prompt": "w11 w12", "answer": "x"}, {"prompt": "w13", "answer": "y"}]
 STORED = [
@@ -35,7 +36,7 @@ def weights_of(trainer: DARTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def evaluations(sink: Any) -> dict[int, dict[str, float]]:
+def evaluations(sink: RecordingSink) -> dict[int, dict[str, float]]:
     """What was measured at which step, without wall times."""
     found = {
         step: {n: v for n, v in values.items() if n.startswith("eval_") and "time/" not in n}
@@ -53,7 +54,7 @@ def without_evaluations(reports: dict[int, dict[str, float]]) -> dict[int, dict[
 
 @pytest.mark.parametrize("logging_steps", [1, 5])
 def test_training_with_evaluation_is_bit_identical_to_training_without(
-    train: Callable[..., DARTrainer], new_sink: Callable[[], Any], logging_steps: int
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink], logging_steps: int
 ) -> None:
     def drawing(completions: list[str], **columns: Any) -> list[float]:
         return [
@@ -83,7 +84,7 @@ def test_training_with_evaluation_is_bit_identical_to_training_without(
 
 
 def test_an_evaluation_reports_what_training_does_and_every_name_is_registered(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     trainer = train(sink=sink, settings=EVERY_SECOND, eval_dataset=EVAL)
     found = evaluations(sink)
@@ -147,7 +148,7 @@ def test_the_reward_is_asked_in_eval_mode_with_the_steps_done(
 
 
 def test_compute_metrics_sees_all_completions_with_their_rewards_and_columns(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     def best_of(found: Predictions) -> dict[str, float]:
         assert found.prompts == ["w11 w12"] * 4 + ["w13"] * 4
@@ -178,7 +179,7 @@ def test_several_data_sets_are_told_apart_by_name(train: Callable[..., DARTraine
 def test_stored_completions_are_evaluated_as_they_stand(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],
-    sink: Any,
+    sink: RecordingSink,
 ) -> None:
     trainer = train(
         train_dataset=TRAINED, reward_funcs=None, eval_dataset=STORED, sink=sink,
@@ -203,7 +204,7 @@ def test_stored_completions_are_evaluated_as_they_stand(
 
 
 def test_passes_over_the_data_are_followed_by_an_evaluation_and_so_is_the_last_step(
-    train: Callable[..., DARTrainer], new_sink: Callable[[], Any]
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink]
 ) -> None:
     # 5 rows and 3 prompts per step: passes end within steps 2, 4 and 5
     by_pass, delayed = new_sink(), new_sink()
@@ -225,7 +226,7 @@ def test_passes_over_the_data_are_followed_by_an_evaluation_and_so_is_the_last_s
     ],
 )
 def test_data_that_cannot_be_evaluated_on_fail_before_the_first_step(
-    train: Callable[..., DARTrainer], sink: Any, rows: Any, message: str
+    train: Callable[..., DARTrainer], sink: RecordingSink, rows: Any, message: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=message) as caught:
         train(sink=sink, settings=EVERY_SECOND, eval_dataset=rows)
@@ -234,7 +235,7 @@ def test_data_that_cannot_be_evaluated_on_fail_before_the_first_step(
 
 
 def test_a_conversation_that_the_template_refuses_fails_before_the_first_step(
-    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: Any
+    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: RecordingSink
 ) -> None:
     rows = [*EVAL, {"prompt": [{"role": "user", "content": "w4"}]}]
     template = tokenizer.chat_template
@@ -248,7 +249,7 @@ def test_a_conversation_that_the_template_refuses_fails_before_the_first_step(
 
 
 def test_offline_evaluation_needs_rewards_and_an_evaluation_needs_data(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     offline = {"train_dataset": TRAINED, "reward_funcs": None, "sink": sink}
     for rows in (EVAL, [{"prompt": "w4", "completion": "w5"}]):
@@ -323,7 +324,7 @@ def test_callbacks_of_transformers_hear_every_event_with_our_metrics(
     assert "eval_dar/rewards_mean" in watching.metrics[0]
 
 
-def test_a_callback_can_end_training(train: Callable[..., DARTrainer], sink: Any) -> None:
+def test_a_callback_can_end_training(train: Callable[..., DARTrainer], sink: RecordingSink) -> None:
     trainer = train(sink=sink, settings={"max_steps": 9}, callbacks=[StoppingAt(2)])
     assert trainer.state.global_step == 2
     assert sorted(sink.reports) == [1, 2]
@@ -333,7 +334,7 @@ def test_a_callback_can_end_training(train: Callable[..., DARTrainer], sink: Any
 @pytest.mark.parametrize("step", [2, 4], ids=["between steps", "at the last step"])
 def test_an_evaluation_broken_off_by_a_drain_is_made_up_for_after_the_resume(
     train: Callable[..., DARTrainer],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     new_control: Callable[..., Any],
     tmp_path: Path,
     step: int,
@@ -355,7 +356,7 @@ def test_an_evaluation_broken_off_by_a_drain_is_made_up_for_after_the_resume(
 
 
 def test_a_resume_neither_loses_nor_repeats_an_evaluation_at_a_step_edge(
-    train: Callable[..., DARTrainer], new_sink: Callable[[], Any], tmp_path: Path
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink], tmp_path: Path
 ) -> None:
     settings = {
         "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_on_start": True, **EVERY_SECOND

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from dar.errors import (
     InvalidRequestError,
@@ -15,13 +15,13 @@ from dar.errors import (
     RewardUnavailableError,
     TrainingError,
 )
-from dar.protocol.spec import JobSpec
 from dar.rewards.server import reward_server
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
 from dar.training.checkpoint.checkpoint import verify
 from dar.training.from_spec import build_trainer, job_config
 from dar.training.parallel import deepspeed_config
 from fakes import loopback
+from fakes.recording_sink import RecordingSink
 
 SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0NTY="
 
@@ -46,62 +46,21 @@ def reward_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def base(
-    make_model: Callable[..., LlamaForCausalLM],
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-) -> Path:
-    folder = tmp_path / "models" / "tiny"
-    make_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def job(
-    base: Path, reward_url: str, prompts: list[dict[str, Any]], tmp_path: Path
-) -> Callable[..., JobInputs]:
-    training_file = tmp_path / "prompts.jsonl"
-    training_file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
-
+def job(job_inputs: Callable[..., JobInputs], reward_url: str) -> Callable[..., JobInputs]:
     def make(
         *, url: str = reward_url, dar: dict[str, Any] | None = None, **fields: Any
     ) -> JobInputs:
         method = {
-            "hyperparameters": {"learning_rate": 3e-3, "batch_size": 3, "max_steps": 4},
-            "sampling": {"max_new_tokens": 8},
             "rewards": {"components": [{"name": "words", "url": url}]},
             "checkpointing": {"every_steps": 2},
         } | (dar or {})
-        spec = JobSpec.model_validate(
-            {
-                "model": "tiny",
-                "training_file": "file-1",
-                "validation_file": "file-2" if "evaluation" in method else None,
-                "method": {"type": "dar", "dar": method},
-            }
-        )
-        values: dict[str, Any] = {
-            "job_id": "ftjob-1",
-            "spec": spec,
-            "seed": 7,
-            "total_steps": 4,
-            "model": base,
-            "adapters": (),
-            "training_file": training_file,
-            "work_dir": tmp_path / "work",
-            "resume_from": None,
-            "reward_secret": SECRET,
-            "threads": 1,
-            "offline": True,
-        }
-        return JobInputs(**values | fields)
+        return job_inputs(method, **{"reward_secret": SECRET} | fields)
 
     return make
 
 
 def test_a_job_trains_against_a_reward_service_to_its_last_checkpoint(
-    job: Callable[..., JobInputs], sink: Any, capfd: pytest.CaptureFixture[str]
+    job: Callable[..., JobInputs], sink: RecordingSink, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train_job(job(), sink, NullControl()) == "finished"
     assert [step for step, *_ in sink.published] == [2, 4]
@@ -117,7 +76,7 @@ def test_a_job_trains_against_a_reward_service_to_its_last_checkpoint(
 
 
 def test_a_script_may_name_a_reward_service_by_its_url(
-    train: Callable[..., DARTrainer], reward_url: str, sink: Any
+    train: Callable[..., DARTrainer], reward_url: str, sink: RecordingSink
 ) -> None:
     train(reward_funcs=reward_url, reward_secret=SECRET, sink=sink, settings={"max_steps": 1})
     assert "rewards/remote/mean" in sink.reports[1]
@@ -126,7 +85,10 @@ def test_a_script_may_name_a_reward_service_by_its_url(
 
 
 def test_a_job_goes_on_from_its_checkpoint_to_the_same_weights(
-    job: Callable[..., JobInputs], sink: Any, new_sink: Callable[[], Any], tmp_path: Path
+    job: Callable[..., JobInputs],
+    sink: RecordingSink,
+    new_sink: type[RecordingSink],
+    tmp_path: Path,
 ) -> None:
     train_job(job(), sink, NullControl())
     again = new_sink()
@@ -138,7 +100,10 @@ def test_a_job_goes_on_from_its_checkpoint_to_the_same_weights(
 
 
 def test_a_job_whose_last_step_was_done_before_publishes_it_again(
-    job: Callable[..., JobInputs], sink: Any, new_sink: Callable[[], Any], tmp_path: Path
+    job: Callable[..., JobInputs],
+    sink: RecordingSink,
+    new_sink: type[RecordingSink],
+    tmp_path: Path,
 ) -> None:
     train_job(job(), sink, NullControl())
     again = new_sink()
@@ -151,7 +116,7 @@ def test_a_job_whose_last_step_was_done_before_publishes_it_again(
 
 
 def test_an_adapter_job_names_its_base_as_the_spec_does(
-    job: Callable[..., JobInputs], sink: Any
+    job: Callable[..., JobInputs], sink: RecordingSink
 ) -> None:
     peft = {"type": "lora", "r": 4}
     assert train_job(job(dar={"peft": peft}), sink, NullControl()) == "finished"
@@ -164,8 +129,8 @@ def test_an_adapter_job_names_its_base_as_the_spec_does(
 def test_adapters_are_merged_before_training(
     job: Callable[..., JobInputs],
     base: Path,
-    sink: Any,
-    new_sink: Callable[[], Any],
+    sink: RecordingSink,
+    new_sink: type[RecordingSink],
     tmp_path: Path,
 ) -> None:
     train_job(job(dar={"peft": {"type": "lora", "r": 4}}), sink, NullControl())
@@ -185,7 +150,7 @@ def test_adapters_are_merged_before_training(
 
 
 def test_an_adapter_without_safetensors_is_refused(
-    job: Callable[..., JobInputs], sink: Any, tmp_path: Path
+    job: Callable[..., JobInputs], sink: RecordingSink, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match=r"has no adapter_model\.safetensors"):
         train_job(job(adapters=(tmp_path,)), sink, NullControl())
@@ -200,7 +165,7 @@ def test_an_adapter_without_safetensors_is_refused(
     ],
 )
 def test_a_model_that_brings_code_is_refused(
-    job: Callable[..., JobInputs], base: Path, sink: Any, extra: dict[str, Any]
+    job: Callable[..., JobInputs], base: Path, sink: RecordingSink, extra: dict[str, Any]
 ) -> None:
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | extra))
@@ -210,7 +175,7 @@ def test_a_model_that_brings_code_is_refused(
 
 
 def test_a_pickled_or_absent_model_is_refused(
-    job: Callable[..., JobInputs], base: Path, sink: Any, tmp_path: Path
+    job: Callable[..., JobInputs], base: Path, sink: RecordingSink, tmp_path: Path
 ) -> None:
     weights = base / "model.safetensors"
     weights.rename(base / "pytorch_model.bin")
@@ -220,7 +185,9 @@ def test_a_pickled_or_absent_model_is_refused(
         train_job(job(model=tmp_path / "nowhere"), sink, NullControl())
 
 
-def test_damaged_weights_are_refused(job: Callable[..., JobInputs], base: Path, sink: Any) -> None:
+def test_damaged_weights_are_refused(
+    job: Callable[..., JobInputs], base: Path, sink: RecordingSink
+) -> None:
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(TrainingError, match="cannot be loaded"):
@@ -228,7 +195,7 @@ def test_damaged_weights_are_refused(job: Callable[..., JobInputs], base: Path, 
 
 
 def test_a_generation_config_that_could_not_be_saved_is_mended_at_the_start(
-    job: Callable[..., JobInputs], base: Path, sink: Any
+    job: Callable[..., JobInputs], base: Path, sink: RecordingSink
 ) -> None:
     path = base / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": 3, "temperature": 0.6, "do_sample": False}))
@@ -238,7 +205,7 @@ def test_a_generation_config_that_could_not_be_saved_is_mended_at_the_start(
 
 
 def test_a_model_without_tokenizer_is_refused(
-    job: Callable[..., JobInputs], base: Path, sink: Any
+    job: Callable[..., JobInputs], base: Path, sink: RecordingSink
 ) -> None:
     for path in base.glob("token*"):
         path.unlink()
@@ -246,7 +213,9 @@ def test_a_model_without_tokenizer_is_refused(
         train_job(job(), sink, NullControl())
 
 
-def test_a_bad_row_is_named(job: Callable[..., JobInputs], sink: Any, tmp_path: Path) -> None:
+def test_a_bad_row_is_named(
+    job: Callable[..., JobInputs], sink: RecordingSink, tmp_path: Path
+) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "w10"}\n{"text": "w10"}\n')
     with pytest.raises(InvalidRequestError, match="row 2"):
@@ -254,7 +223,7 @@ def test_a_bad_row_is_named(job: Callable[..., JobInputs], sink: Any, tmp_path: 
 
 
 def test_an_unreachable_reward_service_is_waited_for_visibly_and_then_reported(
-    job: Callable[..., JobInputs], sink: Any
+    job: Callable[..., JobInputs], sink: RecordingSink
 ) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
@@ -269,7 +238,10 @@ def test_an_unreachable_reward_service_is_waited_for_visibly_and_then_reported(
 
 @pytest.mark.parametrize("request_", ["cancel", "drain"])
 def test_a_stop_before_the_first_step_writes_nothing(
-    job: Callable[..., JobInputs], new_control: Callable[..., Any], sink: Any, request_: Any
+    job: Callable[..., JobInputs],
+    new_control: Callable[..., Any],
+    sink: RecordingSink,
+    request_: Any,
 ) -> None:
     endings = {"cancel": "cancelled", "drain": "drained"}
     control = new_control(request_, lambda: True)
@@ -299,7 +271,7 @@ def test_a_spec_becomes_arguments_of_the_trainer(job: Callable[..., JobInputs]) 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_optimizer_and_precision_resumes_exactly(
     job: Callable[..., JobInputs],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     tmp_path: Path,
     optim: str,
     precision: str,
@@ -322,7 +294,7 @@ def test_every_optimizer_and_precision_resumes_exactly(
 
 
 def test_a_job_is_evaluated_on_its_validation_file_and_at_its_last_step(
-    job: Callable[..., JobInputs], sink: Any, tmp_path: Path
+    job: Callable[..., JobInputs], sink: RecordingSink, tmp_path: Path
 ) -> None:
     path = tmp_path / "validation.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in (11, 12, 13)))
@@ -343,7 +315,7 @@ def test_a_job_is_evaluated_on_its_validation_file_and_at_its_last_step(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU, so float16 is allowed")
 def test_float16_is_refused_where_the_worker_has_no_gpu(
-    job: Callable[..., JobInputs], sink: Any
+    job: Callable[..., JobInputs], sink: RecordingSink
 ) -> None:
     with pytest.raises(TrainingError, match="needs a GPU") as caught:
         train_job(job(dar={"precision": "fp16"}), sink, NullControl())

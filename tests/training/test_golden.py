@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from dar.training import DARConfig, DARTrainer
 from dar.training.step.records import ScoredStep
+from fakes.recording_sink import RecordingSink
 
 if TYPE_CHECKING:
     from dar.training.step.loop import StepShare
@@ -157,7 +158,7 @@ def test_training_gives_the_golden_weights_loss_gradient_and_metrics(
     weight_cases: list[dict[str, Any]],
     config: Callable[..., DARConfig],
     tokenizer: PreTrainedTokenizerBase,
-    sink: Any,
+    sink: RecordingSink,
     name: str,
 ) -> None:
     case = named(weight_cases, name)
@@ -257,7 +258,7 @@ def test_golden_cases_give_the_golden_log_probabilities_loss_and_gradients(
     golden_model: Callable[[str], LlamaForCausalLM],
     config: Callable[..., DARConfig],
     tokenizer: PreTrainedTokenizerBase,
-    sink: Any,
+    sink: RecordingSink,
     index: int,
 ) -> None:
     case = end_to_end["cases"][index]

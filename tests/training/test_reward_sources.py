@@ -13,74 +13,31 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerBase,
-)
 
 from dar.errors import CheckpointError, InvalidRequestError, RewardBudgetError
 from dar.protocol.reward_spec import Rewards
-from dar.protocol.spec import JobSpec
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
 from dar.training.checkpoint.fingerprint import reward_terms
-from fakes import loopback
+from fakes import loopback, tiny_models
+from fakes.recording_sink import RecordingSink
 
 COUNT = {"name": "count", "kind": "builtin", "fn": "contains", "params": {"values": ["w40"]}}
 
 
 @pytest.fixture
-def base(
-    make_model: Callable[..., LlamaForCausalLM],
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-) -> Path:
-    folder = tmp_path / "models" / "tiny"
-    make_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def judge(tmp_path: Path) -> Path:
+    return tiny_models.save(tiny_models.judge(3, num_hidden_layers=1), tmp_path / "judge")
 
 
 @pytest.fixture
-def judge(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Path:
-    torch.manual_seed(3)
-    values: dict[str, Any] = {
-        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_labels": 1, "max_position_embeddings": 128, "initializer_range": 0.5, "pad_token_id": None, "bos_token_id": 2,
-        "eos_token_id": 3,
-    }  # fmt: skip
-    config = LlamaConfig(**values)
-    folder = tmp_path / "judge"
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def job(base: Path, prompts: list[dict[str, Any]], tmp_path: Path) -> Callable[..., JobInputs]:
-    training_file = tmp_path / "prompts.jsonl"
+def job(
+    job_inputs: Callable[..., JobInputs], prompts: list[dict[str, Any]]
+) -> Callable[..., JobInputs]:
     rows = [row | {"ground_truth": "w40"} for row in prompts]
-    training_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(rewards: dict[str, Any], **fields: Any) -> JobInputs:
-        method = {
-            "hyperparameters": {"learning_rate": 3e-3, "batch_size": 3, "max_steps": 4},
-            "sampling": {"max_new_tokens": 8},
-            "rewards": rewards,
-            "checkpointing": {"every_steps": 2},
-        }
-        spec = {
-            "model": "tiny",
-            "training_file": "file-1",
-            "method": {"type": "dar", "dar": method},
-        }
-        values: dict[str, Any] = {
-            "job_id": "ftjob-1", "spec": JobSpec.model_validate(spec), "seed": 7, "total_steps": 4, "model": base,
-            "adapters": (), "training_file": training_file, "work_dir": tmp_path / "work", "resume_from": None,
-            "reward_secret": None, "threads": 1, "offline": True,
-        }  # fmt: skip
-        return JobInputs(**values | fields)
+        method = {"rewards": rewards, "checkpointing": {"every_steps": 2}}
+        return job_inputs(method, rows=rows, **fields)
 
     return make
 
@@ -96,7 +53,7 @@ def serving(handle: Callable[[dict[str, Any]], Any]) -> Iterator[str]:
 
 
 def test_a_builtin_and_a_reward_model_are_summed_with_their_weights(
-    job: Callable[..., JobInputs], judge: Path, sink: Any
+    job: Callable[..., JobInputs], judge: Path, sink: RecordingSink
 ) -> None:
     components = [COUNT | {"weight": 0.5}, {"name": "rm", "kind": "hf_model", "model": "judge", "weight": 2.0}]  # fmt: skip
     inputs = job({"components": components}, reward_models={"rm": judge})
@@ -130,7 +87,7 @@ def remote_model(data: dict[str, Any]) -> dict[str, Any]:
     [("trl", lambda data: accuracy(**data)), ("openrlhf", remote_model)],
 )
 def test_a_service_of_another_system_scores_a_job_unchanged(
-    job: Callable[..., JobInputs], sink: Any, protocol: str, handle: Callable[..., Any]
+    job: Callable[..., JobInputs], sink: RecordingSink, protocol: str, handle: Callable[..., Any]
 ) -> None:
     with serving(handle) as url:
         component = {"name": "theirs", "url": url, "protocol": protocol}
@@ -144,8 +101,8 @@ def test_a_service_of_another_system_scores_a_job_unchanged(
 def test_running_moments_survive_a_resume_bit_by_bit(
     job: Callable[..., JobInputs],
     judge: Path,
-    sink: Any,
-    new_sink: Callable[[], Any],
+    sink: RecordingSink,
+    new_sink: type[RecordingSink],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,7 +124,7 @@ def test_running_moments_survive_a_resume_bit_by_bit(
 
 
 def test_a_fallback_is_the_reward_of_what_failed_and_the_failure_stays_visible(
-    job: Callable[..., JobInputs], sink: Any
+    job: Callable[..., JobInputs], sink: RecordingSink
 ) -> None:
     numbers = {"name": "right", "kind": "builtin", "fn": "numeric_answer"}  # ground_truth is a word
     rewards = {
@@ -184,7 +141,7 @@ def test_a_fallback_is_the_reward_of_what_failed_and_the_failure_stays_visible(
 
 
 def test_a_gate_and_a_partial_skip_reach_the_rewards_and_are_told(
-    job: Callable[..., JobInputs], new_sink: Callable[[], Any]
+    job: Callable[..., JobInputs], new_sink: type[RecordingSink]
 ) -> None:
     length = {"name": "length", "kind": "builtin", "fn": "length_penalty", "params": {"target": 1, "max_penalty": 9}}  # fmt: skip
     gate = {"name": "gate", "role": "gate", "kind": "builtin", "fn": "regex_match", "params": {"pattern": "w1"}}  # fmt: skip
@@ -213,11 +170,13 @@ def test_a_gate_and_a_partial_skip_reach_the_rewards_and_are_told(
         assert fraction * completions == pytest.approx(data["count"])
 
 
-def zeroed(sink: Any) -> list[tuple[str, dict[str, Any]]]:
+def zeroed(sink: RecordingSink) -> list[tuple[str, dict[str, Any]]]:
     return [(level, data) for level, _, data in sink.events if data["kind"] == "reward_zeroed"]
 
 
-def test_a_spent_budget_names_the_samples(job: Callable[..., JobInputs], sink: Any) -> None:
+def test_a_spent_budget_names_the_samples(
+    job: Callable[..., JobInputs], sink: RecordingSink
+) -> None:
     numbers = {"name": "right", "kind": "builtin", "fn": "numeric_answer"}  # ground_truth is a word
     failure = {"on_error": {"fallback_value": 0.0}, "max_failed_fraction": 0.001}
     with pytest.raises(RewardBudgetError) as caught:
@@ -228,7 +187,7 @@ def test_a_spent_budget_names_the_samples(job: Callable[..., JobInputs], sink: A
 
 
 def test_reward_models_are_given_by_the_names_of_the_spec(
-    train: Callable[..., DARTrainer], judge: Path, sink: Any
+    train: Callable[..., DARTrainer], judge: Path, sink: RecordingSink
 ) -> None:
     rewards = Rewards.model_validate(
         {"components": [{"name": "rm", "kind": "hf_model", "model": str(judge)}]}

@@ -21,6 +21,7 @@ from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol import metrics as registry
 from dar.training import DARConfig, DARTrainer
 from dar.training.model.loading import add_adapter
+from fakes.recording_sink import RecordingSink
 
 
 def weights_of(trainer: DARTrainer) -> dict[str, torch.Tensor]:
@@ -33,7 +34,7 @@ def test_the_reward_rises(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[dict[str, Any]],
     reward: Callable[..., list[float]],
-    sink: Any,
+    sink: RecordingSink,
 ) -> None:
     settings = config(
         per_device_train_batch_size=8,
@@ -55,7 +56,7 @@ def test_the_reward_rises(
 
 
 def test_every_reported_metric_is_registered_and_reaches_the_callbacks(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     trainer = train(sink=sink)
     assert sorted(sink.reports) == [1, 2, 3]
@@ -70,7 +71,7 @@ def test_every_reported_metric_is_registered_and_reaches_the_callbacks(
 
 
 def test_a_window_of_several_steps_reports_their_mean_and_the_last_steps_too(
-    train: Callable[..., DARTrainer], new_sink: Callable[[], Any]
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink]
 ) -> None:
     single, windowed = new_sink(), new_sink()
     train(sink=single)
@@ -85,7 +86,7 @@ def test_a_window_of_several_steps_reports_their_mean_and_the_last_steps_too(
 
 
 def test_samples_tell_everything_that_decided_their_weight(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     train(sink=sink)
     rows = sink.shown[1]
@@ -102,7 +103,7 @@ def test_samples_tell_everything_that_decided_their_weight(
 
 def test_accumulation_equals_one_big_batch(
     train: Callable[..., DARTrainer],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     big, split, tiny = new_sink(), new_sink(), new_sink()
@@ -124,7 +125,7 @@ def test_accumulation_equals_one_big_batch(
 
 
 def test_missing_rewards_are_left_out_and_never_counted_as_numbers(
-    train: Callable[..., DARTrainer], new_sink: Callable[[], Any]
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink]
 ) -> None:
     def offset(shift: float) -> Callable[..., list[float]]:
         def score(completions: list[str], **columns: Any) -> list[float]:
@@ -153,7 +154,7 @@ def test_missing_rewards_are_left_out_and_never_counted_as_numbers(
 
 
 def test_a_group_with_one_reward_has_nothing_to_compare_and_is_dropped(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     def score(completions: list[str], **columns: Any) -> list[float | None]:
         return [float(i) if i == 0 or i > 3 else None for i in range(len(completions))]
@@ -164,7 +165,9 @@ def test_a_group_with_one_reward_has_nothing_to_compare_and_is_dropped(
 
 
 def test_an_empty_step_changes_nothing_says_so_and_three_in_a_row_end_training(
-    train: Callable[..., DARTrainer], make_model: Callable[..., LlamaForCausalLM], sink: Any
+    train: Callable[..., DARTrainer],
+    make_model: Callable[..., LlamaForCausalLM],
+    sink: RecordingSink,
 ) -> None:
     model = make_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -185,7 +188,7 @@ def test_an_empty_step_changes_nothing_says_so_and_three_in_a_row_end_training(
 
 
 def test_one_completion_per_prompt_is_compared_with_the_whole_step(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     def score(completions: list[str], **columns: Any) -> list[float]:
         return [float(i) for i in range(len(completions))]
@@ -233,7 +236,7 @@ def test_a_loss_that_is_no_number_ends_training_before_the_weights_change(
 
 
 def test_without_alpha_no_reference_is_kept_or_asked(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     train(sink=sink, settings={"alpha": 0.0})
     assert "dar/logps_ref" not in sink.reports[1]
@@ -243,7 +246,7 @@ def test_without_alpha_no_reference_is_kept_or_asked(
 def test_an_adapters_reference_is_the_model_without_it(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],
-    sink: Any,
+    sink: RecordingSink,
 ) -> None:
     model = make_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -260,7 +263,9 @@ def test_an_adapters_reference_is_the_model_without_it(
 
 
 def test_dropout_of_the_model_is_off_in_every_pass(
-    train: Callable[..., DARTrainer], make_model: Callable[..., LlamaForCausalLM], sink: Any
+    train: Callable[..., DARTrainer],
+    make_model: Callable[..., LlamaForCausalLM],
+    sink: RecordingSink,
 ) -> None:
     train(model=make_model(attention_dropout=0.9), sink=sink, settings={"max_steps": 1})
     row = sink.shown[1][0]
@@ -291,7 +296,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_said_once(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     train(sink=sink, settings={"max_prompt_length": 4})
     cuts = [data for _, _, data in sink.events]
@@ -312,7 +317,7 @@ def test_models_that_cannot_be_told_positions_are_refused(
 
 
 def test_models_whose_cache_cannot_be_repeated_are_refused_before_the_first_step(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     hybrid = Qwen3NextConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"],
@@ -336,7 +341,7 @@ def test_adapters_for_modules_that_are_none_are_refused(
 
 
 def test_a_padding_token_beyond_the_vocabulary_changes_nothing(
-    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: Any
+    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: RecordingSink
 ) -> None:
     enlarged = copy.deepcopy(tokenizer)
     enlarged.add_special_tokens({"pad_token": "<new>"})
@@ -346,7 +351,7 @@ def test_a_padding_token_beyond_the_vocabulary_changes_nothing(
 
 
 def test_a_conversation_that_the_template_refuses_is_named_before_the_first_step(
-    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: Any
+    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: RecordingSink
 ) -> None:
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = (
@@ -384,7 +389,7 @@ def test_an_adapter_keeps_its_own_dropout_and_gets_no_second_adapter(
 
 
 def test_conversations_are_trained_on_and_reach_the_reward_as_messages(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     seen: list[Any] = []
 

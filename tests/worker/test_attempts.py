@@ -2,10 +2,13 @@
 
 import signal
 import time
-from typing import Any
+
+from fakes.scripted_installation import ScriptedInstallation
 
 
-def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(installation: Any) -> None:
+def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=4, every=2)
     installation.start_worker()
     job = installation.wait(job_id, "succeeded", "failed")
@@ -16,7 +19,7 @@ def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(installati
 
 
 def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
-    installation: Any,
+    installation: ScriptedInstallation,
 ) -> None:
     content = '{"prompt": "Twice"}\n'
     dar = {
@@ -37,7 +40,9 @@ def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
     assert "no training file: hf://trl-lib/ultrafeedback-prompt?split=train" in said
 
 
-def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(installation: Any) -> None:
+def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=6, every=2, crash_at=4)
     installation.start_worker()
     job = installation.wait(job_id, "succeeded", "failed")
@@ -49,7 +54,9 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(installat
     assert "a cosmic ray" in kept
 
 
-def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(installation: Any) -> None:
+def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=3, every=1, crash_at=1, die="")
     installation.start_worker()
     job = installation.wait(job_id, "succeeded", "failed")
@@ -57,7 +64,9 @@ def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(installation:
     assert any("SIGKILL" in text and "memory" in text for text in installation.messages(job_id))
 
 
-def test_an_error_of_the_users_fails_the_job_with_its_parameter(installation: Any) -> None:
+def test_an_error_of_the_users_fails_the_job_with_its_parameter(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(exit="user")
     installation.start_worker()
     job = installation.wait(job_id, "succeeded", "failed")
@@ -69,7 +78,7 @@ def test_an_error_of_the_users_fails_the_job_with_its_parameter(installation: An
     assert job["attempt"] == 1
 
 
-def test_a_nul_is_shown_as_a_replacement_character(installation: Any) -> None:
+def test_a_nul_is_shown_as_a_replacement_character(installation: ScriptedInstallation) -> None:
     job_id = installation.submit(nul="")
     installation.start_worker()
     job = installation.wait(job_id, "succeeded", "failed")
@@ -80,7 +89,9 @@ def test_a_nul_is_shown_as_a_replacement_character(installation: Any) -> None:
     assert said == [f"{a}\N{REPLACEMENT CHARACTER}{b}" for a, b in ("ab", "cd", "ef")]
 
 
-def test_rows_that_the_service_refuses_end_the_attempt_with_its_words(own: Any) -> None:
+def test_rows_that_the_service_refuses_end_the_attempt_with_its_words(
+    own: ScriptedInstallation,
+) -> None:
     own.start_service()
     job_id = own.submit(steps=1000, every=1000, seconds=0.05, metric="dar/none")
     own.start_worker()
@@ -90,7 +101,7 @@ def test_rows_that_the_service_refuses_end_the_attempt_with_its_words(own: Any) 
     assert len(own.attempt_folders()) == 1, "the rows are kept for whoever looks into it"
 
 
-def test_an_input_that_is_gone_is_said(installation: Any) -> None:
+def test_an_input_that_is_gone_is_said(installation: ScriptedInstallation) -> None:
     job_id = installation.submit()
     file_id = installation.job(job_id)["training_file"]
     (installation.home / "artifacts" / "files" / file_id).unlink()
@@ -101,7 +112,9 @@ def test_an_input_that_is_gone_is_said(installation: Any) -> None:
     installation.cancel(job_id)
 
 
-def test_a_reward_service_that_is_down_puts_the_job_back_with_the_reason(installation: Any) -> None:
+def test_a_reward_service_that_is_down_puts_the_job_back_with_the_reason(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(exit="reward")
     installation.start_worker()
     job = installation.until(
@@ -112,7 +125,9 @@ def test_a_reward_service_that_is_down_puts_the_job_back_with_the_reason(install
     installation.cancel(job_id)
 
 
-def test_a_cancelled_trainer_is_asked_and_leaves_by_itself(installation: Any) -> None:
+def test_a_cancelled_trainer_is_asked_and_leaves_by_itself(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.05)
     installation.start_worker(cancel_seconds=30.0, poll_seconds=30.0, heartbeat_seconds=15.0)
     installation.wait_step(job_id, 2)
@@ -123,7 +138,9 @@ def test_a_cancelled_trainer_is_asked_and_leaves_by_itself(installation: Any) ->
     installation.until(lambda: installation.trainers() == [])
 
 
-def test_a_trainer_that_does_not_heed_a_cancellation_is_terminated(installation: Any) -> None:
+def test_a_trainer_that_does_not_heed_a_cancellation_is_terminated(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.05, deaf="")
     installation.start_worker(cancel_seconds=0.3)
     installation.wait_step(job_id, 2)
@@ -133,7 +150,7 @@ def test_a_trainer_that_does_not_heed_a_cancellation_is_terminated(installation:
 
 
 def test_a_stopped_worker_drains_with_a_checkpoint_and_its_successor_goes_on(
-    installation: Any,
+    installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=40, every=1000, seconds=0.05)
     worker = installation.start_worker()
@@ -150,7 +167,7 @@ def test_a_stopped_worker_drains_with_a_checkpoint_and_its_successor_goes_on(
 
 
 def test_a_trainer_that_does_not_drain_in_time_is_killed_and_the_job_goes_back(
-    installation: Any,
+    installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.05, deaf="")
     worker = installation.start_worker(drain_seconds=0.5)
@@ -162,7 +179,7 @@ def test_a_trainer_that_does_not_drain_in_time_is_killed_and_the_job_goes_back(
 
 
 def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_once(
-    installation: Any,
+    installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=40, every=5, seconds=0.05)
     worker = installation.start_worker(spool_seconds=0.5)
@@ -179,7 +196,9 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_on
     installation.until(lambda: installation.attempt_folders() == [])
 
 
-def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(installation: Any) -> None:
+def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.02)
     worker = installation.start_worker(spool_seconds=60.0)
     (folder,) = installation.until(installation.attempt_folders)
@@ -195,7 +214,7 @@ def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(installation: 
     installation.wait(job_id, "cancelled")
 
 
-def test_a_worker_that_was_frozen_is_turned_away_when_it_wakes(own: Any) -> None:
+def test_a_worker_that_was_frozen_is_turned_away_when_it_wakes(own: ScriptedInstallation) -> None:
     own.start_service(lease_ttl_seconds=1.0)
     job_id = own.submit(steps=60, every=5, seconds=0.05)
     frozen = own.start_worker(slot="frozen")

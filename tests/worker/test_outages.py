@@ -1,10 +1,13 @@
 """The service and the broker go away, and come back."""
 
 import time
-from typing import Any
+
+from fakes.scripted_installation import ScriptedInstallation, Valkey
 
 
-def test_a_service_that_is_away_before_and_amid_a_job_costs_nothing(own: Any) -> None:
+def test_a_service_that_is_away_before_and_amid_a_job_costs_nothing(
+    own: ScriptedInstallation,
+) -> None:
     own.start_service()
     job_id = own.submit(steps=60, every=10, seconds=0.05)
     own.kill_service()
@@ -21,7 +24,9 @@ def test_a_service_that_is_away_before_and_amid_a_job_costs_nothing(own: Any) ->
     assert own.checkpoints(job_id)[0]["step_number"] == 60
 
 
-def test_a_job_that_ends_while_the_service_is_away_succeeds_when_it_is_back(own: Any) -> None:
+def test_a_job_that_ends_while_the_service_is_away_succeeds_when_it_is_back(
+    own: ScriptedInstallation,
+) -> None:
     own.start_service()
     job_id = own.submit(steps=20, every=10, seconds=0.03)
     own.start_worker()
@@ -34,7 +39,9 @@ def test_a_job_that_ends_while_the_service_is_away_succeeds_when_it_is_back(own:
     assert own.steps(job_id) == list(range(1, 21))
 
 
-def test_a_worker_that_is_stopped_while_the_service_is_away_still_leaves(own: Any) -> None:
+def test_a_worker_that_is_stopped_while_the_service_is_away_still_leaves(
+    own: ScriptedInstallation,
+) -> None:
     own.start_service()
     job_id = own.submit(steps=1000, every=1000, seconds=0.05)
     worker = own.start_worker(drain_seconds=1.0)
@@ -46,7 +53,9 @@ def test_a_worker_that_is_stopped_while_the_service_is_away_still_leaves(own: An
     own.until(lambda: own.job(job_id)["attempt"] == 2)
 
 
-def test_a_wake_up_starts_a_job_long_before_the_next_poll(own: Any, valkey: Any) -> None:
+def test_a_wake_up_starts_a_job_long_before_the_next_poll(
+    own: ScriptedInstallation, valkey: Valkey
+) -> None:
     valkey.start()
     own.broker_url = valkey.url
     own.start_service()
@@ -61,7 +70,9 @@ def test_a_wake_up_starts_a_job_long_before_the_next_poll(own: Any, valkey: Any)
     assert own.stop_worker(worker) < 15
 
 
-def test_a_broker_that_dies_or_never_was_only_costs_the_poll(own: Any, valkey: Any) -> None:
+def test_a_broker_that_dies_or_never_was_only_costs_the_poll(
+    own: ScriptedInstallation, valkey: Valkey
+) -> None:
     own.broker_url = valkey.url  # nobody listens there yet
     own.start_service()
     worker = own.start_worker()
@@ -77,7 +88,7 @@ def test_a_broker_that_dies_or_never_was_only_costs_the_poll(own: Any, valkey: A
 
 
 def test_a_busy_worker_is_drained_by_sigterm_with_and_without_its_broker(
-    own: Any, valkey: Any
+    own: ScriptedInstallation, valkey: Valkey
 ) -> None:
     valkey.start()
     own.broker_url = valkey.url

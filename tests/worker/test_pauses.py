@@ -1,17 +1,19 @@
 """Pauses, seen from the worker: real service, real worker process, scripted trainer."""
 
 import time
-from typing import Any
 
 import pytest
 
 from dar.protocol.worker import Fail, Release
+from fakes.scripted_installation import ScriptedInstallation
 from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 from worker.supervisor.outcome import Finished, Reason, judge
 
 
-def test_a_paused_job_leaves_a_checkpoint_and_its_slot_to_others(installation: Any) -> None:
+def test_a_paused_job_leaves_a_checkpoint_and_its_slot_to_others(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=60, every=1000, seconds=0.05)
     installation.start_worker(cancel_seconds=30.0, poll_seconds=30.0, heartbeat_seconds=15.0)
     installation.wait_step(job_id, 3)
@@ -33,7 +35,7 @@ def test_a_paused_job_leaves_a_checkpoint_and_its_slot_to_others(installation: A
 
 
 def test_a_trainer_that_does_not_heed_a_pause_is_killed_and_the_job_paused(
-    installation: Any,
+    installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.05, deaf="")
     installation.start_worker(drain_seconds=0.5)
@@ -44,7 +46,9 @@ def test_a_trainer_that_does_not_heed_a_pause_is_killed_and_the_job_paused(
     installation.cancel(job_id)
 
 
-def test_a_worker_stopped_while_its_job_pauses_leaves_the_job_paused(installation: Any) -> None:
+def test_a_worker_stopped_while_its_job_pauses_leaves_the_job_paused(
+    installation: ScriptedInstallation,
+) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.2)
     worker = installation.start_worker()
     installation.wait_step(job_id, 2)
@@ -56,7 +60,7 @@ def test_a_worker_stopped_while_its_job_pauses_leaves_the_job_paused(installatio
 
 
 def test_a_refusal_of_the_reward_service_pauses_the_job_with_its_reason_and_no_secret(
-    installation: Any,
+    installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=4, exit="refused")
     installation.start_worker()
@@ -74,7 +78,7 @@ def test_a_refusal_of_the_reward_service_pauses_the_job_with_its_reason_and_no_s
     assert installation.steps(job_id) == [1, 2, 3, 4]
 
 
-def test_a_refusal_fails_the_job_whose_spec_says_so(installation: Any) -> None:
+def test_a_refusal_fails_the_job_whose_spec_says_so(installation: ScriptedInstallation) -> None:
     job_id = installation.submit(exit="refused", on_budget="fail")
     installation.start_worker()
     job = installation.wait(job_id, "paused", "failed")

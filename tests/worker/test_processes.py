@@ -16,6 +16,7 @@ import pytest
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess, Fail
 from dar.settings import environment
+from fakes.scripted_installation import ScriptedInstallation
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import Launch, Order, TrainerResult
 from worker.supervisor.child_process import (
@@ -231,6 +232,6 @@ def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
     )
 
 
-def test_a_refused_key_is_said_at_every_poll(installation: Any) -> None:
+def test_a_refused_key_is_said_at_every_poll(installation: ScriptedInstallation) -> None:
     installation.start_worker(worker_key="dar-wk-x-wrong", slot="stranger")
     installation.until(lambda: installation.log("worker").count("rejects the worker key") >= 2)

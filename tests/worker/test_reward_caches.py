@@ -3,13 +3,13 @@
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dar.protocol.spec import JobSpec
 from dar.rewards.cache.cache import CachePlace
 from dar.settings import Settings
+from fakes.scripted_installation import ScriptedInstallation
 from worker.launch import Launch
 from worker.supervisor.reward_caches import KEPT_SECONDS, RewardCaches
 
@@ -76,7 +76,7 @@ def test_what_nobody_used_for_long_is_swept(caches: RewardCaches) -> None:
     )
 
 
-def test_only_a_job_that_has_succeeded_is_forgotten(installation: Any) -> None:
+def test_only_a_job_that_has_succeeded_is_forgotten(installation: ScriptedInstallation) -> None:
     root = installation.home / "worker" / "reward-caches"
     done, failed = installation.submit(steps=2), installation.submit(steps=2, exit="user")
     folders = [fill(root / f"job-{job_id}") for job_id in (done, failed)]

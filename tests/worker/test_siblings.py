@@ -13,13 +13,14 @@ import pytest
 
 from dar.rewards.server import reward_server
 from fakes import loopback
+from fakes.scripted_installation import ScriptedInstallation
 
 GOLDEN = Path(__file__).parents[1] / "training" / "golden"
 PROMPTS = b'{"prompt": "w10 w20"}\n{"prompt": "w30"}\n{"prompt": "w5 w6 w7"}\n'
 
 
 @pytest.fixture
-def reward_url(installation: Any) -> Iterator[str]:
+def reward_url(installation: ScriptedInstallation) -> Iterator[str]:
     """A signed reward service that takes its time."""
     secret = (installation.home / "reward_secret").read_text().strip()
 
@@ -33,7 +34,7 @@ def reward_url(installation: Any) -> Iterator[str]:
 
 
 @pytest.fixture
-def model(installation: Any) -> str:
+def model(installation: ScriptedInstallation) -> str:
     folder = installation.home / "models" / "golden"
     shutil.copytree(GOLDEN / "tokenizer", folder, dirs_exist_ok=True)
     config = json.loads((GOLDEN / "end_to_end.json").read_text())["model_config"]
@@ -43,7 +44,7 @@ def model(installation: Any) -> str:
     return folder.name
 
 
-def siblings(installation: Any) -> list[psutil.Process]:
+def siblings(installation: ScriptedInstallation) -> list[psutil.Process]:
     trainers = installation.trainers()
     pids = {trainer.pid for trainer in trainers}
     return [trainer for trainer in trainers if trainer.ppid() in pids]
@@ -62,7 +63,7 @@ def shared(reward_url: str, steps: int, **resources: Any) -> dict[str, Any]:
 
 @pytest.mark.slow  # two real attempts of two processes, each of which imports torch
 def test_a_job_ends_when_its_second_process_dies_and_resumes_from_its_checkpoint(
-    installation: Any, reward_url: str, model: str
+    installation: ScriptedInstallation, reward_url: str, model: str
 ) -> None:
     installation.start_worker(real=True)
     job_id = installation.submit_spec(PROMPTS, shared(reward_url, 6), model=model)
@@ -87,7 +88,7 @@ def test_a_job_ends_when_its_second_process_dies_and_resumes_from_its_checkpoint
 @pytest.mark.slow  # a real attempt of two processes, each of which imports torch, and DeepSpeed too
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_job_is_cut_into_shards_as_its_strategy_says(
-    installation: Any, reward_url: str, model: str, strategy: str
+    installation: ScriptedInstallation, reward_url: str, model: str, strategy: str
 ) -> None:
     installation.start_worker(real=True)
     dar = shared(reward_url, 2, strategy=strategy)

@@ -17,6 +17,7 @@ from dar.client.transport import Backoff, failure_of
 from dar.errors import CheckpointError, FencedError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, Fail, Lease, NewCheckpointRow
+from fakes.scripted_installation import ScriptedInstallation
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import Identity
@@ -88,7 +89,7 @@ class CuttingProxy:
 
 
 @pytest.fixture
-def lease(installation: Any, request: pytest.FixtureRequest) -> Iterator[Lease]:
+def lease(installation: ScriptedInstallation, request: pytest.FixtureRequest) -> Iterator[Lease]:
     """Of a job with one reward service, or with the components that are the parameter."""
     if (components := getattr(request, "param", None)) is None:
         installation.submit(steps=4)
@@ -153,7 +154,7 @@ def publish(state: AttemptState, step: int) -> NewCheckpointRow:
 
 
 def test_an_upload_that_breaks_goes_on_where_it_was(
-    installation: Any,
+    installation: ScriptedInstallation,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
     monkeypatch: pytest.MonkeyPatch,
@@ -183,7 +184,7 @@ class AnswerLost(WorkerClient):
 
 
 def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
-    installation: Any, state: AttemptState, monkeypatch: pytest.MonkeyPatch
+    installation: ScriptedInstallation, state: AttemptState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
     monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.01)
@@ -199,7 +200,7 @@ def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
 
 
 def test_local_copies_go_when_a_newer_checkpoint_is_committed(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     uploader = CheckpointUploader(state, connect(installation.url))
     for step in (1, 2):
@@ -212,7 +213,7 @@ def test_local_copies_go_when_a_newer_checkpoint_is_committed(
 
 
 def test_checkpoints_beyond_keep_last_are_not_uploaded(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     uploader = CheckpointUploader(state, connect(installation.url))
     for step in (1, 2, 3, 4):
@@ -223,7 +224,7 @@ def test_checkpoints_beyond_keep_last_are_not_uploaded(
 
 
 def test_an_altered_local_checkpoint_never_becomes_visible(
-    installation: Any,
+    installation: ScriptedInstallation,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
     monkeypatch: pytest.MonkeyPatch,
@@ -240,7 +241,7 @@ def test_an_altered_local_checkpoint_never_becomes_visible(
 
 
 def test_inputs_are_fetched_over_a_broken_network_and_verified(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     proxy = CuttingProxy(installation.port, cuts=1, after=10)
     models = installation.home / "models"
@@ -252,7 +253,10 @@ def test_inputs_are_fetched_over_a_broken_network_and_verified(
 
 
 def test_a_model_that_is_not_here_comes_from_the_service(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+    installation: ScriptedInstallation,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    tmp_path: Path,
 ) -> None:
     inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
     assert inputs.model_folder == state.folder.inputs / "model"
@@ -260,7 +264,10 @@ def test_a_model_that_is_not_here_comes_from_the_service(
 
 
 def test_a_model_that_is_nowhere_is_said(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+    installation: ScriptedInstallation,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    tmp_path: Path,
 ) -> None:
     folder = installation.home / "models" / "tiny"
     aside = folder.rename(tmp_path / "aside")
@@ -272,7 +279,7 @@ def test_a_model_that_is_nowhere_is_said(
 
 
 @pytest.fixture
-def judge(installation: Any) -> Iterator[Path]:
+def judge(installation: ScriptedInstallation) -> Iterator[Path]:
     """A folder of a reward model in the service's models directory."""
     folder: Path = installation.home / "models" / "judge"
     folder.mkdir()
@@ -290,7 +297,10 @@ MODELS = [
 @pytest.mark.usefixtures("judge")
 @pytest.mark.parametrize("lease", [MODELS], indirect=True)
 def test_a_reward_model_comes_from_the_service_unless_it_is_here(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient], tmp_path: Path
+    installation: ScriptedInstallation,
+    state: AttemptState,
+    connect: Callable[[str], WorkerClient],
+    tmp_path: Path,
 ) -> None:
     inputs = InputFetcher(state, connect(installation.url), tmp_path).fetch()
     fetched = state.folder.inputs / "reward_models" / "rm"
@@ -304,7 +314,7 @@ def test_a_reward_model_comes_from_the_service_unless_it_is_here(
 
 @pytest.mark.parametrize("lease", [MODELS], indirect=True)
 def test_a_reward_model_that_is_nowhere_is_said(
-    installation: Any,
+    installation: ScriptedInstallation,
     judge: Path,
     state: AttemptState,
     connect: Callable[[str], WorkerClient],
@@ -325,7 +335,7 @@ def test_an_input_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -
 
 
 def test_a_token_of_another_attempt_is_fenced_or_refused_and_not_tried_again(
-    installation: Any, state: AttemptState, connect: Callable[[str], WorkerClient]
+    installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
     client = connect(installation.url)
     late = Fail(attempt=99, kind="transient", code="late", message="too late")

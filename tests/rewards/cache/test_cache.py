@@ -21,7 +21,8 @@ from dar.rewards.cache.cache import CachePlace, ResultCache, SampleKey
 from dar.rewards.cache.store import FILE, CacheStore
 from dar.rewards.from_spec import scorer_from_spec
 from dar.rewards.http_reward import HttpOptions, HttpReward
-from fakes.reward_server import RewardServer, status
+from fakes.observer import Seen
+from fakes.reward_server import RewardServer, ScoreRequest, status
 
 STEP = RewardContext(step=1, job_id="ftjob-1")
 NEXT = RewardContext(step=2, job_id="ftjob-1")
@@ -44,7 +45,7 @@ def samples(*completions: str, group: int = 0, start: int = 0) -> list[RewardSam
     return [sample(c, start + n, group) for n, c in enumerate(completions)]
 
 
-def by_length(request: Any) -> None:
+def by_length(request: ScoreRequest) -> None:
     """The reward is the completion's length: another one for each that differs."""
     request.rewards([float(len(one["completion"])) for one in request.content["samples"]])
 
@@ -55,7 +56,7 @@ def sent(service: Any) -> list[list[str]]:
 
 @pytest.fixture
 async def remember(
-    fast: HttpOptions, tmp_path: Path, seen: Any
+    fast: HttpOptions, tmp_path: Path, seen: Seen
 ) -> AsyncIterator[Callable[..., HttpReward]]:
     """A source that remembers; by default all of them in one folder."""
     opened: list[HttpReward] = []
@@ -85,7 +86,7 @@ async def remember(
 
 
 async def test_equal_samples_of_a_call_travel_once(
-    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Seen
 ) -> None:
     service = hostile(by_length)
     results = await remember(service.url).score(samples("a", "bbb", "a", "a", "bbb"), STEP)
@@ -95,7 +96,7 @@ async def test_equal_samples_of_a_call_travel_once(
 
 
 async def test_equal_samples_of_concurrent_calls_travel_once(
-    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Seen
 ) -> None:
     service = hostile(by_length)
     source = remember(service.url)
@@ -108,9 +109,9 @@ async def test_equal_samples_of_concurrent_calls_travel_once(
 
 
 async def test_what_is_no_reward_is_shared_in_its_step_and_forgotten(
-    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Seen
 ) -> None:
-    def skip_one_fail_one(request: Any) -> None:
+    def skip_one_fail_one(request: ScoreRequest) -> None:
         error = {"code": "odd", "message": "no", "retryable": False}
         said = {"skip": {"skip": True, "reason": "none"}, "fail": {"error": error}}
         results = [
@@ -146,7 +147,7 @@ async def test_a_cancelled_call_takes_nothing_from_others(
 ) -> None:
     may_answer, is_here = threading.Event(), threading.Event()
 
-    def late(request: Any) -> None:
+    def late(request: ScoreRequest) -> None:
         is_here.set()
         may_answer.wait(20)
         by_length(request)
@@ -170,7 +171,7 @@ async def test_what_nobody_waits_for_is_dropped_and_asked_for_anew(
 ) -> None:
     is_here = threading.Event()
 
-    def hang(request: Any) -> None:
+    def hang(request: ScoreRequest) -> None:
         is_here.set()
         request.hang()
 
@@ -228,9 +229,9 @@ async def test_completions_that_differ_in_their_thinking_alone_travel_once(
 
 
 async def test_a_reward_is_remembered_with_all_that_was_said(
-    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Any
+    hostile: Callable[..., RewardServer], remember: Callable[..., HttpReward], seen: Seen
 ) -> None:
-    def chatty(request: Any) -> None:
+    def chatty(request: ScoreRequest) -> None:
         content = {
             "request_id": request.content["request_id"],
             "results": CHATTY["results"](request),
@@ -331,7 +332,7 @@ def test_rewards_are_the_same_with_and_without(
     steps: list[list[list[str]]],
     is_split: bool,
 ) -> None:
-    def answer(request: Any) -> None:
+    def answer(request: ScoreRequest) -> None:
         texts = [one["completion"] for one in request.content["samples"]]
         request.rewards([None if text == "skip" else len(text) / 7 for text in texts])
 

@@ -17,7 +17,16 @@ from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http.async_results import Stored
 from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http_reward import HttpOptions, HttpReward
-from fakes.reward_server import Later, RewardServer, accept, not_yet, ready, result_of
+from fakes.observer import Seen
+from fakes.reward_server import (
+    Later,
+    RewardServer,
+    ScoreRequest,
+    accept,
+    not_yet,
+    ready,
+    result_of,
+)
 
 Ask = Callable[..., Any]
 
@@ -84,7 +93,7 @@ async def test_a_callback_brings_the_result_and_its_request_was_announced_before
 ) -> None:
     service = Service()
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         assert service.said[0] == ("announced", "r", "3", "s0", "s1", "s2", "s3")
         accept()(request)
         body = result_of(request, 4, 3, 2, 1, type="reward.result")
@@ -126,7 +135,7 @@ async def test_the_faster_of_callback_and_poll_wins(
     assert polled.said[1:] == [("accepted", "/r"), ("closed",)]
     called = Service()
 
-    def poll_in_vain(request: Any, post: Any) -> None:
+    def poll_in_vain(request: ScoreRequest, post: Any) -> None:
         not_yet(request, post)
         called.results[post.content["request_id"]] = result_of(post, 9, 9, 9, 9)
 
@@ -139,7 +148,7 @@ async def test_a_poll_that_fails_for_good_leaves_the_callback(
 ) -> None:
     service = Service()
 
-    def gone(request: Any, post: Any) -> None:
+    def gone(request: ScoreRequest, post: Any) -> None:
         request.answer(b"", status="404 Gone")
         service.results[post.content["request_id"]] = result_of(post, 1, 1, 1, 1)
 
@@ -159,7 +168,7 @@ async def test_a_result_that_does_not_come_in_time_is_missing(
 
 
 async def test_our_own_service_may_be_away_for_longer_than_the_deadline(
-    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Seen
 ) -> None:
     service = Service(away_seconds=2.5)
     server = hostile()
@@ -175,7 +184,7 @@ async def test_our_own_service_may_be_away_for_longer_than_the_deadline(
 
 
 async def test_a_request_that_is_not_announced_is_never_sent_and_a_cancellation_ends_the_wait(
-    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Seen
 ) -> None:
     before = asyncio.all_tasks()
     server = hostile()
@@ -192,12 +201,12 @@ async def test_a_request_that_is_not_announced_is_never_sent_and_a_cancellation_
 
 
 async def test_what_the_breaker_holds_back_is_announced_only_when_it_may_go(
-    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Seen
 ) -> None:
     service = Service()
     statuses = iter(["500 Internal Server Error"])
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         if status := next(statuses, None):
             request.answer(b"", status=status)
         else:
@@ -217,11 +226,11 @@ async def test_what_the_breaker_holds_back_is_announced_only_when_it_may_go(
 
 
 async def test_in_flight_is_a_request_until_its_202(
-    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Any
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, seen: Seen
 ) -> None:
     service = Service()
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         accept()(request)
         body = result_of(request, 4, 3, 2, 1)
         threading.Timer(
@@ -262,7 +271,7 @@ async def test_a_result_that_an_earlier_process_has_got_is_used_and_nothing_is_s
 async def test_what_an_earlier_process_has_sent_is_only_waited_for(
     hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
 ) -> None:
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         assert (request.method, request.target) == ("GET", "/r")
         request_id = request.headers["webhook-id"]
         request.answer(orjson.dumps({"request_id": request_id, "rewards": [5, 6, 7, 8]}))
@@ -290,7 +299,7 @@ async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
     service = Service()
     lock, posts = threading.Lock(), []
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         accept()(request)
         with lock:
             posts.append(request)

@@ -16,7 +16,7 @@ from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardRetry
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http_reward import HttpOptions, HttpReward
-from fakes.reward_server import RewardServer, fine, hang, status
+from fakes.reward_server import RewardServer, ScoreRequest, fine, hang, status
 
 Ask = Callable[..., Any]
 
@@ -57,13 +57,13 @@ async def test_retry_after_holds_back_every_request(
     all_sent, held_back = threading.Event(), threading.Event()
     busy_at = 0.0
 
-    def busy(request: Any) -> None:
+    def busy(request: ScoreRequest) -> None:
         nonlocal busy_at
         assert all_sent.wait(20)
         busy_at = time.monotonic()
         request.answer(b"", status="429 Slow", retry_after="0.15")
 
-    def note(request: Any) -> None:
+    def note(request: ScoreRequest) -> None:
         at.append(time.monotonic())
         if len(at) == 3:
             all_sent.set()
@@ -84,7 +84,7 @@ async def test_a_request_that_is_too_large_is_halved_and_the_size_remembered(
     make_samples: Any,
     context: RewardContext,
 ) -> None:
-    def at_most_five(request: Any) -> None:
+    def at_most_five(request: ScoreRequest) -> None:
         if len(request.ids) > 5:
             request.answer(b"", status="413 Too Large")
         else:
@@ -128,7 +128,7 @@ async def test_the_deadline_bounds_all_attempts_together(
 async def test_a_part_of_the_requests_may_fail(
     hostile: Callable[..., RewardServer], ask: Ask, fast: HttpOptions
 ) -> None:
-    def odd_groups_fail(request: Any) -> None:
+    def odd_groups_fail(request: ScoreRequest) -> None:
         if request.content["samples"][0]["group_id"] == "g1":
             request.answer(b"", status="500 Oops")
         else:

@@ -7,7 +7,8 @@ import orjson
 import pytest
 
 from dar.rewards.base import Failed, Scored, Skipped
-from fakes.reward_server import RewardServer
+from fakes.observer import Seen
+from fakes.reward_server import RewardServer, ScoreRequest
 
 Ask = Callable[..., Any]
 SENT = [Scored(n / 8) for n in range(4)]
@@ -65,7 +66,7 @@ BROKEN_ANSWERS = {
 
 @pytest.mark.parametrize("path", BROKEN_ANSWERS)
 async def test_a_broken_answer_is_asked_for_once_more_and_never_used(
-    server: RewardServer, score: Ask, seen: Any, path: str
+    server: RewardServer, score: Ask, seen: Seen, path: str
 ) -> None:
     found = await score(server.at(path))
     code = BROKEN_ANSWERS[path]
@@ -114,7 +115,7 @@ async def test_texts_are_cut_and_parts_kept(hostile: Callable[..., RewardServer]
     long = {"id": "s0", "reward": 3, "components": {"a": 1.5}, "feedback": "x" * 5000, "new": 1}
     others = [{"id": f"s{n}", "skip": True, "reason": "no maths"} for n in (1, 2, 3)]
 
-    def answer(request: Any) -> None:
+    def answer(request: ScoreRequest) -> None:
         content = {"request_id": request.content["request_id"], "results": [long, *others]}
         request.answer(orjson.dumps(content))
 

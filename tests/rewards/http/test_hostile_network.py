@@ -15,6 +15,7 @@ from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http.retry import RetryBudgetOptions
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
+from fakes.observer import Seen
 from fakes.reward_server import RewardServer
 
 Ask = Callable[..., Any]
@@ -137,7 +138,7 @@ async def test_no_cookie_is_kept(
 
 
 async def test_a_burst_of_failures_loses_no_sample(
-    server: RewardServer, score: Ask, seen: Any, credentials: HttpOptions
+    server: RewardServer, score: Ask, seen: Seen, credentials: HttpOptions
 ) -> None:
     options = replace(
         credentials,
@@ -185,7 +186,7 @@ async def test_retries_stay_within_their_budget(
     ],
 )
 async def test_retry_after_is_kept_within_bounds(
-    server: RewardServer, score: Ask, seen: Any, value: str, wait: str
+    server: RewardServer, score: Ask, seen: Seen, value: str, wait: str
 ) -> None:
     started = time.monotonic()
     assert await score(server.at(f"retry-after/{value}".replace(" ", "%20"))) == SENT
@@ -194,7 +195,7 @@ async def test_retry_after_is_kept_within_bounds(
 
 
 async def test_a_wait_beyond_the_deadline_fails_at_once(
-    server: RewardServer, score: Ask, credentials: HttpOptions, seen: Any
+    server: RewardServer, score: Ask, credentials: HttpOptions, seen: Seen
 ) -> None:
     patient = replace(credentials, retry=RewardRetry(attempts=3, base=0.005, retry_after_cap=60))
     found = await score(server.at("retry-after/100"), options=patient)
@@ -212,7 +213,7 @@ PERMANENT = {
 
 @pytest.mark.parametrize("path", PERMANENT)
 async def test_a_refusal_for_good_stops_at_once(
-    server: RewardServer, score: Ask, seen: Any, path: str
+    server: RewardServer, score: Ask, seen: Seen, path: str
 ) -> None:
     with pytest.raises(RewardMisconfiguredError) as caught:
         await score(server.at(path))
@@ -243,7 +244,7 @@ async def test_after_a_refusal_nothing_is_sent_until_it_may_have_been_mended(
 
 @pytest.mark.parametrize("code", [400, 422])
 async def test_refused_samples_fail_without_a_retry(
-    server: RewardServer, score: Ask, seen: Any, code: int
+    server: RewardServer, score: Ask, seen: Seen, code: int
 ) -> None:
     found = await score(server.at(f"status/{code},too odd"))
     assert {(result.code, result.is_transient) for result in found} == {(f"http_{code}", False)}
@@ -253,7 +254,7 @@ async def test_refused_samples_fail_without_a_retry(
 
 
 async def test_a_request_that_is_too_large_is_halved_between_groups(
-    server: RewardServer, score: Ask, seen: Any
+    server: RewardServer, score: Ask, seen: Seen
 ) -> None:
     assert await score(server.at("at-most/8"), 16) == [Scored(n / 8) for n in range(16)]
     groups = [{s["group_id"] for s in item.content["samples"]} for item in server.requests]
@@ -290,7 +291,7 @@ async def test_secrets_that_a_service_sends_back_are_shown_nowhere(
 
 
 async def test_samples_that_the_service_could_not_score_for_now_are_sent_again_alone(
-    server: RewardServer, score: Ask, seen: Any
+    server: RewardServer, score: Ask, seen: Seen
 ) -> None:
     assert await score(server.at("judge/1")) == SENT
     first, second = server.requests

@@ -10,7 +10,15 @@ import pytest
 from dar.rewards.base import RewardContext, RewardSample, Scored
 from dar.rewards.http import async_results
 from dar.rewards.http_reward import HttpOptions, HttpReward
-from fakes.reward_server import Later, RewardServer, accept, not_yet, ready, result_of
+from fakes.reward_server import (
+    Later,
+    RewardServer,
+    ScoreRequest,
+    accept,
+    not_yet,
+    ready,
+    result_of,
+)
 
 Ask = Callable[..., Any]
 
@@ -55,7 +63,7 @@ async def test_requests_that_may_be_answered_later_are_the_same_in_whatever_orde
     for groups in ([samples[:4], samples[4:]], [samples[4:], samples[:4]]):
         posts: list[Any] = []
 
-        def at_once(request: Any, posts: list[Any] = posts) -> None:
+        def at_once(request: ScoreRequest, posts: list[Any] = posts) -> None:
             posts.append(request)
             request.answer(result_of(request, 1, 2, 3, 4))
 
@@ -155,7 +163,7 @@ async def test_a_202_must_be_a_promise(
 ) -> None:
     body, code = BROKEN_PROMISES[name]
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         known = body.replace(b"ID", request.content["request_id"].encode())
         request.answer(known, status="202 Accepted")
 
@@ -168,7 +176,7 @@ async def test_what_a_202_says_beyond_the_contract_does_no_harm(
 ) -> None:
     judge = Later("/r", ready)
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         if request.method == "POST":
             judge.posts.append(request)
             accept(poll_url="/r", eta_ms=20, queue={"length": 3})(request)

@@ -17,7 +17,8 @@ from dar.rewards.http.redaction import check_headers
 from dar.rewards.http.retry import RetryBudgetOptions
 from dar.rewards.http.signing import decode_secret, signed_headers, verify
 from dar.rewards.http_reward import HttpOptions, HttpReward
-from fakes.reward_server import RewardServer, fine
+from fakes.observer import Seen
+from fakes.reward_server import RewardServer, ScoreRequest, fine
 
 Ask = Callable[..., Any]
 OTHER_SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
@@ -160,7 +161,7 @@ async def test_sources_that_differ_in_credentials_share_nothing(
 
 
 async def test_fifty_requests_in_flight_are_cancelled_within_a_second(
-    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=50)
@@ -204,7 +205,7 @@ async def test_requests_begin_no_faster_than_the_rate(
 
 
 async def test_an_open_breaker_holds_requests_back_only_so_long(
-    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast,
@@ -244,7 +245,7 @@ async def test_the_deadline_stands_still_while_the_breaker_is_open(
 
 
 async def test_too_large_requests_do_not_open_the_breaker(
-    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, breaker=BreakerOptions(min_calls=1))
     source = source_of(server.at("at-most/1"), options, observer=seen)
@@ -271,7 +272,7 @@ async def test_an_answer_that_must_be_signed_is(
     context: RewardContext,
 ) -> None:
     def signed(key: str, tamper: bytes = b"") -> Callable[[Any], None]:
-        def answer(request: Any) -> None:
+        def answer(request: ScoreRequest) -> None:
             content = {"request_id": request.content["request_id"], "rewards": [0.5] * 4}
             body = orjson.dumps(content)
             headers = signed_headers([decode_secret(key)], "rwr_1", int(time.time()), body)  # noqa: TID251 - an instant
@@ -344,7 +345,7 @@ async def test_a_probe_that_shares_nothing_is_not_held_back_by_others(
 
 
 async def test_attempts_of_one_request_are_told_to_the_observer(
-    server: RewardServer, source_of: Any, seen: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, budget=RetryBudgetOptions(minimum=1))
     source = source_of(server.at("status/503,busy?first=1"), options, observer=seen)

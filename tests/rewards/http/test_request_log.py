@@ -10,7 +10,7 @@ import pytest
 
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.http_reward import HttpOptions, HttpReward
-from fakes.reward_server import RewardServer
+from fakes.reward_server import RewardServer, ScoreRequest
 
 HIDDEN = {
     "prompt": "the prompt of the user",
@@ -89,7 +89,7 @@ async def test_nothing_that_was_written_or_is_secret_is_logged_at_info(
     lines: Callable[[], Any],
     status: str,
 ) -> None:
-    def echo(request: Any) -> None:
+    def echo(request: ScoreRequest) -> None:
         said = " ".join([*HIDDEN.values(), request.headers["authorization"]])
         result = {"id": "s0", "reward": 1, "feedback": said}
         content = {"request_id": request.content["request_id"], "results": [result]}

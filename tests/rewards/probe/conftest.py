@@ -11,6 +11,7 @@ from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import as_samples, probe
+from fakes.reward_server import ScoreRequest
 
 Behaviour = Callable[[Any], None]
 
@@ -24,7 +25,7 @@ def length_of(sample: dict[str, Any]) -> float:
 def scoring(reward: Callable[[dict[str, Any], int], Any]) -> Behaviour:
     """Each sample gets ``reward(sample, its place)``."""
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         samples = request.content["samples"]
         request.rewards([reward(sample, place) for place, sample in enumerate(samples)])
 

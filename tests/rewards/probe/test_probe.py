@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.server import reward_server
-from fakes.reward_server import RewardServer
+from fakes.reward_server import RewardServer, ScoreRequest
 
 TOKEN = "tok-5f0a91c2/7be4+d1"
 Probe = Callable[..., Any]
@@ -80,7 +80,7 @@ async def test_a_users_samples_are_what_is_scored(
 async def test_a_protocol_of_one_sample_per_request_is_probed_as_well(
     ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, statuses: Any
 ) -> None:
-    def grade(request: Any) -> None:
+    def grade(request: ScoreRequest) -> None:
         reward = len(request.content["model_sample"])
         request.answer(orjson.dumps({"reward": reward, "metadata": {"errors": {}}}))
 
@@ -161,7 +161,7 @@ async def test_a_page_in_place_of_json_is_shown(
 async def test_samples_that_the_service_cannot_score_are_errors_only_if_they_are_the_users(
     ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, warned: Any
 ) -> None:
-    def fails(request: Any) -> None:
+    def fails(request: ScoreRequest) -> None:
         results = [{"id": name, "error": {"code": "no_truth"}} for name in request.ids]
         content = {"request_id": request.content["request_id"], "results": results}
         request.answer(orjson.dumps(content))
@@ -222,7 +222,7 @@ async def test_a_report_holds_no_secret_even_if_the_service_says_them(
 ) -> None:
     caplog.set_level(logging.DEBUG)
 
-    def echo(request: Any) -> None:
+    def echo(request: ScoreRequest) -> None:
         said = {**request.headers, "secret": secret}
         request.answer(
             orjson.dumps(said),

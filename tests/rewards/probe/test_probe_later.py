@@ -10,7 +10,7 @@ import pytest
 
 from dar.cli.reward.listener import listening
 from dar.rewards.probe.callbacks import ProbeInbox
-from fakes.reward_server import RewardServer, accept
+from fakes.reward_server import RewardServer, ScoreRequest, accept
 
 Probe = Callable[..., Any]
 EITHER = {"reply": "either"}
@@ -31,7 +31,7 @@ class CallsBack:
         self.callbacks: list[dict[str, str]] = []
         self.threads: list[threading.Thread] = []
 
-    def __call__(self, request: Any) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         content = request.content
         self.callbacks.append(content["reply"]["callback"])
         accepted = {"request_id": content["request_id"], "status": "accepted"}
@@ -117,7 +117,7 @@ async def test_a_result_that_is_polled_needs_no_callback(
 ) -> None:
     posts: dict[str, Any] = {}
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         if request.method == "POST":
             name = request.content["request_id"]
             posts[name] = request.content

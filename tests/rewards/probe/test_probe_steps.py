@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from fakes.reward_server import RewardServer
+from fakes.reward_server import RewardServer, ScoreRequest
 
 Probe = Callable[..., Any]
 
@@ -30,7 +30,7 @@ async def test_a_cache_by_id_does_not_hide_chance(
 ) -> None:
     chance, kept = random.Random(7), {}
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         key = request.content["request_id"]
         kept.setdefault(key, [chance.random() for _ in request.ids])
         request.rewards(kept[key])
@@ -46,7 +46,7 @@ async def test_a_service_that_refuses_a_repetition_is_broken(
 ) -> None:
     seen: set[str] = set()
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         key = request.content["request_id"]
         (services.status("409 Conflict") if key in seen else services.good)(request)
         seen.add(key)
@@ -65,7 +65,7 @@ async def test_rewards_by_position_are_found(
 async def test_rewards_by_the_company_in_a_request_are_found(
     ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         count = len(request.ids)
         request.rewards(
             [services.length_of(sample) / count for sample in request.content["samples"]]
@@ -80,7 +80,7 @@ async def test_noise_is_not_taken_for_an_effect_of_the_order(
 ) -> None:
     flips = [0]
 
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         flips[0] += 1
         noise = 0.01 * (-1) ** flips[0]
         request.rewards(
@@ -94,7 +94,7 @@ async def test_noise_is_not_taken_for_an_effect_of_the_order(
 # --- step 5 ----------------------------------------------------------------------------------------------------------
 
 
-def is_load(request: Any) -> bool:
+def is_load(request: ScoreRequest) -> bool:
     return len(request.ids) == 6
 
 
@@ -105,7 +105,7 @@ class Crowded:
         self._services, self._lock, self._room = services, threading.Lock(), room
         self._busy = 0
 
-    def __call__(self, request: Any) -> None:
+    def __call__(self, request: ScoreRequest) -> None:
         with self._lock:
             is_full = self._busy >= self._room
             self._busy += not is_full
@@ -133,7 +133,7 @@ async def test_a_service_that_queues_is_told_how_many_it_works_on(
 ) -> None:
     turn = threading.Lock()
 
-    def one_at_a_time(request: Any) -> None:
+    def one_at_a_time(request: ScoreRequest) -> None:
         with turn:
             request.server.stopping.wait(0.15)
         services.good(request)
@@ -167,7 +167,7 @@ async def test_a_service_that_breaks_down_under_load_is_not_usable(
 async def test_latency_near_the_limit_is_warned_of(
     ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
 ) -> None:
-    def slowly(request: Any) -> None:
+    def slowly(request: ScoreRequest) -> None:
         request.server.stopping.wait(0.6)
         services.good(request)
 
@@ -201,7 +201,7 @@ async def test_a_service_that_checks_no_signature_is_warned_of(
 async def test_a_service_that_breaks_on_unusual_texts_is_warned_of(
     ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any
 ) -> None:
-    def is_odd(request: Any) -> bool:
+    def is_odd(request: ScoreRequest) -> bool:
         texts = [sample["completion"] for sample in request.content["samples"]]
         return any("\x00" in text or len(text) > 50_000 for text in texts)
 

@@ -17,7 +17,7 @@ from dar.rewards.base import Scored
 from dar.rewards.http.signing import decode_secret, signed_headers
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.server import endpoint, reward_server
-from fakes.reward_server import RewardServer
+from fakes.reward_server import RewardServer, ScoreRequest
 
 TOKEN = "rwt_" + "k" * 43
 SECOND_SECRET = "whsec_" + "c" * 32
@@ -110,7 +110,7 @@ async def test_a_token_that_a_callback_repeats_is_not_logged(
     caplog: pytest.LogCaptureFixture,
     hostile: Callable[..., RewardServer],
 ) -> None:
-    def echo(request: Any) -> None:
+    def echo(request: ScoreRequest) -> None:
         said = ("x" * 970 + request.headers["authorization"]).encode()
         request.answer(said, status="422 Unprocessable")
 

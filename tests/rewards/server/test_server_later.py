@@ -15,7 +15,7 @@ from dar.rewards.base import Scored
 from dar.rewards.http.signing import decode_secret, verify
 from dar.rewards.http_reward import HttpOptions
 from dar.rewards.server import reward_server
-from fakes.reward_server import RewardServer
+from fakes.reward_server import RewardServer, ScoreRequest
 
 Asks = Callable[..., Any]
 Content = Callable[..., dict[str, Any]]
@@ -34,17 +34,17 @@ def posts(hostile: Callable[..., RewardServer], token: str) -> Asks:
 
 
 def says(status: str, **headers: str) -> Callable[[Any], None]:
-    def behave(request: Any) -> None:
+    def behave(request: ScoreRequest) -> None:
         request.answer(b'{"error":{"message":"because of this"}}', status=status, **headers)
 
     return behave
 
 
-def taken(request: Any) -> None:
+def taken(request: ScoreRequest) -> None:
     request.answer(b'{"status":"accepted"}')
 
 
-def breaks_off(request: Any) -> None:
+def breaks_off(request: ScoreRequest) -> None:
     request.connection.close()
 
 

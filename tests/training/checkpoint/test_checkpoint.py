@@ -18,6 +18,7 @@ from dar.protocol.reward_spec import Rewards
 from dar.training import DARTrainer
 from dar.training.checkpoint.checkpoint import publish, verify
 from dar.training.checkpoint.fingerprint import environment, reward_terms
+from fakes.recording_sink import RecordingSink
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
 
@@ -29,7 +30,7 @@ def lora() -> LoraConfig:
 
 
 @pytest.fixture
-def trained(train: Callable[..., DARTrainer], sink: Any) -> Path:
+def trained(train: Callable[..., DARTrainer], sink: RecordingSink) -> Path:
     """A folder of checkpoints of steps 2, 4 and 6."""
     train(sink=sink, settings=SAVING)
     return sink.published[0][1].parent
@@ -39,7 +40,7 @@ def trained(train: Callable[..., DARTrainer], sink: Any) -> Path:
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_resumed_run_ends_bit_identical_to_an_undisturbed_one(
     train: Callable[..., DARTrainer],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     tmp_path: Path,
     is_adapter: bool,
     step: int,
@@ -79,7 +80,7 @@ def test_a_checkpoint_loads_like_any_model(trained: Path) -> None:
 def test_an_adapter_checkpoint_names_its_base_as_it_was_given(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],
-    sink: Any,
+    sink: RecordingSink,
     tmp_path: Path,
 ) -> None:
     base = tmp_path / "base"
@@ -101,7 +102,7 @@ def test_a_checkpoint_holds_tensors_and_json_and_no_pickle(trained: Path) -> Non
                 json.loads(path.read_text())
 
 
-def test_the_manifest_describes_every_file(trained: Path, sink: Any) -> None:
+def test_the_manifest_describes_every_file(trained: Path, sink: RecordingSink) -> None:
     step, folder, manifest, sha256 = sink.published[1]
     assert (step, folder) == (4, trained / "step-4")
     body = (folder / "MANIFEST.json").read_bytes()
@@ -202,7 +203,7 @@ def test_reward_terms_leave_out_where_rewards_are_computed() -> None:
 
 
 def test_empty_steps_are_counted_on_across_a_resume(
-    train: Callable[..., DARTrainer], sink: Any, new_sink: Callable[[], Any]
+    train: Callable[..., DARTrainer], sink: RecordingSink, new_sink: type[RecordingSink]
 ) -> None:
     def skip(completions: list[str], **columns: Any) -> list[None]:
         return [None] * len(completions)
@@ -219,7 +220,7 @@ def test_empty_steps_are_counted_on_across_a_resume(
 def test_a_resume_on_another_machine_says_so(
     train: Callable[..., DARTrainer],
     trained: Path,
-    sink: Any,
+    sink: RecordingSink,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     elsewhere = environment(torch.device("cpu")) | {"threads": "64"}
@@ -234,7 +235,7 @@ def test_a_resume_must_name_its_folder(train: Callable[..., DARTrainer]) -> None
 
 
 def test_only_the_newest_checkpoints_are_kept_when_asked_for(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     train(sink=sink, settings={**SAVING, "save_total_limit": 2})
     folder = sink.published[0][1].parent
@@ -242,7 +243,7 @@ def test_only_the_newest_checkpoints_are_kept_when_asked_for(
 
 
 def test_checkpoints_of_another_run_in_the_same_folder_are_left_alone(
-    train: Callable[..., DARTrainer], sink: Any, new_sink: Callable[[], Any]
+    train: Callable[..., DARTrainer], sink: RecordingSink, new_sink: type[RecordingSink]
 ) -> None:
     train(settings={**SAVING, "max_steps": 4})
     shorter = {**SAVING, "max_steps": 2, "save_steps": 1, "save_total_limit": 1}
@@ -278,7 +279,7 @@ def test_a_failed_write_leaves_no_checkpoint_and_leftovers_are_swept(
 def test_draining_ends_at_a_step_edge_with_a_checkpoint(
     train: Callable[..., DARTrainer],
     new_control: Callable[..., Any],
-    sink: Any,
+    sink: RecordingSink,
     when: str,
     step: int,
 ) -> None:
@@ -299,7 +300,7 @@ def test_draining_ends_at_a_step_edge_with_a_checkpoint(
 
 
 def test_cancelling_leaves_at_once_and_writes_nothing(
-    train: Callable[..., DARTrainer], new_control: Callable[..., Any], sink: Any
+    train: Callable[..., DARTrainer], new_control: Callable[..., Any], sink: RecordingSink
 ) -> None:
     control = new_control("cancel", lambda: 2 in sink.reports)
     trainer = train(sink=sink, control=control, settings={**SAVING, "logging_steps": 1})

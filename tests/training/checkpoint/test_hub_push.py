@@ -18,6 +18,7 @@ from transformers.utils import hub as transformers_hub
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.training import DARTrainer
+from fakes.recording_sink import RecordingSink
 
 TOKEN = "hf_localtoken"
 
@@ -277,7 +278,7 @@ def test_whole_checkpoints_are_pushed_only_when_asked_for(
 
 
 def test_a_failed_push_is_said_and_does_not_end_training(
-    train: Callable[..., DARTrainer], hub: Hub, sink: Any
+    train: Callable[..., DARTrainer], hub: Hub, sink: RecordingSink
 ) -> None:
     hub.broken_commits = 1
     settings = {

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from dar.training import DARTrainer
+from fakes.recording_sink import RecordingSink
 
 STEPS = 10
 SETTINGS = {
@@ -81,13 +82,13 @@ class StoppingAfter(TrainerCallback):
 def test_a_run_resumed_at_any_step_goes_on_as_if_nothing_had_happened(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     tmp_path: Path,
     name: str,
 ) -> None:
     variant = VARIANTS[name]
 
-    def run(resume: Path | None, sink: Any, until: int) -> Path:
+    def run(resume: Path | None, sink: RecordingSink, until: int) -> Path:
         folder = tmp_path / f"from-{resume.name if resume else 'nothing'}"
         settings = {**SETTINGS, **variant.settings, "output_dir": str(folder)}
         model = make_model(hidden_size=16, intermediate_size=16, num_hidden_layers=1, scale=0.3)
@@ -128,8 +129,8 @@ def test_a_run_resumed_at_any_step_goes_on_as_if_nothing_had_happened(
 def test_a_resume_makes_the_reference_from_the_base_model_and_never_from_the_checkpoint(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],
-    sink: Any,
-    new_sink: Callable[[], Any],
+    sink: RecordingSink,
+    new_sink: type[RecordingSink],
 ) -> None:
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.05}
     train(sink=sink, settings=settings)

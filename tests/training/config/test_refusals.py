@@ -15,6 +15,7 @@ from dar.training.data.rows import PromptEncoder
 from dar.training.sampling.prompts import PromptStream
 from dar.training.script.flags import read_command_line
 from dar.training.step.offline import RowEncoder
+from fakes.recording_sink import RecordingSink
 
 STORED = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 
@@ -62,7 +63,7 @@ def test_a_reference_that_has_no_part_is_refused(
 
 def test_an_empty_prompt_is_named_before_the_first_step(
     train: Callable[..., DARTrainer],
-    sink: Any,
+    sink: RecordingSink,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     tokenizer = copy.deepcopy(tokenizer)
@@ -83,7 +84,11 @@ def test_an_empty_prompt_is_named_before_the_first_step(
     ],
 )
 def test_a_temperature_at_which_training_never_rests_is_told(
-    train: Callable[..., DARTrainer], sink: Any, behavior: str, temperature: float, is_told: bool
+    train: Callable[..., DARTrainer],
+    sink: RecordingSink,
+    behavior: str,
+    temperature: float,
+    is_told: bool,
 ) -> None:
     settings = {"alpha": 0.1, "beta": 0.3, "behavior": behavior, "temperature": temperature}
     train(sink=sink, settings={**settings, "max_steps": 1})

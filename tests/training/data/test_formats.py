@@ -14,6 +14,7 @@ from datasets import Dataset
 from dar.errors import InvalidRequestError
 from dar.training import DARTrainer
 from dar.training.data.rows import check_rows
+from fakes.recording_sink import RecordingSink
 
 Rows = list[dict[str, Any]]
 
@@ -140,7 +141,7 @@ def test_tables_of_the_datasets_library_are_data_sets(
 
 
 def test_rows_may_hold_different_numbers_of_completions(
-    replay: Callable[..., Any], sink: Any
+    replay: Callable[..., Any], sink: RecordingSink
 ) -> None:
     rows = [
         {"prompt": "w10", "completions": ["w20", "w21", "w22"], "rewards": [3.0, 0.0, None]},
@@ -155,7 +156,7 @@ def test_rows_may_hold_different_numbers_of_completions(
 
 
 def test_rows_of_one_completion_learn_from_their_rewards(
-    replay: Callable[..., Any], sink: Any
+    replay: Callable[..., Any], sink: RecordingSink
 ) -> None:
     rows = [
         {"prompt": "w10", "completion": "w20", "reward": 1.0},

@@ -12,6 +12,7 @@ from dar.errors import InvalidRequestError
 from dar.training import DARTrainer, DataCollatorForDAR
 from dar.training.data.rows import TokenPair
 from dar.training.step.offline import RowEncoder
+from fakes.recording_sink import RecordingSink
 
 Rows = list[dict[str, Any]]
 
@@ -55,7 +56,9 @@ def test_a_completion_that_is_too_long_is_cut_on_the_right_and_has_no_end(
     assert (whole.ids, whole.finish_reason) == ([50, 3], "stop")
 
 
-def test_only_the_prompt_that_is_too_long_is_cut(replay: Callable[..., Any], sink: Any) -> None:
+def test_only_the_prompt_that_is_too_long_is_cut(
+    replay: Callable[..., Any], sink: RecordingSink
+) -> None:
     long = " ".join(f"w{i}" for i in range(4, 30))
     rows = [
         {"prompt": long, "completions": ["w50 w51", "w52"], "rewards": [1, 0]},
@@ -81,7 +84,7 @@ def test_prompts_give_way_to_completions_down_to_half_of_the_length(
 
 
 def test_a_stored_log_probability_of_a_completion_that_must_be_cut_is_refused(
-    replay: Callable[..., Any], sink: Any
+    replay: Callable[..., Any], sink: RecordingSink
 ) -> None:
     long = " ".join(f"w{i}" for i in range(20, 40))
     rows = [
@@ -132,7 +135,7 @@ def test_a_line_break_behind_the_end_of_a_turn_is_no_part_of_the_completion(
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused_with_the_place(
-    replay: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, sink: Any
+    replay: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, sink: RecordingSink
 ) -> None:
     rewriting = copy.deepcopy(tokenizer)
     rewriting.chat_template = "{{ messages | length }} " + tokenizer.chat_template

@@ -17,6 +17,7 @@ from dar.errors import InvalidRequestError, TrainingError
 from dar.training import DARConfig, DARTrainer
 from dar.training.checkpoint.checkpoint import ResumeState
 from dar.training.model.loading import add_adapter
+from fakes.recording_sink import RecordingSink
 
 
 def lora(**more: Any) -> LoraConfig:
@@ -40,7 +41,7 @@ class Gradients(TrainerCallback):
 @pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_neither_samples_nor_gradients(
     train: Callable[..., DARTrainer],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     is_adapter: bool,
     is_reentrant: bool,
 ) -> None:
@@ -103,7 +104,7 @@ def half_trainer(
     reward: Callable[..., list[float]],
     scaling: Callable[..., Any],
 ) -> Callable[..., tuple[DARTrainer, Any]]:
-    def make(sink: Any, scale: float, reward_funcs: Any = None, **settings: Any) -> Any:
+    def make(sink: RecordingSink, scale: float, reward_funcs: Any = None, **settings: Any) -> Any:
         trainer = DARTrainer(
             make_model(), config(**settings), prompts, reward_funcs or reward,
             processing_class=tokenizer, sink=sink,
@@ -117,7 +118,7 @@ def half_trainer(
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_a_scaled_gradient_that_overflows_is_stepped_over_and_is_no_divergence(
-    half_trainer: Callable[..., Any], sink: Any, max_grad_norm: float
+    half_trainer: Callable[..., Any], sink: RecordingSink, max_grad_norm: float
 ) -> None:
     settings = {"max_steps": 4, "max_grad_norm": max_grad_norm}
     trainer, watching = half_trainer(sink, 2.0**40, **settings)
@@ -136,7 +137,7 @@ def test_a_scaled_gradient_that_overflows_is_stepped_over_and_is_no_divergence(
 
 
 def test_what_overflows_without_any_scale_has_diverged(
-    half_trainer: Callable[..., Any], sink: Any
+    half_trainer: Callable[..., Any], sink: RecordingSink
 ) -> None:
     trainer, _ = half_trainer(sink, 0.5)
     trainer.model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
@@ -145,7 +146,7 @@ def test_what_overflows_without_any_scale_has_diverged(
 
 
 def test_a_scaled_step_without_rewards_changes_nothing(
-    half_trainer: Callable[..., Any], sink: Any
+    half_trainer: Callable[..., Any], sink: RecordingSink
 ) -> None:
     def score(completions: list[str], **columns: Any) -> list[float | None]:
         is_second = sink.phases[-1][1] == 2
@@ -160,7 +161,7 @@ def test_a_scaled_step_without_rewards_changes_nothing(
 
 
 def test_the_loss_scale_goes_on_from_a_checkpoint(
-    half_trainer: Callable[..., Any], new_sink: Callable[[], Any], tmp_path: Path
+    half_trainer: Callable[..., Any], new_sink: type[RecordingSink], tmp_path: Path
 ) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     whole, rest = new_sink(), new_sink()
@@ -177,7 +178,7 @@ def test_the_loss_scale_goes_on_from_a_checkpoint(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 training needs a GPU")
 @pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
 def test_float16_trains_on_a_gpu(
-    train: Callable[..., DARTrainer], sink: Any, is_adapter: bool
+    train: Callable[..., DARTrainer], sink: RecordingSink, is_adapter: bool
 ) -> None:
     peft = {"peft_config": lora()} if is_adapter else {}
     trainer = train(sink=sink, settings={"fp16": True, "use_cpu": False}, **peft)
@@ -216,7 +217,7 @@ def test_an_adapters_training_makes_no_second_copy_of_the_model(
 def test_a_users_own_adapter_is_trained_on_and_kept_out_of_the_reference(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],
-    sink: Any,
+    sink: RecordingSink,
 ) -> None:
     adapted = add_adapter(make_model(), lora())
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +236,7 @@ def test_a_users_own_adapter_is_trained_on_and_kept_out_of_the_reference(
 
 def test_modules_that_an_adapter_saves_whole_are_trained_saved_and_left_out_of_the_reference(
     train: Callable[..., DARTrainer],
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     tmp_path: Path,
 ) -> None:
     peft = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
@@ -259,7 +260,10 @@ def test_modules_that_an_adapter_saves_whole_are_trained_saved_and_left_out_of_t
 
 @pytest.mark.parametrize("token", ["bos_token", "eos_token"])
 def test_a_tokenizer_whose_own_tokens_the_model_has_not_is_refused_at_the_start(
-    train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: Any, token: str
+    train: Callable[..., DARTrainer],
+    tokenizer: PreTrainedTokenizerBase,
+    sink: RecordingSink,
+    token: str,
 ) -> None:
     enlarged = copy.deepcopy(tokenizer)
     enlarged.add_special_tokens({token: "<new>"})
@@ -273,7 +277,7 @@ def test_a_prompt_with_a_token_that_the_model_has_not_is_refused_at_the_start(
     train: Callable[..., DARTrainer],
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[dict[str, Any]],
-    sink: Any,
+    sink: RecordingSink,
 ) -> None:
     enlarged = copy.deepcopy(tokenizer)
     enlarged.add_tokens(["<new>"])

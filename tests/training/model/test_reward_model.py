@@ -14,7 +14,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -30,26 +29,14 @@ from dar.protocol.samples import FinishReason
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored
 from dar.training import DARConfig, DARTrainer
 from dar.training.model.reward_model import RewardModel, load_reward_model
+from fakes import tiny_models
+from fakes.recording_sink import RecordingSink
 
 TEMPLATE = "{% for m in messages %}{{ '<bos>' if loop.first }} {{ m['role'] }} {{ m['content'] }} <eos>{% endfor %}"
 
 
 def classifier(seed: int = 0, **overrides: Any) -> LlamaForSequenceClassification:
-    torch.manual_seed(seed)
-    values: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-        "initializer_range": 0.5,
-        "num_labels": 1,
-        "pad_token_id": None,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    }
-    return LlamaForSequenceClassification(LlamaConfig(**values | overrides))
+    return tiny_models.judge(seed, **{"max_position_embeddings": 32} | overrides)
 
 
 def sample(
@@ -240,7 +227,7 @@ def test_a_reward_model_runs_no_code_and_reads_no_pickle(saved: Callable[..., Pa
 
 
 def test_a_policy_is_trained_on_a_reward_model_beside_a_function(
-    train: Callable[..., DARTrainer], saved: Callable[..., Path], sink: Any
+    train: Callable[..., DARTrainer], saved: Callable[..., Path], sink: RecordingSink
 ) -> None:
     train(
         sink=sink,
@@ -260,7 +247,7 @@ def test_several_reward_models_have_tokenizers_of_their_own(
     train: Callable[..., DARTrainer],
     tokenizer: PreTrainedTokenizerBase,
     saved: Callable[..., Path],
-    sink: Any,
+    sink: RecordingSink,
 ) -> None:
     models = [str(saved()), classifier(1)]
     train(

@@ -1,10 +1,8 @@
 """DeepSpeed in two real processes, against one that trains without; and what of its configuration is refused."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,31 +14,21 @@ from dar.protocol.spec import Resources
 from dar.training import DARConfig
 from dar.training.parallel import deepspeed_config
 from dar.training.parallel.launch import strategy_options
+from fakes import ranked
 
 # The processes of the fixture share the machine with all other tests.
 pytestmark = pytest.mark.timeout(400)
 
-PROGRAM = Path(__file__).with_name("ranked.py")
 ROUNDING = 2e-5
 """Of float32: one process that trains in eight shares differs by 2e-6 of a tensor's norm from one that does not."""
 HALF_ROUNDING = 2e-3
 """Of bfloat16, which rounds to 4e-3: where two runs differ in float32's last digits, some of its roundings differ."""
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ranked", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each run: those of one process without DeepSpeed, then those of two."""
     folder = tmp_path_factory.mktemp("runs")
-    ranked = load()
     single = {"dtype": torch.float32}
     ranked.train(folder, "whole", ranked.WHOLE, **single)
     ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True, **single)
@@ -224,7 +212,7 @@ def test_a_usual_configuration_is_taken() -> None:
 
 
 def test_weights_in_another_format_are_refused() -> None:
-    model = load().make_model(torch.bfloat16)
+    model = ranked.make_model(torch.bfloat16)
     with pytest.raises(InvalidRequestError, match="float32"):
         deepspeed_config.check_weights(model)
 

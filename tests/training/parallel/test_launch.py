@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.spec import Resources
@@ -17,7 +16,7 @@ from dar.rewards.server import reward_server
 from dar.settings import environment
 from dar.training import DARTrainer
 from dar.training.parallel.launch import strategy_options
-from fakes import loopback
+from fakes import loopback, tiny_models
 
 
 @pytest.fixture
@@ -43,13 +42,10 @@ def test_accelerate_launches_two_processes_on_a_cpu(
     how: tuple[str, ...],
     adapter: tuple[str, ...],
     reward_url: str,
-    make_model: Callable[..., LlamaForCausalLM],
-    tokenizer: PreTrainedTokenizerBase,
     prompts: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    make_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_models.save(tiny_models.policy(), tmp_path / "base")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     launch = ["accelerate.commands.launch", "--num_processes", "2", *how, "-m", "dar.training"]
     options = {

@@ -1,37 +1,24 @@
 """Two real processes that train together, against one that trains alone."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from dar.training.parallel.ranks import Ranks
+from fakes import ranked
 
 # The processes of the fixture share the machine with all other tests.
 pytestmark = pytest.mark.timeout(400)
-
-PROGRAM = Path(__file__).with_name("ranked.py")
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ranked", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each run: those of one process, then those of two."""
     folder = tmp_path_factory.mktemp("runs")
-    ranked = load()
     ranked.train(folder, "whole", ranked.WHOLE)
     ranked.train(folder, "in shares", ranked.IN_SHARES)
     ranked.stream(folder, "streamed", ranked.WHOLE | {"overlap": "none"})

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from wandb.proto import wandb_internal_pb2
 
 from dar.settings import inherited_environment
+from fakes import tiny_models
 
 # Each tracker is a library of its own, and its run a process that imports torch.
 pytestmark = pytest.mark.slow
@@ -56,13 +56,8 @@ def internet() -> Iterator[CountingServer]:
         thread.join()
 
 
-def write_inputs(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+def write_inputs(folder: Path) -> None:
+    tiny_models.save(tiny_models.policy(num_hidden_layers=1), folder / "model")
     rows = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(4, 10)]
     (folder / "train.jsonl").write_text("\n".join(rows))
     (folder / "test.jsonl").write_text("\n".join(rows[:2]))
@@ -95,11 +90,10 @@ run_name: first
 def folder(
     tmp_path_factory: pytest.TempPathFactory,
     internet: CountingServer,
-    tokenizer: PreTrainedTokenizerBase,
 ) -> Path:
     """Of a run from a YAML file, with three trackers."""
     folder = tmp_path_factory.mktemp("trackers")
-    write_inputs(folder, tokenizer)
+    write_inputs(folder)
     settings = {
         **inherited_environment(("PATH", "HOME", "LANG", "PYTHONPATH")),
         "WANDB_MODE": "offline",

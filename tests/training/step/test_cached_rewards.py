@@ -8,13 +8,13 @@ import pytest
 
 from dar.rewards.cache.store import FILE
 from fakes import reward_chaos as chaos
-from fakes.reward_server import RewardRequest
+from fakes.reward_server import ScoreRequest
 
 SHORT = {"max_steps": 2, "max_new_tokens": 1}
 """So short that many completions are equal."""
 
 
-def seen_by_service(request: RewardRequest, sample: dict[str, Any]) -> tuple[Any, ...]:
+def seen_by_service(request: ScoreRequest, sample: dict[str, Any]) -> tuple[Any, ...]:
     names = ("prompt", "completion", "finish_reason", "completion_tokens", "ground_truth")
     return request.content["step"], *(sample[name] for name in names)
 

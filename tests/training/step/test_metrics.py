@@ -12,6 +12,7 @@ from dar.training import DARTrainer
 from dar.training.data.rows import Prompt, TokenPair
 from dar.training.step.metrics import MetricsWindow, step_metrics
 from dar.training.step.records import ScoredStep
+from fakes.recording_sink import RecordingSink
 
 ROWS: list[dict[str, Any]] = [
     {"prompt_ids": [10, 20], "completion_ids": [[4, 5, 3], [6, 7, 8, 3], [9, 3]], "rewards": [1.0, 0.25, None],
@@ -22,7 +23,9 @@ ROWS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def offline(train: Callable[..., DARTrainer], sink: Any) -> Callable[..., dict[str, float]]:
+def offline(
+    train: Callable[..., DARTrainer], sink: RecordingSink
+) -> Callable[..., dict[str, float]]:
     def run(**options: Any) -> dict[str, float]:
         settings = {"max_steps": 1, "per_device_train_batch_size": 2} | options
         train(train_dataset=ROWS, reward_funcs=None, sink=sink, settings=settings)
@@ -32,7 +35,7 @@ def offline(train: Callable[..., DARTrainer], sink: Any) -> Callable[..., dict[s
 
 
 def test_the_divergence_from_the_reference_is_estimated_in_two_ways(
-    offline: Callable[..., dict[str, float]], sink: Any
+    offline: Callable[..., dict[str, float]], sink: RecordingSink
 ) -> None:
     values = offline()
     rows = [row for row in sink.shown[1] if row.weight is not None]
@@ -67,7 +70,7 @@ def test_clipping_is_counted_before_weights_are_normalised(
 def test_entropy_is_that_of_the_policys_whole_distribution(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],
-    sink: Any,
+    sink: RecordingSink,
     scale: float,
 ) -> None:
     model = make_model(scale=scale)
@@ -91,7 +94,7 @@ def test_entropy_is_that_of_the_policys_whole_distribution(
 class SlowSink:
     """Takes its time with every report."""
 
-    def __init__(self, sink: Any) -> None:
+    def __init__(self, sink: RecordingSink) -> None:
         self._sink = sink
 
     def __getattr__(self, name: str) -> Any:
@@ -103,7 +106,7 @@ class SlowSink:
 
 
 def test_times_of_the_phases_make_up_the_step_and_idle_time_is_what_nobody_worked_in(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     def slow(completions: list[str], **columns: Any) -> list[float]:
         time.sleep(0.2)
@@ -174,7 +177,7 @@ def test_metrics_of_an_evaluation_are_known_by_the_names_of_training() -> None:
 
 
 def test_rewards_that_jump_are_told_once_also_over_a_resume(
-    train: Callable[..., Any], new_sink: Callable[[], Any]
+    train: Callable[..., Any], new_sink: type[RecordingSink]
 ) -> None:
     calls = {"count": 0}
 

@@ -5,10 +5,11 @@ import pytest
 
 from dar.errors import InvalidRequestError
 from dar.training import DARTrainer
+from fakes.recording_sink import RecordingSink
 
 
 def test_stored_behavior_log_probabilities_are_used(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     row = {
         "prompt": "w10",
@@ -38,7 +39,7 @@ def test_stored_behavior_log_probabilities_are_used(
     ],
 )
 def test_rows_that_cannot_be_replayed_are_refused_by_number(
-    train: Callable[..., DARTrainer], sink: Any, change: dict[str, Any], message: str
+    train: Callable[..., DARTrainer], sink: RecordingSink, change: dict[str, Any], message: str
 ) -> None:
     row = {"prompt": "w10", "completion_ids": [[4], [5]], "rewards": [1.0, 0.0]}
     with pytest.raises(InvalidRequestError, match=f"row 2: .*{message}"):
@@ -49,7 +50,7 @@ def test_rows_that_cannot_be_replayed_are_refused_by_number(
 
 
 def test_stored_completions_count_against_the_context_and_max_new_tokens_does_not(
-    train: Callable[..., DARTrainer], sink: Any
+    train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     row = {"prompt": "w10 w20", "completion_ids": [[4] * 126, [5]], "rewards": [1.0, 0.0]}
     settings = {"dar_k": 2, "max_steps": 1, "max_new_tokens": 500, "max_length": 4096}

@@ -22,6 +22,7 @@ from dar.training.report.capacity import Capacity, needed_concurrency, service_s
 from dar.training.step.records import Weigher, is_streamable
 from dar.training.step.reward_feed import StepInProgress, StepPart
 from fakes import reward_chaos as chaos
+from fakes.recording_sink import RecordingSink
 
 LORA = LoraConfig(
     r=2, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -152,7 +153,7 @@ def test_a_run_resumed_at_any_step_goes_on_to_the_same_bits(
 
 
 def test_a_run_drained_while_it_waits_goes_on_with_what_it_had_sampled(
-    run: Callable[..., Any], new_sink: Callable[[], Any], tmp_path: Path
+    run: Callable[..., Any], new_sink: type[RecordingSink], tmp_path: Path
 ) -> None:
     settings = {"overlap": "one_step", "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
     whole = run(output_dir=str(tmp_path / "whole"), **settings)
@@ -250,7 +251,7 @@ def test_needed_concurrency_follows_littles_law() -> None:
     assert needed_concurrency(16, 10, 4) == 60  # 1.5 * 5 * 32 / 4
 
 
-def test_a_service_whose_time_is_hidden_is_not_complained_about(sink: Any) -> None:
+def test_a_service_whose_time_is_hidden_is_not_complained_about(sink: RecordingSink) -> None:
     def told(answered: float, waited: float) -> int:
         tickets = []
         for i in range(8):

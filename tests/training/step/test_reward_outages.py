@@ -1,6 +1,5 @@
 """When rewards stop coming in mid-training, the last whole step is kept, and what went wrong is told."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dar.errors import RewardBudgetError
 from dar.protocol.metrics import is_known
-from dar.protocol.spec import JobSpec
 from dar.rewards.server import reward_server
 from dar.training.from_spec import JobInputs, train_job
 from dar.training.report.sink import NullControl
 from fakes import loopback
+from fakes.recording_sink import RecordingSink
 
 SECRET = "whsec_" + "A" * 43 + "="
 GROUPS = 3
@@ -54,36 +52,13 @@ def url(judge: Judge) -> Iterator[str]:
 
 
 @pytest.fixture
-def job(
-    make_model: Callable[..., LlamaForCausalLM],
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[dict[str, Any]],
-    tmp_path: Path,
-    url: str,
-) -> Callable[..., JobInputs]:
-    base = tmp_path / "tiny"
-    make_model().save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    training_file = tmp_path / "prompts.jsonl"
-    training_file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
-
+def job(job_inputs: Callable[..., JobInputs], tmp_path: Path, url: str) -> Callable[..., JobInputs]:
     def make(name: str, **fields: Any) -> JobInputs:
         retry = {"attempts": 2, "base": 0.01}
         component = {"name": "words", "url": url, "normalize": "running", "retry": retry}
-        dar = {
-            "hyperparameters": {"learning_rate": 3e-3, "batch_size": GROUPS, "max_steps": 5},
-            "sampling": {"max_new_tokens": 8},
-            "rewards": {"components": [component]},
-            "checkpointing": {"every_steps": 100},
-        }
-        method = {"type": "dar", "dar": dar}
-        spec = {"model": "tiny", "training_file": "file-1", "method": method}
-        values: dict[str, Any] = {
-            "job_id": "ftjob-1", "spec": JobSpec.model_validate(spec), "seed": 7, "total_steps": 5, "model": base,
-            "adapters": (), "training_file": training_file, "work_dir": tmp_path / name, "resume_from": None,
-            "reward_secret": SECRET, "threads": 1, "offline": True,
-        }  # fmt: skip
-        return JobInputs(**values | fields)
+        dar = {"rewards": {"components": [component]}, "checkpointing": {"every_steps": 100}}
+        values = {"steps": 5, "work_dir": tmp_path / name, "reward_secret": SECRET}
+        return job_inputs(dar, **values | fields)
 
     return make
 
@@ -91,7 +66,7 @@ def job(
 def test_an_outage_after_some_steps_keeps_them_and_the_job_ends_as_if_nothing_had_been(
     job: Callable[..., JobInputs],
     judge: Judge,
-    new_sink: Callable[[], Any],
+    new_sink: type[RecordingSink],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -122,7 +97,7 @@ def test_an_outage_after_some_steps_keeps_them_and_the_job_ends_as_if_nothing_ha
 
 
 def test_every_step_tells_its_requests_and_samples(
-    job: Callable[..., JobInputs], sink: Any
+    job: Callable[..., JobInputs], sink: RecordingSink
 ) -> None:
     train_job(job("whole"), sink, NullControl())
     assert [step for step, *_ in sink.requests] == [1, 2, 3, 4, 5]

