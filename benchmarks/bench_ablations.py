@@ -1,7 +1,8 @@
-"""One setting changed at a time: what each does to the brackets task, exactly, and to the demo's reviews, by sampling.
+"""Effect of each setting alone: exact on the brackets task, sampled on the demo's reviews.
 
-All runs of a task see as many completions as the default does. The brackets are judged by the default's objective (J at
-alpha = 0.1, c = 1), whose maximum is known; the reviews by the last steps' completions.
+All runs of a task see as many completions as the default does. The brackets are judged by the
+default's objective (J at alpha = 0.1, c = 1), whose maximum is known; the reviews by the last
+steps' completions.
 """
 
 import concurrent.futures
@@ -89,7 +90,8 @@ LOST: dict[str, float | None] = {
     "1 in 5 rewards missing": None,
     "1 in 5 missing, counted as 0": 0.0,
 }
-"""What arrives in place of every fifth reward; the second is the mistake that departure 2 avoids."""
+"""What arrives in place of every fifth reward; the second is the mistake that departure 2
+avoids."""
 
 
 def settings_of(case: str, completions: int) -> dict[str, Any]:

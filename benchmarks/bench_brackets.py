@@ -1,4 +1,4 @@
-"""How near training comes to an optimum that is known, for every variant, and how far off every planted mistake ends."""
+"""Distance from a known optimum after training, for every variant and every planted mistake."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -33,7 +33,8 @@ class Case:
 
 
 MANY = {"per_device_train_batch_size": 96}
-"""Prompts of a step for the cold variant: with 12 the rare completions are hardly drawn, and it stays 0.13 nats off."""
+"""Prompts of a step for the cold variant: with 12 the rare completions are hardly drawn, and it
+stays 0.13 nats off."""
 CASES = (
     Case("plain"),
     Case("plain", settings={"baseline": "mean"}),

@@ -1,9 +1,10 @@
-"""How long a trainer stands idle for slow rewards, by what it does meanwhile: two hours of training in seven minutes.
+"""Idle time of a trainer with slow rewards, by overlap: two hours of training in seven minutes.
 
-The trainer, its steps, the reward client and a reward server in a process of its own are the real ones; sampling and the passes
-of training are slept, at a twentieth of what they take a mid-sized model: 32 prompts in 19.2 s, training in 12 s, and a judge
-whose latency is lognormal with a median of 5 s and sigma 0.7, one prompt a request, 16 at once. The designs take turns, and all
-of them see the same latencies.
+The trainer, its steps, the reward client and a reward server in a process of its own are the real
+ones; sampling and the passes of training are slept, at a twentieth of what they take a mid-sized
+model: 32 prompts in 19.2 s, training in 12 s, and a judge whose latency is lognormal with a median
+of 5 s and sigma 0.7, one prompt a request, 16 at once. The designs take turns, and all of them see
+the same latencies.
 """
 
 import asyncio
@@ -33,7 +34,8 @@ GROUPS, K, CONCURRENCY = 32, 4, 16
 GENERATION, TRAINING, MEDIAN, SIGMA = 19.2 * SCALE, 12 * SCALE, 5 * SCALE, 0.7
 """Seconds of a step, and of a request."""
 STEPS, ROUNDS = 8, 5
-"""Of each run, of which the first and the last do not count: they begin and end the pipeline. And runs of each design."""
+"""Of each run, of which the first and the last do not count: they begin and end the pipeline. And
+runs of each design."""
 DESIGNS: dict[str, dict[str, Any]] = {
     "none": {"overlap": "none", "order": "fixed"},
     "stream": {"overlap": "stream", "order": "completion"},
@@ -43,11 +45,11 @@ DESIGNS: dict[str, dict[str, Any]] = {
 TOKENIZER = Path(__file__).parent.parent / "tests" / "training" / "golden" / "tokenizer"
 
 
-# --- the judge ---------------------------------------------------------------------------------------------------------------
+# --- the judge ------------------------------------------------------------------------------------
 
 
 def serve(ready: Connection, seed: int) -> None:
-    """Answer requests of ``dar.reward.v1`` for ever, each group after a time that is a function of seed, step and group."""
+    """Answer ``dar.reward.v1`` requests, each group after a time set by seed, step and group."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await _head(reader):
@@ -85,7 +87,7 @@ async def _head(reader: asyncio.StreamReader) -> int:
     return length
 
 
-# --- the trainer --------------------------------------------------------------------------------------------------------------
+# --- the trainer ----------------------------------------------------------------------------------
 
 
 class PacedSampler:

@@ -1,6 +1,7 @@
-"""How many requests the reward client makes, and how long each takes, against a service that does nothing.
+"""Throughput and latency of the reward client with a service that does nothing.
 
-The service is another process on bare sockets, so that its own work is as small as it can be and the client's shows.
+The service is another process on bare sockets, so that its own work is as small as it can be and
+the client's shows.
 """
 
 import asyncio
@@ -97,7 +98,7 @@ def group(number: int) -> list[RewardSample]:
 
 
 async def seconds_of(url: str, slots: int, requests: int) -> tuple[float, list[float]]:
-    """Seconds of all requests together and of each, by ``slots`` callers that each wait for their answer."""
+    """Seconds of all requests and of each; ``slots`` callers each wait for their answer."""
     source = HttpReward(
         "noop",
         url,

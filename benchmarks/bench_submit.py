@@ -42,7 +42,7 @@ def submissions() -> list[float]:
 
 
 def claims() -> list[float]:
-    """Seconds from a job's row to its claim, by the service's own clock, with an idle worker and a broker."""
+    """Seconds from a job's row to its claim, by the service's clock, with an idle worker."""
     with stack(workers=1) as running:
         make_model(running)
         file_id = running.client.files.create(

@@ -1,4 +1,4 @@
-"""A whole installation on this machine for a benchmark, through the same ``dar up`` that users run."""
+"""A whole installation on this machine for a benchmark, started by ``dar up``."""
 
 import contextlib
 import json
@@ -41,7 +41,10 @@ def wait_until_up(url: str, seconds: float = 60.0) -> None:
 
 @contextlib.contextmanager
 def stack(workers: int) -> Iterator[Stack]:
-    """Start service, Valkey and ``workers`` workers in a fresh folder; stop and remove them at the end."""
+    """Start service, Valkey and ``workers`` workers in a fresh folder.
+
+    Stop and remove them at the end.
+    """
     home = Path(tempfile.mkdtemp(prefix="dar-bench-"))
     port = free_port()
     url = f"http://127.0.0.1:{port}"

@@ -16,11 +16,14 @@ from xdist.scheduler import LoadScopeScheduling
 LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
 """Folders that take longest come first: their tests must not be the last to start."""
 TOGETHER = ("e2e", "store", "client")
-"""Folders whose tests share what is expensive to start: an installation, a PostgreSQL, a service."""
+"""Folders whose tests share what is expensive to start: an installation, a PostgreSQL, a
+service."""
 
 
 class ByFile(LoadScopeScheduling):
-    """Gives whole files to one test process, and whole folders where their tests share processes."""
+    """Gives whole files to one test process, and whole folders where their tests share
+    processes.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePosixPath(nodeid.partition("::")[0])
@@ -40,7 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection() -> None:
-    """Look for no garbage while modules are imported: there is none, and it takes a quarter of the time."""
+    """Collect no garbage while modules are imported: there is none, and it takes a quarter of the
+    time.
+    """
     gc.disable()
 
 
@@ -51,14 +56,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _garbage_of_this_module_alone() -> None:
-    """Keep from collectors what is there already, and stays: every training run looks through all the rest more than once."""
+    """Keep from collectors what is there already, and stays: every training run looks through all
+    the rest more than once.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _logs_of_this_test_alone() -> None:
-    """Libraries call `logging.basicConfig` when they are imported, with the captured stream of whichever test did that."""
+    """Libraries call `logging.basicConfig` when they are imported, with the captured stream of
+    whichever test did that.
+    """
     root = logging.getLogger()
     for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
         root.removeHandler(handler)
@@ -74,7 +83,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 @pytest.fixture(scope="session")
 def reviews_base(shared_folder: Path) -> Path:
-    """``model/`` and ``prompts.jsonl`` of the demo, after so few steps that it babbles in letters of its language."""
+    """``model/`` and ``prompts.jsonl`` of the demo, after so few steps that it babbles in letters
+    of its language.
+    """
     folder = shared_folder / "reviews-base"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():

@@ -218,7 +218,7 @@ def is_known(name: str) -> bool:
 
 
 class Series(Output):
-    """One metric over the job. The i-th value belongs to the i-th step. NaN and infinity are null."""
+    """One metric over the job: value i belongs to step i. NaN and infinity are null."""
 
     step: list[int]
     value: list[float | None]

@@ -120,7 +120,7 @@ class Sampling(Input):
     max_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=2, le=10_000_000)
     """Longest prompt and completion together, in tokens; null: the model's context."""
     max_prompt_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=1, le=10_000_000)
-    """Longest prompt, in tokens; a longer one is cut on the left; null: what a completion leaves."""
+    """Longest prompt, in tokens, cut on the left; null: what a completion leaves."""
 
 
 class LoraSpec(Input):

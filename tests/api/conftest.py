@@ -26,7 +26,9 @@ LOOPBACK = {"egress_allow_cidrs": ("127.0.0.0/8",), "egress_allow_http": ("127.0
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
-    """Logs of provoked failures are no news, and structlog's own default prints every local variable."""
+    """Logs of provoked failures are no news, and structlog's own default prints every local
+    variable.
+    """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 

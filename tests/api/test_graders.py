@@ -1,4 +1,6 @@
-"""Graders through the unmodified ``openai`` client: a registered endpoint scores one completion, and no failure is a number."""
+"""Graders through the unmodified ``openai`` client: a registered endpoint scores one completion,
+and no failure is a number.
+"""
 
 import json
 import socket

@@ -164,7 +164,8 @@ def test_the_same_key_and_body_make_one_job(live: Live, error_of: Callable[..., 
 
 
 DIGEST = "de2972da8ca7cef5e1f76ebea835a4374023026aac54a6e9d55a4a9324f7baf7"
-"""Of `with_rewards`, as the version that still had ``by``, ``adaptive`` and ``mode`` computed it."""
+"""Of `with_rewards`, as the version that still had ``by``, ``adaptive`` and ``mode`` computed
+it."""
 
 
 def with_rewards(batch: dict[str, Any], limits: dict[str, Any], combine: dict[str, Any]) -> Any:

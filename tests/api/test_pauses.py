@@ -1,4 +1,4 @@
-"""Pausing and resuming over HTTP, and what the API tells of rewards."""
+"""Pausing and resuming over HTTP, and what the API reports about rewards."""
 
 import threading
 import time

@@ -1,4 +1,6 @@
-"""A trainer's notes about reward requests: its supervisor's bridge makes few calls of them, and the service loses none."""
+"""A trainer's notes about reward requests: its supervisor's bridge makes few calls of them, and the
+service loses none.
+"""
 
 import os
 import threading

@@ -1,4 +1,6 @@
-"""What the service knows of remembered rewards: when they may be used, when never again, and how often they were."""
+"""What the service knows of remembered rewards: when they may be used, when never again, and how
+often they were.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,6 @@
-"""Callbacks of reward services: who may give a result, what becomes of it, and how it reaches the worker."""
+"""Callbacks of reward services: who may give a result, what becomes of it, and how it reaches the
+worker.
+"""
 
 import hashlib
 import json
@@ -239,7 +241,7 @@ def test_a_body_that_is_packed_too_large_or_no_json_is_refused_and_costs_no_try(
     assert pending.post(pending.body(1, 2)).json() == {"status": "accepted"}
 
 
-# --- signatures -----------------------------------------------------------------------------------------------------------
+# --- signatures -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -324,7 +326,7 @@ def test_our_own_request_sent_back_is_refused_without_a_signature_too(pending: P
     assert pending.post(pending.body(1, 2)).json() == {"status": "accepted"}
 
 
-# --- attempts that follow each other ---------------------------------------------------------------------------------------
+# --- attempts that follow each other --------------------------------------------------------------
 
 
 def test_the_next_attempt_gets_what_came_for_the_one_before(live: Live) -> None:

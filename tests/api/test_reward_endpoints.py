@@ -1,4 +1,6 @@
-"""Reward endpoints over HTTP: secrets go in and never come out, and only the endpoint itself sees them."""
+"""Reward endpoints over HTTP: secrets go in and never come out, and only the endpoint itself sees
+them.
+"""
 
 import base64
 import contextlib
@@ -106,7 +108,7 @@ def test_secrets_are_nowhere_but_in_the_one_answer(
         assert refused.status_code == 400
         assert (
             "echo" in refused.text
-        )  # the owner sees what the service says, without what it was told
+        )  # the owner sees the service's answer, without the secrets in it
         grader = {"type": "endpoint", "name": "g", "endpoint": made["id"]}
         run = {"grader": grader, "model_sample": "x"}
         graded = live.http.post("/v1/fine_tuning/alpha/graders/run", json=run)

@@ -1,4 +1,6 @@
-"""Jobs that are paused for want of rewards go on by themselves when a look at their reward service shows rewards."""
+"""Jobs that are paused because rewards are missing go on by themselves when a look at their reward
+service shows rewards.
+"""
 
 import asyncio
 import contextlib
@@ -23,7 +25,7 @@ from service.store.tables import JobRow
 
 
 class Judge:
-    """A reward service that is told what to answer."""
+    """A reward service whose answers the test sets."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -75,7 +77,7 @@ def refusing() -> Iterator[Judge]:
 
 @pytest.fixture
 def paused(live: Live) -> Callable[..., str]:
-    """Makes a job that is paused for want of rewards."""
+    """Makes a job that is paused because rewards are missing."""
 
     def make(*components: dict[str, Any], training_file: str | None = None, **release: Any) -> str:
         file_id = (

@@ -1,4 +1,6 @@
-"""Rewards that can never work are refused when a job is submitted, each with its place in the spec."""
+"""Rewards that can never work are refused when a job is submitted, each with its place in the
+spec.
+"""
 
 from collections.abc import Callable
 from typing import Any

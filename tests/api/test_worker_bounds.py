@@ -1,4 +1,6 @@
-"""What a worker may send and ask for, at the edges: models, room, cancellations told twice, values that cannot be kept."""
+"""What a worker may send and ask for, at the edges: models, room, repeated cancellations, values
+that cannot be kept.
+"""
 
 import time
 from collections.abc import Callable

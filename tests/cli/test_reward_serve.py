@@ -1,4 +1,6 @@
-"""``dar reward serve``: a function of the current folder as a reward service, and one clear line where it cannot be."""
+"""``dar reward serve``: a function of the current folder as a reward service, and one clear line
+where it cannot be.
+"""
 
 import json
 import signal

@@ -1,4 +1,6 @@
-"""docs/rewards-server.md is so: its function and command run, its JSON is what comes, its tables are complete."""
+"""docs/rewards-server.md is so: its function and command run, its JSON is what comes, its tables
+are complete.
+"""
 
 import ast
 import json

@@ -226,7 +226,9 @@ class Answer:
 
 
 class Scripted:
-    """A server that gives its answers in turn, the last one again and again, and keeps what it was sent."""
+    """A server that gives its answers in turn, the last one again and again, and keeps what it was
+    sent.
+    """
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)

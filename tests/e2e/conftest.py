@@ -1,4 +1,6 @@
-"""A whole installation in a folder: real Valkey, real service, real worker, real reward service, each its own process."""
+"""A whole installation in a folder: real Valkey, real service, real worker, real reward service,
+each its own process.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,6 +1,8 @@
-"""Rewards that come by callback, through kills of the worker and of the service while they are pending.
+"""Rewards that come by callback, through kills of the worker and of the service while they are
+pending.
 
-The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on importing torch.
+The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on
+importing torch.
 """
 
 import signal
@@ -21,7 +23,8 @@ from fakes.reward_server import RewardServer, ScoreRequest
 
 STEPS = 4
 HELD_STEP = 4
-"""Results of this step are held back until the test lets them go; a new attempt replays the one before it too."""
+"""Results of this step are held back until the test lets them go; a new attempt replays the one
+before it too."""
 
 
 @dataclass

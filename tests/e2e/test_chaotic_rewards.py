@@ -1,6 +1,8 @@
-"""A job whose reward services fail before they answer ends with the weights that it has with perfect ones, to the last bit.
+"""A job whose reward services fail before they answer ends with the weights that it has with
+perfect ones, to the last bit.
 
-The test is slow because it trains two whole jobs, and a trainer spends some six CPU seconds on importing torch.
+The test is slow because it trains two whole jobs, and a trainer spends some six CPU seconds on
+importing torch.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,8 @@ from fakes import reward_chaos as chaos
 from fakes.installation import Installation
 
 SERVICES, STEPS, GROUPS, K = 4, 3, 6, 4
-"""So few requests go to each service that no breaker opens and no retry has to wait for its turn."""
+"""So few requests go to each service that no breaker opens and no retry has to wait for its
+turn."""
 KEPT = ("step", "group", "index", "completion", "reward", "components", "advantage", "weight")
 
 
@@ -34,7 +37,9 @@ def component(url: str, number: int) -> dict[str, Any]:
 def train(
     installation: Installation, reviews_base: Path, tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """What comes of a job whose services have some manners: files of the last checkpoint, metrics and samples."""
+    """What comes of a job whose services have some manners: files of the last checkpoint, metrics
+    and samples.
+    """
     client = installation.client
 
     def run(manners: Callable[[Any], bool]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The Python of README, guide and rewards page runs as it stands, on a small model and with this installation's addresses."""
+"""The Python of README, guide and rewards page runs as it stands, on a small model and with this
+installation's addresses.
+"""
 
 import re
 import subprocess
@@ -28,7 +30,9 @@ CLIENTS = [name for name in SNIPPETS if name not in SERVERS]
 
 
 def prepare(name: str, installation: Installation, folder: Path, reviews_base: Path) -> Path:
-    """Write a snippet to a file, with a local model, a few steps and this installation's addresses."""
+    """Write a snippet to a file, with a local model, a few steps and this installation's
+    addresses.
+    """
     secret = (installation.home / "reward_secret").read_text().strip()
     text = SNIPPETS[name]
     if "DARTrainer" in text:

@@ -1,6 +1,8 @@
-"""Reward code that was written for other trainers scores a job as it is: a server of OpenRLHF's contract, and functions of TRL's.
+"""Reward code that was written for other trainers scores a job as it is: a server of OpenRLHF's
+contract, and functions of TRL's.
 
-The test is slow because it trains a whole job, and a trainer spends some six CPU seconds on importing torch.
+The test is slow because it trains a whole job, and a trainer spends some six CPU seconds on
+importing torch.
 """
 
 import json
@@ -17,7 +19,7 @@ from fakes.installation import Installation
 STEPS, GROUPS, K = 2, 3, 4
 
 
-# --- what their authors wrote ----------------------------------------------------------------------------------------
+# --- what their authors wrote ---------------------------------------------------------------------
 
 
 def openrlhf_style(_: Mapping[str, str], body: bytes) -> tuple[int, Any]:
@@ -47,11 +49,13 @@ def as_labelled(
 
 
 def trl_style(_: Mapping[str, str], body: bytes) -> tuple[int, Any]:
-    """A server around that function, from before there was a protocol of ours: keyword arguments in, a list out."""
+    """A server around that function, from before there was a protocol of ours: keyword arguments
+    in, a list out.
+    """
     return 200, as_labelled(**json.loads(body))
 
 
-# --- the job ---------------------------------------------------------------------------------------------------------
+# --- the job --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

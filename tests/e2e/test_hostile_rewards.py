@@ -1,6 +1,7 @@
 """Jobs whose reward services misbehave in every way at once, each beside one that conforms.
 
-The tests are slow because each trains whole jobs, and a trainer spends some six CPU seconds on importing torch.
+The tests are slow because each trains whole jobs, and a trainer spends some six CPU seconds on
+importing torch.
 """
 
 import json
@@ -20,7 +21,8 @@ REQUESTS = STEPS * GROUPS
 """Of each component: one for each group."""
 
 Ending = str | set[str]
-"""``right``: all rewards come; ``some``: those that were sent; ``skip``: none, and no failure; else the failures' codes."""
+"""``right``: all rewards come; ``some``: those that were sent; ``skip``: none, and no failure; else
+the failures' codes."""
 
 ANSWERS: dict[str, Ending] = {
     "one-short": "contract.length",
@@ -39,7 +41,8 @@ ANSWERS: dict[str, Ending] = {
     "duplicate-id": "contract.ids",
     "unknown-id": "contract.ids",
 }
-"""Answers that break the contract, or say that there is no reward. A job has room for fifteen of them."""
+"""Answers that break the contract, or say that there is no reward. A job has room for fifteen of
+them."""
 
 UNREADABLE = (
     "retry-after/0.2;-1;soon;Sun,%2006%20Nov%201994%2008:49:37%20GMT;"
@@ -95,7 +98,7 @@ class Credentials:
 
 
 ALONE = ("closes-idle", "aborts-reused", "retry-after")
-"""What tells something only where requests come one after the other."""
+"""Behaviours that matter only for requests in sequence."""
 
 
 def component(endpoint: str, path: str, name: str) -> dict[str, Any]:
@@ -126,7 +129,10 @@ def train(
     own: Credentials,
     until: Callable[..., Any],
 ) -> tuple[Any, bytes]:
-    """The finished job and its trainer's log; component ``rN`` is the N-th path, and ``good`` the one that conforms."""
+    """The finished job and its trainer's log.
+
+    Component ``rN`` is the N-th path, and ``good`` the one that conforms.
+    """
     places = {"good": "fine", **{f"r{number}": path for number, path in enumerate(paths)}}
     components = [
         component(own.register(installation, url_of(path)), path, name)
@@ -176,7 +182,9 @@ def assert_ended_as_told(installation: Installation, job: Any, paths: Mapping[st
 def assert_rewards_were_sent(
     installation: Installation, job: Any, paths: Mapping[str, Ending]
 ) -> None:
-    """No sample has a number that was not sent for it: each right one is told by the sample's own id."""
+    """No sample has a number that was not sent for it: a right one follows from the sample's own
+    id.
+    """
     right = [f"r{number}" for number, ending in enumerate(paths.values()) if ending == "right"]
     some = [f"r{number}" for number, ending in enumerate(paths.values()) if ending == "some"]
     rows = list(installation.client.jobs.samples(job.id, limit=100))

@@ -1,6 +1,8 @@
-"""Results that come after a 202: too late, never, twice, in two versions, or from two of the service's workers at once.
+"""Results that come after a 202: too late, never, twice, in two versions, or from two of the
+service's workers at once.
 
-The test is slow because it trains a whole job, and a trainer spends some six CPU seconds on importing torch.
+The test is slow because it trains a whole job, and a trainer spends some six CPU seconds on
+importing torch.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""Whatever dies in mid-training, the job ends with the weights, optimizer and metrics it would have had.
+"""Whatever dies in mid-training, the job ends with the weights, optimizer and metrics it would have
+had.
 
-The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on importing torch.
+The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on
+importing torch.
 """
 
 import json
@@ -132,7 +134,9 @@ def test_a_drained_worker_and_a_restarted_service_lose_nothing(
 
 
 def mean_share_of_the_letter(folders: list[Path], prompts: list[str]) -> list[float]:
-    """What the reward service likes, in fresh samples of models that transformers loads by itself."""
+    """What the reward service likes, in fresh samples of models that transformers loads by
+    itself.
+    """
     command = [
         sys.executable,
         "-m",

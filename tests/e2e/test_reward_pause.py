@@ -1,6 +1,9 @@
-"""A reward service that goes away or refuses in mid-training pauses the job and frees its slot; nothing is lost, nothing made up.
+"""A reward service that goes away or refuses in mid-training pauses the job and frees its slot.
 
-The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on importing torch.
+Nothing is lost, nothing made up.
+
+The tests are slow because each starts real trainers, and a trainer spends some six CPU seconds on
+importing torch.
 """
 
 import time
@@ -21,7 +24,9 @@ OUTAGE = 5
 
 
 class RewardService:
-    """Scores as the installation's does, refuses when it is told to, and goes down altogether at a step."""
+    """Scores as the installation's does, refuses when the test says so, and goes down altogether at
+    a step.
+    """
 
     def __init__(self) -> None:
         self.status = 200

@@ -1,6 +1,8 @@
-"""A reward service that refuses requests in the middle of a job: what is too large is halved, everything else pauses the job at once.
+"""A reward service that refuses requests in the middle of a job: what is too large is halved,
+everything else pauses the job at once.
 
-The test is slow because the pause ends a real trainer, and the next one spends some six CPU seconds on importing torch.
+The test is slow because the pause ends a real trainer, and the next one spends some six CPU seconds
+on importing torch.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""``dar reward serve`` beside a real installation: results come by signed callbacks, also through a restart of the server.
+"""``dar reward serve`` beside a real installation: results come by signed callbacks, also through a
+restart of the server.
 
-The test is slow because it runs real jobs, whose trainers spend some six CPU seconds on importing torch.
+The test is slow because it runs real jobs, whose trainers spend some six CPU seconds on importing
+torch.
 """
 
 import json

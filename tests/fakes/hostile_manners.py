@@ -1,7 +1,7 @@
 """What a hostile reward service does with a request: `misbehave` is a manner for each path.
 
-``/<name>`` or ``/<name>/<argument>``. ``/fine`` is the path that conforms; a path that ends in ``?first=N`` misbehaves N
-times and then conforms.
+``/<name>`` or ``/<name>/<argument>``. ``/fine`` is the path that conforms; a path that ends in
+``?first=N`` misbehaves N times and then conforms.
 """
 
 import gzip
@@ -61,7 +61,7 @@ def _last(token: str) -> str:
     return '{"request_id":"ID","rewards":[1,2,3,' + token + "]}"
 
 
-# --- rows 1 to 9: answers that break the contract --------------------------------------------------------------------
+# --- rows 1 to 9: answers that break the contract -------------------------------------------------
 for _name, _text in {
     "one-short": '{"request_id":"ID","rewards":[0.1,0.2,0.3]}',
     "one-for-all": '{"request_id":"ID","rewards":[0.1]}',
@@ -154,7 +154,7 @@ def byte_order_mark(request: ScoreRequest) -> None:
     request.answer(b"\xef\xbb\xbf" + start + b',"rewards":[1,2,3,4]}')
 
 
-# --- rows 10 to 12: what is no JSON, or too much of it ----------------------------------------------------------------
+# --- rows 10 to 12: what is no JSON, or too much of it --------------------------------------------
 @behaviour
 def login_page(request: ScoreRequest) -> None:
     request.answer(b"<html>please log in</html>", content_type="text/html")
@@ -201,7 +201,7 @@ def bomb(request: ScoreRequest) -> None:
     request.answer(packed(bytes(10**7)), content_encoding=argument_of(request))
 
 
-# --- rows 13 to 16: time and connections ------------------------------------------------------------------------------
+# --- rows 13 to 16: time and connections ----------------------------------------------------------
 @behaviour
 def slow_body(request: ScoreRequest) -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 90\r\n\r\n"
@@ -264,7 +264,10 @@ def closes_idle(request: ScoreRequest) -> None:
 
 @behaviour
 def aborts_reused(request: ScoreRequest) -> None:
-    """The second request on a connection is aborted; at the path's third request a new connection is due."""
+    """The second request on a connection is aborted.
+
+    At the path's third request a new connection is due.
+    """
     if request.number == 2:
         request.reset()
     else:
@@ -317,7 +320,7 @@ def cookie(request: ScoreRequest) -> None:
     request.answer(body, set_cookie="session=1; Path=/")
 
 
-# --- rows 17 to 19, 22 and 23: statuses -------------------------------------------------------------------------------
+# --- rows 17 to 19, 22 and 23: statuses -----------------------------------------------------------
 @behaviour
 def status(request: ScoreRequest) -> None:
     """``/status/503``; the body is whatever follows a comma."""
@@ -357,7 +360,7 @@ def accepted(request: ScoreRequest) -> None:
     request.answer(body, "202 Accepted")
 
 
-# --- what else ---------------------------------------------------------------------------------------------------------
+# --- what else ------------------------------------------------------------------------------------
 @behaviour
 def echo(request: ScoreRequest) -> None:
     """``/echo/WHERE``: send back all that could be a secret."""
@@ -391,7 +394,9 @@ def injection(request: ScoreRequest) -> None:
 
 @behaviour
 def judge(request: ScoreRequest) -> None:
-    """``/judge/N``: samples with an odd number fail N times each, for a passing reason of their own."""
+    """``/judge/N``: samples with an odd number fail N times each, for a passing reason of their
+    own.
+    """
     is_over = request.number > int(argument_of(request))
     error = {"code": "judge_timeout", "message": "the judge slept", "retryable": True}
     request.results(

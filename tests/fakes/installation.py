@@ -1,4 +1,6 @@
-"""A whole installation in a folder: real Valkey, real service, real worker, real reward service, each its own process."""
+"""A whole installation in a folder: real Valkey, real service, real worker, real reward service,
+each its own process.
+"""
 
 import contextlib
 import os
@@ -160,7 +162,9 @@ class Installation:
                     self.end(name, signal.SIGKILL if name != "valkey" else signal.SIGTERM)
 
     def files_with_secrets(self, secrets: Sequence[str]) -> list[tuple[str, bytes]]:
-        """What shows a secret among all files but those that are there to keep one: logs, database, spool, checkpoints."""
+        """What shows a secret among all files but those that are there to keep one: logs, database,
+        spool, checkpoints.
+        """
         shown: list[tuple[str, bytes]] = []
         for folder, _, names in os.walk(self.home):
             for name in set(names) - KEY_FILES:

@@ -1,4 +1,6 @@
-"""HTTP servers in a thread of the test: one on bare sockets whose every answer a test decides, and uvicorn for real apps."""
+"""HTTP servers in a thread of the test: one on bare sockets whose every answer a test decides, and
+uvicorn for real apps.
+"""
 
 import contextlib
 import json
@@ -85,7 +87,8 @@ class Request:
 
 
 Manner = Callable[[Any], object]
-"""What a server does with a request. (`Any`: servers of rewards give it requests that can do more.)"""
+"""What a server does with a request. (`Any`: servers of rewards give it requests that can do
+more.)"""
 
 
 class _Handler(socketserver.StreamRequestHandler):

@@ -1,4 +1,6 @@
-"""Training runs of `test_ranks.py` and `test_deepspeed.py`: the same in one process, by import, and in two, as a program."""
+"""Training runs of `test_ranks.py` and `test_deepspeed.py`: the same in one process, by import, and
+in two, as a program.
+"""
 
 import asyncio
 import gc
@@ -201,7 +203,10 @@ def stream(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
 def refill(
     folder: Path, name: str, settings: Mapping[str, Any], dtype: torch.dtype = torch.float64
 ) -> None:
-    """Train with a reward service that at first cannot score some prompts; it runs beside the main process."""
+    """Train with a reward service that at first cannot score some prompts.
+
+    It runs beside the main process.
+    """
     prompts = tuple(row["prompt"] for row in PROMPTS[::3])
     failing = chaos.Failing(prompts=prompts, indices=(0, 1), count=8)
     with chaos.service(failing) as service:
@@ -209,7 +214,7 @@ def refill(
         train(folder, name, settings, reward=rewards, dtype=dtype)
 
 
-# --- what the two processes do ---------------------------------------------------------------------------------------
+# --- what the two processes do --------------------------------------------------------------------
 
 
 def talk(ranks: Ranks) -> dict[str, Any]:
@@ -335,7 +340,10 @@ def zero(folder: Path) -> None:
 
 
 def start(folder: Path, part: str) -> list[str]:
-    """Run `main` or `zero` in two processes, as any launcher would; what they have written to the standard output."""
+    """Run `main` or `zero` in two processes, as any launcher would.
+
+    What they have written to the standard output.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A sink that keeps everything it is told, and a control that asks for something."""
+"""A sink that records all reports, and a control that requests a stop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from dar.training.report.sink import StopKind
 
 
 class RecordingSink:
-    """Keeps everything it is told."""
+    """Records all reports."""
 
     def __init__(self) -> None:
         self.reports: dict[int, dict[str, float]] = {}

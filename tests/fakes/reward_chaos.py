@@ -1,4 +1,7 @@
-"""Rewards that come late, and a reward service on loopback whose manners can be spoiled; a reward is a function of its completion."""
+"""Rewards that come late, and a reward service on loopback whose manners can be spoiled.
+
+A reward is a function of its completion.
+"""
 
 import asyncio
 import hashlib
@@ -76,7 +79,9 @@ BROKEN = ("short", "long", "text", "not_a_number", "an_id_twice", "of_another", 
 
 
 class Chaos:
-    """Up to two passing faults, or one broken answer, before each request is answered; answers come late and in any order.
+    """Up to two passing faults, or one broken answer, before each request is answered.
+
+    Answers come late and in any order.
 
     A request that allows it is sometimes answered later, to a poll.
     """
@@ -122,7 +127,9 @@ class Chaos:
             time.sleep(self._hang_seconds)
 
     def _draw(self) -> list[str]:
-        """What the next new request meets, the last one first: a broken answer every third time, so that all of them occur."""
+        """What the next new request meets, the last one first: a broken answer every third time, so
+        that all of them occur.
+        """
         number = len(self._left)
         if number % 3 == 0:
             return [BROKEN[number // 3 % len(BROKEN)]]
@@ -130,7 +137,9 @@ class Chaos:
 
 
 def _break(request: ScoreRequest, fault: str) -> None:
-    """Answer in a way that no reward may be taken from, but for those of an answer that is only sent twice."""
+    """Answer in a way that no reward may be taken from, but for those of an answer that is only
+    sent twice.
+    """
     results, request_id = results_of(request), request.request_id
     wrong = [{"id": one["id"], "reward": 0.5} for one in results]
     if fault == "short":

@@ -82,7 +82,7 @@ def accept(**more: Any) -> Manner:
     return lambda request: request.accept(**more)
 
 
-# --- rewards that come later ------------------------------------------------------------------------------------------
+# --- rewards that come later ----------------------------------------------------------------------
 
 
 def result_of(request: ScoreRequest, *rewards: float, **more: Any) -> bytes:

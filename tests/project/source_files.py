@@ -18,7 +18,7 @@ DIALECT = {
     "tell": r"tells?|telling",
     "told": r"told",
     "spare": r"spares?|spared|sparing",
-    "law": r"laws?",
+    "law": r"(?<!Little's )laws?",
     "standing": r"standing",
     "verdict": r"verdicts?",
     "fate": r"fates?",

@@ -16,7 +16,7 @@ def test_the_python_reference_is_up_to_date() -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["build_python"] = module  # where dataclasses look for it
+    sys.modules["build_python"] = module  # dataclasses read it from there
     spec.loader.exec_module(module)
     HfArgumentParser(
         DARConfig

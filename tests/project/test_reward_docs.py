@@ -1,4 +1,6 @@
-"""The guide to reward sources names every builtin with all its parameters, every protocol and every placeholder."""
+"""The guide to reward sources names every builtin with all its parameters, every protocol and every
+placeholder.
+"""
 
 from pathlib import Path
 from typing import get_args

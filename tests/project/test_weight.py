@@ -1,4 +1,6 @@
-"""What must not be loaded: a client without torch, a service without torch, a command line that answers at once."""
+"""What must not be loaded: a client without torch, a service without torch, a command line that
+answers at once.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""Reward services of both kinds: real ones made by the decorator, and hostile ones on bare sockets."""
+"""Reward services of both kinds: real ones made by the decorator, and hostile ones on bare
+sockets.
+"""
 
 import asyncio
 import contextlib
@@ -143,7 +145,8 @@ async def score(
 ) -> AsyncIterator[Callable[..., Any]]:
     """Score samples with the service at a URL, with all credentials.
 
-    Afterwards nothing may be left running, no secret may have been said anywhere, and the process may not have grown.
+    Afterwards nothing may be left running, no secret may have been said anywhere, and the process
+    may not have grown.
     """
     caplog.set_level(logging.DEBUG)
     opened: list[HttpReward] = []
@@ -181,7 +184,7 @@ async def score(
         assert hidden[:12] not in everything
 
 
-# --- results that come later -----------------------------------------------------------------------------------------------
+# --- results that come later ----------------------------------------------------------------------
 
 
 @pytest.fixture

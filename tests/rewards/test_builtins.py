@@ -1,4 +1,6 @@
-"""Builtins: each does what its description says, for every text, in time that grows with the text alone."""
+"""Builtins: each does what its description says, for every text, in time that grows with the text
+alone.
+"""
 
 import time
 from collections.abc import Mapping
@@ -109,7 +111,7 @@ def test_parameters_that_cannot_work_are_refused_by_name(
     assert refused.value.problems[0].param == param
 
 
-# --- lengths ---------------------------------------------------------------------------------------------------------
+# --- lengths --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_ngrams_are_compared_unit_by_unit() -> None:
     assert reward("repetition_penalty", {"n": 2, "unit": "characters"}, "abab") == pytest.approx(-1 / 3)  # fmt: skip
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_tags_stand_in_order_and_once(text: str, outside: bool, expected: float)
     )
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The examples as their readers start them: each a process of its own, asked by the real client with a signed request."""
+"""The examples as their readers start them: each a process of its own, asked by the real client
+with a signed request.
+"""
 
 import json
 import subprocess
@@ -148,7 +150,7 @@ async def test_an_answer_is_compared_exactly(start: Callable[..., str], rewards:
     assert [type(result) for result in found[5:]] == [Failed, Failed]
 
 
-# --- a judge -----------------------------------------------------------------------------------------------------------------
+# --- a judge --------------------------------------------------------------------------------------
 
 
 def says(content: object) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Checkpoints: announced once, visible once verified, removed when newer ones make them needless."""
+"""Checkpoints: announced once, visible once verified, removed when newer ones make them
+needless.
+"""
 
 from typing import Any
 

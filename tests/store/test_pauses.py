@@ -1,4 +1,6 @@
-"""Pausing and resuming: by the user, for want of rewards, and whatever else happens at the same moment."""
+"""Pausing and resuming: by the user, because rewards are missing, and whatever else happens at the
+same moment.
+"""
 
 from datetime import timedelta
 from typing import Any

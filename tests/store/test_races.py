@@ -19,7 +19,10 @@ HEAD_START = 0.3
 
 @contextmanager
 def meanwhile(work: Callable[[], Any]) -> Iterator[list[Any]]:
-    """Runs ``work`` in a thread that has got to its first wait when the block begins; gives its outcome afterwards."""
+    """Runs ``work`` in a thread that has got to its first wait when the block begins.
+
+    Gives its outcome afterwards.
+    """
     outcome: list[Any] = []
 
     def run() -> None:

@@ -1,4 +1,6 @@
-"""Endpoints and their secrets in the database, on SQLite and PostgreSQL: what is moved to another place cannot be read there."""
+"""Endpoints and their secrets in the database, on SQLite and PostgreSQL: what is moved to another
+place cannot be read there.
+"""
 
 import contextlib
 import subprocess

@@ -38,7 +38,8 @@ ROWS: list[dict[str, Any]] = [
     {"prompt_ids": [14], "completion_ids": [[15, 3], [16, 17, 3]],
      "rewards": [0.7501, 0.75], "behavior_logps": [-8.5, -12.5]},
 ]  # fmt: skip
-"""Three groups of unequal size: one that tells something, one whose rewards are equal, and one where they nearly are."""
+"""Three groups of unequal size: one with a signal, one whose rewards are equal, and one
+where they nearly are."""
 
 
 def of(values: Any) -> Tensor:
@@ -76,7 +77,7 @@ def by_hand(row: Any, advantage: float, *, clip: float = 50.0, per_token: bool =
     return min(clip, math.exp(0.25 * log_ratio + advantage / 0.4))
 
 
-# --- 1: leave-one-out baseline ---------------------------------------------------------------------------------------
+# --- 1: leave-one-out baseline --------------------------------------------------------------------
 
 
 @FEW
@@ -104,7 +105,7 @@ def test_1_training_compares_with_the_siblings_of_each_completion(
         assert row.weight == pytest.approx(by_hand(row, row.advantage), rel=1e-5)
 
 
-# --- 2: missing rewards ----------------------------------------------------------------------------------------------
+# --- 2: missing rewards ---------------------------------------------------------------------------
 
 
 @FEW
@@ -151,7 +152,7 @@ def test_2_where_none_may_be_missing_one_ends_training_before_anything_changes(
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-# --- 3: log-ratio per token ------------------------------------------------------------------------------------------
+# --- 3: log-ratio per token -----------------------------------------------------------------------
 
 
 @FEW
@@ -175,7 +176,7 @@ def test_3_training_takes_the_log_ratio_per_token(weigh: Callable[..., list[Any]
         assert row.weight != pytest.approx(by_hand(row, row.advantage), rel=1e-3)
 
 
-# --- 4: ties ---------------------------------------------------------------------------------------------------------
+# --- 4: ties --------------------------------------------------------------------------------------
 
 
 @FEW
@@ -230,7 +231,7 @@ def test_4_steps_of_ties_alone_change_nothing_and_do_not_end_training(
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-# --- 5: self-normalised weights --------------------------------------------------------------------------------------
+# --- 5: self-normalised weights -------------------------------------------------------------------
 
 
 @FEW
@@ -262,7 +263,7 @@ def test_5_training_normalises_clipped_weights(weigh: Callable[..., list[Any]]) 
     assert own == pytest.approx(expected, rel=1e-5)
 
 
-# --- 6: least effective sample size ----------------------------------------------------------------------------------
+# --- 6: least effective sample size ---------------------------------------------------------------
 
 
 @FEW
@@ -311,7 +312,7 @@ def test_6_training_flattens_weights_as_if_alpha_and_beta_were_larger(
     assert [row.weight for row in weigh(beta=0.02, min_ess=0.05)] == sharp
 
 
-# --- 7: behavior log-probabilities of the law that sampled -----------------------------------------------------------
+# --- 7: behavior log-probabilities of the distribution that sampled -------------------------------
 
 
 def test_7_behavior_is_the_law_that_sampled_or_on_demand_the_policy(
@@ -332,7 +333,7 @@ def test_7_behavior_is_the_law_that_sampled_or_on_demand_the_policy(
         )
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["paper", "reference"])
@@ -360,7 +361,7 @@ def test_a_float64_model_is_weighed_in_float64(
     assert rows[0].logp_ref == rows[0].logp_policy != torch.tensor(rows[0].logp_ref).item()
 
 
-# --- groups of unequal size ------------------------------------------------------------------------------------------
+# --- groups of unequal size -----------------------------------------------------------------------
 
 
 def test_prompts_with_a_single_completion_are_compared_with_each_other(
@@ -380,7 +381,7 @@ def test_prompts_with_a_single_completion_are_compared_with_each_other(
     assert [row.weight is None for row in alone] == [True] + [False] * 4
 
 
-# --- no option is accepted and then ignored --------------------------------------------------------------------------
+# --- no option is accepted and then ignored -------------------------------------------------------
 
 
 def test_the_other_options_of_the_algorithm_change_the_weights_too(

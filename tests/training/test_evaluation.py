@@ -264,7 +264,7 @@ def test_offline_evaluation_needs_rewards_and_an_evaluation_needs_data(
 
 
 class Watching(TrainerCallback):
-    """Notes what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, int]] = []

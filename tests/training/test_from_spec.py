@@ -28,7 +28,9 @@ SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0NTY="
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded() -> None:
-    """DeepSpeed tries a linker when it is imported, and hushes it where ``sys.stderr`` is: under pytest, that is elsewhere."""
+    """DeepSpeed tries a linker when it is imported, and hushes it where ``sys.stderr`` is: under
+    pytest, that is elsewhere.
+    """
     if deepspeed_config.is_installed():
         deepspeed_config.load()
 

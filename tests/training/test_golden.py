@@ -91,7 +91,9 @@ class Table(PreTrainedModel, GenerationMixin):
 
 
 class Foreseeing(Table):
-    """Gives probability 1 to whatever comes next, as no language model can: a reference whose log-probabilities are all 0."""
+    """Gives probability 1 to whatever comes next, as no language model can: a reference whose
+    log-probabilities are all 0.
+    """
 
     def forward(
         self,
@@ -113,7 +115,9 @@ def reference(inputs: dict[str, Any]) -> Table | None:
 
 
 def table(logps: list[list[float]]) -> Table:
-    """Token p + 1 is the prompt p, token P + k + 1 its completion k, and token 0 takes what mass is left."""
+    """Token p + 1 is the prompt p, token P + k + 1 its completion k, and token 0 takes what mass is
+    left.
+    """
     prompts, completions = len(logps), len(logps[0])
     model = Table(TableConfig(vocab_size=1 + prompts + completions))
     with torch.no_grad():

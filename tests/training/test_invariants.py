@@ -1,4 +1,6 @@
-"""What advantages and weights keep under changes that must not matter, and the bounds that they keep."""
+"""What advantages and weights keep under changes that must not matter, and the bounds that they
+keep.
+"""
 
 from collections.abc import Callable
 from typing import Any

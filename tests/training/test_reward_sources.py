@@ -1,4 +1,6 @@
-"""Jobs whose rewards come from every kind of source, and from services that were written for other systems."""
+"""Jobs whose rewards come from every kind of source, and from services that were written for other
+systems.
+"""
 
 import json
 from collections.abc import Callable, Iterator

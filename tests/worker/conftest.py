@@ -1,4 +1,7 @@
-"""A whole installation made of real processes; only the training is scripted (`scripted_trainer.py`)."""
+"""A whole installation made of real processes.
+
+Only the training is scripted (`scripted_trainer.py`).
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

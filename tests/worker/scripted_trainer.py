@@ -1,8 +1,10 @@
-"""A trainer that speaks the whole protocol of `worker.attempt` and computes nothing: its steps take a moment each.
+"""A trainer that speaks the whole protocol of `worker.attempt` and computes nothing: its steps take
+a moment each.
 
-The weights it publishes are a function of the job's seed and the step alone. What else it does stands in the job's
-metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an error), ``seconds`` (per step), ``deaf`` (no order is
-heeded), ``metric`` (one more, by that name), ``nul`` (whatever it says holds one). With ``die`` it kills itself at ``crash_at``.
+The weights it publishes are a function of the job's seed and the step alone. What else it does
+stands in the job's metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an error),
+``seconds`` (per step), ``deaf`` (no order is heeded), ``metric`` (one more, by that name), ``nul``
+(whatever it says holds one). With ``die`` it kills itself at ``crash_at``.
 """
 
 import hashlib

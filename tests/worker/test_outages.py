@@ -61,7 +61,9 @@ def test_a_wake_up_starts_a_job_long_before_the_next_poll(
     own.start_service()
     worker = own.start_worker(poll_seconds=30.0)
     own.wait(own.submit(steps=1), "succeeded")
-    time.sleep(1.0)  # the worker has looked again, found nothing, and now only a message can tell
+    time.sleep(
+        1.0
+    )  # the worker has looked again, found nothing, and now only a message can wake it
     start = time.monotonic()
     job_id = own.submit(steps=1)
     own.until(lambda: own.job(job_id)["attempt"] == 1)

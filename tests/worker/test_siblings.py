@@ -1,4 +1,7 @@
-"""Jobs whose trainer is several processes; the training is real, on a model of a few thousand weights."""
+"""Jobs whose trainer is several processes.
+
+The training is real, on a model of a few thousand weights.
+"""
 
 import json
 import shutil

@@ -19,7 +19,7 @@ RECORD = AttemptRecord(lease_id="lease-1", job_id="job-1", attempt=1)
 
 
 class Service:
-    """Answers whatever is asked with the statuses it is given, the last one for ever."""
+    """Answers whatever is asked with the statuses it is given, and repeats the last."""
 
     def __init__(self, *statuses: int) -> None:
         self.calls = 0
@@ -39,7 +39,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Ser
     monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.001)
     monkeypatch.setattr("worker.api.LONGEST_PAUSE_SECONDS", 0.01)
     over = threading.Event()
-    timer = threading.Timer(5.0, over.set)  # what would wait for ever fails instead
+    timer = threading.Timer(5.0, over.set)  # an endless wait fails instead
     timer.start()
     made: list[tuple[Service, WorkerClient]] = []
 

@@ -82,7 +82,7 @@ async def remember(
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-# --- equal samples of a step ----------------------------------------------------------------------------------------------
+# --- equal samples of a step ----------------------------------------------------------------------
 
 
 async def test_equal_samples_of_a_call_travel_once(
@@ -225,7 +225,7 @@ async def test_completions_that_differ_in_their_thinking_alone_travel_once(
     assert sent(service) == [[one.completion for one in thoughts]], "xy was remembered"
 
 
-# --- remembered rewards ---------------------------------------------------------------------------------------------------
+# --- remembered rewards ---------------------------------------------------------------------------
 
 
 async def test_a_reward_is_remembered_with_all_that_was_said(

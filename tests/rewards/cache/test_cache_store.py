@@ -33,7 +33,7 @@ asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """A clock that moves only when the test says so."""
 
     now = 1e9
 

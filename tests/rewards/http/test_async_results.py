@@ -1,4 +1,6 @@
-"""Results that come later: by callback or by polling, whichever is first, and never after the deadline."""
+"""Results that come later: by callback or by polling, whichever is first, and never after the
+deadline.
+"""
 
 import asyncio
 import contextlib

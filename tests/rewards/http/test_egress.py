@@ -1,4 +1,7 @@
-"""Where requests to reward services may go. A listening socket shows that nothing reaches a blocked address."""
+"""Where requests to reward services may go.
+
+A listening socket shows that nothing reaches a blocked address.
+"""
 
 import asyncio
 import ipaddress
@@ -59,7 +62,7 @@ def trap() -> Iterator[Trap]:
 
 
 def answering(*answers: Sequence[str]) -> Callable[[str, int], Sequence[str]]:
-    """A resolver that gives these answers in turn, the last one for ever."""
+    """A resolver that gives these answers in turn, and repeats the last."""
     left = list(answers)
     return lambda _host, _port: left.pop(0) if len(left) > 1 else left[0]
 
@@ -99,7 +102,9 @@ async def test_a_name_with_a_blocked_answer_is_not_dialled_at_all(
 async def test_a_name_that_moves_to_loopback_is_caught_at_the_next_connection(
     trap: Trap, score: Ask, server: RewardServer, credentials: HttpOptions
 ) -> None:
-    """Public at the check, private when it is dialled: here each connection has its own answer, checked before it is used."""
+    """Public at the check, private when it is dialled: here each connection has its own answer,
+    checked before it is used.
+    """
     asked: list[str] = []
 
     def moving(host: str, _port: int) -> Sequence[str]:
@@ -121,7 +126,10 @@ async def test_a_name_that_moves_to_loopback_is_caught_at_the_next_connection(
 async def test_an_answer_that_changes_between_look_ups_is_never_asked_for_twice(
     trap: Trap, score: Ask, credentials: HttpOptions
 ) -> None:
-    """The first answer is public and leads nowhere; dialling the name again would reach the trap."""
+    """The first answer is public and leads nowhere.
+
+    Dialling the name again would reach the trap.
+    """
     resolver = answering(["192.0.2.1"], ["127.0.0.1"])
     options = replace(credentials, guard=EgressPolicy(allow_http=("*",)), resolver=resolver)
     with pytest.raises(RewardMisconfiguredError):

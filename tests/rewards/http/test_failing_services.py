@@ -1,4 +1,6 @@
-"""A reward service that is down, slow, busy or wrongly set up: what is tried again, and what ends at once."""
+"""A reward service that is down, slow, busy or wrongly set up: what is tried again, and what ends
+at once.
+"""
 
 import asyncio
 import socket
@@ -73,7 +75,8 @@ async def test_retry_after_holds_back_every_request(
     server = hostile(busy, note)
     found = await ask(server.url, 40, one_by_one, on_wait=lambda _: held_back.set())
     assert found == [Scored(0.5)] * 40
-    # Three of the four first requests were on their way already; the repetition and the other six had to wait.
+    # Three of the four first requests were on their way already; the repetition and the other six
+    # had to wait.
     assert len(at) == 10
     assert all(when - busy_at >= 0.15 for when in at[3:])
 

@@ -1,4 +1,7 @@
-"""Answers of a reward service that break the contract. No sample ever gets a number that was not sent."""
+"""Answers of a reward service that break the contract.
+
+No sample ever gets a number that was not sent.
+"""
 
 from collections.abc import Callable
 from typing import Any

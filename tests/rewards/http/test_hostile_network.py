@@ -1,4 +1,6 @@
-"""A reward service that is slow, breaks off, is down, refuses or redirects: what is tried again, and what ends at once."""
+"""A reward service that is slow, breaks off, is down, refuses or redirects: what is tried again,
+and what ends at once.
+"""
 
 import asyncio
 import time
@@ -281,7 +283,7 @@ SECRETS_ECHOED = [
 async def test_secrets_that_a_service_sends_back_are_shown_nowhere(
     server: RewardServer, score: Ask, where: str
 ) -> None:
-    """The fixture looks for them in results, errors, records, messages and logs."""
+    """The fixture searches results, errors, records, messages and logs."""
     if where in {"401", "403"}:
         with pytest.raises(RewardMisconfiguredError) as caught:
             await score(server.at(f"echo/{where}"))

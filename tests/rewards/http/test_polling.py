@@ -1,4 +1,6 @@
-"""Results that are fetched from a ``poll_url``: only from the reward service itself, patiently, and until the deadline."""
+"""Results that are fetched from a ``poll_url``: only from the reward service itself, patiently, and
+until the deadline.
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""What is a secret is shown nowhere, whatever a service makes of it; everything else stays readable."""
+"""What is a secret is shown nowhere, whatever a service makes of it.
+
+Everything else stays readable.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Each attempt at a request leaves one line in the log: ids, sizes and times, and nothing that anybody wrote."""
+"""Each attempt at a request leaves one line in the log: ids, sizes and times, and nothing that
+anybody wrote.
+"""
 
 import json
 import logging

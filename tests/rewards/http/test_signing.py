@@ -1,4 +1,6 @@
-"""Standard Webhooks: the reference package and OpenAI's client accept ours, and we accept the package's."""
+"""Standard Webhooks: the reference package and OpenAI's client accept ours, and we accept the
+package's.
+"""
 
 import base64
 from datetime import UTC, datetime, timedelta

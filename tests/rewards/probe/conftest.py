@@ -17,7 +17,7 @@ Behaviour = Callable[[Any], None]
 
 
 def length_of(sample: dict[str, Any]) -> float:
-    """A reward that tells texts apart and depends on nothing else."""
+    """A reward that depends on the text alone, and differs between texts."""
     digest = hashlib.sha256(sample["completion"].encode()).digest()
     return digest[0] / 256 + digest[1] / 65536
 

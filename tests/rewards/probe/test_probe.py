@@ -20,7 +20,7 @@ Behaviour = Callable[[Any], None]
 SKIPPED = dict.fromkeys((3, 4, 5, 6, 7, 8, 9), "skipped")
 
 
-# --- good services ---------------------------------------------------------------------------------------------------
+# --- good services --------------------------------------------------------------------------------
 
 
 async def test_a_good_service_passes_all_steps_without_a_warning(
@@ -90,7 +90,7 @@ async def test_a_protocol_of_one_sample_per_request_is_probed_as_well(
     assert statuses(report)[4] == statuses(report)[6] == "skipped"
 
 
-# --- step 1 ----------------------------------------------------------------------------------------------------------
+# --- step 1 ---------------------------------------------------------------------------------------
 
 
 async def test_a_refused_connection_says_what_to_do(ask_probe: Probe, failed: Any) -> None:
@@ -108,7 +108,7 @@ async def test_a_malformed_secret_is_found_before_anything_is_sent(
     assert service.requests == []
 
 
-# --- step 2 ----------------------------------------------------------------------------------------------------------
+# --- step 2 ---------------------------------------------------------------------------------------
 
 
 WRONG: dict[str, Callable[[Any], Behaviour]] = {
@@ -209,7 +209,7 @@ async def test_a_cancelled_probe_leaves_nothing_behind(
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-# --- what is said ----------------------------------------------------------------------------------------------------
+# --- what is said ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["200 OK", "403 Forbidden"])

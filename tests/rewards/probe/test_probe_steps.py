@@ -1,4 +1,6 @@
-"""Steps 3 to 8 of a probe: what a service gives away about itself when it is asked in several ways."""
+"""Steps 3 to 8 of a probe: what a service gives away about itself when it is asked in several
+ways.
+"""
 
 import random
 import threading
@@ -10,7 +12,7 @@ from fakes.reward_server import RewardServer, ScoreRequest
 Probe = Callable[..., Any]
 
 
-# --- steps 3 and 4 ---------------------------------------------------------------------------------------------------
+# --- steps 3 and 4 --------------------------------------------------------------------------------
 
 
 async def test_rewards_by_chance_are_measured(
@@ -91,7 +93,7 @@ async def test_noise_is_not_taken_for_an_effect_of_the_order(
     assert {code for step, code in warned(report) if step == 4} == set()
 
 
-# --- step 5 ----------------------------------------------------------------------------------------------------------
+# --- step 5 ---------------------------------------------------------------------------------------
 
 
 def is_load(request: ScoreRequest) -> bool:
@@ -181,7 +183,7 @@ async def test_latency_near_the_limit_is_warned_of(
     assert report.suggested["batch"] == {"max_samples": 3}
 
 
-# --- steps 6 to 8 ----------------------------------------------------------------------------------------------------
+# --- steps 6 to 8 ---------------------------------------------------------------------------------
 
 
 async def test_a_service_that_checks_no_signature_is_warned_of(

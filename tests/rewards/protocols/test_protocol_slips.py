@@ -1,4 +1,6 @@
-"""No slip of a service of another system becomes a reward, and no completion changes the shape of a request."""
+"""No slip of a service of another system becomes a reward, and no completion changes the shape of a
+request.
+"""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ def sample(number: int = 0, **fields: Any) -> RewardSample:
     return RewardSample(id=f"s{number}", group_id="g0", index=number, **(base | fields))
 
 
-# --- slips, none of which becomes a reward ---------------------------------------------------------------------------
+# --- slips, none of which becomes a reward --------------------------------------------------------
 
 LISTS: list[tuple[str, RewardProtocol]] = [("openrlhf", OpenRLHFProtocol()), ("trl", TRLProtocol())]
 
@@ -184,7 +186,7 @@ def test_without_its_text_a_conversation_is_not_sent_as_one() -> None:
         OpenRLHFProtocol().encode(batch_of([chat]))
 
 
-# --- templates and pointers ------------------------------------------------------------------------------------------
+# --- templates and pointers -----------------------------------------------------------------------
 
 
 def encoded(template: object, **fields: Any) -> Any:

@@ -70,7 +70,7 @@ def app(handle: Callable[[dict[str, Any]], Any], path: str = "/score") -> Starle
     return Starlette(routes=[Route(path, endpoint, methods=["POST"])])
 
 
-# --- servers as their own systems describe them ----------------------------------------------------------------------
+# --- servers as their own systems describe them ---------------------------------------------------
 
 
 async def test_a_remote_reward_model_of_openrlhf_scores(serve_app: Serve) -> None:
@@ -108,7 +108,9 @@ async def test_a_remote_reward_model_of_openrlhf_scores(serve_app: Serve) -> Non
 
 
 def as_service(function: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
-    """What turns a reward function of TRL into a service: it is called by name with what came in."""
+    """What turns a reward function of TRL into a service: it is called by name with what came
+    in.
+    """
 
     def handle(data: dict[str, Any]) -> Any:
         takes_all = any(p.kind is p.VAR_KEYWORD for p in signature(function).parameters.values())
@@ -152,7 +154,10 @@ async def test_a_reward_function_of_trl_scores_conversations(serve_app: Serve) -
 
 
 def grade(data: dict[str, Any], **errors: Any) -> dict[str, Any]:
-    """OpenAI's ``graders/run`` for ``string_check``; the answer has the shape that their own client reads."""
+    """OpenAI's ``graders/run`` for ``string_check``.
+
+    The answer has the shape that their own client reads.
+    """
     variables = {"{{sample.output_text}}": data["model_sample"]}
     variables |= {f"{{{{item.{name}}}}}": value for name, value in data["item"].items()}
     grader = data["grader"]

@@ -1,4 +1,6 @@
-"""From the results of several components to one reward: no failure becomes a number, and only equal sums are compared."""
+"""From the results of several components to one reward: no failure becomes a number, and only equal
+sums are compared.
+"""
 
 import functools
 import json
@@ -66,7 +68,7 @@ def rewards_of(totals: Sequence[SampleReward]) -> list[float | None]:
     return [total.reward for total in totals]
 
 
-# --- which components count ------------------------------------------------------------------------------------------
+# --- which components count -----------------------------------------------------------------------
 
 
 def test_a_watched_component_never_decides_anything() -> None:
@@ -128,7 +130,7 @@ def test_a_scorer_with_nothing_but_watched_components_and_gates_is_not_made() ->
         RewardScorer([term("a", weight=0.0), term("b", is_gate=True)])
 
 
-# --- gates -----------------------------------------------------------------------------------------------------------
+# --- gates ----------------------------------------------------------------------------------------
 
 
 def test_a_gate_multiplies_the_sum_before_it_is_clipped() -> None:
@@ -175,7 +177,7 @@ async def test_a_step_in_which_a_gate_never_says_0_or_1_is_a_broken_contract() -
     assert error.value.error_code == "contract.gate"
 
 
-# --- skips that count as 0 -------------------------------------------------------------------------------------------
+# --- skips that count as 0 ------------------------------------------------------------------------
 
 
 def test_a_partial_skip_counts_as_0_only_where_the_job_says_so() -> None:
@@ -279,7 +281,7 @@ def test_no_failure_ever_becomes_a_number_and_no_skip_unasked(
     assert rewards_of(again(terms, samples[::-1], turned))[::-1] == rewards_of(totals)
 
 
-# --- normalisation ---------------------------------------------------------------------------------------------------
+# --- normalisation --------------------------------------------------------------------------------
 
 
 def test_minmax_and_tanh_are_what_they_are_called() -> None:
@@ -333,7 +335,10 @@ def test_nothing_is_changed_before_enough_is_known() -> None:
 
 
 def steps(combination: Combination, numbers: range, *, is_turned: bool = False) -> list[Any]:
-    """Rewards of some steps, each of four groups of 40; the groups of a step come back in one order or in the other."""
+    """Rewards of some steps, each of four groups of 40.
+
+    The groups of a step come back in one order or in the other.
+    """
     found = []
     for number in numbers:
         by_group = {}

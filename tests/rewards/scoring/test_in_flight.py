@@ -17,7 +17,7 @@ Answer = Callable[[Sequence[RewardSample]], Any]
 
 
 class ByGroup:
-    """A source that answers as it is told, and keeps what it was asked."""
+    """A source whose answers the test sets; it records its requests."""
 
     name = "by_group"
 

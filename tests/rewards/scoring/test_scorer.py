@@ -1,4 +1,7 @@
-"""Rewards as a trainer gets them: summed, or missing, or an error; and stopped at once when told to."""
+"""Rewards as a trainer gets them: summed, or missing, or an error.
+
+And stopped at once on request.
+"""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""What is told of requests to reward services: sums per step, and at once what is new."""
+"""Reports about requests to reward services: sums per step, and at once what is new."""
 
 from collections.abc import Callable
 from typing import Any

@@ -57,7 +57,7 @@ def content() -> Callable[..., dict[str, Any]]:
 
 
 class Asking:
-    """A client that does exactly what it is told."""
+    """A client that sends exactly what the test says."""
 
     def __init__(self, url: str, secret: str | None) -> None:
         self.url = url

@@ -19,7 +19,7 @@ Content = Callable[..., dict[str, Any]]
 
 
 class Counting:
-    """Rewards that tell which call gave them."""
+    """Rewards that name the call that gave them."""
 
     def __init__(self) -> None:
         self.calls = 0

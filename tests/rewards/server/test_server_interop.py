@@ -1,4 +1,6 @@
-"""Reward servers and others' libraries: signatures of the reference package are taken, ours are verified by it and by OpenAI's."""
+"""Reward servers and others' libraries: signatures of the reference package are taken, ours are
+verified by it and by OpenAI's.
+"""
 
 import asyncio
 import json
@@ -30,7 +32,9 @@ def lengths(prompts: Any, completions: list[str], **_: Any) -> list[float]:
 
 
 class Sender:
-    """Somebody else's trainer: everything it signs and verifies, it does with the reference package."""
+    """Somebody else's trainer: everything it signs and verifies, it does with the reference
+    package.
+    """
 
     def __init__(self, url: str, secret: str) -> None:
         self.client = httpx2.AsyncClient(base_url=url, trust_env=False, timeout=30)

@@ -1,4 +1,6 @@
-"""A reward server that answers 202: its results are fetched, or posted until they are taken or refused."""
+"""A reward server that answers 202: its results are fetched, or posted until they are taken or
+refused.
+"""
 
 import asyncio
 import logging

@@ -1,4 +1,6 @@
-"""A reward server as a process: what it has begun it ends, and what it has promised it delivers, before it leaves with 0."""
+"""A reward server as a process: what it has begun it ends, and what it has promised it delivers,
+before it leaves with 0.
+"""
 
 import asyncio
 import contextlib

@@ -1,4 +1,7 @@
-"""Models on the hub: which files arrive there, and what they say. The hub is a local server that speaks its HTTP API."""
+"""Models on the hub: which files arrive there, and what they say.
+
+The hub is a local server that speaks its HTTP API.
+"""
 
 import base64
 import hashlib
@@ -136,7 +139,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    # What the variables HF_ENDPOINT and HF_HUB_DISABLE_XET say, which are read when the library is imported.
+    # What the variables HF_ENDPOINT and HF_HUB_DISABLE_XET say, which are read when the library is
+    # imported.
     monkeypatch.setattr(transformers_hub, "_hf_api", HfApi(endpoint=server.url))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield server

@@ -1,4 +1,6 @@
-"""A 10-step run is resumed from each of its steps, and goes on as if nothing had happened: to the last bit."""
+"""A 10-step run is resumed from each of its steps, and goes on as if nothing had happened: to the
+last bit.
+"""
 
 import json
 from collections.abc import Callable
@@ -105,7 +107,8 @@ def test_a_run_resumed_at_any_step_goes_on_as_if_nothing_had_happened(
     states = [state_of(folder) for folder in folders]
     assert any(not torch.equal(states[0][0][key], states[-1][0][key]) for key in states[0][0])
     reports = whole.deterministic_reports()
-    # State for state: what is the same after the next step is the same to the end. The first resume goes there itself.
+    # State for state: what is the same after the next step is the same to the end. The first resume
+    # goes there itself.
     for step in range(1, STEPS):
         resumed, until = new_sink(), STEPS if step == 1 else step + 1
         torch.manual_seed(1000 + step)
@@ -115,7 +118,7 @@ def test_a_run_resumed_at_any_step_goes_on_as_if_nothing_had_happened(
         differing = [key for key in tensors if not torch.equal(tensors[key], expected[0][key])]
         assert (step, differing) == (step, [])
         assert state == expected[1]
-        # whoever stops early reports what there is, which an undisturbed run does not
+        # a run that stops early reports what there is, which an undisturbed run does not
         steps = {s for s in range(step + 1, until + 1) if s in reports}
         assert {s: r for s, r in resumed.deterministic_reports().items() if s in reports} == {
             s: reports[s] for s in steps

@@ -1,4 +1,6 @@
-"""Data formats, through the trainer: every way to write a row trains as the same row of token ids does."""
+"""Data formats, through the trainer: every way to write a row trains as the same row of token ids
+does.
+"""
 
 import json
 import math
@@ -189,7 +191,7 @@ def test_extra_columns_reach_reward_functions_once_per_completion(
         assert seen[name] == [rows[row][name] for row in order]
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 GOOD = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 

@@ -1,4 +1,6 @@
-"""How rows become tokens: where they are cut, how they end, and that their layout in a batch changes nothing."""
+"""How rows become tokens: where they are cut, how they end, and that their layout in a batch
+changes nothing.
+"""
 
 import copy
 from collections.abc import Callable, Sequence

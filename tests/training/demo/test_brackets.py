@@ -1,4 +1,5 @@
-"""The plain brackets task: what DAR promises is reached, and a trainer with a mistake does not pass for a good one.
+"""The plain brackets task: what DAR promises is reached, and a trainer with a mistake does not pass
+for a good one.
 
 The other variants have a file of their own, so that two processes share the work.
 """
@@ -37,7 +38,7 @@ def test_the_law_lists_every_completion_once(can_stop: bool) -> None:
     law = task.distribution(model)
     assert law.shape == (3, 63 if can_stop else 32)
     torch.testing.assert_close(law.exp().sum(dim=1), torch.ones(3, dtype=torch.float64))
-    # Tempering the enumerated law token by token is what dividing the logits does.
+    # Tempering the enumerated distribution token by token is what dividing the logits does.
     cold = task.distribution(model, temperature=0.7)
     torch.testing.assert_close(task.tempered(law, 0.7), cold, atol=1e-9, rtol=0)
     assert divergence(law, cold) > 0.003

@@ -1,4 +1,6 @@
-"""The brackets task with a mean that includes the completion itself, with an end to learn, and sampled cold."""
+"""The brackets task with a mean that includes the completion itself, with an end to learn, and
+sampled cold.
+"""
 
 import pytest
 
@@ -12,10 +14,13 @@ def trained(variant: str, *, seed: int = 0, **arguments: object) -> Run:
 
 
 def is_near(run: Run) -> bool:
-    """Whether a trainer that samples cold has come near its point of rest; the objective is no measure there.
+    """Whether a trainer that samples cold has come near its point of rest.
 
-    With 96 completions a step, of which the rare ones are hardly drawn at 0.7, a right trainer ends 0.06 to 0.13 nats from it (with
-    768, which `benchmarks/bench_brackets.py` takes, 0.08), and one with the wrong log-probabilities 0.25 to 0.69.
+    The objective is no measure there.
+
+    With 96 completions a step, of which the rare ones are hardly drawn at 0.7, a right trainer ends
+    0.06 to 0.13 nats from it (with 768, which `benchmarks/bench_brackets.py` takes, 0.08), and one
+    with the wrong log-probabilities 0.25 to 0.69.
     """
     return run.final.kl_target < 0.15
 

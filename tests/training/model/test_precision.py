@@ -1,4 +1,6 @@
-"""Gradient checkpointing, half precision and adapters: what saves memory changes no result, or no more than it must."""
+"""Gradient checkpointing, half precision and adapters: what saves memory changes no result, or no
+more than it must.
+"""
 
 import copy
 import math
@@ -74,7 +76,9 @@ def test_float16_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
 
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainerCallback]:
-    """Loss scaling as `Accelerator` sets it up on a GPU, brought to the CPU before the first step."""
+    """Loss scaling as `Accelerator` sets it up on a GPU, brought to the CPU before the first
+    step.
+    """
 
     class Scaling(TrainerCallback):
         def __init__(self, trainer: DARTrainer, scale: float) -> None:

@@ -1,4 +1,7 @@
-"""DeepSpeed in two real processes, against one that trains without; and what of its configuration is refused."""
+"""DeepSpeed in two real processes, against one that trains without.
+
+And what of its configuration is refused.
+"""
 
 import json
 from collections.abc import Callable
@@ -20,9 +23,11 @@ from fakes import ranked
 pytestmark = pytest.mark.timeout(400)
 
 ROUNDING = 2e-5
-"""Of float32: one process that trains in eight shares differs by 2e-6 of a tensor's norm from one that does not."""
+"""Of float32: one process that trains in eight shares differs by 2e-6 of a tensor's norm from one
+that does not."""
 HALF_ROUNDING = 2e-3
-"""Of bfloat16, which rounds to 4e-3: where two runs differ in float32's last digits, some of its roundings differ."""
+"""Of bfloat16, which rounds to 4e-3: where two runs differ in float32's last digits, some of its
+roundings differ."""
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +160,7 @@ def test_deepspeed_leaves_later_trainers_alone_and_takes_no_model_twice(runs: Pa
         assert "make another trainer" in values["again"]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def settled(zero: dict[str, Any], *, arguments: dict[str, Any] | None = None, **rest: Any) -> Any:

@@ -1,4 +1,6 @@
-"""How several processes come to be: the command line, the job spec, and launchers that leave one alone."""
+"""How several processes come to be: the command line, the job spec, and launchers that leave one
+alone.
+"""
 
 import json
 import subprocess

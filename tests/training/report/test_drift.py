@@ -1,4 +1,6 @@
-"""Rewards that jump are told once; noise, sparse successes and a policy that learns are no jump."""
+"""Rewards that jump are reported once; noise, sparse successes and a policy that learns are no
+jump.
+"""
 
 import json
 import math
@@ -22,7 +24,7 @@ LIE = 60
 
 
 def jumps(rewards: Rewards, *, seed: int = 0, steps: int = 120, count: int = 16) -> list[int]:
-    """Steps at which a jump was told."""
+    """Steps at which a jump was reported."""
     watch, drawn = DriftWatch(), random.Random(seed)
     return [
         step

@@ -1,4 +1,6 @@
-"""Trackers (`report_to`), themselves and not stand-ins: every metric arrives, and an offline run asks no network."""
+"""Trackers (`report_to`), themselves and not stand-ins: every metric arrives, and an offline run
+asks no network.
+"""
 
 import json
 import socketserver

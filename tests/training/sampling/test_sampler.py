@@ -187,7 +187,7 @@ def filtered(
     top_p: float = 1,
     min_p: float = 0,
 ) -> torch.Tensor:
-    """The law written out anew, one token at a time."""
+    """The distribution computed again, one token at a time."""
     logits_V = logits_V.clone()
     logits_V[1] = -torch.inf
     logits_V /= temperature
@@ -209,7 +209,8 @@ def test_the_repetition_penalty_reads_the_prompt_and_never_its_padding(
     make_model: Callable[..., LlamaForCausalLM], sampler: Callable[..., Sampler]
 ) -> None:
     model, penalty = make_model(scale=0.3), 1.7
-    # token 1 pads and, as in many models, also ends: a penalty on the padding would change how long completions are
+    # token 1 pads and, as in many models, also ends: a penalty on the padding would change how long
+    # completions are
     completions = sampler(frozenset({1}), repetition_penalty=penalty).sample(model, PROMPTS, step=1)
     for row, completion in enumerate(completions):
         ids, total = list(PROMPTS[row // 4]), 0.0

@@ -247,7 +247,7 @@ def test_bad_input_is_a_paragraph_and_exit_code_64(
     assert said in error
 
 
-# --- flags and files -------------------------------------------------------------------------------------------------
+# --- flags and files ------------------------------------------------------------------------------
 
 
 def test_every_config_field_is_a_flag_and_the_help_says_so(
@@ -334,7 +334,7 @@ def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.Monkey
         open_rows("somebody/prompts")
 
 
-# --- the screen ------------------------------------------------------------------------------------------------------
+# --- the screen -----------------------------------------------------------------------------------
 
 
 def row(completion: str, **changes: Any) -> ReportedSample:

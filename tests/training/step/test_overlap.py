@@ -109,7 +109,7 @@ def test_the_order_of_completion_changes_no_more_than_rounding(run: Callable[...
     assert sorted(moved)[len(moved) // 2] < 1e-4
 
 
-# --- one step ahead ------------------------------------------------------------------------------------------------------
+# --- one step ahead -------------------------------------------------------------------------------
 
 
 def test_one_step_ahead_is_one_update_stale_from_the_second_step_on(
@@ -194,7 +194,7 @@ def test_sampling_ahead_of_stored_completions_is_refused(
         JobSpec.model_validate({"model": "m", "training_file": "file-1", "method": method})
 
 
-# --- leaving ---------------------------------------------------------------------------------------------------------------
+# --- leaving --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlap", ["none", "stream", "one_step"])

@@ -1,4 +1,6 @@
-"""Reward services that fail, and what a job's failure policy makes of it, with rewards that stream."""
+"""Reward services that fail, and what a job's failure policy makes of it, with rewards that
+stream.
+"""
 
 import random
 import time
@@ -21,7 +23,10 @@ from fakes.reward_server import RewardServer
 
 @pytest.fixture
 def high_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No number of failures opens a breaker or uses up the retries of an endpoint; polls come soon."""
+    """No number of failures opens a breaker or uses up the retries of an endpoint.
+
+    Polls come soon.
+    """
     options = partial(
         HttpOptions,
         breaker=BreakerOptions(min_calls=1_000_000),

@@ -1,4 +1,6 @@
-"""When rewards stop coming in mid-training, the last whole step is kept, and what went wrong is told."""
+"""When rewards stop coming in mid-training, the last whole step is kept, and the failure is
+reported.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
