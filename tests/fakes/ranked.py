@@ -261,6 +261,7 @@ def brief(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = train(folder, "ddp", HALF).ranks
     write(talk(ranks), folder, ranks.index)
+    torch.distributed.barrier()  # the main process must not leave while the other still listens
 
 
 def main(folder: Path) -> None:
