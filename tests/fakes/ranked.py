@@ -257,10 +257,22 @@ def broken(completions: list[str], **_: Any) -> list[float]:
     raise RewardMisconfiguredError("the judge is gone")
 
 
+def write(heard: Mapping[str, Any], folder: Path, index: int) -> None:
+    (folder / f"heard-{index}.json").write_text(json.dumps(heard))
+
+
+def brief(folder: Path) -> None:
+    """What must hold before anything else does."""
+    torch.set_num_threads(1)
+    ranks = train(folder, "ddp", HALF).ranks
+    write(talk(ranks), folder, ranks.index)
+    torch.distributed.barrier()  # the main process must not leave while the other still listens
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     settled = train(folder, "ddp", HALF)
-    heard = talk(settled.ranks)
+    heard: dict[str, Any] = {}
     train(folder, "ddp in shares", HALF_IN_SHARES)
     stream(folder, "ddp streamed", HALF | {"order": "completion"})
     stream(folder, "ddp ahead", HALF | {"overlap": "one_step"})
@@ -293,7 +305,7 @@ def main(folder: Path) -> None:
         train(folder, "broken", HALF, reward=broken)
     except Exception as raised:  # noqa: BLE001 - which one is the question here too
         heard["broken"] = [type(raised).__name__, str(raised)]
-    (folder / f"heard-{settled.ranks.index}.json").write_text(json.dumps(heard))
+    write(heard, folder, settled.ranks.index)
 
 
 def equal_rewards(completions: list[str], **_: Any) -> list[float]:
@@ -336,13 +348,13 @@ def zero(folder: Path) -> None:
         heard["again"] = raised.message
     after = train(folder, "ddp", HALF | {"max_steps": 1}, **single)
     heard["afterwards"] = after.is_deepspeed_enabled
-    (folder / f"heard-{bf16.ranks.index}.json").write_text(json.dumps(heard))
+    write(heard, folder, bf16.ranks.index)
 
 
 def start(folder: Path, part: str) -> list[str]:
-    """Run `main` or `zero` in two processes, as any launcher would.
+    """Run `brief`, `main` or `zero` in two processes, as any launcher would.
 
-    What they have written to the standard output.
+    Returns what they have written to the standard output.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -375,6 +387,6 @@ def start(folder: Path, part: str) -> list[str]:
 
 if __name__ == "__main__":
     gc.freeze()  # each of the many runs below collects garbage more than once
-    {"main": main, "zero": zero}[sys.argv[2]](Path(sys.argv[1]))
+    {"brief": brief, "main": main, "zero": zero}[sys.argv[2]](Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)

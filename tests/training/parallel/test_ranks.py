@@ -16,6 +16,15 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for one run of one process, and one of two, which then talk."""
+    folder = tmp_path_factory.mktemp("brief")
+    ranked.train(folder, "whole", ranked.WHOLE)
+    ranked.start(folder, "brief")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each run: those of one process, then those of two."""
     folder = tmp_path_factory.mktemp("runs")
@@ -51,11 +60,15 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
     assert str(last) in told[1]["metrics"]
 
 
+def test_two_processes_train_as_one_does(brief: Path) -> None:
+    assert_same(brief, "whole", "ddp")
+
+
+@pytest.mark.slow  # two processes import torch and train seventeen times
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         ("whole", "in shares"),
-        ("whole", "ddp"),
         ("whole", "ddp in shares"),
         ("whole offline", "ddp offline"),
         ("whole lora", "ddp lora"),
@@ -72,6 +85,7 @@ def test_how_a_step_is_shared_changes_nothing(runs: Path, one: str, other: str) 
     assert_same(runs, one, other)
 
 
+@pytest.mark.slow  # two processes import torch and train seventeen times
 def test_the_streamed_runs_lack_rewards_refill_them_and_are_one_update_stale(runs: Path) -> None:
     told = [
         json.loads((runs / name / "told.json").read_text())["metrics"]
@@ -83,6 +97,7 @@ def test_the_streamed_runs_lack_rewards_refill_them_and_are_one_update_stale(run
     assert [values["dar/staleness"] for values in told[1].values()] == [0, 1, 1]
 
 
+@pytest.mark.slow  # two processes import torch and train seventeen times
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_go_on_from_the_checkpoint_of_one(runs: Path, strategy: str) -> None:
     assert_same(runs, "whole", f"{strategy} resumed")
@@ -91,6 +106,7 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(runs: Path, strategy: st
     assert any("processes was 1 and is 2" in message for message in told["events"])
 
 
+@pytest.mark.slow  # two processes import torch and train seventeen times
 def test_two_processes_evaluate_as_one_with_a_reward_model_that_only_the_main_one_holds(
     runs: Path,
 ) -> None:
@@ -103,6 +119,7 @@ def test_two_processes_evaluate_as_one_with_a_reward_model_that_only_the_main_on
     assert held[0] > held[1] == 0
 
 
+@pytest.mark.slow  # two processes import torch and train seventeen times
 def test_weights_without_a_gradient_are_looked_for_only_where_there_are_any(runs: Path) -> None:
     for index in range(2):
         heard = json.loads((runs / f"heard-{index}.json").read_text())
@@ -110,10 +127,12 @@ def test_weights_without_a_gradient_are_looked_for_only_where_there_are_any(runs
     assert "2" in json.loads((runs / "idle" / "told.json").read_text())["metrics"]
 
 
+@pytest.mark.slow  # two processes import torch and train seventeen times
 def test_a_reward_may_take_longer_than_a_collective_of_torch(runs: Path) -> None:
     assert "1" in json.loads((runs / "slow" / "told.json").read_text())["metrics"]
 
 
+@pytest.mark.slow  # two processes import torch and train seventeen times
 def test_a_drain_and_an_error_reach_all_processes(runs: Path) -> None:
     for index in range(2):
         heard = json.loads((runs / f"heard-{index}.json").read_text())
@@ -122,9 +141,9 @@ def test_a_drain_and_an_error_reach_all_processes(runs: Path) -> None:
     assert [path.name for path in (runs / "drained" / "checkpoints").iterdir()] == ["step-1"]
 
 
-def test_processes_tell_each_other_values_errors_and_stops(runs: Path) -> None:
+def test_processes_tell_each_other_values_errors_and_stops(brief: Path) -> None:
     heard: list[dict[str, Any]] = [
-        json.loads((runs / f"heard-{index}.json").read_text()) for index in range(2)
+        json.loads((brief / f"heard-{index}.json").read_text()) for index in range(2)
     ]
     odd = "process 1 of this training run has failed with KeyError: 'odd'"
     assert [values.pop("KeyError") for values in heard] == [
