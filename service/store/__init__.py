@@ -9,7 +9,7 @@ transitions: the states of a job and all moves between them.
 fence: checks that an attempt still runs its job; rejects writes of earlier attempts.
 jobs: submission, reading, cancelling, pausing and resuming.
 leases: which queued job is claimed, how long a lease is valid, when it has expired.
-outcomes: how an attempt ended, and what follows: retry with a wait, failure, pause, success.
+outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
 rows: rows that a trainer sends, each stored once; progress of the job.
 checkpoints: announced, available and removed checkpoints, and which are kept.
 events: events of a job.
