@@ -10,7 +10,7 @@ models: models that a job may start from.
 graders: graders in OpenAI's shape.
 reward_endpoints: registered reward services: create, change, rotate secrets, probe.
 reward_stats: totals and failed requests of a job's rewards.
-reward_callbacks: results that reward services post later.
+reward_callbacks: results that reward services post later, authorized by a token per request.
 reward_requests: reward requests that a worker announces.
 leases: a worker's claims, heartbeats, directives, rows and outcomes.
 inputs: files that a worker downloads for its attempt.
