@@ -2,15 +2,15 @@
 
 Each name is loaded when it is first used, so that the SDK never loads torch.
 
-cli: the ``dar`` command.
 client: the SDK.
-demo: ``dar demo``.
-errors: all errors that a user can see.
-processes: child processes, restarted and ended with their parent.
-protocol: wire models of all processes.
+cli: the ``dar`` command.
+demo: ``dar demo``, without torch.
+protocol: wire models of all processes, and the rules over specs and rows.
 rewards: reward sources, the client of reward services, the reward server.
-settings: all settings of an installation.
-training: the trainer.
+training: the trainer; the only folder that imports torch.
+errors: all errors that a user can see, with their codes and HTTP statuses.
+processes: child processes, restarted and ended with their parent.
+settings: all settings of an installation, read from ``DAR_*`` variables.
 version: the version.
 """
 

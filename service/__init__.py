@@ -3,10 +3,16 @@
 app: the application, and what starts and stops with it.
 runtime: what the routes and threads of a process share.
 installation: settings, database and keys.
-artifacts: files of uploads and checkpoints.
+artifacts: files of uploads and checkpoints on disk.
 secret_box: encrypts the secrets of reward endpoints.
-keys: makes and configures API keys and secrets.
+keys: makes and configures API keys, worker keys and secrets.
 migrate: upgrades the database schema.
 telemetry: Prometheus metrics.
+api: routes, one file for each noun.
+background: long polls, expired leases, removal of old files, wake-ups of workers.
+http: authentication, bodies, errors, rate limits, logs.
+jobs: submission of jobs, checks of training files, models.
+rewards: registered endpoints, probes, and jobs paused for missing rewards.
+store: the database, SQL only, one file for each noun.
 __main__: the commands serve, migrate and rotate-secrets.
 """

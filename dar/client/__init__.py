@@ -9,15 +9,15 @@ job = client.jobs.wait(job.id, on_progress=lambda job: print(job.progress.step))
 checkpoint = next(iter(client.checkpoints.list(job.id)))
 client.checkpoints.download(job.id, checkpoint.id, "weights/")
 
-checkpoints: checkpoints of a job.
 client: `Client`, with one attribute per kind of object.
-download: resumable and verified download of a checkpoint's files.
+transport: HTTP requests, their errors, retries and ``Retry-After``; the worker uses it too.
+checkpoints: checkpoints of a job.
+download: download of a checkpoint's files, resumed after a break and verified by SHA-256.
 files: training files.
-jobs: jobs, their metrics, samples and events.
+jobs: jobs, their metrics, samples and events; `wait` for the end of a job.
 models: models that a job may start from.
 paging: lists that fetch their pages while they are iterated.
 reward_endpoints: registered reward services.
-transport: HTTP requests, errors, retries; the worker uses it too.
 """
 
 from dar.client.client import Client

@@ -9,7 +9,7 @@ files: uploaded files.
 graders: graders in the shape of OpenAI.
 health: responses of the health checks.
 jobs: a job as the service returns it.
-metrics: all metrics of a job, with unit and meaning.
+metrics: all metrics of a job by name, with unit and meaning.
 models: models that a job may start from.
 reward_callbacks: responses to results that a reward service posts.
 reward_endpoints: registered reward services.
@@ -19,7 +19,7 @@ reward_stats: statistics of reward requests.
 rewards: ``dar.reward.v1``, requests to a reward service and its responses.
 samples: completions stored for viewing.
 spec: the job spec.
-status: statuses of jobs and attempts.
+status: statuses of jobs and attempts, and which are final.
 worker: messages between workers and the service.
 
 Rules that several processes share:

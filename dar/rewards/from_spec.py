@@ -5,18 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.protocol.worker import ComponentAccess
-from dar.rewards.base import RewardObserver, RewardProtocol, RewardSource
+from dar.rewards.base import RewardObserver, RewardSource
 from dar.rewards.builtins.base import BuiltinReward
 from dar.rewards.builtins.registry import make_builtin
 from dar.rewards.cache.cache import CachePlace, Caches, ResultCache
 from dar.rewards.http.async_results import Inbox
 from dar.rewards.http.egress import EgressPolicy
-from dar.rewards.http_reward import HttpOptions, HttpReward
-from dar.rewards.protocols.native import NativeProtocol
-from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
-from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
-from dar.rewards.protocols.plain import PlainProtocol, check_template
-from dar.rewards.protocols.trl import TRLProtocol
+from dar.rewards.http_reward import HttpReward, http_options
+from dar.rewards.protocols.plain import check_template
 from dar.rewards.scoring.combine import Combination, WeightedSource
 from dar.rewards.scoring.scorer import RewardScorer
 
@@ -147,45 +143,6 @@ def http_source(
     )
 
 
-def http_options(
-    component: RewardComponent,
-    access: ComponentAccess | None,
-    *,
-    guard: EgressPolicy | None,
-    is_shared: bool = True,
-) -> HttpOptions:
-    """Options of an http component; see `http_source`."""
-    return HttpOptions(
-        component.columns,
-        component.batch,
-        component.limits,
-        component.timeouts,
-        component.retry,
-        protocol=protocol_of(component),
-        prompt_format=component.prompt_format,
-        strip_thinking=component.strip_thinking,
-        allow_async=component.reply == "either",
-        require_signed_responses=component.require_signed_responses,
-        headers={} if access is None else access.headers,
-        guard=guard,
-        is_shared=is_shared,
-    )
-
-
-def protocol_of(component: RewardComponent) -> RewardProtocol:
-    """The protocol of an http component."""
-    coerce = component.coerce
-    if component.protocol == "openrlhf":
-        return OpenRLHFProtocol(coerce=coerce)
-    if component.protocol == "trl":
-        return TRLProtocol(coerce=coerce)
-    if component.protocol == "plain":
-        return PlainProtocol(component.template, component.pointer or "", coerce=coerce)
-    if component.protocol == "openai_grader":
-        return OpenAIGraderProtocol(component.grader or {}, coerce=coerce)
-    return NativeProtocol()
-
-
 def _bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
     return None if bounds is None else (bounds[0], bounds[1])
 
@@ -236,17 +193,3 @@ def _problems_of(component: RewardComponent, path: str) -> Iterator[Problem]:
             f"{path}.coerce",
             "unsupported_value",
         )
-
-
-def columns_of(component: RewardComponent) -> list[tuple[str, str]]:
-    """The columns that a component reads, each with its path below the component.
-
-    Raises:
-        InvalidRequestError: A builtin has invalid parameters.
-    """
-    if component.kind == "builtin":
-        return [
-            ("params.column", name)
-            for name in make_builtin(component.fn or "", component.params).columns
-        ]
-    return [(f"columns[{place}]", name) for place, name in enumerate(component.columns or ())]

@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dar.errors import ConfigurationError, RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardComponent
+from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import (
     RewardContext,
     RewardObserver,
+    RewardProtocol,
     RewardResult,
     RewardSample,
     strip_thinking,
@@ -22,7 +25,7 @@ from dar.rewards.cache.cache import CacheSavings, ResultCache
 from dar.rewards.http.async_results import Inbox
 from dar.rewards.http.batching import Batcher, Piece, QueuedRequest
 from dar.rewards.http.breaker import BreakerState
-from dar.rewards.http.egress import parse_url
+from dar.rewards.http.egress import EgressPolicy, parse_url
 from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, EndpointConfig, open_endpoint
 from dar.rewards.http.redaction import check_headers
 from dar.rewards.http.request import HttpOptions, RetryingRequest, Sender
@@ -36,6 +39,10 @@ from dar.rewards.http.wire import (
     encode_sample,
 )
 from dar.rewards.protocols.native import NativeProtocol
+from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
+from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
+from dar.rewards.protocols.plain import PlainProtocol
+from dar.rewards.protocols.trl import TRLProtocol
 from dar.rewards.threads import wait_for_all
 
 __all__ = ["HttpOptions", "HttpReward"]
@@ -292,3 +299,42 @@ async def _leave(pieces: Sequence[Piece]) -> None:
     for task in tasks:
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+def http_options(
+    component: RewardComponent,
+    access: ComponentAccess | None,
+    *,
+    guard: EgressPolicy | None,
+    is_shared: bool = True,
+) -> HttpOptions:
+    """Options of an http component; see `http_source`."""
+    return HttpOptions(
+        component.columns,
+        component.batch,
+        component.limits,
+        component.timeouts,
+        component.retry,
+        protocol=protocol_of(component),
+        prompt_format=component.prompt_format,
+        strip_thinking=component.strip_thinking,
+        allow_async=component.reply == "either",
+        require_signed_responses=component.require_signed_responses,
+        headers={} if access is None else access.headers,
+        guard=guard,
+        is_shared=is_shared,
+    )
+
+
+def protocol_of(component: RewardComponent) -> RewardProtocol:
+    """The protocol of an http component."""
+    coerce = component.coerce
+    if component.protocol == "openrlhf":
+        return OpenRLHFProtocol(coerce=coerce)
+    if component.protocol == "trl":
+        return TRLProtocol(coerce=coerce)
+    if component.protocol == "plain":
+        return PlainProtocol(component.template, component.pointer or "", coerce=coerce)
+    if component.protocol == "openai_grader":
+        return OpenAIGraderProtocol(component.grader or {}, coerce=coerce)
+    return NativeProtocol()

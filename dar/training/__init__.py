@@ -3,15 +3,23 @@
 Importing this package loads no torch; a name loads its module when it is first used.
 
 trainer: `DARTrainer`, a `transformers.Trainer` made of the parts below.
-loss: Direct Advantage Regression as pure functions.
-evaluation: the policy is measured on rows of their own, between steps.
-reward_sources: functions, services and models that score completions.
-from_spec: trains a job from its spec and files.
-run_setup: what is checked and settled before a run.
+loss: advantage, weight, clip of the weight and loss, as pure functions.
+from_spec: trains a job from its spec and files; a job spec as `DARConfig`.
+run_setup: arguments, data and accelerator checked and settled before a run.
 run_context: what the parts of a run share.
+reward_sources: functions, services and models that score completions, opened for a run.
+evaluation: the policy is measured on rows of their own, between steps.
 offline: the public names of offline training.
-
-Folders: config, data, model, parallel, sampling, step, checkpoint, report, script and demo.
+config: arguments, their bounds and defaults.
+data: data sets and their rows.
+sampling: prompts of a step, and completions of the policy.
+step: an optimizer step, from prompts to gradients and metrics.
+model: policy, reference, tokenizer, reward models, log-probabilities.
+parallel: several processes in one run: FSDP, DeepSpeed.
+checkpoint: checkpoints, resume, the hub.
+report: what a trainer reports, its warnings, requests to stop.
+script: ``dar train``.
+demo: base models and tasks of the demo.
 """
 
 from importlib import import_module

@@ -1,21 +1,21 @@
-"""Routes: HTTP only, one module for each noun.
+"""The routes of the service, HTTP only, one file for each noun.
 
-checkpoints: checkpoints of a job and their files.
-events: events of a job.
-files: uploaded training files.
-graders: graders in OpenAI's shape.
-health: liveness, readiness and Prometheus metrics.
-inputs: files that a worker downloads for its attempt.
 jobs: submit, read, cancel, pause and resume jobs.
-leases: a worker's claims, heartbeats, directives, rows and outcomes.
+events: events of a job.
 metrics: metrics of a job.
+samples: completions of a job that were kept.
+checkpoints: checkpoints of a job and their files, for users.
+files: uploaded training files.
 models: models that a job may start from.
+graders: graders in OpenAI's shape.
+reward_endpoints: registered reward services: create, change, rotate secrets, probe.
+reward_stats: totals and failed requests of a job's rewards.
+reward_callbacks: results that reward services post later, authorized by a token per request.
+reward_requests: reward requests that a worker announces.
+leases: a worker's claims, heartbeats, directives, rows and outcomes.
+inputs: files that a worker downloads for its attempt.
+uploads: checkpoints that a worker uploads: announced, sent in parts, verified.
+health: liveness, readiness and Prometheus metrics.
 paging: query parameters and envelope of lists.
 query: strict query and path parameters.
-reward_callbacks: results that reward services post later.
-reward_endpoints: registered reward services.
-reward_requests: reward requests that a worker announces.
-reward_stats: totals and failed requests of a job's rewards.
-samples: completions of a job that were kept.
-uploads: checkpoints that a worker uploads.
 """

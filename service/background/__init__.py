@@ -1,7 +1,7 @@
 """Background work of a process.
 
-notifier: wakes long polls.
+notifier: wakes long polls when a job changes.
 directives: cursor of the directives' long poll.
-reconciler: expires leases and removes what is no longer needed.
+reconciler: periodic work: expires leases that were not renewed, removes old checkpoints and files.
 waker: wakes workers over the broker.
 """

@@ -1,9 +1,9 @@
 """What routes share.
 
 auth: API keys, scopes and attempt tokens.
-bodies: reading and parsing request bodies.
-downloads: sending files and byte ranges.
-errors: renders every error.
+bodies: reads, limits, unpacks and parses request bodies.
+downloads: sends files and byte ranges.
+errors: renders every error as JSON, with its ``Retry-After``.
 log: JSON log lines and request ids.
-rate_limits: limits by user and address.
+rate_limits: limits by user and address, with ``Retry-After`` for clients; recently passed probes.
 """

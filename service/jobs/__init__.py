@@ -1,6 +1,6 @@
 """Submission of jobs.
 
-submission: check, probe, store.
-datasets: checks of training files.
-models: models that a job may start from.
+submission: check, probe, store; repeated requests by ``Idempotency-Key`` return the same job.
+datasets: checks of training files at upload, and of their columns at submission.
+models: models that a job may start from, and which hub ids are allowed.
 """

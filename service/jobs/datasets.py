@@ -24,7 +24,8 @@ from dar.protocol.rows import (
     read_prompt,
 )
 from dar.protocol.spec import JobSpec
-from dar.rewards.from_spec import PATH, columns_of
+from dar.rewards.builtins.registry import make_builtin
+from dar.rewards.from_spec import PATH
 
 MAX_PROBLEMS = 50
 MAX_ROW_BYTES = 4 * 1024**2
@@ -151,7 +152,7 @@ def _missing_columns(
     components: Iterable[RewardComponent], columns: Columns, param: FileParam
 ) -> Iterator[Problem]:
     for index, component in enumerate(components):
-        for place, name in columns_of(component):
+        for place, name in _columns_of(component):
             row = columns[name]["missing"] if name in columns else 1
             # A builtin skips a prompt without a value. Without the column it would skip all.
             if row is None or (component.kind == "builtin" and name in columns):
@@ -165,6 +166,20 @@ def _missing_columns(
                 "missing_column",
                 row,
             )
+
+
+def _columns_of(component: RewardComponent) -> list[tuple[str, str]]:
+    """The columns that a component reads, each with its path below the component.
+
+    Raises:
+        InvalidRequestError: A builtin has invalid parameters.
+    """
+    if component.kind == "builtin":
+        return [
+            ("params.column", name)
+            for name in make_builtin(component.fn or "", component.params).columns
+        ]
+    return [(f"columns[{place}]", name) for place, name in enumerate(component.columns or ())]
 
 
 def _offline_problems(columns: Columns, param: FileParam) -> list[Problem]:

@@ -1,6 +1,6 @@
 """What the service itself does with reward services.
 
-endpoints: fields and access of registered endpoints, for the components that name them.
-probing: full probes on request, and light probes before a job is accepted.
-watch: resumes jobs that are paused for missing rewards.
+endpoints: the endpoints that components name: fields at submission, URL and secrets at the lease.
+probing: full probes on request, light probes before a job is accepted.
+watch: probes the services of jobs that are paused for missing rewards, and resumes them.
 """

@@ -1,17 +1,17 @@
 """The database: SQL only, one module for each noun.
 
-database: engine, transactions and clock; the only module that commits.
+database: engine, transactions, clock and retries of busy transactions; only it commits.
 tables: table classes.
 columns: base class and column types of the tables.
 reward_tables: table classes of reward endpoints and requests.
 paging: keyset pagination.
 transitions: the states of a job and all moves between them.
-fence: checks that an attempt still runs its job.
+fence: checks that an attempt still runs its job; rejects writes of earlier attempts.
 jobs: submission, reading, cancelling, pausing and resuming.
-leases: claims, heartbeats and expiry.
-outcomes: the end of an attempt, and what follows for its job.
-rows: rows that a trainer sends.
-checkpoints: announced, available and removed checkpoints.
+leases: which queued job is claimed, how long a lease is valid, when it has expired.
+outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
+rows: rows that a trainer sends, each stored once; progress of the job.
+checkpoints: announced, available and removed checkpoints, and which are kept.
 events: events of a job.
 files: uploaded files.
 keys: API keys and their project.
@@ -19,7 +19,7 @@ metrics: metrics of a job.
 samples: completions of a job that were kept.
 reward_endpoints: registered reward services.
 reward_failures: failed requests to reward services.
-reward_pauses: jobs that are paused until their reward service is back.
+reward_pauses: jobs paused for missing rewards, and when their service is probed next.
 reward_requests: reward requests whose results may come later.
 reward_secrets: encrypted secrets of reward endpoints.
 """

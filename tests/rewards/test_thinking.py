@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.rewards.base import RewardContext, RewardSample, strip_thinking
-from dar.rewards.from_spec import protocol_of, scorer_from_spec
-from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.from_spec import scorer_from_spec
+from dar.rewards.http_reward import HttpOptions, HttpReward, protocol_of
 from fakes.reward_server import RewardServer
 
 

@@ -1,14 +1,14 @@
 """One attempt, seen from the worker: everything around the trainer process.
 
-checkpoints: upload of published checkpoints.
-child_process: start, stdin, signals and end of the trainer process.
-heartbeat: renewal of the lease, and directives of the service.
-inputs: download of training file, model, adapters and resume checkpoint.
-outcome: what to report when the trainer has ended.
+supervisor: the attempt from its lease to its report, step by step.
+heartbeat: renews the lease and notices that it is lost; receives cancel and pause.
+state: flags that the threads of an attempt share; what makes an attempt give up.
+child_process: start, environment, stdin, signals and end of the trainer process.
+stopping: cancels, pauses or drains the trainer: an order, then SIGTERM, then SIGKILL.
+outcome: what is reported when the trainer has ended: complete, fail, retry or release.
+inputs: downloads training file, model, adapters and resume checkpoint.
+sender: sends the spool to the service, in order.
+checkpoints: uploads published checkpoints in parts.
 reward_bridge: announces reward requests of the trainer, forwards results to it.
 reward_caches: caches of rewards on this host, and their removal.
-sender: sends the spool to the service.
-state: flags that the threads of an attempt share.
-stopping: cancels, pauses, drains or kills the trainer.
-supervisor: the attempt from its lease to its report.
 """

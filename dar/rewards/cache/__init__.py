@@ -1,5 +1,5 @@
 """Rewards of earlier requests.
 
-cache: keys of samples, and calls that share a request.
-store: storage in SQLite.
+cache: keys of samples, which results are kept, and calls for equal samples that share a request.
+store: an SQLite file with size limit, maximum age and repair, or memory.
 """

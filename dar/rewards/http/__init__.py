@@ -1,16 +1,16 @@
 """Requests to reward services.
 
-async_results: results after a 202, by callback or polling.
+request: one request with its attempts: encode, sign, send, time limit, decode, log.
+retry: which failures are retried, the wait before each attempt, ``Retry-After``, the retry budget.
+endpoint: shared by all requests to a URL: pool, concurrency, rate, pause after ``Retry-After``.
+breaker: the circuit breaker: when it opens, and when it tries again.
 batching: groups of concurrent calls in shared requests, and the bounded queue.
-breaker: the circuit breaker.
+responses: which status or network error means which failure; results as rewards.
+async_results: results after a 202, by callback or polling.
 connection: the network connection below the pool, and timings of an attempt.
 dns: host names, resolved in threads.
-egress: which addresses may be reached.
-endpoint: connections, concurrency, rate, ``Retry-After``, breaker and budget of a URL.
-redaction: secrets removed from texts.
-request: one request with its attempts, from samples to results, and its log.
-responses: which answer or error means which failure.
-retry: which failures are retried, when, and how many per endpoint.
-signing: signatures of Standard Webhooks.
-wire: samples as JSON, batches and request ids.
+egress: which addresses may be reached (SSRF).
+signing: signatures of Standard Webhooks, made and verified.
+redaction: secrets removed from texts; which secret headers are allowed.
+wire: samples as JSON, batches by size, and request ids.
 """

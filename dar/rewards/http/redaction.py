@@ -8,13 +8,11 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from dar.errors import ConfigurationError
-from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 
 REDACTED = "[redacted]"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
@@ -123,17 +121,6 @@ def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
             end += 1
         yield start, end
         start = text.find(head, end)
-
-
-def redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult:
-    """Remove secrets from the texts of a result, which are shown to users."""
-    if isinstance(result, Scored):
-        return (
-            result if result.feedback is None else replace(result, feedback=redact(result.feedback))
-        )
-    if isinstance(result, Skipped):
-        return result if result.reason is None else Skipped(redact(result.reason))
-    return Failed(redact(result.code), redact(result.message), result.is_transient)
 
 
 class _NoHeaders(logging.Filter):

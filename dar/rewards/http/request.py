@@ -26,14 +26,15 @@ from dar.rewards.base import (
     RewardProtocol,
     RewardResult,
     RewardSample,
+    Scored,
+    Skipped,
 )
 from dar.rewards.http.async_results import Inbox, LaterReply, Polled
 from dar.rewards.http.breaker import BreakerOptions, CallOutcome
 from dar.rewards.http.connection import Timings
 from dar.rewards.http.egress import EgressPolicy, Resolver
 from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, Patience
-from dar.rewards.http.redaction import redacted
-from dar.rewards.http.responses import Answer
+from dar.rewards.http.responses import Answer, as_result
 from dar.rewards.http.retry import (
     AttemptFailedError,
     FailureKind,
@@ -42,7 +43,7 @@ from dar.rewards.http.retry import (
     parse_retry_after,
 )
 from dar.rewards.http.signing import signed_headers, verify
-from dar.rewards.http.wire import EncodedSample, as_result, request_id_of
+from dar.rewards.http.wire import EncodedSample, request_id_of
 from dar.version import __version__
 
 
@@ -59,7 +60,7 @@ class HttpOptions:
     protocol: RewardProtocol | None = None
     """Encodes requests and decodes answers; None: ``dar.reward.v1``."""
     prompt_format: Literal["auto", "text"] = "auto"
-    """``text`` sends a conversation as the text that the policy saw, if the sample contains it."""
+    """``text`` sends a conversation as the text that the policy saw, if the sample holds it."""
     strip_thinking: bool = False
     """Whether completions are sent without their thinking; see
     `dar.rewards.base.strip_thinking`."""
@@ -255,7 +256,7 @@ class RetryingRequest:
             self._current.in_flight_seconds = time.monotonic() - self._current.started_at
             results = await self._later_result()
         self._record("ok", is_final=True)
-        return [redacted(result, self._endpoint.redact) for result in results]
+        return [_redacted(result, self._endpoint.redact) for result in results]
 
     def _waits_for_breaker(self, message: str) -> None:
         self._sender.waits(f"{self._sender.label}: {message}")
@@ -449,6 +450,17 @@ class RetryingRequest:
 
 def _may_be_repeated(result: RewardResult) -> bool:
     return isinstance(result, Failed) and result.is_transient
+
+
+def _redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult:
+    """Remove secrets from the texts of a result, which are shown to users."""
+    if isinstance(result, Scored):
+        return (
+            result if result.feedback is None else replace(result, feedback=redact(result.feedback))
+        )
+    if isinstance(result, Skipped):
+        return result if result.reason is None else Skipped(redact(result.reason))
+    return Failed(redact(result.code), redact(result.message), result.is_transient)
 
 
 logger = logging.getLogger("dar.rewards.requests")

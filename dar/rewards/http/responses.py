@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import httpcore2
 
-from dar.protocol.rewards import MAX_RESPONSE_BYTES
+from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult
+from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
@@ -94,6 +95,17 @@ async def read_answer(incoming: Incoming) -> Answer:
             if len(body) > MAX_RESPONSE_BYTES:
                 raise _contract("size", f"a body over {MAX_RESPONSE_BYTES} bytes")
     return Answer(incoming.status, headers, bytes(body))
+
+
+def as_result(result: SampleResult) -> RewardResult:
+    """A result of ``dar.reward.v1`` in the types of the trainer."""
+    if result.error is not None:
+        code = f"service.{result.error.code}"
+        message = result.error.message or "the reward service could not score the sample"
+        return Failed(code, message, is_transient=result.error.retryable)
+    if result.reward is None:
+        return Skipped(result.reason)
+    return Scored(result.reward, dict(result.components), result.feedback)
 
 
 def _contract(code: str, reason: str, status: int = 200) -> AttemptFailedError:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import orjson
 
 from dar.protocol.ids import new_id
-from dar.protocol.rewards import SampleResult
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.base import RewardContext, RewardSample
 
 ENVELOPE_BYTES = 512
 """Bytes reserved in a body for everything but the samples; a real envelope takes about 330."""
@@ -165,14 +164,3 @@ def _split(group: EncodedBatch, max_samples: int, room: int) -> Iterator[Encoded
             batch = []
         batch.append(sample)
     yield batch
-
-
-def as_result(result: SampleResult) -> RewardResult:
-    """A result of ``dar.reward.v1`` in the types of the trainer."""
-    if result.error is not None:
-        code = f"service.{result.error.code}"
-        message = result.error.message or "the reward service could not score the sample"
-        return Failed(code, message, is_transient=result.error.retryable)
-    if result.reward is None:
-        return Skipped(result.reason)
-    return Scored(result.reward, dict(result.components), result.feedback)

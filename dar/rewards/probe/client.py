@@ -31,7 +31,6 @@ from dar.rewards.base import (
     RewardSample,
     strip_thinking,
 )
-from dar.rewards.from_spec import http_options
 from dar.rewards.http.breaker import BreakerOptions, BreakerState, CircuitBreaker
 from dar.rewards.http.connection import Timings
 from dar.rewards.http.egress import EgressPolicy, Resolver
@@ -42,7 +41,7 @@ from dar.rewards.http.responses import READ_BYTES, Answer, Incoming
 from dar.rewards.http.retry import AttemptFailedError
 from dar.rewards.http.signing import signed_headers
 from dar.rewards.http.wire import batches, encode_sample
-from dar.rewards.http_reward import HttpReward
+from dar.rewards.http_reward import HttpReward, http_options
 from dar.rewards.probe.callbacks import AcceptanceInbox, ProbeInbox
 
 SHOWN = 4096

@@ -4,7 +4,8 @@ import orjson
 
 from dar.protocol.rewards import MAX_SAMPLES, REQUEST_TYPE, VERSION, decode_response
 from dar.rewards.base import RequestBatch, RewardResult
-from dar.rewards.http.wire import as_result, encode_sample
+from dar.rewards.http.responses import as_result
+from dar.rewards.http.wire import encode_sample
 
 
 class NativeProtocol:

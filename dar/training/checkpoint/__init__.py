@@ -1,8 +1,8 @@
 """Checkpoints of a run, and what is uploaded to the hub.
 
 checkpoint: the files of a checkpoint, published by one rename and verified when loaded.
-resume: publishes the checkpoints of a run, and loads the one that it resumes from.
-fingerprint: digest of everything that decides the result of a run.
+resume: saves the checkpoints of a run, removes old ones, and restores the run from one.
+fingerprint: digest of everything that decides the result; a resume with another one is rejected.
 hub: uploads models and checkpoints to the hub.
 model_card: Markdown that describes trained weights.
 """

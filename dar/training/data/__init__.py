@@ -1,8 +1,8 @@
 """Data sets.
 
-rows: checks of rows, `PromptEncoder` and `DataCollatorForDAR`.
+rows: checks of rows, their token ids, cuts to the maximum length, batches.
 sets: data sets by name: files, folders, hub.
-hub: data sets of a hub.
+hub: data sets of a hub, loaded without running their code.
 """
 
 from dar.training.data.rows import DataCollatorForDAR, PromptEncoder

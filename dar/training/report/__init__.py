@@ -1,7 +1,7 @@
 """What a trainer reports.
 
-sink: the interfaces of reports and of requests to stop.
+sink: the interfaces of reports, and of requests to stop.
 console: reports on a terminal.
 drift: a warning when a component's rewards jump.
-capacity: a warning when a reward service is too slow.
+capacity: a warning when a reward service is too slow, with the concurrency it needs.
 """

@@ -1,5 +1,5 @@
 """Sampling from the policy.
 
-prompts: the prompts of each step.
-sampler: completions, with their log-probabilities.
+prompts: which prompts a step takes, in which order.
+sampler: the decoding loop: temperature, filters, stop texts, log-probabilities of completions.
 """

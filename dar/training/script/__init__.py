@@ -2,6 +2,6 @@
 
 main: the command, its signals and exit codes.
 flags: options of the command line and of YAML files.
-assembly: a trainer from these options.
+assembly: makes a trainer from these options.
 dry_run: the output of ``--dry_run``.
 """

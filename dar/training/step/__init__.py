@@ -1,11 +1,11 @@
 """An optimizer step: sampled, scored, weighed, trained on and reported.
 
-loop: the steps of a run, as transformers' training loop goes through them.
-pipeline: when steps are sampled, maybe one ahead.
-online: completions are sampled and scored.
+loop: one step for transformers' loop: passes, gradients, norm, empty steps, divergence.
+pipeline: when a step is sampled: at its start, or one step ahead.
+online: completions are sampled from the policy and submitted for scoring.
 offline: completions and rewards are read from the data set.
-reward_feed: rewards as they arrive, and the parts of a step that are trained on meanwhile.
+reward_feed: waits for the rewards of a step, and samples again where too many are missing.
 passes: log-probabilities under policy and reference, shared among the processes.
-records: the completions of a step and their weights.
-metrics: metrics and samples of a step, and reports of them.
+records: the completions of a step, compared and weighed in their groups.
+metrics: computes the metrics and samples of a step, and reports them.
 """

@@ -126,7 +126,7 @@ async def test_an_answer_that_is_sent_twice_answers_no_other_request(
     found = [await source.score(make_samples(4), context) for _ in range(4)]
     await source.aclose()
     assert found == [[Scored(float(number))] * 4 for number in (1, 2, 3, 4)]
-    assert [request.connection for request in server.requests] == connections
+    assert [request.connection_number for request in server.requests] == connections
 
 
 async def test_no_cookie_is_kept(
