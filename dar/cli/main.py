@@ -72,8 +72,7 @@ def up(
 def demo(
     home: Home = None,
     task: Annotated[
-        TaskName,
-        typer.Option(help="Task to train: reviews, or brackets, whose optimum is known."),
+        TaskName, typer.Option(help="Task to train: reviews, or brackets, whose optimum is known.")
     ] = "reviews",
     json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")

@@ -145,8 +145,7 @@ Asynchronous = Annotated[
     bool, typer.Option("--asynchronous", help="Answer 202 and send the result later.")
 ]
 AnswerWithin = Annotated[
-    float | None,
-    typer.Option(min=0, help="Seconds to wait for a 200 before a 202 is sent."),
+    float | None, typer.Option(min=0, help="Seconds to wait for a 200 before a 202 is sent.")
 ]
 StopSeconds = Annotated[
     float | None, typer.Option(min=0, help="Most seconds to finish work when stopped; default 30.")

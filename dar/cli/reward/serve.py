@@ -101,8 +101,7 @@ def _module(name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise typer.BadParameter(
-                f"module {name} is neither in {folder} nor installed",
-                param_hint=TARGET,
+                f"module {name} is neither in {folder} nor installed", param_hint=TARGET
             ) from None
         raise _broken(name, error) from None
     except Exception as error:  # noqa: BLE001 - a user's module may raise anything

@@ -313,7 +313,5 @@ class Caches:
         if folder not in self.stores:
             self.stores[folder] = CacheStore(folder, max_bytes=self.place.max_bytes)
         return ResultCache(
-            self.stores[folder],
-            SampleKey.of(component, access),
-            ttl_seconds=options.ttl_seconds,
+            self.stores[folder], SampleKey.of(component, access), ttl_seconds=options.ttl_seconds
         )

@@ -107,12 +107,7 @@ class LaterReply:
     """
 
     def __init__(
-        self,
-        url: str,
-        request_id: str,
-        ids: Sequence[str],
-        seconds: float,
-        inbox: Inbox | None,
+        self, url: str, request_id: str, ids: Sequence[str], seconds: float, inbox: Inbox | None
     ) -> None:
         self._url = url
         self._request_id = request_id

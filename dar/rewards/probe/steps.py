@@ -9,13 +9,7 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.base import Failed, RewardResult, RewardSample, Skipped
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.rewards.probe.client import ProbeCall, ProbeClient
-from dar.rewards.probe.report import (
-    SAME,
-    ReportBuilder,
-    in_words,
-    largest_difference,
-    rewards_in,
-)
+from dar.rewards.probe.report import SAME, ReportBuilder, in_words, largest_difference, rewards_in
 
 NOISY = 0.2
 """Share of the rewards' spread above which noise is reported."""

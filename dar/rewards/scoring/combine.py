@@ -351,11 +351,5 @@ class _Group:
             if isinstance(outcomes[position], Failed) and status != "error"
         )
         self._found[position] = SampleReward(
-            reward,
-            status,
-            message,
-            components,
-            feedback,
-            zeroed=tuple(zeroed),
-            left_out=left_out,
+            reward, status, message, components, feedback, zeroed=tuple(zeroed), left_out=left_out
         )

@@ -277,11 +277,7 @@ def _as_sample(sample: RequestSample) -> RewardSample:
 
 def _as_json(result: RewardResult) -> Mapping[str, Any]:
     if isinstance(result, Failed):
-        error = {
-            "code": result.code,
-            "message": result.message,
-            "retryable": result.is_transient,
-        }
+        error = {"code": result.code, "message": result.message, "retryable": result.is_transient}
         return {"error": error}
     if isinstance(result, Skipped):
         return {"skip": True, "reason": result.reason}
