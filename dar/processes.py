@@ -169,11 +169,9 @@ class Processes:
         while not is_ready():
             code = running.process.poll()
             if code is not None or time.monotonic() > deadline:
-                what = (
-                    f"ended with code {code}"
-                    if code is not None
-                    else f"was not ready in {seconds:.0f} s"
-                )
+                what = f"was not ready in {seconds:.0f} s"
+                if code is not None:
+                    what = f"ended with code {code}"
                 raise ServiceUnavailableError(
                     f"the {name} {what}; see {running.child.log}\n{log_tail(running.child.log)}"
                 )
@@ -222,12 +220,11 @@ class Processes:
                 self._await_end(item)
 
     def _await_end(self, item: Running) -> None:
+        seconds = item.child.stop_seconds
         try:
-            item.process.wait(item.child.stop_seconds)
+            item.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._report(
-                f"{item.child.name} did not stop in {item.child.stop_seconds:.0f} s and is killed"
-            )
+            self._report(f"{item.child.name} did not stop in {seconds:.0f} s and is killed")
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(item.process.pid, signal.SIGKILL)
             item.process.wait()

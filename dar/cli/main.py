@@ -56,9 +56,7 @@ def up(
     home: Home = None,
     host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to bind to.")] = None,
-    workers: Annotated[
-        int, typer.Option(min=0, max=64, help="Worker processes, one slot each.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(min=0, max=64, help="Workers, one slot each.")] = 1,
 ) -> None:
     """Run everything on this machine: service, Valkey and workers.
 
@@ -102,9 +100,7 @@ def serve(
 def worker(
     home: Home = None,
     slot: Annotated[str | None, typer.Option(help="Name of the slot; one worker per slot.")] = None,
-    devices: Annotated[
-        str | None, typer.Option(help="GPUs of the slot, like 0 or 0,1; default all.")
-    ] = None,
+    devices: Annotated[str | None, typer.Option(help="GPUs, like 0 or 0,1; default all.")] = None,
 ) -> None:
     """Run one worker, which trains one job at a time.
 
@@ -160,9 +156,7 @@ def main() -> None:
         sys.stderr.write(f"dar: {error.message}\n")
         for problem in error.problems:
             where = f"row {problem.row}" if problem.row is not None else problem.param
-            sys.stderr.write(
-                f"  {where}: {problem.message}\n" if where else f"  {problem.message}\n"
-            )
+            sys.stderr.write(f"  {': '.join(filter(None, [where, problem.message]))}\n")
         sys.exit(_exit_code(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -33,9 +33,7 @@ def _check_reward_url(url: str) -> str:
     if port == 0:
         raise refuse("port 0 cannot be reached")
     if parts.username is not None or parts.password is not None:
-        raise refuse(
-            "a user name or password does not belong in a URL; it would be kept with the job"
-        )
+        raise refuse("a user name or password does not belong in a URL; the job would keep it")
     if parts.fragment:
         raise refuse("a fragment (#…) is never sent to a server")
     return url

@@ -222,9 +222,7 @@ def check_url(url: str, policy: EgressPolicy | None) -> None:
 
 def _check_target(target: Target, given: str, policy: EgressPolicy) -> None:
     if target.scheme == "http" and not _matches(target.host, policy.allow_http):
-        raise _bad_url(
-            "it must start with https://; this installation allows http:// for named hosts only"
-        )
+        raise _bad_url("it must start with https://; only named hosts may use http://")
     if not policy.allows_port(target.port, target.scheme):
         raise _bad_url(f"port {target.port} is not allowed")
     if any(_is_number(host) for host in (target.host, given)):

@@ -73,9 +73,7 @@ async def read_answer(incoming: Incoming) -> Answer:
     """
     headers = incoming.headers
     if incoming.encoding != "identity":
-        raise _contract(
-            "content_encoding", f"a body with content-encoding {incoming.encoding[:40]!r}"
-        )
+        raise _contract("content_encoding", f"content-encoding {incoming.encoding[:40]!r}")
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and incoming.status == 200:

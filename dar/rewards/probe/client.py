@@ -14,7 +14,6 @@ from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any, Self
 
 import httpcore2
@@ -231,12 +230,7 @@ class ProbeClient(HttpReward):
         self._recording = _RecordingEndpoint(self._endpoint_config(), len(self._keys)).acquire()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._recording.release()
 
     @property

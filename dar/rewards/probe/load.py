@@ -107,9 +107,7 @@ def _report_slowness(session: ProbeSession, load: Load) -> None:
     p50, p95 = quantile(latencies, 0.5), quantile(latencies, 0.95)
     attempt = component.timeouts.attempt
     if p95 > attempt / 2:
-        report.warn(
-            "load.slow", f"p95 is {p95:.1f} s, and an attempt times out after {attempt:g} s"
-        )
+        report.warn("load.slow", f"p95 is {p95:.1f} s; an attempt times out after {attempt:g} s")
     useful = _useful_concurrency(load)
     if useful is not None and useful < component.limits.concurrency:
         report.warn(
@@ -189,9 +187,7 @@ def _batches(session: ProbeSession) -> Iterator[Sequence[RewardSample]]:
     """Full requests; no two are equal, so that no cache can answer."""
     longest = max((sample.completion for sample in session.samples), key=len)
     if not session.are_own:
-        longest = ("The rain has gone, and the sun is out again over the hills. " * WORDS)[
-            : 6 * WORDS
-        ]
+        longest = ("The rain has gone, the sun is out again over the hills. " * WORDS)[: 6 * WORDS]
     size = session.client.max_samples
     for call in range(CALLS):
         samples = [

@@ -170,9 +170,7 @@ async def check_signature(session: ProbeSession) -> None:
     if call.failure is not None:
         status = call.failure.status
     if status in {200, 202}:
-        report.warn(
-            "signature.unverified", f"a request with a wrong signature got HTTP {status}", call
-        )
+        report.warn("signature.unverified", f"a wrong signature got HTTP {status}", call)
     elif status is None or status >= 500:
         assert call.failure is not None
         report.warn("signature.crash", f"a wrong signature got: {call.failure.full_reason}", call)

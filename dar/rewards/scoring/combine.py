@@ -285,9 +285,7 @@ class _Group:
             return None
         if failures and not skips:
             return "error", failures[0]
-        return "skip", "; ".join(
-            filter(None, skips)
-        ) or "every reward component skipped this sample"
+        return "skip", "; ".join(filter(None, skips)) or "every component skipped this sample"
 
     def _used(
         self, rest: Sequence[int]

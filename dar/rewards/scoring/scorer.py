@@ -15,7 +15,6 @@ while the trainer samples or trains. Waiting can be stopped:
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
@@ -81,7 +80,7 @@ class RewardScorer:
             raise ConfigurationError(f"rewards need components with distinct names, not {names}")
         if not any(component.weight and not component.is_gate for component in components):
             raise ConfigurationError(
-                "every reward has weight 0 or is a gate, so no sample would get a reward"
+                "every reward has weight 0 or is a gate, so there is no reward"
             )
         self._components = tuple(components)
         self.combination = combination or Combination(components)
@@ -245,12 +244,7 @@ class RewardScorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _started(self) -> InFlight:

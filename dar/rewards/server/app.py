@@ -96,10 +96,8 @@ def _application(endpoint: FunctionEndpoint, path: str) -> Starlette:
         Route(f"{beside}results/{{request_id}}", endpoint.fetch),
         Route("/healthz", endpoint.health),
     ]
-    failures = (HTTPException, DARError, ClientDisconnect)
-    app = Starlette(
-        routes=routes, exception_handlers=dict.fromkeys(failures, render), lifespan=lifespan
-    )
+    handlers = dict.fromkeys((HTTPException, DARError, ClientDisconnect), render)
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.state.reward_endpoint = endpoint
     app.state.reward_path = path
     return app

@@ -220,9 +220,8 @@ class FunctionEndpoint:
 
     async def _deliver(self, entry: Entry) -> None:
         try:
-            await self._callbacks.deliver(
-                entry.request_id, lambda: entry.reply, entry.task.result()
-            )
+            result = entry.task.result()
+            await self._callbacks.deliver(entry.request_id, lambda: entry.reply, result)
         finally:
             entry.is_settled = True
 
@@ -299,9 +298,7 @@ async def render(_: Request, error: Exception) -> Response:
     """Render every error in the product's error format."""
     if isinstance(error, HTTPException):
         kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
-        error = kind(
-            "a reward server answers a POST to its own path, GET /healthz and GETs of results"
-        )
+        error = kind("a reward server answers POST to its path, GET /healthz and GETs of results")
     elif not isinstance(error, DARError):
         error = InvalidRequestError("the client disconnected")
     headers = {}
