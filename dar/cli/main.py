@@ -93,7 +93,9 @@ def serve(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to bind to.")] = None,
 ) -> None:
     """Run the service alone. Settings come from the environment (DAR_…)."""
-    import_module("dar.cli.launch").serve(home=home, host=host, port=port)
+    import_module("dar.processes").become(
+        "service", "fastapi", "service", "serve", home=home, host=host, port=port
+    )
 
 
 @app.command()
@@ -106,13 +108,15 @@ def worker(
 
     Settings come from the environment (DAR_…).
     """
-    import_module("dar.cli.launch").worker(home=home, slot=slot, devices=devices)
+    import_module("dar.processes").become(
+        "worker", "torch", "worker", home=home, slot=slot, devices=devices
+    )
 
 
 @app.command()
 def migrate(home: Home = None) -> None:
     """Upgrade the database to the schema of this version, then exit."""
-    import_module("dar.cli.launch").migrate(home=home)
+    import_module("dar.processes").become("service", "alembic", "service", "migrate", home=home)
 
 
 @app.command("rotate-secrets")
@@ -121,7 +125,9 @@ def rotate_secrets(home: Home = None) -> None:
 
     Afterwards the other keys are no longer needed.
     """
-    import_module("dar.cli.launch").rotate_secrets(home=home)
+    import_module("dar.processes").become(
+        "service", "alembic", "service", "rotate-secrets", home=home
+    )
 
 
 @app.command(
@@ -136,7 +142,7 @@ def train(context: typer.Context) -> None:
     train --help lists all options. They may also come from a YAML file (--config). --dry-run scores
     two prompts and writes nothing.
     """
-    import_module("dar.cli.launch").train(context.args)
+    import_module("dar.processes").become("worker", "torch", "dar.training", *context.args)
 
 
 def _exit_code(error: DARError) -> int:

@@ -123,6 +123,12 @@ async def refusal_of(incoming: Incoming) -> AttemptFailedError:
 async def _quote(incoming: Incoming) -> str:
     if incoming.encoding != "identity":
         return ""
+    text = (await start_of(incoming)).decode("utf-8", "replace")
+    return "".join(ch if ch.isprintable() else " " for ch in text).strip()
+
+
+async def start_of(incoming: Incoming) -> bytes:
+    """The start of a body, as far as it comes soon."""
     start = bytearray()
     # The status decides; a body that stalls or breaks does not change the failure.
     with suppress(
@@ -133,8 +139,7 @@ async def _quote(incoming: Incoming) -> str:
                 start += chunk
                 if len(start) >= READ_BYTES:
                     break
-    text = bytes(start[:READ_BYTES]).decode("utf-8", "replace")
-    return "".join(ch if ch.isprintable() else " " for ch in text).strip()
+    return bytes(start[:READ_BYTES])
 
 
 def failure_of(error: Exception) -> AttemptFailedError:
