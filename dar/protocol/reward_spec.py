@@ -283,10 +283,7 @@ class RewardComponent(Input):
                 {"kind": self.kind, "needed": needed},
             )
         if self.url is not None and self.endpoint is not None:
-            raise PydanticCustomError(
-                "exclusive_fields",
-                "url and endpoint both say where the reward comes from; send one",
-            )
+            raise PydanticCustomError("exclusive_fields", "send url or endpoint, not both")
         if self.kind == "hf_model" and self.strip_thinking:
             raise PydanticCustomError(
                 "field_of_another_kind",

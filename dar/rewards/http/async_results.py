@@ -29,6 +29,7 @@ from dar.protocol.rewards import (
     decode_response,
 )
 from dar.protocol.worker import RewardAnnouncement
+from dar.rewards.http.egress import DEFAULT_PORTS
 from dar.rewards.http.retry import JITTER, AttemptFailedError
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 1.0, 15.0, 1.5
@@ -251,7 +252,7 @@ class LaterReply:
 
 
 def _port(url: httpx2.URL) -> int | None:
-    return url.port or {"http": 80, "https": 443}.get(url.scheme)
+    return url.port or DEFAULT_PORTS.get(url.scheme)
 
 
 def _contract(code: str, reason: str) -> AttemptFailedError:

@@ -147,13 +147,10 @@ class RetryingRequest:
         self._context = context
         self._ready_at = ready_at
         self._queued_seconds = 0.0
-        self._patience = Patience(sender.options.breaker.pause_grace_seconds)
-        self._schedule = RetrySchedule(
-            sender.options.retry,
-            sender.options.timeouts.deadline,
-            self._waits,
-            sender.endpoint.budget,
-        )
+        deadline, budget = sender.options.timeouts.deadline, sender.endpoint.budget
+        self._schedule = RetrySchedule(sender.options.retry, deadline, self._waits, budget)
+        grace = sender.options.breaker.pause_grace_seconds
+        self._patience = Patience(grace, self._schedule, self._report_wait)
         self._batch: RequestBatch | None = None
         self._body = b""
         self._later: LaterReply | None = None
@@ -228,7 +225,7 @@ class RetryingRequest:
         await self._slot.acquire()
         if self._options.allow_async and self._later is None:
             await self._announce([sample.id for sample in samples])
-        call = await self._endpoint.admit(self._schedule, self._patience, self._report_wait)
+        call = await self._endpoint.admit(self._patience)
         outcome: CallOutcome = "neutral"
         reason = ""
         try:
@@ -259,7 +256,7 @@ class RetryingRequest:
     async def _announce(self, ids: list[str]) -> None:
         """Announce the request to the inbox. Time without the DAR service does not count."""
         # The breaker first: it could not extend the deadline once it is announced.
-        await self._endpoint.passable(self._schedule, self._patience, self._report_wait)
+        await self._endpoint.passable(self._patience)
         seconds, started = self._schedule.remaining_seconds, time.monotonic()
         later = LaterReply(self._sender.url, self._request_id, ids, seconds, self._sender.inbox)
         await later.open(self._sender.name, self._context.step)
