@@ -59,7 +59,7 @@ class HttpOptions:
     protocol: RewardProtocol | None = None
     """Encodes requests and decodes answers; None: ``dar.reward.v1``."""
     prompt_format: Literal["auto", "text"] = "auto"
-    """``text`` sends a conversation as the text that the policy saw, where the sample has it."""
+    """``text`` sends a conversation as the text that the policy saw, if the sample has one."""
     strip_thinking: bool = False
     """Whether completions are sent without their thinking; see
     `dar.rewards.base.strip_thinking`."""

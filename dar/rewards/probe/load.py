@@ -119,7 +119,7 @@ def _report_slowness(session: ProbeSession, load: Load) -> None:
 
 
 def _useful_concurrency(load: Load) -> int | None:
-    """Requests that the service works on at once, by Little's law; None: load did not slow it."""
+    """Requests that the service works on at once, by Little's formula; None: load did not slow it."""
     answered = sum(one.failure is None for one in load.concurrent)
     is_slowed = quantile(load.latencies, 0.5) > max(NOTICED_SECONDS, QUEUEING * load.alone.seconds)
     if load.alone.failure is not None or not answered or not is_slowed:
@@ -151,7 +151,7 @@ def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
 
 
 def _hint(latency: float, size: int) -> str:
-    """Little's law, times 1.5 for varying latencies."""
+    """Little's formula, times 1.5 for varying latencies."""
     samples = EXAMPLE["prompts"] * EXAMPLE["completions"]
     needed = max(1, math.ceil(1.5 * latency * samples / size / EXAMPLE["seconds"]))
     return (

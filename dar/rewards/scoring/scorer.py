@@ -207,7 +207,7 @@ class RewardScorer:
 
     def end_step(self, step: int) -> None:
         """Include the rewards of ``step`` in the running moments from the next step on."""
-        self.combination.end_step(step)
+        self.combination.moments.end_step(step)
 
     def state(self, step: int) -> dict[str, Any]:
         """State for a checkpoint of ``step``, as JSON: running moments and limits of services."""
@@ -216,7 +216,7 @@ class RewardScorer:
             for one in self._components
             if isinstance(one.source, HttpReward)
         }
-        return {"combination": self.combination.state(step), "services": learned}
+        return {"combination": self.combination.moments.state(step), "services": learned}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a `state`.
@@ -224,7 +224,7 @@ class RewardScorer:
         Raises:
             CheckpointError: It is invalid, or of other components.
         """
-        self.combination.restore(state["combination"])
+        self.combination.moments.restore(state["combination"])
         for one in self._components:
             if isinstance(one.source, HttpReward):
                 one.source.restore(state["services"].get(one.source.name, {}))
