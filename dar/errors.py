@@ -84,13 +84,18 @@ class DARError(Exception):
         }
 
 
-class InvalidRequestError(DARError):
+class _Rejected:
+    """What most errors of a request share: the same request fails again."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    retryable: ClassVar[bool] = False
+
+
+class InvalidRequestError(_Rejected, DARError):
     """The request is malformed, or a value is invalid."""
 
     code = "invalid_request"
-    status = 400
-    type = "invalid_request_error"
-    retryable = False
 
 
 class ModelNotFoundError(InvalidRequestError):
@@ -99,49 +104,43 @@ class ModelNotFoundError(InvalidRequestError):
     code = "model_not_found"
 
 
-class AuthenticationError(DARError):
+class AuthenticationError(_Rejected, DARError):
     """The API key is missing, unknown, expired or revoked."""
 
     code = "invalid_api_key"
     status = 401
     type = "authentication_error"
-    retryable = False
 
 
-class PermissionDeniedError(DARError):
+class PermissionDeniedError(_Rejected, DARError):
     """The key is valid, but its scopes do not allow this request."""
 
     code = "insufficient_scope"
     status = 403
     type = "permission_error"
-    retryable = False
 
 
-class NotFoundError(DARError):
+class NotFoundError(_Rejected, DARError):
     """There is no such route or object, or it belongs to another project."""
 
     code = "not_found"
     status = 404
     type = "not_found_error"
-    retryable = False
 
 
-class MethodNotAllowedError(DARError):
+class MethodNotAllowedError(_Rejected, DARError):
     """The route exists, but not with this HTTP method."""
 
     code = "method_not_allowed"
     status = 405
-    type = "invalid_request_error"
-    retryable = False
 
 
-class ConflictError(DARError):
+class ConflictError(_Rejected, DARError):
     """The state of the object does not allow this request."""
 
     code = "invalid_state"
     status = 409
     type = "conflict_error"
-    retryable = False
 
 
 class IdempotencyMismatchError(ConflictError):
@@ -156,49 +155,39 @@ class FencedError(ConflictError):
     code = "fenced"
 
 
-class GoneError(DARError):
+class GoneError(_Rejected, DARError):
     """The request is too late: its deadline has passed, or the job has ended."""
 
     code = "gone"
     status = 410
-    type = "invalid_request_error"
-    retryable = False
 
 
-class InvalidResultError(DARError):
+class InvalidResultError(_Rejected, DARError):
     """A result posted to a callback violates the contract. Correct it and send it again."""
 
     code = "invalid_result"
     status = 422
-    type = "invalid_request_error"
-    retryable = False
 
 
-class PayloadTooLargeError(DARError):
+class PayloadTooLargeError(_Rejected, DARError):
     """The body is larger than the limit."""
 
     code = "payload_too_large"
     status = 413
-    type = "invalid_request_error"
-    retryable = False
 
 
-class UnsupportedMediaTypeError(DARError):
+class UnsupportedMediaTypeError(_Rejected, DARError):
     """The route does not support the format or encoding of the body."""
 
     code = "unsupported_media_type"
     status = 415
-    type = "invalid_request_error"
-    retryable = False
 
 
-class RangeNotSatisfiableError(DARError):
+class RangeNotSatisfiableError(_Rejected, DARError):
     """The requested byte range is outside the file."""
 
     code = "range_not_satisfiable"
     status = 416
-    type = "invalid_request_error"
-    retryable = False
 
 
 class RateLimitError(DARError):
@@ -251,25 +240,19 @@ class RewardUnavailableError(RewardError):
     status = 503
 
 
-class RewardMisconfiguredError(RewardError):
+class RewardMisconfiguredError(_Rejected, RewardError):
     """The reward service rejects all requests: wrong path, credentials, redirect or certificate."""
 
     code = "reward_misconfigured"
-    status = 400
-    type = "invalid_request_error"
-    retryable = False
 
 
-class RewardContractError(RewardError):
+class RewardContractError(_Rejected, RewardError):
     """A response of the reward service violates the contract ``dar.reward.v1``."""
 
     code = "reward_contract"
-    status = 400
-    type = "invalid_request_error"
-    retryable = False
 
 
-class RewardBudgetError(RewardError):
+class RewardBudgetError(_Rejected, RewardError):
     """More completions got no reward than the failure policy of the job allows.
 
     Args:
@@ -281,9 +264,6 @@ class RewardBudgetError(RewardError):
     """
 
     code = "reward_budget_exhausted"
-    status = 400
-    type = "invalid_request_error"
-    retryable = False
 
     def __init__(
         self,
@@ -300,13 +280,10 @@ class RewardBudgetError(RewardError):
         self.is_outage = is_outage
 
 
-class TrainingError(DARError):
+class TrainingError(_Rejected, DARError):
     """Training with this spec failed: invalid data, a model that does not load, a loss of NaN."""
 
     code = "training_failed"
-    status = 400
-    type = "invalid_request_error"
-    retryable = False
 
 
 class CheckpointError(TrainingError):

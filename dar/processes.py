@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import httpx2
 
 from dar.errors import ConfigurationError, ServiceUnavailableError
+from dar.settings import environment
 
 EXTRAS = {"service": "service", "worker": "worker", "reward server": "rewards"}
 """Process -> the extra of the distribution that installs its libraries."""
@@ -50,6 +51,22 @@ def require(process: str, module: str) -> None:
             f"the {process} needs libraries that are not installed: "
             f"pip install 'dar-service[{EXTRAS[process]}]'"
         )
+
+
+def become(process: str, library: str, *command: str, **settings: object) -> NoReturn:
+    """Replace this process by ``python -m command``, with ``settings`` in its environment.
+
+    This library never imports the service and the worker. They are started by their module names.
+
+    Args:
+        process: The process for which `require` demands ``library``.
+        library: A module of its extra.
+        *command: Name and arguments of the module that is run.
+        **settings: See `environment`.
+    """
+    require(process, library)
+    arguments = [sys.executable, "-m", *command]
+    os.execve(sys.executable, arguments, environment(**settings))  # noqa: S606 - a module of this product, no shell
 
 
 def free_port() -> int:
@@ -169,11 +186,9 @@ class Processes:
         while not is_ready():
             code = running.process.poll()
             if code is not None or time.monotonic() > deadline:
-                what = (
-                    f"ended with code {code}"
-                    if code is not None
-                    else f"was not ready in {seconds:.0f} s"
-                )
+                what = f"was not ready in {seconds:.0f} s"
+                if code is not None:
+                    what = f"ended with code {code}"
                 raise ServiceUnavailableError(
                     f"the {name} {what}; see {running.child.log}\n{log_tail(running.child.log)}"
                 )
@@ -222,12 +237,11 @@ class Processes:
                 self._await_end(item)
 
     def _await_end(self, item: Running) -> None:
+        seconds = item.child.stop_seconds
         try:
-            item.process.wait(item.child.stop_seconds)
+            item.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._report(
-                f"{item.child.name} did not stop in {item.child.stop_seconds:.0f} s and is killed"
-            )
+            self._report(f"{item.child.name} did not stop in {seconds:.0f} s and is killed")
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(item.process.pid, signal.SIGKILL)
             item.process.wait()

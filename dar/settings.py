@@ -12,13 +12,45 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dar.errors import ConfigurationError
 
+
+def _split(value: object) -> object:
+    """Make a tuple of comma-separated text."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _starting_with(*schemes: str) -> AfterValidator:
+    def check(url: SecretStr) -> SecretStr:
+        if not url.get_secret_value().startswith(schemes):
+            raise ValueError(f"must start with one of {', '.join(schemes)}")
+        return url
+
+    return AfterValidator(check)
+
+
+def _network(cidr: str) -> str:
+    ipaddress.ip_network(cidr)
+    return cidr
+
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
+Networks = Annotated[
+    tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)
+]
+DatabaseURL = Annotated[
+    SecretStr, _starting_with("sqlite:///", "postgresql://", "postgresql+psycopg://")
+]
+BrokerURL = Annotated[SecretStr, _starting_with("redis://", "rediss://")]
 
 
 class Settings(BaseSettings):
@@ -28,10 +60,10 @@ class Settings(BaseSettings):
         env_prefix="DAR_", frozen=True, extra="ignore", populate_by_name=True
     )
 
-    home: Path = Field(default=Path("~/.local/share/dar"))
+    home: Folder = Field(default=Path("~/.local/share/dar"))
     """Folder of all stored data: database, artifacts, keys, models, the worker's spool."""
 
-    cache_home: Path = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
+    cache_home: Folder = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
     """Folder of data that can be made again: the demo's base model."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -55,22 +87,22 @@ class Settings(BaseSettings):
     """API key of the SDK and the CLI; default: the content of ``$DAR_HOME/api_key``."""
 
     # --- service
-    database_url: SecretStr | None = None
+    database_url: DatabaseURL | None = None
     """SQLAlchemy URL (``postgresql+psycopg://…``); default: SQLite at ``$DAR_HOME/dar.db``."""
 
-    broker_url: SecretStr | None = None
+    broker_url: BrokerURL | None = None
     """``redis://…`` URL of the Valkey or Redis that wakes workers; default: workers only poll."""
 
-    models_dir: Path | None = None
+    models_dir: Folder | None = None
     """Folder of base models that a job may name; default: ``$DAR_HOME/models``."""
 
-    artifacts_dir: Path | None = None
+    artifacts_dir: Folder | None = None
     """Folder of uploaded files and checkpoints; default: ``$DAR_HOME/artifacts``."""
 
-    hub_models: Annotated[tuple[str, ...], NoDecode] = ("*/*",)
+    hub_models: Names = ("*/*",)
     """Comma-separated patterns of hub models that a job may name, like ``Qwen/*``."""
 
-    hub_datasets: Annotated[tuple[str, ...], NoDecode] = ("*/*",)
+    hub_datasets: Names = ("*/*",)
     """Comma-separated patterns of hub data sets that a job may name as ``hf://…``, like
     ``trl-lib/*``."""
 
@@ -78,18 +110,18 @@ class Settings(BaseSettings):
     """Secret (``whsec_…``) that signs requests to inline reward URLs; default: the content of
     ``$DAR_HOME/reward_secret``."""
 
-    egress_allow_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    egress_allow_hosts: Names = ()
     """Comma-separated hosts of reward services that may have private addresses, like
     ``rewards.internal,*.corp.example``."""
 
-    egress_allow_cidrs: Annotated[tuple[str, ...], NoDecode] = ()
+    egress_allow_cidrs: Networks = ()
     """Comma-separated private networks that reward services may be in, like ``10.20.0.0/16``. The
     metadata addresses of clouds stay blocked."""
 
-    egress_allow_http: Annotated[tuple[str, ...], NoDecode] = ()
+    egress_allow_http: Names = ()
     """Comma-separated hosts of reward services that may use plain HTTP; ``*``: all hosts."""
 
-    egress_ports: Annotated[tuple[int, ...], NoDecode] = ()
+    egress_ports: Ports = ()
     """Comma-separated ports that reward services may use; default: 443, 80 for plain HTTP, and all
     from 1024 on."""
 
@@ -137,7 +169,7 @@ class Settings(BaseSettings):
     devices: str | None = None
     """GPUs of the slot, in the format of ``CUDA_VISIBLE_DEVICES``; default: all."""
 
-    work_dir: Path | None = None
+    work_dir: Folder | None = None
     """Folder of the worker's spools, inputs and local checkpoints; default:
     ``$DAR_HOME/worker``."""
 
@@ -165,44 +197,6 @@ class Settings(BaseSettings):
 
     is_offline: bool = Field(default=False)
     """Whether trainers must not use the model hub."""
-
-    @field_validator("home", "cache_home", "models_dir", "artifacts_dir", "work_dir")
-    @classmethod
-    def _expand(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser().absolute()
-
-    @field_validator("egress_allow_cidrs")
-    @classmethod
-    def _are_networks(cls, cidrs: tuple[str, ...]) -> tuple[str, ...]:
-        for cidr in cidrs:
-            ipaddress.ip_network(cidr)
-        return cidrs
-
-    @field_validator(
-        "hub_models",
-        "hub_datasets",
-        "egress_allow_hosts",
-        "egress_allow_cidrs",
-        "egress_allow_http",
-        "egress_ports",
-        mode="before",
-    )
-    @classmethod
-    def _split(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
-
-    @field_validator("database_url")
-    @classmethod
-    def _is_database(cls, url: SecretStr | None) -> SecretStr | None:
-        schemes = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
-        return _starting_with(url, schemes)
-
-    @field_validator("broker_url")
-    @classmethod
-    def _is_broker(cls, url: SecretStr | None) -> SecretStr | None:
-        return _starting_with(url, ("redis://", "rediss://"))
 
     @property
     def service_url(self) -> str:
@@ -238,12 +232,6 @@ class Settings(BaseSettings):
             return value.get_secret_value()
         path = self.home / filename
         return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-
-def _starting_with(url: SecretStr | None, schemes: tuple[str, ...]) -> SecretStr | None:
-    if url is not None and not url.get_secret_value().startswith(schemes):
-        raise ValueError(f"must start with one of {', '.join(schemes)}")
-    return url
 
 
 def load_settings(**given: object) -> Settings:

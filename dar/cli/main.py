@@ -56,9 +56,7 @@ def up(
     home: Home = None,
     host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to bind to.")] = None,
-    workers: Annotated[
-        int, typer.Option(min=0, max=64, help="Worker processes, one slot each.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(min=0, max=64, help="Workers, one slot each.")] = 1,
 ) -> None:
     """Run everything on this machine: service, Valkey and workers.
 
@@ -72,8 +70,7 @@ def up(
 def demo(
     home: Home = None,
     task: Annotated[
-        TaskName,
-        typer.Option(help="Task to train: reviews, or brackets, whose optimum is known."),
+        TaskName, typer.Option(help="Task to train: reviews, or brackets, whose optimum is known.")
     ] = "reviews",
     json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")
@@ -96,28 +93,30 @@ def serve(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to bind to.")] = None,
 ) -> None:
     """Run the service alone. Settings come from the environment (DAR_…)."""
-    import_module("dar.cli.launch").serve(home=home, host=host, port=port)
+    import_module("dar.processes").become(
+        "service", "fastapi", "service", "serve", home=home, host=host, port=port
+    )
 
 
 @app.command()
 def worker(
     home: Home = None,
     slot: Annotated[str | None, typer.Option(help="Name of the slot; one worker per slot.")] = None,
-    devices: Annotated[
-        str | None, typer.Option(help="GPUs of the slot, like 0 or 0,1; default all.")
-    ] = None,
+    devices: Annotated[str | None, typer.Option(help="GPUs, like 0 or 0,1; default all.")] = None,
 ) -> None:
     """Run one worker, which trains one job at a time.
 
     Settings come from the environment (DAR_…).
     """
-    import_module("dar.cli.launch").worker(home=home, slot=slot, devices=devices)
+    import_module("dar.processes").become(
+        "worker", "torch", "worker", home=home, slot=slot, devices=devices
+    )
 
 
 @app.command()
 def migrate(home: Home = None) -> None:
     """Upgrade the database to the schema of this version, then exit."""
-    import_module("dar.cli.launch").migrate(home=home)
+    import_module("dar.processes").become("service", "alembic", "service", "migrate", home=home)
 
 
 @app.command("rotate-secrets")
@@ -126,7 +125,9 @@ def rotate_secrets(home: Home = None) -> None:
 
     Afterwards the other keys are no longer needed.
     """
-    import_module("dar.cli.launch").rotate_secrets(home=home)
+    import_module("dar.processes").become(
+        "service", "alembic", "service", "rotate-secrets", home=home
+    )
 
 
 @app.command(
@@ -141,7 +142,7 @@ def train(context: typer.Context) -> None:
     train --help lists all options. They may also come from a YAML file (--config). --dry-run scores
     two prompts and writes nothing.
     """
-    import_module("dar.cli.launch").train(context.args)
+    import_module("dar.processes").become("worker", "torch", "dar.training", *context.args)
 
 
 def _exit_code(error: DARError) -> int:
@@ -161,9 +162,7 @@ def main() -> None:
         sys.stderr.write(f"dar: {error.message}\n")
         for problem in error.problems:
             where = f"row {problem.row}" if problem.row is not None else problem.param
-            sys.stderr.write(
-                f"  {where}: {problem.message}\n" if where else f"  {problem.message}\n"
-            )
+            sys.stderr.write(f"  {': '.join(filter(None, [where, problem.message]))}\n")
         sys.exit(_exit_code(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -130,12 +130,8 @@ def start_all(
         "port": settings.port,
         "base_url": url,
         "broker_url": broker_url,
-        "egress_allow_http": ",".join(
-            dict.fromkeys((*settings.egress_allow_http, *LOOPBACK_HOSTS))
-        ),
-        "egress_allow_cidrs": ",".join(
-            dict.fromkeys((*settings.egress_allow_cidrs, *LOOPBACK_NETWORKS))
-        ),
+        "egress_allow_http": ",".join((*settings.egress_allow_http, *LOOPBACK_HOSTS)),
+        "egress_allow_cidrs": ",".join((*settings.egress_allow_cidrs, *LOOPBACK_NETWORKS)),
     }
     service = Child(
         name="service",

@@ -1,6 +1,5 @@
 """`Client`: a service, an API key, and one attribute per kind of object."""
 
-from types import TracebackType
 from typing import Self
 
 from dar.client.checkpoints import Checkpoints
@@ -85,10 +84,5 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

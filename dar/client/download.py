@@ -80,18 +80,15 @@ class Download:
         if partial.is_symlink():
             partial.unlink()
         was_begun = True
-        while (
-            was_begun
-        ):  # a part from an earlier call may be damaged: then once more from the start
+        # A part from an earlier call may be damaged: then once more from the start.
+        while was_begun:
             was_begun = partial.exists()
             self._transport.retried(lambda: self._receive(file, partial))
             if _is_correct(partial, file):
                 partial.replace(target)
                 return
             partial.unlink()
-        raise CheckpointError(
-            f"the downloaded {file.name} does not match its SHA-256; it was deleted"
-        )
+        raise CheckpointError(f"the downloaded {file.name} has another SHA-256; it was deleted")
 
     def _receive(self, file: CheckpointFile, partial: Path) -> None:
         """Append the missing bytes; `_fetch` verifies them."""

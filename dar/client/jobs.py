@@ -215,12 +215,7 @@ class Jobs:
         return Listing(self._transport, path, Page[RewardFailure], params)
 
     def samples(
-        self,
-        job_id: str,
-        *,
-        step: int | None = None,
-        order: SampleOrder = "desc",
-        limit: int = 20,
+        self, job_id: str, *, step: int | None = None, order: SampleOrder = "desc", limit: int = 20
     ) -> Listing[Sample]:
         """Completions that were stored for viewing, with their reward, advantage and weight.
 

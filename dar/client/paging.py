@@ -20,11 +20,7 @@ class Listing(Generic[Item]):
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        path: str,
-        answer: type[Page[Item]],
-        params: Mapping[str, Any],
+        self, transport: Transport, path: str, answer: type[Page[Item]], params: Mapping[str, Any]
     ) -> None:
         self._transport = transport
         self._path = path

@@ -47,10 +47,8 @@ def compare(folders: Sequence[Path], hyperparameters: Mapping[str, Any]) -> Brac
     command = [sys.executable, "-m", "dar.training.demo", "judge"]
     for name in ("alpha", "beta", "dar_k"):
         command += [f"--{name}", str(hyperparameters[name])]
-    result = subprocess.run(
-        [*command, "--folder", *map(str, folders)], stdout=subprocess.PIPE, check=True
-    )
-    before, after = (json.loads(line) for line in result.stdout.splitlines())
+    printed = subprocess.check_output([*command, "--folder", *map(str, folders)])
+    before, after = map(json.loads, printed.splitlines())
     return BracketsResult(before, after)
 
 

@@ -120,21 +120,11 @@ def follow(screen: DemoScreen, client: Client, job_id: str, steps: int) -> Job:
 
 def sample(folders: Sequence[Path], prompts: Sequence[str]) -> list[list[list[str]]]:
     """Sample completions of each prompt from each model, with one seed and transformers alone."""
-    command = [
-        sys.executable,
-        "-m",
-        "dar.training.demo",
-        "sample",
-        "--count",
-        str(SAMPLES_PER_PROMPT),
-    ]
-    result = subprocess.run(
-        [*command, "--folder", *map(str, folders)],
-        input=json.dumps(list(prompts)).encode(),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return [json.loads(line)["completions"] for line in result.stdout.splitlines()]
+    command = [sys.executable, "-m", "dar.training.demo", "sample"]
+    options = ["--count", str(SAMPLES_PER_PROMPT), "--folder", *map(str, folders)]
+    given = json.dumps(list(prompts)).encode()
+    printed = subprocess.check_output([*command, *options], input=given)
+    return [json.loads(line)["completions"] for line in printed.splitlines()]
 
 
 def score(url: str, secret: str, prompts: Sequence[str], completions: list[list[str]]) -> Scores:
@@ -326,9 +316,7 @@ def run(*, home: Path | None, as_json: bool, task: DemoTask = REVIEWS) -> None:
         install_model(base, settings.models_path, task)
         wait_for(processes, "demo-up", f"{url}/readyz")
         reward_url = start_reward_service(processes, home, task)
-        screen.done(
-            "processes", f"service, Valkey, worker at {url}; reward service at {reward_url}"
-        )
+        screen.done("processes", f"service, Valkey, worker at {url}; rewards at {reward_url}")
         key = settings.secret_from(settings.api_key, "api_key")
         secret = settings.secret_from(settings.reward_secret, "reward_secret")
         assert secret is not None  # the service writes the file before it is ready

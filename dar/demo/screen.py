@@ -77,12 +77,8 @@ class Bar:
 def show_samples(screen: DemoScreen, prompts: Sequence[str], before: Scores, after: Scores) -> None:
     """Print a table of completions of the base model and of the trained one."""
     table = Table(title="The same prompts and seed, before and after", title_justify="left")
-    for heading in (
-        "prompt",
-        f"before: mean reward {before.mean:+.2f}",
-        f"after: {after.mean:+.2f}",
-    ):
-        table.add_column(heading, overflow="fold")
+    for title in ("prompt", f"before: mean reward {before.mean:+.2f}", f"after: {after.mean:+.2f}"):
+        table.add_column(title, overflow="fold")
     for row in range(0, len(prompts), max(1, len(prompts) // 6)):
         table.add_row(
             prompts[row], before.completions[row][0].strip(), after.completions[row][0].strip()

@@ -1,5 +1,6 @@
 """Base classes of all wire models: strict inputs, complete outputs, both frozen."""
 
+import json
 from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -18,13 +19,7 @@ def only(value: object) -> BeforeValidator:
             raise PydanticCustomError(
                 "unsupported_value",
                 "this version supports only {supported} here; send that or leave the field out",
-                {
-                    "supported": "null"
-                    if value is None
-                    else repr(value).lower()
-                    if isinstance(value, bool)
-                    else repr(value)
-                },
+                {"supported": json.dumps(value)},
             )
         return given
 

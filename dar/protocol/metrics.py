@@ -127,20 +127,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/tokens", "tokens", "completion tokens trained on so far"),
     Metric("time/step_seconds", "s", "wall time of the whole step"),
     Metric("time/sampling_seconds", "s", "part of the step spent sampling"),
-    Metric(
-        "time/reward_seconds",
-        "s",
-        "part of the step spent waiting for rewards, with nothing else to do",
-    ),
+    Metric("time/reward_seconds", "s", "part of the step spent only waiting for rewards"),
     Metric(
         "time/reference_seconds",
         "s",
         "part of the step spent in forward passes of the reference, and of the policy where "
         "behavior log-probabilities are unknown",
     ),
-    Metric(
-        "time/training_seconds", "s", "part of the step spent in forward, backward and optimizer"
-    ),
+    Metric("time/training_seconds", "s", "part of the step spent in forward, backward, optimizer"),
     Metric(
         "time/idle_seconds",
         "s",

@@ -45,9 +45,7 @@ class PresetValues:
 
 
 PRESETS: Mapping[str, PresetValues] = {
-    "default": PresetValues(
-        "chosen by experiment: leave-one-out baseline, true sampling log-probabilities"
-    ),
+    "default": PresetValues("from experiments: leave-one-out baseline, sampling log-probabilities"),
     "paper": PresetValues(
         "the recipe of arXiv 2602.11523: alpha + beta = 0.05, alpha / (alpha + beta) = 0.1",
         {

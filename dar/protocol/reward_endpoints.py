@@ -250,9 +250,7 @@ class ProbeSample(Input):
     @model_validator(mode="after")
     def _one_prompt(self) -> "ProbeSample":
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError(
-                "one_prompt", "exactly one of prompt and messages must be given"
-            )
+            raise PydanticCustomError("one_prompt", "give exactly one of prompt and messages")
         return self
 
 

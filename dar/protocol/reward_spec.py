@@ -33,9 +33,7 @@ def _check_reward_url(url: str) -> str:
     if port == 0:
         raise refuse("port 0 cannot be reached")
     if parts.username is not None or parts.password is not None:
-        raise refuse(
-            "a user name or password does not belong in a URL; it would be kept with the job"
-        )
+        raise refuse("a user name or password does not belong in a URL; the job would keep it")
     if parts.fragment:
         raise refuse("a fragment (#…) is never sent to a server")
     return url
@@ -285,10 +283,7 @@ class RewardComponent(Input):
                 {"kind": self.kind, "needed": needed},
             )
         if self.url is not None and self.endpoint is not None:
-            raise PydanticCustomError(
-                "exclusive_fields",
-                "url and endpoint both say where the reward comes from; send one",
-            )
+            raise PydanticCustomError("exclusive_fields", "send url or endpoint, not both")
         if self.kind == "hf_model" and self.strip_thinking:
             raise PydanticCustomError(
                 "field_of_another_kind",

@@ -33,8 +33,7 @@ class ComponentRequests(Input):
     retries: Count
     """Attempts after the first of each request."""
     buckets: Annotated[
-        list[Count],
-        Field(min_length=len(REQUEST_SECONDS) + 1, max_length=len(REQUEST_SECONDS) + 1),
+        list[Count], Field(min_length=len(REQUEST_SECONDS) + 1, max_length=len(REQUEST_SECONDS) + 1)
     ]
     """Requests by duration, over all attempts: up to each of `REQUEST_SECONDS`, and longer."""
     seconds: NonNegative

@@ -91,9 +91,7 @@ class RequestSample(_Wire):
     @model_validator(mode="after")
     def _one_prompt(self) -> "RequestSample":
         if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError(
-                "one_prompt", "exactly one of prompt and messages must be given"
-            )
+            raise PydanticCustomError("one_prompt", "give exactly one of prompt and messages")
         return self
 
 
@@ -191,9 +189,7 @@ class SampleResult(_Wire):
         given = (self.reward is not None) + self.skip + (self.error is not None)
         is_null_reward = given == 0 and "reward" in self.model_fields_set
         if given != 1 and not is_null_reward:
-            raise PydanticCustomError(
-                "one_outcome", "exactly one of reward, skip and error must be given"
-            )
+            raise PydanticCustomError("one_outcome", "give exactly one of reward, skip and error")
         return self
 
 
@@ -213,9 +209,7 @@ class RewardResponse(_Wire):
     @model_validator(mode="after")
     def _one_form(self) -> "RewardResponse":
         if (self.rewards is None) == (self.results is None):
-            raise PydanticCustomError(
-                "one_form", "exactly one of rewards and results must be given"
-            )
+            raise PydanticCustomError("one_form", "give exactly one of rewards and results")
         return self
 
 

@@ -227,9 +227,7 @@ def _tokens(value: object, name: str, vocabulary: int | None) -> list[int]:
     most = math.inf if vocabulary is None else vocabulary - 1
     if not all(isinstance(token, Integral) and 0 <= int(token) <= most for token in ids):
         bound = "0 up" if vocabulary is None else f"0 to {vocabulary - 1}"
-        raise RowError(
-            f"{name}: token ids must be a list of integers from {bound}, not {ids!r:.80}", name
-        )
+        raise RowError(f"{name} must be a list of token ids from {bound}, not {ids!r:.80}", name)
     return [int(token) for token in ids]
 
 
@@ -416,9 +414,7 @@ def _messages(value: object, name: str) -> list[Message]:
     messages = _list(value, name, "a text or a list of messages")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError(
-                "each message must be an object with role and content", f"{name}[{index}]"
-            )
+            raise RowError("a message must be an object with role and content", f"{name}[{index}]")
     return messages
 
 

@@ -90,11 +90,7 @@ class Hyperparameters(Input):
     @model_validator(mode="after")
     def _one_length(self) -> "Hyperparameters":
         if self.max_steps is not None and self.n_epochs is not None:
-            raise PydanticCustomError(
-                "exclusive_fields",
-                "max_steps and n_epochs both set the length of the job; "
-                "send one and leave the other null",
-            )
+            raise PydanticCustomError("exclusive_fields", "send max_steps or n_epochs, not both")
         return self
 
 

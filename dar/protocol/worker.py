@@ -113,10 +113,15 @@ class AttemptProgress(Input):
     """What the attempt waits for, and why."""
 
 
-class Heartbeat(Input):
-    """Renews a lease."""
+class AttemptOf(Input):
+    """The attempt that writes."""
 
     attempt: Number
+
+
+class Heartbeat(AttemptOf):
+    """Renews a lease."""
+
     progress: AttemptProgress | None = None
 
 
@@ -164,10 +169,9 @@ class RewardAnnouncement(Input):
     """Later results are rejected."""
 
 
-class AnnounceRewardRequests(Input):
+class AnnounceRewardRequests(AttemptOf):
     """Requests that an attempt is about to send."""
 
-    attempt: Number
     requests: Annotated[
         list[RewardAnnouncement], Field(min_length=1, max_length=MOST_REWARD_REQUESTS)
     ]
@@ -203,10 +207,9 @@ class RewardProgress(Input):
     poll_url: Annotated[str, Field(max_length=2048)] | None = None
 
 
-class NoteRewardProgress(Input):
+class NoteRewardProgress(AttemptOf):
     """Progress of requests that an attempt announced, in the order of time."""
 
-    attempt: Number
     requests: Annotated[list[RewardProgress], Field(min_length=1, max_length=MOST_REWARD_REQUESTS)]
 
 
@@ -217,55 +220,51 @@ class RewardProgressNoted(Output):
     """Ids of requests that the job has not announced, each once."""
 
 
-class MetricsRow(Input):
+class _SpooledRow(Input):
+    type: str
+    seq: Number
+    at: Instant
+
+
+class MetricsRow(_SpooledRow):
     """The metrics of one step."""
 
     type: Literal["metrics"]
-    seq: Number
-    at: Instant
     step: Number
     values: dict[str, float | None]
     """By registered name; null stands for infinity or NaN."""
 
 
-class SamplesRow(Input):
+class SamplesRow(_SpooledRow):
     """Samples of one step."""
 
     type: Literal["samples"]
-    seq: Number
-    at: Instant
     step: Number
     samples: Annotated[list[ReportedSample], Field(min_length=1, max_length=256)]
 
 
-class EventRow(Input):
+class EventRow(_SpooledRow):
     """A message for the user."""
 
     type: Literal["event"]
-    seq: Number
-    at: Instant
     level: Level
     message: Annotated[str, Field(max_length=4000)]
     data: dict[str, Any] | None = None
 
 
-class NewCheckpointRow(Input):
+class NewCheckpointRow(_SpooledRow):
     """A checkpoint on the worker's disk, which the supervisor uploads."""
 
     type: Literal["checkpoint"]
-    seq: Number
-    at: Instant
     step: Count
     folder: Annotated[str, Field(max_length=200)]
     manifest_sha256: SHA256
 
 
-class RewardsRow(Input):
+class RewardsRow(_SpooledRow):
     """Statistics of requests to reward services since the last such row."""
 
     type: Literal["rewards"]
-    seq: Number
-    at: Instant
     step: Number
     """The step of the report, or the step in which training ended."""
     requests: Annotated[list[ComponentRequests], Field(max_length=1024)]
@@ -278,10 +277,9 @@ Row = Annotated[
 """One line of a spool; ``seq`` counts from 1 without gaps within an attempt."""
 
 
-class Batch(Input):
+class Batch(AttemptOf):
     """Consecutive rows of one attempt."""
 
-    attempt: Number
     rows: Annotated[list[Row], Field(max_length=500)]
 
 
@@ -292,10 +290,9 @@ class BatchAck(Output):
     """Rows up to this number are committed and need not be sent again."""
 
 
-class RegisterCheckpoint(Input):
+class RegisterCheckpoint(AttemptOf):
     """Announces a checkpoint before its files are uploaded."""
 
-    attempt: Number
     manifest: Manifest
     manifest_sha256: SHA256
 
@@ -309,24 +306,16 @@ class CheckpointUpload(Output):
     """Bytes received of each file; an upload continues from there."""
 
 
-class AttemptOf(Input):
-    """The attempt that writes."""
-
-    attempt: Number
-
-
-class Complete(Input):
+class Complete(AttemptOf):
     """The attempt finished training."""
 
-    attempt: Number
     last_seq: Count
     checkpoint_id: str
 
 
-class Fail(Input):
+class Fail(AttemptOf):
     """The attempt failed."""
 
-    attempt: Number
     kind: Literal["user", "transient"]
     """``user``: the spec or its data cannot work, so there is no retry.
 
@@ -337,10 +326,9 @@ class Fail(Input):
     param: str | None = None
 
 
-class Release(Input):
+class Release(AttemptOf):
     """The attempt returns its job to the queue, or confirms a cancellation or a pause."""
 
-    attempt: Number
     reason: Literal["drained", "waiting_for_reward", "cancelled", "paused", "paused_reward"]
     """``paused``: by the user.
 

@@ -6,7 +6,7 @@ from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardM
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardObserver, RewardSource
-from dar.rewards.builtins.base import BuiltinReward
+from dar.rewards.builtins.base import Builtin, BuiltinReward
 from dar.rewards.builtins.registry import make_builtin
 from dar.rewards.cache.cache import CachePlace, Caches, ResultCache
 from dar.rewards.http.async_results import Inbox
@@ -72,7 +72,8 @@ def scorer_from_spec(
         )
         for component in rewards.components
     ]
-    combination = _combination(rewards, terms)
+    is_zeroing = rewards.combine.on_partial_skip == "zero"
+    combination = Combination(terms, clip=_bounds(rewards.combine.clip), is_zeroing=is_zeroing)
     return RewardScorer(
         terms, on_wait=on_wait, job_id=job_id, observer=observer, combination=combination
     )
@@ -89,15 +90,11 @@ def _term(component: RewardComponent, source: RewardSource) -> WeightedSource:
     )
 
 
-def _combination(rewards: Rewards, terms: Sequence[WeightedSource]) -> Combination:
-    is_zeroing = rewards.combine.on_partial_skip == "zero"
-    return Combination(terms, clip=_bounds(rewards.combine.clip), is_zeroing=is_zeroing)
-
-
 def _local_source(component: RewardComponent, models: Mapping[str, RewardSource]) -> RewardSource:
     if component.kind == "builtin":
-        builtin = make_builtin(component.fn or "", component.params)
-        return BuiltinReward(component.name, builtin, strip_thinking=component.strip_thinking)
+        return BuiltinReward(
+            component.name, _builtin(component), strip_thinking=component.strip_thinking
+        )
     if component.name not in models:
         raise ConfigurationError(
             f"the reward model {component.model!r} of component {component.name} was not loaded"
@@ -143,6 +140,10 @@ def http_source(
     )
 
 
+def _builtin(component: RewardComponent) -> Builtin:
+    return make_builtin(component.fn or "", component.params)
+
+
 def _bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
     return None if bounds is None else (bounds[0], bounds[1])
 
@@ -173,7 +174,7 @@ def check_rewards(rewards: Rewards) -> list[Problem]:
 def _problems_of(component: RewardComponent, path: str) -> Iterator[Problem]:
     try:
         if component.kind == "builtin":
-            make_builtin(component.fn or "", component.params)
+            _builtin(component)
         elif component.protocol == "plain" and component.template is not None:
             check_template(component.template, frozenset(component.columns or ()))
     except InvalidRequestError as error:

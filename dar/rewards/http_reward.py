@@ -152,9 +152,7 @@ class HttpReward:
             await wait_for_all([piece.outcome for piece in pieces])
         finally:
             await _leave(pieces)
-        found = {
-            name: result for piece in pieces for name, result in piece.outcome.result().items()
-        }
+        found = {key: result for piece in pieces for key, result in piece.outcome.result().items()}
         return [found[sample.id] for sample in samples]
 
     async def aclose(self) -> None:
@@ -293,9 +291,7 @@ async def _leave(pieces: Sequence[Piece]) -> None:
     for piece in pieces:
         piece.outcome.cancel()
     await asyncio.sleep(0)  # callbacks of the outcomes cancel requests that no call waits for
-    tasks = {
-        piece.task for piece in pieces if piece.task is not None and piece.task.cancelling() > 0
-    }
+    tasks = {piece.task for piece in pieces if piece.task is not None and piece.task.cancelling()}
     for task in tasks:
         with contextlib.suppress(asyncio.CancelledError):
             await task

@@ -29,7 +29,7 @@ from dar.protocol.reward_endpoints import (
     check_options,
 )
 from dar.protocol.reward_probe import ProbeReport
-from dar.rewards.http.egress import EgressPolicy, check_url
+from dar.rewards.http.egress import EgressPolicy, parse_url
 from dar.rewards.http.signing import decode_secret
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import as_samples
@@ -269,7 +269,7 @@ def _check_egress(runtime: Runtime, url: str) -> None:
         InvalidRequestError: The egress policy does not allow the URL.
     """
     try:
-        check_url(url, EgressPolicy.from_settings(runtime.settings))
+        parse_url(url, EgressPolicy.from_settings(runtime.settings))
     except RewardMisconfiguredError as error:
         raise InvalidRequestError(error.message, param="url", code=error.error_code) from None
 

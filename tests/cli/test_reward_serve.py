@@ -142,7 +142,7 @@ REFUSED = [
     (
         ["my_rewards:brevity", "--insecure", "--secret-file", "secret"],
         2,
-        "use either this option or --insecure",
+        "use this option or --insecure",
     ),
     (["my_rewards:brevity", "--secret-file", "absent"], 1, "absent cannot be read: No such file"),
     (["my_rewards:brevity", "--secret-file", "bad_secret"], 1, "a reward secret is"),

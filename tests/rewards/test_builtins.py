@@ -96,7 +96,7 @@ async def test_a_builtin_is_a_source_of_rewards() -> None:
         ("overlong_penalty", {"max_tokens": 2, "buffer_tokens": 3}, "params", "buffer_tokens"),
         ("regex_match", {"pattern": "(?=a)"}, "params.pattern", "neither look-around"),
         ("regex_match", {"pattern": "("}, "params.pattern", "missing"),
-        ("exact_match", {"values": ["a"], "column": "b"}, "params", "send one"),
+        ("exact_match", {"values": ["a"], "column": "b"}, "params", "not both"),
         ("contains", {"values": ["a", " "]}, "params", "blank"),
         ("json_valid", {"keys": ["a"]}, "params", "only objects"),
         ("format_tags", {"tags": ["a", "a"]}, "params.tags", "twice"),

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dar.protocol.spec import JobSpec
-from dar.protocol.worker import RewardRequestState
+from dar.protocol.worker import RewardAnnouncement, RewardRequestState
 from dar.rewards.http.async_results import Stored
 from worker.attempt.inbox import PipeInbox
 from worker.folders import AttemptFolder, AttemptRecord
@@ -57,10 +57,21 @@ async def heard(notes: Any) -> dict[str, Any]:
     return dict(json.loads(await asyncio.to_thread(notes.readline)))
 
 
-async def announced(inbox: PipeInbox, notes: Any, request_id: str, **values: Any) -> Stored:
-    asked = asyncio.create_task(
-        inbox.announce(request_id, "letters", 3, "a" * 64, DEADLINE, ["s0", "s1"])
+def announcement(
+    request_id: str, digit: str = "a", ids: Sequence[str] = ("s0",)
+) -> RewardAnnouncement:
+    return RewardAnnouncement(
+        request_id=request_id,
+        component="letters",
+        step=3,
+        sample_ids=list(ids),
+        token_sha256=digit * 64,
+        deadline=DEADLINE.timestamp(),
     )
+
+
+async def announced(inbox: PipeInbox, notes: Any, request_id: str, **values: Any) -> Stored:
+    asked = asyncio.create_task(inbox.announce(announcement(request_id, ids=["s0", "s1"])))
     said = await heard(notes)
     assert said["announcement"]["sample_ids"] == ["s0", "s1"]
     assert not asked.done()
@@ -111,15 +122,13 @@ async def test_an_announcement_that_was_given_up_is_not_answered_by_its_late_ans
     pipe: Any,
 ) -> None:
     inbox, notes = pipe
-    given_up = asyncio.create_task(
-        inbox.announce("rwq_1", "letters", 3, "a" * 64, DEADLINE, ["s0"])
-    )
+    given_up = asyncio.create_task(inbox.announce(announcement("rwq_1")))
     await heard(notes)
     given_up.cancel()
     with pytest.raises(asyncio.CancelledError):
         await given_up
     assert (inbox._open, inbox._stored) == (set(), {})
-    again = asyncio.create_task(inbox.announce("rwq_1", "letters", 3, "b" * 64, DEADLINE, ["s0"]))
+    again = asyncio.create_task(inbox.announce(announcement("rwq_1", "b")))
     await heard(notes)
     inbox.deliver(RewardNews(request_id="rwq_1", state=state("rwq_1", poll_url="/stale")))
     await asyncio.sleep(0.05)
@@ -132,7 +141,7 @@ async def test_a_late_answer_to_an_announcement_that_was_given_up_is_dropped(pip
     inbox, notes = pipe
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await inbox.announce("rwq_1", "letters", 3, "a" * 64, DEADLINE, ["s0"])
+            await inbox.announce(announcement("rwq_1"))
     await heard(notes)
     inbox.deliver(RewardNews(request_id="rwq_1", state=state("rwq_1", poll_url="/stale")))
     inbox.deliver(RewardNews(request_id="rwq_1", result="late"))

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -61,31 +61,15 @@ class PipeInbox:
         for wake in waiters:
             wake()
 
-    async def announce(
-        self,
-        request_id: str,
-        component: str,
-        step: int,
-        token_sha256: str,
-        deadline: datetime,
-        sample_ids: Sequence[str],
-    ) -> Stored:
+    async def announce(self, request: RewardAnnouncement) -> Stored:
         """Make the service store a request, and wait until it is stored."""
-        wanted = RewardAnnouncement(
-            request_id=request_id,
-            component=component,
-            step=step,
-            sample_ids=list(sample_ids),
-            token_sha256=token_sha256,
-            deadline=deadline.timestamp(),
-        )
+        request_id = request.request_id
         with self._lock:
             self._results.pop(request_id, None)
             self._open.add(request_id)
             self._unanswered[request_id] += 1
-        self._unsent.put(
-            RewardNote(request_id=request_id, announcement=wanted, said_at=datetime.now(UTC))
-        )
+        note = RewardNote(request_id=request_id, announcement=request, said_at=datetime.now(UTC))
+        self._unsent.put(note)
         stored: Stored | None = None
         try:
             stored = await self._arrival(self._stored, request_id)

@@ -5,7 +5,7 @@ import ipaddress
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,9 +88,7 @@ def _probe_by_service(
     }
     named = [name for name, value in given.items() if value]
     if named:
-        raise typer.BadParameter(
-            f"{named[0]} is for URLs; a registered endpoint has its own settings"
-        )
+        raise typer.BadParameter(f"{named[0]} is for URLs; an endpoint has its own settings")
     sent = None if samples is None else [one.model_dump(exclude_unset=True) for one in samples]
     with Client() as client:
         return client.reward_endpoints.probe(endpoint_id, samples=sent, light=options.is_light)
@@ -103,10 +101,7 @@ async def _probe_here(
     if target.component.reply != "either" or not _is_loopback(target.url):
         return await probe(target, given, light=options.is_light)
     async with listening() as inbox:
-        target = ProbeTarget(
-            target.component, target.url, target.secrets, target.headers, inbox=inbox
-        )
-        return await probe(target, given, light=options.is_light)
+        return await probe(replace(target, inbox=inbox), given, light=options.is_light)
 
 
 def _is_loopback(url: str) -> bool:

@@ -38,9 +38,7 @@ Headers = Annotated[
         "the process list. Repeatable.",
     ),
 ]
-Protocol = Annotated[
-    str | None, typer.Option(help="Protocol of the service; default dar.reward.v1.")
-]
+Protocol = Annotated[str | None, typer.Option(help="Protocol; default dar.reward.v1.")]
 ComponentFile = Annotated[
     Path | None,
     typer.Option(help="JSON file with fields of a component, such as columns or template."),
@@ -56,9 +54,7 @@ Reply = Annotated[
     str | None,
     typer.Option(help="sync; or either: the service may answer 202 and send the result later."),
 ]
-Light = Annotated[
-    bool, typer.Option("--light", help="Only steps 1 to 4, as at the submission of a job.")
-]
+Light = Annotated[bool, typer.Option("--light", help="Steps 1 to 4 only, as at job submission.")]
 Concurrency = Annotated[
     int | None, typer.Option(min=1, max=256, help="Concurrent requests under load; default 8.")
 ]
@@ -121,18 +117,14 @@ Target = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Address to bind to; 0.0.0.0 for other machines.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to bind to; 0 takes a free one.")]
-ScorePath = Annotated[
-    str | None, typer.Option("--path", help="Path of reward requests; default /score.")
-]
+ScorePath = Annotated[str | None, typer.Option("--path", help="Path of requests; default /score.")]
 SecretFiles = Annotated[
     list[Path] | None,
     typer.Option(
         help="File with an accepted secret (whsec_…); repeatable. Default $DAR_HOME/reward_secret."
     ),
 ]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Do not verify signatures: answer every request.")
-]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Answer every request, signed or not.")]
 MaxCalls = Annotated[
     int | None,
     typer.Option(
@@ -145,8 +137,7 @@ Asynchronous = Annotated[
     bool, typer.Option("--asynchronous", help="Answer 202 and send the result later.")
 ]
 AnswerWithin = Annotated[
-    float | None,
-    typer.Option(min=0, help="Seconds to wait for a 200 before a 202 is sent."),
+    float | None, typer.Option(min=0, help="Seconds to wait for a 200 before a 202 is sent.")
 ]
 StopSeconds = Annotated[
     float | None, typer.Option(min=0, help="Most seconds to finish work when stopped; default 30.")

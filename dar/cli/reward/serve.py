@@ -48,9 +48,8 @@ def run(
     function = _named(target)
     if hasattr(function, "routes"):
         if secret_files or is_insecure or options:
-            raise typer.BadParameter(
-                "an application has its own secret and options: pass them to reward_server",
-                param_hint=TARGET,
+            raise _bad_target(
+                "an application has its own secret and options: pass them to reward_server"
             )
         given: dict[str, Any] = {}
     else:
@@ -61,21 +60,14 @@ def run(
 def _named(target: str) -> Callable[..., Any]:
     module_name, _, path = target.partition(":")
     if not (module_name and path):
-        raise typer.BadParameter(
-            f"{target!r} is not of the form module:function, like my_rewards:brevity",
-            param_hint=TARGET,
-        )
+        raise _bad_target(f"{target!r} is not of the form module:function, like rewards:brevity")
     found: Any = _module(module_name)
     for name in path.split("."):
         if not hasattr(found, name):
-            raise typer.BadParameter(
-                f"{module_name} has no {path}{_likely(found)}", param_hint=TARGET
-            )
+            raise _bad_target(f"{module_name} has no {path}{_likely(found)}")
         found = getattr(found, name)
     if not callable(found):
-        raise typer.BadParameter(
-            f"{target} is a {type(found).__name__}, not a function", param_hint=TARGET
-        )
+        raise _bad_target(f"{target} is a {type(found).__name__}, not a function")
     function: Callable[..., Any] = found
     return function
 
@@ -100,10 +92,7 @@ def _module(name: str) -> object:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise typer.BadParameter(
-                f"module {name} is neither in {folder} nor installed",
-                param_hint=TARGET,
-            ) from None
+            raise _bad_target(f"module {name} is neither in {folder} nor installed") from None
         raise _broken(name, error) from None
     except Exception as error:  # noqa: BLE001 - a user's module may raise anything
         raise _broken(name, error) from None
@@ -112,17 +101,17 @@ def _module(name: str) -> object:
 def _broken(name: str, error: Exception) -> typer.BadParameter:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return typer.BadParameter(
-        f"importing {name} failed: {type(error).__name__}: {error}{place}", param_hint=TARGET
-    )
+    return _bad_target(f"importing {name} failed: {type(error).__name__}: {error}{place}")
+
+
+def _bad_target(message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=TARGET)
 
 
 def _secrets(files: Sequence[Path], *, is_insecure: bool) -> list[str]:
     if is_insecure:
         if files:
-            raise typer.BadParameter(
-                "use either this option or --insecure", param_hint="--secret-file"
-            )
+            raise typer.BadParameter("use this option or --insecure", param_hint="--secret-file")
         return []
     if files:
         return [_read(file.expanduser()) for file in files]

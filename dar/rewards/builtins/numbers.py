@@ -106,9 +106,7 @@ class NumericAnswer(Builtin):
             return Skipped(f"the row has no {self.column}")
         wanted = self._wanted(given)
         if wanted is None:
-            return Failed(
-                "column_type", f"{self.column} of the row holds no number", is_transient=False
-            )
+            return Failed("column_type", f"{self.column} holds no number", is_transient=False)
         found = answer_in(sample.completion)
         # The shortest decimal of the float is what the user wrote.
         tolerance = Fraction(repr(self.tolerance))

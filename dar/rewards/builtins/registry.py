@@ -30,27 +30,18 @@ def make_builtin(fn: str, params: Mapping[str, Any]) -> Builtin:
     kind = BUILTINS.get(fn)
     if kind is None:
         known = ", ".join(sorted(BUILTINS))
-        raise _invalid(
-            [Problem(f"there is no builtin {fn!r}; there are {known}", "fn", "unknown_builtin")]
-        )
+        what = f"there is no builtin {fn!r}; there are {known}"
+        raise _invalid([Problem(what, "fn", "unknown_builtin")])
     try:
         return kind.model_validate(params)
     except ValidationError as error:
         names = ", ".join(kind.model_fields)
-        raise _invalid(
-            [
-                Problem(
-                    f"{item['msg']}; parameters of {fn}: {names}"
-                    if item["type"] in {"extra_forbidden", "missing"}
-                    else item["msg"],
-                    _path(item["loc"]),
-                    item["type"],
-                )
-                for item in error.errors(
-                    include_url=False, include_input=False, include_context=False
-                )
-            ]
-        ) from None
+        problems: list[Problem] = []
+        for item in error.errors(include_url=False, include_input=False, include_context=False):
+            is_about_names = item["type"] in {"extra_forbidden", "missing"}
+            more = f"; parameters of {fn}: {names}" if is_about_names else ""
+            problems.append(Problem(item["msg"] + more, _path(item["loc"]), item["type"]))
+        raise _invalid(problems) from None
 
 
 def _path(location: Sequence[int | str]) -> str:

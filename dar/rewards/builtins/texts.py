@@ -38,15 +38,12 @@ def compile_pattern(pattern: str) -> Pattern:
     try:
         compiled: Pattern = re2.compile(pattern, options)
     except (re2.error, UnicodeEncodeError) as error:
-        reason = error.args[0] if error.args else ""
+        said = error.args[0] if error.args else ""
+        reason = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(error)
         raise PydanticCustomError(
             "regular_expression",
             "not a regular expression of RE2, which has neither look-around nor back-references: {reason}",
-            {
-                "reason": reason.decode("utf-8", "replace")
-                if isinstance(reason, bytes)
-                else str(error)
-            },
+            {"reason": reason},
         ) from None
     return compiled
 
@@ -98,9 +95,7 @@ class _Comparison(Builtin):
     @model_validator(mode="after")
     def _one_origin(self) -> "_Comparison":
         if self.values is not None and "column" in self.model_fields_set:
-            raise PydanticCustomError(
-                "exclusive_fields", "values and column both define the texts; send one"
-            )
+            raise PydanticCustomError("exclusive_fields", "send values or column, not both")
         return self
 
     @property
@@ -185,9 +180,7 @@ class JsonValid(Builtin):
     @model_validator(mode="after")
     def _keys_of_object(self) -> "JsonValid":
         if self.keys and self.type != "object":
-            raise PydanticCustomError(
-                "keys_of_object", "only objects have keys; send type object with them"
-            )
+            raise PydanticCustomError("keys_of_object", "only objects have keys; send type object")
         return self
 
     def score(self, sample: RewardSample) -> RewardResult:

@@ -298,9 +298,7 @@ class Caches:
     place: CachePlace
     stores: dict[Path | None, CacheStore] = field(default_factory=dict)
 
-    def of(
-        self, component: RewardComponent, access: ComponentAccess | None
-    ) -> "ResultCache | None":
+    def of(self, component: RewardComponent, access: ComponentAccess | None) -> ResultCache | None:
         """The cache of an http component; None: every sample is sent."""
         options = component.cache
         is_deterministic = access is not None and access.is_deterministic
@@ -313,7 +311,5 @@ class Caches:
         if folder not in self.stores:
             self.stores[folder] = CacheStore(folder, max_bytes=self.place.max_bytes)
         return ResultCache(
-            self.stores[folder],
-            SampleKey.of(component, access),
-            ttl_seconds=options.ttl_seconds,
+            self.stores[folder], SampleKey.of(component, access), ttl_seconds=options.ttl_seconds
         )

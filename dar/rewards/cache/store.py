@@ -101,9 +101,7 @@ class CacheStore:
         """Store ``values`` in the background."""
         now = self._clock()
         if values:
-            self._executor().submit(
-                self._tried, lambda found: self._write(found, values, now), None
-            )
+            self._executor().submit(self._tried, lambda db: self._write(db, values, now), None)
 
     async def aclose(self) -> None:
         """Finish all writes and close the file. May be called again."""
@@ -193,7 +191,7 @@ class CacheStore:
 
     def _close(self) -> None:
         if self._used:
-            self._tried(lambda found: self._write(found, {}, self._clock()), None)
+            self._tried(lambda db: self._write(db, {}, self._clock()), None)
         self._drop_connection()
 
     def _drop_connection(self) -> None:

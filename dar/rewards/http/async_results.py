@@ -28,6 +28,8 @@ from dar.protocol.rewards import (
     decode_accepted,
     decode_response,
 )
+from dar.protocol.worker import RewardAnnouncement
+from dar.rewards.http.egress import DEFAULT_PORTS
 from dar.rewards.http.retry import JITTER, AttemptFailedError
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 1.0, 15.0, 1.5
@@ -57,15 +59,7 @@ class Stored:
 class Inbox(Protocol):
     """Receives callbacks on behalf of this process."""
 
-    async def announce(
-        self,
-        request_id: str,
-        component: str,
-        step: int,
-        token_sha256: str,
-        deadline: datetime,
-        sample_ids: Sequence[str],
-    ) -> Stored:
+    async def announce(self, request: RewardAnnouncement) -> Stored:
         """Store a request before it is sent; waits until it is stored."""
         ...
 
@@ -107,16 +101,11 @@ class LaterReply:
     """
 
     def __init__(
-        self,
-        url: str,
-        request_id: str,
-        ids: Sequence[str],
-        seconds: float,
-        inbox: Inbox | None,
+        self, url: str, request_id: str, ids: Sequence[str], seconds: float, inbox: Inbox | None
     ) -> None:
         self._url = url
         self._request_id = request_id
-        self._ids = tuple(ids)
+        self._ids = list(ids)
         self._inbox = inbox
         self._poll_url: str | None = None
         self._callback: Callback | None = None
@@ -138,10 +127,15 @@ class LaterReply:
         for _ in range(ANNOUNCEMENTS):
             token = f"{TOKEN_PREFIX}{secrets.token_urlsafe(TOKEN_BYTES)}"
             sha256 = hashlib.sha256(token.encode()).hexdigest()
-            deadline = datetime.now(UTC) + self._time
-            stored = await self._inbox.announce(
-                self._request_id, component, step, sha256, deadline, self._ids
+            request = RewardAnnouncement(
+                request_id=self._request_id,
+                component=component,
+                step=step,
+                sample_ids=self._ids,
+                token_sha256=sha256,
+                deadline=(datetime.now(UTC) + self._time).timestamp(),
             )
+            stored = await self._inbox.announce(request)
             self.deadline = stored.deadline
             if stored.result is not None or self.remaining_seconds > 0:
                 break
@@ -258,7 +252,7 @@ class LaterReply:
 
 
 def _port(url: httpx2.URL) -> int | None:
-    return url.port or {"http": 80, "https": 443}.get(url.scheme)
+    return url.port or DEFAULT_PORTS.get(url.scheme)
 
 
 def _contract(code: str, reason: str) -> AttemptFailedError:

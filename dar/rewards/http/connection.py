@@ -166,10 +166,6 @@ class Timings:
         self.has_dialled = False
         self.dns_seconds = self.connect_seconds = self.first_byte_seconds = None
 
-    def dials(self) -> None:
-        """Note that a connection is being opened."""
-        self.has_dialled = True
-
     def resolved(self) -> None:
         """Note that the addresses are known."""
         self.dns_seconds = time.monotonic() - self.started_at

@@ -28,6 +28,7 @@ MAX_ANSWERS = 16
 """A name with more addresses is rejected."""
 MAX_DIALLED = 4
 """Most addresses of one name that are dialled."""
+DEFAULT_PORTS = {"http": 80, "https": 443}
 FIRST_FREE_PORT = 1024
 DENIED = "the address of the reward service is not allowed; ask the operator of this installation"
 """The same text for everything blocked, so that it reveals nothing about the network."""
@@ -173,7 +174,7 @@ class Target:
     def authority(self) -> str:
         """Content of the ``Host`` header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        is_default = self.port == {"http": 80, "https": 443}[self.scheme]
+        is_default = self.port == DEFAULT_PORTS[self.scheme]
         return host if is_default else f"{host}:{self.port}"
 
     @property
@@ -202,29 +203,15 @@ def parse_url(url: str, policy: EgressPolicy | None) -> Target:
         raise _bad_url(f"it names no host, or is longer than {MAX_URL} characters")
     if parts.userinfo or parts.fragment or "%" in host:
         raise _bad_url("it holds a user name, a fragment or a zone")
-    found = Target(
-        parts.scheme, host, parts.port or {"http": 80, "https": 443}[parts.scheme], target
-    )
+    found = Target(parts.scheme, host, parts.port or DEFAULT_PORTS[parts.scheme], target)
     if policy is not None:
         _check_target(found, given, policy)
     return found
 
 
-def check_url(url: str, policy: EgressPolicy | None) -> None:
-    """Check the URL of a reward service; addresses behind a name are checked when they are dialled.
-
-    Raises:
-        RewardMisconfiguredError: ``config.url``: the URL is invalid; ``egress_denied``: the policy
-            forbids it.
-    """
-    parse_url(url, policy)
-
-
 def _check_target(target: Target, given: str, policy: EgressPolicy) -> None:
     if target.scheme == "http" and not _matches(target.host, policy.allow_http):
-        raise _bad_url(
-            "it must start with https://; this installation allows http:// for named hosts only"
-        )
+        raise _bad_url("it must start with https://; only named hosts may use http://")
     if not policy.allows_port(target.port, target.scheme):
         raise _bad_url(f"port {target.port} is not allowed")
     if any(_is_number(host) for host in (target.host, given)):
@@ -293,7 +280,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         """
         timings = CURRENT.get()
         if timings is not None:
-            timings.dials()
+            timings.has_dialled = True
         ends_at = time.monotonic() + (RESOLVE_SECONDS if timeout is None else timeout)
         addresses = (await self._checked_addresses(host, port, ends_at))[:MAX_DIALLED]
         if timings is not None:

@@ -64,9 +64,12 @@ class EndpointConfig:
 
 @dataclass(slots=True)
 class Patience:
-    """How long the breaker may still extend the deadline of a request."""
+    """How long a request waits until it may be sent."""
 
     seconds: float
+    """How long the breaker may still extend the deadline of the schedule."""
+    schedule: RetrySchedule
+    on_wait: Callable[[str], None]
 
 
 class ConcurrencySlot:
@@ -112,7 +115,7 @@ class Endpoint:
         self.budget = RetryBudget(config.budget)
         self.listeners: set[Listener] = set()
         headers = dict(config.headers).values()
-        self._redact = Redactor(config.secrets, headers, config.target.target)
+        self.redact = Redactor(config.secrets, headers, config.target.target)
         self._closed_until = 0.0
         self._interval = 0.0 if rps is None else 1.0 / rps
         self._next_start = 0.0
@@ -148,17 +151,11 @@ class Endpoint:
         """A place for one request, not yet held."""
         return ConcurrencySlot(self._places)
 
-    def redact(self, text: str) -> str:
-        """Remove the endpoint's secrets from ``text``."""
-        return self._redact(text)
-
     def hold_back(self, seconds: float) -> None:
         """Start no request for so long; those in flight go on."""
         self._closed_until = max(self._closed_until, time.monotonic() + seconds)
 
-    async def admit(
-        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
-    ) -> Call:
+    async def admit(self, patience: Patience) -> Call:
         """Wait until an attempt may start: ``Retry-After``, breaker, then rate.
 
         Raises:
@@ -166,36 +163,32 @@ class Endpoint:
             RewardMisconfiguredError: No request can succeed until the configuration changes.
         """
         while True:
-            call = await self._enter(schedule, patience, on_wait)
+            call = await self._enter(patience)
             if await self._keep_pace(call):
                 return call
 
-    async def passable(
-        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
-    ) -> None:
+    async def passable(self, patience: Patience) -> None:
         """Wait as `admit` does, but for ``Retry-After`` and breaker only, and start no attempt."""
-        self.breaker.done(await self._enter(schedule, patience, on_wait), "neutral")
+        self.breaker.done(await self._enter(patience), "neutral")
 
-    async def _enter(
-        self, schedule: RetrySchedule, patience: Patience, on_wait: Callable[[str], None]
-    ) -> Call:
+    async def _enter(self, patience: Patience) -> Call:
         is_reported = False
         while True:
-            if schedule.remaining_seconds <= 0:
+            if patience.schedule.remaining_seconds <= 0:
                 raise AttemptFailedError("transient", "deadline", "no answer before the deadline")
             pause = self._closed_until - time.monotonic()
             if pause > 0:
-                await asyncio.sleep(min(pause, schedule.remaining_seconds))
+                await asyncio.sleep(min(pause, patience.schedule.remaining_seconds))
                 continue
             call = self.breaker.enter()
             if call is not None:
                 return call
             if not is_reported:
-                on_wait("most requests failed; waiting before it is tried again")
+                patience.on_wait("most requests failed; waiting before it is tried again")
             is_reported = True
-            await self._wait_for_breaker(schedule, patience)
+            await self._wait_for_breaker(patience)
 
-    async def _wait_for_breaker(self, schedule: RetrySchedule, patience: Patience) -> None:
+    async def _wait_for_breaker(self, patience: Patience) -> None:
         refusal = self.breaker.refusal
         if refusal is not None:
             raise RewardMisconfiguredError(refusal.message, code=refusal.error_code)
@@ -203,7 +196,7 @@ class Endpoint:
         await self.breaker.changed(patience.seconds)
         waited = min(patience.seconds, time.monotonic() - started)
         patience.seconds -= waited
-        schedule.extend(waited)
+        patience.schedule.extend(waited)
         if patience.seconds <= 0:
             reason = "most requests failed for too long; this one was not sent"
             raise AttemptFailedError("transient", "breaker_open", reason, is_final=True)
@@ -320,9 +313,9 @@ class Endpoint:
 
     def _without_secrets(self, failure: AttemptFailedError) -> AttemptFailedError:
         """Remove secrets from the texts of ``failure``, then limit their length."""
-        failure.reason = self._redact(failure.reason)
+        failure.reason = self.redact(failure.reason)
         failure.args = (failure.reason,)
-        failure.quote = self._redact(failure.quote)[:QUOTED]
+        failure.quote = self.redact(failure.quote)[:QUOTED]
         return failure
 
     def _breaker_changed(self, state: BreakerState, reason: str) -> None:

@@ -148,13 +148,10 @@ class RetryingRequest:
         self._context = context
         self._ready_at = ready_at
         self._queued_seconds = 0.0
-        self._patience = Patience(sender.options.breaker.pause_grace_seconds)
-        self._schedule = RetrySchedule(
-            sender.options.retry,
-            sender.options.timeouts.deadline,
-            self._waits,
-            sender.endpoint.budget,
-        )
+        deadline, budget = sender.options.timeouts.deadline, sender.endpoint.budget
+        self._schedule = RetrySchedule(sender.options.retry, deadline, self._waits, budget)
+        grace = sender.options.breaker.pause_grace_seconds
+        self._patience = Patience(grace, self._schedule, self._report_wait)
         self._batch: RequestBatch | None = None
         self._body = b""
         self._later: LaterReply | None = None
@@ -191,9 +188,7 @@ class RetryingRequest:
             pause = self._schedule.pause(number)
             if not waiting or not self._schedule.next_request(pause):
                 return found
-            self._sender.waits(
-                f"{self._sender.label}: {len(waiting)} samples are sent again in {pause:.1f} s"
-            )
+            self._report_wait(f"{len(waiting)} samples are sent again in {pause:.1f} s")
             await asyncio.sleep(pause)
         return found
 
@@ -224,16 +219,14 @@ class RetryingRequest:
 
     def _waits(self, failure: AttemptFailedError, attempt: int, wait: float) -> None:
         attempts = self._options.retry.attempts
-        self._sender.waits(
-            f"{self._sender.label}: {failure.reason}; attempt {attempt} of {attempts} in {wait:.1f} s"
-        )
+        self._report_wait(f"{failure.reason}; attempt {attempt} of {attempts} in {wait:.1f} s")
 
     async def _attempt(self, samples: list[EncodedSample]) -> list[RewardResult]:
         self._current = _Attempt(self._schedule.attempt, time.monotonic())
         await self._slot.acquire()
         if self._options.allow_async and self._later is None:
             await self._announce([sample.id for sample in samples])
-        call = await self._endpoint.admit(self._schedule, self._patience, self._waits_for_breaker)
+        call = await self._endpoint.admit(self._patience)
         outcome: CallOutcome = "neutral"
         reason = ""
         try:
@@ -258,13 +251,13 @@ class RetryingRequest:
         self._record("ok", is_final=True)
         return [_redacted(result, self._endpoint.redact) for result in results]
 
-    def _waits_for_breaker(self, message: str) -> None:
+    def _report_wait(self, message: str) -> None:
         self._sender.waits(f"{self._sender.label}: {message}")
 
     async def _announce(self, ids: list[str]) -> None:
         """Announce the request to the inbox. Time without the DAR service does not count."""
         # The breaker first: it could not extend the deadline once it is announced.
-        await self._endpoint.passable(self._schedule, self._patience, self._waits_for_breaker)
+        await self._endpoint.passable(self._patience)
         seconds, started = self._schedule.remaining_seconds, time.monotonic()
         later = LaterReply(self._sender.url, self._request_id, ids, seconds, self._sender.inbox)
         await later.open(self._sender.name, self._context.step)

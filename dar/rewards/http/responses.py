@@ -74,9 +74,7 @@ async def read_answer(incoming: Incoming) -> Answer:
     """
     headers = incoming.headers
     if incoming.encoding != "identity":
-        raise _contract(
-            "content_encoding", f"a body with content-encoding {incoming.encoding[:40]!r}"
-        )
+        raise _contract("content_encoding", f"content-encoding {incoming.encoding[:40]!r}")
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and incoming.status == 200:
@@ -137,6 +135,12 @@ async def refusal_of(incoming: Incoming) -> AttemptFailedError:
 async def _quote(incoming: Incoming) -> str:
     if incoming.encoding != "identity":
         return ""
+    text = (await start_of(incoming)).decode("utf-8", "replace")
+    return "".join(ch if ch.isprintable() else " " for ch in text).strip()
+
+
+async def start_of(incoming: Incoming) -> bytes:
+    """The start of a body, as far as it comes soon."""
     start = bytearray()
     # The status decides; a body that stalls or breaks does not change the failure.
     with suppress(
@@ -147,8 +151,7 @@ async def _quote(incoming: Incoming) -> str:
                 start += chunk
                 if len(start) >= READ_BYTES:
                     break
-    text = bytes(start[:READ_BYTES]).decode("utf-8", "replace")
-    return "".join(ch if ch.isprintable() else " " for ch in text).strip()
+    return bytes(start[:READ_BYTES])
 
 
 def failure_of(error: Exception) -> AttemptFailedError:

@@ -4,13 +4,13 @@ import asyncio
 import hashlib
 import hmac
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
 from dar.errors import RewardContractError
 from dar.protocol.rewards import decode_result
+from dar.protocol.worker import RewardAnnouncement
 from dar.rewards.http.async_results import Inbox, Stored
 
 InboxOutcome = Literal["refused", "accepted", "duplicate", "conflict", "late", "closed", "invalid"]
@@ -19,11 +19,10 @@ InboxOutcome = Literal["refused", "accepted", "duplicate", "conflict", "late", "
 
 @dataclass(slots=True)
 class _Awaited:
-    token_sha256: str
+    request: RewardAnnouncement
     deadline: datetime
-    ids: tuple[str, ...]
     loop: asyncio.AbstractEventLoop
-    came: asyncio.Event
+    came: asyncio.Event = field(default_factory=asyncio.Event)
     result: bytes | None = None
     is_closed: bool = False
     last: tuple[str, bytes] = field(default=("", b""), repr=False)
@@ -42,24 +41,15 @@ class ProbeInbox:
         self._lock = threading.Lock()
         self._awaited: dict[str, _Awaited] = {}
 
-    async def announce(
-        self,
-        request_id: str,
-        component: str,
-        step: int,
-        token_sha256: str,
-        deadline: datetime,
-        sample_ids: Sequence[str],
-    ) -> Stored:
+    async def announce(self, request: RewardAnnouncement) -> Stored:
         """See `Inbox`."""
-        del component, step
-        loop = asyncio.get_running_loop()
-        awaited = _Awaited(token_sha256, deadline, tuple(sample_ids), loop, asyncio.Event())
+        deadline = datetime.fromtimestamp(request.deadline, UTC)
+        awaited = _Awaited(request, deadline, asyncio.get_running_loop())
         with self._lock:
             now = datetime.now(UTC)
             self._awaited = {name: one for name, one in self._awaited.items() if one.deadline > now}
-            self._awaited[request_id] = awaited
-        return Stored(f"{self._callback_url}/{request_id}", deadline)
+            self._awaited[request.request_id] = awaited
+        return Stored(f"{self._callback_url}/{request.request_id}", deadline)
 
     async def wait(self, request_id: str) -> bytes:
         """See `Inbox`."""
@@ -88,7 +78,7 @@ class ProbeInbox:
         sha256 = hashlib.sha256(token.encode()).hexdigest()
         with self._lock:
             awaited = self._awaited.get(request_id)
-        return awaited is not None and hmac.compare_digest(sha256, awaited.token_sha256)
+        return awaited is not None and hmac.compare_digest(sha256, awaited.request.token_sha256)
 
     def receive(
         self, request_id: str, token: str, body: bytes
@@ -106,8 +96,9 @@ class ProbeInbox:
         if not self.opens(request_id, token):
             return "refused", None
         error: RewardContractError | None = None
+        ids = self._awaited[request_id].request.sample_ids
         try:  # outside the lock, as it is slow
-            decode_result(body, request_id=request_id, ids=self._awaited[request_id].ids)
+            decode_result(body, request_id=request_id, ids=ids)
         except RewardContractError as found:
             error = found
         with self._lock:
@@ -137,20 +128,10 @@ class AcceptanceInbox:
         self._announced: set[str] = set()
         self.is_accepted = asyncio.Event()
 
-    async def announce(
-        self,
-        request_id: str,
-        component: str,
-        step: int,
-        token_sha256: str,
-        deadline: datetime,
-        sample_ids: Sequence[str],
-    ) -> Stored:
+    async def announce(self, request: RewardAnnouncement) -> Stored:
         """See `Inbox`."""
-        self._announced.add(request_id)
-        return await self._inbox.announce(
-            request_id, component, step, token_sha256, deadline, sample_ids
-        )
+        self._announced.add(request.request_id)
+        return await self._inbox.announce(request)
 
     async def wait(self, request_id: str) -> bytes:
         """See `Inbox`."""

@@ -10,11 +10,9 @@ import secrets
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any, Self
 
 import httpcore2
@@ -37,7 +35,7 @@ from dar.rewards.http.egress import EgressPolicy, Resolver
 from dar.rewards.http.endpoint import Endpoint, EndpointConfig
 from dar.rewards.http.redaction import REDACTED
 from dar.rewards.http.request import RetryingRequest
-from dar.rewards.http.responses import READ_BYTES, Answer, Incoming
+from dar.rewards.http.responses import Answer, Incoming, start_of
 from dar.rewards.http.retry import AttemptFailedError
 from dar.rewards.http.signing import signed_headers
 from dar.rewards.http.wire import batches, encode_sample
@@ -46,8 +44,6 @@ from dar.rewards.probe.callbacks import AcceptanceInbox, ProbeInbox
 
 SHOWN = 4096
 """Characters of a body that are shown."""
-QUOTE_SECONDS = 2.0
-"""Time limit for reading the start of an answer that is not JSON."""
 CONTEXT = RewardContext(step=1, mode="validate")
 ONCE = RewardRetry(attempts=1)
 _TWICE = RewardRetry(attempts=2, base=0.001, cap=0.001)
@@ -183,25 +179,12 @@ class _RecordingEndpoint(Endpoint):
         media_type = incoming.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_page = incoming.status == 200 and not media_type.endswith("json")
         if wire is not None and is_page and incoming.encoding == "identity":
-            wire.page = await _start_of(incoming)
+            wire.page = await start_of(incoming)
         return await super()._read(response)
 
 
 def _ignore(state: BreakerState, reason: str) -> None:
     del state, reason
-
-
-async def _start_of(incoming: Incoming) -> bytes:
-    start = bytearray()
-    with suppress(
-        TimeoutError, httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.ReadTimeout
-    ):
-        async with asyncio.timeout(QUOTE_SECONDS), incoming.chunks() as chunks:
-            async for chunk in chunks:
-                start += chunk
-                if len(start) >= READ_BYTES:
-                    break
-    return bytes(start[:READ_BYTES])
 
 
 class ProbeClient(HttpReward):
@@ -230,12 +213,7 @@ class ProbeClient(HttpReward):
         self._recording = _RecordingEndpoint(self._endpoint_config(), len(self._keys)).acquire()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._recording.release()
 
     @property

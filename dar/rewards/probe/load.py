@@ -107,9 +107,7 @@ def _report_slowness(session: ProbeSession, load: Load) -> None:
     p50, p95 = quantile(latencies, 0.5), quantile(latencies, 0.95)
     attempt = component.timeouts.attempt
     if p95 > attempt / 2:
-        report.warn(
-            "load.slow", f"p95 is {p95:.1f} s, and an attempt times out after {attempt:g} s"
-        )
+        report.warn("load.slow", f"p95 is {p95:.1f} s; an attempt times out after {attempt:g} s")
     useful = _useful_concurrency(load)
     if useful is not None and useful < component.limits.concurrency:
         report.warn(
@@ -121,7 +119,7 @@ def _report_slowness(session: ProbeSession, load: Load) -> None:
 
 
 def _useful_concurrency(load: Load) -> int | None:
-    """Requests that the service works on at once, by Little's law; None: load did not slow it."""
+    """Requests in service at once, by Little's law; None: load did not slow it."""
     answered = sum(one.failure is None for one in load.concurrent)
     is_slowed = quantile(load.latencies, 0.5) > max(NOTICED_SECONDS, QUEUEING * load.alone.seconds)
     if load.alone.failure is not None or not answered or not is_slowed:
@@ -153,7 +151,7 @@ def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
 
 
 def _hint(latency: float, size: int) -> str:
-    """Little's law, times 1.5 for varying latencies."""
+    """Little's formula, times 1.5 for varying latencies."""
     samples = EXAMPLE["prompts"] * EXAMPLE["completions"]
     needed = max(1, math.ceil(1.5 * latency * samples / size / EXAMPLE["seconds"]))
     return (
@@ -189,9 +187,7 @@ def _batches(session: ProbeSession) -> Iterator[Sequence[RewardSample]]:
     """Full requests; no two are equal, so that no cache can answer."""
     longest = max((sample.completion for sample in session.samples), key=len)
     if not session.are_own:
-        longest = ("The rain has gone, and the sun is out again over the hills. " * WORDS)[
-            : 6 * WORDS
-        ]
+        longest = ("The rain has gone, the sun is out again over the hills. " * WORDS)[: 6 * WORDS]
     size = session.client.max_samples
     for call in range(CALLS):
         samples = [

@@ -9,13 +9,7 @@ from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.base import Failed, RewardResult, RewardSample, Skipped
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.rewards.probe.client import ProbeCall, ProbeClient
-from dar.rewards.probe.report import (
-    SAME,
-    ReportBuilder,
-    in_words,
-    largest_difference,
-    rewards_in,
-)
+from dar.rewards.probe.report import SAME, ReportBuilder, in_words, largest_difference, rewards_in
 
 NOISY = 0.2
 """Share of the rewards' spread above which noise is reported."""
@@ -176,9 +170,7 @@ async def check_signature(session: ProbeSession) -> None:
     if call.failure is not None:
         status = call.failure.status
     if status in {200, 202}:
-        report.warn(
-            "signature.unverified", f"a request with a wrong signature got HTTP {status}", call
-        )
+        report.warn("signature.unverified", f"a wrong signature got HTTP {status}", call)
     elif status is None or status >= 500:
         assert call.failure is not None
         report.warn("signature.crash", f"a wrong signature got: {call.failure.full_reason}", call)

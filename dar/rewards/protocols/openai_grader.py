@@ -35,12 +35,8 @@ class OpenAIGraderProtocol:
 
     def encode(self, batch: RequestBatch) -> bytes:
         (sample,) = batch.samples
-        content = {
-            "grader": self._grader,
-            "model_sample": sample.completion,
-            "item": _item(sample, batch),
-        }
-        return to_json(content)
+        item = _item(sample, batch)
+        return to_json({"grader": self._grader, "model_sample": sample.completion, "item": item})
 
     def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:  # noqa: ARG002 - part of the RewardProtocol interface
         answer = load_json(body)

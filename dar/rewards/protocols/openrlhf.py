@@ -44,9 +44,7 @@ class OpenRLHFProtocol:
                 refuse("form", "the answer has no rewards")
             answer, beside = answer["rewards"], answer
         elif not isinstance(answer, list):
-            refuse(
-                "type", f"the answer must be an object with rewards or a list, not {kind(answer)}"
-            )
+            refuse("type", f"answer with a list or an object with rewards, not {kind(answer)}")
         values = same_length(_flat(answer, count), count, "rewards")
         return [
             Scored(

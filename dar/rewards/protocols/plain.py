@@ -161,9 +161,7 @@ def resolve(answer: object, pointer: str) -> object:
         elif isinstance(found, list) and _is_index(token, len(found)):
             found = found[int(token)]
         else:
-            refuse(
-                "form", f"the answer has nothing at {pointer}: {kind(found)} has no {raw[:80]!r}"
-            )
+            refuse("form", f"nothing at {pointer}: {kind(found)} has no {raw[:80]!r}")
     return found
 
 

@@ -53,9 +53,7 @@ class TRLProtocol:
                 refuse("form", "the answer has no rewards")
             answer = answer["rewards"]
         elif not isinstance(answer, list):
-            refuse(
-                "type", f"the answer must be a list or an object with rewards, not {kind(answer)}"
-            )
+            refuse("type", f"answer with a list or an object with rewards, not {kind(answer)}")
         return [
             Skipped()
             if value is None

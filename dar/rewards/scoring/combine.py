@@ -97,14 +97,8 @@ def combine(
 
 def checked_gates(components: Sequence[WeightedSource], results: Results) -> Results:
     """``results`` with a failure for every number of a gate other than 0 and 1."""
-    return {
-        **results,
-        **{
-            one.name: [_as_gate(result) for result in results[one.name]]
-            for one in components
-            if one.is_gate
-        },
-    }
+    gates = [one.name for one in components if one.is_gate]
+    return {**results, **{name: list(map(_as_gate, results[name])) for name in gates}}
 
 
 def _as_gate(result: RewardResult) -> RewardResult:
@@ -134,7 +128,7 @@ class Combination:
         self._clip = clip
         self._is_zeroing = is_zeroing
         self._running = [one for one in components if one.normalize == "running"]
-        self._moments = RunningMoments([one.name for one in self._running])
+        self.moments = RunningMoments([one.name for one in self._running])
 
     def __call__(
         self, samples: Sequence[RewardSample], results: Results, context: RewardContext
@@ -143,7 +137,7 @@ class Combination:
 
         Call it once per group, in any order within a step, after `end_step` of the previous step.
         """
-        moments = self._moments.after(context.steps_done)
+        moments = self.moments.after(context.steps_done)
         totals = combine(
             self._components,
             samples,
@@ -155,24 +149,8 @@ class Combination:
         if context.mode == "train":
             for one in self._running:
                 scored = [r.reward for r in results[one.name] if isinstance(r, Scored)]
-                self._moments.record(context.step, one.name, map(one.clipped, scored))
+                self.moments.record(context.step, one.name, map(one.clipped, scored))
         return totals
-
-    def end_step(self, step: int) -> None:
-        """Include the rewards of ``step`` in the moments from the next step on."""
-        self._moments.end_step(step)
-
-    def state(self, step: int) -> dict[str, object]:
-        """State for a checkpoint of ``step``, as JSON."""
-        return self._moments.state(step)
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Restore a `state`.
-
-        Raises:
-            CheckpointError: It is invalid, or of other components.
-        """
-        self._moments.restore(state)
 
 
 def _within(reward: float, bounds: tuple[float, float] | None) -> float:
@@ -285,9 +263,7 @@ class _Group:
             return None
         if failures and not skips:
             return "error", failures[0]
-        return "skip", "; ".join(
-            filter(None, skips)
-        ) or "every reward component skipped this sample"
+        return "skip", "; ".join(filter(None, skips)) or "every component skipped this sample"
 
     def _used(
         self, rest: Sequence[int]
@@ -351,11 +327,5 @@ class _Group:
             if isinstance(outcomes[position], Failed) and status != "error"
         )
         self._found[position] = SampleReward(
-            reward,
-            status,
-            message,
-            components,
-            feedback,
-            zeroed=tuple(zeroed),
-            left_out=left_out,
+            reward, status, message, components, feedback, zeroed=tuple(zeroed), left_out=left_out
         )

@@ -206,9 +206,7 @@ def under_policy(policy: FailurePolicy, group: Sequence[SampleReward]) -> list[S
             param="method.dar.rewards.failure.on_error",
         )
     if failed is not None and policy.on_error == "drop_group":
-        return _dropped(
-            group, f"another completion of this prompt could not be scored: {failed.message}"
-        )
+        return _dropped(group, f"another completion of this prompt got no reward: {failed.message}")
     if isinstance(policy.on_error, FallbackValue):
         group = [
             replace(reward, reward=policy.on_error.fallback_value, is_fallback=True)

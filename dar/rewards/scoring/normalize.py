@@ -33,9 +33,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.squares < 0 or not math.isfinite(self.mean + self.squares):
-            raise ValueError(
-                f"invalid moments of rewards: {self.count}, {self.mean}, {self.squares}"
-            )
+            raise ValueError(f"invalid reward moments: {self.count}, {self.mean}, {self.squares}")
 
     @property
     def std(self) -> float:
@@ -154,9 +152,7 @@ class RunningMoments:
                 for name, (count, mean, squares) in state["moments"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"the checkpoint holds no valid moments of rewards: {error!r}"
-            ) from error
+            raise CheckpointError(f"invalid reward moments in the checkpoint: {error!r}") from error
         if found.keys() != set(self._names):
             raise CheckpointError(
                 f"the checkpoint holds moments of the components {sorted(found)}, but {sorted(self._names)} are normalised by them"

@@ -15,7 +15,6 @@ while the trainer samples or trains. Waiting can be stopped:
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
@@ -81,7 +80,7 @@ class RewardScorer:
             raise ConfigurationError(f"rewards need components with distinct names, not {names}")
         if not any(component.weight and not component.is_gate for component in components):
             raise ConfigurationError(
-                "every reward has weight 0 or is a gate, so no sample would get a reward"
+                "every reward has weight 0 or is a gate, so there is no reward"
             )
         self._components = tuple(components)
         self.combination = combination or Combination(components)
@@ -208,7 +207,7 @@ class RewardScorer:
 
     def end_step(self, step: int) -> None:
         """Include the rewards of ``step`` in the running moments from the next step on."""
-        self.combination.end_step(step)
+        self.combination.moments.end_step(step)
 
     def state(self, step: int) -> dict[str, Any]:
         """State for a checkpoint of ``step``, as JSON: running moments and limits of services."""
@@ -217,7 +216,7 @@ class RewardScorer:
             for one in self._components
             if isinstance(one.source, HttpReward)
         }
-        return {"combination": self.combination.state(step), "services": learned}
+        return {"combination": self.combination.moments.state(step), "services": learned}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a `state`.
@@ -225,7 +224,7 @@ class RewardScorer:
         Raises:
             CheckpointError: It is invalid, or of other components.
         """
-        self.combination.restore(state["combination"])
+        self.combination.moments.restore(state["combination"])
         for one in self._components:
             if isinstance(one.source, HttpReward):
                 one.source.restore(state["services"].get(one.source.name, {}))
@@ -245,12 +244,7 @@ class RewardScorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _started(self) -> InFlight:

@@ -147,11 +147,10 @@ class StepObserver:
             metrics[f"reward/{component}/in_flight"] = _most_at_once(found)
         for component, limit in self._concurrency.items():
             metrics[f"reward/{component}/concurrency"] = limit
+        failed = [one for one in finished if one.record.outcome != "ok"]
         return StepRequests(
             requests=_requests(finished),
-            failures=[_failure(one) for one in finished if one.record.outcome != "ok"][
-                :MAX_FAILURES
-            ],
+            failures=list(map(_failure, failed[:MAX_FAILURES])),
             metrics=metrics,
         )
 

@@ -25,7 +25,6 @@ docs/rewards-server.md is the guide.
 """
 
 import contextlib
-import inspect
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Unpack, overload
@@ -75,9 +74,7 @@ def reward_server(
                 "request. It posts no callbacks, so later results must be fetched. "
                 "Pass secret= or secret_file="
             )
-        is_coroutine = inspect.iscoroutinefunction(function)
-        endpoint = FunctionEndpoint(function, checked.of(keys, is_coroutine=is_coroutine))
-        return _application(endpoint, checked.path)
+        return _application(FunctionEndpoint(function, keys, checked), checked.path)
 
     return make if function is None else make(function)
 
@@ -96,10 +93,8 @@ def _application(endpoint: FunctionEndpoint, path: str) -> Starlette:
         Route(f"{beside}results/{{request_id}}", endpoint.fetch),
         Route("/healthz", endpoint.health),
     ]
-    failures = (HTTPException, DARError, ClientDisconnect)
-    app = Starlette(
-        routes=routes, exception_handlers=dict.fromkeys(failures, render), lifespan=lifespan
-    )
+    handlers = dict.fromkeys((HTTPException, DARError, ClientDisconnect), render)
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.state.reward_endpoint = endpoint
     app.state.reward_path = path
     return app

@@ -67,9 +67,7 @@ class CallbackSender:
             now = reply()
             remaining = (now.deadline - datetime.now(UTC)).total_seconds()
             if now.callback is None or remaining <= 0:
-                logger.error(
-                    "the result of %s could not be delivered before its deadline", request_id
-                )
+                logger.error("the result of %s was not delivered before its deadline", request_id)
                 return
             reason, wait = await self._attempt(request_id, now.callback, body, remaining)
             if reason is None:

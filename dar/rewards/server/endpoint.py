@@ -1,10 +1,10 @@
 """The routes of a reward server: POST for rewards, GET for later results, and health."""
 
 import asyncio
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -29,7 +29,8 @@ from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, 
 from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.rewards.http.signing import verify
 from dar.rewards.server.callbacks import CallbackSender, signed
-from dar.rewards.server.idempotency import Answers, Bounds, Entry
+from dar.rewards.server.idempotency import Answers, Entry
+from dar.rewards.server.options import CheckedOptions
 from dar.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -44,41 +45,34 @@ _POLL_SECONDS = 0.05
 """Interval for checking whether a stopping server has work left."""
 
 
-@dataclass(frozen=True, slots=True)
-class FunctionEndpointOptions:
-    """Options of a `FunctionEndpoint`."""
-
-    keys: Sequence[bytes]
-    """Accepted secrets, decoded; without any, every request is accepted."""
-    bounds: Bounds
-    max_body_bytes: int
-    answer_within_seconds: float | None
-    """Wait for a result before a 202 is sent; None: no 202 is sent."""
-    stop_seconds: float
-
-
 class FunctionEndpoint:
     """Answers requests of ``dar.reward.v1`` with the results of a function.
 
     Args:
         function: The user's reward function.
-        options: Secrets and limits.
+        keys: Accepted secrets, decoded; without any, every request is accepted.
+        options: Limits.
 
     Raises:
         ConfigurationError: The function does not accept ``completions``, or requires
             ``completion_ids``.
     """
 
-    def __init__(self, function: RewardFunction, options: FunctionEndpointOptions) -> None:
+    def __init__(
+        self, function: RewardFunction, keys: Sequence[bytes], options: CheckedOptions
+    ) -> None:
         self._source = FunctionReward(function)
         if self._source.needs_completion_ids:
             raise ConfigurationError(
                 f"reward function {self._source.name} needs completion_ids, which are not sent to "
                 "reward services; score the texts in completions, or give the parameter a default"
             )
+        self._keys = keys
         self._options = options
-        self._answers = Answers(options.bounds, self._finished)
-        self._callbacks = CallbackSender(options.keys)
+        self._wait_seconds = options.seconds_before_202
+        calls = options.calls(is_coroutine=inspect.iscoroutinefunction(function))
+        self._answers = Answers(options, calls, self._finished)
+        self._callbacks = CallbackSender(keys)
         self._deliveries: set[asyncio.Task[None]] = set()
         self._stops_at: float | None = None
         self._incoming_bytes = 0
@@ -91,17 +85,17 @@ class FunctionEndpoint:
     @property
     def answers_later(self) -> bool:
         """Whether a 202 may be answered."""
-        return self._options.answer_within_seconds is not None
+        return self._wait_seconds is not None
 
     async def score(self, request: Request) -> Response:
         """Answer the POST of a request."""
         body = await self._read(request)
-        if self._options.keys:
-            verify(self._options.keys, request.headers, body)
+        if self._keys:
+            verify(self._keys, request.headers, body)
         decoded = decode_request(body)
-        if self._options.keys and request.headers["webhook-id"] != decoded.request_id:
+        if self._keys and request.headers["webhook-id"] != decoded.request_id:
             raise InvalidRequestError("webhook-id differs from the body's request_id")
-        if not self._options.keys:
+        if not self._keys:
             decoded = _without_callback(decoded)
         entry = self._answers.known(decoded)
         if entry is None:
@@ -112,8 +106,8 @@ class FunctionEndpoint:
             entry = self._answers.start(decoded, lambda entry: self._answer(decoded, entry))
         if self.answers_later and "async" in decoded.reply.modes:
             # With 0 there is no wait, so that even a fast function gives a 202.
-            if self._options.answer_within_seconds:
-                await asyncio.wait([entry.task], timeout=self._options.answer_within_seconds)
+            if self._wait_seconds:
+                await asyncio.wait([entry.task], timeout=self._wait_seconds)
             if not entry.task.done():
                 entry.is_promised = True
                 promise = {"status": "accepted", "poll_url": f"results/{entry.request_id}"}
@@ -124,8 +118,8 @@ class FunctionEndpoint:
     async def fetch(self, request: Request) -> Response:
         """Answer the GET of a later result."""
         request_id = request.path_params["request_id"]
-        if self._options.keys:
-            verify(self._options.keys, request.headers, b"")
+        if self._keys:
+            verify(self._keys, request.headers, b"")
             if request.headers["webhook-id"] != request_id:
                 raise AuthenticationError(
                     "the GET is not signed under the id of its request", code="invalid_signature"
@@ -179,7 +173,7 @@ class FunctionEndpoint:
 
     def _given(self, entry: Entry, answer: bytes) -> Response:
         entry.is_settled = True
-        headers = signed(self._options.keys, entry.request_id, answer)
+        headers = signed(self._keys, entry.request_id, answer)
         return Response(answer, media_type="application/json", headers=headers)
 
     async def _read(self, request: Request) -> bytes:
@@ -220,9 +214,8 @@ class FunctionEndpoint:
 
     async def _deliver(self, entry: Entry) -> None:
         try:
-            await self._callbacks.deliver(
-                entry.request_id, lambda: entry.reply, entry.task.result()
-            )
+            result = entry.task.result()
+            await self._callbacks.deliver(entry.request_id, lambda: entry.reply, result)
         finally:
             entry.is_settled = True
 
@@ -277,11 +270,7 @@ def _as_sample(sample: RequestSample) -> RewardSample:
 
 def _as_json(result: RewardResult) -> Mapping[str, Any]:
     if isinstance(result, Failed):
-        error = {
-            "code": result.code,
-            "message": result.message,
-            "retryable": result.is_transient,
-        }
+        error = {"code": result.code, "message": result.message, "retryable": result.is_transient}
         return {"error": error}
     if isinstance(result, Skipped):
         return {"skip": True, "reason": result.reason}
@@ -303,9 +292,7 @@ async def render(_: Request, error: Exception) -> Response:
     """Render every error in the product's error format."""
     if isinstance(error, HTTPException):
         kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
-        error = kind(
-            "a reward server answers a POST to its own path, GET /healthz and GETs of results"
-        )
+        error = kind("a reward server answers POST to its path, GET /healthz and GETs of results")
     elif not isinstance(error, DARError):
         error = InvalidRequestError("the client disconnected")
     headers = {}

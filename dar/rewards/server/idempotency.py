@@ -19,27 +19,13 @@ from datetime import UTC, datetime
 
 from dar.errors import IdempotencyMismatchError, ServiceUnavailableError
 from dar.protocol.rewards import Reply, RewardRequest
+from dar.rewards.server.options import CheckedOptions
 
 logger = logging.getLogger(__name__)
 LONGEST_RETRY_AFTER = 30.0
 """Seconds; the mean time of a call may overestimate the wait."""
 _SMOOTHING = 0.2
 """Weight of the newest call in the mean time of a call."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Limits of the kept answers and the waiting requests."""
-
-    max_calls: int
-    """Most calls at once."""
-    max_waiting: int
-    """Most requests waiting for their call."""
-    max_answers: int
-    max_bytes: int
-    """Most bytes of all answers together."""
-    seconds: float
-    """How long an answer is kept, within the other limits; at least until its deadline."""
 
 
 @dataclass(eq=False, slots=True)
@@ -69,15 +55,19 @@ class Answers:
     """The kept answers, and the calls in progress.
 
     Args:
-        bounds: Limits of both.
+        options: Limits of the kept answers and the waiting requests.
+        calls: Most calls at once.
         finished: Called with each entry that has its answer.
     """
 
-    def __init__(self, bounds: Bounds, finished: Callable[[Entry], None]) -> None:
-        self._bounds = bounds
+    def __init__(
+        self, options: CheckedOptions, calls: int, finished: Callable[[Entry], None]
+    ) -> None:
+        self._options = options
+        self._calls = calls
         self._finished = finished
         self._entries: OrderedDict[str, Entry] = OrderedDict()
-        self._slots = asyncio.Semaphore(bounds.max_calls)
+        self._slots = asyncio.Semaphore(calls)
         self._in_progress = 0
         self._bytes = 0
         self._mean_seconds: float | None = None
@@ -120,7 +110,7 @@ class Answers:
         Raises:
             ServiceUnavailableError: Too many requests are waiting.
         """
-        if self._in_progress >= self._bounds.max_calls + self._bounds.max_waiting:
+        if self._in_progress >= self._calls + self._options.max_waiting:
             raise ServiceUnavailableError(
                 f"{self._in_progress} requests are being scored or waiting, which is the limit",
                 code="queue_full",
@@ -157,7 +147,7 @@ class Answers:
 
     def _retry_after(self) -> float:
         """The mean time of a call, divided by the number of concurrent calls."""
-        seconds = (self._mean_seconds or 0.0) / self._bounds.max_calls
+        seconds = (self._mean_seconds or 0.0) / self._calls
         return min(max(1.0, seconds), LONGEST_RETRY_AFTER)
 
     def _expire(self) -> None:
@@ -169,7 +159,7 @@ class Answers:
         left.sort(key=lambda entry: not entry.is_settled)  # stable: the oldest stays first
         count = len(left)
         for entry in left:
-            if count <= self._bounds.max_answers and self._bytes <= self._bounds.max_bytes:
+            if count <= self._options.max_answers and self._bytes <= self._options.max_answer_bytes:
                 return
             if not entry.is_settled and entry.is_promised:
                 logger.warning(
@@ -185,7 +175,7 @@ class Answers:
     def _is_old(self, entry: Entry) -> bool:
         if entry.finished_at is None or entry.is_in_time:
             return False
-        return time.monotonic() - entry.finished_at > self._bounds.seconds
+        return time.monotonic() - entry.finished_at > self._options.remembered_seconds
 
     def _delete(self, entry: Entry) -> None:
         del self._entries[entry.request_id]

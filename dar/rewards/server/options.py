@@ -9,8 +9,6 @@ from typing import TypedDict
 from dar.errors import ConfigurationError
 from dar.protocol.rewards import MAX_REQUEST_BYTES
 from dar.rewards.http.signing import decode_secret
-from dar.rewards.server.endpoint import FunctionEndpointOptions
-from dar.rewards.server.idempotency import Bounds
 
 CALLS = 1
 """Default concurrency of a plain function, which need not be thread-safe."""
@@ -92,28 +90,15 @@ class CheckedOptions:
             secrets.append(Path(file).expanduser().read_text(encoding="utf-8").strip())
         return tuple(map(decode_secret, secrets))
 
-    def of(self, keys: Sequence[bytes], *, is_coroutine: bool) -> FunctionEndpointOptions:
-        """The options of the endpoint.
+    def calls(self, *, is_coroutine: bool) -> int:
+        """Most calls at once of a plain or a coroutine function."""
+        return self.max_calls or (COROUTINE_CALLS if is_coroutine else CALLS)
 
-        Args:
-            keys: The result of `keys`.
-            is_coroutine: Whether the reward function is a coroutine function.
-        """
-        calls = self.max_calls or (COROUTINE_CALLS if is_coroutine else CALLS)
+    @property
+    def seconds_before_202(self) -> float | None:
+        """How long a result is awaited before a 202 is sent; None: no 202 is sent."""
         within = self.answer_within_seconds
-        return FunctionEndpointOptions(
-            keys=keys,
-            bounds=Bounds(
-                max_calls=calls,
-                max_waiting=self.max_waiting,
-                max_answers=self.max_answers,
-                max_bytes=self.max_answer_bytes,
-                seconds=self.remembered_seconds,
-            ),
-            max_body_bytes=self.max_body_bytes,
-            answer_within_seconds=0.0 if self.asynchronous and within is None else within,
-            stop_seconds=self.stop_seconds,
-        )
+        return 0.0 if self.asynchronous and within is None else within
 
 
 def _check(name: str, value: float | None, least: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from dar.protocol.rewards import RewardRequest, decode_request
+from dar.protocol.worker import RewardAnnouncement
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http.async_results import Stored
 from dar.rewards.http.breaker import BreakerOptions
@@ -45,20 +46,13 @@ class Service:
     """How long the next announcement takes."""
     deadlines: list[datetime] = field(default_factory=list)
 
-    async def announce(
-        self,
-        request_id: str,
-        component: str,
-        step: int,
-        token_sha256: str,
-        deadline: datetime,
-        sample_ids: Sequence[str],
-    ) -> Stored:
+    async def announce(self, request: RewardAnnouncement) -> Stored:
         away, self.away_seconds = self.away_seconds, 0.0
         await asyncio.sleep(away)
+        request_id, deadline = request.request_id, datetime.fromtimestamp(request.deadline, UTC)
         self.deadlines.append(deadline)
-        self.said.append(("announced", component, str(step), *sample_ids))
-        self.hashes[request_id] = token_sha256
+        self.said.append(("announced", request.component, str(request.step), *request.sample_ids))
+        self.hashes[request_id] = request.token_sha256
         return self.known.get(request_id) or Stored(f"http://dar.test/cb/{request_id}", deadline)
 
     async def wait(self, request_id: str) -> bytes:
@@ -252,11 +246,13 @@ class Earlier(Service):
         super().__init__()
         self.facts = known
 
-    async def announce(self, request_id: str, *more: Any) -> Stored:
-        await super().announce(request_id, *more)
+    async def announce(self, request: RewardAnnouncement) -> Stored:
+        await super().announce(request)
         until = datetime.now(UTC) + timedelta(seconds=self.facts.pop("seconds", 60))
         result = self.facts.get("rewards")
-        body = orjson.dumps({"request_id": request_id, "rewards": result}) if result else None
+        body = (
+            orjson.dumps({"request_id": request.request_id, "rewards": result}) if result else None
+        )
         poll_url = self.facts.get("poll_url")
         return Stored("http://dar.test/cb", until, True, poll_url, body)
 

@@ -20,7 +20,7 @@ import trustme
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardTimeouts
 from dar.rewards.base import Failed, Scored
-from dar.rewards.http.egress import EgressPolicy, GuardedBackend, check_url, parse_url
+from dar.rewards.http.egress import EgressPolicy, GuardedBackend, parse_url
 from dar.rewards.http.endpoint import Endpoint, EndpointConfig
 from dar.rewards.http_reward import HttpOptions
 from dar.settings import Settings
@@ -114,7 +114,7 @@ async def test_a_name_that_moves_to_loopback_is_caught_at_the_next_connection(
     first_only = EgressPolicy(allow_http=("*",), allow_cidrs=("127.0.0.1/32",))
     options = replace(credentials, guard=first_only, resolver=moving)
     url = server.at("closes-idle").replace("127.0.0.1", "rewards.example")
-    check_url(url, first_only)
+    parse_url(url, first_only)
     assert await score(url, options=options) == [Scored(n / 8) for n in range(4)]
     await asyncio.sleep(0.05)
     with pytest.raises(RewardMisconfiguredError, match="not allowed"):
@@ -190,10 +190,10 @@ async def test_numbers_that_lead_inside_are_refused_before_anything_is_sent(
 def test_rules_for_urls(url: str, code: str | None) -> None:
     policy = EgressPolicy(allow_http=("allowed.example", "*.sub.example"))
     if code is None:
-        check_url(url, policy)
+        parse_url(url, policy)
     else:
         with pytest.raises(RewardMisconfiguredError) as caught:
-            check_url(url, policy)
+            parse_url(url, policy)
         assert caught.value.error_code == code
 
 
@@ -223,9 +223,9 @@ def test_operators_may_allow_networks_and_hosts_but_never_metadata() -> None:
 
 def test_a_port_list_replaces_the_rule() -> None:
     policy = EgressPolicy(ports=(8443,))
-    check_url("https://rewards.example:8443/", policy)
+    parse_url("https://rewards.example:8443/", policy)
     with pytest.raises(RewardMisconfiguredError):
-        check_url("https://rewards.example/", policy)
+        parse_url("https://rewards.example/", policy)
 
 
 def test_the_policy_comes_from_the_settings() -> None:

@@ -346,7 +346,7 @@ def steps(combination: Combination, numbers: range, *, is_turned: bool = False) 
             rewards = scored(*(math.sin(1000 * number + 100 * g + n) for n in range(40)))
             totals = combination(group(40, f"g{g}"), {"a": rewards}, RewardContext(number))
             by_group[g] = rewards_of(totals)
-        combination.end_step(number)
+        combination.moments.end_step(number)
         found.append([by_group[g] for g in range(4)])
     return found
 
@@ -365,24 +365,24 @@ def test_a_resumed_run_goes_on_bit_by_bit() -> None:
     whole = steps(Combination([term("a", normalize="running")]), range(1, 7))
     first = Combination([term("a", normalize="running")])
     steps(first, range(1, 5))  # one step further than the checkpoint, as when sampling runs ahead
-    state = json.loads(json.dumps(first.state(3)))
+    state = json.loads(json.dumps(first.moments.state(3)))
     second = Combination([term("a", normalize="running")])
-    second.restore(state)
+    second.moments.restore(state)
     assert steps(second, range(4, 7)) == whole[3:]
 
 
 def test_an_evaluation_uses_the_moments_and_leaves_them_alone() -> None:
     combination = Combination([term("a", normalize="running")])
     steps(combination, range(1, 4))
-    before = combination.state(3)
+    before = combination.moments.state(3)
     rewards = {"a": scored(0.5, 0.25)}
     seen = combination(group(2), rewards, RewardContext(3, mode="eval"))
     training = Combination([term("a", normalize="running")])
-    training.restore(before)
+    training.moments.restore(before)
     trained = training(group(2), rewards, RewardContext(4))
     assert rewards_of(seen) == rewards_of(trained) != [0.5, 0.25]
-    combination.end_step(4)
-    assert combination.state(4)["moments"] == before["moments"]
+    combination.moments.end_step(4)
+    assert combination.moments.state(4)["moments"] == before["moments"]
 
 
 def test_failures_are_no_part_of_the_moments() -> None:
@@ -390,10 +390,10 @@ def test_failures_are_no_part_of_the_moments() -> None:
     combination = Combination([term("a", normalize="running", clip=(-1, 1)), term("b")])
     results = {"a": [BAD, Scored(5.0), SKIP, Scored(0.0)], "b": scored(1, 2, 3, 4)}
     combination(group(4), results, RewardContext(1))
-    combination.end_step(1)
+    combination.moments.end_step(1)
     moments.record(1, "a", [1.0, 0.0])
     moments.end_step(1)
-    assert combination.state(1) == moments.state(1)
+    assert combination.moments.state(1) == moments.state(1)
 
 
 @pytest.mark.parametrize(
@@ -403,4 +403,4 @@ def test_failures_are_no_part_of_the_moments() -> None:
 )  # fmt: skip
 def test_a_state_of_something_else_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="moments"):
-        Combination([term("a", normalize="running")]).restore(state)
+        Combination([term("a", normalize="running")]).moments.restore(state)

@@ -325,7 +325,7 @@ async def test_a_wrong_path_is_told_to_the_job(
     serve_app: Any, make_samples: Any, context: RewardContext
 ) -> None:
     source = HttpReward("r", serve_app(reward_server(length)) + "/scores")
-    with pytest.raises(RewardMisconfiguredError, match="POST to its own path"):
+    with pytest.raises(RewardMisconfiguredError, match="POST to its path"):
         await source.score(make_samples(2), context)
     await source.aclose()
 

@@ -186,7 +186,7 @@ async def test_a_callback_ends_with_the_deadline(
     gate.opened.set()
     server = asking(gate, asynchronous=True)
     await server.post(content(is_async=True, callback=callback, seconds=1.0))
-    await eventually(lambda: "could not be delivered before its deadline" in caplog.text)
+    await eventually(lambda: "was not delivered before its deadline" in caplog.text)
     assert receiver.requests
 
 
