@@ -254,9 +254,7 @@ class RewardSession:
         with contextlib.ExitStack() as stack:
             if self._scorer is None and self._run.ranks.is_main:
                 observer = self._reporter.observer = StepObserver(
-                    self._run.sink.event,
-                    self._report_wait,
-                    concurrency=self.loaded.concurrency(),
+                    self._run.sink.event, self._report_wait, concurrency=self.loaded.concurrency()
                 )
                 scorer = self.loaded.open(
                     job_id=self._run.job_id, on_wait=self._report_wait, observer=observer
@@ -312,8 +310,7 @@ class RewardSession:
 
 
 def _models_of_spec(
-    rewards: Rewards,
-    given: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
+    rewards: Rewards, given: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None
 ) -> dict[str, str | Path | PreTrainedModel]:
     """Folder or hub id of each reward model of a job spec, by component name.
 

@@ -5,12 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.concurrency import run_in_threadpool
 
-from dar.errors import (
-    ConfigurationError,
-    InvalidRequestError,
-    Problem,
-    RewardMisconfiguredError,
-)
+from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardMisconfiguredError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.ids import new_id
 from dar.protocol.reward_endpoints import (

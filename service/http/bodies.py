@@ -9,12 +9,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from dar.errors import (
-    InvalidRequestError,
-    PayloadTooLargeError,
-    Problem,
-    UnsupportedMediaTypeError,
-)
+from dar.errors import InvalidRequestError, PayloadTooLargeError, Problem, UnsupportedMediaTypeError
 from dar.settings import Settings
 from service.http import errors
 from service.installation import CurrentInstallation
@@ -81,10 +76,7 @@ def _gunzip(packed: bytes, limit: int) -> bytes:
 
 
 def body_of(
-    model: type[Model],
-    limit: Callable[[Settings], int] | None = None,
-    *,
-    is_optional: bool = False,
+    model: type[Model], limit: Callable[[Settings], int] | None = None, *, is_optional: bool = False
 ) -> Callable[..., Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's JSON body as a ``model``.
 

@@ -120,10 +120,7 @@ class SpoolSink:
         )
 
     def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
+        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
     ) -> None:
         """Store statistics of requests to reward services."""
         self._spool.append(

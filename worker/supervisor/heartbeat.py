@@ -84,10 +84,7 @@ class DirectiveListener:
     """
 
     def __init__(
-        self,
-        state: AttemptState,
-        client: WorkerClient,
-        take_result: Callable[[Directive], None],
+        self, state: AttemptState, client: WorkerClient, take_result: Callable[[Directive], None]
     ) -> None:
         self._state = state
         self._client = client

@@ -266,9 +266,7 @@ class Supervisor:
             )
             return failure(self._lease.attempt, error)
         return Complete(
-            attempt=self._lease.attempt,
-            last_seq=finished.last_seq,
-            checkpoint_id=checkpoint_id,
+            attempt=self._lease.attempt, last_seq=finished.last_seq, checkpoint_id=checkpoint_id
         )
 
     def _tidy(self, end: AttemptEnd | None) -> None:

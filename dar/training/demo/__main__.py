@@ -99,12 +99,7 @@ def main() -> None:
         save_base(arguments.folder, task.model(arguments.seed), task.tokenizer(), PROMPTS)
         report(done=True)
     elif arguments.command == "judge":
-        judge(
-            arguments.folder,
-            alpha=arguments.alpha,
-            beta=arguments.beta,
-            dar_k=arguments.dar_k,
-        )
+        judge(arguments.folder, alpha=arguments.alpha, beta=arguments.beta, dar_k=arguments.dar_k)
     else:
         prompts = json.load(sys.stdin)
         for folder in arguments.folder:

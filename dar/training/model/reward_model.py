@@ -375,9 +375,7 @@ def _answered(prompt: Sequence[Mapping[str, Any]], completion: str) -> Sequence[
     return [*prompt, {"role": "assistant", "content": completion}]
 
 
-def _shorter(
-    messages: Sequence[Mapping[str, Any]],
-) -> Iterator[Sequence[Mapping[str, Any]]]:
+def _shorter(messages: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:
     """The conversation, then without its first turns. A turn begins with a message of the user."""
     yield messages
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"]

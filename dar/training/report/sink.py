@@ -26,10 +26,7 @@ class Sink(Protocol):
         ...
 
     def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
+        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
     ) -> None:
         """Statistics of the requests to reward services since the last call."""
         ...
@@ -65,10 +62,7 @@ class NullSink:
         pass
 
     def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
+        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
     ) -> None:
         pass
 

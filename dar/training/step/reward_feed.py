@@ -92,10 +92,7 @@ class RewardCollector:
         self._missing = len(tickets)
         self._prompts = {id(ticket): prompt for prompt, ticket in tickets.items()}
         self._arriving = scoring.scorer.collect(
-            self._tickets,
-            order,
-            may_all_fail=may_all_fail or has_fallback,
-            should_stop=should_stop,
+            self._tickets, order, may_all_fail=may_all_fail or has_fallback, should_stop=should_stop
         )
         self._policy = scoring.policy
         self._budget = scoring.budget if is_training else None
