@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from dar.training.config.config import DARConfig
 from dar.training.demo.base import report, save_base, train_base
-from dar.training.demo.bracket_reward import PROMPTS
 from dar.training.demo.brackets import Brackets
+from dar.training.demo.languages import PROMPTS
 from dar.training.parallel import deepspeed_config
 
 

@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
-from dar.training.demo.bracket_reward import NEW_TOKENS, PROMPTS, SYMBOLS, balanced
+from dar.training.demo.languages import NEW_TOKENS, PROMPTS, SYMBOLS, balanced
 
 START = ")"
 EOS_ID = len(SYMBOLS)

@@ -135,7 +135,6 @@ class StepSource(Protocol):
         Raises:
             StopRequestedError: A stop was requested meanwhile; nothing has changed.
         """
-        ...
 
 
 class Weigher:
