@@ -19,6 +19,8 @@ GZIP_WINDOW_BITS = 31
 MAX_INTEGER = 2**63 - 1
 MAX_EXACT = 2**53
 """Up to here every integer is exact as a float."""
+BODIES: list[type[BaseModel]] = []
+"""The models that `body_of` reads, for the OpenAPI document."""
 NUL = "must not contain the character NUL (U+0000), which the database cannot store"
 # Walking through a whole body takes longer than parsing it, and few bodies have one of these.
 _SUSPICIOUS = re.compile(rb"\\u0000|\d{19}")
@@ -88,6 +90,7 @@ def body_of(
         limit: Returns the limit in bytes; default: ``max_body_bytes`` of the settings.
         is_optional: Whether an empty body counts as an empty object.
     """
+    BODIES.append(model)
 
     async def read(request: Request, installation: CurrentInstallation) -> Model:
         settings = installation.settings

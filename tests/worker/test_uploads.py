@@ -1,5 +1,6 @@
 """Checkpoints and inputs over a network that breaks."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, Fail, Lease, NewCheckpointRow
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
-from worker.identity import Identity
+from worker.identity import claim_of
 from worker.supervisor import checkpoints
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.inputs import InputError, InputFetcher, safe_path
@@ -97,11 +98,11 @@ def lease(installation: Any, request: pytest.FixtureRequest) -> Iterator[Lease]:
         installation.submit_spec(b'{"prompt": "Once"}\n', dar)
     key = (installation.home / "worker_key").read_text().strip()
     settings = installation.settings(node="test", slot="uploads")
-    with WorkerClient(installation.url, key, node="test") as client:
-        lease = client.claim(Identity.of(settings).claim())
+    with contextlib.closing(WorkerClient(installation.url, key, node="test")) as client:
+        lease = client.claim(claim_of(settings))
         assert lease is not None
         yield lease
-    with WorkerClient(installation.url, lease.token, node="test") as client:
+    with contextlib.closing(WorkerClient(installation.url, lease.token, node="test")) as client:
         fail = Fail(attempt=lease.attempt, kind="user", code="over", message="the test is over")
         client.end(lease.lease_id, fail)
 
