@@ -1,4 +1,4 @@
-"""The demo's base model: a small Llama, trained from random weights on `dar.training.demo.languages`.
+"""The demo's base model: a small Llama, trained from random weights on the demo's reviews.
 
 It is saved with its tokenizer as a folder that any loader of transformers reads.
 """
