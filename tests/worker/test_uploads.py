@@ -189,9 +189,8 @@ def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
     monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.01)
     assert SIZE // PART > checkpoints.UPLOAD_ATTEMPTS
-    with AnswerLost(
-        installation.url, state.lease.token, node="test", give_up=state.is_given_up
-    ) as client:
+    lossy = AnswerLost(installation.url, state.lease.token, node="test", give_up=state.is_given_up)
+    with contextlib.closing(lossy) as client:
         uploader = CheckpointUploader(state, client)
         uploader.take(publish(state, 2))
         uploader.finish()
