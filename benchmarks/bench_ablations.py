@@ -26,7 +26,7 @@ from dar.settings import load_settings
 from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.config.config import preset_values
 from dar.training.demo.brackets import Brackets
-from dar.training.demo.reviews import OPENINGS
+from dar.training.demo.languages import OPENINGS
 from dar.training.demo.trial import train
 
 PROCESSES = 2

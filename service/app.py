@@ -9,9 +9,6 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
-from dar.protocol import graders as wire_graders
-from dar.protocol import reward_endpoints as wire_endpoints
-from dar.protocol import spec, worker
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.settings import Settings
 from dar.version import __version__
@@ -39,7 +36,7 @@ from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.http import auth, errors
+from service.http import auth, bodies, errors
 from service.http.log import RequestMiddleware
 from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
@@ -52,26 +49,6 @@ from service.telemetry import MAX_JOBS, Telemetry
 ROUTERS = (
     *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
     *(reward_endpoints, graders, reward_callbacks, leases, inputs, uploads, reward_requests),
-)
-BODIES = (
-    spec.JobSpec,
-    wire_endpoints.CreateRewardEndpoint,
-    wire_endpoints.UpdateRewardEndpoint,
-    wire_endpoints.RotateSecret,
-    wire_endpoints.ProbeEndpoint,
-    wire_endpoints.ProbeInline,
-    wire_graders.RunGrader,
-    wire_graders.ValidateGrader,
-    worker.Claim,
-    worker.Heartbeat,
-    worker.Batch,
-    worker.RegisterCheckpoint,
-    worker.AttemptOf,
-    worker.Complete,
-    worker.Fail,
-    worker.Release,
-    worker.AnnounceRewardRequests,
-    worker.NoteRewardProgress,
 )
 
 
@@ -136,11 +113,12 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, including the bodies that `service.http.bodies.body_of` reads."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        _, bodies = models_json_schema(
-            [(model, "validation") for model in BODIES], ref_template="#/components/schemas/{model}"
+        _, schemas = models_json_schema(
+            [(model, "validation") for model in bodies.BODIES],
+            ref_template="#/components/schemas/{model}",
         )
         components = document.setdefault("components", {})
-        components["schemas"] = {**bodies["$defs"], **components.get("schemas", {})}
+        components["schemas"] = {**schemas["$defs"], **components.get("schemas", {})}
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"bearer": []}]
         app.openapi_schema = document

@@ -107,23 +107,16 @@ def configure(settings: Settings, database: Database) -> str:
         )
         is_alone = not database.is_postgresql
         records = [
-            keys.KeyRecord(
-                key_id(user),
-                digest(user),
-                USER_SCOPES,
-                is_of_worker=False,
-                is_only=is_alone or settings.api_key is not None,
-            ),
-            keys.KeyRecord(
-                key_id(worker),
-                digest(worker),
-                WORKER_SCOPES,
-                is_of_worker=True,
-                is_only=is_alone or settings.worker_key is not None,
-            ),
+            _record(user, USER_SCOPES, is_only=is_alone or settings.api_key is not None),
+            _record(worker, WORKER_SCOPES, is_only=is_alone or settings.worker_key is not None),
         ]
         keys.configure(transaction, records)
     return reward
+
+
+def _record(key: str, scopes: str, *, is_only: bool) -> keys.KeyRecord:
+    is_of_worker = scopes == WORKER_SCOPES
+    return keys.KeyRecord(key_id(key), digest(key), scopes, is_of_worker, is_only)
 
 
 def secret_keys(settings: Settings, database: Database) -> list[str]:
@@ -139,13 +132,12 @@ def secret_keys(settings: Settings, database: Database) -> list[str]:
         token = reward_secrets.any_token(transaction)
         if given is None and known and (database.is_postgresql or token is not None):
             raise ConfigurationError(
-                "secrets are stored in this database under a key that is not in "
-                f"{settings.home}; copy {KEYS_OF_SECRETS_FILE} from the host that has it, or set "
-                "DAR_SECRET_KEYS"
+                f"this database holds secrets under a key that is not in {settings.home}; copy "
+                f"{KEYS_OF_SECRETS_FILE} from another host, or set DAR_SECRET_KEYS"
             )
         path = settings.home / KEYS_OF_SECRETS_FILE
-        found = secret_box.split_keys(given or _make(path, secret_box.new_key))
-        digests = [secret_box.key_digest(key) for key in found]
+        found = (given or _make(path, secret_box.new_key)).replace(",", " ").split()
+        digests = [digest(key) for key in found]
         is_foreign = database.is_postgresql and bool(known) and known.isdisjoint(digests)
         box = secret_box.SecretBox(found)
         if is_foreign or (token is not None and not box.is_readable(token)):

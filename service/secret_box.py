@@ -7,7 +7,6 @@ secret to another row, or changing the address of its endpoint.
 
 import base64
 import binascii
-import hashlib
 import hmac
 import json
 from collections.abc import Sequence
@@ -118,16 +117,6 @@ class SecretBox:
 def new_key() -> str:
     """Make a random key."""
     return Fernet.generate_key().decode()
-
-
-def split_keys(text: str) -> list[str]:
-    """Keys separated by commas or lines."""
-    return [key for key in text.replace(",", "\n").split() if key]
-
-
-def key_digest(key: str) -> str:
-    """The digest of a key that the database stores."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def origin_of(url: str) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Self, TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx2
@@ -115,12 +115,6 @@ class WorkerClient:
             headers={"x-dar-node": node},
             follow_redirects=False,
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         self._transport.close()

@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from dar.errors import ConfigurationError
@@ -23,23 +22,11 @@ def boot_id() -> str:
     return content.decode().strip() if content else f"unknown-{platform.system().lower()}"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """The sender of a claim."""
-
-    node: str
-    slot: str
-    incarnation: str
-    boot_id: str
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Identity":
-        return cls(settings.node, settings.slot, new_id("inc-"), boot_id())
-
-    def claim(self) -> Claim:
-        return Claim(
-            node=self.node, slot=self.slot, incarnation=self.incarnation, boot_id=self.boot_id
-        )
+def claim_of(settings: Settings) -> Claim:
+    """The claims of this start of the worker."""
+    return Claim(
+        node=settings.node, slot=settings.slot, incarnation=new_id("inc-"), boot_id=boot_id()
+    )
 
 
 @contextmanager
@@ -55,8 +42,7 @@ def slot_held(folder: SlotFolder, slot: str) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise ConfigurationError(
-                f"slot {slot!r} is taken by the worker with process id "
-                f"{lock.read().strip() or '?'} "
+                f"slot {slot!r} is taken by the worker with process id {lock.read().strip() or '?'} "
                 f"({folder.lock}); stop it, or give this one another slot (DAR_SLOT)"
             ) from None
         lock.truncate(0)

@@ -12,7 +12,7 @@ from dar.settings import Settings
 from worker.api import WorkerClient
 from worker.cleanup import Leftovers, sweep_processes
 from worker.folders import SlotFolder
-from worker.identity import Identity
+from worker.identity import claim_of
 from worker.supervisor.supervisor import TRAINER_COMMAND, Supervisor
 
 log = structlog.get_logger(__name__)
@@ -40,7 +40,7 @@ class Slot:
         self._settings = settings
         self._folder = folder
         self._command = command
-        self._identity = Identity.of(settings)
+        self._claim = claim_of(settings)
         self._client = WorkerClient(settings.service_url, worker_key, node=settings.node)
         self._busy = threading.Lock()
         self._news = threading.Event()
@@ -73,7 +73,7 @@ class Slot:
         while not self.drain.is_set():
             self._news.clear()
             try:
-                lease = self._client.claim(self._identity.claim())
+                lease = self._client.claim(self._claim)
             except DARError as error:
                 self._note(error)
                 return False

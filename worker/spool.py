@@ -144,11 +144,11 @@ class SpoolWriter:
         _sync_folder(self._folder)
         return file, 0
 
-    def append(self, make: Callable[[int, float], Row]) -> int:
+    def append(self, make: Callable[..., Row]) -> int:
         """Append the row that ``make`` builds from its number and the current time.
 
         Args:
-            make: Called with ``seq`` and seconds since 1970.
+            make: Called with ``seq``, and with ``at`` in seconds since 1970.
 
         Returns:
             The row's number.
@@ -160,8 +160,7 @@ class SpoolWriter:
             if self._sync_error is not None:
                 raise self._sync_error
             seq = self._next
-            row = make(seq, datetime.now(UTC).timestamp())
-            line = frame(encode(row))
+            line = frame(encode(make(seq=seq, at=datetime.now(UTC).timestamp())))
             if self._size and self._size + len(line) > self._segment_bytes:
                 self._sync()
                 self._file.close()
@@ -309,8 +308,7 @@ class SpoolReader:
     def _delete_before(self, segment: Path) -> None:
         done = [path for path in _segments(self._folder) if path < segment]
         if done:
-            _sync_folder(
-                self._folder
-            )  # else a power loss could undo the mark and keep the deletion
+            # Otherwise a power loss could undo the mark and keep the deletion.
+            _sync_folder(self._folder)
         for path in done:
             path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dar.rewards.server import serve
 from dar.settings import load_settings
-from dar.training.demo.bracket_reward import balanced
+from dar.training.demo.languages import balanced
 
 analyzer = SentimentIntensityAnalyzer()
 

@@ -84,7 +84,7 @@ BRACKETS = DemoTask(
     ),
     base_command=("brackets",),
     base_steps=1,
-    sources=("base.py", "brackets.py", "bracket_reward.py"),
+    sources=("base.py", "brackets.py", "languages.py"),
     # The settings of `dar.training.demo.trial`, as a job spec.
     spec={
         "hyperparameters": {

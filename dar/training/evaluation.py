@@ -56,45 +56,6 @@ class Predictions:
     """``[B]`` values of every other column of the rows; None where a row lacks it."""
 
 
-class Evaluator:
-    """Evaluates the policy on one data set.
-
-    Args:
-        source: Returns all its completions as one step.
-        measure: Measures them under the policy.
-        compute_metrics: Returns further metrics.
-    """
-
-    def __init__(
-        self, source: StepSource, measure: Measure, compute_metrics: ComputeMetrics | None
-    ) -> None:
-        self._source = source
-        self._measure = measure
-        self._compute_metrics = compute_metrics
-
-    def __call__(self, steps_done: int) -> dict[str, float]:
-        """Metrics of the current policy, by their names in training.
-
-        Raises:
-            RewardError: No completion could be scored.
-            StopRequestedError: A stop was requested meanwhile.
-            TrainingError: A reward is missing and may not be, or a probability is not finite.
-        """
-        started = time.monotonic()
-        step = self._source(steps_done)
-        rows = step.valid_rows
-        if rows:
-            measured = self._measure([step.pairs[row] for row in rows])
-            step.policy_logps_B[rows], step.entropies_B[rows] = measured.to(step.weights_B.dtype)
-        values = step_metrics(step)
-        values |= {f"time/{name}_seconds": seconds for name, seconds in step.seconds.items()}
-        values["time/step_seconds"] = time.monotonic() - started
-        values = {name: value for name, value in values.items() if name not in LEFT_OUT}
-        if self._compute_metrics is not None:
-            values |= self._compute_metrics(predictions(step))
-        return values
-
-
 def predictions(step: ScoredStep) -> Predictions:
     """An evaluated step as the argument of ``compute_metrics``."""
     of_row = [step.prompts[prompt] for prompt, _ in step.places]
@@ -220,7 +181,7 @@ class RunEvaluation:
         self._measure = measure
         self._compute_metrics = compute_metrics
         self._is_replay = is_replay
-        self._evaluators: Mapping[str, Evaluator] | None = None
+        self._sources: Mapping[str, StepSource] | None = None
         """Of the current training run, by the name of the data set."""
         self._last_step = -1
 
@@ -230,28 +191,50 @@ class RunEvaluation:
         self._last_step, self.is_due = -1, False
         try:
             is_given = self._run.trainer.eval_dataset is not None
-            self._evaluators = self._evaluators_of(None) if is_given else {}
+            self._sources = self._sources_of(None) if is_given else {}
             yield
         finally:
-            self._evaluators = None
+            self._sources = None
 
     def evaluate(
         self, eval_dataset: Rows | Mapping[str, Rows] | None, prefix: str
     ) -> dict[str, float]:
         """Metrics of all data sets; see `dar.DARTrainer.evaluate`."""
         with contextlib.ExitStack() as stack:
-            if self._evaluators is None:  # training keeps the processes together itself
+            if self._sources is None:  # training keeps the processes together itself
                 stack.enter_context(self._run.ranks.together())
             stack.enter_context(undisturbed(self._run.trainer.args.device))
             stack.enter_context(self._opened())
-            evaluators = self._evaluators
-            if evaluators is None or eval_dataset is not None:
-                evaluators = self._evaluators_of(eval_dataset)
+            sources = self._sources
+            if sources is None or eval_dataset is not None:
+                sources = self._sources_of(eval_dataset)
             return {
                 "_".join(filter(None, (prefix, dataset, name))): value
-                for dataset, evaluator in evaluators.items()
-                for name, value in evaluator(self._run.trainer.state.global_step).items()
+                for dataset, source in sources.items()
+                for name, value in self._metrics_on(source).items()
             }
+
+    def _metrics_on(self, source: StepSource) -> dict[str, float]:
+        """Metrics of the current policy on one data set, by their names in training.
+
+        Raises:
+            RewardError: No completion could be scored.
+            StopRequestedError: A stop was requested meanwhile.
+            TrainingError: A reward is missing and may not be, or a probability is not finite.
+        """
+        started = time.monotonic()
+        step = source(self._run.trainer.state.global_step)
+        rows = step.valid_rows
+        if rows:
+            measured = self._measure([step.pairs[row] for row in rows])
+            step.policy_logps_B[rows], step.entropies_B[rows] = measured.to(step.weights_B.dtype)
+        values = step_metrics(step)
+        values |= {f"time/{name}_seconds": seconds for name, seconds in step.seconds.items()}
+        values["time/step_seconds"] = time.monotonic() - started
+        values = {name: value for name, value in values.items() if name not in LEFT_OUT}
+        if (compute := self._compute_metrics) is not None:  # only on the main process
+            values |= self._run.ranks.from_main(lambda: checked(compute(predictions(step))))
+        return values
 
     def evaluate_step(
         self, evaluate: Callable[[], dict[str, float]], *, is_start: bool
@@ -272,33 +255,23 @@ class RunEvaluation:
         self._last_step = step
         return values
 
-    def _evaluators_of(
-        self, eval_dataset: Rows | Mapping[str, Rows] | None
-    ) -> dict[str, Evaluator]:
-        """Evaluators of these data sets; default: those of the constructor."""
+    def _sources_of(self, eval_dataset: Rows | Mapping[str, Rows] | None) -> dict[str, StepSource]:
+        """Step sources of these data sets; default: those of the constructor."""
         rows: Any = self._run.trainer.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise InvalidRequestError("there is nothing to evaluate on: give eval_dataset")
         if eval_dataset is not None:
             check_evaluation_rows(rows, is_replay=self._is_replay, is_needed=True)
-        evaluators = {}
+        sources = {}
         for name, one in named(rows).items():
             with naming_evaluation(name):
-                source = self._source_of(one)
-            evaluators[name] = Evaluator(source, self._measure, self._computing())
-        return evaluators
-
-    def _computing(self) -> ComputeMetrics | None:
-        """The user's ``compute_metrics``, called on the main process alone."""
-        compute = self._compute_metrics
-        if compute is None:
-            return None
-        return lambda found: self._run.ranks.from_main(lambda: checked(compute(found)))
+                sources[name] = self._source_of(one)
+        return sources
 
     # --- when an evaluation is due -------------------------------------------------------------
 
     def end_step(self, step: ScoredStep) -> None:
-        """StopKind an evaluation if a pass over the training data has ended within this step."""
+        """Request an evaluation if a pass over the training data has ended within this step."""
         trainer = self._run.trainer
         if (
             trainer.args.eval_strategy == IntervalStrategy.EPOCH
@@ -313,7 +286,7 @@ class RunEvaluation:
         return number * count // rows > (number - 1) * count // rows
 
     def end_loop(self) -> None:
-        """StopKind no evaluation after transformers' loop if a stop has ended it.
+        """Request no evaluation after transformers' loop if a stop has ended it.
 
         transformers takes the end of its loop for the end of an epoch.
         """

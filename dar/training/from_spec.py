@@ -10,12 +10,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from dar.errors import (
-    InvalidRequestError,
-    RewardBudgetError,
-    RewardUnavailableError,
-    TrainingError,
-)
+from dar.errors import InvalidRequestError, RewardBudgetError, RewardUnavailableError, TrainingError
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
 from dar.training.config.config import OPTIMIZERS, SCHEDULERS, DARConfig
@@ -119,11 +114,7 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
     config = job_config(inputs)
     # Trained weights stay in float32. Under an adapter they are frozen, so half the size is enough.
     half = config.half if spec.peft is not None else None
-    model = loading.load_model(
-        inputs.model,
-        dtype=half or torch.float32,
-        is_offline=inputs.offline,
-    )
+    model = loading.load_model(inputs.model, dtype=half or torch.float32, is_offline=inputs.offline)
     tokenizer = loading.load_tokenizer(inputs.model, is_offline=inputs.offline)
     trainer = DARTrainer(
         loading.merge_adapters(model, inputs.adapters),

@@ -88,7 +88,7 @@ def normalized_advantages(
     if mode not in ("none", "per_prompt", "batch") or baseline not in ("mean", "leave_one_out"):
         raise ValueError(f"unknown mode {mode!r} or baseline {baseline!r}")
     valid_PK = _all_of(rewards) if valid is None else valid
-    rewards_PK = _precise(rewards).masked_fill(~valid_PK, 0.0)
+    rewards_PK = precise(rewards).masked_fill(~valid_PK, 0.0)
     counts_P1 = valid_PK.sum(dim=1, keepdim=True, dtype=rewards_PK.dtype)
     mean_P1 = rewards_PK.sum(dim=1, keepdim=True) / counts_P1.clamp(min=1)
     telling_PK = valid_PK & ~tied(rewards, tolerance=tie_tolerance, valid=valid).unsqueeze(1)
@@ -120,7 +120,7 @@ def tied(rewards: Tensor, *, tolerance: float = 0.0, valid: Tensor | None = None
         ``[P]`` boolean; true also where a prompt has fewer than two scored completions.
     """
     valid_PK = _all_of(rewards) if valid is None else valid
-    rewards_PK = _precise(rewards)
+    rewards_PK = precise(rewards)
     largest_P = rewards_PK.masked_fill(~valid_PK, -math.inf).amax(dim=1)
     least_P = rewards_PK.masked_fill(~valid_PK, math.inf).amin(dim=1)
     return largest_P - least_P <= tolerance
@@ -162,11 +162,11 @@ def importance_weights(
         raise ValueError(
             "alpha must be at least 0, beta and clip above 0, min_ess at least 0 and below 1"
         )
-    log_ratios = _precise(ref_logps.detach()) - _precise(behavior_logps.detach())
+    log_ratios = precise(ref_logps.detach()) - precise(behavior_logps.detach())
     if lengths is not None:
         log_ratios = log_ratios / lengths.clamp(min=1)
     temperature = alpha + beta
-    log_weights = alpha / temperature * log_ratios + _precise(advantages.detach()) / temperature
+    log_weights = alpha / temperature * log_ratios + precise(advantages.detach()) / temperature
     log_weights = flattening_power(log_weights, min_ess=min_ess, valid=valid) * log_weights
     weights = log_weights.clamp(max=MAX_LOG_WEIGHT).exp().clamp(max=clip)
     return weights if valid is None else weights.masked_fill(~valid, 0.0)
@@ -216,7 +216,7 @@ def effective_sample_size(weights: Tensor, *, valid: Tensor | None = None) -> Te
         Scalar: from 1/n, if only one weight is above 0, to 1, if all are equal; 0 if none is above
         0.
     """
-    kept = _precise(weights if valid is None else weights[valid])
+    kept = precise(weights if valid is None else weights[valid])
     shares = kept / kept.max().clamp(min=torch.finfo(kept.dtype).tiny) if kept.numel() else kept
     squares = shares.square().sum() * max(1, shares.numel())
     return shares.sum().square() / squares.clamp(min=torch.finfo(kept.dtype).tiny)
@@ -267,7 +267,7 @@ def dar_loss(weights: Tensor, policy_logps: Tensor, *, valid: Tensor | None = No
     return losses.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
-def _precise(values: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
     """In float32, or still in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 

@@ -48,6 +48,8 @@ class RewardAccess:
     """Receives rewards that arrive later by callback."""
     cache: CachePlace | None = None
     """Where rewards are cached; None: in the folder of the run."""
+    secret: str | None = field(default=None, repr=False)
+    """Signs requests to services that are given by their URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,8 @@ class GivenRewards:
     models: Sequence[str | Path | PreTrainedModel]
     tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
     weights: Sequence[float] | None
-    secret: str | None
-    access: RewardAccess = field(default_factory=RewardAccess)
-    names: Sequence[str] | None = None
+    access: RewardAccess
+    names: Sequence[str] | None
     """Component names of the models; None: numbered names."""
 
     @classmethod
@@ -70,9 +71,8 @@ class GivenRewards:
         models: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
         tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
         weights: Sequence[float] | None,
-        secret: str | None,
+        access: RewardAccess,
         config: DARConfig,
-        access: RewardAccess | None = None,
     ) -> "GivenRewards":
         """Combine what was given.
 
@@ -105,11 +105,10 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
-        known = access or RewardAccess()
-        if known.cache is None:
+        if access.cache is None:
             here = CachePlace(Path(config.output_dir or ".") / "reward-cache")
-            known = replace(known, cache=here)
-        return cls(functions, given, tokenizers, weights, secret, known, names)
+            access = replace(access, cache=here)
+        return cls(functions, given, tokenizers, weights, access, names)
 
     @property
     def is_online(self) -> bool:
@@ -127,14 +126,8 @@ class GivenRewards:
         models: list[RewardModel] = []
 
         def load() -> list[str]:
-            models.extend(
-                make_reward_models(
-                    self.models,
-                    self.tokenizers,
-                    device=device,
-                    is_offline=is_offline,
-                    names=self.names,
-                )
+            models[:] = make_reward_models(
+                self.models, self.tokenizers, device=device, is_offline=is_offline, names=self.names
             )
             return [model.sketch() for model in models]
 
@@ -191,11 +184,7 @@ class LoadedRewards:
         }
 
     def open(
-        self,
-        *,
-        job_id: str | None,
-        on_wait: Callable[[str], None],
-        observer: RewardObserver | None = None,
+        self, *, job_id: str | None, on_wait: Callable[[str], None], observer: RewardObserver
     ) -> RewardScorer | None:
         """The scorer of these rewards; None where there are none.
 
@@ -210,7 +199,7 @@ class LoadedRewards:
         if isinstance(given.functions, Rewards):
             return scorer_from_spec(
                 given.functions,
-                secret=given.secret,
+                secret=given.access.secret,
                 job_id=job_id,
                 access=given.access.endpoints,
                 guard=given.access.guard,
@@ -224,7 +213,7 @@ class LoadedRewards:
             given.functions or [],
             weights=given.weights,
             sources=self.models,
-            secret=given.secret,
+            secret=given.access.secret,
             on_wait=on_wait,
             observer=observer,
         )
@@ -254,9 +243,7 @@ class RewardSession:
         with contextlib.ExitStack() as stack:
             if self._scorer is None and self._run.ranks.is_main:
                 observer = self._reporter.observer = StepObserver(
-                    self._run.sink.event,
-                    self._report_wait,
-                    concurrency=self.loaded.concurrency(),
+                    self._run.sink.event, self._report_wait, concurrency=self.loaded.concurrency()
                 )
                 scorer = self.loaded.open(
                     job_id=self._run.job_id, on_wait=self._report_wait, observer=observer
@@ -312,8 +299,7 @@ class RewardSession:
 
 
 def _models_of_spec(
-    rewards: Rewards,
-    given: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None,
+    rewards: Rewards, given: RewardModels | Mapping[str, str | Path | PreTrainedModel] | None
 ) -> dict[str, str | Path | PreTrainedModel]:
     """Folder or hub id of each reward model of a job spec, by component name.
 

@@ -4,8 +4,9 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,10 +29,9 @@ from dar.training.checkpoint.resume import RunCheckpoints
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, Rows, check_table
 from dar.training.evaluation import ComputeMetrics, Predictions, RunEvaluation
-from dar.training.model.loading import LanguageModel
+from dar.training.model.loading import LanguageModel, weights_bytes
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
-from dar.training.model.sketch import weights_bytes
 from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import (
@@ -176,14 +176,9 @@ class DARTrainer(Trainer):
         check_table(train_dataset)
         args = args or DARConfig(output_dir="dar-output")
         config = settled_config(args, len(train_dataset), reward_funcs)
+        access = replace(reward_access or RewardAccess(), secret=reward_secret)
         given = GivenRewards.of(
-            reward_funcs,
-            reward_model,
-            reward_processing_class,
-            reward_weights,
-            reward_secret,
-            config,
-            reward_access,
+            reward_funcs, reward_model, reward_processing_class, reward_weights, access, config
         )
         check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
         policy = Policy.make(
@@ -305,7 +300,10 @@ class DARTrainer(Trainer):
         self._loop.stopped_by = None
         try:
             with self.ranks.together():
-                return self._train_together(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                start = functools.partial(
+                    super().train, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+                )
+                return self._train_together(resume_from_checkpoint, start)
         except StopRequestedError:
             # The unfinished step is dropped; nothing has changed since the one before.
             self._loop.stopped_by = self.ranks.from_main(self._run.control.requested)
@@ -320,10 +318,7 @@ class DARTrainer(Trainer):
             self.is_in_train = False
 
     def _train_together(
-        self,
-        resume: str | Path | bool | None,
-        trial: Any,  # noqa: ANN401 - the signature of transformers
-        ignore_keys: list[str] | None,
+        self, resume: str | Path | bool | None, start: Callable[[str | None], TrainOutput]
     ) -> TrainOutput:
         if len(set(self.ranks.gather(self._checkpoints.config_sha256))) > 1:
             raise InvalidRequestError(
@@ -334,13 +329,10 @@ class DARTrainer(Trainer):
             scoring = self._rewards.scoring(is_training=True)
             self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)
             with self._evaluation.prepared():
-                return self._train_from(resume, trial, ignore_keys)
+                return self._train_from(resume, start)
 
     def _train_from(
-        self,
-        resume: str | Path | bool | None,
-        trial: Any,  # noqa: ANN401 - the signature of transformers
-        ignore_keys: list[str] | None,
+        self, resume: str | Path | bool | None, start: Callable[[str | None], TrainOutput]
     ) -> TrainOutput:
         if self.is_deepspeed_enabled and self.deepspeed is not None:
             raise InvalidRequestError(
@@ -349,7 +341,7 @@ class DARTrainer(Trainer):
             )
         self._checkpoints.sweep()
         if not resume:
-            return super().train(None, trial, ignore_keys)
+            return start(None)
         if isinstance(resume, bool):
             raise InvalidRequestError("resume_from_checkpoint must name the checkpoint's folder")
         folder = Path(resume)
@@ -364,7 +356,7 @@ class DARTrainer(Trainer):
             return TrainOutput(manifest.step, math.nan, {})
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not is_sharded(self.model)):
             self._checkpoints.load_weights(folder)
-        return super().train(str(folder / RESUME_FOLDER), trial, ignore_keys)
+        return start(str(folder / RESUME_FOLDER))
 
     def _save_unpublished(self) -> None:
         if self.state.global_step > self.published_step:

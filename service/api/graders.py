@@ -23,7 +23,6 @@ from dar.protocol.graders import (
 )
 from dar.protocol.reward_spec import RewardRetry, RewardTimeouts
 from dar.rewards.base import Failed, RewardResult, RewardSample, Scored
-from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.probe.client import ProbeClient, ProbeTarget
 from service.http.auth import Submitter, User
 from service.http.bodies import body_of, schema_of
@@ -72,8 +71,7 @@ def _target(runtime: Runtime, user: User, grader: EndpointGrader) -> ProbeTarget
     limits = component.timeouts.model_dump()
     timeouts = RewardTimeouts(**{name: min(value, SECONDS) for name, value in limits.items()})
     component = component.model_copy(update={"timeouts": timeouts})
-    guard = EgressPolicy.from_settings(runtime.settings)
-    return ProbeTarget(component, access.url, access.secrets, access.headers, guard)
+    return endpoints.probe_target(runtime.settings, component, access)
 
 
 async def _result(target: ProbeTarget, sample: RewardSample) -> RewardResult:

@@ -124,26 +124,26 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
 @router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete))
 def complete(lease_id: LeaseHolder, runtime: CurrentRuntime, body: CompleteBody) -> Outcome:
     """End an attempt that trained to the last step."""
-    return _ended(runtime, lease_id, lambda tx: outcomes.complete(tx, lease_id, body))
+    return _ended(runtime, lease_id, body)
 
 
 @router.post("/{lease_id}/fail", openapi_extra=schema_of(Fail))
 def fail(lease_id: LeaseHolder, runtime: CurrentRuntime, body: FailBody) -> Outcome:
     """End a failed attempt."""
-    return _ended(runtime, lease_id, lambda tx: outcomes.fail(tx, lease_id, body))
+    return _ended(runtime, lease_id, body)
 
 
 @router.post("/{lease_id}/release", openapi_extra=schema_of(Release))
 def release(lease_id: LeaseHolder, runtime: CurrentRuntime, body: ReleaseBody) -> Outcome:
     """Give the job back, or confirm a cancellation or a pause."""
+    return _ended(runtime, lease_id, body)
+
+
+def _ended(runtime: Runtime, lease_id: str, said: Complete | Fail | Release) -> Outcome:
     seconds = runtime.settings.reward_probe_seconds
-    return _ended(runtime, lease_id, lambda tx: outcomes.release(tx, lease_id, body, seconds))
-
-
-def _ended(runtime: Runtime, lease_id: str, work: "outcomes.Ending") -> Outcome:
     with runtime.database.write() as transaction:
         job_id = fence.find(transaction, lease_id).job_id
-        outcome = work(transaction)
+        outcome = outcomes.end(transaction, lease_id, said, seconds)
         if (outcome.status, outcome.status_detail) == ("paused", "reward"):
             transaction.after_commit(lambda: runtime.telemetry.note("reward_pauses"))
         if outcome.status == "queued":
@@ -168,7 +168,7 @@ def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
         except SecretUnreadableError as error:
             number, code = held.attempt.number, error.error_code
             said = Fail(attempt=number, kind="user", code=code, message=error.message, param=None)
-            outcomes.fail(transaction, lease_id, said)
+            outcomes.end(transaction, lease_id, said)
             return held.job.id
         return _lease(runtime, held, token, access)
 

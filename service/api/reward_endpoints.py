@@ -1,16 +1,12 @@
 """Reward endpoints: reward services, registered with their secrets, and probed."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from starlette.concurrency import run_in_threadpool
 
-from dar.errors import (
-    ConfigurationError,
-    InvalidRequestError,
-    Problem,
-    RewardMisconfiguredError,
-)
+from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardMisconfiguredError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.ids import new_id
 from dar.protocol.reward_endpoints import (
@@ -187,9 +183,8 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
         )
         raise InvalidRequestError(message, param="component", code="not_inline")
     runtime.probes.take(user.key_id)
-    guard = EgressPolicy.from_settings(runtime.settings)
-    secrets = [runtime.reward_secret]
-    target = ProbeTarget(component, component.url, secrets, {}, guard, runtime.probe_inbox)
+    access = endpoints.inline_access(runtime, component.url)
+    target = endpoints.probe_target(runtime.settings, component, access, runtime.probe_inbox)
     return await probing.report_on(target, as_samples(body.samples), light=body.light)
 
 
@@ -228,7 +223,7 @@ def get_reward_endpoint_stats(
 
 
 def show(
-    endpoint: tables.RewardEndpointRow, secrets: "list[tables.RewardSecretRow]"
+    endpoint: tables.RewardEndpointRow, secrets: Sequence[tables.RewardSecretRow]
 ) -> RewardEndpoint:
     """An endpoint as the API shows it, with its own ones of ``secrets``."""
     options = EndpointOptions.model_validate({"protocol": endpoint.protocol, **endpoint.options})
@@ -306,12 +301,8 @@ def _target(runtime: Runtime, user: User, endpoint_id: str) -> tuple[ProbeTarget
     with runtime.database.read() as transaction:
         endpoint = reward_endpoints.get(transaction, user.project_id, endpoint_id)
         access = endpoints.access_to(transaction, runtime.secrets, endpoint)
-    guard = EgressPolicy.from_settings(runtime.settings)
-    component = endpoints.component_of(endpoint)
-    target = ProbeTarget(
-        component, access.url, access.secrets, access.headers, guard, runtime.probe_inbox
-    )
-    return target, endpoint.revision
+    component, inbox = endpoints.component_of(endpoint), runtime.probe_inbox
+    return endpoints.probe_target(runtime.settings, component, access, inbox), endpoint.revision
 
 
 def _note(runtime: Runtime, endpoint_id: str, revision: int, report: ProbeReport) -> None:

@@ -36,8 +36,7 @@ class Received:
         parts = text.split(SEPARATOR) if text else []
         if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
             raise InvalidRequestError(
-                "after is not a cursor of this route; leave it out to start over",
-                param="after",
+                "after is not a cursor of this route; leave it out to start over", param="after"
             )
         numbers = [int(part) for part in parts]
         once = frozenset(number for number in numbers if number < FIRST_RESULT_ID)

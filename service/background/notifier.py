@@ -100,6 +100,5 @@ class Notifier:
                 transaction, list(waiting), cancel=missing("cancel"), pause=missing("pause")
             )
             newest = reward_requests.newest_results(transaction, list(waiting))
-        return changed + [
-            job_id for job_id, number in newest.items() if number > waiting[job_id].last_result
-        ]
+        results = [job for job, number in newest.items() if number > waiting[job].last_result]
+        return [*changed, *results]

@@ -9,12 +9,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from dar.errors import (
-    InvalidRequestError,
-    PayloadTooLargeError,
-    Problem,
-    UnsupportedMediaTypeError,
-)
+from dar.errors import InvalidRequestError, PayloadTooLargeError, Problem, UnsupportedMediaTypeError
 from dar.settings import Settings
 from service.http import errors
 from service.installation import CurrentInstallation
@@ -24,6 +19,8 @@ GZIP_WINDOW_BITS = 31
 MAX_INTEGER = 2**63 - 1
 MAX_EXACT = 2**53
 """Up to here every integer is exact as a float."""
+BODIES: list[type[BaseModel]] = []
+"""The models that `body_of` reads, for the OpenAPI document."""
 NUL = "must not contain the character NUL (U+0000), which the database cannot store"
 # Walking through a whole body takes longer than parsing it, and few bodies have one of these.
 _SUSPICIOUS = re.compile(rb"\\u0000|\d{19}")
@@ -81,10 +78,7 @@ def _gunzip(packed: bytes, limit: int) -> bytes:
 
 
 def body_of(
-    model: type[Model],
-    limit: Callable[[Settings], int] | None = None,
-    *,
-    is_optional: bool = False,
+    model: type[Model], limit: Callable[[Settings], int] | None = None, *, is_optional: bool = False
 ) -> Callable[..., Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's JSON body as a ``model``.
 
@@ -96,6 +90,7 @@ def body_of(
         limit: Returns the limit in bytes; default: ``max_body_bytes`` of the settings.
         is_optional: Whether an empty body counts as an empty object.
     """
+    BODIES.append(model)
 
     async def read(request: Request, installation: CurrentInstallation) -> Model:
         settings = installation.settings

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -120,9 +119,7 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     if not _HUB_ID.match(name):
         raise ModelNotFoundError(
-            f"{name!r} is no hub id; a hub id is written owner/name",
-            param=param,
-            code="model_not_found",
+            f"{name!r} is no hub id; a hub id is written owner/name", param=param
         )
     if not any(fnmatchcase(name, pattern) for pattern in settings.hub_models):
         allowed = ", ".join(settings.hub_models) or "none"
@@ -144,7 +141,7 @@ def _fine_tuned(name: str, checkpoint: CheckpointRow) -> Model:
     return Model(
         id=name,
         object="model",
-        created=_seconds(checkpoint.created_at),
+        created=int(checkpoint.created_at.timestamp()),
         owned_by="project",
         kind="fine_tuned",
         job_id=checkpoint.job_id,
@@ -173,7 +170,3 @@ def _base(folder: Path) -> Model:
         job_id=None,
         checkpoint_id=None,
     )
-
-
-def _seconds(instant: datetime) -> int:
-    return int(instant.timestamp())

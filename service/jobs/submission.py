@@ -20,8 +20,6 @@ from dar.protocol.reward_spec import with_retired_fields
 from dar.protocol.spec import JobSpec, total_steps
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
-from dar.rewards.http.egress import EgressPolicy
-from dar.rewards.probe.client import ProbeTarget
 from service.http import errors
 from service.http.auth import User
 from service.jobs import datasets, models
@@ -190,23 +188,19 @@ def _probes(
     rewards = resolved.spec.dar.rewards
     if submission.spec.skip_validation or rewards is None:
         return
-    guard, inbox = EgressPolicy.from_settings(runtime.settings), runtime.probe_inbox
     for index, component in enumerate(rewards.components):
         if component.kind != "http":
             continue
-        path = f"{endpoints.COMPONENTS}[{index}]"
         endpoint = resolved.endpoints.get(component.name)
         if endpoint is None:
             assert component.url is not None
-            keys = [runtime.reward_secret]
-            target = ProbeTarget(component, component.url, keys, {}, guard, inbox)
-            yield probing.Try(f"{path}.url", target)
+            place, access = "url", endpoints.inline_access(runtime, component.url)
         else:
+            place = "endpoint"
             access = endpoints.access_to(transaction, runtime.secrets, endpoint)
-            target = ProbeTarget(
-                component, access.url, access.secrets, access.headers, guard, inbox
-            )
-            yield probing.Try(f"{path}.endpoint", target, endpoint.revision)
+        target = endpoints.probe_target(runtime.settings, component, access, runtime.probe_inbox)
+        path = f"{endpoints.COMPONENTS}[{index}].{place}"
+        yield probing.Try(path, target, access.revision)
 
 
 def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:

@@ -9,6 +9,10 @@ from dar.protocol.reward_endpoints import merged
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ComponentAccess
+from dar.rewards.http.egress import EgressPolicy
+from dar.rewards.probe.callbacks import ProbeInbox
+from dar.rewards.probe.client import ProbeTarget
+from dar.settings import Settings
 from service.http import errors
 from service.installation import Installation
 from service.secret_box import SecretBox
@@ -126,6 +130,22 @@ def access_of(
     }
 
 
+def inline_access(installation: Installation, url: str) -> ComponentAccess:
+    """Access to a service that a component names by its URL."""
+    return ComponentAccess(url=url, secrets=[installation.reward_secret], headers={})
+
+
+def probe_target(
+    settings: Settings,
+    component: RewardComponent,
+    access: ComponentAccess,
+    inbox: ProbeInbox | None = None,
+) -> ProbeTarget:
+    """The service of a component, for the service's own requests."""
+    guard = EgressPolicy.from_settings(settings)
+    return ProbeTarget(component, access.url, access.secrets, access.headers, guard, inbox)
+
+
 def access_for(
     installation: Installation, job: JobRow, component: RewardComponent
 ) -> ComponentAccess | None:
@@ -133,12 +153,12 @@ def access_for(
     if component.kind != "http":
         return None
     if component.url is not None:
-        return ComponentAccess(url=component.url, secrets=[installation.reward_secret], headers={})
+        return inline_access(installation, component.url)
     with installation.database.read() as transaction:
         endpoint = reward_endpoints.of_job(transaction, job.id).get(component.name)
+        if endpoint is None:
+            return None
         try:
-            return (
-                None if endpoint is None else access_to(transaction, installation.secrets, endpoint)
-            )
+            return access_to(transaction, installation.secrets, endpoint)
         except SecretUnreadableError:
             return None

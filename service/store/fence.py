@@ -44,9 +44,7 @@ def look(transaction: Transaction, lease_id: str) -> Held:
         NotFoundError: There is no such lease.
     """
     attempt = find(transaction, lease_id)
-    return Held(
-        transaction.scalars(select(JobRow).where(JobRow.id == attempt.job_id)).one(), attempt
-    )
+    return Held(transaction.get_one(JobRow, attempt.job_id), attempt)
 
 
 def lock(transaction: Transaction, lease_id: str) -> Held:
@@ -93,8 +91,5 @@ def check_fence(held: Held, number: int) -> None:
 
 def is_live(attempt: AttemptRow, job: JobRow) -> bool:
     """Whether the attempt still runs the job."""
-    return (
-        attempt.status == "running"
-        and attempt.number == job.attempt
-        and (job.status not in TERMINAL)
-    )
+    is_current = attempt.status == "running" and attempt.number == job.attempt
+    return is_current and job.status not in TERMINAL

@@ -1,6 +1,6 @@
 """Leases: which worker may write for a job, and until when."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -131,15 +131,13 @@ def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgre
     return True
 
 
-def expired(transaction: Transaction) -> list[str]:
+def expired(transaction: Transaction) -> Sequence[str]:
     """Ids of the leases that have expired."""
-    return list(
-        transaction.scalars(
-            select(AttemptRow.lease_id)
-            .where(AttemptRow.status == "running", AttemptRow.lease_until < transaction.now)
-            .order_by(AttemptRow.job_id)
-        ).all()
-    )
+    return transaction.scalars(
+        select(AttemptRow.lease_id)
+        .where(AttemptRow.status == "running", AttemptRow.lease_until < transaction.now)
+        .order_by(AttemptRow.job_id)
+    ).all()
 
 
 def expire(transaction: Transaction, lease_id: str) -> bool:
@@ -152,19 +150,15 @@ def expire(transaction: Transaction, lease_id: str) -> bool:
     return True
 
 
-def unattended_cancellations(transaction: Transaction) -> list[str]:
+def unattended_cancellations(transaction: Transaction) -> Sequence[str]:
     """Jobs that are being cancelled and that no attempt runs."""
-    return list(
-        transaction.scalars(
-            select(JobRow.id).where(
-                JobRow.status == "running",
-                JobRow.cancel_requested_at.is_not(None),
-                ~select(AttemptRow.job_id)
-                .where(AttemptRow.job_id == JobRow.id, AttemptRow.status == "running")
-                .exists(),
-            )
-        ).all()
+    attempts = select(AttemptRow.job_id).where(
+        AttemptRow.job_id == JobRow.id, AttemptRow.status == "running"
     )
+    is_cancelling = JobRow.cancel_requested_at.is_not(None)
+    return transaction.scalars(
+        select(JobRow.id).where(JobRow.status == "running", is_cancelling, ~attempts.exists())
+    ).all()
 
 
 def finish_cancellation(transaction: Transaction, job_id: str) -> None:
@@ -180,7 +174,7 @@ def changed(
     *,
     cancel: Collection[str],
     pause: Collection[str],
-) -> list[str]:
+) -> Sequence[str]:
     """Which jobs have news for their workers.
 
     Args:
@@ -202,4 +196,4 @@ def changed(
             ~is_running.exists(),
         ),
     )
-    return list(transaction.scalars(statement).all())
+    return transaction.scalars(statement).all()

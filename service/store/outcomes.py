@@ -4,7 +4,6 @@ A worker that lost the reply calls again: the same call of the same attempt gets
 """
 
 import random
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -28,8 +27,6 @@ POISON = (
     "the machine fails, or this job's data or model make the trainer crash"
 )
 PAUSED = "paused; resume it to continue from its newest checkpoint."
-Ending = Callable[[Transaction], Outcome]
-"""One of `complete`, `fail` and `release`, bound to its request."""
 
 
 def lose(transaction: Transaction, held: Held, why: str) -> None:
@@ -37,18 +34,43 @@ def lose(transaction: Transaction, held: Held, why: str) -> None:
     _retry(transaction, held, "lost", why, not_before=0.0)
 
 
-def complete(transaction: Transaction, lease_id: str, said: Complete) -> Outcome:
-    """End an attempt that trained to the last step.
+def end(
+    transaction: Transaction,
+    lease_id: str,
+    said: Complete | Fail | Release,
+    probe_seconds: float = PROBE_SECONDS,
+) -> Outcome:
+    """End an attempt as its worker reports it.
+
+    Args:
+        transaction: The transaction to write in.
+        lease_id: The attempt's lease.
+        said: The report.
+        probe_seconds: `Settings.reward_probe_seconds`.
 
     Raises:
         FencedError: The lease has ended.
+        ConflictError: The job cannot end this way.
+    """
+    held = lock(transaction, lease_id)
+    call, earlier = type(said).__name__.lower(), held.attempt.outcome
+    if held.attempt.number == said.attempt and earlier is not None and earlier["call"] == call:
+        return Outcome(status=earlier["status"], status_detail=earlier["status_detail"])
+    check_fence(held, said.attempt)
+    if isinstance(said, Complete):
+        return _complete(transaction, held, said)
+    if isinstance(said, Fail):
+        return _fail(transaction, held, said)
+    return _release(transaction, held, said, probe_seconds)
+
+
+def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
+    """End an attempt that trained to the last step.
+
+    Raises:
         ConflictError: Rows are missing (``spool_behind``), or the final checkpoint is missing
             (``checkpoint_missing``).
     """
-    held = lock(transaction, lease_id)
-    if (earlier := _earlier_reply(held, said.attempt, "complete")) is not None:
-        return earlier
-    check_fence(held, said.attempt)
     job, attempt = held.job, held.attempt
     if attempt.acked_seq != said.last_seq:
         raise ConflictError(
@@ -75,16 +97,8 @@ def complete(transaction: Transaction, lease_id: str, said: Complete) -> Outcome
     return _end(transaction, held, "succeeded", "complete", moved)
 
 
-def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
-    """End a failed attempt: a user's error fails the job, any other error retries it later.
-
-    Raises:
-        FencedError: The lease has ended.
-    """
-    held = lock(transaction, lease_id)
-    if (earlier := _earlier_reply(held, said.attempt, "fail")) is not None:
-        return earlier
-    check_fence(held, said.attempt)
+def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
+    """End a failed attempt: a user's error fails the job, any other error retries it later."""
     job = held.job
     if said.kind == "transient":
         pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(job.fruitless_attempts + 1, 16))
@@ -102,28 +116,15 @@ def fail(transaction: Transaction, lease_id: str, said: Fail) -> Outcome:
     return _end(transaction, held, "failed", "fail", moved)
 
 
-def release(
-    transaction: Transaction, lease_id: str, said: Release, probe_seconds: float = PROBE_SECONDS
-) -> Outcome:
+def _release(transaction: Transaction, held: Held, said: Release, probe_seconds: float) -> Outcome:
     """End an attempt that gives its job back, or that confirms a cancellation or a pause.
 
     A job that is pausing becomes paused, whatever reason the attempt gives. A job whose pause was
     withdrawn goes back into the queue.
 
-    Args:
-        transaction: The transaction to write in.
-        lease_id: The attempt's lease.
-        said: The reason.
-        probe_seconds: `Settings.reward_probe_seconds`.
-
     Raises:
-        FencedError: The lease has ended.
         ConflictError: It confirms a cancellation that was not requested.
     """
-    held = lock(transaction, lease_id)
-    if (earlier := _earlier_reply(held, said.attempt, "release")) is not None:
-        return earlier
-    check_fence(held, said.attempt)
     job = held.job
     if job.cancel_requested_at is not None:
         return _confirm_cancel(transaction, held, "cancelled", "release")
@@ -183,26 +184,20 @@ def _retry(
     fruitless, failed = job.fruitless_attempts + 1, job.failed_attempts + 1
     values: dict[str, Any] = {"fruitless_attempts": fruitless, "failed_attempts": failed}
     facts = {"reason": status, "node": held.attempt.node}
+    name: transitions.MoveName = "lost" if status == "lost" else "retried"
+    message = why
     if fruitless >= MAX_FRUITLESS_ATTEMPTS or failed >= MAX_FAILED_ATTEMPTS:
         count = f"{fruitless} attempts in a row ended without a newer checkpoint"
         if fruitless < MAX_FRUITLESS_ATTEMPTS:
             count = f"{failed} attempts were lost or failed"
-        message = f"{count}; the last one: {why}. {POISON}"
+        name, message = "poisoned", f"{count}; the last one: {why}. {POISON}"
         values["error"] = {"code": "poison", "message": message, "param": None}
-        moved = transitions.move(
-            transaction, "poisoned", JobRow.id == job.id, message, values=values, facts=facts
-        )
-        return _end(transaction, held, status, call, moved)
-    if job.status == "pausing":
-        message = f"{PAUSED} Its last attempt was lost or failed: {why}"
-        moved = transitions.move(
-            transaction, "paused", JobRow.id == job.id, message, values=values, facts=facts
-        )
-        return _end(transaction, held, status, call, moved)
-    values["not_before"] = transaction.now + timedelta(seconds=not_before)
-    name: transitions.MoveName = "lost" if status == "lost" else "retried"
+    elif job.status == "pausing":
+        name, message = "paused", f"{PAUSED} Its last attempt was lost or failed: {why}"
+    else:
+        values["not_before"] = transaction.now + timedelta(seconds=not_before)
     moved = transitions.move(
-        transaction, name, JobRow.id == job.id, why, values=values, facts=facts
+        transaction, name, JobRow.id == job.id, message, values=values, facts=facts
     )
     return _end(transaction, held, status, call, moved)
 
@@ -233,10 +228,3 @@ def _end(
         .values(status=status, ended_at=transaction.now, outcome=outcome)
     )
     return Outcome(status=job.status, status_detail=job.status_detail)
-
-
-def _earlier_reply(held: Held, number: int, call: str) -> Outcome | None:
-    outcome = held.attempt.outcome
-    if held.attempt.number != number or outcome is None or outcome["call"] != call:
-        return None
-    return Outcome(status=outcome["status"], status_detail=outcome["status_detail"])

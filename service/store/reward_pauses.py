@@ -1,10 +1,10 @@
 """Jobs that are paused for missing rewards, and the schedule of checks of their services."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import and_, select, update
+from sqlalchemy import and_, select
 
 from service.store import transitions
 from service.store.database import Transaction
@@ -14,20 +14,17 @@ MAX_WAITS = 16
 """Upper bound of ``reward_waits``: the wait has long reached its limit by then."""
 
 
-def due(transaction: Transaction, limit: int) -> list[JobRow]:
+IS_PAUSED = and_(JobRow.status == "paused", JobRow.status_detail == "reward")
+
+
+def due(transaction: Transaction, limit: int) -> Sequence[JobRow]:
     """Paused jobs whose reward services are due for a check, the longest due first."""
-    return list(
-        transaction.scalars(
-            select(JobRow)
-            .where(
-                JobRow.status == "paused",
-                JobRow.status_detail == "reward",
-                JobRow.not_before <= transaction.now,
-            )
-            .order_by(JobRow.not_before, JobRow.id)
-            .limit(limit)
-        ).all()
-    )
+    return transaction.scalars(
+        select(JobRow)
+        .where(IS_PAUSED, JobRow.not_before <= transaction.now)
+        .order_by(JobRow.not_before, JobRow.id)
+        .limit(limit)
+    ).all()
 
 
 def note_probe(
@@ -38,30 +35,19 @@ def note_probe(
     Returns:
         Whether the job resumes; False if its status changed meanwhile.
     """
-    this = and_(
-        JobRow.id == job_id,
-        JobRow.attempt == attempt,
-        JobRow.status == "paused",
-        JobRow.status_detail == "reward",
-    )
+    this = and_(JobRow.id == job_id, JobRow.attempt == attempt, IS_PAUSED)
     if is_back:
         values = {"error": None, "not_before": transaction.now}
         message = "the reward service answers again; resuming"
         facts = {"by": "probe"}
-        return (
-            transitions.move(transaction, "resumed", this, message, values=values, facts=facts)
-            is not None
-        )
+        moved = transitions.move(transaction, "resumed", this, message, values=values, facts=facts)
+        return moved is not None
     job = transaction.scalars(select(JobRow).where(this).with_for_update()).one_or_none()
     if job is not None:
         wait = wait_before_probe(job.error, job.reward_waits, base_seconds)
-        transaction.execute(
-            update(JobRow)
-            .where(JobRow.id == job_id)
-            .values(
-                not_before=transaction.now + wait, reward_waits=min(job.reward_waits + 1, MAX_WAITS)
-            )
-        )
+        job.not_before = transaction.now + wait
+        job.reward_waits = min(job.reward_waits + 1, MAX_WAITS)
+        transaction.flush()
     return False
 
 

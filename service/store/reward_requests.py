@@ -52,11 +52,7 @@ class CallbackResult:
 
 
 def announce(
-    transaction: Transaction,
-    held: Held,
-    wanted: RewardAnnouncement,
-    *,
-    is_signature_required: bool,
+    transaction: Transaction, held: Held, wanted: RewardAnnouncement, *, is_signature_required: bool
 ) -> RewardRequestRow:
     """Store a request before it is sent; a result from an earlier attempt is kept.
 

@@ -53,21 +53,15 @@ def _add(
     transaction.flush()
 
 
-def list_all(transaction: Transaction, endpoint_ids: Sequence[str]) -> list[RewardSecretRow]:
+def list_all(transaction: Transaction, endpoint_ids: Sequence[str]) -> Sequence[RewardSecretRow]:
     """The valid secrets, newest first."""
-    return list(
-        transaction.scalars(
-            select(RewardSecretRow)
-            .where(
-                RewardSecretRow.endpoint_id.in_(endpoint_ids),
-                or_(
-                    RewardSecretRow.expires_at.is_(None),
-                    RewardSecretRow.expires_at > transaction.now,
-                ),
-            )
-            .order_by(RewardSecretRow.created_at.desc(), RewardSecretRow.id.desc())
-        ).all()
-    )
+    expires_at = RewardSecretRow.expires_at
+    return transaction.scalars(
+        select(RewardSecretRow)
+        .where(RewardSecretRow.endpoint_id.in_(endpoint_ids))
+        .where(or_(expires_at.is_(None), expires_at > transaction.now))
+        .order_by(RewardSecretRow.created_at.desc(), RewardSecretRow.id.desc())
+    ).all()
 
 
 def open_all(transaction: Transaction, box: SecretBox, endpoint: RewardEndpointRow) -> Access:

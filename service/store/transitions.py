@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, update
 
 from dar.protocol.events import Level
-from dar.protocol.status import TERMINAL, AttemptStatus, JobStatus, StatusDetail
+from dar.protocol.status import TERMINAL, JobStatus, StatusDetail
 from service.store import events
 from service.store.database import Transaction
 from service.store.tables import JobRow
@@ -42,52 +42,40 @@ MoveName = Literal[
 class Move:
     """A row of the state table."""
 
-    sources: frozenset[JobStatus]
+    sources: tuple[JobStatus, ...]
     target: JobStatus
     detail: StatusDetail | None = None
-    attempt: AttemptStatus | None = None
-    """Status of the attempt after the move."""
     is_cancelling: bool | None = None
     """Guard: whether a cancellation must have been requested, or must not; None: either."""
     level: Level = "info"
 
 
-def _of(*statuses: JobStatus) -> frozenset[JobStatus]:
-    return frozenset(statuses)
-
-
 MOVES: Mapping[MoveName, Move] = {
-    "claimed": Move(_of("queued"), "running", "starting"),
+    "claimed": Move(("queued",), "running", "starting"),
     # Reported by an attempt.
-    "succeeded": Move(_of("running", "pausing"), "succeeded", None, "succeeded"),
-    "failed": Move(_of("running", "pausing"), "failed", "user_error", "failed", level="error"),
-    "retried": Move(
-        _of("running"), "queued", "backoff", "failed", is_cancelling=False, level="warn"
-    ),
-    "drained": Move(_of("running"), "queued", None, "drained", is_cancelling=False),
-    "reward_paused": Move(
-        _of("running"), "paused", "reward", "drained", is_cancelling=False, level="warn"
-    ),
+    "succeeded": Move(("running", "pausing"), "succeeded"),
+    "failed": Move(("running", "pausing"), "failed", "user_error", level="error"),
+    "retried": Move(("running",), "queued", "backoff", is_cancelling=False, level="warn"),
+    "drained": Move(("running",), "queued", is_cancelling=False),
+    "reward_paused": Move(("running",), "paused", "reward", is_cancelling=False, level="warn"),
     "reward_down": Move(
-        _of("running"), "queued", "waiting_for_reward", "drained", is_cancelling=False, level="warn"
+        ("running",), "queued", "waiting_for_reward", is_cancelling=False, level="warn"
     ),
     # Found by the service.
-    "lost": Move(_of("running"), "queued", None, "lost", is_cancelling=False, level="warn"),
+    "lost": Move(("running",), "queued", is_cancelling=False, level="warn"),
     "poisoned": Move(
-        _of("running", "pausing"), "failed", "poison", is_cancelling=False, level="error"
+        ("running", "pausing"), "failed", "poison", is_cancelling=False, level="error"
     ),
     # Requested by a user.
-    "cancelled": Move(_of("queued", "paused"), "cancelled"),
-    "cancel_requested": Move(
-        _of("running", "pausing"), "running", "cancelling", is_cancelling=False
-    ),
-    "cancel_confirmed": Move(_of("running"), "cancelled", None, "cancelled", is_cancelling=True),
-    "pause_requested": Move(_of("running"), "pausing", is_cancelling=False),
-    "pause_withdrawn": Move(_of("pausing"), "running", is_cancelling=False),
+    "cancelled": Move(("queued", "paused"), "cancelled"),
+    "cancel_requested": Move(("running", "pausing"), "running", "cancelling", is_cancelling=False),
+    "cancel_confirmed": Move(("running",), "cancelled", is_cancelling=True),
+    "pause_requested": Move(("running",), "pausing", is_cancelling=False),
+    "pause_withdrawn": Move(("pausing",), "running", is_cancelling=False),
     # Also when the attempt of a pausing job ends in any way that does not end the job.
-    "paused": Move(_of("queued", "pausing"), "paused", "by_user", is_cancelling=False),
-    "resumed": Move(_of("paused"), "queued"),
-    "restarted": Move(_of("failed", "cancelled"), "queued"),
+    "paused": Move(("queued", "pausing"), "paused", "by_user", is_cancelling=False),
+    "resumed": Move(("paused",), "queued"),
+    "restarted": Move(("failed", "cancelled"), "queued"),
 }
 
 

@@ -16,12 +16,8 @@ from service.store.tables import JobRow
 
 
 def end(world: World, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
-    call: Any = {Complete: outcomes.complete, Fail: outcomes.fail, Release: outcomes.release}[
-        type(said)
-    ]
     with world.database.write() as transaction:
-        outcome: Outcome = call(transaction, held.attempt.lease_id, said)
-    return outcome
+        return outcomes.end(transaction, held.attempt.lease_id, said)
 
 
 def ask(world: World, what: Any, job_id: str) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints and inputs over a network that breaks."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -20,7 +21,7 @@ from dar.protocol.worker import CheckpointUpload, Fail, Lease, NewCheckpointRow
 from fakes.scripted_installation import ScriptedInstallation
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
-from worker.identity import Identity
+from worker.identity import claim_of
 from worker.supervisor import checkpoints
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.inputs import InputError, InputFetcher, safe_path
@@ -98,11 +99,11 @@ def lease(installation: ScriptedInstallation, request: pytest.FixtureRequest) ->
         installation.submit_spec(b'{"prompt": "Once"}\n', dar)
     key = (installation.home / "worker_key").read_text().strip()
     settings = installation.settings(node="test", slot="uploads")
-    with WorkerClient(installation.url, key, node="test") as client:
-        lease = client.claim(Identity.of(settings).claim())
+    with contextlib.closing(WorkerClient(installation.url, key, node="test")) as client:
+        lease = client.claim(claim_of(settings))
         assert lease is not None
         yield lease
-    with WorkerClient(installation.url, lease.token, node="test") as client:
+    with contextlib.closing(WorkerClient(installation.url, lease.token, node="test")) as client:
         fail = Fail(attempt=lease.attempt, kind="user", code="over", message="the test is over")
         client.end(lease.lease_id, fail)
 
@@ -189,9 +190,8 @@ def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
     monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.01)
     assert SIZE // PART > checkpoints.UPLOAD_ATTEMPTS
-    with AnswerLost(
-        installation.url, state.lease.token, node="test", give_up=state.is_given_up
-    ) as client:
+    lossy = AnswerLost(installation.url, state.lease.token, node="test", give_up=state.is_given_up)
+    with contextlib.closing(lossy) as client:
         uploader = CheckpointUploader(state, client)
         uploader.take(publish(state, 2))
         uploader.finish()

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -105,51 +106,25 @@ class SpoolSink:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Store metrics of a step; infinity and NaN become null."""
         checked = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._spool.append(
-            lambda seq, at: MetricsRow(type="metrics", seq=seq, at=at, step=step, values=checked)
-        )
+        self._spool.append(partial(MetricsRow, type="metrics", step=step, values=checked))
 
     def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         """Store some completions of a step."""
         for start in range(0, len(samples), SAMPLES_PER_ROW):
-            self._append_samples(step, list(samples[start : start + SAMPLES_PER_ROW]))
-
-    def _append_samples(self, step: int, samples: list[ReportedSample]) -> None:
-        self._spool.append(
-            lambda seq, at: SamplesRow(type="samples", seq=seq, at=at, step=step, samples=samples)
-        )
+            part = list(samples[start : start + SAMPLES_PER_ROW])
+            self._spool.append(partial(SamplesRow, type="samples", step=step, samples=part))
 
     def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
+        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
     ) -> None:
         """Store statistics of requests to reward services."""
-        self._spool.append(
-            lambda seq, at: RewardsRow(
-                type="rewards",
-                seq=seq,
-                at=at,
-                step=step,
-                requests=list(requests),
-                failures=list(failures),
-            )
-        )
+        row = partial(RewardsRow, type="rewards", step=step)
+        self._spool.append(partial(row, requests=list(requests), failures=list(failures)))
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """Store a message for the user."""
-        facts = None if data is None else dict(data)
-        self._spool.append(
-            lambda seq, at: EventRow(
-                type="event",
-                seq=seq,
-                at=at,
-                level=level,
-                message=message[:EVENT_LENGTH],
-                data=facts,
-            )
-        )
+        text, facts = message[:EVENT_LENGTH], None if data is None else dict(data)
+        self._spool.append(partial(EventRow, type="event", level=level, message=text, data=facts))
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
         """Report the current phase."""
@@ -164,16 +139,8 @@ class SpoolSink:
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - the folder holds it
         """Queue a published checkpoint for upload."""
-        self._spool.append(
-            lambda seq, at: NewCheckpointRow(
-                type="checkpoint",
-                seq=seq,
-                at=at,
-                step=step,
-                folder=folder.name,
-                manifest_sha256=manifest_sha256,
-            )
-        )
+        row = partial(NewCheckpointRow, type="checkpoint", step=step, folder=folder.name)
+        self._spool.append(partial(row, manifest_sha256=manifest_sha256))
 
     def close(self, error: DARError | None = None) -> None:
         """Report how the trainer ended; nothing may be written afterwards."""

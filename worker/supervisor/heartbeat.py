@@ -1,5 +1,6 @@
 """The two threads that hold a lease: one sends heartbeats, one receives directives."""
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -84,10 +85,7 @@ class DirectiveListener:
     """
 
     def __init__(
-        self,
-        state: AttemptState,
-        client: WorkerClient,
-        take_result: Callable[[Directive], None],
+        self, state: AttemptState, client: WorkerClient, take_result: Callable[[Directive], None]
     ) -> None:
         self._state = state
         self._client = client
@@ -95,7 +93,7 @@ class DirectiveListener:
 
     def run(self) -> None:
         """Poll until the attempt is over; after an outage, again within two seconds."""
-        with self._client:
+        with contextlib.closing(self._client):
             self._listen()
 
     def _listen(self) -> None:

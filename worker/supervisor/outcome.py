@@ -1,5 +1,6 @@
 """What a worker reports when an attempt ends, as a pure function of how the trainer ended."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,12 @@ from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
 Reason = Literal["cancel", "pause", "drain"]
+RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
+    "cancel": "cancelled",
+    "pause": "paused",
+    "drain": "drained",
+}
+"""Why the attempt is stopped -> reason of its release."""
 
 MESSAGE_LENGTH = 8000
 """Longest `Fail.message`."""
@@ -41,12 +48,10 @@ def judge(
     """
     if ended.code == ExitCode.FINISHED and result is not None:
         return Finished(result.last_seq)
-    if asked == "cancel":
-        return Release(attempt=attempt, reason="cancelled")
-    if asked == "pause":
-        return Release(attempt=attempt, reason="paused")
-    if asked == "drain" or ended.code == ExitCode.DRAINED:
-        return Release(attempt=attempt, reason="drained")
+    if asked is None and ended.code == ExitCode.DRAINED:
+        asked = "drain"
+    if asked is not None:
+        return Release(attempt=attempt, reason=RELEASES[asked])
     if result is not None and result.message is not None:
         code = result.code or "trainer_failed"
         if ended.code == ExitCode.USER_ERROR:

@@ -1,5 +1,6 @@
 """Asynchronous rewards in the supervisor: announces requests to the service, forwards results."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -45,7 +46,8 @@ class RewardBridge:
             descriptor: Read end of the pipe.
         """
         rest = b""
-        with os.fdopen(descriptor, "rb", buffering=0) as pipe, self._client:
+        client = contextlib.closing(self._client)
+        with os.fdopen(descriptor, "rb", buffering=0) as pipe, client:
             while chunk := pipe.read(READ_BYTES):
                 *lines, rest = (rest + chunk).split(b"\n")
                 self._pass_on([RewardNote.model_validate_json(line) for line in lines])

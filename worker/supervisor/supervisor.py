@@ -10,8 +10,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import structlog
 
@@ -27,7 +26,7 @@ from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
 from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
 from worker.supervisor.inputs import InputFetcher, LocalInputs
-from worker.supervisor.outcome import AttemptEnd, Finished, Reason, failure, judge
+from worker.supervisor.outcome import RELEASES, AttemptEnd, Finished, failure, judge
 from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
@@ -42,13 +41,6 @@ LAST_REPORT_SECONDS = 5.0
 """How long a stopping worker tries to report the end; else its next start frees the job."""
 CANCELLED_ROWS_SECONDS = 2.0
 """How long a cancellation waits for the last rows; `worker.cleanup` sends the rest afterwards."""
-
-RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
-    "cancel": "cancelled",
-    "pause": "paused",
-    "drain": "drained",
-}
-"""Release reasons of an attempt that is stopped before its trainer starts."""
 
 
 class Supervisor:
@@ -266,9 +258,7 @@ class Supervisor:
             )
             return failure(self._lease.attempt, error)
         return Complete(
-            attempt=self._lease.attempt,
-            last_seq=finished.last_seq,
-            checkpoint_id=checkpoint_id,
+            attempt=self._lease.attempt, last_seq=finished.last_seq, checkpoint_id=checkpoint_id
         )
 
     def _tidy(self, end: AttemptEnd | None) -> None:

@@ -156,10 +156,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def save_resume_state(
-    folder: Path,
-    optimizer: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
-    own: Mapping[str, Any],
+    folder: Path, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any], own: Mapping[str, Any]
 ) -> None:
     """Write optimizer, scheduler, random states and the trainer's own state into ``folder/resume``.
 

@@ -40,11 +40,9 @@ class Stateful(Protocol):
 
     def state(self) -> dict[str, Any]:
         """The state as JSON values. The keys of all parts lie side by side in a checkpoint."""
-        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state, which holds the keys of all parts."""
-        ...
 
 
 class RunCheckpoints:

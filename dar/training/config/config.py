@@ -1,7 +1,7 @@
 """`DARConfig`: everything that decides how a policy is trained."""
 
 import functools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dar.protocol.spec import (
     TrainingOrder,
     WeightNormalization,
 )
-from dar.training.config.fields import SPEC_FIELDS, described, from_spec
+from dar.training.config.fields import SPEC_FIELDS, from_spec, option
 from dar.training.config.ignored import refuse_without_effect
 from dar.training.config.ranges import check_ranges
 from dar.training.parallel import deepspeed_config
@@ -132,28 +132,23 @@ class DARConfig(TrainingArguments):
     max_prompt_length: int | None = from_spec(
         SPEC_FIELDS["max_prompt_length"], source=_FIRST_TRAINER
     )
-    reward_model_path: str | None = field(
-        default=None,
-        metadata=described(
-            "Reward model: folder or hub id of a sequence classifier with one label.",
-            source=_FIRST_TRAINER,
-        ),
+    reward_model_path: str | None = option(
+        "Reward model: folder or hub id of a sequence classifier with one label.",
+        source=_FIRST_TRAINER,
     )
 
     overlap: Overlap = from_spec(SPEC_FIELDS["overlap"], source="docs/dar.md")
     order: TrainingOrder = from_spec(SPEC_FIELDS["order"], source="docs/dar.md")
 
-    optim: OptimizerNames | str = field(
-        default=OPTIMIZERS[SPEC_FIELDS["optim"].default],
-        metadata=described("Optimizer, by transformers' name.", source=_TRANSFORMERS),
+    optim: OptimizerNames | str = option(
+        "Optimizer, by transformers' name.",
+        OPTIMIZERS[SPEC_FIELDS["optim"].default],
+        source=_TRANSFORMERS,
     )
     learning_rate: float = from_spec(SPEC_FIELDS["learning_rate"], source="arXiv 2602.11523: 1e-6")
-    num_train_epochs: float = field(
-        default=1.0, metadata=described("Passes over the prompts.", source=_TRANSFORMERS)
-    )
-    logging_steps: float = field(
-        default=1,
-        metadata=described("Steps between two reports.", unit="steps", source=_TRANSFORMERS),
+    num_train_epochs: float = option("Passes over the prompts.", 1.0, source=_TRANSFORMERS)
+    logging_steps: float = option(
+        "Steps between two reports.", 1, source=_TRANSFORMERS, unit="steps"
     )
 
     def __post_init__(self) -> None:

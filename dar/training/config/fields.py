@@ -32,11 +32,24 @@ class HelpText(str):
     """Of its value; empty: a pure number or a word."""
 
 
-def described(text: str, *, source: str, unit: str = "") -> dict[str, HelpText]:
-    """Metadata of a dataclass field that has a help text."""
+def option(
+    text: str, default: object = None, *, source: str = "", unit: str = "", **more: str
+) -> Any:  # noqa: ANN401 - as dataclasses.field
+    """A dataclass field with a help text.
+
+    Args:
+        text: The help.
+        default: The value if none is given, or a function that makes it.
+        source: See `HelpText`.
+        unit: See `HelpText`.
+        more: Further arguments of argparse for the flag.
+    """
     help_text = HelpText(text)
     help_text.source, help_text.unit = source, unit
-    return {"help": help_text}
+    metadata = {"help": help_text, **more}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def from_spec(spec: FieldInfo, *, source: str = "") -> Any:  # noqa: ANN401 - as dataclasses.field
@@ -48,8 +61,6 @@ def from_spec(spec: FieldInfo, *, source: str = "") -> Any:  # noqa: ANN401 - as
     """
     unit = next((str(note) for note in spec.metadata if isinstance(note, Unit)), "")
     text = " ".join((spec.description or "").split())
-    metadata = described(text, source=source, unit=unit)
-    if spec.default_factory is not None:
-        make = partial(spec.get_default, call_default_factory=True)
-        return field(default_factory=make, metadata=metadata)
-    return field(default=spec.default, metadata=metadata)
+    make = partial(spec.get_default, call_default_factory=True)
+    default = spec.default if spec.default_factory is None else make
+    return option(text, default, source=source, unit=unit)

@@ -284,7 +284,7 @@ class PromptEncoder:
         Raises:
             InvalidRequestError: There are none; see `__call__`.
         """
-        ids = self._plain(prompt) if isinstance(prompt, str) else self._conversation(prompt)
+        ids = self._plain(prompt) if isinstance(prompt, str) else self.bare(self.rendered(prompt))
         if not ids:
             raise InvalidRequestError(
                 f"the prompt {prompt!r:.80} has no tokens, and the tokenizer has no BOS token to "
@@ -341,17 +341,14 @@ class PromptEncoder:
                 f"the model's chat template refuses the conversation: {error}"
             ) from error
 
-    def _conversation(self, messages: Sequence[Message]) -> list[int]:
-        return self.bare(self.rendered(messages))
-
     def bare(self, text: str) -> list[int]:
         """Token ids of exactly this text."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _cut(self, ids: list[int], messages: Sequence[Message] | None, longest: int) -> list[int]:
-        for rest in self._without_early_turns(messages or ()):
-            ids = self._conversation(rest)
+        for rest in without_early_turns(messages or ()):
+            ids = self.bare(self.rendered(rest))
             messages = rest
             if len(ids) <= longest:
                 return ids
@@ -360,19 +357,20 @@ class PromptEncoder:
             head = int(ids[0] == self._tokenizer.bos_token_id)
         return [*ids[:head], *ids[len(ids) - longest + head :]]
 
-    def _without_early_turns(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
-        """The conversation without its first turn, its first two, and so on; users start turns."""
-        starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        for start in starts[1:]:
-            yield [*messages[: starts[0]], *messages[start:]]
-
     def _head(self, ids: list[int], messages: Sequence[Message] | None) -> int:
         """Number of tokens before the text of the last turn; for a plain text, its BOS token."""
         if messages is not None:
             emptied = [*messages[:-1], {**messages[-1], "content": ""}]
             with contextlib.suppress(InvalidRequestError):  # some templates refuse empty texts
-                return common_length(ids, self._conversation(emptied))
+                return common_length(ids, self.bare(self.rendered(emptied)))
         return int(ids[0] == self._tokenizer.bos_token_id)
+
+
+def without_early_turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The conversation without its first turn, its first two, and so on; users start turns."""
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for start in starts[1:]:
+        yield [*messages[: starts[0]], *messages[start:]]
 
 
 def common_length(one: Iterable[int], other: Iterable[int]) -> int:

@@ -1,8 +1,7 @@
 """The part of the demo that needs torch, and two small tasks.
 
-base: makes the base model of the reviews.
-reviews: the language of the reviews.
+base: the base model of the reviews.
+languages: the reviews, and the symbols, prompts and reward of the brackets, without torch.
 brackets: a task whose optimum is known exactly.
-bracket_reward: its symbols, prompts and reward, without torch.
-trial: the brackets task trained, correctly and with deliberate mistakes.
+trial: the brackets task trained, correctly and with mistakes.
 """

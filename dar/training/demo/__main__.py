@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from dar.training.config.config import DARConfig
 from dar.training.demo.base import report, save_base, train_base
-from dar.training.demo.bracket_reward import PROMPTS
 from dar.training.demo.brackets import Brackets
+from dar.training.demo.languages import PROMPTS
 from dar.training.parallel import deepspeed_config
 
 
@@ -99,12 +99,7 @@ def main() -> None:
         save_base(arguments.folder, task.model(arguments.seed), task.tokenizer(), PROMPTS)
         report(done=True)
     elif arguments.command == "judge":
-        judge(
-            arguments.folder,
-            alpha=arguments.alpha,
-            beta=arguments.beta,
-            dar_k=arguments.dar_k,
-        )
+        judge(arguments.folder, alpha=arguments.alpha, beta=arguments.beta, dar_k=arguments.dar_k)
     else:
         prompts = json.load(sys.stdin)
         for folder in arguments.folder:

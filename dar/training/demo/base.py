@@ -1,4 +1,4 @@
-"""The demo's base model: a small Llama, trained from random weights on `dar.training.demo.reviews`.
+"""The demo's base model: a small Llama, trained from random weights on the demo's reviews.
 
 It is saved with its tokenizer as a folder that any loader of transformers reads.
 """
@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dar.training.demo.reviews import OPENINGS, reviews
+from dar.training.demo.languages import OPENINGS, reviews
 
 BATCH = 96
 """Reviews per optimizer step, some 1,600 tokens."""

@@ -36,15 +36,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
-from dar.training.demo.bracket_reward import NEW_TOKENS, PROMPTS, SYMBOLS, balanced
+from dar.training.demo.languages import NEW_TOKENS, PROMPTS, SYMBOLS, balanced
 
 START = ")"
 EOS_ID = len(SYMBOLS)

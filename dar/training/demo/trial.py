@@ -14,8 +14,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
-from dar.training.demo.bracket_reward import NEW_TOKENS, PROMPTS
 from dar.training.demo.brackets import EOS_ID, Brackets, ExactMetrics
+from dar.training.demo.languages import NEW_TOKENS, PROMPTS
 from dar.training.trainer import DARTrainer
 
 SETTINGS: Mapping[str, Any] = {

@@ -1,11 +1,13 @@
-"""Loads models without running code that comes with them."""
+"""Loads models without running code that comes with them, and describes them."""
 
 import contextlib
 import copy
+import functools
+import hashlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +33,8 @@ CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "trust_remot
 """Keys of a config.json that have loaded code from a hub: auto_map by design, the others through
 CVE-2026-4372 and CVE-2026-5241. A built-in architecture needs none of them."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SKETCHED_VALUES = 256
+"""Leading values of each parameter in a sketch: enough to distinguish models, and cheap."""
 
 
 def load_model(
@@ -48,29 +52,47 @@ def load_model(
             language model.
         OSError: The hub cannot be reached.
     """
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(str(name), local_files_only=is_offline)
-        reject_code(name, config)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(name),
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=is_offline,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if not is_offline and is_hub_unreachable(error):
-            raise
-        raise TrainingError(
-            f"the model {str(name)!r} cannot be loaded as a causal language model from "
-            f"safetensors: {error}",
-            param="model",
-        ) from error
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=dtype)
+    model: PreTrainedModel = from_safetensors(
+        load, name, "a causal language model", param="model", is_offline=is_offline
+    )
     _make_savable(model)
     return model
 
 
-def is_hub_unreachable(error: BaseException | None) -> bool:
+def from_safetensors(
+    load: Callable[..., Any], name: str | Path, kind: str, *, param: str, is_offline: bool
+) -> Any:  # noqa: ANN401 - what `load` returns
+    """Call a ``from_pretrained`` of transformers, for safetensors and built-in architectures only.
+
+    Args:
+        load: The function, with further arguments bound.
+        name: Folder or hub id.
+        kind: What the model is loaded as, for the error.
+        param: The parameter that names the model.
+        is_offline: Whether access to the hub is forbidden.
+
+    Raises:
+        TrainingError: There is no such model, it needs code of its own, or it is of another kind.
+        OSError: The hub cannot be reached.
+    """
+    path = str(name)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
+        reject_code(path, config)
+        return load(
+            path, trust_remote_code=False, use_safetensors=True, local_files_only=is_offline
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if not is_offline and _is_hub_unreachable(error):
+            raise
+        what = param.replace("_", " ")
+        raise TrainingError(
+            f"the {what} {path!r} cannot be loaded as {kind} from safetensors: {error}", param=param
+        ) from error
+
+
+def _is_hub_unreachable(error: BaseException | None) -> bool:
     """Whether only the network failed, and the files may exist."""
     while error is not None:
         if isinstance(error, LocalEntryNotFoundError):
@@ -241,3 +263,18 @@ def eos_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozens
     ):
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return frozenset(found)
+
+
+def weights_sketch(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and leading values of a model's parameters."""
+    sketch = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        leading = parameter.detach().flatten()[:SKETCHED_VALUES].to("cpu", torch.float32)
+        sketch.update(f"{name} {tuple(parameter.shape)} ".encode())
+        sketch.update(leading.numpy().tobytes())
+    return sketch.hexdigest()
+
+
+def weights_bytes(module: nn.Module | None) -> int:
+    """Bytes of a module's weights; 0 for None."""
+    return 0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters())

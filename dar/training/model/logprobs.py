@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dar.training.data.rows import TokenPair
+from dar.training.loss import precise
 
 MAX_ROWS = 64
 """Most sequences in one forward pass."""
@@ -47,7 +48,7 @@ def logps_and_entropies(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[
     with torch.no_grad():  # one sequence at a time: probabilities take as much memory as logits
         entropies_B = torch.stack(
             [
-                torch.special.entr(_precise(logits_CV[mask_C]).softmax(dim=-1)).sum()
+                torch.special.entr(precise(logits_CV[mask_C]).softmax(dim=-1)).sum()
                 for logits_CV, mask_C in zip(logits_BCV, batch["completion_mask"], strict=True)
             ]
         )
@@ -70,16 +71,11 @@ def _summed_logps(logits_BCV: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     mask_BC = batch["completion_mask"]
     width = mask_BC.shape[1]
     losses_BC = nn.functional.cross_entropy(
-        _precise(logits_BCV).flatten(0, 1),
+        precise(logits_BCV).flatten(0, 1),
         batch["input_ids"][:, -width:].flatten(),
         reduction="none",
     ).view(-1, width)
     return -losses_BC.masked_fill(~mask_BC, 0.0).sum(dim=1)
-
-
-def _precise(values: Tensor) -> Tensor:
-    """In float32, or still in float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def forward_batches(pairs: Sequence[TokenPair], vocabulary: int) -> Iterator[list[int]]:

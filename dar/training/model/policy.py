@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
 from dar.training.model import loading
-from dar.training.model.sketch import weights_sketch
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Policy:
         loading.check_forward(policy)
         loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
         loading.disable_dropout(policy)
-        sketch = weights_sketch(policy)
+        sketch = loading.weights_sketch(policy)
         reference: nn.Module | None = ref_model
         transformers.set_seed(config.seed)  # for the random weights of a new adapter
         if peft_config is not None:
@@ -75,7 +74,7 @@ class Policy:
         if reference is not None:
             loading.disable_dropout(reference)
             reference = reference.requires_grad_(requires_grad=False).eval()
-            sketch += weights_sketch(reference)
+            sketch += loading.weights_sketch(reference)
         return cls(policy, reference, tokenizer, sketch)
 
     @property

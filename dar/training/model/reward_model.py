@@ -6,6 +6,7 @@ the other rows of the batch.
 """
 
 import asyncio
+import functools
 import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,21 +15,22 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
+from dar.protocol.rows import Message
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
 from dar.rewards.threads import in_daemon_thread
+from dar.training.data.rows import without_early_turns
+from dar.training.loss import precise
 from dar.training.model import loading
-from dar.training.model.sketch import weights_bytes, weights_sketch
+from dar.training.model.loading import weights_bytes, weights_sketch
 
 RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
 """Folder or hub id of a sequence classifier with one label, or such a model, or several of
@@ -165,7 +167,7 @@ class RewardModel:
         finally:
             config.pad_token_id = configured
         rewards_B: Tensor = logits_B1[:, 0]
-        return rewards_B.to("cpu", torch.promote_types(rewards_B.dtype, torch.float32))
+        return precise(rewards_B).cpu()
 
     # --- texts as token ids ------------------------------------------------------------------
 
@@ -202,7 +204,8 @@ class RewardModel:
                 f"{_named(self._model)} has no chat template; use plain prompts, a reward model "
                 "for conversations, or give reward_processing_class"
             )
-        for messages in _shorter(_answered(prompt, completion)):
+        whole = _answered(prompt, completion)
+        for messages in (whole, *without_early_turns(whole)):
             ids = self._rendered(messages)
             if len(ids) <= self._max_length:
                 break
@@ -245,25 +248,12 @@ def load_reward_model(
         OSError: The hub cannot be reached.
     """
     path = str(name)
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
-        loading.reject_code(name, config)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=is_offline,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if not is_offline and loading.is_hub_unreachable(error):
-            raise
-        raise TrainingError(
-            f"the reward model {path!r} cannot be loaded as a sequence classifier from "
-            f"safetensors: {error}",
-            param="reward_model",
-        ) from error
+    load = functools.partial(
+        AutoModelForSequenceClassification.from_pretrained, dtype=dtype, output_loading_info=True
+    )
+    model, report = loading.from_safetensors(
+        load, path, "a sequence classifier", param="reward_model", is_offline=is_offline
+    )
     if missing := sorted(report["missing_keys"]):
         raise TrainingError(
             f"the model {path!r} is no reward model: its weights lack {', '.join(missing[:3])}, "
@@ -367,19 +357,9 @@ def _unused(rows: Sequence[Sequence[int]], vocabulary: int) -> int | None:
     return next((token for token in range(vocabulary) if token not in used), None)
 
 
-def _answered(prompt: Sequence[Mapping[str, Any]], completion: str) -> Sequence[Mapping[str, Any]]:
+def _answered(prompt: Sequence[Message], completion: str) -> Sequence[Message]:
     """The conversation with its completion, which continues a last message of the assistant."""
     last = prompt[-1]
     if last["role"] == "assistant" and isinstance(last.get("content"), str):
         return [*prompt[:-1], {**last, "content": last["content"] + completion}]
     return [*prompt, {"role": "assistant", "content": completion}]
-
-
-def _shorter(
-    messages: Sequence[Mapping[str, Any]],
-) -> Iterator[Sequence[Mapping[str, Any]]]:
-    """The conversation, then without its first turns. A turn begins with a message of the user."""
-    yield messages
-    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    for start in starts[1:]:
-        yield [*messages[: starts[0]], *messages[start:]]

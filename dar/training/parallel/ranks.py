@@ -41,6 +41,8 @@ PARTING_SECONDS = 5.0
 """Longest wait of the main process for the others at the end; one of them may be dead."""
 PIECE_BYTES = 2**22
 """Largest value of one key; a torch store refuses 8 MiB."""
+ABORT = "abort"
+"""Key of the first error."""
 TENSOR = "$tensor"
 """Key of the JSON object that stands for a tensor."""
 
@@ -156,9 +158,9 @@ class Ranks:
         """
         if self.count > 1:
             with _reaching():
-                is_over = self._store.check([self._abort])
-            if is_over:
-                raise _read_error(self._read(self._abort))
+                failure = self._store.get(ABORT) if self._store.check([ABORT]) else None
+            if failure is not None:
+                raise _read_error(json.loads(failure))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -200,7 +202,7 @@ class Ranks:
         """Publish ``error`` if it is the first; return the first, or None if that is ``error``."""
         mine = json.dumps(_error_as_json(error, self.index))
         try:
-            first = self._store.compare_set(self._abort, "", mine).decode()
+            first = self._store.compare_set(ABORT, "", mine).decode()
         except DistError:
             return None  # the process that held the store is dead
         return None if first == mine else _read_error(json.loads(first))
@@ -213,7 +215,6 @@ class Ranks:
         self._stale, self._fresh = [], []
         if self._whole_store is not None:
             self._store = PrefixStore(f"{self._epoch}", self._whole_store)
-        self._abort = "abort"
 
     def _next(self) -> str:
         self._number += 1
@@ -242,10 +243,6 @@ class Ranks:
     def _is_there(self, key: str) -> bool:
         with _reaching():
             return self._store.check([key])
-
-    def _read(self, key: str) -> Any:  # noqa: ANN401 - any JSON value
-        with _reaching():
-            return json.loads(self._store.get(key))
 
     def _forget(self) -> None:
         """Remove keys that all processes have read.

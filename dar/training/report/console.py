@@ -110,10 +110,7 @@ class TrainingConsole:
             self._progress.update(self._task, completed=step, note=self._note)
 
     def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
+        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
     ) -> None:
         """Not shown: problems that matter to a user also come as events."""
 

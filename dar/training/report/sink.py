@@ -19,28 +19,20 @@ class Sink(Protocol):
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a step, by registered name; finite numbers only."""
-        ...
 
     def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         """Some of the step's completions, for viewing."""
-        ...
 
     def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
+        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
     ) -> None:
         """Statistics of the requests to reward services since the last call."""
-        ...
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """A message for the user."""
-        ...
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
         """The present phase and its step; cheap, and not stored."""
-        ...
 
     def flush(self) -> int:
         """Make all reports so far durable.
@@ -48,11 +40,9 @@ class Sink(Protocol):
         Returns:
             The highest sequence number so far; 0 if there are none.
         """
-        ...
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
         """A checkpoint was published in ``folder``."""
-        ...
 
 
 class NullSink:
@@ -65,10 +55,7 @@ class NullSink:
         pass
 
     def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
+        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
     ) -> None:
         pass
 
@@ -90,7 +77,6 @@ class Control(Protocol):
 
     def requested(self) -> StopKind | None:
         """The request, or None to continue."""
-        ...
 
 
 class NullControl:

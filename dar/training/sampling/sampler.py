@@ -34,6 +34,7 @@ from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.samples import FinishReason
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
+from dar.training.loss import precise
 from dar.training.model.loading import LanguageModel
 from dar.training.model.logprobs import autocast
 
@@ -138,11 +139,6 @@ def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
     return torch.from_numpy(np.stack(drawn)).clamp(max=LARGEST_UNIFORM)
 
 
-def raised(values: Tensor) -> Tensor:
-    """Values in float32; float64 stays float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
     """Refuse a prompt with a token that the model has no embedding for.
 
@@ -169,7 +165,7 @@ def draw(scores_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Tokens ``[B]`` and their log-probabilities ``[B]``, float32 or, for float64 scores, float64.
     """
-    logps_BV = torch.log_softmax(raised(scores_BV), dim=-1)
+    logps_BV = torch.log_softmax(precise(scores_BV), dim=-1)
     masses_BV = logps_BV.exp().double().cumsum(dim=-1)
     targets_B1 = (uniforms_B * masses_BV[:, -1]).unsqueeze(1)
     tokens_B1 = torch.searchsorted(masses_BV, targets_B1, right=True).clamp(
@@ -328,7 +324,7 @@ class Sampler:
             attention_BT=torch.cat([attention_BT, ones_BT], dim=1),
             positions_B=attention_BT.sum(dim=1),
             seen_BV=seen_BV,
-            logp_sums_B=torch.zeros(len(rows), device=device, dtype=raised(logits_PV).dtype),
+            logp_sums_B=torch.zeros(len(rows), device=device, dtype=precise(logits_PV).dtype),
         )
         return batch, logits_PV.repeat_interleave(k, dim=0)
 
@@ -353,7 +349,7 @@ class Sampler:
                 before_each()
             tokens_B, logps_B = draw(self._scores(logits_BV, batch.seen_BV), noise_BN[:, offset])
             if self._config.behavior == "policy":
-                policy_BV = raised(logits_BV).log_softmax(dim=-1)
+                policy_BV = precise(logits_BV).log_softmax(dim=-1)
                 logps_B = policy_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
             batch.logp_sums_B += logps_B
             if batch.seen_BV is not None:
@@ -380,7 +376,7 @@ class Sampler:
         return logits_BV
 
     def _scores(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
-        scores_BV = raised(logits_BV)
+        scores_BV = precise(logits_BV)
         if self._impossible is not None and self._impossible < scores_BV.shape[1]:
             scores_BV = scores_BV.clone()
             scores_BV[:, self._impossible] = -torch.inf

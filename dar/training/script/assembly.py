@@ -24,11 +24,7 @@ from dar.training.trainer import DARTrainer
 
 
 def build(
-    script: ScriptArguments,
-    config: DARConfig,
-    settings: Settings,
-    sink: Sink,
-    control: Control,
+    script: ScriptArguments, config: DARConfig, settings: Settings, sink: Sink, control: Control
 ) -> DARTrainer:
     """Load everything that a command line names, and make its trainer.
 

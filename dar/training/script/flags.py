@@ -6,7 +6,7 @@ defaults. Flags may be written with dashes or underscores.
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import LoraSpec
 from dar.training.config.config import DARConfig
-from dar.training.config.fields import from_spec
+from dar.training.config.fields import from_spec, option
 from dar.training.config.ignored import WITHOUT_EFFECT
 
 _LORA = LoraSpec.model_fields
@@ -28,96 +28,62 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 class ScriptArguments:
     """The model, its data and its rewards."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Model that is trained: folder or hub id.", "metavar": "MODEL"},
+    model_name_or_path: str | None = option(
+        "Model that is trained: folder or hub id.", metavar="MODEL"
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts: a JSON Lines, JSON, CSV or Parquet file, a folder, or a hub id.",
-            "metavar": "DATA",
-        },
+    dataset_name: str | None = option(
+        "Prompts: a JSON Lines, JSON, CSV or Parquet file, a folder, or a hub id.", metavar="DATA"
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub data set.", "metavar": "NAME"}
+    dataset_config: str | None = option("Configuration of a hub data set.", metavar="NAME")
+    dataset_train_split: str = option("Split that is trained on.", "train", metavar="SPLIT")
+    dataset_test_split: str = option(
+        "Split that is evaluated on, with --eval_strategy.", "test", metavar="SPLIT"
     )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split that is trained on.", "metavar": "SPLIT"}
+    eval_dataset_name: str | None = option(
+        "Prompts for evaluation, where they are not a split of --dataset_name.", metavar="DATA"
     )
-    dataset_test_split: str = field(
-        default="test",
-        metadata={"help": "Split that is evaluated on, with --eval_strategy.", "metavar": "SPLIT"},
+    reward_url: list[str] = option(
+        "Reward service; may be repeated. Requests are signed with DAR_REWARD_SECRET, or else the "
+        "file reward_secret in DAR_HOME.",
+        list,
+        metavar="URL",
+        action="extend",
     )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts for evaluation, where they are not a split of --dataset_name.",
-            "metavar": "DATA",
-        },
+    reward_function: list[str] = option(
+        "Reward function f(prompts, completions, **columns); may be repeated.",
+        list,
+        metavar="MODULE:NAME",
+        action="extend",
     )
-    reward_url: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward service; may be repeated. Requests are signed with DAR_REWARD_SECRET, "
-            "or else the file reward_secret in DAR_HOME.",
-            "metavar": "URL",
-            "action": "extend",
-        },
+    reward_model_name_or_path: list[str] = option(
+        "Reward model: folder or hub id of a sequence classifier with one label; may be repeated.",
+        list,
+        metavar="MODEL",
+        action="extend",
     )
-    reward_function: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward function f(prompts, completions, **columns); may be repeated.",
-            "metavar": "MODULE:NAME",
-            "action": "extend",
-        },
+    reward_weights: list[float] = option(
+        "Factor of each reward: functions first, then services, then models. (default: 1 each)",
+        list,
+        metavar="X",
     )
-    reward_model_name_or_path: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward model: folder or hub id of a sequence classifier with one label; may "
-            "be repeated.",
-            "metavar": "MODEL",
-            "action": "extend",
-        },
-    )
-    reward_weights: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "Factor of each reward: functions first, then services, then models. (default: "
-            "1 each)",
-            "metavar": "X",
-        },
-    )
-    use_peft: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter instead of all weights."}
-    )
+    use_peft: bool = option("Train a LoRA adapter instead of all weights.", default=False)
     lora_r: int = from_spec(_LORA["r"])
     lora_alpha: float = from_spec(_LORA["lora_alpha"])
     lora_dropout: float = from_spec(_LORA["lora_dropout"])
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: [_LORA["target_modules"].default],
-        metadata={"help": _LORA["target_modules"].description, "metavar": "NAME"},
+    lora_target_modules: list[str] = option(
+        _LORA["target_modules"].description or "",
+        lambda: [_LORA["target_modules"].default],
+        metavar="NAME",
     )
-    dtype: Dtype | None = field(
-        default=None,
-        metadata={
-            "help": "Number format of the weights. (default: float32; under an adapter with "
-            "--bf16, bfloat16)"
-        },
+    dtype: Dtype | None = option(
+        "Number format of the weights. (default: float32; under an adapter with --bf16, bfloat16)"
     )
-    sample_every: int = field(
-        default=10, metadata={"help": "Steps between two tables of samples; 0: none."}
-    )
+    sample_every: int = option("Steps between two tables of samples; 0: none.", 10)
 
 
-ONLY_WITH = {
-    "lora_r": "use_peft",
-    "lora_alpha": "use_peft",
-    "lora_dropout": "use_peft",
-    "lora_target_modules": "use_peft",
-}
+ONLY_WITH = dict.fromkeys(
+    ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), "use_peft"
+)
 """Flags that have no effect without another one."""
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 COMMON = (

@@ -102,10 +102,7 @@ def _divergences(log_ratios: Tensor) -> dict[str, float]:
 
 
 def _moments(name: str, values: Tensor) -> dict[str, float]:
-    return {
-        f"{name}_mean": values.mean().item(),
-        f"{name}_std": values.std(unbiased=False).item(),
-    }
+    return {f"{name}_mean": values.mean().item(), f"{name}_std": values.std(unbiased=False).item()}
 
 
 def sample_rows(step: ScoredStep) -> list[ReportedSample]:

@@ -7,7 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -39,42 +39,24 @@ from dar.training.step.reward_feed import (
 STREAMS: Mapping[Mode, type[PromptStream]] = {"train": PromptStream, "eval": EvaluationStream}
 
 
+@dataclass(frozen=True, slots=True)
 class OnlineSource:
     """Samples from the policy and has the completions scored.
 
     Each process samples for its share of the prompts, and the main one has all completions scored,
     however long that takes. Its own completions are submitted prompt by prompt, as soon as the K
     completions of one have ended. Those of the other processes are submitted when all are sampled.
-
-    Args:
-        run: The training run.
-        policy: Model and tokenizer.
-        prompts: The prompts of each step.
-        sampler: Samples K completions of each.
-        scoring: How they are scored.
-        weigher: Turns rewards into weights.
-        mode: In an evaluation, a step's number is that of the steps done before, and its noise is
-            always that of step 0.
     """
 
-    def __init__(
-        self,
-        run: RunContext,
-        policy: Policy,
-        prompts: PromptStream,
-        sampler: Sampler,
-        scoring: Scoring,
-        weigher: Weigher,
-        *,
-        mode: Mode,
-    ) -> None:
-        self._run = run
-        self._policy = policy
-        self._prompts = prompts
-        self._sampler = sampler
-        self._scoring = scoring
-        self._weigher = weigher
-        self._mode: Mode = mode
+    run: RunContext
+    policy: Policy
+    prompts: PromptStream
+    sampler: Sampler
+    scoring: Scoring
+    weigher: Weigher
+    mode: Mode
+    """In an evaluation, a step's number is that of the steps done before, and its noise is always
+    that of step 0."""
 
     def __call__(self, number: int) -> ScoredStep:
         """Sample, score and weigh step ``number``; see `StepSource`.
@@ -100,13 +82,13 @@ class OnlineSource:
             StopRequestedError: A stop was requested meanwhile.
             TrainingError: A probability of the policy is not finite.
         """
-        run = self._run
-        run.sink.phase("sampling" if self._mode == "train" else "evaluating", number)
+        run = self.run
+        run.sink.phase("sampling" if self.mode == "train" else "evaluating", number)
         started = time.monotonic()
-        prompts = self._prompts.of_step(number)
-        context = RewardContext(number, self._mode, run.job_id, staleness)
+        prompts = self.prompts.of_step(number)
+        context = RewardContext(number, self.mode, run.job_id, staleness)
         groups = _Groups(
-            self._scoring.scorer, prompts, context, self._policy.tokenizer, run.should_stop
+            self.scoring.scorer, prompts, context, self.policy.tokenizer, run.should_stop
         )
         waited = 0.0
         if stored is None:
@@ -116,7 +98,7 @@ class OnlineSource:
         groups.submit_all(range(len(prompts)), completions)
         step = ScoredStep(
             number=number,
-            epoch=self._prompts.epoch(number),
+            epoch=self.prompts.epoch(number),
             prompts=prompts,
             pairs=groups.pairs(range(len(prompts)), completions),
             texts=[groups.text(one) for one in completions],
@@ -127,39 +109,39 @@ class OnlineSource:
             idle_generation_seconds=waited,
             staleness=staleness,
         )
-        self._weigher.begin(step)
+        self.weigher.begin(step)
         feed = self._feed(step, groups)
-        if self._scoring.overlap == "none":
+        if self.scoring.overlap == "none":
             feed.receive_all()
         self._measure_reference(step, range(len(completions)))
         return StepInProgress(step, feed, completions)
 
     def _feed(self, step: ScoredStep, groups: "_Groups") -> RewardFeed:
-        scoring = self._scoring
+        scoring = self.scoring
         count = len(step.prompts)
         refill = 0
-        if self._mode == "train" and scoring.policy is not None:
+        if self.mode == "train" and scoring.policy is not None:
             refill = int((scoring.policy.refill - 1) * count + 1e-9)
         return RewardFeed(
             step,
-            self._weigher,
-            self._run.ranks,
+            self.weigher,
+            self.run.ranks,
             scoring=scoring,
             collector=self._collector(
                 groups, self._evenly(count), scoring.part_order, may_all_fail=False
             ),
             resample=lambda again: self._resample(step, groups, again),
-            refill=refill,
+            most_refilled=refill,
             on_wait=lambda is_waiting: self._report_wait(step.number, is_waiting=is_waiting),
         )
 
     def _report_wait(self, number: int, *, is_waiting: bool) -> None:
-        if self._mode == "train":
-            self._run.sink.phase("waiting_for_reward" if is_waiting else "training", number)
+        if self.mode == "train":
+            self.run.sink.phase("waiting_for_reward" if is_waiting else "training", number)
 
     def _evenly(self, count: int) -> list[int]:
         """Prompts in the order of training: at any time the same share of every process."""
-        ranks = self._run.ranks
+        ranks = self.run.ranks
         owned = [ranks.slice_of(index, count) for index in range(ranks.count)]
         places = [((i + 1) / len(one), p) for one in owned for i, p in enumerate(one)]
         return [p for _, p in sorted(places)]
@@ -167,15 +149,15 @@ class OnlineSource:
     def _collector(
         self, groups: "_Groups", numbers: Sequence[int], order: TrainingOrder, *, may_all_fail: bool
     ) -> RewardCollector | None:
-        if self._scoring.scorer is None:
+        if self.scoring.scorer is None:
             return None
         return RewardCollector(
-            self._scoring,
+            self.scoring,
             {groups.place(number): groups.tickets[number] for number in numbers},
             order,
-            is_training=self._mode == "train",
+            is_training=self.mode == "train",
             may_all_fail=may_all_fail,
-            should_stop=self._run.should_stop,
+            should_stop=self.run.should_stop,
         )
 
     def _sample(
@@ -186,15 +168,15 @@ class OnlineSource:
         Returns:
             Completions of all processes, and the seconds in which this one waited for the others.
         """
-        prompts, ranks = groups.prompts, self._run.ranks
-        with whole(self._policy.model):
-            completions = self._sampler.sample(
-                self._policy.model,
+        prompts, ranks = groups.prompts, self.run.ranks
+        with whole(self.policy.model):
+            completions = self.sampler.sample(
+                self.policy.model,
                 [prompts[p].ids for p in own],
-                step=groups.context.step if self._mode == "train" else 0,
+                step=groups.context.step if self.mode == "train" else 0,
                 numbers=[p + is_again * len(prompts) for p in own],
-                before_each=self._run.poll,
-                on_group=groups.submit if self._scoring.overlap != "none" else _wait_for_all,
+                before_each=self.run.poll,
+                on_group=groups.submit if self.scoring.overlap != "none" else _wait_for_all,
             )
         sampled = time.monotonic()
         shares = ranks.gather([asdict(completion) for completion in completions])
@@ -205,9 +187,9 @@ class OnlineSource:
         self, step: ScoredStep, groups: "_Groups", again: Sequence[int]
     ) -> RewardCollector | None:
         """Sample these prompts again with other noise, and replace their completions."""
-        self._run.sink.phase("sampling", step.number)
+        self.run.sink.phase("sampling", step.number)
         started = time.monotonic()
-        share = self._run.ranks.slice(len(step.prompts))
+        share = self.run.ranks.slice(len(step.prompts))
         own = [p for p in again if p in share]
         completions, waited = self._sample(groups, own, is_again=True)
         numbers = [p + len(step.prompts) for p in again]
@@ -228,39 +210,27 @@ class OnlineSource:
 
     def _measure_reference(self, step: ScoredStep, rows: Sequence[int]) -> None:
         started = time.monotonic()
-        self._weigher.measure_reference(step, rows)
+        self.weigher.measure_reference(step, rows)
         spent = time.monotonic() - started
         step.seconds["reference"] = step.seconds.get("reference", 0.0) + spent
 
 
+@dataclass(frozen=True, slots=True)
 class _Groups:
     """Submits the completions of a step for scoring, each prompt's once, on the main process.
 
     A prompt that is sampled again gets another number: its place in the step plus the number of
     prompts.
-
-    Args:
-        scorer: None on the other processes.
-        prompts: Of the step.
-        context: Of the step.
-        tokenizer: Decodes completions.
-        should_stop: Polled while the scorer accepts no more.
     """
 
-    def __init__(
-        self,
-        scorer: RewardScorer | None,
-        prompts: Sequence[Prompt],
-        context: RewardContext,
-        tokenizer: PreTrainedTokenizerBase,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.prompts = prompts
-        self.context = context
-        self.tickets: dict[int, Ticket] = {}
-        self._scorer = scorer
-        self._tokenizer = tokenizer
-        self._should_stop = should_stop
+    scorer: RewardScorer | None
+    """None on the other processes."""
+    prompts: Sequence[Prompt]
+    context: RewardContext
+    tokenizer: PreTrainedTokenizerBase
+    should_stop: Callable[[], bool]
+    """Polled while the scorer accepts no more."""
+    tickets: dict[int, Ticket] = field(init=False, default_factory=dict)
 
     def place(self, number: int) -> int:
         """Place of a prompt in the step."""
@@ -268,7 +238,7 @@ class _Groups:
 
     def text(self, completion: Completion) -> str:
         """A completion without special tokens."""
-        return str(self._tokenizer.decode(completion.ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(completion.ids, skip_special_tokens=True))
 
     def pairs(self, numbers: Sequence[int], completions: Sequence[Completion]) -> list[TokenPair]:
         """Prompts with their completions, those of a prompt together."""
@@ -284,7 +254,7 @@ class _Groups:
         Raises:
             StopRequestedError: A stop was requested while the scorer accepted no more.
         """
-        if self._scorer is None or number in self.tickets:
+        if self.scorer is None or number in self.tickets:
             return
         prompt, k = self.prompts[self.place(number)], len(completions)
         samples = [
@@ -304,8 +274,8 @@ class _Groups:
             for i, completion in enumerate(completions)
         ]
         try:
-            self.tickets[number] = self._scorer.submit(
-                samples, self.context, should_stop=self._should_stop
+            self.tickets[number] = self.scorer.submit(
+                samples, self.context, should_stop=self.should_stop
             )
         except ScoringStoppedError:
             raise StopRequestedError from None

@@ -26,7 +26,6 @@ class BeginningSource(Protocol):
         Raises:
             StopRequestedError: A stop was requested meanwhile; the completions are dropped.
         """
-        ...
 
 
 class Pipeline:

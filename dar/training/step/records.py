@@ -15,12 +15,7 @@ from dar.protocol.samples import FinishReason
 from dar.rewards.base import SampleReward
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import Prompt, TokenPair
-from dar.training.loss import (
-    importance_weights,
-    normalized_advantages,
-    self_normalized,
-    tied,
-)
+from dar.training.loss import importance_weights, normalized_advantages, self_normalized, tied
 
 Mode = Literal["train", "eval"]
 LogProbabilities = Callable[[Sequence[TokenPair]], Tensor]
@@ -140,7 +135,6 @@ class StepSource(Protocol):
         Raises:
             StopRequestedError: A stop was requested meanwhile; nothing has changed.
         """
-        ...
 
 
 class Weigher:

@@ -8,7 +8,7 @@ weighed by itself, into parts of at least `LEAST_ROWS` completions and at most `
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dar.protocol.reward_spec import FailurePolicy, FallbackValue
@@ -92,10 +92,7 @@ class RewardCollector:
         self._missing = len(tickets)
         self._prompts = {id(ticket): prompt for prompt, ticket in tickets.items()}
         self._arriving = scoring.scorer.collect(
-            self._tickets,
-            order,
-            may_all_fail=may_all_fail or has_fallback,
-            should_stop=should_stop,
+            self._tickets, order, may_all_fail=may_all_fail or has_fallback, should_stop=should_stop
         )
         self._policy = scoring.policy
         self._budget = scoring.budget if is_training else None
@@ -145,43 +142,26 @@ class StepPart:
     """Whether the optimizer steps after it."""
 
 
+@dataclass(slots=True)
 class RewardFeed:
-    """The rewards of one step, on all processes; they call its methods together.
+    """The rewards of one step, on all processes; they call its methods together."""
 
-    Args:
-        step: The completions; their reference log-probabilities are known before the rewards.
-        weigher: Turns rewards into weights.
-        ranks: The processes that train together.
-        scoring: How the completions are scored.
-        collector: Collects the rewards on the main process; None on the others.
-        resample: Samples these prompts again, puts the completions into the step, and submits them.
-        refill: Most prompts that are sampled again.
-        on_wait: Called with True when a wait begins, and with False when it ends.
-    """
-
-    def __init__(
-        self,
-        step: ScoredStep,
-        weigher: Weigher,
-        ranks: Ranks,
-        *,
-        scoring: Scoring,
-        collector: RewardCollector | None,
-        resample: Callable[[Sequence[int]], RewardCollector | None],
-        refill: int,
-        on_wait: Callable[[bool], None],
-    ) -> None:
-        self._step = step
-        self._weigher = weigher
-        self._ranks = ranks
-        self._scoring = scoring
-        self._collector = collector
-        self._resample = resample
-        self._refill = refill
-        self._on_wait = on_wait
-        self._has_arrived = False
-        self._has_finished = False
-        self._has_refilled = False
+    step: ScoredStep
+    """Its completions; their reference log-probabilities are known before the rewards."""
+    weigher: Weigher
+    ranks: Ranks
+    scoring: Scoring
+    collector: RewardCollector | None
+    """Collects the rewards on the main process; None on the others."""
+    resample: Callable[[Sequence[int]], RewardCollector | None]
+    """Samples these prompts again, puts the completions into the step, and submits them."""
+    most_refilled: int
+    """Most prompts that are sampled again."""
+    on_wait: Callable[[bool], None]
+    """Called with True when a wait begins, and with False when it ends."""
+    _has_arrived: bool = field(init=False, default=False)
+    _has_finished: bool = field(init=False, default=False)
+    _has_refilled: bool = field(init=False, default=False)
 
     def take(self, part: Prompts) -> Prompts:
         """Wait for the rewards of a part: of these prompts, or of as many others of each process.
@@ -194,16 +174,16 @@ class RewardFeed:
             RewardError: No completion of the step could be scored.
             TrainingError: A reward is missing and may not be.
         """
-        if not self._scoring.is_streamable:
+        if not self.scoring.is_streamable:
             self.finish()
             return part
-        if self._scoring.is_streamed:
-            part = self._receive(part, self._scoring.part_order)
+        if self.scoring.is_streamed:
+            part = self._receive(part, self.scoring.part_order)
         else:
             self.receive_all()
         prompts = sorted(_flat(part))
         if prompts:
-            self._weigher.weigh(self._step, prompts)
+            self.weigher.weigh(self.step, prompts)
         return part
 
     def finish(self) -> None:
@@ -213,21 +193,21 @@ class RewardFeed:
         self._has_finished = True
         self.receive_all()
         self._sample_again()
-        self._weigher.weigh(self._step, range(len(self._step.prompts)))
+        self.weigher.weigh(self.step, range(len(self.step.prompts)))
 
     def refill(self) -> Prompts | None:
         """After all were taken: prompts that were sampled again because too few had a reward."""
         again = self._sample_again()
         if again is not None:
-            self._weigher.weigh(self._step, sorted(_flat(again)))
+            self.weigher.weigh(self.step, sorted(_flat(again)))
         return again
 
     def _own(self, prompts: Sequence[int]) -> Prompts:
         """The prompts of each process among these."""
-        count = len(self._step.prompts)
+        count = len(self.step.prompts)
         return [
-            [p for p in prompts if p in self._ranks.slice_of(index, count)]
-            for index in range(self._ranks.count)
+            [p for p in prompts if p in self.ranks.slice_of(index, count)]
+            for index in range(self.ranks.count)
         ]
 
     # --- waiting -------------------------------------------------------------------------------
@@ -241,21 +221,21 @@ class RewardFeed:
             TrainingError: The failure policy ends the job.
         """
         if not self._has_arrived:
-            self._receive(self._own(range(len(self._step.prompts))), "fixed")
+            self._receive(self._own(range(len(self.step.prompts))), "fixed")
             self._has_arrived = True
 
     def _receive(self, part: Prompts, order: TrainingOrder) -> Prompts:
         """Wait for a part on the main process, and send its rewards to all processes."""
         started = time.monotonic()
-        self._on_wait(True)
-        received = self._ranks.from_main(lambda: self._received(part, order))
-        self._on_wait(False)
+        self.on_wait(True)
+        received = self.ranks.from_main(lambda: self._received(part, order))
+        self.on_wait(False)
         for prompt, rewards in received["rewards"]:
-            rows = self._step.rows_of([prompt])
+            rows = self.step.rows_of([prompt])
             for row, values in zip(rows, rewards, strict=True):
-                self._step.rewards[row] = SampleReward(**values)
+                self.step.rewards[row] = SampleReward(**values)
         waited = time.monotonic() - started
-        self._step.seconds["reward"] = self._step.seconds.get("reward", 0.0) + waited
+        self.step.seconds["reward"] = self.step.seconds.get("reward", 0.0) + waited
         prompts: Prompts = received["prompts"]
         return prompts
 
@@ -267,13 +247,13 @@ class RewardFeed:
         def is_enough(arrived: Mapping[int, Any]) -> bool:
             return all(len(a) >= len(b) for a, b in zip(of_each(arrived), part, strict=True))
 
-        assert self._collector is not None
-        arrived = self._collector.take(is_enough)
+        assert self.collector is not None
+        arrived = self.collector.take(is_enough)
         prompts = [
             sorted(own[: len(needed)]) for own, needed in zip(of_each(arrived), part, strict=True)
         ]
         taken = set(_flat(prompts))
-        self._collector.keep({p: rewards for p, rewards in arrived.items() if p not in taken})
+        self.collector.keep({p: rewards for p, rewards in arrived.items() if p not in taken})
         rewards = [(p, [asdict(one) for one in arrived[p]]) for p in sorted(taken)]
         return {"prompts": prompts, "rewards": rewards}
 
@@ -281,23 +261,23 @@ class RewardFeed:
 
     def _sample_again(self) -> Prompts | None:
         """Sample prompts again of which too few completions have a reward; once in a step."""
-        step = self._step
+        step = self.step
         if self._has_refilled:
             return None
         self._has_refilled = True
         least = min(LEAST_VALID, max(step.counts))
         dropped = [p for p in range(len(step.prompts)) if self._scored_count(p) < least]
         step.dropped_count = len(dropped)
-        again = dropped[: self._refill]
+        again = dropped[: self.most_refilled]
         if not again:
             return None
         step.refilled_count = len(again)
-        self._collector = self._resample(again)
+        self.collector = self.resample(again)
         return self._receive(self._own(again), "fixed")
 
     def _scored_count(self, prompt: int) -> int:
-        rows = self._step.rows_of([prompt])
-        return sum(self._step.rewards[row].reward is not None for row in rows)
+        rows = self.step.rows_of([prompt])
+        return sum(self.step.rewards[row].reward is not None for row in rows)
 
 
 class StepInProgress:

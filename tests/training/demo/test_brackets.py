@@ -13,8 +13,8 @@ import torch
 from dar.errors import InvalidRequestError
 from dar.training import DARConfig
 from dar.training.demo.base import save_base
-from dar.training.demo.bracket_reward import PROMPTS, is_balanced
 from dar.training.demo.brackets import Brackets, ExactMetrics, divergence
+from dar.training.demo.languages import PROMPTS, is_balanced
 from dar.training.demo.trial import SETTINGS, train
 from dar.training.model.loading import eos_ids, load_model, load_tokenizer
 

@@ -1,12 +1,17 @@
-"""A small language of reviews, which a small model learns to write fluently in under a minute.
+"""The two languages of the demo, without torch: reviews and brackets.
 
 A review is one sentence about a thing, often with a second clause about one of its parts, and
 sometimes a closing sentence. Two in five are positive, two in five negative, one in five neutral,
-so that a reward for sentiment can rise and fall. All texts are drawn from one seed.
+so that a reward for sentiment can rise and fall. All texts are drawn from one seed. A small model
+learns to write reviews fluently in under a minute.
+
+The task of the brackets is to balance them. Its exact mathematics: `dar.training.demo.brackets`.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+# --- reviews -----------------------------------------------------------------------------------
 
 THINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "food": (
@@ -85,3 +90,30 @@ def reviews(count: int, seed: int) -> Iterator[str]:
     """``count`` reviews, the same for the same seed."""
     rng = random.Random(seed)  # noqa: S311 - a text generator, not a secret
     return (review(rng) for _ in range(count))
+
+
+# --- brackets ----------------------------------------------------------------------------------
+
+SYMBOLS = "()"
+"""The whole language, in the order of the token ids."""
+PROMPTS = ("(((", "(()", "()(")
+"""Of 32 continuations 4, 5 and 5 balance them, so a random model earns 0.15."""
+NEW_TOKENS = 5
+
+
+def is_balanced(text: str) -> bool:
+    """Whether every bracket is closed, and none before it is opened."""
+    depth = 0
+    for symbol in text:
+        depth += 1 if symbol == "(" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def balanced(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
+    """The reward: 1 if prompt and completion together are balanced, else 0."""
+    return [
+        float(is_balanced(prompt + completion))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
