@@ -49,7 +49,7 @@ REVIEWS = DemoTask(
     ),
     base_command=("base", "--steps", str(BASE_STEPS)),
     base_steps=BASE_STEPS,
-    sources=("base.py", "reviews.py"),
+    sources=("base.py", "languages.py"),
     # alpha + beta of 0.4 suits rewards in [-1, 1]: few weights reach the clip.
     spec={
         "hyperparameters": {
