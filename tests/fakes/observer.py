@@ -12,10 +12,10 @@ class Seen:
     records: list[RequestRecord] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
-    spared_samples: list[tuple[int, int]] = field(default_factory=list)
+    samples_not_sent: list[tuple[int, int]] = field(default_factory=list)
 
-    def spared(self, component: str, hits: int, copies: int) -> None:
-        self.spared_samples.append((hits, copies))
+    def not_sent(self, component: str, hits: int, copies: int) -> None:
+        self.samples_not_sent.append((hits, copies))
 
     def request_done(self, record: RequestRecord) -> None:
         self.records.append(record)

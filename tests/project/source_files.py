@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-SKIPPED = {".venv", ".git", "node_modules", "__pycache__", "build", "dist"}
+SKIPPED = {".venv", ".git", "node_modules", "__pycache__", "build", "dist", "stored"}
 
 WIDTH = 100
 

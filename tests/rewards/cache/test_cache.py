@@ -92,7 +92,7 @@ async def test_equal_samples_of_a_call_travel_once(
     results = await remember(service.url).score(samples("a", "bbb", "a", "a", "bbb"), STEP)
     assert results == [Scored(1.0), Scored(3.0), Scored(1.0), Scored(1.0), Scored(3.0)]
     assert sent(service) == [["a", "bbb"]]
-    assert seen.spared_samples == [(0, 3)]
+    assert seen.samples_not_sent == [(0, 3)]
 
 
 async def test_equal_samples_of_concurrent_calls_travel_once(
@@ -105,7 +105,7 @@ async def test_equal_samples_of_concurrent_calls_travel_once(
     assert [[one.reward for one in call] for call in results] == [[1, 2, 1], [1, 2, 2], [1, 2, 3]]
     travelled = [completion for request in sent(service) for completion in request]
     assert sorted(travelled) == ["a", "bb", "c", "cc", "ccc"]
-    assert sum(copies for _, copies in seen.spared_samples) == 4
+    assert sum(copies for _, copies in seen.samples_not_sent) == 4
 
 
 async def test_what_is_no_reward_is_shared_in_its_step_and_forgotten(
@@ -129,7 +129,7 @@ async def test_what_is_no_reward_is_shared_in_its_step_and_forgotten(
     assert isinstance(results[1], Failed)
     await source.score(samples("skip", "fail", "x"), NEXT)
     assert sent(service) == [["skip", "fail", "x"], ["skip", "fail"]]
-    assert seen.spared_samples == [(0, 2), (1, 0)]
+    assert seen.samples_not_sent == [(0, 2), (1, 0)]
 
 
 async def test_a_failed_request_is_nothing_to_remember(
@@ -249,7 +249,7 @@ async def test_a_reward_is_remembered_with_all_that_was_said(
     await source.aclose()
     assert await remember(service.url).score(samples("a"), STEP) == fresh, "in another process"
     assert len(service.requests) == 1
-    assert seen.spared_samples == [(2, 0), (1, 0), (1, 0)]
+    assert seen.samples_not_sent == [(2, 0), (1, 0), (1, 0)]
 
 
 async def test_a_validation_always_asks(

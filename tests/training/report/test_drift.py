@@ -12,11 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dar.rewards.base import RewardContext, RewardSample
-from dar.rewards.http_reward import HttpOptions, HttpReward
-from dar.rewards.scoring.combine import WeightedSource
-from dar.rewards.scoring.scorer import RewardScorer
-from dar.rewards.scoring.step_report import component_rewards
 from dar.training.report.drift import RECENT, WARM_UP, DriftWatch
 
 Rewards = Callable[[int, random.Random], float]
@@ -116,24 +111,3 @@ def test_components_are_watched_apart_and_the_event_has_the_numbers() -> None:
     assert data["mean_before"] == pytest.approx(2.0, abs=0.2)
     assert data["mean_now"] - data["mean_before"] > 6 * data["sigma"] > 0
     assert "judge" in drift.message
-
-
-def test_a_service_that_begins_to_lie_is_found_by_its_answers(
-    hostile: Callable[..., Any], fast: HttpOptions, make_samples: Callable[..., list[RewardSample]]
-) -> None:
-    drawn = random.Random(3)
-
-    def judge(request: Any) -> None:
-        content = request.content
-        offset = 4.0 if content["step"] >= 30 else 0.01 * content["step"]
-        request.rewards([offset + drawn.gauss(0, 0.3) for _ in content["samples"]])
-
-    source = HttpReward("judge", hostile(judge).url, options=fast)
-    watch, told = DriftWatch(), []
-    with RewardScorer([WeightedSource(source)]) as scorer:
-        for step in range(1, 40):
-            found = component_rewards(scorer.score(make_samples(8), RewardContext(step)))
-            if watch.add("judge", found["judge"]):
-                told.append(step)
-    assert len(told) == 1
-    assert told[0] in range(30, 30 + RECENT)
