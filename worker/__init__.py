@@ -9,5 +9,5 @@ launch: messages between supervisor and trainer, and the trainer's exit codes.
 slot: claims jobs and runs one after the other.
 spool: rows on disk until the service has committed them; JSON without NUL.
 supervisor: one attempt, seen from the worker.
-attempt: one attempt, seen from the trainer process; the only room that uses torch.
+attempt: one attempt, seen from the trainer process; the only package that uses torch.
 """

@@ -78,7 +78,8 @@ class Evaluator:
         Raises:
             RewardError: No completion could be scored.
             StopRequestedError: A stop was requested meanwhile.
-            TrainingError: A reward is missing and may not be, or a probability is not finite.
+            TrainingError: A reward is missing with ``allow_missing`` off, or a probability is not
+                finite.
         """
         started = time.monotonic()
         step = self._source(steps_done)
@@ -298,7 +299,7 @@ class RunEvaluation:
     # --- when an evaluation is due -------------------------------------------------------------
 
     def end_step(self, step: ScoredStep) -> None:
-        """StopKind an evaluation if a pass over the training data has ended within this step."""
+        """Request an evaluation if a pass over the training data has ended within this step."""
         trainer = self._run.trainer
         if (
             trainer.args.eval_strategy == IntervalStrategy.EPOCH
@@ -313,7 +314,7 @@ class RunEvaluation:
         return number * count // rows > (number - 1) * count // rows
 
     def end_loop(self) -> None:
-        """StopKind no evaluation after transformers' loop if a stop has ended it.
+        """Withdraw the evaluation that transformers requests when a stop has ended its loop.
 
         transformers takes the end of its loop for the end of an epoch.
         """

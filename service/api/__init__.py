@@ -1,4 +1,4 @@
-"""Routes: HTTP only, one module for each noun.
+"""Routes: HTTP only, one module for each kind of object.
 
 checkpoints: checkpoints of a job and their files.
 events: events of a job.

@@ -1,4 +1,4 @@
-"""The database: SQL only, one module for each noun.
+"""The database: SQL only, one module for each kind of object.
 
 database: engine, transactions and clock; the only module that commits.
 tables: table classes.

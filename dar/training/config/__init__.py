@@ -3,5 +3,5 @@
 config: `DARConfig`.
 fields: dataclass fields with default, help and unit of the job spec.
 ranges: bounds of all options.
-ignored: options of transformers that have no effect here, and are refused.
+ignored: options of transformers that have no effect here, and are rejected.
 """

@@ -1,4 +1,4 @@
-"""Options of transformers that have no effect here: they are refused, and so never ignored."""
+"""Options of transformers that have no effect here: they are rejected, never ignored."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -72,7 +72,7 @@ OF_EVALUATION: dict[str, dict[str, tuple[object, ...]]] = {
 
 
 def refuse_without_effect(arguments: TrainingArguments) -> None:
-    """Refuse options that are set and would have no effect.
+    """Reject options that are set and would have no effect.
 
     Raises:
         InvalidRequestError: There is such an option; ``param`` names it.

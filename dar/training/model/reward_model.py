@@ -135,7 +135,9 @@ class RewardModel:
                 break
             scores_B = self._forward([rows[place] for place in places])
             rewards.update(zip(places, scores_B.tolist(), strict=True))
-        empty = Failed("no_tokens", "the reward model reads no token of it", is_transient=False)
+        empty = Failed(
+            "no_tokens", "the completion has no token for the reward model", is_transient=False
+        )
         source = f"reward model {self._name}"
         return [
             as_results([rewards[place]], 1, source)[0] if place in rewards else empty

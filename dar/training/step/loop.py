@@ -107,7 +107,8 @@ class StepLoop:
             the processes is the loss.
 
         Raises:
-            TrainingError: The loss is not finite, or a reward is missing and may not be.
+            TrainingError: The loss is not finite, or a reward is missing with
+                ``allow_missing`` off.
             RewardError: No completion of the step could be scored.
             StopRequestedError: A cancellation is requested, or any stop while rewards are awaited.
         """

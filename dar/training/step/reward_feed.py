@@ -57,7 +57,7 @@ class Scoring:
 
     @property
     def part_order(self) -> TrainingOrder:
-        """TrainingOrder in which the prompts of a step are trained on."""
+        """Order in which the prompts of a step are trained on."""
         return "fixed" if self.overlap == "none" else self.order
 
 
@@ -192,7 +192,7 @@ class RewardFeed:
         Raises:
             StopRequestedError: A stop was requested meanwhile.
             RewardError: No completion of the step could be scored.
-            TrainingError: A reward is missing and may not be.
+            TrainingError: A reward is missing, and ``allow_missing`` is off.
         """
         if not self._scoring.is_streamable:
             self.finish()
