@@ -89,7 +89,7 @@ def refuse_without_effect(arguments: TrainingArguments) -> None:
 
 
 def _is_settled(arguments: TrainingArguments, name: str) -> bool:
-    """Whether transformers or a launcher set a value that is not neutral, or it changes nothing."""
+    """Whether a value that is not neutral is harmless: set by others, or without any effect."""
     if name == "dataloader_pin_memory":  # transformers turns it off on CPUs
         return arguments.use_cpu
     if name == "local_rank":  # torch.distributed.launch sets it in every process

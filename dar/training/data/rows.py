@@ -273,7 +273,7 @@ class PromptEncoder:
             self(row)
 
     def _needs_tokens(self, prompt: Sequence[Message], text: str, longest: int) -> bool:
-        """Whether a conversation may have no token, or lose turns, so that a template may fail."""
+        """Whether only tokenizing can show an error: it may have no token, or lose turns."""
         turns = sum(message["role"] == "user" for message in prompt)
         # Nearly every token has at least one byte.
         return not text.strip() or (turns > 1 and len(text.encode()) > longest)

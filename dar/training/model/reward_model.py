@@ -370,7 +370,7 @@ def _unused(rows: Sequence[Sequence[int]], vocabulary: int) -> int | None:
 
 
 def _answered(prompt: Sequence[Mapping[str, Any]], completion: str) -> Sequence[Mapping[str, Any]]:
-    """The conversation with its completion, which continues a last message of the assistant."""
+    """The conversation with its completion. A last message of the assistant is continued."""
     last = prompt[-1]
     if last["role"] == "assistant" and isinstance(last.get("content"), str):
         return [*prompt[:-1], {**last, "content": last["content"] + completion}]

@@ -228,10 +228,10 @@ class StepLoop:
         return torch.zeros(())
 
     def checked(self, norm: Any) -> Any:  # noqa: ANN401 - transformers' norm: a tensor or a number
-        """The gradient's norm, whole.
+        """The norm of the whole gradient.
 
         Raises:
-            TrainingError: It is not finite, and not for an overflow of float16.
+            TrainingError: It is not finite, and float16 cannot be the cause.
         """
         if isinstance(norm, DTensor):  # of sharded gradients
             norm = norm.full_tensor()

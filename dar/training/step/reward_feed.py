@@ -184,7 +184,7 @@ class RewardFeed:
         self._has_refilled = False
 
     def take(self, part: Prompts) -> Prompts:
-        """Wait for the rewards of a part: of these prompts, or of as many others of each process.
+        """Wait for the rewards of a part: these prompts, or as many others that are scored first.
 
         Returns:
             Prompts that are weighed now, and were not returned before.
@@ -216,7 +216,7 @@ class RewardFeed:
         self._weigher.weigh(self._step, range(len(self._step.prompts)))
 
     def refill(self) -> Prompts | None:
-        """After all were taken: prompts that were sampled again because too few had a reward."""
+        """Sample again, after all were taken, the prompts with too few rewards; returns them."""
         again = self._sample_again()
         if again is not None:
             self._weigher.weigh(self._step, sorted(_flat(again)))
