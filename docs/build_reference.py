@@ -77,7 +77,7 @@ def settings() -> str:
         variable = field.validation_alias or f"DAR_{name.upper()}"
         default = field.default if field.default_factory is None else "this machine's name"
         shown = ",".join(default) if isinstance(default, tuple) else default
-        rows.append((f"`{variable}`", "" if shown is None else f"`{shown}`", docs[name]))
+        rows.append((f"`{variable}`", "" if shown in (None, "") else f"`{shown}`", docs[name]))
     return table(("variable", "default", "meaning"), rows)
 
 

@@ -118,8 +118,8 @@ class Artifacts:
         free = shutil.disk_usage(self.root).free
         if free < FREE_FACTOR * size:
             raise ServiceUnavailableError(
-                f"{what} needs {size:,} more bytes, of which {FREE_FACTOR} times as many must be "
-                f"free, but the artifact store has {free:,} left; make room and send it again",
+                f"{what} needs {size:,} more bytes. {FREE_FACTOR} times as many must be free, but the "
+                f"artifact store has {free:,} bytes left; free some space and send it again",
                 code="storage_full",
                 retry_after_seconds=30,
             )

@@ -41,12 +41,11 @@ RESULTS: Mapping[str, str] = {
 GAUGES: Mapping[str, tuple[str, str]] = {
     "in_flight": (
         "dar_reward_inflight",
-        "Most requests to a reward service that were under way at once, in the last step of a "
-        "running job.",
+        "Maximum of concurrent requests to a reward service, in the last step of a running job.",
     ),
     "concurrency": (
         "dar_reward_concurrency_limit",
-        "Most requests to a reward service that may be under way at once.",
+        "Limit of concurrent requests to a reward service.",
     ),
     "breaker": (
         "dar_reward_breaker_state",
@@ -162,7 +161,7 @@ class Telemetry(Collector):
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs
         yield from self._gauges()
-        text = "Callbacks of reward services, by what became of them."
+        text = "Callbacks of reward services, by result."
         with self._lock:
             outcomes = {outcome: self._callbacks[outcome] for outcome in CALLBACK_OUTCOMES}
             yield _labelled("dar_reward_callback", text, "status", outcomes)
@@ -196,23 +195,23 @@ class Telemetry(Collector):
         yield _counter("dar_reward_queue_seconds", queued, self._queued[1])
         retries = "Attempts beyond the first of each request."
         yield _counter("dar_reward_retries", retries, self._totals["retries"])
-        breakers = "Circuit breakers that have come into a state."
+        breakers = "Changes of circuit breakers into each state."
         yield _labelled("dar_reward_breaker_changes", breakers, "state", self._breakers)
 
     def _sample_families(self) -> Iterator[Metric]:
         totals = self._totals
         yield _labelled("dar_reward_samples", "Samples by result.", "result", self._samples)
-        hits = "Samples whose reward was remembered from before, once for each component."
+        hits = "Samples whose reward was cached before the step, once for each component."
         yield _counter("dar_reward_cache_hits", hits, totals["cache_hits"])
         errors = "Samples that could not be scored, by class of failure."
         yield _labelled("dar_reward_errors", errors, "class", self._errors)
         fallback = "Samples that could not be scored and count with their job's fallback_value."
         yield _counter("dar_reward_fallback", fallback, totals["fallback"])
-        zeroed = "Samples in whose reward a component counts as 0 that skipped them."
+        zeroed = "Samples that a component skipped, and that count it as 0."
         yield _counter("dar_reward_zeroed", zeroed, totals["zeroed"])
         dropped = "Groups without enough scored samples to learn from."
         yield _counter("dar_reward_groups_dropped", dropped, self._groups["rewards/dropped_groups"])
-        refilled = "Groups sampled to replace those."
+        refilled = "Groups sampled to replace those without enough scored samples."
         yield _counter(
             "dar_reward_groups_refilled", refilled, self._groups["rewards/refilled_groups"]
         )
@@ -220,7 +219,7 @@ class Telemetry(Collector):
         yield _labelled("dar_trainer_idle_seconds", idle, "cause", self._idle)
         pauses = "Jobs paused because they got too few rewards."
         yield _counter("dar_reward_pauses", pauses, totals["reward_pauses"])
-        resumes = "Such jobs that went on because their reward service answered again."
+        resumes = "Paused jobs that resumed automatically because rewards were available again."
         yield _counter("dar_reward_resumes", resumes, totals["reward_resumes"])
 
 

@@ -1,6 +1,6 @@
 """Everything that crosses a process: pydantic models, and the rules over specs and rows.
 
-Models, one file per noun:
+Models, one file per kind of object:
 
 base: base classes and common types of all models.
 checkpoints: checkpoints, their manifests and files.

@@ -23,7 +23,7 @@ METRICS: tuple[Metric, ...] = (
         "dar/loss",
         "nats",
         "-mean of weight x policy log-probability over the completions that count; a completion "
-        "counts when it is scored, and so is another one with which it is compared",
+        "counts if it has a reward, and another one that it is compared with has one too",
     ),
     Metric("dar/rewards_mean", "reward", "mean reward of the step's scored completions"),
     Metric("dar/rewards_std", "reward", "biased standard deviation of those rewards"),
@@ -138,8 +138,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "time/idle_seconds",
         "s",
-        "time since the end of the previous step in which the policy was neither sampled nor "
-        "trained: waiting for rewards, checkpoints, evaluation, reports",
+        "time since the end of the previous step during which nothing was sampled or trained: "
+        "waiting for rewards, checkpoints, evaluation, reports",
     ),
     Metric(
         "time/idle_reward_seconds",
@@ -176,7 +176,10 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "completions that were not sent to a component's service: cached, or equal to another one of the step",
         ),
         "cache_hits": ("completions", "of these, completions whose reward was cached before the step"),
-        "breaker": ("state", "its circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured"),
+        "breaker": (
+            "state",
+            "state of its circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured",
+        ),
     },
     "time/reward": {
         "p50_seconds": ("s", "median time of a component's requests, over all attempts"),

@@ -92,19 +92,20 @@ class FallbackValue(Input):
     """A reward for samples that could not be scored."""
 
     fallback_value: Annotated[float, Field(ge=-1e6, le=1e6)]
+    """Reward of each sample that could not be scored."""
 
 
 class RewardTimeouts(Input):
     """Time limits of requests to a reward service, in seconds."""
 
     connect: Annotated[float, Field(gt=0, le=60)] = 5.0
-    """To open a connection."""
+    """Seconds to open a connection."""
     read: Annotated[float, Field(gt=0, le=600)] = 30.0
-    """Between two reads of an answer."""
+    """Seconds between two reads of an answer."""
     attempt: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """For one attempt, from connecting to the last byte."""
+    """Seconds for one attempt, from connecting to the last byte."""
     deadline: Annotated[float, Field(gt=0, le=3600)] = 300.0
-    """For one request, all attempts and the waits between them included."""
+    """Seconds for one request, including all attempts and the waits between them."""
 
 
 class RewardRetry(Input):
@@ -193,7 +194,7 @@ class RewardComponent(Input):
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """Factor of this component in the sum; 0: its reward is reported only."""
     required: bool = True
-    """Whether a sample that this component cannot score has no reward; otherwise the sum is taken
+    """True: a sample that this component cannot score has no reward. False: the sum is then taken
     without the component."""
     clip: Bounds | None = None
     """Bounds that the raw reward is clipped to: ``[low, high]``."""
@@ -311,7 +312,7 @@ class RewardComponent(Input):
                 if is_given and protocol != self.protocol:
                     raise PydanticCustomError(
                         "field_of_another_protocol",
-                        "{name} belongs to protocol {protocol}, but this component speaks {own}; leave it out",
+                        "{name} belongs to protocol {protocol}, but this component uses {own}; leave it out",
                         {"name": name, "protocol": protocol, "own": self.protocol},
                     )
                 # A registered endpoint may bring them.

@@ -116,13 +116,15 @@ class Sampling(Input):
     max_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=2, le=10_000_000)
     """Longest prompt and completion together, in tokens; null: the model's context."""
     max_prompt_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=1, le=10_000_000)
-    """Longest prompt, in tokens, cut on the left; null: what a completion leaves."""
+    """Longest prompt, in tokens; a longer one is cut on the left. Null: what ``max_length`` leaves
+    beside the completion."""
 
 
 class LoraSpec(Input):
     """Train a low-rank adapter instead of the full weights."""
 
     type: Literal["lora"]
+    """Must be ``lora``."""
     r: int = Field(16, ge=1, le=1024)
     """Rank of the adapter."""
     lora_alpha: float = Field(32.0, gt=0)
@@ -139,8 +141,9 @@ class Resources(Input):
     processes: int = Field(1, ge=1, le=64)
     """Processes that train together, one for each GPU of the worker's slot."""
     strategy: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = "auto"
-    """How they share the work: ``ddp`` keeps whole weights in each process, ``fsdp`` and ``zero3``
-    cut them into shards, ``zero2`` cuts gradients and optimizer state; ``auto`` is ``ddp``."""
+    """How they share the work. ``ddp`` keeps whole weights in each process. ``fsdp`` and ``zero3``
+    shard weights, gradients and optimizer state; ``zero2`` shards gradients and optimizer state.
+    ``auto`` is ``ddp``."""
 
 
 class Evaluation(Input):
@@ -149,7 +152,7 @@ class Evaluation(Input):
     every_steps: int = Field(ge=1, le=10_000_000)
     """Steps between two evaluations; the last step always has one."""
     max_prompts: int | None = Field(None, ge=1, le=100_000)
-    """Prompts that are used, from the first; null: all."""
+    """Number of prompts that are used, from the first; null: all."""
 
 
 class Checkpointing(Input):
@@ -160,13 +163,16 @@ class Checkpointing(Input):
     keep_last: int = Field(3, ge=1, le=1000)
     """Checkpoints that are kept; older ones are removed."""
     keep_best: Annotated[Literal[False], only(False)] = False
+    """Not supported yet: must be false."""
 
 
 class Limits(Input):
     """Bounds on what the job may use."""
 
     max_seconds: Annotated[None, only(None)] = None
+    """Not supported yet: must be null."""
     max_reward_calls: Annotated[None, only(None)] = None
+    """Not supported yet: must be null."""
 
 
 class DARSpec(Input):
@@ -177,9 +183,10 @@ class DARSpec(Input):
     hyperparameters: Hyperparameters = Hyperparameters()
     sampling: Sampling = Sampling()
     rewards: Rewards | None = None
-    """Null: the training file holds completions and their rewards."""
+    """Where rewards come from. Null (offline training): the training file holds completions with
+    their rewards."""
     peft: LoraSpec | None = None
-    """Null trains the full weights."""
+    """The adapter to train. Null: the full weights are trained."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward and backward pass; auto: bf16 on GPUs that support it, else
     fp32."""
@@ -193,7 +200,7 @@ class DARSpec(Input):
     resources: Resources = Resources()
     checkpointing: Checkpointing = Checkpointing()
     evaluation: Evaluation | None = None
-    """Null: none."""
+    """Null: the policy is not evaluated."""
     limits: Limits = Limits()
 
     @model_validator(mode="before")
@@ -220,6 +227,7 @@ class Method(Input):
     """OpenAI's ``method``, with the type that this service runs."""
 
     type: Annotated[Literal["dar"], only("dar")]
+    """Must be ``dar``."""
     dar: DARSpec
 
 
@@ -247,7 +255,9 @@ class JobSpec(Input):
     skip_validation: bool = False
     """Whether the job is accepted without calling its reward services first."""
     hyperparameters: Annotated[None, only(None)] = None
+    """Must be null: hyperparameters are in ``method.dar.hyperparameters``."""
     integrations: Annotated[None, only(None)] = None
+    """Not supported yet: must be null."""
 
     @field_validator("metadata")
     @classmethod

@@ -112,7 +112,7 @@ class HttpReward:
         return self._name
 
     def state(self) -> dict[str, Any]:
-        """State for a checkpoint: the limit that the service has shown."""
+        """State for a checkpoint: the sample limit learned from the service's 413 responses."""
         return {"max_samples": self._max_samples}
 
     def restore(self, state: Mapping[str, Any]) -> None:

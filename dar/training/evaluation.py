@@ -286,7 +286,7 @@ class RunEvaluation:
         return number * count // rows > (number - 1) * count // rows
 
     def end_loop(self) -> None:
-        """Request no evaluation after transformers' loop if a stop has ended it.
+        """Withdraw the evaluation that transformers requests when a stop has ended its loop.
 
         transformers takes the end of its loop for the end of an epoch.
         """

@@ -93,7 +93,7 @@ def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
         ) from error
     except torch.OutOfMemoryError as error:
         if trainer.state.global_step > 0:
-            raise  # it fitted before, so it may fit again
+            raise  # earlier steps fitted into the memory, so another attempt may succeed
         raise TrainingError(
             f"the model does not fit into the GPU's memory: {error}; train an adapter (peft), or "
             "lower max_new_tokens",

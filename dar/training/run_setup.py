@@ -35,7 +35,7 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
     for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
         if is_set and config.world_size == 1:
             raise InvalidRequestError(
-                f"{name} shards a model over processes, but there is one; start several (torchrun "
+                f"{name} shards a model over processes, but there is only one; start several (torchrun "
                 f"--nproc-per-node N …), or leave {name} out",
                 param=name,
             )

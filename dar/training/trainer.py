@@ -106,7 +106,7 @@ class DARTrainer(Trainer):
             of a job spec.
         eval_dataset: Rows that the policy is evaluated on, or several data sets by name; of the
             same kind as ``train_dataset``. ``args.eval_strategy``, ``eval_steps``, ``eval_delay``
-            and ``eval_on_start`` say when; `evaluate` does it at any time.
+            and ``eval_on_start`` set when; `evaluate` evaluates at any time.
         compute_metrics: Further metrics of an evaluation: takes `Predictions`, returns numbers by
             name.
         reward_model: Another source of rewards: folder or hub id of a sequence classifier with one
@@ -133,7 +133,7 @@ class DARTrainer(Trainer):
         TrainingError: The model cannot be loaded.
     """
 
-    # What transformers' annotations leave open, and is certain here:
+    # More precise types than those of transformers:
     args: DARConfig
     model: LanguageModel
     processing_class: PreTrainedTokenizerBase
@@ -502,7 +502,8 @@ class DARTrainer(Trainer):
             InvalidRequestError: There are no evaluation data, or a row cannot be used.
             RewardError: No completion could be scored.
             StopRequestedError: A stop was requested meanwhile.
-            TrainingError: A reward is missing and may not be, or a probability is not finite.
+            TrainingError: A reward is missing with ``allow_missing`` off, or a probability is not
+                finite.
         """
         if ignore_keys:
             raise InvalidRequestError("a model's outputs are no metrics here", param="ignore_keys")
@@ -632,10 +633,10 @@ class DARTrainer(Trainer):
         """Push what `save_model` saves to ``args.hub_model_id``, which is created if needed.
 
         Args:
-            commit_message: Of the commit.
+            commit_message: Message of the commit.
             blocking: Whether to wait for the end of the upload.
-            token: Of the hub; default: ``args.hub_token``, or the one this machine is logged in
-                with.
+            token: Token of the hub; default: ``args.hub_token``, or the one with which this
+                machine is logged in.
             revision: Branch; default: ``args.hub_revision``, or the main one.
             private: Whether a new repository is private; default: ``args.hub_private_repo``.
             **card: Facts for the model card; see `create_model_card`.

@@ -1,4 +1,4 @@
-"""The routes of the service, HTTP only, one file for each noun.
+"""Routes: HTTP only, one module for each kind of object.
 
 jobs: submit, read, cancel, pause and resume jobs.
 events: events of a job.

@@ -15,13 +15,13 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz")
 async def healthz() -> Health:
-    """The process runs. Checks nothing else, so that a database outage restarts no process."""
+    """Whether the process runs. It checks nothing else, so a database outage causes no restart."""
     return Health(status="ok", version=__version__)
 
 
 @router.get("/readyz", responses={503: {"model": Ready}})
 def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
-    """Requests can be served. The broker is not needed: without it, workers poll."""
+    """Whether requests can be served. The broker is not needed: without it, workers poll."""
     checks = {
         **_database(runtime),
         "storage": runtime.artifacts.check(),

@@ -39,7 +39,7 @@ def get_metrics(
     from_step: Step = None,
     to_step: Step = None,
 ) -> Response:
-    """The series of a job.
+    """The metrics of a job, one series for each name.
 
     With ``after``, only steps that are new since, replayed ones included.
     """
@@ -72,7 +72,7 @@ def _names(text: str | None) -> list[str] | None:
         if not is_known(name):
             raise InvalidRequestError(
                 f"names: there is no metric {name!r}; GET /v1/fine_tuning/metrics/names lists "
-                "those there are",
+                "the existing ones",
                 param="names",
                 code="unknown_metric",
             )

@@ -16,8 +16,8 @@ def refuse_unusable(request: Request, installation: CurrentInstallation) -> None
     """Reject unknown query parameters, and values that cannot be stored.
 
     Raises:
-        AuthenticationError: There are some, but the request has no known key: only users see how
-            a route works.
+        AuthenticationError: There are some, and the request has no known key. Only users with a
+            key may see the parameters of a route.
         InvalidRequestError: There are some. The message names the parameters of the route.
     """
     problems = [*_unknown(request), *_unstorable(request)]

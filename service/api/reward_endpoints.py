@@ -225,7 +225,7 @@ def get_reward_endpoint_stats(
 def show(
     endpoint: tables.RewardEndpointRow, secrets: Sequence[tables.RewardSecretRow]
 ) -> RewardEndpoint:
-    """An endpoint as the API shows it, with its own ones of ``secrets``."""
+    """An endpoint as the API shows it; of ``secrets`` only those of this endpoint are used."""
     options = EndpointOptions.model_validate({"protocol": endpoint.protocol, **endpoint.options})
     return RewardEndpoint.model_validate(
         {

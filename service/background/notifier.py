@@ -44,7 +44,7 @@ class Notifier:
             self._loop.call_soon_threadsafe(self._wake, job_id)
 
     async def wait(self, job_id: str, seconds: float, *, received: Received = NOTHING) -> None:
-        """Wait at most ``seconds`` for news about a job beyond what was ``received``."""
+        """Wait at most ``seconds`` for changes of a job other than those ``received`` before."""
         if self.is_closing or seconds <= 0:
             return
         news = asyncio.Event()

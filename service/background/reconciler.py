@@ -86,7 +86,7 @@ class Reconciler:
             self._sweep()
 
     def _is_patient(self) -> bool:
-        """Whether leases are left alone: during a gap between passes none could be renewed."""
+        """Whether no lease expires yet: after a gap between passes, workers need time to renew."""
         now = self._monotonic()
         if now - self._last_pass > max(self._ttl_seconds / 2, 3 * self._pause_seconds):
             self._patient_until = now + self._ttl_seconds

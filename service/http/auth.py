@@ -13,7 +13,7 @@ from service.store import fence
 from service.store import keys as key_store
 
 Scope = Literal["read", "submit", "admin", "worker"]
-HINT = "send 'Authorization: Bearer <key>'; the embedded default keeps it in $DAR_HOME/api_key"
+HINT = "send 'Authorization: Bearer <key>'; by default it is in $DAR_HOME/api_key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:
     """
     if "worker" not in who.scopes:
         raise PermissionDeniedError(
-            "this route takes a worker's key; the embedded default keeps it in $DAR_HOME/worker_key"
+            "this route takes a worker's key; by default it is in $DAR_HOME/worker_key"
         )
     return who
 

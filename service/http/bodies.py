@@ -55,7 +55,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in {"identity", "gzip"}:
         raise UnsupportedMediaTypeError(
-            f"content-encoding {encoding!r} is not read here; send gzip or none"
+            f"content-encoding {encoding!r} is not supported; send gzip or none"
         )
     chunks = [chunk async for chunk in limited(request.stream(), limit, "body")]
     body = b"".join(chunks)
@@ -98,7 +98,7 @@ def body_of(
         media_type = request.headers.get("content-type", "application/json").split(";")[0].strip()
         if media_type.lower() != "application/json":
             raise UnsupportedMediaTypeError(
-                f"content-type {media_type!r} is not read here; send application/json"
+                f"content-type {media_type!r} is not supported; send application/json"
             )
         body = await read_body(request, most)
         if is_optional and not body:

@@ -70,7 +70,7 @@ def render(
 def internal_error(request_id: str | None) -> Response:
     """The response for a fault of the service. Its cause is in the log, not in the response."""
     error = DARError(
-        "the service has failed; report the request id to its operator, whose log has the cause"
+        "the service has failed; report the request id to its operator: the log has the cause"
     )
     return render(error, request_id)
 
@@ -165,9 +165,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     here = f"{request.method} {request.url.path}"
     made: DARError
     if error.status_code == 404:
-        made = NotFoundError(f"there is no route {here}; /openapi.json lists those there are")
+        made = NotFoundError(f"there is no route {here}; /openapi.json lists the existing ones")
     elif error.status_code == 405:
-        made = MethodNotAllowedError(f"{here} is not offered; this path takes other methods")
+        made = MethodNotAllowedError(f"{here} is not supported; this path has other methods")
     elif error.status_code == 413:
         made = PayloadTooLargeError(str(error.detail))
     elif error.status_code < 500:

@@ -113,7 +113,7 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
         return _base(folder)
     for _, checkpoint, _ in checkpoints.models(transaction, project_id, name=name):
         return _fine_tuned(name, checkpoint)
-    raise NotFoundError(f"there is no model {name!r}; GET /v1/models lists those there are")
+    raise NotFoundError(f"there is no model {name!r}; GET /v1/models lists the existing ones")
 
 
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:

@@ -167,7 +167,7 @@ def _earlier(transaction: Transaction, submission: Submission) -> Submitted | No
             return None
         if job.body_sha256 != digest:
             raise IdempotencyMismatchError(
-                f"this Idempotency-Key has made job {job.id} with another body; use a new key for "
+                f"this Idempotency-Key was used for job {job.id} with another body; use a new key for "
                 "a new job"
             )
         return Submitted(job, "true")
@@ -231,7 +231,7 @@ def _plan(
 
 
 def _keep(transaction: Transaction, plan: Plan) -> bool:
-    """Keep what a plan needs until the transaction ends. Returns whether all of it is as it was."""
+    """Keep what a plan needs until the transaction ends. Returns whether nothing has changed."""
     return (
         reward_endpoints.keep(transaction, plan.revisions)
         and files.keep(transaction, plan.file_ids) == plan.file_ids

@@ -1,4 +1,4 @@
-"""The database: SQL only, one module for each noun.
+"""The database: SQL only, one module for each kind of object.
 
 database: engine, transactions, clock and retries of busy transactions; only it commits.
 tables: table classes.

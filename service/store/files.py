@@ -30,7 +30,7 @@ def get(
         statement = statement.with_for_update(read=True)
     found = transaction.scalars(statement).one_or_none()
     if found is None:
-        raise NotFoundError(f"there is no file {file_id!r}; GET /v1/files lists those there are")
+        raise NotFoundError(f"there is no file {file_id!r}; GET /v1/files lists the existing ones")
     return found
 
 

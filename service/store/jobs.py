@@ -28,7 +28,7 @@ def get(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     ).one_or_none()
     if found is None:
         raise NotFoundError(
-            f"there is no job {job_id!r}; GET /v1/fine_tuning/jobs lists those there are"
+            f"there is no job {job_id!r}; GET /v1/fine_tuning/jobs lists the existing ones"
         )
     return found
 
@@ -67,7 +67,7 @@ def find_by_key(transaction: Transaction, project_id: str, key: str) -> JobRow |
 def find_retried(
     transaction: Transaction, api_key_id: str, body_sha256: str, retry_count: int
 ) -> JobRow | None:
-    """The job that an earlier try of the same request has made, when its reply was lost.
+    """The job that an earlier try of the same request has made, if its reply was lost.
 
     The OpenAI client sends no idempotency key by default; ``x-stainless-retry-count`` marks its
     retries.

@@ -175,13 +175,13 @@ def changed(
     cancel: Collection[str],
     pause: Collection[str],
 ) -> Sequence[str]:
-    """Which jobs have news for their workers.
+    """Which jobs have changed for their workers.
 
     Args:
         transaction: Where they are read.
-        job_ids: Jobs to check; one that no attempt runs any more is news.
-        cancel: Jobs for which a cancellation is news.
-        pause: Jobs for which a pause is news.
+        job_ids: Jobs to check; a job that no attempt runs any more has changed.
+        cancel: Jobs whose worker does not know of a cancellation yet.
+        pause: Jobs whose worker does not know of a pause yet.
     """
     is_running = select(AttemptRow.job_id).where(
         AttemptRow.job_id == JobRow.id,

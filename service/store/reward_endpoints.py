@@ -44,7 +44,7 @@ def get(
     found = transaction.scalars(statement).one_or_none()
     if found is None:
         raise NotFoundError(
-            f"there is no reward endpoint {endpoint_id!r}; GET /v1/reward_endpoints lists yours"
+            f"there is no reward endpoint {endpoint_id!r}; GET /v1/reward_endpoints lists the existing ones"
         )
     return found
 
@@ -159,14 +159,14 @@ def set_state(transaction: Transaction, endpoint_id: str, revision: int, state: 
 def note_requests(
     transaction: Transaction, job_id: str, attempt: int, states: Mapping[str, State]
 ) -> None:
-    """Store what an attempt's requests showed: states by component.
+    """Store the endpoint states that an attempt's requests showed, by component.
 
     An attempt uses the endpoints as they were when it started, so later changes keep their state.
     """
     started_at = select(AttemptRow.started_at).where(
         AttemptRow.job_id == job_id, AttemptRow.number == attempt
     )
-    for state in ("ok", "misconfigured"):  # if two components share an endpoint, a refusal wins
+    for state in ("ok", "misconfigured"):  # if two components share an endpoint, a rejection wins
         names = [name for name, found in states.items() if found == state]
         if not names:
             continue

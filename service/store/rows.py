@@ -1,6 +1,7 @@
 """Rows of a trainer: numbered within one attempt, each stored once.
 
-Rows of an attempt that has lost its job are stored too, with the attempt's number: they are facts.
+Rows of an attempt that has lost its job are stored too, with the attempt's number: they report
+what happened.
 """
 
 import hashlib

@@ -49,7 +49,7 @@ def test_only_bytes_that_are_still_to_come_need_room(
     room[0] = 1999
     full = lease.announce(2, files)
     assert (full.status_code, error_of(full)["code"]) == (503, "storage_full")
-    assert "1,000 more bytes, of which 2 times as many must be free" in error_of(full)["message"]
+    assert "1,000 more bytes. 2 times as many must be free" in error_of(full)["message"]
 
 
 def test_a_worker_that_was_told_of_a_cancellation_is_not_told_every_second(live: Live) -> None:

@@ -272,7 +272,7 @@ def test_a_model_that_is_nowhere_is_said(
     folder = installation.home / "models" / "tiny"
     aside = folder.rename(tmp_path / "aside")
     try:
-        with pytest.raises(InputError, match="'tiny' is neither in"):
+        with pytest.raises(InputError, match="'tiny' is not in"):
             InputFetcher(state, connect(installation.url), tmp_path).fetch()
     finally:
         aside.rename(folder)
@@ -322,7 +322,7 @@ def test_a_reward_model_that_is_nowhere_is_said(
 ) -> None:
     aside = judge.rename(tmp_path / "aside")
     try:
-        with pytest.raises(InputError, match="component rm is neither in"):
+        with pytest.raises(InputError, match="component rm is not in"):
             InputFetcher(state, connect(installation.url), tmp_path).fetch()
     finally:
         aside.rename(judge)

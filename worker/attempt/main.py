@@ -161,7 +161,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
     """Train with `dar.training`, alone or as one of several processes."""
     # Imported objects all stay, and searching them for garbage takes a fifth of the import time.
     gc.disable()
-    from dar.training.from_spec import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be heard
+    from dar.training.from_spec import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be noticed
         JobInputs,
         train_job,
     )

@@ -87,7 +87,7 @@ class CheckpointUploader:
             try:
                 upload = self._register(register)
                 arrived = sum(upload.received.values())
-                if arrived > most:  # more than ever before, so that the loop ends
+                if arrived > most:  # only progress renews the attempts, so the loop ends
                     backoff, left, most = Backoff(LONGEST_PAUSE_SECONDS), UPLOAD_ATTEMPTS, arrived
                 return self._upload_rest(folder, register, upload, len(content))
             except FencedError:

@@ -108,12 +108,14 @@ class InputFetcher:
             model = self._folder / "model"
         if model is None and self._lease.model.kind == "folder":
             raise InputError(
-                f"the model {self._lease.model.name!r} is neither in {self._models_path} nor served"
+                f"the model {self._lease.model.name!r} is not in {self._models_path}, and the service "
+                "does not provide it"
             )
         for name, folder in reward_models.items():
             if not folder.is_dir():
                 raise InputError(
-                    f"the reward model of component {name} is neither in {self._models_path} nor served"
+                    f"the reward model of component {name} is not in {self._models_path}, and the "
+                    "service does not provide it"
                 )
         resumes = self._lease.resume_checkpoint_id is not None
         return LocalInputs(

@@ -68,7 +68,7 @@ class RewardBridge:
                     )
                 )
             else:
-                # A note from before a repeated announcement says nothing about the new one.
+                # A note about an earlier announcement does not apply to the repeated one.
                 if any(one.request_id == note.request_id for one in progress):
                     self._send(announced, progress)
                 announced.append(note)

@@ -90,7 +90,7 @@ Poll = Callable[[str, float], Awaitable[Polled]]
 
 
 class LaterReply:
-    """The later answer of one request: the offer, and the wait for the result.
+    """One request whose result may come later: what it offers the service, and the wait.
 
     Args:
         url: URL of the reward service; a ``poll_url`` must have the same origin.

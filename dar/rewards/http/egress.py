@@ -196,7 +196,7 @@ def parse_url(url: str, policy: EgressPolicy | None) -> Target:
         given = unicodedata.normalize("NFKC", parts.host).lower().removesuffix(".")
         target = parts.raw_path.decode("ascii")
     except (httpx2.InvalidURL, UnicodeError, TypeError):
-        raise _bad_url("it cannot be read") from None
+        raise _bad_url("it cannot be parsed") from None
     if parts.scheme not in {"http", "https"}:
         raise _bad_url("it must start with https://")
     if not host or len(url) > MAX_URL:

@@ -124,7 +124,7 @@ def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
 
 
 class _NoHeaders(logging.Filter):
-    """Keeps headers of answers, which may repeat ours, out of the HTTP library's debug log."""
+    """Keeps headers of answers, which may repeat sent secrets, out of the HTTP library's log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("receive_response_headers.complete")

@@ -171,7 +171,10 @@ def failure_of(error: Exception) -> AttemptFailedError:
             return found
     # The error's text may contain what was received.
     return AttemptFailedError(
-        "transient", "protocol", "the connection broke, or spoke no HTTP", quote=str(error)
+        "transient",
+        "protocol",
+        "the connection broke, or the server does not speak HTTP",
+        quote=str(error),
     )
 
 
@@ -180,7 +183,7 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
         reason = f"its certificate is not valid: {cause.verify_message}"
         return AttemptFailedError("permanent", "tls.certificate", reason)
     if isinstance(cause, ssl.SSLError) and cause.reason in _OLD_TLS:
-        reason = "it speaks no TLS version from 1.2 on"
+        reason = "it does not support TLS 1.2 or newer"
         return AttemptFailedError("permanent", "tls.version", reason)
     if isinstance(cause, ssl.SSLError):
         # Its number is OpenSSL's own, so `os.strerror` would mislead.

@@ -1,7 +1,7 @@
 """Retries of reward requests: which failures, when, and how many per endpoint.
 
-Not stamina: it reports every retry through a process-wide list of hooks, which print to stdout if
-structlog is installed, and stdout belongs to the user's script.
+The package stamina is not used: it reports every retry through a process-wide list of hooks,
+which print to stdout if structlog is installed, and stdout belongs to the user's script.
 """
 
 import random

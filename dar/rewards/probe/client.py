@@ -1,8 +1,8 @@
 """One request through a job's own client, recorded; every check of a reward service is built on it.
 
-A job's client hides what a check has to find: it waits, retries, opens a breaker and remembers a
-refusal. So `ProbeClient` uses the part of the client that makes one request, below batching, with a
-breaker that never opens. Egress policy, limits, signatures and decoding are those of a job.
+A job's client hides what a check has to find: it waits, retries, opens a breaker and stops after a
+rejection. So `ProbeClient` uses the part of the client that makes one request, below batching, with
+a breaker that never opens. Egress policy, limits, signatures and decoding are those of a job.
 """
 
 import asyncio
@@ -199,7 +199,7 @@ class ProbeClient(HttpReward):
         access = ComponentAccess(
             url=target.url, secrets=list(target.secrets), headers=dict(target.headers)
         )
-        # Not shared: what a job has learned of the service must not replace an answer here.
+        # Not shared: the state that a job keeps of the service must not replace a request here.
         options = http_options(target.component, access, guard=target.guard, is_shared=False)
         super().__init__(
             target.component.name,

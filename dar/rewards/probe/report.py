@@ -89,7 +89,7 @@ ADVICE = {
     "determinism.same_id": "Keep answers by webhook-id for some minutes: if an answer is lost, the "
     "same request is sent again, and a new answer may differ.",
     "determinism.random": "Make the score a function of the completion alone: temperature 0 for a "
-    "judge, fixed seeds. Noise in rewards trains nothing.",
+    "judge, fixed seeds. The policy cannot learn from noise.",
     "order.position": "Match results to samples by id; a sample's position in a request must not "
     "change its score.",
     "order.batch": "Score each sample on its own: the other samples in its request change from "

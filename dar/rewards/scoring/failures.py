@@ -196,7 +196,7 @@ def under_policy(policy: FailurePolicy, group: Sequence[SampleReward]) -> list[S
         group: Rewards of the K completions of a prompt.
 
     Raises:
-        TrainingError: A completion could not be scored, and the policy says ``fail_job``.
+        TrainingError: A completion could not be scored, and ``on_error`` is ``fail_job``.
     """
     failed = next((reward for reward in group if reward.status == "error"), None)
     if failed is not None and policy.on_error == "fail_job":

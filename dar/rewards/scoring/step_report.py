@@ -250,7 +250,7 @@ def _most_at_once(spans: Sequence[Span]) -> int:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that ``share`` of the values do not exceed. Needs a value."""
+    """The smallest value that ``share`` of the values do not exceed. ``values`` is not empty."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 

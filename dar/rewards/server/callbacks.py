@@ -90,7 +90,7 @@ class CallbackSender:
     async def _attempt(
         self, request_id: str, callback: Callback, body: bytes, seconds: float
     ) -> tuple[str | None, float | None]:
-        """Why it failed (None: accepted), and the least wait before a retry (None: no retry)."""
+        """Return why it failed (None: accepted), and the least wait before a retry (None: none)."""
         headers = {
             "authorization": f"Bearer {callback.token}",
             "content-type": "application/json",

@@ -71,7 +71,7 @@ def run(app: Starlette, listener: socket.socket, url: str) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Answers while it drains, and exits with 0.
+    """Responds to requests while it drains, and exits with 0.
 
     uvicorn would close the listener at the first signal, so that promised results could not be
     fetched and new requests would get no 503; and it would raise the signal again at the end.

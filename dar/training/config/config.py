@@ -93,11 +93,11 @@ class DARConfig(TrainingArguments):
     ``per_device_train_batch_size`` counts prompts; each gives ``dar_k`` completions. One optimizer
     step takes ``per_device_train_batch_size * gradient_accumulation_steps`` prompts in each
     process. How the product of these and the number of processes is split changes the result by no
-    more than rounding (in bfloat16, now and then a token): the completions of a step are scored
+    more than rounding (in bfloat16, occasionally by a token): the completions of a step are scored
     together, and forward passes are cut to fit the memory.
 
     The defaults are those of a job spec (`dar.protocol.spec`). ``preset`` replaces some of them
-    (`dar.protocol.presets`). An argument that is given goes before both.
+    (`dar.protocol.presets`). An argument that is given takes precedence over both.
 
     Raises:
         InvalidRequestError: A value is out of range, or an option is set that would have no effect.
@@ -226,8 +226,8 @@ class DARConfig(TrainingArguments):
     def decisive_values(self) -> dict[str, Any]:
         """Everything here that decides the result of training, as JSON values."""
         own = {f.name for f in fields(DARConfig)} - {f.name for f in fields(TrainingArguments)}
-        own -= {"reward_model_path"}  # its weights decide, not their path
-        own -= {"overlap", "order"}  # they decide only as far as one step is sampled ahead
+        own -= {"reward_model_path"}  # its weights change the result, not their path
+        own -= {"overlap", "order"}  # only whether one step is sampled ahead changes the result
         values = {name: getattr(self, name) for name in sorted(own | DECISIVE)}
         values = {name: getattr(value, "value", value) for name, value in values.items()}
         return values | {

@@ -1,4 +1,4 @@
-"""Options of transformers that have no effect here: they are refused, and so never ignored."""
+"""Options of transformers that have no effect here: they are rejected, never ignored."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -72,7 +72,7 @@ OF_EVALUATION: dict[str, dict[str, tuple[object, ...]]] = {
 
 
 def refuse_without_effect(arguments: TrainingArguments) -> None:
-    """Refuse options that are set and would have no effect.
+    """Reject options that are set and would have no effect.
 
     Raises:
         InvalidRequestError: There is such an option; ``param`` names it.
@@ -89,7 +89,7 @@ def refuse_without_effect(arguments: TrainingArguments) -> None:
 
 
 def _is_settled(arguments: TrainingArguments, name: str) -> bool:
-    """Whether transformers or a launcher set a value that is not neutral, or it changes nothing."""
+    """Whether a value that is not neutral is harmless: set by others, or without any effect."""
     if name == "dataloader_pin_memory":  # transformers turns it off on CPUs
         return arguments.use_cpu
     if name == "local_rank":  # torch.distributed.launch sets it in every process

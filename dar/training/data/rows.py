@@ -78,7 +78,7 @@ class DataCollatorForDAR:
     pad_token_id: int = 0
 
     def __call__(self, features: Sequence[TokenPair | Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad.
+        """Pad prompts and completions to one batch.
 
         Args:
             features: B `TokenPair`, or mappings with ``prompt_ids`` and ``completion_ids`` (other
@@ -168,7 +168,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
-    """Refuse a data set that could not be trained on, before anything is loaded or sampled.
+    """Reject a data set that could not be trained on, before anything is loaded or sampled.
 
     Args:
         rows: The data set.
@@ -199,7 +199,7 @@ def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
 
 
 def check_table(rows: Rows) -> None:
-    """Refuse a data set that is not a table of rows.
+    """Reject a data set that is not a table of rows.
 
     Raises:
         InvalidRequestError: It is a dictionary of splits, has no length, or is empty.
@@ -255,7 +255,7 @@ class PromptEncoder:
 
         Raises:
             InvalidRequestError: There is no prompt, it has no token, or it is a conversation and
-                the model's chat template refuses it or is missing.
+                the model's chat template rejects it or is missing.
         """
         prompt = read_prompt(row)
         return self.fitted(row, prompt, self.encoded(prompt), self._max_length)
@@ -273,7 +273,7 @@ class PromptEncoder:
             self(row)
 
     def _needs_tokens(self, prompt: Sequence[Message], text: str, longest: int) -> bool:
-        """Whether a conversation may have no token, or lose turns, so that a template may fail."""
+        """Whether only tokenizing can show an error: it may have no token, or lose turns."""
         turns = sum(message["role"] == "user" for message in prompt)
         # Nearly every token has at least one byte.
         return not text.strip() or (turns > 1 and len(text.encode()) > longest)
@@ -319,7 +319,7 @@ class PromptEncoder:
         """A conversation as the model reads it, up to the model's turn, or whole.
 
         Raises:
-            InvalidRequestError: The chat template refuses it or is missing.
+            InvalidRequestError: The chat template rejects it or is missing.
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(

@@ -137,7 +137,9 @@ class RewardModel:
                 break
             scores_B = self._forward([rows[place] for place in places])
             rewards.update(zip(places, scores_B.tolist(), strict=True))
-        empty = Failed("no_tokens", "the reward model reads no token of it", is_transient=False)
+        empty = Failed(
+            "no_tokens", "the completion has no token for the reward model", is_transient=False
+        )
         source = f"reward model {self._name}"
         return [
             as_results([rewards[place]], 1, source)[0] if place in rewards else empty
@@ -358,7 +360,7 @@ def _unused(rows: Sequence[Sequence[int]], vocabulary: int) -> int | None:
 
 
 def _answered(prompt: Sequence[Message], completion: str) -> Sequence[Message]:
-    """The conversation with its completion, which continues a last message of the assistant."""
+    """The conversation with its completion. A last message of the assistant is continued."""
     last = prompt[-1]
     if last["role"] == "assistant" and isinstance(last.get("content"), str):
         return [*prompt[:-1], {**last, "content": last["content"] + completion}]

@@ -1,7 +1,7 @@
-"""Weights and optimizer state under DeepSpeed (ZeRO-2, ZeRO-3): gathered to be read, and cut again.
+"""Weights and optimizer state under DeepSpeed (ZeRO-2, ZeRO-3): gathered to be read.
 
-ZeRO-2 keeps every weight whole on every process and cuts gradients and optimizer state into shards;
-ZeRO-3 cuts the weights too. A checkpoint has the same content as without DeepSpeed: the optimizer's
+ZeRO-2 keeps every weight whole on every process and shards gradients and optimizer state; ZeRO-3
+shards the weights too. A checkpoint has the same content as without DeepSpeed: the optimizer's
 state by weight, in the order of `transformers.Trainer`.
 
 Functions that gather are collectives, which all processes must call together.
@@ -21,19 +21,19 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has cut the weights of ``model`` into shards."""
+    """Whether ZeRO-3 has sharded the weights of ``model``."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def cut(model: nn.Module) -> None:
-    """Cut a model that is only read: each process keeps its share of every weight. Collective."""
+    """Shard a model that is only read: each process keeps its share of every weight. Collective."""
     deepspeed = deepspeed_config.load()
     deepspeed.zero.Init(module=model, dtype=torch.float32, mem_efficient_linear=False)
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Gather all weights of a cut model on every process, to be read. Entering is collective."""
+    """Gather all weights of a sharded model on every process, for reading. Collective."""
     deepspeed = deepspeed_config.load()
     offload = _offload(model)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
@@ -65,7 +65,7 @@ def _remove_hooks(offload: Any) -> None:  # noqa: ANN401 - DeepSpeed has no anno
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights of a cut model, on the CPU of process 0; empty elsewhere. Collective."""
+    """All weights of a sharded model, on the CPU of process 0; empty elsewhere. Collective."""
     with whole(model):
         if torch.distributed.get_rank() != 0:
             return {}

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration: stage and sizes are the user's, the rest follows from `dar.DARConfig`.
 
 The result must be that of the same arguments without DeepSpeed. So its own mixed precision,
-optimizers and schedules, which change the arithmetic, are refused; bfloat16 comes from torch's
+optimizers and schedules, which change the arithmetic, are rejected; bfloat16 comes from torch's
 autocast, as everywhere here.
 """
 
@@ -108,7 +108,7 @@ def config_of(strategy: str) -> dict[str, Any]:
 
 
 def leave_loading_alone() -> None:
-    """Make `from_pretrained` load whole models: they are read and copied before they are cut."""
+    """Make `from_pretrained` load whole models, to be read and copied before sharding."""
     unset_hf_deepspeed_config()
 
 
@@ -222,7 +222,7 @@ def _refuse(names: list[str]) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse weights that DeepSpeed would train in another number format.
+    """Reject weights that DeepSpeed would train in another number format.
 
     Raises:
         InvalidRequestError: They are not in float32.

@@ -71,7 +71,7 @@ def strategy_options(resources: Resources) -> dict[str, Any]:
         return {}
     if resources.processes == 1:
         raise TrainingError(
-            f"strategy {resources.strategy!r} shares a model among processes, but the job has one; "
+            f"strategy {resources.strategy!r} shares a model among processes, but the job has one process; "
             "send resources.processes of at least 2, or leave strategy at auto",
             param="method.dar.resources.strategy",
         )
@@ -80,7 +80,7 @@ def strategy_options(resources: Resources) -> dict[str, Any]:
     if not deepspeed_config.is_installed():
         raise TrainingError(
             f"strategy {resources.strategy!r} needs DeepSpeed, which is not installed on this "
-            f"worker; {deepspeed_config.INSTALLATION} there, or send fsdp, which cuts weights, "
+            f"worker; {deepspeed_config.INSTALLATION} there, or send fsdp, which shards weights, "
             "gradients and optimizer state into shards as zero3 does",
             param="method.dar.resources.strategy",
         )

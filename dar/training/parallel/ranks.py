@@ -188,7 +188,7 @@ class Ranks:
             self._begin_epoch()
 
     def _part(self) -> None:
-        """Keep the main process, which may hold the store, until the others have read all."""
+        """Let the main process wait until the others have read all: it may host the store."""
         if self.count == 1:
             return
         with contextlib.suppress(DistError):

@@ -58,8 +58,8 @@ class Drift:
         """A warning for the owner of the job."""
         return (
             f"the rewards of component {self.component} have jumped from {self.before:.4g} to "
-            f"{self.now:.4g} on average, while steps before differed by {self.sigma:.2g}; see "
-            "whether its service, model or scale was changed"
+            f"{self.now:.4g} on average; earlier steps varied by {self.sigma:.2g}; check whether "
+            "its service, model or scale was changed"
         )
 
     def data(self, step: int) -> dict[str, Any]:

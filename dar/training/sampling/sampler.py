@@ -5,7 +5,7 @@ cache is then repeated for the K completions of each. Finished rows leave the ba
 masks come from lengths. Every token uses one uniform number, a function of (seed, step, row, token
 position), which the inverse of the cumulative distribution turns into a token. So a completion
 depends neither on its neighbours in the batch nor on how the batch was cut, up to rounding: other
-shapes may change the last digits of the logits, and in bfloat16 now and then a token.
+shapes may change the last digits of the logits, and in bfloat16 occasionally a token.
 
 The distribution that is sampled, in this order: padding is impossible; the repetition penalty acts
 on the raw logits; then temperature, top-k, top-p, min-p, as in transformers. The behavior
@@ -140,7 +140,7 @@ def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
 
 
 def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Refuse a prompt with a token that the model has no embedding for.
+    """Reject a prompt with a token that the model has no embedding for.
 
     Raises:
         InvalidRequestError: A token of a prompt is not below ``vocabulary``.
@@ -213,7 +213,7 @@ class Sampler:
 
     @torch.no_grad()
     def check(self, model: LanguageModel) -> None:
-        """Refuse a model whose key-value cache cannot be repeated and cut row by row.
+        """Reject a model whose key-value cache cannot be repeated and cut row by row.
 
         Raises:
             TrainingError: The model has no such cache; most such models have recurrent layers.

@@ -114,7 +114,7 @@ CLEARER = {
     "gradient_checkpointing_kwargs": "Its arguments for torch.utils.checkpoint, as JSON.",
     "activation_checkpointing": "Another name of --gradient_checkpointing.",
     "activation_checkpointing_kwargs": "Another name of --gradient_checkpointing_kwargs.",
-    "max_steps": "Optimizer steps; goes before --num_train_epochs.",
+    "max_steps": "Optimizer steps; takes precedence over --num_train_epochs.",
     "logging_strategy": "Whether to report: steps, or no.",
     "save_strategy": "Whether to write checkpoints: steps, or no.",
     "push_to_hub": "Push every checkpoint and the trained model to the hub.",

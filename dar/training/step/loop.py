@@ -107,7 +107,8 @@ class StepLoop:
             the processes is the loss.
 
         Raises:
-            TrainingError: The loss is not finite, or a reward is missing and may not be.
+            TrainingError: The loss is not finite, or a reward is missing with
+                ``allow_missing`` off.
             RewardError: No completion of the step could be scored.
             StopRequestedError: A cancellation is requested, or any stop while rewards are awaited.
         """
@@ -227,10 +228,10 @@ class StepLoop:
         return torch.zeros(())
 
     def checked(self, norm: Any) -> Any:  # noqa: ANN401 - transformers' norm: a tensor or a number
-        """The gradient's norm, whole.
+        """The norm of the whole gradient.
 
         Raises:
-            TrainingError: It is not finite, and not for an overflow of float16.
+            TrainingError: It is not finite, and float16 cannot be the cause.
         """
         if isinstance(norm, DTensor):  # of sharded gradients
             norm = norm.full_tensor()

@@ -48,7 +48,7 @@ class RowEncoder(PromptEncoder):
 
     Args:
         tokenizer: The trained model's.
-        max_prompt_length: Longest prompt in tokens; None: what its completions leave.
+        max_prompt_length: Longest prompt in tokens; None: limited only by ``longest``.
         longest: Most tokens of prompt and completion together.
         vocabulary: Number of tokens of the model.
         eos_ids: Tokens that end a completion.

@@ -140,7 +140,7 @@ class OnlineSource:
             self.run.sink.phase("waiting_for_reward" if is_waiting else "training", number)
 
     def _evenly(self, count: int) -> list[int]:
-        """Prompts in the order of training: at any time the same share of every process."""
+        """Prompts in the order of training: at any time equal shares of all processes."""
         ranks = self.run.ranks
         owned = [ranks.slice_of(index, count) for index in range(ranks.count)]
         places = [((i + 1) / len(one), p) for one in owned for i, p in enumerate(one)]

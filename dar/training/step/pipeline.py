@@ -51,7 +51,8 @@ class Pipeline:
 
         Raises:
             StopRequestedError: A stop was requested meanwhile. The completions are dropped, but
-                `state` is still that of the last step edge, so a checkpoint continues from there.
+                `state` is still that of the end of the last step, so a checkpoint
+                continues from there.
         """
         ahead, self._ahead = self._ahead, None
         taken = ahead or self._begin(number)
@@ -75,7 +76,7 @@ class Pipeline:
         return self._source.begin(number, staleness=self._state["staleness"], stored=stored)
 
     def end(self) -> None:
-        """The taken step is trained: a checkpoint from now on begins with the next."""
+        """The taken step is trained: a checkpoint written from now on begins with the next step."""
         self._state = None
         if self._ahead is not None:
             self._state = {
@@ -87,7 +88,7 @@ class Pipeline:
             }
 
     def state(self) -> dict[str, Any] | None:
-        """The step that was sampled ahead at the last step edge, as JSON."""
+        """The step that was sampled ahead when the last step ended, as JSON."""
         return self._state
 
     def restore(self, state: dict[str, Any] | None) -> None:

@@ -57,7 +57,7 @@ class Scoring:
 
     @property
     def part_order(self) -> TrainingOrder:
-        """TrainingOrder in which the prompts of a step are trained on."""
+        """Order in which the prompts of a step are trained on."""
         return "fixed" if self.overlap == "none" else self.order
 
 
@@ -164,7 +164,7 @@ class RewardFeed:
     _has_refilled: bool = field(init=False, default=False)
 
     def take(self, part: Prompts) -> Prompts:
-        """Wait for the rewards of a part: of these prompts, or of as many others of each process.
+        """Wait for the rewards of a part: these prompts, or as many others that are scored first.
 
         Returns:
             Prompts that are weighed now, and were not returned before.
@@ -172,7 +172,7 @@ class RewardFeed:
         Raises:
             StopRequestedError: A stop was requested meanwhile.
             RewardError: No completion of the step could be scored.
-            TrainingError: A reward is missing and may not be.
+            TrainingError: A reward is missing, and ``allow_missing`` is off.
         """
         if not self.scoring.is_streamable:
             self.finish()
@@ -196,7 +196,7 @@ class RewardFeed:
         self.weigher.weigh(self.step, range(len(self.step.prompts)))
 
     def refill(self) -> Prompts | None:
-        """After all were taken: prompts that were sampled again because too few had a reward."""
+        """Sample again, after all were taken, the prompts with too few rewards; returns them."""
         again = self._sample_again()
         if again is not None:
             self.weigher.weigh(self.step, sorted(_flat(again)))
