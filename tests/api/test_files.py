@@ -59,7 +59,7 @@ def test_a_part_of_a_file_can_be_fetched(live: Live, error_of: Callable[..., Any
             b'{"prompt": "a", "chosen": [{"role": "assistant", "content": ""}], "rejected": "c"}',
             "one of chosen and rejected is a text",
         ),
-        (b'{"prompt_ids": [-1], "completion_ids": [[2]], "rewards": [1]}', "integers from 0"),
+        (b'{"prompt_ids": [-1], "completion_ids": [[2]], "rewards": [1]}', "token ids from 0"),
         (b'{"prompt": ""}', "the prompt is empty"),
         (b'{"prompt": 3}', "it is a number"),
         (b'{"prompt": []}', "it is an empty list"),

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from dar.settings import environment
+from fakes.scripted_installation import wait_until
 
 LOOPBACK = {"egress_allow_cidrs": "127.0.0.0/8", "egress_allow_http": "127.0.0.1"}
 MAX_IDLE_BYTES = 150 * 1024**2
@@ -94,8 +95,12 @@ def test_the_first_start_makes_keys_that_only_their_owner_reads(first: Process) 
 def test_log_lines_are_json_with_the_requests_id(first: Process) -> None:
     with first.client() as client:
         client.get("/v1/files", headers={"x-request-id": "find-me"})
-    lines = [json.loads(line) for line in first.log.read_text().splitlines()]
-    [line] = [line for line in lines if line.get("request_id") == "find-me"]
+
+    def find() -> dict[str, Any] | None:  # the line is written after the answer
+        lines = map(json.loads, first.log.read_text().splitlines())
+        return next((line for line in lines if line.get("request_id") == "find-me"), None)
+
+    line = wait_until(find, what="the log line")
     assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/files", 200)
 
 

@@ -32,7 +32,7 @@ FAST = {
 
 
 def wait_until(
-    look: Callable[[], Any], *, seconds: float = 20.0, what: str = "something to happen"
+    look: Callable[[], Any], *, seconds: float = 60.0, what: str = "something to happen"
 ) -> Any:
     until = time.monotonic() + seconds
     while not (found := look()):
@@ -207,7 +207,7 @@ class ScriptedInstallation:
         return [process for process in self.trainers() if process.info["cwd"].startswith(folder)]
 
     @staticmethod
-    def until(look: Callable[[], Any], *, seconds: float = 20.0) -> Any:
+    def until(look: Callable[[], Any], *, seconds: float = 60.0) -> Any:
         return wait_until(look, seconds=seconds)
 
     def attempt_folders(self) -> list[str]:

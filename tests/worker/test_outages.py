@@ -97,10 +97,10 @@ def test_a_busy_worker_is_drained_by_sigterm_with_and_without_its_broker(
     own.start_service()
     job_id = own.submit(steps=1000, every=1000, seconds=0.05)
     for attempt in (1, 2):
+        done = own.job(job_id)["progress"]["step"]
         worker = own.start_worker()
         own.until(lambda attempt=attempt: own.job(job_id)["attempt"] == attempt)
-        own.until(own.trainers)
-        time.sleep(1)
+        own.until(lambda done=done: own.job(job_id)["progress"]["step"] > done)
         assert own.stop_worker(worker) < 15
         assert own.job(job_id)["status"] == "queued"
         valkey.stop()

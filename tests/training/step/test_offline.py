@@ -27,10 +27,10 @@ def test_stored_behavior_log_probabilities_are_used(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_ids": [2, 64]}, "integers from 0 to 63"),
-        ({"prompt_ids": [-1]}, "integers from 0 up"),
-        ({"completion_ids": [[4], [99]]}, "integers from 0 to 63"),
-        ({"completion_ids": [[4], ["w5"]]}, "integers from 0 up"),
+        ({"prompt_ids": [2, 64]}, "token ids from 0 to 63"),
+        ({"prompt_ids": [-1]}, "token ids from 0 up"),
+        ({"completion_ids": [[4], [99]]}, "token ids from 0 to 63"),
+        ({"completion_ids": [[4], ["w5"]]}, "token ids from 0 up"),
         ({"completion_ids": [[4], []]}, "0 tokens"),
         ({"completion_ids": [[4], [5] * 128]}, "128 tokens, but must have at least 1 and fewer"),
         ({"rewards": ["1.0", "0.0"]}, "rewards must be numbers or null"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dar.errors import TrainingError
-from dar.rewards import from_spec
+from dar.rewards import http_reward
 from dar.rewards.http import async_results
 from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http.request import HttpOptions
@@ -32,7 +32,7 @@ def high_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
         breaker=BreakerOptions(min_calls=1_000_000),
         budget=RetryBudgetOptions(minimum=1_000_000),
     )
-    monkeypatch.setattr(from_spec, "HttpOptions", options)
+    monkeypatch.setattr(http_reward, "HttpOptions", options)
     monkeypatch.setattr(async_results, "FIRST_POLL_SECONDS", 0.05)
 
 
