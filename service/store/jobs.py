@@ -197,7 +197,7 @@ def _check_needs(transaction: Transaction, job: JobRow) -> None:
     Raises:
         ConflictError: A file, or a checkpoint of its model, was deleted.
     """
-    names = [job.training_file, job.spec.get("validation_file")]
+    names = [job.training_file, job.parsed_spec.validation_file]
     needed = {name for name in names if name}
     gone = needed - files.keep(transaction, needed)
     if gone:
