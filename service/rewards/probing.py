@@ -7,7 +7,6 @@ waits.
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import FULL_SECONDS, probe
 from service.http.rate_limits import PassedProbes
 from service.store.reward_endpoints import State
+from service.store.reward_failures import REJECTION
 
 LIGHT_SECONDS = 4.0
 """Time limit of a submission for all its reward services together."""
@@ -38,7 +38,8 @@ _TEMPORARY = frozenset(
     }
     | {"too_large", "http_408", "http_413", "http_425", "http_429", "async.no_result"}
 )
-_CONFIGURATION = re.compile(r"^(config\.|tls\.|egress|http_4(?!08|13|25|29))")
+_WRONG_SAMPLE = frozenset({"http_400", "http_422"})
+"""In a job, the sample may be at fault. A probe's samples are known to have the right form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,9 @@ def state_after(report: ProbeReport) -> State | None:
     """The endpoint's state after a probe; None: unchanged."""
     if report.ok:
         return "ok"
-    is_misconfigured = any(_CONFIGURATION.match(finding.code) for finding in report.errors)
+    is_misconfigured = any(
+        one.code in _WRONG_SAMPLE or REJECTION.match(one.code) for one in report.errors
+    )
     return "misconfigured" if is_misconfigured else None
 
 

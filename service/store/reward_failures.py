@@ -16,7 +16,7 @@ from service.store.tables import RewardFailureRow
 
 MOST_KEPT = 10_000
 """Per job; older ones are deleted. The job's metrics count all failures."""
-_REFUSAL = re.compile(r"config\.|tls\.|egress|http_4(?!00|08|13|22|25|29)")
+REJECTION = re.compile(r"config\.|tls\.|egress|http_4(?!00|08|13|22|25|29)")
 """Codes of failures that pause a job at once, as no retry can help."""
 
 
@@ -30,7 +30,7 @@ def add(transaction: Transaction, held: Held, rows: Sequence[RewardsRow]) -> Non
     for row in rows:
         states |= {one.component: "ok" for one in row.requests if one.outcome == "ok"}
         states |= {
-            one.component: "misconfigured" for one in row.failures if _REFUSAL.match(one.code)
+            one.component: "misconfigured" for one in row.failures if REJECTION.match(one.code)
         }
     if is_live(held.attempt, held.job):
         reward_endpoints.note_requests(transaction, job_id, attempt, states)
