@@ -43,11 +43,11 @@ _WRONG_SAMPLE = frozenset({"http_400", "http_422"})
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
-    """A component of a job whose service is to be probed."""
+class ComponentProbe:
+    """The probe of a component's service at a job's submission."""
 
     param: str
-    """Its path in the spec."""
+    """The component's path in the spec."""
     target: ProbeTarget
     revision: int = 0
     """The endpoint's revision."""
@@ -84,13 +84,13 @@ async def report_on(
     return ProbeReport.model_validate(redact.in_json(report.model_dump(mode="json")))
 
 
-async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Problem]:
+async def problems_of(probes: Sequence[ComponentProbe], passed: PassedProbes) -> list[Problem]:
     """Probe the services of a job at once; returns what keeps it from being accepted."""
     reports = await asyncio.gather(
-        *(report_on(_with_one_attempt(one.target), None, light=True) for one in tries)
+        *(report_on(_with_one_attempt(one.target), None, light=True) for one in probes)
     )
     problems: list[Problem] = []
-    for one, report in zip(tries, reports, strict=True):
+    for one, report in zip(probes, reports, strict=True):
         lasting = [finding for finding in report.errors if not is_temporary(finding.code)]
         problems += [_problem(one, finding) for finding in lasting]
         if not lasting:
@@ -98,7 +98,7 @@ async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Proble
     return problems
 
 
-def _problem(one: Try, finding: ProbeFinding) -> Problem:
+def _problem(one: ComponentProbe, finding: ProbeFinding) -> Problem:
     message = (
         f"the reward service cannot be used: {finding.detail}; "
         "correct it, or send skip_validation to submit anyway"
