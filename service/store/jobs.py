@@ -122,11 +122,7 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         job.cancel_requested_at is not None and job.status == "running"
     ):
         return job
-    raise ConflictError(
-        f"job {job_id} has already {job.status}, so it cannot be cancelled"
-        if job.status in {"succeeded", "failed"}
-        else f"job {job_id} is {job.status} and cannot be cancelled now"
-    )
+    raise ConflictError(_cannot(job, "cancelled"))
 
 
 def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
