@@ -1,7 +1,7 @@
 """Base classes of all wire models: strict inputs, complete outputs, both frozen."""
 
 import json
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -26,6 +26,13 @@ def only(value: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def unwrap_descriptions(schema: dict[str, Any]) -> None:
+    """Put each description of a published schema on one line; docstrings wrap in the source."""
+    for described in (schema, *schema.get("properties", {}).values()):
+        if "description" in described:
+            described["description"] = " ".join(described["description"].split())
+
+
 class Input(BaseModel):
     """Data from a client.
 
@@ -33,7 +40,12 @@ class Input(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=unwrap_descriptions,
     )
 
 
@@ -44,7 +56,11 @@ class Output(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="ignore", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        json_schema_extra=unwrap_descriptions,
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from dar.errors import InvalidRequestError, Problem, RewardContractError
+from dar.protocol.base import unwrap_descriptions
 from dar.protocol.samples import FinishReason
 
 VERSION = "dar.reward.v1"
@@ -55,6 +56,7 @@ class _Wire(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
+        json_schema_extra=unwrap_descriptions,
     )
 
 
@@ -165,9 +167,9 @@ class SampleError(_Wire):
 
 
 class SampleResult(_Wire):
-    """The result of one sample: one of ``reward``, ``skip`` and ``error``.
+    """The result of one sample: exactly one of ``reward``, ``skip`` and ``error``.
 
-    A null reward is a skip.
+    A null reward alone is a skip.
     """
 
     id: str
