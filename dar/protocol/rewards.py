@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from dar.errors import InvalidRequestError, Problem, RewardContractError
-from dar.protocol.base import unwrap_descriptions
+from dar.protocol.base import WireModel
 from dar.protocol.samples import FinishReason
 
 VERSION = "dar.reward.v1"
@@ -46,17 +46,11 @@ RewardNumber = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
 PartName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
 
 
-class _Wire(BaseModel):
+class _Wire(WireModel):
     """Types are strict. Unknown keys are ignored, so that either side may be newer."""
 
     model_config = ConfigDict(
-        extra="ignore",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        json_schema_extra=unwrap_descriptions,
+        extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
 
 
