@@ -54,6 +54,8 @@ def test_every_object_is_shown_as_before(service: Any, facts: dict[str, Any]) ->
         answer = user.get(path)
         assert answer.status_code == 200, answer.text
         shown = answer.json()
+        if path == "/v1/models":
+            del shown["data"][0]["created"]  # the time at which the test copied the folder
         assert without_removed(shown) == shown, path
         assert {name: shown.get(name) for name in expected} == without_removed(expected), path
         assert set(shown) - set(expected) <= UNSTORED, path
