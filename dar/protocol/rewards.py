@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from dar.errors import InvalidRequestError, Problem, RewardContractError
+from dar.protocol.base import WireModel
 from dar.protocol.samples import FinishReason
 
 VERSION = "dar.reward.v1"
@@ -45,16 +46,11 @@ RewardNumber = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
 PartName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
 
 
-class _Wire(BaseModel):
+class _Wire(WireModel):
     """Types are strict. Unknown keys are ignored, so that either side may be newer."""
 
     model_config = ConfigDict(
-        extra="ignore",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
+        extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
 
 
@@ -165,9 +161,9 @@ class SampleError(_Wire):
 
 
 class SampleResult(_Wire):
-    """The result of one sample: one of ``reward``, ``skip`` and ``error``.
+    """The result of one sample: exactly one of ``reward``, ``skip`` and ``error``.
 
-    A null reward is a skip.
+    A null reward alone is a skip.
     """
 
     id: str

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from dar.disk import write_atomically
 from dar.errors import DARError, RewardBudgetError, RewardError, RewardUnavailableError
 from dar.processes import die_with_parent
 from dar.protocol.checkpoints import Manifest
@@ -33,7 +34,7 @@ from dar.protocol.worker import (
 from dar.training.report.sink import NullSink, Sink
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
-from worker.folders import AttemptFolder, write_atomically
+from worker.folders import AttemptFolder
 from worker.launch import ExitCode, Launch, Line, RewardNews, TrainerResult
 from worker.spool import SpoolWriter
 
