@@ -281,7 +281,8 @@ class RetryingRequest:
             columns=self._options.columns,
             created_at=now,
             deadline=deadline,
-            # The samples were encoded before their prompts became text.
+            # With text, the protocol encodes a second time: the first encoding holds conversations.
+            # Request ids are digests of it, so encoding the texts at once would change the ids.
             encoded=()
             if self._options.prompt_format == "text"
             else tuple(sample.json for sample in samples),
