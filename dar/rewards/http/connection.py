@@ -100,8 +100,13 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - part of the base class
     ) -> httpcore2.AsyncNetworkStream:
-        """The same connection, encrypted."""
-        return JoinedStream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+        """The same connection, encrypted. It is closed if that fails."""
+        try:
+            inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:  # the library leaves a socket open when a time limit cancels this
+            await self.aclose()
+            raise
+        return JoinedStream(inner)
 
     def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - part of the base class
         """See the base class. The pool closes an idle connection that is readable."""
