@@ -159,11 +159,11 @@ class Timings:
     has_dialled: bool = False
     """Whether a connection was opened for it."""
     dns_seconds: float | None = None
-    """Until the name was resolved and its addresses checked."""
+    """Time until the name was resolved and its addresses checked."""
     connect_seconds: float | None = None
-    """Until the connection was open, TLS included."""
+    """Time until the connection was open, TLS included."""
     first_byte_seconds: float | None = None
-    """Until the head of the answer had arrived."""
+    """Time until the head of the answer had arrived."""
 
     def begin(self) -> None:
         """Start an attempt, or start it again on a fresh connection."""
