@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
+from dar.rewards.from_spec import RewardAccess
 from dar.training.checkpoint.fingerprint import config_sha256
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
@@ -45,7 +46,6 @@ from dar.training.report.sink import (
 from dar.training.reward_sources import (
     GivenRewards,
     LoadedRewards,
-    RewardAccess,
     RewardFunctions,
     RewardSession,
 )

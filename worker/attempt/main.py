@@ -162,12 +162,12 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
     """Train with `dar.training`, alone or as one of several processes."""
     # Imported objects all stay, and searching them for garbage takes a fifth of the import time.
     gc.disable()
+    from dar.rewards.from_spec import RewardAccess  # noqa: PLC0415 - takes CPU time as well
     from dar.training.from_spec import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be noticed
         JobInputs,
         train_job,
     )
     from dar.training.parallel.ranks import meet  # noqa: PLC0415 - takes seconds of CPU too
-    from dar.training.reward_sources import RewardAccess  # noqa: PLC0415 - takes seconds of CPU as well
 
     gc.freeze()
     gc.enable()

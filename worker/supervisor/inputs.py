@@ -40,7 +40,7 @@ class LocalInputs:
     adapters: tuple[Path, ...]
     resume_from: Path | None
     reward_models: Mapping[str, Path] = field(default_factory=dict)
-    """By component name; the others come from the hub."""
+    """Folders by component name; the others come from the hub."""
 
 
 def local_model(lease: Lease, models_path: Path) -> Path | None:
