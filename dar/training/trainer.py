@@ -286,13 +286,14 @@ class DARTrainer(Trainer):
         Args:
             resume_from_checkpoint: A checkpoint folder of a trainer with the same arguments.
             trial: Not used.
-            ignore_keys_for_eval: Not used.
+            ignore_keys_for_eval: Must be empty: see `evaluate`.
 
         Returns:
             Steps done, and transformers' own metrics of the run.
 
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
+            InvalidRequestError: An argument cannot be used, or the processes have different ones.
             RewardError: No completion of a step could be scored.
             TrainingError: The loss or the policy is not finite, or three steps in a row had no
                 usable reward.
@@ -490,7 +491,7 @@ class DARTrainer(Trainer):
         Args:
             eval_dataset: Rows, or several data sets by name, which then is part of the names of
                 their metrics; default: those of the constructor.
-            ignore_keys: Not used; a model's outputs are no metrics here.
+            ignore_keys: Must be empty: a model's outputs are no metrics here.
             metric_key_prefix: Put before the name of every metric, with a ``_``.
 
         Returns:
@@ -499,7 +500,8 @@ class DARTrainer(Trainer):
             same, and so do ``on_log`` and ``on_evaluate`` of the callbacks.
 
         Raises:
-            InvalidRequestError: There are no evaluation data, or a row cannot be used.
+            InvalidRequestError: There are no evaluation data, a row cannot be used, or
+                ``ignore_keys`` is not empty.
             RewardError: No completion could be scored.
             StopRequestedError: A stop was requested meanwhile.
             TrainingError: A reward is missing with ``allow_missing`` off, or a probability is not
