@@ -205,6 +205,8 @@ class DARTrainer(Trainer):
         policy.place_reference(config.device)
         limit_search_for_unused(self)
         self._policy = policy
+        self.stopped_by: StopKind | None = None
+        """The request that ended `train` early."""
         self.ranks = ranks = Ranks.of_launch(config.process_index, config.world_size)
         self.sink = (sink if ranks.is_main else None) or NullSink()
         control = (control if ranks.is_main else None) or NullControl()
@@ -268,11 +270,6 @@ class DARTrainer(Trainer):
         """Step of the newest checkpoint that was written or resumed from."""
         return self._checkpoints.published_step
 
-    @property
-    def stopped_by(self) -> StopKind | None:
-        """The request that ended `train` early."""
-        return self._loop.stopped_by
-
     # --- training ------------------------------------------------------------------------------
 
     def train(
@@ -298,7 +295,7 @@ class DARTrainer(Trainer):
             TrainingError: The loss or the policy is not finite, or three steps in a row had no
                 usable reward.
         """
-        self._loop.stopped_by = None
+        self.stopped_by = None
         try:
             with self.ranks.together():
                 start = functools.partial(
@@ -307,7 +304,7 @@ class DARTrainer(Trainer):
                 return self._train_together(resume_from_checkpoint, start)
         except StopRequestedError:
             # The unfinished step is dropped; nothing has changed since the one before.
-            self._loop.stopped_by = self.ranks.from_main(self._run.control.requested)
+            self.stopped_by = self.ranks.from_main(self._run.control.requested)
             if self.stopped_by == "drain":
                 self._save_unpublished()
             return TrainOutput(self.state.global_step, math.nan, {})
@@ -429,7 +426,7 @@ class DARTrainer(Trainer):
             self._evaluation.end_loop()
         else:
             learning_rate = float(more.get("learning_rate") or 0.0)
-            self._loop.end_step(step, float(grad_norm or 0.0), learning_rate)
+            self.stopped_by = self._loop.end_step(step, float(grad_norm or 0.0), learning_rate)
             self._evaluation.end_step(step)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
 
@@ -652,6 +649,7 @@ class DARTrainer(Trainer):
         """
         return self.hub.push(
             commit_message or "End of training",
+            write_model=self._checkpoints.save_model,
             is_blocking=blocking,
             token=token,
             revision=revision,
