@@ -52,7 +52,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def from_spec(spec: FieldInfo, *, source: str = "") -> Any:  # noqa: ANN401 - as dataclasses.field
+def spec_field(spec: FieldInfo, *, source: str = "") -> Any:  # noqa: ANN401 - as dataclasses.field
     """A dataclass field with the default and the help of a field of the job spec.
 
     Args:
