@@ -19,6 +19,7 @@ from dar.protocol.spec import (
     TrainingOrder,
     WeightNormalization,
 )
+from dar.protocol.spec_checks import NOTHING_TO_COMPARE
 from dar.training.config.fields import SPEC_FIELDS, option, spec_field
 from dar.training.config.ignored import refuse_without_effect
 from dar.training.config.ranges import check_ranges
@@ -184,8 +185,7 @@ class DARConfig(TrainingArguments):
             )
         if self.dar_k == 1 and self.prompts_per_step == 1:
             raise InvalidRequestError(
-                "one completion of one prompt has nothing to be compared with, so every advantage "
-                "would be 0; set dar_k or the batch size to at least 2",
+                f"{NOTHING_TO_COMPARE}; set dar_k or the batch size to at least 2",
                 param="dar_k",
             )
 
