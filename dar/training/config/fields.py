@@ -29,7 +29,7 @@ class HelpText(str):
     source: str
     """Where it comes from: an equation or departure of `dar.training.loss`, a paper, a library."""
     unit: str
-    """Of its value; empty: a pure number or a word."""
+    """Unit of its value; empty: a pure number or a word."""
 
 
 def option(

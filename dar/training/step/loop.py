@@ -64,9 +64,9 @@ class StepLoop:
         self._pipeline: Pipeline | None = None
         self._scoring = Scoring()
         self._budget_state: dict[str, Any] | None = None
-        """After the last finished step; the budget itself may have counted part of the next."""
+        """The budget after the last finished step; by now it may have counted part of the next."""
         self._loss: Tensor | None = None
-        """Of the current step so far; None before its first pass."""
+        """Loss of the current step so far; None before its first pass."""
         self._pass_count = 0
         self._empty_steps = 0
 
