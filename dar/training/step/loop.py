@@ -64,7 +64,7 @@ class StepLoop:
         self._pipeline: Pipeline | None = None
         self._scoring = Scoring()
         self._budget_state: dict[str, Any] | None = None
-        """The budget after the last finished step; by now it may have counted part of the next."""
+        """State of the budget after the last finished step; the budget itself may be further on."""
         self._loss: Tensor | None = None
         """Loss of the current step so far; None before its first pass."""
         self._pass_count = 0
