@@ -121,7 +121,7 @@ class LoadedRewards:
 
     given: GivenRewards
     models: Sequence[RewardModel]
-    """Of the main process; the others have none."""
+    """Models of the main process; the others have none."""
     sketches: Sequence[str]
     """Digest of each model's weights, on all processes."""
 
