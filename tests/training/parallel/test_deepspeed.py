@@ -25,9 +25,12 @@ pytestmark = pytest.mark.timeout(400)
 ROUNDING = 2e-5
 """Of float32: one process that trains in eight shares differs by 2e-6 of a tensor's norm from one
 that does not."""
-HALF_ROUNDING = 2e-3
+HALF_ROUNDING = 2e-2
 """Of bfloat16, which rounds to 4e-3: where two runs differ in float32's last digits, some of its
-roundings differ."""
+roundings differ. In step 1 ZeRO-3 differs from DDP in a few gradients of layer 0 (3e-4 of a
+tensor's norm). By step 3 the updates spread that to every tensor: up to 6.5e-3, on CPUs with AMX.
+DDP from weights that differ by 1e-7 is 6e-3 from itself in step 1. A fault is larger in step 3: 0.1
+with a weight decay of 0.01, 1 with a learning rate 1% higher, 2e3 without clipping."""
 
 
 @pytest.fixture(scope="module")
