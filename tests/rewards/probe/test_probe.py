@@ -54,7 +54,10 @@ async def test_the_number_of_requests_is_what_is_promised(
     assert len(full.requests) == 35
     report = await ask_probe(light.url, light=True)
     assert len(light.requests) == 6
-    assert statuses(report) == {**dict.fromkeys(range(1, 5), "ok"), **dict.fromkeys(range(5, 10), "skipped")}  # fmt: skip
+    assert statuses(report) == {
+        **dict.fromkeys(range(1, 5), "ok"),
+        **dict.fromkeys(range(5, 10), "skipped"),
+    }
     sent = [request.content for request in full.requests]
     assert {content["mode"] for content in sent} == {"validate"}
     ids = [content["request_id"] for content in sent]

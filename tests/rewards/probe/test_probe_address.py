@@ -47,9 +47,14 @@ def serve_tls(authority: trustme.CA) -> Callable[..., Any]:
     [("127.0.0.1", -1, "expired"), ("other.example", 90, "127.0.0.1")],
 )
 async def test_a_certificate_that_does_not_hold_is_an_error_and_nothing_is_sent(
-    ask_probe: Probe, failed: Any, serve_tls: Any, trusting: ssl.SSLContext,
-    host: str, days: float, word: str,
-) -> None:  # fmt: skip
+    ask_probe: Probe,
+    failed: Any,
+    serve_tls: Any,
+    trusting: ssl.SSLContext,
+    host: str,
+    days: float,
+    word: str,
+) -> None:
     with serve_tls(host, days) as server:
         report = await ask_probe(server.at("fine"), tls=trusting)
         assert server.requests == []

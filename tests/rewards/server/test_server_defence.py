@@ -49,7 +49,14 @@ class Raw:
         self.socket = socket.create_connection((parts.hostname, parts.port), timeout=30)
 
     def send(self, length: int, body: bytes = b"") -> None:
-        lines = ["POST /score HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {length}", "", ""]  # fmt: skip
+        lines = [
+            "POST /score HTTP/1.1",
+            "host: x",
+            "content-type: application/json",
+            f"content-length: {length}",
+            "",
+            "",
+        ]
         self.socket.sendall("\r\n".join(lines).encode() + body)
 
     def status(self) -> int:
