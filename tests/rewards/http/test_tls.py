@@ -17,6 +17,7 @@ from dar.errors import RewardMisconfiguredError
 from dar.rewards.base import Scored
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.hostile_manners import hostile_server
+from fakes.reward_types import MakeSamples
 
 Ask = Callable[..., Any]
 
@@ -113,7 +114,7 @@ async def test_a_certificate_that_changes_during_a_job_stops_it(
     contexts: dict[str, ssl.SSLContext],
     authority: trustme.CA,
     trusting: HttpOptions,
-    make_samples: Any,
+    make_samples: MakeSamples,
     context: Any,
 ) -> None:
     with hostile_server(contexts["good"]) as server:

@@ -30,8 +30,8 @@ from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 from dar.rewards.protocols.plain import PlainProtocol
 from dar.rewards.protocols.trl import TRLProtocol
+from fakes.reward_types import MakeSamples
 
-MakeSamples = Callable[..., list[RewardSample]]
 Serve = Callable[[Starlette], str]
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 GRADER = {

@@ -18,6 +18,7 @@ from dar.rewards.http.signing import decode_secret, signed_headers
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.server import endpoint, reward_server
 from fakes.reward_server import RewardServer, ScoreRequest
+from fakes.reward_types import MakeSamples
 
 TOKEN = "rwt_" + "k" * 43
 SECOND_SECRET = "whsec_" + "c" * 32
@@ -181,7 +182,7 @@ async def test_a_job_that_wants_signed_answers_takes_those_of_a_reward_server(
     serve_app: Callable[..., str],
     secret: str,
     fast: HttpOptions,
-    make_samples: Any,
+    make_samples: MakeSamples,
     context: Any,
     is_async: bool,
 ) -> None:
