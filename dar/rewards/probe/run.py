@@ -142,7 +142,7 @@ async def _take_steps(target: ProbeTarget, session: ProbeSession, *, light: bool
         6: lambda: check_signature(session, component.protocol),
         7: lambda: check_texts(session, component.batch.max_bytes),
         8: lambda: check_spread(session),
-        9: lambda: check_later(session, target.inbox, may_be_later=component.reply == "either"),
+        9: lambda: check_later(session, target.inbox, component.reply),
         5: lambda: check_load(session, component),
     }
     for number, take in steps.items():

@@ -235,12 +235,10 @@ async def check_spread(session: ProbeSession) -> None:
     report.done(f"from {min(rewards):.4g} to {max(rewards):.4g}")
 
 
-async def check_later(
-    session: ProbeSession, inbox: ProbeInbox | None, *, may_be_later: bool
-) -> None:
+async def check_later(session: ProbeSession, inbox: ProbeInbox | None, reply: str) -> None:
     """Step 9: after a 202 the result must come, and a second callback must change nothing."""
     report = session.report
-    if not may_be_later:
+    if reply != "either":
         report.skip("the component does not allow later results (reply: sync)")
         return
     call = await session.client.send(session.samples[:1])
