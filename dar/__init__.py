@@ -8,6 +8,7 @@ demo: ``dar demo``, without torch.
 protocol: wire models of all processes, and the rules over specs and rows.
 rewards: reward sources, the client of reward services, the reward server.
 training: the trainer; the only folder that imports torch.
+disk: digests of files, and durable writes.
 errors: all errors that a user can see, with their codes and HTTP statuses.
 processes: child processes, restarted and ended with their parent.
 settings: all settings of an installation, read from ``DAR_*`` variables.

@@ -48,9 +48,9 @@ class DARError(Exception):
     """
 
     code: ClassVar[str] = "internal_error"
-    status: ClassVar[int] = 500
+    status: int = 500
     type: ClassVar[str] = "server_error"
-    retryable: ClassVar[bool] = True
+    retryable: bool = True
 
     def __init__(
         self,
@@ -87,9 +87,9 @@ class DARError(Exception):
 class _Rejected:
     """What most errors of a request share: the same request fails again."""
 
-    status: ClassVar[int] = 400
+    status: int = 400
     type: ClassVar[str] = "invalid_request_error"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
 
 class InvalidRequestError(_Rejected, DARError):

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from dar.disk import sync
 from dar.errors import ConflictError, ServiceUnavailableError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
@@ -87,7 +88,7 @@ class Artifacts:
     def keep_file(self, file_id: str) -> None:
         """Move a complete upload to its final path, durably."""
         self.new_file(file_id).rename(self.file(file_id))
-        sync_folder(self._files)
+        sync(self._files)
 
     def old_files(self) -> list[str]:
         """Ids of files that are older than any upload still in progress."""
@@ -184,11 +185,11 @@ def verify(upload: Upload) -> int:
         _verify_file(folder / file.name, file.name, file.bytes, file.sha256)
     if folder is upload.staging:
         for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            sync_folder(inner)
+            sync(inner)
         folder.rename(upload.final)
     # The folders of the attempt and the job may be new too, each an entry of its parent folder.
     for outer in upload.final.parents[:3]:
-        sync_folder(outer)
+        sync(outer)
     return manifest_bytes
 
 
@@ -235,12 +236,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable. Otherwise a power failure may undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

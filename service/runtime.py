@@ -26,7 +26,9 @@ class Runtime(Installation):
     """Receives the callbacks of this process's own probes."""
     probes: Throttle = field(default_factory=lambda: Throttle(6, 60.0, "probes"))
     gradings: Throttle = field(default_factory=lambda: Throttle(60, 60.0, "runs of a grader"))
-    tries: Throttle = field(default_factory=lambda: Throttle(120, 60.0, "tries at submission"))
+    submission_probes: Throttle = field(
+        default_factory=lambda: Throttle(120, 60.0, "probes at submission")
+    )
     passed_probes: PassedProbes = field(default_factory=PassedProbes)
     callback_failures: FailureThrottle = field(default_factory=FailureThrottle)
     """Callbacks with wrong credentials, by address."""

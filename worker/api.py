@@ -11,7 +11,7 @@ import httpx2
 import structlog
 from pydantic import BaseModel
 
-from dar.client.transport import AttemptError, Backoff, Transport
+from dar.client.transport import RetryPolicy, Transport, call_with_retries
 from dar.errors import DARError, NotFoundError, ServiceUnavailableError
 from dar.protocol.worker import (
     AnnounceRewardRequests,
@@ -111,7 +111,6 @@ class WorkerClient:
             key,
             url,
             timeout=READ_SECONDS,
-            max_retries=0,
             headers={"x-dar-node": node},
             follow_redirects=False,
         )
@@ -143,42 +142,45 @@ class WorkerClient:
             ServiceBrokenError: The service failed ten times in a row.
             DARError: The service rejected the call and would reject it again.
         """
-        backoff, give_up, broken = Backoff(longest), give_up or self._give_up, 0
-        while not give_up():
-            try:
-                return call()
-            except DARError as error:
-                broken = broken + 1 if isinstance(error, ServiceBrokenError) else 0
-                if not error.retryable or broken == BROKEN_ANSWERS:
-                    raise
-                pause = backoff.next(error.retry_after_seconds)
-                log.warning("repeating", call=what, seconds=round(pause, 1), error=error.message)
-                self._sleep(pause, give_up)
-        raise GaveUpError(what)
+        is_over = give_up or self._give_up
 
-    @staticmethod
-    def _sleep(seconds: float, give_up: Callable[[], bool]) -> None:
-        until = time.monotonic() + seconds
-        while not give_up() and (left := until - time.monotonic()) > 0:
-            time.sleep(min(LOOK_SECONDS, left))
+        def pause(seconds: float, error: DARError) -> None:
+            log.warning("repeating", call=what, seconds=round(seconds, 1), error=error.message)
+            until = time.monotonic() + seconds
+            while not is_over() and (left := until - time.monotonic()) > 0:
+                time.sleep(min(LOOK_SECONDS, left))
+            if is_over():
+                raise GaveUpError(what)
+
+        if is_over():
+            raise GaveUpError(what)
+        policy = RetryPolicy(
+            BROKEN_ANSWERS,
+            longest,
+            pause,
+            counts=lambda error: isinstance(error, ServiceBrokenError),
+        )
+        return call_with_retries(call, policy)
 
     @contextlib.contextmanager
     def _open(
         self, method: str, path: str, **options: Unpack[_Options]
     ) -> Iterator[httpx2.Response]:
-        try:
-            with self._transport.open(method, f"/worker{path}", **options) as response:
-                yield response
-        except AttemptError as failure:
-            error = failure.error
-            if failure.status == ServiceBrokenError.status:
-                error = ServiceBrokenError(
+        with contextlib.ExitStack() as stack:
+            try:
+                response = stack.enter_context(
+                    self._transport.open(method, f"/worker{path}", **options)
+                )
+            except DARError as error:
+                if error.status != ServiceBrokenError.status:
+                    raise
+                raise ServiceBrokenError(
                     f"{error.message} (request {error.request_id})",
                     code=error.error_code,
                     request_id=error.request_id,
                     retry_after_seconds=error.retry_after_seconds,
-                )
-            raise error from failure.__cause__
+                ) from error
+            yield response
 
     def _send(self, method: str, path: str, **options: Unpack[_Options]) -> httpx2.Response:
         with self._open(method, path, **options) as response:

@@ -23,13 +23,14 @@ Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
 No key or token is ever written here.
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
+
+from dar.disk import read_if_there, write_atomically
 
 LOGS_KEPT = 20
 
@@ -42,31 +43,6 @@ class AttemptRecord(BaseModel):
     lease_id: str
     job_id: str
     attempt: int
-
-
-def write_atomically(path: Path, content: bytes, *, is_durable: bool = False) -> None:
-    """Replace ``path`` so that a reader sees the old content or the new one, never a part.
-
-    Args:
-        path: The file.
-        content: All of it.
-        is_durable: Whether this must hold after a power loss.
-    """
-    fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with fresh.open("wb") as file:
-        file.write(content)
-        if is_durable:
-            file.flush()
-            os.fsync(file.fileno())
-    fresh.replace(path)
-
-
-def read_if_there(path: Path) -> bytes | None:
-    """Content of ``path``; None if there is no such file."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 @dataclass(frozen=True, slots=True)

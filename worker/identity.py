@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dar.disk import read_if_there
 from dar.errors import ConfigurationError
 from dar.protocol.ids import new_id
 from dar.protocol.worker import Claim
 from dar.settings import Settings
-from worker.folders import SlotFolder, read_if_there
+from worker.folders import SlotFolder
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

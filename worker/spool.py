@@ -20,9 +20,9 @@ import orjson
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from dar.disk import read_if_there, sync, write_atomically
 from dar.errors import DARError
 from dar.protocol.worker import Row
-from worker.folders import read_if_there, write_atomically
 
 SEGMENT_BYTES = 4 * 1024**2
 SYNC_SECONDS = 1.0
@@ -94,14 +94,6 @@ def _lines(segment: Path, offset: int) -> Iterator[tuple[bytes, int]]:
             yield unframe(line[:-1]), offset
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class SpoolWriter:
     """Appends rows. Safe to use from several threads; written bytes reach the disk within a second.
 
@@ -141,7 +133,7 @@ class SpoolWriter:
 
     def _open(self, first: int) -> tuple[FileIO, int]:
         file = (self._folder / f"{first:012d}.jsonl").open("xb", buffering=0)
-        _sync_folder(self._folder)
+        sync(self._folder)
         return file, 0
 
     def append(self, make: Callable[..., Row]) -> int:
@@ -309,6 +301,6 @@ class SpoolReader:
         done = [path for path in _segments(self._folder) if path < segment]
         if done:
             # Otherwise a power loss could undo the mark and keep the deletion.
-            _sync_folder(self._folder)
+            sync(self._folder)
         for path in done:
             path.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
 """Download of files with known digests: resumable, verified, and never outside their folder."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from dar.client.transport import Transport, escaped
+from dar.disk import file_sha256
 from dar.errors import CheckpointError
 from dar.protocol.checkpoints import CheckpointFile, FileName
 
@@ -118,5 +118,4 @@ class Download:
 def _is_correct(path: Path, file: CheckpointFile) -> bool:
     if path.is_symlink() or not path.is_file() or path.stat().st_size != file.bytes:
         return False
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+    return file_sha256(path) == file.sha256

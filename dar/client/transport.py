@@ -5,6 +5,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -20,7 +21,6 @@ MAX_BACKOFF_SECONDS = 8.0
 MAX_RETRY_AFTER_SECONDS = 60.0
 """Longest wait that a service can request."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_RETRIED = frozenset({408, 429})
 # A generator of its own: the module's functions would change what a seeded program draws next.
 _JITTER = random.SystemRandom()
 
@@ -30,40 +30,57 @@ Upload = Callable[[], Mapping[str, Any]]
 """Makes the parts of a multipart body, again for each attempt."""
 
 
-class AttemptError(Exception):
-    """One attempt at a request failed.
-
-    Args:
-        error: What the caller sees when no attempt is left.
-        is_passing: Whether another attempt can succeed.
-        status: HTTP status of the response; None: there was no response.
-    """
-
-    def __init__(self, error: DARError, *, is_passing: bool, status: int | None = None) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.is_passing = is_passing
-        self.status = status
-
-
 class Backoff:
     """Growing waits between attempts: 0.5 s, doubled each time, with jitter.
 
     Args:
         longest: Longest wait in seconds.
-        least: Smallest share of a wait that the jitter leaves.
     """
 
-    def __init__(self, longest: float, least: float = 0.5) -> None:
+    def __init__(self, longest: float) -> None:
         self._longest = longest
-        self._least = least
         self._pause = FIRST_BACKOFF_SECONDS
 
     def next(self, requested: float | None = None) -> float:
-        """Seconds to wait now, at least ``requested``, the value of a ``Retry-After``."""
-        pause = self._pause * _JITTER.uniform(self._least, 1.0)
+        """Seconds to wait now.
+
+        A ``Retry-After`` replaces the growing wait, unless it is 0: repetition without limit would
+        then become a busy loop.
+        """
+        pause = self._pause * _JITTER.uniform(0.5, 1.0)
         self._pause = min(2 * self._pause, self._longest)
-        return max(pause, min(requested or 0.0, MAX_RETRY_AFTER_SECONDS))
+        return min(requested, MAX_RETRY_AFTER_SECONDS) if requested else pause
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a call is repeated, and after which pauses."""
+
+    failures: int
+    """Failures in a row after which a call is not repeated."""
+    longest: float
+    """Longest pause in seconds; a ``Retry-After`` may request a longer one."""
+    pause: Callable[[float, DARError], None]
+    """Waits some seconds after an error. Its exceptions end the repetition."""
+    counts: Callable[[DARError], bool] = lambda _: True
+    """Whether an error counts as a failure; another one starts the count again."""
+
+
+def call_with_retries(call: Callable[[], Result], policy: RetryPolicy) -> Result:
+    """Call ``call``, and again after errors that may pass.
+
+    Raises:
+        DARError: The error of the last call.
+    """
+    backoff, failures = Backoff(policy.longest), 0
+    while True:
+        try:
+            return call()
+        except DARError as error:
+            failures = failures + 1 if policy.counts(error) else 0
+            if not error.retryable or failures >= policy.failures:
+                raise
+            policy.pause(backoff.next(error.retry_after_seconds), error)
 
 
 class Transport:
@@ -73,7 +90,7 @@ class Transport:
         key: Sent as a bearer token.
         base_url: URL of the service, with or without ``/v1``.
         timeout: Seconds between two parts of a response; connecting gets 5 s at most.
-        max_retries: How often `send` repeats a request after a passing failure.
+        max_retries: How often `send` and `retried` repeat a request after a passing failure.
         headers: Sent with every request.
         follow_redirects: Whether a response may come from storage on another host. The key is not
             sent to that host.
@@ -88,7 +105,7 @@ class Transport:
         base_url: str,
         *,
         timeout: float,
-        max_retries: int,
+        max_retries: int = 0,
         headers: Mapping[str, str],
         follow_redirects: bool,
     ) -> None:
@@ -99,7 +116,9 @@ class Transport:
                 f"base_url {base_url!r} is not a URL like http://127.0.0.1:8321; "
                 "correct base_url= or DAR_BASE_URL"
             )
-        self.max_retries = max_retries
+        self._policy = RetryPolicy(
+            max_retries + 1, MAX_BACKOFF_SECONDS, lambda seconds, _: time.sleep(seconds)
+        )
         self._client = httpx2.Client(
             headers={"authorization": f"Bearer {key}", **headers},
             timeout=_timeout(timeout),
@@ -187,8 +206,8 @@ class Transport:
         """Send a request once; the caller reads the body of the response.
 
         Raises:
-            AttemptError: The service could not be reached, the connection broke, or the service
-                returned an error. `retried` handles it.
+            ServiceConnectionError: The service could not be reached, or the connection broke.
+            DARError: The service returned an error; the class is the one that it raised.
         """
         more: dict[str, Any] = {} if timeout is None else {"timeout": _timeout(timeout)}
         if upload is not None:
@@ -207,12 +226,11 @@ class Transport:
                     raise failure_of(response)
                 yield response
         except httpx2.TransportError as error:
-            unreachable = ServiceConnectionError(
+            raise ServiceConnectionError(
                 f"cannot reach the DAR service at {self.base_url}: "
                 f"{str(error) or type(error).__name__}; "
                 "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
-            )
-            raise AttemptError(unreachable, is_passing=True) from error
+            ) from error
 
     def retried(self, attempt: Callable[[], Result]) -> Result:
         """Call ``attempt``, and again after passing failures, up to ``max_retries`` times.
@@ -221,19 +239,7 @@ class Transport:
             ServiceConnectionError: The service could not be reached.
             DARError: The service returned an error; the class is the one that it raised.
         """
-        backoff = Backoff(MAX_BACKOFF_SECONDS, least=0.75)
-        retries = 0
-        while True:
-            try:
-                return attempt()
-            except AttemptError as failure:
-                if retries >= self.max_retries or not failure.is_passing:
-                    raise failure.error from failure.__cause__
-                requested = failure.error.retry_after_seconds
-            time.sleep(
-                backoff.next() if requested is None else min(requested, MAX_RETRY_AFTER_SECONDS)
-            )
-            retries += 1
+        return call_with_retries(attempt, self._policy)
 
     def parse(self, response: httpx2.Response, answer: type[Answer]) -> Answer:
         """The body of a response as a model.
@@ -257,20 +263,20 @@ def escaped(name: str) -> str:
     return quote(name, safe="")
 
 
-def failure_of(response: httpx2.Response) -> AttemptError:
-    """The error that a response reports."""
+def failure_of(response: httpx2.Response) -> DARError:
+    """The error that a response reports. The service decides whether a retry can help."""
     try:
         body = response.json()
     except ValueError:
         body = None
     headers, status = response.headers, response.status_code
     error = error_from_body(status, body, request_id=headers.get("x-request-id"))
+    error.status = status  # no class has the status of a proxy's 502
     error.retry_after_seconds = _retry_after(headers)
     advice = headers.get("x-should-retry")
-    is_passing = (
-        advice == "true" if advice in {"true", "false"} else status in _RETRIED or status >= 500
-    )
-    return AttemptError(error, is_passing=is_passing, status=status)
+    if advice in {"true", "false"}:
+        error.retryable = advice == "true"
+    return error
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -1,7 +1,7 @@
 """Base classes of all wire models: strict inputs, complete outputs, both frozen."""
 
 import json
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -26,26 +26,36 @@ def only(value: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class Input(BaseModel):
+def _unwrap_descriptions(schema: dict[str, Any]) -> None:
+    for described in (schema, *schema.get("properties", {}).values()):
+        if "description" in described:
+            described["description"] = " ".join(described["description"].split())
+
+
+class WireModel(BaseModel):
+    """A model with a published schema: docstrings describe its fields, each on one line."""
+
+    model_config = ConfigDict(
+        frozen=True, use_attribute_docstrings=True, json_schema_extra=_unwrap_descriptions
+    )
+
+
+class Input(WireModel):
     """Data from a client.
 
     Unknown fields, wrong types, NaN and infinity are errors with their path.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Output(BaseModel):
+class Output(WireModel):
     """Data from the service. It has no defaults, so that no field is left out by accident.
 
     A client ignores unknown fields, so that an older SDK can read a newer service.
     """
 
-    model_config = ConfigDict(
-        extra="ignore", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
 Item = TypeVar("Item")

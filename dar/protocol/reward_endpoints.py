@@ -20,6 +20,7 @@ from dar.protocol.reward_spec import (
     RewardTimeouts,
     RewardURL,
 )
+from dar.protocol.rewards import check_one_prompt
 
 MAX_HEADERS = 16
 MAX_HEADER_CHARACTERS = 4096
@@ -249,8 +250,7 @@ class ProbeSample(Input):
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "ProbeSample":
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("one_prompt", "give exactly one of prompt and messages")
+        check_one_prompt(self.prompt, self.messages)
         return self
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from dar.errors import InvalidRequestError, Problem, RewardContractError
+from dar.protocol.base import WireModel
 from dar.protocol.samples import FinishReason
 
 VERSION = "dar.reward.v1"
@@ -45,17 +46,22 @@ RewardNumber = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
 PartName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
 
 
-class _Wire(BaseModel):
+class _Wire(WireModel):
     """Types are strict. Unknown keys are ignored, so that either side may be newer."""
 
     model_config = ConfigDict(
-        extra="ignore",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
+        extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def check_one_prompt(prompt: object, messages: object) -> None:
+    """Check that a sample has exactly one of ``prompt`` and ``messages``.
+
+    Raises:
+        PydanticCustomError: It has both or neither.
+    """
+    if (prompt is None) == (messages is None):
+        raise PydanticCustomError("one_prompt", "give exactly one of prompt and messages")
 
 
 class SampleMetadata(_Wire):
@@ -90,8 +96,7 @@ class RequestSample(_Wire):
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "RequestSample":
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("one_prompt", "give exactly one of prompt and messages")
+        check_one_prompt(self.prompt, self.messages)
         return self
 
 
@@ -165,9 +170,9 @@ class SampleError(_Wire):
 
 
 class SampleResult(_Wire):
-    """The result of one sample: one of ``reward``, ``skip`` and ``error``.
+    """The result of one sample: exactly one of ``reward``, ``skip`` and ``error``.
 
-    A null reward is a skip.
+    A null reward alone is a skip.
     """
 
     id: str
@@ -276,7 +281,7 @@ def decode_result(body: bytes, *, request_id: str, ids: Sequence[str]) -> list[S
     """
     response = _parse(RewardResponse, body)
     if response.type != RESULT_TYPE:
-        _refuse("result_type", f'a callback must say "type": "{RESULT_TYPE}"')
+        refuse("result_type", f'a callback must say "type": "{RESULT_TYPE}"')
     _check_echo(response.request_id, request_id)
     return _by_id(response, ids)
 
@@ -303,7 +308,7 @@ def is_own_request(body: bytes) -> bool:
 
 def _check_echo(found: str, sent: str) -> None:
     if found != sent:
-        _refuse(
+        refuse(
             "request_mismatch",
             f"the answer is for request {found[:80]!r}, but {sent!r} was sent; "
             "echo the request's request_id",
@@ -313,17 +318,17 @@ def _check_echo(found: str, sent: str) -> None:
 def _by_id(response: RewardResponse, ids: Sequence[str]) -> list[SampleResult]:
     if response.rewards is not None:
         if len(response.rewards) != len(ids):
-            _refuse("length", f"{len(response.rewards)} rewards for {len(ids)} samples")
+            refuse("length", f"{len(response.rewards)} rewards for {len(ids)} samples")
         return [
             SampleResult(id=sample_id, reward=reward)
             for sample_id, reward in zip(ids, response.rewards, strict=True)
         ]
     by_id = {result.id: result for result in response.results or ()}
     if len(by_id) < len(response.results or ()):
-        _refuse("ids", "two results have the same id")
+        refuse("ids", "two results have the same id")
     if by_id.keys() != set(ids):
         missing, unknown = sorted(set(ids) - by_id.keys()), sorted(by_id.keys() - set(ids))
-        _refuse(
+        refuse(
             "ids",
             f"results must match the samples by id: {len(missing)} missing {missing[:3]}, "
             f"{len(unknown)} unknown {[name[:80] for name in unknown[:3]]}",
@@ -350,13 +355,13 @@ Model = TypeVar("Model", bound=BaseModel)
 def _parse(model: type[Model], body: bytes) -> Model:
     content = load_json(body)
     if not isinstance(content, Mapping):
-        _refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
+        refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
     try:
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         path = ".".join(map(str, first["loc"])) or "answer"
-        _refuse(_CODES.get(first["type"], "type"), f"{path}: {first['msg']}")
+        refuse(_CODES.get(first["type"], "type"), f"{path}: {first['msg']}")
 
 
 _CODES = {
@@ -390,11 +395,16 @@ def _refuse_json(body: bytes, reason: str) -> NoReturn:
     try:
         json.loads(body, parse_constant=constant, parse_float=number, parse_int=number)
     except _NonFiniteError as error:
-        _refuse("nonfinite", f"{str(error)[:20]} is not a finite number")
+        refuse("nonfinite", f"{str(error)[:20]} is not a finite number")
     except (ValueError, RecursionError):
         pass
-    _refuse("json", f"the answer is not JSON: {reason}")
+    refuse("json", f"the answer is not JSON: {reason}")
 
 
-def _refuse(code: str, message: str) -> NoReturn:
+def refuse(code: str, message: str) -> NoReturn:
+    """Reject an answer as a whole.
+
+    Raises:
+        RewardContractError: With ``contract.<code>``.
+    """
     raise RewardContractError(message, code=f"contract.{code}")

@@ -31,6 +31,12 @@ class Unit(str):
     __slots__ = ()
 
 
+class ServiceLimit(int):
+    """A largest count that protects a service; `dar.DARConfig` does not have it."""
+
+    __slots__ = ()
+
+
 class Hyperparameters(Input):
     """How the policy is optimised. The same names and defaults as `dar.DARConfig`."""
 
@@ -39,7 +45,7 @@ class Hyperparameters(Input):
     beta: Annotated[float, Unit("reward")] = Field(0.3, gt=0)
     """Strength of the pull towards the sampling policy, in units of reward; sets the step, not the
     optimum."""
-    dar_k: int = Field(4, ge=1, le=1024)
+    dar_k: int = Field(4, ge=1, le=ServiceLimit(1024))
     """Completions sampled per prompt (K)."""
     dar_wclip: float = Field(20.0, gt=0)
     """Largest weight of a completion."""
@@ -66,13 +72,13 @@ class Hyperparameters(Input):
     filters and temperature included; ``policy`` takes the policy's own at temperature 1."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
-    batch_size: int = Field(8, ge=1, le=65536)
+    batch_size: int = Field(8, ge=1, le=ServiceLimit(65536))
     """Prompts per optimizer step; each gives ``dar_k`` completions."""
-    max_steps: int | None = Field(None, ge=1, le=10_000_000)
+    max_steps: int | None = Field(None, ge=1, le=ServiceLimit(10_000_000))
     """Optimizer steps in all; null: from ``n_epochs``."""
     n_epochs: float | None = Field(None, gt=0, le=10_000)
     """Passes over the training file; null: from ``max_steps``, or 1 when both are null."""
-    warmup_steps: int = Field(0, ge=0, le=10_000_000)
+    warmup_steps: int = Field(0, ge=0, le=ServiceLimit(10_000_000))
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Schedule of the learning rate after the warm-up."""
@@ -97,13 +103,13 @@ class Hyperparameters(Input):
 class Sampling(Input):
     """How completions are sampled from the policy."""
 
-    max_new_tokens: Annotated[int, Unit("tokens")] = Field(128, ge=1, le=131_072)
+    max_new_tokens: Annotated[int, Unit("tokens")] = Field(128, ge=1, le=ServiceLimit(131_072))
     """Longest completion, in tokens, its end-of-sequence token included."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits before sampling."""
     top_p: Annotated[float, Unit("probability")] = Field(1.0, gt=0, le=1)
     """Only the likeliest tokens that make up this probability mass are kept; 1 turns it off."""
-    top_k: Annotated[int, Unit("tokens")] = Field(0, ge=0, le=10_000_000)
+    top_k: Annotated[int, Unit("tokens")] = Field(0, ge=0, le=ServiceLimit(10_000_000))
     """Number of likeliest tokens that are kept; 0 turns it off."""
     min_p: Annotated[float | None, Unit("fraction")] = Field(None, ge=0, le=1)
     """Tokens less likely than this fraction of the likeliest one are dropped; null turns it off."""
@@ -113,9 +119,13 @@ class Sampling(Input):
         default_factory=list, max_length=16
     )
     """Strings that end a completion as soon as it contains one of them."""
-    max_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=2, le=10_000_000)
+    max_length: Annotated[int | None, Unit("tokens")] = Field(
+        None, ge=2, le=ServiceLimit(10_000_000)
+    )
     """Longest prompt and completion together, in tokens; null: the model's context."""
-    max_prompt_length: Annotated[int | None, Unit("tokens")] = Field(None, ge=1, le=10_000_000)
+    max_prompt_length: Annotated[int | None, Unit("tokens")] = Field(
+        None, ge=1, le=ServiceLimit(10_000_000)
+    )
     """Longest prompt, in tokens; a longer one is cut on the left. Null: what ``max_length`` leaves
     beside the completion."""
 

@@ -7,6 +7,13 @@ from dar.protocol.presets import ONLINE_ONLY, PRESETS
 from dar.protocol.spec import Hyperparameters, JobSpec, Sampling
 
 SHARDING = ("fsdp", "zero2", "zero3")
+NOTHING_TO_COMPARE = (
+    "one completion of one prompt has nothing to be compared with, so every advantage would be 0"
+)
+ONE_PROCESS = (
+    "strategy {!r} shares a model among processes, but the job has one; send resources.processes "
+    "of at least 2, or leave strategy at auto"
+)
 
 
 def problems_of(spec: JobSpec) -> list[Problem]:
@@ -38,8 +45,7 @@ def _of_groups(spec: JobSpec) -> Iterator[Problem]:
     hyper = spec.dar.hyperparameters
     if spec.dar.rewards is not None and hyper.dar_k == 1 and hyper.batch_size == 1:
         yield Problem(
-            "one completion of one prompt has nothing to be compared with, so every advantage "
-            "would be 0; send a dar_k or a batch_size of at least 2",
+            f"{NOTHING_TO_COMPARE}; send a dar_k or a batch_size of at least 2",
             "method.dar.hyperparameters.dar_k",
             "nothing_to_compare",
         )
@@ -51,8 +57,7 @@ def _of_resources(spec: JobSpec) -> Iterator[Problem]:
         return
     if resources.processes == 1:
         yield Problem(
-            f"strategy {resources.strategy!r} shares a model among processes, but the job has "
-            "one; send resources.processes of at least 2, or leave strategy at auto",
+            ONE_PROCESS.format(resources.strategy),
             "method.dar.resources.strategy",
             "one_process",
         )

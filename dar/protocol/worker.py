@@ -85,7 +85,7 @@ class Lease(Output):
     reward_secret: str | None
     """Signs requests to inline reward URLs; kept in memory only."""
     rewards: dict[str, ComponentAccess] = Field(default_factory=dict)
-    """By component name, for components with a registered endpoint."""
+    """Access by component name, for components with a registered endpoint."""
 
 
 class InputFile(Output):
@@ -232,7 +232,7 @@ class MetricsRow(_SpooledRow):
     type: Literal["metrics"]
     step: Number
     values: dict[str, float | None]
-    """By registered name; null stands for infinity or NaN."""
+    """Values by registered name; null stands for infinity or NaN."""
 
 
 class SamplesRow(_SpooledRow):

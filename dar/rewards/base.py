@@ -197,7 +197,7 @@ class RequestRecord:
     seconds: float
     """Duration of the attempt, without the waits before it."""
     queued_seconds: float
-    """From the request being ready to its first attempt: waits for concurrency, rate,
+    """Time from the request being ready to its first attempt: waits for concurrency, rate,
     ``Retry-After`` and breaker."""
     bytes_out: int
     bytes_in: int
@@ -206,13 +206,13 @@ class RequestRecord:
     quote: str = ""
     """First 512 characters of the answer, without secrets. For the owner of the job only."""
     dns_seconds: float | None = None
-    """From the start until the addresses were known; None: no connection was opened."""
+    """Time from the start until the addresses were known; None: no connection was opened."""
     connect_seconds: float | None = None
-    """Until the connection was open, TLS included."""
+    """Time until the connection was open, TLS included."""
     first_byte_seconds: float | None = None
-    """Until the head of an answer arrived; None: none arrived."""
+    """Time until the head of an answer arrived; None: none arrived."""
     in_flight_seconds: float | None = None
-    """Until a 202, after which the result is only waited for; None: no 202, the attempt was in
+    """Time until a 202, after which the result is only waited for; None: no 202, the attempt was in
     flight to its end."""
 
 

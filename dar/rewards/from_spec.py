@@ -1,6 +1,7 @@
 """The scorer of a job spec, and the checks of its ``rewards`` at submission."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardComponent, Rewards
@@ -19,42 +20,49 @@ from dar.rewards.scoring.scorer import RewardScorer
 PATH = "method.dar.rewards"
 
 
+@dataclass(frozen=True, slots=True)
+class RewardAccess:
+    """How the reward services of a job spec are reached; a training service sets it."""
+
+    endpoints: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
+    """URL and secrets of the components that name a registered endpoint."""
+    guard: EgressPolicy | None = None
+    """Which addresses requests may reach; None: all."""
+    inbox: Inbox | None = None
+    """Receives rewards that arrive later by callback."""
+    cache: CachePlace | None = None
+    """Where rewards are cached; None: a training run uses its own folder, and a scorer alone has
+    no cache."""
+    secret: str | None = field(default=None, repr=False)
+    """Signs requests to services that are given by their URL; None: they are unsigned."""
+
+
 def scorer_from_spec(
     rewards: Rewards,
+    access: RewardAccess,
     *,
-    access: Mapping[str, ComponentAccess] | None = None,
-    secret: str | None = None,
     job_id: str | None = None,
     on_wait: Callable[[str], None] | None = None,
     models: Mapping[str, RewardSource] | None = None,
-    guard: EgressPolicy | None = None,
     observer: RewardObserver | None = None,
-    inbox: Inbox | None = None,
-    is_shared: bool = True,
-    cache: CachePlace | None = None,
 ) -> RewardScorer:
     """The scorer of a job.
 
     Args:
         rewards: The spec's ``rewards``.
-        access: URL and credentials of each registered endpoint, by component name.
-        secret: Signs requests to inline URLs; None: they are unsigned.
+        access: How its reward services are reached.
         job_id: Sent in the requests.
         on_wait: See `RewardScorer`.
         models: Loaded reward models, by component name.
-        guard: Which addresses may be reached; None: all.
         observer: See `RewardScorer`.
-        inbox: Receives callbacks of reward services.
-        is_shared: See `HttpOptions`.
-        cache: Where rewards are cached; None: no component is cached.
 
     Raises:
         ConfigurationError: The secret is malformed, or a reward model was not loaded.
         RewardMisconfiguredError: A registered endpoint is unknown.
         InvalidRequestError: A builtin has invalid parameters.
     """
-    caches = None if cache is None else Caches(cache)
-    reached = access or {}
+    caches = None if access.cache is None else Caches(access.cache)
+    reached = access.endpoints
     terms = [
         _term(
             component,
@@ -63,10 +71,9 @@ def scorer_from_spec(
             else http_source(
                 component,
                 reached.get(component.name),
-                secret=secret,
-                guard=guard,
-                inbox=inbox,
-                is_shared=is_shared,
+                secret=access.secret,
+                guard=access.guard,
+                inbox=access.inbox,
                 cache=None if caches is None else caches.of(component, reached.get(component.name)),
             ),
         )
@@ -109,7 +116,6 @@ def http_source(
     secret: str | None,
     guard: EgressPolicy | None,
     inbox: Inbox | None = None,
-    is_shared: bool = True,
     cache: ResultCache | None = None,
 ) -> HttpReward:
     """The source of an http component.
@@ -120,7 +126,6 @@ def http_source(
         secret: Signs requests to an inline URL.
         guard: Which addresses may be reached; None: all.
         inbox: Receives its callbacks.
-        is_shared: See `HttpOptions`.
         cache: Rewards of earlier requests.
 
     Raises:
@@ -133,7 +138,7 @@ def http_source(
             f"the reward endpoint {component.endpoint} of component {component.name} is not known here; it may have been deleted",
             code="config.endpoint",
         )
-    options = http_options(component, access, guard=guard, is_shared=is_shared)
+    options = http_options(component, access, guard=guard)
     secrets = (() if secret is None else (secret,)) if access is None else access.secrets
     return HttpReward(
         component.name, url, secrets=secrets, options=options, inbox=inbox, cache=cache

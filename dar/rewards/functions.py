@@ -198,7 +198,7 @@ _BAD_NUMBERS = {
     "less_than_equal": "out_of_range",
     "greater_than_equal": "out_of_range",
 }
-"""Errors that fail the sample, as such a number alone does; all others reject the whole call."""
+"""These errors fail only their sample; any other error rejects the whole call."""
 
 
 def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:

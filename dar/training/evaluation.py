@@ -182,7 +182,7 @@ class RunEvaluation:
         self._compute_metrics = compute_metrics
         self._is_replay = is_replay
         self._sources: Mapping[str, StepSource] | None = None
-        """Of the current training run, by the name of the data set."""
+        """Step sources of the current training run, by the name of the data set."""
         self._last_step = -1
 
     @contextlib.contextmanager

@@ -13,13 +13,13 @@ from transformers.utils import logging as transformers_logging
 from dar.errors import InvalidRequestError, RewardBudgetError, RewardUnavailableError, TrainingError
 from dar.protocol.hub_data import HubData
 from dar.protocol.spec import DARSpec, JobSpec
+from dar.rewards.from_spec import RewardAccess
 from dar.training.config.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data.hub import load_hub_rows
 from dar.training.data.rows import Rows, read_rows
 from dar.training.model import loading
 from dar.training.parallel.launch import strategy_options
 from dar.training.report.sink import Control, Sink
-from dar.training.reward_sources import RewardAccess
 from dar.training.trainer import DARTrainer
 
 Ending = Literal["finished", "drained", "cancelled"]

@@ -51,7 +51,7 @@ from dar.protocol.spec import Baseline, Normalization, WeightNormalization
 MAX_LOG_WEIGHT = 88.0
 """Largest exponent: no weight overflows before it is clipped. float32 ends at e^88.72."""
 HALVINGS = 40
-"""Of [0, 1] in the search for the power of departure 6: finer than float32."""
+"""Halvings of [0, 1] in the search for the power of departure 6: finer than float32."""
 
 
 def normalized_advantages(
@@ -268,7 +268,7 @@ def dar_loss(weights: Tensor, policy_logps: Tensor, *, valid: Tensor | None = No
 
 
 def precise(values: Tensor) -> Tensor:
-    """In float32, or still in float64."""
+    """``values`` in float32, or still in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

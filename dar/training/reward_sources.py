@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
-from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardObserver
 from dar.rewards.cache.cache import CachePlace
-from dar.rewards.from_spec import scorer_from_spec
+from dar.rewards.from_spec import RewardAccess, scorer_from_spec
 from dar.rewards.functions import RewardFunction
-from dar.rewards.http.async_results import Inbox
-from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.scoring.failures import FailureBudget
 from dar.rewards.scoring.scorer import RewardScorer, scorer_from_functions
 from dar.rewards.scoring.step_report import StepObserver
@@ -34,22 +31,6 @@ from dar.training.step.reward_feed import Scoring
 RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Rewards
 """A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a
 job spec."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewardAccess:
-    """How the reward services of a job spec are reached; a training service sets it."""
-
-    endpoints: Mapping[str, ComponentAccess] = field(default_factory=dict, repr=False)
-    """URL and secrets of the components that name a registered endpoint."""
-    guard: EgressPolicy | None = None
-    """Which addresses requests may reach; None: all."""
-    inbox: Inbox | None = None
-    """Receives rewards that arrive later by callback."""
-    cache: CachePlace | None = None
-    """Where rewards are cached; None: in the folder of the run."""
-    secret: str | None = field(default=None, repr=False)
-    """Signs requests to services that are given by their URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +121,7 @@ class LoadedRewards:
 
     given: GivenRewards
     models: Sequence[RewardModel]
-    """Of the main process; the others have none."""
+    """Models of the main process; the others have none."""
     sketches: Sequence[str]
     """Digest of each model's weights, on all processes."""
 
@@ -199,15 +180,11 @@ class LoadedRewards:
         if isinstance(given.functions, Rewards):
             return scorer_from_spec(
                 given.functions,
-                secret=given.access.secret,
+                given.access,
                 job_id=job_id,
-                access=given.access.endpoints,
-                guard=given.access.guard,
                 on_wait=on_wait,
                 observer=observer,
                 models={model.name: model for model in self.models},
-                inbox=given.access.inbox,
-                cache=given.access.cache,
             )
         return scorer_from_functions(
             given.functions or [],

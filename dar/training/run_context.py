@@ -37,8 +37,6 @@ class HostTrainer(Protocol):
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None: ...
 
 

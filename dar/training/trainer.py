@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
+from dar.rewards.from_spec import RewardAccess
 from dar.training.checkpoint.fingerprint import config_sha256
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
@@ -45,7 +46,6 @@ from dar.training.report.sink import (
 from dar.training.reward_sources import (
     GivenRewards,
     LoadedRewards,
-    RewardAccess,
     RewardFunctions,
     RewardSession,
 )
@@ -205,6 +205,8 @@ class DARTrainer(Trainer):
         policy.place_reference(config.device)
         limit_search_for_unused(self)
         self._policy = policy
+        self.stopped_by: StopKind | None = None
+        """The request that ended `train` early."""
         self.ranks = ranks = Ranks.of_launch(config.process_index, config.world_size)
         self.sink = (sink if ranks.is_main else None) or NullSink()
         control = (control if ranks.is_main else None) or NullControl()
@@ -268,11 +270,6 @@ class DARTrainer(Trainer):
         """Step of the newest checkpoint that was written or resumed from."""
         return self._checkpoints.published_step
 
-    @property
-    def stopped_by(self) -> StopKind | None:
-        """The request that ended `train` early."""
-        return self._loop.stopped_by
-
     # --- training ------------------------------------------------------------------------------
 
     def train(
@@ -286,18 +283,19 @@ class DARTrainer(Trainer):
         Args:
             resume_from_checkpoint: A checkpoint folder of a trainer with the same arguments.
             trial: Not used.
-            ignore_keys_for_eval: Not used.
+            ignore_keys_for_eval: Must be empty: see `evaluate`.
 
         Returns:
             Steps done, and transformers' own metrics of the run.
 
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
+            InvalidRequestError: An argument cannot be used, or the processes have different ones.
             RewardError: No completion of a step could be scored.
             TrainingError: The loss or the policy is not finite, or three steps in a row had no
                 usable reward.
         """
-        self._loop.stopped_by = None
+        self.stopped_by = None
         try:
             with self.ranks.together():
                 start = functools.partial(
@@ -306,7 +304,7 @@ class DARTrainer(Trainer):
                 return self._train_together(resume_from_checkpoint, start)
         except StopRequestedError:
             # The unfinished step is dropped; nothing has changed since the one before.
-            self._loop.stopped_by = self.ranks.from_main(self._run.control.requested)
+            self.stopped_by = self.ranks.from_main(self._run.control.requested)
             if self.stopped_by == "drain":
                 self._save_unpublished()
             return TrainOutput(self.state.global_step, math.nan, {})
@@ -428,7 +426,7 @@ class DARTrainer(Trainer):
             self._evaluation.end_loop()
         else:
             learning_rate = float(more.get("learning_rate") or 0.0)
-            self._loop.end_step(step, float(grad_norm or 0.0), learning_rate)
+            self.stopped_by = self._loop.end_step(step, float(grad_norm or 0.0), learning_rate)
             self._evaluation.end_step(step)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
 
@@ -490,7 +488,7 @@ class DARTrainer(Trainer):
         Args:
             eval_dataset: Rows, or several data sets by name, which then is part of the names of
                 their metrics; default: those of the constructor.
-            ignore_keys: Not used; a model's outputs are no metrics here.
+            ignore_keys: Must be empty: a model's outputs are no metrics here.
             metric_key_prefix: Put before the name of every metric, with a ``_``.
 
         Returns:
@@ -499,7 +497,8 @@ class DARTrainer(Trainer):
             same, and so do ``on_log`` and ``on_evaluate`` of the callbacks.
 
         Raises:
-            InvalidRequestError: There are no evaluation data, or a row cannot be used.
+            InvalidRequestError: There are no evaluation data, a row cannot be used, or
+                ``ignore_keys`` is not empty.
             RewardError: No completion could be scored.
             StopRequestedError: A stop was requested meanwhile.
             TrainingError: A reward is missing with ``allow_missing`` off, or a probability is not
@@ -650,6 +649,7 @@ class DARTrainer(Trainer):
         """
         return self.hub.push(
             commit_message or "End of training",
+            write_model=self._checkpoints.save_model,
             is_blocking=blocking,
             token=token,
             revision=revision,

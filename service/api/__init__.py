@@ -1,4 +1,4 @@
-"""Routes: HTTP only, one module for each kind of object.
+"""HTTP routes, one module for each kind of object.
 
 jobs: submit, read, cancel, pause and resume jobs.
 events: events of a job.

@@ -1,6 +1,5 @@
 """Files that an attempt needs: its data, its models except hub models, and its checkpoint."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +8,7 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from dar.disk import file_sha256
 from dar.errors import NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
 from dar.protocol.worker import REWARD_MODELS, InputFile, Inputs, ModelSource
@@ -98,8 +98,7 @@ def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: Path, _modified_ns: int, _size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def _files_of(

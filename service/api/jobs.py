@@ -108,6 +108,8 @@ def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
 
 
 def show(job: tables.JobRow) -> Job:
+    spec = job.parsed_spec
+    method = spec.method.model_dump(mode="json")
     is_over = job.status in TERMINAL
     path = f"{PATH}/{job.id}"
     belongings = ("events", "metrics", "samples", "checkpoints")
@@ -124,15 +126,15 @@ def show(job: tables.JobRow) -> Job:
             "status_message": job.status_message,
             "model": job.model,
             "fine_tuned_model": job.model_name if job.status == "succeeded" else None,
-            "training_file": job.spec["training_file"],
-            "validation_file": job.spec.get("validation_file"),
+            "training_file": spec.training_file,
+            "validation_file": spec.validation_file,
             "result_files": [],
             "organization_id": job.project_id,
             "seed": job.seed,
             "suffix": job.suffix,
             "metadata": job.labels,
-            "hyperparameters": job.spec["method"]["dar"]["hyperparameters"],
-            "method": job.spec["method"],
+            "hyperparameters": method["dar"]["hyperparameters"],
+            "method": method,
             "integrations": None,
             "trained_tokens": job.tokens if is_over else None,
             "error": JobError.model_validate(job.error) if job.error else None,

@@ -153,7 +153,10 @@ def _ended(runtime: Runtime, lease_id: str, said: Complete | Fail | Release) -> 
 
 
 def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
-    """A lease of the oldest job; its id if its secrets cannot be read and it failed; or None."""
+    """A lease. If the secrets cannot be read, the job fails and its id is returned.
+
+    None: no job is queued.
+    """
     lease_id = new_id("lease-")
     token = keys.new_attempt_token(lease_id)
     ttl = timedelta(seconds=runtime.settings.lease_ttl_seconds)

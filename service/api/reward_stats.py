@@ -24,10 +24,8 @@ def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> Rewa
         job = jobs.get(transaction, user.project_id, job_id)
         series = metrics.read(transaction, job.id)
     errors = {family: _total(series, f"reward/n_error/{family}") for family in FAMILIES}
-    components = [
-        str(component["name"])
-        for component in (job.spec["method"]["dar"]["rewards"] or {}).get("components", [])
-    ]
+    rewards = job.parsed_spec.dar.rewards
+    components = () if rewards is None else rewards.components
     return RewardStats(
         object="fine_tuning.job.reward_stats",
         job_id=job.id,
@@ -38,7 +36,7 @@ def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> Rewa
         errors_by_class={family: count for family, count in errors.items() if count},
         dropped_groups=_total(series, "rewards/dropped_groups"),
         refilled_groups=_total(series, "rewards/refilled_groups"),
-        components=[_component(series, name) for name in components],
+        components=[_component(series, one.name) for one in components],
     )
 
 

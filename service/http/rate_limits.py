@@ -44,8 +44,8 @@ class Throttle:
                 retry_after_seconds=math.ceil(wait),
             )
 
-    def has_room(self, who: str) -> bool:
-        """Count one use. Returns whether the limit allowed it."""
+    def try_take(self, who: str) -> bool:
+        """Count one use if the limit allows it. Returns whether it did."""
         return self._wait_or_take(who) <= 0
 
     def _wait_or_take(self, who: str) -> float:

@@ -61,7 +61,7 @@ class Plan:
     model: models.ResolvedModel
     num_rows: int | None
     """Rows of the training file; None for a hub data set, whose rows are not known here."""
-    probes: Sequence[probing.Try] = ()
+    probes: Sequence[probing.ComponentProbe] = ()
     """Reward services that must pass a probe before the job is stored."""
 
     @property
@@ -119,7 +119,7 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
     probes = [
         replace(one, target=replace(one.target, example=example))
         for one in fresh
-        if runtime.tries.has_room(submission.user.key_id)
+        if runtime.submission_probes.try_take(submission.user.key_id)
     ]
     return replace(plan, probes=probes)
 
@@ -183,7 +183,7 @@ def _probes(
     runtime: Runtime,
     submission: Submission,
     resolved: endpoints.ResolvedSpec,
-) -> Iterator[probing.Try]:
+) -> Iterator[probing.ComponentProbe]:
     """The reward services of a job, with their access; none where the spec skips validation."""
     rewards = resolved.spec.dar.rewards
     if submission.spec.skip_validation or rewards is None:
@@ -200,7 +200,7 @@ def _probes(
             access = endpoints.access_to(transaction, runtime.secrets, endpoint)
         target = endpoints.probe_target(runtime.settings, component, access, runtime.probe_inbox)
         path = f"{endpoints.COMPONENTS}[{index}].{place}"
-        yield probing.Try(path, target, access.revision)
+        yield probing.ComponentProbe(path, target, access.revision)
 
 
 def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:

@@ -7,7 +7,6 @@ waits.
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import FULL_SECONDS, probe
 from service.http.rate_limits import PassedProbes
 from service.store.reward_endpoints import State
+from service.store.reward_failures import REJECTION
 
 LIGHT_SECONDS = 4.0
 """Time limit of a submission for all its reward services together."""
@@ -38,15 +38,16 @@ _TEMPORARY = frozenset(
     }
     | {"too_large", "http_408", "http_413", "http_425", "http_429", "async.no_result"}
 )
-_CONFIGURATION = re.compile(r"^(config\.|tls\.|egress|http_4(?!08|13|25|29))")
+_WRONG_SAMPLE = frozenset({"http_400", "http_422"})
+"""In a job, the sample may be at fault. A probe's samples are known to have the right form."""
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
-    """A component of a job whose service is to be probed."""
+class ComponentProbe:
+    """The probe of a component's service at a job's submission."""
 
     param: str
-    """Its path in the spec."""
+    """The component's path in the spec."""
     target: ProbeTarget
     revision: int = 0
     """The endpoint's revision."""
@@ -67,7 +68,9 @@ def state_after(report: ProbeReport) -> State | None:
     """The endpoint's state after a probe; None: unchanged."""
     if report.ok:
         return "ok"
-    is_misconfigured = any(_CONFIGURATION.match(finding.code) for finding in report.errors)
+    is_misconfigured = any(
+        one.code in _WRONG_SAMPLE or REJECTION.match(one.code) for one in report.errors
+    )
     return "misconfigured" if is_misconfigured else None
 
 
@@ -81,13 +84,13 @@ async def report_on(
     return ProbeReport.model_validate(redact.in_json(report.model_dump(mode="json")))
 
 
-async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Problem]:
+async def problems_of(probes: Sequence[ComponentProbe], passed: PassedProbes) -> list[Problem]:
     """Probe the services of a job at once; returns what keeps it from being accepted."""
     reports = await asyncio.gather(
-        *(report_on(_with_one_attempt(one.target), None, light=True) for one in tries)
+        *(report_on(_with_one_attempt(one.target), None, light=True) for one in probes)
     )
     problems: list[Problem] = []
-    for one, report in zip(tries, reports, strict=True):
+    for one, report in zip(probes, reports, strict=True):
         lasting = [finding for finding in report.errors if not is_temporary(finding.code)]
         problems += [_problem(one, finding) for finding in lasting]
         if not lasting:
@@ -95,7 +98,7 @@ async def problems_of(tries: Sequence[Try], passed: PassedProbes) -> list[Proble
     return problems
 
 
-def _problem(one: Try, finding: ProbeFinding) -> Problem:
+def _problem(one: ComponentProbe, finding: ProbeFinding) -> Problem:
     message = (
         f"the reward service cannot be used: {finding.detail}; "
         "correct it, or send skip_validation to submit anyway"

@@ -92,7 +92,7 @@ def models(
         name: Only models of this name.
         limit: At most this many results, and at most this many checkpoints.
     """
-    # A manifest names every file and a spec every setting: neither says where a model comes from.
+    # Neither manifest nor spec says where a model comes from.
     available = (
         select(CheckpointRow, JobRow)
         .join(JobRow, JobRow.id == CheckpointRow.job_id)

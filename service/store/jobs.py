@@ -122,11 +122,7 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         job.cancel_requested_at is not None and job.status == "running"
     ):
         return job
-    raise ConflictError(
-        f"job {job_id} has already {job.status}, so it cannot be cancelled"
-        if job.status in {"succeeded", "failed"}
-        else f"job {job_id} is {job.status} and cannot be cancelled now"
-    )
+    raise ConflictError(_cannot(job, "cancelled"))
 
 
 def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
@@ -197,7 +193,7 @@ def _check_needs(transaction: Transaction, job: JobRow) -> None:
     Raises:
         ConflictError: A file, or a checkpoint of its model, was deleted.
     """
-    names = [job.training_file, job.spec.get("validation_file")]
+    names = [job.training_file, job.parsed_spec.validation_file]
     needed = {name for name in names if name}
     gone = needed - files.keep(transaction, needed)
     if gone:

@@ -10,24 +10,30 @@ from dar.protocol.ids import new_id
 from dar.protocol.worker import RewardsRow
 from service.store import reward_endpoints
 from service.store.database import Transaction
+from service.store.fence import Held, is_live
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import RewardFailureRow
 
 MOST_KEPT = 10_000
 """Per job; older ones are deleted. The job's metrics count all failures."""
-_REFUSAL = re.compile(r"config\.|tls\.|egress|http_4(?!00|08|13|22|25|29)")
+REJECTION = re.compile(r"config\.|tls\.|egress|http_4(?!00|08|13|22|25|29)")
 """Codes of failures that pause a job at once, as no retry can help."""
 
 
-def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[RewardsRow]) -> None:
-    """Store the failures in some reports, and the state of the endpoints that they show."""
+def add(transaction: Transaction, held: Held, rows: Sequence[RewardsRow]) -> None:
+    """Store the failures in some reports, and the state of the endpoints that they show.
+
+    An attempt that has lost its job changes no state: its requests may be older than the state.
+    """
+    job_id, attempt = held.job.id, held.attempt.number
     states: dict[str, reward_endpoints.State] = {}
     for row in rows:
         states |= {one.component: "ok" for one in row.requests if one.outcome == "ok"}
         states |= {
-            one.component: "misconfigured" for one in row.failures if _REFUSAL.match(one.code)
+            one.component: "misconfigured" for one in row.failures if REJECTION.match(one.code)
         }
-    reward_endpoints.note_requests(transaction, job_id, attempt, states)
+    if is_live(held.attempt, held.job):
+        reward_endpoints.note_requests(transaction, job_id, attempt, states)
     values = [
         {
             "id": new_id("rwf_"),

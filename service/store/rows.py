@@ -74,7 +74,7 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
         transaction, job.id, attempt.number, [r for r in fresh if isinstance(r, SamplesRow)]
     )
     reports = [row for row in fresh if isinstance(row, RewardsRow)]
-    reward_failures.add(transaction, job.id, attempt.number, reports)
+    reward_failures.add(transaction, held, reports)
     _append_events(transaction, held, fresh)
     _update_job(transaction, held, steps)
     transaction.execute(

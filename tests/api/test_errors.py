@@ -215,6 +215,7 @@ def test_the_openapi_document_names_every_route_and_body(live: Live) -> None:
     assert {"JobSpec", "Batch", "Job", "Metrics", "Hyperparameters"} <= set(schemas)
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
     assert references <= set(schemas)
+    assert r"\n" not in json.dumps(schemas), "a description is one line"
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,19 @@ def test_the_requests_of_a_job_show_whether_its_endpoint_is_misconfigured(live: 
     assert state_after([], [refused]) == "ok", "this attempt still sends the old header"
 
 
+def test_an_attempt_that_lost_its_job_changes_no_state_of_an_endpoint(live: Live) -> None:
+    endpoint = live.register("https://judge.example/score")["id"]
+    component = {"name": "letters", "endpoint": endpoint}
+    job_id, lease = live.running(dar={"rewards": {"components": [component]}}, skip_validation=True)
+    assert lease.post("/release", reason="drained").status_code == 200
+    refused = failed(code="http_401", family="http_4xx", status=401)
+    late = {"type": "rewards", "step": 1, "requests": [requests("http_4xx")], "failures": [refused]}
+    assert lease.say(late).status_code == 200
+    assert live.http.get(f"/v1/reward_endpoints/{endpoint}").json()["state"] == "ok"
+    [stored] = live.job(job_id, "/reward_failures")["data"]
+    assert stored["code"] == "http_401"
+
+
 def test_reward_stats_sum_over_the_steps(live: Live) -> None:
     job_id, lease = live.running()
     empty = live.job(job_id, "/reward_stats")

@@ -104,6 +104,7 @@ def test_log_lines_are_json_with_the_requests_id(first: Process) -> None:
     assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/files", 200)
 
 
+@pytest.mark.slow  # two processes
 def test_two_services_that_start_at_once_share_keys_and_schema(
     tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_setting_replaces_a_key_and_the_old_one_is_refused(serve: Callable[...
     assert statuses == [200, 401]
 
 
+@pytest.mark.slow  # a process for each case
 @pytest.mark.parametrize("command", ["serve", "migrate"])
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -84,6 +84,7 @@ def test_a_child_that_dies_is_started_again(start_up: Callable[..., Up]) -> None
     assert running.child("serve").pid != before.pid
 
 
+@pytest.mark.slow  # starts everything
 def test_children_die_with_their_parent(start_up: Callable[..., Up]) -> None:
     running = start_up().wait()
     children = psutil.Process(running.process.pid).children(recursive=True)
@@ -93,6 +94,7 @@ def test_children_die_with_their_parent(start_up: Callable[..., Up]) -> None:
     assert not alive
 
 
+@pytest.mark.slow  # starts everything twice
 def test_a_second_start_on_the_same_home_goes_on_where_it_was(start_up: Callable[..., Up]) -> None:
     first = start_up().wait()
     key = (first.home / "api_key").read_text()

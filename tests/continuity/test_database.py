@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 JOBS = "/v1/fine_tuning/jobs"
 REMOVED = {"batch": "by", "limits": "adaptive", "combine": "mode"}
 """Object of a spec -> its field that only ever had one value, and is gone."""
+UNSTORED = {"hyperparameters", "estimated_finish", "method"}
+"""Fields of a job that some stored views leave out, as they are long or change with time."""
 
 
 def without_removed(value: Any) -> Any:
@@ -36,27 +38,6 @@ def without_removed(value: Any) -> Any:
         )
         for name, item in value.items()
     }
-
-
-def missing(shown: Any, expected: Any, path: str = "") -> list[str]:
-    """Where ``shown`` lacks something of ``expected``; it may have further fields."""
-    if isinstance(expected, dict) and isinstance(shown, dict):
-        return [
-            place
-            for name, value in expected.items()
-            for place in (
-                missing(shown[name], value, f"{path}/{name}")
-                if name in shown
-                else [f"{path}/{name}"]
-            )
-        ]
-    if isinstance(expected, list) and isinstance(shown, list) and len(expected) == len(shown):
-        return [
-            place
-            for index, (one, other) in enumerate(zip(shown, expected, strict=True))
-            for place in missing(one, other, f"{path}/{index}")
-        ]
-    return [] if shown == expected else [f"{path}: {shown!r} instead of {expected!r}"]
 
 
 def test_the_stored_database_is_of_the_fourth_migration_and_comes_up_to_date(home: Path) -> None:
@@ -75,7 +56,12 @@ def test_every_object_is_shown_as_before(service: "Stored", facts: dict[str, Any
     for path, expected in facts["views"].items():
         answer = user.get(path)
         assert answer.status_code == 200, answer.text
-        assert missing(answer.json(), without_removed(expected), path) == []
+        shown = answer.json()
+        if path == "/v1/models":
+            del shown["data"][0]["created"]  # the time at which the test copied the folder
+        assert without_removed(shown) == shown, path
+        assert {name: shown.get(name) for name in expected} == without_removed(expected), path
+        assert set(shown) - set(expected) <= UNSTORED, path
     listed = user.get(JOBS, params={"limit": 100}).json()["data"]
     assert {job["id"] for job in listed} == {job["id"] for job in facts["jobs"].values()}
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dar.protocol.reward_spec import RewardComponent, Rewards
 from dar.rewards.base import RewardContext, RewardSample, strip_thinking
-from dar.rewards.from_spec import scorer_from_spec
+from dar.rewards.from_spec import RewardAccess, scorer_from_spec
 from dar.rewards.http_reward import HttpOptions, HttpReward, protocol_of
 from fakes.reward_server import RewardServer
 
@@ -101,7 +101,9 @@ async def asked(url: str, one: RewardSample, options: HttpOptions, context: Rewa
 def test_a_builtin_sees_what_the_component_asks_for() -> None:
     exact = {"kind": "builtin", "fn": "exact_match", "params": {"values": ["4"]}}
     components = [{"name": "kept", **exact}, {"name": "bare", "strip_thinking": True, **exact}]
-    with scorer_from_spec(Rewards.model_validate({"components": components})) as scorer:
+    with scorer_from_spec(
+        Rewards.model_validate({"components": components}), RewardAccess()
+    ) as scorer:
         [total] = scorer.score([sample("<think>2 + 2</think>4")], RewardContext(1))
     assert total.components == {"kept": 0.0, "bare": 1.0}
 

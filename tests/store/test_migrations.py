@@ -31,6 +31,7 @@ def test_checks_hold_on_every_table(database: Database) -> None:
         assert named == found, table.name
 
 
+@pytest.mark.slow  # two processes on each database
 def test_two_processes_that_start_at_once_migrate_once(empty_url: str, tmp_path: Path) -> None:
     settings = environment() | {"DAR_HOME": str(tmp_path / "home"), "DAR_DATABASE_URL": empty_url}
     started = [

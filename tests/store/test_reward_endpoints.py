@@ -115,6 +115,7 @@ def test_a_rotation_without_the_old_key_changes_nothing(world: World) -> None:
     assert opened(world, endpoint_id, SecretBox([old])).secrets == [SIGNING]
 
 
+@pytest.mark.slow  # starts the service's command three times
 def test_the_operators_command_rotates(world: World, url: str, tmp_path: Path) -> None:
     old, new = secret_box.new_key(), secret_box.new_key()
     endpoint_id = add(world, SecretBox([old]))

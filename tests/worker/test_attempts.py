@@ -3,6 +3,8 @@
 import signal
 import time
 
+import pytest
+
 from fakes.scripted_installation import ScriptedInstallation
 
 
@@ -54,6 +56,7 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(
     assert "a cosmic ray" in kept
 
 
+@pytest.mark.slow  # two attempts
 def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(
     installation: ScriptedInstallation,
 ) -> None:
@@ -89,6 +92,7 @@ def test_a_nul_is_shown_as_a_replacement_character(installation: ScriptedInstall
     assert said == [f"{a}\N{REPLACEMENT CHARACTER}{b}" for a, b in ("ab", "cd", "ef")]
 
 
+@pytest.mark.slow  # a whole attempt
 def test_rows_that_the_service_refuses_end_the_attempt_with_its_words(
     own: ScriptedInstallation,
 ) -> None:
@@ -138,6 +142,7 @@ def test_a_cancelled_trainer_is_asked_and_leaves_by_itself(
     installation.until(lambda: installation.trainers() == [])
 
 
+@pytest.mark.slow  # waits for the limit of a cancellation
 def test_a_trainer_that_does_not_heed_a_cancellation_is_terminated(
     installation: ScriptedInstallation,
 ) -> None:
@@ -149,6 +154,7 @@ def test_a_trainer_that_does_not_heed_a_cancellation_is_terminated(
     installation.until(lambda: installation.trainers() == [])
 
 
+@pytest.mark.slow  # two workers
 def test_a_stopped_worker_drains_with_a_checkpoint_and_its_successor_goes_on(
     installation: ScriptedInstallation,
 ) -> None:
@@ -166,6 +172,7 @@ def test_a_stopped_worker_drains_with_a_checkpoint_and_its_successor_goes_on(
     assert installation.steps(job_id) == list(range(1, 41))
 
 
+@pytest.mark.slow  # waits for the drain limit
 def test_a_trainer_that_does_not_drain_in_time_is_killed_and_the_job_goes_back(
     installation: ScriptedInstallation,
 ) -> None:
@@ -196,6 +203,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_on
     installation.until(lambda: installation.attempt_folders() == [])
 
 
+@pytest.mark.slow  # two workers
 def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(
     installation: ScriptedInstallation,
 ) -> None:
@@ -214,6 +222,7 @@ def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(
     installation.wait(job_id, "cancelled")
 
 
+@pytest.mark.slow  # waits until a lease expires
 def test_a_worker_that_was_frozen_is_turned_away_when_it_wakes(own: ScriptedInstallation) -> None:
     own.start_service(lease_ttl_seconds=1.0)
     job_id = own.submit(steps=60, every=5, seconds=0.05)

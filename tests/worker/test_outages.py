@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from fakes.scripted_installation import ScriptedInstallation, Valkey
 
 
@@ -24,6 +26,7 @@ def test_a_service_that_is_away_before_and_amid_a_job_costs_nothing(
     assert own.checkpoints(job_id)[0]["step_number"] == 60
 
 
+@pytest.mark.slow  # three processes, and waits for the service
 def test_a_job_that_ends_while_the_service_is_away_succeeds_when_it_is_back(
     own: ScriptedInstallation,
 ) -> None:
@@ -39,6 +42,7 @@ def test_a_job_that_ends_while_the_service_is_away_succeeds_when_it_is_back(
     assert own.steps(job_id) == list(range(1, 21))
 
 
+@pytest.mark.slow  # waits until the worker gives up
 def test_a_worker_that_is_stopped_while_the_service_is_away_still_leaves(
     own: ScriptedInstallation,
 ) -> None:
@@ -72,6 +76,7 @@ def test_a_wake_up_starts_a_job_long_before_the_next_poll(
     assert own.stop_worker(worker) < 15
 
 
+@pytest.mark.slow  # waits for polls
 def test_a_broker_that_dies_or_never_was_only_costs_the_poll(
     own: ScriptedInstallation, valkey: Valkey
 ) -> None:
@@ -89,6 +94,7 @@ def test_a_broker_that_dies_or_never_was_only_costs_the_poll(
     assert own.stop_worker(worker) < 15
 
 
+@pytest.mark.slow  # starts the worker twice
 def test_a_busy_worker_is_drained_by_sigterm_with_and_without_its_broker(
     own: ScriptedInstallation, valkey: Valkey
 ) -> None:

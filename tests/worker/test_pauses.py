@@ -34,6 +34,7 @@ def test_a_paused_job_leaves_a_checkpoint_and_its_slot_to_others(
     assert installation.steps(job_id) == list(range(1, 61)), "a pause loses no step"
 
 
+@pytest.mark.slow  # waits for the limit of a pause
 def test_a_trainer_that_does_not_heed_a_pause_is_killed_and_the_job_paused(
     installation: ScriptedInstallation,
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_trainer_that_does_not_heed_a_pause_is_killed_and_the_job_paused(
     installation.cancel(job_id)
 
 
+@pytest.mark.slow  # two workers
 def test_a_worker_stopped_while_its_job_pauses_leaves_the_job_paused(
     installation: ScriptedInstallation,
 ) -> None:

@@ -355,7 +355,7 @@ def test_a_service_that_is_away_is_asked_until_nobody_waits_any_more(
 
 
 def test_a_retry_after_is_heeded_and_pauses_grow_to_their_limit() -> None:
-    error = failure_of(httpx2.Response(503, headers={"retry-after": "7"})).error
+    error = failure_of(httpx2.Response(503, headers={"retry-after": "7"}))
     assert error.retryable
     assert Backoff(30.0).next(error.retry_after_seconds) == 7
     backoff = Backoff(longest=2.0)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from dar.disk import write_atomically
 from dar.errors import DARError, RewardBudgetError, RewardError, RewardUnavailableError
 from dar.processes import die_with_parent
 from dar.protocol.checkpoints import Manifest
@@ -33,7 +34,7 @@ from dar.protocol.worker import (
 from dar.training.report.sink import NullSink, Sink
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
-from worker.folders import AttemptFolder, write_atomically
+from worker.folders import AttemptFolder
 from worker.launch import ExitCode, Launch, Line, RewardNews, TrainerResult
 from worker.spool import SpoolWriter
 
@@ -161,12 +162,12 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
     """Train with `dar.training`, alone or as one of several processes."""
     # Imported objects all stay, and searching them for garbage takes a fifth of the import time.
     gc.disable()
+    from dar.rewards.from_spec import RewardAccess  # noqa: PLC0415 - takes CPU time as well
     from dar.training.from_spec import (  # noqa: PLC0415 - takes seconds of CPU, during which a cancellation must be noticed
         JobInputs,
         train_job,
     )
     from dar.training.parallel.ranks import meet  # noqa: PLC0415 - takes seconds of CPU too
-    from dar.training.reward_sources import RewardAccess  # noqa: PLC0415 - takes seconds of CPU as well
 
     gc.freeze()
     gc.enable()

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import orjson
 
+from dar.disk import read_if_there, write_atomically
 from dar.settings import inherited_environment
-from worker.folders import AttemptFolder, read_if_there, write_atomically
+from worker.folders import AttemptFolder
 from worker.launch import Launch, Order, RewardNews, signal_name
 
 LOG_TAIL_BYTES = 4096

@@ -8,10 +8,10 @@ import structlog
 from pydantic import ValidationError
 
 from dar.client.transport import Backoff
+from dar.disk import read_if_there
 from dar.errors import DARError
 from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
 from worker.api import WorkerClient
-from worker.folders import read_if_there
 from worker.supervisor.state import LOST, AttemptState
 
 log = structlog.get_logger(__name__)

@@ -1,6 +1,5 @@
 """Downloads an attempt's files to this machine: resumable, and verified by SHA-256."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import TypeVar
 
 import structlog
 
+from dar.disk import file_sha256
 from dar.errors import DARError
 from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
@@ -40,7 +40,7 @@ class LocalInputs:
     adapters: tuple[Path, ...]
     resume_from: Path | None
     reward_models: Mapping[str, Path] = field(default_factory=dict)
-    """By component name; the others come from the hub."""
+    """Folders by component name; the others come from the hub."""
 
 
 def local_model(lease: Lease, models_path: Path) -> Path | None:
@@ -68,11 +68,6 @@ def safe_path(folder: Path, name: str) -> Path:
     if not parts or name.startswith("/") or any(part in {"..", "."} for part in parts):
         raise InputError(f"the service named an input {name!r}, which is not a path in a folder")
     return folder.joinpath(*parts)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class InputFetcher:
@@ -163,7 +158,7 @@ class InputFetcher:
         part = target.with_name(f".tmp-{target.name}")
         for _ in range(VERIFY_ATTEMPTS):
             self._persist(lambda: self._download(file, part), f"download {file.name}")
-            if _digest(part) == file.sha256:
+            if file_sha256(part) == file.sha256:
                 part.replace(target)
                 return
             log.warning("input arrived altered", name=file.name)

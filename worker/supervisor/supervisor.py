@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 import structlog
 
+from dar.disk import read_if_there
 from dar.errors import DARError
 from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
-from worker.folders import AttemptRecord, SlotFolder, read_if_there
+from worker.folders import AttemptRecord, SlotFolder
 from worker.launch import ExitCode, Launch, TrainerResult
 from worker.spool import SpoolReader
 from worker.supervisor.checkpoints import CheckpointUploader

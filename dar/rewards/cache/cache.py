@@ -181,9 +181,10 @@ class ResultCache:
             RewardMisconfiguredError: ``request`` raised it; also raised in all calls that wait for
                 it.
         """
-        # The first call with a key in a step leads it: its flight requests the sample. Later calls
-        # with the key join that flight, and several flights may serve one call. A flight is a task
-        # of its own, so that cancelling the leading call leaves it to the calls that joined.
+        # The first call with a key in a step leads: its flight requests the sample.
+        # A later call with that key joins the flight: it waits for the same request.
+        # A call may wait for several flights.
+        # A flight is a task of its own: if its first call is cancelled, the others still wait.
         keys = [self._key(sample) for sample in samples]
         first: dict[bytes, RewardSample] = {}
         for key, sample in zip(keys, samples, strict=True):

@@ -1,6 +1,7 @@
 """Requests to reward services.
 
-request: one request with its attempts: encode, sign, send, time limit, decode, log.
+request: one request with its attempts: encode, sign, send, time limit, decode.
+log: the log of attempts, one line of JSON each.
 retry: which failures are retried, the wait before each attempt, ``Retry-After``, the retry budget.
 endpoint: shared by all requests to a URL: pool, concurrency, rate, pause after ``Retry-After``.
 breaker: the circuit breaker: when it opens, and when it tries again.

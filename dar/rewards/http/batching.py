@@ -61,8 +61,8 @@ class Batcher:
         max_bytes: Largest body.
         linger_seconds: How long a request that is not full waits for further groups.
         slots: Requests that may be in flight.
-        is_merging: Whether groups of several calls may share a request. Which groups do depends on
-            timing, so a process that repeats a step may batch them differently.
+        is_merging: Whether groups of several calls may share a request. Which groups share one
+            depends on timing, so a process that repeats a step may batch them differently.
     """
 
     def __init__(

@@ -100,8 +100,13 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - part of the base class
     ) -> httpcore2.AsyncNetworkStream:
-        """The same connection, encrypted."""
-        return JoinedStream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+        """The same connection, encrypted. It is closed if that fails."""
+        try:
+            inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:  # the library leaves a socket open when a time limit cancels this
+            await self.aclose()
+            raise
+        return JoinedStream(inner)
 
     def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - part of the base class
         """See the base class. The pool closes an idle connection that is readable."""
@@ -154,11 +159,11 @@ class Timings:
     has_dialled: bool = False
     """Whether a connection was opened for it."""
     dns_seconds: float | None = None
-    """Until the name was resolved and its addresses checked."""
+    """Time until the name was resolved and its addresses checked."""
     connect_seconds: float | None = None
-    """Until the connection was open, TLS included."""
+    """Time until the connection was open, TLS included."""
     first_byte_seconds: float | None = None
-    """Until the head of the answer had arrived."""
+    """Time until the head of the answer had arrived."""
 
     def begin(self) -> None:
         """Start an attempt, or start it again on a fresh connection."""

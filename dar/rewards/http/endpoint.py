@@ -184,7 +184,7 @@ class Endpoint:
             if call is not None:
                 return call
             if not is_reported:
-                patience.on_wait("most requests failed; waiting before it is tried again")
+                patience.on_wait("most requests failed; waiting before the next request")
             is_reported = True
             await self._wait_for_breaker(patience)
 

@@ -1,8 +1,6 @@
-"""One request to a reward service: encode, sign, send, retry, decode, and log each attempt."""
+"""One request to a reward service: encode, sign, send, retry, decode."""
 
 import asyncio
-import hashlib
-import logging
 import secrets
 import ssl
 import time
@@ -11,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from urllib.parse import urlsplit
-
-import orjson
 
 from dar.errors import AuthenticationError, RewardContractError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardLimits, RewardRetry, RewardTimeouts
@@ -34,6 +30,7 @@ from dar.rewards.http.breaker import BreakerOptions, CallOutcome
 from dar.rewards.http.connection import Timings
 from dar.rewards.http.egress import EgressPolicy, Resolver
 from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, Patience
+from dar.rewards.http.log import log_attempt, trace_id
 from dar.rewards.http.responses import Answer, as_result
 from dar.rewards.http.retry import (
     AttemptFailedError,
@@ -281,7 +278,8 @@ class RetryingRequest:
             columns=self._options.columns,
             created_at=now,
             deadline=deadline,
-            # The samples were encoded before their prompts became text.
+            # With text, the protocol encodes a second time: the first encoding holds conversations.
+            # Request ids are digests of it, so encoding the texts at once would change the ids.
             encoded=()
             if self._options.prompt_format == "text"
             else tuple(sample.json for sample in samples),
@@ -454,44 +452,3 @@ def _redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResul
     if isinstance(result, Skipped):
         return result if result.reason is None else Skipped(redact(result.reason))
     return Failed(redact(result.code), redact(result.message), result.is_transient)
-
-
-logger = logging.getLogger("dar.rewards.requests")
-
-
-def trace_id(request_id: str) -> str:
-    """The trace id in ``traceparent``, the same for all attempts: 32 hexadecimal digits."""
-    return hashlib.sha256(request_id.encode()).hexdigest()[:32]
-
-
-def log_attempt(record: RequestRecord) -> None:
-    """Log an attempt as a line of JSON: numbers and ids, but no prompt, completion or secret.
-
-    `RequestRecord.quote` is omitted, as the service may repeat what it was sent.
-    """
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    content = {
-        "component": record.component,
-        "request_id": record.request_id,
-        "trace_id": trace_id(record.request_id),
-        "step": record.step,
-        "mode": record.mode,
-        "attempt": record.attempt,
-        "is_final": record.is_final,
-        "samples": record.samples,
-        "outcome": record.outcome,
-        "status": record.status,
-        "bytes_out": record.bytes_out,
-        "bytes_in": record.bytes_in,
-        "queued_ms": _milliseconds(record.queued_seconds),
-        "dns_ms": _milliseconds(record.dns_seconds),
-        "connect_ms": _milliseconds(record.connect_seconds),
-        "ttfb_ms": _milliseconds(record.first_byte_seconds),
-        "total_ms": _milliseconds(record.seconds),
-    }
-    logger.info("reward request %s", orjson.dumps(content).decode(), extra={"request": content})
-
-
-def _milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 1)

@@ -64,7 +64,7 @@ def _where(guard: EgressPolicy | None, host: str, addresses: list[str]) -> str:
     shown = ", ".join(addresses[:SHOWN_ADDRESSES])
     if all(public.allows_address(ipaddress.ip_address(address), host) for address in addresses):
         return shown
-    return f"{shown} (not public: elsewhere, the operator of the service must allow it)"
+    return f"{shown} (not a public address: the operator of a DAR service must allow it)"
 
 
 def _is_loopback(address: str) -> bool:

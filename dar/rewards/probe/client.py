@@ -100,7 +100,7 @@ class ProbeCall:
     """One for each sample; empty if the client stopped waiting after a 202."""
     failure: AttemptFailedError | None
     seconds: float
-    """Until the answer, or until the result that followed a 202."""
+    """Time until the answer, or until the result that followed a 202."""
     wire: WireRecord
 
     @property

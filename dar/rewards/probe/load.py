@@ -37,13 +37,13 @@ class Load:
     """The measured requests."""
 
     samples: int
-    """In each request."""
+    """Number of samples in each request."""
     alone: ProbeCall
     """The first request, sent alone."""
     concurrent: Sequence[ProbeCall]
     """The requests after it, several at once."""
     seconds: float
-    """Duration of the concurrent ones."""
+    """Duration of the concurrent requests."""
 
     @property
     def all(self) -> list[ProbeCall]:

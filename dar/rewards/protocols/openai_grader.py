@@ -7,10 +7,10 @@ then the flag decides.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dar.protocol.rewards import MAX_FEEDBACK, load_json
+from dar.protocol.rewards import MAX_FEEDBACK, load_json, refuse
 from dar.rewards.base import Failed, RequestBatch, RewardResult, RewardSample, Scored
 from dar.rewards.http.wire import to_json
-from dar.rewards.protocols.strict import kind, number, parts, refuse, sent_columns
+from dar.rewards.protocols.strict import kind, number, parts, sent_columns
 
 TRANSIENT = frozenset(
     {"model_grader_server_error", "python_grader_server_error", "unresponsive_reward_error"}

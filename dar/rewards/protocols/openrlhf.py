@@ -11,7 +11,7 @@ from typing import Any
 from dar.protocol.rewards import MAX_SAMPLES, load_json
 from dar.rewards.base import RequestBatch, RewardResult, Scored
 from dar.rewards.http.wire import to_json
-from dar.rewards.protocols.strict import kind, number, parts, prompt_text, refuse, same_length
+from dar.rewards.protocols.strict import number, parts, prompt_text, rewards_in, same_length
 
 
 class OpenRLHFProtocol:
@@ -38,14 +38,8 @@ class OpenRLHFProtocol:
 
     def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
         answer, count = load_json(body), len(batch.samples)
-        beside: Mapping[str, Any] = {}
-        if isinstance(answer, Mapping):
-            if "rewards" not in answer:
-                refuse("form", "the answer has no rewards")
-            answer, beside = answer["rewards"], answer
-        elif not isinstance(answer, list):
-            refuse("type", f"answer with a list or an object with rewards, not {kind(answer)}")
-        values = same_length(_flat(answer, count), count, "rewards")
+        beside: Mapping[str, Any] = answer if isinstance(answer, Mapping) else {}
+        values = same_length(_flat(rewards_in(answer), count), count, "rewards")
         return [
             Scored(
                 number(value, f"rewards.{place}", coerce=self._coerce),

@@ -3,23 +3,14 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from dar.errors import RewardContractError, RewardMisconfiguredError
-from dar.protocol.rewards import MAX_PARTS, MAX_REWARD
+from dar.errors import RewardMisconfiguredError
+from dar.protocol.rewards import MAX_PARTS, MAX_REWARD, refuse
 from dar.rewards.base import RewardSample
 
 PART_LENGTH = 32
 _NUMERIC = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
-
-
-def refuse(code: str, message: str) -> NoReturn:
-    """Reject an answer as a whole.
-
-    Raises:
-        RewardContractError: With ``contract.<code>``.
-    """
-    raise RewardContractError(message, code=f"contract.{code}")
 
 
 def number(value: object, where: str, *, coerce: bool = False) -> float:
@@ -70,6 +61,22 @@ def same_length(values: object, expected: int, where: str) -> list[Any]:
     if len(values) != expected:
         refuse("length", f"{where}: {len(values)} items for {expected} samples")
     return values
+
+
+def rewards_in(answer: object) -> object:
+    """The rewards of an answer: a list, or the ``rewards`` of an object.
+
+    Raises:
+        RewardContractError: It is something else (``contract.type``), or an object without them
+            (``contract.form``).
+    """
+    if isinstance(answer, Mapping):
+        if "rewards" not in answer:
+            refuse("form", "the answer has no rewards")
+        return answer["rewards"]
+    if not isinstance(answer, list):
+        refuse("type", f"answer with a list or an object with rewards, not {kind(answer)}")
+    return answer
 
 
 def parts(given: Iterable[tuple[object, object]]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 A service only has to call its function ``f(prompts, completions, **kwargs)`` with that object.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from dar.protocol.rewards import MAX_SAMPLES, load_json
@@ -17,7 +16,7 @@ from dar.rewards.base import (
     trl_prompt,
 )
 from dar.rewards.http.wire import to_json
-from dar.rewards.protocols.strict import kind, number, refuse, same_length, sent_columns
+from dar.rewards.protocols.strict import number, rewards_in, same_length, sent_columns
 
 
 class TRLProtocol:
@@ -47,18 +46,12 @@ class TRLProtocol:
         return to_json(content)
 
     def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
-        answer = load_json(body)
-        if isinstance(answer, Mapping):
-            if "rewards" not in answer:
-                refuse("form", "the answer has no rewards")
-            answer = answer["rewards"]
-        elif not isinstance(answer, list):
-            refuse("type", f"answer with a list or an object with rewards, not {kind(answer)}")
+        rewards = rewards_in(load_json(body))
         return [
             Skipped()
             if value is None
             else Scored(number(value, f"rewards.{place}", coerce=self._coerce))
-            for place, value in enumerate(same_length(answer, len(batch.samples), "rewards"))
+            for place, value in enumerate(same_length(rewards, len(batch.samples), "rewards"))
         ]
 
 

@@ -35,9 +35,9 @@ from dar.version import __version__
 
 logger = logging.getLogger(__name__)
 STOPPING_RETRY_AFTER = 2.0
-"""Seconds in which a new process may have started."""
+"""``Retry-After`` of a stopping server, in seconds: by then a new process may have started."""
 BODY_SECONDS = 60.0
-"""Time limit for reading a body; its sender is only known once it is complete."""
+"""Time limit for reading a body. Until it is complete, its signature cannot be checked."""
 LARGE_BODIES = 8
 """Most bodies of the largest size being read at once; smaller ones share that space."""
 BUSY_RETRY_AFTER = 1.0

@@ -42,7 +42,7 @@ class Entry:
     is_settled: bool = False
     """The answer was sent, or can no longer be delivered."""
     finished_at: float | None = None
-    """On the monotonic clock."""
+    """When its answer was ready, on the monotonic clock."""
     size: int = 0
 
     @property

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dar.disk import file_sha256, sync, sync_tree
 from dar.errors import CheckpointError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Manifest, ManifestFile
 from dar.training.model.loading import LanguageModel
@@ -77,12 +78,12 @@ def publish(
         made = manifest(_describe(temporary))
         body = made.model_dump_json(indent=1).encode()
         (temporary / MANIFEST_NAME).write_bytes(body)
-        _sync_tree(temporary)
+        sync_tree(temporary)
         target = root / f"step-{step}"
         if target.exists():  # of an attempt that died after its rename
             shutil.rmtree(target)
         temporary.rename(target)
-        _sync(root)
+        sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -132,24 +133,8 @@ def _describe(folder: Path) -> list[ManifestFile]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not path.is_file() or name == MANIFEST_NAME:
             continue
-        with path.open("rb") as content:
-            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        files.append(ManifestFile(name=name, bytes=path.stat().st_size, sha256=sha256))
+        files.append(ManifestFile(name=name, bytes=path.stat().st_size, sha256=file_sha256(path)))
     return files
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
 
 
 # --- what only a resume needs ------------------------------------------------------------------

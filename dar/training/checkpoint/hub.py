@@ -76,13 +76,17 @@ class HubPush:
         self,
         message: str,
         *,
+        write_model: Callable[[Path], None],
         is_blocking: bool,
         token: str | None,
         revision: str | None,
         private: bool | None,
         notes: CardNotes | None,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Save the model and upload it; see `dar.DARTrainer.push_to_hub`."""
+        """Save the model by ``write_model``, a collective, and upload it with its card.
+
+        See `dar.DARTrainer.push_to_hub`.
+        """
         trainer = self._run.trainer
         if trainer.hub_model_id is None:
             trainer.init_hf_repo(token=token, private=private)
@@ -90,11 +94,10 @@ class HubPush:
         with contextlib.ExitStack() as cleanup:
             staging = Path(tempfile.mkdtemp(prefix="dar-push-"))
             cleanup.callback(shutil.rmtree, staging, ignore_errors=True)
-            trainer.save_model(str(staging), _internal_call=True)
+            write_model(staging)
             if not self._run.ranks.is_main:
                 return None
-            if notes is not None:
-                self.write_card(staging, notes)
+            self.write_card(staging, notes)
             self.finish()
             with hub_errors(self._repository):
                 upload = self._upload(staging, message, token, revision)

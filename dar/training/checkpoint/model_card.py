@@ -55,7 +55,7 @@ class CardFacts:
     """The contents of a card."""
 
     name: str
-    """Of the trained model."""
+    """Name of the trained model."""
     base: str | None
     """Name of the model that training started from, as the user gave it."""
     is_adapter: bool
@@ -63,7 +63,7 @@ class CardFacts:
     values: Mapping[str, Any]
     """Hyperparameters."""
     metrics: Mapping[str, float]
-    """Of the last report."""
+    """Metrics of the last report."""
     rewards: Sequence[str]
     """Names of the reward components."""
     notes: CardNotes

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
@@ -19,7 +19,8 @@ from dar.protocol.spec import (
     TrainingOrder,
     WeightNormalization,
 )
-from dar.training.config.fields import SPEC_FIELDS, from_spec, option
+from dar.protocol.spec_checks import NOTHING_TO_COMPARE
+from dar.training.config.fields import SPEC_FIELDS, option, spec_field
 from dar.training.config.ignored import refuse_without_effect
 from dar.training.config.ranges import check_ranges
 from dar.training.parallel import deepspeed_config
@@ -103,33 +104,33 @@ class DARConfig(TrainingArguments):
         InvalidRequestError: A value is out of range, or an option is set that would have no effect.
     """
 
-    preset: Preset = from_spec(SPEC_FIELDS["preset"], source="docs/decisions")
-    alpha: float = from_spec(SPEC_FIELDS["alpha"], source="equations (1), (4)")
-    beta: float = from_spec(SPEC_FIELDS["beta"], source="equations (1), (4)")
-    dar_k: int = from_spec(SPEC_FIELDS["dar_k"], source="arXiv 2602.11523: 4")
-    dar_wclip: float = from_spec(SPEC_FIELDS["dar_wclip"], source="equation (5)")
-    adv_norm: Normalization = from_spec(
+    preset: Preset = spec_field(SPEC_FIELDS["preset"], source="docs/decisions")
+    alpha: float = spec_field(SPEC_FIELDS["alpha"], source="equations (1), (4)")
+    beta: float = spec_field(SPEC_FIELDS["beta"], source="equations (1), (4)")
+    dar_k: int = spec_field(SPEC_FIELDS["dar_k"], source="arXiv 2602.11523: 4")
+    dar_wclip: float = spec_field(SPEC_FIELDS["dar_wclip"], source="equation (5)")
+    adv_norm: Normalization = spec_field(
         SPEC_FIELDS["adv_norm"], source="equation (3); arXiv 2602.11523: batch"
     )
-    baseline: Baseline = from_spec(SPEC_FIELDS["baseline"], source="departure 1")
-    log_ratio: LogRatio = from_spec(SPEC_FIELDS["log_ratio"], source="departure 3")
-    tie_tolerance: float = from_spec(SPEC_FIELDS["tie_tolerance"], source="departure 4")
-    drop_ties: bool = from_spec(SPEC_FIELDS["drop_ties"], source="departure 4")
-    allow_missing: bool = from_spec(SPEC_FIELDS["allow_missing"], source="departure 2")
-    weight_norm: WeightNormalization = from_spec(SPEC_FIELDS["weight_norm"], source="departure 5")
-    min_ess: float = from_spec(SPEC_FIELDS["min_ess"], source="departure 6")
-    behavior: Behavior = from_spec(SPEC_FIELDS["behavior"], source="departure 7")
-    max_new_tokens: int = from_spec(SPEC_FIELDS["max_new_tokens"], source=_GENERATION)
-    temperature: float = from_spec(
+    baseline: Baseline = spec_field(SPEC_FIELDS["baseline"], source="departure 1")
+    log_ratio: LogRatio = spec_field(SPEC_FIELDS["log_ratio"], source="departure 3")
+    tie_tolerance: float = spec_field(SPEC_FIELDS["tie_tolerance"], source="departure 4")
+    drop_ties: bool = spec_field(SPEC_FIELDS["drop_ties"], source="departure 4")
+    allow_missing: bool = spec_field(SPEC_FIELDS["allow_missing"], source="departure 2")
+    weight_norm: WeightNormalization = spec_field(SPEC_FIELDS["weight_norm"], source="departure 5")
+    min_ess: float = spec_field(SPEC_FIELDS["min_ess"], source="departure 6")
+    behavior: Behavior = spec_field(SPEC_FIELDS["behavior"], source="departure 7")
+    max_new_tokens: int = spec_field(SPEC_FIELDS["max_new_tokens"], source=_GENERATION)
+    temperature: float = spec_field(
         SPEC_FIELDS["temperature"], source="transformers; arXiv 2602.11523: 0.9"
     )
-    top_p: float = from_spec(SPEC_FIELDS["top_p"], source=_GENERATION)
-    top_k: int = from_spec(SPEC_FIELDS["top_k"], source=_GENERATION)
-    min_p: float | None = from_spec(SPEC_FIELDS["min_p"], source=_GENERATION)
-    repetition_penalty: float = from_spec(SPEC_FIELDS["repetition_penalty"], source=_GENERATION)
-    stop: list[str] = from_spec(SPEC_FIELDS["stop"], source="OpenAI's API")
-    max_length: int | None = from_spec(SPEC_FIELDS["max_length"], source=_FIRST_TRAINER)
-    max_prompt_length: int | None = from_spec(
+    top_p: float = spec_field(SPEC_FIELDS["top_p"], source=_GENERATION)
+    top_k: int = spec_field(SPEC_FIELDS["top_k"], source=_GENERATION)
+    min_p: float | None = spec_field(SPEC_FIELDS["min_p"], source=_GENERATION)
+    repetition_penalty: float = spec_field(SPEC_FIELDS["repetition_penalty"], source=_GENERATION)
+    stop: list[str] = spec_field(SPEC_FIELDS["stop"], source="OpenAI's API")
+    max_length: int | None = spec_field(SPEC_FIELDS["max_length"], source=_FIRST_TRAINER)
+    max_prompt_length: int | None = spec_field(
         SPEC_FIELDS["max_prompt_length"], source=_FIRST_TRAINER
     )
     reward_model_path: str | None = option(
@@ -137,15 +138,27 @@ class DARConfig(TrainingArguments):
         source=_FIRST_TRAINER,
     )
 
-    overlap: Overlap = from_spec(SPEC_FIELDS["overlap"], source="docs/dar.md")
-    order: TrainingOrder = from_spec(SPEC_FIELDS["order"], source="docs/dar.md")
+    overlap: Overlap = spec_field(SPEC_FIELDS["overlap"], source="docs/dar.md")
+    order: TrainingOrder = spec_field(SPEC_FIELDS["order"], source="docs/dar.md")
 
     optim: OptimizerNames | str = option(
         "Optimizer, by transformers' name.",
         OPTIMIZERS[SPEC_FIELDS["optim"].default],
         source=_TRANSFORMERS,
     )
-    learning_rate: float = from_spec(SPEC_FIELDS["learning_rate"], source="arXiv 2602.11523: 1e-6")
+    learning_rate: float = spec_field(SPEC_FIELDS["learning_rate"], source="arXiv 2602.11523: 1e-6")
+    warmup_steps: float = spec_field(
+        SPEC_FIELDS["warmup_steps"], source=f"{_TRANSFORMERS}; below 1: a share of all steps"
+    )
+    lr_scheduler_type: SchedulerType | str = option(
+        "Schedule of the learning rate after the warm-up, by transformers' name.",
+        SCHEDULERS[SPEC_FIELDS["lr_scheduler_type"].default],
+        source=_TRANSFORMERS,
+    )
+    weight_decay: float = spec_field(SPEC_FIELDS["weight_decay"], source=_TRANSFORMERS)
+    max_grad_norm: float = spec_field(SPEC_FIELDS["max_grad_norm"], source=_TRANSFORMERS)
+    adam_beta1: float = spec_field(SPEC_FIELDS["adam_beta1"], source=_TRANSFORMERS)
+    adam_beta2: float = spec_field(SPEC_FIELDS["adam_beta2"], source=_TRANSFORMERS)
     num_train_epochs: float = option("Passes over the prompts.", 1.0, source=_TRANSFORMERS)
     logging_steps: float = option(
         "Steps between two reports.", 1, source=_TRANSFORMERS, unit="steps"
@@ -172,8 +185,7 @@ class DARConfig(TrainingArguments):
             )
         if self.dar_k == 1 and self.prompts_per_step == 1:
             raise InvalidRequestError(
-                "one completion of one prompt has nothing to be compared with, so every advantage "
-                "would be 0; set dar_k or the batch size to at least 2",
+                f"{NOTHING_TO_COMPARE}; set dar_k or the batch size to at least 2",
                 param="dar_k",
             )
 

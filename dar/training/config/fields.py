@@ -29,7 +29,7 @@ class HelpText(str):
     source: str
     """Where it comes from: an equation or departure of `dar.training.loss`, a paper, a library."""
     unit: str
-    """Of its value; empty: a pure number or a word."""
+    """Unit of its value; empty: a pure number or a word."""
 
 
 def option(
@@ -52,7 +52,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def from_spec(spec: FieldInfo, *, source: str = "") -> Any:  # noqa: ANN401 - as dataclasses.field
+def spec_field(spec: FieldInfo, *, source: str = "") -> Any:  # noqa: ANN401 - as dataclasses.field
     """A dataclass field with the default and the help of a field of the job spec.
 
     Args:

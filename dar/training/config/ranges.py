@@ -1,7 +1,7 @@
 """Bounds of the options of `dar.DARConfig`; a bad value fails with the option's name.
 
-Options that a job spec has by the same name take their bounds from it (`dar.protocol.spec`), but
-not its largest counts: those protect a service, and a script may exceed them.
+Options that a job spec has by the same name take their bounds from it, but not those that protect
+a service (`dar.protocol.spec.ServiceLimit`): a script may exceed them.
 """
 
 import math
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dar.errors import InvalidRequestError
+from dar.protocol.spec import ServiceLimit
 from dar.training.config.fields import SPEC_FIELDS
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -57,11 +58,11 @@ _COUNT = _number(is_whole=True, ge=1)
 
 RANGES: Mapping[str, Rule] = {
     "stop": (_are_texts, "a list of strings, none of them empty"),
-    "learning_rate": _AT_LEAST_0,
+    "learning_rate": _AT_LEAST_0,  # also 0; a job with 0 would train nothing
     "adam_epsilon": _AT_LEAST_0,
-    "warmup_steps": _AT_LEAST_0,
+    "warmup_steps": _AT_LEAST_0,  # below 1: a share of all steps, which a job cannot give
     "num_train_epochs": _ABOVE_0,
-    "max_steps": _number(is_whole=True, ge=-1),
+    "max_steps": _number(is_whole=True, ge=-1),  # -1 is a job's null: num_train_epochs decides
     "logging_steps": _ABOVE_0,
     "save_steps": _ABOVE_0,
     "eval_steps": _number(gt=0, is_optional=True),
@@ -70,11 +71,10 @@ RANGES: Mapping[str, Rule] = {
     "ddp_timeout": _COUNT,
     "per_device_train_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
-    "seed": _number(is_whole=True, ge=0, lt=2**32),
+    "seed": _number(is_whole=True, ge=0, lt=2**32),  # numpy's; a job's is stored with a sign
     "report_to": (_are_trackers, f"none, all, or of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"),
 }
-"""Options that no job spec has, or that may be more here: transformers also takes a learning rate
-of 0, a share of all steps as ``warmup_steps``, and -1 for ``max_steps``."""
+"""Options that no job spec has, or, with the reason, that have other bounds here."""
 WIDER = ("optim", "lr_scheduler_type")
 """Options with more choices in transformers, which checks them itself, than in a job spec."""
 
@@ -93,7 +93,7 @@ def rule_of(spec: FieldInfo) -> Rule | None:
         name: getattr(bound, name)
         for bound in spec.metadata
         for name in BOUNDS
-        if hasattr(bound, name) and not (is_whole and name == "le")
+        if hasattr(bound, name) and not isinstance(getattr(bound, name), ServiceLimit)
     }
     return _number(is_whole=is_whole, is_optional=type(None) in kinds, **limits)
 

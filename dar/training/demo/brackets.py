@@ -45,7 +45,7 @@ from dar.training.demo.languages import NEW_TOKENS, PROMPTS, SYMBOLS, balanced
 START = ")"
 EOS_ID = len(SYMBOLS)
 MOST_ITERATIONS = 10_000
-"""Of equation (*); it needs some 60 at T = 0.7 and alpha = beta."""
+"""Most iterations of equation (*); it needs some 60 at T = 0.7 and alpha = beta."""
 
 
 @dataclass(frozen=True)

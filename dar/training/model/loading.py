@@ -114,10 +114,10 @@ def _make_savable(model: PreTrainedModel) -> None:
 
 
 def reject_code(name: str | Path, config: Mapping[str, Any]) -> None:
-    """Reject a model whose configuration names code of its own.
+    """Reject a model that requires custom code.
 
     Raises:
-        TrainingError: It names code.
+        TrainingError: It requires custom code.
     """
     found = CODE_KEYS & config.keys()
     if found:

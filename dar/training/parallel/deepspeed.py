@@ -49,6 +49,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 def _offload(model: nn.Module) -> Any:  # noqa: ANN401 - DeepSpeed has no annotations
     """The object that fetches and releases weights around layers; None if none is trained."""
     for parameter in model.parameters():
+        # ZeRO-3 links every trained weight to its optimizer; there is no public way to it.
         optimizer = getattr(parameter, "_z3_optimizer", None)
         if optimizer is not None:
             return optimizer.parameter_offload

@@ -8,6 +8,7 @@ from typing import Any
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.spec import Resources
+from dar.protocol.spec_checks import ONE_PROCESS
 from dar.settings import inherited_environment
 from dar.training.parallel import deepspeed_config
 
@@ -71,8 +72,7 @@ def strategy_options(resources: Resources) -> dict[str, Any]:
         return {}
     if resources.processes == 1:
         raise TrainingError(
-            f"strategy {resources.strategy!r} shares a model among processes, but the job has one process; "
-            "send resources.processes of at least 2, or leave strategy at auto",
+            ONE_PROCESS.format(resources.strategy),
             param="method.dar.resources.strategy",
         )
     if resources.strategy == "fsdp":
@@ -80,8 +80,8 @@ def strategy_options(resources: Resources) -> dict[str, Any]:
     if not deepspeed_config.is_installed():
         raise TrainingError(
             f"strategy {resources.strategy!r} needs DeepSpeed, which is not installed on this "
-            f"worker; {deepspeed_config.INSTALLATION} there, or send fsdp, which shards weights, "
-            "gradients and optimizer state into shards as zero3 does",
+            f"worker; {deepspeed_config.INSTALLATION} there, or send fsdp, which shards the "
+            "same as zero3",
             param="method.dar.resources.strategy",
         )
     return {"deepspeed": deepspeed_config.config_of(resources.strategy)}

@@ -15,7 +15,7 @@ from dar.rewards.scoring.in_flight import Ticket
 from dar.training.report.sink import Sink
 
 MARGIN = 1.5
-"""For stragglers."""
+"""Factor on the computed need, for stragglers."""
 COUNTED = 0.8
 """Share of the groups whose rate is measured: the last ones are stragglers, which say little about
 capacity."""

@@ -239,7 +239,6 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         *,
         step: int,
-        first_prompt: int = 0,
         numbers: Sequence[int] | None = None,
         before_each: Callable[[], None] = lambda: None,
         on_group: OnGroup = lambda _number, _completions: None,
@@ -251,8 +250,7 @@ class Sampler:
             prompts: Token ids of P prompts; P may be 0.
             step: Optimizer step, from 1, or 0 in an evaluation. The noise is a function of it, the
                 config's seed and the numbers of prompt and completion.
-            first_prompt: Number of the first of these prompts within the step, from 0.
-            numbers: Number of each prompt within the step, ascending; default: consecutive.
+            numbers: Number of each prompt within the step, ascending; default: from 0.
             before_each: Called every few tokens; may raise to stop.
             on_group: Called between two tokens for every prompt whose completions have all ended;
                 may raise to stop.
@@ -267,7 +265,7 @@ class Sampler:
         check_tokens(prompts, int(model.config.get_text_config().vocab_size))
         model.eval()
         if numbers is None:
-            numbers = range(first_prompt, first_prompt + len(prompts))
+            numbers = range(len(prompts))
         done = FinishedCompletions(self._config.dar_k, on_group)
         # One autocast context around the whole loop: within it, each weight is cast only once.
         with autocast(next(model.parameters()).device, self._config.half):

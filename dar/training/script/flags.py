@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import LoraSpec
 from dar.training.config.config import DARConfig
-from dar.training.config.fields import from_spec, option
+from dar.training.config.fields import option, spec_field
 from dar.training.config.ignored import WITHOUT_EFFECT
 
 _LORA = LoraSpec.model_fields
@@ -67,9 +67,9 @@ class ScriptArguments:
         metavar="X",
     )
     use_peft: bool = option("Train a LoRA adapter instead of all weights.", default=False)
-    lora_r: int = from_spec(_LORA["r"])
-    lora_alpha: float = from_spec(_LORA["lora_alpha"])
-    lora_dropout: float = from_spec(_LORA["lora_dropout"])
+    lora_r: int = spec_field(_LORA["r"])
+    lora_alpha: float = spec_field(_LORA["lora_alpha"])
+    lora_dropout: float = spec_field(_LORA["lora_dropout"])
     lora_target_modules: list[str] = option(
         _LORA["target_modules"].description or "",
         lambda: [_LORA["target_modules"].default],
@@ -115,6 +115,7 @@ CLEARER = {
     "activation_checkpointing": "Another name of --gradient_checkpointing.",
     "activation_checkpointing_kwargs": "Another name of --gradient_checkpointing_kwargs.",
     "max_steps": "Optimizer steps; takes precedence over --num_train_epochs.",
+    "warmup_steps": "Steps over which the learning rate rises from 0; below 1: a share of all.",
     "logging_strategy": "Whether to report: steps, or no.",
     "save_strategy": "Whether to write checkpoints: steps, or no.",
     "push_to_hub": "Push every checkpoint and the trained model to the hub.",

@@ -56,8 +56,6 @@ class StepLoop:
     """
 
     def __init__(self, run: RunContext, vocabulary: int, reporter: Reporter) -> None:
-        self.stopped_by: StopKind | None = None
-        """The request that ended the training early."""
         self.step: ScoredStep | None = None
         """The step that is trained on; None between two steps."""
         self._run = run
@@ -66,9 +64,9 @@ class StepLoop:
         self._pipeline: Pipeline | None = None
         self._scoring = Scoring()
         self._budget_state: dict[str, Any] | None = None
-        """After the last finished step; the budget itself may have counted part of the next."""
+        """State of the budget after the last finished step; the budget itself may be further on."""
         self._loss: Tensor | None = None
-        """Of the current step so far; None before its first pass."""
+        """Loss of the current step so far; None before its first pass."""
         self._pass_count = 0
         self._empty_steps = 0
 
@@ -244,8 +242,11 @@ class StepLoop:
 
     # --- the end of a step ---------------------------------------------------------------------
 
-    def end_step(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> None:
+    def end_step(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> StopKind | None:
         """Report a step after the optimizer has stepped.
+
+        Returns:
+            The request that ends training after this step.
 
         Raises:
             StopRequestedError: A cancellation is requested.
@@ -264,13 +265,14 @@ class StepLoop:
             self._scoring.capacity.end_step(step.number, times)
         self._reporter.warn_of(step, run.sink)
         self._count_empty(step)
-        self.stopped_by = run.ranks.from_main(run.control.requested)
-        if self.stopped_by == "cancel":
+        stop = run.ranks.from_main(run.control.requested)
+        if stop == "cancel":
             raise StopRequestedError
-        if self.stopped_by == "drain":
+        if stop == "drain":
             trainer.control.should_save = trainer.control.should_training_stop = True
-        if self.stopped_by or trainer.state.global_step >= trainer.state.max_steps:
+        if stop or trainer.state.global_step >= trainer.state.max_steps:
             trainer.control.should_log = True
+        return stop
 
     def _gather_policy_values(self, step: ScoredStep) -> None:
         rows = [row for row in step.valid_rows if not step.policy_logps_B[row].isnan()]

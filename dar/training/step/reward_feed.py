@@ -66,7 +66,8 @@ class RewardCollector:
 
     Args:
         scoring: How they are scored; with a scorer.
-        tickets: Of each prompt, by its number in the step, in the order in which they are needed.
+        tickets: Ticket of each prompt by its number in the step, in the order in which they are
+            needed.
         order: Whether they may arrive in another order.
         is_training: Whether failures and times are counted.
         may_all_fail: Whether it is no error if nothing can be scored.

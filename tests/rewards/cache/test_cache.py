@@ -19,7 +19,7 @@ from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample, Scored, Skipped
 from dar.rewards.cache.cache import CachePlace, ResultCache, SampleKey
 from dar.rewards.cache.store import FILE, CacheStore
-from dar.rewards.from_spec import scorer_from_spec
+from dar.rewards.from_spec import RewardAccess, scorer_from_spec
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.observer import Seen
 from fakes.reward_server import RewardServer, ScoreRequest, status
@@ -303,7 +303,8 @@ def test_a_job_remembers_over_attempts_until_the_revision_changes(
     )
     for number in (1, revision):
         reached = {"r": known.model_copy(update={"revision": number})}
-        with scorer_from_spec(rewards, access=reached, job_id="ftjob-1", cache=place) as scorer:
+        access = RewardAccess(reached, cache=place)
+        with scorer_from_spec(rewards, access, job_id="ftjob-1") as scorer:
             totals = scorer.score(samples("a", "bb", "a"), STEP)
         assert [total.reward for total in totals] == [1.0, 2.0, 1.0]
     assert len(service.requests) == revision
@@ -313,7 +314,7 @@ def test_without_a_place_nothing_is_remembered(hostile: Callable[..., RewardServ
     service = hostile(by_length)
     one = {"name": "r", "url": service.url, "cache": {"enabled": True}}
     rewards = Rewards.model_validate({"components": [one]})
-    with scorer_from_spec(rewards) as scorer:
+    with scorer_from_spec(rewards, RewardAccess()) as scorer:
         for context in (STEP, NEXT):
             scorer.score(samples("a", "a"), context)
     assert sent(service) == [["a", "a"], ["a", "a"]]

@@ -14,6 +14,7 @@ import pytest
 import trustme
 
 from dar.errors import RewardMisconfiguredError
+from dar.protocol.reward_spec import RewardRetry, RewardTimeouts
 from dar.rewards.base import Scored
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.hostile_manners import hostile_server
@@ -100,6 +101,21 @@ async def test_a_server_of_the_last_century_is_permanent(
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert caught.value.error_code == "tls.version"
+
+
+async def test_a_handshake_that_takes_too_long_leaves_no_connection(
+    score: Ask, trusting: HttpOptions
+) -> None:
+    timeouts = RewardTimeouts(connect=10, read=20, attempt=0.4, deadline=60)
+    options = replace(trusting, timeouts=timeouts, retry=RewardRetry(attempts=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        found = await score(f"https://127.0.0.1:{listener.getsockname()[1]}/", options=options)
+        assert {result.code for result in found} == {"timeout"}
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(5)
+            while connection.recv(65536):  # until the client closes it
+                pass
 
 
 async def test_a_good_certificate_is_believed(

@@ -28,7 +28,7 @@ from dar.rewards.base import (
     Scored,
     Skipped,
 )
-from dar.rewards.from_spec import scorer_from_spec
+from dar.rewards.from_spec import RewardAccess, scorer_from_spec
 from dar.rewards.functions import FunctionReward
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.scoring.scorer import (
@@ -322,7 +322,7 @@ def test_the_spec_makes_components_with_their_options(
             ]
         }
     )
-    with scorer_from_spec(rewards, secret=secret, job_id="ftjob-1") as scorer:
+    with scorer_from_spec(rewards, RewardAccess(secret=secret), job_id="ftjob-1") as scorer:
         assert scorer.names == ["a", "b"]
         found = scorer.score(make_samples(4, 2, columns={"level": 1}), RewardContext(7))
     assert [total.reward for total in found] == [1.0] * 4

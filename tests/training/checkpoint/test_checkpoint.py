@@ -36,8 +36,11 @@ def trained(train: Callable[..., DARTrainer], sink: RecordingSink) -> Path:
     return sink.published[0][1].parent
 
 
+SLOW = pytest.mark.slow  # the same at another step
+
+
 @pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=SLOW)])
 def test_a_resumed_run_ends_bit_identical_to_an_undisturbed_one(
     train: Callable[..., DARTrainer],
     new_sink: type[RecordingSink],

@@ -84,7 +84,12 @@ class StoppingAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self._step
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SLOW = pytest.mark.slow  # five runs each; two variants are in the fast lane
+
+
+@pytest.mark.parametrize(
+    "name", [name if "full" in name else pytest.param(name, marks=SLOW) for name in VARIANTS]
+)
 def test_a_run_resumed_at_any_step_goes_on_as_if_nothing_had_happened(
     train: Callable[..., DARTrainer],
     make_model: Callable[..., LlamaForCausalLM],

@@ -96,6 +96,7 @@ def test_without_the_reference_the_reward_looks_perfect_and_the_optimum_is_misse
     assert run.final.kl_ref > 1.5 * run.final.best_kl_ref  # and it is on its way up
 
 
+@pytest.mark.slow  # a whole training run
 def test_with_its_sign_flipped_the_reward_falls(task: Brackets) -> None:
     run = train(task, seed=3, mistake="sign_flipped", max_steps=60)
     assert not has_converged(run.final)

@@ -41,6 +41,7 @@ def test_the_end_of_a_completion_is_learnt() -> None:
     assert run.final.kl_target < 0.10
 
 
+@pytest.mark.slow  # a whole training run
 def test_an_end_that_is_masked_is_never_learnt() -> None:
     run = trained("end", max_steps=60, mistake="end_masked")
     assert run.final.share < 0

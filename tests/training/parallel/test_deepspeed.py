@@ -226,7 +226,7 @@ def test_weights_in_another_format_are_refused() -> None:
 
 
 def test_deepspeed_needs_several_processes(train: Callable[..., Any]) -> None:
-    with pytest.raises(InvalidRequestError, match="there is one") as refused:
+    with pytest.raises(InvalidRequestError, match="there is only one") as refused:
         train(settings={"deepspeed": deepspeed_config.config_of("zero2")})
     assert refused.value.param == "deepspeed"
 

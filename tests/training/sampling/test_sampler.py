@@ -63,9 +63,9 @@ def test_a_slice_of_the_prompts_is_sampled_as_within_the_whole(
     model = make_model(scale=0.3)
     whole = sampler().sample(model, PROMPTS, step=3)
     first = sampler().sample(model, PROMPTS[:1], step=3)
-    rest = sampler().sample(model, PROMPTS[1:], step=3, first_prompt=1)
+    rest = sampler().sample(model, PROMPTS[1:], step=3, numbers=[1, 2, 3])
     assert [c.ids for c in [*first, *rest]] == [c.ids for c in whole]
-    assert sampler().sample(model, [], step=3, first_prompt=4) == []
+    assert sampler().sample(model, [], step=3, numbers=[]) == []
 
 
 @pytest.mark.parametrize(

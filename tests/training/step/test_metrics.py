@@ -182,6 +182,7 @@ def test_metrics_of_an_evaluation_are_known_by_the_names_of_training() -> None:
     assert not is_known("rewards/helpful")
 
 
+@pytest.mark.slow  # trains 40 steps twice
 def test_rewards_that_jump_are_told_once_also_over_a_resume(
     train: Callable[..., Any], new_sink: type[RecordingSink]
 ) -> None:

@@ -36,10 +36,18 @@ def high_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_results, "FIRST_POLL_SECONDS", 0.05)
 
 
+SLOW = pytest.mark.slow  # each trains twice; one of each reply is in the fast lane
+
+
 @pytest.mark.usefixtures("high_thresholds")
 @pytest.mark.parametrize(
     ("overlap", "reply"),
-    [("none", "sync"), ("stream", "sync"), ("one_step", "sync"), ("stream", "either")],
+    [
+        pytest.param("none", "sync", marks=SLOW),
+        ("stream", "sync"),
+        pytest.param("one_step", "sync", marks=SLOW),
+        ("stream", "either"),
+    ],
 )
 def test_a_chaotic_service_gives_the_bits_of_a_perfect_one(
     run: Callable[..., Any], overlap: str, reply: str

@@ -1,0 +1,55 @@
+"""Files on disk: digests, and writes that survive a kill or a power loss.
+
+A file that is renamed into its place is durable once the file and its folder are synced.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the entries of a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder durable, with all that it contains."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def write_atomically(path: Path, content: bytes, *, is_durable: bool = False) -> None:
+    """Replace ``path`` so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: The file.
+        content: All of it.
+        is_durable: Whether this must hold after a power loss.
+    """
+    fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    with fresh.open("wb") as file:
+        file.write(content)
+        if is_durable:
+            file.flush()
+            os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def read_if_there(path: Path) -> bytes | None:
+    """Content of ``path``; None if there is no such file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
