@@ -44,8 +44,15 @@ DEFAULT: dict[str, Any] = {
     "behavior": "sampled",
 }
 ALGORITHM = {
-    *DEFAULT, "log_ratio", "tie_tolerance", "drop_ties", "allow_missing", "weight_norm", "min_ess", "temperature",
-}  # fmt: skip
+    *DEFAULT,
+    "log_ratio",
+    "tie_tolerance",
+    "drop_ties",
+    "allow_missing",
+    "weight_norm",
+    "min_ess",
+    "temperature",
+}
 """What is taken of a preset; batch, optimizer and lengths are the task's own in every run."""
 
 

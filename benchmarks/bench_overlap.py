@@ -153,19 +153,38 @@ def run(url: str, design: Mapping[str, Any]) -> dict[str, float]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=1,
+            bos_token_id=2,
+            eos_token_id=3,
         )
-    )  # fmt: skip
+    )
     component = {
-        "name": "judge", "url": url, "batch": {"max_samples": K, "linger_ms": 0}, "limits": {"concurrency": CONCURRENCY},
-    }  # fmt: skip
+        "name": "judge",
+        "url": url,
+        "batch": {"max_samples": K, "linger_ms": 0},
+        "limits": {"concurrency": CONCURRENCY},
+    }
     sink = Times()
     with tempfile.TemporaryDirectory() as folder:
         config = DARConfig(
-            output_dir=folder, per_device_train_batch_size=GROUPS, dar_k=K, max_new_tokens=8, max_steps=STEPS,
-            save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, log_level="error", **design,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=GROUPS,
+            dar_k=K,
+            max_new_tokens=8,
+            max_steps=STEPS,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            log_level="error",
+            **design,
+        )
         rows = [{"prompt": f"w{4 + i} w{5 + i}"} for i in range(GROUPS)]
         trainer = PacedTrainer(
             model,

@@ -14,15 +14,15 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
-"""Folders that take longest come first: their tests must not be the last to start."""
+"""Slow folders, slowest first: their tests start before all others."""
 TOGETHER = ("e2e", "store", "client")
-"""Folders whose tests share what is expensive to start: an installation, a PostgreSQL, a
-service."""
+"""Folders whose tests share an expensive fixture: an installation, a PostgreSQL or a service."""
 
 
 class ByFile(LoadScopeScheduling):
-    """Gives whole files to one test process, and whole folders where their tests share
-    processes.
+    """Run all tests of a file in one test process.
+
+    The folders in `TOGETHER` run in one process as a whole, because their tests share a fixture.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -43,21 +43,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection() -> None:
-    """Collect no garbage while modules are imported: there is none, and it takes a quarter of the
-    time.
+    """Switch the garbage collector off during imports.
+
+    Imports leave no garbage, and collections would take a quarter of their time.
     """
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """From now on there is some."""
+    """Switch the garbage collector on again for the tests."""
     gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _garbage_of_this_module_alone() -> None:
-    """Keep from collectors what is there already, and stays: every training run looks through all
-    the rest more than once.
+    """Exclude the objects that exist before this module from garbage collection.
+
+    A training run collects garbage several times, and each collection visits every other object.
     """
     gc.collect()
     gc.freeze()
@@ -65,8 +67,10 @@ def _garbage_of_this_module_alone() -> None:
 
 @pytest.fixture(autouse=True)
 def _logs_of_this_test_alone() -> None:
-    """Libraries call `logging.basicConfig` when they are imported, with the captured stream of
-    whichever test did that.
+    """Remove the log handlers that libraries have added to the root logger.
+
+    A library that calls `logging.basicConfig` on import binds the captured output of the test that
+    imports it. Later tests would log into a closed stream.
     """
     root = logging.getLogger()
     for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
@@ -76,15 +80,16 @@ def _logs_of_this_test_alone() -> None:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder that all test processes of this run share, for what is dear to make."""
+    """A folder that all test processes of this run share, for expensive files."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
 
 
 @pytest.fixture(scope="session")
 def reviews_base(shared_folder: Path) -> Path:
-    """``model/`` and ``prompts.jsonl`` of the demo, after so few steps that it babbles in letters
-    of its language.
+    """``model/`` and ``prompts.jsonl`` of the demo.
+
+    After its 12 steps the model writes letters of its language, but no words.
     """
     folder = shared_folder / "reviews-base"
     with FileLock(f"{folder}.lock"):
@@ -98,7 +103,7 @@ def reviews_base(shared_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """Gives TCP ports on 127.0.0.1 that nobody listens on."""
+    """A function that returns an unused TCP port on 127.0.0.1."""
 
     def find() -> int:
         with socket.socket() as probe:
@@ -111,7 +116,7 @@ def free_port() -> Callable[[], int]:
 
 @pytest.fixture
 def black_hole() -> Iterator[str]:
-    """URL of a listener whose queue is full: like a firewall, it drops what arrives."""
+    """The URL of a listener with a full queue; like a firewall, it drops new connections."""
     with socket.socket() as full, socket.socket() as first, socket.socket() as second:
         full.bind(("127.0.0.1", 0))
         full.listen(0)

@@ -146,7 +146,10 @@ def test_a_grader_is_validated_without_asking_it(
 def test_other_graders_are_a_bad_request_that_says_why(
     client: openai.OpenAI, grader: Any, param: str
 ) -> None:
-    for call in (lambda: run(client, grader), lambda: client.fine_tuning.alpha.graders.validate(grader=grader)):  # fmt: skip
+    for call in (
+        lambda: run(client, grader),
+        lambda: client.fine_tuning.alpha.graders.validate(grader=grader),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             call()
         assert caught.value.param == param

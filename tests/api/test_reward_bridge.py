@@ -73,9 +73,13 @@ def announced(
 ) -> RewardNote:
     said_at = datetime.now(UTC) - timedelta(seconds=ago)
     wanted = RewardAnnouncement(
-        request_id=name, component="letters", step=1, sample_ids=["s0"], token_sha256=token * 64,
+        request_id=name,
+        component="letters",
+        step=1,
+        sample_ids=["s0"],
+        token_sha256=token * 64,
         deadline=said_at.timestamp() + seconds,
-    )  # fmt: skip
+    )
     return RewardNote(request_id=name, announcement=wanted, said_at=said_at)
 
 

@@ -39,5 +39,8 @@ def test_prometheus_counts_callbacks_by_what_became_of_them(live: Live) -> None:
     counts = {line.partition('"')[0]: float(line.rpartition(" ")[2]) for line in lines}
     assert counts.keys() == set(CALLBACK_OUTCOMES)
     assert {fate: count for fate, count in counts.items() if count} == {
-        "accepted": 1, "duplicate": 1, "conflict": 1, "refused": 1,
-    }  # fmt: skip
+        "accepted": 1,
+        "duplicate": 1,
+        "conflict": 1,
+        "refused": 1,
+    }

@@ -255,7 +255,9 @@ def signed(live: Live) -> Pending:
     return announce(live, lease)
 
 
-def signature(live: Live, body: bytes, message_id: str = "rwr_1", age: float = 0.0, secret: str | None = None) -> dict[str, str]:  # fmt: skip
+def signature(
+    live: Live, body: bytes, message_id: str = "rwr_1", age: float = 0.0, secret: str | None = None
+) -> dict[str, str]:
     key = decode_secret(secret or live.key("reward_secret"))
     return signed_headers([key], message_id, int(datetime.now(UTC).timestamp() - age), body)
 

@@ -165,8 +165,12 @@ def test_a_full_probe_reports_all_nine_steps_and_keeps_its_findings(
     report = live.http.post(f"{PATH}/{made['id']}/probe").json()
     assert report["ok"]
     assert [step["status"] for step in report["steps"]] == [
-        *["ok"] * 5, "warn", "ok", "ok", "skipped"
-    ]  # fmt: skip
+        *["ok"] * 5,
+        "warn",
+        "ok",
+        "ok",
+        "skipped",
+    ]
     assert [finding["code"] for finding in report["warnings"]] == ["signature.unverified"]
     assert report["warnings"][0]["advice"]
     assert report["latency_ms"]["p99"] >= report["latency_ms"]["p50"] > 0

@@ -39,8 +39,13 @@ def answer_to(live: Live, *components: dict[str, Any], rows: bytes | None = None
     ],
 )  # fmt: skip
 def test_a_component_that_cannot_work_is_refused_with_its_place(
-    live: Live, error_of: Callable[..., Any], component: dict[str, Any], param: str, code: str, message: str
-) -> None:  # fmt: skip
+    live: Live,
+    error_of: Callable[..., Any],
+    component: dict[str, Any],
+    param: str,
+    code: str,
+    message: str,
+) -> None:
     answer = answer_to(live, SERVICE, {"name": "b", **component})
     error = error_of(answer)
     assert (answer.status_code, error["param"], error["code"]) == (400, f"{PATH}[1].{param}", code)
@@ -107,7 +112,10 @@ def test_the_files_of_a_reward_model_reach_a_worker(live: Live) -> None:
     _, lease = live.running(dar={"rewards": {"components": components}})
     names = sorted(file["name"] for file in lease.http.get("/inputs").json()["files"])
     assert names == [
-        "model/config.json", "reward_models/rm/config.json", "reward_models/rm/sub/weights", "training_file",
-    ]  # fmt: skip
+        "model/config.json",
+        "reward_models/rm/config.json",
+        "reward_models/rm/sub/weights",
+        "training_file",
+    ]
     got = lease.http.get("/inputs/reward_models/rm/config.json")
     assert got.content == b'{"num_labels": 1}'

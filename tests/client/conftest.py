@@ -87,7 +87,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=20)
-        shutil.copy(log, "/tmp/service.log")
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +14,9 @@ from dar.training.checkpoint.fingerprint import reward_terms
 from service import migrate
 from service.jobs.submission import body_digest
 from service.store.database import Database
+
+if TYPE_CHECKING:
+    from continuity.conftest import Stored
 
 JOBS = "/v1/fine_tuning/jobs"
 REMOVED = {"batch": "by", "limits": "adaptive", "combine": "mode"}
@@ -48,7 +51,7 @@ def test_the_stored_database_is_of_the_fourth_migration_and_comes_up_to_date(hom
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-def test_every_object_is_shown_as_before(service: Any, facts: dict[str, Any]) -> None:
+def test_every_object_is_shown_as_before(service: "Stored", facts: dict[str, Any]) -> None:
     user = service.client("api_key")
     for path, expected in facts["views"].items():
         answer = user.get(path)
@@ -64,7 +67,7 @@ def test_every_object_is_shown_as_before(service: Any, facts: dict[str, Any]) ->
 
 
 def test_specs_keep_their_digests_with_the_removed_fields_and_without(
-    service: Any, facts: dict[str, Any]
+    service: "Stored", facts: dict[str, Any]
 ) -> None:
     for job in facts["jobs"].values():
         [stored] = service.row("SELECT spec FROM jobs WHERE id = ?", job["id"])
@@ -76,7 +79,9 @@ def test_specs_keep_their_digests_with_the_removed_fields_and_without(
         assert body_digest(JobSpec.model_validate(job["body"])) == job["body_sha256"]
 
 
-def test_a_submission_sent_again_gives_the_same_job(service: Any, facts: dict[str, Any]) -> None:
+def test_a_submission_sent_again_gives_the_same_job(
+    service: "Stored", facts: dict[str, Any]
+) -> None:
     user, jobs = service.client("api_key"), facts["jobs"]
     neutral, sparse = jobs["queued_neutral"], jobs["queued_sparse"]
     assert neutral["body"] != sparse["body"]
@@ -99,7 +104,7 @@ def say(lease: Any, held: dict[str, Any], rows: list[dict[str, Any]], first: int
 
 
 def test_a_running_attempt_goes_on_to_the_end_of_its_job(
-    service: Any, facts: dict[str, Any]
+    service: "Stored", facts: dict[str, Any]
 ) -> None:
     held, tokens, rows = (
         facts["attempts"]["running"],
@@ -144,7 +149,7 @@ def test_a_running_attempt_goes_on_to_the_end_of_its_job(
     assert lease.post("/complete", json=end).json()["status"] == "succeeded"
 
 
-def test_an_attempt_that_lost_its_job_stays_out(service: Any, facts: dict[str, Any]) -> None:
+def test_an_attempt_that_lost_its_job_stays_out(service: "Stored", facts: dict[str, Any]) -> None:
     held = facts["attempts"]["late"]
     answer = service.lease(held).post("/heartbeat", json={"attempt": held["attempt"]})
     assert answer.json()["error"]["code"] == "fenced"
@@ -155,7 +160,7 @@ def test_an_attempt_that_lost_its_job_stays_out(service: Any, facts: dict[str, A
     [("pausing", "pause", "paused"), ("cancelling", "cancel", "cancelled")],
 )
 def test_a_request_that_the_attempt_has_not_seen_still_reaches_it(
-    service: Any, facts: dict[str, Any], name: str, wanted: str, status: str
+    service: "Stored", facts: dict[str, Any], name: str, wanted: str, status: str
 ) -> None:
     held = facts["attempts"][name]
     lease = service.lease(held)
@@ -166,7 +171,7 @@ def test_a_request_that_the_attempt_has_not_seen_still_reaches_it(
 
 
 def test_waiting_jobs_are_claimed_with_all_that_they_need(
-    service: Any, facts: dict[str, Any]
+    service: "Stored", facts: dict[str, Any]
 ) -> None:
     for name in ("queued_sparse", "queued_neutral", "queued_endpoint", "queued_on_a_model"):
         job, lease = facts["jobs"][name], service.claim()
@@ -188,7 +193,7 @@ def test_waiting_jobs_are_claimed_with_all_that_they_need(
 
 @pytest.mark.parametrize("name", ["paused", "paused_reward", "failed"])
 def test_a_job_at_rest_is_resumed_from_its_checkpoint(
-    service: Any, facts: dict[str, Any], name: str
+    service: "Stored", facts: dict[str, Any], name: str
 ) -> None:
     user, job = service.client("api_key"), facts["jobs"][name]
     for waiting in ("queued_sparse", "queued_neutral", "queued_endpoint", "queued_on_a_model"):

@@ -83,8 +83,7 @@ def test_a_job_is_scored_with_the_secrets_of_its_endpoint_and_they_stay_nowhere(
     assert installation.files_with_secrets(hidden) == []
 
 
-# three trainers are started: two for the job that is refused, one for another meanwhile
-@pytest.mark.slow
+@pytest.mark.slow  # three trainers are started: two for the refused job, one for another
 @pytest.mark.timeout(240)
 def test_a_job_whose_secrets_are_refused_waits_until_its_user_has_stored_the_new_ones(
     installation: Installation, judge: Judge, reviews_base: Path, until: Callable[..., Any]

@@ -213,9 +213,15 @@ class LoopbackServer:
         with self._lock:
             self.counts[path] += 1
             request = self.request_type(
-                method, target, headers, body, handler.connection, self, self.counts[path],
+                method,
+                target,
+                headers,
+                body,
+                handler.connection,
+                self,
+                self.counts[path],
                 connection_number,
-            )  # fmt: skip
+            )
             self.requests.append(request)
             behave = self.manners.pop(0) if len(self.manners) > 1 else self.manners[0]
         behave(request)

@@ -265,6 +265,9 @@ def brief(folder: Path) -> None:
     """What must hold before anything else does."""
     torch.set_num_threads(1)
     ranks = train(folder, "ddp", HALF).ranks
+    train(folder, "fsdp", HALF | {"fsdp": True, "save_steps": 3})
+    checkpoint = folder / "whole" / "checkpoints" / "step-2"
+    train(folder, "fsdp resumed", HALF | {"fsdp": True}, resume=checkpoint)
     write(talk(ranks), folder, ranks.index)
     torch.distributed.barrier()  # the main process must not leave while the other still listens
 

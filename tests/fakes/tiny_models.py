@@ -38,8 +38,12 @@ def judge(seed: int = 0, **overrides: Any) -> LlamaForSequenceClassification:
     """A reward model."""
     torch.manual_seed(seed)
     values: dict[str, Any] = {
-        "hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.5, "num_labels": 1, "pad_token_id": None,
-    }  # fmt: skip
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "initializer_range": 0.5,
+        "num_labels": 1,
+        "pad_token_id": None,
+    }
     return LlamaForSequenceClassification(config(**values | overrides))
 
 

@@ -5,9 +5,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from project.measure import Tree
 
 HERE = Path(__file__).parent
 
@@ -23,6 +26,6 @@ def measure() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def source_tree(measure: ModuleType) -> Any:
+def source_tree(measure: ModuleType) -> "Tree":
     """This checkout, each file parsed once."""
     return measure.Tree(HERE.parents[1])

@@ -3,6 +3,9 @@
 ``python tests/project/measure.py [--root DIR] [--json] [--before FILE] [--words] [--list]``
 prints one table. ``--json`` prints every number and list for a program, and ``--before`` puts the
 numbers of an earlier ``--json`` beside today's.
+
+The tables of kinds and main modules describe today's tree. A change of the tree may add a row, with
+its reason; a test fails if a row names what does not exist.
 """
 
 import argparse
@@ -45,32 +48,55 @@ PLUGIN_FOLDERS = {"dar/rewards/builtins", "dar/rewards/protocols", "migrations/v
 """Folders whose files are found by a table or by name, and grow with what they support."""
 
 MAIN_MODULES = {
+    # the commands
     "dar/cli": ["dar.cli.main"],
+    # the commands, and the longest of them
     "dar/cli/reward": ["dar.cli.reward.main", "dar.cli.reward.check"],
+    # the steps of the demo
     "dar/demo": ["dar.demo.run"],
+    # a spec's rewards, and one service
     "dar/rewards": ["dar.rewards.from_spec", "dar.rewards.http_reward"],
+    # one service, and one request to it
     "dar/rewards/http": ["dar.rewards.http_reward", "dar.rewards.http.request"],
+    # the nine steps
     "dar/rewards/probe": ["dar.rewards.probe.run"],
+    # all groups, and the sum of one
     "dar/rewards/scoring": ["dar.rewards.scoring.scorer", "dar.rewards.scoring.combine"],
+    # the application, and its routes
     "dar/rewards/server": ["dar.rewards.server.app", "dar.rewards.server.endpoint"],
+    # the trainer, and how a job makes one
     "dar/training": ["dar.training.trainer", "dar.training.from_spec"],
+    # RunCheckpoints has the other parts
     "dar/training/checkpoint": ["dar.training.checkpoint.resume"],
+    # sets by name, and their rows
     "dar/training/data": ["dar.training.data.sets", "dar.training.data.rows"],
+    # the base model that the demo trains
     "dar/training/demo": ["dar.training.demo.base"],
+    # loading, and Policy
     "dar/training/model": ["dar.training.model.loading", "dar.training.model.policy"],
+    # Sampler
     "dar/training/sampling": ["dar.training.sampling.sampler"],
+    # the command
     "dar/training/script": ["dar.training.script.main"],
+    # StepLoop, and its usual source
     "dar/training/step": ["dar.training.step.loop", "dar.training.step.online"],
+    # the application, and what it holds
     "service": ["service.app", "service.runtime"],
+    # they start and stop the threads
     "service/background": ["service.runtime", "service.app"],
+    # it installs handlers for all routes
     "service/http": ["service.app"],
+    # check, probe, store
     "service/jobs": ["service.jobs.submission"],
+    # a component's endpoint
     "service/rewards": ["service.rewards.endpoints"],
+    # the loop, and what wakes it
     "worker": ["worker.slot", "worker.app"],
+    # process 0 of the trainer
     "worker/attempt": ["worker.attempt.main"],
 }
 """Modules that hold a folder's main class, besides its ``__init__``, its ``__main__`` and the
-module with the folder's own name."""
+module with the folder's own name; each with what makes it one."""
 
 OTHER_KINDS = {
     "dar/version.py": "noun",  # the build reads the version from this file

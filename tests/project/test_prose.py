@@ -2,18 +2,23 @@
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from project.measure import Tree
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_paragraphs_of_markdown_wrap_at_100_columns(measure: ModuleType, source_tree: Any) -> None:
+def test_paragraphs_of_markdown_wrap_at_100_columns(
+    measure: ModuleType, source_tree: "Tree"
+) -> None:
     violations = measure.wide_violations(source_tree, ".md")
     assert not violations, "\n".join(violations)
 
 
 def test_docstrings_comments_and_markdown_use_plain_words(
-    measure: ModuleType, source_tree: Any
+    measure: ModuleType, source_tree: "Tree"
 ) -> None:
     violations = measure.word_violations(source_tree)
     assert not violations, "\n".join(violations)

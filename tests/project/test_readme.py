@@ -21,6 +21,11 @@ def test_every_make_command_is_in_the_readme() -> None:
     )
 
 
+def test_no_page_has_a_placeholder() -> None:
+    pages = [*ROOT.glob("*.md"), ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert [page.name for page in pages if "@@" in page.read_text()] == []
+
+
 def test_every_link_to_a_file_leads_somewhere() -> None:
     for document in [
         ROOT / "README.md",

@@ -111,8 +111,10 @@ def test_the_promise_of_a_202_has_its_schema() -> None:
 BLOCKS = [
     text.replace("…", "x").replace("<43 characters>", "x" * 43)
     for page in ("rewards.md", "rewards-async.md")
-    for text in re.findall(r"^```json\n(\{.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
-]  # fmt: skip
+    for text in re.findall(
+        r"^```json\n(\{.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL
+    )
+]
 
 
 def test_the_guides_have_examples() -> None:

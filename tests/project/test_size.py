@@ -2,9 +2,12 @@
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from project.measure import Tree
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -15,14 +18,14 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def test_folders_files_functions_and_names_keep_the_size_rule(
-    measure: ModuleType, source_tree: Any
+    measure: ModuleType, source_tree: "Tree"
 ) -> None:
     violations = measure.size_violations(source_tree)
     assert not violations, "\n".join(["the size rule is broken:", *violations])
 
 
 def test_the_tables_of_the_measuring_command_name_what_exists(
-    measure: ModuleType, source_tree: Any
+    measure: ModuleType, source_tree: "Tree"
 ) -> None:
     assert measure.missing_mains(source_tree) == []
 

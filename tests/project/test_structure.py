@@ -20,6 +20,9 @@ SOURCES = sorted(
 EXEMPTION = re.compile(r"# noqa: [A-Z0-9, ]+ - .{10}|# type: ignore\[[a-z, -]+\] +# .{10}")
 """A code, and in words why the rule does not apply here."""
 
+BARE_SLOW = re.compile(r"pytest\.mark\.slow\b(?!  # .{10})")
+"""The marker without a reason on its line."""
+
 VIOLATIONS = {
     "service and worker import dar and never each other": (
         "service/http/errors.py",
@@ -117,6 +120,16 @@ def test_exemptions_from_the_linters_carry_a_reason() -> None:
         if ("# noqa" in line or "# type: ignore" in line) and not EXEMPTION.search(line)
     ]
     assert not bare, "\n".join(["exemptions without a reason:", *bare])
+
+
+def test_slow_tests_carry_a_reason() -> None:
+    bare = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if BARE_SLOW.search(line)
+    ]
+    assert not bare, "\n".join(["slow tests without a reason:", *bare])
 
 
 def test_only_one_file_commits() -> None:

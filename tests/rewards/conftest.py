@@ -22,6 +22,7 @@ from fakes.hostile_manners import hostile_server
 from fakes.loopback import serving
 from fakes.observer import Seen
 from fakes.reward_server import RewardServer
+from fakes.reward_types import MakeSamples
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TOKEN = "tok-5f0a91c2/7be4+d1"
@@ -41,7 +42,7 @@ def context() -> RewardContext:
 
 
 @pytest.fixture
-def make_samples() -> Callable[..., list[RewardSample]]:
+def make_samples() -> MakeSamples:
     """``make_samples(n)``: n samples in groups of K, whose completions are ``c0``, ``c1``, …"""
 
     def make(count: int, k: int = 4, **fields: Any) -> list[RewardSample]:
@@ -99,7 +100,7 @@ def hostile() -> Iterator[Callable[..., RewardServer]]:
 
 @pytest.fixture
 async def ask(
-    fast: HttpOptions, make_samples: Callable[..., list[RewardSample]], context: RewardContext
+    fast: HttpOptions, make_samples: MakeSamples, context: RewardContext
 ) -> AsyncIterator[Callable[..., Any]]:
     """Score four samples, or ``count``, with the service at ``url``."""
     opened: list[HttpReward] = []
@@ -138,7 +139,7 @@ def credentials(fast: HttpOptions) -> HttpOptions:
 @pytest.fixture
 async def score(
     credentials: HttpOptions,
-    make_samples: Callable[..., list[RewardSample]],
+    make_samples: MakeSamples,
     context: RewardContext,
     seen: Seen,
     caplog: pytest.LogCaptureFixture,

@@ -33,9 +33,7 @@ EXAMPLES: Mapping[str, dict[str, Any]] = {
 
 
 def sample(completion: str, tokens: int = 1, **columns: Any) -> RewardSample:
-    return RewardSample(
-        "s0", "g0", 0, "p", None, completion, "stop", tokens, columns=columns
-    )  # fmt: skip
+    return RewardSample("s0", "g0", 0, "p", None, completion, "stop", tokens, columns=columns)
 
 
 def reward(
@@ -68,9 +66,21 @@ def test_whatever_a_completion_holds_there_is_one_bounded_result(
 @pytest.mark.parametrize("fn", EXAMPLES)
 @pytest.mark.parametrize(
     "completion",
-    ["a" * 200_000 + "!", "1" * 200_000, "1," * 100_000, "111," * 50_000 + "1111x", "\\boxed{" * 30_000, "[" * 200_000,
-     "<think>" * 30_000, "{" * 100_000 + "}" * 100_000, "1/" * 100_000, " " * 200_000, "-" * 200_000, "1e" * 100_000],
-)  # fmt: skip
+    [
+        "a" * 200_000 + "!",
+        "1" * 200_000,
+        "1," * 100_000,
+        "111," * 50_000 + "1111x",
+        "\\boxed{" * 30_000,
+        "[" * 200_000,
+        "<think>" * 30_000,
+        "{" * 100_000 + "}" * 100_000,
+        "1/" * 100_000,
+        " " * 200_000,
+        "-" * 200_000,
+        "1e" * 100_000,
+    ],
+)
 def test_no_text_takes_longer_than_its_length(fn: str, completion: str) -> None:
     started = time.process_time()
     make_builtin(fn, EXAMPLES[fn]).score(sample(completion, ground_truth="3"))
@@ -137,7 +147,12 @@ def test_length_is_counted_in_the_unit_that_was_asked_for() -> None:
 def test_a_longer_completion_is_never_better(short: int, more: int, most: int, buffer: int) -> None:
     params = {"max_tokens": max(most, buffer), "buffer_tokens": buffer}
     for fn, given_params in (("overlong_penalty", params), ("length_penalty", {"target": most})):
-        assert -1 <= reward(fn, given_params, "", short + more) <= reward(fn, given_params, "", short) <= 0  # fmt: skip
+        assert (
+            -1
+            <= reward(fn, given_params, "", short + more)
+            <= reward(fn, given_params, "", short)
+            <= 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,14 +165,22 @@ def test_the_overlong_penalty_has_the_slope_of_dapo(tokens: int, expected: float
 
 @pytest.mark.parametrize(
     ("text", "n", "expected"),
-    [("a b c d", 2, 0.0), ("a b a b", 2, -1 / 3), ("a A a a", 1, -0.75), ("a b", 3, 0.0), ("", 1, 0.0)],
-)  # fmt: skip
+    [
+        ("a b c d", 2, 0.0),
+        ("a b a b", 2, -1 / 3),
+        ("a A a a", 1, -0.75),
+        ("a b", 3, 0.0),
+        ("", 1, 0.0),
+    ],
+)
 def test_repeated_ngrams_are_penalised_by_their_share(text: str, n: int, expected: float) -> None:
     assert reward("repetition_penalty", {"n": n}, text) == pytest.approx(expected)
 
 
 def test_ngrams_are_compared_unit_by_unit() -> None:
-    assert reward("repetition_penalty", {"n": 2, "unit": "characters"}, "abab") == pytest.approx(-1 / 3)  # fmt: skip
+    assert reward("repetition_penalty", {"n": 2, "unit": "characters"}, "abab") == pytest.approx(
+        -1 / 3
+    )
 
 
 # --- texts ----------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ import pytest
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardRetry
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.base import Failed, RewardContext, RewardResult, Scored, Skipped
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.settings import environment
 from fakes.loopback import LoopbackServer, Request
+from fakes.reward_types import MakeSamples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEY = "sk-of-the-judge"
@@ -72,7 +73,7 @@ Score = Callable[..., Any]
 
 @pytest.fixture
 async def rewards(
-    fast: HttpOptions, make_samples: Callable[..., list[RewardSample]], secret: str
+    fast: HttpOptions, make_samples: MakeSamples, secret: str
 ) -> AsyncIterator[Score]:
     """Asks for the rewards of completions, or of (completion, ground truth), each in one group."""
     opened: list[HttpReward] = []

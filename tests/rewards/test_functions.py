@@ -4,27 +4,25 @@ import asyncio
 import functools
 import math
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from dar.errors import ConfigurationError, RewardContractError
-from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored, Skipped
+from dar.rewards.base import Failed, RewardContext, RewardResult, Scored, Skipped
 from dar.rewards.functions import FunctionReward, function_name
-
-MakeSamples = Callable[..., list[RewardSample]]
+from fakes.reward_types import MakeSamples, Score
 
 
 @pytest.fixture
-def score(make_samples: MakeSamples, context: RewardContext) -> Callable[..., Any]:
+def score(make_samples: MakeSamples, context: RewardContext) -> Score:
     async def run(function: Any, count: int = 2, **fields: Any) -> list[RewardResult]:
         return await FunctionReward(function).score(make_samples(count, **fields), context)
 
     return run
 
 
-async def test_a_function_gets_texts_columns_and_ids(score: Any) -> None:
+async def test_a_function_gets_texts_columns_and_ids(score: Score) -> None:
     seen: dict[str, Any] = {}
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -42,14 +40,14 @@ async def test_a_function_gets_texts_columns_and_ids(score: Any) -> None:
     }
 
 
-async def test_only_what_the_signature_names_is_passed(score: Any) -> None:
+async def test_only_what_the_signature_names_is_passed(score: Score) -> None:
     def reward(completions: list[str], *, level: list[int]) -> list[int]:
         return level
 
     assert await score(reward, columns={"level": 3, "other": 1}) == [Scored(3.0)] * 2
 
 
-async def test_ids_that_are_not_known_are_not_passed(score: Any) -> None:
+async def test_ids_that_are_not_known_are_not_passed(score: Score) -> None:
     seen: list[Any] = []
 
     def reward(completions: list[str], completion_ids: Any = "none") -> list[float]:
@@ -72,7 +70,7 @@ async def test_a_column_that_some_rows_lack_is_none_there(
     assert await FunctionReward(reward).score(samples, context) == [Scored(1.0), Skipped()]
 
 
-async def test_a_conversation_is_passed_as_messages(score: Any) -> None:
+async def test_a_conversation_is_passed_as_messages(score: Score) -> None:
     seen: list[Any] = []
 
     def reward(prompts: Any, completions: Any) -> list[float]:
@@ -84,7 +82,7 @@ async def test_a_conversation_is_passed_as_messages(score: Any) -> None:
     assert seen == [messages, [{"role": "assistant", "content": "c0"}]]
 
 
-async def test_none_is_a_skip_and_what_is_no_number_a_failure(score: Any) -> None:
+async def test_none_is_a_skip_and_what_is_no_number_a_failure(score: Score) -> None:
     values = [None, math.nan, math.inf, -math.inf, 1e9, True, 0]
     found = await score(lambda completions: values, 7)
     assert found[0] == Skipped()
@@ -110,7 +108,7 @@ async def test_none_is_a_skip_and_what_is_no_number_a_failure(score: Any) -> Non
     ],
 )
 async def test_another_return_value_is_refused_by_name(
-    score: Any, returned: Any, code: str
+    score: Score, returned: Any, code: str
 ) -> None:
     def my_reward(completions: list[str]) -> Any:
         return returned
@@ -120,7 +118,7 @@ async def test_another_return_value_is_refused_by_name(
     assert caught.value.error_code == code
 
 
-async def test_what_a_function_raises_comes_out_unchanged_after_one_call(score: Any) -> None:
+async def test_what_a_function_raises_comes_out_unchanged_after_one_call(score: Score) -> None:
     calls: list[int] = []
     error = TypeError("my own")
 
@@ -157,11 +155,11 @@ async def async_length(completions: list[str], factor: int = 1) -> list[int]:
 @pytest.mark.parametrize(
     "function", [Judge(), AsyncJudge(), async_length, functools.partial(async_length, factor=1)]
 )
-async def test_every_kind_of_callable_works(score: Any, function: Any) -> None:
+async def test_every_kind_of_callable_works(score: Score, function: Any) -> None:
     assert await score(function) == [Scored(2.0)] * 2
 
 
-async def test_a_plain_function_may_block(score: Any) -> None:
+async def test_a_plain_function_may_block(score: Score) -> None:
     released = threading.Event()
 
     def reward(completions: list[str]) -> list[float]:
@@ -187,7 +185,7 @@ def test_a_component_is_named_after_its_function(function: Any, name: str) -> No
     assert function_name(function) == name
 
 
-async def test_a_mapping_says_more_than_a_number(score: Any) -> None:
+async def test_a_mapping_says_more_than_a_number(score: Score) -> None:
     returned = [
         {"reward": True, "components": {"part": 2}, "feedback": "why"},
         {"reward": None},
@@ -221,7 +219,7 @@ async def test_a_mapping_says_more_than_a_number(score: Any) -> None:
     ],
 )
 async def test_a_mapping_that_is_no_result_is_refused(
-    score: Any, returned: Any, message: str
+    score: Score, returned: Any, message: str
 ) -> None:
     with pytest.raises(RewardContractError, match=message):
         await score(lambda completions: [returned], count=1)

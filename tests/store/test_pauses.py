@@ -39,9 +39,12 @@ def pausing(world: World) -> fence.Held:
 def paused_for_reward(world: World, *, is_outage: bool = True) -> fence.Held:
     held: fence.Held = world.running()
     said = Release(
-        attempt=1, reason="paused_reward", message="HTTP 401: who are you?", code="http_401",
+        attempt=1,
+        reason="paused_reward",
+        message="HTTP 401: who are you?",
+        code="http_401",
         is_outage=is_outage,
-    )  # fmt: skip
+    )
     assert end(world, held, said) == Outcome(status="paused", status_detail="reward")
     return held
 

@@ -239,7 +239,20 @@ def _job(world: World, endpoint_id: str) -> Any:
     now = world.clock.now
     job_id = f"ftjob-{endpoint_id}"
     return tables_.JobRow(
-        id=job_id, project_id=world.project_id, api_key_id="key-1", created_at=now, status="queued",
-        model="base", model_source={}, model_name=job_id, training_file="f", spec={}, seed=1,
-        total_steps=1, keep_last=1, not_before=now, body_sha256="0" * 64, retry_count=0,
-    )  # fmt: skip
+        id=job_id,
+        project_id=world.project_id,
+        api_key_id="key-1",
+        created_at=now,
+        status="queued",
+        model="base",
+        model_source={},
+        model_name=job_id,
+        training_file="f",
+        spec={},
+        seed=1,
+        total_steps=1,
+        keep_last=1,
+        not_before=now,
+        body_sha256="0" * 64,
+        retry_count=0,
+    )

@@ -164,8 +164,13 @@ def test_3_the_same_log_ratio_per_token_gives_the_same_weight_at_any_length(
 ) -> None:
     lengths_B = torch.tensor(lengths)
     weights_B = importance_weights(
-        torch.zeros(len(lengths)), per_token * of(lengths), torch.zeros(len(lengths)), **STRENGTHS, clip=20, lengths=lengths_B
-    )  # fmt: skip
+        torch.zeros(len(lengths)),
+        per_token * of(lengths),
+        torch.zeros(len(lengths)),
+        **STRENGTHS,
+        clip=20,
+        lengths=lengths_B,
+    )
     torch.testing.assert_close(weights_B, torch.full_like(weights_B, math.exp(per_token / 4)))
 
 
@@ -223,8 +228,11 @@ def test_4_steps_of_ties_alone_change_nothing_and_do_not_end_training(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = {"drop_ties": True, "max_steps": 4, "weight_decay": 0.1}
     train(
-        model=model, sink=sink, settings=settings, reward_funcs=lambda completions, **columns: [0.5] * len(completions)
-    )  # fmt: skip
+        model=model,
+        sink=sink,
+        settings=settings,
+        reward_funcs=lambda completions, **columns: [0.5] * len(completions),
+    )
     assert sorted(sink.reports) == [1, 2, 3, 4]
     assert {values["rewards/zero_variance_fraction"] for values in sink.reports.values()} == {1.0}
     assert all("no two different rewards" in message for _, message, _ in sink.events)
@@ -307,8 +315,9 @@ def test_6_training_flattens_weights_as_if_alpha_and_beta_were_larger(
     torch.testing.assert_close(
         weights.log() / of(sharp).log(),
         torch.full_like(weights, (weights[0].log() / math.log(sharp[0])).item()),
-        rtol=1e-4, atol=0,
-    )  # fmt: skip
+        rtol=1e-4,
+        atol=0,
+    )
     assert [row.weight for row in weigh(beta=0.02, min_ess=0.05)] == sharp
 
 
@@ -368,9 +377,14 @@ def test_prompts_with_a_single_completion_are_compared_with_each_other(
     weigh: Callable[..., list[Any]],
 ) -> None:
     singles = [
-        {"prompt_ids": [token], "completion_ids": [[token + 1, 3]], "rewards": [reward], "behavior_logps": [-8.0]}
+        {
+            "prompt_ids": [token],
+            "completion_ids": [[token + 1, 3]],
+            "rewards": [reward],
+            "behavior_logps": [-8.0],
+        }
         for token, reward in ((21, 1.0), (24, 0.0), (27, 0.5))
-    ]  # fmt: skip
+    ]
     rows = weigh([*singles, ROWS[2]])
     assert [row.advantage for row in rows[:3]] == pytest.approx([0.5, -0.5, 0])
     assert [row.advantage for row in rows[3:]] == pytest.approx([5e-5, -5e-5], rel=1e-2)

@@ -182,9 +182,12 @@ def test_stored_completions_are_evaluated_as_they_stand(
     sink: RecordingSink,
 ) -> None:
     trainer = train(
-        train_dataset=TRAINED, reward_funcs=None, eval_dataset=STORED, sink=sink,
+        train_dataset=TRAINED,
+        reward_funcs=None,
+        eval_dataset=STORED,
+        sink=sink,
         settings={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
-    )  # fmt: skip
+    )
     before, after = (evaluations(sink)[step] for step in (0, 2))
     assert before["eval_dar/rewards_mean"] == pytest.approx(1.75 / 4)
     assert before["eval_rewards/missing_fraction"] == pytest.approx(1 / 5)
@@ -359,8 +362,12 @@ def test_a_resume_neither_loses_nor_repeats_an_evaluation_at_a_step_edge(
     train: Callable[..., DARTrainer], new_sink: type[RecordingSink], tmp_path: Path
 ) -> None:
     settings = {
-        "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_on_start": True, **EVERY_SECOND
-    }  # fmt: skip
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_on_start": True,
+        **EVERY_SECOND,
+    }
     whole = new_sink()
     train(sink=whole, settings=settings, eval_dataset=EVAL)
     expected = evaluations(whole)

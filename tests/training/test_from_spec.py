@@ -70,8 +70,11 @@ def test_a_job_trains_against_a_reward_service_to_its_last_checkpoint(
     assert {"rewards/words/mean", "time/reward_seconds"} <= sink.reports[1].keys()
     assert sink.phases[0] == ("starting", 0, "loading the model")
     assert [phase for phase, step, _ in sink.phases if step == 2] == [
-        "sampling", "waiting_for_reward", "training", "checkpointing",
-    ]  # fmt: skip
+        "sampling",
+        "waiting_for_reward",
+        "training",
+        "checkpointing",
+    ]
     AutoModelForCausalLM.from_pretrained(sink.published[-1][1])
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -280,8 +283,10 @@ def test_every_optimizer_and_precision_resumes_exactly(
 ) -> None:
     hyper = {"batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "optim": optim}
     dar = {
-        "hyperparameters": hyper, "precision": precision, "checkpointing": {"every_steps": 1},
-    }  # fmt: skip
+        "hyperparameters": hyper,
+        "precision": precision,
+        "checkpointing": {"every_steps": 1},
+    }
     whole, rest = new_sink(), new_sink()
     train_job(job(dar=dar, total_steps=2), whole, NullControl())
     first = whole.published[0][1]
@@ -306,8 +311,9 @@ def test_a_job_is_evaluated_on_its_validation_file_and_at_its_last_step(
     found = [step for step, values in sink.reports.items() if "eval_dar/rewards_mean" in values]
     assert found == [3, 4]
     assert build_trainer(inputs, sink, NullControl()).eval_dataset == [
-        {"prompt": "w11"}, {"prompt": "w12"}
-    ]  # fmt: skip
+        {"prompt": "w11"},
+        {"prompt": "w12"},
+    ]
     assert "eval_rewards/words/mean" in sink.reports[4]
     path.write_text('{"prompt": "w10"}\n{"text": "w10"}\n')
     with pytest.raises(InvalidRequestError, match="row 2") as caught:

@@ -28,11 +28,22 @@ def of(values: Any) -> Tensor:
 
 
 @FEW
-@given(rewards=REWARDS, mask=MASKS, mode=MODES, baseline=BASELINES, shifts=arrays("float64", (3, 1), elements=st.floats(-9, 9)))  # fmt: skip
+@given(
+    rewards=REWARDS,
+    mask=MASKS,
+    mode=MODES,
+    baseline=BASELINES,
+    shifts=arrays("float64", (3, 1), elements=st.floats(-9, 9)),
+)
 def test_a_prompts_rewards_can_be_shifted_without_changing_anything(
     rewards: Any, mask: Any, mode: Any, baseline: Any, shifts: Any
 ) -> None:
-    options = {"mode": mode, "baseline": baseline, "valid": torch.as_tensor(mask), "tie_tolerance": 1e-6}  # fmt: skip
+    options = {
+        "mode": mode,
+        "baseline": baseline,
+        "valid": torch.as_tensor(mask),
+        "tie_tolerance": 1e-6,
+    }
     plain_PK = normalized_advantages(of(rewards), **options)
     shifted_PK = normalized_advantages(of(rewards) + of(shifts), **options)
     torch.testing.assert_close(shifted_PK, plain_PK, rtol=1e-9, atol=1e-9)
@@ -40,20 +51,39 @@ def test_a_prompts_rewards_can_be_shifted_without_changing_anything(
 
 @FEW
 @given(
-    rewards=REWARDS, mask=MASKS, logps=LOGPS, mode=MODES, baseline=BASELINES, prompts=st.permutations(range(3)),
-    completions=st.permutations(range(4)), least=st.sampled_from([0.0, 0.7]),
-)  # fmt: skip
+    rewards=REWARDS,
+    mask=MASKS,
+    logps=LOGPS,
+    mode=MODES,
+    baseline=BASELINES,
+    prompts=st.permutations(range(3)),
+    completions=st.permutations(range(4)),
+    least=st.sampled_from([0.0, 0.7]),
+)
 def test_the_order_of_prompts_and_completions_changes_nothing(
-    rewards: Any, mask: Any, logps: Any, mode: Any, baseline: Any, prompts: Any, completions: Any, least: float,
-) -> None:  # fmt: skip
+    rewards: Any,
+    mask: Any,
+    logps: Any,
+    mode: Any,
+    baseline: Any,
+    prompts: Any,
+    completions: Any,
+    least: float,
+) -> None:
     def weights(order: Callable[[Any], Tensor]) -> Tensor:
         valid_PK = order(mask).bool()
         advantages_PK = normalized_advantages(
             order(rewards), mode=mode, baseline=baseline, valid=valid_PK
         )
         weights_PK = importance_weights(
-            advantages_PK, order(logps), order(logps) * 0.9, **STRENGTHS, clip=20, min_ess=least, valid=valid_PK
-        )  # fmt: skip
+            advantages_PK,
+            order(logps),
+            order(logps) * 0.9,
+            **STRENGTHS,
+            clip=20,
+            min_ess=least,
+            valid=valid_PK,
+        )
         return self_normalized(weights_PK, mode="batch", valid=valid_PK)
 
     def permuted(values: Any) -> Tensor:

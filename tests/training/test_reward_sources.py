@@ -57,7 +57,10 @@ def serving(handle: Callable[[dict[str, Any]], Any]) -> Iterator[str]:
 def test_a_builtin_and_a_reward_model_are_summed_with_their_weights(
     job: Callable[..., JobInputs], judge: Path, sink: RecordingSink
 ) -> None:
-    components = [COUNT | {"weight": 0.5}, {"name": "rm", "kind": "hf_model", "model": "judge", "weight": 2.0}]  # fmt: skip
+    components = [
+        COUNT | {"weight": 0.5},
+        {"name": "rm", "kind": "hf_model", "model": "judge", "weight": 2.0},
+    ]
     inputs = job({"components": components}, reward_models={"rm": judge})
     assert train_job(inputs, sink, NullControl()) == "finished"
     rows = [row for shown in sink.shown.values() for row in shown]
@@ -69,10 +72,14 @@ def test_a_builtin_and_a_reward_model_are_summed_with_their_weights(
     assert {"rewards/count/mean", "rewards/rm/mean"} <= sink.reports[1].keys()
 
 
-def accuracy(prompts: list[str], completions: list[str], ground_truth: list[str], **_: Any) -> list[float]:  # fmt: skip
+def accuracy(
+    prompts: list[str], completions: list[str], ground_truth: list[str], **_: Any
+) -> list[float]:
     """A reward function as TRL's documentation describes them."""
     assert len(prompts) == len(completions)
-    return [text.split().count(right) / 8 for text, right in zip(completions, ground_truth, strict=True)]  # fmt: skip
+    return [
+        text.split().count(right) / 8 for text, right in zip(completions, ground_truth, strict=True)
+    ]
 
 
 def remote_model(data: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +120,9 @@ def test_running_moments_survive_a_resume_bit_by_bit(
     rewards, places = {"components": [component]}, {"rm": judge}
     train_job(job(rewards, reward_models=places), sink, NullControl())
     again = new_sink()
-    resumed = job(rewards, reward_models=places, work_dir=tmp_path / "again", resume_from=sink.published[0][1])  # fmt: skip
+    resumed = job(
+        rewards, reward_models=places, work_dir=tmp_path / "again", resume_from=sink.published[0][1]
+    )
     assert train_job(resumed, again, NullControl()) == "finished"
     one, two = (load_file(s.published[-1][1] / "model.safetensors") for s in (sink, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -122,7 +131,11 @@ def test_running_moments_survive_a_resume_bit_by_bit(
     assert all(row.reward != row.components["rm"] for row in last)  # they were normalised
     other = {"components": [component | {"normalize": "none"}]}
     with pytest.raises(CheckpointError, match="other hyperparameters"):
-        train_job(job(other, reward_models=places, resume_from=sink.published[0][1]), new_sink(), NullControl())  # fmt: skip
+        train_job(
+            job(other, reward_models=places, resume_from=sink.published[0][1]),
+            new_sink(),
+            NullControl(),
+        )
 
 
 def test_a_fallback_is_the_reward_of_what_failed_and_the_failure_stays_visible(
@@ -145,8 +158,19 @@ def test_a_fallback_is_the_reward_of_what_failed_and_the_failure_stays_visible(
 def test_a_gate_and_a_partial_skip_reach_the_rewards_and_are_told(
     job: Callable[..., JobInputs], new_sink: type[RecordingSink]
 ) -> None:
-    length = {"name": "length", "kind": "builtin", "fn": "length_penalty", "params": {"target": 1, "max_penalty": 9}}  # fmt: skip
-    gate = {"name": "gate", "role": "gate", "kind": "builtin", "fn": "regex_match", "params": {"pattern": "w1"}}  # fmt: skip
+    length = {
+        "name": "length",
+        "kind": "builtin",
+        "fn": "length_penalty",
+        "params": {"target": 1, "max_penalty": 9},
+    }
+    gate = {
+        "name": "gate",
+        "role": "gate",
+        "kind": "builtin",
+        "fn": "regex_match",
+        "params": {"pattern": "w1"},
+    }
     sink = new_sink()
     assert train_job(job({"components": [length, gate]}), sink, NullControl()) == "finished"
     rows = [row for shown in sink.shown.values() for row in shown]

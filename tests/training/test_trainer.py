@@ -62,7 +62,14 @@ def test_every_reported_metric_is_registered_and_reaches_the_callbacks(
     assert sorted(sink.reports) == [1, 2, 3]
     for values in sink.reports.values():
         assert all(registry.is_known(name) and math.isfinite(v) for name, v in values.items())
-        left_out = ("rewards/missing", "rewards/dropped", "rewards/refilled", "reward/n_error/", "time/idle_r", "time/idle_g")  # fmt: skip
+        left_out = (
+            "rewards/missing",
+            "rewards/dropped",
+            "rewards/refilled",
+            "reward/n_error/",
+            "time/idle_r",
+            "time/idle_g",
+        )
         assert values.keys() >= {n for n in registry.NAMES if not n.startswith(left_out)}
     logged = [entry for entry in trainer.state.log_history if "dar/loss" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3]
@@ -111,10 +118,8 @@ def test_accumulation_equals_one_big_batch(
     whole = train(sink=big, settings={**settings, "per_device_train_batch_size": 4})
     shares = train(
         sink=split,
-        settings={
-            **settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4
-        },
-    )  # fmt: skip
+        settings={**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    )
     monkeypatch.setattr("dar.training.model.logprobs.MAX_ROWS", 3)
     passes = train(sink=tiny, settings={**settings, "per_device_train_batch_size": 4})
     for other, said in ((shares, split), (passes, tiny)):
@@ -320,11 +325,23 @@ def test_models_whose_cache_cannot_be_repeated_are_refused_before_the_first_step
     train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
     hybrid = Qwen3NextConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"],
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_key_heads=1,
-        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
-        num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, intermediate_size=16,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        intermediate_size=16,
+    )
     with pytest.raises(TrainingError, match="cannot sample from Qwen3NextForCausalLM") as caught:
         train(model=Qwen3NextForCausalLM(hybrid), sink=sink)
     assert caught.value.param == "model"

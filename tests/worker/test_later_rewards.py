@@ -168,10 +168,20 @@ def trainer(tmp_path: Path) -> Iterator[TrainerProcess]:
     method = {"type": "dar", "dar": dar}
     spec = JobSpec.model_validate({"model": "m", "training_file": "file-1", "method": method})
     launch = Launch(
-        folder=folder.path, job_id="ftjob-1", spec=spec, seed=1, total_steps=1, model_folder=None,
-        hub_model="m", adapters=(), training_file=None, resume_from=None, reward_secret=None,
-        threads=1, is_offline=True,
-    )  # fmt: skip
+        folder=folder.path,
+        job_id="ftjob-1",
+        spec=spec,
+        seed=1,
+        total_steps=1,
+        model_folder=None,
+        hub_model="m",
+        adapters=(),
+        training_file=None,
+        resume_from=None,
+        reward_secret=None,
+        threads=1,
+        is_offline=True,
+    )
     environment = trainer_environment(None, 1, is_offline=True)
     process = TrainerProcess([sys.executable, "-c", REPLAYING], folder, launch, environment)
     yield process

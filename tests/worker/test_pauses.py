@@ -68,8 +68,10 @@ def test_a_refusal_of_the_reward_service_pauses_the_job_with_its_reason_and_no_s
     installation.start_worker()
     job = installation.wait(job_id, "paused", "failed")
     assert (job["status"], job["status_detail"], job["error"]["code"]) == (
-        "paused", "reward", "http_401",
-    )  # fmt: skip
+        "paused",
+        "reward",
+        "http_401",
+    )
     assert "HTTP 401: not [redacted]" in job["status_message"]
     secret = (installation.home / "reward_secret").read_text().strip()
     assert secret not in str(job) + str(installation.messages(job_id))
@@ -105,7 +107,10 @@ def test_want_of_rewards_is_told_as_what_it_is() -> None:
     said = TrainerResult(last_seq=3, code="reward_unavailable", message="HTTP 503", is_outage=True)
     verdict = judge(2, exit_of(ExitCode.REWARD_PAUSED), said, None)
     assert verdict == Release(
-        attempt=2, reason="paused_reward", message="HTTP 503", code="reward_unavailable",
+        attempt=2,
+        reason="paused_reward",
+        message="HTTP 503",
+        code="reward_unavailable",
         is_outage=True,
-    )  # fmt: skip
+    )
     assert isinstance(judge(2, exit_of(ExitCode.REWARD_PAUSED), None, None), Fail)

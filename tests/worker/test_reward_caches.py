@@ -44,10 +44,21 @@ def test_a_place_reaches_the_trainer(caches: RewardCaches, tmp_path: Path) -> No
     place = caches.place_of("ftjob-1")
     spec = JobSpec.model_validate({"model": "m", "training_file": "f", "method": METHOD})
     launch = Launch(
-        folder=tmp_path, job_id="ftjob-1", spec=spec, seed=1, total_steps=1, model_folder=tmp_path, hub_model=None,
-        adapters=(), training_file=tmp_path, resume_from=None, reward_secret=None, threads=1, is_offline=True,
+        folder=tmp_path,
+        job_id="ftjob-1",
+        spec=spec,
+        seed=1,
+        total_steps=1,
+        model_folder=tmp_path,
+        hub_model=None,
+        adapters=(),
+        training_file=tmp_path,
+        resume_from=None,
+        reward_secret=None,
+        threads=1,
+        is_offline=True,
         reward_cache=place,
-    )  # fmt: skip
+    )
     assert Launch.model_validate_json(launch.model_dump_json()).reward_cache == place
 
 

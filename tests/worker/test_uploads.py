@@ -163,7 +163,7 @@ def test_an_upload_that_breaks_goes_on_where_it_was(
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
     monkeypatch.setattr("dar.client.transport.FIRST_BACKOFF_SECONDS", 0.05)
     proxy = CuttingProxy(installation.port, cuts=3, after=int(2.5 * PART))
-    uploader = CheckpointUploader(state, connect(proxy.url))
+    uploader = CheckpointUploader(state, connect(proxy.url), keep_last=3)
     uploader.take(publish(state, 2))
     uploader.finish()
     uploader.run()
@@ -192,7 +192,7 @@ def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
     assert SIZE // PART > checkpoints.UPLOAD_ATTEMPTS
     lossy = AnswerLost(installation.url, state.lease.token, node="test", give_up=state.is_given_up)
     with contextlib.closing(lossy) as client:
-        uploader = CheckpointUploader(state, client)
+        uploader = CheckpointUploader(state, client, keep_last=3)
         uploader.take(publish(state, 2))
         uploader.finish()
         uploader.run()
@@ -202,7 +202,7 @@ def test_an_upload_may_disagree_with_the_service_as_often_as_it_gets_on(
 def test_local_copies_go_when_a_newer_checkpoint_is_committed(
     installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
-    uploader = CheckpointUploader(state, connect(installation.url))
+    uploader = CheckpointUploader(state, connect(installation.url), keep_last=3)
     for step in (1, 2):
         uploader.take(publish(state, step))
     uploader.finish()
@@ -215,7 +215,7 @@ def test_local_copies_go_when_a_newer_checkpoint_is_committed(
 def test_checkpoints_beyond_keep_last_are_not_uploaded(
     installation: ScriptedInstallation, state: AttemptState, connect: Callable[[str], WorkerClient]
 ) -> None:
-    uploader = CheckpointUploader(state, connect(installation.url))
+    uploader = CheckpointUploader(state, connect(installation.url), keep_last=3)
     for step in (1, 2, 3, 4):
         uploader.take(publish(state, step))
     uploader.finish()
@@ -233,7 +233,7 @@ def test_an_altered_local_checkpoint_never_becomes_visible(
     row = publish(state, 2)
     file = state.folder.work / "checkpoints" / row.folder / "model.safetensors"
     file.write_bytes(bytes(SIZE))
-    uploader = CheckpointUploader(state, connect(installation.url))
+    uploader = CheckpointUploader(state, connect(installation.url), keep_last=3)
     uploader.take(row)
     with pytest.raises(CheckpointError, match="could not be uploaded"):
         uploader.run()

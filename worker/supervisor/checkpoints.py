@@ -28,11 +28,11 @@ class CheckpointUploader:
     A checkpoint is skipped when ``keep_last`` newer ones wait, because the job would not keep it.
     """
 
-    def __init__(self, state: AttemptState, client: WorkerClient) -> None:
+    def __init__(self, state: AttemptState, client: WorkerClient, keep_last: int) -> None:
         self._state = state
         self._lease = state.lease
         self._client = client
-        self._keep = state.lease.spec.dar.checkpointing.keep_last
+        self._keep = keep_last
         self._waiting: collections.deque[NewCheckpointRow] = collections.deque()
         self._arrived = threading.Event()
         self._ended = threading.Event()

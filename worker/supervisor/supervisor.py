@@ -76,7 +76,9 @@ class Supervisor:
         self._client = self._new_client()
         self._bridge: RewardBridge | None = None
         self._caches = RewardCaches.of(settings)
-        self._uploader = CheckpointUploader(self._state, self._client)
+        self._uploader = CheckpointUploader(
+            self._state, self._client, lease.spec.dar.checkpointing.keep_last
+        )
         self._sender = SpoolSender(
             SpoolReader(self._folder.spool),
             self._client,

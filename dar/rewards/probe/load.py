@@ -11,6 +11,7 @@ from typing import Any
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.base import RewardSample
 from dar.rewards.probe.client import ProbeCall
+from dar.rewards.probe.report import ReportBuilder
 from dar.rewards.probe.steps import ProbeSession
 from dar.rewards.scoring.step_report import quantile
 
@@ -65,22 +66,22 @@ class Load:
         return sum(one.failure is not None and one.failure.status in {429, 503} for one in self.all)
 
 
-async def check_load(session: ProbeSession) -> None:
+async def check_load(session: ProbeSession, component: RewardComponent) -> None:
     """Send full requests, as many at once as the component allows."""
-    report, limits = session.report, session.component.limits
-    load = await _measure(session)
+    report, concurrency = session.report, component.limits.concurrency
+    load = await _measure(session, concurrency)
     latencies, codes = load.latencies, load.codes
     if latencies:
         report.latencies = latencies
-        report.suggested = suggestions(session.component, load)
+        report.suggested = suggestions(component, load)
     failed = codes.total()
     if failed:
         _report_failures(session, load)
     if latencies:
-        _report_slowness(session, load)
+        _report_slowness(report, component, load)
         p50, p95 = quantile(latencies, 0.5), quantile(latencies, 0.95)
         report.done(
-            f"{len(load.all)} requests of {load.samples} samples, {limits.concurrency} at once: "
+            f"{len(load.all)} requests of {load.samples} samples, {concurrency} at once: "
             f"p50 {p50 * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms, {failed} failed"
         )
     await asyncio.sleep(min(session.client.retry_after_seconds, LONGEST_PAUSE))
@@ -101,8 +102,7 @@ def _report_failures(session: ProbeSession, load: Load) -> None:
         report.error(worst, text, None if load.throttled else example)
 
 
-def _report_slowness(session: ProbeSession, load: Load) -> None:
-    report, component = session.report, session.component
+def _report_slowness(report: ReportBuilder, component: RewardComponent, load: Load) -> None:
     latencies = load.latencies
     p50, p95 = quantile(latencies, 0.5), quantile(latencies, 0.95)
     attempt = component.timeouts.attempt
@@ -162,8 +162,8 @@ def _hint(latency: float, size: int) -> str:
     )
 
 
-async def _measure(session: ProbeSession) -> Load:
-    client, concurrency = session.client, session.component.limits.concurrency
+async def _measure(session: ProbeSession, concurrency: int) -> Load:
+    client = session.client
     batches = _batches(session)
     first = next(batches)
     alone = await client.send(first)

@@ -69,7 +69,7 @@ async def probe(
         report.error(error.error_code, error.message)
         return report.build()
     session = ProbeSession(
-        target.component, client, report, samples or _built_in(target.example), samples is not None
+        client, report, samples or _built_in(target.example), samples is not None
     )
     try:
         async with asyncio.timeout(seconds) as limit, client:
@@ -133,17 +133,17 @@ def _with_short_deadline(target: ProbeTarget) -> ProbeTarget:
 
 
 async def _take_steps(target: ProbeTarget, session: ProbeSession, *, light: bool) -> None:
-    report = session.report
+    report, component = session.report, target.component
     steps: dict[int, Callable[[], Awaitable[None]]] = {
         1: lambda: check_address(target, report),
         2: lambda: check_answer(session),
         3: lambda: check_determinism(session),
         4: lambda: check_order(session),
-        6: lambda: check_signature(session),
-        7: lambda: check_texts(session),
+        6: lambda: check_signature(session, component.protocol),
+        7: lambda: check_texts(session, component.batch.max_bytes),
         8: lambda: check_spread(session),
-        9: lambda: check_later(session, target.inbox),
-        5: lambda: check_load(session),
+        9: lambda: check_later(session, target.inbox, component.reply),
+        5: lambda: check_load(session, component),
     }
     for number, take in steps.items():
         report.step = number

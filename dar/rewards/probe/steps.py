@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dar.errors import RewardContractError
-from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.base import Failed, RewardResult, RewardSample, Skipped
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.rewards.probe.client import ProbeCall, ProbeClient
@@ -29,7 +28,6 @@ UNUSUAL = {
 class ProbeSession:
     """The state of a probe that its steps share."""
 
-    component: RewardComponent
     client: ProbeClient
     report: ReportBuilder
     samples: Sequence[RewardSample]
@@ -156,14 +154,14 @@ async def check_order(session: ProbeSession) -> None:
     report.done(f"reversed: {reverse}; one by one: {single}")
 
 
-async def check_signature(session: ProbeSession) -> None:
+async def check_signature(session: ProbeSession, protocol: str) -> None:
     """Step 6: the service must reject a request with a wrong signature."""
-    report, component = session.report, session.component
+    report = session.report
     if not session.client.is_signed:
         report.skip("no secret was given, so requests are not signed")
         return
-    if component.protocol != "dar.reward.v1":
-        report.skip(f"services of protocol {component.protocol} check no signatures")
+    if protocol != "dar.reward.v1":
+        report.skip(f"services of protocol {protocol} check no signatures")
         return
     call = await session.client.send(session.samples[:1], is_forged=True)
     status = call.wire.answer.status if call.wire.answer else None
@@ -180,10 +178,10 @@ async def check_signature(session: ProbeSession) -> None:
     report.done("")
 
 
-async def check_texts(session: ProbeSession) -> None:
+async def check_texts(session: ProbeSession, max_bytes: int) -> None:
     """Step 7: unusual completions, as models write them at times."""
     report, client = session.report, session.client
-    room = min(LONG_CHARACTERS, session.component.batch.max_bytes // 2)
+    room = min(LONG_CHARACTERS, max_bytes // 2)
     texts = {**UNUSUAL, "a very long text": ("Lorem ipsum dolor sit amet. " * room)[:room]}
     # If columns are missing every sample fails, whatever its text.
     was_scored = not any(isinstance(result, Failed) for result in session.first.values())
@@ -237,10 +235,10 @@ async def check_spread(session: ProbeSession) -> None:
     report.done(f"from {min(rewards):.4g} to {max(rewards):.4g}")
 
 
-async def check_later(session: ProbeSession, inbox: ProbeInbox | None) -> None:
+async def check_later(session: ProbeSession, inbox: ProbeInbox | None, reply: str) -> None:
     """Step 9: after a 202 the result must come, and a second callback must change nothing."""
     report = session.report
-    if session.component.reply != "either":
+    if reply != "either":
         report.skip("the component does not allow later results (reply: sync)")
         return
     call = await session.client.send(session.samples[:1])

@@ -36,8 +36,12 @@ CHATTY = {
 
 def sample(completion: str, number: int = 0, group: int = 0, **values: Any) -> RewardSample:
     base: dict[str, Any] = {
-        "prompt": "p", "messages": None, "finish_reason": "stop", "completion_tokens": 2, **values,
-    }  # fmt: skip
+        "prompt": "p",
+        "messages": None,
+        "finish_reason": "stop",
+        "completion_tokens": 2,
+        **values,
+    }
     return RewardSample(f"s{number}", f"g{group}", number, completion=completion, **base)
 
 

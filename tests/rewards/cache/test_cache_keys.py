@@ -16,8 +16,12 @@ from dar.rewards.from_spec import check_rewards
 
 def sample(completion: str, **values: Any) -> RewardSample:
     base: dict[str, Any] = {
-        "prompt": "p", "messages": None, "finish_reason": "stop", "completion_tokens": 2, **values,
-    }  # fmt: skip
+        "prompt": "p",
+        "messages": None,
+        "finish_reason": "stop",
+        "completion_tokens": 2,
+        **values,
+    }
     return RewardSample("s0", "g0", 0, completion=completion, **base)
 
 

@@ -30,6 +30,7 @@ from fakes.reward_server import (
     ready,
     result_of,
 )
+from fakes.reward_types import MakeSamples
 
 Ask = Callable[..., Any]
 
@@ -291,7 +292,7 @@ async def test_the_deadline_of_the_earlier_process_holds(
 async def test_waiting_for_results_takes_no_place_among_the_requests_in_flight(
     hostile: Callable[..., RewardServer],
     later: HttpOptions,
-    make_samples: Callable[..., Any],
+    make_samples: MakeSamples,
     context: RewardContext,
 ) -> None:
     service = Service()
@@ -332,7 +333,7 @@ async def test_the_same_samples_of_a_job_have_the_same_request_id_and_others_ano
     hostile: Callable[..., RewardServer],
     ask: Ask,
     later: HttpOptions,
-    make_samples: Callable[..., Any],
+    make_samples: MakeSamples,
 ) -> None:
     server = hostile()
     found = [await ask(server.url, options=later) for _ in range(2)]

@@ -215,8 +215,13 @@ def test_operators_may_allow_networks_and_hosts_but_never_metadata() -> None:
     assert not allowing.allows_address(address("192.168.0.1"), "x")
     assert allowing.allows_address(address("192.168.0.1"), "in.example")
     for metadata in (
-        "169.254.169.254", "168.63.129.16", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::", "fd00:ec2::254",
-    ):  # fmt: skip
+        "169.254.169.254",
+        "168.63.129.16",
+        "::ffff:169.254.169.254",
+        "64:ff9b::a9fe:a9fe",
+        "2002:a9fe:a9fe::",
+        "fd00:ec2::254",
+    ):
         assert not allowing.allows_address(address(metadata), "x")
         assert not allowing.allows_address(address(metadata), "in.example")
 
@@ -246,9 +251,17 @@ def test_the_policy_comes_from_the_settings() -> None:
 
 async def test_the_guard_is_what_the_pool_dials_with() -> None:
     connection = EndpointConfig(
-        target=parse_url("https://rewards.example/", STRICT), secrets=(), headers=(), limits=(1, None),
-        guard=STRICT, breaker=HttpOptions().breaker, budget=HttpOptions().budget, tls=None, resolver=None, owner=None,
-    )  # fmt: skip
+        target=parse_url("https://rewards.example/", STRICT),
+        secrets=(),
+        headers=(),
+        limits=(1, None),
+        guard=STRICT,
+        breaker=HttpOptions().breaker,
+        budget=HttpOptions().budget,
+        tls=None,
+        resolver=None,
+        owner=None,
+    )
     endpoint = Endpoint(connection, {})
     backend = endpoint._pool._network_backend
     assert isinstance(backend, GuardedBackend)

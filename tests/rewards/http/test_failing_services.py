@@ -19,6 +19,7 @@ from dar.protocol.reward_spec import RewardBatching, RewardRetry
 from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.reward_server import RewardServer, ScoreRequest, fine, hang, status
+from fakes.reward_types import MakeSamples
 
 Ask = Callable[..., Any]
 
@@ -84,7 +85,7 @@ async def test_retry_after_holds_back_every_request(
 async def test_a_request_that_is_too_large_is_halved_and_the_size_remembered(
     hostile: Callable[..., RewardServer],
     fast: HttpOptions,
-    make_samples: Any,
+    make_samples: MakeSamples,
     context: RewardContext,
 ) -> None:
     def at_most_five(request: ScoreRequest) -> None:

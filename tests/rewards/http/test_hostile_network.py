@@ -19,6 +19,7 @@ from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 from fakes.observer import Seen
 from fakes.reward_server import RewardServer
+from fakes.reward_types import MakeSamples
 
 Ask = Callable[..., Any]
 SENT = [Scored(n / 8) for n in range(4)]
@@ -90,7 +91,10 @@ async def ask_in_turn(
 
 
 async def test_a_connection_that_was_closed_while_idle_costs_nothing(
-    server: RewardServer, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: RewardServer,
+    credentials: HttpOptions,
+    make_samples: MakeSamples,
+    context: RewardContext,
 ) -> None:
     once = replace(credentials, retry=RewardRetry(attempts=1))
     await ask_in_turn(server.at("closes-idle"), once, make_samples(4), context, 3)
@@ -98,7 +102,10 @@ async def test_a_connection_that_was_closed_while_idle_costs_nothing(
 
 
 async def test_an_abort_on_a_used_connection_costs_no_attempt(
-    server: RewardServer, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: RewardServer,
+    credentials: HttpOptions,
+    make_samples: MakeSamples,
+    context: RewardContext,
 ) -> None:
     once = replace(credentials, retry=RewardRetry(attempts=1))
     await ask_in_turn(server.at("aborts-reused"), once, make_samples(4), context, 3)
@@ -115,7 +122,7 @@ async def test_an_abort_on_a_used_connection_costs_no_attempt(
 async def test_an_answer_that_is_sent_twice_answers_no_other_request(
     server: RewardServer,
     credentials: HttpOptions,
-    make_samples: Any,
+    make_samples: MakeSamples,
     context: RewardContext,
     behaviour: str,
     connections: list[int],
@@ -130,7 +137,10 @@ async def test_an_answer_that_is_sent_twice_answers_no_other_request(
 
 
 async def test_no_cookie_is_kept(
-    server: RewardServer, credentials: HttpOptions, make_samples: Any, context: RewardContext
+    server: RewardServer,
+    credentials: HttpOptions,
+    make_samples: MakeSamples,
+    context: RewardContext,
 ) -> None:
     source = HttpReward("r", server.at("cookie"), options=credentials)
     for _ in range(2):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dar.rewards.base import RewardContext, RewardSample, Scored
+from dar.rewards.base import RewardContext, Scored
 from dar.rewards.http import async_results
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.reward_server import (
@@ -21,6 +21,7 @@ from fakes.reward_server import (
     ready,
     result_of,
 )
+from fakes.reward_types import MakeSamples
 
 Ask = Callable[..., Any]
 
@@ -57,7 +58,7 @@ async def test_without_a_callback_a_poll_that_fails_for_good_fails_these_samples
 async def test_requests_that_may_be_answered_later_are_the_same_in_whatever_order_groups_come(
     hostile: Callable[..., RewardServer],
     later: HttpOptions,
-    make_samples: Callable[..., list[RewardSample]],
+    make_samples: MakeSamples,
     context: RewardContext,
 ) -> None:
     samples = make_samples(8)

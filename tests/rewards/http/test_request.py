@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from dar.rewards.http.signing import decode_secret, signed_headers, verify
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.observer import Seen
 from fakes.reward_server import RewardServer, ScoreRequest, fine
+from fakes.reward_types import SourceOf
 
 Ask = Callable[..., Any]
 OTHER_SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo="
@@ -42,7 +43,7 @@ async def arrived(server: RewardServer, count: int) -> None:
 
 
 @pytest.fixture
-async def source_of(fast: HttpOptions) -> Any:
+async def source_of(fast: HttpOptions) -> AsyncIterator[SourceOf]:
     opened: list[HttpReward] = []
 
     def make(url: str, options: HttpOptions = fast, **more: Any) -> HttpReward:
@@ -55,7 +56,7 @@ async def source_of(fast: HttpOptions) -> Any:
 
 
 async def test_groups_of_concurrent_calls_share_requests(
-    server: RewardServer, source_of: Any, context: RewardContext
+    server: RewardServer, source_of: SourceOf, context: RewardContext
 ) -> None:
     source = source_of(server.at("fine"))
     found = await asyncio.gather(*[source.score(group(n), context) for n in range(10)])
@@ -64,13 +65,18 @@ async def test_groups_of_concurrent_calls_share_requests(
 
 
 async def test_a_sample_is_encoded_once(
-    server: RewardServer, source_of: Any, context: RewardContext, monkeypatch: pytest.MonkeyPatch
+    server: RewardServer,
+    source_of: SourceOf,
+    context: RewardContext,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr("dar.rewards.protocols.native.encode_sample")
     assert await source_of(server.at("fine")).score(group(1), context) == rewards(1)
 
 
-async def test_steps_and_modes_do_not_share_requests(server: RewardServer, source_of: Any) -> None:
+async def test_steps_and_modes_do_not_share_requests(
+    server: RewardServer, source_of: SourceOf
+) -> None:
     source = source_of(server.at("fine"))
     contexts = [RewardContext(1), RewardContext(2), RewardContext(1, "eval")]
     await asyncio.gather(*[source.score(group(n), given) for n, given in enumerate(contexts)])
@@ -79,7 +85,7 @@ async def test_steps_and_modes_do_not_share_requests(server: RewardServer, sourc
 
 
 async def test_the_same_ids_in_two_calls_do_not_share_a_request(
-    server: RewardServer, source_of: Any, context: RewardContext
+    server: RewardServer, source_of: SourceOf, context: RewardContext
 ) -> None:
     source = source_of(server.at("fine"))
     found = await asyncio.gather(*[source.score(group(0), context) for _ in range(2)])
@@ -88,7 +94,7 @@ async def test_the_same_ids_in_two_calls_do_not_share_a_request(
 
 
 async def test_bodies_keep_within_their_bytes(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     source = source_of(
         server.at("fine"), replace(fast, batch=RewardBatching(max_samples=64, max_bytes=8192))
@@ -102,7 +108,7 @@ async def test_bodies_keep_within_their_bytes(
 
 
 async def test_a_request_that_is_not_full_lingers_for_more(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     patient = replace(fast, batch=RewardBatching(max_samples=8, linger_ms=10_000))
     source = source_of(server.at("fine"), patient)
@@ -115,7 +121,7 @@ async def test_a_request_that_is_not_full_lingers_for_more(
 
 
 async def test_callers_are_held_back_while_too_many_requests_wait(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     one_by_one = replace(
         fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=2)
@@ -135,7 +141,7 @@ async def test_callers_are_held_back_while_too_many_requests_wait(
 
 
 async def test_no_more_requests_are_in_flight_than_allowed_over_all_sources_of_an_endpoint(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=3))
     sources = [source_of(server.at("no-answer"), options, name=f"c{n}") for n in range(2)]
@@ -149,7 +155,7 @@ async def test_no_more_requests_are_in_flight_than_allowed_over_all_sources_of_a
 
 
 async def test_sources_that_differ_in_credentials_share_nothing(
-    server: RewardServer, source_of: Any, secret: str, context: RewardContext
+    server: RewardServer, source_of: SourceOf, secret: str, context: RewardContext
 ) -> None:
     first, second = source_of(server.at("fine"), secret=secret), source_of(server.at("fine"))
     await first.score(group(0), context)
@@ -161,7 +167,7 @@ async def test_sources_that_differ_in_credentials_share_nothing(
 
 
 async def test_fifty_requests_in_flight_are_cancelled_within_a_second(
-    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=50)
@@ -181,7 +187,7 @@ async def test_fifty_requests_in_flight_are_cancelled_within_a_second(
 
 
 async def test_a_cancelled_call_does_not_take_the_others_with_it(
-    server: RewardServer, source_of: Any, context: RewardContext
+    server: RewardServer, source_of: SourceOf, context: RewardContext
 ) -> None:
     source = source_of(server.at("fine"))
     calls = [asyncio.create_task(source.score(group(n), context)) for n in range(4)]
@@ -193,7 +199,7 @@ async def test_a_cancelled_call_does_not_take_the_others_with_it(
 
 
 async def test_requests_begin_no_faster_than_the_rate(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast, batch=RewardBatching(max_samples=4), limits=RewardLimits(concurrency=8, rps=50)
@@ -205,7 +211,7 @@ async def test_requests_begin_no_faster_than_the_rate(
 
 
 async def test_an_open_breaker_holds_requests_back_only_so_long(
-    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast,
@@ -229,7 +235,7 @@ async def test_an_open_breaker_holds_requests_back_only_so_long(
 
 
 async def test_the_deadline_stands_still_while_the_breaker_is_open(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(
         fast,
@@ -245,7 +251,7 @@ async def test_the_deadline_stands_still_while_the_breaker_is_open(
 
 
 async def test_too_large_requests_do_not_open_the_breaker(
-    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, breaker=BreakerOptions(min_calls=1))
     source = source_of(server.at("at-most/1"), options, observer=seen)
@@ -255,7 +261,7 @@ async def test_too_large_requests_do_not_open_the_breaker(
 
 
 async def test_all_secrets_sign_so_that_one_can_replace_another(
-    server: RewardServer, source_of: Any, secret: str, context: RewardContext
+    server: RewardServer, source_of: SourceOf, secret: str, context: RewardContext
 ) -> None:
     await source_of(server.at("fine"), secrets=[OTHER_SECRET, secret]).score(group(0), context)
     request = server.requests[0]
@@ -266,7 +272,7 @@ async def test_all_secrets_sign_so_that_one_can_replace_another(
 
 async def test_an_answer_that_must_be_signed_is(
     hostile: Callable[..., RewardServer],
-    source_of: Any,
+    source_of: SourceOf,
     fast: HttpOptions,
     secret: str,
     context: RewardContext,
@@ -295,7 +301,7 @@ async def test_an_answer_that_must_be_signed_is(
 
 
 async def test_secret_headers_are_sent_and_never_shown(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     secret = replace(fast, headers={"Authorization": "Bearer abcdefgh", "X-Team": "blue"})
     await source_of(server.at("fine"), secret).score(group(0), context)
@@ -306,9 +312,24 @@ async def test_secret_headers_are_sent_and_never_shown(
 
 @pytest.mark.parametrize(
     "name",
-    ["Host", "content-length", "Content-Type", "transfer-encoding", "connection", "te", "upgrade", "webhook-id",
-     "Webhook-Signature", "idempotency-key", "x-dar-attempt", "a b", "a:", "", "ä"],
-)  # fmt: skip
+    [
+        "Host",
+        "content-length",
+        "Content-Type",
+        "transfer-encoding",
+        "connection",
+        "te",
+        "upgrade",
+        "webhook-id",
+        "Webhook-Signature",
+        "idempotency-key",
+        "x-dar-attempt",
+        "a b",
+        "a:",
+        "",
+        "ä",
+    ],
+)
 def test_headers_that_frame_or_sign_a_request_cannot_be_given(name: str) -> None:
     with pytest.raises(ConfigurationError):
         check_headers({name: "v"})
@@ -322,7 +343,7 @@ def test_values_that_break_out_of_a_header_are_refused_and_not_shown(value: str)
 
 
 async def test_a_prompt_format_of_text_sends_what_the_policy_saw(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     message = {"role": "user", "content": "hi"}
     sample = RewardSample("s0", "g0", 0, None, [message], "c", "stop", 1, prompt_text="<u>hi")
@@ -335,7 +356,7 @@ async def test_a_prompt_format_of_text_sends_what_the_policy_saw(
 
 
 async def test_a_probe_that_shares_nothing_is_not_held_back_by_others(
-    server: RewardServer, source_of: Any, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:
     url = server.at("status/401?first=1")
     with pytest.raises(RewardMisconfiguredError):
@@ -345,7 +366,7 @@ async def test_a_probe_that_shares_nothing_is_not_held_back_by_others(
 
 
 async def test_attempts_of_one_request_are_told_to_the_observer(
-    server: RewardServer, source_of: Any, seen: Seen, fast: HttpOptions, context: RewardContext
+    server: RewardServer, source_of: SourceOf, seen: Seen, fast: HttpOptions, context: RewardContext
 ) -> None:
     options = replace(fast, budget=RetryBudgetOptions(minimum=1))
     source = source_of(server.at("status/503,busy?first=1"), options, observer=seen)

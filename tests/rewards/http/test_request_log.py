@@ -40,7 +40,9 @@ def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]
 
 def sample() -> RewardSample:
     columns = {"ground_truth": HIDDEN["truth"]}
-    return RewardSample("s0", "g0", 0, HIDDEN["prompt"], None, HIDDEN["completion"], "stop", 3, columns=columns)  # fmt: skip
+    return RewardSample(
+        "s0", "g0", 0, HIDDEN["prompt"], None, HIDDEN["completion"], "stop", 3, columns=columns
+    )
 
 
 async def asked(source: HttpReward, context: RewardContext, *, times: int = 1) -> None:
@@ -57,8 +59,29 @@ async def test_an_attempt_is_told_with_its_sizes_and_times(
     request = server.requests[0]
     assert first["request_id"] == request.headers["webhook-id"]
     assert request.headers["traceparent"].split("-")[1] == first["trace_id"]
-    told = {name: first[name] for name in ("component", "step", "mode", "attempt", "samples", "outcome", "status", "is_final")}  # fmt: skip
-    assert told == {"component": "judge", "step": 3, "mode": "train", "attempt": 1, "samples": 1, "outcome": "ok", "status": 200, "is_final": True}  # fmt: skip
+    told = {
+        name: first[name]
+        for name in (
+            "component",
+            "step",
+            "mode",
+            "attempt",
+            "samples",
+            "outcome",
+            "status",
+            "is_final",
+        )
+    }
+    assert told == {
+        "component": "judge",
+        "step": 3,
+        "mode": "train",
+        "attempt": 1,
+        "samples": 1,
+        "outcome": "ok",
+        "status": 200,
+        "is_final": True,
+    }
     assert first["bytes_out"] == len(request.body)
     assert first["bytes_in"] > 0
     assert 0 <= first["dns_ms"] <= first["connect_ms"] <= first["ttfb_ms"] <= first["total_ms"]
@@ -74,12 +97,17 @@ async def test_attempts_that_fail_are_told_with_what_is_known_of_them(
     await asked(HttpReward("judge", server.at("status/503?first=1"), options=fast), context)
     await asked(HttpReward("judge", "http://127.0.0.1:61999/score", options=fast), context)
     away, back, *refused = lines()
-    assert [(one["attempt"], one["outcome"], one["status"], one["is_final"]) for one in (away, back)] == [
-        (1, "http_503", 503, False), (2, "ok", 200, True),
-    ]  # fmt: skip
+    assert [
+        (one["attempt"], one["outcome"], one["status"], one["is_final"]) for one in (away, back)
+    ] == [
+        (1, "http_503", 503, False),
+        (2, "ok", 200, True),
+    ]
     assert away["request_id"] == back["request_id"]
     assert [one["outcome"] for one in refused] == ["connect"] * 3
-    assert {(one["connect_ms"], one["ttfb_ms"], one["status"]) for one in refused} == {(None, None, None)}  # fmt: skip
+    assert {(one["connect_ms"], one["ttfb_ms"], one["status"]) for one in refused} == {
+        (None, None, None)
+    }
 
 
 @pytest.mark.parametrize("status", ["200 OK", "500 Sorry", "422 Unprocessable", "200 broken"])

@@ -23,6 +23,7 @@ from dar.protocol.rewards import (
 from dar.rewards.base import RequestBatch, RewardContext, RewardSample
 from dar.rewards.http.wire import batches, encode_sample
 from dar.rewards.protocols.native import NativeProtocol
+from fakes.reward_types import MakeSamples
 
 ID = "rwq_1"
 patient = settings(deadline=None, derandomize=True)  # a busy machine is no failure
@@ -166,7 +167,7 @@ def test_what_is_encoded_is_a_strict_request_whatever_the_texts(sample: RewardSa
     assert (request.component, request.step, request.mode) == ("helpful", 3, "eval")
 
 
-def test_an_integer_of_any_size_goes_through_unchanged(make_samples: Any) -> None:
+def test_an_integer_of_any_size_goes_through_unchanged(make_samples: MakeSamples) -> None:
     columns = {"ground_truth": 2**70, "level": [-(2**64), 2**53 + 1, "é\ud800"]}
     (sample,) = make_samples(1, columns=columns)
     received = request_of(sample, columns=["level"]).samples[0]
@@ -174,7 +175,7 @@ def test_an_integer_of_any_size_goes_through_unchanged(make_samples: Any) -> Non
     assert received.columns == {"level": [-(2**64), 2**53 + 1, "é\ufffd"]}
 
 
-def test_only_the_ground_truth_is_sent_unless_more_is_allowed(make_samples: Any) -> None:
+def test_only_the_ground_truth_is_sent_unless_more_is_allowed(make_samples: MakeSamples) -> None:
     (sample,) = make_samples(1, columns={"ground_truth": 42, "level": "x"})
     assert request_of(sample).samples[0].ground_truth == 42
     assert request_of(sample).samples[0].columns == {}
@@ -182,7 +183,7 @@ def test_only_the_ground_truth_is_sent_unless_more_is_allowed(make_samples: Any)
     assert (allowed.ground_truth, allowed.columns) == (42, {"level": "x"})
 
 
-def test_messages_and_nested_columns_lose_their_lone_surrogates(make_samples: Any) -> None:
+def test_messages_and_nested_columns_lose_their_lone_surrogates(make_samples: MakeSamples) -> None:
     message = {"role": "user", "content": "a\ud800b"}
     columns = {"ground_truth": {"\udfff": ["\ud800", 1, None]}}
     (sample,) = make_samples(1, prompt=None, messages=[message], columns=columns)
@@ -206,13 +207,13 @@ def test_a_request_that_is_none_is_refused(body: bytes, param: str | None) -> No
     assert (caught.value.param or None) == param
 
 
-def sizes(count: int, k: int, make_samples: Any, **limits: int) -> list[list[str]]:
+def sizes(count: int, k: int, make_samples: MakeSamples, **limits: int) -> list[list[str]]:
     encoded = [encode_sample(sample, None, 0) for sample in make_samples(count, k)]
     limits = {"max_samples": 16, "max_bytes": 10**6, **limits}
     return [[sample.group_id for sample in batch] for batch in batches(encoded, **limits)]
 
 
-def test_groups_stay_together_unless_one_alone_is_too_large(make_samples: Any) -> None:
+def test_groups_stay_together_unless_one_alone_is_too_large(make_samples: MakeSamples) -> None:
     whole = sizes(12, 4, make_samples, max_samples=10)
     assert whole == [["g0"] * 4 + ["g1"] * 4, ["g2"] * 4]
     assert sizes(6, 6, make_samples, max_samples=4) == [["g0"] * 4, ["g0"] * 2]
@@ -221,7 +222,7 @@ def test_groups_stay_together_unless_one_alone_is_too_large(make_samples: Any) -
     assert sizes(3, 3, make_samples, max_bytes=1024) == [["g0"] * 2, ["g0"]]
 
 
-def test_a_body_keeps_within_its_limit(make_samples: Any) -> None:
+def test_a_body_keeps_within_its_limit(make_samples: MakeSamples) -> None:
     now = datetime.now(UTC)
     context = RewardContext(10**9, "validate", "ftjob-" + "x" * 26)
     encoded = [encode_sample(sample, None, 0) for sample in make_samples(64, 4)]

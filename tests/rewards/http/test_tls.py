@@ -18,6 +18,7 @@ from dar.protocol.reward_spec import RewardRetry, RewardTimeouts
 from dar.rewards.base import Scored
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from fakes.hostile_manners import hostile_server
+from fakes.reward_types import MakeSamples
 
 Ask = Callable[..., Any]
 
@@ -129,7 +130,7 @@ async def test_a_certificate_that_changes_during_a_job_stops_it(
     contexts: dict[str, ssl.SSLContext],
     authority: trustme.CA,
     trusting: HttpOptions,
-    make_samples: Any,
+    make_samples: MakeSamples,
     context: Any,
 ) -> None:
     with hostile_server(contexts["good"]) as server:

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.server import reward_server
+from fakes.probed_services import Codes, CodeSet, Services, Statuses
 from fakes.reward_server import RewardServer, ScoreRequest
 
 TOKEN = "tok-5f0a91c2/7be4+d1"
@@ -24,7 +25,7 @@ SKIPPED = dict.fromkeys((3, 4, 5, 6, 7, 8, 9), "skipped")
 
 
 async def test_a_good_service_passes_all_steps_without_a_warning(
-    ask_probe: Probe, serve_app: Callable[[Starlette], str], secret: str, statuses: Any
+    ask_probe: Probe, serve_app: Callable[[Starlette], str], secret: str, statuses: Statuses
 ) -> None:
     def brevity(completions: list[str], **_: Any) -> list[float]:
         return [-len(text) / 100 for text in completions]
@@ -47,14 +48,17 @@ async def test_a_good_service_passes_all_steps_without_a_warning(
 
 
 async def test_the_number_of_requests_is_what_is_promised(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], statuses: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], statuses: Statuses, services: Services
 ) -> None:
     full, light = hostile(services.good), hostile(services.good)
     await ask_probe(full.url)
     assert len(full.requests) == 35
     report = await ask_probe(light.url, light=True)
     assert len(light.requests) == 6
-    assert statuses(report) == {**dict.fromkeys(range(1, 5), "ok"), **dict.fromkeys(range(5, 10), "skipped")}  # fmt: skip
+    assert statuses(report) == {
+        **dict.fromkeys(range(1, 5), "ok"),
+        **dict.fromkeys(range(5, 10), "skipped"),
+    }
     sent = [request.content for request in full.requests]
     assert {content["mode"] for content in sent} == {"validate"}
     ids = [content["request_id"] for content in sent]
@@ -63,7 +67,7 @@ async def test_the_number_of_requests_is_what_is_promised(
 
 
 async def test_a_users_samples_are_what_is_scored(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Services
 ) -> None:
     samples = [
         ProbeSample(prompt="2+2?", completion=text, ground_truth=4, columns={"level": "easy"})
@@ -78,7 +82,7 @@ async def test_a_users_samples_are_what_is_scored(
 
 
 async def test_a_protocol_of_one_sample_per_request_is_probed_as_well(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, statuses: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Codes, statuses: Statuses
 ) -> None:
     def grade(request: ScoreRequest) -> None:
         reward = len(request.content["model_sample"])
@@ -93,14 +97,14 @@ async def test_a_protocol_of_one_sample_per_request_is_probed_as_well(
 # --- step 1 ---------------------------------------------------------------------------------------
 
 
-async def test_a_refused_connection_says_what_to_do(ask_probe: Probe, failed: Any) -> None:
+async def test_a_refused_connection_says_what_to_do(ask_probe: Probe, failed: Codes) -> None:
     report = await ask_probe("http://127.0.0.1:61999/score")
     assert failed(report) == [(1, "connect")]
     assert "running" in report.errors[0].advice
 
 
 async def test_a_malformed_secret_is_found_before_anything_is_sent(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Codes, services: Services
 ) -> None:
     service = hostile(services.good)
     report = await ask_probe(service.url, secrets=["not-a-secret"])
@@ -130,10 +134,10 @@ WRONG: dict[str, Callable[[Any], Behaviour]] = {
 async def test_a_wrong_answer_ends_at_step_two(
     ask_probe: Probe,
     hostile: Callable[..., RewardServer],
-    services: Any,
+    services: Services,
     code: str,
-    failed: Any,
-    statuses: Any,
+    failed: Codes,
+    statuses: Statuses,
 ) -> None:
     service = hostile(WRONG[code](services))
     report = await ask_probe(service.url)
@@ -159,7 +163,7 @@ async def test_a_page_in_place_of_json_is_shown(
 
 
 async def test_samples_that_the_service_cannot_score_are_errors_only_if_they_are_the_users(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, warned: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Codes, warned: CodeSet
 ) -> None:
     def fails(request: ScoreRequest) -> None:
         results = [{"id": name, "error": {"code": "no_truth"}} for name in request.ids]
@@ -175,14 +179,18 @@ async def test_samples_that_the_service_cannot_score_are_errors_only_if_they_are
 
 
 async def test_a_service_that_skips_everything_is_warned_of(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, warned: Any, services: Any
+    ask_probe: Probe,
+    hostile: Callable[..., RewardServer],
+    failed: Codes,
+    warned: CodeSet,
+    services: Services,
 ) -> None:
     report = await ask_probe(hostile(services.scoring(lambda *_: None)).url, light=True)
     assert (failed(report), warned(report)) == ([], {(2, "samples.skipped")})
 
 
 async def test_a_service_that_never_answers_ends_with_the_time_that_was_given(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Codes
 ) -> None:
     report = await ask_probe(hostile(lambda request: request.hang()).url, seconds=0.5)
     assert failed(report) == [(2, "timeout")]
@@ -190,7 +198,7 @@ async def test_a_service_that_never_answers_ends_with_the_time_that_was_given(
 
 
 async def test_a_slow_service_that_answers_is_unfinished_not_broken(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     turns = hostile(services.good, lambda request: request.hang())
     report = await ask_probe(turns.url, light=True, seconds=1.5)

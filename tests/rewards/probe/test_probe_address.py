@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 
 from dar.rewards.http.egress import EgressPolicy
 from fakes.hostile_manners import hostile_server
+from fakes.probed_services import Codes, CodeSet, Services, Statuses
 from fakes.reward_server import RewardServer
 
 Probe = Callable[..., Any]
@@ -47,9 +48,14 @@ def serve_tls(authority: trustme.CA) -> Callable[..., Any]:
     [("127.0.0.1", -1, "expired"), ("other.example", 90, "127.0.0.1")],
 )
 async def test_a_certificate_that_does_not_hold_is_an_error_and_nothing_is_sent(
-    ask_probe: Probe, failed: Any, serve_tls: Any, trusting: ssl.SSLContext,
-    host: str, days: float, word: str,
-) -> None:  # fmt: skip
+    ask_probe: Probe,
+    failed: Codes,
+    serve_tls: Any,
+    trusting: ssl.SSLContext,
+    host: str,
+    days: float,
+    word: str,
+) -> None:
     with serve_tls(host, days) as server:
         report = await ask_probe(server.at("fine"), tls=trusting)
         assert server.requests == []
@@ -58,7 +64,7 @@ async def test_a_certificate_that_does_not_hold_is_an_error_and_nothing_is_sent(
 
 
 async def test_a_certificate_that_ends_soon_is_warned_of(
-    ask_probe: Probe, warned: Any, serve_tls: Any, trusting: ssl.SSLContext
+    ask_probe: Probe, warned: CodeSet, serve_tls: Any, trusting: ssl.SSLContext
 ) -> None:
     with serve_tls(days=5) as server:
         report = await ask_probe(server.at("fine"), tls=trusting, light=True)
@@ -70,7 +76,7 @@ async def test_a_certificate_that_ends_soon_is_warned_of(
 
 
 async def test_a_good_certificate_is_told_about(
-    ask_probe: Probe, statuses: Any, serve_tls: Any, trusting: ssl.SSLContext
+    ask_probe: Probe, statuses: Statuses, serve_tls: Any, trusting: ssl.SSLContext
 ) -> None:
     with serve_tls() as server:
         report = await ask_probe(server.at("fine"), tls=trusting, light=True)
@@ -79,7 +85,7 @@ async def test_a_good_certificate_is_told_about(
 
 
 async def test_a_service_without_tls_is_no_https_service(
-    ask_probe: Probe, failed: Any, serve_app: Callable[[Starlette], str]
+    ask_probe: Probe, failed: Codes, serve_app: Callable[[Starlette], str]
 ) -> None:
     report = await ask_probe(serve_app(Starlette()).replace("http:", "https:"))
     assert failed(report) == [(1, "protocol")]
@@ -87,7 +93,7 @@ async def test_a_service_without_tls_is_no_https_service(
 
 
 async def test_behind_a_guard_addresses_are_counted_and_not_named(
-    ask_probe: Probe, statuses: Any, hostile: Callable[..., RewardServer], services: Any
+    ask_probe: Probe, statuses: Statuses, hostile: Callable[..., RewardServer], services: Services
 ) -> None:
     guard = EgressPolicy(allow_http=("reward.test",), allow_hosts=("reward.test",))
     url = hostile(services.good).url.replace("127.0.0.1", "reward.test")
@@ -105,7 +111,7 @@ async def test_behind_a_guard_addresses_are_counted_and_not_named(
     ],
 )
 async def test_a_forbidden_address_ends_at_step_one_and_is_not_named(
-    ask_probe: Probe, failed: Any, statuses: Any, url: str, code: str
+    ask_probe: Probe, failed: Codes, statuses: Statuses, url: str, code: str
 ) -> None:
     report = await ask_probe(url, guard=EgressPolicy(), resolver=lambda *_: DENIED)
     assert failed(report) == [(1, code)]

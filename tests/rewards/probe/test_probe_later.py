@@ -10,6 +10,7 @@ import pytest
 
 from dar.cli.reward.listener import listening
 from dar.rewards.probe.callbacks import ProbeInbox
+from fakes.probed_services import Codes, Services, Statuses
 from fakes.reward_server import RewardServer, ScoreRequest, accept
 
 Probe = Callable[..., Any]
@@ -25,7 +26,7 @@ async def inbox() -> AsyncIterator[ProbeInbox]:
 class CallsBack:
     """Accepts, and posts the result to the callback from a thread."""
 
-    def __init__(self, services: Any, *, wrongly: bool = False) -> None:
+    def __init__(self, services: Services, *, wrongly: bool = False) -> None:
         self._services, self._wrongly = services, wrongly
         self.statuses: list[int] = []
         self.callbacks: list[dict[str, str]] = []
@@ -60,10 +61,10 @@ class CallsBack:
 
 async def test_a_service_that_calls_back_passes_all_steps(
     ask_probe: Probe,
-    statuses: Any,
-    failed: Any,
+    statuses: Statuses,
+    failed: Codes,
     hostile: Callable[..., RewardServer],
-    services: Any,
+    services: Services,
     inbox: ProbeInbox,
 ) -> None:
     service = CallsBack(services)
@@ -79,7 +80,7 @@ async def test_a_service_that_calls_back_passes_all_steps(
 
 
 async def test_callbacks_with_a_wrong_token_a_wrong_body_or_twice_are_told_apart(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any, inbox: ProbeInbox
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Services, inbox: ProbeInbox
 ) -> None:
     service = CallsBack(services)
     await ask_probe(hostile(service).url, component=EITHER, inbox=inbox, light=True)
@@ -95,9 +96,9 @@ async def test_callbacks_with_a_wrong_token_a_wrong_body_or_twice_are_told_apart
 
 async def test_a_promise_that_is_not_kept_is_an_error(
     ask_probe: Probe,
-    failed: Any,
+    failed: Codes,
     hostile: Callable[..., RewardServer],
-    services: Any,
+    services: Services,
     inbox: ProbeInbox,
 ) -> None:
     service = CallsBack(services, wrongly=True)
@@ -110,10 +111,10 @@ async def test_a_promise_that_is_not_kept_is_an_error(
 
 async def test_a_result_that_is_polled_needs_no_callback(
     ask_probe: Probe,
-    statuses: Any,
-    failed: Any,
+    statuses: Statuses,
+    failed: Codes,
     hostile: Callable[..., RewardServer],
-    services: Any,
+    services: Services,
 ) -> None:
     posts: dict[str, Any] = {}
 
@@ -135,9 +136,9 @@ async def test_a_result_that_is_polled_needs_no_callback(
 
 async def test_a_service_that_answers_at_once_may_do_so(
     ask_probe: Probe,
-    statuses: Any,
+    statuses: Statuses,
     hostile: Callable[..., RewardServer],
-    services: Any,
+    services: Services,
     inbox: ProbeInbox,
 ) -> None:
     report = await ask_probe(hostile(services.good).url, component=EITHER, inbox=inbox)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from fakes.probed_services import Codes, CodeSet, Services, Statuses
 from fakes.reward_server import RewardServer, ScoreRequest
 
 Probe = Callable[..., Any]
@@ -16,7 +17,7 @@ Probe = Callable[..., Any]
 
 
 async def test_rewards_by_chance_are_measured(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any, warned: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Services, warned: CodeSet
 ) -> None:
     chance = random.Random(7)
     report = await ask_probe(hostile(services.scoring(lambda *_: chance.random())).url)
@@ -28,7 +29,7 @@ async def test_rewards_by_chance_are_measured(
 
 
 async def test_a_cache_by_id_does_not_hide_chance(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet
 ) -> None:
     chance, kept = random.Random(7), {}
 
@@ -44,7 +45,7 @@ async def test_a_cache_by_id_does_not_hide_chance(
 
 
 async def test_a_service_that_refuses_a_repetition_is_broken(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Codes, services: Services
 ) -> None:
     seen: set[str] = set()
 
@@ -58,14 +59,14 @@ async def test_a_service_that_refuses_a_repetition_is_broken(
 
 
 async def test_rewards_by_position_are_found(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     report = await ask_probe(hostile(services.scoring(lambda _, place: place)).url, light=True)
     assert warned(report) == {(4, "order.position")}
 
 
 async def test_rewards_by_the_company_in_a_request_are_found(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     def behave(request: ScoreRequest) -> None:
         count = len(request.ids)
@@ -78,7 +79,7 @@ async def test_rewards_by_the_company_in_a_request_are_found(
 
 
 async def test_noise_is_not_taken_for_an_effect_of_the_order(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     flips = [0]
 
@@ -103,7 +104,7 @@ def is_load(request: ScoreRequest) -> bool:
 class Crowded:
     """Answers 429 to whatever comes while ``room`` full requests are being worked on."""
 
-    def __init__(self, services: Any, room: int) -> None:
+    def __init__(self, services: Services, room: int) -> None:
         self._services, self._lock, self._room = services, threading.Lock(), room
         self._busy = 0
 
@@ -121,7 +122,7 @@ class Crowded:
 
 
 async def test_a_service_without_room_gets_fewer_requests_suggested(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     report = await ask_probe(hostile(services.on(is_load, Crowded(services, 2))).url)
     assert (5, "load.throttled") in warned(report)
@@ -131,7 +132,7 @@ async def test_a_service_without_room_gets_fewer_requests_suggested(
 
 
 async def test_a_service_that_queues_is_told_how_many_it_works_on(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     turn = threading.Lock()
 
@@ -146,7 +147,7 @@ async def test_a_service_that_queues_is_told_how_many_it_works_on(
 
 
 async def test_failures_under_load_are_a_warning_while_they_are_few(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     count = iter(range(100))
     rarely = services.on(
@@ -159,7 +160,7 @@ async def test_failures_under_load_are_a_warning_while_they_are_few(
 
 
 async def test_a_service_that_breaks_down_under_load_is_not_usable(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], failed: Codes, services: Services
 ) -> None:
     report = await ask_probe(hostile(services.on(is_load, services.status("500 Oops"))).url)
     assert failed(report) == [(5, "http_500")]
@@ -167,7 +168,7 @@ async def test_a_service_that_breaks_down_under_load_is_not_usable(
 
 
 async def test_latency_near_the_limit_is_warned_of(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     def slowly(request: ScoreRequest) -> None:
         request.server.stopping.wait(0.6)
@@ -189,9 +190,9 @@ async def test_latency_near_the_limit_is_warned_of(
 async def test_a_service_that_checks_no_signature_is_warned_of(
     ask_probe: Probe,
     hostile: Callable[..., RewardServer],
-    warned: Any,
-    statuses: Any,
-    services: Any,
+    warned: CodeSet,
+    statuses: Statuses,
+    services: Services,
 ) -> None:
     service = hostile(services.good)
     report = await ask_probe(service.url)
@@ -201,7 +202,7 @@ async def test_a_service_that_checks_no_signature_is_warned_of(
 
 
 async def test_a_service_that_breaks_on_unusual_texts_is_warned_of(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], services: Services
 ) -> None:
     def is_odd(request: ScoreRequest) -> bool:
         texts = [sample["completion"] for sample in request.content["samples"]]
@@ -216,7 +217,7 @@ async def test_a_service_that_breaks_on_unusual_texts_is_warned_of(
 
 
 async def test_a_constant_reward_is_warned_of(
-    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: Any, services: Any
+    ask_probe: Probe, hostile: Callable[..., RewardServer], warned: CodeSet, services: Services
 ) -> None:
     report = await ask_probe(hostile(services.scoring(lambda *_: 0.5)).url)
     assert report.ok

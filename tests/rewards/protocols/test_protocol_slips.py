@@ -38,8 +38,12 @@ def batch_of(samples: Sequence[RewardSample], columns: Sequence[str] | None = No
 
 def sample(number: int = 0, **fields: Any) -> RewardSample:
     base: dict[str, Any] = {
-        "prompt": "p", "messages": None, "completion": f"c{number}", "finish_reason": "stop", "completion_tokens": 2,
-    }  # fmt: skip
+        "prompt": "p",
+        "messages": None,
+        "completion": f"c{number}",
+        "finish_reason": "stop",
+        "completion_tokens": 2,
+    }
     return RewardSample(id=f"s{number}", group_id="g0", index=number, **(base | fields))
 
 
@@ -134,7 +138,14 @@ def test_logs_of_any_kind_never_decide_about_a_reward() -> None:
     assert isinstance(first, Scored)
     assert isinstance(second, Scored)
     assert first.components == {"same": 1.0, "same_2": 3.0, "part": 7.0}
-    assert second.components == {"same": 2.0, "same_2": 4.0, "huge": 1.0, "x" * 32: 5.0, "mixed": 6.0, "part": 8.0}  # fmt: skip
+    assert second.components == {
+        "same": 2.0,
+        "same_2": 4.0,
+        "huge": 1.0,
+        "x" * 32: 5.0,
+        "mixed": 6.0,
+        "part": 8.0,
+    }
 
 
 @pytest.mark.parametrize(("text", "value"), [('"0.5"', 0.5), ("true", 1.0), ('" -2e1 "', -20.0)])
@@ -245,8 +256,14 @@ def test_a_template_that_can_work_is_not_refused() -> None:
 
 @pytest.mark.parametrize(
     ("pointer", "value"),
-    [("", {"a": [{"b": 1}], "x/y": {"~": 2}, "": 3, "0": 4}), ("/a/0/b", 1), ("/x~1y/~0", 2), ("/", 3), ("/0", 4)],
-)  # fmt: skip
+    [
+        ("", {"a": [{"b": 1}], "x/y": {"~": 2}, "": 3, "0": 4}),
+        ("/a/0/b", 1),
+        ("/x~1y/~0", 2),
+        ("/", 3),
+        ("/0", 4),
+    ],
+)
 def test_pointers_are_those_of_the_rfc(pointer: str, value: object) -> None:
     assert resolve({"a": [{"b": 1}], "x/y": {"~": 2}, "": 3, "0": 4}, pointer) == value
 
@@ -261,8 +278,11 @@ def test_a_pointer_to_nothing_breaks_the_contract(pointer: str) -> None:
 @given(body=st.binary(max_size=200))
 def test_no_bytes_at_all_make_a_decoder_raise_anything_else(body: bytes) -> None:
     protocols: list[RewardProtocol] = [
-        OpenRLHFProtocol(coerce=True), TRLProtocol(coerce=True), PlainProtocol("", "/a", coerce=True), OpenAIGraderProtocol({}),
-    ]  # fmt: skip
+        OpenRLHFProtocol(coerce=True),
+        TRLProtocol(coerce=True),
+        PlainProtocol("", "/a", coerce=True),
+        OpenAIGraderProtocol({}),
+    ]
     for protocol in protocols:
         try:
             found = protocol.decode(body, batch_of([sample()]))
@@ -272,18 +292,32 @@ def test_no_bytes_at_all_make_a_decoder_raise_anything_else(body: bytes) -> None
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.floats(-1e7, 1e7) | st.text(max_size=5) | st.integers(-(10**7), 10**7),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rewards", "reward", "scores", "extra_logs", "metadata", "errors"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.floats(-1e7, 1e7)
+    | st.text(max_size=5)
+    | st.integers(-(10**7), 10**7),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["rewards", "reward", "scores", "extra_logs", "metadata", "errors"]),
+            inner,
+            max_size=3,
+        )
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @given(answer=JSON_VALUES)
 def test_every_reward_is_a_number_that_was_sent(answer: object) -> None:
     sent = {float(number) for number in _numbers(answer)}
     protocols: list[RewardProtocol] = [
-        OpenRLHFProtocol(), TRLProtocol(), PlainProtocol("", "/reward"), OpenAIGraderProtocol({}),
-    ]  # fmt: skip
+        OpenRLHFProtocol(),
+        TRLProtocol(),
+        PlainProtocol("", "/reward"),
+        OpenAIGraderProtocol({}),
+    ]
     for protocol in protocols:
         batch = batch_of([sample(n) for n in range(min(2, protocol.max_samples or 2))])
         try:

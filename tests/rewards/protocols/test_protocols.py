@@ -30,8 +30,8 @@ from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 from dar.rewards.protocols.plain import PlainProtocol
 from dar.rewards.protocols.trl import TRLProtocol
+from fakes.reward_types import MakeSamples
 
-MakeSamples = Callable[..., list[RewardSample]]
 Serve = Callable[[Starlette], str]
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 GRADER = {
@@ -48,8 +48,12 @@ def batch_of(samples: Sequence[RewardSample], columns: Sequence[str] | None = No
 
 def sample(number: int = 0, **fields: Any) -> RewardSample:
     base: dict[str, Any] = {
-        "prompt": "p", "messages": None, "completion": f"c{number}", "finish_reason": "stop", "completion_tokens": 2,
-    }  # fmt: skip
+        "prompt": "p",
+        "messages": None,
+        "completion": f"c{number}",
+        "finish_reason": "stop",
+        "completion_tokens": 2,
+    }
     return RewardSample(id=f"s{number}", group_id="g0", index=number, **(base | fields))
 
 
@@ -84,7 +88,11 @@ async def test_a_remote_reward_model_of_openrlhf_scores(serve_app: Serve) -> Non
             for query, prompt, label in zip(queries, prompts, labels, strict=True)
         ]
         lengths = [len(query) for query in queries]
-        return {"rewards": rewards, "scores": rewards, "extra_logs": {"Query length": lengths, "note": "fine"}}  # fmt: skip
+        return {
+            "rewards": rewards,
+            "scores": rewards,
+            "extra_logs": {"Query length": lengths, "note": "fine"},
+        }
 
     samples = [
         sample(0, columns={"ground_truth": "c0"}),
@@ -164,12 +172,20 @@ def grade(data: dict[str, Any], **errors: Any) -> dict[str, Any]:
     is_same = variables[grader["input"]] == variables[grader["reference"]]
     flags: dict[str, Any] = dict.fromkeys(
         [
-            "formula_parse_error", "invalid_variable_error", "model_grader_parse_error", "model_grader_refusal_error",
-            "model_grader_server_error", "other_error", "python_grader_runtime_error", "python_grader_server_error",
-            "sample_parse_error", "truncated_observation_error", "unresponsive_reward_error",
+            "formula_parse_error",
+            "invalid_variable_error",
+            "model_grader_parse_error",
+            "model_grader_refusal_error",
+            "model_grader_server_error",
+            "other_error",
+            "python_grader_runtime_error",
+            "python_grader_server_error",
+            "sample_parse_error",
+            "truncated_observation_error",
+            "unresponsive_reward_error",
         ],
         False,
-    )  # fmt: skip
+    )
     answer = {
         "reward": float(is_same),
         "metadata": {
@@ -250,7 +266,9 @@ async def test_a_request_of_the_native_protocol_is_one(make_samples: MakeSamples
     assert [one.id for one in request.samples] == ["s0", "s1"]
     assert (request.request_id, request.step, request.component) == ("rwq_1", 3, "r")
     assert request.samples[0].columns == {"a": 2}
-    answer = orjson.dumps({"request_id": "rwq_1", "results": [{"id": "s1", "reward": 1}, {"id": "s0", "skip": True}]})  # fmt: skip
+    answer = orjson.dumps(
+        {"request_id": "rwq_1", "results": [{"id": "s1", "reward": 1}, {"id": "s0", "skip": True}]}
+    )
     assert NativeProtocol().decode(answer, batch) == [Skipped(), Scored(1.0)]
 
 

@@ -139,7 +139,14 @@ def test_a_gate_multiplies_the_sum_before_it_is_clipped() -> None:
     totals = combine(terms, group(4), results, clip=(1, 7))
     assert rewards_of(totals) == [1.0, 1.0, 6.0, 7.0]
     assert totals[1].components == {"a": 2.0, "open": 0.0, "also": 1.0}
-    assert str(combine(terms, group(1), {"a": scored(-1), "open": scored(0), "also": scored(1)})[0].reward) == "0.0"  # fmt: skip
+    assert (
+        str(
+            combine(terms, group(1), {"a": scored(-1), "open": scored(0), "also": scored(1)})[
+                0
+            ].reward
+        )
+        == "0.0"
+    )
 
 
 @pytest.mark.parametrize("said", [0.5, 2.0, -1.0, 0.9999999, 1e-9])
@@ -155,7 +162,10 @@ def test_a_gate_that_says_neither_0_nor_1_is_an_error_of_its_sample_alone(said: 
 
 def test_what_a_gate_says_nothing_about_has_no_reward_and_an_error_beats_a_skip() -> None:
     terms = [term("a"), term("gate", is_gate=True)]
-    results = {"a": [Scored(1.0), Scored(2.0), Scored(3.0), BAD], "gate": [SKIP, BAD, Scored(1.0), SKIP]}  # fmt: skip
+    results = {
+        "a": [Scored(1.0), Scored(2.0), Scored(3.0), BAD],
+        "gate": [SKIP, BAD, Scored(1.0), SKIP],
+    }
     totals = combine(terms, group(4), results)
     assert rewards_of(totals) == [None, None, 3.0, None]
     assert [total.status for total in totals] == ["skip", "error", "reward", "error"]
@@ -219,12 +229,14 @@ COMPONENTS = st.lists(
             "required": st.booleans(),
             "is_gate": st.sampled_from([False, False, True]),
             "clip": st.sampled_from([None, (-1.0, 1.0)]),
-            "normalize": st.sampled_from(["none", "group", "running", MinMax(minmax=[0, 1]), Tanh(tanh=2.0)]),
+            "normalize": st.sampled_from(
+                ["none", "group", "running", MinMax(minmax=[0, 1]), Tanh(tanh=2.0)]
+            ),
         }
     ),
     min_size=1,
     max_size=4,
-)  # fmt: skip
+)
 
 
 @given(
@@ -272,7 +284,10 @@ def test_no_failure_ever_becomes_a_number_and_no_skip_unasked(
     for group_id, sets in used.items():  # some component has a reward for all that are compared
         assert set.intersection(*map(set, sets)), group_id
     # what is watched changes nothing
-    quiet = {name: outcomes if any(one.name == name for one in counting + gates) else [BAD] * count for name, outcomes in results.items()}  # fmt: skip
+    quiet = {
+        name: outcomes if any(one.name == name for one in counting + gates) else [BAD] * count
+        for name, outcomes in results.items()
+    }
     again = functools.partial(combine, is_zeroing=is_zeroing)
     assert rewards_of(again(terms, samples, quiet)) == rewards_of(totals)
     # nor does the order of the components, or that of the groups
@@ -398,9 +413,16 @@ def test_failures_are_no_part_of_the_moments() -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [{}, {"step": 1, "moments": {}}, {"step": 1, "moments": {"b": [1, 0, 0]}}, {"step": 1, "moments": {"a": [1, 0]}},
-     {"step": 1, "moments": {"a": [-1, 0, 0]}}, {"step": 1, "moments": {"a": [1, float("nan"), 0]}}, {"step": None, "moments": []}],
-)  # fmt: skip
+    [
+        {},
+        {"step": 1, "moments": {}},
+        {"step": 1, "moments": {"b": [1, 0, 0]}},
+        {"step": 1, "moments": {"a": [1, 0]}},
+        {"step": 1, "moments": {"a": [-1, 0, 0]}},
+        {"step": 1, "moments": {"a": [1, float("nan"), 0]}},
+        {"step": None, "moments": []},
+    ],
+)
 def test_a_state_of_something_else_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="moments"):
         Combination([term("a", normalize="running")]).moments.restore(state)

@@ -12,6 +12,7 @@ from dar.errors import RewardMisconfiguredError, RewardUnavailableError
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Scored
 from dar.rewards.functions import FunctionReward
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, WeightedSource
+from fakes.reward_types import MakeSamples
 
 Answer = Callable[[Sequence[RewardSample]], Any]
 
@@ -69,7 +70,7 @@ def open_scorer() -> Iterator[Callable[..., RewardScorer]]:
 
 
 @pytest.fixture
-def groups(make_samples: Callable[..., list[RewardSample]]) -> list[list[RewardSample]]:
+def groups(make_samples: MakeSamples) -> list[list[RewardSample]]:
     samples = make_samples(12)
     return [samples[i : i + 4] for i in range(0, 12, 4)]
 

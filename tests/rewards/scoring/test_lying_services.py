@@ -4,16 +4,17 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from dar.rewards.base import RewardContext, RewardSample
+from dar.rewards.base import RewardContext
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.scoring.combine import WeightedSource
 from dar.rewards.scoring.scorer import RewardScorer
 from dar.rewards.scoring.step_report import component_rewards
 from dar.training.report.drift import RECENT, DriftWatch
+from fakes.reward_types import MakeSamples
 
 
 def test_a_service_that_begins_to_lie_is_found_by_its_answers(
-    hostile: Callable[..., Any], fast: HttpOptions, make_samples: Callable[..., list[RewardSample]]
+    hostile: Callable[..., Any], fast: HttpOptions, make_samples: MakeSamples
 ) -> None:
     drawn = random.Random(3)
 

@@ -38,8 +38,7 @@ from dar.rewards.scoring.scorer import (
     scorer_from_functions,
 )
 from fakes.reward_server import RewardServer, fine, hang, status
-
-MakeSamples = Callable[..., list[RewardSample]]
+from fakes.reward_types import MakeSamples
 
 
 class Fixed:

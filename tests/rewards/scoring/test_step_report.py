@@ -52,8 +52,11 @@ def test_requests_are_summed_up_by_component_and_outcome(observer: StepObserver)
     assert (ok.seconds, ok.queued_seconds) == (400.05, 1.0)
     [failed] = taken.failures
     assert (failed.code, failed.status, failed.attempts, failed.quote) == (
-        "http_503", 503, 4, "busy",
-    )  # fmt: skip
+        "http_503",
+        503,
+        4,
+        "busy",
+    )
     assert taken.metrics["reward/judge/requests"] == 3
     assert taken.metrics["reward/judge/failed_requests"] == 1
     assert taken.metrics["reward/judge/retries"] == 5
@@ -80,8 +83,10 @@ def test_the_first_failure_of_each_class_is_told_at_once(
         observer.request_done(record(outcome=outcome, status=status, is_final=False, quote="<b>"))
     observer.request_done(record(component="brief", outcome="http_500", status=500))
     assert [(data["component"], data["class"]) for _, _, data in events] == [
-        ("judge", "http_5xx"), ("judge", "timeout"), ("brief", "http_5xx"),
-    ]  # fmt: skip
+        ("judge", "http_5xx"),
+        ("judge", "timeout"),
+        ("brief", "http_5xx"),
+    ]
     level, message, data = events[0]
     assert (level, data["answer"], data["status"]) == ("warn", "<b>", 500)
     assert "http_500" in message

@@ -33,12 +33,20 @@ def content_of(
     now = datetime.now(UTC)
     samples = [
         {
-            "id": f"s{index}", "group_id": "g0", "index": index, "prompt": "p", "messages": None,
-            "completion": completion, "finish_reason": "stop", "completion_tokens": 1, "ground_truth": None,
-            "columns": {"x": 1, "y": 2**70}, "metadata": {"policy_version": 2, "truncated": False},
+            "id": f"s{index}",
+            "group_id": "g0",
+            "index": index,
+            "prompt": "p",
+            "messages": None,
+            "completion": completion,
+            "finish_reason": "stop",
+            "completion_tokens": 1,
+            "ground_truth": None,
+            "columns": {"x": 1, "y": 2**70},
+            "metadata": {"policy_version": 2, "truncated": False},
         }
         for index, completion in enumerate(completions)
-    ]  # fmt: skip
+    ]
     reply = {
         "modes": ["sync", "async"] if is_async else ["sync"],
         "deadline": (now + timedelta(seconds=seconds)).isoformat(),

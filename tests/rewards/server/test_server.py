@@ -28,6 +28,7 @@ from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.native import NativeProtocol
 from dar.rewards.scoring.scorer import scorer_from_functions
 from dar.rewards.server import reward_server, serve
+from fakes.reward_types import MakeSamples, Score
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ async def score(
     serve_app: Callable[..., str],
     secret: str,
     fast: HttpOptions,
-    make_samples: Callable[..., list[RewardSample]],
+    make_samples: MakeSamples,
     context: RewardContext,
 ) -> AsyncIterator[Callable[..., Any]]:
     """Score samples by a function behind a signed server."""
@@ -56,7 +57,7 @@ def length(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     return [float(len(text)) for text in completions]
 
 
-async def test_a_function_is_served_with_its_columns(score: Any) -> None:
+async def test_a_function_is_served_with_its_columns(score: Score) -> None:
     seen: list[Any] = []
 
     def reward(
@@ -73,7 +74,7 @@ async def test_a_function_is_served_with_its_columns(score: Any) -> None:
     assert (found[0].reward, found[3].reward) == (1.0, -2.5)
 
 
-async def test_messages_arrive_as_trl_passes_them(score: Any) -> None:
+async def test_messages_arrive_as_trl_passes_them(score: Score) -> None:
     async def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
         assert prompts[0] == [{"role": "user", "content": "hi"}]
         assert completions[0] == [{"role": "assistant", "content": "c0"}]
@@ -83,13 +84,13 @@ async def test_messages_arrive_as_trl_passes_them(score: Any) -> None:
     assert await score(reward, prompt=None, messages=messages) == [Scored(4.0)] * 4
 
 
-async def test_a_wrong_length_is_a_failure_with_a_clear_message(score: Any) -> None:
+async def test_a_wrong_length_is_a_failure_with_a_clear_message(score: Score) -> None:
     found = await score(lambda prompts, completions, **_: [1.0])
     assert {(result.code, result.is_transient) for result in found} == {("http_500", True)}
     assert "returned 1 rewards for 4 completions" in found[0].message
 
 
-async def test_an_exception_is_a_failure_that_names_its_class(score: Any) -> None:
+async def test_an_exception_is_a_failure_that_names_its_class(score: Score) -> None:
     def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
         raise ZeroDivisionError("private")
 
@@ -125,7 +126,7 @@ class Requests:
 @pytest.fixture
 async def requests(
     serve_app: Callable[..., str],
-    make_samples: Callable[..., list[RewardSample]],
+    make_samples: MakeSamples,
     secret: str,
 ) -> AsyncIterator[Callable[..., Requests]]:
     made: list[Requests] = []
@@ -231,7 +232,7 @@ async def test_a_failure_is_logged_and_not_remembered(
 
 
 async def test_an_attempt_that_was_given_up_is_answered_at_the_next(
-    serve_app: Any, make_samples: Any, impatient: HttpOptions, context: RewardContext
+    serve_app: Any, make_samples: MakeSamples, impatient: HttpOptions, context: RewardContext
 ) -> None:
     calls: list[int] = []
     given_up = threading.Event()
@@ -278,7 +279,7 @@ async def test_health_needs_no_signature(requests: Any) -> None:
 @pytest.mark.parametrize(("options", "most"), [({}, 1), ({"max_calls": 3}, 3)])
 async def test_a_plain_function_is_called_one_at_a_time_unless_told_otherwise(
     serve_app: Any,
-    make_samples: Any,
+    make_samples: MakeSamples,
     fast: HttpOptions,
     context: RewardContext,
     options: Any,
@@ -322,7 +323,7 @@ def test_an_application_is_not_served_with_options_that_it_would_ignore(options:
 
 
 async def test_a_wrong_path_is_told_to_the_job(
-    serve_app: Any, make_samples: Any, context: RewardContext
+    serve_app: Any, make_samples: MakeSamples, context: RewardContext
 ) -> None:
     source = HttpReward("r", serve_app(reward_server(length)) + "/scores")
     with pytest.raises(RewardMisconfiguredError, match="POST to its path"):
@@ -342,7 +343,7 @@ if __name__ == "__main__":
 
 
 def test_a_script_of_ten_lines_serves_until_it_is_stopped(
-    tmp_path: Path, secret: str, make_samples: Any
+    tmp_path: Path, secret: str, make_samples: MakeSamples
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

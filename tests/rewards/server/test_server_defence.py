@@ -18,6 +18,7 @@ from dar.rewards.http.signing import decode_secret, signed_headers
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.server import endpoint, reward_server
 from fakes.reward_server import RewardServer, ScoreRequest
+from fakes.reward_types import MakeSamples
 
 TOKEN = "rwt_" + "k" * 43
 SECOND_SECRET = "whsec_" + "c" * 32
@@ -49,7 +50,14 @@ class Raw:
         self.socket = socket.create_connection((parts.hostname, parts.port), timeout=30)
 
     def send(self, length: int, body: bytes = b"") -> None:
-        lines = ["POST /score HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {length}", "", ""]  # fmt: skip
+        lines = [
+            "POST /score HTTP/1.1",
+            "host: x",
+            "content-type: application/json",
+            f"content-length: {length}",
+            "",
+            "",
+        ]
         self.socket.sendall("\r\n".join(lines).encode() + body)
 
     def status(self) -> int:
@@ -174,7 +182,7 @@ async def test_a_job_that_wants_signed_answers_takes_those_of_a_reward_server(
     serve_app: Callable[..., str],
     secret: str,
     fast: HttpOptions,
-    make_samples: Any,
+    make_samples: MakeSamples,
     context: Any,
     is_async: bool,
 ) -> None:

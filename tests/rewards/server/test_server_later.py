@@ -167,7 +167,7 @@ async def test_a_refusal_ends_a_callback_with_a_clear_line(
     with caplog.at_level(logging.INFO):
         await server.post(content(is_async=True, callback=callback))
         await eventually(lambda: "could not be delivered:" in caplog.text)
-    assert f"the result of rwq_1 could not be delivered: HTTP {status[:3]}" in caplog.text  # fmt: skip
+    assert f"the result of rwq_1 could not be delivered: HTTP {status[:3]}" in caplog.text
     assert "because of this" in caplog.text
     assert token not in caplog.text
     assert len(receiver.requests) == 1

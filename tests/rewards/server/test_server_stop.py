@@ -195,9 +195,15 @@ def under_uvicorn(app: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
 
 
 async def test_under_uvicorn_alone_a_pending_callback_is_delivered(
-    content: Content, eventually: Asks, hostile: Callable[..., RewardServer], token: str, asker: Asks, tmp_path: Path,
-    free_port: Callable[[], int], secret: str,
-) -> None:  # fmt: skip
+    content: Content,
+    eventually: Asks,
+    hostile: Callable[..., RewardServer],
+    token: str,
+    asker: Asks,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    secret: str,
+) -> None:
     (tmp_path / "my_app.py").write_text(APPLICATION)
     (tmp_path / "secret").write_text(secret)
     receiver = hostile(lambda request: request.answer(b"{}"))

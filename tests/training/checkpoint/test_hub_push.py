@@ -154,8 +154,9 @@ MODEL_FILES = {
     "tokenizer_config.json", "chat_template.jinja",
 }  # fmt: skip
 ADAPTER_FILES = MODEL_FILES - {"config.json", "generation_config.json", "model.safetensors"} | {
-    "adapter_config.json", "adapter_model.safetensors"
-}  # fmt: skip
+    "adapter_config.json",
+    "adapter_model.safetensors",
+}
 
 
 def saved_in(folder: Path, files: dict[str, bytes]) -> Path:

@@ -24,9 +24,13 @@ SETTINGS = {
     "lr_scheduler_type": "cosine",
 }  # fmt: skip
 STORED = [
-    {"prompt_ids": [2, i], "completion_ids": [[i, 3], [6, i, 3]][: 1 + i % 2], "rewards": [1.0, 0.0][: 1 + i % 2]}
+    {
+        "prompt_ids": [2, i],
+        "completion_ids": [[i, 3], [6, i, 3]][: 1 + i % 2],
+        "rewards": [1.0, 0.0][: 1 + i % 2],
+    }
     for i in range(10, 17)
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)

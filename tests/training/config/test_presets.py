@@ -92,9 +92,14 @@ def test_what_is_given_goes_before_the_preset(
         "sampling": {"temperature": 1.3},
     }
     script = DARConfig(
-        output_dir=str(tmp_path), preset=preset, dar_wclip=7.0, per_device_train_batch_size=3,
-        baseline="leave_one_out", temperature=1.3, max_steps=1,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        preset=preset,
+        dar_wclip=7.0,
+        per_device_train_batch_size=3,
+        baseline="leave_one_out",
+        temperature=1.3,
+        max_steps=1,
+    )
     for config in (script, from_spec(dar)):
         assert (config.dar_wclip, config.prompts_per_step) == (7.0, 3)
         assert (config.baseline, config.temperature) == ("leave_one_out", 1.3)

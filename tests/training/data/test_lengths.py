@@ -165,8 +165,14 @@ def gpt2() -> Callable[[], GPT2LMHeadModel]:
     def make() -> GPT2LMHeadModel:
         torch.manual_seed(0)
         config = GPT2Config(
-            vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3
-        )  # fmt: skip
+            vocab_size=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
         return GPT2LMHeadModel(config).eval()
 
     return make

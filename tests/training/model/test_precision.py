@@ -110,9 +110,13 @@ def half_trainer(
 ) -> Callable[..., tuple[DARTrainer, Any]]:
     def make(sink: RecordingSink, scale: float, reward_funcs: Any = None, **settings: Any) -> Any:
         trainer = DARTrainer(
-            make_model(), config(**settings), prompts, reward_funcs or reward,
-            processing_class=tokenizer, sink=sink,
-        )  # fmt: skip
+            make_model(),
+            config(**settings),
+            prompts,
+            reward_funcs or reward,
+            processing_class=tokenizer,
+            sink=sink,
+        )
         watching = scaling(trainer, scale)
         trainer.add_callback(watching)
         return trainer, watching

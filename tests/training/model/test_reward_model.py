@@ -102,10 +102,16 @@ def test_the_reward_is_what_the_classifier_says_of_the_last_token(
 def test_an_encoder_scores_too(tokenizer: PreTrainedTokenizerBase) -> None:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=32, num_labels=1, initializer_range=0.5,
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=1,
+        initializer_range=0.5,
         pad_token_id=1,
-    )  # fmt: skip
+    )
     source = RewardModel(BertForSequenceClassification(config), tokenizer)
     samples = [sample("w4"), sample("w5 w6 w7 w8 w9"), sample("w4")]
     first, second, again = rewards(source, samples)

@@ -135,8 +135,11 @@ def test_the_saved_model_is_that_of_the_last_checkpoint(runs: Path, zero: str) -
     saved = (runs / zero / "model" / "model.safetensors").read_bytes()
     assert saved == (runs / zero / "checkpoints" / "step-3" / "model.safetensors").read_bytes()
     assert {path.suffix for path in (runs / zero).rglob("*") if path.is_file()} <= {
-        ".json", ".safetensors", ".jinja", ".md"
-    }  # fmt: skip
+        ".json",
+        ".safetensors",
+        ".jinja",
+        ".md",
+    }
 
 
 @pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times

@@ -60,8 +60,9 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
     assert str(last) in told[1]["metrics"]
 
 
-def test_two_processes_train_as_one_does(brief: Path) -> None:
-    assert_same(brief, "whole", "ddp")
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp resumed"])
+def test_two_processes_train_as_one_does(brief: Path, name: str) -> None:
+    assert_same(brief, "whole", name)
 
 
 @pytest.mark.slow  # two processes import torch and train seventeen times

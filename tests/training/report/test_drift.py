@@ -104,7 +104,9 @@ def test_components_are_watched_apart_and_the_event_has_the_numbers() -> None:
     watch, drawn, told = DriftWatch(), random.Random(2), []
     for step in range(30):
         assert watch.add("calm", [drawn.gauss(0, 1) for _ in range(8)]) is None
-        told.append(watch.add("judge", [drawn.gauss(7.0 if step >= 26 else 2.0, 0.5) for _ in range(8)]))  # fmt: skip
+        told.append(
+            watch.add("judge", [drawn.gauss(7.0 if step >= 26 else 2.0, 0.5) for _ in range(8)])
+        )
     [drift] = filter(None, told)
     data = drift.data(27)
     assert (data["kind"], data["component"], data["step"]) == ("reward_drift", "judge", 27)

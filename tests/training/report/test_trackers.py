@@ -20,8 +20,7 @@ from wandb.proto import wandb_internal_pb2
 from dar.settings import inherited_environment
 from fakes import tiny_models
 
-# Each tracker is a library of its own, and its run a process that imports torch.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # each tracker runs in a process of its own, which imports torch
 
 Points = dict[str, dict[int, float]]
 """Name -> step -> value."""

@@ -109,10 +109,17 @@ def command(*more: str, **options: object) -> list[str]:
 def test_the_quick_start_runs_as_written(folder: Path) -> None:
     trainer = DARTrainer(
         model="policy",
-        args=DARConfig(output_dir="out", learning_rate=5e-7, dar_k=2, num_train_epochs=1, use_cpu=True, max_new_tokens=4),
+        args=DARConfig(
+            output_dir="out",
+            learning_rate=5e-7,
+            dar_k=2,
+            num_train_epochs=1,
+            use_cpu=True,
+            max_new_tokens=4,
+        ),
         train_dataset=Dataset.from_list([{"prompt": f"Question {i}"} for i in range(9)]),
         reward_model="judge-model",
-    )  # fmt: skip
+    )
     trainer.train()
     assert trainer.state.global_step == 2
     trainer.save_model()
@@ -190,8 +197,11 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
     settings = {**environment, "DAR_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "dar.cli", "train", *command(max_steps=100_000)],
-        cwd=folder, env=settings, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=settings,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     try:
         for line in process.stderr:
@@ -277,8 +287,16 @@ def test_flags_go_before_the_file_and_both_before_the_preset(tmp_path: Path) -> 
         "stop: [END, '--']\nbf16: no\nreward_url: https://a.example/score\nuse_cpu: yes\n"
     )
     line = read_command_line(
-        ["--config", str(file), "--alpha", "2", "--reward-url", "https://b.example/x", "--reward_url=https://c-d.example"]
-    )  # fmt: skip
+        [
+            "--config",
+            str(file),
+            "--alpha",
+            "2",
+            "--reward-url",
+            "https://b.example/x",
+            "--reward_url=https://c-d.example",
+        ]
+    )
     assert line.script.reward_url == ["https://b.example/x", "https://c-d.example"]
     config = config_of(line.config)
     assert (config.alpha, config.learning_rate, config.beta) == (2.0, 5e-7, 0.045)

@@ -84,9 +84,12 @@ def test_entropy_is_that_of_the_policys_whole_distribution(
                 total += torch.distributions.Categorical(logits=logits).entropy().sum().item()
                 count += len(ids)
     train(
-        model=model, train_dataset=ROWS, reward_funcs=None, sink=sink,
+        model=model,
+        train_dataset=ROWS,
+        reward_funcs=None,
+        sink=sink,
         settings={"max_steps": 1, "per_device_train_batch_size": 2},
-    )  # fmt: skip
+    )
     assert sink.reports[1]["dar/entropy"] == pytest.approx(total / count, rel=1e-5)
     assert (total / count == pytest.approx(math.log(64))) == (scale < 0.1)
 
@@ -143,8 +146,11 @@ def test_a_window_keeps_extremes_and_the_last_of_counters() -> None:
             }
         )
     assert window.take() == {
-        "completions/min_length": 2, "completions/max_length": 9, "completions/mean_length": 5.0, "train/tokens": 180,
-    }  # fmt: skip
+        "completions/min_length": 2,
+        "completions/max_length": 9,
+        "completions/mean_length": 5.0,
+        "train/tokens": 180,
+    }
     assert window.take() == {}
 
 
@@ -189,7 +195,9 @@ def test_rewards_that_jump_are_told_once_also_over_a_resume(
     settings = {"max_steps": 30, "save_strategy": "steps", "save_steps": 21, "learning_rate": 1e-5}
     sink = new_sink()
     train(reward_funcs=judge, settings=settings, sink=sink)
-    told = [data for level, _, data in sink.events if data["kind"] == "reward_drift" and level == "warn"]  # fmt: skip
+    told = [
+        data for level, _, data in sink.events if data["kind"] == "reward_drift" and level == "warn"
+    ]
     assert [(data["component"], data["step"] in range(23, 27)) for data in told] == [
         ("judge", True)
     ]
