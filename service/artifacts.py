@@ -198,7 +198,7 @@ def _verify_manifest(upload: Upload, folder: Path) -> int:
     if not path.is_file():
         # A worker need not upload the manifest that it announced; trainers write it in this form.
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(upload.manifest.model_dump_json(indent=1).encode())  # `_verify_file` syncs it
+        path.write_bytes(upload.manifest.model_dump_json(indent=1).encode())  # synced below
     size = path.stat().st_size
     _verify_file(path, MANIFEST_NAME, size, upload.manifest_sha256)
     return size
