@@ -198,7 +198,7 @@ def _verify_manifest(upload: Upload, folder: Path) -> int:
     if not path.is_file():
         # A worker need not upload the manifest that it announced; trainers write it in this form.
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, upload.manifest.model_dump_json(indent=1).encode())
+        path.write_bytes(upload.manifest.model_dump_json(indent=1).encode())  # synced below
     size = path.stat().st_size
     _verify_file(path, MANIFEST_NAME, size, upload.manifest_sha256)
     return size
@@ -229,10 +229,3 @@ def _old(folder: Path) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             if entry.is_file() and entry.stat().st_mtime < too_old:
                 yield Path(entry.path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
