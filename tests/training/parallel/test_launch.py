@@ -95,7 +95,7 @@ def test_one_process_of_several_that_were_wanted_is_refused(
 
 
 def test_shards_need_several_processes(train: Callable[..., DARTrainer]) -> None:
-    with pytest.raises(InvalidRequestError, match="there is one") as refused:
+    with pytest.raises(InvalidRequestError, match="there is only one") as refused:
         train(settings={"fsdp": True})
     assert refused.value.param == "fsdp"
 
