@@ -208,8 +208,9 @@ def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=1000, every=1000, seconds=0.02)
+    earlier = set(installation.attempt_folders())  # a worker killed by another test leaves its own
     worker = installation.start_worker(spool_seconds=60.0)
-    (folder,) = installation.until(installation.attempt_folders)
+    (folder,) = installation.until(lambda: set(installation.attempt_folders()) - earlier)
     spool = installation.home / "worker" / "slot-0" / "attempts" / folder / "spool"
     written = spool / "000000000001.jsonl"
     installation.until(lambda: written.exists() and written.read_bytes().count(b"\n") >= 20)
