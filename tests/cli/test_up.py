@@ -75,6 +75,7 @@ def test_one_command_starts_all_and_one_interrupt_stops_all(start_up: Callable[.
     assert not [process for process in processes if process.is_running()]
 
 
+@pytest.mark.slow  # starts everything
 def test_a_child_that_dies_is_started_again(start_up: Callable[..., Up]) -> None:
     running = start_up().wait()
     before = running.child("serve")

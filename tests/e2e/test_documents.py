@@ -79,6 +79,7 @@ def test_a_snippet_runs(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow  # starts each service of the documents
 @pytest.mark.parametrize("name", SERVERS)
 def test_a_reward_service_of_the_documents_starts(
     name: str,

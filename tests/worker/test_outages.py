@@ -7,6 +7,7 @@ import pytest
 from fakes.scripted_installation import ScriptedInstallation, Valkey
 
 
+@pytest.mark.slow  # starts the service three times
 def test_a_service_that_is_away_before_and_amid_a_job_costs_nothing(
     own: ScriptedInstallation,
 ) -> None:

@@ -11,6 +11,7 @@ from worker.supervisor.child_process import TrainerExit
 from worker.supervisor.outcome import Finished, Reason, judge
 
 
+@pytest.mark.slow  # three attempts; tests/e2e pauses a job too
 def test_a_paused_job_leaves_a_checkpoint_and_its_slot_to_others(
     installation: ScriptedInstallation,
 ) -> None:
