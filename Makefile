@@ -23,6 +23,9 @@ setup: $(STAMP)  ## make .venv with everything in it
 demo: setup  ## train a small model against a reward service, through the real system
 	@$(BIN)/dar demo
 
+# Tests start some hundred processes, which would compile the product anew each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Three processes on two cores: tests of whole installations wait a third of their time.
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30
 

@@ -1,4 +1,4 @@
-"""``dar reward check``, as it is typed: a process, its output and its exit code."""
+"""``dar reward check``: its output and its exit code."""
 
 import json
 import subprocess
@@ -12,11 +12,12 @@ import pytest
 from dar.protocol.reward_probe import ProbeReport
 from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
+from fakes.command_line import Ended, run_command
 from fakes.reward_server import RewardServer, ScoreRequest
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 DEAD = "http://127.0.0.1:61999/score"
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., Ended]
 
 
 class Service:
@@ -56,10 +57,9 @@ def service() -> Iterator[Service]:
 def check(tmp_path: Path) -> Run:
     (tmp_path / "reward_secret").write_text(SECRET + "\n")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str) -> Ended:
         given = {**environment(home=tmp_path), "COLUMNS": "100"}
-        command = [sys.executable, "-m", "dar.cli", "reward", "check", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=given, check=False)
+        return run_command("reward", "check", *arguments, environment=given)
 
     return run
 
@@ -97,8 +97,15 @@ def test_a_broken_service_is_not_usable_and_the_output_says_what_to_do(
     assert "Not usable" in text
 
 
-def test_a_refused_connection_is_one_line_and_advice(check: Run) -> None:
-    done = check(DEAD)
+def test_a_refused_connection_is_one_line_and_advice(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dar.cli", "reward", "check", DEAD, "--unsigned"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**environment(home=tmp_path), "COLUMNS": "100"},
+        check=False,
+    )
     text = " ".join(done.stdout.split())
     assert done.returncode == 1
     assert "1 address fail connect: connection refused → Check that the service is running" in text

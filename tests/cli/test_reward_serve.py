@@ -16,6 +16,7 @@ import pytest
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scoring.scorer import scorer_from_functions
 from dar.settings import environment
+from fakes.command_line import run_command
 
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 MODULE = """
@@ -152,15 +153,20 @@ REFUSED = [
 
 @pytest.mark.parametrize(("arguments", "code", "message"), REFUSED)
 def test_what_cannot_be_served_is_said_in_words(
-    start: Any, arguments: list[str], code: int, message: str
+    folder: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    process = start(*arguments)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    said = " ".join(errors.replace("│", " ").split())
+    done = run_command(
+        "reward",
+        "serve",
+        *arguments,
+        environment=environment(home=folder / "home"),
+        folder=folder,
+    )
+    assert done.returncode == code
+    said = " ".join(done.stderr.replace("│", " ").split())
     assert message in said
-    assert "Traceback" not in errors
-    assert output == ""
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_port_in_use_is_said_so(start: Any) -> None:

@@ -240,6 +240,7 @@ def check(
     return job
 
 
+@pytest.mark.slow  # a whole job is trained, and its rewards time out
 @pytest.mark.timeout(240)
 def test_services_that_break_the_contract_cost_their_own_rewards_alone(
     installation: Installation,

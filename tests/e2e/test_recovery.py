@@ -82,6 +82,7 @@ def assert_every_step_once(installation: Installation, job_id: str) -> None:
     assert sorted(steps) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_killed_worker_loses_nothing(
     installation: Installation,

@@ -260,6 +260,7 @@ async def test_what_is_no_verdict_fails_its_sample_and_no_other(
     assert "I would say 9 of 10" in found[0].message
 
 
+@pytest.mark.slow  # waits for a judge that hangs
 async def test_a_judge_that_is_broken_or_hangs_gives_no_reward(
     judged: Callable[..., str], judge: StandIn, rewards: Score
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_worker_that_is_stopped_while_the_service_is_away_still_leaves(
     own.until(lambda: own.job(job_id)["attempt"] == 2)
 
 
+@pytest.mark.slow  # starts a broker, a service and a worker, and waits for a poll
 def test_a_wake_up_starts_a_job_long_before_the_next_poll(
     own: ScriptedInstallation, valkey: Valkey
 ) -> None:

@@ -60,6 +60,7 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
     assert str(last) in told[1]["metrics"]
 
 
+@pytest.mark.slow  # two processes import torch
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp resumed"])
 def test_two_processes_train_as_one_does(brief: Path, name: str) -> None:
     assert_same(brief, "whole", name)
@@ -142,6 +143,7 @@ def test_a_drain_and_an_error_reach_all_processes(runs: Path) -> None:
     assert [path.name for path in (runs / "drained" / "checkpoints").iterdir()] == ["step-1"]
 
 
+@pytest.mark.slow  # two processes import torch
 def test_processes_tell_each_other_values_errors_and_stops(brief: Path) -> None:
     heard: list[dict[str, Any]] = [
         json.loads((brief / f"heard-{index}.json").read_text()) for index in range(2)

@@ -190,6 +190,7 @@ def test_an_adapter_is_trained_and_goes_on_from_the_latest_checkpoint(
     assert "step 3/3" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a process imports torch, which takes six CPU seconds
 def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_codes_on(
     folder: Path,
 ) -> None:
