@@ -191,6 +191,7 @@ def test_a_refusal_fails_the_job_where_its_spec_says_so(
     assert service.trained == [200, 403]
 
 
+@pytest.mark.slow  # whole jobs are trained
 @pytest.mark.timeout(240)
 def test_a_running_job_is_paused_with_a_checkpoint_and_resumed(
     installation: Installation,
