@@ -26,14 +26,14 @@ demo: setup  ## train a small model against a reward service, through the real s
 # Tests start some hundred processes, which would compile the product anew each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Three processes on two cores: tests of whole installations wait a third of their time.
-PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 30
+# More processes than cores: tests of whole installations wait for a third of their time.
+PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations 30
 
 test: setup  ## run the fast tests: everything a change must not break
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -n 4 -m "not slow"
 
 test-slow: setup  ## run the slow tests: whole jobs, several processes, long training
-	@$(PYTEST) -m slow
+	@$(PYTEST) -n 3 -m slow
 
 check: setup  ## lint, format, types, import rules, dependencies
 	$(BIN)/ruff check .

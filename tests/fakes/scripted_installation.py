@@ -58,6 +58,7 @@ class ScriptedInstallation:
         self._http = httpx2.Client(trust_env=False, verify=False)
         self.service: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
+        self._plain_worker: subprocess.Popen[bytes] | None = None
         (home / "models" / "tiny").mkdir(parents=True)
         (home / "models" / "tiny" / "config.json").write_text("{}")
         (home / "logs").mkdir()
@@ -104,7 +105,20 @@ class ScriptedInstallation:
         self.service.kill()
         self.service.wait()
 
+    def need_worker(self) -> None:
+        """See that a worker runs with the usual settings; tests in sequence share it."""
+        if self._plain_worker is None:
+            self._plain_worker = self._start("worker", [str(HERE / "scripted_worker.py")], {})
+
+    def stop_plain_worker(self) -> None:
+        if self._plain_worker is not None:
+            self._plain_worker.kill()
+            self._plain_worker.wait()
+            self._plain_worker = None
+
     def start_worker(self, *, real: bool = False, **changes: object) -> subprocess.Popen[bytes]:
+        """Start a worker of the test's own."""
+        self.stop_plain_worker()
         command = ["-m", "worker"] if real else [str(HERE / "scripted_worker.py")]
         worker = self._start("worker", command, changes)
         self.workers.append(worker)
@@ -118,6 +132,7 @@ class ScriptedInstallation:
 
     def close(self) -> None:
         self._http.close()
+        self.stop_plain_worker()
         for process in [*self.workers, *([self.service] if self.service else [])]:
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)

@@ -18,9 +18,13 @@ def unused_port() -> Callable[[], int]:
     return free_port
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedInstallation]:
-    """A service for tests that leave it alone."""
+    """A service for tests that leave it alone.
+
+    It ends with its file: as it reconciles every 0.3 s, it would use a tenth of a core until the
+    end of the run.
+    """
     installation = ScriptedInstallation(tmp_path_factory.mktemp("home"))
     with ExitStack() as stack:
         stack.callback(installation.close)

@@ -12,7 +12,7 @@ def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=4, every=2)
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "succeeded", "failed")
     assert job["status"] == "succeeded", job
     assert installation.steps(job_id) == [1, 2, 3, 4]
@@ -34,7 +34,7 @@ def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
         "validation_file": installation.upload(content.encode()),
     }
     job_id = installation.submit_spec(b'{"prompt": "unused"}\n', dar, **fields)
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "succeeded", "failed")
     assert job["status"] == "succeeded", job
     said = installation.messages(job_id)
@@ -46,7 +46,7 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=6, every=2, crash_at=4)
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "succeeded", "failed")
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
     assert installation.steps(job_id) == [1, 2, 3, 4, 5, 6]
@@ -61,7 +61,7 @@ def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=3, every=1, crash_at=1, die="")
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "succeeded", "failed")
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
     assert any("SIGKILL" in text and "memory" in text for text in installation.messages(job_id))
@@ -71,7 +71,7 @@ def test_an_error_of_the_users_fails_the_job_with_its_parameter(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(exit="user")
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "succeeded", "failed")
     assert job["error"] == {
         "code": "training_failed",
@@ -83,7 +83,7 @@ def test_an_error_of_the_users_fails_the_job_with_its_parameter(
 
 def test_a_nul_is_shown_as_a_replacement_character(installation: ScriptedInstallation) -> None:
     job_id = installation.submit(nul="")
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "succeeded", "failed")
     assert job["error"]["message"] == "an odd\N{REPLACEMENT CHARACTER}prompt"
     assert "an odd\N{REPLACEMENT CHARACTER}event" in installation.messages(job_id)
@@ -109,7 +109,7 @@ def test_an_input_that_is_gone_is_said(installation: ScriptedInstallation) -> No
     job_id = installation.submit()
     file_id = installation.job(job_id)["training_file"]
     (installation.home / "artifacts" / "files" / file_id).unlink()
-    installation.start_worker()
+    installation.need_worker()
     installation.until(
         lambda: any("is gone" in text for text in installation.messages(job_id)), seconds=10
     )
@@ -120,7 +120,7 @@ def test_a_reward_service_that_is_down_puts_the_job_back_with_the_reason(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(exit="reward")
-    installation.start_worker()
+    installation.need_worker()
     job = installation.until(
         lambda: (j := installation.job(job_id))["status_detail"] == "waiting_for_reward" and j
     )

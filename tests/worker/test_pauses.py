@@ -66,7 +66,7 @@ def test_a_refusal_of_the_reward_service_pauses_the_job_with_its_reason_and_no_s
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=4, exit="refused")
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "paused", "failed")
     assert (job["status"], job["status_detail"], job["error"]["code"]) == (
         "paused",
@@ -85,7 +85,7 @@ def test_a_refusal_of_the_reward_service_pauses_the_job_with_its_reason_and_no_s
 
 def test_a_refusal_fails_the_job_whose_spec_says_so(installation: ScriptedInstallation) -> None:
     job_id = installation.submit(exit="refused", on_budget="fail")
-    installation.start_worker()
+    installation.need_worker()
     job = installation.wait(job_id, "paused", "failed")
     assert (job["status"], job["error"]["code"]) == ("failed", "http_401")
 
