@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow check bench serve
+.PHONY: help setup demo test test-slow check bench dist serve
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,11 @@ check: setup  ## lint, format, types, import rules, dependencies
 
 bench: setup  ## measure; one JSON line per benchmark
 	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+dist: setup  ## build a wheel, with its constraints, in dist/
+	@rm -rf dist && mkdir dist && cp constraints.txt dist/
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist
 
 serve: setup  ## run service, Valkey and one worker until Ctrl-C
 	@$(BIN)/dar up

@@ -36,7 +36,7 @@ class Problem:
 
 
 class DARError(Exception):
-    """A fault inside the service. Retry; if it stays, report `request_id`.
+    """A fault inside the service. Retry; if the error remains, report `request_id`.
 
     Args:
         message: What is wrong, where, and what to do.
@@ -150,7 +150,7 @@ class IdempotencyMismatchError(ConflictError):
 
 
 class FencedError(ConflictError):
-    """A late attempt tried to write. Another attempt holds its lease, so it must stop."""
+    """A late attempt tried to write. Another attempt holds the lease, so the late one must stop."""
 
     code = "fenced"
 
@@ -241,7 +241,7 @@ class RewardUnavailableError(RewardError):
 
 
 class RewardMisconfiguredError(_Rejected, RewardError):
-    """The reward service rejects all requests: wrong path, credentials, redirect or certificate."""
+    """The reward service rejects all requests: bad path, credentials or TLS, or a redirect."""
 
     code = "reward_misconfigured"
 

@@ -40,6 +40,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this package, which is on no package index."""
+    return f"pip install -c constraints.txt '.[{extra}]' in a clone of dar-service"
+
+
 def require(process: str, module: str) -> None:
     """Raise an error that names the missing extra when a process's libraries are not installed.
 
@@ -49,7 +54,7 @@ def require(process: str, module: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ConfigurationError(
             f"the {process} needs libraries that are not installed: "
-            f"pip install 'dar-service[{EXTRAS[process]}]'"
+            f"{how_to_install(EXTRAS[process])}"
         )
 
 

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     """Folder of data that can be made again: the demo's base model."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Lowest level of log lines that are written."""
+    """Lowest level of log lines that are written: debug, info, warning or error."""
 
     # --- address of the service, for clients and workers
     base_url: str | None = None
@@ -84,7 +84,8 @@ class Settings(BaseSettings):
     """Port to which the service binds."""
 
     api_key: SecretStr | None = None
-    """API key of the SDK and the CLI; default: the content of ``$DAR_HOME/api_key``."""
+    """API key that the service accepts, and that the SDK and the CLI send; default: the content of
+    ``$DAR_HOME/api_key``."""
 
     # --- service
     database_url: DatabaseURL | None = None
@@ -142,7 +143,7 @@ class Settings(BaseSettings):
     """Largest uploaded training file, in bytes."""
 
     max_batch_bytes: Bytes = 16 * 1024**2
-    """Largest batch of a worker, in bytes after decompression."""
+    """Largest body of reports that a worker sends, in bytes after decompression."""
 
     # --- leases
     lease_ttl_seconds: Seconds = 300.0
@@ -152,13 +153,14 @@ class Settings(BaseSettings):
     """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
 
     reward_probe_seconds: Seconds = 5.0
-    """Pause before the service probes the reward service of a paused job again. It doubles up to 12
-    times this value. All pauses are 12 times longer if the reward service rejected requests or
-    returned invalid responses."""
+    """Pause before the service probes the reward service of a paused job again. After each probe
+    that fails the pause doubles, to at most 12 x this value. If the reward service rejected
+    requests or returned invalid responses, every pause is 12 times as long."""
 
     # --- worker
     worker_key: SecretStr | None = None
-    """Key of scope ``worker``; default: the content of ``$DAR_HOME/worker_key``."""
+    """Key of scope ``worker`` that the service accepts, and that workers send; default: the content
+    of ``$DAR_HOME/worker_key``."""
 
     node: str = Field(default_factory=platform.node)
     """Name of this machine, the same after a restart."""

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import orjson
 import typer
@@ -75,9 +75,14 @@ def settings() -> str:
     rows = []
     for name, field in Settings.model_fields.items():
         variable = field.validation_alias or f"DAR_{name.upper()}"
-        default = field.default if field.default_factory is None else "this machine's name"
-        shown = ",".join(default) if isinstance(default, tuple) else default
-        rows.append((f"`{variable}`", "" if shown in (None, "") else f"`{shown}`", docs[name]))
+        default = field.default
+        if field.default_factory is not None:
+            shown = "this machine's name"
+        elif default in (None, "", ()):
+            shown = "none"
+        else:
+            shown = f"`{','.join(default) if isinstance(default, tuple) else default}`"
+        rows.append((f"`{variable}`", shown, docs[name]))
     return table(("variable", "default", "meaning"), rows)
 
 
@@ -88,7 +93,7 @@ def job_spec() -> str:
     ]
     names = dict.fromkeys(name for preset in PRESETS.values() for name in _preset(preset))
     presets = [
-        (f"`{name}`", *(f"`{_preset(preset)[name]}`" if name in _preset(preset) else "" for preset in PRESETS.values()))
+        (f"`{name}`", *(f"`{orjson.dumps(_preset(preset)[name]).decode()}`" if name in _preset(preset) else "" for preset in PRESETS.values()))
         for name in names
     ]  # fmt: skip
     return f"{table(('field', 'default', 'meaning'), rows)}\n\n{_PRESETS}\n\n{table(('field', *PRESETS), presets)}"
@@ -111,8 +116,11 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
             yield f"{prefix}{name}", field
             continue
         is_list = get_origin(field.annotation) is list
-        if field.is_required() is False and field.default is None:
+        others = {kind for kind in _kinds(field.annotation) if not _is_model(kind)}
+        if others or field.description:
             yield f"{prefix}{name}", field
+        if others - {type(None)}:  # the meaning of such a field describes each form
+            continue
         for kind in inner:
             yield from _fields(kind, f"{prefix}{name}{'[]' if is_list else ''}.")
 
@@ -130,11 +138,25 @@ def _shown(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, BaseModel):
+        return "the fields below"
     return f"`{orjson.dumps(value).decode()}`"
 
 
 def _meaning(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
+    """The description, and the values of an enumeration that it does not name."""
+    text = " ".join((field.description or "").split())
+    values = [str(value) for value in _values(field.annotation)]
+    if len(values) < 2 or all(f"``{value}``" in text for value in values):
+        return text
+    return f"{text} Values: {', '.join(f'``{value}``' for value in values)}."
+
+
+def _values(annotation: object) -> list[object]:
+    """The values of every `Literal` in ``annotation``."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for part in get_args(annotation) for value in _values(part)]
 
 
 def errors() -> str:
@@ -185,15 +207,23 @@ def named_commands(group: object) -> Iterator[tuple[str, Any]]:
 
 
 def commands() -> str:
-    """Every command with its help and options."""
-    group = typer.main.get_command(command_line)
-    rows = []
-    for name, command in named_commands(group):
-        options = " ".join(f"`{option.opts[0]}`" for option in command.params)
-        rows.append(
-            (f"`dar {name}`", (command.help or "").split("\n\n")[0].replace("\n", " "), options)
-        )
-    return table(("command", "what it does", "options"), rows)
+    """Every command, then every option, with its help."""
+    found = list(named_commands(typer.main.get_command(command_line)))
+    summaries = [
+        (f"`dar {name}`", (command.help or "").split("\n\n")[0].replace("\n", " "))
+        for name, command in found
+    ]
+    options = [
+        (f"`dar {name}`", f"`{option.opts[0]}`", " ".join((option.help or "").split()))
+        for name, command in found
+        for option in command.params
+    ]
+    return (
+        f"{table(('command', 'what it does'), summaries)}\n\n"
+        "`dar train --help` lists the options of `dar train`: the fields of `DARConfig` "
+        "([Python API](python.md)).\n\n"
+        f"{table(('command', 'option', 'meaning'), options)}"
+    )
 
 
 def reference() -> str:
@@ -202,7 +232,7 @@ def reference() -> str:
         "Routes": "All routes except `/healthz` and `/readyz` need `Authorization: Bearer <key>`; a reward callback needs the "
         "token of its request. `GET /openapi.json` has the full schemas.\n\n" + routes(),
         "Job spec": "The body of `POST /v1/fine_tuning/jobs`. Unknown fields are rejected. The DAR fields have the names and defaults of "
-        "`dar.DARConfig`.\n\n" + job_spec(),
+        "`dar.DARConfig`. A meaning that starts with `http:`, `builtin:` or `hf_model:` is for components of that `kind` only.\n\n" + job_spec(),
         "Errors": "Every failure of every route has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\", "
         "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`. The SDK raises the class.\n\n" + errors(),
         "Metrics": metrics(),

@@ -183,6 +183,7 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
             raise ConfigurationError(
                 f"{settings.host}:{settings.port} is taken; free it or give another port with --port"
             )
+        settings.models_path.mkdir(parents=True, exist_ok=True)
         stop = StopRequest()
         with Processes(say) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)
@@ -198,6 +199,7 @@ def _greeting(settings: Settings, workers: int, has_broker: bool) -> str:
         f"dar is up at {reachable_url(settings.host, settings.port)}",
         f"  API key  {settings.home / 'api_key'}",
         f"  home     {settings.home}   (logs in {settings.home / 'logs'})",
+        f"  models   {settings.models_path}   (put base models there, one folder each)",
         f"  workers  {workers}",
     ]
     if not has_broker:

@@ -23,10 +23,14 @@ METRICS: tuple[Metric, ...] = (
         "dar/loss",
         "nats",
         "-mean of weight x policy log-probability over the completions that count; a completion "
-        "counts if it has a reward, and another one that it is compared with has one too",
+        "counts if it has a reward and at least one completion that it is compared with has one",
     ),
     Metric("dar/rewards_mean", "reward", "mean reward of the step's scored completions"),
-    Metric("dar/rewards_std", "reward", "biased standard deviation of those rewards"),
+    Metric(
+        "dar/rewards_std",
+        "reward",
+        "biased standard deviation of the rewards of the step's scored completions",
+    ),
     Metric("dar/advantages_mean", "advantage", "mean advantage after normalisation"),
     Metric("dar/advantages_std", "advantage", "biased standard deviation of the advantages"),
     Metric("dar/weights_mean", "1", "mean clipped weight"),
@@ -36,8 +40,17 @@ METRICS: tuple[Metric, ...] = (
         "nats",
         "mean log-probability of a completion under the policy, summed over its tokens",
     ),
-    Metric("dar/logps_ref", "nats", "the same under the frozen reference"),
-    Metric("dar/logps_behavior", "nats", "the same under the distribution that sampled it"),
+    Metric(
+        "dar/logps_ref",
+        "nats",
+        "mean log-probability of a completion under the frozen reference, summed over its tokens",
+    ),
+    Metric(
+        "dar/logps_behavior",
+        "nats",
+        "mean log-probability of a completion under the distribution that sampled it, summed over "
+        "its tokens",
+    ),
     Metric(
         "dar/entropy",
         "nats per token",
@@ -60,7 +73,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "dar/kl_ref_k3",
         "nats",
-        "mean over completions of exp(-d) - 1 + d, the estimator k3 of the same; it is never "
+        "mean over completions of exp(-d) - 1 + d, the estimator k3 of the KL divergence that "
+        "dar/kl_ref estimates; it is never "
         "negative, and useful only while it is small",
     ),
     Metric(
@@ -98,7 +112,8 @@ METRICS: tuple[Metric, ...] = (
         Metric(
             f"reward/n_error/{family}",
             "completions",
-            f"of these, completions whose first failure was of class {family}; absent when 0",
+            f"completions that could not be scored and whose first failure was of class {family}; "
+            "absent when 0",
         )
         for family in FAMILIES
     ),
@@ -111,7 +126,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/refilled_groups",
         "prompts",
-        "of these, prompts that were sampled again (failure.refill of a job)",
+        "prompts that were left out at first and sampled again (failure.refill of a job)",
     ),
     Metric("completions/mean_length", "tokens", "mean completion length"),
     Metric("completions/min_length", "tokens", "shortest completion"),
@@ -160,30 +175,30 @@ NAMES: frozenset[str] = frozenset(metric.name for metric in METRICS)
 COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "rewards": {
         "mean": ("reward", "mean raw reward of one component"),
-        "std": ("reward", "biased standard deviation of those rewards"),
-        "min": ("reward", "the lowest of them"),
-        "max": ("reward", "the highest of them"),
+        "std": ("reward", "biased standard deviation of one component's raw rewards"),
+        "min": ("reward", "lowest raw reward of one component"),
+        "max": ("reward", "highest raw reward of one component"),
         "missing_fraction": ("fraction", "share of completions that the component gave no reward for"),
     },
     "reward": {
         "requests": ("requests", "finished requests to a component's service since the last report"),
-        "failed_requests": ("requests", "of these, requests that failed after all retries"),
-        "retries": ("attempts", "attempts beyond the first of each request"),
-        "in_flight": ("requests", "largest number of concurrent requests since the last report"),
-        "concurrency": ("requests", "limit of concurrent requests"),
+        "failed_requests": ("requests", "requests to a component's service that failed after all retries"),
+        "retries": ("attempts", "attempts beyond the first of each request of a component"),
+        "in_flight": ("requests", "largest number of concurrent requests of a component since the last report"),
+        "concurrency": ("requests", "limit of a component's concurrent requests"),
         "cached": (
             "completions",
             "completions that were not sent to a component's service: cached, or equal to another one of the step",
         ),
-        "cache_hits": ("completions", "of these, completions whose reward was cached before the step"),
+        "cache_hits": ("completions", "completions that were not sent because their reward was cached before the step"),
         "breaker": (
             "state",
-            "state of its circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured",
+            "state of a component's circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured",
         ),
     },
     "time/reward": {
         "p50_seconds": ("s", "median time of a component's requests, over all attempts"),
-        "p95_seconds": ("s", "95th percentile of the same"),
+        "p95_seconds": ("s", "95th percentile of the time of a component's requests, over all attempts"),
     },
 }  # fmt: skip
 """Series of each reward component, ``<prefix>/<component>/<last>``: unit and meaning by prefix and

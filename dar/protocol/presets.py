@@ -45,7 +45,7 @@ class PresetValues:
 
 
 PRESETS: Mapping[str, PresetValues] = {
-    "default": PresetValues("from experiments: leave-one-out baseline, sampling log-probabilities"),
+    "default": PresetValues("the values that did best in our experiments"),
     "paper": PresetValues(
         "the recipe of arXiv 2602.11523: alpha + beta = 0.05, alpha / (alpha + beta) = 0.1",
         {
@@ -64,7 +64,7 @@ PRESETS: Mapping[str, PresetValues] = {
         {"temperature": 0.9},
     ),
     "reference": PresetValues(
-        "the defaults of the first public trainer, without any departure from it",
+        "the defaults of the first public trainer; all options that dar.md lists as departures are off",
         {
             **_NO_DEPARTURES,
             "alpha": 0.1,

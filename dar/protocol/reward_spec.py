@@ -152,8 +152,8 @@ class RewardCaching(Input):
 
     enabled: Literal["auto"] | bool = "auto"
     """``auto``: on where the last probe of the registered endpoint, at its current revision, found
-    that neither a repetition nor another order changes a reward. An inline URL is not probed, so
-    there it is off."""
+    that neither a repetition nor another order changes a reward. Probe results of an inline URL are
+    not stored, so for it ``auto`` means off."""
     scope: Literal["job", "endpoint"] = "job"
     """``job``: used by the job alone; ``endpoint``: shared on each worker host by the jobs that
     name the same registered endpoint."""
@@ -243,7 +243,7 @@ class RewardComponent(Input):
     """http: columns of the training file that are sent along; null: only ``ground_truth``."""
 
     fn: Annotated[str, Field(pattern=COMPONENT_NAME)] | None = None
-    """builtin: name of the function; see the reward guide."""
+    """builtin: name of the function, as listed in docs/rewards-sources.md."""
     params: dict[str, Any] = Field(default_factory=dict)
     """builtin: its parameters."""
 
@@ -356,8 +356,7 @@ class Combine(Input):
     of them (or the component, if it is not required), as sums over different components cannot be
     compared. ``zero`` adds 0 for the skipped ones, with a warning and a metric."""
     tie_eps: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """If the sums of a group differ by no more than this, they are equal: their advantages are
-    0."""
+    """As ``hyperparameters.tie_tolerance``; the larger of the two is used."""
 
 
 class FailurePolicy(Input):
@@ -373,8 +372,8 @@ class FailurePolicy(Input):
     min_valid: Annotated[int, Field(ge=1, le=1024)] = 2
     """A group with fewer scored samples is dropped."""
     refill: Annotated[float, Field(ge=1, le=4)] = 1.0
-    """Groups that may be sampled for a step to replace dropped ones, relative to the batch size; 1:
-    no replacement."""
+    """Most groups sampled for a step, as a multiple of the batch size. With 1.5, up to half a batch
+    is sampled again to replace dropped groups; with 1, none."""
     max_failed_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
     """The job pauses if a larger share of the samples of the last ``window_groups`` groups
     failed."""
@@ -383,7 +382,8 @@ class FailurePolicy(Input):
     max_empty_steps: Annotated[int, Field(ge=1, le=1000)] = 3
     """The job pauses after this many steps in a row without a usable group."""
     on_budget: Literal["pause", "fail"] = "pause"
-    """What happens when one of these limits is exceeded."""
+    """What happens when ``max_failed_fraction`` or ``max_empty_steps`` is exceeded: ``pause`` or
+    ``fail``."""
 
 
 class Rewards(Input):

@@ -63,7 +63,8 @@ class Hyperparameters(Input):
     allow_missing: bool = True
     """Whether completions without a reward are left out; otherwise one of them ends training."""
     weight_norm: WeightNormalization = "none"
-    """Mean that weights are divided by: ``none``, that of the ``batch``, or ``per_prompt``."""
+    """Weights are divided by their mean over the step (``batch``) or over the prompt
+    (``per_prompt``); ``none``: they are not divided."""
     min_ess: Annotated[float, Unit("fraction")] = Field(0.0, ge=0, lt=1)
     """Weights are flattened until the effective sample size is this share of the completions; 0
     turns it off."""
@@ -114,7 +115,8 @@ class Sampling(Input):
     min_p: Annotated[float | None, Unit("fraction")] = Field(None, ge=0, le=1)
     """Tokens less likely than this fraction of the likeliest one are dropped; null turns it off."""
     repetition_penalty: float = Field(1.0, gt=0)
-    """Divides the scores of tokens that occurred already; 1 turns it off."""
+    """Makes tokens that occurred already less likely (above 1) or more likely (below 1); 1 turns it
+    off."""
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default_factory=list, max_length=16
     )
@@ -138,7 +140,7 @@ class LoraSpec(Input):
     r: int = Field(16, ge=1, le=1024)
     """Rank of the adapter."""
     lora_alpha: float = Field(32.0, gt=0)
-    """The adapter is multiplied by this and divided by its rank."""
+    """The adapter's output is scaled by ``lora_alpha / r``."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
@@ -151,9 +153,9 @@ class Resources(Input):
     processes: int = Field(1, ge=1, le=64)
     """Processes that train together, one for each GPU of the worker's slot."""
     strategy: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = "auto"
-    """How they share the work. ``ddp`` keeps whole weights in each process. ``fsdp`` and ``zero3``
-    shard weights, gradients and optimizer state; ``zero2`` shards gradients and optimizer state.
-    ``auto`` is ``ddp``."""
+    """How the processes share the work. ``ddp`` keeps whole weights in each process. ``fsdp`` and
+    ``zero3`` shard weights, gradients and optimizer state; ``zero2`` shards gradients and optimizer
+    state. ``auto`` is ``ddp``."""
 
 
 class Evaluation(Input):

@@ -46,7 +46,10 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
     retry_count: RetryCount = 0,
 ) -> Job:
-    """Submit a job after probing its reward services. A repeated key returns the same job."""
+    """Submit a job after probing its reward services.
+
+    A request with the ``Idempotency-Key`` of an earlier one returns the earlier job.
+    """
     submitted = await submission.submit(
         runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count
     )

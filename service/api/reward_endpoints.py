@@ -90,7 +90,7 @@ def list_reward_endpoints(
 
 @router.get("/{endpoint_id}")
 def get_reward_endpoint(endpoint_id: str, runtime: CurrentRuntime, user: Reader) -> RewardEndpoint:
-    """Show a reward endpoint; of its secrets only fingerprints."""
+    """Show a reward endpoint. Its secrets are shown as fingerprints only."""
     with runtime.database.read() as transaction:
         return _shown(transaction, reward_endpoints.get(transaction, user.project_id, endpoint_id))
 

@@ -65,7 +65,7 @@ def announce_reward_requests(
 def note_reward_progress(
     lease_id: LeaseHolder, runtime: CurrentRuntime, body: ProgressBody
 ) -> RewardProgressNoted:
-    """Store that services accepted requests, or that results came another way.
+    """Report which requests a service accepted with a 202, and which got a result by polling.
 
     Unknown requests are returned, and the others are stored.
     """

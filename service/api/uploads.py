@@ -55,7 +55,7 @@ async def put_file(
     attempt: Annotated[int, Query(ge=1, le=MAX_COUNT)],
     offset: Annotated[int, Query(ge=0, le=MAX_EXACT)] = 0,
 ) -> CheckpointUpload:
-    """Send a file, or the rest of it from ``offset``; 0 starts over."""
+    """Send a file, or the rest of it from ``offset``; ``offset`` 0 sends the whole file again."""
     checkpoint = await run_in_threadpool(_pending, runtime, lease_id, checkpoint_id, attempt)
     upload = _upload(runtime, checkpoint)
     if name not in upload.names:

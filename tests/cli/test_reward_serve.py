@@ -189,5 +189,5 @@ def test_what_must_be_installed_is_said(folder: Path) -> None:
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "pip install 'dar-service[rewards]'" in result.stderr
+    assert "pip install -c constraints.txt '.[rewards]'" in result.stderr
     assert "Traceback" not in result.stderr

@@ -72,6 +72,7 @@ def test_one_command_starts_all_and_one_interrupt_stops_all(start_up: Callable[.
     code, errors = running.stop()
     assert code == 0
     assert str(running.home / "api_key") in errors
+    assert (running.home / "models").is_dir()
     assert not [process for process in processes if process.is_running()]
 
 

@@ -21,9 +21,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
+from dar.processes import how_to_install
 from dar.settings import forget_environment, inherited_environment
 
-INSTALLATION = "pip install 'dar-service[deepspeed]'"
+INSTALLATION = how_to_install("deepspeed")
 STAGES = {"zero2": 2, "zero3": 3}
 """Stage of each strategy of a job spec."""
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
