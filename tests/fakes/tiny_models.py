@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -63,9 +63,13 @@ class Writing(LlamaForCausalLM):
     script: tuple[int, ...] = ()
     start = 0
 
-    def forward(self, *inputs: Any, **more: Any) -> CausalLMOutputWithPast:
-        output = super().forward(*inputs, **more)
-        logits, positions = output.logits, more["position_ids"]
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: int = 0, **more: Any
+    ) -> CausalLMOutputWithPast:
+        output = super().forward(
+            input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **more
+        )
+        logits, positions = output.logits, position_ids
         places = positions[:, positions.shape[1] - logits.shape[1] :] - self.start
         for place, token in enumerate(self.script):
             lift = 100.0 * (places == place)

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 LINES = ["The sky is blue and the soup was great.", "hello world , I say . yes", "a0(.", "playing"]
-SPECIAL = ["<unk>", "<pad>", "<eot>", "<tool>"]
+SPECIAL = ["<unk>", "<pad>", "<tool>", "<eot>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACE = "▁"
 CHAT = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eot>\n{% else %}<tool>{% endif %}{% endfor %}"  # fmt: skip

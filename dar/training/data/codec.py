@@ -7,11 +7,11 @@ its tokens, decoded after the prompt's, give its text.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 ANCHORS = ("a", "0", "(", ".")
 """Texts that may stand before a completion while it is decoded."""
@@ -85,11 +85,15 @@ class TextCodec:
         return frozenset(self._tokenizer.get_vocab().values())
 
     @cached_property
+    def added_tokens(self) -> Mapping[int, AddedToken]:
+        """Tokens by id that are found in a text before the rest is encoded."""
+        found: Mapping[int, AddedToken] = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return found  # Mistral's own tokenizers read none in a text
+
+    @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.all_special_ids) | {
-            token_id
-            for token_id, token in self._tokenizer.added_tokens_decoder.items()
-            if token.special
+            token_id for token_id, token in self.added_tokens.items() if token.special
         }
 
     @cached_property
@@ -196,10 +200,10 @@ class TextCodec:
 
     @cached_property
     def _added_ids(self) -> dict[str, int]:
-        """Tokens that the tokenizer finds in a text before it encodes the rest."""
+        """Ids of `added_tokens` by their text, without those that stand only between words."""
         return {
             token.content: token_id
-            for token_id, token in self._tokenizer.added_tokens_decoder.items()
+            for token_id, token in self.added_tokens.items()
             if token.content and not token.single_word
         }
 

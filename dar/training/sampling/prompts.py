@@ -82,9 +82,10 @@ class PromptStream:
             if prompt.changed_text:
                 given, trained = prompt.changed_text
                 self._warn_once(
-                    f"the tokenizer cannot reproduce a completion of row {row + 1}: it is trained "
-                    f"on as {trained!r:.80} and not as {given!r:.80}, and other rows alike; check "
-                    "its spaces, or use a model whose tokenizer keeps every character",
+                    f"the tokenizer cannot reproduce a completion of row {row + 1}: the row has "
+                    f"{given!r:.80}, its tokens read {trained!r:.80}, and such tokens are trained "
+                    "on; write texts as the tokenizer does, or take a model whose tokenizer keeps "
+                    "every character",
                     {"kind": "text_changed", "row": row + 1},
                 )
         return prompts

@@ -70,7 +70,7 @@ class RowEncoder(PromptEncoder):
         self._longest = longest
         self.vocabulary = vocabulary
         self._eos_ids = frozenset(eos_ids)
-        added = tokenizer.added_tokens_decoder
+        added = self._codec.added_tokens
         self._eos_texts = tuple(added[one].content for one in eos_ids if one in added)
 
     def __call__(self, row: Row) -> Prompt:
