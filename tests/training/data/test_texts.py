@@ -1,6 +1,7 @@
 """Texts of completions: what is trained on and what a reward function sees is what was written."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -151,13 +152,13 @@ def test_a_stop_string_may_be_a_special_token_contain_one_or_span_one(
     parts = [blue, tool, yes, tool, pad, eot]
     if stop != "<pad>":
         parts[4] = tool  # padding is impossible, unless it ends a completion
-    written = sum(parts, [])
+    written = list(chain(*parts))
     step = preview(
         tokenizer, [{"prompt": "a"}] * 2, lambda completions, **_: [1.0] * len(completions),
         written=written, start=len(tokenizer("a")["input_ids"]) - 1, stop=[stop],
         max_new_tokens=len(written) + 1,
     )  # fmt: skip
-    assert [pair.completion_ids for pair in step.pairs] == [sum(parts[:count], [])] * 8
+    assert [pair.completion_ids for pair in step.pairs] == [list(chain(*parts[:count]))] * 8
     assert set(step.finish_reasons) == {"stop"}
 
 
