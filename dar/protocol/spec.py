@@ -120,7 +120,8 @@ class Sampling(Input):
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default_factory=list, max_length=16
     )
-    """Strings that end a completion as soon as it contains one of them."""
+    """Strings that end a completion as soon as it contains one of them. They may contain special
+    tokens."""
     max_length: Annotated[int | None, Unit("tokens")] = Field(
         None, ge=2, le=ServiceLimit(10_000_000)
     )

@@ -251,6 +251,7 @@ class DARTrainer(Trainer):
             ),
             members=(self._loop, self._evaluation, self._rewards),
             last_report=lambda: reporter.reported,
+            has_new_ends=policy.has_new_ends,
         )
         tag_model(self.model)
 

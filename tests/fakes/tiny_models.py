@@ -1,9 +1,11 @@
 """Models of a few thousand weights, and their tokenizer of 64 words."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -12,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 TOKENIZER = Path(__file__).parents[1] / "training" / "golden" / "tokenizer"
 
@@ -52,3 +55,32 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+class Writing(LlamaForCausalLM):
+    """Writes the tokens of ``script`` after position ``start``, whatever it reads."""
+
+    script: tuple[int, ...] = ()
+    start = 0
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: int = 0, **more: Any
+    ) -> CausalLMOutputWithPast:
+        output = super().forward(
+            input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **more
+        )
+        logits, positions = output.logits, position_ids
+        places = positions[:, positions.shape[1] - logits.shape[1] :] - self.start
+        for place, token in enumerate(self.script):
+            lift = 100.0 * (places == place)
+            one_hot = nn.functional.one_hot(torch.tensor(token), logits.shape[2])
+            logits = logits + lift.unsqueeze(-1) * one_hot
+        output.logits = logits
+        return output
+
+
+def writing(script: Sequence[int], start: int, **overrides: Any) -> Writing:
+    torch.manual_seed(0)
+    model = Writing(config(**overrides)).eval()
+    model.script, model.start = tuple(script), start
+    return model

@@ -56,6 +56,8 @@ class RunCheckpoints:
         config_sha256: Digest of everything that decides the result.
         members: The parts of the trainer that have a state.
         last_report: Returns the metrics of the last report.
+        has_new_ends: Whether adapters are saved with the generation config, because that of the
+            base model lacks tokens that end a completion.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class RunCheckpoints:
         config_sha256: str,
         members: Sequence[Stateful],
         last_report: Callable[[], dict[str, float]],
+        has_new_ends: bool,
     ) -> None:
         self.published_step = 0
         """Step of the newest checkpoint that was written or resumed from."""
@@ -74,6 +77,7 @@ class RunCheckpoints:
         self.config_sha256 = config_sha256
         self._members = members
         self._last_report = last_report
+        self._has_new_ends = has_new_ends
         self._resumed: checkpoint.ResumeState | None = None
         self._own_folders: tuple[Path, ...] = ()
         """Checkpoints of this run that are still kept, oldest first."""
@@ -238,6 +242,8 @@ class RunCheckpoints:
             {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         )
         model.save_pretrained(str(folder), state_dict=weights, **options)
+        if isinstance(model, PeftModel) and self._has_new_ends:  # the base model's lacks them
+            model.generation_config.save_pretrained(str(folder))
         self._run.trainer.processing_class.save_pretrained(str(folder))
 
     def _whole_weights(self) -> dict[str, Tensor] | None:

@@ -1,6 +1,7 @@
 """Data sets.
 
 rows: checks of rows, their token ids, cuts to the maximum length, batches.
+codec: texts and tokens of completions, exactly as they follow a prompt.
 sets: data sets by name: files, folders, hub.
 hub: data sets of a hub, loaded without running their code.
 """

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from dar.protocol.rows import (
     read_prompt,
 )
 from dar.protocol.samples import FinishReason
+from dar.training.data.codec import TextCodec, common_length
 
 
 class Rows(Protocol):
@@ -127,6 +128,8 @@ class StoredCompletion:
     """None: missing."""
     behavior_logp: float | None
     """Sum over its tokens, in nats; None: unknown."""
+    prompt_ids: list[int] | None = None
+    """The prompt's tokens before this completion, where they differ from those of the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,8 @@ class Prompt:
     """Tokens that were cut off on the left, to keep within the longest prompt."""
     completions: tuple[StoredCompletion, ...] = ()
     """Offline: the completions of the row. Online: empty."""
+    changed_text: tuple[str, str] | None = None
+    """Offline: a completion that the tokenizer cannot reproduce, and what its tokens say."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -248,6 +253,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
         self._tokenizer = tokenizer
+        self._codec = TextCodec(tokenizer)
         self._max_length = max_prompt_length
 
     def __call__(self, row: Row) -> Prompt:
@@ -300,7 +306,7 @@ class PromptEncoder:
         kept = ids if len(ids) <= longest else self._cut(ids, messages, longest)
         return Prompt(
             ids=kept,
-            text=prompt if isinstance(prompt, str) else str(self._tokenizer.decode(kept)),
+            text=prompt if isinstance(prompt, str) else self._codec.decode(kept),
             messages=messages,
             columns={name: row[name] for name in row if name not in self.own_columns},
             cut_tokens=len(ids) - len(kept),
@@ -308,11 +314,12 @@ class PromptEncoder:
 
     def _plain(self, text: str) -> list[int]:
         tokenizer = self._tokenizer
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
         has_bos_text = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
         ids: list[int] = tokenizer(text, add_special_tokens=not has_bos_text)["input_ids"]
-        if ids and ids[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
-            ids = ids[:-1]  # some tokenizers end every text, and a prompt must stay open
+        count = 0 if has_bos_text else len(self._codec.closing_ids)
+        if count and ids[-count:] == self._codec.closing_ids:
+            ids = ids[:-count]  # some tokenizers end every text, and a prompt must stay open
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def rendered(self, messages: Sequence[Message], *, is_whole: bool = False) -> str:
@@ -343,8 +350,7 @@ class PromptEncoder:
 
     def bare(self, text: str) -> list[int]:
         """Token ids of exactly this text."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._codec.bare(text)
 
     def _cut(self, ids: list[int], messages: Sequence[Message] | None, longest: int) -> list[int]:
         for rest in without_early_turns(messages or ()):
@@ -371,13 +377,3 @@ def without_early_turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
     for start in starts[1:]:
         yield [*messages[: starts[0]], *messages[start:]]
-
-
-def common_length(one: Iterable[int], other: Iterable[int]) -> int:
-    """Number of leading items that two sequences share."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

@@ -259,10 +259,35 @@ def eos_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozens
     for value in (
         getattr(model.generation_config, "eos_token_id", None),
         model.config.get_text_config().eos_token_id,
+        getattr(model.config, "eos_token_id", None),
         tokenizer.eos_token_id,
     ):
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
+        found.update(_as_list(value))
     return frozenset(found)
+
+
+def complete_generation_config(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Add the tokens of `eos_ids` that the generation config lacks, so that they are saved.
+
+    transformers reads only this config when it generates, and sets the other one's to the
+    tokenizer's when training begins.
+
+    Returns:
+        Whether some were missing.
+    """
+    config = model.generation_config
+    if config is None:
+        return False
+    present = _as_list(config.eos_token_id)
+    missing = sorted(eos_ids(model, tokenizer) - set(present))
+    if missing:
+        ids = [*present, *missing]
+        config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    return bool(missing)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def weights_sketch(model: nn.Module) -> str:

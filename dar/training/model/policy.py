@@ -24,6 +24,8 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     base_sketch: str
     """Digest of the weights that training starts from, and of the reference."""
+    has_new_ends: bool
+    """Whether the generation config had to learn tokens that end a completion."""
 
     @classmethod
     def make(
@@ -56,6 +58,7 @@ class Policy:
         )
         loading.check_forward(policy)
         loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
+        has_new_ends = loading.complete_generation_config(policy, tokenizer)
         loading.disable_dropout(policy)
         sketch = loading.weights_sketch(policy)
         reference: nn.Module | None = ref_model
@@ -75,7 +78,7 @@ class Policy:
             loading.disable_dropout(reference)
             reference = reference.requires_grad_(requires_grad=False).eval()
             sketch += loading.weights_sketch(reference)
-        return cls(policy, reference, tokenizer, sketch)
+        return cls(policy, reference, tokenizer, sketch, has_new_ends)
 
     @property
     def vocabulary(self) -> int:

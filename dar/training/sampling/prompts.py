@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,8 @@ class PromptStream:
         rows: The data set.
         encoder: Makes token ids of a row.
         config: Batch size and seed.
-        sink: Gets one warning if a prompt had to be cut.
+        sink: Gets one warning if a prompt had to be cut, and one if the tokenizer cannot reproduce
+            a completion.
     """
 
     def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
@@ -48,7 +50,7 @@ class PromptStream:
         self.prompts_per_step = config.prompts_per_step
         self._order = PromptOrder(len(rows), config.seed)
         self._sink = sink
-        self._has_warned = False
+        self._warned: set[str] = set()
 
     def try_rows(self) -> None:
         """Check rows whose encoding may fail, before training reaches them.
@@ -71,15 +73,27 @@ class PromptStream:
         numbers = self.rows_of_step(number)
         prompts = [self._encode(row) for row in numbers]
         for row, prompt in zip(numbers, prompts, strict=True):
-            if prompt.cut_tokens and not self._has_warned:
-                self._has_warned = True
-                self._sink.event(
-                    "warn",
+            if prompt.cut_tokens:
+                self._warn_once(
                     f"the prompt of row {row + 1} is {prompt.cut_tokens} tokens too long: its "
                     "beginning was cut off, as for every prompt that is too long",
                     {"kind": "prompt_cut", "row": row + 1, "cut_tokens": prompt.cut_tokens},
                 )
+            if prompt.changed_text:
+                given, trained = prompt.changed_text
+                self._warn_once(
+                    f"the tokenizer cannot reproduce a completion of row {row + 1}: the row has "
+                    f"{given!r:.80}, its tokens read {trained!r:.80}, and such tokens are trained "
+                    "on; write texts as the tokenizer does, or take a model whose tokenizer keeps "
+                    "every character",
+                    {"kind": "text_changed", "row": row + 1},
+                )
         return prompts
+
+    def _warn_once(self, message: str, data: dict[str, Any]) -> None:
+        if data["kind"] not in self._warned:
+            self._warned.add(data["kind"])
+            self._sink.event("warn", message, data)
 
     def rows_of_step(self, number: int) -> list[int]:
         """Numbers of the rows of step ``number``, from 0."""

@@ -7,10 +7,11 @@ position), which the inverse of the cumulative distribution turns into a token. 
 depends neither on its neighbours in the batch nor on how the batch was cut, up to rounding: other
 shapes may change the last digits of the logits, and in bfloat16 occasionally a token.
 
-The distribution that is sampled, in this order: padding is impossible; the repetition penalty acts
-on the raw logits; then temperature, top-k, top-p, min-p, as in transformers. The behavior
-log-probability is taken after all of these, or, with ``behavior="policy"``, it is the policy's own
-before any of them. Arithmetic is in float32, or in float64 where the model is.
+The distribution that is sampled, in this order: padding and what the tokenizer has no token for are
+impossible, unless they end completions; the repetition penalty acts on the raw logits; then
+temperature, top-k, top-p, min-p, as in transformers. The behavior log-probability is taken after
+all of these, or, with ``behavior="policy"``, it is the policy's own before any of them. Arithmetic
+is in float32, or in float64 where the model is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from transformers import (
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.samples import FinishReason
 from dar.training.config.config import DARConfig
+from dar.training.data.codec import TextCodec
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
 from dar.training.loss import precise
 from dar.training.model.loading import LanguageModel
@@ -179,7 +181,7 @@ class Sampler:
 
     Args:
         config: Lengths and the options of sampling.
-        tokenizer: Decodes completions, to find stop strings.
+        tokenizer: Decodes completions, to find stop strings. Tokens that it lacks are not sampled.
         eos_ids: Tokens that end a completion.
         max_length: Longest prompt with completion, in tokens.
     """
@@ -193,11 +195,14 @@ class Sampler:
         max_length: int,
     ) -> None:
         self._config = config
-        self._tokenizer = tokenizer
+        self.codec = TextCodec(tokenizer)
         self._eos_ids = eos_ids
         self._max_length = max_length
-        pad = tokenizer.pad_token_id
-        self._impossible = None if pad is None or pad in eos_ids else pad
+        ends = set(eos_ids)
+        if any(str(tokenizer.pad_token) in stop for stop in config.stop):
+            ends.add(tokenizer.pad_token_id)
+        self._possible = (self.codec.known_ids - {tokenizer.pad_token_id}) | ends
+        self._impossible_V: Tensor | None = None
         self._collate = DataCollatorForDAR()
         self._warpers: list[Warper] = []
         if config.temperature != 1:
@@ -375,9 +380,7 @@ class Sampler:
 
     def _scores(self, logits_BV: Tensor, seen_BV: Tensor | None) -> Tensor:
         scores_BV = precise(logits_BV)
-        if self._impossible is not None and self._impossible < scores_BV.shape[1]:
-            scores_BV = scores_BV.clone()
-            scores_BV[:, self._impossible] = -torch.inf
+        scores_BV = scores_BV.masked_fill(self._impossible(scores_BV), -torch.inf)
         if seen_BV is not None:
             # transformers' own processor reads the padded prompt, so it would penalise the padding
             # token, which in many models is the end-of-sequence token.
@@ -388,13 +391,22 @@ class Sampler:
             scores_BV = warper(scores_BV, scores_BV)  # none of them reads its first argument
         return scores_BV
 
+    def _impossible(self, scores_BV: Tensor) -> Tensor:
+        """``[V]``, true for tokens that are never sampled."""
+        count = scores_BV.shape[1]
+        if self._impossible_V is None or len(self._impossible_V) != count:
+            self._impossible_V = torch.tensor([i not in self._possible for i in range(count)])
+        self._impossible_V = self._impossible_V.to(scores_BV.device)
+        return self._impossible_V
+
     def _finish(self, batch: _Batch, tokens: list[int], done: FinishedCompletions) -> list[int]:
         """Append one token per row; returns the positions of the rows that continue."""
         ended: list[tuple[int, FinishReason]] = []
         kept: list[int] = []
         for place, (token, written) in enumerate(zip(tokens, batch.written, strict=True)):
             written.append(token)
-            if token in self._eos_ids or self._has_stopped(written):
+            tail = written[-self._stop_window :]
+            if token in self._eos_ids or self.codec.contains(tail, self._config.stop):
                 ended.append((place, "stop"))
             elif len(written) == batch.budgets[place]:
                 ended.append((place, "length"))
@@ -410,9 +422,3 @@ class Sampler:
                     )
                 done.add(batch.rows[place], Completion(batch.written[place], sums[place], reason))
         return kept
-
-    def _has_stopped(self, written: list[int]) -> bool:
-        if not self._config.stop:
-            return False
-        tail = self._tokenizer.decode(written[-self._stop_window :], skip_special_tokens=True)
-        return any(stop in tail for stop in self._config.stop)

@@ -18,13 +18,13 @@ from dar.protocol.rows import (
     read_offline,
 )
 from dar.rewards.base import SampleReward
+from dar.training.data.codec import Encoded, TextCodec, common_length
 from dar.training.data.rows import (
     Prompt,
     PromptEncoder,
     Rows,
     StoredCompletion,
     TokenPair,
-    common_length,
     naming_row,
 )
 from dar.training.report.sink import Sink
@@ -37,9 +37,10 @@ class RowEncoder(PromptEncoder):
     """Turns rows with completions into token ids.
 
     A completion's tokens are those that follow the prompt's when both are encoded as one text, as
-    the policy samples them; an end-of-sequence token is appended if there is none. A conversation
-    is rendered by the chat template together with the assistant's turn. Token ids are used as they
-    are.
+    the policy samples them; an end-of-sequence token is appended if there is none. They decode to
+    exactly the text of the row, or `dar.training.data.rows.Prompt.changed_text` shows what they
+    decode to (see `dar.training.data.codec.TextCodec.after`). A conversation is rendered by the
+    chat template together with the assistant's turn. Token ids are used as they are.
 
     If prompt and completion together are longer than ``longest``, first the prompt is cut from the
     left, down to ``longest // 2`` tokens (see `dar.training.data.PromptEncoder`), then the
@@ -69,6 +70,8 @@ class RowEncoder(PromptEncoder):
         self._longest = longest
         self.vocabulary = vocabulary
         self._eos_ids = frozenset(eos_ids)
+        added = self._codec.added_tokens
+        self._eos_texts = tuple(added[one].content for one in eos_ids if one in added)
 
     def __call__(self, row: Row) -> Prompt:
         """Encode one row, its completions included.
@@ -83,9 +86,10 @@ class RowEncoder(PromptEncoder):
         else:
             assert found.prompt is not None
             ids = self.encoded(found.prompt)
-        completions = [self._completion_ids(found.prompt, ids, one) for one in found.completions]
-        longest_completion = max(map(len, completions))
-        if min(map(len, completions)) == 0:
+        completions = [self._encoded(found.prompt, ids, one) for one in found.completions]
+        lengths = [len(one.ids) for one in completions]
+        longest_completion = max(lengths)
+        if min(lengths) == 0:
             raise RowError(
                 "a completion has 0 tokens, and the tokenizer has no EOS token to end it with",
                 "completion",
@@ -99,8 +103,21 @@ class RowEncoder(PromptEncoder):
             )
         if found.kind != "tokens":
             room = max(room, self._longest // 2)
-        prompt = self.fitted(row, found.prompt, ids, min(room, self._max_length))
-        return replace(prompt, completions=self._stored(found, completions, len(prompt.ids)))
+        longest = min(room, self._max_length)
+        prompt = self.fitted(row, found.prompt, ids, longest)
+        fitted = [
+            one
+            if one.prompt_ids is None
+            else replace(
+                one, prompt_ids=self.fitted(row, found.prompt, one.prompt_ids, longest).ids
+            )
+            for one in completions
+        ]
+        return replace(
+            prompt,
+            completions=self._stored(found, fitted, len(prompt.ids)),
+            changed_text=next((one.changed_text for one in completions if one.changed_text), None),
+        )
 
     def check(self, row: Row) -> None:
         """Check a row without encoding it if possible; see `dar.training.data.PromptEncoder`."""
@@ -119,50 +136,52 @@ class RowEncoder(PromptEncoder):
             self(row)
 
     def _stored(
-        self, row: OfflineRow, completions: Sequence[list[int]], prompt_length: int
+        self, row: OfflineRow, completions: Sequence[Encoded], prompt_length: int
     ) -> tuple[StoredCompletion, ...]:
-        room = self._longest - prompt_length
-        if row.behavior_logps is not None and max(map(len, completions)) > room:
-            raise RowError(
-                f"a completion of {max(map(len, completions))} tokens must be cut to {room}, and "
-                "then its behavior_logps do not fit it any more; raise max_length, shorten it, or "
-                "leave behavior_logps out of all rows",
-                "behavior_logps",
-            )
         known: Sequence[float | None] = row.behavior_logps or [None] * len(completions)
-        return tuple(
-            StoredCompletion(
-                ids=ids[:room],
-                finish_reason="stop" if len(ids) <= room and self._is_ended(ids) else "length",
-                reward=reward,
-                behavior_logp=logp,
+        stored = []
+        for one, reward, logp in zip(completions, row.rewards, known, strict=True):
+            before = prompt_length if one.prompt_ids is None else len(one.prompt_ids)
+            room, length = self._longest - before, len(one.ids)
+            if logp is not None and length > room:
+                raise RowError(
+                    f"a completion of {length} tokens must be cut to {room}, and then its "
+                    "behavior_logps do not fit it any more; raise max_length, shorten it, or leave "
+                    "behavior_logps out of all rows",
+                    "behavior_logps",
+                )
+            stored.append(
+                StoredCompletion(
+                    ids=one.ids[:room],
+                    finish_reason="stop"
+                    if length <= room and self._is_ended(one.ids)
+                    else "length",
+                    reward=reward,
+                    behavior_logp=logp,
+                    prompt_ids=one.prompt_ids,
+                )
             )
-            for ids, reward, logp in zip(completions, row.rewards, known, strict=True)
-        )
+        return tuple(stored)
 
     def _is_ended(self, ids: Sequence[int]) -> bool:
         return not self._eos_ids or ids[-1] in self._eos_ids
 
     # --- tokens of a completion ----------------------------------------------------------------
 
-    def _completion_ids(
+    def _encoded(
         self, prompt: str | Sequence[Message] | None, prompt_ids: list[int], completion: Completion
-    ) -> list[int]:
+    ) -> Encoded:
         if isinstance(completion, list):
-            return completion
+            return Encoded(completion)
         if isinstance(completion, str):
             assert isinstance(prompt, str)
-            return self._ended(
-                self._following(prompt_ids, self._plain(prompt + completion), completion)
-            )
-        assert prompt is not None
-        assert not isinstance(prompt, str)
-        return self._ended(self._turn(prompt, prompt_ids, completion))
-
-    def _following(self, prompt_ids: list[int], whole: list[int], text: str) -> list[int]:
-        """Tokens of ``text`` after the prompt; encoded alone if a token would span both."""
-        count = len(prompt_ids)
-        return whole[count:] if common_length(prompt_ids, whole) == count else self.bare(text)
+            text = prompt + completion
+            encoded = self._codec.after(prompt_ids, self._plain(text), completion, text)
+        else:
+            assert prompt is not None
+            assert not isinstance(prompt, str)
+            encoded = self._turn(prompt, prompt_ids, completion)
+        return replace(encoded, ids=self._ended(encoded.ids))
 
     def _answer(self, prompt: Sequence[Message], answer: Message) -> tuple[str, str]:
         """The rendered conversation with its answer, and the part that follows the prompt."""
@@ -184,14 +203,18 @@ class RowEncoder(PromptEncoder):
             )
         return text, text[len(before) :]
 
-    def _turn(self, prompt: Sequence[Message], prompt_ids: list[int], answer: Message) -> list[int]:
+    def _turn(self, prompt: Sequence[Message], prompt_ids: list[int], answer: Message) -> Encoded:
         text, rest = self._answer(prompt, answer)
-        ids = self._following(prompt_ids, self.bare(text), rest)
-        ends = [place for place, token in enumerate(ids) if token in self._eos_ids]
         # Templates append a line break to the end of a turn; sampling stops before it.
-        if ends and not str(self._tokenizer.decode(ids[ends[-1] + 1 :])).strip():
-            return ids[: ends[-1] + 1]
-        return ids
+        kept = rest.rstrip()
+        if kept.endswith(self._eos_texts):
+            text, rest = text[: len(text) - len(rest) + len(kept)], kept
+        encoded = self._codec.after(prompt_ids, self.bare(text), rest, text)
+        ids = encoded.ids
+        ends = [place for place, token in enumerate(ids) if token in self._eos_ids]
+        if ends and not self._codec.decode(ids[ends[-1] + 1 :]).strip():
+            ids = ids[: ends[-1] + 1]
+        return replace(encoded, ids=ids)
 
     def _ended(self, ids: list[int]) -> list[int]:
         if not self._eos_ids or (ids and ids[-1] in self._eos_ids):
@@ -225,7 +248,7 @@ class ReplaySource:
     ) -> None:
         self._prompts = prompts
         self._weigher = weigher
-        self._tokenizer = tokenizer
+        self._codec = TextCodec(tokenizer)
         self._sink = sink
         self._mode = mode
 
@@ -249,10 +272,8 @@ class ReplaySource:
             number=number,
             epoch=self._prompts.epoch(number),
             prompts=prompts,
-            pairs=[TokenPair(prompt.ids, one.ids) for prompt, one in stored],
-            texts=[
-                str(self._tokenizer.decode(one.ids, skip_special_tokens=True)) for _, one in stored
-            ],
+            pairs=[TokenPair(one.prompt_ids or prompt.ids, one.ids) for prompt, one in stored],
+            texts=[self._codec.text(one.ids) for _, one in stored],
             finish_reasons=[one.finish_reason for _, one in stored],
             rewards=[_given(one.reward) for _, one in stored],
             behavior_logps_B=torch.tensor(

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import TrainingOrder
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.config.config import DARConfig
+from dar.training.data.codec import TextCodec
 from dar.training.data.rows import Prompt, PromptEncoder, Rows, TokenPair, naming_row
 from dar.training.model import loading
 from dar.training.model.policy import Policy
@@ -87,9 +87,7 @@ class OnlineSource:
         started = time.monotonic()
         prompts = self.prompts.of_step(number)
         context = RewardContext(number, self.mode, run.job_id, staleness)
-        groups = _Groups(
-            self.scoring.scorer, prompts, context, self.policy.tokenizer, run.should_stop
-        )
+        groups = _Groups(self.scoring.scorer, prompts, context, self.sampler.codec, run.should_stop)
         waited = 0.0
         if stored is None:
             own = run.ranks.slice(len(prompts))
@@ -227,7 +225,7 @@ class _Groups:
     """None on the other processes."""
     prompts: Sequence[Prompt]
     context: RewardContext
-    tokenizer: PreTrainedTokenizerBase
+    codec: TextCodec
     should_stop: Callable[[], bool]
     """Polled while the scorer accepts no more."""
     tickets: dict[int, Ticket] = field(init=False, default_factory=dict)
@@ -237,8 +235,8 @@ class _Groups:
         return number % len(self.prompts)
 
     def text(self, completion: Completion) -> str:
-        """A completion without special tokens."""
-        return str(self.tokenizer.decode(completion.ids, skip_special_tokens=True))
+        """What follows the prompt, without special tokens."""
+        return self.codec.text(completion.ids)
 
     def pairs(self, numbers: Sequence[int], completions: Sequence[Completion]) -> list[TokenPair]:
         """Prompts with their completions, those of a prompt together."""

@@ -10,7 +10,12 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from dar.errors import CheckpointError, InvalidRequestError, TrainingError
 from dar.protocol.checkpoints import Manifest
@@ -77,6 +82,31 @@ def test_a_checkpoint_loads_like_any_model(trained: Path) -> None:
     assert model.generation_config.eos_token_id == 3
     assert model.config.use_cache
     assert tokenizer.decode(tokenizer("w10 w11")["input_ids"]) == "w10 w11"
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
+def test_an_end_token_of_the_config_alone_ends_completions_and_is_published(
+    train: Callable[..., DARTrainer],
+    make_model: Callable[..., LlamaForCausalLM],
+    sink: RecordingSink,
+    is_adapter: bool,
+) -> None:
+    model = make_model()
+    model.config.eos_token_id = 40
+    assert model.generation_config.eos_token_id == 3
+    written: list[list[int]] = []
+
+    def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+        written.extend(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    peft = {"peft_config": lora()} if is_adapter else {}
+    settings = {"max_steps": 1, "save_strategy": "steps", "dar_k": 32, "max_new_tokens": 20}
+    train(model=model, sink=sink, reward_funcs=reward, settings=settings, **peft)
+    assert any(ids[-1] == 40 for ids in written)
+    assert all(40 not in ids[:-1] for ids in written)
+    published = GenerationConfig.from_pretrained(sink.published[-1][1])
+    assert published.eos_token_id == [3, 40]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it

@@ -63,8 +63,8 @@ def test_only_the_prompt_that_is_too_long_is_cut(
 ) -> None:
     long = " ".join(f"w{i}" for i in range(4, 30))
     rows = [
-        {"prompt": long, "completions": ["w50 w51", "w52"], "rewards": [1, 0]},
-        {"prompt": "w40 w41 w42", "completions": [long, "w53"], "rewards": [1, 0]},
+        {"prompt": long, "completions": [" w50 w51", " w52"], "rewards": [1, 0]},
+        {"prompt": "w40 w41 w42", "completions": [" " + long, " w53"], "rewards": [1, 0]},
     ]
     settings = {"max_length": 16, "max_steps": 1}
     replay(rows, sink=sink, settings=settings)
