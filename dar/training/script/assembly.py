@@ -19,7 +19,7 @@ from dar.training.config.config import DARConfig
 from dar.training.data.sets import is_one_split, open_rows
 from dar.training.model import loading
 from dar.training.report.sink import Control, Sink
-from dar.training.script.flags import ScriptArguments
+from dar.training.script.arguments import ScriptArguments
 from dar.training.trainer import DARTrainer
 
 
@@ -87,10 +87,6 @@ def imported_function(name: str) -> RewardFunction:
         InvalidRequestError: There is no such function.
     """
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise InvalidRequestError(
-            f"--reward_function is {name!r}, but must be module:function", param="reward_function"
-        )
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:

@@ -155,7 +155,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert {path.name for path in folder.iterdir()} | {"__pycache__"} == before
     for expected in (
         "Completions of the first prompts", "(nothing was written)", "10 passes over 6 rows",
-        "2 prompts, 8 completions, at most 32 new tokens", "short, reward_model", "reward models", "out, checkpoints too",
+        "2 prompts x 4 completions = 8 completions, at most 32 new tokens", "short, reward_model", "reward models", "out, checkpoints too",
         "team/pleased",
     ):  # fmt: skip
         assert expected in said, said
@@ -166,7 +166,7 @@ def test_a_dry_run_fails_when_a_reward_does(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command("--dry_run", reward_function="judge:broken")) == 1
-    assert "1 of 8 completions got no reward" in capsys.readouterr().err
+    assert "1 of the 8 completions of the first 2 prompts got no reward" in capsys.readouterr().err
 
 
 # peft 0.19 asks transformers 5.23 for a property that is being renamed
