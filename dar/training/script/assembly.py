@@ -147,5 +147,10 @@ def _adapter(script: ScriptArguments) -> LoraConfig | None:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidRequestError(f"--{first['loc'][0]}: {first['msg']}") from None
+        name = {"r": "lora_r", "target_modules": "lora_target_modules"}.get(
+            str(first["loc"][0]), str(first["loc"][0])
+        )
+        raise InvalidRequestError(
+            f"--{name}: {first['msg']}, but it is {first['input']}", param=name
+        ) from None
     return loading.lora_config(spec)
