@@ -97,6 +97,12 @@ def imported_function(name: str) -> RewardFunction:
         raise InvalidRequestError(
             f"--reward_function {name}: {error}", param="reward_function"
         ) from error
+    except Exception as error:
+        raise InvalidRequestError(
+            f"--reward_function {name}: importing {module_name} raised "
+            f"{type(error).__name__}: {error}",
+            param="reward_function",
+        ) from error
     if not callable(function):
         raise InvalidRequestError(
             f"--reward_function {name} is a {type(function).__name__}, not a function",

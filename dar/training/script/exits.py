@@ -5,6 +5,7 @@ Importing this module loads no torch.
 
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from enum import IntEnum
 
@@ -18,6 +19,7 @@ from dar.errors import (
     ServiceUnavailableError,
     TrainingError,
 )
+from dar.rewards import functions
 
 REWARD_FLAGS = "--reward_url, --reward_function or --reward_model_name_or_path"
 FLAGS: Mapping[str, str] = {
@@ -61,6 +63,24 @@ def end(text: str, code: int) -> int:
     """Show a message on stderr as one paragraph. Returns ``code``."""
     sys.stderr.write(f"dar train: {' '.join(in_flags(text).split())}\n")
     return code
+
+
+def fail_by_function(error: Exception) -> int:
+    """Show an exception of a user's reward function, with its own part of the traceback.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        Exception: It came from elsewhere.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    calls = [place for place, one in enumerate(frames) if one.filename == functions.__file__]
+    if not calls:
+        raise error
+    sys.stderr.writelines(traceback.format_list(frames[calls[-1] + 1 :]))
+    text = f"the reward function raised {type(error).__name__}: {error}"
+    return end(f"{text}; nothing is trained without its rewards", ScriptExit.FAILED)
 
 
 def in_flags(text: str) -> str:

@@ -23,7 +23,7 @@ from dar.training.report.sink import StopKind
 from dar.training.script.arguments import CommandLine, ScriptArguments
 from dar.training.script.assembly import build, config_of
 from dar.training.script.dry_run import PREVIEWED_PROMPTS, show_preview
-from dar.training.script.exits import ScriptExit, end, fail
+from dar.training.script.exits import ScriptExit, end, fail, fail_by_function
 from dar.training.script.flags import read_command_line
 from dar.training.script.places import NEWEST, remove_earlier_run
 from dar.training.script.usage import check_line
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, a file that may not be read
         place = f": {error.filename}" if error.filename else ""
         return end(f"{error.strerror or error}{place}", ScriptExit.FAILED)
+    except Exception as error:  # noqa: BLE001 - a reward function may raise anything
+        return fail_by_function(error)
     except KeyboardInterrupt:
         return end("interrupted before the first step; nothing was trained", ScriptExit.INTERRUPTED)
 

@@ -8,10 +8,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from dar.errors import InvalidRequestError
 from dar.protocol.checkpoints import MANIFEST_NAME, checkpoint_folders
+from dar.protocol.reward_spec import RewardURL
 from dar.training.script.arguments import CommandLine
 
+REWARD_URL: TypeAdapter[str] = TypeAdapter(RewardURL)
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors",
                "*.safetensors.index.json")  # fmt: skip
@@ -43,6 +47,13 @@ def check_places(line: CommandLine) -> None:
             raise InvalidRequestError(
                 f"--{param}: {name}{_instead_of_model(Path(name))}", param=param
             )
+    for url in script.reward_url:
+        try:
+            REWARD_URL.validate_python(url)
+        except ValidationError as error:  # the URL is not shown, as it may hold a token
+            raise InvalidRequestError(
+                f"--reward_url: {error.errors()[0]['msg']}", param="reward_url"
+            ) from None
     for name in script.reward_function:
         module, _, attribute = name.partition(":")
         if not module or not attribute:

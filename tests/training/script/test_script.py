@@ -44,6 +44,9 @@ from pathlib import Path
 def short(prompts, completions, **columns):
     return [-len(text) / 40 for text in completions]
 
+def failing(prompts, completions, **columns):
+    return columns["answer"]
+
 def silent(prompts, completions, **columns):
     return [None] * len(completions)
 
@@ -194,6 +197,27 @@ def test_wandb_without_a_key_is_one_sentence(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("dar train: the tracker wandb cannot start: ")
     assert "leave it out of --report_to" in last
+
+
+@pytest.mark.parametrize(
+    ("function", "said", "shown"),
+    [
+        ("judge:failing", "the reward function raised KeyError: 'answer'", 'columns["answer"]'),
+        ("unfinished:short", "importing unfinished raised SyntaxError: '(' was never closed", ""),
+        ("divided:short", "importing divided raised ZeroDivisionError: division by zero", ""),
+    ],
+)
+def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], function: str, said: str, shown: str
+) -> None:
+    (folder / "unfinished.py").write_text("def short(")
+    (folder / "divided.py").write_text("1 / 0")
+    assert main(command(reward_function=function)) in (1, 64)
+    text = capsys.readouterr().err
+    assert said in text.splitlines()[-1]
+    assert shown in text
+    assert "/dar/" not in text
+    assert "Traceback" not in text
 
 
 def test_a_dry_run_fails_when_every_reward_is_skipped(

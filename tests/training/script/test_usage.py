@@ -49,6 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--model_name_or_path", "adapter"], "adapter holds an adapter without its base model"),
         (["--model_name_or_path", "used"], "did you mean its checkpoint used/checkpoints/step-10?"),
         (["--reward_model_name_or_path", "./x"], "--reward_model_name_or_path: there is no folder ./x"),
+        (["--reward_url", "localhost:9000"], "--reward_url: not a usable reward URL: it must start with"),
         (["--reward_function", "judge"], "--reward_function is 'judge', but must be module:function"),
         (["--resume_from_checkpoint", "latest"], "there is no checkpoint in out/checkpoints"),
         (["--resume_from_checkpoint", "true"], "there is no checkpoint in out/checkpoints"),
