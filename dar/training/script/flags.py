@@ -1,9 +1,10 @@
 """The parser of ``dar train``: fields of `ScriptArguments` and `DARConfig` as flags."""
 
 import argparse
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
@@ -91,6 +92,8 @@ class FlagParser(HfArgumentParser):
             options["choices"] = _with_effect(name, options["choices"])
         plain = [other for other in names if "-" not in other.lstrip("-")]
         is_switch = options.get("action") in {"store_true", "store_false", "help"}
+        if options.get("type") is dict or get_origin(options.get("type")) is dict:
+            options["type"] = json_object  # transformers would call dict with the text
         options["help"] = _help(name, options)
         if len(", ".join(map(str, options.get("choices") or ()))) > LONGEST_CHOICES:
             options["metavar"] = "NAME"
@@ -143,8 +146,29 @@ def _with_effect(name: str, choices: Collection[str]) -> Collection[str]:
     return [choice for choice in choices if choice in kept]
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ArgumentTypeError: It is something else.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
 def _metavar(kind: object) -> str:
-    names: dict[object, str] = {int: "N", float: "X", str: "TEXT", string_to_bool: "true|false"}
+    names: dict[object, str] = {
+        int: "N",
+        float: "X",
+        str: "TEXT",
+        string_to_bool: "true|false",
+        json_object: "JSON",
+    }
     return names.get(kind, "NAME" if isinstance(kind, type) else "JSON")
 
 

@@ -48,7 +48,7 @@ async def test_every_attempt_sends_the_same_bytes_under_the_same_id(
     [
         (b"<html>please log in, KEY</html>", "text/html", "a login page or a proxy may have answered"),
         (b"<html>please log in, KEY</html>", "application/json", "the answer is not JSON"),
-        (b'{"note": "KEY caf\xe9"}', "application/json", "not UTF-8 from byte 30; encode it as UTF-8"),
+        (b'{"note": "KEY caf\xe9"}', "application/json", "not UTF-8 from byte 32; encode it as UTF-8"),
         (b"\xef\xbb\xbf{}", "application/json", "starts with a byte order mark"),
         (b"0.5, KEY", "text/plain", "content-type 'text/plain', but application/json is required"),
     ],

@@ -169,7 +169,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
         ({"dar_k": 2}, "dar_k was 4 and is 2"),
         ({"max_steps": 5}, "max_steps was 6 and is 5"),
         ({"max_steps": 7, "seed": 1}, "seed was 42 and is 1"),
-        ({"gradient_accumulation_steps": 4}, r"prompts_per_step was 2 and is 4 \(per_device_"),
+        ({"gradient_accumulation_steps": 4}, r"prompts_per_step was 3 and is 12 \(per_device_"),
     ],
 )
 def test_a_resume_under_another_configuration_names_the_arguments(

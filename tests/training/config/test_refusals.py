@@ -63,6 +63,8 @@ def test_a_reference_that_has_no_part_is_refused(
     assert refused.value.param == "ref_model"
 
 
+# peft 0.19 asks transformers 5.23 for a property that is being renamed
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("kind", ["adapter", "model"])
 def test_a_model_whose_weights_are_all_frozen_is_refused(
     train: Callable[..., DARTrainer],

@@ -12,7 +12,7 @@ from dar.errors import InvalidRequestError
 from dar.settings import inherited_environment
 from dar.training.script.assembly import config_of
 from dar.training.script.exits import in_flags
-from dar.training.script.flags import make_parser
+from dar.training.script.flags import json_object, make_parser
 from dar.training.script.usage import QuickParser, refused
 
 GIVEN = ["--model_name_or_path=model", "--dataset_name=prompts.jsonl", "--output_dir=out"]
@@ -119,6 +119,8 @@ def example(action: argparse.Action) -> list[str]:
     """Values that the parser accepts."""
     if action.nargs == 0:
         return []
+    if action.type is json_object:
+        return ['{"rope": true}']
     if action.choices:
         return [str(next(iter(action.choices)))]
     value = {int: "3", float: "0.5", str: "x"}.get(action.type, "true")
@@ -158,8 +160,12 @@ def test_every_value_that_the_help_offers_is_accepted(tmp_path: Path) -> None:
         if action.help == argparse.SUPPRESS or name in of_script:
             continue
         for choice in action.choices or ():
-            more = {"eval_steps": 1} if name == "eval_strategy" and choice == "steps" else {}
-            config_of({**needed, name: choice, **more})
+            needs_evaluation = choice == "reduce_lr_on_plateau" or (name, choice) == (
+                "eval_strategy",
+                "steps",
+            )
+            more = {"eval_strategy": "steps", "eval_steps": 1} if needs_evaluation else {}
+            config_of({**needed, **more, name: choice})
 
 
 def test_errors_speak_of_flags_and_not_of_arguments() -> None:
