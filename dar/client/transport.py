@@ -230,7 +230,7 @@ class Transport:
                 f"cannot reach the DAR service at {self.base_url}: "
                 f"{str(error) or type(error).__name__}; "
                 "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
-            ) from error
+            ) from None  # the HTTP library's traceback has 60 lines; `__context__` keeps its error
 
     def retried(self, attempt: Callable[[], Result]) -> Result:
         """Call ``attempt``, and again after passing failures, up to ``max_retries`` times.
@@ -239,7 +239,11 @@ class Transport:
             ServiceConnectionError: The service could not be reached.
             DARError: The service returned an error; the class is the one that it raised.
         """
-        return call_with_retries(attempt, self._policy)
+        try:
+            return call_with_retries(attempt, self._policy)
+        except DARError as error:
+            # In a user's traceback only the way to this module matters, not the way inside.
+            raise error.with_traceback(None) from None
 
     def parse(self, response: httpx2.Response, answer: type[Answer]) -> Answer:
         """The body of a response as a model.

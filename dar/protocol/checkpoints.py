@@ -1,5 +1,6 @@
 """Checkpoints: resumable states whose files can be downloaded."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +12,13 @@ MANIFEST_NAME = "MANIFEST.json"
 RESUME_FOLDER = "resume"
 """Folder inside a checkpoint with files for a resume: optimizer, scheduler, counters, random
 states."""
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The folders ``step-<n>`` in ``root``, by step."""
+    numbered = [(one.name.removeprefix("step-"), one) for one in root.glob("step-*")]
+    return [one for _, one in sorted((int(n), one) for n, one in numbered if n.isdigit())]
+
 
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[

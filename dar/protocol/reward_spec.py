@@ -14,6 +14,9 @@ RESERVED_COLUMNS = frozenset(
     {"prompt", "prompts", "completion", "completions", "completion_ids", "messages"}
 )
 
+MAX_CONCURRENCY = 256
+"""Most requests in flight to one reward service."""
+
 
 def _check_reward_url(url: str) -> str:
     def refuse(why: str) -> PydanticCustomError:
@@ -141,7 +144,7 @@ class RewardLimits(Input):
 
     _adaptive = _retired("adaptive", False)
 
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    concurrency: Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] = 8
     """Requests in flight at once."""
     rps: Annotated[float, Field(gt=0, le=10_000)] | None = None
     """Most requests started per second, retries included; null: no limit."""

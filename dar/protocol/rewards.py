@@ -398,6 +398,12 @@ def _refuse_json(body: bytes, reason: str) -> NoReturn:
         refuse("nonfinite", f"{str(error)[:20]} is not a finite number")
     except (ValueError, RecursionError):
         pass
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse("json", f"the answer is not UTF-8 from byte {error.start + 1}; encode it as UTF-8")
+    if body.startswith(b"\xef\xbb\xbf"):
+        refuse("json", "the answer starts with a byte order mark; send it without one")
     refuse("json", f"the answer is not JSON: {reason}")
 
 

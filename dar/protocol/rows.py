@@ -35,6 +35,8 @@ KINDS: Mapping[str, Kind] = {
     "rejected": "preferences",
 }
 """Columns that hold completions, and the kind of row they make."""
+LIKE_PROMPT = ("prompt", "prompts", "question", "query", "instruction", "input", "problem", "text")
+"""Columns that other data sets have in place of a prompt, in small letters."""
 REWARD_COLUMNS = ("reward", "rewards")
 OFFLINE_COLUMNS = frozenset({"prompt", "prompt_ids", "behavior_logps", *KINDS, *REWARD_COLUMNS})
 """Columns that offline training reads; all others belong to the user."""
@@ -107,9 +109,25 @@ def read_prompt(row: Row) -> str | list[Message]:
     if isinstance(prompt, str):
         return prompt
     if prompt is None:
-        there = ", ".join(map(str, list(row)[:10])) or "none"
-        raise RowError(f"the row has no 'prompt'; its columns: {there}", "prompt", "missing")
+        raise RowError(_instead_of_prompt(row), "prompt", "missing")
     return _messages(prompt, "prompt")
+
+
+def _instead_of_prompt(row: Row) -> str:
+    """What a row without a prompt has, and how to name it."""
+    if "prompt" in row:
+        return "the prompt is null; give it a text or a list of messages, or remove the row"
+    if row.get("messages") is not None:
+        return (
+            "the row has no 'prompt', but 'messages': rename the column to 'prompt', and leave out "
+            "the assistant's answer at its end"
+        )
+    names = {str(name).lower(): name for name in row if isinstance(row[name], str | Sequence)}
+    for name in LIKE_PROMPT:
+        if name in names:
+            return f"the row has no 'prompt'; rename the column {names[name]!r} to 'prompt'"
+    there = ", ".join(map(str, list(row)[:10])) or "none"
+    return f"the row has no 'prompt'; its columns: {there}"
 
 
 def check_online(row: Row) -> None:

@@ -9,7 +9,7 @@ an option is never accepted and then ignored.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dar.protocol.base import Input, only
@@ -247,6 +247,16 @@ class Method(Input):
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
+def _refuse_top_level(given: object) -> object:
+    if given is not None:
+        raise PydanticCustomError(
+            "unsupported_value",
+            "this service reads hyperparameters under method.dar only; put them into "
+            "method.dar.hyperparameters",
+        )
+    return given
+
+
 class JobSpec(Input):
     """Body of ``POST /v1/fine_tuning/jobs``."""
 
@@ -267,7 +277,7 @@ class JobSpec(Input):
     """Up to 16 labels of the user's own."""
     skip_validation: bool = False
     """Whether the job is accepted without calling its reward services first."""
-    hyperparameters: Annotated[None, only(None)] = None
+    hyperparameters: Annotated[None, BeforeValidator(_refuse_top_level)] = None
     """Must be null: hyperparameters are in ``method.dar.hyperparameters``."""
     integrations: Annotated[None, only(None)] = None
     """Not supported yet: must be null."""

@@ -2,10 +2,16 @@
 
 import sys
 
-from dar.training.parallel.launch import start_all_processes
+from dar.training.script.usage import refused
 
 if __name__ == "__main__":
-    start_all_processes()  # it may replace this process by torchrun
-    from dar.training.script.main import main
+    code = refused(sys.argv[1:])
+    if code is None:
+        # only now, as they load torch
+        from dar.training.parallel.launch import start_all_processes
 
-    sys.exit(main())
+        start_all_processes()  # it may replace this process by torchrun
+        from dar.training.script.main import main
+
+        code = main()
+    sys.exit(code)

@@ -23,14 +23,14 @@ from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
 from dar.rewards.from_spec import RewardAccess
-from dar.training.checkpoint.fingerprint import config_sha256
+from dar.training.checkpoint.fingerprint import decisive_facts
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
 from dar.training.checkpoint.resume import RunCheckpoints
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, Rows, check_table
 from dar.training.evaluation import ComputeMetrics, Predictions, RunEvaluation
-from dar.training.model.loading import LanguageModel, weights_bytes
+from dar.training.model.loading import LanguageModel, check_trainable, weights_bytes
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
 from dar.training.parallel.ranks import Ranks
@@ -43,6 +43,7 @@ from dar.training.report.sink import (
     StopKind,
     StopRequestedError,
 )
+from dar.training.report.trackers import name_start_errors
 from dar.training.reward_sources import (
     GivenRewards,
     LoadedRewards,
@@ -204,6 +205,7 @@ class DARTrainer(Trainer):
         policy.model.config.use_cache = is_using_cache
         policy.place_reference(config.device)
         limit_search_for_unused(self)
+        name_start_errors(self.callback_handler.callbacks)
         self._policy = policy
         self.stopped_by: StopKind | None = None
         """The request that ended `train` early."""
@@ -246,7 +248,7 @@ class DARTrainer(Trainer):
         self._checkpoints = RunCheckpoints(
             run,
             self.hub,
-            config_sha256=config_sha256(
+            decisive=decisive_facts(
                 self.args, policy.model, self.train_dataset, policy.base_sketch, terms
             ),
             members=(self._loop, self._evaluation, self._rewards),
@@ -282,7 +284,8 @@ class DARTrainer(Trainer):
         """Train to the last step, or until a stop is requested (see `stopped_by`).
 
         Args:
-            resume_from_checkpoint: A checkpoint folder of a trainer with the same arguments.
+            resume_from_checkpoint: A checkpoint folder of a trainer with the same arguments;
+                ``max_steps`` may be larger. True: the newest in ``args.output_dir``.
             trial: Not used.
             ignore_keys_for_eval: Must be empty: see `evaluate`.
 
@@ -319,6 +322,7 @@ class DARTrainer(Trainer):
     def _train_together(
         self, resume: str | Path | bool | None, start: Callable[[str | None], TrainOutput]
     ) -> TrainOutput:
+        check_trainable(self.model)
         if len(set(self.ranks.gather(self._checkpoints.config_sha256))) > 1:
             raise InvalidRequestError(
                 "the processes of this training run have different arguments, data or base models; "
@@ -341,9 +345,7 @@ class DARTrainer(Trainer):
         self._checkpoints.sweep()
         if not resume:
             return start(None)
-        if isinstance(resume, bool):
-            raise InvalidRequestError("resume_from_checkpoint must name the checkpoint's folder")
-        folder = Path(resume)
+        folder = self._checkpoints.newest() if isinstance(resume, bool) else Path(resume)
         manifest = self._checkpoints.open(folder)
         if manifest.step >= self.args.max_steps:
             # The last step was done before: only its checkpoint is published in this run too.

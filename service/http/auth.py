@@ -13,6 +13,8 @@ from service.store import fence
 from service.store import keys as key_store
 
 Scope = Literal["read", "submit", "admin", "worker"]
+OTHER_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
+"""Headers in which other services take a key."""
 HINT = "send 'Authorization: Bearer <key>'; by default it is in $DAR_HOME/api_key"
 
 
@@ -39,10 +41,28 @@ def bearer(request: Request) -> str:
     Raises:
         AuthenticationError: The request has none.
     """
-    scheme, _, credential = request.headers.get("authorization", "").partition(" ")
+    header = request.headers.get("authorization", "")
+    scheme, _, credential = header.partition(" ")
     if scheme.lower() != "bearer" or not credential.strip():
-        raise AuthenticationError(f"no API key was sent; {HINT}", code="missing_api_key")
+        raise AuthenticationError(
+            f"{_instead_of_key(request, header)}; {HINT}", code="missing_api_key"
+        )
     return credential.strip()
+
+
+def _instead_of_key(request: Request, header: str) -> str:
+    """What a request without a bearer credential has sent; never shows a credential."""
+    scheme, _, credential = header.strip().partition(" ")
+    if scheme.lower() == "bearer":
+        return "the Authorization header has no key after 'Bearer'"
+    if header and not credential:
+        return "the Authorization header holds a key without 'Bearer ' before it"
+    if header:
+        return "the Authorization header has another scheme than Bearer"
+    for name in OTHER_HEADERS:
+        if name in request.headers:
+            return f"the key was sent in the header {name}, which is not read"
+    return "no API key was sent"
 
 
 def principal(request: Request, installation: CurrentInstallation) -> Principal:

@@ -1,6 +1,8 @@
 """Exception handlers: every error of every route is rendered here, in one shape."""
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Mount
 
 from dar.errors import (
     ConflictError,
@@ -22,6 +25,7 @@ from dar.errors import (
     Problem,
     ServiceUnavailableError,
 )
+from dar.protocol.rows import kind_of_value
 from service.store.database import is_outage
 
 log = structlog.get_logger()
@@ -34,6 +38,16 @@ _WORDS = {
     "missing": "this field is required",
     "finite_number": "must be a finite number, not NaN or infinity",
 }
+SHOWN = frozenset(
+    {
+        "float_type", "int_type", "bool_type", "float_parsing", "int_parsing", "bool_parsing",
+        "int_from_float", "literal_error", "greater_than", "greater_than_equal", "less_than",
+        "less_than_equal",
+    }
+)  # fmt: skip
+"""Errors of pydantic whose message shows what was sent."""
+TYPES = frozenset({"float_type", "int_type", "bool_type"})
+"""Those among them that a text in place of a number or a boolean causes."""
 
 
 def install(app: FastAPI) -> None:
@@ -111,17 +125,60 @@ def invalid(problems: Sequence[Problem]) -> InvalidRequestError:
 
 def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequestError:
     """The error for a body that is not a valid ``model``."""
-    return invalid(problems_of(error.errors(include_url=False, include_input=False), model))
+    return invalid(problems_of(error.errors(include_url=False), model))
 
 
 def _message(item: Mapping[str, Any], model: type[BaseModel] | None) -> str:
-    message = _WORDS.get(item["type"], str(item["msg"]))
+    message = _WORDS.get(item["type"], str(item["msg"])) + _given(item)
     if item["type"] == "extra_forbidden" and model is not None:
+        name = str(item["loc"][-1])
         names = _field_names(model, item["loc"][:-1])
-        close = get_close_matches(str(item["loc"][-1]), names, n=1)
-        message += f"; did you mean {close[0]!r}?" if close else ""
-        message += f"; known here: {', '.join(names)}" if names and not close else ""
+        close = get_close_matches(name, names, n=1)
+        place = next(_places_of(name, model), None)
+        if place is not None:
+            message += f" here; it belongs into {place}"
+        elif close:
+            message += f"; did you mean {close[0]!r}?"
+        elif names:
+            message += f"; known here: {', '.join(names)}"
     return message
+
+
+def _given(item: Mapping[str, Any]) -> str:
+    """What was sent in place of a number, a boolean or one of some words; no other value is shown.
+
+    Texts of other fields may be secrets.
+    """
+    value = item.get("input")
+    if item["type"] not in SHOWN:
+        return ""
+    if not isinstance(value, str | int | float):
+        return f", but it is {kind_of_value(value)}"
+    shown = f"{json.dumps(value, ensure_ascii=False):.60}"
+    if isinstance(value, str) and item["type"] in TYPES:
+        advice = "; send it without quotes" if _is_plain(value) else ""
+        return f", but it is the text {shown}{advice}"
+    return f", but it is {shown}"
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text would be a number or a boolean without its quotes."""
+    try:
+        return text in {"true", "false"} or math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _places_of(name: str, model: type[BaseModel], path: str = "") -> Iterator[str]:
+    """Paths of objects inside ``model``, its own excepted, that have a field ``name``."""
+    for field_name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is None or "list[" in str(field.annotation):
+            continue
+        here = f"{path}.{field_name}".removeprefix(".")
+        if name in inner.model_fields:
+            yield here
+        yield from _places_of(name, inner, here)
 
 
 def _field_names(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
@@ -165,7 +222,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     here = f"{request.method} {request.url.path}"
     made: DARError
     if error.status_code == 404:
-        made = NotFoundError(f"there is no route {here}; /openapi.json lists the existing ones")
+        advice = "/openapi.json lists the existing ones"
+        if _is_under_v1(request):
+            advice = f"it is /v1{request.url.path}: let the client's base_url end with /v1"
+        made = NotFoundError(f"there is no route {here}; {advice}")
     elif error.status_code == 405:
         made = MethodNotAllowedError(f"{here} is not supported; this path has other methods")
     elif error.status_code == 413:
@@ -175,6 +235,14 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         made = DARError(str(error.detail))
     return render(made, request_id(request), error.headers)
+
+
+def _is_under_v1(request: Request) -> bool:
+    scope = {**request.scope, "path": f"/v1{request.url.path}"}
+    return any(
+        not isinstance(route, Mount) and route.matches(scope)[0] is not Match.NONE
+        for route in request.app.routes
+    )
 
 
 async def _on_database_error(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from service.store import checkpoints
 from service.store.database import Transaction
 from service.store.tables import CheckpointRow, JobRow
 
-MAX_NAMED = 10
+MAX_NAMED = 5
+"""Folders that an error names."""
+MAX_COMPARED = 1000
+"""Fine-tuned models with which a wrong name is compared."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
 _FOLDER = re.compile(r"^[A-Za-z0-9][\w.-]*$", re.ASCII)
 
@@ -54,14 +58,23 @@ def resolve(
                 f"model {name!r} is made of checkpoints that are no longer kept", param="model"
             )
         return ResolvedModel(source, ids)
-    made = checkpoints.models(transaction, project_id, limit=MAX_NAMED + 1)
-    there = [*(model.id for model in _folders(settings.models_path)), *(id_ for id_, _, _ in made)]
-    known = ", ".join(there[:MAX_NAMED]) + (", …" if len(there) > MAX_NAMED else "")
+    made = [id_ for id_, _, _ in checkpoints.models(transaction, project_id, limit=MAX_COMPARED)]
     raise ModelNotFoundError(
-        f"there is no model {name!r}; there are: {known or 'none yet'}. A new one is a folder with "
-        f"a config.json under {settings.models_path}; a hub model is named with its owner, like "
-        "'Qwen/Qwen3-0.6B'",
-        param="model",
+        f"there is no model {name!r}; {_others(settings.models_path, name, made)}", param="model"
+    )
+
+
+def _others(root: Path, name: str, made: Sequence[str]) -> str:
+    """What to name instead: similar names, or a few folders, and where a new one belongs."""
+    folders = [model.id for model in _folders(root)]
+    close = get_close_matches(name, [*folders, *made], n=3)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}? GET /v1/models lists all"
+    shown = ", ".join(folders[:MAX_NAMED]) + (", …" if len(folders) > MAX_NAMED else "")
+    known = f"GET /v1/models lists all, among them {shown}" if folders else "there is none yet"
+    return (
+        f"{known}. A new one is a folder with a config.json under {root}; a hub model is named with "
+        "its owner, like 'Qwen/Qwen3-0.6B'"
     )
 
 
@@ -118,6 +131,13 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
 
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     if not _HUB_ID.match(name):
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelNotFoundError(
+                f"{name!r} is a path, but a model is named: put its folder under "
+                f"{settings.models_path} and send the folder's name, like "
+                f"{_last_part(name)!r}, or send a hub id, owner/name",
+                param=param,
+            )
         raise ModelNotFoundError(
             f"{name!r} is no hub id; a hub id is written owner/name", param=param
         )
@@ -128,6 +148,11 @@ def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
             param=param,
         )
     return ModelSource(kind="hub", name=name, checkpoint_id=None, adapter_ids=[])
+
+
+def _last_part(path: str) -> str:
+    last = Path(path).name
+    return last if _FOLDER.match(last) else "my-model"
 
 
 def _of_checkpoint(checkpoint: CheckpointRow, job: JobRow) -> ModelSource:

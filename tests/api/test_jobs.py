@@ -114,7 +114,12 @@ def test_an_unknown_model_is_answered_with_those_there_are(
     live: Live, error_of: Callable[..., Any]
 ) -> None:
     error = error_of(live.http.post(PATH, json=live.spec(model="bose")))
-    assert "there are: base" in error["message"]
+    assert "there is no model 'bose'; did you mean 'base'?" in error["message"]
+    for number in range(20):
+        (live.settings.home / "models" / f"other-{number:02}").mkdir()
+        (live.settings.home / "models" / f"other-{number:02}" / "config.json").write_text("{}")
+    error = error_of(live.http.post(PATH, json=live.spec(model="zzz")))
+    assert "among them base, other-00, other-01, other-02, other-03, …. A new" in error["message"]
 
 
 def test_an_allowed_hub_model_is_left_to_the_worker(serve: Callable[..., Any]) -> None:

@@ -3,10 +3,12 @@
 import json
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 import dar
@@ -65,6 +67,22 @@ def test_an_unreachable_service_is_named_with_what_to_do(quick: None) -> None:
             client.jobs.list().page()
     assert url in caught.value.message
     assert "dar up" in caught.value.message
+
+
+def test_the_traceback_of_an_unreachable_service_is_short_and_ends_with_what_to_do(
+    quick: None,
+) -> None:
+    with (
+        Client("key", "http://127.0.0.1:9") as client,
+        pytest.raises(ServiceConnectionError) as caught,
+    ):
+        client.jobs.list().page()
+    shown = traceback.format_exception(caught.value)
+    assert isinstance(caught.value.__context__, httpx2.ConnectError)
+    lines = "".join(shown).splitlines()
+    assert len(lines) <= 16
+    assert "httpx" not in "".join(shown)
+    assert lines[-1].startswith("dar.errors.ServiceConnectionError: cannot reach the DAR service")
 
 
 @pytest.mark.parametrize("status", [0, 408, 429, 500, 503])

@@ -29,9 +29,9 @@ from dar.rewards.http.async_results import Inbox, LaterReply, Polled
 from dar.rewards.http.breaker import BreakerOptions, CallOutcome
 from dar.rewards.http.connection import Timings
 from dar.rewards.http.egress import EgressPolicy, Resolver
-from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, Patience
+from dar.rewards.http.endpoint import QUOTED, ConcurrencySlot, Endpoint, Patience
 from dar.rewards.http.log import log_attempt, trace_id
-from dar.rewards.http.responses import Answer, as_result
+from dar.rewards.http.responses import Answer, as_result, printable
 from dar.rewards.http.retry import (
     AttemptFailedError,
     FailureKind,
@@ -364,8 +364,12 @@ class RetryingRequest:
         try:
             results = self._sender.protocol.decode(answer.body, self._batch)
         except RewardContractError as error:
-            reason = self._endpoint.redact(error.message)
-            raise AttemptFailedError("contract", error.error_code, reason, status=200) from None
+            reason, quote = self._endpoint.redact(error.message), ""
+            if error.error_code == "contract.json":
+                quote = self._endpoint.redact(printable(answer.body))[:QUOTED]
+            raise AttemptFailedError(
+                "contract", error.error_code, reason, quote=quote, status=200
+            ) from None
         if self._later is not None:
             self._later.close()
         return results

@@ -74,14 +74,22 @@ async def read_answer(incoming: Incoming) -> Answer:
     """
     headers = incoming.headers
     if incoming.encoding != "identity":
-        raise _contract("content_encoding", f"content-encoding {incoming.encoding[:40]!r}")
+        raise _contract(
+            "content_encoding",
+            f"content-encoding {incoming.encoding[:40]!r}, but the request asks for an answer that "
+            "is not compressed",
+        )
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and incoming.status == 200:
-        raise _contract(
-            "content_type",
-            f"content-type {media_type[:80]!r}, but application/json is required; "
-            "a login page or a proxy may have answered",
+        is_page = "html" in media_type
+        raise AttemptFailedError(
+            "contract",
+            "contract.content_type",
+            f"content-type {media_type[:80]!r}, but application/json is required"
+            + ("; a login page or a proxy may have answered" if is_page else ""),
+            quote=await _quote(incoming),
+            status=200,
         )
     length = headers.get("content-length", "")
     if length.isdigit() and int(length[:20]) > MAX_RESPONSE_BYTES:
@@ -135,7 +143,12 @@ async def refusal_of(incoming: Incoming) -> AttemptFailedError:
 async def _quote(incoming: Incoming) -> str:
     if incoming.encoding != "identity":
         return ""
-    text = (await start_of(incoming)).decode("utf-8", "replace")
+    return printable(await start_of(incoming))
+
+
+def printable(body: bytes) -> str:
+    """The start of a body as one line of text, for a quote that has not been redacted."""
+    text = body[:READ_BYTES].decode("utf-8", "replace")
     return "".join(ch if ch.isprintable() else " " for ch in text).strip()
 
 

@@ -27,6 +27,8 @@ QUEUEING = 2.0
 """Factor of latency under load above which additional requests only queue."""
 LONGEST_PAUSE = 5.0
 """Most seconds to wait for a ``Retry-After`` after the load."""
+SHORTEST_ATTEMPT = 5
+"""Fewest seconds that are suggested for an attempt: a service may be slower later."""
 MOSTLY = 0.5
 """Share of failed requests above which retries do not help."""
 EXAMPLE = {"prompts": 32, "completions": 4, "seconds": 30.0}
@@ -134,7 +136,7 @@ def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
     if load.throttled:
         concurrency = max(1, concurrency // 2)
     concurrency = min(concurrency, _useful_concurrency(load) or concurrency)
-    attempt = float(min(3600, max(5, math.ceil(3 * p99))))
+    attempt = float(min(3600, max(SHORTEST_ATTEMPT, math.ceil(3 * p99))))
     size = load.samples
     if size > 1 and (load.codes["http_413"] or p50 > component.timeouts.attempt / 2):
         size //= 2
@@ -146,7 +148,7 @@ def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
             "deadline": min(3600.0, max(component.timeouts.deadline, 5 * attempt)),
         },
         "batch": {"max_samples": size},
-        "hint": _hint(p50, size),
+        "hint": f"{_hint(p50, size)} {_reason_of_attempt(p99, attempt)}",
     }
 
 
@@ -159,6 +161,14 @@ def _hint(latency: float, size: int) -> str:
         f"{size} / T, where T is the time in seconds that sampling and training of a step take. "
         f"For {EXAMPLE['prompts']:g} prompts with {EXAMPLE['completions']:g} completions each and "
         f"T = {EXAMPLE['seconds']:g}: {needed}."
+    )
+
+
+def _reason_of_attempt(p99: float, attempt: float) -> str:
+    return (
+        f"timeouts.attempt is three times the slowest percent of requests ({p99:.2g} s), and at "
+        f"least {SHORTEST_ATTEMPT} s: {attempt:g} s. A service that is slower at other times, as "
+        "one that starts on demand or judges with a language model, needs more."
     )
 
 

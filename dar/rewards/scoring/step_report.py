@@ -175,7 +175,7 @@ class StepObserver:
         self._emit(
             "warn",
             f"reward component {record.component}: a request of {record.samples} samples failed with {record.outcome} and is "
-            f"{then}{quote}; further failures of this class are counted in reward_stats",
+            f"{then}{quote}; further failures of this class are only counted",
             data,
         )
 

@@ -1,10 +1,11 @@
-"""Digest of everything that decides the result of a run; a resume needs the same digest."""
+"""Everything that decides the result of a run, and its digest; a resume needs the same."""
 
 import hashlib
 import itertools
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -12,10 +13,23 @@ from peft import PeftModel
 
 from dar.protocol.reward_spec import Rewards
 from dar.rewards.functions import FunctionReward, RewardFunction
-from dar.training.checkpoint.checkpoint import digest
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import Rows
 from dar.training.model.loading import LanguageModel
+
+LONGEST_VALUE = 80
+"""Characters of a value that a message shows."""
+COUNTED = {
+    "prompts_per_step": " (per_device_train_batch_size times gradient_accumulation_steps times the "
+    "number of processes)",
+    "is_one_step_ahead": " (overlap one_step)",
+}
+"""What makes a derived fact."""
+DIGESTED = {
+    "rows": "the training data have other rows",
+    "base": "the base model has other weights",
+}
+"""Facts of which only a digest is known, and how a difference reads."""
 
 
 def rows_sha256(rows: Rows) -> str:
@@ -68,14 +82,14 @@ def _terms_of_spec(rewards: Rewards) -> list[dict[str, object]]:
     ]
 
 
-def config_sha256(
+def decisive_facts(
     config: DARConfig,
     policy: LanguageModel,
     rows: Rows,
     base: str,
     rewards: Sequence[Mapping[str, object]],
-) -> str:
-    """Digest of everything that decides the result, except the answers of reward services.
+) -> dict[str, Any]:
+    """Everything that decides the result, except the answers of reward services, as JSON values.
 
     Args:
         config: Its `DARConfig.decisive_values`.
@@ -89,15 +103,63 @@ def config_sha256(
         left_out = {"base_model_name_or_path", "inference_mode", "peft_version"}
         values = policy.active_peft_config.to_dict()
         adapter = {key: value for key, value in values.items() if key not in left_out}
-    return digest(
-        {
-            "config": config.decisive_values(),
-            "adapter": json.loads(json.dumps(adapter, default=_as_list)),
-            "rows": rows_sha256(rows),
-            "base": base,
-            "rewards": [dict(term) for term in rewards],
-        }
+    facts: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "config": config.decisive_values(),
+                "adapter": adapter,
+                "rows": rows_sha256(rows),
+                "base": base,
+                "rewards": [dict(term) for term in rewards],
+            },
+            default=_as_list,
+        )
     )
+    return facts
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """In what two results of `decisive_facts` differ: a name and a sentence for each difference."""
+    found = {}
+    for part, title in (("config", ""), ("adapter", "the adapter's ")):
+        old, new = before[part] or {}, now[part] or {}
+        if not (old and new) and old != new:
+            found[part] = f"an adapter was {'' if old else 'not '}trained"
+            continue
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                found[name] = (
+                    f"{title}{name} was {_shown(old.get(name))} and is {_shown(new.get(name))}"
+                    + COUNTED.get(name, "")
+                )
+    found |= {part: text for part, text in DIGESTED.items() if before[part] != now[part]}
+    if sentence := _difference_of_rewards(before["rewards"], now["rewards"]):
+        found["rewards"] = sentence
+    return found
+
+
+def _difference_of_rewards(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> str | None:
+    old, new = ([term["name"] for term in terms] for terms in (before, now))
+    if old != new:
+        names = (", ".join(map(str, some)) or "in the data" for some in (old, new))
+        return "the rewards were {} and are {}".format(*names)
+    for one, other in zip(before, now, strict=True):
+        for key in sorted(one.keys() | other.keys()):
+            if one.get(key) != other.get(key) and key == "model":
+                return f"the model of the reward {one['name']} has other weights"
+            if one.get(key) != other.get(key):
+                return (
+                    f"{key} of the reward {one['name']} was {_shown(one.get(key))} and is "
+                    f"{_shown(other.get(key))}"
+                )
+    return None
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def _as_list(value: object) -> object:

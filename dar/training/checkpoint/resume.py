@@ -14,12 +14,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dar.errors import CheckpointError
-from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile
+from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile, checkpoint_folders
 from dar.training.checkpoint import checkpoint
-from dar.training.checkpoint.fingerprint import environment
+from dar.training.checkpoint.fingerprint import differences, environment
 from dar.training.checkpoint.hub import HubPush
 from dar.training.parallel import deepspeed
 from dar.training.parallel.sharding import (
@@ -30,6 +31,8 @@ from dar.training.parallel.sharding import (
 )
 from dar.training.run_context import RunContext
 
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
+"""Arguments of which a resumed run may have larger ones."""
 Write = Callable[[Path], None]
 MakeManifest = Callable[[list[ManifestFile], int], Manifest]
 """Makes the manifest of these files; the number is the last event that was sent before."""
@@ -53,7 +56,7 @@ class RunCheckpoints:
     Args:
         run: The training run.
         hub: Uploads what was published.
-        config_sha256: Digest of everything that decides the result.
+        decisive: Everything that decides the result; see `decisive_facts`.
         members: The parts of the trainer that have a state.
         last_report: Returns the metrics of the last report.
         has_new_ends: Whether adapters are saved with the generation config, because that of the
@@ -65,7 +68,7 @@ class RunCheckpoints:
         run: RunContext,
         hub: HubPush,
         *,
-        config_sha256: str,
+        decisive: dict[str, Any],
         members: Sequence[Stateful],
         last_report: Callable[[], dict[str, float]],
         has_new_ends: bool,
@@ -74,11 +77,14 @@ class RunCheckpoints:
         """Step of the newest checkpoint that was written or resumed from."""
         self._run = run
         self._hub = hub
-        self.config_sha256 = config_sha256
+        self._decisive = decisive
+        self.config_sha256 = checkpoint.digest(decisive)
         self._members = members
         self._last_report = last_report
         self._has_new_ends = has_new_ends
         self._resumed: checkpoint.ResumeState | None = None
+        self._is_longer = False
+        """Whether the run has more steps than the one that it resumes."""
         self._own_folders: tuple[Path, ...] = ()
         """Checkpoints of this run that are still kept, oldest first."""
         self._groups: deepspeed.Groups = ()
@@ -88,6 +94,17 @@ class RunCheckpoints:
     def root(self) -> Path:
         """Folder of the checkpoints."""
         return Path(str(self._run.trainer.args.output_dir)) / "checkpoints"
+
+    def newest(self) -> Path:
+        """The newest checkpoint of this run's folder.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        found = checkpoint_folders(self.root)
+        if not found:
+            raise CheckpointError(f"there is no checkpoint in {self.root}")
+        return found[-1]
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written."""
@@ -104,15 +121,37 @@ class RunCheckpoints:
         manifest = Manifest.model_validate(
             self._run.ranks.from_main(lambda: checkpoint.verify(folder).model_dump(mode="json"))
         )
-        if manifest.config_sha256 != self.config_sha256:
-            raise CheckpointError(
-                f"the checkpoint {folder} was made with other hyperparameters, data or base "
-                "weights; resume with the same ones, or start a new run from its model"
-            )
         self._resumed = checkpoint.ResumeState.load(folder)
+        if manifest.config_sha256 != self.config_sha256:
+            self._compare(folder, self._resumed.trainer.get("decisive"))
         if folder.resolve().parent == self.root.resolve():
             self._own_folders = (self.root / folder.name,)
         return manifest
+
+    def _compare(self, folder: Path, before: dict[str, Any] | None) -> None:
+        """Accept a checkpoint of other arguments if only the number of steps has grown.
+
+        Raises:
+            CheckpointError: Something else differs.
+        """
+        found = {} if before is None else differences(before, self._decisive)
+        if before is not None and found and found.keys() <= LENGTH:
+            old, new = (facts["config"]["max_steps"] for facts in (before, self._decisive))
+            self._is_longer = new > old
+            if self._is_longer:
+                self._run.sink.event(
+                    "info",
+                    f"the run goes on to step {new}; the checkpoint's was to end at step {old}, and "
+                    "the learning rate now follows the schedule of the longer run",
+                    {"kind": "longer_run", "before": old, "now": new},
+                )
+            if new >= old:
+                return
+        what = "; ".join(found.values()) or "other hyperparameters, data or base weights"
+        raise CheckpointError(
+            f"the checkpoint {folder} was made with other arguments: {what}; resume with the same "
+            "ones, or start a new run from its model"
+        )
 
     def load_weights(self, folder: Path) -> None:
         """Load the weights of the checkpoint in ``folder`` into the trainer's model."""
@@ -137,11 +176,27 @@ class RunCheckpoints:
             load_whole_optimizer_state(trainer.model, self._optimizer, optimizer)
         else:
             trainer.optimizer.load_state_dict(optimizer)
-        trainer.lr_scheduler.load_state_dict(self._resumed.json["scheduler"])
+        schedule = dict(self._resumed.json["scheduler"])
+        if self._is_longer:
+            self._follow_schedule(schedule)
+        trainer.lr_scheduler.load_state_dict(schedule)
         self.published_step = trainer.state.global_step
         trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
         self._compare_environment(self._resumed.trainer["environment"])
         self.restore_members()
+
+    def _follow_schedule(self, state: dict[str, Any]) -> None:
+        """Set the learning rate of the next step as the schedule of the longer run has it."""
+        scheduler: Any = self._run.trainer.lr_scheduler
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's wrapper
+        if not isinstance(scheduler, LambdaLR):
+            return
+        state["_last_lr"] = [
+            base * factor(state["last_epoch"])
+            for base, factor in zip(state["base_lrs"], scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self._optimizer.param_groups, state["_last_lr"], strict=True):
+            group["lr"] = rate
 
     def restore_random(self) -> None:
         """Continue the random generators from the opened checkpoint."""
@@ -228,7 +283,7 @@ class RunCheckpoints:
         trainer = self._run.trainer
         self._write_model(folder, weights)
         trainer.state.save_to_json(str(folder / RESUME_FOLDER / TRAINER_STATE_NAME))
-        own: dict[str, Any] = {"environment": self._environment()}
+        own: dict[str, Any] = {"environment": self._environment(), "decisive": self._decisive}
         for member in self._members:
             own |= member.state()
         checkpoint.save_resume_state(folder, optimizer, trainer.lr_scheduler.state_dict(), own)

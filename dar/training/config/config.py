@@ -24,6 +24,7 @@ from dar.training.config.fields import SPEC_FIELDS, option, spec_field
 from dar.training.config.ignored import refuse_without_effect
 from dar.training.config.ranges import check_ranges
 from dar.training.parallel import deepspeed_config
+from dar.training.report.trackers import check_trackers
 
 _CHECKPOINTING = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -167,6 +168,7 @@ class DARConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Validate, then let transformers set up the rest."""
         check_ranges(vars(self))
+        check_trackers(self.report_to)
         # transformers warns about the usual names; both mean the same.
         for new, usual in _CHECKPOINTING.items():
             if getattr(self, new) is None:

@@ -83,7 +83,8 @@ def refuse_without_effect(arguments: TrainingArguments) -> None:
         if getattr(value, "value", value) not in neutral and not _is_settled(arguments, name):
             when = f" with eval_strategy={strategy!r}" if name not in WITHOUT_EFFECT else ""
             raise InvalidRequestError(
-                f"{name}={value!r} has no effect on DAR training{when}; leave it at {neutral[0]!r}",
+                f"{name}={getattr(value, 'value', value)!r} has no effect on DAR training{when}; "
+                f"leave it at {neutral[0]!r}",
                 param=name,
             )
 

@@ -1,7 +1,8 @@
 """Bounds of the options of `dar.DARConfig`; a bad value fails with the option's name.
 
 Options that a job spec has by the same name take their bounds from it, but not those that protect
-a service (`dar.protocol.spec.ServiceLimit`): a script may exceed them.
+a service (`dar.protocol.spec.ServiceLimit`): a script may exceed them. Importing this module loads
+no torch.
 """
 
 import math
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import ServiceLimit
@@ -46,12 +46,6 @@ def _are_texts(value: object) -> bool:
     return not isinstance(value, str) and isinstance(value, Iterable) and all(value)
 
 
-def _are_trackers(value: object) -> bool:
-    names = [value] if value is None or isinstance(value, str) else value
-    known = {None, "none", "all", *INTEGRATION_TO_CALLBACK}
-    return isinstance(names, list | tuple) and all(name in known for name in names)
-
-
 _AT_LEAST_0 = _number(ge=0)
 _ABOVE_0 = _number(gt=0)
 _COUNT = _number(is_whole=True, ge=1)
@@ -72,7 +66,6 @@ RANGES: Mapping[str, Rule] = {
     "per_device_train_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "seed": _number(is_whole=True, ge=0, lt=2**32),  # numpy's; a job's is stored with a sign
-    "report_to": (_are_trackers, f"none, all, or of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"),
 }
 """Options that no job spec has, or, with the reason, that have other bounds here."""
 WIDER = ("optim", "lr_scheduler_type")
@@ -99,7 +92,7 @@ def rule_of(spec: FieldInfo) -> Rule | None:
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Check the values of `dar.DARConfig` by name.
+    """Check values of `dar.DARConfig` by name, all or some.
 
     Raises:
         InvalidRequestError: One is out of range; ``param`` names it.
@@ -110,7 +103,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         if name in values and name not in WIDER and (rule := rule_of(spec))
     }
     for name, (is_right, words) in (of_spec | dict(RANGES)).items():
-        if not is_right(values[name]):
+        if name in values and not is_right(values[name]):
             raise InvalidRequestError(
                 f"{name} is {values[name]!r}, but must be {words}", param=name
             )

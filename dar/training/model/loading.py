@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dar.errors import TrainingError
+from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.spec import LoraSpec
 
 LanguageModel = PreTrainedModel | PeftModel
@@ -228,6 +228,24 @@ def check_forward(model: LanguageModel) -> None:
             "architecture",
             param="model",
         )
+
+
+def check_trainable(model: LanguageModel) -> None:
+    """Reject a model without a weight that training would change.
+
+    Raises:
+        InvalidRequestError: All are frozen.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if isinstance(model, PeftModel):
+        what, advice = "adapter", "load it with PeftModel.from_pretrained(…, is_trainable=True)"
+    else:
+        what, advice = "model", "call model.requires_grad_(True), or give a peft_config"
+    raise InvalidRequestError(
+        f"every weight of the {what} is frozen, so nothing would be trained; {advice}",
+        param="model",
+    )
 
 
 def context_length(model: LanguageModel) -> int | None:

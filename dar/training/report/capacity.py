@@ -11,6 +11,7 @@ needs to be known: the C that is needed is 1.5 C S / T.
 import math
 from collections.abc import Mapping, Sequence
 
+from dar.protocol.reward_spec import MAX_CONCURRENCY
 from dar.rewards.scoring.in_flight import Ticket
 from dar.training.report.sink import Sink
 
@@ -69,9 +70,8 @@ class Capacity:
             self._sink.event(
                 "warn",
                 f"reward component {name} takes {needed_seconds:.3g} s for a step's prompts, but "
-                f"sampling and training take only {busy:.3g} s, so the trainer waits for it; raise "
-                f"its limits.concurrency from {self._concurrency[name]} to at least {needed}, if "
-                "the service can handle that",
+                f"sampling and training take only {busy:.3g} s, so the trainer waits for it; "
+                f"{advice(self._concurrency[name], needed)}",
                 {
                     "kind": "reward_capacity",
                     "step": number,
@@ -80,6 +80,25 @@ class Capacity:
                     "needed_concurrency": needed,
                 },
             )
+
+
+def advice(concurrency: int, needed: int) -> str:
+    """How to hide a slow service, within the limits of a job spec."""
+    if concurrency >= MAX_CONCURRENCY:
+        return (
+            f"its limits.concurrency is {concurrency}, the most there is, so make the service "
+            "faster, or score fewer completions in a step"
+        )
+    if needed > MAX_CONCURRENCY:
+        return (
+            f"about {needed} requests at once would hide that, more than the {MAX_CONCURRENCY} "
+            f"that are allowed: raise its limits.concurrency from {concurrency} as far as the "
+            "service can handle, and make the service faster"
+        )
+    return (
+        f"raise its limits.concurrency from {concurrency} to at least {needed}, if the service can "
+        "handle that"
+    )
 
 
 def service_seconds(answered_at: Sequence[float]) -> float:

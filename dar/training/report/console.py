@@ -57,6 +57,8 @@ class TrainingConsole:
         """The newest value of every metric."""
         self._rates: list[float] = []
         self.newest_checkpoint: Path | None = None
+        self.empty_steps = 0
+        """Steps without two rewards to compare, which changed nothing."""
 
     # --- a run, from beginning to end ------------------------------------------------------------
 
@@ -124,7 +126,8 @@ class TrainingConsole:
         self.console.print(samples_table(samples))
         self.console.print()
 
-    def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - data is for machines
+    def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
+        self.empty_steps += (data or {}).get("kind") == "empty_step"
         colour = {"warn": "yellow", "error": "red"}.get(level, "blue")
         self.console.print(Text.assemble((f"{level}: ", colour), message), soft_wrap=True)
 

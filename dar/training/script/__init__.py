@@ -1,7 +1,11 @@
 """``dar train``: a training run from a command line.
 
-main: the command, its signals and exit codes.
-flags: options of the command line and of YAML files.
+main: the command and its signals.
+arguments: options of the command line and of YAML files, and their values.
+flags: the parser of these options, with their help.
+usage: refuses a wrong command line at once, without that parser.
+places: files and folders that a command line names; an earlier run is not overwritten.
+exits: exit codes, and errors in the words of the flags.
 assembly: makes a trainer from these options.
 dry_run: the output of ``--dry_run``.
 """

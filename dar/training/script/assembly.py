@@ -19,7 +19,7 @@ from dar.training.config.config import DARConfig
 from dar.training.data.sets import is_one_split, open_rows
 from dar.training.model import loading
 from dar.training.report.sink import Control, Sink
-from dar.training.script.flags import ScriptArguments
+from dar.training.script.arguments import ScriptArguments
 from dar.training.trainer import DARTrainer
 
 
@@ -87,10 +87,6 @@ def imported_function(name: str) -> RewardFunction:
         InvalidRequestError: There is no such function.
     """
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise InvalidRequestError(
-            f"--reward_function is {name!r}, but must be module:function", param="reward_function"
-        )
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -100,6 +96,12 @@ def imported_function(name: str) -> RewardFunction:
     except (ImportError, AttributeError) as error:
         raise InvalidRequestError(
             f"--reward_function {name}: {error}", param="reward_function"
+        ) from error
+    except Exception as error:
+        raise InvalidRequestError(
+            f"--reward_function {name}: importing {module_name} raised "
+            f"{type(error).__name__}: {error}",
+            param="reward_function",
         ) from error
     if not callable(function):
         raise InvalidRequestError(
@@ -151,5 +153,10 @@ def _adapter(script: ScriptArguments) -> LoraConfig | None:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidRequestError(f"--{first['loc'][0]}: {first['msg']}") from None
+        name = {"r": "lora_r", "target_modules": "lora_target_modules"}.get(
+            str(first["loc"][0]), str(first["loc"][0])
+        )
+        raise InvalidRequestError(
+            f"--{name}: {first['msg']}, but it is {first['input']}", param=name
+        ) from None
     return loading.lora_config(spec)

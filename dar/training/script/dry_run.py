@@ -38,8 +38,17 @@ def show_preview(
     failed = [reward for reward in step.rewards if reward.status == "error"]
     if failed:
         raise RewardContractError(
-            f"{len(failed)} of {len(step.rewards)} completions got no reward: {failed[0].message}"
+            f"{len(failed)} of the {_sampled(step)} got no reward: {failed[0].message}"
         )
+    if step.rewards and all(reward.status == "skip" for reward in step.rewards):
+        raise RewardContractError(
+            f"every reward of the {_sampled(step)} was skipped, so a run would train nothing: "
+            f"{step.rewards[0].message}"
+        )
+
+
+def _sampled(step: ScoredStep) -> str:
+    return f"{len(step.rewards)} completions of the first {len(step.prompts)} prompts"
 
 
 def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
@@ -56,7 +65,8 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
     if trainer.hub.reward_names:
         completions = prompts * config.dar_k
         facts |= {
-            "each step": f"{prompts} prompts, {completions} completions, at most {completions * config.max_new_tokens:,} new tokens",
+            "each step": f"{prompts} prompts x {config.dar_k} completions = {completions} "
+            f"completions, at most {completions * config.max_new_tokens:,} new tokens",
             "rewards": ", ".join(trainer.hub.reward_names),
         }
     else:

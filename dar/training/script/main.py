@@ -5,7 +5,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
@@ -15,36 +14,20 @@ from datasets.utils import logging as datasets_logging
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from dar.errors import (
-    CheckpointError,
-    ConfigurationError,
-    DARError,
-    InvalidRequestError,
-    RewardContractError,
-    RewardError,
-    ServiceUnavailableError,
-    TrainingError,
-)
+from dar.errors import DARError
+from dar.protocol.checkpoints import checkpoint_folders
 from dar.settings import load_settings
 from dar.training.config.config import DARConfig
 from dar.training.report.console import TrainingConsole
 from dar.training.report.sink import StopKind
+from dar.training.script.arguments import CommandLine, ScriptArguments
 from dar.training.script.assembly import build, config_of
 from dar.training.script.dry_run import PREVIEWED_PROMPTS, show_preview
-from dar.training.script.flags import CommandLine, ScriptArguments, read_command_line
+from dar.training.script.exits import ScriptExit, end, fail, fail_by_function
+from dar.training.script.flags import read_command_line
+from dar.training.script.places import NEWEST, remove_earlier_run
+from dar.training.script.usage import check_line
 from dar.training.trainer import DARTrainer
-
-
-class ScriptExit(IntEnum):
-    """Exit codes; those of ``sysexits.h`` where one fits."""
-
-    DONE = 0
-    FAILED = 1
-    USAGE = 64
-    """The input cannot work: other arguments, data or models are needed."""
-    UNAVAILABLE = 69
-    """The hub or a reward service cannot be reached; the same command may work later."""
-    INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,17 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(read_command_line(sys.argv[1:] if arguments is None else arguments))
     except DARError as error:
-        return _fail(error.message, _exit_code(error), error)
+        return fail(error)
     except torch.OutOfMemoryError as error:
         text = (
             f"the model does not fit into the GPU's memory: {error}; train an adapter (--use_peft) "
             "or lower --max_new_tokens"
         )
-        return _fail(text, ScriptExit.FAILED)
+        return end(text, ScriptExit.FAILED)
+    except OSError as error:  # a disk that is full, a file that may not be read
+        place = f": {error.filename}" if error.filename else ""
+        return end(f"{error.strerror or error}{place}", ScriptExit.FAILED)
+    except Exception as error:  # noqa: BLE001 - a reward function may raise anything
+        return fail_by_function(error)
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted before the first step; nothing was trained", ScriptExit.INTERRUPTED
-        )
+        return end("interrupted before the first step; nothing was trained", ScriptExit.INTERRUPTED)
 
 
 def run(line: CommandLine) -> int:
@@ -75,6 +61,7 @@ def run(line: CommandLine) -> int:
     Raises:
         DARError: The arguments cannot work, or training failed.
     """
+    check_line(line)
     resume = line.config.get("resume_from_checkpoint")
     values = {k: v for k, v in line.config.items() if k != "resume_from_checkpoint"}
     with contextlib.ExitStack() as stack:
@@ -95,7 +82,14 @@ def run(line: CommandLine) -> int:
             if is_main:
                 show_preview(trainer, step, console.console, line.config)
             return ScriptExit.DONE
-        checkpoint = None if resume is None else _checkpoint(str(resume), trainer)
+        if line.is_overwriting and is_main:
+            remove_earlier_run(Path(str(config.output_dir)))
+        checkpoint = None
+        if resume is not None:
+            is_newest = str(resume) in NEWEST
+            checkpoint = (
+                checkpoint_folders(trainer.checkpoints)[-1] if is_newest else Path(str(resume))
+            )
         return _train(trainer, console, stop, checkpoint, line.script)
 
 
@@ -143,9 +137,9 @@ def _train(
     resume: Path | None,
     script: ScriptArguments,
 ) -> int:
-    is_main = trainer.ranks.is_main
+    is_main, start = trainer.ranks.is_main, 0 if resume is None else _step_of(resume)
     if is_main:
-        console.begin(trainer.args.max_steps, 0 if resume is None else _step_of(resume))
+        console.begin(trainer.args.max_steps, start)
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=resume)
@@ -162,9 +156,26 @@ def _train(
     if trainer.args.push_to_hub:
         trainer.push_to_hub("End of training", dataset=script.dataset_name)
     if is_main:
-        console.summary(f"Trained {total} steps.", _where(trainer, console))
+        console.summary(
+            _headline(total - start, console.empty_steps, start), _where(trainer, console)
+        )
         _say_how_to_load(console, trainer)
     return ScriptExit.DONE
+
+
+def _headline(done: int, empty: int, start: int) -> str:
+    """The outcome of ``done`` steps, of which ``empty`` had no two rewards to compare."""
+    after = f" after step {start}" if start else ""
+    if done == 0:
+        return f"The run was complete{after}; nothing was left to train."
+    if empty >= done:
+        return f"Nothing was trained: {_steps(done)}{after} without two rewards to compare."
+    without = f"; {_steps(empty)} had no two rewards to compare" if empty else ""
+    return f"Trained {_steps(done - empty)}{after}{without}."
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'' if count == 1 else 's'}"
 
 
 def _say_interrupted(console: TrainingConsole, step: int, total: int) -> None:
@@ -204,15 +215,6 @@ def _say_how_to_load(console: TrainingConsole, trainer: DARTrainer) -> None:
     )
 
 
-def _checkpoint(name: str, trainer: DARTrainer) -> Path:
-    if name != "latest":
-        return Path(name)
-    found = sorted(trainer.checkpoints.glob("step-*"), key=_step_of)
-    if not found:
-        raise CheckpointError(f"there is no checkpoint in {trainer.checkpoints}")
-    return found[-1]
-
-
 def _step_of(folder: Path) -> int:
     digits = folder.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else 0
@@ -226,28 +228,3 @@ def _quiet(config: DARConfig) -> None:
     hub_logging.set_verbosity(level)
     datasets_logging.set_verbosity(level)
     disable_progress_bars()
-
-
-# --- endings -------------------------------------------------------------------------------------
-
-
-def _exit_code(error: DARError) -> int:
-    kinds: tuple[tuple[type[DARError], ScriptExit], ...] = (
-        (RewardContractError, ScriptExit.FAILED),
-        (InvalidRequestError, ScriptExit.USAGE),
-        (ConfigurationError, ScriptExit.USAGE),
-        (CheckpointError, ScriptExit.USAGE),
-        (ServiceUnavailableError, ScriptExit.UNAVAILABLE),
-        (RewardError, ScriptExit.UNAVAILABLE),
-    )
-    if isinstance(error, TrainingError) and error.param is not None:
-        return ScriptExit.USAGE
-    return next((code for kind, code in kinds if isinstance(error, kind)), ScriptExit.FAILED)
-
-
-def _fail(text: str, code: int, error: DARError | None = None) -> int:
-    sys.stderr.write(f"dar train: {' '.join(text.split())}\n")
-    for problem in error.problems if error is not None else ():
-        where = f"row {problem.row}" if problem.row is not None else problem.param
-        sys.stderr.write(f"  {where}: {problem.message}\n" if where else f"  {problem.message}\n")
-    return code

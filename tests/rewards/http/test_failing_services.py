@@ -43,6 +43,28 @@ async def test_every_attempt_sends_the_same_bytes_under_the_same_id(
     assert [r.headers["x-dar-attempt"] for r in server.requests] == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("body", "content_type", "said"),
+    [
+        (b"<html>please log in, KEY</html>", "text/html", "a login page or a proxy may have answered"),
+        (b"<html>please log in, KEY</html>", "application/json", "the answer is not JSON"),
+        (b'{"note": "KEY caf\xe9"}', "application/json", "not UTF-8 from byte 32; encode it as UTF-8"),
+        (b"\xef\xbb\xbf{}", "application/json", "starts with a byte order mark"),
+        (b"0.5, KEY", "text/plain", "content-type 'text/plain', but application/json is required"),
+    ],
+)  # fmt: skip
+async def test_an_answer_that_is_no_json_is_quoted_without_secrets(
+    hostile: Callable[..., RewardServer], ask: Ask, body: bytes, content_type: str, said: str
+) -> None:
+    content = body.replace(b"KEY", b"s3cret-of-the-url")
+    server = hostile(lambda request: request.answer(content, content_type=content_type))
+    found = await ask(f"{server.url}?key=s3cret-of-the-url")
+    assert said in found[0].message
+    assert "s3cret" not in found[0].message
+    if b"KEY" in body:
+        assert "[redacted]" in found[0].message
+
+
 async def test_a_refused_connection_is_a_passing_failure(ask: Ask) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dar.errors import CheckpointError, InvalidRequestError, TrainingError
+from dar.errors import CheckpointError, TrainingError
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARTrainer
@@ -180,7 +180,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
         "foreign": "rng_state.pth does not belong",
         "no manifest": "is no checkpoint",
         "broken manifest": "cannot be read",
-        "other config": "made with other hyperparameters",
+        "other config": "other hyperparameters, data or base weights",
     }
     for kind, message in expected.items():
         copy = tmp_path / kind
@@ -191,13 +191,54 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
 
 
 @pytest.mark.parametrize(
-    "change", [{"beta": 0.4}, {"seed": 1}, {"learning_rate": 1e-4}, {"dar_k": 2}, {"max_steps": 7}]
+    ("change", "said"),
+    [
+        ({"beta": 0.4}, "beta was 0.3 and is 0.4"),
+        ({"seed": 1}, "seed was 42 and is 1"),
+        ({"learning_rate": 1e-4}, "learning_rate was 0.003 and is 0.0001"),
+        ({"dar_k": 2}, "dar_k was 4 and is 2"),
+        ({"max_steps": 5}, "max_steps was 6 and is 5"),
+        ({"max_steps": 7, "seed": 1}, "seed was 42 and is 1"),
+        ({"gradient_accumulation_steps": 4}, r"prompts_per_step was 3 and is 12 \(per_device_"),
+    ],
 )
-def test_a_resume_under_another_configuration_is_refused(
-    train: Callable[..., DARTrainer], trained: Path, change: dict[str, Any]
+def test_a_resume_under_another_configuration_names_the_arguments(
+    train: Callable[..., DARTrainer], trained: Path, change: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(CheckpointError, match="made with other hyperparameters"):
+    with pytest.raises(CheckpointError, match=said):
         train(trained / "step-2", settings={**SAVING, **change})
+
+
+def test_a_resumed_run_may_be_longer_and_ends_as_one_that_was_long_from_the_start(
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink], tmp_path: Path
+) -> None:
+    short, longer, whole = new_sink(), new_sink(), new_sink()
+    settings = {**SAVING, "lr_scheduler_type": "constant", "max_steps": 2, "save_steps": 2}
+    train(sink=short, settings=settings)
+    longest = {**settings, "max_steps": 4}
+    train(short.published[0][1], sink=longer, settings=longest)
+    (event,) = longer.events
+    assert "goes on to step 4; the checkpoint's was to end at step 2" in event[1]
+    train(sink=whole, settings={**longest, "output_dir": str(tmp_path / "whole")})
+    one, two = (load_file(s.published[-1][1] / "model.safetensors") for s in (longer, whole))
+    assert [s.published[-1][0] for s in (longer, whole)] == [4, 4]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_longer_run_follows_its_own_schedule_at_once(
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink]
+) -> None:
+    short, longer = new_sink(), new_sink()
+    settings = {**SAVING, "lr_scheduler_type": "linear", "logging_steps": 1, "save_steps": 1}
+    train(sink=short, settings={**settings, "max_steps": 2})  # its learning rate ends at 0
+    trainer = train(True, sink=longer, settings={**settings, "max_steps": 8})
+    assert trainer.state.global_step == 8
+    before = load_file(short.published[-1][1] / "model.safetensors")
+    after = load_file(longer.published[0][1] / "model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert [longer.reports[step]["train/learning_rate"] for step in (3, 8)] == pytest.approx(
+        [3e-3 * 6 / 8, 3e-3 / 8]
+    )
 
 
 def test_a_resume_under_other_data_or_weights_is_refused(
@@ -206,9 +247,9 @@ def test_a_resume_under_other_data_or_weights_is_refused(
     make_model: Callable[..., LlamaForCausalLM],
     prompts: list[dict[str, Any]],
 ) -> None:
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="arguments: the training data have other rows;"):
         train(trained / "step-2", settings=SAVING, train_dataset=prompts[:4])
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="arguments: the base model has other weights;"):
         train(trained / "step-2", settings=SAVING, model=make_model(1))
 
 
@@ -218,9 +259,9 @@ def test_a_resume_under_other_reward_terms_is_refused(
     def renamed(completions: list[str], **columns: Any) -> list[float]:
         return [0.0] * len(completions)
 
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"weight of the reward \w+ was 1.0 and is 2.0"):
         train(trained / "step-2", settings=SAVING, reward_weights=[2.0])
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"the rewards were \w+ and are renamed"):
         train(trained / "step-2", settings=SAVING, reward_funcs=renamed)
 
 
@@ -262,9 +303,15 @@ def test_a_resume_on_another_machine_says_so(
     assert [data["changed"] for _, _, data in sink.events] == [["threads was 1 and is 64"]]
 
 
-def test_a_resume_must_name_its_folder(train: Callable[..., DARTrainer]) -> None:
-    with pytest.raises(InvalidRequestError, match="must name"):
-        train(True)  # type: ignore[arg-type]  # what scripts for transformers do
+def test_resuming_from_true_takes_the_newest_checkpoint_as_in_transformers(
+    train: Callable[..., DARTrainer], trained: Path, new_sink: type[RecordingSink]
+) -> None:
+    resumed = new_sink()
+    trainer = train(True, sink=resumed, settings={**SAVING, "max_steps": 7})
+    assert trainer.state.global_step == 7
+    assert set(resumed.reports) == {7}
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        train(True, settings={**SAVING, "output_dir": str(trained / "elsewhere")})
 
 
 def test_only_the_newest_checkpoints_are_kept_when_asked_for(

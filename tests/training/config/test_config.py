@@ -119,6 +119,7 @@ def test_help_is_that_of_a_job_spec() -> None:
         ("max_steps", 2.5),
         ("save_steps", -1),
         ("report_to", "nonsense"),
+        ("report_to", "codecarbon"),  # a tracker whose library is not installed
         ("report_to", ["tensorboard", "nonsense"]),
     ],
 )

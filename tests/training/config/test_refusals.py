@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
@@ -59,6 +61,26 @@ def test_a_reference_that_has_no_part_is_refused(
     with pytest.raises(InvalidRequestError, match="no effect with alpha=0") as refused:
         train(ref_model=make_model(), settings={"alpha": 0.0})
     assert refused.value.param == "ref_model"
+
+
+# peft 0.19 asks transformers 5.23 for a property that is being renamed
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_model_whose_weights_are_all_frozen_is_refused(
+    train: Callable[..., DARTrainer],
+    make_model: Callable[..., LlamaForCausalLM],
+    sink: RecordingSink,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    model: Any = make_model().requires_grad_(False)
+    if kind == "adapter":
+        lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        get_peft_model(make_model(), lora).save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter"))
+    with pytest.raises(InvalidRequestError, match=f"every weight of the {kind} is frozen"):
+        train(model=model, sink=sink)
+    assert sink.phases == []
 
 
 def test_an_empty_prompt_is_named_before_the_first_step(

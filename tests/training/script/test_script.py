@@ -44,6 +44,12 @@ from pathlib import Path
 def short(prompts, completions, **columns):
     return [-len(text) / 40 for text in completions]
 
+def failing(prompts, completions, **columns):
+    return columns["answer"]
+
+def silent(prompts, completions, **columns):
+    return [None] * len(completions)
+
 def broken(prompts, completions, **columns):
     return [float("nan") if i == 1 else 0.0 for i in range(len(completions))]
 
@@ -155,18 +161,77 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert {path.name for path in folder.iterdir()} | {"__pycache__"} == before
     for expected in (
         "Completions of the first prompts", "(nothing was written)", "10 passes over 6 rows",
-        "2 prompts, 8 completions, at most 32 new tokens", "short, reward_model", "reward models", "out, checkpoints too",
+        "2 prompts x 4 completions = 8 completions, at most 32 new tokens", "short, reward_model", "reward models", "out, checkpoints too",
         "team/pleased",
     ):  # fmt: skip
         assert expected in said, said
     assert said.count("» The ") == 2
 
 
+def test_a_run_is_not_overwritten_unless_the_user_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command()) == 0
+    (folder / "out" / "notes.txt").write_text("mine")
+    assert "Trained 2 steps." in capsys.readouterr().err
+    before = (folder / "out" / "model.safetensors").read_bytes()
+    assert main(command(max_steps=1)) == 64
+    said = capsys.readouterr().err
+    assert "--resume_from_checkpoint out/checkpoints/step-2 to continue it" in said
+    assert (folder / "out" / "model.safetensors").read_bytes() == before
+    assert main(command("--overwrite_output_dir", max_steps=1)) == 0
+    assert "Trained 1 step." in capsys.readouterr().err
+    assert [one.name for one in (folder / "out" / "checkpoints").iterdir()] == ["step-1"]
+    assert (folder / "out" / "notes.txt").read_text() == "mine"
+    assert main(command("--resume_from_checkpoint", "true", max_steps=3)) == 0
+    assert "Trained 2 steps after step 1." in capsys.readouterr().err
+
+
+def test_wandb_without_a_key_is_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(folder / "netrc"))
+    assert main(command("--report_to", "wandb")) == 64
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("dar train: the tracker wandb cannot start: ")
+    assert "leave it out of --report_to" in last
+
+
+@pytest.mark.parametrize(
+    ("function", "said", "shown"),
+    [
+        ("judge:failing", "the reward function raised KeyError: 'answer'", 'columns["answer"]'),
+        ("unfinished:short", "importing unfinished raised SyntaxError: '(' was never closed", ""),
+        ("divided:short", "importing divided raised ZeroDivisionError: division by zero", ""),
+    ],
+)
+def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], function: str, said: str, shown: str
+) -> None:
+    (folder / "unfinished.py").write_text("def short(")
+    (folder / "divided.py").write_text("1 / 0")
+    assert main(command(reward_function=function)) in (1, 64)
+    text = capsys.readouterr().err
+    assert said in text.splitlines()[-1]
+    assert shown in text
+    assert "/dar/" not in text
+    assert "Traceback" not in text
+
+
+def test_a_dry_run_fails_when_every_reward_is_skipped(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--dry_run", reward_function="judge:silent")) == 1
+    assert "every reward of the 8 completions of the first 2 prompts" in capsys.readouterr().err
+
+
 def test_a_dry_run_fails_when_a_reward_does(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command("--dry_run", reward_function="judge:broken")) == 1
-    assert "1 of 8 completions got no reward" in capsys.readouterr().err
+    assert "1 of the 8 completions of the first 2 prompts got no reward" in capsys.readouterr().err
 
 
 # peft 0.19 asks transformers 5.23 for a property that is being renamed
@@ -235,7 +300,7 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--reward_function", "judge"], "must be module:function"),
         (["--reward_model_name_or_path", "policy"], "'policy' is no reward model: its weights lack score.weight"),
         (["--lora_r", "4"], "--lora_r has no effect without --use_peft"),
-        (["--use_peft", "--lora_r", "0"], "--r: Input should be greater than or equal to 1"),
+        (["--use_peft", "--lora_r", "0"], "--lora_r: Input should be greater than or equal to 1, but it is 0"),
         (["--reward_weights", "1", "2"], "2 reward weights for 1 reward"),
         (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
         (["--config", "missing.yaml"], "No such file"),

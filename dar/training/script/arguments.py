@@ -1,0 +1,200 @@
+"""The options of ``dar train`` and their values: what a command line and its YAML file say.
+
+A value comes from the first of: the command line, the file of ``--config``, ``--preset``, the
+defaults. Flags may be written with dashes or underscores. Importing this module loads no torch.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+
+from dar.errors import InvalidRequestError
+from dar.protocol.spec import LoraSpec
+from dar.training.config.fields import option, spec_field
+
+_LORA = LoraSpec.model_fields
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass
+class ScriptArguments:
+    """The model, its data and its rewards."""
+
+    model_name_or_path: str | None = option(
+        "Model that is trained: folder or hub id.", metavar="MODEL"
+    )
+    dataset_name: str | None = option(
+        "Prompts: a JSON Lines, JSON, CSV or Parquet file, a folder, or a hub id.", metavar="DATA"
+    )
+    dataset_config: str | None = option("Configuration of a hub data set.", metavar="NAME")
+    dataset_train_split: str = option("Split that is trained on.", "train", metavar="SPLIT")
+    dataset_test_split: str = option(
+        "Split that is evaluated on, with --eval_strategy.", "test", metavar="SPLIT"
+    )
+    eval_dataset_name: str | None = option(
+        "Prompts for evaluation, where they are not a split of --dataset_name.", metavar="DATA"
+    )
+    reward_url: list[str] = option(
+        "Reward service; may be repeated. Requests are signed with DAR_REWARD_SECRET, or else the "
+        "file reward_secret in DAR_HOME.",
+        list,
+        metavar="URL",
+        action="extend",
+    )
+    reward_function: list[str] = option(
+        "Reward function f(prompts, completions, **columns); may be repeated.",
+        list,
+        metavar="MODULE:NAME",
+        action="extend",
+    )
+    reward_model_name_or_path: list[str] = option(
+        "Reward model: folder or hub id of a sequence classifier with one label; may be repeated.",
+        list,
+        metavar="MODEL",
+        action="extend",
+    )
+    reward_weights: list[float] = option(
+        "Factor of each reward: functions first, then services, then models. (default: 1 each)",
+        list,
+        metavar="X",
+    )
+    use_peft: bool = option("Train a LoRA adapter instead of all weights.", default=False)
+    lora_r: int = spec_field(_LORA["r"])
+    lora_alpha: float = spec_field(_LORA["lora_alpha"])
+    lora_dropout: float = spec_field(_LORA["lora_dropout"])
+    lora_target_modules: list[str] = option(
+        _LORA["target_modules"].description or "",
+        lambda: [_LORA["target_modules"].default],
+        metavar="NAME",
+    )
+    dtype: Dtype | None = option(
+        "Number format of the weights. (default: float32; under an adapter with --bf16, bfloat16)"
+    )
+    sample_every: int = option("Steps between two tables of samples; 0: none.", 10)
+
+
+ONLY_WITH = dict.fromkeys(
+    ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), "use_peft"
+)
+"""Flags that have no effect without another one."""
+REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
+SWITCHES = {
+    "dry_run": "Load everything, sample and score two prompts, show the plan; write nothing.",
+    "overwrite_output_dir": "Replace the run that is in --output_dir: its model and checkpoints "
+    "are removed.",
+}
+"""Flags of the command line alone, which a file cannot set, and their help."""
+LIST_OR_TEXT = ("report_to", "optim_target_modules", "debug")
+"""Options that take one value as a flag, and also a list in a YAML file."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """The options that were given, as flags or in YAML; no defaults."""
+
+    script: ScriptArguments
+    config: Mapping[str, Any]
+    """Arguments of `DARConfig`."""
+    is_dry_run: bool
+    is_overwriting: bool
+    """Whether a run in ``output_dir`` is replaced."""
+
+
+class Parser(Protocol):
+    """A parser of flags; its namespace holds only what is given, and it raises on errors."""
+
+    actions_by_name: dict[str, argparse.Action]
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
+        """The given values by name."""
+
+
+def parsed(arguments: Sequence[str], parser: Parser) -> CommandLine:
+    """Parse flags and the YAML file.
+
+    Raises:
+        InvalidRequestError: A flag or a key of the file is unknown, missing or has a wrong value.
+        SystemExit: The help was requested, and shown.
+    """
+    typed = vars(parser.parse_args([_underscored(argument) for argument in arguments]))
+    file = typed.pop("config", None)
+    is_dry_run, is_overwriting = (typed.pop(name, False) for name in SWITCHES)
+    given = {**(_from_yaml(Path(file), parser) if file else {}), **typed}
+    for name in REQUIRED:
+        if not given.get(name):
+            raise InvalidRequestError(
+                f"--{name} is missing; dar train --help lists all options", param=name
+            )
+    for name, other in ONLY_WITH.items():
+        if name in given and not given.get(other):
+            raise InvalidRequestError(f"--{name} has no effect without --{other}", param=name)
+    for name in ("eval_dataset_name", "dataset_test_split"):
+        if name in given and not _evaluates(given):
+            raise InvalidRequestError(
+                f"--{name} has no effect without --eval_strategy or --eval_on_start", param=name
+            )
+    own = {f.name for f in fields(ScriptArguments)}
+    return CommandLine(
+        ScriptArguments(**{k: v for k, v in given.items() if k in own and v is not None}),
+        {name: value for name, value in given.items() if name not in own},
+        is_dry_run,
+        is_overwriting,
+    )
+
+
+def _evaluates(given: Mapping[str, Any]) -> bool:
+    strategy = given.get("eval_strategy", "no")
+    return getattr(strategy, "value", strategy) != "no" or bool(given.get("eval_on_start"))
+
+
+def _underscored(argument: str) -> str:
+    """``--dry-run`` becomes ``--dry_run``; the value after an equals sign stays."""
+    if not argument.startswith("--"):
+        return argument
+    name, sign, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{sign}{value}"
+
+
+def _from_yaml(path: Path, parser: Parser) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"--config {path}: {error}", param="config") from None
+    except yaml.YAMLError as error:
+        raise InvalidRequestError(f"{path} is not YAML: {error}", param="config") from None
+    if not isinstance(content, dict):
+        raise InvalidRequestError(f"{path} must hold a mapping of options", param="config")
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        action = parser.actions_by_name.get(name)
+        if action is None or name in {"config", "help", *SWITCHES}:
+            raise InvalidRequestError(f"{path}: there is no option {key!r}", param=str(key))
+        values[name] = _converted(path, name, value, action)
+    return values
+
+
+def _converted(path: Path, name: str, value: object, action: argparse.Action) -> object:
+    """A YAML value as the flag parses it; YAML reads ``5e-7``, for example, as a string."""
+    if value is None or isinstance(value, dict):
+        return value
+    takes_many = action.nargs == "+"
+    if isinstance(value, list) and not takes_many and name in LIST_OR_TEXT:
+        return value
+    items = value if isinstance(value, list) and takes_many else [value]
+    convert: Any = action.type or str
+    try:
+        converted = [convert(str(item)) for item in items]
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        raise InvalidRequestError(f"{path}: {name}: invalid value {value!r}", param=name) from None
+    wrong = [item for item in converted if action.choices and item not in action.choices]
+    if wrong:
+        choices = ", ".join(map(str, action.choices or ()))
+        raise InvalidRequestError(
+            f"{path}: {name} is {wrong[0]!r}, but must be one of {choices}", param=name
+        )
+    return converted if takes_many else converted[0]
