@@ -383,7 +383,7 @@ def test_what_the_hub_says_is_told_in_one_sentence(cause: Exception, words: str)
     if isinstance(cause, HfHubHTTPError):  # as transformers raises it
         wrapped = OSError("We could not\nload it")
         wrapped.__cause__ = cause
-    with pytest.raises(DARError, match="") as told:
+    with pytest.raises(DARError, match=r"\S") as told:
         blame(wrapped, "the model 'a/b'", "the model 'a/b' does not load", param="model", is_offline=False)  # fmt: skip
     assert words in told.value.message
     assert "\n" not in told.value.message

@@ -39,6 +39,7 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
     try:
         loaded: Any = load_dataset(f"hf://datasets/{data.name}", data.config, split=data.split)
     except Exception as error:  # noqa: BLE001 - odd files raise anything in datasets
-        blame(error, name, f"{name} cannot be loaded", param=PARAM, is_offline=is_offline)
+        what = f"the data set {data.name!r} (split {data.split!r})"
+        blame(error, what, f"{name} cannot be loaded", param=PARAM, is_offline=is_offline)
     rows: Rows = loaded
     return rows

@@ -88,12 +88,15 @@ def is_lack_of_memory(error: BaseException) -> bool:
     )
 
 
+TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+"""Errors whose text says little without their class."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text without its full stop; its class if it has no text."""
     lines = (line.strip() for line in str(error).splitlines())
     text = next((line for line in lines if line), "").rstrip(".:")
-    is_plain = isinstance(error, OSError | ValueError | RuntimeError)
-    if not is_plain or not text:
+    if not text or isinstance(error, TERSE):
         return f"{type(error).__name__}: {text}".rstrip(": ")
     return text
 
