@@ -32,8 +32,9 @@ PLAIN_ARCHITECTURES = frozenset(
 )
 """Values of ``model_type`` whose files name modules as the loaded model does. transformers renames
 or fuses modules of many others while it loads them."""
-HEADS = frozenset({"lm_head", "embed_out"})
-"""Heads, which are not in the files when they share the weights of the embeddings."""
+OTHER_HEADS = {"gpt_neox": "embed_out"}
+"""Name of the head where it is not ``lm_head``, by ``model_type``. It is not in the files when it
+shares the weights of the embeddings."""
 BASES = ("", "model.", "transformer.", "gpt_neox.", "model.decoder.")
 """What precedes a module's path in the loaded model and may be left out in its files."""
 MAX_PATTERN = 200
@@ -85,13 +86,14 @@ class ModelFiles:
 
     def layers(self) -> frozenset[str] | None:
         """Paths of the modules with a matrix of weights; None if the files do not tell."""
-        if str(self.config.get("model_type")) not in PLAIN_ARCHITECTURES:
+        architecture = str(self.config.get("model_type"))
+        if architecture not in PLAIN_ARCHITECTURES:
             return None
         headers = [_header(path) for path in sorted(self.folder.glob("*.safetensors"))]
         if not headers or None in headers or "quantization_config" in self.config:
             return None
         entries = itertools.chain.from_iterable(header.items() for header in headers if header)
-        return HEADS | {
+        return frozenset({OTHER_HEADS.get(architecture, "lm_head")}) | {
             name.removesuffix(".weight")
             for name, entry in entries
             if name.endswith(".weight") and len(entry.get("shape", ())) >= LEAST_LAYER_DIMS
