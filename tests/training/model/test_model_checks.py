@@ -41,7 +41,6 @@ def lora(targets: str | list[str]) -> dict[str, Any]:
         (lora(["self_attn"]), "w5", True),
         (lora("q_proj"), "w5", True),
         (lora(r".*\.q_proj"), "w5", False),
-        (lora(r"model\.layers\.1\.mlp\..*"), "w5", False),
         (lora(r"model\.layers\.1\.mlp\..*_proj"), "w5", False),
         (lora("(q_proj"), "w5", True),
     ],
