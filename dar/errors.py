@@ -205,6 +205,12 @@ class ServiceUnavailableError(DARError):
     status = 503
 
 
+class HubUnreachableError(ServiceUnavailableError):
+    """The model hub does not respond. Give a local folder or file, or retry with a connection."""
+
+    code = "hub_unreachable"
+
+
 class ServiceConnectionError(DARError):
     """The client could not reach the service. No response has this code."""
 

@@ -15,7 +15,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from dar.protocol.spec import JobSpec
-from dar.protocol.worker import ComponentAccess, RewardAnnouncement, RewardRequestState
+from dar.protocol.worker import (
+    ComponentAccess,
+    FailureOwner,
+    RewardAnnouncement,
+    RewardRequestState,
+)
 from dar.rewards.cache.cache import CachePlace
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.http.redaction import Redactor
@@ -91,6 +96,23 @@ class Launch(BaseModel):
             headers += access.headers.values()
         return Redactor(secrets, headers)
 
+    def names(self) -> dict[str, str]:
+        """What the user calls the files of this launch, by their path."""
+        names = {str(self.folder): "the attempt's folder"}
+        named = [
+            (self.model_folder, self.spec.model),
+            (self.training_file, "training_file"),
+            (self.validation_file, "validation_file"),
+            (self.resume_from, "the newest checkpoint"),
+            *((path, f"adapter {number + 1}") for number, path in enumerate(self.adapters)),
+        ]
+        names |= {str(path): name for path, name in named if path is not None}
+        for component in self.spec.dar.rewards.components if self.spec.dar.rewards else ():
+            path = self.reward_models.get(component.name)
+            if path is not None and component.model is not None:
+                names[str(path)] = component.model
+        return names
+
     @property
     def processes(self) -> int:
         """How many processes train together."""
@@ -151,5 +173,7 @@ class TrainerResult(BaseModel):
     """Code of the error that ended it."""
     message: str | None = None
     param: str | None = None
+    owner: FailureOwner | None = None
+    """Whose fault the error is; None where there is none."""
     is_outage: bool = False
     """Whether it ended because of missing rewards, and the cause may pass by itself."""

@@ -26,6 +26,7 @@ Rules that several processes share:
 
 hub_data: the address of a data set on a hub.
 ids: identifiers.
+model_configs: what a model's config.json says, without torch.
 presets: named sets of hyperparameters.
 rows: formats of the rows of a data set.
 spec_checks: checks of a spec that need no data.

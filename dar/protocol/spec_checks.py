@@ -1,5 +1,6 @@
 """Spec checks that need no data. They run at submission only, not for jobs accepted earlier."""
 
+import re
 from collections.abc import Iterator
 
 from dar.errors import Problem
@@ -18,7 +19,13 @@ ONE_PROCESS = (
 
 def problems_of(spec: JobSpec) -> list[Problem]:
     """All settings of a spec that would have no effect or cannot work, whatever the data."""
-    return [*_of_sampling(spec), *_of_groups(spec), *_of_resources(spec)]
+    return [
+        *_of_sampling(spec),
+        *_of_lengths(spec),
+        *_of_groups(spec),
+        *_of_targets(spec),
+        *_of_resources(spec),
+    ]
 
 
 def _of_sampling(spec: JobSpec) -> Iterator[Problem]:
@@ -39,6 +46,44 @@ def _of_sampling(spec: JobSpec) -> Iterator[Problem]:
                     f"method.dar.{part}.{name}",
                     "online_only",
                 )
+
+
+def _of_lengths(spec: JobSpec) -> Iterator[Problem]:
+    sampling = spec.dar.sampling
+    if spec.dar.rewards is None or sampling.max_length is None:
+        return
+    if not leaves_room(sampling, sampling.max_length):
+        yield Problem(
+            f"a prompt and {sampling.max_new_tokens} new tokens do not fit into max_length, which "
+            f"is {sampling.max_length}; lower max_new_tokens, or raise max_length",
+            "method.dar.sampling.max_new_tokens",
+            "max_length_exceeded",
+        )
+
+
+def leaves_room(sampling: Sampling, longest: int) -> bool:
+    """Whether a sequence of ``longest`` tokens has room for a prompt beside the completion.
+
+    With a ``max_prompt_length`` below that, a completion gets what its prompt leaves.
+    """
+    bound = sampling.max_prompt_length
+    return (bound is not None and bound < longest) or sampling.max_new_tokens < longest
+
+
+def _of_targets(spec: JobSpec) -> Iterator[Problem]:
+    """A pattern for the adapter's modules that is no pattern."""
+    peft = spec.dar.peft
+    if peft is None or not isinstance(peft.target_modules, str):
+        return
+    try:
+        re.compile(peft.target_modules)
+    except re.error as error:
+        yield Problem(
+            f"target_modules {peft.target_modules!r} is no pattern of modules ({error}); send "
+            "'all-linear', a regular expression, or a list of names",
+            "method.dar.peft.target_modules",
+            "invalid_pattern",
+        )
 
 
 def _of_groups(spec: JobSpec) -> Iterator[Problem]:

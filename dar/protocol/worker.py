@@ -313,6 +313,14 @@ class Complete(AttemptOf):
     checkpoint_id: str
 
 
+FailureOwner = Literal["user", "worker", "reward", "service"]
+"""Who can mend the cause of a failed attempt.
+
+``user``: the job's spec, data or model. ``worker``: the machine that it ran on. ``reward``: a
+reward service. ``service``: this software, or the service's own storage.
+"""
+
+
 class Fail(AttemptOf):
     """The attempt failed."""
 
@@ -323,7 +331,10 @@ class Fail(AttemptOf):
     """
     code: Annotated[str, Field(max_length=64)]
     message: Annotated[str, Field(max_length=8000)]
+    """One sentence for the user, without tracebacks and paths of the worker."""
     param: str | None = None
+    owner: FailureOwner | None = None
+    """Null: not known."""
 
 
 class Release(AttemptOf):

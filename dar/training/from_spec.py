@@ -16,6 +16,7 @@ from dar.protocol.spec import DARSpec, JobSpec
 from dar.rewards.from_spec import RewardAccess
 from dar.training.config.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data.hub import load_hub_rows
+from dar.training.data.load_errors import NO_MEMORY, is_lack_of_memory
 from dar.training.data.rows import Rows, read_rows
 from dar.training.model import loading
 from dar.training.parallel.launch import strategy_options
@@ -80,27 +81,35 @@ def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
     """
     _prepare_process(inputs.threads)
     sink.phase("starting", 0, "loading the model")
-    trainer = build_trainer(inputs, sink, control)
+    trainer: DARTrainer | None = None
     try:
+        trainer = build_trainer(inputs, sink, control)
         trainer.train(resume_from_checkpoint=inputs.resume_from)
     except RewardUnavailableError as error:
-        if trainer.state.global_step == 0:
+        if (step := _steps_done(trainer)) == 0:
             raise
         raise RewardBudgetError(
-            f"after step {trainer.state.global_step}: {error.message}",
+            f"after step {step}: {error.message}",
             code=error.error_code,
             is_outage=True,
         ) from error
-    except torch.OutOfMemoryError as error:
-        if trainer.state.global_step > 0:
+    except (MemoryError, RuntimeError) as error:
+        has_begun = _steps_done(trainer) > 0 or inputs.resume_from is not None
+        if has_begun or not is_lack_of_memory(error):
             raise  # earlier steps fitted into the memory, so another attempt may succeed
+        size = NO_MEMORY.search(str(error))
+        how_much = "" if size is None else f" (it {size[0][0].lower()}{size[0][1:]})"
         raise TrainingError(
-            f"the model does not fit into the GPU's memory: {error}; train an adapter (peft), or "
-            "lower max_new_tokens",
+            f"the job does not fit into the worker's memory{how_much}; use a smaller model or "
+            "train an adapter (peft), or lower batch_size, dar_k or max_new_tokens",
             code="out_of_memory",
         ) from error
     endings: dict[str | None, Ending] = {"cancel": "cancelled", "drain": "drained"}
     return endings.get(trainer.stopped_by, "finished")
+
+
+def _steps_done(trainer: DARTrainer | None) -> int:
+    return 0 if trainer is None else int(trainer.state.global_step)
 
 
 def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer:

@@ -33,6 +33,8 @@ MAX_COLUMNS = 256
 ROLES = ("system", "user", "assistant", "tool")
 CONVERSATIONS = ("prompt", "completion", "completions", "chosen", "rejected")
 """Columns that may contain messages."""
+CHATS = ("prompt", "chosen")
+"""Columns that hold a conversation in every row of conversations, whatever its format."""
 FileParam = Literal["training_file", "validation_file"]
 Columns = Mapping[str, Mapping[str, int | None]]
 """See `Dataset.columns`."""
@@ -48,7 +50,7 @@ class Dataset:
         sha256: Its digest, in hex.
         columns: By name, the ``first`` row (from 1) with a value, the first row where the column is
             ``missing`` or null, and the first row where it is ``absent``; None if there is no such
-            row.
+            row. If it holds conversations, also the first row with a ``chat``.
     """
 
     num_rows: int = 0
@@ -71,6 +73,9 @@ class Dataset:
             ):
                 if is_so and seen[place] is None:
                     seen[place] = self.num_rows
+        for name in CHATS:
+            if isinstance(row.get(name), list):
+                self.columns[name].setdefault("chat", self.num_rows)
         if len(self.columns) > MAX_COLUMNS:
             raise RowError(f"the file has more than {MAX_COLUMNS} different columns")
 
@@ -116,6 +121,12 @@ def store(source: BinaryIO, target: Path) -> Dataset:
 def common_columns(columns: Columns) -> list[str]:
     """Names of the columns that every row has."""
     return sorted(name for name, seen in columns.items() if seen["missing"] is None)
+
+
+def first_chat(columns: Columns) -> int | None:
+    """The first row that holds a conversation; None if no row does."""
+    rows = (columns[name].get("chat") for name in CHATS if name in columns)
+    return min((row for row in rows if row is not None), default=None)
 
 
 def check_for(spec: JobSpec, columns: Columns, param: FileParam = "training_file") -> list[Problem]:

@@ -14,6 +14,7 @@ from dar.protocol.spec import JobSpec
 from dar.protocol.worker import ModelSource
 from dar.rewards.from_spec import PATH
 from dar.settings import Settings
+from service.runtime import Runtime
 from service.store import checkpoints
 from service.store.database import Transaction
 from service.store.tables import CheckpointRow, JobRow
@@ -98,6 +99,17 @@ def check_reward_models(settings: Settings, rewards: Rewards) -> None:
                 f"{settings.models_path}, or a hub id like 'owner/name'",
                 param=param,
             )
+
+
+def folder_of(transaction: Transaction, runtime: Runtime, source: ModelSource) -> Path | None:
+    """The folder of this machine with a model's config and tokenizer; None for a hub model.
+
+    For adapters on a model, it is the folder of that model.
+    """
+    if source.checkpoint_id is not None:
+        row = checkpoints.by_ids(transaction, [source.checkpoint_id])[source.checkpoint_id]
+        return runtime.artifacts.checkpoint(row.job_id, row.attempt, row.step)
+    return None if source.kind == "hub" else runtime.settings.models_path / source.name
 
 
 def reward_folders(spec: JobSpec) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -22,7 +22,7 @@ from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
 from service.http import errors
 from service.http.auth import User
-from service.jobs import datasets, models
+from service.jobs import datasets, model_checks, models
 from service.rewards import endpoints, probing
 from service.rewards.watch import first_prompts
 from service.runtime import Runtime
@@ -74,6 +74,16 @@ class Plan:
     def revisions(self) -> dict[str, int]:
         """Revisions of the reward endpoints that the spec names, by id."""
         return {row.id: row.revision for row in self.resolved.endpoints.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedData:
+    """What is known about the files of a job."""
+
+    num_rows: int | None
+    """Rows of the training file; None for a hub data set."""
+    chat_rows: Mapping[str, int | None]
+    """The first row with a conversation in each uploaded file; None: no such row."""
 
 
 def body_digest(spec: JobSpec) -> str:
@@ -224,10 +234,33 @@ def _plan(
         if problems := check_rewards(rewards):
             raise errors.invalid(problems)
         models.check_reward_models(settings, rewards)
-    num_rows = _check_files(transaction, settings.hub_datasets, submission)
+    data = _check_files(transaction, settings.hub_datasets, submission)
     project_id, name = submission.user.project_id, submission.spec.model
     model = models.resolve(transaction, settings, project_id, name)
-    return Plan(submission, resolved, model, num_rows)
+    if problems := _model_problems(transaction, runtime, submission.spec, model, data):
+        raise errors.invalid(problems)
+    return Plan(submission, resolved, model, data.num_rows)
+
+
+def _model_problems(
+    transaction: Transaction,
+    runtime: Runtime,
+    spec: JobSpec,
+    model: models.ResolvedModel,
+    data: CheckedData,
+) -> list[Problem]:
+    """What the files of the job's models rule out. A hub model's are known to the worker alone."""
+    judges = models.reward_folders(spec)
+    installed = {
+        component: model_checks.ModelFiles(name, runtime.settings.models_path / name)
+        for component, name in judges.items()
+    }
+    problems = list(model_checks.reward_model_problems(spec, installed))
+    folder = models.folder_of(transaction, runtime, model.source)
+    if folder is not None:
+        files_of_model = model_checks.ModelFiles(spec.model, folder)
+        problems += model_checks.problems_of(spec, files_of_model, data.chat_rows)
+    return problems
 
 
 def _keep(transaction: Transaction, plan: Plan) -> bool:
@@ -241,23 +274,26 @@ def _keep(transaction: Transaction, plan: Plan) -> bool:
 
 def _check_files(
     transaction: Transaction, hub_datasets: Sequence[str], submission: Submission
-) -> int | None:
-    """Check the job's files. Returns the rows of the training file; None for a hub data set."""
+) -> CheckedData:
+    """Check the job's files."""
     spec = submission.spec
     problems: list[Problem] = []
     num_rows: int | None = None
+    chat_rows: dict[str, int | None] = {}
     if _is_on_hub(spec):
         _check_hub_data(hub_datasets, spec)
     else:
         file = _file(transaction, submission, "training_file", spec.training_file)
         problems += datasets.check_for(spec, file.columns)
         num_rows = file.num_rows
+        chat_rows["training_file"] = datasets.first_chat(file.columns)
     if spec.validation_file is not None:
         file = _file(transaction, submission, "validation_file", spec.validation_file)
         problems += datasets.check_for(spec, file.columns, "validation_file")
+        chat_rows["validation_file"] = datasets.first_chat(file.columns)
     if problems:
         raise errors.invalid(problems)
-    return num_rows
+    return CheckedData(num_rows, chat_rows)
 
 
 def _file(transaction: Transaction, submission: Submission, param: str, file_id: str) -> FileRow:

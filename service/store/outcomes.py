@@ -4,6 +4,8 @@ A worker that lost the reply calls again: the same call of the same attempt gets
 """
 
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +13,7 @@ from sqlalchemy import and_, update
 
 from dar.errors import ConflictError, RewardBudgetError
 from dar.protocol.status import AttemptStatus
-from dar.protocol.worker import Complete, Fail, Outcome, Release
+from dar.protocol.worker import Complete, Fail, FailureOwner, Outcome, Release
 from service.store import checkpoints, reward_pauses, transitions
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
@@ -22,16 +24,34 @@ MAX_FAILED_ATTEMPTS = 20
 MAX_BACKOFF_SECONDS = 600.0
 PROBE_SECONDS = 5.0
 FIRST_REWARD_WAIT_SECONDS, MAX_REWARD_WAIT_SECONDS = 5.0, 60.0
-POISON = (
-    "usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens helps), "
-    "the machine fails, or this job's data or model make the trainer crash"
-)
+CAUSES: Mapping[FailureOwner | None, str] = {
+    None: (
+        "Usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens "
+        "helps), the machine fails, or this job's data or model make the trainer crash."
+    ),
+    "worker": "The cause lies with the worker; resume the job when its operator has mended it.",
+    "service": (
+        "The cause lies with the service or its trainer; give its operator the id of this job, and "
+        "resume the job when the cause is mended."
+    ),
+}
+"""What to do about a job whose last attempt failed, by the owner of the failure; None: unknown."""
 PAUSED = "paused; resume it to continue from its newest checkpoint."
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How an attempt ended that is followed by another one."""
+
+    status: AttemptStatus
+    why: str
+    owner: FailureOwner | None = None
+    call: str | None = None
 
 
 def lose(transaction: Transaction, held: Held, why: str) -> None:
     """End an attempt whose worker is gone; its job goes back into the queue."""
-    _retry(transaction, held, "lost", why, not_before=0.0)
+    _retry(transaction, held, _Ending("lost", why), not_before=0.0)
 
 
 def end(
@@ -103,17 +123,19 @@ def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
     if said.kind == "transient":
         pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(job.fruitless_attempts + 1, 16))
         pause *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries; no secret depends on it
-        return _retry(transaction, held, "failed", said.message, not_before=pause, call="fail")
+        ending = _Ending("failed", said.message, said.owner, call="fail")
+        return _retry(transaction, held, ending, not_before=pause)
     if job.cancel_requested_at is not None:
         return _confirm_cancel(transaction, held, "failed", "fail")
     error = {"code": said.code, "message": said.message, "param": said.param}
+    facts = {**error, "owner": said.owner}
     values: dict[str, Any] = {"error": error}
     if said.code == RewardBudgetError.code:
         values["status_detail"] = "reward_budget_exhausted"
     moved = transitions.move(
-        transaction, "failed", JobRow.id == job.id, said.message, values=values, facts=error
+        transaction, "failed", JobRow.id == job.id, said.message, values=values, facts=facts
     )
-    return _end(transaction, held, "failed", "fail", moved)
+    return _end(transaction, held, "failed", "fail", moved, said.owner)
 
 
 def _release(transaction: Transaction, held: Held, said: Release, probe_seconds: float) -> Outcome:
@@ -169,28 +191,21 @@ def _pause_for_reward(
     )
 
 
-def _retry(
-    transaction: Transaction,
-    held: Held,
-    status: AttemptStatus,
-    why: str,
-    *,
-    not_before: float,
-    call: str | None = None,
-) -> Outcome:
-    job = held.job
+def _retry(transaction: Transaction, held: Held, ending: _Ending, *, not_before: float) -> Outcome:
+    job, status, why = held.job, ending.status, ending.why
     if job.cancel_requested_at is not None:
-        return _confirm_cancel(transaction, held, status, call)
+        return _confirm_cancel(transaction, held, status, ending.call)
     fruitless, failed = job.fruitless_attempts + 1, job.failed_attempts + 1
     values: dict[str, Any] = {"fruitless_attempts": fruitless, "failed_attempts": failed}
-    facts = {"reason": status, "node": held.attempt.node}
+    facts = {"reason": status, "node": held.attempt.node, "owner": ending.owner}
     name: transitions.MoveName = "lost" if status == "lost" else "retried"
     message = why
     if fruitless >= MAX_FRUITLESS_ATTEMPTS or failed >= MAX_FAILED_ATTEMPTS:
         count = f"{fruitless} attempts in a row ended without a newer checkpoint"
         if fruitless < MAX_FRUITLESS_ATTEMPTS:
             count = f"{failed} attempts were lost or failed"
-        name, message = "poisoned", f"{count}; the last one: {why}. {POISON}"
+        cause = CAUSES.get(ending.owner, CAUSES[None])
+        name, message = "poisoned", f"{count}; the last one: {why.rstrip('.')}. {cause}"
         values["error"] = {"code": "poison", "message": message, "param": None}
     elif job.status == "pausing":
         name, message = "paused", f"{PAUSED} Its last attempt was lost or failed: {why}"
@@ -199,7 +214,7 @@ def _retry(
     moved = transitions.move(
         transaction, name, JobRow.id == job.id, message, values=values, facts=facts
     )
-    return _end(transaction, held, status, call, moved)
+    return _end(transaction, held, status, ending.call, moved, ending.owner)
 
 
 def _confirm_cancel(
@@ -216,12 +231,18 @@ def _end(
     status: AttemptStatus,
     call: str | None,
     job: JobRow | None,
+    owner: FailureOwner | None = None,
 ) -> Outcome:
     if job is None:
         raise ConflictError(
             f"job {held.job.id} is {held.job.status}; attempt {held.attempt.number} cannot end this way"
         )
-    outcome = {"call": call, "status": job.status, "status_detail": job.status_detail}
+    outcome = {
+        "call": call,
+        "status": job.status,
+        "status_detail": job.status_detail,
+        "owner": owner,
+    }
     transaction.execute(
         update(AttemptRow)
         .where(AttemptRow.job_id == job.id, AttemptRow.number == held.attempt.number)

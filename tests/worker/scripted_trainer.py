@@ -15,7 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from dar.errors import RewardMisconfiguredError, RewardUnavailableError, TrainingError
+from dar.errors import (
+    HubUnreachableError,
+    RewardMisconfiguredError,
+    RewardUnavailableError,
+    TrainingError,
+)
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.samples import ReportedSample
 from worker.attempt.main import How, SpoolSink, StdinControl, leave, main
@@ -101,6 +106,10 @@ def begin(launch: Launch, script: dict[str, str], sink: SpoolSink) -> int:
         say_refused(launch, sink)
     if script.get("exit") == "reward":
         raise RewardUnavailableError("reward service http://127.0.0.1:1 : connection refused")
+    if script.get("exit") == "hub":
+        raise HubUnreachableError("the hub cannot be reached to load the model 'a/b'")
+    if script.get("exit") == "fault":
+        raise RecursionError(f"too deep\nin {launch.folder}")
     if launch.resume_from is None:
         return 0
     step = json.loads((launch.resume_from / "resume" / "state.json").read_text())["step"]

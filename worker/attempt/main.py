@@ -11,12 +11,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from dar.disk import write_atomically
-from dar.errors import DARError, RewardBudgetError, RewardError, RewardUnavailableError
+from dar.errors import RewardUnavailableError
 from dar.processes import die_with_parent
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
@@ -34,6 +35,7 @@ from dar.protocol.worker import (
 from dar.training.report.sink import NullSink, Sink
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
+from worker.failures import AttemptFailure, failure_of
 from worker.folders import AttemptFolder
 from worker.launch import ExitCode, Launch, Line, RewardNews, TrainerResult
 from worker.spool import SpoolWriter
@@ -143,18 +145,12 @@ class SpoolSink:
         row = partial(NewCheckpointRow, type="checkpoint", step=step, folder=folder.name)
         self._spool.append(partial(row, manifest_sha256=manifest_sha256))
 
-    def close(self, error: DARError | None = None) -> None:
+    def close(self, failure: AttemptFailure | None = None) -> None:
         """Report how the trainer ended; nothing may be written afterwards."""
         self._spool.close()
         result = TrainerResult(last_seq=self._spool.last_seq)
-        if error is not None:
-            result = TrainerResult(
-                last_seq=self._spool.last_seq,
-                code=error.error_code,
-                message=error.message,
-                param=error.param,
-                is_outage=isinstance(error, RewardBudgetError) and error.is_outage,
-            )
+        if failure is not None:
+            result = TrainerResult(last_seq=self._spool.last_seq, **asdict(failure))
         write_atomically(self._folder.result, result.model_dump_json().encode())
 
 
@@ -198,7 +194,13 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
     return train_job(inputs, sink, control)
 
 
-def ending_of(error: DARError, launch: Launch) -> ExitCode:
+def failure_for(error: BaseException, launch: Launch) -> AttemptFailure:
+    """The failure that an exception of training means, without secrets of the launch."""
+    found = failure_of(error, names=launch.names(), has_begun=launch.resume_from is not None)
+    return replace(found, message=launch.redactor()(found.message))
+
+
+def ending_of(error: BaseException, failure: AttemptFailure, launch: Launch) -> ExitCode:
     """The exit code for an error; CRASHED means that the job is tried again.
 
     Missing rewards pause the job, unless the spec says that they fail it. So no work is lost while
@@ -207,10 +209,10 @@ def ending_of(error: DARError, launch: Launch) -> ExitCode:
     if isinstance(error, RewardUnavailableError):
         return ExitCode.REWARD_UNAVAILABLE
     rewards = launch.spec.dar.rewards
-    if isinstance(error, RewardError) and rewards is not None:
+    if failure.owner == "reward" and rewards is not None:
         is_pausing = rewards.failure.on_budget == "pause"
         return ExitCode.REWARD_PAUSED if is_pausing else ExitCode.USER_ERROR
-    return ExitCode.CRASHED if error.retryable else ExitCode.USER_ERROR
+    return ExitCode.USER_ERROR if failure.owner == "user" else ExitCode.CRASHED
 
 
 def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
@@ -220,13 +222,11 @@ def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
     try:
         how = train(siblings.launch, sink, control)
         siblings.finish()
-    except DARError as error:
-        code = ending_of(error, launch)
-        if code == ExitCode.CRASHED:
-            raise
-        log.warning("training ends with %s: %s", code.name, error.error_code)
-        error.message = launch.redactor()(error.message)  # it may quote a reward service
-        sink.close(error)
+    except BaseException as error:  # whatever ends training is reported, a panic in Rust as well
+        failure = failure_for(error, launch)
+        code = ending_of(error, failure, launch)
+        log.exception("training ends with %s: %s", code.name, failure.code)
+        sink.close(failure)
         return code
     sink.close()
     return EXIT_CODES[how]
@@ -236,11 +236,10 @@ def attend_as_sibling(launch: Launch, control: StdinControl, train: Train) -> Ex
     """Train as one of the other processes, which report nothing."""
     try:
         return EXIT_CODES[train(launch, NullSink(), control)]
-    except DARError as error:
-        code = ending_of(error, launch)
-        if code == ExitCode.CRASHED:
-            raise
-        return code
+    except BaseException as error:  # the outermost frame of this process
+        failure = failure_for(error, launch)
+        log.exception("training ends with an error of the %s: %s", failure.owner, failure.code)
+        return ending_of(error, failure, launch)
 
 
 def main(train: Train = train_with_torch) -> ExitCode:

@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 
+from dar.disk import write_atomically
 from dar.settings import own_environment
+from worker.failures import IN_THE_LOG
 from worker.folders import AttemptFolder
-from worker.launch import ExitCode, Launch, signal_name
+from worker.launch import ExitCode, Launch, TrainerResult, signal_name
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,11 @@ class Siblings:
             how,
             self._log_tail(number),
         )
+        words = f"process {number} of the job ended with {how}, and the others cannot continue"
+        result = TrainerResult(
+            last_seq=0, code="process_failed", message=f"{words}; {IN_THE_LOG}", owner="worker"
+        )
+        write_atomically(self._folder.result, result.model_dump_json().encode())
         logging.shutdown()
         if code < 0:
             os.kill(os.getpid(), -code)

@@ -103,14 +103,14 @@ class InputFetcher:
             model = self._folder / "model"
         if model is None and self._lease.model.kind == "folder":
             raise InputError(
-                f"the model {self._lease.model.name!r} is not in {self._models_path}, and the service "
-                "does not provide it"
+                f"the model {self._lease.model.name!r} is not in the worker's models directory, and "
+                "the service does not provide it"
             )
         for name, folder in reward_models.items():
             if not folder.is_dir():
                 raise InputError(
-                    f"the reward model of component {name} is not in {self._models_path}, and the "
-                    "service does not provide it"
+                    f"the reward model of component {name} is not in the worker's models "
+                    "directory, and the service does not provide it"
                 )
         resumes = self._lease.resume_checkpoint_id is not None
         return LocalInputs(
@@ -148,8 +148,9 @@ class InputFetcher:
         free = shutil.disk_usage(self._folder).free
         if free < needed + RESERVED_BYTES:
             raise InputError(
-                f"{self._folder} has {free:,} bytes free, but the job's inputs need {needed:,} and "
-                f"{RESERVED_BYTES:,} must stay: make room on this worker"
+                f"the worker's disk has {free:,} bytes free, but the job's inputs need {needed:,} "
+                f"and {RESERVED_BYTES:,} must stay free; make room on that worker",
+                code="disk_full",
             )
 
     def _fetch_one(self, file: InputFile) -> None:

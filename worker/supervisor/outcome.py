@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dar.errors import DARError
 from dar.protocol.worker import Fail, Release
+from worker.failures import IN_THE_LOG, failure_of
 from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
@@ -17,11 +17,9 @@ RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
 }
 """Why the attempt is stopped -> reason of its release."""
 
-MESSAGE_LENGTH = 8000
-"""Longest `Fail.message`."""
 OUT_OF_MEMORY_HINT = (
-    "The usual reason is that the machine ran out of memory: use a smaller batch_size, dar_k, "
-    "max_new_tokens or model, or give the worker more memory."
+    "the usual reason is that the machine ran out of memory: use a smaller batch_size, dar_k, "
+    "max_new_tokens or model, or give the worker more memory"
 )
 
 
@@ -52,41 +50,55 @@ def judge(
         asked = "drain"
     if asked is not None:
         return Release(attempt=attempt, reason=RELEASES[asked])
-    if result is not None and result.message is not None:
-        code = result.code or "trainer_failed"
-        if ended.code == ExitCode.USER_ERROR:
-            return Fail(
-                attempt=attempt,
-                kind="user",
-                code=code[:64],
-                message=result.message[:MESSAGE_LENGTH],
-                param=result.param,
-            )
-        if ended.code == ExitCode.REWARD_UNAVAILABLE:
-            return Release(
-                attempt=attempt, reason="waiting_for_reward", message=result.message[:2000]
-            )
-        if ended.code == ExitCode.REWARD_PAUSED:
-            return Release(
-                attempt=attempt,
-                reason="paused_reward",
-                message=result.message[:2000],
-                code=code[:64],
-                is_outage=result.is_outage,
-            )
-    return Fail(attempt=attempt, kind="transient", code="trainer_crashed", message=crash(ended))
+    if ended.signal_name is None and result is not None and result.message is not None:
+        return _reported(attempt, ended.code, result, result.message)
+    return Fail(
+        attempt=attempt,
+        kind="transient",
+        code="trainer_crashed",
+        message=crash(ended),
+        owner="worker",
+    )
+
+
+def _reported(attempt: int, exit_code: int, result: TrainerResult, message: str) -> AttemptEnd:
+    """What to report about a trainer that has reported an error."""
+    code = result.code or "trainer_failed"
+    if exit_code == ExitCode.REWARD_UNAVAILABLE:
+        return Release(attempt=attempt, reason="waiting_for_reward", message=message)
+    if exit_code == ExitCode.REWARD_PAUSED:
+        return Release(
+            attempt=attempt,
+            reason="paused_reward",
+            message=message,
+            code=code,
+            is_outage=result.is_outage,
+        )
+    return Fail(
+        attempt=attempt,
+        kind="user" if exit_code == ExitCode.USER_ERROR else "transient",
+        code=code,
+        message=message,
+        param=result.param,
+        owner=result.owner,
+    )
 
 
 def crash(ended: TrainerExit) -> str:
-    """A message about a crash, with the end of the trainer's log."""
-    how = f"exit code {ended.code}" if ended.signal_name is None else ended.signal_name
-    hint = f" {OUT_OF_MEMORY_HINT}" if ended.signal_name == "SIGKILL" else ""
-    tail = f"\n{ended.log_tail.strip()}" if ended.log_tail.strip() else ""
-    return f"the trainer ended with {how}.{hint}{tail}"[:MESSAGE_LENGTH]
+    """A message about a trainer that ended without a report."""
+    if ended.signal_name is None:
+        return f"the trainer ended with exit code {ended.code}; {IN_THE_LOG}"
+    hint = OUT_OF_MEMORY_HINT if ended.signal_name == "SIGKILL" else IN_THE_LOG
+    return f"the trainer was ended by {ended.signal_name}; {hint}"
 
 
 def failure(attempt: int, error: BaseException) -> Fail:
     """The report when the worker itself could not continue the attempt."""
-    code = error.error_code if isinstance(error, DARError) else "worker_error"
-    message = f"the worker could not continue the attempt: {error}"
-    return Fail(attempt=attempt, kind="transient", code=code, message=message[:MESSAGE_LENGTH])
+    found = failure_of(error)
+    return Fail(
+        attempt=attempt,
+        kind="transient",
+        code=found.code,
+        message=f"the worker could not continue the attempt: {found.message}",
+        owner="service" if found.owner == "user" else found.owner,
+    )

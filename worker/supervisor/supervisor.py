@@ -179,7 +179,8 @@ class Supervisor:
                 time.sleep(LOOK_SECONDS)
         finally:
             trainer.kill()
-        log.info("trainer ended", code=ended.code)
+        is_crash = ended.code not in set(ExitCode) - {ExitCode.CRASHED}
+        log.info("trainer ended", code=ended.code, **({"log": ended.log_tail} if is_crash else {}))
         self._deliver(sender, uploader, is_finished=ended.code == ExitCode.FINISHED)
         return ended
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from datasets import load_dataset
 from datasets import logging as datasets_logging
-from datasets.exceptions import DatasetsError
 from datasets.utils import disable_progress_bars
 from huggingface_hub import is_offline_mode
 
 from dar.errors import TrainingError
 from dar.protocol.hub_data import HubData
+from dar.training.data.load_errors import blame
 from dar.training.data.rows import Rows
 
 PARAM = "training_file"
@@ -25,7 +25,7 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
     Raises:
         TrainingError: There is no such data set, split or configuration, its files cannot be read,
             or it needs its own code.
-        OSError: The hub cannot be reached.
+        HubUnreachableError: The hub cannot be reached.
     """
     name = f"the hub data set {data.name!r} (split {data.split!r})"
     if is_offline and not is_offline_mode():
@@ -38,14 +38,8 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
     datasets_logging.set_verbosity_error()
     try:
         loaded: Any = load_dataset(f"hf://datasets/{data.name}", data.config, split=data.split)
-    except ConnectionError as error:
-        if not is_offline:
-            raise
-        raise TrainingError(
-            f"{name} is not in this machine's cache, and this process may not call the hub",
-            param=PARAM,
-        ) from error
-    except (DatasetsError, FileNotFoundError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"{name} cannot be loaded: {error}", param=PARAM) from error
+    except Exception as error:  # noqa: BLE001 - odd files raise anything in datasets
+        what = f"the data set {data.name!r} (split {data.split!r})"
+        blame(error, what, f"{name} cannot be loaded", param=PARAM, is_offline=is_offline)
     rows: Rows = loaded
     return rows

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.errors import InvalidRequestError
 from dar.protocol.hub_data import HubData
 from dar.training.data.hub import load_hub_rows
 from dar.training.data.rows import Rows, read_rows
@@ -34,7 +34,7 @@ def open_rows(
     Raises:
         InvalidRequestError: There is no such file, folder or split, or it cannot be read.
         TrainingError: The hub has no such data set.
-        ServiceUnavailableError: The hub cannot be reached.
+        HubUnreachableError: The hub cannot be reached.
     """
     path = Path(name).expanduser()
     if config is not None and path.exists():
@@ -54,7 +54,7 @@ def open_rows(
         return _from_folder(path, split)
     if path.suffix in {".jsonl", *BUILDERS} or name.startswith((".", "/", "~")):
         raise InvalidRequestError(f"there is no file or folder {name}", param=PARAM)
-    return _from_hub(name, split, config, is_offline=is_offline)
+    return load_hub_rows(HubData(name, split, config), is_offline=is_offline)
 
 
 def is_one_split(path: Path) -> bool:
@@ -96,14 +96,3 @@ def _from_folder(path: Path, split: str) -> Rows:
         saved = saved[split]
     rows: Rows = saved
     return rows
-
-
-def _from_hub(name: str, split: str, config: str | None, *, is_offline: bool) -> Rows:
-    try:
-        return load_hub_rows(HubData(name, split, config), is_offline=is_offline)
-    except OSError as error:
-        raise ServiceUnavailableError(
-            f"the hub cannot be reached to load the data set {name!r}: {error}; give a file, or "
-            "try again with a connection",
-            code="hub_unreachable",
-        ) from error

@@ -7,14 +7,12 @@ import hashlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,13 +23,12 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError, TrainingError
+from dar.protocol.model_configs import refused_code
 from dar.protocol.spec import LoraSpec
+from dar.training.data.load_errors import blame
 
 LanguageModel = PreTrainedModel | PeftModel
 
-CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "trust_remote_code"})
-"""Keys of a config.json that have loaded code from a hub: auto_map by design, the others through
-CVE-2026-4372 and CVE-2026-5241. A built-in architecture needs none of them."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SKETCHED_VALUES = 256
 """Leading values of each parameter in a sketch: enough to distinguish models, and cheap."""
@@ -50,12 +47,16 @@ def load_model(
     Raises:
         TrainingError: There is no such model, it needs code of its own, or it is not a causal
             language model.
-        OSError: The hub cannot be reached.
+        HubUnreachableError: The hub cannot be reached.
     """
-    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=dtype)
-    model: PreTrainedModel = from_safetensors(
+    load = functools.partial(
+        AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True
+    )
+    model: PreTrainedModel
+    model, report = from_safetensors(
         load, name, "a causal language model", param="model", is_offline=is_offline
     )
+    check_complete(report["missing_keys"], name, "causal language model", param="model")
     _make_savable(model)
     return model
 
@@ -74,7 +75,7 @@ def from_safetensors(
 
     Raises:
         TrainingError: There is no such model, it needs code of its own, or it is of another kind.
-        OSError: The hub cannot be reached.
+        HubUnreachableError: The hub cannot be reached.
     """
     path = str(name)
     try:
@@ -83,22 +84,24 @@ def from_safetensors(
         return load(
             path, trust_remote_code=False, use_safetensors=True, local_files_only=is_offline
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if not is_offline and _is_hub_unreachable(error):
-            raise
-        what = param.replace("_", " ")
+    except Exception as error:  # noqa: BLE001 - odd files raise anything in transformers
+        what = f"the {param.replace('_', ' ')} {path!r}"
+        failed = f"{what} cannot be loaded as {kind} from safetensors"
+        blame(error, what, failed, param=param, is_offline=is_offline)
+
+
+def check_complete(missing: Collection[str], name: str | Path, kind: str, *, param: str) -> None:
+    """Reject a model some of whose weights are in none of its files, as they would be random.
+
+    Raises:
+        TrainingError: ``missing`` names such weights.
+    """
+    if missing:
         raise TrainingError(
-            f"the {what} {path!r} cannot be loaded as {kind} from safetensors: {error}", param=param
-        ) from error
-
-
-def _is_hub_unreachable(error: BaseException | None) -> bool:
-    """Whether only the network failed, and the files may exist."""
-    while error is not None:
-        if isinstance(error, LocalEntryNotFoundError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+            f"the model {str(name)!r} is no {kind}: its weights lack "
+            f"{', '.join(sorted(missing)[:3])}, which would be random",
+            param=param,
+        )
 
 
 def _make_savable(model: PreTrainedModel) -> None:
@@ -119,17 +122,8 @@ def reject_code(name: str | Path, config: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: It requires custom code.
     """
-    found = CODE_KEYS & config.keys()
-    if found:
-        raise TrainingError(
-            f"the model {str(name)!r} asks to run its own code ({', '.join(sorted(found))} in "
-            "config.json), which is never done here; use a model of an architecture that "
-            "transformers has built in",
-            param="model",
-        )
-    for value in config.values():
-        if isinstance(value, Mapping):
-            reject_code(name, value)
+    if why := refused_code(str(name), config):
+        raise TrainingError(why, param="model")
 
 
 def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedTokenizerBase:
@@ -137,15 +131,16 @@ def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedT
 
     Raises:
         TrainingError: There is none.
+        HubUnreachableError: The hub cannot be reached.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(name), trust_remote_code=False, local_files_only=is_offline
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(
-            f"the model {str(name)!r} has no tokenizer that can be loaded: {error}", param="model"
-        ) from error
+    except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself
+        what = f"the tokenizer of the model {str(name)!r}"
+        failed = f"the model {str(name)!r} has no tokenizer that can be loaded"
+        blame(error, what, failed, param="model", is_offline=is_offline)
     return tokenizer
 
 

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
+from dar.errors import InvalidRequestError, RewardMisconfiguredError
 from dar.protocol.rows import Message
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
@@ -247,7 +247,7 @@ def load_reward_model(
         TrainingError: There is no such model, it needs code of its own, or it is not a sequence
             classifier.
         InvalidRequestError: It does not have exactly one label.
-        OSError: The hub cannot be reached.
+        HubUnreachableError: The hub cannot be reached.
     """
     path = str(name)
     load = functools.partial(
@@ -256,12 +256,7 @@ def load_reward_model(
     model, report = loading.from_safetensors(
         load, path, "a sequence classifier", param="reward_model", is_offline=is_offline
     )
-    if missing := sorted(report["missing_keys"]):
-        raise TrainingError(
-            f"the model {path!r} is no reward model: its weights lack {', '.join(missing[:3])}, "
-            "which would be random",
-            param="reward_model",
-        )
+    loading.check_complete(report["missing_keys"], path, "reward model", param="reward_model")
     return RewardModel(model, tokenizer, name=component, is_offline=is_offline)
 
 

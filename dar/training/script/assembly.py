@@ -11,7 +11,7 @@ from peft import LoraConfig
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
-from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.errors import InvalidRequestError
 from dar.protocol.spec import LoraSpec
 from dar.rewards.functions import RewardFunction
 from dar.settings import Settings
@@ -129,14 +129,7 @@ def _model(script: ScriptArguments, config: DARConfig, *, is_offline: bool) -> P
     assert script.model_name_or_path
     is_half = script.use_peft and config.bf16
     dtype = getattr(torch, script.dtype or ("bfloat16" if is_half else "float32"))
-    try:
-        return loading.load_model(script.model_name_or_path, dtype=dtype, is_offline=is_offline)
-    except OSError as error:
-        raise ServiceUnavailableError(
-            f"the hub cannot be reached to load the model {script.model_name_or_path!r}: {error}; "
-            "give a folder, or try again with a connection",
-            code="hub_unreachable",
-        ) from error
+    return loading.load_model(script.model_name_or_path, dtype=dtype, is_offline=is_offline)
 
 
 def _adapter(script: ScriptArguments) -> LoraConfig | None:

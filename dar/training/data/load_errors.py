@@ -1,0 +1,116 @@
+"""What errors of loaders mean: the hub, this machine, or the files are at fault."""
+
+import errno
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+import httpx2
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from dar.errors import DARError, HubUnreachableError, TrainingError
+
+MACHINE_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
+"""Errors of a file system that other files would not have avoided."""
+OTHER_SHAPES = "its weights have other shapes than its config.json says"
+NO_MEMORY = re.compile(r"[Tt]ried to allocate \d[\d.]* ?\w+")
+"""What torch says when a GPU or a CPU lacks memory, with the size."""
+PASSING_STATUSES = frozenset({408, 425, 429})
+"""HTTP statuses below 500 that a later request may not get."""
+
+
+def blame(error: Exception, what: str, failed: str, *, param: str, is_offline: bool) -> NoReturn:
+    """Raise what an error of a loader means; the error itself if this machine is at fault.
+
+    Args:
+        error: The loader's.
+        what: What it should load, such as ``the model 'owner/name'``.
+        failed: What did not work; the reason is appended.
+        param: The parameter that names it.
+        is_offline: Whether access to the hub is forbidden.
+
+    Raises:
+        TrainingError: The files are at fault.
+        HubUnreachableError: The hub cannot be reached.
+    """
+    is_of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
+    if is_of_machine or is_lack_of_memory(error) or isinstance(error, DARError):
+        raise error
+    words = OTHER_SHAPES if "ignore_mismatched_sizes" in str(error) else first_line(error)
+    reason = _of_hub(error, what, param=param, is_offline=is_offline) or TrainingError(
+        f"{failed}: {words}", param=param
+    )
+    raise reason from error
+
+
+def _of_hub(error: BaseException, what: str, *, param: str, is_offline: bool) -> DARError | None:
+    """The error for a user, if the hub or the way to it is the cause; otherwise None."""
+    chain = list(_chain(error))
+    if any(isinstance(one, GatedRepoError) for one in chain):
+        return TrainingError(
+            f"the hub gives {what} only to accounts that its owner has accepted; use one that is "
+            "open to all, or a local copy",
+            param=param,
+        )
+    if any(isinstance(one, RepositoryNotFoundError) for one in chain):
+        return TrainingError(
+            f"the hub does not have {what}, or keeps it private; check the name, or use a local "
+            "copy",
+            param=param,
+        )
+    if not any(_is_unreachable(one) for one in chain):
+        return None
+    if is_offline:
+        return TrainingError(
+            f"{what} is not in this machine's cache, and this process may not call the hub; use a "
+            "local copy",
+            param=param,
+        )
+    return HubUnreachableError(
+        f"the hub cannot be reached to load {what} ({first_line(chain[-1])}); use a local copy, or "
+        "try again with a connection",
+        param=param,
+    )
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or this machine has too little memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
+    )
+
+
+TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+"""Errors whose text says little without their class."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without its full stop; its class if it has no text."""
+    lines = (line.strip() for line in str(error).splitlines())
+    text = next((line for line in lines if line), "").rstrip(".:")
+    if not text or isinstance(error, TERSE):
+        return f"{type(error).__name__}: {text}".rstrip(": ")
+    return text
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether only the network or the hub's servers failed, and the files may exist."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return status >= 500 or status in PASSING_STATUSES
+    return isinstance(error, LocalEntryNotFoundError | ConnectionError | httpx2.TransportError)

@@ -1,0 +1,234 @@
+"""What the files of an installed model rule out, read at submission and without torch.
+
+Only what is certain is refused here: a file that is missing or not understood is left to the
+worker, which loads the model.
+"""
+
+import itertools
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dar.errors import Problem
+from dar.protocol.model_configs import context_of, labels_of, refused_code
+from dar.protocol.spec import JobSpec
+from dar.protocol.spec_checks import leaves_room
+from dar.rewards.from_spec import PATH
+
+MAX_JSON_BYTES = 64 * 1024**2
+"""Larger files are not read; a tokenizer_config.json of a large vocabulary has a few MiB."""
+TARGETS = "method.dar.peft.target_modules"
+PLAIN_ARCHITECTURES = frozenset(
+    {
+        *("bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
+        *("gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "llama", "mistral", "olmo", "olmo2"),
+        *("opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    }
+)
+"""Values of ``model_type`` whose files name modules as the loaded model does. transformers renames
+or fuses modules of many others while it loads them."""
+OTHER_HEADS = {"gpt_neox": "embed_out"}
+"""Name of the head where it is not ``lm_head``, by ``model_type``. It is not in the files when it
+shares the weights of the embeddings."""
+BASES = ("", "model.", "transformer.", "gpt_neox.", "model.decoder.")
+"""What precedes a module's path in the loaded model and may be left out in its files."""
+MAX_PATTERN = 200
+UNBOUNDED = re.compile(r"(?<!\\)[*+{]")
+REPEATED_GROUP = re.compile(r"\)[*+?{]")
+LEAST_LAYER_DIMS = 2
+SHOWN_NAMES = 12
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model in a folder of this machine."""
+
+    name: str
+    """The model, as a job spec names it."""
+    folder: Path
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return self._read("config.json") or {}
+
+    def _read(self, name: str) -> Mapping[str, Any] | None:
+        """A JSON object in a file; None if there is none."""
+        path = self.folder / name
+        try:
+            if path.stat().st_size > MAX_JSON_BYTES:
+                return None
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    def _has(self, *patterns: str) -> bool:
+        return any(next(self.folder.glob(pattern), None) for pattern in patterns)
+
+    @property
+    def lacks_chat_template(self) -> bool:
+        """Whether there is a tokenizer, and certainly no chat template."""
+        config = self._read("tokenizer_config.json")
+        is_known = config is not None or self._has("tokenizer.json")
+        own = ("chat_template*", "additional_chat_templates/*", "tekken.json")
+        return is_known and not (config or {}).get("chat_template") and not self._has(*own)
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether all weights are in pickles, which are never loaded."""
+        is_safe = self._has("*.safetensors", "*.safetensors.index.json")
+        return not is_safe and self._has("pytorch_model*.bin", "*.pt", "*.pth")
+
+    def layers(self) -> frozenset[str] | None:
+        """Paths of the modules with a matrix of weights; None if the files do not tell."""
+        architecture = str(self.config.get("model_type"))
+        if architecture not in PLAIN_ARCHITECTURES:
+            return None
+        headers = [_header(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        if not headers or None in headers or "quantization_config" in self.config:
+            return None
+        entries = itertools.chain.from_iterable(header.items() for header in headers if header)
+        return frozenset({OTHER_HEADS.get(architecture, "lm_head")}) | {
+            name.removesuffix(".weight")
+            for name, entry in entries
+            if name.endswith(".weight") and len(entry.get("shape", ())) >= LEAST_LAYER_DIMS
+        }
+
+
+def _header(path: Path) -> dict[str, Mapping[str, Any]] | None:
+    """Names and shapes of the tensors in a safetensors file; None if it is damaged."""
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > MAX_JSON_BYTES:
+                return None
+            content = json.loads(file.read(size))
+    except (OSError, ValueError, struct.error, RecursionError):
+        return None
+    is_header = isinstance(content, dict) and all(isinstance(v, dict) for v in content.values())
+    return content if is_header else None
+
+
+def problems_of(
+    spec: JobSpec, model: ModelFiles, chat_rows: Mapping[str, int | None]
+) -> list[Problem]:
+    """Why a job cannot start from a model.
+
+    Args:
+        spec: Spec of the job.
+        model: The model.
+        chat_rows: The first row with a conversation in each of the job's files; None: no such row.
+    """
+    if why := refused_code(model.name, model.config):
+        return [Problem(why, "model", "model_code")]
+    if model.is_pickled:
+        return [
+            Problem(
+                f"the weights of the model {model.name!r} are pickles, which are never loaded here; "
+                "save it with safetensors",
+                "model",
+                "model_pickled",
+            )
+        ]
+    return [*_of_context(spec, model), *_of_chats(model, chat_rows), *_of_targets(spec, model)]
+
+
+def reward_model_problems(spec: JobSpec, models: Mapping[str, ModelFiles]) -> Iterator[Problem]:
+    """Reward models that do not give one number per text.
+
+    Args:
+        spec: Spec of the job.
+        models: Installed reward models by component name.
+    """
+    rewards = spec.dar.rewards
+    for index, component in enumerate(() if rewards is None else rewards.components):
+        model = models.get(component.name)
+        if model is None:
+            continue
+        param = f"{PATH}.components[{index}].model"
+        labels = labels_of(model.config)
+        if why := refused_code(model.name, model.config):
+            yield Problem(why, param, "model_code")
+        elif labels not in {None, 1}:
+            yield Problem(
+                f"the reward model {model.name!r} gives {labels} numbers per text, but a reward is "
+                "one; use a sequence classifier with one label",
+                param,
+                "reward_model_labels",
+            )
+
+
+def _of_context(spec: JobSpec, model: ModelFiles) -> Iterator[Problem]:
+    """The same rule as that of the trainer for its longest prompt."""
+    sampling, context = spec.dar.sampling, context_of(model.config)
+    if spec.dar.rewards is None or context is None:
+        return
+    longest = min(sampling.max_length or context, context)
+    if not leaves_room(sampling, longest):
+        yield Problem(
+            f"a prompt and {sampling.max_new_tokens} new tokens do not fit into the context of the "
+            f"model {model.name!r}, which is {context} tokens; lower max_new_tokens",
+            "method.dar.sampling.max_new_tokens",
+            "context_exceeded",
+        )
+
+
+def _of_chats(model: ModelFiles, chat_rows: Mapping[str, int | None]) -> Iterator[Problem]:
+    for param, row in chat_rows.items():
+        if row is not None and model.lacks_chat_template:
+            yield Problem(
+                f"row {row} of the {param.replace('_', ' ')} is a conversation, but the tokenizer "
+                f"of the model {model.name!r} has no chat template; send plain texts, or use an "
+                "instruction-tuned model",
+                param,
+                "no_chat_template",
+                row,
+            )
+
+
+def _of_targets(spec: JobSpec, model: ModelFiles) -> Iterator[Problem]:
+    """Target modules that match no layer, by the rules of PEFT."""
+    peft = spec.dar.peft
+    if peft is None or peft.target_modules == "all-linear" or (layers := model.layers()) is None:
+        return
+    names = sorted({path.rpartition(".")[2] for path in layers})
+    shown = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "")
+    if isinstance(peft.target_modules, str):
+        if _is_cheap(pattern := peft.target_modules) and not _matches(pattern, layers):
+            yield Problem(
+                f"the pattern {pattern!r} matches the path of no layer of the model "
+                f"{model.name!r}, such as {max(layers, key=len)!r}; send a list to name layers, of "
+                f"which there are: {shown}",
+                TARGETS,
+                "unknown_target",
+            )
+        return
+    if missing := [name for name in peft.target_modules if not _is_there(name, layers)]:
+        yield Problem(
+            f"the model {model.name!r} has no layer {' and no layer '.join(map(repr, missing))}; "
+            f"there are: {shown}",
+            TARGETS,
+            "unknown_target",
+        )
+
+
+def _is_there(target: str, layers: frozenset[str]) -> bool:
+    paths = (f"{base}{path}" for base in BASES for path in layers)
+    return any(path == target or path.endswith(f".{target}") for path in paths)
+
+
+def _matches(pattern: str, layers: Sequence[str] | frozenset[str]) -> bool:
+    compiled = re.compile(pattern)
+    return any(compiled.fullmatch(f"{base}{path}") for base in BASES for path in layers)
+
+
+def _is_cheap(pattern: str) -> bool:
+    """Whether matching a pattern takes no more than quadratic time for a path."""
+    if len(pattern) > MAX_PATTERN or REPEATED_GROUP.search(pattern):
+        return False
+    return len(UNBOUNDED.findall(pattern)) <= 2
