@@ -152,9 +152,9 @@ class Settings(BaseSettings):
     """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
 
     reward_probe_seconds: Seconds = 5.0
-    """Pause before the service probes the reward service of a paused job again. It doubles up to 12
-    times this value. All pauses are 12 times longer if the reward service rejected requests or
-    returned invalid responses."""
+    """Pause before the service probes the reward service of a job again that is paused or waits for
+    rewards. It doubles up to 12 times this value. All pauses of a paused job are 12 times longer if
+    the reward service rejected requests or returned invalid responses."""
 
     # --- worker
     worker_key: SecretStr | None = None

@@ -60,7 +60,7 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release))]
     responses={204: {"description": "No job is due."}},
 )
 def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
-    """Claim the oldest queued job, if there is one."""
+    """Claim the job that has been in the queue longest, if there is one."""
     while True:
         found = _claim_once(runtime, body)
         if found is None:
