@@ -37,6 +37,7 @@ from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
 from service.http import auth, bodies, errors
+from service.http.connections import BodyTimeouts
 from service.http.log import RequestMiddleware
 from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
@@ -97,6 +98,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     errors.install(app)
+    app.add_middleware(BodyTimeouts)
     app.add_middleware(RequestMiddleware)
     app.include_router(health.router)
     for module in ROUTERS:

@@ -58,6 +58,8 @@ def render(
     if isinstance(error, ConflictError):
         # Without it the OpenAI client retries a request that cannot succeed.
         extra["x-should-retry"] = "false"
+    if error.status == 408:
+        extra["connection"] = "close"  # the rest of the body must not be read as a request
     if error.status == 401:
         extra["www-authenticate"] = "Bearer"
     if error.status in {429, 503}:

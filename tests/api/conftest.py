@@ -18,6 +18,7 @@ from fakes.live_service import Judge, Live
 from fakes.reward_server import RewardServer
 from service import migrate
 from service.app import create_app
+from service.http.connections import ConnectionConfig
 from service.store.database import Database
 
 LOOPBACK = {"egress_allow_cidrs": ("127.0.0.0/8",), "egress_allow_http": ("127.0.0.1",)}
@@ -58,9 +59,12 @@ def serve(home: Path) -> Iterator[Callable[..., Live]]:
     stops: list[Callable[[], None]] = []
 
     def start(**values: Any) -> Live:
+        most = values.pop("max_connections", 200)
         settings = Settings(home=home, **{"reconcile_seconds": 0.2, **LOOPBACK, **values})
         app = create_app(settings)
-        config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2)
+        config = ConnectionConfig(
+            app, max_connections=most, port=0, log_level="error", timeout_graceful_shutdown=2
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
