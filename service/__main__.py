@@ -1,6 +1,7 @@
 """The service's processes: ``python -m service serve``, ``migrate`` and ``rotate-secrets``."""
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -10,6 +11,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from dar.disk import PRIVATE
 from dar.errors import DARError
 from dar.settings import Settings, load_settings
 from service import keys, migrate
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("migrate", help="upgrade the database schema and stop")
     commands.add_parser("rotate-secrets", help="store all secrets under the newest key and stop")
     chosen = parser.parse_args(arguments)
+    os.umask(PRIVATE)
     log.configure("info")
     try:
         if chosen.command == "migrate":

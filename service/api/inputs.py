@@ -85,8 +85,13 @@ def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterato
 
 
 def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
-    """Files of a folder under the models directory, for workers without that directory."""
+    """Files of a folder under the models directory, for workers without that directory.
+
+    Raises:
+        ModelNotFoundError: One of them is a link to a place outside of the folder.
+    """
     folder = runtime.settings.models_path / model
+    models.check_links(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):

@@ -31,7 +31,7 @@ ACTIONS: Mapping[str, Sequence[str]] = {
     "cancelled": ["resume"],
 }
 """Status -> requests that the job accepts."""
-_LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
+_LABEL = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0, le=MAX_COUNT)]
@@ -166,7 +166,7 @@ def _estimated_finish(job: tables.JobRow) -> int | None:
 def _labels(request: Request) -> dict[str, str]:
     labels: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if (match := _LABEL.match(name)) is not None:
+        if (match := _LABEL.fullmatch(name)) is not None:
             labels[match[1]] = value
         elif name == "metadata" and value != "null":
             raise InvalidRequestError(

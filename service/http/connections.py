@@ -108,13 +108,13 @@ class TimedProtocol(H11Protocol):
         self._max_connections = config.max_connections
         self._without_request = config.without_request
         self._served = self.app
-        self.app = self._serve  # type: ignore[assignment] - uvicorn calls it for every request
+        self.app = self._serve  # type: ignore[assignment]  # uvicorn calls it for every request
         self._requests = 0
         self._is_idle = False
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] - as in the base class
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn
         """Take the connection, or close another one or this one if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._max_connections and not self._close_longest_waiting():
@@ -157,7 +157,7 @@ class TimedProtocol(H11Protocol):
         self._stop_waiting()
         self._requests += 1
         try:
-            await self._served(scope, receive, send)  # type: ignore[arg-type] - uvicorn's own names for these types
+            await self._served(scope, receive, send)  # type: ignore[arg-type]  # uvicorn names these types itself
         finally:
             self._requests -= 1
             if self._requests == 0 and self in self.connections:

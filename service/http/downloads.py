@@ -13,7 +13,7 @@ from dar.errors import NotFoundError, RangeNotSatisfiableError
 from service.artifacts import CHUNK_BYTES
 from service.http import errors
 
-_ONE_RANGE = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})$", re.ASCII | re.IGNORECASE)
+_ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
 
 
 class _Download(FileResponse):
@@ -71,7 +71,7 @@ def _range_of(headers: Headers) -> str | None:
 
 
 def _is_satisfiable(wanted: str, size: int) -> bool:
-    match = _ONE_RANGE.match(wanted.strip())
+    match = _ONE_RANGE.fullmatch(wanted.strip())
     if match is None or not (match[1] or match[2]):
         return False
     first, last = match[1], match[2]
