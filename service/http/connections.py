@@ -108,7 +108,7 @@ class TimedProtocol(H11Protocol):
         self._max_connections = config.max_connections
         self._without_request = config.without_request
         self._served = self.app
-        self.app = self._serve  # type: ignore[assignment]  # uvicorn calls it for every request
+        self.app = self._serve  # uvicorn calls it for every request
         self._requests = 0
         self._is_idle = False
         self._timer: asyncio.TimerHandle | None = None
@@ -157,7 +157,7 @@ class TimedProtocol(H11Protocol):
         self._stop_waiting()
         self._requests += 1
         try:
-            await self._served(scope, receive, send)  # type: ignore[arg-type]  # uvicorn names these types itself
+            await self._served(scope, receive, send)
         finally:
             self._requests -= 1
             if self._requests == 0 and self in self.connections:

@@ -3,6 +3,7 @@
 import base64
 import re
 from pathlib import Path
+from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -14,6 +15,14 @@ from service.artifacts import CHUNK_BYTES
 from service.http import errors
 
 _ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
+
+
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    206: {"description": "The range that was asked for."},
+    304: {"description": "The client has the file already (`if-none-match`)."},
+    **errors.may_answer(416),
+}
+"""Responses of a download besides 200."""
 
 
 class _Download(FileResponse):

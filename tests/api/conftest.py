@@ -13,6 +13,7 @@ import pytest
 import structlog
 import uvicorn
 
+from dar.protocol.base import ErrorBody
 from dar.settings import Settings
 from fakes.live_service import Judge, Live
 from fakes.reward_server import RewardServer
@@ -108,6 +109,7 @@ def error_of() -> Callable[[httpx2.Response], dict[str, Any]]:
         body = answer.json()
         assert list(body) == ["error"]
         error: dict[str, Any] = body["error"]
+        ErrorBody.model_validate(body)
         assert set(error) == {"message", "type", "param", "code", "errors", "request_id"}
         assert error["request_id"] == answer.headers["x-request-id"]
         assert error["message"]

@@ -11,7 +11,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from dar.settings import Settings
 from fakes.live_service import Live
-from service.app import create_app, describe
+from service.app import create_app
+from service.openapi import describe
 
 
 def patterns_in(value: object) -> Iterator[str]:
