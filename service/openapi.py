@@ -46,7 +46,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
         }
         document["security"] = [{KEY: []}]
         for route, path in _routes(app):
-            for method in route.methods:
+            for method in route.methods or ():
                 _complete(document["paths"][path][method.lower()], route, path)
         app.openapi_schema = document
     return app.openapi_schema

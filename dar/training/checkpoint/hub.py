@@ -215,8 +215,7 @@ def _staged(source: Path, without: frozenset[str] | set[str] = frozenset()) -> P
     target = Path(tempfile.mkdtemp(prefix=".push-", dir=source.parent.parent))
 
     def left_out(folder: str, names: list[str]) -> set[str]:
-        links = {name for name in names if (Path(folder) / name).is_symlink()}
-        return links | (set(names) & without if Path(folder) == source else set())
+        return set(names) & without if Path(folder) == source else set()
 
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=left_out, copy_function=_link)
     card = target / CARD_NAME
