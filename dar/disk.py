@@ -7,6 +7,9 @@ import hashlib
 import os
 from pathlib import Path
 
+PRIVATE = 0o077
+"""``umask`` of every process of an installation: only its user reads the files that it makes."""
+
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
@@ -45,6 +48,32 @@ def write_atomically(path: Path, content: bytes, *, is_durable: bool = False) ->
             file.flush()
             os.fsync(file.fileno())
     fresh.replace(path)
+
+
+def link_out_of(folder: Path) -> str | None:
+    """Find the first entry of ``folder``, at any depth, that is a link to a place outside.
+
+    A link inside the folder is allowed, and so is ``folder`` itself. If that leads to a snapshot in
+    the cache of a hub, links to its ``blobs`` are allowed too. Hidden entries are left out, as
+    nothing reads them.
+
+    Returns:
+        Its path in the folder; None: there is no such link.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.with_name("blobs"))
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in (*folders, *sorted(files)):
+            path = Path(place, name)
+            if name.startswith(".") or not path.is_symlink():
+                continue
+            target = Path(os.path.realpath(path))  # unlike `resolve`, it accepts a circle of links
+            if not any(target.is_relative_to(one) for one in allowed):
+                return path.relative_to(root).as_posix()
+    return None
 
 
 def read_if_there(path: Path) -> bytes | None:

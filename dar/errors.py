@@ -135,6 +135,14 @@ class MethodNotAllowedError(_Rejected, DARError):
     status = 405
 
 
+class RequestTimeoutError(DARError):
+    """The body of the request did not arrive in time. Send it again."""
+
+    code = "request_timeout"
+    status = 408
+    type = "invalid_request_error"
+
+
 class ConflictError(_Rejected, DARError):
     """The state of the object does not allow this request."""
 

@@ -153,9 +153,10 @@ class Settings(BaseSettings):
     """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
 
     reward_probe_seconds: Seconds = 5.0
-    """Pause before the service probes the reward service of a paused job again. After each probe
-    that fails the pause doubles, to at most 12 x this value. If the reward service rejected
-    requests or returned invalid responses, every pause is 12 times as long."""
+    """Pause before the service probes the reward service of a job again that is paused or waits for
+    rewards. After each probe that fails the pause doubles, to at most 12 x this value. If the
+    reward service of a paused job rejected requests or returned invalid responses, every pause is
+    12 times as long."""
 
     # --- worker
     worker_key: SecretStr | None = None

@@ -1,6 +1,7 @@
 """The HTTP service: jobs, files, models and reward endpoints.
 
 app: the application, and what starts and stops with it.
+openapi: the OpenAPI document.
 runtime: what the routes and threads of a process share.
 installation: settings, database and keys.
 artifacts: files of uploads and checkpoints on disk.

@@ -1,6 +1,7 @@
 """The service's processes: ``python -m service serve``, ``migrate`` and ``rotate-secrets``."""
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -10,11 +11,12 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from dar.disk import PRIVATE
 from dar.errors import DARError
 from dar.settings import Settings, load_settings
 from service import keys, migrate
 from service.app import create_app, prepare
-from service.http import log
+from service.http import connections, log
 from service.secret_box import SecretBox
 from service.store import reward_secrets
 from service.store.database import Database
@@ -26,9 +28,10 @@ GRACE_SECONDS = 4
 class Server(uvicorn.Server):
     """uvicorn that logs when it is ready, and ends long polls when it stops."""
 
-    def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+    def __init__(self, app: FastAPI, config: connections.ConnectionConfig) -> None:
         super().__init__(config)
         self._app = app
+        self._max_connections = config.max_connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving, then log the address."""
@@ -37,7 +40,11 @@ class Server(uvicorn.Server):
             for server in self.servers:
                 for opened in server.sockets:
                     host, port = opened.getsockname()[:2]
-                    structlog.get_logger().info("ready", url=f"http://{host}:{port}")
+                    structlog.get_logger().info(
+                        "ready",
+                        url=f"http://{host}:{port}",
+                        max_connections=self._max_connections,
+                    )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, and end all long polls."""
@@ -57,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("migrate", help="upgrade the database schema and stop")
     commands.add_parser("rotate-secrets", help="store all secrets under the newest key and stop")
     chosen = parser.parse_args(arguments)
+    os.umask(PRIVATE)
     log.configure("info")
     try:
         if chosen.command == "migrate":
@@ -94,15 +102,15 @@ def _rotate_secrets(settings: Settings) -> int:
 def _serve(settings: Settings) -> int:
     log.configure(settings.log_level)
     app = create_app(settings, prepare(settings))
-    config = uvicorn.Config(
+    config = connections.ConnectionConfig(
         app,
+        max_connections=connections.max_connections(connections.raise_file_limit()),
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
-        h11_max_incomplete_event_size=64 * 1024,
     )
     server = Server(app, config)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,8 +5,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from dar.rewards.probe.callbacks import ProbeInbox
@@ -36,8 +34,10 @@ from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.http import auth, bodies, errors
+from service.http import auth, errors
+from service.http.connections import BodyTimeouts
 from service.http.log import RequestMiddleware
+from service.openapi import describe
 from service.rewards.watch import RewardWatch
 from service.runtime import Runtime
 from service.secret_box import SecretBox
@@ -97,6 +97,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     errors.install(app)
+    app.add_middleware(BodyTimeouts)
     app.add_middleware(RequestMiddleware)
     app.include_router(health.router)
     for module in ROUTERS:
@@ -107,22 +108,6 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         return describe(app)
 
     return app
-
-
-def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, including the bodies that `service.http.bodies.body_of` reads."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        _, schemas = models_json_schema(
-            [(model, "validation") for model in bodies.BODIES],
-            ref_template="#/components/schemas/{model}",
-        )
-        components = document.setdefault("components", {})
-        components["schemas"] = {**schemas["$defs"], **components.get("schemas", {})}
-        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"bearer": []}]
-        app.openapi_schema = document
-    return app.openapi_schema
 
 
 def prepare(settings: Settings) -> Runtime:

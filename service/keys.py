@@ -26,8 +26,8 @@ API_KEY_FILE, WORKER_KEY_FILE, REWARD_SECRET_FILE = "api_key", "worker_key", "re
 KEYS_OF_SECRETS_FILE = "secret_keys"
 USER_SCOPES = "read submit admin"
 WORKER_SCOPES = "worker"
-_KEY = re.compile(r"^dar-[sw]k-([0-9A-Za-z]{8,40})-[\w-]{43}$", re.ASCII)
-_ATTEMPT_TOKEN = re.compile(r"^dar-at-([0-9A-Z]{26})-[\w-]{43}$", re.ASCII)
+_KEY = re.compile(r"dar-[sw]k-([0-9A-Za-z]{8,40})-[\w-]{43}", re.ASCII)
+_ATTEMPT_TOKEN = re.compile(r"dar-at-([0-9A-Z]{26})-[\w-]{43}", re.ASCII)
 
 
 def new_api_key() -> str:
@@ -57,13 +57,13 @@ def new_attempt_token(lease_id: str) -> str:
 
 def lease_of_token(token: str) -> str | None:
     """The lease that an attempt token names; None for any other text."""
-    match = _ATTEMPT_TOKEN.match(token)
+    match = _ATTEMPT_TOKEN.fullmatch(token)
     return None if match is None else f"lease-{match[1]}"
 
 
 def key_id(key: str) -> str:
     """Id under which a key is stored: part of the key, or a digest if an operator chose the key."""
-    match = _KEY.match(key)
+    match = _KEY.fullmatch(key)
     return f"key-{match[1] if match else digest(key)[:26]}"
 
 

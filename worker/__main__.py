@@ -1,11 +1,13 @@
 """``python -m worker``: run one slot until SIGTERM."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 import structlog
 
+from dar.disk import PRIVATE
 from dar.errors import ConfigurationError
 from dar.settings import Settings, load_settings
 from worker.app import Process
@@ -60,6 +62,7 @@ def main(command: Sequence[str] = TRAINER_COMMAND) -> int:
     Returns:
         The exit code: 0 after a clean stop, 78 for a wrong configuration.
     """
+    os.umask(PRIVATE)
     try:
         settings = load_settings()
         start_logging(settings.log_level)

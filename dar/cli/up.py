@@ -7,6 +7,7 @@ an operator starts them there.
 
 import fcntl
 import importlib.util
+import os
 import platform
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
+from dar.disk import PRIVATE
 from dar.errors import ConfigurationError
 from dar.processes import Child, Processes, answers, free_port, require
 from dar.settings import Settings, environment, inherited_environment, load_settings
@@ -178,6 +180,7 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
     require("service", "fastapi")
     if workers:
         require("worker", "torch")
+    os.umask(PRIVATE)
     with only_one(settings.home):
         if not is_port_free(settings.host, settings.port):
             raise ConfigurationError(

@@ -13,6 +13,7 @@ The steps, in order:
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from dar.client import Client
 from dar.demo import brackets
 from dar.demo.screen import DemoScreen, Scores, show_next, show_samples
 from dar.demo.tasks import BRACKETS, REVIEWS, DemoTask
+from dar.disk import PRIVATE
 from dar.errors import DARError, TrainingError
 from dar.processes import Child, Processes, answers, free_port, require
 from dar.protocol.jobs import Job
@@ -304,6 +306,7 @@ def run(*, home: Path | None, as_json: bool, task: DemoTask = REVIEWS) -> None:
         require(package, module)
     watch = Stopwatch()
     settings = load_settings(home=home)
+    os.umask(PRIVATE)
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     screen = DemoScreen()
     screen.introduce(task.introduction)

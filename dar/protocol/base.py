@@ -79,6 +79,37 @@ class Deleted(Output):
     deleted: bool
 
 
+class ErrorProblem(Output):
+    """One problem of a request."""
+
+    param: str | None
+    """Path of the parameter."""
+    message: str
+    code: str
+    row: int | None = None
+    """Row of an uploaded file, counted from 1."""
+
+
+class ErrorDetail(Output):
+    """What is wrong with a request, where, and what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    """Path of the wrong parameter."""
+    code: str
+    errors: list[ErrorProblem]
+    """All problems, if there are several."""
+    request_id: str | None
+    """For the operator of the service."""
+
+
+class ErrorBody(Output):
+    """The body of every response with a status of 400 or more."""
+
+    error: ErrorDetail
+
+
 MAX_COUNT = 2**31 - 1
 """Largest step, attempt or row number: the limit of an integer column in every database."""
 

@@ -8,9 +8,9 @@ from dar.errors import InvalidRequestError
 
 SCHEME = "hf://"
 _ADDRESS = re.compile(
-    r"^hf://(?P<name>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(\?(?P<query>.*))?$", re.ASCII
+    r"hf://(?P<name>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(\?(?P<query>.*))?", re.ASCII
 )
-_WORD = re.compile(r"^[\w.-]{1,96}$", re.ASCII)
+_WORD = re.compile(r"[\w.-]{1,96}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,14 @@ class HubData:
             InvalidRequestError: It is not such an address, or it has other parameters than a split
                 and a configuration.
         """
-        found = _ADDRESS.match(address)
+        found = _ADDRESS.fullmatch(address)
         query = parse_qsl((found["query"] or "") if found else "", keep_blank_values=True)
         words = dict(query)
         is_right = (
             found is not None
             and len(words) == len(query)
             and words.keys() <= {"split", "config"}
-            and all(_WORD.match(word) for word in words.values())
+            and all(_WORD.fullmatch(word) for word in words.values())
         )
         if found is None or not is_right:
             raise InvalidRequestError(

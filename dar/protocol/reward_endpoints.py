@@ -26,8 +26,8 @@ MAX_HEADERS = 16
 MAX_HEADER_CHARACTERS = 4096
 OPTIONS = tuple(name for name in FIELDS_OF_KIND["http"] if name not in {"url", "endpoint"})
 """Fields of a component that an endpoint can provide."""
-_TOKEN = re.compile(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$", re.ASCII)
-_VALUE = re.compile(r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", re.ASCII)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}", re.ASCII)
+_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", re.ASCII)
 _RESERVED = frozenset(
     {
         *("host", "transfer-encoding", "connection", "te", "trailer", "upgrade", "keep-alive"),
@@ -38,7 +38,7 @@ _RESERVED_PREFIXES = ("content-", "webhook-", "x-dar-", "proxy-")
 
 
 def _check_header_name(name: str) -> str:
-    if not _TOKEN.match(name):
+    if not _TOKEN.fullmatch(name):
         raise PydanticCustomError(
             "header_name",
             "not a header name of RFC 9110: letters, digits and hyphens, at most 128 of them",
@@ -55,7 +55,7 @@ def _check_header_name(name: str) -> str:
 
 def _check_header_value(value: SecretStr) -> SecretStr:
     text = value.get_secret_value()
-    if len(text) > MAX_HEADER_CHARACTERS or not _VALUE.match(text):
+    if len(text) > MAX_HEADER_CHARACTERS or not _VALUE.fullmatch(text):
         raise PydanticCustomError(
             "header_value",
             "must be 1 to {most} visible ASCII characters, with spaces only between them",

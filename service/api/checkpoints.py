@@ -39,7 +39,7 @@ def get_checkpoint(
 
 
 @router.head(FILE_PATH, response_class=Response, include_in_schema=False)
-@router.get(FILE_PATH, response_class=Response)
+@router.get(FILE_PATH, response_class=Response, responses=downloads.ANSWERS)
 def get_checkpoint_file(
     job_id: str,
     checkpoint_id: str,

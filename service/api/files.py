@@ -13,7 +13,7 @@ from dar.protocol.base import Deleted, Page
 from dar.protocol.files import File
 from dar.protocol.ids import new_id
 from service.api.paging import PageCursor, envelope, seconds
-from service.http import downloads
+from service.http import downloads, errors
 from service.http.auth import Reader, Submitter, User
 from service.http.bodies import NUL, limited
 from service.jobs import datasets
@@ -74,7 +74,7 @@ def get_file(file_id: str, runtime: CurrentRuntime, user: Reader) -> File:
         return show(files.get(transaction, user.project_id, file_id))
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", responses=errors.may_answer(409))
 def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
     """Delete a file that no unfinished job needs."""
     with runtime.database.write() as transaction:
@@ -84,7 +84,7 @@ def delete_file(file_id: str, runtime: CurrentRuntime, user: Submitter) -> Delet
     return Deleted(id=file_id, object="file", deleted=True)
 
 
-@router.get("/{file_id}/content", response_class=Response)
+@router.get("/{file_id}/content", response_class=Response, responses=downloads.ANSWERS)
 def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: Reader) -> Response:
     """The content of the file, or one range of it."""
     with runtime.database.read() as transaction:

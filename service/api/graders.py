@@ -26,6 +26,7 @@ from dar.rewards.base import Failed, RewardResult, RewardSample, Scored
 from dar.rewards.probe.client import ProbeClient, ProbeTarget
 from service.http.auth import Submitter, User
 from service.http.bodies import body_of, schema_of
+from service.http.errors import may_answer
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_endpoints
@@ -38,7 +39,7 @@ RunBody = Annotated[RunGrader, Depends(body_of(RunGrader))]
 ValidateBody = Annotated[ValidateGrader, Depends(body_of(ValidateGrader))]
 
 
-@router.post("/run", openapi_extra=schema_of(RunGrader))
+@router.post("/run", openapi_extra=schema_of(RunGrader), responses=may_answer(429))
 async def run_grader(runtime: CurrentRuntime, user: Submitter, body: RunBody) -> GraderRun:
     """Score one completion with a registered reward endpoint.
 

@@ -13,14 +13,14 @@ from dar.errors import NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
 from dar.protocol.worker import REWARD_MODELS, InputFile, Inputs, ModelSource
 from service.api.checkpoints import entries
-from service.http import downloads
+from service.http import downloads, errors
 from service.http.auth import LeaseHolder
 from service.jobs import models
 from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, fence, files, tables
 from service.store.database import Transaction
 
-router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
+router = APIRouter(prefix="/v1/worker/leases", tags=["worker"], responses=errors.may_answer(409))
 TRAINING_FILE = "training_file"
 VALIDATION_FILE = "validation_file"
 
@@ -40,7 +40,7 @@ def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
     return Inputs(files=[InputFile(name=s.name, bytes=s.bytes, sha256=s.sha256) for s in found])
 
 
-@router.get("/{lease_id}/inputs/{name:path}", response_class=Response)
+@router.get("/{lease_id}/inputs/{name:path}", response_class=Response, responses=downloads.ANSWERS)
 def get_input(
     lease_id: LeaseHolder, name: str, request: Request, runtime: CurrentRuntime
 ) -> Response:
@@ -85,8 +85,13 @@ def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterato
 
 
 def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
-    """Files of a folder under the models directory, for workers without that directory."""
+    """Files of a folder under the models directory, for workers without that directory.
+
+    Raises:
+        ModelNotFoundError: One of them is a link to a place outside of the folder.
+    """
     folder = runtime.settings.models_path / model
+    models.check_links(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):

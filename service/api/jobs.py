@@ -13,6 +13,7 @@ from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
 from service.api.paging import PageCursor, envelope, seconds
+from service.http import errors
 from service.http.auth import Reader, Submitter
 from service.http.bodies import body_of, schema_of
 from service.jobs import submission
@@ -31,13 +32,13 @@ ACTIONS: Mapping[str, Sequence[str]] = {
     "cancelled": ["resume"],
 }
 """Status -> requests that the job accepts."""
-_LABEL = re.compile(r"^metadata\[(.+)\]$", re.DOTALL)
+_LABEL = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 Spec = Annotated[JobSpec, Depends(body_of(JobSpec))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0, le=MAX_COUNT)]
 
 
-@router.post("", openapi_extra=schema_of(JobSpec))
+@router.post("", openapi_extra=schema_of(JobSpec), responses=errors.may_answer(409, 429))
 async def create_job(
     response: Response,
     runtime: CurrentRuntime,
@@ -82,7 +83,7 @@ def get_job(job_id: str, runtime: CurrentRuntime, user: Reader) -> Job:
         return show(jobs.get(transaction, user.project_id, job_id))
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", responses=errors.may_answer(409))
 def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     """Cancel a job: at once if it waits, within seconds if it runs. Checkpoints are kept."""
     with runtime.database.write() as transaction:
@@ -91,7 +92,7 @@ def cancel_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
-@router.post("/{job_id}/pause")
+@router.post("/{job_id}/pause", responses=errors.may_answer(409))
 def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     """Pause a job: at once if it waits; if it runs, after a checkpoint of its current step."""
     with runtime.database.write() as transaction:
@@ -100,7 +101,7 @@ def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
-@router.post("/{job_id}/resume")
+@router.post("/{job_id}/resume", responses=errors.may_answer(409))
 def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     """Queue a paused, failed or cancelled job again, from its newest checkpoint."""
     with runtime.database.write() as transaction:
@@ -169,7 +170,7 @@ def _estimated_finish(job: tables.JobRow) -> int | None:
 def _labels(request: Request) -> dict[str, str]:
     labels: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if (match := _LABEL.match(name)) is not None:
+        if (match := _LABEL.fullmatch(name)) is not None:
             labels[match[1]] = value
         elif name == "metadata" and value != "null":
             raise InvalidRequestError(

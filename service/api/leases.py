@@ -43,6 +43,7 @@ from service.store import events, fence, leases, outcomes, reward_requests, rows
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
+FENCED = errors.may_answer(409)
 MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
 ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
@@ -60,7 +61,7 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release))]
     responses={204: {"description": "No job is due."}},
 )
 def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
-    """Claim the oldest queued job, if there is one."""
+    """Claim the job that has been in the queue longest, if there is one."""
     while True:
         found = _claim_once(runtime, body)
         if found is None:
@@ -70,7 +71,7 @@ def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | 
         runtime.notifier.notify(found)
 
 
-@router.post("/{lease_id}/heartbeat", openapi_extra=schema_of(Heartbeat))
+@router.post("/{lease_id}/heartbeat", openapi_extra=schema_of(Heartbeat), responses=FENCED)
 def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBody) -> LeaseState:
     """Renew a lease."""
     seconds = runtime.settings.lease_ttl_seconds
@@ -80,7 +81,7 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
     return LeaseState(ttl_seconds=seconds)
 
 
-@router.get("/{lease_id}/directives", response_model_exclude_none=True)
+@router.get("/{lease_id}/directives", response_model_exclude_none=True, responses=FENCED)
 async def get_directives(
     lease_id: LeaseHolder,
     runtime: CurrentRuntime,
@@ -96,7 +97,7 @@ async def get_directives(
     return Directives(directives=found, cursor=received.plus(found).text)
 
 
-@router.post("/{lease_id}/batch", openapi_extra=schema_of(Batch))
+@router.post("/{lease_id}/batch", openapi_extra=schema_of(Batch), responses=FENCED)
 def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody) -> BatchAck:
     """Store rows of a trainer, also those of an attempt that has lost its job."""
     _check_rows(body)
@@ -121,19 +122,19 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
     return BatchAck(acked_seq=stored)
 
 
-@router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete))
+@router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete), responses=FENCED)
 def complete(lease_id: LeaseHolder, runtime: CurrentRuntime, body: CompleteBody) -> Outcome:
     """End an attempt that trained to the last step."""
     return _ended(runtime, lease_id, body)
 
 
-@router.post("/{lease_id}/fail", openapi_extra=schema_of(Fail))
+@router.post("/{lease_id}/fail", openapi_extra=schema_of(Fail), responses=FENCED)
 def fail(lease_id: LeaseHolder, runtime: CurrentRuntime, body: FailBody) -> Outcome:
     """End a failed attempt."""
     return _ended(runtime, lease_id, body)
 
 
-@router.post("/{lease_id}/release", openapi_extra=schema_of(Release))
+@router.post("/{lease_id}/release", openapi_extra=schema_of(Release), responses=FENCED)
 def release(lease_id: LeaseHolder, runtime: CurrentRuntime, body: ReleaseBody) -> Outcome:
     """Give the job back, or confirm a cancellation or a pause."""
     return _ended(runtime, lease_id, body)

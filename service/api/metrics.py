@@ -28,7 +28,11 @@ def list_names(_user: Reader) -> Page[MetricName]:
     return whole(names, lambda metric: metric.name)
 
 
-@router.get(PATH + "/{job_id}/metrics", response_model=Metrics, responses={304: {}})
+@router.get(
+    PATH + "/{job_id}/metrics",
+    response_model=Metrics,
+    responses={304: {"description": "Nothing is new."}},
+)
 def get_metrics(
     job_id: str,
     request: Request,

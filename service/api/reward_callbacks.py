@@ -20,9 +20,14 @@ from dar.errors import (
     UnsupportedMediaTypeError,
 )
 from dar.protocol.reward_callbacks import CallbackAnswer
-from dar.protocol.rewards import MAX_RESPONSE_BYTES, decode_result, is_own_request
+from dar.protocol.rewards import (
+    MAX_RESPONSE_BYTES,
+    RewardResponse,
+    decode_result,
+    is_own_request,
+)
 from dar.rewards.http.signing import decode_secret, verify
-from service.http import bodies
+from service.http import bodies, errors
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
 from service.store import reward_requests
@@ -118,7 +123,11 @@ async def received(request: Request, runtime: CurrentRuntime, row: Holder) -> by
     return b"".join(chunks)
 
 
-@router.post("/{request_id}")
+@router.post(
+    "/{request_id}",
+    openapi_extra=bodies.schema_of(RewardResponse),
+    responses=errors.may_answer(409, 410, 422, 429),
+)
 async def post_result(
     request: Request,
     runtime: CurrentRuntime,

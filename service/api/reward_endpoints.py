@@ -130,7 +130,7 @@ def update_reward_endpoint(
     )
 
 
-@router.delete("/{endpoint_id}")
+@router.delete("/{endpoint_id}", responses=errors.may_answer(409))
 def delete_reward_endpoint(endpoint_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
     """Delete a reward endpoint and its secrets; no unfinished job may name it."""
     with runtime.database.write() as transaction:
@@ -173,7 +173,7 @@ def purge_cache(endpoint_id: str, runtime: CurrentRuntime, user: Submitter) -> R
         return _shown(transaction, endpoint)
 
 
-@router.post("/probe", openapi_extra=schema_of(ProbeInline))
+@router.post("/probe", openapi_extra=schema_of(ProbeInline), responses=errors.may_answer(429))
 async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBody) -> ProbeReport:
     """Probe the reward service of a component, as a job would use it."""
     component = body.component
@@ -188,7 +188,11 @@ async def probe_inline(runtime: CurrentRuntime, user: Submitter, body: InlineBod
     return await probing.report_on(target, as_samples(body.samples), light=body.light)
 
 
-@router.post("/{endpoint_id}/probe", openapi_extra=schema_of(ProbeEndpoint))
+@router.post(
+    "/{endpoint_id}/probe",
+    openapi_extra=schema_of(ProbeEndpoint),
+    responses=errors.may_answer(429),
+)
 async def probe_reward_endpoint(
     endpoint_id: str, runtime: CurrentRuntime, user: Submitter, body: ProbeBody
 ) -> ProbeReport:

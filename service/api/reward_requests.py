@@ -11,6 +11,7 @@ from dar.protocol.worker import (
     RewardRequestState,
     RewardRequestStates,
 )
+from service.http import errors
 from service.http.auth import LeaseHolder
 from service.http.bodies import body_of, schema_of
 from service.runtime import CurrentRuntime
@@ -23,7 +24,11 @@ AnnounceBody = Annotated[AnnounceRewardRequests, Depends(body_of(AnnounceRewardR
 ProgressBody = Annotated[NoteRewardProgress, Depends(body_of(NoteRewardProgress))]
 
 
-@router.post("/{lease_id}/reward_requests", openapi_extra=schema_of(AnnounceRewardRequests))
+@router.post(
+    "/{lease_id}/reward_requests",
+    openapi_extra=schema_of(AnnounceRewardRequests),
+    responses=errors.may_answer(409),
+)
 def announce_reward_requests(
     lease_id: LeaseHolder, runtime: CurrentRuntime, body: AnnounceBody
 ) -> RewardRequestStates:
@@ -61,7 +66,11 @@ def announce_reward_requests(
     )
 
 
-@router.post("/{lease_id}/reward_requests/progress", openapi_extra=schema_of(NoteRewardProgress))
+@router.post(
+    "/{lease_id}/reward_requests/progress",
+    openapi_extra=schema_of(NoteRewardProgress),
+    responses=errors.may_answer(409),
+)
 def note_reward_progress(
     lease_id: LeaseHolder, runtime: CurrentRuntime, body: ProgressBody
 ) -> RewardProgressNoted:

@@ -11,12 +11,18 @@ from dar.protocol.base import MAX_COUNT
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 from dar.protocol.worker import AttemptOf, CheckpointUpload, RegisterCheckpoint
 from service import artifacts
+from service.http import errors
 from service.http.auth import LeaseHolder
 from service.http.bodies import MAX_EXACT, body_of, limited, schema_of
 from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, fence, tables
 
-router = APIRouter(prefix="/v1/worker/leases/{lease_id}/checkpoints", tags=["worker"])
+router = APIRouter(
+    prefix="/v1/worker/leases/{lease_id}/checkpoints",
+    tags=["worker"],
+    responses=errors.may_answer(409),
+)
+PART = {"requestBody": {"required": True, "content": {"application/octet-stream": {}}}}
 MAX_MANIFEST_BYTES = 8 * 1024**2
 """A manifest of 10,000 files with long names has about 3 MB."""
 RegisterBody = Annotated[
@@ -45,7 +51,7 @@ def register(
     return _show(runtime, checkpoint)
 
 
-@router.put("/{checkpoint_id}/files/{name:path}")
+@router.put("/{checkpoint_id}/files/{name:path}", openapi_extra=PART)
 async def put_file(
     lease_id: LeaseHolder,
     checkpoint_id: str,

@@ -16,7 +16,7 @@ from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, jobs, leases, reward_requests
+from service.store import checkpoints, fence, files, leases, reward_requests
 from service.store.database import Database
 
 log = structlog.get_logger()
@@ -116,7 +116,7 @@ class Reconciler:
 
     def _rewake(self) -> None:
         with self._database.read() as transaction:
-            waiting = jobs.count_due(transaction, UNCLAIMED)
+            waiting = leases.count_due(transaction, UNCLAIMED)
         if waiting:
             self._waker.wake(waiting)
 

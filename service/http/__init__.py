@@ -2,6 +2,7 @@
 
 auth: API keys, scopes and attempt tokens.
 bodies: reads, limits, unpacks and parses request bodies.
+connections: time limits of connections, and how many there may be.
 downloads: sends files and byte ranges.
 errors: renders every error as JSON, with its ``Retry-After``.
 log: JSON log lines and request ids.

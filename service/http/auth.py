@@ -1,6 +1,5 @@
 """Authentication and scopes: keys of users and of workers, and tokens of attempts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -93,21 +92,28 @@ def authenticate(request: Request, installation: Installation) -> None:
         _check_token(installation, lease_id, bearer(request))
 
 
-def user_with(scope: Scope) -> Callable[[Principal], User]:
-    """A dependency that accepts users' keys with ``scope``."""
+@dataclass(frozen=True, slots=True)
+class UserWith:
+    """A dependency that accepts users' keys with a scope."""
 
-    def check(who: Annotated[Principal, Depends(principal)]) -> User:
-        if scope not in who.scopes or who.project_id is None:
+    scope: Scope
+
+    def __call__(self, who: Annotated[Principal, Depends(principal)]) -> User:
+        """The key and its project.
+
+        Raises:
+            PermissionDeniedError: It lacks the scope, or is a worker's.
+        """
+        if self.scope not in who.scopes or who.project_id is None:
             raise PermissionDeniedError(
-                f"this key has the scopes {' '.join(sorted(who.scopes))!r}, but {scope!r} is needed"
+                f"this key has the scopes {' '.join(sorted(who.scopes))!r}, but {self.scope!r} is "
+                "needed"
             )
         return User(who.key_id, who.project_id)
 
-    return check
 
-
-Reader = Annotated[User, Depends(user_with("read"))]
-Submitter = Annotated[User, Depends(user_with("submit"))]
+Reader = Annotated[User, Depends(UserWith("read"))]
+Submitter = Annotated[User, Depends(UserWith("submit"))]
 
 
 def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:

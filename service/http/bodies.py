@@ -20,7 +20,7 @@ MAX_INTEGER = 2**63 - 1
 MAX_EXACT = 2**53
 """Up to here every integer is exact as a float."""
 BODIES: list[type[BaseModel]] = []
-"""The models that `body_of` reads, for the OpenAPI document."""
+"""The models of bodies that routes read themselves, for the OpenAPI document."""
 NUL = "must not contain the character NUL (U+0000), which the database cannot store"
 # Walking through a whole body takes longer than parsing it, and few bodies have one of these.
 _SUSPICIOUS = re.compile(rb"\\u0000|\d{19}")
@@ -131,6 +131,8 @@ def _unstorable(value: object, path: tuple[str | int, ...] = ()) -> Iterator[Pro
 
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI entry of a body read by `body_of`."""
+    """The OpenAPI entry of a body that a route reads itself."""
+    if model not in BODIES:
+        BODIES.append(model)
     ref = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref}}}}

@@ -3,6 +3,7 @@
 import base64
 import re
 from pathlib import Path
+from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -13,7 +14,15 @@ from dar.errors import NotFoundError, RangeNotSatisfiableError
 from service.artifacts import CHUNK_BYTES
 from service.http import errors
 
-_ONE_RANGE = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})$", re.ASCII | re.IGNORECASE)
+_ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
+
+
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    206: {"description": "The range that was asked for."},
+    304: {"description": "The client has the file already (`if-none-match`)."},
+    **errors.may_answer(416),
+}
+"""Responses of a download besides 200."""
 
 
 class _Download(FileResponse):
@@ -71,7 +80,7 @@ def _range_of(headers: Headers) -> str | None:
 
 
 def _is_satisfiable(wanted: str, size: int) -> bool:
-    match = _ONE_RANGE.match(wanted.strip())
+    match = _ONE_RANGE.fullmatch(wanted.strip())
     if match is None or not (match[1] or match[2]):
         return False
     first, last = match[1], match[2]

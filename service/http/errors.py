@@ -1,5 +1,6 @@
 """Exception handlers: every error of every route is rendered here, in one shape."""
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,21 +10,30 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Match, Mount
+from starlette.routing import Match, Mount, compile_path
 
 from dar.errors import (
+    AuthenticationError,
     ConflictError,
     DARError,
+    GoneError,
     InvalidRequestError,
+    InvalidResultError,
     MethodNotAllowedError,
     NotFoundError,
     PayloadTooLargeError,
+    PermissionDeniedError,
     Problem,
+    RangeNotSatisfiableError,
+    RateLimitError,
+    RequestTimeoutError,
     ServiceUnavailableError,
+    UnsupportedMediaTypeError,
 )
 from dar.protocol.rows import kind_of_value
 from service.store.database import is_outage
@@ -33,6 +43,15 @@ log = structlog.get_logger()
 RETRY_AFTER_SECONDS = 1.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 """The OpenAI client does not retry at all after a longer wait."""
+ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+_DESCRIPTIONS = {
+    kind.status: inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    for kind in (
+        *(InvalidRequestError, AuthenticationError, PermissionDeniedError, NotFoundError),
+        *(RequestTimeoutError, ConflictError, GoneError, PayloadTooLargeError),
+        *(UnsupportedMediaTypeError, RangeNotSatisfiableError, InvalidResultError, RateLimitError),
+    )
+}
 _WORDS = {
     "extra_forbidden": "unknown field",
     "missing": "this field is required",
@@ -58,6 +77,17 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(SQLAlchemyError, _on_database_error)
 
 
+def may_answer(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The entries of the OpenAPI document for errors.
+
+    Routes name those that do not follow from their keys, bodies and paths (`service.openapi`).
+    """
+    return {
+        status: {"description": _DESCRIPTIONS[status], "content": ERROR_CONTENT}
+        for status in statuses
+    }
+
+
 def request_id(request: Request) -> str | None:
     """The id in the response's ``x-request-id`` header."""
     value = request.scope.get("dar_request_id")
@@ -72,6 +102,8 @@ def render(
     if isinstance(error, ConflictError):
         # Without it the OpenAI client retries a request that cannot succeed.
         extra["x-should-retry"] = "false"
+    if error.status == 408:
+        extra["connection"] = "close"  # the rest of the body must not be read as a request
     if error.status == 401:
         extra["www-authenticate"] = "Bearer"
     if error.status in {429, 503}:
@@ -234,7 +266,19 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         made = InvalidRequestError(str(error.detail))
     else:
         made = DARError(str(error.detail))
-    return render(made, request_id(request), error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["allow"] = ", ".join(_methods_of(request.app, request.url.path))
+    return render(made, request_id(request), headers)
+
+
+def _methods_of(app: FastAPI, path: str) -> list[str]:
+    """All methods of a path. The router names only those of the first route that fits."""
+    found: set[str] = set()
+    for context in iter_route_contexts(app.routes):
+        if compile_path(context.path or "")[0].match(path) is not None:
+            found.update(context.methods or ())
+    return sorted(found)
 
 
 def _is_under_v1(request: Request) -> bool:

@@ -16,7 +16,7 @@ from dar.protocol.ids import new_id
 from service.http import errors
 
 log = structlog.get_logger()
-_SANE_ID = re.compile(rb"^[A-Za-z0-9_.:-]{1,128}$")
+_SANE_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 
 
 def configure(level: str) -> None:
@@ -92,6 +92,6 @@ class RequestMiddleware:
 
 def _incoming_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and _SANE_ID.match(value):
+        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return str(value.decode())
     return None

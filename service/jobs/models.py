@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 
+import structlog
+
+from dar.disk import link_out_of
 from dar.errors import ModelNotFoundError, NotFoundError
 from dar.protocol.models import Model
 from dar.protocol.reward_spec import Rewards
@@ -19,12 +23,13 @@ from service.store import checkpoints
 from service.store.database import Transaction
 from service.store.tables import CheckpointRow, JobRow
 
+log = structlog.get_logger()
 MAX_NAMED = 5
 """Folders that an error names."""
 MAX_COMPARED = 1000
 """Fine-tuned models with which a wrong name is compared."""
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
-_FOLDER = re.compile(r"^[A-Za-z0-9][\w.-]*$", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +47,13 @@ def resolve(
     """Find the model that a job spec names, and keep its checkpoints until the transaction ends.
 
     Raises:
-        ModelNotFoundError: There is no such model, the hub id is not allowed, or a checkpoint that
-            the model is made of was removed.
+        ModelNotFoundError: There is no such model, the hub id is not allowed, a checkpoint that
+            the model is made of was removed, or a file of its folder is a link to a place outside.
     """
     if "/" in name:
         return ResolvedModel(_hub(settings, name))
-    if _folder(settings.models_path, name) is not None:
+    if (found := _folder(settings.models_path, name)) is not None:
+        check_links(found)
         folder = ModelSource(kind="folder", name=name, checkpoint_id=None, adapter_ids=[])
         return ResolvedModel(folder)
     for _, checkpoint, job in checkpoints.models(transaction, project_id, name=name):
@@ -85,7 +91,7 @@ def check_reward_models(settings: Settings, rewards: Rewards) -> None:
     The result of a job is no reward model: a policy has no head that returns a number.
 
     Raises:
-        ModelNotFoundError: One of them is neither.
+        ModelNotFoundError: One of them is neither, or has a link to a place outside of its folder.
     """
     for index, component in enumerate(rewards.components):
         name, param = component.model, f"{PATH}.components[{index}].model"
@@ -93,7 +99,9 @@ def check_reward_models(settings: Settings, rewards: Rewards) -> None:
             continue
         if "/" in name:
             _hub(settings, name, param)
-        elif _folder(settings.models_path, name) is None:
+        elif (found := _folder(settings.models_path, name)) is not None:
+            check_links(found, param)
+        else:
             raise ModelNotFoundError(
                 f"there is no reward model {name!r}; it is a folder with a config.json under "
                 f"{settings.models_path}, or a hub id like 'owner/name'",
@@ -135,6 +143,8 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
     """
     folder = _folder(settings.models_path, name)
     if folder is not None:
+        if (link := link_out_of(folder)) is not None:
+            raise NotFoundError(_leads_out(folder, link))
         return _base(folder)
     for _, checkpoint, _ in checkpoints.models(transaction, project_id, name=name):
         return _fine_tuned(name, checkpoint)
@@ -142,7 +152,7 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
 
 
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
-    if not _HUB_ID.match(name):
+    if not _HUB_ID.fullmatch(name):
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelNotFoundError(
                 f"{name!r} is a path, but a model is named: put its folder under "
@@ -189,12 +199,45 @@ def _fine_tuned(name: str, checkpoint: CheckpointRow) -> Model:
 def _folders(root: Path) -> list[Model]:
     if not root.is_dir():
         return []
-    return [_base(path) for path in sorted(root.iterdir()) if _folder(root, path.name)]
+    found = []
+    for path in sorted(root.iterdir()):
+        if _folder(root, path.name) is None:
+            continue
+        if (link := link_out_of(path)) is None:
+            found.append(_base(path))
+        else:
+            _warn(path, link)
+    return found
 
 
 def _folder(root: Path, name: str) -> Path | None:
     path = root / name
-    return path if _FOLDER.match(name) and (path / "config.json").is_file() else None
+    return path if _FOLDER.fullmatch(name) and (path / "config.json").is_file() else None
+
+
+def check_links(folder: Path, param: str = "model") -> None:
+    """Check that a model's folder contains all of its files.
+
+    Through a link, a file of this machine would come into checkpoints and to other workers.
+
+    Raises:
+        ModelNotFoundError: A file or folder in it is a link to a place outside.
+    """
+    if (link := link_out_of(folder)) is not None:
+        raise ModelNotFoundError(_leads_out(folder, link), param=param)
+
+
+def _leads_out(folder: Path, link: str) -> str:
+    return (
+        f"model {folder.name!r} cannot be used: {link} in its folder is a symbolic link to a place "
+        "outside of it; replace the link by the file"
+    )
+
+
+@lru_cache(maxsize=256)
+def _warn(folder: Path, link: str) -> None:
+    """Log once that a model is not listed."""
+    log.warning("model is not listed", reason=_leads_out(folder, link))
 
 
 def _base(folder: Path) -> Model:

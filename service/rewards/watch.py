@@ -1,4 +1,6 @@
-"""Resumes jobs that are paused for missing rewards once their reward services answer again.
+"""Probes the reward services of jobs that wait for rewards, queued or paused.
+
+A job goes on when its services answer again.
 
 A separate thread checks the services, so that one that hangs blocks nothing else. The checks of a
 job become less frequent (`service.store.reward_pauses.wait_before_probe`). On PostgreSQL one
@@ -9,6 +11,7 @@ import asyncio
 import functools
 import itertools
 import json
+import re
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,7 +20,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from dar.errors import DARError, RewardMisconfiguredError
+from dar.errors import DARError, RewardMisconfiguredError, RewardUnavailableError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, Rewards
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample
@@ -28,6 +31,7 @@ from dar.rewards.threads import all_of
 from service.rewards.endpoints import access_for
 from service.runtime import Runtime
 from service.store import reward_endpoints, reward_pauses
+from service.store.reward_pauses import RewardCheck
 from service.store.tables import JobRow
 
 log = structlog.get_logger()
@@ -44,7 +48,13 @@ AccessOf = Callable[[JobRow, RewardComponent], ComponentAccess | None]
 Probe = Callable[
     [RewardComponent, ComponentAccess, Sequence[RewardSample], RewardContext], Awaitable[bool]
 ]
-"""Requests rewards once; whether there were any. Raises `DARError` if the service rejects it."""
+"""Requests rewards once; whether there were any.
+
+Raises `RewardMisconfiguredError` if the service rejects it, `RewardUnavailableError` if it fails.
+"""
+_UNREACHABLE = re.compile(r"connect|connect_timeout|dns|egress_denied|tls\..*")
+"""Codes of failures before a request could be sent. A worker, elsewhere in the network and with
+settings of its own, may do better."""
 
 
 async def light_probe(
@@ -63,6 +73,7 @@ async def light_probe(
 
     Raises:
         RewardMisconfiguredError: The service rejects every request.
+        RewardUnavailableError: Every request failed.
     """
     own = component.timeouts
     bounds = {
@@ -72,17 +83,25 @@ async def light_probe(
     changes = {"limits": RewardLimits(concurrency=1), "timeouts": own.model_copy(update=bounds)}
     component = component.model_copy(update=changes)
     target = ProbeTarget(component, access.url, access.secrets, access.headers, guard, inbox)
+    failed: RewardUnavailableError | None = None
     async with ProbeClient(target) as client:
         waiting = deque(client.split(samples))
         while waiting:
             part = waiting.popleft()
             call = await client.send(part, context=context, stops_at_202=True)
-            call.raise_refusal()
+            if call.failure is not None:
+                # Without the answer's text: each probe of a service would show another one.
+                message, code = f"{client.label}: {call.failure.reason}", call.failure.code
+                if call.is_refused:
+                    raise RewardMisconfiguredError(message, code=code)
+                failed = RewardUnavailableError(message, code=code)
             is_answered = any(not isinstance(result, Failed) for result in call.results)
             if is_answered or (call.is_accepted and call.failure is None):
                 return True
             if call.failure is not None and call.failure.kind == "too_large" and len(part) > 1:
                 waiting.extend((sample,) for sample in part)
+    if failed is not None:
+        raise failed
     return False
 
 
@@ -123,7 +142,7 @@ def _plain(messages: list[Mapping[str, object]]) -> str:
 
 
 class RewardWatch:
-    """Resumes jobs whose reward services are back.
+    """Lets jobs go on whose reward services are back.
 
     Args:
         runtime: The runtime of this process.
@@ -170,23 +189,27 @@ class RewardWatch:
 
     async def _check(self, job: JobRow) -> None:
         """Check one job and store the result at once: the other jobs may take long."""
-        is_back = await self._may_resume(job)
+        found = await self._found_of(job)
         if not self._stop.is_set():
-            self._note(job, is_back=is_back)
+            self._note(job, found)
 
-    async def _may_resume(self, job: JobRow) -> bool:
+    async def _found_of(self, job: JobRow) -> RewardCheck:
         """Whether the reward services of a job give the rewards that it needs."""
         try:
-            return await self._are_back(job)
+            found = await self._probe_all(job)
         except DARError as error:
-            log.info("reward service is not back", job_id=job.id, code=error.error_code)
+            is_undecided = _UNREACHABLE.fullmatch(error.error_code) is not None
+            found = RewardCheck(is_back=False, reason=error.message, is_undecided=is_undecided)
         except Exception:
             # Outermost frame of one job's check: a broken spec or row must not keep others paused.
             log.exception("unexpected error in the check of a job's rewards", job_id=job.id)
-        return False
+            return RewardCheck(is_back=False, reason="the check failed; the service's log says why")
+        if not found.is_back:
+            log.info("reward service is not back", job_id=job.id, reason=found.reason)
+        return found
 
-    async def _are_back(self, job: JobRow) -> bool:
-        """See `_may_resume`.
+    async def _probe_all(self, job: JobRow) -> RewardCheck:
+        """See `_found_of`.
 
         Raises:
             RewardMisconfiguredError: A service rejects every request, which pauses a job even if
@@ -197,39 +220,55 @@ class RewardWatch:
             [] if rewards is None else [one for one in rewards.components if one.kind == "http"]
         )
         if rewards is None or not remote:
-            return False  # a reward computed in the trainer does not recover by itself
+            reason = "its rewards are computed by the worker"
+            return RewardCheck(is_back=False, reason=reason, is_undecided=True)
         found = [(one, self._access_of(job, one)) for one in remote]
         reached = [(one, access) for one, access in found if access is not None]
         if len(reached) < len(remote):
-            return False
+            reason = "the secrets of its endpoint cannot be read"
+            return RewardCheck(is_back=False, reason=reason, is_undecided=True)
         samples = self._samples(job)
         context = RewardContext(step=max(1, job.step), mode="validate", job_id=job.id)
         answers = await all_of(
-            self._answers(one, access, samples, context) for one, access in reached
+            self._probe_one(one, access, samples, context) for one, access in reached
         )
-        names = [component.name for component in remote]
-        return _suffice(rewards, dict(zip(names, answers, strict=True)))
+        checks = dict(zip([component.name for component in remote], answers, strict=True))
+        reasons = [one.reason for one in checks.values() if one.reason]
+        return RewardCheck(
+            is_back=_suffice(rewards, {name: one.is_back for name, one in checks.items()}),
+            reason="; ".join(reasons),
+            is_undecided=_suffice(
+                rewards, {name: one.is_back or one.is_undecided for name, one in checks.items()}
+            ),
+        )
 
-    async def _answers(
+    async def _probe_one(
         self,
         component: RewardComponent,
         access: ComponentAccess,
         samples: Sequence[RewardSample],
         context: RewardContext,
-    ) -> bool:
+    ) -> RewardCheck:
+        """Whether one service is back.
+
+        Raises:
+            RewardMisconfiguredError: It rejects every request.
+        """
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 is_back = await self._probe(component, access, samples, context)
         except TimeoutError:
-            is_back = False
+            return RewardCheck(is_back=False, reason=f"component {component.name}: too slow")
         except RewardMisconfiguredError:
             self._set_state(access, "misconfigured")
             raise
+        except RewardUnavailableError as error:
+            is_undecided = _UNREACHABLE.fullmatch(error.error_code) is not None
+            return RewardCheck(is_back=False, reason=error.message, is_undecided=is_undecided)
         if is_back:
             self._set_state(access, "ok")
-        else:
-            log.info("reward service is not back", job_id=context.job_id, component=component.name)
-        return is_back
+            return RewardCheck(is_back=True)
+        return RewardCheck(is_back=False, reason=f"component {component.name}: no reward")
 
     def _set_state(self, access: ComponentAccess, state: reward_endpoints.State) -> None:
         if access.endpoint_id is None or self._stop.is_set():
@@ -243,18 +282,18 @@ class RewardWatch:
         found = first_prompts(path, len(PROBE_ROWS))
         return found or [as_sample(index, row) for index, row in enumerate(PROBE_ROWS)]
 
-    def _note(self, job: JobRow, *, is_back: bool) -> None:
+    def _note(self, job: JobRow, check: RewardCheck) -> None:
         runtime = self._runtime
         seconds = runtime.settings.reward_probe_seconds
         with runtime.database.write() as transaction:
-            if not reward_pauses.note_probe(
-                transaction, job.id, job.attempt, is_back=is_back, base_seconds=seconds
-            ):
-                return
-            log.info("reward service is back", job_id=job.id)
-            transaction.after_commit(runtime.waker.wake)
             transaction.after_commit(lambda: runtime.notifier.notify(job.id))
-            transaction.after_commit(lambda: runtime.telemetry.note("reward_resumes"))
+            if not reward_pauses.note_probe(transaction, job.id, job.attempt, check, seconds):
+                return
+            if check.is_back:
+                log.info("reward service is back", job_id=job.id)
+            transaction.after_commit(runtime.waker.wake)
+            if job.status == "paused":
+                transaction.after_commit(lambda: runtime.telemetry.note("reward_resumes"))
 
     def _run(self) -> None:
         settings = self._runtime.settings

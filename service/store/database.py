@@ -1,11 +1,13 @@
 """The database: its engine, its transactions and its clock. Only this module commits."""
 
+import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
@@ -214,9 +216,21 @@ def _sqlite_engine(url: str) -> Engine:
         pool_timeout=10,
         connect_args={"isolation_level": None, "timeout": BUSY_SECONDS},
     )
+    event.listen(engine, "do_connect", _keep_private)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _keep_private(_dialect: object, _record: object, arguments: Sequence[Any], _: object) -> None:
+    """Let only the owner read the database. SQLite makes its other files with the same mode."""
+    path = Path(arguments[0])
+    if path.parent.is_dir() and not arguments[0].startswith((":memory:", "file:")):
+        path.touch(mode=0o600)
+        for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
+                if file.stat().st_mode & 0o077:
+                    file.chmod(0o600)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - SQLAlchemy passes sqlite3's own connection

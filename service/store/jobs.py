@@ -230,12 +230,3 @@ def count_by_status(transaction: Transaction) -> dict[str, int]:
     """Number of jobs by status; a status without jobs is left out."""
     rows = transaction.execute(select(JobRow.status, func.count()).group_by(JobRow.status)).all()
     return {status: count for status, count in rows}  # noqa: C416 - `dict(rows)` has no type that fits
-
-
-def count_due(transaction: Transaction, older_than: timedelta) -> int:
-    """Number of unclaimed jobs in the queue that have been due for ``older_than``."""
-    return transaction.scalars(
-        select(func.count())
-        .select_from(JobRow)
-        .where(JobRow.status == "queued", JobRow.not_before <= transaction.now - older_than)
-    ).one()

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from dar.protocol.worker import AttemptProgress, Claim
@@ -25,7 +25,7 @@ class Credential:
 def claim(
     transaction: Transaction, claim: Claim, credential: Credential, ttl: timedelta
 ) -> Held | None:
-    """Give the oldest queued job to a slot.
+    """Give the job that has been in the queue longest to a slot.
 
     Leases that an earlier process of the slot, or its machine before a reboot, still holds are
     ended first; their jobs go back into the queue.
@@ -74,8 +74,8 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     waiting = aliased(JobRow)
     oldest = (
         select(waiting.id)
-        .where(waiting.status == "queued", waiting.not_before <= transaction.now)
-        .order_by(waiting.created_at, waiting.id)
+        .where(_is_due(waiting, transaction.now))
+        .order_by(waiting.queued_at, waiting.id)
         .limit(1)
         .with_for_update(skip_locked=True)
         .scalar_subquery()
@@ -88,6 +88,28 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
         values={"attempt": JobRow.attempt + 1},
         facts={"node": claim.node, "slot": claim.slot},
     )
+
+
+def _is_due(job: type[JobRow], now: datetime) -> ColumnElement[bool]:
+    """Whether a worker may claim a job.
+
+    One that waits for its reward service is claimed only after a probe has passed, which removes
+    the detail (`service.store.reward_pauses.note_probe`).
+    """
+    return and_(
+        job.status == "queued",
+        job.not_before <= now,
+        job.status_detail.is_distinct_from("waiting_for_reward"),
+    )
+
+
+def count_due(transaction: Transaction, older_than: timedelta) -> int:
+    """Number of unclaimed jobs in the queue that have been due for ``older_than``."""
+    return transaction.scalars(
+        select(func.count())
+        .select_from(JobRow)
+        .where(_is_due(JobRow, transaction.now - older_than))
+    ).one()
 
 
 def _end_old_leases(transaction: Transaction, claim: Claim) -> None:

@@ -23,7 +23,6 @@ MAX_FRUITLESS_ATTEMPTS = 3
 MAX_FAILED_ATTEMPTS = 20
 MAX_BACKOFF_SECONDS = 600.0
 PROBE_SECONDS = 5.0
-FIRST_REWARD_WAIT_SECONDS, MAX_REWARD_WAIT_SECONDS = 5.0, 60.0
 CAUSES: Mapping[FailureOwner | None, str] = {
     None: (
         "Usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens "
@@ -163,14 +162,24 @@ def _release(transaction: Transaction, held: Held, said: Release, probe_seconds:
         message = said.message or "the worker was stopped; waiting for another slot"
         moved = transitions.move(transaction, "drained", this, message, values=values)
     else:
-        wait = min(FIRST_REWARD_WAIT_SECONDS * 2.0**job.reward_waits, MAX_REWARD_WAIT_SECONDS)
-        values = {
-            "not_before": transaction.now + timedelta(seconds=wait),
-            "reward_waits": min(job.reward_waits + 1, 16),
-        }
-        message = said.message or "the reward service does not respond"
-        moved = transitions.move(transaction, "reward_down", this, message, values=values)
+        moved = _wait_for_reward(transaction, held, said, probe_seconds)
     return _end(transaction, held, "drained", "release", moved)
+
+
+def _wait_for_reward(
+    transaction: Transaction, held: Held, said: Release, probe_seconds: float
+) -> JobRow | None:
+    """Queue a job that had no reward yet; the service probes before a worker may claim it again."""
+    job, node = held.job, held.attempt.node
+    wait = reward_pauses.wait_before_probe(job.reward_waits, probe_seconds, is_outage=True)
+    values = {
+        "not_before": transaction.now + wait,
+        "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
+    }
+    why = said.message or "the reward service does not respond"
+    message = f"the worker on {node} got no reward: {why}"
+    this, facts = JobRow.id == job.id, {"by": "worker", "node": node}
+    return transitions.move(transaction, "reward_down", this, message, values=values, facts=facts)
 
 
 def _pause_for_reward(
@@ -179,7 +188,9 @@ def _pause_for_reward(
     message = said.message or "too many completions got no reward"
     error = {"code": said.code or "reward_error", "message": message, "param": None}
     kept = {**error, "is_outage": said.is_outage}
-    wait = reward_pauses.wait_before_probe(kept, job.reward_waits, probe_seconds)
+    wait = reward_pauses.wait_before_probe(
+        job.reward_waits, probe_seconds, is_outage=said.is_outage
+    )
     values = {
         "error": kept,
         "not_before": transaction.now + wait,

@@ -1,69 +1,143 @@
-"""Jobs that are paused for missing rewards, and the schedule of checks of their services."""
+"""Jobs without rewards, and the schedule of the service's probes of their reward services.
 
-from collections.abc import Mapping, Sequence
+A job that had no reward before the end of its first step is queued, and waits for its reward
+service. A job that missed them later is paused. Both go on when a probe gets rewards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
-from sqlalchemy import and_, select
+from sqlalchemy import and_, or_, select
 
-from service.store import transitions
+from service.store import events, transitions
 from service.store.database import Transaction
-from service.store.tables import JobRow
+from service.store.tables import AttemptRow, JobRow
 
 MAX_WAITS = 16
 """Upper bound of ``reward_waits``: the wait has long reached its limit by then."""
-
+WORKER_TRIES_AFTER = timedelta(minutes=10)
+"""A worker tries this long after the last attempt where the service itself cannot connect."""
 
 IS_PAUSED = and_(JobRow.status == "paused", JobRow.status_detail == "reward")
+IS_WAITING = and_(JobRow.status == "queued", JobRow.status_detail == "waiting_for_reward")
+
+
+@dataclass(frozen=True, slots=True)
+class RewardCheck:
+    """What a probe of a job's reward services has found."""
+
+    is_back: bool
+    """Whether the job can get the rewards that it needs."""
+    reason: str = ""
+    """If they are not back: the component and its failure."""
+    is_undecided: bool = False
+    """Whether only a worker can find out, as the service cannot connect to the reward services."""
 
 
 def due(transaction: Transaction, limit: int) -> Sequence[JobRow]:
-    """Paused jobs whose reward services are due for a check, the longest due first."""
+    """Jobs whose reward services are due for a probe, the longest due first."""
     return transaction.scalars(
         select(JobRow)
-        .where(IS_PAUSED, JobRow.not_before <= transaction.now)
+        .where(or_(IS_PAUSED, IS_WAITING), JobRow.not_before <= transaction.now)
         .order_by(JobRow.not_before, JobRow.id)
         .limit(limit)
     ).all()
 
 
 def note_probe(
-    transaction: Transaction, job_id: str, attempt: int, *, is_back: bool, base_seconds: float
+    transaction: Transaction, job_id: str, attempt: int, check: RewardCheck, base_seconds: float
 ) -> bool:
-    """Store a check of a paused job's reward services: the job resumes, or the next check is set.
+    """Store a probe of a job's reward services: a worker may claim it, or the next probe is set.
 
     Returns:
-        Whether the job resumes; False if its status changed meanwhile.
+        Whether a worker may claim the job now; False also if its status changed meanwhile.
     """
-    this = and_(JobRow.id == job_id, JobRow.attempt == attempt, IS_PAUSED)
-    if is_back:
+    this = and_(JobRow.id == job_id, JobRow.attempt == attempt, or_(IS_PAUSED, IS_WAITING))
+    job = transaction.scalars(select(JobRow).where(this).with_for_update()).one_or_none()
+    if job is None:
+        return False
+    if job.status == "paused":
+        return _note_of_paused(transaction, job, check, base_seconds)
+    return _note_of_waiting(transaction, job, check, base_seconds)
+
+
+def _note_of_paused(
+    transaction: Transaction, job: JobRow, check: RewardCheck, base_seconds: float
+) -> bool:
+    if check.is_back:
         values = {"error": None, "not_before": transaction.now}
         message = "the reward service answers again; resuming"
-        facts = {"by": "probe"}
+        this, facts = JobRow.id == job.id, {"by": "probe"}
         moved = transitions.move(transaction, "resumed", this, message, values=values, facts=facts)
         return moved is not None
-    job = transaction.scalars(select(JobRow).where(this).with_for_update()).one_or_none()
-    if job is not None:
-        wait = wait_before_probe(job.error, job.reward_waits, base_seconds)
-        job.not_before = transaction.now + wait
-        job.reward_waits = min(job.reward_waits + 1, MAX_WAITS)
-        transaction.flush()
+    is_outage = bool((job.error or {}).get("is_outage"))
+    _set_next(
+        transaction, job, wait_before_probe(job.reward_waits, base_seconds, is_outage=is_outage)
+    )
     return False
 
 
-def wait_before_probe(
-    error: Mapping[str, Any] | None, waits: int, base_seconds: float
-) -> timedelta:
-    """The wait before the next check of a paused job's reward services.
+def _note_of_waiting(
+    transaction: Transaction, job: JobRow, check: RewardCheck, base_seconds: float
+) -> bool:
+    ended_at = transaction.scalars(
+        select(AttemptRow.ended_at).where(
+            AttemptRow.job_id == job.id, AttemptRow.number == job.attempt
+        )
+    ).one_or_none()
+    until_try = (ended_at or transaction.now) + WORKER_TRIES_AFTER - transaction.now
+    is_try = check.is_undecided and until_try <= timedelta(0)
+    if check.is_back or is_try:
+        message = "the reward service answers; waiting for a worker"
+        if is_try:
+            message = f"{_unreachable(check)}. A worker tries now, as it may reach it."
+        this, facts = JobRow.id == job.id, {"by": "worker" if is_try else "probe"}
+        values = {"not_before": transaction.now}
+        moved = transitions.move(
+            transaction, "reward_ready", this, message, values=values, facts=facts
+        )
+        return moved is not None
+    wait = wait_before_probe(job.reward_waits, base_seconds, is_outage=True)
+    message = f"the service got no reward from the reward service: {check.reason}"
+    if check.is_undecided:
+        wait = min(wait, until_try)
+        minutes = WORKER_TRIES_AFTER // timedelta(minutes=1)
+        message = (
+            f"{_unreachable(check)}. It tries again; a worker, which may reach it, tries once in "
+            f"{minutes} minutes."
+        )
+    if message != job.status_message:
+        data = {"kind": "reward_probe", "by": "service", "attempt": job.attempt}
+        told = events.NewEvent(message, level="warn", data=data)
+        job.status_message = message
+        transaction.flush()
+        events.append(transaction, job.id, [told])
+    _set_next(transaction, job, wait)
+    return False
+
+
+def _unreachable(check: RewardCheck) -> str:
+    return f"the service cannot connect to the reward service: {check.reason}"
+
+
+def _set_next(transaction: Transaction, job: JobRow, wait: timedelta) -> None:
+    job.not_before = transaction.now + wait
+    job.reward_waits = min(job.reward_waits + 1, MAX_WAITS)
+    transaction.flush()
+
+
+def wait_before_probe(waits: int, base_seconds: float, *, is_outage: bool) -> timedelta:
+    """The wait before the next probe of a job's reward services.
 
     After an outage it is ``base_seconds`` at first, and doubles up to 12 times that. If the service
     rejected requests or broke the contract, a person has to change something, and all waits are 12
     times longer.
 
     Args:
-        error: The job's error, with ``is_outage``.
-        waits: Checks and pauses in a row so far.
+        waits: Probes, pauses and attempts without a reward in a row so far.
         base_seconds: `Settings.reward_probe_seconds`.
+        is_outage: Whether the failure may pass by itself.
     """
-    first = base_seconds if (error or {}).get("is_outage") else 12 * base_seconds
+    first = base_seconds if is_outage else 12 * base_seconds
     return timedelta(seconds=min(first * 2.0**waits, 12 * first))

@@ -86,7 +86,7 @@ class JobRow(Base):
         UniqueConstraint("project_id", "idempotency_key"),
         UniqueConstraint("project_id", "model_name"),
         Index(None, "project_id", "created_at", "id"),
-        Index(None, "status", "created_at", "id"),
+        Index(None, "status", "queued_at", "id"),
         Index(None, "api_key_id", "body_sha256", "created_at"),
     )
 
@@ -121,7 +121,13 @@ class JobRow(Base):
     step: Mapped[int] = mapped_column(default=0)
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     attempt: Mapped[int] = mapped_column(default=0)
+    queued_at: Mapped[datetime] = mapped_column(
+        default=lambda context: context.get_current_parameters()["created_at"]
+    )
+    """Since when the job has waited for a worker; the oldest is claimed first. An attempt that is
+    lost, fails or is drained leaves it unchanged."""
     not_before: Mapped[datetime]
+    """Earliest claim; of a job that waits for its reward service, the service's next probe."""
     failed_attempts: Mapped[int] = mapped_column(default=0)
     """Attempts that were lost or failed. Drained attempts do not count."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)

@@ -33,6 +33,7 @@ MoveName = Literal[
     "pause_withdrawn",
     "paused",
     "reward_paused",
+    "reward_ready",
     "resumed",
     "restarted",
 ]
@@ -48,6 +49,8 @@ class Move:
     is_cancelling: bool | None = None
     """Guard: whether a cancellation must have been requested, or must not; None: either."""
     level: Level = "info"
+    is_last_in_queue: bool = False
+    """Whether the job then waits behind all jobs that are in the queue already."""
 
 
 MOVES: Mapping[MoveName, Move] = {
@@ -63,6 +66,7 @@ MOVES: Mapping[MoveName, Move] = {
     ),
     # Found by the service.
     "lost": Move(("running",), "queued", is_cancelling=False, level="warn"),
+    "reward_ready": Move(("queued",), "queued", is_last_in_queue=True),
     "poisoned": Move(
         ("running", "pausing"), "failed", "poison", is_cancelling=False, level="error"
     ),
@@ -74,8 +78,8 @@ MOVES: Mapping[MoveName, Move] = {
     "pause_withdrawn": Move(("pausing",), "running", is_cancelling=False),
     # Also when the attempt of a pausing job ends in any way that does not end the job.
     "paused": Move(("queued", "pausing"), "paused", "by_user", is_cancelling=False),
-    "resumed": Move(("paused",), "queued"),
-    "restarted": Move(("failed", "cancelled"), "queued"),
+    "resumed": Move(("paused",), "queued", is_last_in_queue=True),
+    "restarted": Move(("failed", "cancelled"), "queued", is_last_in_queue=True),
 }
 
 
@@ -103,6 +107,7 @@ def move(
     """
     row = MOVES[name]
     is_over = row.target in TERMINAL
+    place = {"queued_at": transaction.now} if row.is_last_in_queue else {}
     statement = (
         update(JobRow)
         .where(job, JobRow.status.in_(row.sources))
@@ -113,6 +118,7 @@ def move(
                 "status_message": message,
                 "finished_at": transaction.now if is_over else None,
                 "event_seq": JobRow.event_seq + 1,
+                **place,
                 **(values or {}),
             }
         )

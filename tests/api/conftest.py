@@ -15,11 +15,13 @@ import pytest
 import structlog
 import uvicorn
 
+from dar.protocol.base import ErrorBody
 from dar.settings import Settings
 from fakes.live_service import Judge, Live
 from fakes.reward_server import RewardServer
 from service import migrate
 from service.app import create_app
+from service.http.connections import ConnectionConfig
 from service.store.database import Database
 
 LOOPBACK = {"egress_allow_cidrs": ("127.0.0.0/8",), "egress_allow_http": ("127.0.0.1",)}
@@ -75,9 +77,12 @@ def serve(home: Path) -> Iterator[Callable[..., Live]]:
     stops: list[Callable[[], None]] = []
 
     def start(**values: Any) -> Live:
+        most = values.pop("max_connections", 200)
         settings = Settings(home=home, **{"reconcile_seconds": 0.2, **LOOPBACK, **values})
         app = create_app(settings)
-        config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2)
+        config = ConnectionConfig(
+            app, max_connections=most, port=0, log_level="error", timeout_graceful_shutdown=2
+        )
         server = PromptServer(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -121,6 +126,7 @@ def error_of() -> Callable[[httpx2.Response], dict[str, Any]]:
         body = answer.json()
         assert list(body) == ["error"]
         error: dict[str, Any] = body["error"]
+        ErrorBody.model_validate(body)
         assert set(error) == {"message", "type", "param", "code", "errors", "request_id"}
         assert error["request_id"] == answer.headers["x-request-id"]
         assert error["message"]

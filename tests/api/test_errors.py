@@ -3,7 +3,7 @@
 import json
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -216,6 +216,75 @@ def test_the_openapi_document_names_every_route_and_body(live: Live) -> None:
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
     assert references <= set(schemas)
     assert r"\n" not in json.dumps(schemas), "a description is one line"
+
+
+def operations(live: Live) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    document = live.http.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            operation.setdefault("security", document["security"])
+            yield method.upper(), path, operation
+
+
+def test_the_openapi_document_names_the_errors_of_every_route(live: Live) -> None:
+    shape = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    found = list(operations(live))
+    assert len(found) > 40
+    for method, path, operation in found:
+        responses = operation["responses"]
+        expected = {"default"}
+        if path not in OPEN:
+            expected |= {"401"} if path == "/metrics" else {"400", "401"}
+        if "{" in path:
+            expected.add("404")
+        if "requestBody" in operation:
+            expected |= {"408", "413", "415"}
+        if path.startswith("/v1/worker/leases/{lease_id}/"):
+            expected.add("409")
+        assert expected <= responses.keys(), (method, path)
+        for status, response in responses.items():
+            if status >= "4" and (path, status) != ("/readyz", "503"):
+                assert response["content"] == shape, (method, path, status)
+                assert response["description"]
+    with_422 = [path for _, path, operation in found if "422" in operation["responses"]]
+    assert with_422 == ["/v1/reward_callbacks/{request_id}"]
+    with_429 = {path for _, path, operation in found if "429" in operation["responses"]}
+    assert {"/v1/fine_tuning/jobs", "/v1/reward_endpoints/probe"} < with_429
+
+
+def test_the_openapi_document_names_the_credentials_and_the_body_of_every_route(
+    live: Live,
+) -> None:
+    for method, path, operation in operations(live):
+        schemes = [name for one in operation["security"] for name in one]
+        if path in OPEN:
+            assert schemes == [], path
+        elif path.startswith("/v1/reward_callbacks"):
+            assert schemes == ["callback"]
+            body = operation["requestBody"]["content"]["application/json"]["schema"]
+            assert body == {"$ref": "#/components/schemas/RewardResponse"}
+        elif path.startswith("/v1/worker/leases/{lease_id}/"):
+            assert schemes[0] == "attempt", path
+        else:
+            assert schemes == ["bearer"], path
+            if path != "/metrics":
+                assert "403" in operation["responses"], path
+        if method in {"PATCH", "PUT"}:
+            assert operation["requestBody"]["required"], path
+
+
+def test_a_refused_method_is_answered_with_all_that_the_path_allows(live: Live) -> None:
+    allowed: dict[str, set[str]] = {}
+    for method, path in routes(live.app):
+        allowed.setdefault(path, set()).add(method)
+    for path in allowed:
+        answer = live.http.request("TRACE", path)
+        assert answer.status_code == 405, path
+        named = set(answer.headers["allow"].split(", "))
+        assert named >= allowed[path], path
+        assert len(named) < 5
+        for method in sorted(named):
+            assert live.client(None).request(method, path).status_code != 405, (method, path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from dar.settings import environment
+from fakes.live_service import Live
 from fakes.scripted_installation import wait_until
 
 LOOPBACK = {"egress_allow_cidrs": "127.0.0.0/8", "egress_allow_http": "127.0.0.1"}
@@ -86,10 +87,25 @@ def test_the_first_start_makes_keys_that_only_their_owner_reads(first: Process) 
     assert stat.S_IMODE(first.home.stat().st_mode) == 0o700
     for name in ("api_key", "worker_key", "reward_secret"):
         assert stat.S_IMODE((first.home / name).stat().st_mode) == 0o600
+    with first.client() as client:
+        file = {"file": ("a.jsonl", b'{"prompt": "x"}\n')}
+        client.post("/v1/files", data={"purpose": "fine-tune"}, files=file).raise_for_status()
+    made = [path.relative_to(first.home).as_posix() for path in first.home.rglob("*")]
+    assert {"dar.db", "dar.db-wal", "artifacts/files"} < set(made)
+    assert [name for name in made if (first.home / name).stat().st_mode & 0o077] == []
     key = (first.home / "api_key").read_text().strip()
     database = b"".join(path.read_bytes() for path in first.home.glob("dar.db*"))
     assert key[-43:].encode() not in database
     assert key not in first.log.read_text()
+
+
+def test_a_database_that_others_could_read_is_closed_to_them(serve: Callable[..., Live]) -> None:
+    live = serve()
+    database = live.settings.home / "dar.db"
+    database.chmod(0o644)
+    live.runtime.database.engine.dispose()
+    assert live.http.get("/v1/files").status_code == 200
+    assert stat.S_IMODE(database.stat().st_mode) == 0o600
 
 
 def test_log_lines_are_json_with_the_requests_id(first: Process) -> None:

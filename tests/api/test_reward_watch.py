@@ -21,7 +21,7 @@ from fakes.live_service import Live
 from fakes.reward_server import RewardServer, ScoreRequest
 from service.rewards.watch import RewardWatch
 from service.store import reward_pauses
-from service.store.tables import JobRow
+from service.store.tables import AttemptRow, JobRow
 
 
 class Judge:
@@ -130,6 +130,88 @@ def test_a_job_goes_on_when_its_service_gives_rewards_again(
     assert [sample["ground_truth"] for sample in asked["samples"]] == ["42", None]
     assert [sample["prompt"] for sample in asked["samples"]] == ["hi", None]
     assert "dar_reward_resumes_total 1.0" in live.http.get("/metrics").text
+
+
+@pytest.fixture
+def waiting(live: Live) -> Callable[..., str]:
+    """Makes a job whose first attempt found no reward service."""
+
+    def make(*components: dict[str, Any]) -> str:
+        dar = {"rewards": {"components": list(components)}}
+        job_id, lease = live.running(dar=dar, skip_validation=True)
+        said = {"reason": "waiting_for_reward", "message": "connection refused"}
+        assert lease.post("/release", **said).json()["status_detail"] == "waiting_for_reward"
+        return str(job_id)
+
+    return make
+
+
+def test_a_job_that_never_had_a_reward_is_claimed_when_its_service_answers(
+    live: Live, judge: Judge, waiting: Callable[..., str]
+) -> None:
+    job_id = waiting({"name": "letters", "url": judge.url})
+    watch = RewardWatch(live.runtime)
+    for status, why in ((503, "HTTP 503"), (401, "HTTP 401")):
+        judge.status = status
+        make_due(live)
+        assert live.claim() is None
+        watch.run_once()
+        job = live.job(job_id)
+        assert (job["status"], job["status_detail"]) == ("queued", "waiting_for_reward")
+        assert job["status_message"].endswith(f"{judge.url}: {why}")
+        assert live.claim() is None
+    younger = live.submit(skip_validation=True)["id"]
+    judge.status = 200
+    make_due(live)
+    watch.run_once()
+    job = live.job(job_id)
+    assert (job["status"], job["status_detail"]) == ("queued", None)
+    claimed = [live.claim(slot) for slot in ("1", "2")]
+    assert [lease and lease.body["job_id"] for lease in claimed] == [younger, job_id]
+
+
+def test_a_service_that_only_workers_may_reach_is_tried_by_one_in_ten_minutes(
+    live: Live, waiting: Callable[..., str], free_port: Callable[[], int]
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}/score"
+    job_id = waiting({"name": "letters", "url": url})
+    watch = RewardWatch(live.runtime)
+    make_due(live)
+    watch.run_once()
+    first = live.job(job_id)["status_message"]
+    assert first.startswith("the service cannot connect to the reward service")
+    assert f"{url}: connection refused" in first
+    assert live.claim() is None
+    with live.runtime.database.write() as transaction:
+        ago = transaction.now - reward_pauses.WORKER_TRIES_AFTER
+        transaction.execute(update(AttemptRow).values(ended_at=ago))
+    make_due(live)
+    watch.run_once()
+    assert "A worker tries now" in live.job(job_id)["status_message"]
+    lease = live.claim()
+    assert lease is not None
+    assert lease.post("/release", reason="waiting_for_reward").json()["status"] == "queued"
+    facts = [
+        event["data"]
+        for event in live.job(job_id, "/events", limit=100)["data"]
+        if event["data"].get("by")
+    ]
+    assert [fact["by"] for fact in facts] == ["worker", "worker", "service", "worker"]
+
+
+def test_a_job_whose_rewards_the_worker_computes_is_tried_by_a_worker(
+    live: Live, waiting: Callable[..., str]
+) -> None:
+    job_id = waiting({"name": "json", "kind": "builtin", "fn": "json_valid"})
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert "a worker" in live.job(job_id)["status_message"]
+    with live.runtime.database.write() as transaction:
+        ago = transaction.now - reward_pauses.WORKER_TRIES_AFTER
+        transaction.execute(update(AttemptRow).values(ended_at=ago))
+    make_due(live)
+    RewardWatch(live.runtime).run_once()
+    assert live.claim() is not None
 
 
 def test_a_service_is_asked_in_its_own_protocol(

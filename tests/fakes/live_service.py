@@ -1,8 +1,10 @@
 """A running service with clients for it, and what a worker and a reward service say to it."""
 
+import functools
 import gzip
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +16,16 @@ from fastapi import FastAPI
 from dar.protocol.checkpoints import Manifest
 from dar.settings import Settings
 from fakes.reward_server import ScoreRequest
+from service.app import create_app
+from service.openapi import describe
 from service.runtime import Runtime
+
+
+@functools.cache
+def announced_paths() -> dict[str, Any]:
+    """The paths of the OpenAPI document, which is the same for every service."""
+    paths: dict[str, Any] = describe(create_app(Settings()))["paths"]
+    return paths
 
 
 @dataclass
@@ -101,13 +112,29 @@ class Live:
         return (self.settings.home / name).read_text().strip()
 
     def client(self, key: str | None, path: str = "", **headers: str) -> httpx2.Client:
+        """A client that accepts only what the OpenAPI document announces."""
         if key is not None:
             headers["authorization"] = f"Bearer {key}"
         made = httpx2.Client(
-            base_url=self.url + path, headers=headers, timeout=30, trust_env=False, verify=False
+            base_url=self.url + path,
+            headers=headers,
+            timeout=30,
+            trust_env=False,
+            verify=False,
+            event_hooks={"response": [self._is_announced]},
         )
         self.opened.append(made)
         return made
+
+    def _is_announced(self, answer: httpx2.Response) -> None:
+        path, method = answer.request.url.path, answer.request.method.lower()
+        known = announced_paths()
+        fitting = [one for one in known if re.fullmatch(re.sub(r"{\w+}", ".+", one), path)]
+        fitting.sort(key=lambda one: (one.count("{"), -len(one)))  # the first one is the route
+        operation = known[fitting[0]] if fitting else {}
+        if method in operation and answer.status_code < 500:
+            announced = operation[method]["responses"]
+            assert str(answer.status_code) in announced, (method, path, answer.status_code)
 
     def worker(self) -> httpx2.Client:
         return self.client(self.key("worker_key"))

@@ -1,5 +1,6 @@
 """Rules of the code that a machine can check."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ SOURCES = sorted(
 
 EXEMPTION = re.compile(r"# noqa: [A-Z0-9, ]+ - .{10}|# type: ignore\[[a-z, -]+\] +# .{10}")
 """A code, and in words why the rule does not apply here."""
+
+DOLLAR = re.compile(r"(?<!\\)\$(?:$|[)|])")
 
 BARE_SLOW = re.compile(r"pytest\.mark\.slow\b(?!  # .{10})")
 """The marker without a reason on its line."""
@@ -141,3 +144,19 @@ def test_only_one_file_commits() -> None:
     ]
     # A migration runs before any request, on a connection and under a lock of its own.
     assert set(committing) == {"service/store/database.py", "service/migrate.py"}
+
+
+def test_no_pattern_lets_a_line_break_pass_at_its_end() -> None:
+    """``$`` of `re` also matches before a last line break; `fullmatch` needs none."""
+    found = []
+    for package in ("dar", "service", "worker"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re."):
+                    written = [
+                        part.value for part in ast.walk(node) if isinstance(part, ast.Constant)
+                    ]
+                    texts = [part if isinstance(part, str) else str(part) for part in written]
+                    if any(DOLLAR.search(text) for text in texts):
+                        found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found, "\n".join(["patterns with $; use fullmatch:", *found])

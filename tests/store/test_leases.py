@@ -9,7 +9,7 @@ import pytest
 from dar.errors import ConflictError, FencedError
 from dar.protocol.worker import AttemptProgress, Complete, Fail, Outcome, Release
 from fakes.world import World
-from service.store import fence, jobs, leases, outcomes
+from service.store import fence, jobs, leases, outcomes, reward_pauses
 
 
 def end(world: World, held: fence.Held, said: Complete | Fail | Release) -> Outcome:
@@ -228,18 +228,92 @@ def test_a_transient_failure_is_tried_again_after_a_growing_pause(world: World) 
     assert end(world, held, transient(3)).status_detail == "poison"
 
 
-def test_a_job_whose_reward_service_is_down_waits_longer_each_time(world: World) -> None:
+def probe(world: World, job_id: str, **found: Any) -> bool:
+    """Store a probe, made when it is due. Returns whether a worker may claim the job."""
+    job = world.job(job_id)
+    world.clock.advance(max(0.0, (job.not_before - world.clock.now).total_seconds()))
+    with world.database.write() as transaction:
+        assert [one.id for one in reward_pauses.due(transaction, 9)] == [job_id]
+        check = reward_pauses.RewardCheck(**{"is_back": False, **found})
+        return reward_pauses.note_probe(transaction, job_id, job.attempt, check, base_seconds=5)
+
+
+def waiting_for_reward(world: World) -> str:
     held = world.running()
+    said = Release(attempt=1, reason="waiting_for_reward", message="connection refused")
+    assert end(world, held, said).status_detail == "waiting_for_reward"
+    return str(held.job.id)
+
+
+def test_a_job_whose_reward_service_is_down_takes_no_slot_before_a_probe_passes(
+    world: World,
+) -> None:
+    job_id = waiting_for_reward(world)
+    assert (
+        world.job(job_id).status_message == "the worker on node-1 got no reward: connection refused"
+    )
     waits = []
-    for number in range(1, 7):
-        said = Release(attempt=number, reason="waiting_for_reward", message="refused")
-        assert end(world, held, said).status_detail == "waiting_for_reward"
-        job = world.job(held.job.id)
-        assert job.status_message == "refused"
+    for _ in range(6):
+        job = world.job(job_id)
         waits.append((job.not_before - world.clock.now).total_seconds())
-        world.clock.advance(waits[-1])
-        held = world.claim()
+        assert not probe(world, job_id, reason="HTTP 503")
+        assert world.claim() is None
+        with world.database.read() as transaction:
+            assert leases.count_due(transaction, timedelta(0)) == 0, "no worker is woken for it"
     assert waits == [5, 10, 20, 40, 60, 60]
+    messages = [event.message for event in world.events(job_id)]
+    assert len([text for text in messages if "HTTP 503" in text]) == 1, "one event for one cause"
+    assert probe(world, job_id, is_back=True)
+    job = world.job(job_id)
+    assert (job.status, job.status_detail) == ("queued", None)
+    assert world.claim().job.id == job_id
+
+
+def test_a_job_that_waited_for_rewards_is_claimed_behind_those_that_waited_for_a_worker(
+    world: World,
+) -> None:
+    waited = waiting_for_reward(world)
+    paused = world.running()
+    end(world, paused, Release(attempt=1, reason="paused_reward", is_outage=True))
+    good = [world.submit(), world.submit()]
+    world.clock.advance(1)
+    with world.database.write() as transaction:
+        check = reward_pauses.RewardCheck(is_back=True)
+        for job_id in (waited, paused.job.id):
+            assert reward_pauses.note_probe(transaction, job_id, 1, check, base_seconds=5)
+    claimed = [world.claim(slot=f"s{number}").job.id for number in range(4)]
+    assert claimed[:2] == good
+    assert set(claimed[2:]) == {waited, paused.job.id}
+
+
+def test_a_job_whose_worker_was_lost_or_stopped_keeps_its_place(world: World) -> None:
+    lost, drained = world.running(), world.running()
+    younger = world.submit()
+    end(world, drained, Release(attempt=1, reason="drained"))
+    assert world.claim(lost.attempt.slot, incarnation="life-2").job.id == lost.job.id
+    assert world.claim(slot="x").job.id == drained.job.id
+    assert world.claim(slot="y").job.id == younger
+
+
+def test_where_the_service_cannot_connect_a_worker_tries_once_in_ten_minutes(world: World) -> None:
+    job_id = waiting_for_reward(world)
+    ended, number = world.clock.now, 1
+    tries = []
+    while len(tries) < 2:
+        if probe(world, job_id, reason="connection refused", is_undecided=True):
+            tries.append((world.clock.now - ended).total_seconds())
+            message = world.job(job_id).status_message
+            assert "the service cannot connect" in message
+            assert "A worker tries now" in message
+            held = world.claim()
+            assert held.job.id == job_id
+            number += 1
+            end(world, held, Release(attempt=number, reason="waiting_for_reward"))
+            ended = world.clock.now
+        else:
+            assert world.claim() is None
+            assert "a worker, which may reach it" in world.job(job_id).status_message
+    assert tries == [600, 600]
 
 
 def test_cancelling_a_waiting_job_is_done_at_once(world: World) -> None:

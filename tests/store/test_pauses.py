@@ -227,9 +227,8 @@ def due(world: World) -> list[str]:
 
 def note(world: World, held: fence.Held, *, is_back: bool, attempt: int = 1) -> bool:
     with world.database.write() as transaction:
-        return reward_pauses.note_probe(
-            transaction, held.job.id, attempt, is_back=is_back, base_seconds=5
-        )
+        check = reward_pauses.RewardCheck(is_back=is_back)
+        return reward_pauses.note_probe(transaction, held.job.id, attempt, check, base_seconds=5)
 
 
 @pytest.mark.parametrize(

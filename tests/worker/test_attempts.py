@@ -2,6 +2,7 @@
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +115,33 @@ def test_an_input_that_is_gone_is_said(installation: ScriptedInstallation) -> No
     installation.until(
         lambda: any("is gone" in text for text in installation.messages(job_id)), seconds=10
     )
+    installation.cancel(job_id)
+
+
+def test_only_their_user_reads_the_files_of_an_attempt(installation: ScriptedInstallation) -> None:
+    job_id = installation.submit(steps=1000, every=2, seconds=0.05)
+    installation.start_worker()
+    installation.wait_step(job_id, 3)
+    for folder in ("worker", "artifacts"):
+        made = [installation.home / folder, *(installation.home / folder).rglob("*")]
+        assert len(made) > 5
+        assert [path for path in made if path.exists() and path.stat().st_mode & 0o077] == []
+    installation.cancel(job_id)
+
+
+def test_a_model_folder_on_the_worker_with_a_link_out_of_it_is_not_used(
+    installation: ScriptedInstallation, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path
+    (elsewhere / "tiny").mkdir(parents=True)
+    (elsewhere / "tiny" / "config.json").symlink_to(installation.home / "api_key")
+    job_id = installation.submit()
+    installation.start_worker(models_dir=elsewhere)
+    said = installation.until(
+        lambda: [text for text in installation.messages(job_id) if "symbolic link" in text],
+        seconds=20,
+    )
+    assert "config.json in" in said[0]
     installation.cancel(job_id)
 
 

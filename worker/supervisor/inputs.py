@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import structlog
 
-from dar.disk import file_sha256
+from dar.disk import file_sha256, link_out_of
 from dar.errors import DARError
 from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
@@ -44,11 +44,26 @@ class LocalInputs:
 
 
 def local_model(lease: Lease, models_path: Path) -> Path | None:
-    """The folder of the job's model on this machine; None: it must be downloaded."""
+    """The folder of the job's model on this machine; None: it must be downloaded.
+
+    Raises:
+        InputError: A file in it is a link to a place outside.
+    """
     if lease.model.kind != "folder" or lease.model.checkpoint_id is not None:
         return None
-    folder = safe_path(models_path, lease.model.name)
-    return folder if folder.is_dir() else None
+    return _local_folder(models_path, lease.model.name)
+
+
+def _local_folder(models_path: Path, name: str) -> Path | None:
+    folder = safe_path(models_path, name)
+    if not folder.is_dir():
+        return None
+    if (link := link_out_of(folder)) is not None:
+        raise InputError(
+            f"model {name!r} cannot be used: {link} in {folder} is a symbolic link to a place "
+            "outside of it; replace the link by the file"
+        )
+    return folder
 
 
 def folder_reward_models(lease: Lease) -> dict[str, str]:
@@ -128,8 +143,8 @@ class InputFetcher:
     def _local_rewards(self) -> dict[str, Path]:
         """Reward models that are on this machine already."""
         named = folder_reward_models(self._lease).items()
-        places = {name: safe_path(self._models_path, model) for name, model in named}
-        return {name: place for name, place in places.items() if place.is_dir()}
+        places = {name: _local_folder(self._models_path, model) for name, model in named}
+        return {name: place for name, place in places.items() if place is not None}
 
     def _reward_models(self) -> dict[str, Path]:
         """Path of each reward model once everything is downloaded."""

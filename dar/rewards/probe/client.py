@@ -113,14 +113,10 @@ class ProbeCall:
         """Whether the answer was a 202."""
         return self.wire.answer is not None and self.wire.answer.status == 202
 
-    def raise_refusal(self) -> None:
-        """Raise if no retry could help.
-
-        Raises:
-            RewardMisconfiguredError: The URL, the credentials or the service must change first.
-        """
-        if self.failure is not None and self.failure.kind in {"permanent", "name"}:
-            raise RewardMisconfiguredError(self.failure.full_reason, code=self.failure.code)
+    @property
+    def is_refused(self) -> bool:
+        """Whether the URL, the credentials or the service must change before a retry can help."""
+        return self.failure is not None and self.failure.kind in {"permanent", "name"}
 
 
 class _NeverOpens(CircuitBreaker):
@@ -215,6 +211,11 @@ class ProbeClient(HttpReward):
 
     async def __aexit__(self, *_: object) -> None:
         await self._recording.release()
+
+    @property
+    def label(self) -> str:
+        """The service in messages; its URL has no query."""
+        return self._label
 
     @property
     def is_signed(self) -> bool:
