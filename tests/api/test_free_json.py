@@ -124,7 +124,9 @@ def test_every_field_of_free_json_refuses_what_json_cannot_carry() -> None:
     }
     assert len(free) >= 8
     for model, name, field in free:
-        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, "free", *field.metadata])
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            Annotated[field.annotation, "free", *field.metadata]
+        )
         types: set[str] = set()
         for wrong in (
             math.nan,
