@@ -28,10 +28,12 @@ class Binding:
     owner: str
     """Id of the project."""
     endpoint_id: str
+    """Id of the endpoint; for a ``poll_url``, of the request."""
     origin: str
-    """Scheme, host and port that the secret may be sent to."""
+    """Scheme, host and port that the secret may be sent to; empty for a ``poll_url``, which the
+    trainer checks against the URL of the request."""
     use: str
-    """``signing``, or ``header:`` and the header's name."""
+    """``signing``, ``header:`` and the header's name, or ``poll_url``."""
 
 
 class SecretBox:

@@ -97,6 +97,7 @@ class Telemetry(Collector):
                 if isinstance(row, RewardsRow):
                     for requests in row.requests:
                         self._take_requests(requests)
+                    self._take_metrics(row.unfinished or {})
                 elif isinstance(row, MetricsRow):
                     self._take_metrics(row.values)
                 elif isinstance(row, EventRow):

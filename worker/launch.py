@@ -91,10 +91,13 @@ class Launch(BaseModel):
         """A filter that removes every secret of this launch from text, such as a trainer's log."""
         secrets = [] if self.reward_secret is None else [self.reward_secret]
         headers: list[str] = []
+        rewards = self.spec.dar.rewards
+        urls = [one.url for one in ([] if rewards is None else rewards.components) if one.url]
         for access in self.reward_access.values():
             secrets += access.secrets
             headers += access.headers.values()
-        return Redactor(secrets, headers)
+            urls.append(access.url)
+        return Redactor(secrets, headers, *urls)
 
     def names(self) -> dict[str, str]:
         """What the user calls the files of this launch, by their path."""

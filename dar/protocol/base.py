@@ -1,14 +1,49 @@
 """Base classes of all wire models: strict inputs, complete outputs, both frozen."""
 
 import json
+import math
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+MOST_PROBLEMS = 8
+"""Numbers that an error names."""
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    """Refuse NaN and infinity anywhere in a JSON value, which JSON cannot carry."""
+    problems: list[InitErrorDetails] = []
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while waiting and len(problems) < MOST_PROBLEMS:
+        path, item = waiting.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            problems.append(InitErrorDetails(type="finite_number", loc=path, input=item))
+        elif isinstance(item, dict):
+            waiting += [((*path, str(name)), each) for name, each in item.items()]
+        elif isinstance(item, list | tuple):
+            waiting += [((*path, place), each) for place, each in enumerate(item)]
+    if problems:
+        raise ValidationError.from_exception_data("JSON", problems)
+    return value
+
+
+FreeValue = Annotated[Any, AfterValidator(_finite)]
+"""A JSON value of any shape, without NaN and infinity."""
+FreeObject = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""A JSON object of any shape, without NaN and infinity."""
 
 
 def only(value: object) -> BeforeValidator:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from dar.protocol.base import Input, Output
+from dar.protocol.base import FreeValue, Input, Output
 from dar.protocol.reward_spec import ENDPOINT_ID
 
 
@@ -35,7 +35,7 @@ class RunGrader(Input):
     grader: EndpointGrader
     model_sample: str
     """The completion."""
-    item: Any = None
+    item: FreeValue = None
     """The row: ``prompt`` or ``messages``, ``ground_truth`` or ``reference_answer``, and
     columns."""
 

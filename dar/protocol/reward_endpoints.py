@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from dar.protocol.base import Input, Output, UnixSeconds
+from dar.protocol.base import FreeObject, FreeValue, Input, Output, UnixSeconds
 from dar.protocol.reward_probe import ProbeFinding
 from dar.protocol.reward_spec import (
     FIELDS_OF_KIND,
@@ -74,11 +74,11 @@ class EndpointOptions(Input):
 
     protocol: ProtocolName = "dar.reward.v1"
     """Format of requests and answers."""
-    template: Any = None
+    template: FreeValue = None
     """Protocol ``plain``: the body of a request."""
     pointer: str | None = None
     """Protocol ``plain``: JSON pointer to the reward in an answer."""
-    grader: dict[str, Any] | None = None
+    grader: FreeObject | None = None
     """Protocol ``openai_grader``: sent as ``grader``."""
     coerce: bool = False
     """Whether numeric strings and booleans are accepted as rewards."""
@@ -127,9 +127,9 @@ class UpdateRewardEndpoint(Input):
     )
     """Headers by name; null removes one, others stay."""
     protocol: ProtocolName | None = None
-    template: Any = None
+    template: FreeValue = None
     pointer: str | None = None
-    grader: dict[str, Any] | None = None
+    grader: FreeObject | None = None
     coerce: bool | None = None
     prompt_format: Literal["auto", "text"] | None = None
     batch: RewardBatching | None = None
@@ -243,10 +243,10 @@ class ProbeSample(Input):
     """A completion for a probe. Exactly one of ``prompt`` and ``messages`` is given."""
 
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Annotated[list[FreeObject], Field(min_length=1)] | None = None
     completion: str
-    ground_truth: Any = None
-    columns: dict[str, Any] = Field(default_factory=dict)
+    ground_truth: FreeValue = None
+    columns: FreeObject = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "ProbeSample":

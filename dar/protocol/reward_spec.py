@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from dar.protocol.base import Input, only
+from dar.protocol.base import FreeObject, FreeValue, Input, only
 
 COMPONENT_NAME = r"^[a-z][a-z0-9_]{0,31}$"
 RESERVED_COLUMNS = frozenset(
@@ -203,7 +203,8 @@ class RewardComponent(Input):
     """Bounds that the raw reward is clipped to: ``[low, high]``."""
     normalize: Normalize = "none"
     """How the clipped reward is normalised before it is weighted. ``running`` uses the mean and
-    standard deviation of all rewards so far, ``group`` those of the prompt's rewards;
+    standard deviation of the rewards of earlier steps (with ``overlap: one_step`` without the step
+    just before), ``group`` those of the prompt's rewards;
     ``{"minmax": [lo, hi]}`` maps this range onto [0, 1]; ``{"tanh": scale}`` is
     ``tanh(reward / scale)``."""
 
@@ -213,12 +214,12 @@ class RewardComponent(Input):
     """http: a registered reward endpoint (``rwe_…``) with its own URL and secrets."""
     protocol: ProtocolName = "dar.reward.v1"
     """http: the form of requests and answers."""
-    template: Any = None
+    template: FreeValue = None
     """http, protocol ``plain``: body of a request; ``{{name}}`` in a string is replaced by a value
     of the sample."""
     pointer: Annotated[str, Field(pattern=r"^(/[^/]*)*$", max_length=256)] | None = None
     """http, protocol ``plain``: JSON pointer to the reward in an answer, like ``/data/0/score``."""
-    grader: dict[str, Any] | None = None
+    grader: FreeObject | None = None
     """http, protocol ``openai_grader``: sent as ``grader``."""
     coerce: bool = False
     """http: whether rewards that are numeric strings or booleans are read as numbers."""
@@ -247,7 +248,7 @@ class RewardComponent(Input):
 
     fn: Annotated[str, Field(pattern=COMPONENT_NAME)] | None = None
     """builtin: name of the function, as listed in docs/rewards-sources.md."""
-    params: dict[str, Any] = Field(default_factory=dict)
+    params: FreeObject = Field(default_factory=dict)
     """builtin: its parameters."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -355,9 +356,10 @@ class Combine(Input):
     clip: Bounds | None = None
     """Bounds that the sum is clipped to."""
     on_partial_skip: Literal["drop_group", "zero"] = "drop_group"
-    """Applies where a component skips only some completions of a prompt. ``drop_group`` drops all
-    of them (or the component, if it is not required), as sums over different components cannot be
-    compared. ``zero`` adds 0 for the skipped ones, with a warning and a metric."""
+    """Applies where a component skips only some of the completions of a prompt that other
+    components score. ``drop_group`` drops all of them (or the component, if it is not required), as
+    sums over different components cannot be compared. ``zero`` adds 0 for the skipped ones, with a
+    warning and a metric. A completion that all components skip is left out alone."""
     tie_eps: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """As ``hyperparameters.tie_tolerance``; the larger of the two is used."""
 

@@ -107,7 +107,10 @@ class ComponentStats(Output):
 
 
 class RewardStats(Output):
-    """Statistics of a job's rewards over all steps; a repeated step counts once."""
+    """Statistics of a job's rewards over all steps; a repeated step counts once.
+
+    A step in which an attempt ended, as when failures pause the job, counts until it is repeated.
+    """
 
     object: Literal["fine_tuning.job.reward_stats"]
     job_id: str

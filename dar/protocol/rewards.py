@@ -6,6 +6,7 @@ so a failed score never becomes a number.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -37,8 +38,13 @@ MAX_REWARD = 1e6
 """Largest magnitude of a reward; a larger number is taken for an error."""
 MAX_PARTS = 32
 """Most parts of a reward."""
+MAX_CODE = 64
+"""Longest code of a sample's error."""
 MAX_FEEDBACK = 4096
 """Longest feedback, in characters; the rest is cut off."""
+
+MAX_REASON = 1000
+"""Longest description of a broken contract."""
 
 Mode = Literal["train", "eval", "validate"]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
@@ -142,12 +148,32 @@ class RewardRequest(_Wire):
         return self
 
 
+def one_line(text: str) -> str:
+    """``text`` without line breaks, escape characters and others that are not printable.
+
+    Each run of them and of spaces becomes a space.
+    """
+    if text.isprintable():
+        return text
+    return " ".join("".join(ch if ch.isprintable() else " " for ch in text).split())
+
+
 def _bounded_feedback(text: str) -> str:
     printable = "".join(ch for ch in text if ch in "\n\t" or ch.isprintable())
     return printable[:MAX_FEEDBACK]
 
 
+def _bounded_line(text: str) -> str:
+    return one_line(text[: 2 * MAX_FEEDBACK]).strip()[:MAX_FEEDBACK]
+
+
+def plain_code(code: str) -> str:
+    """``code`` with an underscore for each character that codes do not have."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", code)
+
+
 Feedback = Annotated[str, AfterValidator(_bounded_feedback)]
+Line = Annotated[str, AfterValidator(_bounded_line)]
 
 
 def _limited(parts: object) -> object:
@@ -164,8 +190,9 @@ def _limited(parts: object) -> object:
 class SampleError(_Wire):
     """The service could not score a sample."""
 
-    code: Annotated[str, Field(max_length=64)] = "error"
-    message: Feedback = ""
+    code: Annotated[str, Field(max_length=MAX_CODE), AfterValidator(plain_code)] = "error"
+    """Letters, digits, ``_``, ``.`` and ``-``; others become underscores."""
+    message: Line = ""
     retryable: bool = False
 
 
@@ -180,7 +207,7 @@ class SampleResult(_Wire):
     skip: bool = False
     """The reward does not apply to this sample."""
     error: SampleError | None = None
-    reason: Feedback | None = None
+    reason: Line | None = None
     """Why the sample was skipped."""
     components: Annotated[
         dict[PartName, RewardNumber], Field(max_length=MAX_PARTS), BeforeValidator(_limited)
@@ -410,7 +437,11 @@ def _refuse_json(body: bytes, reason: str) -> NoReturn:
 def refuse(code: str, message: str) -> NoReturn:
     """Reject an answer as a whole.
 
+    Args:
+        code: Kind of the violation.
+        message: Description; it may quote the answer.
+
     Raises:
         RewardContractError: With ``contract.<code>``.
     """
-    raise RewardContractError(message, code=f"contract.{code}")
+    raise RewardContractError(one_line(message)[:MAX_REASON], code=f"contract.{code}")

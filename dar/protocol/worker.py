@@ -191,6 +191,8 @@ class RewardRequestState(Output):
     """URL from which the result can be fetched, as the reward service reported it."""
     result: str | None
     """The body that the reward service sent; null: none yet."""
+    problem: str | None = None
+    """Why the latest callback was not accepted; null: none was refused, or an older service."""
 
 
 class RewardRequestStates(Output):
@@ -269,6 +271,8 @@ class RewardsRow(_SpooledRow):
     """The step of the report, or the step in which training ended."""
     requests: Annotated[list[ComponentRequests], Field(max_length=1024)]
     failures: Annotated[list[FailedRequest], Field(max_length=MAX_FAILURES)]
+    unfinished: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    """Counts by metric name if training ended within the step; null: the step has metrics."""
 
 
 Row = Annotated[

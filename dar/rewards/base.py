@@ -234,6 +234,14 @@ class RewardObserver(Protocol):
         """Report a breaker's state: ``closed``, ``open``, ``half_open`` or ``misconfigured``."""
         ...
 
+    def scored(self, step: int, rewards: Sequence[SampleReward]) -> None:
+        """Report the rewards of a group of training samples, before the failure policy."""
+        ...
+
+    def poll_ended(self, component: str, request_id: str, code: str, reason: str) -> None:
+        """Report that polling for a result has failed while its callback is still awaited."""
+        ...
+
     def waiting(self, component: str, message: str) -> None:
         """Report that a request waits: for its next attempt, a ``Retry-After`` or the breaker."""
         ...

@@ -34,7 +34,7 @@ def announce_reward_requests(
 ) -> RewardRequestStates:
     """Store requests before they are sent; a known one is returned with its result, if any."""
 
-    def work(transaction: Transaction) -> list[RewardRequestRow]:
+    def work(transaction: Transaction) -> list[tuple[RewardRequestRow, str | None]]:
         held = fence.hold(transaction, lease_id, body.attempt)
         rewards = held.job.parsed_spec.dar.rewards
         signed = {
@@ -42,13 +42,15 @@ def announce_reward_requests(
             for component in ([] if rewards is None else rewards.components)
             if component.require_signed_responses
         }
-        return [
+        rows = [
             reward_requests.announce(
-                transaction, held, wanted, is_signature_required=wanted.component in signed
+                transaction, box, held, wanted, is_signature_required=wanted.component in signed
             )
             for wanted in body.requests
         ]
+        return [(row, reward_requests.poll_url_of(row, box, held)) for row in rows]
 
+    box = runtime.secrets
     stored = runtime.database.transact(work)
     base = runtime.settings.callback_url
     return RewardRequestStates(
@@ -58,10 +60,11 @@ def announce_reward_requests(
                 callback_url=f"{base}/{row.id}",
                 deadline=row.deadline.timestamp(),
                 is_accepted=row.is_accepted,
-                poll_url=row.poll_url,
+                poll_url=poll_url,
                 result=row.result,
+                problem=row.last_error,
             )
-            for row in stored
+            for row, poll_url in stored
         ]
     )
 
@@ -81,6 +84,6 @@ def note_reward_progress(
 
     def work(transaction: Transaction) -> list[str]:
         held = fence.hold(transaction, lease_id, body.attempt)
-        return reward_requests.note_progress(transaction, held, body.requests)
+        return reward_requests.note_progress(transaction, runtime.secrets, held, body.requests)
 
     return RewardProgressNoted(unknown=runtime.database.transact(work))

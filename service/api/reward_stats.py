@@ -22,14 +22,18 @@ def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> Rewa
     """Count samples that were scored, skipped or failed, and the requests to each service."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
-        series = metrics.read(transaction, job.id)
+        series: Series = metrics.read(transaction, job.id)
+        unfinished = metrics.unfinished_step(transaction, job.id)
+    steps = series["reward/n_valid"].step if "reward/n_valid" in series else []
+    if unfinished is not None and unfinished[0] > max(steps, default=0):
+        series = _with_step(series, *unfinished)
     errors = {family: _total(series, f"reward/n_error/{family}") for family in FAMILIES}
     rewards = job.parsed_spec.dar.rewards
     components = () if rewards is None else rewards.components
     return RewardStats(
         object="fine_tuning.job.reward_stats",
         job_id=job.id,
-        steps=len(series["reward/n_valid"].step) if "reward/n_valid" in series else 0,
+        steps=len(steps),
         rewards=_total(series, "reward/n_valid"),
         skips=_total(series, "reward/n_skip"),
         errors=_total(series, "reward/n_error"),
@@ -51,6 +55,15 @@ def _component(series: Series, name: str) -> ComponentStats:
         p50_seconds=_newest(series, f"time/reward/{name}/p50_seconds"),
         p95_seconds=_newest(series, f"time/reward/{name}/p95_seconds"),
     )
+
+
+def _with_step(series: Series, step: int, values: Mapping[str, float]) -> Series:
+    """``series`` with the counts of a step in which training ended."""
+    more = {name: series.get(name, metrics.Points()) for name in values}
+    return {**series} | {
+        name: metrics.Points([*one.step, step], [*one.value, values[name]], [*one.at, 0.0])
+        for name, one in more.items()
+    }
 
 
 def _total(series: Series, name: str) -> int:

@@ -174,7 +174,7 @@ def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
 
 def _last_part(path: str) -> str:
     last = Path(path).name
-    return last if _FOLDER.match(last) else "my-model"
+    return last if _FOLDER.fullmatch(last) else "my-model"
 
 
 def _of_checkpoint(checkpoint: CheckpointRow, job: JobRow) -> ModelSource:

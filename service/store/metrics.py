@@ -9,7 +9,7 @@ from sqlalchemy.orm import aliased
 
 from dar.protocol.worker import MetricsRow
 from service.store.database import Transaction
-from service.store.tables import JobRow, MetricRow
+from service.store.tables import AttemptRow, JobRow, MetricRow
 
 NEWEST_ROWS = 2
 
@@ -71,6 +71,17 @@ def read(
             if wanted is None or name in wanted:
                 _put(series.setdefault(name, Points()), step, at, value)
     return series
+
+
+def unfinished_step(transaction: Transaction, job_id: str) -> tuple[int, dict[str, float]] | None:
+    """The step in which the newest attempt with such a report ended, and its reward counts."""
+    found = transaction.scalars(
+        select(AttemptRow.unfinished)
+        .where(AttemptRow.job_id == job_id, AttemptRow.unfinished.is_not(None))
+        .order_by(AttemptRow.number.desc())
+        .limit(1)
+    ).first()
+    return None if found is None else (found["step"], found["values"])
 
 
 def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[str, float | None]]:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import aliased
 from dar.errors import InvalidRequestError
 from dar.protocol.status import TERMINAL
 from dar.protocol.worker import FIRST_RESULT_ID, RewardAnnouncement, RewardProgress
+from service.secret_box import Binding, SecretBox
 from service.store import events
 from service.store.database import Transaction
 from service.store.fence import Held
@@ -48,19 +49,26 @@ class CallbackResult:
     error: str | None
     """Why the body is not a result of the request; None: it is one."""
     webhook_id: str | None = None
-    """From the verified signature; None: not signed."""
+    """Digest of the id in the verified signature; None: not signed."""
 
 
 def announce(
-    transaction: Transaction, held: Held, wanted: RewardAnnouncement, *, is_signature_required: bool
+    transaction: Transaction,
+    box: SecretBox,
+    held: Held,
+    wanted: RewardAnnouncement,
+    *,
+    is_signature_required: bool,
 ) -> RewardRequestRow:
     """Store a request before it is sent; a result from an earlier attempt is kept.
 
     The deadline is that of the first announcement. A request past its deadline, or with too many
-    invalid results, starts again.
+    invalid results, starts again. One whose ``poll_url`` no key decrypts any more counts as not
+    accepted, so that it is sent again.
 
     Args:
         transaction: The current transaction.
+        box: Decrypts its ``poll_url``.
         held: The job and the attempt, locked.
         wanted: The request.
         is_signature_required: Whether a callback must be signed.
@@ -95,6 +103,8 @@ def announce(
         )
     is_repeated = row.attempt == number and wanted.token_sha256 in row.token_hashes
     row.attempt = number
+    if row.poll_url is not None and not box.is_readable(row.poll_url):
+        row.is_accepted, row.poll_url = False, None
     if row.state != "done" and not is_repeated:
         _announce_again(transaction, row, wanted)
     transaction.flush()
@@ -109,13 +119,25 @@ def _announce_again(
     if row.deadline <= transaction.now or row.state == "burned":
         row.deadline = datetime.fromtimestamp(wanted.deadline, UTC)
         row.is_accepted, row.poll_url, row.invalid_count = False, None, 0
+        row.last_error, row.reported = None, ""
     row.state = "waiting"
 
 
+def _binding(row: RewardRequestRow, held: Held) -> Binding:
+    return Binding(held.job.project_id, row.id, "", "poll_url")
+
+
+def poll_url_of(row: RewardRequestRow, box: SecretBox, held: Held) -> str | None:
+    """The decrypted ``poll_url``, which may contain a token of the reward service."""
+    return None if row.poll_url is None else box.open(_binding(row, held), row.poll_url)
+
+
 def note_progress(
-    transaction: Transaction, held: Held, notes: Sequence[RewardProgress]
+    transaction: Transaction, box: SecretBox, held: Held, notes: Sequence[RewardProgress]
 ) -> list[str]:
     """Store, in order, that the service accepted requests or that results came another way.
+
+    A ``poll_url`` is stored encrypted.
 
     Returns:
         Ids that the job has not announced, each once. They may have expired, and do not affect the
@@ -133,7 +155,9 @@ def note_progress(
         if row is None:
             continue
         if note.state == "accepted":
-            row.is_accepted, row.poll_url = True, note.poll_url
+            url = note.poll_url
+            row.is_accepted = True
+            row.poll_url = None if url is None else box.seal(_binding(row, held), url)
         elif row.state == "waiting":
             row.state = "closed"
     transaction.flush()
@@ -158,13 +182,8 @@ def settle(
     Returns:
         The outcome, and the id of the job.
     """
-    # The job first, as everywhere: its lock orders all changes of its requests.
-    job = transaction.scalars(
-        select(JobRow)
-        .join(RewardRequestRow, RewardRequestRow.job_id == JobRow.id)
-        .where(RewardRequestRow.id == request_id)
-        .with_for_update(of=JobRow)
-    ).one()
+    job = _job_locked(transaction, request_id)  # first, as everywhere
+    assert job is not None
     row = transaction.get_one(RewardRequestRow, request_id)
     outcome = _outcome_of(transaction, job, row, result)
     if outcome == "accepted" and not _consume(transaction, row, result):
@@ -193,8 +212,41 @@ def _outcome_of(
     row.last_error = result.error
     if row.invalid_count >= MAX_INVALID:
         row.state = "burned"
-        _append_event_once(transaction, row, "burned")
+    _append_event_once(transaction, row, "burned" if row.state == "burned" else "invalid")
     return "invalid"
+
+
+def note_refusal(transaction: Transaction, request_id: str, error: str) -> str | None:
+    """Store that a callback was refused, and append an event the first time.
+
+    Args:
+        transaction: The current transaction.
+        request_id: Id of the request.
+        error: Status of the response and reason.
+
+    Returns:
+        The id of the job; None if nothing is awaited for the request.
+    """
+    job = _job_locked(transaction, request_id)
+    row = None if job is None else transaction.get(RewardRequestRow, request_id)
+    if job is None or row is None or row.state != "waiting" or row.deadline <= transaction.now:
+        return None
+    if job.status in TERMINAL:
+        return None
+    row.last_error = error
+    _append_event_once(transaction, row, "refused")
+    transaction.flush()
+    return job.id
+
+
+def _job_locked(transaction: Transaction, request_id: str) -> JobRow | None:
+    """The job of a request. Its lock orders all changes of its requests."""
+    return transaction.scalars(
+        select(JobRow)
+        .join(RewardRequestRow, RewardRequestRow.job_id == JobRow.id)
+        .where(RewardRequestRow.id == request_id)
+        .with_for_update(of=JobRow)
+    ).one_or_none()
 
 
 def _is_fresh(transaction: Transaction, request_id: str, result: CallbackResult) -> bool:
@@ -243,6 +295,9 @@ def _consume(transaction: Transaction, row: RewardRequestRow, result: CallbackRe
 MESSAGES = {
     "late": "a result of reward request {id} came too late; it is not used",
     "conflict": "reward request {id} got two different results; the first one counts",
+    "refused": "a callback of reward request {id} was refused: {error}",
+    "invalid": "a callback of reward request {id} is not a result: {error}; "
+    "the token stays valid for a few corrected results",
     "burned": "reward request {id} accepts no more after {count} invalid results; last: {error}",
 }
 

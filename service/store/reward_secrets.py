@@ -9,7 +9,12 @@ from sqlalchemy import delete, or_, select
 from dar.protocol.ids import new_id
 from service.secret_box import Binding, SecretBox, origin_of
 from service.store.database import Transaction
-from service.store.reward_tables import RewardEndpointRow, RewardSecretRow, SecretKeyRow
+from service.store.reward_tables import (
+    RewardEndpointRow,
+    RewardRequestRow,
+    RewardSecretRow,
+    SecretKeyRow,
+)
 
 OVERLAP = timedelta(hours=24)
 """How long a replaced signing secret still signs, beside the new one."""
@@ -176,7 +181,7 @@ def remove_all(transaction: Transaction, endpoint_id: str) -> None:
 
 
 def rotate(transaction: Transaction, box: SecretBox) -> int:
-    """Encrypt every secret with the newest key.
+    """Encrypt every secret, and every stored ``poll_url``, with the newest key.
 
     Returns:
         The number of secrets.
@@ -187,6 +192,11 @@ def rotate(transaction: Transaction, box: SecretBox) -> int:
     rows = transaction.scalars(select(RewardSecretRow).with_for_update()).all()
     for row in rows:
         row.token = box.renew(row.token)
+    accepted = select(RewardRequestRow).where(RewardRequestRow.poll_url.is_not(None))
+    for request in transaction.scalars(accepted.with_for_update()).all():
+        assert request.poll_url is not None
+        if box.is_readable(request.poll_url):  # otherwise the request is sent again
+            request.poll_url = box.renew(request.poll_url)
     transaction.flush()
     return len(rows)
 

@@ -106,19 +106,24 @@ class RewardRequestRow(Base):
     is_accepted: Mapped[bool] = mapped_column(default=False)
     """The reward service answered 202."""
     poll_url: Mapped[str | None] = mapped_column(Text)
+    """Encrypted (`service.secret_box`): a reward service may put a token into it."""
     result_id: Mapped[int | None]
     """Number of the result within the job."""
     body_hash: Mapped[str | None] = mapped_column(String(64))
     result: Mapped[str | None] = mapped_column(Text)
-    """The body as it was received."""
+    """The body as it was received; one with secrets is stored without them."""
     invalid_count: Mapped[int] = mapped_column(default=0)
     last_error: Mapped[str | None] = mapped_column(Text)
+    """Why the latest callback was not accepted."""
     reported: Mapped[str] = mapped_column("told", String(64), default="")
     """Failed callbacks that have an event already, as words."""
 
 
 class RewardDeliveryRow(Base):
-    """A signed callback that was seen: its ``webhook-id`` is valid for one body of one request."""
+    """A signed callback that was seen: its ``webhook-id`` is valid for one body of one request.
+
+    Its id is the digest of the ``webhook-id``.
+    """
 
     __tablename__ = "reward_deliveries"
     __table_args__ = (Index(None, "seen_at"),)

@@ -75,6 +75,9 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     )
     reports = [row for row in fresh if isinstance(row, RewardsRow)]
     reward_failures.add(transaction, held, reports)
+    for report in reports:
+        if report.unfinished is not None:
+            held.attempt.unfinished = {"step": report.step, "values": report.unfinished}
     _append_events(transaction, held, fresh)
     _update_job(transaction, held, steps)
     transaction.execute(

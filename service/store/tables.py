@@ -199,6 +199,9 @@ class AttemptRow(Base):
     """All rows of the attempt up to this one are committed."""
     outcome: Mapped[dict[str, Any] | None]
     """The reply to the call that ended the attempt; a repeated call gets the same reply."""
+    unfinished: Mapped[dict[str, Any] | None]
+    """``step`` in which the attempt ended, which has no metrics, and its reward counts, as
+    ``values`` by metric name."""
 
 
 class JobEventRow(Base):

@@ -190,6 +190,35 @@ def test_reward_stats_sum_over_the_steps(live: Live) -> None:
     }  # fmt: skip
 
 
+def test_reward_stats_count_the_step_in_which_failures_paused_the_job(live: Live) -> None:
+    job_id, lease = live.running()
+    counts = {
+        "reward/n_error": 8, "reward/n_error/http_5xx": 8, "reward/letters/requests": 2,
+        "reward/letters/failed_requests": 2, "reward/letters/retries": 6,
+        "time/reward/letters/p50_seconds": 9.5,
+    }  # fmt: skip
+    row = {
+        "type": "rewards", "step": 1, "requests": [requests("http_5xx", 6, 2)], "failures": [failed()],
+        "unfinished": counts,
+    }  # fmt: skip
+    assert lease.say(row).status_code == 200
+    stats = live.job(job_id, "/reward_stats")
+    assert (stats["steps"], stats["rewards"], stats["errors"]) == (0, 0, 8)
+    assert stats["errors_by_class"] == {"http_5xx": 8}
+    [component] = stats["components"]
+    assert (component["requests"], component["failed_requests"]) == (2, 2)
+    assert (component["retries"], component["p50_seconds"]) == (6, 9.5)
+    assert live.job(job_id)["progress"]["step"] == 0, "the step has not ended"
+    assert "reward/n_error" not in live.job(job_id, "/metrics")["series"]
+    assert scraped(live)['dar_reward_errors_total{class="http_5xx"}'] == 8
+    again = live.claim(incarnation="life-2")
+    values = {"reward/n_valid": 8.0, "reward/n_error": 0.0, "reward/letters/requests": 2.0}
+    assert again.say({"type": "metrics", "step": 1, "values": values}).status_code == 200
+    repeated = live.job(job_id, "/reward_stats")
+    assert (repeated["steps"], repeated["rewards"], repeated["errors"]) == (1, 8, 0)
+    assert repeated["components"][0]["requests"] == 2
+
+
 def test_reward_failures_are_pages_and_can_be_narrowed_to_a_step(
     live: Live, error_of: Callable[..., Any]
 ) -> None:

@@ -15,8 +15,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from dar.protocol.rewards import decode_result
 from dar.rewards.http.signing import decode_secret, signed_headers
 from fakes.live_service import Lease, Live
+from service.secret_box import Binding, SecretBox, new_key
+from service.store.tables import RewardRequestRow
 
 OTHER_SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -228,7 +231,8 @@ def test_after_five_invalid_results_none_is_taken_any_more(live: Live) -> None:
     pending = announce(live, lease)
     assert [pending.post(b"{}").status_code for _ in range(6)] == [422] * 5 + [410]
     assert pending.post(pending.body(1, 2)).status_code == 410
-    assert callback_events(live, job_id) == ["reward_callback_burned"]
+    events = ["reward_callback_burned", "reward_callback_invalid"]
+    assert sorted(callback_events(live, job_id)) == events
 
 
 def test_a_body_that_is_packed_too_large_or_no_json_is_refused_and_costs_no_try(
@@ -396,3 +400,153 @@ def test_no_token_is_stored_or_logged(live: Live) -> None:
     stored = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*"))
     assert pending.request_id.encode() in stored
     assert pending.token.encode() not in stored
+
+
+# --- what a service is told, its owner is told too ------------------------------------------------
+
+REFUSALS: dict[str, tuple[Callable[[Pending], httpx2.Response], int, str]] = {
+    "a wrong token": (
+        lambda pending: pending.post(pending.body(1, 2), token="rwt_wrong"),
+        401,
+        "401: its token is missing or wrong",
+    ),
+    "a wrong signature": (
+        lambda pending: pending.post(
+            pending.body(1, 2), webhook_signature="v1,x", webhook_id="rwr_1"
+        ),
+        401,
+        "401: the request is not signed",
+    ),
+    "the request itself": (
+        lambda pending: pending.post(b'{"type": "reward.request"}'),
+        401,
+        "401: its body is the request itself",
+    ),
+    "no JSON": (
+        lambda pending: pending.post(pending.body(1, 2), content_type="text/plain"),
+        415,
+        "415: send the body of a callback as application/json",
+    ),
+    "compressed": (
+        lambda pending: pending.post(pending.body(1, 2), content_encoding="gzip"),
+        415,
+        "415: send the body of a callback without a content-encoding",
+    ),
+    "too large": (lambda pending: pending.post(b" " * (8 * 1024**2 + 1)), 413, "413: the callback"),
+    "too few rewards": (
+        lambda pending: pending.post(pending.body(1)),
+        422,
+        "contract.length: 1 rewards for 2 samples",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_refused_callback_is_an_event_at_once_and_known_to_the_trainer(
+    live: Live, what: str
+) -> None:
+    job_id, lease = live.running()
+    pending = announce(live, lease)
+    post, status, reason = REFUSALS[what]
+    assert [post(pending).status_code for _ in range(2)] == [status] * 2
+    deadline = time.monotonic() + 10
+    while not (kinds := callback_events(live, job_id)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert kinds == [f"reward_callback_{'invalid' if status == 422 else 'refused'}"]
+    messages = [event["message"] for event in live.job(job_id, "/events")["data"]]
+    assert any(reason in message for message in messages), messages
+    again = lease.post("/reward_requests", requests=[announcement("rwq_1", pending.token)])
+    assert reason in again.json()["requests"][0]["problem"]
+    assert pending.post(pending.body(1, 2)).json() == {"status": "accepted"}
+
+
+def test_a_refused_callback_of_a_request_that_ended_is_no_event(live: Live) -> None:
+    job_id, lease = live.running()
+    pending = announce(live, lease)
+    assert pending.post(pending.body(1, 2)).json() == {"status": "accepted"}
+    assert pending.post(pending.body(1, 2), token="rwt_wrong").status_code == 401
+    live.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    assert callback_events(live, job_id) == []
+
+
+# --- secrets that a service repeats ---------------------------------------------------------------
+
+HEADER = "s3cret-of-the-header"
+ECHO = f"{HEADER.upper()} and …{HEADER[6:]}\x1b[31m"
+
+
+def registered(live: Live) -> tuple[str, Lease]:
+    made = live.register("https://judge.example/score?token=9f8e7d6c5b4a")
+    component = {"name": "letters", "endpoint": made["id"], "reply": "either"}
+    return live.running(dar={"rewards": {"components": [component]}}, skip_validation=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"request_id": ECHO},
+        {"type": ECHO},
+        {"rewards": [ECHO, 1]},
+        {"rewards": None, "results": [{"id": ECHO, "reward": 1}, {"id": "s1", "reward": 1}]},
+        {"rewards": None, "results": [
+            {"id": "s0", "reward": 0.5, "feedback": ECHO, "components": {"s3cret_of_the_header": 1}},
+            {"id": "s1", "skip": True, "reason": ECHO}]},
+        {"rewards": None, "results": [
+            {"id": "s0", "error": {"code": ECHO, "message": ECHO, "retryable": True}},
+            {"id": "s1", "reward": -0.1}]},
+        {"info": {"authorization": ECHO}},
+        {"info": "key 9F8E7D6C5B4A"},
+    ],
+)  # fmt: skip
+def test_a_secret_in_a_callback_is_neither_stored_nor_passed_on(
+    live: Live, fields: dict[str, Any]
+) -> None:
+    job_id, lease = registered(live)
+    pending = announce(live, lease)
+    content = {name: value for name, value in fields.items() if value is not None}
+    body = json.loads(pending.body(0.5, -0.1, **content))
+    if "results" in content:
+        del body["rewards"]
+    answer = pending.post(json.dumps(body).encode())
+    passed = directives(lease)["directives"]
+    shown = json.dumps([passed, live.job(job_id, "/events")["data"], answer.text])
+    stored = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*")).lower()
+    for fragment in (HEADER[:9], HEADER[6:], "s3cret_of", "9f8e7d6c"):
+        assert fragment not in shown.lower()
+        # The URL is a field of the endpoint, which its owner may read.
+        assert fragment == "9f8e7d6c" or fragment.encode() not in stored
+    assert "\\u001b" not in shown
+    if answer.status_code == 200:
+        results = decode_result(passed[0]["result"].encode(), request_id="rwq_1", ids=["s0", "s1"])
+        rewards = [result.reward for result in results]
+        assert [reward for reward in rewards if reward is not None] in ([0.5, -0.1], [0.5], [-0.1])
+        assert pending.post(json.dumps(body).encode()).json() == {"status": "duplicate"}
+    else:
+        assert answer.status_code == 422
+        assert pending.post(pending.body(0.5, -0.1)).json() == {"status": "accepted"}
+
+
+def test_a_poll_url_is_encrypted_at_rest(live: Live) -> None:
+    _, lease = registered(live)
+    announce(live, lease)
+    url = f"/results/1?token={HEADER}"
+    assert note(lease, "accepted", poll_url=url).status_code == 200
+    stored = b"".join(path.read_bytes() for path in live.settings.home.glob("dar.db*"))
+    assert HEADER.encode() not in stored
+    assert b"/results/1" not in stored
+    again = live.claim(incarnation="life-2")
+    assert again is not None
+    assert announce(live, again).state["poll_url"] == url
+
+
+def test_a_request_whose_poll_url_no_key_opens_is_sent_again(live: Live) -> None:
+    _, lease = registered(live)
+    announce(live, lease)
+    note(lease, "accepted", poll_url="/results/1")
+    with live.runtime.database.write() as transaction:
+        row = transaction.get_one(RewardRequestRow, "rwq_1")
+        row.poll_url = SecretBox([new_key()]).seal(Binding("p", "rwq_1", "", "poll_url"), "/r")
+    again = live.claim(incarnation="life-2")
+    assert again is not None
+    state = announce(live, again).state
+    assert (state["is_accepted"], state["poll_url"]) == (False, None)

@@ -18,6 +18,8 @@ class RecordingSink:
         self.shown: dict[int, list[ReportedSample]] = {}
         self.events: list[tuple[str, str, Mapping[str, Any] | None]] = []
         self.requests: list[tuple[int, list[Any], list[Any]]] = []
+        self.unfinished: dict[str, float] | None = None
+        """Of the last report of requests."""
         self.phases: list[tuple[str, int, str | None]] = []
         self.published: list[tuple[int, Path, Manifest, str]] = []
         self.seq = 0
@@ -30,8 +32,15 @@ class RecordingSink:
         self.seq += 1
         self.shown[step] = list(samples)
 
-    def rewards(self, step: int, requests: Sequence[Any], failures: Sequence[Any]) -> None:
+    def rewards(
+        self,
+        step: int,
+        requests: Sequence[Any],
+        failures: Sequence[Any],
+        unfinished: Mapping[str, float] | None = None,
+    ) -> None:
         self.seq += 1
+        self.unfinished = None if unfinished is None else dict(unfinished)
         self.requests.append((step, list(requests), list(failures)))
 
     def event(self, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:

@@ -15,13 +15,15 @@ from sqlalchemy import select, text, update
 
 from dar.errors import ConfigurationError, ConflictError, NotFoundError, SecretUnreadableError
 from dar.protocol.ids import new_id
+from dar.protocol.worker import RewardAnnouncement, RewardProgress
 from dar.settings import Settings, environment
 from fakes.world import World
 from service import keys, secret_box
 from service.secret_box import SecretBox
-from service.store import reward_endpoints, reward_secrets
+from service.store import fence, reward_endpoints, reward_requests, reward_secrets
 from service.store import tables as tables_
 from service.store.database import Database
+from service.store.tables import RewardRequestRow
 
 BOX = SecretBox([secret_box.new_key()])
 SIGNING, HEADER = "whsec_c2lnbmluZw==", "Bearer of-the-header"
@@ -105,6 +107,31 @@ def test_a_rotation_of_keys_keeps_every_secret_and_frees_the_old_key(world: Worl
         assert opened(world, endpoint_id, SecretBox([new])).secrets == [SIGNING]
         with pytest.raises(SecretUnreadableError):
             opened(world, endpoint_id, SecretBox([old]))
+
+
+def test_a_rotation_renews_stored_poll_urls(world: World) -> None:
+    old, new = secret_box.new_key(), secret_box.new_key()
+    held = world.running()
+    wanted = RewardAnnouncement(
+        request_id="rwq_1",
+        component="letters",
+        step=1,
+        sample_ids=["s0"],
+        token_sha256="a" * 64,
+        deadline=world.clock.now.timestamp() + 60,
+    )
+    accepted = RewardProgress(request_id="rwq_1", state="accepted", poll_url="/r?token=geheim")
+    with world.database.write() as transaction:
+        now, box = fence.hold(transaction, held.attempt.lease_id, 1), SecretBox([old])
+        reward_requests.announce(transaction, box, now, wanted, is_signature_required=False)
+        reward_requests.note_progress(transaction, box, now, [accepted])
+    with world.database.write() as transaction:
+        reward_secrets.rotate(transaction, SecretBox([new, old]))
+        row = transaction.get_one(RewardRequestRow, "rwq_1")
+        assert row.poll_url is not None
+        assert "geheim" not in row.poll_url
+        found = reward_requests.poll_url_of(row, SecretBox([new]), now)
+    assert found == "/r?token=geheim"
 
 
 def test_a_rotation_without_the_old_key_changes_nothing(world: World) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from dar.protocol.worker import RewardAnnouncement
 from fakes.world import World
+from service.secret_box import SecretBox, new_key
 from service.store import fence, reward_requests
 from service.store.tables import RewardDeliveryRow, RewardRequestRow
 
 TOKEN_HASH = "a" * 64
+BOX = SecretBox([new_key()])
 
 
 def announce(
@@ -28,7 +30,7 @@ def announce(
     )
     with world.database.write() as transaction:
         now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
-        return reward_requests.announce(transaction, now, wanted, is_signature_required=False)
+        return reward_requests.announce(transaction, BOX, now, wanted, is_signature_required=False)
 
 
 def result(text: str, webhook_id: str | None = None) -> reward_requests.CallbackResult:

@@ -54,6 +54,7 @@ class PipeInbox:
                     state.is_accepted,
                     state.poll_url,
                     None if state.result is None else state.result.encode(),
+                    state.problem,
                 )
             if news.result is not None and news.request_id in self._open:
                 self._results[news.request_id] = news.result.encode()
@@ -84,6 +85,13 @@ class PipeInbox:
             return await self._arrival(self._results, request_id)
         finally:
             self._settle(request_id)
+
+    async def problem(self, request: RewardAnnouncement) -> str | None:
+        """Ask the service, by the same announcement, why no callback was accepted."""
+        try:
+            return (await self.announce(request)).problem
+        finally:
+            self._settle(request.request_id)
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
         """Make the service store that the reward service accepted the request."""

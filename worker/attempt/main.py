@@ -32,6 +32,7 @@ from dar.protocol.worker import (
     RewardsRow,
     SamplesRow,
 )
+from dar.rewards.http.redaction import RedactingFormatter
 from dar.training.report.sink import NullSink, Sink
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
@@ -118,11 +119,17 @@ class SpoolSink:
             self._spool.append(partial(SamplesRow, type="samples", step=step, samples=part))
 
     def rewards(
-        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+        unfinished: Mapping[str, float] | None = None,
     ) -> None:
         """Store statistics of requests to reward services."""
         row = partial(RewardsRow, type="rewards", step=step)
-        self._spool.append(partial(row, requests=list(requests), failures=list(failures)))
+        counts = None if unfinished is None else dict(unfinished)
+        row = partial(row, requests=list(requests), failures=list(failures))
+        self._spool.append(partial(row, unfinished=counts))
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """Store a message for the user."""
@@ -256,6 +263,9 @@ def main(train: Train = train_with_torch) -> ExitCode:
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     stdin = sys.stdin.buffer
     launch = Launch.model_validate_json(stdin.readline())
+    redact = launch.redactor()
+    for handler in logging.getLogger().handlers:  # a traceback may quote a reward service
+        handler.setFormatter(RedactingFormatter(handler.formatter or logging.Formatter(), redact))
     control = StdinControl(stdin, None if launch.outbox is None else PipeInbox(launch.outbox))
     control.listen()
     try:

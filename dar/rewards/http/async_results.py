@@ -10,6 +10,7 @@ both a callback and polling deliver, the first valid result is used.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -30,6 +31,7 @@ from dar.protocol.rewards import (
 )
 from dar.protocol.worker import RewardAnnouncement
 from dar.rewards.http.egress import DEFAULT_PORTS
+from dar.rewards.http.responses import decoded
 from dar.rewards.http.retry import JITTER, AttemptFailedError
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 1.0, 15.0, 1.5
@@ -37,6 +39,8 @@ SHORTEST_POLL_SECONDS = 0.1
 """Shortest wait between polls, also for ``Retry-After: 0``."""
 POLL_JITTER = 0.2
 """Largest relative change of a wait, in either direction."""
+PROBLEM_SECONDS = 2.0
+"""Time limit of asking, after the deadline, why no callback was accepted."""
 TOKEN_BYTES = 32
 ANNOUNCEMENTS = 2
 """A request is announced again if an earlier announcement has a deadline in the past."""
@@ -54,6 +58,8 @@ class Stored:
     poll_url: str | None = None
     result: bytes | None = None
     """The result, if it has arrived."""
+    problem: str | None = None
+    """Why the latest callback was not accepted; None: none was refused."""
 
 
 class Inbox(Protocol):
@@ -65,6 +71,10 @@ class Inbox(Protocol):
 
     async def wait(self, request_id: str) -> bytes:
         """Wait for the result of a request, without a time limit."""
+        ...
+
+    async def problem(self, request: RewardAnnouncement) -> str | None:
+        """Why the latest callback of an announced request was not accepted; None: unknown."""
         ...
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
@@ -115,6 +125,9 @@ class LaterReply:
         self.is_accepted = False
         """Whether the reward service has answered 202, so that only the result is missing."""
         self._result: bytes | None = None
+        self._announced: RewardAnnouncement | None = None
+        self._poll_problem = ""
+        """Why polling ended, or why the latest poll failed."""
 
     async def open(self, component: str, step: int) -> None:
         """Announce the request before it is sent. Waits while the DAR service is unavailable.
@@ -136,6 +149,7 @@ class LaterReply:
                 deadline=(datetime.now(UTC) + self._time).timestamp(),
             )
             stored = await self._inbox.announce(request)
+            self._announced = request
             self.deadline = stored.deadline
             if stored.result is not None or self.remaining_seconds > 0:
                 break
@@ -144,6 +158,11 @@ class LaterReply:
         self._callback = Callback(url=stored.callback_url, token=token)
         if stored.poll_url is not None:
             self._poll_url = self._checked(stored.poll_url)
+
+    @property
+    def token(self) -> str:
+        """The secret part of the callback's token; empty without a callback."""
+        return "" if self._callback is None else self._callback.token.removeprefix(TOKEN_PREFIX)
 
     @property
     def reply(self) -> Reply:
@@ -173,11 +192,14 @@ class LaterReply:
         if self._inbox is not None:
             self._inbox.close(self._request_id)
 
-    async def result(self, poll: Poll) -> list[SampleResult]:
+    async def result(
+        self, poll: Poll, on_end: Callable[[AttemptFailedError], None]
+    ) -> list[SampleResult]:
         """Wait for the result.
 
         Args:
             poll: GETs the ``poll_url``.
+            on_end: Called if polling has failed and only a callback can still bring the result.
 
         Raises:
             AttemptFailedError: None arrived before the deadline, or it breaks the contract.
@@ -185,7 +207,7 @@ class LaterReply:
         self.is_accepted = False  # after a failure the next attempt sends the request again
         if self._result is not None:
             result, self._result = self._result, None
-            return self._decode(result)
+            return await self._decode(result)
         ways: list[Coroutine[Any, Any, list[SampleResult]]] = []
         if self._inbox is not None:
             ways.append(self._called_back(self._inbox))
@@ -193,13 +215,24 @@ class LaterReply:
             ways.append(self._polled(self._poll_url, poll))
         try:
             async with asyncio.timeout(self.remaining_seconds):
-                return await _first(ways)
+                return await _first(ways, on_end)
         except TimeoutError:
             reason = "it accepted the request, but its result did not come before the deadline"
-            raise AttemptFailedError("transient", "callback_late", reason) from None
+            why = "; ".join(filter(None, [await self._callback_problem(), self._poll_problem]))
+            raise AttemptFailedError("transient", "callback_late", reason, quote=why) from None
+
+    async def _callback_problem(self) -> str:
+        """What was wrong with the latest callback; empty: nothing, or unknown."""
+        if self._inbox is None or self._announced is None:
+            return ""
+        problem: str | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROBLEM_SECONDS):
+                problem = await self._inbox.problem(self._announced)
+        return "" if problem is None else f"a callback was refused with {problem}"
 
     async def _called_back(self, inbox: Inbox) -> list[SampleResult]:
-        return self._decode(await inbox.wait(self._request_id))
+        return await self._decode(await inbox.wait(self._request_id))
 
     async def _polled(self, url: str, poll: Poll) -> list[SampleResult]:
         wait = FIRST_POLL_SECONDS
@@ -211,20 +244,26 @@ class LaterReply:
             await asyncio.sleep(max(requested, SHORTEST_POLL_SECONDS))
             try:
                 polled = await poll(url, self.remaining_seconds)
+                if polled.body is not None:
+                    results = await self._decode(polled.body)
+                    self.close()
+                    return results
             except AttemptFailedError as error:
                 if error.kind not in {"transient", "name"}:
+                    self._poll_problem = f"polling ended with {error.code}: {error.full_reason}"
                     raise
+                self._poll_problem = f"the latest poll failed: {error.full_reason}"
                 requested = error.retry_after_seconds
                 continue
+            self._poll_problem = ""
             requested = polled.retry_after_seconds
-            if polled.body is not None:
-                results = self._decode(polled.body)
-                self.close()
-                return results
 
-    def _decode(self, body: bytes) -> list[SampleResult]:
+    async def _decode(self, body: bytes) -> list[SampleResult]:
+        def decode(received: bytes) -> list[SampleResult]:
+            return decode_response(received, request_id=self._request_id, ids=self._ids)
+
         try:
-            return decode_response(body, request_id=self._request_id, ids=self._ids)
+            return await decoded(decode, body)
         except RewardContractError as error:
             raise AttemptFailedError("contract", error.error_code, error.message) from None
 
@@ -259,7 +298,10 @@ def _contract(code: str, reason: str) -> AttemptFailedError:
     return AttemptFailedError("contract", f"contract.{code}", reason)
 
 
-async def _first(ways: Sequence[Coroutine[Any, Any, list[SampleResult]]]) -> list[SampleResult]:
+async def _first(
+    ways: Sequence[Coroutine[Any, Any, list[SampleResult]]],
+    on_end: Callable[[AttemptFailedError], None],
+) -> list[SampleResult]:
     """The first result. A failure counts only if every other way has failed too."""
     waiting = {asyncio.create_task(way) for way in ways}
     try:
@@ -271,6 +313,10 @@ async def _first(ways: Sequence[Coroutine[Any, Any, list[SampleResult]]]) -> lis
                     return task.result()
             if not waiting:
                 return failed[0].result()
+            for task in failed:
+                error = task.exception()
+                if isinstance(error, AttemptFailedError):
+                    on_end(error)
     finally:
         for task in waiting:
             task.cancel()

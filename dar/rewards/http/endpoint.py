@@ -23,8 +23,15 @@ from dar.errors import RewardMisconfiguredError
 from dar.rewards.http.breaker import BreakerOptions, BreakerState, Call, CircuitBreaker
 from dar.rewards.http.connection import CURRENT, JoinedStream, Timings
 from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Resolver, Target
-from dar.rewards.http.redaction import Redactor, silence_header_logs
-from dar.rewards.http.responses import Answer, Incoming, failure_of, read_answer, refusal_of
+from dar.rewards.http.redaction import Redactor, filter_http_logs
+from dar.rewards.http.responses import (
+    Answer,
+    Incoming,
+    failure_of,
+    read_answer,
+    refusal_of,
+    without_secrets,
+)
 from dar.rewards.http.retry import (
     AttemptFailedError,
     RetryBudget,
@@ -34,8 +41,6 @@ from dar.rewards.http.retry import (
 
 KEEPALIVE_SECONDS = 15.0
 """Idle connections are closed after this; common servers close them after 60 to 75 s."""
-QUOTED = 512
-"""Characters of an error answer shown to the owner of the job."""
 
 
 @cache
@@ -131,7 +136,7 @@ class Endpoint:
             http2=False,
             network_backend=self._guard,
         )
-        silence_header_logs()
+        filter_http_logs()
 
     def acquire(self) -> Self:
         """Add a user."""
@@ -290,7 +295,8 @@ class Endpoint:
             is_broken = isinstance(error, httpcore2.NetworkError | httpcore2.RemoteProtocolError)
             if is_repeatable and is_broken and not timings.has_dialled:
                 raise _StaleConnectionError from error
-            raise self._without_secrets(failure_of(error)) from error
+            # Not ``from error``: a traceback would show what was received.
+            raise self._without_secrets(failure_of(error)) from None
         finally:
             CURRENT.reset(token)
         return await self._read(response)
@@ -304,7 +310,7 @@ class Endpoint:
         except AttemptFailedError as failure:
             raise self._without_secrets(failure) from None
         except _TRANSPORT_ERRORS as error:
-            raise self._without_secrets(failure_of(error)) from error
+            raise self._without_secrets(failure_of(error)) from None
         finally:
             stream = response.extensions["network_stream"]
             if isinstance(stream, JoinedStream):  # a 101 has another stream
@@ -312,11 +318,7 @@ class Endpoint:
             await response.aclose()
 
     def _without_secrets(self, failure: AttemptFailedError) -> AttemptFailedError:
-        """Remove secrets from the texts of ``failure``, then limit their length."""
-        failure.reason = self.redact(failure.reason)
-        failure.args = (failure.reason,)
-        failure.quote = self.redact(failure.quote)[:QUOTED]
-        return failure
+        return without_secrets(failure, self.redact)
 
     def _breaker_changed(self, state: BreakerState, reason: str) -> None:
         for listener in list(self.listeners):

@@ -5,12 +5,15 @@ Texts from a service pass through a `Redactor` before they reach a log, an error
 """
 
 import base64
+import html
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote_plus
+from weakref import WeakSet
 
 from dar.errors import ConfigurationError
 
@@ -23,14 +26,24 @@ _FORBIDDEN = re.compile(
 )
 """Headers that frame, sign or identify a request; only this client sets them."""
 _SHAPES = re.compile(
-    r"whsec_[A-Za-z0-9+/=_-]{8,}|rwt_[A-Za-z0-9_-]{16,}|(?<=\bbearer )\S{6,}|(?<=\bbasic )\S{6,}",
+    r"dar-(?:at|sk|wk)-[0-9A-Za-z]{8,40}-[\w-]{43}|whsec_[A-Za-z0-9+/=_-]{8,}|rwt_[A-Za-z0-9_-]{16,}|(?<=\bbearer )\S{6,}|(?<=\bbasic )\S{6,}"
+    r"|\bsk-[A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}",
     re.IGNORECASE,
 )
 """Texts that look like a secret of any party."""
 SHORTEST = 4
 """Shorter values are not redacted, as they occur in many words."""
-_HEAD = 8
-"""A secret cut off after this many characters is still redacted."""
+FRAGMENT = 8
+"""So many characters of a secret in a row are redacted, from whichever part of it they are."""
+_PROBE = 4
+_STRIDE = FRAGMENT - _PROBE + 1
+"""Every fragment contains a probe at a multiple of the stride, so the other places are skipped."""
+HTTP_LOGGERS = (
+    *(f"httpcore2.{name}" for name in ("connection", "http11", "http2", "proxy", "socks")),
+    *(f"httpcore.{name}" for name in ("connection", "http11", "http2", "proxy", "socks")),
+    *("httpx2", "httpx", "h11", "urllib3.connectionpool", "aiohttp.client"),
+)
+"""Loggers of HTTP libraries, whose lines may quote headers and bodies."""
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
@@ -56,33 +69,48 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
 
 class Redactor:
-    """Removes known secrets from texts, also when cut off or base64-, URL- or JSON-encoded.
+    """Removes known secrets from texts, in any case, cut off at either end, or encoded.
 
     Args:
         secrets: Signing secrets.
         headers: Values of secret headers; a scheme like ``Bearer`` before a token stays readable.
-        url: URL of the endpoint, or its part after the host; the values of its query are secrets.
+        urls: URLs of the endpoint, or their parts after the host; the values of their queries are
+            secrets.
     """
 
     def __init__(
-        self, secrets: Iterable[str] = (), headers: Iterable[str] = (), url: str = ""
+        self, secrets: Iterable[str] = (), headers: Iterable[str] = (), *urls: str
     ) -> None:
-        pairs = url.partition("?")[2].split("&")
-        values = {pair.partition("=")[2] or pair for pair in pairs}
+        values: set[str] = set()
+        for url in urls:
+            pairs = url.partition("?")[2].split("&")
+            values |= {pair.partition("=")[2] or pair for pair in pairs}
+        values |= {unquote_plus(value) for value in values}
         for secret in secrets:
             values |= {secret, secret.removeprefix("whsec_")}
         for value in headers:
             words = value.split(" ")
             values.add(words[1] if len(words) == 2 else value)
-        forms = {form for value in values if len(value) >= SHORTEST for form in _forms(value)}
-        self._forms = tuple(forms)
+            if len(words) == 2 and words[0].lower() == "basic":
+                values |= _user_and_password(words[1])
+        forms = {
+            _lowered(form) for value in values if len(value) >= SHORTEST for form in _forms(value)
+        }
+        self._short = tuple(form for form in forms if len(form) < FRAGMENT)
+        self._fragments = frozenset(
+            form[at : at + FRAGMENT] for form in forms for at in range(len(form) - FRAGMENT + 1)
+        )
+        self._probes = frozenset(
+            piece[at : at + _PROBE] for piece in self._fragments for at in range(_STRIDE)
+        )
+        with _lock:
+            _live.add(self)
 
     def __call__(self, text: str) -> str:
         """Remove secrets from ``text``."""
-        spans = sorted(span for form in self._forms for span in _spans(text, form))
         parts: list[str] = []
         end = 0
-        for start, stop in spans:
+        for start, stop in sorted(self._spans(_lowered(text))):
             if start > end or not parts:
                 parts += (text[end:start], REDACTED)
             end = max(end, stop)
@@ -98,40 +126,116 @@ class Redactor:
             return {self(name): self.in_json(item) for name, item in value.items()}
         return value
 
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where secrets are in a lowered text; spans may overlap."""
+        for form in self._short:
+            start = text.find(form)
+            while start >= 0:
+                yield start, start + len(form)
+                start = text.find(form, start + len(form))
+        last = len(text) - FRAGMENT
+        for at in range(0, len(text) - _PROBE + 1, _STRIDE):
+            if text[at : at + _PROBE] not in self._probes:
+                continue
+            for start in range(max(0, at - _STRIDE + 1), min(at, last) + 1):
+                if text[start : start + FRAGMENT] in self._fragments:
+                    yield start, start + FRAGMENT
+
+
+_live: "WeakSet[Redactor]" = WeakSet()
+_lock = threading.Lock()
+
+
+def redact_all(text: str) -> str:
+    """Remove the secrets of every endpoint of this process from ``text``."""
+    with _lock:
+        redactors = list(_live)
+    for redact in redactors:
+        text = redact(text)
+    return text
+
+
+def _lowered(text: str) -> str:
+    """``text`` in lower case, with as many characters as before."""
+    lowered = text.lower()
+    if len(lowered) == len(text):
+        return lowered
+    return "".join(low if len(low := ch.lower()) == 1 else ch for ch in text)
+
+
+def _user_and_password(encoded: str) -> set[str]:
+    """What HTTP Basic authentication encodes; empty if it is something else."""
+    try:
+        decoded = base64.b64decode(encoded, validate=True).decode()
+    except ValueError:
+        return set()
+    return {decoded, decoded.partition(":")[2]}
+
 
 def _forms(value: str) -> set[str]:
-    encoded = base64.b64encode(value.encode()).decode()
+    """``value``, and what becomes of it when it is encoded or made a name."""
+    raw = value.encode()
     return {
         value,
         quote(value, safe=""),
         quote(value),
+        html.escape(value),
         value.replace("/", "\\/"),
         json.dumps(value)[1:-1],
-        encoded.rstrip("="),
+        repr(value)[1:-1],
+        re.sub(r"[^A-Za-z0-9_.-]", "_", value),
+        re.sub(r"[^a-z0-9_]", "_", value.lower()),
+        raw.hex(),
+        *(form for shift in range(3) for form in _base64(raw, shift)),
     }
 
 
-def _spans(text: str, secret: str) -> Iterator[tuple[int, int]]:
-    """Occurrences of ``secret``, or of at least its first `_HEAD` characters, in ``text``."""
-    head = secret[:_HEAD]
-    start = text.find(head)
-    while start >= 0:
-        end = start + len(head)
-        while end < len(text) and end - start < len(secret) and text[end] == secret[end - start]:
-            end += 1
-        yield start, end
-        start = text.find(head, end)
+def _base64(raw: bytes, shift: int) -> tuple[str, str]:
+    """The part of an encoded text that is certain where ``raw`` is in it, after ``shift`` bytes."""
+    encoded = base64.b64encode(bytes(shift) + raw)
+    start = (0, 2, 3)[shift]
+    certain = encoded[start : -4 if (shift + len(raw)) % 3 else None].decode()
+    tail = encoded[len(encoded) - 4 :].rstrip(b"=").decode()
+    whole = certain if (shift + len(raw)) % 3 == 0 else certain + tail[:-1]
+    return whole, whole.replace("+", "-").replace("/", "_")
 
 
-class _NoHeaders(logging.Filter):
-    """Keeps headers of answers, which may repeat sent secrets, out of the HTTP library's log."""
+class RedactingFormatter(logging.Formatter):
+    """Formats as another formatter does, tracebacks included, and removes secrets.
+
+    Args:
+        inner: Formats the records.
+        redact: Removes the secrets.
+    """
+
+    def __init__(self, inner: logging.Formatter, redact: Redactor) -> None:
+        super().__init__()
+        self._inner = inner
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See the base class."""
+        return self._redact(self._inner.format(record))
+
+
+class _WithoutSecrets(logging.Filter):
+    """Removes secrets from the lines of HTTP libraries, and drops lines that list all headers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("receive_response_headers.complete")
+        text = record.getMessage()
+        if text.startswith("receive_response_headers.complete"):
+            return False
+        record.msg, record.args = redact_all(text), None
+        if record.exc_info:
+            record.exc_text = redact_all(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
+        return True
 
 
-def silence_header_logs() -> None:
-    """Install the filter, unless it is installed."""
-    log = logging.getLogger("httpcore2.http11")
-    if not any(isinstance(known, _NoHeaders) for known in log.filters):
-        log.addFilter(_NoHeaders())
+_FILTER = _WithoutSecrets()
+
+
+def filter_http_logs() -> None:
+    """Install the filter on the loggers of HTTP libraries, unless it is installed."""
+    for name in HTTP_LOGGERS:
+        logging.getLogger(name).addFilter(_FILTER)

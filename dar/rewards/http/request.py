@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -22,16 +22,22 @@ from dar.rewards.base import (
     RewardProtocol,
     RewardResult,
     RewardSample,
-    Scored,
-    Skipped,
 )
 from dar.rewards.http.async_results import Inbox, LaterReply, Polled
 from dar.rewards.http.breaker import BreakerOptions, CallOutcome
 from dar.rewards.http.connection import Timings
 from dar.rewards.http.egress import EgressPolicy, Resolver
-from dar.rewards.http.endpoint import QUOTED, ConcurrencySlot, Endpoint, Patience
+from dar.rewards.http.endpoint import ConcurrencySlot, Endpoint, Patience
 from dar.rewards.http.log import log_attempt, trace_id
-from dar.rewards.http.responses import Answer, as_result, printable
+from dar.rewards.http.redaction import Redactor
+from dar.rewards.http.responses import (
+    Answer,
+    as_result,
+    decoded,
+    quotable,
+    redacted,
+    without_secrets,
+)
 from dar.rewards.http.retry import (
     AttemptFailedError,
     FailureKind,
@@ -80,6 +86,8 @@ class HttpOptions:
     """Looks up host names; None: the system's resolver."""
 
 
+REDACTED_IN_A_ROW = 8
+"""Results without a turn of other requests between them."""
 SECONDS_PER_MEGABYTE = 3.0
 """Extra time of an attempt for each MB of body above the first."""
 _OUTCOMES: Mapping[FailureKind, CallOutcome] = {
@@ -152,6 +160,7 @@ class RetryingRequest:
         self._batch: RequestBatch | None = None
         self._body = b""
         self._later: LaterReply | None = None
+        self._token: Redactor | None = None
         self._request_id = ""
         self._count = 0
         self._current = _Attempt(0, ready_at)
@@ -205,6 +214,7 @@ class RetryingRequest:
             try:
                 return await self._attempt(samples)
             except AttemptFailedError as failure:
+                without_secrets(failure, self._redact)
                 if failure.holds_back_all and failure.retry_after_seconds is not None:
                     cap = self._options.retry.retry_after_cap
                     self._endpoint.hold_back(min(failure.retry_after_seconds, cap))
@@ -231,9 +241,10 @@ class RetryingRequest:
             if self._batch is None:
                 self._begin(samples)
             answer = await self._send()
-            results = self._decoded(answer) if answer.status == 200 else None
+            results = await self._decoded(answer) if answer.status == 200 else None
             outcome = "neutral" if self._current.status is None else "ok"
         except AttemptFailedError as failure:
+            without_secrets(failure, self._redact)
             outcome, reason = _OUTCOMES[failure.kind], failure.code
             if failure.kind == "permanent":
                 message = f"{self._sender.label}: {failure.full_reason}"
@@ -246,7 +257,19 @@ class RetryingRequest:
             self._current.in_flight_seconds = time.monotonic() - self._current.started_at
             results = await self._later_result()
         self._record("ok", is_final=True)
-        return [_redacted(result, self._endpoint.redact) for result in results]
+        return [result async for result in self._shown(results)]
+
+    def _redact(self, text: str) -> str:
+        """Remove the secrets of the endpoint, and the token of this request's callback."""
+        shown = self._endpoint.redact(text)
+        return shown if self._token is None else self._token(shown)
+
+    async def _shown(self, results: Sequence[RewardResult]) -> AsyncIterator[RewardResult]:
+        """The results without secrets. Other requests have a turn, as feedback may be long."""
+        for count, result in enumerate(results, start=1):
+            yield redacted(result, self._redact)
+            if count % REDACTED_IN_A_ROW == 0:
+                await asyncio.sleep(0)
 
     def _report_wait(self, message: str) -> None:
         self._sender.waits(f"{self._sender.label}: {message}")
@@ -262,6 +285,7 @@ class RetryingRequest:
         # An earlier process may have announced it with an earlier deadline.
         self._schedule.end_by(later.remaining_seconds)
         self._later = later
+        self._token = Redactor([later.token])
 
     def _begin(self, samples: list[EncodedSample]) -> None:
         """Encode the body, which is the same on every attempt."""
@@ -358,17 +382,18 @@ class RetryingRequest:
             "user-agent": f"dar-service/{__version__}",
         }
 
-    def _decoded(self, answer: Answer) -> list[RewardResult]:
-        assert self._batch is not None
+    async def _decoded(self, answer: Answer) -> list[RewardResult]:
+        batch = self._batch
+        assert batch is not None
         self._check_signature(answer)
         try:
-            results = self._sender.protocol.decode(answer.body, self._batch)
+            results = await decoded(
+                lambda body: self._sender.protocol.decode(body, batch), answer.body
+            )
         except RewardContractError as error:
-            reason, quote = self._endpoint.redact(error.message), ""
-            if error.error_code == "contract.json":
-                quote = self._endpoint.redact(printable(answer.body))[:QUOTED]
+            quote = quotable(answer.body) if error.error_code == "contract.json" else ""
             raise AttemptFailedError(
-                "contract", error.error_code, reason, quote=quote, status=200
+                "contract", error.error_code, error.message, quote=quote, status=200
             ) from None
         if self._later is not None:
             self._later.close()
@@ -409,7 +434,15 @@ class RetryingRequest:
             after = parse_retry_after(polled.headers.get("retry-after"))
             return Polled(polled.body if polled.status == 200 else None, after)
 
-        return [as_result(result) for result in await self._later.result(poll)]
+        return [as_result(result) for result in await self._later.result(poll, self._poll_ended)]
+
+    def _poll_ended(self, failure: AttemptFailedError) -> None:
+        """Report that polling has failed, and only a callback can still bring the result."""
+        without_secrets(failure, self._redact)
+        if self._sender.observer is not None:
+            self._sender.observer.poll_ended(
+                self._sender.name, self._request_id, failure.code, failure.full_reason
+            )
 
     def _record_failure(self, failure: AttemptFailedError, *, is_final: bool) -> None:
         if failure.status is not None:
@@ -445,14 +478,3 @@ class RetryingRequest:
 
 def _may_be_repeated(result: RewardResult) -> bool:
     return isinstance(result, Failed) and result.is_transient
-
-
-def _redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult:
-    """Remove secrets from the texts of a result, which are shown to users."""
-    if isinstance(result, Scored):
-        return (
-            result if result.feedback is None else replace(result, feedback=redact(result.feedback))
-        )
-    if isinstance(result, Skipped):
-        return result if result.reason is None else Skipped(redact(result.reason))
-    return Failed(redact(result.code), redact(result.message), result.is_transient)

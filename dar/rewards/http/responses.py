@@ -4,19 +4,26 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import httpcore2
 
-from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult
+from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult, one_line, plain_code
 from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
+LARGE_BYTES = 256 * 1024
+"""Larger bodies are decoded in a thread."""
 READ_BYTES = 4096
 """Bytes read of an error answer."""
+CHUNKS_IN_A_ROW = 64
+"""Chunks of an answer that are read before other requests have a turn: about a millisecond."""
+QUOTED = 512
+"""Characters of an error answer shown to the owner of the job."""
 QUOTE_SECONDS = 2.0
 """Time limit of reading them."""
 _TRANSIENT = frozenset({408, 425, 429})
@@ -25,6 +32,9 @@ _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", sock
 _OLD_TLS = frozenset(
     {"UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE"}
 )
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,20 @@ class Incoming:
 
         Leaving the context ends the reading, without waiting for the collector.
         """
-        return aclosing(self._response.aiter_stream())
+        return aclosing(self._unhurried())
+
+    async def _unhurried(self) -> AsyncGenerator[bytes]:
+        """The body in chunks; other tasks have a turn between them.
+
+        The library waits only for bytes, and one read may hold thousands of tiny chunks.
+        """
+        count = 0
+        async with aclosing(self._response.aiter_stream()) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                count += 1
+                if count % CHUNKS_IN_A_ROW == 0:
+                    await asyncio.sleep(0)
 
 
 async def read_answer(incoming: Incoming) -> Answer:
@@ -103,6 +126,13 @@ async def read_answer(incoming: Incoming) -> Answer:
     return Answer(incoming.status, headers, bytes(body))
 
 
+async def decoded(decode: Callable[[bytes], list[Result]], body: bytes) -> list[Result]:
+    """Decode a body; a large one in a thread, so that other requests need not wait for it."""
+    if len(body) <= LARGE_BYTES:
+        return decode(body)
+    return await asyncio.to_thread(decode, body)
+
+
 def as_result(result: SampleResult) -> RewardResult:
     """A result of ``dar.reward.v1`` in the types of the trainer."""
     if result.error is not None:
@@ -112,6 +142,33 @@ def as_result(result: SampleResult) -> RewardResult:
     if result.reward is None:
         return Skipped(result.reason)
     return Scored(result.reward, dict(result.components), result.feedback)
+
+
+def without_secrets(
+    failure: AttemptFailedError, redact: Callable[[str], str]
+) -> AttemptFailedError:
+    """Remove secrets from the texts of ``failure``, then limit their length."""
+    failure.reason = redact(failure.reason)
+    failure.args = (failure.reason,)
+    failure.quote = redact(failure.quote)[:QUOTED]
+    return failure
+
+
+def redacted(result: RewardResult, redact: Callable[[str], str]) -> RewardResult:
+    """Remove secrets from the texts of a result, which are shown to users."""
+    if isinstance(result, Scored):
+        feedback = None if result.feedback is None else redact(result.feedback)
+        return replace(result, feedback=feedback, components=_redacted_parts(result, redact))
+    if isinstance(result, Skipped):
+        return result if result.reason is None else Skipped(redact(result.reason))
+    return Failed(plain_code(redact(result.code)), redact(result.message), result.is_transient)
+
+
+def _redacted_parts(result: Scored, redact: Callable[[str], str]) -> Mapping[str, float]:
+    return {
+        name if redact(name) == name else f"redacted_{place}": value
+        for place, (name, value) in enumerate(result.components.items(), start=1)
+    }
 
 
 def _contract(code: str, reason: str, status: int = 200) -> AttemptFailedError:
@@ -143,13 +200,12 @@ async def refusal_of(incoming: Incoming) -> AttemptFailedError:
 async def _quote(incoming: Incoming) -> str:
     if incoming.encoding != "identity":
         return ""
-    return printable(await start_of(incoming))
+    return quotable(await start_of(incoming))
 
 
-def printable(body: bytes) -> str:
-    """The start of a body as one line of text, for a quote that has not been redacted."""
-    text = body[:READ_BYTES].decode("utf-8", "replace")
-    return "".join(ch if ch.isprintable() else " " for ch in text).strip()
+def quotable(body: bytes) -> str:
+    """The start of a body as one line of text; secrets are not removed."""
+    return one_line(body[:READ_BYTES].decode("utf-8", "replace")).strip()
 
 
 async def start_of(incoming: Incoming) -> bytes:
@@ -187,7 +243,7 @@ def failure_of(error: Exception) -> AttemptFailedError:
         "transient",
         "protocol",
         "the connection broke, or the server does not speak HTTP",
-        quote=str(error),
+        quote=one_line(str(error)),
     )
 
 

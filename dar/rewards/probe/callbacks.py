@@ -25,6 +25,8 @@ class _Awaited:
     came: asyncio.Event = field(default_factory=asyncio.Event)
     result: bytes | None = None
     is_closed: bool = False
+    problem: str | None = None
+    """Why the latest callback was not accepted."""
     last: tuple[str, bytes] = field(default=("", b""), repr=False)
     """Token and body of the accepted callback."""
 
@@ -58,6 +60,12 @@ class ProbeInbox:
         assert awaited.result is not None
         return awaited.result
 
+    async def problem(self, request: RewardAnnouncement) -> str | None:
+        """See `Inbox`."""
+        with self._lock:
+            awaited = self._awaited.get(request.request_id)
+        return None if awaited is None else awaited.problem
+
     def accepted(self, request_id: str, poll_url: str | None) -> None:
         """See `Inbox`; nothing is kept."""
 
@@ -78,7 +86,12 @@ class ProbeInbox:
         sha256 = hashlib.sha256(token.encode()).hexdigest()
         with self._lock:
             awaited = self._awaited.get(request_id)
-        return awaited is not None and hmac.compare_digest(sha256, awaited.request.token_sha256)
+        if awaited is None:
+            return False
+        if not hmac.compare_digest(sha256, awaited.request.token_sha256):
+            awaited.problem = "401: its token is missing or wrong"
+            return False
+        return True
 
     def receive(
         self, request_id: str, token: str, body: bytes
@@ -110,6 +123,7 @@ class ProbeInbox:
             if datetime.now(UTC) > awaited.deadline:
                 return "late", None
             if error is not None:
+                awaited.problem = f"422: {error.error_code}: {error.message}"
                 return "invalid", error
             awaited.result, awaited.last = body, (token, body)
             awaited.loop.call_soon_threadsafe(awaited.came.set)
@@ -136,6 +150,10 @@ class AcceptanceInbox:
     async def wait(self, request_id: str) -> bytes:
         """See `Inbox`."""
         return await self._inbox.wait(request_id)
+
+    async def problem(self, request: RewardAnnouncement) -> str | None:
+        """See `Inbox`."""
+        return await self._inbox.problem(request)
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
         """See `Inbox`."""

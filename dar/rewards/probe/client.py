@@ -346,7 +346,8 @@ class ProbeClient(HttpReward):
         return self.redact(body[: 4 * SHOWN].decode("utf-8", "replace"))[:SHOWN]
 
     def _shown_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
-        return {name[:64]: self.redact(value)[:512] for name, value in list(headers.items())[:64]}
+        shown = list(headers.items())[:64]
+        return {self.redact(name)[:64]: self.redact(value)[:512] for name, value in shown}
 
 
 async def _until_accepted(

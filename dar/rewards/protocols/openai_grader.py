@@ -7,7 +7,7 @@ then the flag decides.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dar.protocol.rewards import MAX_FEEDBACK, load_json, refuse
+from dar.protocol.rewards import MAX_CODE, MAX_FEEDBACK, load_json, one_line, plain_code, refuse
 from dar.rewards.base import Failed, RequestBatch, RewardResult, RewardSample, Scored
 from dar.rewards.http.wire import to_json
 from dar.rewards.protocols.strict import kind, number, parts, sent_columns
@@ -85,11 +85,9 @@ def _flags(errors: Mapping[str, Any]) -> Iterator[str]:
 
 def _failure(flags: list[str], errors: Mapping[str, Any]) -> Failed:
     details = [f"{name}: {value}" for name, value in errors.items() if isinstance(value, str)]
-    text = "".join(
-        ch if ch.isprintable() else " " for ch in "; ".join([", ".join(flags), *details])
-    )
+    text = one_line("; ".join([", ".join(flags), *details]))
     return Failed(
-        f"grader.{flags[0][:64]}",
+        f"grader.{plain_code(flags[0][:MAX_CODE])}",
         f"the grader could not grade: {text}"[:MAX_FEEDBACK],
         is_transient=TRANSIENT.issuperset(flags),
     )

@@ -5,6 +5,8 @@ clipped. All samples of a group are summed over the same components: an advantag
 sums over different components cannot be compared.
 
 - A component of weight 0 is reported only and never changes a reward.
+- A sample that no component scores is a skip, or an error, by itself; the rules on groups concern
+  the others. So a single component may skip some samples of a group.
 - If a *required* component fails, the sample is an error. If it skips all samples of a group, it is
   dropped for the group; if it skips some, the group is a skip.
 - A component that is not required is dropped for the group unless it has a reward for every sample

@@ -33,7 +33,7 @@ REMEMBERED = 64
 """Failures that an error describes."""
 SHOWN_IDS = 8
 SHOWN_CHARACTERS = 700
-_MESSAGE = re.compile(r"component (?P<component>[a-z][a-z0-9_]*): (?P<code>[A-Za-z0-9_.]+): ")
+_MESSAGE = re.compile(r"component (?P<component>[a-z][a-z0-9_]*): (?P<code>[A-Za-z0-9_.-]+): ")
 
 
 def family_of(code: str) -> Family:

@@ -1,9 +1,9 @@
 """Normalisation of a component's rewards, before they are weighted and summed.
 
 ``running`` keeps state, which changes only between steps: all groups of a step are normalised by
-the moments at its start, and its rewards are added at its end, in sums that are rounded once. So
-neither the order of the groups nor their batching into requests changes a bit, and a resumed run is
-identical to one that never stopped.
+the moments after the last step that was trained when they were sampled, and its rewards are added
+at its end, in sums that are rounded once. So neither the order of the groups nor their batching
+into requests changes a bit, and a resumed run is identical to one that never stopped.
 """
 
 import math

@@ -90,6 +90,7 @@ class RewardScorer:
             if observer is not None and isinstance(component.source, HttpReward):
                 component.source.observer = observer
         self._job_id = job_id
+        self._observer = observer
         self._loop: LoopThread | None = None
         self._calls: InFlight | None = None
 
@@ -190,6 +191,8 @@ class RewardScorer:
             ticket = in_flight.next_of(left, order, should_stop)
             left.remove(ticket)
             totals = self.combination(ticket.samples, ticket.results, ticket.context)
+            if self._observer is not None and ticket.context.mode == "train":
+                self._observer.scored(ticket.context.step, totals)
             has_failed = has_failed and all(total.status == "error" for total in totals)
             if has_failed:
                 for name, found in checked_gates(self._components, ticket.results).items():

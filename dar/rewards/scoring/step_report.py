@@ -85,6 +85,8 @@ class StepObserver:
         """Start and end of attempts in flight on the monotonic clock, by component."""
         self._unsent: Counter[str] = Counter()
         """Samples that were not sent, by metric name."""
+        self._scored: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        """Samples of steps that are not reported yet, by metric name."""
 
     def request_done(self, record: RequestRecord) -> None:
         """Count an attempt; the first failure of each class becomes an event, final or not."""
@@ -128,6 +130,57 @@ class StepObserver:
         }
         because = f" ({reason})" if reason else ""
         self._emit(level, f"reward component {component} {words.get(state, state)}{because}", data)
+
+    def scored(self, step: int, rewards: Sequence[SampleReward]) -> None:
+        """See `RewardObserver`."""
+        with self._lock:
+            self._scored[step].update(_sample_counts(rewards))
+
+    def end_step(self, step: int) -> None:
+        """Forget the samples of the steps up to ``step``, whose metrics are reported."""
+        with self._lock:
+            for known in [known for known in self._scored if known <= step]:
+                del self._scored[known]
+
+    def take_unfinished(self) -> tuple[StepRequests, dict[str, float]]:
+        """The counts since the last call of `take`, for a step that has no metrics.
+
+        Returns:
+            The requests, and metrics by name, among them the samples of all steps that have not
+            ended. Where a service's rejection ended the run before any sample was counted, those in
+            failed requests count as failed.
+        """
+        found = self.take()
+        with self._lock:
+            samples = sum(self._scored.values(), Counter())
+            self._scored.clear()
+        if not samples:
+            for one in found.requests:
+                if one.outcome != "ok":
+                    samples["reward/n_error"] += one.samples
+                    samples[f"reward/n_error/{one.outcome}"] += one.samples
+        return found, {**found.metrics, **samples}
+
+    def poll_ended(self, component: str, request_id: str, code: str, reason: str) -> None:
+        """Emit an event, the first time for each class of failure."""
+        kind = (component, f"poll {family_of(code)}")
+        with self._lock:
+            is_new = kind not in self._reported
+            self._reported.add(kind)
+        if is_new:
+            data = {
+                "kind": "reward_poll_ended",
+                "component": component,
+                "class": family_of(code),
+                "code": code,
+                "request_id": request_id,
+            }
+            self._emit(
+                "warn",
+                f"reward component {component}: polling for the result of request {request_id} "
+                f"ended with {code}: {reason}; only its callback can bring the result now",
+                data,
+            )
 
     def waiting(self, component: str, message: str) -> None:
         """Show the message."""
@@ -256,14 +309,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
     """Counts of scored, skipped and failed samples, and statistics of raw rewards."""
-    statuses = Counter(reward.status for reward in rewards)
-    families = Counter(family_of(code_of(reward)) for reward in rewards if reward.status == "error")
-    values: dict[str, float] = {
-        "reward/n_valid": statuses["reward"],
-        "reward/n_skip": statuses["skip"],
-        "reward/n_error": statuses["error"],
-        **{f"reward/n_error/{family}": count for family, count in families.items()},
-    }
+    values: dict[str, float] = dict(_sample_counts(rewards))
     for name, found in component_rewards(rewards).items():
         values[f"rewards/{name}/missing_fraction"] = (len(rewards) - len(found)) / len(rewards)
         if not found:
@@ -275,6 +321,17 @@ def sample_metrics(rewards: Sequence[SampleReward]) -> dict[str, float]:
             f"rewards/{name}/max": max(found),
         }
     return values
+
+
+def _sample_counts(rewards: Sequence[SampleReward]) -> dict[str, int]:
+    statuses = Counter(reward.status for reward in rewards)
+    families = Counter(family_of(code_of(reward)) for reward in rewards if reward.status == "error")
+    return {
+        "reward/n_valid": statuses["reward"],
+        "reward/n_skip": statuses["skip"],
+        "reward/n_error": statuses["error"],
+        **{f"reward/n_error/{family}": count for family, count in families.items()},
+    }
 
 
 def component_rewards(rewards: Sequence[SampleReward]) -> dict[str, list[float]]:

@@ -112,7 +112,11 @@ class TrainingConsole:
             self._progress.update(self._task, completed=step, note=self._note)
 
     def rewards(
-        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+        unfinished: Mapping[str, float] | None = None,
     ) -> None:
         """Not shown: problems that matter to a user also come as events."""
 

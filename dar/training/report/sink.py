@@ -24,9 +24,21 @@ class Sink(Protocol):
         """Some of the step's completions, for viewing."""
 
     def rewards(
-        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+        unfinished: Mapping[str, float] | None = None,
     ) -> None:
-        """Statistics of the requests to reward services since the last call."""
+        """Statistics of the requests to reward services since the last call.
+
+        Args:
+            step: The step.
+            requests: Finished requests.
+            failures: Those that failed.
+            unfinished: Counts by metric name if training ended within the step, so that it has no
+                metrics.
+        """
 
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """A message for the user."""
@@ -55,7 +67,11 @@ class NullSink:
         pass
 
     def rewards(
-        self, step: int, requests: Sequence[ComponentRequests], failures: Sequence[FailedRequest]
+        self,
+        step: int,
+        requests: Sequence[ComponentRequests],
+        failures: Sequence[FailedRequest],
+        unfinished: Mapping[str, float] | None = None,
     ) -> None:
         pass
 

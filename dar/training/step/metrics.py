@@ -274,6 +274,8 @@ class Reporter:
         self.reported = {**self._window.take(), **requests.metrics}
         sink.metrics(number, self.reported)
         _send_requests(sink, number, requests)
+        if self.observer is not None:
+            self.observer.end_step(number)
         samples = sample_rows(self._last)
         if samples:
             sink.samples(number, samples)
@@ -283,7 +285,7 @@ class Reporter:
     def report_requests(self, sink: Sink, number: int) -> None:
         """Report the requests since the last report, which belong to an unfinished step."""
         if self.observer is not None:
-            _send_requests(sink, number, self.observer.take())
+            _send_requests(sink, number, *self.observer.take_unfinished())
 
     def state(self) -> dict[str, Any]:
         """Counters, and what was added since the last report, as JSON."""
@@ -300,6 +302,8 @@ class Reporter:
             self._drift.restore(state["drift"])
 
 
-def _send_requests(sink: Sink, number: int, found: StepRequests) -> None:
+def _send_requests(
+    sink: Sink, number: int, found: StepRequests, unfinished: Mapping[str, float] | None = None
+) -> None:
     if found.requests:
-        sink.rewards(number, found.requests, found.failures)
+        sink.rewards(number, found.requests, found.failures, unfinished)

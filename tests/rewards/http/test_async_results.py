@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
+import pytest
 
 from dar.protocol.rewards import RewardRequest, decode_request
 from dar.protocol.worker import RewardAnnouncement
@@ -20,6 +21,7 @@ from dar.rewards.base import Failed, RewardContext, Scored
 from dar.rewards.http.async_results import Stored
 from dar.rewards.http.breaker import BreakerOptions
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.scoring.step_report import StepObserver
 from fakes.observer import Seen
 from fakes.reward_server import (
     Later,
@@ -43,6 +45,7 @@ class Service:
     said: list[tuple[str, ...]] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     results: dict[str, bytes] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
     away_seconds: float = 0.0
     """How long the next announcement takes."""
     deadlines: list[datetime] = field(default_factory=list)
@@ -60,6 +63,9 @@ class Service:
         while request_id not in self.results:  # noqa: ASYNC110 - another thread puts it there
             await asyncio.sleep(0.01)
         return self.results[request_id]
+
+    async def problem(self, request: RewardAnnouncement) -> str | None:
+        return self.problems.get(request.request_id)
 
     def accepted(self, request_id: str, poll_url: str | None) -> None:
         self.said.append(("accepted", poll_url or ""))
@@ -342,3 +348,58 @@ async def test_the_same_samples_of_a_job_have_the_same_request_id_and_others_ano
     first, second, third = (request.content["request_id"] for request in server.requests)
     assert first == second != third
     assert len(first) == 30
+
+
+# --- why a result did not come --------------------------------------------------------------------
+
+
+async def test_polling_that_ended_for_good_is_reported_at_once_and_again_at_the_deadline(
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions
+) -> None:
+    events: list[tuple[float, str, Any]] = []
+    observer = StepObserver(
+        lambda _, message, data: events.append((time.monotonic(), message, data))
+    )
+
+    def gone(poll: ScoreRequest, _: ScoreRequest) -> None:
+        poll.answer(b"no such result", 404, "text/plain")
+
+    options = replace(hurried(later, 1.0), retry=later.retry.model_copy(update={"attempts": 1}))
+    server = hostile(Later("/r", gone))
+    found = await ask(server.url, options=options, inbox=Service(), observer=observer)
+    ended = time.monotonic()
+    assert {result.code for result in found} == {"callback_late"}
+    assert "did not come before the deadline" in found[0].message
+    assert "polling ended with http_404: HTTP 404: no such result" in found[0].message
+    at, message, data = next(one for one in events if one[2]["kind"] == "reward_poll_ended")
+    assert ended - at > 0.5
+    assert "HTTP 404: no such result; only its callback can bring the result now" in message
+    assert (data["code"], data["class"]) == ("http_404", "http_4xx")
+
+
+@pytest.mark.parametrize(
+    "what", ["a broken result", "a service that is away", "a refused callback"]
+)
+async def test_the_message_of_the_deadline_repeats_what_was_wrong(
+    hostile: Callable[..., RewardServer], ask: Ask, later: HttpOptions, what: str
+) -> None:
+    service = Service()
+
+    def poll(poll: ScoreRequest, post: ScoreRequest) -> None:
+        if what == "a broken result":
+            poll.answer(result_of(post, 1))
+        elif what == "a service that is away":
+            poll.answer(b"restarting", 503, "text/plain")
+        else:
+            service.problems[post.request_id] = "401: its token is missing or wrong"
+            poll.answer(b"{}", "202 Accepted")
+
+    options = replace(hurried(later, 0.6), retry=later.retry.model_copy(update={"attempts": 1}))
+    found = await ask(hostile(Later("/r", poll)).url, options=options, inbox=service)
+    expected = {
+        "a broken result": "polling ended with contract.length: 1 rewards for 4 samples",
+        "a service that is away": "the latest poll failed: HTTP 503: restarting",
+        "a refused callback": "a callback was refused with 401: its token is missing or wrong",
+    }
+    assert {result.code for result in found} == {"callback_late"}
+    assert expected[what] in found[0].message

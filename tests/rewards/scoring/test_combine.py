@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dar.errors import CheckpointError, ConfigurationError, RewardContractError
-from dar.protocol.reward_spec import MinMax, Tanh
+from dar.protocol.reward_spec import Combine, MinMax, RewardComponent, Tanh
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -426,3 +426,33 @@ def test_failures_are_no_part_of_the_moments() -> None:
 def test_a_state_of_something_else_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="moments"):
         Combination([term("a", normalize="running")]).moments.restore(state)
+
+
+def test_a_single_component_may_skip_some_samples_of_a_group_as_documented() -> None:
+    results = {"a": [Scored(1.0), Skipped("no maths"), Scored(3.0)]}
+    for is_zeroing in (False, True):
+        found = combine([term("a")], group(3), results, is_zeroing=is_zeroing)
+        assert [reward.reward for reward in found] == [1.0, None, 3.0]
+        assert (found[1].status, found[1].message) == ("skip", "component a: no maths")
+    shown = Combine.model_fields["on_partial_skip"].description or ""
+    assert "that other components score" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_step_is_normalised_by_the_steps_that_were_trained_when_it_was_sampled(
+    staleness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dar.rewards.scoring.normalize.WARM_UP", 1)
+    combination = Combination([term("a", normalize="running")])
+    rewards = {1: [0.0, 2.0], 2: [10.0, 14.0], 3: [5.0, 5.0]}
+    totals: list[SampleReward] = []
+    for step, values in rewards.items():
+        context = RewardContext(step=step, staleness=min(staleness, step - 1))
+        totals = combination(group(2), {"a": [Scored(value) for value in values]}, context)
+        combination.moments.end_step(step)
+    known = rewards[1] if staleness else rewards[1] + rewards[2]
+    mean = sum(known) / len(known)
+    std = math.sqrt(sum((value - mean) ** 2 for value in known) / len(known))
+    assert [one.reward for one in totals] == pytest.approx([(5.0 - mean) / std] * 2)
+    shown = RewardComponent.model_fields["normalize"].description or ""
+    assert "with ``overlap: one_step`` without the step just before" in " ".join(shown.split())

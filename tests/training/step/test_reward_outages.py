@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dar.errors import RewardBudgetError
+from dar.errors import RewardBudgetError, RewardError
 from dar.protocol.metrics import is_known
 from dar.rewards.server import reward_server
 from dar.training.from_spec import JobInputs, train_job
 from dar.training.report.sink import NullControl
 from fakes import loopback
 from fakes.recording_sink import RecordingSink
+from fakes.reward_server import RewardServer, ScoreRequest
 
 SECRET = "whsec_" + "A" * 43 + "="
 GROUPS = 3
@@ -113,3 +114,33 @@ def test_every_step_tells_its_requests_and_samples(
         )
         low, high = values["rewards/words/min"], values["rewards/words/max"]
         assert low <= values["rewards/words/mean"] <= high
+
+
+@pytest.mark.parametrize("ending", ["outage", "rejection", "samples"])
+def test_a_job_that_ends_within_its_first_step_counts_its_requests_and_failures(
+    job_inputs: Callable[..., JobInputs], tmp_path: Path, sink: RecordingSink, ending: str
+) -> None:
+    def answer(request: ScoreRequest) -> None:
+        if ending == "samples":
+            error = {"code": "judge", "message": "no"}
+            request.results([{"id": name, "error": error} for name in request.ids])
+        else:
+            request.answer(b"no", 503 if ending == "outage" else 403, "text/plain")
+
+    with RewardServer(answer) as server:
+        component = {"name": "words", "url": server.url, "retry": {"attempts": 2, "base": 0.01}}
+        dar = {"rewards": {"components": [component]}}
+        inputs = job_inputs(dar, steps=5, work_dir=tmp_path / "job", reward_secret=SECRET)
+        with pytest.raises(RewardError):
+            train_job(inputs, sink, NullControl())
+    assert sink.reports == {}, "an unfinished step has no metrics"
+    counts = sink.unfinished
+    assert counts is not None
+    assert all(map(is_known, counts))
+    assert counts["reward/words/requests"] >= 1
+    assert counts["reward/n_error"] >= 4
+    assert counts.get("reward/n_valid", 0) == 0
+    family = {"outage": "http_5xx", "rejection": "http_4xx", "samples": "other"}[ending]
+    assert counts[f"reward/n_error/{family}"] == counts["reward/n_error"]
+    failed = counts["reward/words/failed_requests"]
+    assert failed == (0 if ending == "samples" else counts["reward/words/requests"])

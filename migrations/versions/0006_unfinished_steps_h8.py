@@ -1,0 +1,17 @@
+"""Reward counts of the step in which an attempt ended."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006_unfinished_steps_h8"
+down_revision = "0005_sealed_poll_urls_h8"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("attempts", sa.Column("unfinished", sa.JSON(), nullable=True))
+
+
+def downgrade() -> None:
+    op.drop_column("attempts", "unfinished")
