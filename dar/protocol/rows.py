@@ -162,6 +162,42 @@ def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
     return OfflineRow(kind, prompt, None, completions, rewards, _behavior_logps(row, count))
 
 
+class OfflineRewards:
+    """Whether rows with completions have rewards to train on; every row of a data set is added."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._scored = 0
+        self._single = 0
+        self._has_pair = False
+
+    def add(self, row: OfflineRow) -> None:
+        scored = sum(reward is not None for reward in row.rewards)
+        self._rows += 1
+        self._scored += scored
+        self._single += scored if len(row.rewards) == 1 else 0
+        self._has_pair = self._has_pair or scored > 1
+
+    @property
+    def are_null(self) -> bool:
+        """Whether there are rows, and none of them has a reward."""
+        return self._rows > 0 and self._scored == 0
+
+    @property
+    def are_comparable(self) -> bool:
+        """Whether a completion can be compared with another one.
+
+        It is compared with those of its row; the single ones of different rows, with each other.
+        """
+        return self._has_pair or self._single > 1
+
+
+ALL_NULL = (
+    "every reward is null, which means that it is missing, so there is nothing to train on; fill "
+    "in 'reward' or 'rewards', or send prompts alone with a reward source"
+)
+
+
 # --- completions ----------------------------------------------------------------------------------
 
 

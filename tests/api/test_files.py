@@ -205,6 +205,20 @@ def test_a_job_without_rewards_takes_files_with_completions(live: Live) -> None:
     assert live.claim().body["spec"]["method"]["dar"]["rewards"] is None
 
 
+@pytest.mark.parametrize("rewards", [[None, None], None])
+def test_a_file_whose_rewards_are_all_null_is_refused(
+    live: Live, error_of: Callable[..., Any], rewards: list[None] | None
+) -> None:
+    row = {"prompt": "a", "completions": ["b", "c"], "rewards": rewards}
+    lines = b"".join(json.dumps(row).encode() + b"\n" for _ in range(2))
+    error = error_of(live.upload(lines))
+    assert (error["code"], error["param"]) == ("invalid_training_file", "file")
+    assert "every reward is null" in error["message"]
+    assert "service" not in error["message"]
+    scored = json.dumps(row | {"rewards": [1, None]}).encode()
+    assert live.upload(lines + scored).status_code == 200
+
+
 def test_a_job_without_rewards_takes_no_options_of_sampling(
     live: Live, error_of: Callable[..., Any]
 ) -> None:

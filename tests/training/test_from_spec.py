@@ -89,6 +89,20 @@ def test_a_script_may_name_a_reward_service_by_its_url(
         train(reward_funcs=reward_url, sink=sink)  # unsigned
 
 
+def test_a_job_without_any_usable_reward_fails_and_shows_its_last_step(
+    job_inputs: Callable[..., JobInputs], sink: RecordingSink
+) -> None:
+    component = {"name": "truth", "kind": "builtin", "fn": "exact_match"}
+    with pytest.raises(TrainingError, match="none of the 2 steps changed the model") as raised:
+        train_job(
+            job_inputs({"rewards": {"components": [component]}}, steps=2), sink, NullControl()
+        )
+    assert (raised.value.error_code, raised.value.retryable) == ("no_rewards", False)
+    assert sorted(sink.reports) == sorted(sink.shown) == [1, 2]
+    (data,) = [data for _, _, data in sink.events if data and data["kind"] == "skipped_steps"]
+    assert data["components"] == ["truth"]
+
+
 def test_a_job_goes_on_from_its_checkpoint_to_the_same_weights(
     job: Callable[..., JobInputs],
     sink: RecordingSink,

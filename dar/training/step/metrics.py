@@ -19,6 +19,7 @@ from dar.rewards.scoring.step_report import (
 from dar.training.loss import MAX_LOG_WEIGHT, dar_loss, effective_sample_size
 from dar.training.report.drift import DriftWatch
 from dar.training.report.sink import Sink
+from dar.training.step.degenerate import DegenerateWatch
 from dar.training.step.records import ScoredStep
 
 SHOWN_GROUPS = 4
@@ -196,6 +197,7 @@ class Reporter:
         self._ended: float | None = None
         self._tokens = 0
         self._drift = DriftWatch()
+        self._degenerate = DegenerateWatch()
         self._last: ScoredStep | None = None
         self.observer: StepObserver | None = None
         """Counts the requests to reward services, if there are any."""
@@ -231,8 +233,8 @@ class Reporter:
         )
         return times
 
-    def warn_of(self, step: ScoredStep, sink: Sink) -> None:
-        """Warn of rewards that no source returned, and of rewards that have jumped."""
+    def warn_of(self, step: ScoredStep, sink: Sink, *, last_step: int) -> None:
+        """Warn of rewards that no source returned, that have jumped, or that give no signal."""
         count = len(step.rewards)
         if fallbacks := sum(reward.is_fallback for reward in step.rewards):
             sink.event(
@@ -252,6 +254,8 @@ class Reporter:
         for name, values in component_rewards(step.rewards).items():
             if values and (drift := self._drift.add(name, values)):
                 sink.event("warn", drift.message, drift.data(step.number))
+        for message, data in self._degenerate.add(step, last_step):
+            sink.event("warn", message, data)
 
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
@@ -291,6 +295,7 @@ class Reporter:
             "tokens": self._tokens,
             "window": self._window.state(),
             "drift": self._drift.state(),
+            "degenerate": self._degenerate.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -298,6 +303,8 @@ class Reporter:
         self._window.restore(state["window"])
         if "drift" in state:
             self._drift.restore(state["drift"])
+        if "degenerate" in state:
+            self._degenerate.restore(state["degenerate"])
 
 
 def _send_requests(sink: Sink, number: int, found: StepRequests) -> None:

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.rows import (
+    ALL_NULL,
     OFFLINE_COLUMNS,
     Completion,
     Message,
+    OfflineRewards,
     OfflineRow,
     Row,
     RowError,
@@ -264,24 +266,26 @@ class ReplaySource:
         return self._weigher(step, is_behavior_known=None not in known)
 
 
-def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None:
+def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int, mode: Mode) -> None:
     """Reject rows that cannot be replayed, before the first step.
 
     Args:
         rows: The data set.
         encoder: Encodes its rows.
         prompts_per_step: Rows of an optimizer step.
+        mode: Whether they are trained or evaluated on.
 
     Raises:
-        InvalidRequestError: A row cannot be encoded (the message names it), or no completion would
-            have another to be compared with.
+        InvalidRequestError: A row cannot be encoded (the message names it), there are no rewards,
+            or no completion would have another to be compared with.
     """
-    most = 0
+    most, rewards = 0, OfflineRewards()
     for index in range(len(rows)):
         row = rows[index]
         with naming_row(index):
             found = read_offline(row, encoder.vocabulary)
             most = max(most, len(found.completions))
+            rewards.add(found)
             # `PromptStream` checks all rows with conversations; only empty texts can fail.
             is_doubtful = found.behavior_logps is not None or "" in (
                 found.prompt,
@@ -289,6 +293,16 @@ def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None
             )
             if found.kind == "tokens" or is_doubtful:
                 encoder(row)
+    which = "train_dataset" if mode == "train" else "eval_dataset"
+    if rewards.are_null:
+        raise InvalidRequestError(f"{which}: {ALL_NULL}", param=which, code="no_rewards")
+    if mode == "train" and not rewards.are_comparable:
+        raise InvalidRequestError(
+            f"{which}: no completion has another one to be compared with: give at least two "
+            "completions of one row, or the only completions of two rows, a reward",
+            param=which,
+            code="no_rewards",
+        )
     if most == 1 and prompts_per_step == 1:
         raise InvalidRequestError(
             "every row holds one completion and a step takes one row, so nothing can be compared "

@@ -336,7 +336,7 @@ def make_source(
     if scoring is None:
         row_encoder = _row_encoder(policy, config, longest)
         count = config.prompts_per_step if mode == "train" else len(rows)
-        check_replay(rows, row_encoder, count)
+        check_replay(rows, row_encoder, count, mode)
         stream = _stream(run, mode, rows, row_encoder, config)
         return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=run.sink, mode=mode)
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
