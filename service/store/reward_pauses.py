@@ -37,7 +37,7 @@ def note_probe(
     """
     this = and_(JobRow.id == job_id, JobRow.attempt == attempt, IS_PAUSED)
     if is_back:
-        values = {"error": None, "not_before": transaction.now}
+        values = {"not_before": transaction.now}
         message = "the reward service answers again; resuming"
         facts = {"by": "probe"}
         moved = transitions.move(transaction, "resumed", this, message, values=values, facts=facts)

@@ -69,12 +69,13 @@ def test_a_job_trains_against_a_reward_service_to_its_last_checkpoint(
     assert sorted(sink.reports) == sorted(sink.shown) == [1, 2, 3, 4]
     assert {"rewards/words/mean", "time/reward_seconds"} <= sink.reports[1].keys()
     assert sink.phases[0] == ("starting", 0, "loading the model")
-    assert [phase for phase, step, _ in sink.phases if step == 2] == [
+    assert [phase for phase, done, _ in sink.phases if done == 2] == [
+        "checkpointing",
         "sampling",
         "waiting_for_reward",
         "training",
-        "checkpointing",
     ]
+    assert sink.phases[-1][:2] == ("checkpointing", 4)
     AutoModelForCausalLM.from_pretrained(sink.published[-1][1])
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")

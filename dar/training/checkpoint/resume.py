@@ -201,7 +201,7 @@ class RunCheckpoints:
 
     def _publish_here(self, write: Write, manifest: MakeManifest) -> None:
         sink, step = self._run.sink, self._run.trainer.state.global_step
-        sink.phase("checkpointing", step)
+        self._run.phase("checkpointing")
         last_seq = sink.flush()
         published = checkpoint.publish(
             self.root, step, write=write, manifest=lambda files: manifest(files, last_seq)

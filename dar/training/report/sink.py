@@ -32,7 +32,7 @@ class Sink(Protocol):
         """A message for the user."""
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
-        """The present phase and its step; cheap, and not stored."""
+        """The present phase, with the number of steps that are done; cheap, and not stored."""
 
     def flush(self) -> int:
         """Make all reports so far durable.

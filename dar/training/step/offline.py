@@ -29,7 +29,7 @@ from dar.training.data.rows import (
     common_length,
     naming_row,
 )
-from dar.training.report.sink import Sink
+from dar.training.run_context import RunContext
 from dar.training.sampling.prompts import PromptStream
 from dar.training.step.records import Mode, ScoredStep, Weigher
 from dar.training.step.reward_feed import StepInProgress
@@ -209,26 +209,26 @@ class ReplaySource:
     current policy's log-probabilities are used.
 
     Args:
+        run: The training run.
         prompts: The prompts of each step, with their completions.
         weigher: Turns rewards into weights.
         tokenizer: Decodes completions.
-        sink: Receives the phases.
         mode: Whether the steps are trained or evaluated on.
     """
 
     def __init__(
         self,
+        run: RunContext,
         prompts: PromptStream,
         weigher: Weigher,
         *,
         tokenizer: PreTrainedTokenizerBase,
-        sink: Sink,
         mode: Mode = "train",
     ) -> None:
+        self._run = run
         self._prompts = prompts
         self._weigher = weigher
         self._tokenizer = tokenizer
-        self._sink = sink
         self._mode = mode
 
     def begin(
@@ -243,7 +243,7 @@ class ReplaySource:
 
     def __call__(self, number: int) -> ScoredStep:
         """Completions and rewards of step ``number`` from the data set; see `StepSource`."""
-        self._sink.phase("training" if self._mode == "train" else "evaluating", number)
+        self._run.phase("training" if self._mode == "train" else "evaluating")
         prompts = self._prompts.of_step(number)
         stored = [(prompt, one) for prompt in prompts for one in prompt.completions]
         known = [one.behavior_logp for _, one in stored]

@@ -83,7 +83,7 @@ class OnlineSource:
             TrainingError: A probability of the policy is not finite.
         """
         run = self.run
-        run.sink.phase("sampling" if self.mode == "train" else "evaluating", number)
+        run.phase("sampling" if self.mode == "train" else "evaluating")
         started = time.monotonic()
         prompts = self.prompts.of_step(number)
         context = RewardContext(number, self.mode, run.job_id, staleness)
@@ -132,12 +132,12 @@ class OnlineSource:
             ),
             resample=lambda again: self._resample(step, groups, again),
             most_refilled=refill,
-            on_wait=lambda is_waiting: self._report_wait(step.number, is_waiting=is_waiting),
+            on_wait=self._report_wait,
         )
 
-    def _report_wait(self, number: int, *, is_waiting: bool) -> None:
+    def _report_wait(self, is_waiting: bool) -> None:
         if self.mode == "train":
-            self.run.sink.phase("waiting_for_reward" if is_waiting else "training", number)
+            self.run.phase("waiting_for_reward" if is_waiting else "training")
 
     def _evenly(self, count: int) -> list[int]:
         """Prompts in the order of training: at any time equal shares of all processes."""
@@ -187,7 +187,7 @@ class OnlineSource:
         self, step: ScoredStep, groups: "_Groups", again: Sequence[int]
     ) -> RewardCollector | None:
         """Sample these prompts again with other noise, and replace their completions."""
-        self.run.sink.phase("sampling", step.number)
+        self.run.phase("sampling")
         started = time.monotonic()
         share = self.run.ranks.slice(len(step.prompts))
         own = [p for p in again if p in share]
@@ -338,7 +338,7 @@ def make_source(
         count = config.prompts_per_step if mode == "train" else len(rows)
         check_replay(rows, row_encoder, count, mode)
         stream = _stream(run, mode, rows, row_encoder, config)
-        return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=run.sink, mode=mode)
+        return ReplaySource(run, stream, weigher, tokenizer=tokenizer, mode=mode)
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
     stream = _stream(run, mode, rows, encoder, config)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
