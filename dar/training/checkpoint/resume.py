@@ -6,6 +6,7 @@ scheduler and random states.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,6 +75,7 @@ class RunCheckpoints:
         self.config_sha256 = config_sha256
         self._members = members
         self._last_report = last_report
+        self._saved_at = time.monotonic()
         self._resumed: checkpoint.ResumeState | None = None
         self._own_folders: tuple[Path, ...] = ()
         """Checkpoints of this run that are still kept, oldest first."""
@@ -86,7 +88,8 @@ class RunCheckpoints:
         return Path(str(self._run.trainer.args.output_dir)) / "checkpoints"
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written."""
+        """Remove what killed processes left half-written; called when training begins."""
+        self._saved_at = time.monotonic()
         self._run.ranks.from_main(lambda: checkpoint.sweep(self.root))
 
     # --- reading -------------------------------------------------------------------------------
@@ -165,6 +168,13 @@ class RunCheckpoints:
 
     # --- writing -------------------------------------------------------------------------------
 
+    def is_due(self) -> bool:
+        """Whether ``args.checkpoint_seconds`` have passed since the last checkpoint."""
+        seconds = self._run.trainer.args.checkpoint_seconds
+        if seconds is None:
+            return False
+        return self._run.ranks.from_main(lambda: time.monotonic() - self._saved_at >= seconds)
+
     def save(self) -> None:
         """Publish a checkpoint of the last step."""
         trainer = self._run.trainer
@@ -198,6 +208,7 @@ class RunCheckpoints:
     def _publish(self, write: Write, manifest: MakeManifest) -> None:
         self._run.ranks.from_main(lambda: self._publish_here(write, manifest))
         self.published_step = self._run.trainer.state.global_step
+        self._saved_at = time.monotonic()
 
     def _publish_here(self, write: Write, manifest: MakeManifest) -> None:
         sink, step = self._run.sink, self._run.trainer.state.global_step

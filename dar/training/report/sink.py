@@ -1,5 +1,6 @@
 """The interfaces of a trainer's reports (`Sink`) and of requests to stop (`Control`)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,6 +11,7 @@ from dar.protocol.reward_stats import ComponentRequests, FailedRequest
 from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import Phase
 
+log = logging.getLogger(__name__)
 StopKind = Literal["cancel", "drain"]
 """``cancel``: stop as fast as possible. ``drain``: stop with a checkpoint."""
 
@@ -46,7 +48,7 @@ class Sink(Protocol):
 
 
 class NullSink:
-    """A sink that drops all reports: the default outside a service."""
+    """A sink that drops all reports: that of the other processes of a run."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         pass
@@ -70,6 +72,15 @@ class NullSink:
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
         pass
+
+
+class LogSink(NullSink):
+    """Logs warnings and errors, and drops all else: the default outside a service."""
+
+    def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - data is for machines
+        """Log a message that a user should see."""
+        if level in ("warn", "error"):
+            log.log(logging.WARNING if level == "warn" else logging.ERROR, message)
 
 
 class Control(Protocol):

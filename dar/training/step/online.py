@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import TrainingOrder
+from dar.protocol.spec_checks import NOTHING_TO_COMPARE
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.config.config import DARConfig
@@ -335,10 +336,14 @@ def make_source(
     longest = min(config.max_length or context, context)
     if scoring is None:
         row_encoder = _row_encoder(policy, config, longest)
-        count = config.prompts_per_step if mode == "train" else len(rows)
+        plan = config.step_plan(len(rows), is_replay=True)
+        count = plan.per_step if mode == "train" else len(rows)
         check_replay(rows, row_encoder, count, mode)
         stream = _stream(run, mode, rows, row_encoder, config)
         return ReplaySource(run, stream, weigher, tokenizer=tokenizer, mode=mode)
+    plan = config.step_plan(len(rows), is_replay=False)
+    if mode == "train" and config.dar_k == 1 and plan.per_step == 1:
+        raise InvalidRequestError(f"{NOTHING_TO_COMPARE}; set dar_k to at least 2", param="dar_k")
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
     stream = _stream(run, mode, rows, encoder, config)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
@@ -350,7 +355,8 @@ def make_source(
 def _stream(
     run: RunContext, mode: Mode, rows: Rows, encoder: PromptEncoder, config: DARConfig
 ) -> PromptStream:
-    stream = STREAMS[mode](rows, encoder, config, run.sink)
+    is_replay = isinstance(encoder, RowEncoder)
+    stream = STREAMS[mode](rows, encoder, config, run.sink, is_replay=is_replay)
     run.ranks.from_main(stream.try_rows)
     return stream
 
