@@ -274,6 +274,10 @@ def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
     for name, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if row.get(name) is None:
             raise RowError(f"the row has {other!r} but no {name!r}", name, "missing")
+    if _is_same_answer(row["chosen"], row["rejected"]):
+        raise RowError(
+            "chosen and rejected are the same, so the pair says nothing; remove the row", "rejected"
+        )
     for name in REWARD_COLUMNS:
         if row.get(name) is not None:
             raise RowError(
@@ -290,7 +294,32 @@ def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
     chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
     prompt = _prompt_of_conversations(row, chosen, rejected)
     answers = ((_after(prompt, chosen), "chosen"), (_after(prompt, rejected), "rejected"))
-    return prompt, [_answer(messages, name) for messages, name in answers]
+    return prompt, _not_empty([_answer(messages, name) for messages, name in answers])
+
+
+def _is_same_answer(chosen: object, rejected: object) -> bool:
+    """Whether two answers of a pair are equal, as texts or message by message."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return chosen == rejected
+    one, other = as_list(chosen), as_list(rejected)
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(
+        _is_same(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _not_empty(pair: Sequence[Completion]) -> list[Completion]:
+    """A chosen and a rejected completion, both with a text.
+
+    Raises:
+        RowError: One is empty: training on it would teach the policy to write nothing.
+    """
+    for name, answer in zip(("chosen", "rejected"), pair, strict=True):
+        if answer == "" or (isinstance(answer, Mapping) and answer.get("content") == ""):
+            raise RowError(f"{name} is empty after the prompt; remove the row", name)
+    return list(pair)
 
 
 def _texts_of_preference(
@@ -298,7 +327,8 @@ def _texts_of_preference(
 ) -> tuple[str | list[Message], list[Completion]]:
     if row.get("prompt") is not None:
         prompt = read_prompt(row)
-        return prompt, [_completion_of(text, prompt, "chosen") for text in (chosen, rejected)]
+        texts = (chosen, rejected)
+        return prompt, _not_empty([_completion_of(text, prompt, "chosen") for text in texts])
     cut = common_prompt_length(chosen, rejected)
     if cut == 0:
         raise RowError(

@@ -55,6 +55,8 @@ def test_a_part_of_a_file_can_be_fetched(live: Live, error_of: Callable[..., Any
         (b'{"prompt": "a", "completions": "b", "chosen": "c"}', "keep the columns of one format"),
         (b'{"prompt": "a", "chosen": "b"}', "'chosen' but no 'rejected'"),
         (b'{"chosen": "yes", "rejected": "no"}', "no common beginning"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": ""}', "rejected is empty after the prompt"),
         (
             b'{"prompt": "a", "chosen": [{"role": "assistant", "content": ""}], "rejected": "c"}',
             "one of chosen and rejected is a text",

@@ -144,6 +144,8 @@ class Prompt:
     """Tokens that were cut off on the left, to keep within the longest prompt."""
     completions: tuple[StoredCompletion, ...] = ()
     """Offline: the completions of the row. Online: empty."""
+    is_preference: bool = False
+    """Whether the completions are a chosen and a rejected one."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -83,7 +83,31 @@ def _weight_metrics(step: ScoredStep) -> dict[str, float]:
         reference = step.ref_logps_B[rows]
         values["dar/logps_ref"] = reference.mean().item()
         values |= _divergences(reference - behavior)
-    return values
+    return values | _preferences(step)
+
+
+def _preferences(step: ScoredStep) -> dict[str, float]:
+    """How well the policy tells chosen completions from rejected ones, over the pairs that count.
+
+    As in DPO, a completion is measured against the reference, if there is one.
+    """
+    starts = step.starts
+    pairs = [
+        (starts[p], starts[p] + 1)
+        for p, prompt in enumerate(step.prompts)
+        if prompt.is_preference and step.valid_B[starts[p] : starts[p + 1]].all()
+    ]
+    if not pairs:
+        return {}
+    gains_B = step.policy_logps_B
+    if step.ref_logps_B is not None:
+        gains_B = gains_B - step.ref_logps_B
+    chosen, rejected = map(list, zip(*pairs, strict=True))
+    margins = gains_B[chosen] - gains_B[rejected]
+    return {
+        "dar/preference_margin": margins.mean().item(),
+        "dar/preference_accuracy": (margins > 0).float().mean().item(),
+    }
 
 
 def _divergences(log_ratios: Tensor) -> dict[str, float]:

@@ -102,7 +102,11 @@ class RowEncoder(PromptEncoder):
         if found.kind != "tokens":
             room = max(room, self._longest // 2)
         prompt = self.fitted(row, found.prompt, ids, min(room, self._max_length))
-        return replace(prompt, completions=self._stored(found, completions, len(prompt.ids)))
+        return replace(
+            prompt,
+            completions=self._stored(found, completions, len(prompt.ids)),
+            is_preference=found.kind == "preferences",
+        )
 
     def check(self, row: Row) -> None:
         """Check a row without encoding it if possible; see `dar.training.data.PromptEncoder`."""
