@@ -1,5 +1,6 @@
 """Training jobs, with their metrics, samples and events."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from ulid import ULID
 
 from dar.client.paging import Listing
 from dar.client.transport import Transport, escaped
-from dar.errors import ServiceConnectionError, ServiceUnavailableError
+from dar.errors import ConflictError, ServiceConnectionError, ServiceUnavailableError
 from dar.protocol.base import Page
 from dar.protocol.events import Event
 from dar.protocol.jobs import Job
@@ -21,6 +22,12 @@ from dar.protocol.status import TERMINAL, JobStatus
 PATH = "/fine_tuning/jobs"
 Order = Literal["asc", "desc"]
 SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage"]
+OnPause = Literal["return", "raise", "wait"]
+log = logging.getLogger(__name__)
+STALLED = frozenset({"backoff", "waiting_for_reward", "reward", "by_user"})
+"""Details of jobs that wait for something that a person may have to change."""
+REPEAT_SECONDS = 30.0
+"""Shortest time between two log lines about the same wait, whose message may change often."""
 OUTAGE_SECONDS = 300.0
 """How long `Jobs.wait` tolerates an unreachable service: jobs continue during its restarts."""
 
@@ -120,6 +127,7 @@ class Jobs:
         job_id: str,
         *,
         on_progress: Callable[[Job], None] | None = None,
+        on_pause: OnPause = "return",
         poll_seconds: float = 1.0,
         timeout_seconds: float | None = None,
     ) -> Job:
@@ -128,21 +136,31 @@ class Jobs:
             job = client.jobs.wait(job.id, on_progress=lambda job: print(job.progress.step))
             assert job.status == "succeeded", job.error
 
+        While the job waits for something, its ``status_detail`` and ``status_message`` are logged
+        as warnings of the logger ``dar.client.jobs``, which Python shows on stderr by default.
+
         Args:
             job_id: The job.
             on_progress: Called with the job at the start and after each change.
+            on_pause: What to do when the job is paused and only you can end the pause: by a user,
+                or for rewards that no service gives. ``return`` returns the paused job, ``raise``
+                raises an error, ``wait`` waits until somebody resumes the job. A pause for a reward
+                service is always waited for, as the job resumes by itself.
             poll_seconds: Pause between two requests.
             timeout_seconds: Longest wait; default: no limit.
 
         Returns:
-            The job, ``succeeded``, ``failed`` or ``cancelled``.
+            The job, ``succeeded``, ``failed`` or ``cancelled``; also ``paused``, see ``on_pause``.
 
         Raises:
+            ConflictError: The job is paused, only you can end the pause, and ``on_pause`` is
+                ``raise``.
             TimeoutError: The job has not ended in time; it continues.
             ServiceConnectionError: The service could not be reached for 300 s.
         """
         started = answered = time.monotonic()
         seen: Job | None = None
+        stalls = _StallLog()
         while True:
             try:
                 job = self.retrieve(job_id)
@@ -153,12 +171,20 @@ class Jobs:
             else:
                 if job != seen and on_progress is not None:
                     on_progress(job)
+                stalls.note(job)
                 if job.status in TERMINAL:
                     return job
+                if on_pause != "wait" and needs_user(job):
+                    if on_pause == "return":
+                        return job
+                    raise ConflictError(
+                        f"job {_state(job)}; client.jobs.resume({job.id!r}) continues it",
+                        code="job_paused",
+                    )
                 seen = job
             if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
-                state = "not reached" if seen is None else seen.status
-                raise TimeoutError(f"job {job_id} is {state} after {timeout_seconds:g} s")
+                state = f"{job_id} is not reached" if seen is None else _state(seen)
+                raise TimeoutError(f"after {timeout_seconds:g} s, job {state}")
             time.sleep(poll_seconds)
 
     def events(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Event]:
@@ -227,6 +253,42 @@ class Jobs:
         """
         params = {"step": step, "order": order, "limit": limit}
         return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
+
+
+def needs_user(job: Job) -> bool:
+    """Whether a job is paused, and the service does not resume it by itself."""
+    if job.status != "paused":
+        return False
+    rewards = ((job.method or {}).get("dar") or {}).get("rewards") or {}
+    # The service checks the reward services of a job that is paused for rewards, and resumes it.
+    is_checked = any(one.get("kind") == "http" for one in rewards.get("components", ()))
+    return job.status_detail != "reward" or not is_checked
+
+
+def _state(job: Job) -> str:
+    """A job's id, status, detail and message."""
+    detail = f" ({job.status_detail})" if job.status_detail else ""
+    message = f": {job.status_message}" if job.status_message else ""
+    return f"{job.id} is {job.status}{detail}{message}"
+
+
+class _StallLog:
+    """Logs that a job waits for something: at once, and again when the reason changes."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[str, str | None] | None = None
+        self._state = ""
+        self._logged = 0.0
+
+    def note(self, job: Job) -> None:
+        kind, state, now = (job.status, job.status_detail), _state(job), time.monotonic()
+        is_new = kind != self._seen or (
+            state != self._state and now - self._logged >= REPEAT_SECONDS
+        )
+        if job.status_detail in STALLED and is_new:
+            log.warning("job %s", state)
+            self._state, self._logged = state, now
+        self._seen = kind
 
 
 def _path(job_id: str) -> str:

@@ -59,6 +59,17 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("dar/weights_clip_fraction", "fraction", "share of weights at the clip"),
     Metric(
+        "dar/preference_margin",
+        "nats",
+        "preference data: mean of log(policy / reference) of the chosen completion minus that of "
+        "the rejected one; without a reference, of log(policy)",
+    ),
+    Metric(
+        "dar/preference_accuracy",
+        "fraction",
+        "preference data: share of pairs whose margin is above 0",
+    ),
+    Metric(
         "dar/effective_sample_size",
         "fraction",
         "(sum w)^2 / (n sum w^2): effective share of the completions in the step",

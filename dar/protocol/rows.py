@@ -180,6 +180,42 @@ def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
     return OfflineRow(kind, prompt, None, completions, rewards, _behavior_logps(row, count))
 
 
+class OfflineRewards:
+    """Whether rows with completions have rewards to train on; every row of a data set is added."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._scored = 0
+        self._single = 0
+        self._has_pair = False
+
+    def add(self, row: OfflineRow) -> None:
+        scored = sum(reward is not None for reward in row.rewards)
+        self._rows += 1
+        self._scored += scored
+        self._single += scored if len(row.rewards) == 1 else 0
+        self._has_pair = self._has_pair or scored > 1
+
+    @property
+    def are_null(self) -> bool:
+        """Whether there are rows, and none of them has a reward."""
+        return self._rows > 0 and self._scored == 0
+
+    @property
+    def are_comparable(self) -> bool:
+        """Whether a completion can be compared with another one.
+
+        It is compared with those of its row; the single ones of different rows, with each other.
+        """
+        return self._has_pair or self._single > 1
+
+
+ALL_NULL = (
+    "every reward is null, which means that it is missing, so there is nothing to train on; fill "
+    "in 'reward' or 'rewards', or send prompts alone with a reward source"
+)
+
+
 # --- completions ----------------------------------------------------------------------------------
 
 
@@ -256,6 +292,10 @@ def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
     for name, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if row.get(name) is None:
             raise RowError(f"the row has {other!r} but no {name!r}", name, "missing")
+    if _is_same_answer(row["chosen"], row["rejected"]):
+        raise RowError(
+            "chosen and rejected are the same, so the pair says nothing; remove the row", "rejected"
+        )
     for name in REWARD_COLUMNS:
         if row.get(name) is not None:
             raise RowError(
@@ -272,7 +312,32 @@ def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
     chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
     prompt = _prompt_of_conversations(row, chosen, rejected)
     answers = ((_after(prompt, chosen), "chosen"), (_after(prompt, rejected), "rejected"))
-    return prompt, [_answer(messages, name) for messages, name in answers]
+    return prompt, _not_empty([_answer(messages, name) for messages, name in answers])
+
+
+def _is_same_answer(chosen: object, rejected: object) -> bool:
+    """Whether two answers of a pair are equal, as texts or message by message."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return chosen == rejected
+    one, other = as_list(chosen), as_list(rejected)
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(
+        _is_same(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _not_empty(pair: Sequence[Completion]) -> list[Completion]:
+    """A chosen and a rejected completion, both with a text.
+
+    Raises:
+        RowError: One is empty: training on it would teach the policy to write nothing.
+    """
+    for name, answer in zip(("chosen", "rejected"), pair, strict=True):
+        if answer == "" or (isinstance(answer, Mapping) and answer.get("content") == ""):
+            raise RowError(f"{name} is empty after the prompt; remove the row", name)
+    return list(pair)
 
 
 def _texts_of_preference(
@@ -280,7 +345,8 @@ def _texts_of_preference(
 ) -> tuple[str | list[Message], list[Completion]]:
     if row.get("prompt") is not None:
         prompt = read_prompt(row)
-        return prompt, [_completion_of(text, prompt, "chosen") for text in (chosen, rejected)]
+        texts = (chosen, rejected)
+        return prompt, _not_empty([_completion_of(text, prompt, "chosen") for text in texts])
     cut = common_prompt_length(chosen, rejected)
     if cut == 0:
         raise RowError(

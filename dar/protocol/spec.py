@@ -7,6 +7,8 @@ Fields that this version cannot vary yet accept their neutral value and reject e
 an option is never accepted and then ignored.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -74,11 +76,13 @@ class Hyperparameters(Input):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     batch_size: int = Field(8, ge=1, le=ServiceLimit(65536))
-    """Prompts per optimizer step; each gives ``dar_k`` completions."""
+    """Prompts per optimizer step; each gives ``dar_k`` completions. A job whose length is given in
+    passes takes no row twice in a step, so a step has at most as many prompts as the file."""
     max_steps: int | None = Field(None, ge=1, le=ServiceLimit(10_000_000))
     """Optimizer steps in all; null: from ``n_epochs``."""
     n_epochs: float | None = Field(None, gt=0, le=10_000)
-    """Passes over the training file; null: from ``max_steps``, or 1 when both are null."""
+    """Passes over the training file; null: from ``max_steps``, or 1 when both are null. The last
+    step takes the prompts that are left."""
     warmup_steps: int = Field(0, ge=0, le=ServiceLimit(10_000_000))
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -169,10 +173,10 @@ class Evaluation(Input):
 
 
 class Checkpointing(Input):
-    """When resumable states are written. The last step always gets one."""
+    """When resumable states are written. The last step always gets one, which is always kept."""
 
     every_steps: int | None = Field(None, ge=1, le=10_000_000)
-    """Steps between two checkpoints; null: a twentieth of the job."""
+    """Steps between two checkpoints; null: one every 5 minutes of training."""
     keep_last: int = Field(3, ge=1, le=1000)
     """Checkpoints that are kept; older ones are removed."""
     keep_best: Annotated[Literal[False], only(False)] = False
@@ -322,9 +326,64 @@ class JobSpec(Input):
         return self.method.dar
 
 
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Which prompts of the stream of all epochs each optimizer step takes.
+
+    A run whose length is given in epochs never takes more: its last step takes what is left. Its
+    steps, and those of offline training, never take a row twice, so a row is not compared with its
+    own copies. Batches cross the ends of epochs.
+    """
+
+    rows: int
+    """Rows of the data set."""
+    per_step: int
+    """Prompts of a step; the last one may have fewer."""
+    total: int | None
+    """Prompts of all steps; None: the run's length is given in steps."""
+    is_distinct: bool
+    """Whether no step takes a row twice."""
+
+    @classmethod
+    def of(
+        cls, rows: int, batch_size: int, epochs: float | None, *, is_replay: bool = False
+    ) -> "StepPlan":
+        """The plan of a run.
+
+        Args:
+            rows: Rows of the data set.
+            batch_size: Prompts per step, as requested.
+            epochs: Passes over the data set; None: the run's length is given in steps.
+            is_replay: Whether the rows hold their completions.
+        """
+        is_distinct = is_replay or epochs is not None
+        return cls(
+            rows=rows,
+            per_step=max(1, min(batch_size, rows)) if is_distinct else batch_size,
+            total=None if epochs is None else max(1, math.floor(epochs * rows + 1e-9)),
+            is_distinct=is_distinct,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run whose length is given in epochs."""
+        assert self.total is not None
+        return -(-self.total // self.per_step)
+
+    def positions(self, step: int) -> range:
+        """Positions in the stream, from 0, that a step takes; steps count from 1."""
+        start = (step - 1) * self.per_step
+        return range(start, max(start + 1, self.end(step)))
+
+    def end(self, step: int) -> int:
+        """Prompts of all steps up to this one."""
+        end = step * self.per_step
+        return end if self.total is None else min(end, self.total)
+
+
 def total_steps(hyperparameters: Hyperparameters, num_rows: int) -> int:
-    """Optimizer steps of a job over ``num_rows`` prompts; batches cross the ends of epochs."""
+    """Optimizer steps of a job over ``num_rows`` prompts."""
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps
-    prompts = (hyperparameters.n_epochs or 1.0) * num_rows
-    return max(1, -int(-prompts // hyperparameters.batch_size))
+    epochs = hyperparameters.n_epochs or 1.0
+    return StepPlan.of(num_rows, hyperparameters.batch_size, epochs).steps

@@ -109,6 +109,9 @@ class AttemptProgress(Input):
 
     phase: Phase
     step: Count
+    """Optimizer steps done."""
+    tokens: Count | None = None
+    """Completion tokens trained on in these steps; null: not known."""
     message: Annotated[str, Field(max_length=2000)] | None = None
     """What the attempt waits for, and why."""
 

@@ -282,8 +282,9 @@ class RunEvaluation:
 
     def _ends_pass(self, number: int) -> bool:
         trainer = self._run.trainer
-        count, rows = trainer.args.prompts_per_step, len(trainer.train_dataset)
-        return number * count // rows > (number - 1) * count // rows
+        rows = len(trainer.train_dataset)
+        plan = trainer.args.step_plan(rows, is_replay=self._is_replay)
+        return plan.end(number) // rows > plan.end(number - 1) // rows
 
     def end_loop(self) -> None:
         """Withdraw the evaluation that transformers requests when a stop has ended its loop.

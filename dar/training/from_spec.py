@@ -27,8 +27,8 @@ Ending = Literal["finished", "drained", "cancelled"]
 
 RENAMED = {"batch_size", "max_steps", "n_epochs", "lr_scheduler_type", "optim"}
 """Hyperparameters of a job spec that `DARConfig` has by another name."""
-CHECKPOINTS_PER_JOB = 20
-"""Number of checkpoints if the spec does not say how often."""
+CHECKPOINT_SECONDS = 300.0
+"""Time of training between two checkpoints if the spec does not say how often."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def job_config(inputs: JobInputs) -> DARConfig:
     """A job spec as arguments of the trainer."""
     spec = inputs.spec.dar
     hyper, sampling = spec.hyperparameters, spec.sampling
-    return DARConfig(
+    every = spec.checkpointing.every_steps
+    config = DARConfig(
         output_dir=str(inputs.work_dir),
         preset=spec.preset,
         **hyper.model_dump(exclude=RENAMED),
@@ -192,13 +193,15 @@ def job_config(inputs: JobInputs) -> DARConfig:
         use_cpu=not torch.cuda.is_available(),
         seed=inputs.seed,
         save_strategy="steps",
-        save_steps=spec.checkpointing.every_steps
-        or max(1, inputs.total_steps // CHECKPOINTS_PER_JOB),
+        save_steps=every or inputs.total_steps,  # the last step always gets a checkpoint
         logging_steps=1,
         disable_tqdm=True,
         report_to="none",
         log_level="error",
     )
+    config.counted_epochs = (hyper.n_epochs or 1.0) if hyper.max_steps is None else None
+    config.checkpoint_seconds = CHECKPOINT_SECONDS if every is None else None
+    return config
 
 
 def _is_bf16(spec: DARSpec) -> bool:

@@ -271,8 +271,7 @@ class RewardSession:
         self._reporter.report_requests(self._run.sink, step)
 
     def _report_wait(self, message: str) -> None:
-        step = self._run.trainer.state.global_step + 1
-        self._run.sink.phase("waiting_for_reward", step, message)
+        self._run.phase("waiting_for_reward", message)
 
 
 def _models_of_spec(

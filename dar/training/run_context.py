@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
+from dar.protocol.worker import Phase
 from dar.training.config.config import DARConfig
 from dar.training.model.loading import LanguageModel
 from dar.training.parallel.ranks import Ranks
@@ -53,6 +54,10 @@ class RunContext:
     """Never requests a stop on the other processes."""
     job_id: str | None
     """Sent to reward services."""
+
+    def phase(self, phase: Phase, message: str | None = None) -> None:
+        """Report the present phase, with the steps that are done; the one under way is not."""
+        self.sink.phase(phase, self.trainer.state.global_step, message)
 
     def stop_if(self, reasons: tuple[StopKind, ...]) -> None:
         """Stop if one of ``reasons`` is requested; a collective, so all processes stop or none.

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 from collections.abc import Mapping
 
 from accelerate import FullyShardedDataParallelPlugin
@@ -10,6 +9,7 @@ from accelerate.utils import DistributedType
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
+from dar.protocol.spec import StepPlan
 from dar.training.config.config import DARConfig, preset_values
 from dar.training.config.ignored import online_only
 from dar.training.data.rows import Rows, check_rows
@@ -17,6 +17,7 @@ from dar.training.evaluation import check_evaluation_rows
 from dar.training.model.logprobs import idle_weights
 from dar.training.parallel import deepspeed_config
 from dar.training.parallel.launch import refuse_if_left_alone
+from dar.training.report.sink import Sink
 from dar.training.reward_sources import RewardFunctions
 from dar.training.run_context import HostTrainer
 
@@ -25,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
     """A copy of ``config`` with a length in steps, and the tie tolerance of a job spec's rewards.
-
-    The last batch of an epoch continues into the next.
 
     Raises:
         InvalidRequestError: The launcher or the number of processes does not fit the arguments.
@@ -41,8 +40,8 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
             )
     config = copy.copy(config)
     if config.max_steps <= 0:
-        prompts = config.num_train_epochs * row_count
-        config.max_steps = max(1, math.ceil(prompts / config.prompts_per_step))
+        config.counted_epochs = config.num_train_epochs
+        config.max_steps = config.step_plan(row_count, is_replay=False).steps
     if isinstance(rewards, Rewards):
         config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
     config.ignore_data_skip = True  # the position in the data is a function of the step
@@ -78,6 +77,37 @@ def check_data(
             param="overlap",
         )
     check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating)
+
+
+def report_plan(plan: StepPlan, config: DARConfig, sink: Sink) -> None:
+    """Report what becomes of a batch that the rows do not fill, and of prompts that are left."""
+    batch, rows = config.prompts_per_step, f"{plan.rows} row{'s' if plan.rows > 1 else ''}"
+    facts = {"batch_size": batch, "rows": plan.rows}
+    if batch > plan.rows and plan.is_distinct:
+        sink.event(
+            "warn",
+            f"the batch size is {batch}, but the data set has {rows}: each step takes every row "
+            "once, because a row is never compared with its own copies; for more completions in a "
+            "step, raise dar_k or add rows",
+            {"kind": "batch_exceeds_rows", **facts},
+        )
+    elif batch > plan.rows:
+        sink.event(
+            "warn",
+            f"the batch size is {batch}, but the data set has {rows}: each step takes each of them "
+            f"about {batch / plan.rows:.3g} times, and max_steps {config.max_steps} makes "
+            f"{plan.end(config.max_steps) / plan.rows:.4g} passes; lower the batch size, or give "
+            "the length in passes",
+            {"kind": "batch_exceeds_rows", **facts},
+        )
+    rest = len(plan.positions(config.max_steps))
+    if rest < plan.per_step:
+        sink.event(
+            "info",
+            f"{plan.total} prompts in steps of {plan.per_step}: the last step takes the {rest} "
+            "that are left",
+            {"kind": "last_step", "prompts": rest, **facts},
+        )
 
 
 def settle_accelerator(trainer: HostTrainer) -> bool:

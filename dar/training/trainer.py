@@ -37,6 +37,7 @@ from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import (
     Control,
+    LogSink,
     NullControl,
     NullSink,
     Sink,
@@ -54,6 +55,7 @@ from dar.training.run_context import RunContext
 from dar.training.run_setup import (
     check_data,
     limit_search_for_unused,
+    report_plan,
     settle_accelerator,
     settled_config,
 )
@@ -123,7 +125,7 @@ class DARTrainer(Trainer):
         ref_model: The frozen reference; default: ``model`` as it is now, or without its adapter.
         peft_config: Trains an adapter instead of the weights.
         callbacks: Further callbacks of transformers.
-        sink: Receives metrics, samples, events and checkpoints.
+        sink: Receives metrics, samples, events and checkpoints; default: warnings are logged.
         control: Requests a stop.
         base_name: The base model's name in an adapter; default: the name of ``model``.
         job_id: Sent to reward services.
@@ -210,7 +212,7 @@ class DARTrainer(Trainer):
         self.stopped_by: StopKind | None = None
         """The request that ended `train` early."""
         self.ranks = ranks = Ranks.of_launch(config.process_index, config.world_size)
-        self.sink = (sink if ranks.is_main else None) or NullSink()
+        self.sink = (sink or LogSink()) if ranks.is_main else NullSink()
         control = (control if ranks.is_main else None) or NullControl()
         self._run = RunContext(self, ranks, self.sink, control, job_id)
         if given.is_online and (why := config.convergence_problem):
@@ -296,8 +298,8 @@ class DARTrainer(Trainer):
             CheckpointError: The checkpoint is damaged or belongs to other arguments.
             InvalidRequestError: An argument cannot be used, or the processes have different ones.
             RewardError: No completion of a step could be scored.
-            TrainingError: The loss or the policy is not finite, or three steps in a row had no
-                usable reward.
+            TrainingError: The loss or the policy is not finite, three steps in a row had no usable
+                reward, or no step changed the model.
         """
         self.stopped_by = None
         try:
@@ -328,6 +330,10 @@ class DARTrainer(Trainer):
                 "the processes of this training run have different arguments, data or base models; "
                 "give all the same"
             )
+        if not resume:
+            is_replay = not self._rewards.loaded.given.is_online
+            plan = self.args.step_plan(len(self.train_dataset), is_replay=is_replay)
+            report_plan(plan, self.args, self.sink)
         with self._rewards.opened():
             scoring = self._rewards.scoring(is_training=True)
             self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)
@@ -431,6 +437,8 @@ class DARTrainer(Trainer):
             learning_rate = float(more.get("learning_rate") or 0.0)
             self.stopped_by = self._loop.end_step(step, float(grad_norm or 0.0), learning_rate)
             self._evaluation.end_step(step)
+            if self._checkpoints.is_due():
+                self.control.should_save = True
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

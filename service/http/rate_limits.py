@@ -4,9 +4,10 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dar.errors import RateLimitError
+from service.store.events import NewEvent
 
 PASSED_SECONDS = 30.0
 """How long a passed probe counts. A sweep submits many jobs with the same reward service."""
@@ -110,14 +111,22 @@ class PassedProbes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._until: dict[str, float] = {}
+        self._notices: dict[str, Sequence[NewEvent]] = {}
 
     def has(self, key: str) -> bool:
         """Whether the service need not be probed again yet."""
         with self._lock:
             return self._until.get(key, 0.0) > time.monotonic()
 
-    def add(self, key: str) -> None:
+    def notices(self, key: str) -> Sequence[NewEvent]:
+        """Events for a job about the last probe that its service passed."""
+        with self._lock:
+            return self._notices.get(key, ())
+
+    def add(self, key: str, notices: Sequence[NewEvent] = ()) -> None:
         now = time.monotonic()
         with self._lock:
             self._until = {name: until for name, until in self._until.items() if until > now}
             self._until[key] = now + PASSED_SECONDS
+            self._notices = {name: self._notices.get(name, ()) for name in self._until}
+            self._notices[key] = notices

@@ -15,8 +15,10 @@ from typing import Any, BinaryIO, Literal
 from dar.errors import InvalidRequestError, Problem
 from dar.protocol.reward_spec import RewardComponent
 from dar.protocol.rows import (
+    ALL_NULL,
     KINDS,
     REWARD_COLUMNS,
+    OfflineRewards,
     RowError,
     kind_of,
     kind_of_value,
@@ -51,12 +53,14 @@ class Dataset:
         columns: By name, the ``first`` row (from 1) with a value, the first row where the column is
             ``missing`` or null, and the first row where it is ``absent``; None if there is no such
             row. If it holds conversations, also the first row with a ``chat``.
+        rewards: The rewards of rows with completions.
     """
 
     num_rows: int = 0
     bytes: int = 0
     sha256: str = ""
     columns: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    rewards: OfflineRewards = field(default_factory=OfflineRewards)
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.num_rows += 1
@@ -100,7 +104,9 @@ def store(source: BinaryIO, target: Path) -> Dataset:
                 problems.append(_problem(blank_at, RowError("the row is blank; remove it")))
                 blank_at = None
             try:
-                found.add(_row(line))
+                row = _row(line)
+                _check_content(row, found.rewards)
+                found.add(row)
             except RowError as error:
                 problems.append(_problem(number, error))
             if len(problems) >= MAX_PROBLEMS:
@@ -112,6 +118,8 @@ def store(source: BinaryIO, target: Path) -> Dataset:
         problems.append(
             Problem("the file has no rows; send one JSON object per line", "file", "empty_file")
         )
+    if not problems and found.rewards.are_null:
+        problems.append(Problem(ALL_NULL, "file", "no_rewards"))
     if problems:
         target.unlink()
         raise _invalid_file(problems)
@@ -263,7 +271,6 @@ def _row(line: bytes) -> Mapping[str, Any]:
     row = _parse(line)
     if not isinstance(row, dict):
         raise RowError(f"the row must be a JSON object, but it is {kind_of_value(row)}")
-    _check_content(row)
     return row
 
 
@@ -324,13 +331,13 @@ def _check_surrogates(row: object) -> None:
         ) from None
 
 
-def _check_content(row: Mapping[str, Any]) -> None:
+def _check_content(row: Mapping[str, Any], rewards: OfflineRewards) -> None:
     """Apply the trainer's rules, and check that texts are not empty and messages are plain."""
     if kind_of(row) == "prompts":
         if read_prompt(row) == "":
             raise RowError("the prompt is empty", "prompt")
     elif any(name in row for name in REWARD_COLUMNS) or kind_of(row) == "preferences":
-        read_offline(row)
+        rewards.add(read_offline(row))
     else:  # `check_for` reports missing rewards, once it is known which job uses the file
         read_offline({**row, "rewards": None})
     for name in CONVERSATIONS:

@@ -26,7 +26,7 @@ from service.jobs import datasets, model_checks, models
 from service.rewards import endpoints, probing
 from service.rewards.watch import first_prompts
 from service.runtime import Runtime
-from service.store import checkpoints, files, jobs, reward_endpoints
+from service.store import checkpoints, events, files, jobs, reward_endpoints
 from service.store.database import Transaction
 from service.store.tables import FileRow, JobRow
 
@@ -63,6 +63,8 @@ class Plan:
     """Rows of the training file; None for a hub data set, whose rows are not known here."""
     probes: Sequence[probing.ComponentProbe] = ()
     """Reward services that must pass a probe before the job is stored."""
+    notices: Sequence[events.NewEvent] = ()
+    """Warnings of these probes, or of earlier ones of the same services."""
 
     @property
     def file_ids(self) -> set[str]:
@@ -110,9 +112,11 @@ async def submit(
     checked = await run_in_threadpool(check, runtime, submission)
     if isinstance(checked, Submitted):
         return checked
-    if problems := await probing.problems_of(checked.probes, runtime.passed_probes):
+    problems, notices = await probing.verdict_on(checked.probes, runtime.passed_probes)
+    if problems:
         raise errors.invalid(problems)
-    return await run_in_threadpool(store, runtime, checked)
+    plan = replace(checked, notices=[*checked.notices, *notices])
+    return await run_in_threadpool(store, runtime, plan)
 
 
 def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
@@ -125,13 +129,19 @@ def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
         probes = list(_probes(transaction, runtime, submission, resolved))
         plan = _plan(transaction, runtime, submission, resolved)
     fresh = [one for one in probes if not runtime.passed_probes.has(one.key)]
+    known = [
+        notice
+        for one in probes
+        if one not in fresh
+        for notice in runtime.passed_probes.notices(one.key)
+    ]
     example = _example(runtime, submission.spec) if fresh else None
     probes = [
         replace(one, target=replace(one.target, example=example))
         for one in fresh
         if runtime.submission_probes.try_take(submission.user.key_id)
     ]
-    return replace(plan, probes=probes)
+    return replace(plan, probes=probes, notices=known)
 
 
 def store(runtime: Runtime, plan: Plan) -> Submitted:
@@ -149,6 +159,7 @@ def store(runtime: Runtime, plan: Plan) -> Submitted:
             current = _plan(transaction, runtime, submission, resolved)
         job = _new_job(transaction, current)
         jobs.submit(transaction, job, current.model.checkpoint_ids)
+        events.append(transaction, job.id, plan.notices)
         reward_endpoints.link(transaction, job.id, current.resolved.links)
         transaction.after_commit(runtime.waker.wake)
         return Submitted(job)

@@ -20,6 +20,7 @@ from dar.rewards.http.redaction import Redactor
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import FULL_SECONDS, probe
 from service.http.rate_limits import PassedProbes
+from service.store.events import NewEvent
 from service.store.reward_endpoints import State
 from service.store.reward_failures import REJECTION
 
@@ -84,18 +85,38 @@ async def report_on(
     return ProbeReport.model_validate(redact.in_json(report.model_dump(mode="json")))
 
 
-async def problems_of(probes: Sequence[ComponentProbe], passed: PassedProbes) -> list[Problem]:
-    """Probe the services of a job at once; returns what keeps it from being accepted."""
+async def verdict_on(
+    probes: Sequence[ComponentProbe], passed: PassedProbes
+) -> tuple[list[Problem], list[NewEvent]]:
+    """Probe the services of a job at once.
+
+    Returns:
+        What keeps the job from being accepted, and events for an accepted job.
+    """
     reports = await asyncio.gather(
         *(report_on(_with_one_attempt(one.target), None, light=True) for one in probes)
     )
     problems: list[Problem] = []
+    notices: list[NewEvent] = []
     for one, report in zip(probes, reports, strict=True):
         lasting = [finding for finding in report.errors if not is_temporary(finding.code)]
         problems += [_problem(one, finding) for finding in lasting]
+        found = [_notice(one, finding) for finding in report.warnings]
+        notices += found
         if not lasting:
-            passed.add(one.key)
-    return problems
+            passed.add(one.key, found)
+    return problems, notices
+
+
+def _notice(one: ComponentProbe, finding: ProbeFinding) -> NewEvent:
+    """A warning of the probe as an event of the job, which is accepted nevertheless."""
+    name = one.target.component.name
+    message = (
+        f"reward component {name}: when the job was submitted, a probe of its service with the "
+        f"job's first prompt found: {finding.detail}. {finding.advice}"
+    )
+    data = {"kind": "reward_probe", "component": name, "code": finding.code}
+    return NewEvent(message.strip(), level="warn", data=data)
 
 
 def _problem(one: ComponentProbe, finding: ProbeFinding) -> Problem:

@@ -73,6 +73,11 @@ def newest(transaction: Transaction, job_id: str) -> CheckpointRow | None:
     ).one_or_none()
 
 
+def trained_tokens(checkpoint: CheckpointRow) -> int:
+    """Completion tokens that were trained on up to a checkpoint."""
+    return int(checkpoint.manifest["metrics"].get("train/tokens") or 0)
+
+
 def by_ids(transaction: Transaction, ids: Sequence[str]) -> dict[str, CheckpointRow]:
     """Checkpoints by id."""
     rows = transaction.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(ids))).all()

@@ -110,8 +110,11 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     job = _locked(transaction, project_id, job_id)
     asked = {"cancel_requested_at": transaction.now}
     this = JobRow.id == job_id
+    before = (
+        "cancelled before it ran" if job.attempt == 0 else f"cancelled while it was {job.status}"
+    )
     moved = transitions.move(
-        transaction, "cancelled", this, "cancelled before it ran", values=asked
+        transaction, "cancelled", this, before, values=asked
     ) or transitions.move(
         transaction, "cancel_requested", this, "waiting for the worker to stop", values=asked
     )
@@ -167,7 +170,7 @@ def resume(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         if job.status == "succeeded":
             raise ConflictError(_cannot(job, "resumed"))
         return job
-    values: dict[str, Any] = {"error": None, "reward_waits": 0}
+    values: dict[str, Any] = {"reward_waits": 0}
     if name != "pause_withdrawn":
         values["not_before"] = transaction.now
     if name == "restarted":

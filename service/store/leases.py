@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import aliased
@@ -48,7 +49,11 @@ def claim(
     transaction.execute(
         update(JobRow)
         .where(JobRow.id == job.id)
-        .values(step=start_step, started_at=job.started_at or transaction.now)
+        .values(
+            step=start_step,
+            tokens=0 if resume is None else checkpoints.trained_tokens(resume),
+            started_at=job.started_at or transaction.now,
+        )
     )
     attempt = AttemptRow(
         job_id=job.id,
@@ -138,18 +143,20 @@ def renew(
 
 
 def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgress) -> bool:
-    """Show progress as the job's detail, unless that shows a pending cancellation or pause."""
-    seen = (job.step, job.status_detail, job.status_message)
-    said: tuple[int, str | None, str | None] = (progress.step, progress.phase, progress.message)
-    if job.cancel_requested_at is not None or job.status == "pausing":
-        said = (progress.step, job.status_detail, job.status_message)
-    if seen == said:
+    """Show progress as the job's detail, unless that shows a pending cancellation or pause.
+
+    Steps and tokens never decrease within an attempt: a trainer that loads its model reports none,
+    and a heartbeat may arrive after the rows of a later step.
+    """
+    said: dict[str, Any] = {
+        "step": max(job.step, progress.step),
+        "tokens": max(job.tokens, progress.tokens or 0),
+    }
+    if job.cancel_requested_at is None and job.status != "pausing":
+        said |= {"status_detail": progress.phase, "status_message": progress.message}
+    if all(getattr(job, name) == value for name, value in said.items()):
         return False
-    transaction.execute(
-        update(JobRow)
-        .where(JobRow.id == job.id)
-        .values(step=said[0], status_detail=said[1], status_message=said[2])
-    )
+    transaction.execute(update(JobRow).where(JobRow.id == job.id).values(said))
     return True
 
 

@@ -66,7 +66,7 @@ def _note_of_paused(
     transaction: Transaction, job: JobRow, check: RewardCheck, base_seconds: float
 ) -> bool:
     if check.is_back:
-        values = {"error": None, "not_before": transaction.now}
+        values = {"not_before": transaction.now}
         message = "the reward service answers again; resuming"
         this, facts = JobRow.id == job.id, {"by": "probe"}
         moved = transitions.move(transaction, "resumed", this, message, values=values, facts=facts)

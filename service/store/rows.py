@@ -144,8 +144,11 @@ def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
 def _update_job(transaction: Transaction, held: Held, steps: Sequence[MetricsRow]) -> None:
     if not steps or not is_live(held.attempt, held.job):
         return
-    values: dict[str, Any] = {"step": steps[-1].step, "reward_waits": 0}
-    tokens = steps[-1].values.get("train/tokens")
-    if tokens is not None:
-        values["tokens"] = int(tokens)
+    # Neither decreases within an attempt; a heartbeat may have reported later steps before.
+    tokens = int(steps[-1].values.get("train/tokens") or 0)
+    values: dict[str, Any] = {
+        "step": max(held.job.step, steps[-1].step),
+        "tokens": max(held.job.tokens, tokens),
+        "reward_waits": 0,
+    }
     transaction.execute(update(JobRow).where(JobRow.id == held.job.id).values(values))

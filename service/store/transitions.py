@@ -99,7 +99,9 @@ def move(
         name: Row of `MOVES`.
         job: Selects the job, with any further guards.
         message: The event's message and the job's ``status_message``.
-        values: Other columns to set. ``status_detail`` replaces that of the row of `MOVES`.
+        values: Other columns to set. ``status_detail`` replaces that of the row of `MOVES`, and
+            ``error`` is null without them: a job has an error only while the state has it that
+            the error led to.
         facts: Added to the event's data.
 
     Returns:
@@ -117,6 +119,7 @@ def move(
                 "status_detail": row.detail,
                 "status_message": message,
                 "finished_at": transaction.now if is_over else None,
+                "error": None,
                 "event_seq": JobRow.event_seq + 1,
                 **place,
                 **(values or {}),

@@ -55,6 +55,8 @@ def test_a_part_of_a_file_can_be_fetched(live: Live, error_of: Callable[..., Any
         (b'{"prompt": "a", "completions": "b", "chosen": "c"}', "keep the columns of one format"),
         (b'{"prompt": "a", "chosen": "b"}', "'chosen' but no 'rejected'"),
         (b'{"chosen": "yes", "rejected": "no"}', "no common beginning"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": ""}', "rejected is empty after the prompt"),
         (
             b'{"prompt": "a", "chosen": [{"role": "assistant", "content": ""}], "rejected": "c"}',
             "one of chosen and rejected is a text",
@@ -203,6 +205,20 @@ def test_a_job_without_rewards_takes_files_with_completions(live: Live) -> None:
         assert job["method"]["dar"]["rewards"] is None
         assert job["progress"]["total_steps"] == len(rows) * 3
     assert live.claim().body["spec"]["method"]["dar"]["rewards"] is None
+
+
+@pytest.mark.parametrize("rewards", [[None, None], None])
+def test_a_file_whose_rewards_are_all_null_is_refused(
+    live: Live, error_of: Callable[..., Any], rewards: list[None] | None
+) -> None:
+    row = {"prompt": "a", "completions": ["b", "c"], "rewards": rewards}
+    lines = b"".join(json.dumps(row).encode() + b"\n" for _ in range(2))
+    error = error_of(live.upload(lines))
+    assert (error["code"], error["param"]) == ("invalid_training_file", "file")
+    assert "every reward is null" in error["message"]
+    assert "service" not in error["message"]
+    scored = json.dumps(row | {"rewards": [1, None]}).encode()
+    assert live.upload(lines + scored).status_code == 200
 
 
 def test_a_job_without_rewards_takes_no_options_of_sampling(

@@ -138,6 +138,26 @@ def test_a_submission_asks_with_the_jobs_own_first_prompt(
         assert [sample["columns"] for sample in asked["samples"]] == [{"level": 3}] * 2
 
 
+def test_a_service_that_skips_every_sample_is_named_in_the_events_of_each_job(
+    live: Live, judge: Judge
+) -> None:
+    judge.answer = lambda asked: {
+        "request_id": asked["request_id"],
+        "rewards": [None] * len(asked["samples"]),
+    }
+    dar = {"rewards": {"components": [{"name": "silent", "url": judge.url}]}}
+    for seed in range(2):  # the service is not probed for the second one
+        job_id = live.submit(dar=dar, seed=seed)["id"]
+        (event,) = [
+            one
+            for one in live.job(job_id, "/events")["data"]
+            if one["data"].get("code") == "samples.skipped"
+        ]
+        assert (event["level"], event["data"]["component"]) == ("warn", "silent")
+        assert "silent" in event["message"]
+        assert "every sample was skipped" in event["message"]
+
+
 def test_a_sweep_tries_its_service_once(live: Live, judge: Judge) -> None:
     dar = {"rewards": {"components": [{"name": "a", "url": judge.url}]}}
     for seed in range(5):

@@ -144,8 +144,25 @@ def test_waiting_reports_changes_and_ends_with_the_job(
 
 def test_waiting_ends_in_time(client: Client, new_job: Callable[..., Job]) -> None:
     job = new_job()
-    with pytest.raises(TimeoutError, match=f"{job.id} is queued"):
+    with pytest.raises(TimeoutError, match=f"{job.id} is queued: waiting for a worker"):
         client.jobs.wait(job.id, poll_seconds=0.01, timeout_seconds=0.05)
+    client.jobs.cancel(job.id)
+
+
+def test_waiting_ends_at_a_pause_that_only_the_user_can_end(
+    client: Client, new_job: Callable[..., Job], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = new_job()
+    client.jobs.pause(job.id)
+    paused = client.jobs.wait(job.id, poll_seconds=0.01, timeout_seconds=5)
+    assert (paused.status, paused.status_detail) == ("paused", "by_user")
+    shown = f"job {job.id} is paused (by_user): {paused.status_message}"
+    assert caplog.messages == [shown]
+    with pytest.raises(ConflictError, match=r"is paused \(by_user\): .* continues it") as raised:
+        client.jobs.wait(job.id, on_pause="raise", poll_seconds=0.01, timeout_seconds=5)
+    assert raised.value.error_code == "job_paused"
+    with pytest.raises(TimeoutError, match=r"is paused \(by_user\): "):
+        client.jobs.wait(job.id, on_pause="wait", poll_seconds=0.01, timeout_seconds=0.1)
     client.jobs.cancel(job.id)
 
 

@@ -213,10 +213,8 @@ def test_an_id_cannot_leave_its_place_in_the_path(
     assert server.requests[0][0] == "GET /v1/fine_tuning/jobs/..%2Ffiles%2Fx%3Fy%3D1"
 
 
-def test_waiting_survives_a_restart_of_the_service(
-    scripted: Callable[..., Any], answer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = {
+def some_job(status: str, **values: Any) -> dict[str, Any]:
+    return {
         **dict.fromkeys(
             ("started_at", "finished_at", "estimated_finish", "status_detail", "status_message")
         ),
@@ -237,8 +235,36 @@ def test_waiting_survives_a_restart_of_the_service(
         "actions": [],
         "links": {},
         "progress": {"step": 1, "total_steps": 2, "percent": 50.0, "tokens": 1},
+        "status": status,
+        **values,
     }
-    running, over = {**job, "status": "running"}, {**job, "status": "succeeded"}
+
+
+@pytest.mark.parametrize(("kind", "ended"), [("http", "succeeded"), ("builtin", "paused")])
+def test_waiting_outlasts_a_pause_only_where_the_service_ends_it(
+    scripted: Callable[..., Any],
+    answer: Any,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    ended: str,
+) -> None:
+    method = {"type": "dar", "dar": {"rewards": {"components": [{"kind": kind}]}}}
+    paused = some_job("paused", status_detail="reward", status_message="HTTP 503", method=method)
+    waits = some_job("running", status_detail="waiting_for_reward", status_message="slow")
+    over = some_job("succeeded")
+    server = scripted(*(answer(body=body) for body in (waits, waits, paused, paused, over)))
+    with Client("key", server.url, max_retries=0) as client:
+        assert client.jobs.wait("ftjob-1", poll_seconds=0.01).status == ended
+    assert caplog.messages == [
+        "job ftjob-1 is running (waiting_for_reward): slow",
+        "job ftjob-1 is paused (reward): HTTP 503",
+    ]
+
+
+def test_waiting_survives_a_restart_of_the_service(
+    scripted: Callable[..., Any], answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, over = some_job("running"), some_job("succeeded")
     server = scripted(answer(body=running), answer(0), answer(503), answer(body=over))
     with Client("key", server.url, max_retries=0) as client:
         assert client.jobs.wait("ftjob-1", poll_seconds=0.01).status == "succeeded"

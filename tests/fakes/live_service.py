@@ -35,6 +35,8 @@ class Lease:
     body: dict[str, Any]
     http: httpx2.Client
     seq: int = 0
+    metrics: dict[str, float] = field(default_factory=lambda: {"dar/loss": 0.5})
+    """Of the manifest of its next checkpoint."""
 
     @property
     def attempt(self) -> int:
@@ -66,7 +68,7 @@ class Lease:
                 "kind": "full",
                 "last_seq": self.seq,
                 "config_sha256": "0" * 64,
-                "metrics": {"dar/loss": 0.5},
+                "metrics": self.metrics,
                 "files": entries,
             }
         )

@@ -221,21 +221,24 @@ def test_4_tied_prompts_are_left_out_on_demand(weigh: Callable[..., list[Any]]) 
     assert [row.weight is None for row in close] == [False] * 4 + [True] * 5
 
 
-def test_4_steps_of_ties_alone_change_nothing_and_do_not_end_training(
+def test_4_steps_of_ties_alone_change_nothing_and_end_training_only_at_the_last_step(
     train: Callable[..., DARTrainer], make_model: Callable[..., Any], sink: RecordingSink
 ) -> None:
     model = make_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = {"drop_ties": True, "max_steps": 4, "weight_decay": 0.1}
-    train(
-        model=model,
-        sink=sink,
-        settings=settings,
-        reward_funcs=lambda completions, **columns: [0.5] * len(completions),
-    )
+    with pytest.raises(TrainingError, match="none of the 4 steps changed the model"):
+        train(
+            model=model,
+            sink=sink,
+            settings=settings,
+            reward_funcs=lambda completions, **columns: [0.5] * len(completions),
+        )
     assert sorted(sink.reports) == [1, 2, 3, 4]
     assert {values["rewards/zero_variance_fraction"] for values in sink.reports.values()} == {1.0}
-    assert all("no two different rewards" in message for _, message, _ in sink.events)
+    empty = [message for _, message, data in sink.events if data["kind"] == "empty_step"]
+    assert len(empty) == 4
+    assert all("no two different rewards" in message for message in empty)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -1,6 +1,7 @@
 import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dar.errors import (
     RewardUnavailableError,
     TrainingError,
 )
+from dar.protocol.spec import total_steps
 from dar.rewards.server import reward_server
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
 from dar.training.checkpoint.checkpoint import verify
@@ -69,12 +71,13 @@ def test_a_job_trains_against_a_reward_service_to_its_last_checkpoint(
     assert sorted(sink.reports) == sorted(sink.shown) == [1, 2, 3, 4]
     assert {"rewards/words/mean", "time/reward_seconds"} <= sink.reports[1].keys()
     assert sink.phases[0] == ("starting", 0, "loading the model")
-    assert [phase for phase, step, _ in sink.phases if step == 2] == [
+    assert [phase for phase, done, _ in sink.phases if done == 2] == [
+        "checkpointing",
         "sampling",
         "waiting_for_reward",
         "training",
-        "checkpointing",
     ]
+    assert sink.phases[-1][:2] == ("checkpointing", 4)
     AutoModelForCausalLM.from_pretrained(sink.published[-1][1])
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -87,6 +90,49 @@ def test_a_script_may_name_a_reward_service_by_its_url(
     assert "rewards/remote/mean" in sink.reports[1]
     with pytest.raises(RewardMisconfiguredError):
         train(reward_funcs=reward_url, sink=sink)  # unsigned
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(300.0, [4]), (0.0, [1, 2, 3, 4])])
+def test_a_job_gets_a_checkpoint_every_five_minutes_and_at_its_end(
+    job: Callable[..., JobInputs],
+    sink: RecordingSink,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    steps: list[int],
+) -> None:
+    inputs = job(dar={"checkpointing": {}})
+    assert job_config(inputs).checkpoint_seconds == 300
+    monkeypatch.setattr("dar.training.from_spec.CHECKPOINT_SECONDS", seconds)
+    assert train_job(inputs, sink, NullControl()) == "finished"
+    assert [step for step, *_ in sink.published] == steps
+
+
+def test_a_job_makes_no_more_passes_than_its_spec_says_although_its_batch_is_larger(
+    job_inputs: Callable[..., JobInputs], sink: RecordingSink
+) -> None:
+    rewards = {"components": [{"name": "length", "kind": "builtin", "fn": "length_penalty",
+                               "params": {"target": 3, "unit": "characters"}}]}  # fmt: skip
+    hyper = {"n_epochs": 1, "batch_size": 500}
+    dar = {"rewards": rewards, "hyperparameters": hyper, "sampling": {"max_new_tokens": 8}}
+    inputs = job_inputs(dar)
+    steps = total_steps(inputs.spec.dar.hyperparameters, 5)
+    train_job(replace(inputs, total_steps=steps), sink, NullControl())
+    assert sorted(sink.reports) == [1]
+    assert sink.reports[1]["train/epoch"] == 1
+
+
+def test_a_job_without_any_usable_reward_fails_and_shows_its_last_step(
+    job_inputs: Callable[..., JobInputs], sink: RecordingSink
+) -> None:
+    component = {"name": "truth", "kind": "builtin", "fn": "exact_match"}
+    with pytest.raises(TrainingError, match="none of the 2 steps changed the model") as raised:
+        train_job(
+            job_inputs({"rewards": {"components": [component]}}, steps=2), sink, NullControl()
+        )
+    assert (raised.value.error_code, raised.value.retryable) == ("no_rewards", False)
+    assert sorted(sink.reports) == sorted(sink.shown) == [1, 2]
+    (data,) = [data for _, _, data in sink.events if data and data["kind"] == "skipped_steps"]
+    assert data["components"] == ["truth"]
 
 
 def test_a_job_goes_on_from_its_checkpoint_to_the_same_weights(
@@ -269,7 +315,7 @@ def test_a_spec_becomes_arguments_of_the_trainer(job: Callable[..., JobInputs]) 
             assert getattr(config, name) == value, name
     assert config.per_device_train_batch_size == 5
     assert config.lr_scheduler_type == "constant_with_warmup"
-    assert (config.save_steps, config.seed, config.bf16) == (5, 7, torch.cuda.is_available())
+    assert (config.save_steps, config.seed, config.bf16) == (100, 7, torch.cuda.is_available())
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor"])

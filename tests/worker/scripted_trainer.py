@@ -135,7 +135,7 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     say_files(launch, sink)
     first = begin(launch, script, sink)
     for step in range(first + 1, launch.total_steps + 1):
-        sink.phase("training", step)
+        sink.phase("training", step - 1)
         time.sleep(float(script.get("seconds", "0.02")))
         request = None if "deaf" in script else control.requested()
         if request == "cancel":

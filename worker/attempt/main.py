@@ -106,9 +106,13 @@ class SpoolSink:
         self._folder = folder
         self._spool = SpoolWriter(folder.spool)
         self._lock = threading.Lock()
+        self._tokens: int | None = None
+        """Tokens trained on up to the last report."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Store metrics of a step; infinity and NaN become null."""
+        if "train/tokens" in values:
+            self._tokens = int(values["train/tokens"])
         checked = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._spool.append(partial(MetricsRow, type="metrics", step=step, values=checked))
 
@@ -139,7 +143,7 @@ class SpoolSink:
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
         """Report the current phase."""
         shown = None if message is None else message[:PROGRESS_LENGTH]
-        progress = AttemptProgress(phase=phase, step=step, message=shown)
+        progress = AttemptProgress(phase=phase, step=step, tokens=self._tokens, message=shown)
         with self._lock:
             write_atomically(self._folder.progress, progress.model_dump_json().encode())
 

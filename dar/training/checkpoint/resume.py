@@ -6,6 +6,7 @@ scheduler and random states.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,6 +83,7 @@ class RunCheckpoints:
         self._members = members
         self._last_report = last_report
         self._has_new_ends = has_new_ends
+        self._saved_at = time.monotonic()
         self._resumed: checkpoint.ResumeState | None = None
         self._is_longer = False
         """Whether the run has more steps than the one that it resumes."""
@@ -107,7 +109,8 @@ class RunCheckpoints:
         return found[-1]
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written."""
+        """Remove what killed processes left half-written; called when training begins."""
+        self._saved_at = time.monotonic()
         self._run.ranks.from_main(lambda: checkpoint.sweep(self.root))
 
     # --- reading -------------------------------------------------------------------------------
@@ -224,6 +227,13 @@ class RunCheckpoints:
 
     # --- writing -------------------------------------------------------------------------------
 
+    def is_due(self) -> bool:
+        """Whether ``args.checkpoint_seconds`` have passed since the last checkpoint."""
+        seconds = self._run.trainer.args.checkpoint_seconds
+        if seconds is None:
+            return False
+        return self._run.ranks.from_main(lambda: time.monotonic() - self._saved_at >= seconds)
+
     def save(self) -> None:
         """Publish a checkpoint of the last step."""
         trainer = self._run.trainer
@@ -257,10 +267,11 @@ class RunCheckpoints:
     def _publish(self, write: Write, manifest: MakeManifest) -> None:
         self._run.ranks.from_main(lambda: self._publish_here(write, manifest))
         self.published_step = self._run.trainer.state.global_step
+        self._saved_at = time.monotonic()
 
     def _publish_here(self, write: Write, manifest: MakeManifest) -> None:
         sink, step = self._run.sink, self._run.trainer.state.global_step
-        sink.phase("checkpointing", step)
+        self._run.phase("checkpointing")
         last_seq = sink.flush()
         published = checkpoint.publish(
             self.root, step, write=write, manifest=lambda files: manifest(files, last_seq)

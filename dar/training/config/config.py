@@ -16,6 +16,7 @@ from dar.protocol.spec import (
     LogRatio,
     Normalization,
     Overlap,
+    StepPlan,
     TrainingOrder,
     WeightNormalization,
 )
@@ -167,6 +168,10 @@ class DARConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Validate, then let transformers set up the rest."""
+        self.counted_epochs: float | None = None
+        """Passes that the run may not exceed; None: its length is given in steps."""
+        self.checkpoint_seconds: float | None = None
+        """Longest time of training without a checkpoint; None: ``save_steps`` alone decides."""
         check_ranges(vars(self))
         check_trackers(self.report_to)
         # transformers warns about the usual names; both mean the same.
@@ -236,6 +241,10 @@ class DARConfig(TrainingArguments):
         return int(
             self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         )
+
+    def step_plan(self, rows: int, *, is_replay: bool) -> StepPlan:
+        """Which prompts each step takes of a data set with so many rows."""
+        return StepPlan.of(rows, self.prompts_per_step, self.counted_epochs, is_replay=is_replay)
 
     def decisive_values(self) -> dict[str, Any]:
         """Everything here that decides the result of training, as JSON values."""

@@ -149,6 +149,8 @@ class Prompt:
     """Offline: the completions of the row. Online: empty."""
     changed_text: tuple[str, str] | None = None
     """Offline: a completion that the tokenizer cannot reproduce, and what its tokens say."""
+    is_preference: bool = False
+    """Whether the completions are a chosen and a rejected one."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

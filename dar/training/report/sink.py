@@ -1,5 +1,6 @@
 """The interfaces of a trainer's reports (`Sink`) and of requests to stop (`Control`)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,6 +11,7 @@ from dar.protocol.reward_stats import ComponentRequests, FailedRequest
 from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import Phase
 
+log = logging.getLogger(__name__)
 StopKind = Literal["cancel", "drain"]
 """``cancel``: stop as fast as possible. ``drain``: stop with a checkpoint."""
 
@@ -44,7 +46,7 @@ class Sink(Protocol):
         """A message for the user."""
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
-        """The present phase and its step; cheap, and not stored."""
+        """The present phase, with the number of steps that are done; cheap, and not stored."""
 
     def flush(self) -> int:
         """Make all reports so far durable.
@@ -58,7 +60,7 @@ class Sink(Protocol):
 
 
 class NullSink:
-    """A sink that drops all reports: the default outside a service."""
+    """A sink that drops all reports: that of the other processes of a run."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         pass
@@ -86,6 +88,15 @@ class NullSink:
 
     def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
         pass
+
+
+class LogSink(NullSink):
+    """Logs warnings and errors, and drops all else: the default outside a service."""
+
+    def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - data is for machines
+        """Log a message that a user should see."""
+        if level in ("warn", "error"):
+            log.log(logging.WARNING if level == "warn" else logging.ERROR, message)
 
 
 class Control(Protocol):

@@ -1,7 +1,5 @@
 """The prompts of each step: a function of the seed and the step's number alone."""
 
-from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,14 +13,44 @@ class PromptOrder:
     """The row at each position of the stream of prompts: a function of seed and position alone.
 
     Every epoch is another permutation; a step may take its last prompts from the next epoch.
+
+    Args:
+        row_count: Rows of the data set.
+        seed: Of the run.
+        distinct: Positions of a step, if no step may take a row twice: then the rows that a step
+            has taken at the end of an epoch come later in the next one. At most ``row_count``.
     """
 
-    def __init__(self, row_count: int, seed: int) -> None:
+    def __init__(self, row_count: int, seed: int, distinct: int | None = None) -> None:
         self.row_count = row_count
         self._seed = seed
-        self._permutation = lru_cache(maxsize=2)(self._draw)
+        self._distinct = distinct
+        self._known: dict[int, list[int]] = {}
+        """Permutations of the last epochs that were asked for."""
 
-    def _draw(self, epoch: int) -> Sequence[int]:
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._known:
+            # Each depends on the one before, so all are made that are not known.
+            first = max((known + 1 for known in self._known if known < epoch), default=0)
+            if not self._distinct or self.row_count % self._distinct == 0:
+                first = epoch
+            for one in range(first, epoch + 1):
+                self._known[one] = self._without_repetition(one, self._draw(one))
+                self._known.pop(one - 2, None)
+        return self._known[epoch]
+
+    def _without_repetition(self, epoch: int, order: list[int]) -> list[int]:
+        """The same order, but without the rows at its start that its first step has already."""
+        taken = (epoch * self.row_count) % self._distinct if self._distinct else 0
+        if not taken:
+            return order
+        assert self._distinct is not None
+        before = set(self._known[epoch - 1][-taken:])
+        free = [row for row in order if row not in before][: self._distinct - taken]
+        chosen = set(free)
+        return [*free, *(row for row in order if row not in chosen)]
+
+    def _draw(self, epoch: int) -> list[int]:
         bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
         order: list[int] = np.random.Generator(bits).permutation(self.row_count).tolist()
         return order
@@ -39,16 +67,26 @@ class PromptStream:
     Args:
         rows: The data set.
         encoder: Makes token ids of a row.
-        config: Batch size and seed.
+        config: Batch size, length and seed.
         sink: Gets one warning if a prompt had to be cut, and one if the tokenizer cannot reproduce
             a completion.
+        is_replay: Whether the rows hold their completions.
     """
 
-    def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        encoder: PromptEncoder,
+        config: DARConfig,
+        sink: Sink,
+        *,
+        is_replay: bool = False,
+    ) -> None:
         self._rows = rows
         self._encoder = encoder
-        self.prompts_per_step = config.prompts_per_step
-        self._order = PromptOrder(len(rows), config.seed)
+        self._plan = plan = config.step_plan(len(rows), is_replay=is_replay)
+        distinct = plan.per_step if plan.is_distinct else None
+        self._order = PromptOrder(len(rows), config.seed, distinct)
         self._sink = sink
         self._warned: set[str] = set()
 
@@ -97,9 +135,7 @@ class PromptStream:
 
     def rows_of_step(self, number: int) -> list[int]:
         """Numbers of the rows of step ``number``, from 0."""
-        start = (number - 1) * self.prompts_per_step
-        positions = range(start, start + self.prompts_per_step)
-        return [self._order.row(position) for position in positions]
+        return [self._order.row(position) for position in self._plan.positions(number)]
 
     def _encode(self, row: int) -> Prompt:
         with naming_row(row):
@@ -107,15 +143,14 @@ class PromptStream:
 
     def epoch(self, number: int) -> float:
         """Passes over the data set after step ``number``."""
-        return number * self.prompts_per_step / self._order.row_count
+        return self._plan.end(number) / self._order.row_count
 
 
 class EvaluationStream(PromptStream):
     """All rows of the data set in every step, in their order."""
 
-    def __init__(self, rows: Rows, encoder: PromptEncoder, config: DARConfig, sink: Sink) -> None:
-        super().__init__(rows, encoder, config, sink)
-        self.prompts_per_step = len(rows)
-
     def rows_of_step(self, number: int) -> list[int]:  # noqa: ARG002 - every step is the same
-        return list(range(self.prompts_per_step))
+        return list(range(len(self._rows)))
+
+    def epoch(self, number: int) -> float:
+        return float(number)

@@ -53,10 +53,11 @@ def _sampled(step: ScoredStep) -> str:
 
 def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
     config, memory, rows = trainer.args, trainer.memory(), len(trainer.train_dataset)
-    prompts = config.prompts_per_step
+    plan = config.step_plan(rows, is_replay=not trainer.hub.reward_names)
+    prompts = plan.per_step
     output = str(given["output_dir"])
     facts = {
-        "steps": f"{config.max_steps}: {config.max_steps * prompts / rows:.3g} passes over "
+        "steps": f"{config.max_steps}: {plan.end(config.max_steps) / rows:.3g} passes over "
         f"{rows:,} rows",
         "memory": " + ".join(f"{size(count)} {name}" for name, count in memory.items())
         + f" = {size(sum(memory.values()))}, and activations",

@@ -7,5 +7,6 @@ offline: completions and rewards are read from the data set.
 reward_feed: waits for the rewards of a step, and samples again where too many are missing.
 passes: log-probabilities under policy and reference, shared among the processes.
 records: the completions of a step, compared and weighed in their groups.
+degenerate: a warning when rewards are constant, or all completions truncated or skipped.
 metrics: computes the metrics and samples of a step, and reports them.
 """

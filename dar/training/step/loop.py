@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dar.errors import TrainingError
+from dar.errors import DARError, TrainingError
 from dar.training.loss import dar_loss
 from dar.training.model.logprobs import forward_batches, logps_and_entropies
 from dar.training.report.sink import StopKind, StopRequestedError
@@ -69,6 +69,8 @@ class StepLoop:
         """Loss of the current step so far; None before its first pass."""
         self._pass_count = 0
         self._empty_steps = 0
+        self._trained_steps = 0
+        """Steps of the whole run that changed the model."""
 
     def begin(self, source: BeginningSource, scoring: Scoring) -> None:
         """Begin a training run, whose steps come from ``source``."""
@@ -250,7 +252,7 @@ class StepLoop:
 
         Raises:
             StopRequestedError: A cancellation is requested.
-            TrainingError: Too many steps in a row had no usable rewards.
+            TrainingError: Too many steps in a row had no usable rewards, or all steps of the run.
         """
         assert self._pipeline is not None
         trainer, run = self._run.trainer, self._run
@@ -263,8 +265,14 @@ class StepLoop:
         times = self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
         if self._scoring.capacity is not None:
             self._scoring.capacity.end_step(step.number, times)
-        self._reporter.warn_of(step, run.sink)
-        self._count_empty(step)
+        self._reporter.warn_of(step, run.sink, last_step=trainer.state.max_steps)
+        self._warn_of_empty(step)
+        try:
+            self._count_trained(step)
+            self._count_empty(step)
+        except DARError:
+            self.report({})  # its metrics and samples show why
+            raise
         stop = run.ranks.from_main(run.control.requested)
         if stop == "cancel":
             raise StopRequestedError
@@ -285,10 +293,27 @@ class StepLoop:
             step.policy_logps_B[part["rows"]] = part["logps"]
             step.entropies_B[part["rows"]] = part["entropies"]
 
-    def _count_empty(self, step: ScoredStep) -> None:
-        # A step whose rewards are all equal, and dropped for that, is not counted as empty.
-        self._empty_steps = 0 if step.group_count else self._empty_steps + 1
-        message = next((reward.message for reward in step.rewards if reward.message), None)
+    def _count_trained(self, step: ScoredStep) -> None:
+        """Count a step that changed the model; a run without one fails, however short it is.
+
+        Raises:
+            TrainingError: This was the last step, and no step changed the model.
+        """
+        is_skipped = self._scaler is not None and (
+            self._run.trainer.accelerator.optimizer_step_was_skipped
+        )
+        if step.valid_count and not is_skipped:
+            self._trained_steps += 1
+        if not self._trained_steps and step.number >= self._run.trainer.state.max_steps:
+            why = (
+                "every gradient overflowed float16; use bf16" if is_skipped else _why_unusable(step)
+            )
+            steps = "the only step" if step.number == 1 else f"none of the {step.number} steps"
+            verb = "did not change" if step.number == 1 else "changed"
+            raise TrainingError(f"{steps} {verb} the model: {why}", code="no_rewards")
+
+    def _warn_of_empty(self, step: ScoredStep) -> None:
+        message = _first_message(step)
         if not step.valid_count:
             self._run.sink.event(
                 "warn",
@@ -297,12 +322,15 @@ class StepLoop:
                 + (f"; the reward source says: {message}" if message else ""),
                 {"kind": "empty_step", "step": step.number},
             )
+
+    def _count_empty(self, step: ScoredStep) -> None:
+        # A step whose rewards are all equal, and dropped for that, is not counted as empty.
+        self._empty_steps = 0 if step.group_count else self._empty_steps + 1
         if self._scoring.policy is not None:  # the failure policy counts empty steps too
             self._budget_state = self._run.ranks.from_main(lambda: self._end_budget(step))
         elif self._empty_steps >= MOST_EMPTY_STEPS:
             raise TrainingError(
-                f"the last {MOST_EMPTY_STEPS} steps had no usable rewards: nearly every completion "
-                "was skipped or failed; check what the reward service answers",
+                f"the last {MOST_EMPTY_STEPS} steps had no usable rewards: {_why_unusable(step)}",
                 code="no_rewards",
             )
 
@@ -330,6 +358,7 @@ class StepLoop:
         """Counters, what has happened since the last report, and what was sampled ahead."""
         return {
             "empty_steps": self._empty_steps,
+            "trained_steps": self._trained_steps,
             "reporter": self._reporter.state(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "budget": self._budget_state,
@@ -338,6 +367,8 @@ class StepLoop:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._empty_steps = state["empty_steps"]
+        # Checkpoints of earlier versions do not say; then a run is not failed for it.
+        self._trained_steps = state.get("trained_steps", 1)
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
         self._reporter.restore(state["reporter"])
@@ -346,6 +377,32 @@ class StepLoop:
             self._scoring.budget.restore(self._budget_state)
         if self._pipeline is not None:
             self._pipeline.restore(state.get("ahead"))
+
+
+def _first_message(step: ScoredStep) -> str | None:
+    """What a reward source says about a completion of the step; None: nothing."""
+    return next((reward.message for reward in step.rewards if reward.message), None)
+
+
+def _why_unusable(step: ScoredStep) -> str:
+    """Why the rewards of a step could not be used, and what to look at."""
+    if step.group_count:
+        return (
+            "the rewards of every prompt were all equal, and drop_ties leaves such prompts out; "
+            "look at what the reward depends on"
+        )
+    if step.staleness is None:  # the data hold the rewards
+        return (
+            "no two completions that are compared have rewards; look at the column 'rewards' of "
+            "the data, where null is a missing reward"
+        )
+    message = _first_message(step)
+    return (
+        "nearly every completion was skipped or failed"
+        + (f" (the reward source says: {message})" if message else "")
+        + "; look at what the reward source returns for the completions, where null (None in "
+        "Python) leaves one out"
+    )
 
 
 def _not_finite(what: str, step: int) -> TrainingError:

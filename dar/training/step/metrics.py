@@ -19,6 +19,7 @@ from dar.rewards.scoring.step_report import (
 from dar.training.loss import MAX_LOG_WEIGHT, dar_loss, effective_sample_size
 from dar.training.report.drift import DriftWatch
 from dar.training.report.sink import Sink
+from dar.training.step.degenerate import DegenerateWatch
 from dar.training.step.records import ScoredStep
 
 SHOWN_GROUPS = 4
@@ -82,7 +83,31 @@ def _weight_metrics(step: ScoredStep) -> dict[str, float]:
         reference = step.ref_logps_B[rows]
         values["dar/logps_ref"] = reference.mean().item()
         values |= _divergences(reference - behavior)
-    return values
+    return values | _preferences(step)
+
+
+def _preferences(step: ScoredStep) -> dict[str, float]:
+    """How well the policy tells chosen completions from rejected ones, over the pairs that count.
+
+    As in DPO, a completion is measured against the reference, if there is one.
+    """
+    starts = step.starts
+    pairs = [
+        (starts[p], starts[p] + 1)
+        for p, prompt in enumerate(step.prompts)
+        if prompt.is_preference and step.valid_B[starts[p] : starts[p + 1]].all()
+    ]
+    if not pairs:
+        return {}
+    gains_B = step.policy_logps_B
+    if step.ref_logps_B is not None:
+        gains_B = gains_B - step.ref_logps_B
+    chosen, rejected = map(list, zip(*pairs, strict=True))
+    margins = gains_B[chosen] - gains_B[rejected]
+    return {
+        "dar/preference_margin": margins.mean().item(),
+        "dar/preference_accuracy": (margins > 0).float().mean().item(),
+    }
 
 
 def _divergences(log_ratios: Tensor) -> dict[str, float]:
@@ -196,6 +221,7 @@ class Reporter:
         self._ended: float | None = None
         self._tokens = 0
         self._drift = DriftWatch()
+        self._degenerate = DegenerateWatch()
         self._last: ScoredStep | None = None
         self.observer: StepObserver | None = None
         """Counts the requests to reward services, if there are any."""
@@ -231,8 +257,8 @@ class Reporter:
         )
         return times
 
-    def warn_of(self, step: ScoredStep, sink: Sink) -> None:
-        """Warn of rewards that no source returned, and of rewards that have jumped."""
+    def warn_of(self, step: ScoredStep, sink: Sink, *, last_step: int) -> None:
+        """Warn of rewards that no source returned, that have jumped, or that give no signal."""
         count = len(step.rewards)
         if fallbacks := sum(reward.is_fallback for reward in step.rewards):
             sink.event(
@@ -252,6 +278,8 @@ class Reporter:
         for name, values in component_rewards(step.rewards).items():
             if values and (drift := self._drift.add(name, values)):
                 sink.event("warn", drift.message, drift.data(step.number))
+        for message, data in self._degenerate.add(step, last_step):
+            sink.event("warn", message, data)
 
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
@@ -293,6 +321,7 @@ class Reporter:
             "tokens": self._tokens,
             "window": self._window.state(),
             "drift": self._drift.state(),
+            "degenerate": self._degenerate.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -300,6 +329,8 @@ class Reporter:
         self._window.restore(state["window"])
         if "drift" in state:
             self._drift.restore(state["drift"])
+        if "degenerate" in state:
+            self._degenerate.restore(state["degenerate"])
 
 
 def _send_requests(

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.protocol.rows import (
+    ALL_NULL,
     OFFLINE_COLUMNS,
     Completion,
     Message,
+    OfflineRewards,
     OfflineRow,
     Row,
     RowError,
@@ -27,7 +29,7 @@ from dar.training.data.rows import (
     TokenPair,
     naming_row,
 )
-from dar.training.report.sink import Sink
+from dar.training.run_context import RunContext
 from dar.training.sampling.prompts import PromptStream
 from dar.training.step.records import Mode, ScoredStep, Weigher
 from dar.training.step.reward_feed import StepInProgress
@@ -117,6 +119,7 @@ class RowEncoder(PromptEncoder):
             prompt,
             completions=self._stored(found, fitted, len(prompt.ids)),
             changed_text=next((one.changed_text for one in completions if one.changed_text), None),
+            is_preference=found.kind == "preferences",
         )
 
     def check(self, row: Row) -> None:
@@ -230,26 +233,26 @@ class ReplaySource:
     current policy's log-probabilities are used.
 
     Args:
+        run: The training run.
         prompts: The prompts of each step, with their completions.
         weigher: Turns rewards into weights.
         tokenizer: Decodes completions.
-        sink: Receives the phases.
         mode: Whether the steps are trained or evaluated on.
     """
 
     def __init__(
         self,
+        run: RunContext,
         prompts: PromptStream,
         weigher: Weigher,
         *,
         tokenizer: PreTrainedTokenizerBase,
-        sink: Sink,
         mode: Mode = "train",
     ) -> None:
+        self._run = run
         self._prompts = prompts
         self._weigher = weigher
         self._codec = TextCodec(tokenizer)
-        self._sink = sink
         self._mode = mode
 
     def begin(
@@ -264,7 +267,7 @@ class ReplaySource:
 
     def __call__(self, number: int) -> ScoredStep:
         """Completions and rewards of step ``number`` from the data set; see `StepSource`."""
-        self._sink.phase("training" if self._mode == "train" else "evaluating", number)
+        self._run.phase("training" if self._mode == "train" else "evaluating")
         prompts = self._prompts.of_step(number)
         stored = [(prompt, one) for prompt in prompts for one in prompt.completions]
         known = [one.behavior_logp for _, one in stored]
@@ -285,24 +288,26 @@ class ReplaySource:
         return self._weigher(step, is_behavior_known=None not in known)
 
 
-def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None:
+def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int, mode: Mode) -> None:
     """Reject rows that cannot be replayed, before the first step.
 
     Args:
         rows: The data set.
         encoder: Encodes its rows.
         prompts_per_step: Rows of an optimizer step.
+        mode: Whether they are trained or evaluated on.
 
     Raises:
-        InvalidRequestError: A row cannot be encoded (the message names it), or no completion would
-            have another to be compared with.
+        InvalidRequestError: A row cannot be encoded (the message names it), there are no rewards,
+            or no completion would have another to be compared with.
     """
-    most = 0
+    most, rewards = 0, OfflineRewards()
     for index in range(len(rows)):
         row = rows[index]
         with naming_row(index):
             found = read_offline(row, encoder.vocabulary)
             most = max(most, len(found.completions))
+            rewards.add(found)
             # `PromptStream` checks all rows with conversations; only empty texts can fail.
             is_doubtful = found.behavior_logps is not None or "" in (
                 found.prompt,
@@ -310,6 +315,16 @@ def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int) -> None
             )
             if found.kind == "tokens" or is_doubtful:
                 encoder(row)
+    which = "train_dataset" if mode == "train" else "eval_dataset"
+    if rewards.are_null:
+        raise InvalidRequestError(f"{which}: {ALL_NULL}", param=which, code="no_rewards")
+    if mode == "train" and not rewards.are_comparable:
+        raise InvalidRequestError(
+            f"{which}: no completion has another one to be compared with: give at least two "
+            "completions of one row, or the only completions of two rows, a reward",
+            param=which,
+            code="no_rewards",
+        )
     if most == 1 and prompts_per_step == 1:
         raise InvalidRequestError(
             "every row holds one completion and a step takes one row, so nothing can be compared "

@@ -13,6 +13,7 @@ import torch
 
 from dar.errors import InvalidRequestError
 from dar.protocol.spec import TrainingOrder
+from dar.protocol.spec_checks import NOTHING_TO_COMPARE
 from dar.rewards.base import RewardContext, RewardSample
 from dar.rewards.scoring.scorer import RewardScorer, ScoringStoppedError, Ticket
 from dar.training.config.config import DARConfig
@@ -83,7 +84,7 @@ class OnlineSource:
             TrainingError: A probability of the policy is not finite.
         """
         run = self.run
-        run.sink.phase("sampling" if self.mode == "train" else "evaluating", number)
+        run.phase("sampling" if self.mode == "train" else "evaluating")
         started = time.monotonic()
         prompts = self.prompts.of_step(number)
         context = RewardContext(number, self.mode, run.job_id, staleness)
@@ -130,12 +131,12 @@ class OnlineSource:
             ),
             resample=lambda again: self._resample(step, groups, again),
             most_refilled=refill,
-            on_wait=lambda is_waiting: self._report_wait(step.number, is_waiting=is_waiting),
+            on_wait=self._report_wait,
         )
 
-    def _report_wait(self, number: int, *, is_waiting: bool) -> None:
+    def _report_wait(self, is_waiting: bool) -> None:
         if self.mode == "train":
-            self.run.sink.phase("waiting_for_reward" if is_waiting else "training", number)
+            self.run.phase("waiting_for_reward" if is_waiting else "training")
 
     def _evenly(self, count: int) -> list[int]:
         """Prompts in the order of training: at any time equal shares of all processes."""
@@ -185,7 +186,7 @@ class OnlineSource:
         self, step: ScoredStep, groups: "_Groups", again: Sequence[int]
     ) -> RewardCollector | None:
         """Sample these prompts again with other noise, and replace their completions."""
-        self.run.sink.phase("sampling", step.number)
+        self.run.phase("sampling")
         started = time.monotonic()
         share = self.run.ranks.slice(len(step.prompts))
         own = [p for p in again if p in share]
@@ -333,10 +334,14 @@ def make_source(
     longest = min(config.max_length or context, context)
     if scoring is None:
         row_encoder = _row_encoder(policy, config, longest)
-        count = config.prompts_per_step if mode == "train" else len(rows)
-        check_replay(rows, row_encoder, count)
+        plan = config.step_plan(len(rows), is_replay=True)
+        count = plan.per_step if mode == "train" else len(rows)
+        check_replay(rows, row_encoder, count, mode)
         stream = _stream(run, mode, rows, row_encoder, config)
-        return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=run.sink, mode=mode)
+        return ReplaySource(run, stream, weigher, tokenizer=tokenizer, mode=mode)
+    plan = config.step_plan(len(rows), is_replay=False)
+    if mode == "train" and config.dar_k == 1 and plan.per_step == 1:
+        raise InvalidRequestError(f"{NOTHING_TO_COMPARE}; set dar_k to at least 2", param="dar_k")
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
     stream = _stream(run, mode, rows, encoder, config)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
@@ -348,7 +353,8 @@ def make_source(
 def _stream(
     run: RunContext, mode: Mode, rows: Rows, encoder: PromptEncoder, config: DARConfig
 ) -> PromptStream:
-    stream = STREAMS[mode](rows, encoder, config, run.sink)
+    is_replay = isinstance(encoder, RowEncoder)
+    stream = STREAMS[mode](rows, encoder, config, run.sink, is_replay=is_replay)
     run.ranks.from_main(stream.try_rows)
     return stream
 

@@ -135,7 +135,7 @@ def test_a_run_resumed_at_any_step_goes_on_as_if_nothing_had_happened(
         assert {s: rows for s, rows in resumed.shown.items() if s in reports} == {
             s: whole.shown[s] for s in steps
         }
-        assert resumed.events == []
+        assert [event for event in resumed.events if event not in whole.events] == []
 
 
 def test_a_resume_makes_the_reference_from_the_base_model_and_never_from_the_checkpoint(

@@ -57,6 +57,36 @@ def test_lengths_missing_rewards_and_groups_that_tell_nothing_are_counted(
     assert "dar/staleness" not in values  # nobody knows when stored completions were sampled
 
 
+def test_preference_data_report_the_margin_of_chosen_over_rejected_and_its_sign(
+    train: Callable[..., DARTrainer], sink: RecordingSink
+) -> None:
+    rows = [{"prompt": f"w{n}", "chosen": "w40 w41", "rejected": "w50"} for n in (10, 11, 12)]
+    train(train_dataset=rows, reward_funcs=None, sink=sink, settings={"max_steps": 12})
+    first, last = sink.reports[1], sink.reports[12]
+    assert first["dar/preference_margin"] == pytest.approx(0, abs=1e-4)  # it is the reference
+    assert (last["dar/preference_accuracy"], last["dar/preference_margin"] > 0.05) == (1.0, True)
+    samples = {(row.group, row.index): row for row in sink.shown[12]}
+    gains = {place: row.logp_policy - row.logp_ref for place, row in samples.items()}
+    margins = [gains[group, 0] - gains[group, 1] for group in range(3)]
+    assert last["dar/preference_margin"] == pytest.approx(sum(margins) / 3, rel=1e-4)
+
+
+def test_without_a_reference_the_margin_is_that_of_the_policy(
+    train: Callable[..., DARTrainer], sink: RecordingSink
+) -> None:
+    rows = [{"prompt": "w10", "chosen": "w40", "rejected": "w50"}]
+    settings = {"max_steps": 1, "alpha": 0.0}
+    train(train_dataset=rows, reward_funcs=None, sink=sink, settings=settings)
+    chosen, rejected = (row.logp_policy for row in sink.shown[1])
+    margin = sink.reports[1]["dar/preference_margin"]
+    assert margin == pytest.approx(chosen - rejected, rel=1e-4)
+    assert sink.reports[1]["dar/preference_accuracy"] == float(margin > 0)
+
+
+def test_other_offline_data_have_no_margin(offline: Callable[..., dict[str, float]]) -> None:
+    assert not [name for name in offline() if "preference" in name]
+
+
 def test_clipping_is_counted_before_weights_are_normalised(
     offline: Callable[..., dict[str, float]],
 ) -> None:

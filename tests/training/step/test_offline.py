@@ -55,5 +55,5 @@ def test_stored_completions_count_against_the_context_and_max_new_tokens_does_no
     row = {"prompt": "w10 w20", "completion_ids": [[4] * 126, [5]], "rewards": [1.0, 0.0]}
     settings = {"dar_k": 2, "max_steps": 1, "max_new_tokens": 500, "max_length": 4096}
     train(train_dataset=[row], reward_funcs=None, sink=sink, settings=settings)
-    (cut,) = [data for _, _, data in sink.events]
+    (cut,) = [data for _, _, data in sink.events if data["kind"] == "prompt_cut"]
     assert cut["cut_tokens"] == 1

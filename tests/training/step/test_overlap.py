@@ -166,7 +166,7 @@ def test_a_run_drained_while_it_waits_goes_on_with_what_it_had_sampled(
 
     class Draining:
         def requested(self) -> str | None:
-            waiting = ("waiting_for_reward", 3, None)
+            waiting = ("waiting_for_reward", 2, None)  # two steps are done
             return "drain" if waiting in sink.phases else None
 
     folder = str(tmp_path / "drained")

@@ -186,7 +186,7 @@ def test_a_service_that_cannot_keep_up_is_named_with_the_concurrency_it_needs(
     rewards = chaos.rewards_of(serve(slowly).url, component={"limits": {"concurrency": 1}})
     _, sink = run(reward_funcs=rewards, max_steps=2)
     told = [data for level, _, data in sink.events if level == "warn" and data]
-    assert [data["kind"] for data in told][:1] == ["reward_capacity"]
+    told = [data for data in told if data["kind"] == "reward_capacity"]
     assert told[0]["component"] == "hash"
     assert told[0]["concurrency"] == 1
     assert told[0]["needed_concurrency"] > 1
