@@ -12,7 +12,7 @@ from sqlalchemy import and_, or_, select
 
 from service.store import events, transitions
 from service.store.database import Transaction
-from service.store.tables import AttemptRow, JobRow
+from service.store.tables import AttemptRow, JobEventRow, JobRow
 
 MAX_WAITS = 16
 """Upper bound of ``reward_waits``: the wait has long reached its limit by then."""
@@ -71,6 +71,9 @@ def _note_of_paused(
         this, facts = JobRow.id == job.id, {"by": "probe"}
         moved = transitions.move(transaction, "resumed", this, message, values=values, facts=facts)
         return moved is not None
+    if check.is_undecided:
+        message = f"{_unreachable(check)}. Resume the job when the workers can reach it."
+        _append_once(transaction, job, message)
     is_outage = bool((job.error or {}).get("is_outage"))
     _set_next(
         transaction, job, wait_before_probe(job.reward_waits, base_seconds, is_outage=is_outage)
@@ -107,14 +110,19 @@ def _note_of_waiting(
             f"{_unreachable(check)}. It tries again; a worker, which may reach it, tries once in "
             f"{minutes} minutes."
         )
-    if message != job.status_message:
-        data = {"kind": "reward_probe", "by": "service", "attempt": job.attempt}
-        told = events.NewEvent(message, level="warn", data=data)
-        job.status_message = message
-        transaction.flush()
-        events.append(transaction, job.id, [told])
+    _append_once(transaction, job, message)
+    job.status_message = message
     _set_next(transaction, job, wait)
     return False
+
+
+def _append_once(transaction: Transaction, job: JobRow, message: str) -> None:
+    """Append an event about a probe, unless it is the job's newest one already."""
+    newest = select(JobEventRow.message).where(JobEventRow.job_id == job.id)
+    newest = newest.order_by(JobEventRow.seq.desc()).limit(1)
+    if transaction.scalars(newest).one_or_none() != message:
+        data = {"kind": "reward_probe", "by": "service", "attempt": job.attempt}
+        events.append(transaction, job.id, [events.NewEvent(message, level="warn", data=data)])
 
 
 def _unreachable(check: RewardCheck) -> str:

@@ -199,6 +199,20 @@ def test_a_service_that_only_workers_may_reach_is_tried_by_one_in_ten_minutes(
     assert [fact["by"] for fact in facts] == ["worker", "worker", "service", "worker"]
 
 
+def test_a_paused_job_says_once_that_the_service_cannot_connect(
+    live: Live, paused: Callable[..., str], free_port: Callable[[], int]
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}/score"
+    job_id = paused({"name": "letters", "url": url}, is_outage=True)
+    for _ in range(3):
+        make_due(live)
+        RewardWatch(live.runtime).run_once()
+    messages = [event["message"] for event in live.job(job_id, "/events", limit=100)["data"]]
+    assert len([text for text in messages if "cannot connect" in text and url in text]) == 1
+    assert "Resume the job" in messages[0]
+    assert live.job(job_id)["status"] == "paused"
+
+
 def test_a_job_whose_rewards_the_worker_computes_is_tried_by_a_worker(
     live: Live, waiting: Callable[..., str]
 ) -> None:
