@@ -85,7 +85,7 @@ class ModelFiles:
         return not is_safe and self._has("pytorch_model*.bin", "*.pt", "*.pth")
 
     def layers(self) -> frozenset[str] | None:
-        """Paths of the modules with a matrix of weights; None if the files do not tell."""
+        """Paths of the modules with a matrix of weights; None if that is not known."""
         architecture = str(self.config.get("model_type"))
         if architecture not in PLAIN_ARCHITECTURES:
             return None

@@ -395,9 +395,12 @@ def test_what_the_hub_says_is_told_in_one_sentence(cause: Exception, words: str)
     ids=repr,
 )
 def test_a_full_worker_is_not_blamed_on_the_model(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised:
-        blame(error, "the model 'a/b'", "it does not load", param="model", is_offline=False)
-    assert raised.value is error
+    wrapped = ValueError("it could not be unpacked")
+    wrapped.__cause__ = error
+    for one in (error, wrapped):
+        with pytest.raises(type(error)) as raised:
+            blame(one, "the model 'a/b'", "it does not load", param="model", is_offline=False)
+        assert raised.value is error
 
 
 # --- jobs -----------------------------------------------------------------------------------------

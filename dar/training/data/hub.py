@@ -27,11 +27,11 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
             or it needs its own code.
         HubUnreachableError: The hub cannot be reached.
     """
-    name = f"the hub data set {data.name!r} (split {data.split!r})"
+    what = _name_of(data)
     if is_offline and not is_offline_mode():
         raise TrainingError(
-            f"{name} cannot be loaded: this process may not call the hub; set HF_HUB_OFFLINE=1 to "
-            "read it from the cache, or give a file",
+            f"{what} cannot be loaded, because this process may not call the hub; set "
+            "HF_HUB_OFFLINE=1 to read it from the cache, or give a file",
             param=PARAM,
         )
     disable_progress_bars()
@@ -39,7 +39,14 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
     try:
         loaded: Any = load_dataset(f"hf://datasets/{data.name}", data.config, split=data.split)
     except Exception as error:  # noqa: BLE001 - odd files raise anything in datasets
-        what = f"the data set {data.name!r} (split {data.split!r})"
-        blame(error, what, f"{name} cannot be loaded", param=PARAM, is_offline=is_offline)
+        blame(error, what, f"{what} cannot be loaded", param=PARAM, is_offline=is_offline)
     rows: Rows = loaded
     return rows
+
+
+def _name_of(data: HubData) -> str:
+    """A data set as messages name it."""
+    parts = [f"split {data.split!r}"]
+    if data.config is not None:
+        parts.insert(0, f"configuration {data.config!r}")
+    return f"the data set {data.name!r} of the hub ({', '.join(parts)})"

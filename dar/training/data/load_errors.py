@@ -17,7 +17,10 @@ from huggingface_hub.errors import (
 from dar.errors import DARError, HubUnreachableError, TrainingError
 
 MACHINE_ERRORS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    }
 )
 """Errors of a file system that other files would not have avoided."""
 OTHER_SHAPES = "its weights have other shapes than its config.json says"
@@ -28,7 +31,7 @@ PASSING_STATUSES = frozenset({408, 425, 429})
 
 
 def blame(error: Exception, what: str, failed: str, *, param: str, is_offline: bool) -> NoReturn:
-    """Raise what an error of a loader means; the error itself if this machine is at fault.
+    """Raise what an error of a loader means; its cause if this machine is at fault.
 
     Args:
         error: The loader's.
@@ -41,9 +44,12 @@ def blame(error: Exception, what: str, failed: str, *, param: str, is_offline: b
         TrainingError: The files are at fault.
         HubUnreachableError: The hub cannot be reached.
     """
-    is_of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
-    if is_of_machine or is_lack_of_memory(error) or isinstance(error, DARError):
+    if isinstance(error, DARError):
         raise error
+    for cause in _chain(error):
+        is_of_machine = isinstance(cause, OSError) and cause.errno in MACHINE_ERRORS
+        if is_of_machine or is_lack_of_memory(cause):
+            raise cause
     words = OTHER_SHAPES if "ignore_mismatched_sizes" in str(error) else first_line(error)
     reason = _of_hub(error, what, param=param, is_offline=is_offline) or TrainingError(
         f"{failed}: {words}", param=param
