@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0006_unfinished_steps_h8"
-down_revision = "0005_sealed_poll_urls_h8"
+revision = "0007_unfinished_steps"
+down_revision = "0006_sealed_poll_urls"
 branch_labels = None
 depends_on = None
 

@@ -6,8 +6,8 @@ resumed, the request is sent again under the same id.
 
 from alembic import op
 
-revision = "0005_sealed_poll_urls_h8"
-down_revision = "0004_reward_requests"
+revision = "0006_sealed_poll_urls"
+down_revision = "0005_place_in_the_queue"
 branch_labels = None
 depends_on = None
 

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005_place_in_the_queue_h2"
+revision = "0005_place_in_the_queue"
 down_revision = "0004_reward_requests"
 branch_labels = None
 depends_on = None
