@@ -166,6 +166,13 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert said.count("» The ") == 2
 
 
+def test_a_dry_run_says_that_a_reward_skips_everything(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--dry-run", reward_function="judge:silent")) == 0
+    assert "warn: reward component silent skipped every completion" in capsys.readouterr().err
+
+
 def test_a_dry_run_fails_when_a_reward_does(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
