@@ -346,7 +346,13 @@ class StepPlan:
 
     @classmethod
     def of(
-        cls, rows: int, batch_size: int, epochs: float | None, *, is_replay: bool = False
+        cls,
+        rows: int,
+        batch_size: int,
+        epochs: float | None,
+        *,
+        is_replay: bool = False,
+        chunk: int = 1,
     ) -> "StepPlan":
         """The plan of a run.
 
@@ -355,14 +361,16 @@ class StepPlan:
             batch_size: Prompts per step, as requested.
             epochs: Passes over the data set; None: the run's length is given in steps.
             is_replay: Whether the rows hold their completions.
+            chunk: Every step has a multiple of so many prompts, as several processes share them
+                evenly; the prompts beyond that are left out.
         """
         is_distinct = is_replay or epochs is not None
-        return cls(
-            rows=rows,
-            per_step=max(1, min(batch_size, rows)) if is_distinct else batch_size,
-            total=None if epochs is None else max(1, math.floor(epochs * rows + 1e-9)),
-            is_distinct=is_distinct,
-        )
+        per_step, total = batch_size, None
+        if is_distinct:
+            per_step = max(chunk, min(batch_size, rows) // chunk * chunk)
+        if epochs is not None:
+            total = max(chunk, math.floor(epochs * rows + 1e-9) // chunk * chunk)
+        return cls(rows, per_step, total, is_distinct and per_step <= rows)
 
     @property
     def steps(self) -> int:
@@ -381,9 +389,9 @@ class StepPlan:
         return end if self.total is None else min(end, self.total)
 
 
-def total_steps(hyperparameters: Hyperparameters, num_rows: int) -> int:
+def total_steps(hyperparameters: Hyperparameters, num_rows: int, processes: int = 1) -> int:
     """Optimizer steps of a job over ``num_rows`` prompts."""
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps
     epochs = hyperparameters.n_epochs or 1.0
-    return StepPlan.of(num_rows, hyperparameters.batch_size, epochs).steps
+    return StepPlan.of(num_rows, hyperparameters.batch_size, epochs, chunk=processes).steps

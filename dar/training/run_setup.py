@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 
 from accelerate import FullyShardedDataParallelPlugin
@@ -99,6 +100,14 @@ def report_plan(plan: StepPlan, config: DARConfig, sink: Sink) -> None:
             f"{plan.end(config.max_steps) / plan.rows:.4g} passes; lower the batch size, or give "
             "the length in passes",
             {"kind": "batch_exceeds_rows", **facts},
+        )
+    wanted = math.floor((config.counted_epochs or 0) * plan.rows + 1e-9)
+    if plan.total is not None and wanted > plan.total:
+        sink.event(
+            "info",
+            f"{wanted - plan.total} of {wanted} prompts are left out, because the processes cannot "
+            "share them evenly",
+            {"kind": "left_out", "prompts": wanted - plan.total, **facts},
         )
     rest = len(plan.positions(config.max_steps))
     if rest < plan.per_step:

@@ -140,7 +140,7 @@ def show(job: tables.JobRow) -> Job:
             "hyperparameters": method["dar"]["hyperparameters"],
             "method": method,
             "integrations": None,
-            "trained_tokens": job.tokens if job.started_at else None,
+            "trained_tokens": job.tokens if job.started_at or is_over else None,
             "error": JobError.model_validate(job.error) if job.error else None,
             "attempt": job.attempt,
             "progress": _progress(job),

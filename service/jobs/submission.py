@@ -358,7 +358,9 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         labels=spec.metadata,
         suffix=spec.suffix,
         seed=secrets.randbelow(2**31) if spec.seed is None else spec.seed,
-        total_steps=total_steps(spec.dar.hyperparameters, plan.num_rows or 0),
+        total_steps=total_steps(
+            spec.dar.hyperparameters, plan.num_rows or 0, spec.dar.resources.processes
+        ),
         keep_last=spec.dar.checkpointing.keep_last,
         not_before=transaction.now,
         idempotency_key=submission.idempotency_key,

@@ -100,8 +100,8 @@ def move(
         job: Selects the job, with any further guards.
         message: The event's message and the job's ``status_message``.
         values: Other columns to set. ``status_detail`` replaces that of the row of `MOVES`, and
-            ``error`` is null without them: a job has an error only while the state has it that
-            the error led to.
+            ``error`` is null without them: a job has an error only in the state that the error
+            led to.
         facts: Added to the event's data.
 
     Returns:

@@ -116,7 +116,8 @@ def test_a_run_ends_with_the_weights_of_the_earlier_version(
     resumed = {str(step): values for step, values in sink.reports.items() if step > 3}
     assert resumed.keys() == expected["reports"].keys()
     for step, values in expected["reports"].items():
-        assert resumed[step] == same_numbers(values)
+        # Metrics may be added, but none is lost or changed.
+        assert {name: resumed[step].get(name) for name in values} == same_numbers(values)
     completions = {str(step): texts for step, texts in sink.completions.items() if step > 3}
     assert completions == expected["completions"]
     published, manifest = sink.published[-1]

@@ -244,7 +244,14 @@ class DARConfig(TrainingArguments):
 
     def step_plan(self, rows: int, *, is_replay: bool) -> StepPlan:
         """Which prompts each step takes of a data set with so many rows."""
-        return StepPlan.of(rows, self.prompts_per_step, self.counted_epochs, is_replay=is_replay)
+        shares = self.world_size * self.gradient_accumulation_steps
+        return StepPlan.of(
+            rows,
+            self.prompts_per_step,
+            self.counted_epochs,
+            is_replay=is_replay,
+            chunk=shares if self.world_size > 1 else 1,
+        )
 
     def decisive_values(self) -> dict[str, Any]:
         """Everything here that decides the result of training, as JSON values."""

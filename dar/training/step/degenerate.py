@@ -127,7 +127,7 @@ def _components(step: ScoredStep) -> list[str]:
 
 
 def _message(kind: DegenerateKind, names: list[str], step: ScoredStep, streak: int) -> str:
-    steps = "the only step" if streak == 1 else f"the last {streak} steps"
+    steps = f"step {step.number}" if streak == 1 else f"the last {streak} steps"
     prompts = " and ".join(map(repr, _prompts(step)))
     prompts = f"for example after {prompts}"
     who = f"reward component {' and '.join(names)}" if names else "the reward"

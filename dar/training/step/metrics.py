@@ -87,7 +87,7 @@ def _weight_metrics(step: ScoredStep) -> dict[str, float]:
 
 
 def _preferences(step: ScoredStep) -> dict[str, float]:
-    """How well the policy tells chosen completions from rejected ones, over the pairs that count.
+    """By how much the policy prefers chosen completions to rejected ones, over pairs that count.
 
     As in DPO, a completion is measured against the reference, if there is one.
     """

@@ -20,6 +20,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for one run of one process, and one of two, which then talk."""
     folder = tmp_path_factory.mktemp("brief")
     ranked.train(folder, "whole", ranked.WHOLE)
+    ranked.train(folder, "whole passes", ranked.WHOLE | ranked.PASSES)
     ranked.start(folder, "brief")
     return folder
 
@@ -64,6 +65,11 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp resumed"])
 def test_two_processes_train_as_one_does(brief: Path, name: str) -> None:
     assert_same(brief, "whole", name)
+
+
+@pytest.mark.parametrize("name", ["ddp passes", "fsdp passes"])
+def test_a_last_step_with_fewer_prompts_is_shared_too(brief: Path, name: str) -> None:
+    assert_same(brief, "whole passes", name, last=2)
 
 
 @pytest.mark.slow  # two processes import torch and train seventeen times

@@ -39,6 +39,16 @@ def test_a_length_in_passes_is_never_exceeded_and_no_step_takes_a_row_twice(
         assert [again.row(p) for p in plan.positions(plan.steps)] == steps[-1]
 
 
+@pytest.mark.parametrize(("epochs", "batch"), LENGTHS)
+def test_processes_share_every_step_evenly_and_leave_out_what_they_cannot_share(
+    epochs: float, batch: int
+) -> None:
+    plan = StepPlan.of(12, batch // 4 * 4 or 4, epochs, chunk=4)
+    counts = [len(plan.positions(n + 1)) for n in range(plan.steps)]
+    assert all(count > 0 and count % 4 == 0 for count in counts)
+    assert sum(counts) == max(4, int(epochs * 12) // 4 * 4)
+
+
 def events_of(sink: RecordingSink) -> dict[str, tuple[str, str]]:
     return {data["kind"]: (level, message) for level, message, data in sink.events if data}
 
