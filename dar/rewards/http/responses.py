@@ -7,6 +7,7 @@ import ssl
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from typing import Any, cast
 
 import httpcore2
 
@@ -15,6 +16,7 @@ from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
+START = "start_of_body"
 READ_BYTES = 4096
 """Bytes read of an error answer."""
 QUOTE_SECONDS = 2.0
@@ -52,6 +54,11 @@ class Incoming:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             known = self.headers.get(name)
             self.headers[name] = value if known is None else f"{known}, {value}"
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What readers of this answer keep for each other: its stream can be read only once."""
+        return cast("dict[str, Any]", self._response.extensions)
 
     @property
     def encoding(self) -> str:
@@ -153,7 +160,9 @@ def printable(body: bytes) -> str:
 
 
 async def start_of(incoming: Incoming) -> bytes:
-    """The start of a body, as far as it comes soon."""
+    """The start of a body, as far as it comes soon; a repetition returns the same."""
+    if (known := incoming.kept.get(START)) is not None:
+        return known
     start = bytearray()
     # The status decides; a body that stalls or breaks does not change the failure.
     with suppress(
@@ -164,7 +173,8 @@ async def start_of(incoming: Incoming) -> bytes:
                 start += chunk
                 if len(start) >= READ_BYTES:
                     break
-    return bytes(start[:READ_BYTES])
+    incoming.kept[START] = bytes(start[:READ_BYTES])
+    return incoming.kept[START]
 
 
 def failure_of(error: Exception) -> AttemptFailedError:
