@@ -7,7 +7,7 @@ import ssl
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import httpcore2
 
@@ -56,9 +56,9 @@ class Incoming:
             self.headers[name] = value if known is None else f"{known}, {value}"
 
     @property
-    def kept(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, bytes]:
         """What readers of this answer keep for each other: its stream can be read only once."""
-        return cast("dict[str, Any]", self._response.extensions)
+        return cast("dict[str, bytes]", self._response.extensions)
 
     @property
     def encoding(self) -> str:

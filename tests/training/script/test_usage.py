@@ -160,9 +160,9 @@ def test_both_refuse_a_word_in_place_of_a_number() -> None:
 
 def test_every_value_that_the_help_offers_is_accepted(tmp_path: Path) -> None:
     needed = {"output_dir": str(tmp_path / "out"), "use_cpu": True}
-    of_script = ("dtype",)
+    elsewhere = ("dtype", "ddp_backend")  # of the script; of several processes
     for name, action in make_parser().actions_by_name.items():
-        if action.help == argparse.SUPPRESS or name in of_script:
+        if action.help == argparse.SUPPRESS or name in elsewhere:
             continue
         for choice in action.choices or ():
             more = {"eval_steps": 1} if (name, choice) == ("eval_strategy", "steps") else {}
