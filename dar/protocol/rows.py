@@ -122,12 +122,13 @@ def _instead_of_prompt(row: Row) -> str:
             "the row has no 'prompt', but 'messages': rename the column to 'prompt', and leave out "
             "the assistant's answer at its end"
         )
+    there = ", ".join(map(str, list(row)[:10])) or "none"
+    lack = f"the row has no 'prompt'; its columns: {there}"
     names = {str(name).lower(): name for name in row if isinstance(row[name], str | Sequence)}
     for name in LIKE_PROMPT:
         if name in names:
-            return f"the row has no 'prompt'; rename the column {names[name]!r} to 'prompt'"
-    there = ", ".join(map(str, list(row)[:10])) or "none"
-    return f"the row has no 'prompt'; its columns: {there}"
+            return f"{lack}; rename the column {names[name]!r} to 'prompt'"
+    return lack
 
 
 def check_online(row: Row) -> None:

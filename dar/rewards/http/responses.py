@@ -7,7 +7,7 @@ import ssl
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import httpcore2
 
@@ -16,6 +16,7 @@ from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
+START = "start_of_body"
 LARGE_BYTES = 256 * 1024
 """Larger bodies are decoded in a thread."""
 READ_BYTES = 4096
@@ -62,6 +63,11 @@ class Incoming:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             known = self.headers.get(name)
             self.headers[name] = value if known is None else f"{known}, {value}"
+
+    @property
+    def kept(self) -> dict[str, bytes]:
+        """What readers of this answer keep for each other: its stream can be read only once."""
+        return cast("dict[str, bytes]", self._response.extensions)
 
     @property
     def encoding(self) -> str:
@@ -209,7 +215,9 @@ def quotable(body: bytes) -> str:
 
 
 async def start_of(incoming: Incoming) -> bytes:
-    """The start of a body, as far as it comes soon."""
+    """The start of a body, as far as it comes soon; a repetition returns the same."""
+    if (known := incoming.kept.get(START)) is not None:
+        return known
     start = bytearray()
     # The status decides; a body that stalls or breaks does not change the failure.
     with suppress(
@@ -220,7 +228,8 @@ async def start_of(incoming: Incoming) -> bytes:
                 start += chunk
                 if len(start) >= READ_BYTES:
                     break
-    return bytes(start[:READ_BYTES])
+    incoming.kept[START] = bytes(start[:READ_BYTES])
+    return incoming.kept[START]
 
 
 def failure_of(error: Exception) -> AttemptFailedError:

@@ -189,7 +189,7 @@ class RunCheckpoints:
         self.restore_members()
 
     def _follow_schedule(self, state: dict[str, Any]) -> None:
-        """Set the learning rate of the next step as the schedule of the longer run has it."""
+        """Set the learning rate of the next step of the longer run's schedule."""
         scheduler: Any = self._run.trainer.lr_scheduler
         scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's wrapper
         if not isinstance(scheduler, LambdaLR):

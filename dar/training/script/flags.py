@@ -54,6 +54,8 @@ CLEARER = {
     "report_to": "Trackers: none, all, wandb, trackio or tensorboard; several in a YAML list.",
 }
 """Help that replaces the help of transformers where this is missing or wrong here."""
+UNSUPPORTED = {"lr_scheduler_type": ("greedy", "reduce_lr_on_plateau")}
+"""Choices of transformers that need what has no effect here: a metric for the best model."""
 LONGEST_CHOICES = 60
 """Longest list of choices that the help shows, in characters."""
 GROUPS = {
@@ -143,7 +145,7 @@ def _help(name: str, options: Mapping[str, Any]) -> str:
 def _with_effect(name: str, choices: Collection[str]) -> Collection[str]:
     """Those of the choices of transformers that this trainer supports."""
     kept = WITHOUT_EFFECT.get(name, choices)
-    return [choice for choice in choices if choice in kept]
+    return [one for one in choices if one in kept and one not in UNSUPPORTED.get(name, ())]
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def refused(arguments: Sequence[str]) -> int | None:
         check_line(parsed(arguments, QuickParser()))
     except InvalidRequestError as error:
         return fail(error)
-    except OSError:  # a library that has no source: only the whole parser can tell
+    except OSError:  # a library that has no source: only the whole parser knows
         return None
     return None
 
