@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from dar.protocol.base import Count, Input, Instant, Number, Output
 from dar.protocol.checkpoints import SHA256, Manifest
@@ -276,6 +276,17 @@ class RewardsRow(_SpooledRow):
     failures: Annotated[list[FailedRequest], Field(max_length=MAX_FAILURES)]
     unfinished: Annotated[dict[str, float], Field(max_length=1024)] | None = None
     """Counts by metric name if training ended within the step; null: the step has metrics."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``unfinished`` out if it is null.
+
+        So such a row has the digest of earlier versions, and an older service accepts it.
+        """
+        found: dict[str, Any] = handler(self)
+        if self.unfinished is None:
+            found.pop("unfinished", None)
+        return found
 
 
 Row = Annotated[

@@ -402,7 +402,7 @@ def test_no_token_is_stored_or_logged(live: Live) -> None:
     assert pending.token.encode() not in stored
 
 
-# --- what a service is told, its owner is told too ------------------------------------------------
+# --- refused callbacks are events of the job ------------------------------------------------------
 
 REFUSALS: dict[str, tuple[Callable[[Pending], httpx2.Response], int, str]] = {
     "a wrong token": (
