@@ -30,7 +30,7 @@ from dar.training.checkpoint.resume import RunCheckpoints
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, Rows, check_table
 from dar.training.evaluation import ComputeMetrics, Predictions, RunEvaluation
-from dar.training.model.loading import LanguageModel, weights_bytes
+from dar.training.model.loading import LanguageModel, unchanged_cache_option, weights_bytes
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
 from dar.training.parallel.ranks import Ranks
@@ -190,18 +190,16 @@ class DARTrainer(Trainer):
             base_name=base_name,
             is_offline=is_offline,
         )
-        is_using_cache = policy.model.config.use_cache
-        super().__init__(
-            model=policy.model,
-            args=config,
-            data_collator=DataCollatorForDAR(),
-            callbacks=callbacks,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=policy.tokenizer,
-        )
-        # transformers turns the cache off for training, and every checkpoint would say so
-        policy.model.config.use_cache = is_using_cache
+        with unchanged_cache_option(policy.model):
+            super().__init__(
+                model=policy.model,
+                args=config,
+                data_collator=DataCollatorForDAR(),
+                callbacks=callbacks,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=policy.tokenizer,
+            )
         policy.place_reference(config.device)
         limit_search_for_unused(self)
         self._policy = policy

@@ -48,14 +48,24 @@ def load_model(
         is_offline: Whether access to the hub is forbidden.
 
     Raises:
-        TrainingError: There is no such model, it needs code of its own, or it is not a causal
-            language model.
+        TrainingError: There is no such model, it needs code of its own, it is not a causal
+            language model, or its files lack some of its weights.
         OSError: The hub cannot be reached.
     """
-    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=dtype)
-    model: PreTrainedModel = from_safetensors(
+    load = functools.partial(
+        AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True
+    )
+    model: PreTrainedModel
+    model, report = from_safetensors(
         load, name, "a causal language model", param="model", is_offline=is_offline
     )
+    if missing := sorted(report["missing_keys"]):
+        raise TrainingError(
+            f"the model {str(name)!r} cannot be trained: its files lack {len(missing)} weights of "
+            f"{type(model).__name__}, which would be random, like {', '.join(missing[:3])}; use a "
+            "model that was saved as a language model",
+            param="model",
+        )
     _make_savable(model)
     return model
 
@@ -228,6 +238,25 @@ def check_forward(model: LanguageModel) -> None:
             "architecture",
             param="model",
         )
+
+
+@contextlib.contextmanager
+def unchanged_cache_option(model: LanguageModel) -> Iterator[None]:
+    """Undo a change of ``use_cache`` in the model's config.
+
+    `transformers.Trainer` turns the cache off when it is created, and every checkpoint would
+    contain that. The config of a model with several parts has no such option: its text config has.
+    """
+    config: Any = model.config
+    missing = object()
+    before = getattr(config, "use_cache", missing)
+    try:
+        yield
+    finally:
+        if before is not missing:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
 
 
 def context_length(model: LanguageModel) -> int | None:
