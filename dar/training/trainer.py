@@ -238,6 +238,7 @@ class DARTrainer(Trainer):
         self.hub = HubPush(
             run,
             base_name=base_name,
+            is_resized=policy.is_resized,
             reward_names=[str(term["name"]) for term in terms],
             last_report=lambda: reporter.reported,
         )
@@ -247,6 +248,7 @@ class DARTrainer(Trainer):
             config_sha256=config_sha256(
                 self.args, policy.model, self.train_dataset, policy.base_sketch, terms
             ),
+            is_resized=policy.is_resized,
             members=(self._loop, self._evaluation, self._rewards),
             last_report=lambda: reporter.reported,
         )

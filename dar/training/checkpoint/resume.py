@@ -21,6 +21,7 @@ from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile
 from dar.training.checkpoint import checkpoint
 from dar.training.checkpoint.fingerprint import environment
 from dar.training.checkpoint.hub import HubPush
+from dar.training.model.adapters import save_adapter
 from dar.training.parallel import deepspeed
 from dar.training.parallel.sharding import (
     is_sharded,
@@ -54,6 +55,7 @@ class RunCheckpoints:
         run: The training run.
         hub: Uploads what was published.
         config_sha256: Digest of everything that decides the result.
+        is_resized: Whether an adapter is published with the token embeddings.
         members: The parts of the trainer that have a state.
         last_report: Returns the metrics of the last report.
     """
@@ -64,6 +66,7 @@ class RunCheckpoints:
         hub: HubPush,
         *,
         config_sha256: str,
+        is_resized: bool,
         members: Sequence[Stateful],
         last_report: Callable[[], dict[str, float]],
     ) -> None:
@@ -72,6 +75,7 @@ class RunCheckpoints:
         self._run = run
         self._hub = hub
         self.config_sha256 = config_sha256
+        self._is_resized = is_resized
         self._members = members
         self._last_report = last_report
         self._resumed: checkpoint.ResumeState | None = None
@@ -223,6 +227,7 @@ class RunCheckpoints:
     ) -> None:
         trainer = self._run.trainer
         self._write_model(folder, weights)
+        self._hub.write_card(folder)  # instead of peft's, which has paths of this machine
         trainer.state.save_to_json(str(folder / RESUME_FOLDER / TRAINER_STATE_NAME))
         own: dict[str, Any] = {"environment": self._environment()}
         for member in self._members:
@@ -233,11 +238,10 @@ class RunCheckpoints:
         if not self._run.ranks.is_main:
             return
         model = self._run.trainer.model
-        # peft would ask the hub whether the base model's vocabulary has grown
-        options: dict[str, Any] = (
-            {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        )
-        model.save_pretrained(str(folder), state_dict=weights, **options)
+        if isinstance(model, PeftModel):
+            save_adapter(model, folder, weights, with_embeddings=self._is_resized)
+        else:
+            model.save_pretrained(str(folder), state_dict=weights)
         self._run.trainer.processing_class.save_pretrained(str(folder))
 
     def _whole_weights(self) -> dict[str, Tensor] | None:
