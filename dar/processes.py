@@ -19,7 +19,12 @@ import httpx2
 from dar.errors import ConfigurationError, ServiceUnavailableError
 from dar.settings import environment
 
-EXTRAS = {"service": "service", "worker": "worker", "reward server": "rewards"}
+EXTRAS = {
+    "service": "service",
+    "worker": "worker",
+    "merge command": "worker",
+    "reward server": "rewards",
+}
 """Process -> the extra of the distribution that installs its libraries."""
 RESTART_PAUSE_SECONDS = (0.2, 1.0, 2.0, 5.0)
 """Wait before the n-th restart in a row; the last one repeats."""

@@ -145,6 +145,26 @@ def train(context: typer.Context) -> None:
     import_module("dar.processes").become("worker", "torch", "dar.training", *context.args)
 
 
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="Folder of a downloaded adapter.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the merged model; it is created.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the base model; default: the adapter's."),
+    ] = None,
+) -> None:
+    """Merge a downloaded LoRA adapter into its base model, without any service.
+
+    The merged model loads with transformers' AutoModelForCausalLM, without peft.
+    """
+    import_module("dar.processes").require("merge command", "torch")
+    import_module("dar.training.merge").merge(folder, output, base)
+    typer.echo(output)
+
+
 def _exit_code(error: DARError) -> int:
     codes: tuple[tuple[type[DARError], int], ...] = (
         (AuthenticationError, EXIT_AUTH),

@@ -9,6 +9,7 @@ run_setup: arguments, data and accelerator checked and settled before a run.
 run_context: what the parts of a run share.
 reward_sources: functions, services and models that score completions, opened for a run.
 evaluation: the policy is measured on rows of their own, between steps.
+merge: ``dar merge``.
 offline: the public names of offline training.
 config: arguments, their bounds and defaults.
 data: data sets and their rows.

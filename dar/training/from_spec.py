@@ -18,7 +18,7 @@ from dar.training.config.config import OPTIMIZERS, SCHEDULERS, DARConfig
 from dar.training.data.hub import load_hub_rows
 from dar.training.data.load_errors import NO_MEMORY, is_lack_of_memory
 from dar.training.data.rows import Rows, read_rows
-from dar.training.model import loading
+from dar.training.model import adapters, loading
 from dar.training.parallel.launch import strategy_options
 from dar.training.report.sink import Control, Sink
 from dar.training.trainer import DARTrainer
@@ -138,12 +138,22 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
         eval_dataset=_validation_rows(inputs),
         sink=sink,
         control=control,
-        base_name=inputs.spec.model,
+        base_name=_base_name(inputs),
         job_id=inputs.job_id,
         is_offline=inputs.offline,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every report to stdout
     return trainer
+
+
+def _base_name(inputs: JobInputs) -> str:
+    """What the published files call the base model.
+
+    Nobody but this installation has a model under the name of one of its folders, or the weights
+    that it has made itself.
+    """
+    name = inputs.spec.model
+    return name if name == inputs.model else adapters.published_base(name)
 
 
 def training_rows(inputs: JobInputs) -> Rows:

@@ -30,7 +30,12 @@ from dar.training.checkpoint.resume import RunCheckpoints
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, Rows, check_table
 from dar.training.evaluation import ComputeMetrics, Predictions, RunEvaluation
-from dar.training.model.loading import LanguageModel, check_trainable, weights_bytes
+from dar.training.model.loading import (
+    LanguageModel,
+    check_trainable,
+    unchanged_cache_option,
+    weights_bytes,
+)
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
 from dar.training.parallel.ranks import Ranks
@@ -193,18 +198,16 @@ class DARTrainer(Trainer):
             base_name=base_name,
             is_offline=is_offline,
         )
-        is_using_cache = policy.model.config.use_cache
-        super().__init__(
-            model=policy.model,
-            args=config,
-            data_collator=DataCollatorForDAR(),
-            callbacks=callbacks,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=policy.tokenizer,
-        )
-        # transformers turns the cache off for training, and every checkpoint would say so
-        policy.model.config.use_cache = is_using_cache
+        with unchanged_cache_option(policy.model):
+            super().__init__(
+                model=policy.model,
+                args=config,
+                data_collator=DataCollatorForDAR(),
+                callbacks=callbacks,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=policy.tokenizer,
+            )
         policy.place_reference(config.device)
         limit_search_for_unused(self)
         name_start_errors(self.callback_handler.callbacks)
@@ -244,6 +247,7 @@ class DARTrainer(Trainer):
         self.hub = HubPush(
             run,
             base_name=base_name,
+            is_resized=policy.is_resized,
             reward_names=[str(term["name"]) for term in terms],
             last_report=lambda: reporter.reported,
         )
@@ -253,6 +257,7 @@ class DARTrainer(Trainer):
             decisive=decisive_facts(
                 self.args, policy.model, self.train_dataset, policy.base_sketch, terms
             ),
+            is_resized=policy.is_resized,
             members=(self._loop, self._evaluation, self._rewards),
             last_report=lambda: reporter.reported,
             has_new_ends=policy.has_new_ends,

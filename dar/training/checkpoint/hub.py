@@ -24,7 +24,7 @@ from dar.errors import TrainingError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
 from dar.training.checkpoint.model_card import TAGS, CardFacts, CardNotes, card_text
 from dar.training.config.config import DARConfig
-from dar.training.model.loading import LanguageModel
+from dar.training.model.adapters import LanguageModel, kind_of
 from dar.training.run_context import RunContext
 
 CARD_NAME = "README.md"
@@ -50,6 +50,7 @@ class HubPush:
     Args:
         run: The training run.
         base_name: Name of the model that training starts from.
+        is_resized: Whether an adapter is published with the token embeddings.
         reward_names: Names of the reward components.
         last_report: Returns the metrics of the last report.
     """
@@ -59,11 +60,13 @@ class HubPush:
         run: RunContext,
         *,
         base_name: str | None,
+        is_resized: bool,
         reward_names: Sequence[str],
         last_report: Callable[[], Mapping[str, float]],
     ) -> None:
         self._run = run
         self._base_name = base_name
+        self._is_resized = is_resized
         self.reward_names = reward_names
         self._last_report = last_report
         self._pending: tuple[PendingPush, ...] = ()
@@ -172,10 +175,12 @@ class HubPush:
         trainer = self._run.trainer
         notes = notes or CardNotes()
         values = trainer.args.decisive_values()
+        model = trainer.model
         facts = CardFacts(
-            name=notes.model_name or self._repository.rsplit("/", 1)[-1],
+            name=notes.model_name or self._run.job_id or self._repository.rsplit("/", 1)[-1],
             base=self._base_name,
-            is_adapter=isinstance(trainer.model, PeftModel),
+            adapter=kind_of(model.active_peft_config) if isinstance(model, PeftModel) else None,
+            resized_to=model.config.get_text_config().vocab_size if self._is_resized else None,
             steps=trainer.state.global_step,
             values={name: value for name, value in values.items() if value not in (None, [], {})},
             metrics=self._last_report(),

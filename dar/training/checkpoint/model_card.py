@@ -58,7 +58,10 @@ class CardFacts:
     """Name of the trained model."""
     base: str | None
     """Name of the model that training started from, as the user gave it."""
-    is_adapter: bool
+    adapter: str | None
+    """Kind of the adapter, like ``LoRA``; None: full weights."""
+    resized_to: int | None
+    """Number of token embeddings, if an adapter's base has fewer or more."""
     steps: int
     values: Mapping[str, Any]
     """Hyperparameters."""
@@ -84,11 +87,11 @@ def card_text(facts: CardFacts) -> str:
         base_model=hub_name(facts.base),
         datasets=[dataset for dataset in _listed(notes.dataset) if hub_name(dataset)] or None,
         language=language if language is None or isinstance(language, str) else list(language),
-        library_name="peft" if facts.is_adapter else "transformers",
+        library_name="peft" if facts.adapter else "transformers",
         license=notes.license,
         model_name=facts.name,
         pipeline_tag="text-generation",
-        tags=[*TAGS, *(["lora"] if facts.is_adapter else []), *_listed(notes.tags)],
+        tags=[*TAGS, *(["lora"] if facts.adapter == "LoRA" else []), *_listed(notes.tags)],
     )
     parts = [_introduction(facts), _use(facts), _training(facts), _versions(), _citation()]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -101,7 +104,7 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _introduction(facts: CardFacts) -> str:
-    what = "A LoRA adapter for" if facts.is_adapter else "A fine-tuned version of"
+    what = f"A {facts.adapter} adapter for" if facts.adapter else "A fine-tuned version of"
     known = hub_name(facts.base)
     if known and "/" in known:
         base = f"[{known}](https://huggingface.co/{known})"
@@ -116,19 +119,49 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    model_class = "AutoPeftModelForCausalLM" if facts.is_adapter else "AutoModelForCausalLM"
-    imports = (
-        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
-        if facts.is_adapter
-        else "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    )
+    if facts.adapter is None:
+        return _use_of_weights(facts)
+    known = hub_name(facts.base)
+    if known and "/" in known and facts.resized_to is None:
+        return f"""## Use
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "{facts.name}"  # the folder of these files, or the repository's id
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+`dar merge FOLDER -o merged` makes a model without an adapter."""
+    base = known or f"./{Path(facts.base or 'base').name}"
+    where = "" if known else "  # the folder of the base model"
+    resize = f"\nbase.resize_token_embeddings({facts.resized_to})" if facts.resized_to else ""
     return f"""## Use
 
 ```python
-{imports}
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{facts.name}"  # this folder, or the repository's id
-model = {model_class}.from_pretrained(folder)
+folder = "{facts.name}"  # the folder of these files, or the repository's id
+base = AutoModelForCausalLM.from_pretrained("{base}"){where}{resize}
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+The base must be exactly the model that training started from. `dar merge FOLDER --base {base} -o
+merged` makes a model without an adapter."""
+
+
+def _use_of_weights(facts: CardFacts) -> str:
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{facts.name}"  # the folder of these files, or the repository's id
+model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
 

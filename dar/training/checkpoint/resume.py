@@ -23,6 +23,7 @@ from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile, chec
 from dar.training.checkpoint import checkpoint
 from dar.training.checkpoint.fingerprint import differences, environment
 from dar.training.checkpoint.hub import HubPush
+from dar.training.model.adapters import save_adapter
 from dar.training.parallel import deepspeed
 from dar.training.parallel.sharding import (
     is_sharded,
@@ -58,6 +59,7 @@ class RunCheckpoints:
         run: The training run.
         hub: Uploads what was published.
         decisive: Everything that decides the result; see `decisive_facts`.
+        is_resized: Whether an adapter is published with the token embeddings.
         members: The parts of the trainer that have a state.
         last_report: Returns the metrics of the last report.
         has_new_ends: Whether adapters are saved with the generation config, because that of the
@@ -70,6 +72,7 @@ class RunCheckpoints:
         hub: HubPush,
         *,
         decisive: dict[str, Any],
+        is_resized: bool,
         members: Sequence[Stateful],
         last_report: Callable[[], dict[str, float]],
         has_new_ends: bool,
@@ -80,6 +83,7 @@ class RunCheckpoints:
         self._hub = hub
         self._decisive = decisive
         self.config_sha256 = checkpoint.digest(decisive)
+        self._is_resized = is_resized
         self._members = members
         self._last_report = last_report
         self._has_new_ends = has_new_ends
@@ -293,6 +297,7 @@ class RunCheckpoints:
     ) -> None:
         trainer = self._run.trainer
         self._write_model(folder, weights)
+        self._hub.write_card(folder)  # instead of peft's, which has paths of this machine
         trainer.state.save_to_json(str(folder / RESUME_FOLDER / TRAINER_STATE_NAME))
         own: dict[str, Any] = {"environment": self._environment(), "decisive": self._decisive}
         for member in self._members:
@@ -303,13 +308,12 @@ class RunCheckpoints:
         if not self._run.ranks.is_main:
             return
         model = self._run.trainer.model
-        # peft would ask the hub whether the base model's vocabulary has grown
-        options: dict[str, Any] = (
-            {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        )
-        model.save_pretrained(str(folder), state_dict=weights, **options)
-        if isinstance(model, PeftModel) and self._has_new_ends:  # the base model's lacks them
-            model.generation_config.save_pretrained(str(folder))
+        if isinstance(model, PeftModel):
+            save_adapter(model, folder, weights, with_embeddings=self._is_resized)
+            if self._has_new_ends:  # the base model's generation config lacks them
+                model.generation_config.save_pretrained(str(folder))
+        else:
+            model.save_pretrained(str(folder), state_dict=weights)
         self._run.trainer.processing_class.save_pretrained(str(folder))
 
     def _whole_weights(self) -> dict[str, Tensor] | None:

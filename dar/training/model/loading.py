@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -26,29 +26,38 @@ from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
 from dar.protocol.spec import LoraSpec
 from dar.training.data.load_errors import blame
+from dar.training.model import adapters
 
-LanguageModel = PreTrainedModel | PeftModel
+LanguageModel = adapters.LanguageModel
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SKETCHED_VALUES = 256
 """Leading values of each parameter in a sketch: enough to distinguish models, and cheap."""
 
 
 def load_model(
-    name: str | Path, *, dtype: torch.dtype = torch.float32, is_offline: bool = False
+    name: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    is_offline: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors; built-in architectures only.
 
     Args:
         name: Folder or hub id.
-        dtype: Number format of the weights.
+        dtype: Number format of the weights; ``auto``: as they were saved.
         is_offline: Whether access to the hub is forbidden.
 
     Raises:
-        TrainingError: There is no such model, it needs code of its own, or it is not a causal
-            language model.
+        TrainingError: There is no such model, it is an adapter, it needs code of its own, it is not
+            a causal language model, or its files lack some of its weights.
         HubUnreachableError: The hub cannot be reached.
     """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise TrainingError(
+            f"the model {str(name)!r} is an adapter, not a whole model; merge it into its base "
+            f"first: dar merge {name} -o FOLDER",
+            param="model",
+        )
     load = functools.partial(
         AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True
     )
@@ -144,22 +153,29 @@ def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def merge_adapters(model: PreTrainedModel, adapters: Sequence[Path]) -> PreTrainedModel:
+def merge_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
     """Merge adapters into the weights of ``model``, in order.
 
     Raises:
         TrainingError: A folder holds no safetensors adapter for this model.
     """
-    for folder in adapters:
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise TrainingError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}", param="model")
+    for folder in folders:
+        if not (folder / adapters.ADAPTER_WEIGHTS).is_file():
+            raise TrainingError(
+                f"the adapter {folder} has no {adapters.ADAPTER_WEIGHTS}", param="model"
+            )
         try:
             with _quiet_peft():
-                model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+                adapters.check_adapter(PeftConfig.from_pretrained(str(folder)))
+                adapters.resize_to(model, folder / adapters.ADAPTER_WEIGHTS)
+                adapted = PeftModel.from_pretrained(model, str(folder))
+                adapters.untie_adapted(adapted)
+                model = adapted.merge_and_unload()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise TrainingError(
                 f"the adapter {folder} does not fit the model: {error}", param="model"
             ) from error
+        adapters.settle_tying(model)
     return model.requires_grad_(requires_grad=True)  # peft has frozen it
 
 
@@ -171,7 +187,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     try:
         with _quiet_peft():
-            return get_peft_model(model, copy.deepcopy(config))  # peft changes the config
+            own = copy.deepcopy(config)  # peft changes the config
+            own.task_type = "CAUSAL_LM"
+            return get_peft_model(model, own)
     except (ValueError, re.error) as error:
         raise TrainingError(
             f"the adapter does not fit the model: {error}", param="method.dar.peft.target_modules"
@@ -241,6 +259,25 @@ def check_trainable(model: LanguageModel) -> None:
         f"every weight of the {what} is frozen, so nothing would be trained; {advice}",
         param="model",
     )
+
+
+@contextlib.contextmanager
+def unchanged_cache_option(model: LanguageModel) -> Iterator[None]:
+    """Undo a change of ``use_cache`` in the model's config.
+
+    `transformers.Trainer` turns the cache off when it is created, and every checkpoint would
+    contain that. The config of a model with several parts has no such option: its text config has.
+    """
+    config: Any = model.config
+    missing = object()
+    before = getattr(config, "use_cache", missing)
+    try:
+        yield
+    finally:
+        if before is not missing:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
 
 
 def context_length(model: LanguageModel) -> int | None:

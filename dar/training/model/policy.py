@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
-from dar.training.model import loading
+from dar.training.model import adapters, loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class Policy:
     """Digest of the weights that training starts from, and of the reference."""
     has_new_ends: bool
     """Whether the generation config had to learn tokens that end a completion."""
+    is_resized: bool
+    """Whether an adapter is published with the token embeddings, as its base has fewer or more."""
 
     @classmethod
     def make(
@@ -51,6 +53,10 @@ class Policy:
                 "ref_model has no effect with alpha=0, which takes no reference; leave it out",
                 param="ref_model",
             )
+        if peft_config is not None:
+            adapters.check_adapter(peft_config)
+        if not isinstance(model, str):
+            adapters.check_policy(model)
         source = model if isinstance(model, str) else str(model.name_or_path)
         tokenizer = tokenizer or loading.load_tokenizer(source, is_offline=is_offline)
         policy = (
@@ -70,15 +76,18 @@ class Policy:
                     "merge it first"
                 )
             policy = loading.add_adapter(policy, peft_config)
+        is_resized = isinstance(policy, PeftModel) and adapters.is_resized(policy, source)
         if isinstance(policy, PeftModel):
-            policy.active_peft_config.base_model_name_or_path = base_name or source or None
+            named = base_name or adapters.local_base(source) or None
+            policy.active_peft_config.base_model_name_or_path = named
+            policy.active_peft_config.task_type = "CAUSAL_LM"  # or peft could not load it again
         elif reference is None and config.alpha > 0:
             reference = copy.deepcopy(policy)
         if reference is not None:
             loading.disable_dropout(reference)
             reference = reference.requires_grad_(requires_grad=False).eval()
             sketch += loading.weights_sketch(reference)
-        return cls(policy, reference, tokenizer, sketch, has_new_ends)
+        return cls(policy, reference, tokenizer, sketch, has_new_ends, is_resized)
 
     @property
     def vocabulary(self) -> int:

@@ -130,7 +130,7 @@ def test_an_adapter_checkpoint_names_its_base_as_it_was_given(
 def test_a_checkpoint_holds_tensors_and_json_and_no_pickle(trained: Path) -> None:
     for path in trained.rglob("*"):
         if path.is_file():
-            assert path.suffix in {".safetensors", ".json", ".jinja"}, path
+            assert path.suffix in {".safetensors", ".json", ".jinja", ".md"}, path
             if path.suffix == ".json":
                 json.loads(path.read_text())
 
