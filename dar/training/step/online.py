@@ -339,7 +339,7 @@ def make_source(
         check_replay(rows, row_encoder, count)
         stream = _stream(run, mode, rows, row_encoder, config)
         return ReplaySource(stream, weigher, tokenizer=tokenizer, sink=run.sink, mode=mode)
-    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
+    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest), config.template_variables)
     stream = _stream(run, mode, rows, encoder, config)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
         _check_tokens(rows, encoder, policy.vocabulary)
@@ -362,6 +362,7 @@ def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
         longest=longest,
         vocabulary=policy.vocabulary,
         eos_ids=loading.eos_ids(policy.model, policy.tokenizer),
+        variables=config.template_variables,
     )
 
 
