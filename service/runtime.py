@@ -1,5 +1,6 @@
 """What the routes and background threads of one service process share."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -12,6 +13,9 @@ from service.background.waker import Waker
 from service.http.rate_limits import FailureThrottle, PassedProbes, Throttle
 from service.installation import Installation
 from service.telemetry import Telemetry
+
+UPLOAD_CHECKS = 2
+"""Uploaded files that are checked at once. A check takes a processor, and memory for a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,9 @@ class Runtime(Installation):
     gradings: Throttle = field(default_factory=lambda: Throttle(60, 60.0, "runs of a grader"))
     submission_probes: Throttle = field(
         default_factory=lambda: Throttle(120, 60.0, "probes at submission")
+    )
+    upload_checks: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(UPLOAD_CHECKS)
     )
     passed_probes: PassedProbes = field(default_factory=PassedProbes)
     callback_failures: FailureThrottle = field(default_factory=FailureThrottle)

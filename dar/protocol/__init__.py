@@ -28,6 +28,8 @@ hub_data: the address of a data set on a hub.
 ids: identifiers.
 model_configs: what a model's config.json says, without torch.
 presets: named sets of hyperparameters.
+row_files: the rows of a data set or of a JSON Lines file in order, with all their rules.
+row_values: the columns that a row of any format may have.
 rows: formats of the rows of a data set.
 spec_checks: checks of a spec that need no data.
 """

@@ -1,5 +1,7 @@
 """The formats of a row of a data set: one set of rules for the trainer and for uploaded files.
 
+`dar.protocol.row_values` has the rules over values, and `dar.protocol.row_files` applies all.
+
 A row holds a prompt alone (`prompts`: completions are sampled), or also completions to train on
 (offline):
 
@@ -11,6 +13,7 @@ A row holds a prompt alone (`prompts`: completions are sampled), or also complet
 
 A text prompt goes with texts. A conversation (a list of messages) goes with messages or texts of
 the assistant. A null counts as an absent column, except for rewards: a null reward is missing.
+``chat_template_kwargs`` are variables of the chat template that renders the row's conversations.
 """
 
 import math
@@ -21,6 +24,7 @@ from typing import Any, Literal
 from unicodedata import east_asian_width
 
 from dar.errors import InvalidRequestError
+from dar.protocol.rewards import MAX_REWARD
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -40,6 +44,21 @@ LIKE_PROMPT = ("prompt", "prompts", "question", "query", "instruction", "input",
 REWARD_COLUMNS = ("reward", "rewards")
 OFFLINE_COLUMNS = frozenset({"prompt", "prompt_ids", "behavior_logps", *KINDS, *REWARD_COLUMNS})
 """Columns that offline training reads; all others belong to the user."""
+TEMPLATE_COLUMN = "chat_template_kwargs"
+"""Column with variables of the chat template."""
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
+"""Arguments that every reward function gets besides the columns."""
+ROLES = ("system", "user", "assistant", "tool")
+ROUNDING_NATS = 1e-4
+"""A sum of log-probabilities may exceed 0 by this much, through rounding."""
+TAKEN = frozenset(
+    {
+        "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
+        "messages", "max_length", "padding", "return_assistant_tokens_mask", "return_dict",
+        "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
+    }
+)  # fmt: skip
+"""Arguments of a tokenizer's ``apply_chat_template`` that are not variables of the template."""
 
 
 class RowError(InvalidRequestError):
@@ -79,7 +98,7 @@ def kind_of(row: Row) -> Kind:
     Raises:
         RowError: It has completions of two kinds.
     """
-    there = [name for name in KINDS if row.get(name) is not None]
+    there = completions_of(row)
     kinds = {KINDS[name] for name in there}
     if len(kinds) > 1:
         raise RowError(
@@ -90,8 +109,18 @@ def kind_of(row: Row) -> Kind:
     return kinds.pop() if kinds else "prompts"
 
 
+def completions_of(row: Row) -> list[str]:
+    """Names of the columns that hold completions."""
+    return [name for name in KINDS if row.get(name) is not None]
+
+
 def form_of(row: Row) -> tuple[str, ...]:
-    """Names of the columns that define the format; all rows of a data set have the same ones."""
+    """Names of the columns that define the format; all rows of a data set have the same ones.
+
+    Without completions all columns but the prompt belong to the user, so there are none.
+    """
+    if not completions_of(row):
+        return ()
     filled = (*KINDS, "behavior_logps")
     return (
         *(name for name in filled if row.get(name) is not None),
@@ -131,22 +160,93 @@ def _instead_of_prompt(row: Row) -> str:
     return lack
 
 
-def check_online(row: Row) -> None:
-    """Check a row whose completions are sampled.
+def check_format(row: Row) -> OfflineRow | None:
+    """Check a row by the rules of its format, whatever it is used for.
+
+    Returns:
+        The completions of the row, if it has any.
 
     Raises:
-        RowError: It has no usable prompt, or completions of its own.
+        RowError: It breaks one of them.
     """
-    for name in KINDS:
-        if row.get(name) is not None:
+    if row.get("tools") is not None:
+        raise RowError(
+            "the row has 'tools', but nothing here executes tools; remove the column, or rename it "
+            "if a reward function reads it",
+            "tools",
+            "unsupported_column",
+        )
+    template_kwargs(row.get(TEMPLATE_COLUMN), TEMPLATE_COLUMN)
+    if kind_of(row) == "prompts":
+        if read_prompt(row) == "":
+            raise RowError("the prompt is empty", "prompt")
+        return None
+    return read_offline(row)
+
+
+def check_use(row: Row, *, is_replay: bool) -> None:
+    """Check that a row has completions exactly where they are read from the data.
+
+    Args:
+        row: The row.
+        is_replay: Whether there is no reward source, so that they are.
+
+    Raises:
+        RowError: They are missing, or there are some though completions are sampled.
+    """
+    given = completions_of(row)
+    if given and not is_replay:
+        raise RowError(
+            f"the row has the column {given[0]!r}, but with a reward source completions are "
+            "sampled and scored; remove the column, or leave the reward source out to train "
+            "on the completions of the rows",
+            given[0],
+            "unexpected_column",
+        )
+    if is_replay and not given:
+        raise _no_completions()
+
+
+def template_kwargs(value: object, name: str) -> dict[str, Any]:
+    """Variables of a chat template, without those that are null.
+
+    Args:
+        value: An object, or None.
+        name: Where it stands, for the error.
+
+    Raises:
+        RowError: It is something else, or a name in it is an argument of the tokenizer.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RowError(
+            f"{name} must be an object with the variables of the chat template, but it is "
+            f"{kind_of_value(value)}",
+            name,
+        )
+    given = _without_nulls(value)
+    if "tools" in given:
+        raise RowError(
+            f"{name} has 'tools', but nothing here executes tools; leave them out",
+            name,
+            "unsupported_column",
+        )
+    for key in given:
+        if key in TAKEN:
             raise RowError(
-                f"the row has the column {name!r}, but with a reward source completions are "
-                "sampled and scored; remove the column, or leave the reward source out to train "
-                "on the completions of the rows",
+                f"{name} has {key!r}, which is not a variable of a chat template but an "
+                "argument that the trainer sets; leave it out",
                 name,
-                "unexpected_column",
+                "reserved_name",
             )
-    read_prompt(row)
+    return given
+
+
+def is_conversation(row: Row) -> bool:
+    """Whether a row holds messages, which a chat template renders."""
+    prompt = row.get("chosen") if row.get("prompt") is None else row["prompt"]
+    return as_list(prompt) is not None
 
 
 def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
@@ -161,12 +261,7 @@ def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
     """
     kind, prompt_ids = kind_of(row), row.get("prompt_ids")
     if kind == "prompts":
-        raise RowError(
-            "the row has no completions to train on; give reward_funcs, or rows with 'completion' "
-            "or 'completion_ids' and 'reward', or with 'chosen' and 'rejected'",
-            "completion",
-            "missing",
-        )
+        raise _no_completions()
     if kind == "tokens":
         return _read_tokens(row, vocabulary)
     if prompt_ids is not None:
@@ -181,40 +276,13 @@ def read_offline(row: Row, vocabulary: int | None = None) -> OfflineRow:
     return OfflineRow(kind, prompt, None, completions, rewards, _behavior_logps(row, count))
 
 
-class OfflineRewards:
-    """Whether rows with completions have rewards to train on; every row of a data set is added."""
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._scored = 0
-        self._single = 0
-        self._has_pair = False
-
-    def add(self, row: OfflineRow) -> None:
-        scored = sum(reward is not None for reward in row.rewards)
-        self._rows += 1
-        self._scored += scored
-        self._single += scored if len(row.rewards) == 1 else 0
-        self._has_pair = self._has_pair or scored > 1
-
-    @property
-    def are_null(self) -> bool:
-        """Whether there are rows, and none of them has a reward."""
-        return self._rows > 0 and self._scored == 0
-
-    @property
-    def are_comparable(self) -> bool:
-        """Whether a completion can be compared with another one.
-
-        It is compared with those of its row; the single ones of different rows, with each other.
-        """
-        return self._has_pair or self._single > 1
-
-
-ALL_NULL = (
-    "every reward is null, which means that it is missing, so there is nothing to train on; fill "
-    "in 'reward' or 'rewards', or send prompts alone with a reward source"
-)
+def _no_completions() -> RowError:
+    return RowError(
+        "the row has no completions to train on; give reward_funcs, or rows with 'completion' "
+        "or 'completion_ids' and 'reward', or with 'chosen' and 'rejected'",
+        "completion",
+        "missing",
+    )
 
 
 # --- completions ----------------------------------------------------------------------------------
@@ -224,8 +292,9 @@ def _read_texts(row: Row) -> tuple[str | list[Message], list[Completion]]:
     name = _one_of(row, ("completion", "completions"))
     value, prompt = row[name], read_prompt(row)
     items: list[Any] = [value] if isinstance(value, str) else _list(value, name, "a text")
+    places = [name] if isinstance(value, str) else [f"{name}[{i}]" for i in range(len(items))]
     if all(isinstance(item, Mapping) for item in items):
-        items = [items]
+        items, places = [items], [name]
     if not items or not all(isinstance(item, str | list | tuple) for item in items):
         raise RowError(
             f"{name} must be a text, a message list of the assistant, or a list of either, "
@@ -234,7 +303,8 @@ def _read_texts(row: Row) -> tuple[str | list[Message], list[Completion]]:
         )
     if len({isinstance(item, str) for item in items}) > 1:
         raise RowError(f"{name} mixes texts and messages", name, "mixed_format")
-    return prompt, [_completion_of(item, prompt, name) for item in items]
+    pairs = zip(items, places, strict=True)
+    return prompt, [_completion_of(item, prompt, place) for item, place in pairs]
 
 
 def _completion_of(
@@ -280,7 +350,10 @@ def _read_tokens(row: Row, vocabulary: int | None) -> OfflineRow:
 def _tokens(value: object, name: str, vocabulary: int | None) -> list[int]:
     ids = _list(value, name, "a list of token ids")
     most = math.inf if vocabulary is None else vocabulary - 1
-    if not all(isinstance(token, Integral) and 0 <= int(token) <= most for token in ids):
+    if not all(
+        is_number(token) and isinstance(token, Integral) and 0 <= int(token) <= most
+        for token in ids
+    ):
         bound = "0 up" if vocabulary is None else f"0 to {vocabulary - 1}"
         raise RowError(f"{name} must be a list of token ids from {bound}, not {ids!r:.80}", name)
     return [int(token) for token in ids]
@@ -429,8 +502,8 @@ def _without_nulls(message: Message) -> dict[str, Any]:
 def _rewards(row: Row, count: int) -> list[float | None]:
     if not any(name in row for name in REWARD_COLUMNS):
         raise RowError(
-            "the row has completions but no rewards; add 'reward' or 'rewards' "
-            "(null where one is missing)",
+            "the row has completions but no rewards; add 'reward' or 'rewards' (null where one is "
+            f"missing), or remove {completions_of(row)[0]!r} to have completions sampled",
             "reward",
             "missing",
         )
@@ -440,9 +513,17 @@ def _rewards(row: Row, count: int) -> list[float | None]:
     values = _numbers(row[name], name, count)
     if not all(value is None or is_number(value) for value in values):
         raise RowError(f"{name} must be numbers or null, not {row[name]!r:.80}", name)
-    return [
-        float(value) if value is not None and math.isfinite(value) else None for value in values
-    ]
+    missing = [v is None or (not isinstance(v, int) and not math.isfinite(v)) for v in values]
+    known = [value for value, lacks in zip(values, missing, strict=True) if not lacks]
+    if too_large := [value for value in known if abs(value) > MAX_REWARD]:
+        raise RowError(
+            f"{name} must lie within ±{MAX_REWARD:,.0f}, as larger ones cannot be told apart in "
+            f"float32, but one is {too_large[0]!r:.40}; scale them down",
+            name,
+            "out_of_range",
+        )
+    pairs = zip(values, missing, strict=True)
+    return [None if lacks else float(value) for value, lacks in pairs]
 
 
 def _behavior_logps(row: Row, count: int) -> list[float] | None:
@@ -450,12 +531,26 @@ def _behavior_logps(row: Row, count: int) -> list[float] | None:
     if row.get(name) is None:
         return None
     values = _numbers(row[name], name, count)
-    if not all(is_number(value) and math.isfinite(value) for value in values):
+    if not all(is_number(value) and _is_finite(value) for value in values):
         raise RowError(
             f"{name} must be finite numbers, or left out for the whole row, not {row[name]!r:.80}",
             name,
         )
+    if too_large := [value for value in values if value > ROUNDING_NATS]:
+        raise RowError(
+            f"{name} must be at most 0, as a probability is at most 1, but one is "
+            f"{too_large[0]!r:.40}; send sums of log-probabilities in nats",
+            name,
+            "out_of_range",
+        )
     return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:  # noqa: ANN401 - any number
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of a float
+        return False
 
 
 def _numbers(value: Any, name: str, count: int) -> list[Any]:  # noqa: ANN401 - any cell of a table
@@ -498,9 +593,44 @@ def _list(value: object, name: str, wanted: str) -> list[Any]:
 def _messages(value: object, name: str) -> list[Message]:
     messages = _list(value, name, "a text or a list of messages")
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError("a message must be an object with role and content", f"{name}[{index}]")
-    return messages
+        _check_message(message, f"{name}[{index}]")
+    return [_without_nulls(message) for message in messages]
+
+
+def _check_message(message: object, path: str) -> None:
+    there = _without_nulls(message) if isinstance(message, Mapping) else {}
+    if "tool_calls" in there:
+        raise RowError(
+            f"{path} has tool_calls, but nothing here executes tools; remove them",
+            f"{path}.tool_calls",
+            "unsupported_column",
+        )
+    if "role" in there and "content" not in there:
+        raise RowError(f"{path} has no content; send a text that is not empty", f"{path}.content")
+    if set(there) != {"role", "content"}:
+        raise RowError(
+            f"{path} must be a message: an object with exactly 'role' and 'content', but it is "
+            + (
+                f"one with {', '.join(map(repr, list(there)[:6]))}"
+                if there
+                else kind_of_value(message)
+            ),
+            path,
+        )
+    role, content = there["role"], there["content"]
+    if role not in ROLES:
+        raise RowError(
+            f"{path}.role must be one of {', '.join(ROLES)}, but it is {role!r:.80}",
+            f"{path}.role",
+        )
+    if not isinstance(content, str):
+        hint = "; parts of a list are not read" if as_list(content) is not None else ""
+        raise RowError(
+            f"{path}.content must be a text, but it is {kind_of_value(content)}{hint}",
+            f"{path}.content",
+        )
+    if not content:
+        raise RowError(f"{path}.content must be a text that is not empty", f"{path}.content")
 
 
 # --- cells ----------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dar.protocol.base import Input, only
+from dar.protocol.base import FreeObject, Input, only
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
+from dar.protocol.row_values import check_value
+from dar.protocol.rows import RowError, template_kwargs
 
 Normalization = Literal["none", "per_prompt", "batch"]
 Baseline = Literal["mean", "leave_one_out"]
@@ -85,14 +87,15 @@ class Hyperparameters(Input):
     step takes the prompts that are left."""
     warmup_steps: int = Field(0, ge=0, le=ServiceLimit(10_000_000))
     """Steps over which the learning rate rises from 0."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Schedule of the learning rate after the warm-up."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Schedule of the learning rate after the warm-up: ``linear``, ``cosine`` or ``constant``;
+    ``constant_with_warmup`` is transformers' name of ``constant``."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0 turns it off."""
-    optim: Literal["adamw", "adafactor"] = "adamw"
-    """Optimizer."""
+    optim: Literal["adamw", "adafactor", "adamw_torch"] = "adamw"
+    """Optimizer: ``adamw`` or ``adafactor``; ``adamw_torch`` is transformers' name of ``adamw``."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -204,6 +207,9 @@ class DARSpec(Input):
     their rewards."""
     peft: LoraSpec | None = None
     """The adapter to train. Null: the full weights are trained."""
+    chat_template_kwargs: FreeObject | None = Field(None, exclude_if=lambda value: value is None)
+    """Variables of the chat template for every conversation, like ``{"enable_thinking": false}``.
+    Those of a row's column ``chat_template_kwargs`` take precedence."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward and backward pass; auto: bf16 on GPUs that support it, else
     fp32."""
@@ -219,6 +225,19 @@ class DARSpec(Input):
     evaluation: Evaluation | None = None
     """Null: the policy is not evaluated."""
     limits: Limits = Limits()
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _usable_variables(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        name = "chat_template_kwargs"
+        try:
+            template_kwargs(given, name)
+            check_value(given, name)
+        except RowError as error:
+            raise PydanticCustomError(
+                "invalid_variables", "{why}", {"why": error.message}
+            ) from None
+        return given
 
     @model_validator(mode="before")
     @classmethod

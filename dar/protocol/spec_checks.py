@@ -106,7 +106,7 @@ def _of_resources(spec: JobSpec) -> Iterator[Problem]:
             "method.dar.resources.strategy",
             "one_process",
         )
-    if resources.strategy.startswith("zero") and spec.dar.hyperparameters.optim != "adamw":
+    if resources.strategy.startswith("zero") and spec.dar.hyperparameters.optim == "adafactor":
         yield Problem(
             f"strategy {resources.strategy!r} updates slices of the weights, which "
             f"{spec.dar.hyperparameters.optim} cannot; send optim adamw, or another strategy",

@@ -4,12 +4,14 @@ import contextlib
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 from pydantic import ValidationError
 
-from dar.errors import ConfigurationError, RewardContractError
+from dar.errors import ConfigurationError, InvalidRequestError, RewardContractError
 from dar.protocol.rewards import MAX_REWARD, SampleResult
+from dar.protocol.rows import ARGUMENTS
 from dar.rewards.base import (
     Failed,
     RewardContext,
@@ -26,6 +28,10 @@ Returned = Sequence[float | Mapping[str, Any] | None]
 RewardFunction = Callable[..., Returned | Awaitable[Returned]]
 """Takes the lists ``prompts`` and ``completions``, and columns of the data set by name.
 
+It may also take ``completion_ids``, the token ids of each completion, and ``trainer_state``, whose
+``global_step`` is the number of optimizer steps that the policy had done when it sampled: in a
+trainer a copy of `transformers.TrainerState`, in a reward service a `StepState`.
+
 Prompts that are text come with text completions; conversations are lists of messages, with the
 completion as ``[{"role": "assistant", "content": …}]``. None means that the reward does not apply
 to a sample. Instead of a number the function may return a mapping with the fields of
@@ -33,6 +39,17 @@ to a sample. Instead of a number the function may return a mapping with the fiel
 ``{"skip": True, "reason": "no maths"}`` or
 ``{"error": {"code": "judge_timeout", "message": "…", "retryable": True}}``.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """What a reward service knows of the state of a trainer."""
+
+    global_step: int
+
+
+def _step_state(context: RewardContext) -> object:
+    return StepState(context.steps_done)
 
 
 class FunctionReward:
@@ -46,13 +63,21 @@ class FunctionReward:
     Args:
         function: The user's function.
         name: Component name; default: the function's.
+        state_of: Makes the argument ``trainer_state`` of a call; default: a `StepState`.
 
     Raises:
         ConfigurationError: The function cannot take ``completions``.
     """
 
-    def __init__(self, function: RewardFunction, name: str | None = None) -> None:
+    def __init__(
+        self,
+        function: RewardFunction,
+        name: str | None = None,
+        *,
+        state_of: Callable[[RewardContext], object] | None = None,
+    ) -> None:
         self._function = function
+        self._state_of = state_of or _step_state
         self._name = name or function_name(function)
         self._parameters = _parameters(function)
         self._accepted = _accepted_names(self._parameters)
@@ -78,23 +103,22 @@ class FunctionReward:
         return parameter is not None and parameter.default is parameter.empty
 
     async def score(
-        self,
-        samples: Sequence[RewardSample],
-        context: RewardContext,  # noqa: ARG002 - part of the RewardSource interface
+        self, samples: Sequence[RewardSample], context: RewardContext
     ) -> list[RewardResult]:
         """Call the function once: one result per sample, in order.
 
         Raises:
+            InvalidRequestError: A column has the name of another argument.
             RewardContractError: It did not return one number, mapping or None per sample.
             Exception: The function raised it.
         """
         try:
-            values = await self._call(self._arguments(samples))
+            values = await self._call(self._arguments(samples, context))
         except (SystemExit, KeyboardInterrupt) as request:
             raise ExitRequestedError(request) from request
         return as_results(values, len(samples), f"reward function {self._name}")
 
-    async def _call(self, given: dict[str, list[Any]]) -> Returned:
+    async def _call(self, given: dict[str, Any]) -> Returned:
         returned: Returned | Awaitable[Returned]
         if inspect.iscoroutinefunction(self._function):
             returned = self._function(**given)
@@ -105,19 +129,37 @@ class FunctionReward:
     async def aclose(self) -> None:
         """Do nothing: there is no connection."""
 
-    def _arguments(self, samples: Sequence[RewardSample]) -> dict[str, list[Any]]:
+    def _arguments(self, samples: Sequence[RewardSample], context: RewardContext) -> dict[str, Any]:
         names = dict.fromkeys(name for sample in samples for name in sample.columns)
-        arguments: dict[str, list[Any]] = {
-            name: [sample.columns.get(name) for sample in samples] for name in names
+        for name in names:
+            check_column_name(name)
+        arguments: dict[str, Any] = {
+            **{name: [sample.columns.get(name) for sample in samples] for name in names},
+            "prompts": [trl_prompt(sample) for sample in samples],
+            "completions": [trl_completion(sample) for sample in samples],
+            "trainer_state": self._state_of(context),
         }
-        arguments["prompts"] = [trl_prompt(sample) for sample in samples]
-        arguments["completions"] = [trl_completion(sample) for sample in samples]
         ids = [sample.completion_ids for sample in samples if sample.completion_ids is not None]
         if len(ids) == len(samples):
             arguments["completion_ids"] = [list(item) for item in ids]
         if self._accepted is None:
             return arguments
         return {name: values for name, values in arguments.items() if name in self._accepted}
+
+
+def check_column_name(name: str) -> None:
+    """Check that a column has not the name of another argument of a reward function.
+
+    Raises:
+        InvalidRequestError: It has.
+    """
+    if name in ARGUMENTS:
+        raise InvalidRequestError(
+            f"the column {name!r} has the name of an argument that every reward function gets; "
+            "send it under another name",
+            param=name,
+            code="reserved_column",
+        )
 
 
 def function_name(function: object) -> str:

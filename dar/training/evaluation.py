@@ -95,7 +95,11 @@ def named(rows: Rows | Mapping[str, Rows]) -> dict[str, Rows]:
 
 
 def check_evaluation_rows(
-    rows: Rows | Mapping[str, Rows] | None, *, is_replay: bool, is_needed: bool
+    rows: Rows | Mapping[str, Rows] | None,
+    *,
+    is_replay: bool,
+    is_needed: bool,
+    sent: Sequence[str] = (),
 ) -> None:
     """Reject data sets that cannot be evaluated on.
 
@@ -103,6 +107,7 @@ def check_evaluation_rows(
         rows: One or several data sets.
         is_replay: Whether rows hold their completions and rewards, as in offline training.
         is_needed: Whether training evaluates on them.
+        sent: Columns that are sent to reward services.
 
     Raises:
         InvalidRequestError: There is none, or one has no rows, or a row cannot be used; the message
@@ -115,7 +120,7 @@ def check_evaluation_rows(
         )
     for name, one in named({} if rows is None else rows).items():
         with naming_evaluation(name):
-            check_rows(one, is_replay=is_replay)
+            check_rows(one, is_replay=is_replay, sent=sent)
 
 
 @contextlib.contextmanager
@@ -161,6 +166,7 @@ class RunEvaluation:
         measure: Measures completions under the current policy.
         compute_metrics: Returns further metrics.
         is_replay: Whether rows hold their completions and rewards.
+        sent: Columns that are sent to reward services.
     """
 
     def __init__(
@@ -172,6 +178,7 @@ class RunEvaluation:
         measure: Measure,
         compute_metrics: ComputeMetrics | None,
         is_replay: bool,
+        sent: Sequence[str],
     ) -> None:
         self.is_due = False
         """Whether an evaluation was begun and did not end."""
@@ -181,6 +188,7 @@ class RunEvaluation:
         self._measure = measure
         self._compute_metrics = compute_metrics
         self._is_replay = is_replay
+        self._sent = sent
         self._sources: Mapping[str, StepSource] | None = None
         """Step sources of the current training run, by the name of the data set."""
         self._last_step = -1
@@ -261,7 +269,7 @@ class RunEvaluation:
         if rows is None:
             raise InvalidRequestError("there is nothing to evaluate on: give eval_dataset")
         if eval_dataset is not None:
-            check_evaluation_rows(rows, is_replay=self._is_replay, is_needed=True)
+            check_evaluation_rows(rows, is_replay=self._is_replay, is_needed=True, sent=self._sent)
         sources = {}
         for name, one in named(rows).items():
             with naming_evaluation(name):

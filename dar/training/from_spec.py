@@ -176,7 +176,7 @@ def _validation_rows(inputs: JobInputs) -> Rows | None:
         raise InvalidRequestError(
             "the job evaluates, but its validation file is missing", param="validation_file"
         )
-    return read_rows(inputs.validation_file)[: evaluation.max_prompts]
+    return read_rows(inputs.validation_file, "validation_file")[: evaluation.max_prompts]
 
 
 def job_config(inputs: JobInputs) -> DARConfig:
@@ -192,8 +192,9 @@ def job_config(inputs: JobInputs) -> DARConfig:
         per_device_train_batch_size=hyper.batch_size // spec.resources.processes,
         **strategy_options(spec.resources),
         max_steps=inputs.total_steps,
-        lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler_type],
-        optim=OPTIMIZERS[hyper.optim],
+        lr_scheduler_type=SCHEDULERS.get(hyper.lr_scheduler_type, hyper.lr_scheduler_type),
+        optim=OPTIMIZERS.get(hyper.optim, hyper.optim),
+        chat_template_kwargs=spec.chat_template_kwargs,
         overlap=spec.overlap,
         order=spec.order,
         bf16=_is_bf16(spec),

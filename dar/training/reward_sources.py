@@ -1,17 +1,18 @@
 """The reward sources of a training run: functions, services and models, as its user gave them."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
-from dar.rewards.base import RewardObserver
+from dar.rewards.base import RewardContext, RewardObserver
 from dar.rewards.cache.cache import CachePlace
 from dar.rewards.from_spec import RewardAccess, scorer_from_spec
 from dar.rewards.functions import RewardFunction
@@ -44,6 +45,8 @@ class GivenRewards:
     access: RewardAccess
     names: Sequence[str] | None
     """Component names of the models; None: numbered names."""
+    variables: Mapping[str, Any] | None = None
+    """Variables of the chat templates of the models."""
 
     @classmethod
     def of(
@@ -89,12 +92,24 @@ class GivenRewards:
         if access.cache is None:
             here = CachePlace(Path(config.output_dir or ".") / "reward-cache")
             access = replace(access, cache=here)
-        return cls(functions, given, tokenizers, weights, access, names)
+        variables = config.template_variables
+        return cls(functions, given, tokenizers, weights, access, names, variables)
 
     @property
     def is_online(self) -> bool:
         """Whether completions are sampled and scored; otherwise the data hold them with rewards."""
         return self.functions is not None or bool(self.models)
+
+    @property
+    def sent_columns(self) -> list[str]:
+        """Columns of the rows that reward services get."""
+        functions = self.functions
+        if isinstance(functions, Rewards):
+            services = [c for c in functions.components if c.kind == "http"]
+            further = [name for service in services for name in service.columns or ()]
+            return ["ground_truth", *further] if services else []
+        given = [functions] if isinstance(functions, str) or callable(functions) else functions
+        return ["ground_truth"] if any(isinstance(one, str) for one in given or ()) else []
 
     def load(self, ranks: Ranks, device: torch.device, *, is_offline: bool) -> "LoadedRewards":
         """Load the reward models, on the main process alone.
@@ -108,7 +123,12 @@ class GivenRewards:
 
         def load() -> list[str]:
             models[:] = make_reward_models(
-                self.models, self.tokenizers, device=device, is_offline=is_offline, names=self.names
+                self.models,
+                self.tokenizers,
+                device=device,
+                is_offline=is_offline,
+                names=self.names,
+                variables=self.variables,
             )
             return [model.sketch() for model in models]
 
@@ -165,9 +185,20 @@ class LoadedRewards:
         }
 
     def open(
-        self, *, job_id: str | None, on_wait: Callable[[str], None], observer: RewardObserver
+        self,
+        *,
+        job_id: str | None,
+        on_wait: Callable[[str], None],
+        observer: RewardObserver,
+        state_of: Callable[[RewardContext], object],
     ) -> RewardScorer | None:
         """The scorer of these rewards; None where there are none.
+
+        Args:
+            job_id: Sent to reward services.
+            on_wait: See `RewardScorer`.
+            observer: See `RewardScorer`.
+            state_of: Makes ``trainer_state`` for the reward functions.
 
         Raises:
             ConfigurationError: The secret is malformed, the number of weights is wrong, or a
@@ -193,6 +224,7 @@ class LoadedRewards:
             secret=given.access.secret,
             on_wait=on_wait,
             observer=observer,
+            state_of=state_of,
         )
 
 
@@ -223,7 +255,10 @@ class RewardSession:
                     self._run.sink.event, self._report_wait, concurrency=self.loaded.concurrency()
                 )
                 scorer = self.loaded.open(
-                    job_id=self._run.job_id, on_wait=self._report_wait, observer=observer
+                    job_id=self._run.job_id,
+                    on_wait=self._report_wait,
+                    observer=observer,
+                    state_of=self._state_at,
                 )
                 if scorer is not None:
                     stack.callback(self._report_requests)
@@ -260,6 +295,16 @@ class RewardSession:
     def restore(self, state: dict[str, Any]) -> None:
         if self._scorer is not None and state.get("rewards") is not None:
             self._scorer.restore(state["rewards"])
+
+    def _state_at(self, context: RewardContext) -> TrainerState:
+        """The trainer's state, at the step at which the policy sampled.
+
+        A copy: reward functions run in other threads, while the trainer changes its own.
+        """
+        state: TrainerState = copy.copy(self._run.trainer.state)
+        state.global_step = context.steps_done
+        state.log_history = list(state.log_history)
+        return state
 
     def _keep_state(self, scorer: RewardScorer) -> None:
         self._closed_state = scorer.state(self._run.trainer.state.global_step)

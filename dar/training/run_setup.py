@@ -3,13 +3,14 @@
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
+from dar.protocol.rows import is_conversation
 from dar.protocol.spec import StepPlan
 from dar.training.config.config import DARConfig, preset_values
 from dar.training.config.ignored import online_only
@@ -50,7 +51,12 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
 
 
 def check_data(
-    rows: Rows, evaluated: Rows | Mapping[str, Rows] | None, config: DARConfig, *, is_replay: bool
+    rows: Rows,
+    evaluated: Rows | Mapping[str, Rows] | None,
+    config: DARConfig,
+    *,
+    is_replay: bool,
+    sent: Sequence[str] = (),
 ) -> None:
     """Reject data that cannot be trained or evaluated on.
 
@@ -59,11 +65,20 @@ def check_data(
         evaluated: One or several data sets for evaluation.
         config: Of the run.
         is_replay: Whether rows hold their completions and rewards, as in offline training.
+        sent: Columns that are sent to reward services.
 
     Raises:
         InvalidRequestError: A row or an option cannot be used.
     """
-    check_rows(rows, is_replay=is_replay)
+    check_rows(rows, is_replay=is_replay, sent=sent)
+    if config.template_variables and not any(
+        is_conversation(rows[index]) for index in range(len(rows))
+    ):
+        raise InvalidRequestError(
+            "chat_template_kwargs has no effect, as no row holds a conversation; leave it out, or "
+            "send prompts as lists of messages",
+            param="chat_template_kwargs",
+        )
     if is_replay and (names := online_only(config, preset_values(config.preset))):
         # Not rejected, as a config is often shared by online and offline runs of one script.
         logger.warning(
@@ -77,7 +92,7 @@ def check_data(
             "it out",
             param="overlap",
         )
-    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating)
+    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating, sent=sent)
 
 
 def report_plan(plan: StepPlan, config: DARConfig, sink: Sink) -> None:

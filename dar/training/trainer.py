@@ -188,7 +188,13 @@ class DARTrainer(Trainer):
         given = GivenRewards.of(
             reward_funcs, reward_model, reward_processing_class, reward_weights, access, config
         )
-        check_data(train_dataset, eval_dataset, config, is_replay=not given.is_online)
+        check_data(
+            train_dataset,
+            eval_dataset,
+            config,
+            is_replay=not given.is_online,
+            sent=given.sent_columns,
+        )
         policy = Policy.make(
             model,
             config,
@@ -243,6 +249,7 @@ class DARTrainer(Trainer):
             measure=self._passes.policy_logps_and_entropies,
             compute_metrics=compute_metrics,
             is_replay=not rewards.given.is_online,
+            sent=rewards.given.sent_columns,
         )
         self.hub = HubPush(
             run,

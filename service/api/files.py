@@ -1,11 +1,15 @@
 """Uploaded training files."""
 
+import asyncio
+import threading
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from dar.errors import InvalidRequestError, UnsupportedMediaTypeError
@@ -49,7 +53,9 @@ async def create_file(request: Request, runtime: CurrentRuntime, user: Submitter
     form = await _read_form(request, runtime.settings.max_file_bytes)
     try:
         upload = _checked(form)
-        return await run_in_threadpool(_store, runtime, user, upload)
+        return await _while_connected(
+            request, runtime, lambda has_left: _store(runtime, user, upload, has_left)
+        )
     finally:
         await form.close()
 
@@ -147,12 +153,43 @@ def _checked(form: FormData) -> UploadFile:
     return upload
 
 
-def _store(runtime: Runtime, user: User, upload: UploadFile) -> File:
+async def _while_connected(
+    request: Request, runtime: Runtime, check: Callable[[Callable[[], bool]], File]
+) -> File:
+    """Check an upload in a thread, until its client leaves.
+
+    Args:
+        request: The request, whose body was read.
+        runtime: Limits how many uploads are checked at once.
+        check: Gets a function that returns whether the client has left.
+
+    Raises:
+        ClientDisconnect: The client has left.
+    """
+    has_left = threading.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        has_left.set()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        async with runtime.upload_checks:
+            return await run_in_threadpool(check, has_left.is_set)
+    except datasets.UploadCancelledError:
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()
+        has_left.set()
+
+
+def _store(runtime: Runtime, user: User, upload: UploadFile, has_left: Callable[[], bool]) -> File:
     file_id = new_id("file-")
     runtime.artifacts.reserve(upload.size or 0, "the file")
     temporary = runtime.artifacts.new_file(file_id)
     try:
-        found = datasets.store(upload.file, temporary)
+        found = datasets.store(upload.file, temporary, has_left)
         runtime.artifacts.keep_file(file_id)
     finally:
         temporary.unlink(missing_ok=True)

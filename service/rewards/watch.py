@@ -10,7 +10,6 @@ replica at a time makes them.
 import asyncio
 import functools
 import itertools
-import json
 import re
 import threading
 from collections import deque
@@ -22,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError, RewardMisconfiguredError, RewardUnavailableError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, Rewards
+from dar.protocol.row_files import lines_of, parse_row
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import Failed, RewardContext, RewardSample
 from dar.rewards.http.egress import EgressPolicy
@@ -114,9 +114,9 @@ def first_prompts(path: Path | None, count: int) -> list[RewardSample]:
     """
     if path is None or not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        lines = itertools.islice(filter(str.strip, file), count)
-        return [as_sample(index, json.loads(line)) for index, line in enumerate(lines)]
+    with path.open("rb") as file:
+        lines = itertools.islice(filter(bytes.strip, lines_of(file)), count)
+        return [as_sample(index, parse_row(line)) for index, line in enumerate(lines)]
 
 
 def as_sample(index: int, row: Mapping[str, object]) -> RewardSample:

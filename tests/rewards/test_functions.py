@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from dar.errors import ConfigurationError, RewardContractError
+from dar.errors import ConfigurationError, InvalidRequestError, RewardContractError
+from dar.protocol.rows import ARGUMENTS
 from dar.rewards.base import Failed, RewardContext, RewardResult, Scored, Skipped
-from dar.rewards.functions import FunctionReward, function_name
+from dar.rewards.functions import FunctionReward, StepState, function_name
 from fakes.reward_types import MakeSamples, Score
 
 
@@ -22,7 +23,9 @@ def score(make_samples: MakeSamples, context: RewardContext) -> Score:
     return run
 
 
-async def test_a_function_gets_texts_columns_and_ids(score: Score) -> None:
+async def test_a_function_gets_texts_columns_ids_and_the_step(
+    score: Score, context: RewardContext
+) -> None:
     seen: dict[str, Any] = {}
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -37,6 +40,7 @@ async def test_a_function_gets_texts_columns_and_ids(score: Score) -> None:
         "completion_ids": [[7, 8], [7, 8]],
         "ground_truth": ["a", "a"],
         "level": [3, 3],
+        "trainer_state": StepState(global_step=context.steps_done),
     }
 
 
@@ -57,6 +61,15 @@ async def test_ids_that_are_not_known_are_not_passed(score: Score) -> None:
     await score(reward)
     await score(reward, completion_ids=())  # known: the completion is empty
     assert seen == ["none", [[], []]]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+async def test_a_column_never_replaces_an_argument_nor_is_replaced(score: Score, name: str) -> None:
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    with pytest.raises(InvalidRequestError, match=f"column '{name}' has the name of an argument"):
+        await score(reward, columns={name: 1})
 
 
 async def test_a_column_that_some_rows_lack_is_none_there(

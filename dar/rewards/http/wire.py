@@ -4,12 +4,15 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
 from dar.protocol.ids import new_id
+from dar.protocol.row_values import check_value
+from dar.protocol.rows import RowError
 from dar.rewards.base import RewardContext, RewardSample
 
 ENVELOPE_BYTES = 512
@@ -62,6 +65,27 @@ def without_surrogates(value: object) -> object:
     if isinstance(value, list | tuple):
         return [without_surrogates(item) for item in value]
     return value
+
+
+def check_sendable(columns: Mapping[str, Any], sent: Iterable[str]) -> None:
+    """Check that JSON can carry the columns that a reward service gets.
+
+    Raises:
+        RowError: It cannot carry one of them.
+    """
+    for name in dict.fromkeys(sent):
+        value = columns.get(name)
+        try:
+            to_json(value)
+        except (TypeError, ValueError) as error:
+            raise RowError(
+                f"the column {name!r} holds what JSON cannot carry, so no reward service can get "
+                f"it; convert it to a text, a number or a list ({type(value).__name__}: {error})",
+                name,
+                "not_json",
+            ) from None
+        plain = getattr(value, "tolist", None)  # an array, in which NaN would become null
+        check_value(plain() if callable(plain) else value, name)
 
 
 def encode_sample(

@@ -284,6 +284,7 @@ def scorer_from_functions(
     secret: str | None = None,
     on_wait: Callable[[str], None] | None = None,
     observer: RewardObserver | None = None,
+    state_of: Callable[[RewardContext], object] | None = None,
 ) -> RewardScorer:
     """A scorer of reward functions and reward services.
 
@@ -295,6 +296,7 @@ def scorer_from_functions(
         secret: Signs requests to the URLs.
         on_wait: See `RewardScorer`.
         observer: See `RewardScorer`.
+        state_of: See `dar.rewards.functions.FunctionReward`.
 
     Raises:
         ConfigurationError: ``weights`` has the wrong length, the secret is malformed, or a function
@@ -318,7 +320,8 @@ def scorer_from_functions(
             url = _checked_url(function)
             source = HttpReward(_free_name("remote", taken), url, secret=secret)
         else:
-            source = FunctionReward(function, _free_name(FunctionReward(function).name, taken))
+            name = _free_name(FunctionReward(function).name, taken)
+            source = FunctionReward(function, name, state_of=state_of)
         components.append(WeightedSource(source, weight))
     components += map(WeightedSource, sources, factors[len(given) :])
     return RewardScorer(components, on_wait=on_wait, observer=observer)

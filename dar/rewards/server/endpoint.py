@@ -5,6 +5,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -26,7 +27,7 @@ from dar.errors import (
 )
 from dar.protocol.rewards import RESULT_TYPE, RequestSample, RewardRequest, decode_request
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Skipped
-from dar.rewards.functions import FunctionReward, RewardFunction
+from dar.rewards.functions import FunctionReward, RewardFunction, check_column_name
 from dar.rewards.http.signing import verify
 from dar.rewards.server.callbacks import CallbackSender, signed
 from dar.rewards.server.idempotency import Answers, Entry
@@ -95,6 +96,8 @@ class FunctionEndpoint:
         decoded = decode_request(body)
         if self._keys and request.headers["webhook-id"] != decoded.request_id:
             raise InvalidRequestError("webhook-id differs from the body's request_id")
+        for name in {name for sample in decoded.samples for name in sample.columns}:
+            check_column_name(name)
         if not self._keys:
             decoded = _without_callback(decoded)
         entry = self._answers.known(decoded)
@@ -221,7 +224,7 @@ class FunctionEndpoint:
 
     async def _answer(self, request: RewardRequest, entry: Entry) -> bytes:
         samples = [_as_sample(sample) for sample in request.samples]
-        context = RewardContext(request.step, request.mode, request.job_id)
+        context = _context_of(request)
         results: Sequence[RewardResult]
         try:
             results = await self._source.score(samples, context)
@@ -252,6 +255,12 @@ def _without_callback(request: RewardRequest) -> RewardRequest:
     """Without signatures anybody could make this machine post to any address."""
     reply = request.reply.model_copy(update={"callback": None})
     return request.model_copy(update={"reply": reply})
+
+
+def _context_of(request: RewardRequest) -> RewardContext:
+    context = RewardContext(request.step, request.mode, request.job_id)
+    sampled_at = request.samples[0].metadata.policy_version
+    return replace(context, staleness=context.steps_done - sampled_at)
 
 
 def _as_sample(sample: RequestSample) -> RewardSample:

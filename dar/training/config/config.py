@@ -1,6 +1,7 @@
 """`DARConfig`: everything that decides how a policy is trained."""
 
 import functools
+import json
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
 from dar.protocol.presets import PRESETS, Preset
+from dar.protocol.row_values import check_value
+from dar.protocol.rows import template_kwargs
 from dar.protocol.spec import (
     Baseline,
     Behavior,
@@ -33,14 +36,10 @@ _CHECKPOINTING = {
 }
 """New and usual names of two options of transformers."""
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
-"""Name of an optimizer in a job spec, and in transformers."""
-SCHEDULERS = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant_with_warmup",  # what transformers calls "constant" ignores warmup_steps
-}
-"""The same for learning-rate schedules."""
+OPTIMIZERS = {"adamw": "adamw_torch"}
+"""Name of an optimizer in a job spec -> in transformers, where they differ."""
+SCHEDULERS = {"constant": "constant_with_warmup"}
+"""The same for learning-rate schedules. What transformers calls "constant" ignores warmup_steps."""
 
 
 def preset_values(preset: str) -> dict[str, Any]:
@@ -56,10 +55,9 @@ def preset_values(preset: str) -> dict[str, Any]:
     values = dict(PRESETS[preset].hyperparameters) | dict(PRESETS[preset].sampling)
     if "batch_size" in values:
         values["per_device_train_batch_size"] = values.pop("batch_size")
-    if "optim" in values:
-        values["optim"] = OPTIMIZERS[values["optim"]]
-    if "lr_scheduler_type" in values:
-        values["lr_scheduler_type"] = SCHEDULERS[values["lr_scheduler_type"]]
+    for name, names in (("optim", OPTIMIZERS), ("lr_scheduler_type", SCHEDULERS)):
+        if name in values:
+            values[name] = names.get(values[name], values[name])
     return values
 
 
@@ -135,6 +133,9 @@ class DARConfig(TrainingArguments):
     max_prompt_length: int | None = spec_field(
         SPEC_FIELDS["max_prompt_length"], source=_FIRST_TRAINER
     )
+    chat_template_kwargs: dict[str, Any] | str | None = spec_field(
+        SPEC_FIELDS["chat_template_kwargs"], source="TRL"
+    )
     reward_model_path: str | None = option(
         "Reward model: folder or hub id of a sequence classifier with one label.",
         source=_FIRST_TRAINER,
@@ -144,8 +145,8 @@ class DARConfig(TrainingArguments):
     order: TrainingOrder = spec_field(SPEC_FIELDS["order"], source="docs/dar.md")
 
     optim: OptimizerNames | str = option(
-        "Optimizer, by transformers' name.",
-        OPTIMIZERS[SPEC_FIELDS["optim"].default],
+        "Optimizer: a name of a job spec or of transformers.",
+        OPTIMIZERS.get(SPEC_FIELDS["optim"].default, SPEC_FIELDS["optim"].default),
         source=_TRANSFORMERS,
     )
     learning_rate: float = spec_field(SPEC_FIELDS["learning_rate"], source="arXiv 2602.11523: 1e-6")
@@ -153,8 +154,8 @@ class DARConfig(TrainingArguments):
         SPEC_FIELDS["warmup_steps"], source=f"{_TRANSFORMERS}; below 1: a share of all steps"
     )
     lr_scheduler_type: SchedulerType | str = option(
-        "Schedule of the learning rate after the warm-up, by transformers' name.",
-        SCHEDULERS[SPEC_FIELDS["lr_scheduler_type"].default],
+        "Schedule of the learning rate after the warm-up: a name of a job spec or of transformers.",
+        SPEC_FIELDS["lr_scheduler_type"].default,
         source=_TRANSFORMERS,
     )
     weight_decay: float = spec_field(SPEC_FIELDS["weight_decay"], source=_TRANSFORMERS)
@@ -174,6 +175,8 @@ class DARConfig(TrainingArguments):
         """Longest time of training without a checkpoint; None: ``save_steps`` alone decides."""
         check_ranges(vars(self))
         check_trackers(self.report_to)
+        self._use_own_names()
+        self.chat_template_kwargs = _variables(self.chat_template_kwargs)
         # transformers warns about the usual names; both mean the same.
         for new, usual in _CHECKPOINTING.items():
             if getattr(self, new) is None:
@@ -195,6 +198,13 @@ class DARConfig(TrainingArguments):
                 f"{NOTHING_TO_COMPARE}; set dar_k or the batch size to at least 2",
                 param="dar_k",
             )
+
+    def _use_own_names(self) -> None:
+        """Give names of a job spec the meaning that they have there."""
+        self.optim = OPTIMIZERS.get(str(self.optim), self.optim)
+        if self.warmup_steps:  # without a warm-up both schedules are the same
+            name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+            self.lr_scheduler_type = SCHEDULERS.get(str(name), self.lr_scheduler_type)
 
     @property
     def n_gpu(self) -> int:
@@ -253,6 +263,12 @@ class DARConfig(TrainingArguments):
             chunk=shares if self.world_size > 1 else 1,
         )
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """``chat_template_kwargs`` after they were parsed."""
+        assert not isinstance(self.chat_template_kwargs, str)
+        return self.chat_template_kwargs or {}
+
     def decisive_values(self) -> dict[str, Any]:
         """Everything here that decides the result of training, as JSON values."""
         own = {f.name for f in fields(DARConfig)} - {f.name for f in fields(TrainingArguments)}
@@ -260,7 +276,27 @@ class DARConfig(TrainingArguments):
         own -= {"overlap", "order"}  # only whether one step is sampled ahead changes the result
         values = {name: getattr(self, name) for name in sorted(own | DECISIVE)}
         values = {name: getattr(value, "value", value) for name, value in values.items()}
+        if not values["chat_template_kwargs"]:  # fingerprints of earlier versions do not have it
+            del values["chat_template_kwargs"]
         return values | {
             "prompts_per_step": self.prompts_per_step,
             "is_one_step_ahead": self.overlap == "one_step",
         }
+
+
+def _variables(given: object) -> dict[str, Any] | None:
+    """Variables of the chat template, which a command line gives as JSON.
+
+    Raises:
+        InvalidRequestError: They are not an object, or hold what is no variable.
+    """
+    name = "chat_template_kwargs"
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise InvalidRequestError(
+                f"{name} must be a JSON object, but is {given!r:.80}: {error}", param=name
+            ) from None
+    check_value(given, name)
+    return template_kwargs(given, name) or None

@@ -52,7 +52,6 @@ _COUNT = _number(is_whole=True, ge=1)
 
 RANGES: Mapping[str, Rule] = {
     "stop": (_are_texts, "a list of strings, none of them empty"),
-    "learning_rate": _AT_LEAST_0,  # also 0; a job with 0 would train nothing
     "adam_epsilon": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,  # below 1: a share of all steps, which a job cannot give
     "num_train_epochs": _ABOVE_0,

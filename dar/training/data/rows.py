@@ -1,7 +1,6 @@
 """Rows of data sets: their checks, the token ids of their prompts, and batches of these."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,21 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, Problem
+from dar.protocol.row_files import RowChecker, invalid_file, lines_of, read_array, read_lines
 from dar.protocol.rows import (
+    TEMPLATE_COLUMN,
     Message,
     Row,
-    RowError,
-    check_online,
-    form_of,
-    read_offline,
+    check_use,
     read_prompt,
+    template_kwargs,
 )
 from dar.protocol.samples import FinishReason
+from dar.rewards.http.wire import check_sendable
 from dar.training.data.codec import TextCodec, common_length
+
+BUFFER_BYTES = 64 * 1024
 
 
 class Rows(Protocol):
@@ -153,56 +155,58 @@ class Prompt:
     """Whether the completions are a chosen and a rejected one."""
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSON Lines file; blank lines are skipped.
+class FileRows(list[dict[str, Any]]):
+    """The rows of a file, which were checked when they were read."""
+
+
+def read_rows(path: Path, param: str = "training_file") -> FileRows:
+    """Read a JSON Lines file, or with the suffix ``.json`` also a JSON array, and check its rows.
+
+    Args:
+        path: The file.
+        param: The parameter that named it.
 
     Raises:
-        InvalidRequestError: A line is not a JSON object; the message names it.
+        InvalidRequestError: A row cannot be used; the message names it.
     """
-    rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InvalidRequestError(f"{path.name}, line {number}: {error}") from None
-            if not isinstance(row, dict):
-                raise InvalidRequestError(f"{path.name}, line {number}: not a JSON object")
-            rows.append(row)
+    problems: list[Problem] = []
+    with path.open("rb") as file:
+        start = file.read(BUFFER_BYTES).lstrip()
+        file.seek(0)
+        if path.suffix == ".json" and start.startswith(b"["):
+            rows = FileRows(read_array(file.read(), problems))
+        else:
+            rows = FileRows(read_lines(lines_of(file), problems))
+    if problems:
+        raise invalid_file(problems, name=path.name, param=param)
     return rows
 
 
-def check_rows(rows: Rows, *, is_replay: bool = False) -> None:
+def check_rows(rows: Rows, *, is_replay: bool = False, sent: Sequence[str] = ()) -> None:
     """Reject a data set that could not be trained on, before anything is loaded or sampled.
 
     Args:
         rows: The data set.
         is_replay: Whether rows hold their completions and rewards: offline training.
+        sent: Columns that are sent to reward services.
 
     Raises:
         InvalidRequestError: It is not a data set with rows, or a row cannot be used; the message
             names the row, from 1, and the column.
     """
     check_table(rows)
-    form: tuple[str, ...] | None = None
+    with naming_row(0):
+        first = rows[0]
+        if isinstance(first, Mapping):
+            check_use(first, is_replay=is_replay)  # all others have its format
+    if isinstance(rows, FileRows):
+        return
+    checker = RowChecker()
     for index in range(len(rows)):
+        row = rows[index]
         with naming_row(index):
-            row = rows[index]
-            if not isinstance(row, Mapping):
-                raise RowError("the row is not a mapping of columns")
-            if not is_replay:
-                check_online(row)
-                continue
-            read_offline(row)
-            form = form or form_of(row)
-            if form_of(row) != form:
-                raise RowError(
-                    f"the row has {', '.join(form_of(row))}, but row 1 has {', '.join(form)}: "
-                    "keep to one format",
-                    code="mixed_format",
-                )
+            checker.check(row, index + 1)
+            check_sendable(row, sent)
 
 
 def check_table(rows: Rows) -> None:
@@ -248,15 +252,26 @@ class PromptEncoder:
         max_prompt_length: Longest prompt in tokens. A longer conversation loses its earliest turns,
             but never the messages before the first turn. A longer last turn loses the beginning of
             its text, and a longer text its beginning, but never its BOS token.
+        variables: Variables of the chat template, where a row has no others.
     """
 
     own_columns: frozenset[str] = frozenset({"prompt"})
     """Columns that are not passed to reward functions."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_length: int,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._codec = TextCodec(tokenizer)
         self._max_length = max_prompt_length
+        self._variables = dict(variables or {})
+
+    def variables_of(self, row: Row) -> dict[str, Any]:
+        """Variables of the chat template for a row: its own before those of all rows."""
+        return self._variables | template_kwargs(row.get(TEMPLATE_COLUMN), TEMPLATE_COLUMN)
 
     def __call__(self, row: Row) -> Prompt:
         """Encode one row.
@@ -266,7 +281,8 @@ class PromptEncoder:
                 the model's chat template rejects it or is missing.
         """
         prompt = read_prompt(row)
-        return self.fitted(row, prompt, self.encoded(prompt), self._max_length)
+        ids = self.encoded(prompt, self.variables_of(row))
+        return self.fitted(row, prompt, ids, self._max_length)
 
     def check(self, row: Row) -> None:
         """Raise the errors of `__call__`, mostly without tokenizing, which is 20 times slower.
@@ -276,7 +292,7 @@ class PromptEncoder:
         """
         prompt = read_prompt(row)
         if isinstance(prompt, str) or self._needs_tokens(
-            prompt, self.rendered(prompt), self._max_length
+            prompt, self.rendered(prompt, self.variables_of(row)), self._max_length
         ):
             self(row)
 
@@ -286,13 +302,20 @@ class PromptEncoder:
         # Nearly every token has at least one byte.
         return not text.strip() or (turns > 1 and len(text.encode()) > longest)
 
-    def encoded(self, prompt: str | Sequence[Message]) -> list[int]:
+    def encoded(self, prompt: str | Sequence[Message], variables: Mapping[str, Any]) -> list[int]:
         """All token ids of a prompt.
+
+        Args:
+            prompt: A text or a conversation.
+            variables: Variables of the chat template.
 
         Raises:
             InvalidRequestError: There are none; see `__call__`.
         """
-        ids = self._plain(prompt) if isinstance(prompt, str) else self.bare(self.rendered(prompt))
+        if isinstance(prompt, str):
+            ids = self._plain(prompt)
+        else:
+            ids = self.bare(self.rendered(prompt, variables))
         if not ids:
             raise InvalidRequestError(
                 f"the prompt {prompt!r:.80} has no tokens, and the tokenizer has no BOS token to "
@@ -305,7 +328,7 @@ class PromptEncoder:
     ) -> Prompt:
         """The prompt of a row, cut to ``longest`` tokens; ``prompt`` is None for rows of ids."""
         messages = None if prompt is None or isinstance(prompt, str) else list(prompt)
-        kept = ids if len(ids) <= longest else self._cut(ids, messages, longest)
+        kept = ids if len(ids) <= longest else self._cut(row, ids, messages, longest)
         return Prompt(
             ids=kept,
             text=prompt if isinstance(prompt, str) else self._codec.decode(kept),
@@ -324,8 +347,15 @@ class PromptEncoder:
             ids = ids[:-count]  # some tokenizers end every text, and a prompt must stay open
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
-    def rendered(self, messages: Sequence[Message], *, is_whole: bool = False) -> str:
+    def rendered(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], *, is_whole: bool = False
+    ) -> str:
         """A conversation as the model reads it, up to the model's turn, or whole.
+
+        Args:
+            messages: The conversation.
+            variables: Variables of the chat template.
+            is_whole: Whether the last message ends.
 
         Raises:
             InvalidRequestError: The chat template rejects it or is missing.
@@ -343,6 +373,7 @@ class PromptEncoder:
                     add_generation_prompt=not is_continued and not is_whole,
                     continue_final_message=is_continued and not is_whole,
                     tokenize=False,
+                    **variables,
                 )
             )
         except (TemplateError, TypeError, ValueError) as error:
@@ -354,23 +385,28 @@ class PromptEncoder:
         """Token ids of exactly this text."""
         return self._codec.bare(text)
 
-    def _cut(self, ids: list[int], messages: Sequence[Message] | None, longest: int) -> list[int]:
+    def _cut(
+        self, row: Row, ids: list[int], messages: Sequence[Message] | None, longest: int
+    ) -> list[int]:
+        variables = self.variables_of(row)
         for rest in without_early_turns(messages or ()):
-            ids = self.bare(self.rendered(rest))
+            ids = self.bare(self.rendered(rest, variables))
             messages = rest
             if len(ids) <= longest:
                 return ids
-        head = self._head(ids, messages)
+        head = self._head(ids, messages, variables)
         if head >= longest:
             head = int(ids[0] == self._tokenizer.bos_token_id)
         return [*ids[:head], *ids[len(ids) - longest + head :]]
 
-    def _head(self, ids: list[int], messages: Sequence[Message] | None) -> int:
+    def _head(
+        self, ids: list[int], messages: Sequence[Message] | None, variables: Mapping[str, Any]
+    ) -> int:
         """Number of tokens before the text of the last turn; for a plain text, its BOS token."""
         if messages is not None:
             emptied = [*messages[:-1], {**messages[-1], "content": ""}]
             with contextlib.suppress(InvalidRequestError):  # some templates refuse empty texts
-                return common_length(ids, self.bare(self.rendered(emptied)))
+                return common_length(ids, self.bare(self.rendered(emptied, variables)))
         return int(ids[0] == self._tokenizer.bos_token_id)
 
 

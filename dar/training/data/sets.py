@@ -11,8 +11,10 @@ from dar.protocol.hub_data import HubData
 from dar.training.data.hub import load_hub_rows
 from dar.training.data.rows import Rows, read_rows
 
-BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Suffix of a file that is not JSON Lines -> its reader in `datasets`."""
+JSON = (".jsonl", ".json")
+"""Suffixes of files that are read by the rules of uploads."""
+BUILDERS = {".csv": "csv", ".parquet": "parquet"}
+"""Suffix of another file -> its reader in `datasets`."""
 PARAM = "dataset_name"
 ONLY_SPLIT = ("train", "test")
 """Split names that rows without splits accept: the defaults of a command line."""
@@ -52,7 +54,7 @@ def open_rows(
         return _from_file(path)
     if path.is_dir():
         return _from_folder(path, split)
-    if path.suffix in {".jsonl", *BUILDERS} or name.startswith((".", "/", "~")):
+    if path.suffix in {*JSON, *BUILDERS} or name.startswith((".", "/", "~")):
         raise InvalidRequestError(f"there is no file or folder {name}", param=PARAM)
     return load_hub_rows(HubData(name, split, config), is_offline=is_offline)
 
@@ -63,11 +65,11 @@ def is_one_split(path: Path) -> bool:
 
 
 def _from_file(path: Path) -> Rows:
-    if path.suffix == ".jsonl":
-        return read_rows(path)
+    if path.suffix in JSON:
+        return read_rows(path, PARAM)
     if path.suffix not in BUILDERS:
         raise InvalidRequestError(
-            f"{path} must end with .jsonl, {', '.join(BUILDERS)} to name its format", param=PARAM
+            f"{path} must end with {', '.join((*JSON, *BUILDERS))} to name its format", param=PARAM
         )
     try:
         loaded: Any = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
@@ -78,7 +80,7 @@ def _from_file(path: Path) -> Rows:
 
 
 def _from_folder(path: Path, split: str) -> Rows:
-    for suffix in (".jsonl", *BUILDERS):
+    for suffix in (*JSON, *BUILDERS):
         if (path / f"{split}{suffix}").is_file():
             return _from_file(path / f"{split}{suffix}")
     try:

@@ -69,6 +69,7 @@ class RewardModel:
         *,
         name: str = "reward_model",
         max_length: int | None = None,
+        variables: Mapping[str, Any] | None = None,
         is_offline: bool = False,
     ) -> None:
         if model.config.num_labels != 1:
@@ -81,6 +82,7 @@ class RewardModel:
         self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline)
         self._name = name
         self._max_length = max_length or _longest(model, self._tokenizer)
+        self._variables = dict(variables or {})
         takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if takes_cache else {}
 
@@ -216,7 +218,10 @@ class RewardModel:
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         try:
             encoded: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=True, return_dict=True
+                [dict(message) for message in messages],
+                tokenize=True,
+                return_dict=True,
+                **self._variables,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RewardMisconfiguredError(
@@ -232,6 +237,7 @@ def load_reward_model(
     *,
     component: str = "reward_model",
     dtype: torch.dtype | str = "auto",
+    variables: Mapping[str, Any] | None = None,
     is_offline: bool = False,
 ) -> RewardModel:
     """Load a reward model from safetensors; built-in architectures only.
@@ -241,6 +247,7 @@ def load_reward_model(
         tokenizer: Its own; default: the one beside it.
         component: Component name of its rewards.
         dtype: Number format of the weights; ``auto``: as they were saved.
+        variables: Variables of its chat template.
         is_offline: Whether access to the hub is forbidden.
 
     Raises:
@@ -257,7 +264,7 @@ def load_reward_model(
         load, path, "a sequence classifier", param="reward_model", is_offline=is_offline
     )
     loading.check_complete(report["missing_keys"], path, "reward model", param="reward_model")
-    return RewardModel(model, tokenizer, name=component, is_offline=is_offline)
+    return RewardModel(model, tokenizer, name=component, variables=variables, is_offline=is_offline)
 
 
 def make_reward_models(
@@ -267,10 +274,12 @@ def make_reward_models(
     device: torch.device,
     is_offline: bool,
     names: Sequence[str] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[RewardModel]:
     """All reward models of a run, on ``device``; see `dar.DARTrainer` for the arguments.
 
-    Their components have ``names``; default: `component_name`.
+    Their components have ``names``; default: `component_name`. Their chat templates get
+    ``variables``.
 
     Raises:
         InvalidRequestError: The number of tokenizers is wrong, or a model does not have exactly one
@@ -293,9 +302,13 @@ def make_reward_models(
     for number, (model, tokenizer) in enumerate(zip(models, own, strict=True), start=1):
         name = component_name(number) if names is None else names[number - 1]
         if isinstance(model, PreTrainedModel):
-            source = RewardModel(model, tokenizer, name=name, is_offline=is_offline)
+            source = RewardModel(
+                model, tokenizer, name=name, variables=variables, is_offline=is_offline
+            )
         else:
-            source = load_reward_model(model, tokenizer, component=name, is_offline=is_offline)
+            source = load_reward_model(
+                model, tokenizer, component=name, variables=variables, is_offline=is_offline
+            )
         made.append(source.to(device))
     return made
 

@@ -102,7 +102,7 @@ class PromptStream:
         for index in range(len(self._rows)):
             row = self._rows[index]
             prompt = row.get("prompt")
-            if not isinstance(prompt, str) or not prompt:
+            if not isinstance(prompt, str) or not prompt.strip():
                 with naming_row(index):
                     self._encoder.check(row)
 

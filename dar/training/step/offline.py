@@ -1,19 +1,19 @@
 """Offline training: completions and rewards of a step are read from the data set."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
+from dar.protocol.row_files import ALL_NULL, OfflineRewards
 from dar.protocol.rows import (
-    ALL_NULL,
     OFFLINE_COLUMNS,
     Completion,
     Message,
-    OfflineRewards,
     OfflineRow,
     Row,
     RowError,
@@ -55,6 +55,7 @@ class RowEncoder(PromptEncoder):
         longest: Most tokens of prompt and completion together.
         vocabulary: Number of tokens of the model.
         eos_ids: Tokens that end a completion.
+        variables: Variables of the chat template, where a row has no others.
     """
 
     own_columns = OFFLINE_COLUMNS
@@ -67,8 +68,9 @@ class RowEncoder(PromptEncoder):
         longest: int,
         vocabulary: int,
         eos_ids: Collection[int],
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_prompt_length or longest)
+        super().__init__(tokenizer, max_prompt_length or longest, variables)
         self._longest = longest
         self.vocabulary = vocabulary
         self._eos_ids = frozenset(eos_ids)
@@ -82,13 +84,15 @@ class RowEncoder(PromptEncoder):
             InvalidRequestError: The row cannot be trained on, or does not fit the model's chat
                 template.
         """
-        found = read_offline(row, self.vocabulary)
+        found, variables = read_offline(row, self.vocabulary), self.variables_of(row)
         if found.prompt_ids is not None:
             ids = found.prompt_ids
         else:
             assert found.prompt is not None
-            ids = self.encoded(found.prompt)
-        completions = [self._encoded(found.prompt, ids, one) for one in found.completions]
+            ids = self.encoded(found.prompt, variables)
+        completions = [
+            self._encoded(found.prompt, ids, one, variables) for one in found.completions
+        ]
         lengths = [len(one.ids) for one in completions]
         longest_completion = max(lengths)
         if min(lengths) == 0:
@@ -129,13 +133,16 @@ class RowEncoder(PromptEncoder):
         if prompt is None or isinstance(prompt, str):
             self(row)
             return
+        variables = self.variables_of(row)
         answers = [
-            self._answer(prompt, one)[1]
+            self._answer(prompt, one, variables)[1]
             for one in found.completions
             if not isinstance(one, str | list)
         ]
         longest = min(self._max_length, self._longest // 2)
-        if not all(answers) or self._needs_tokens(prompt, self.rendered(prompt), longest):
+        if not all(answers) or self._needs_tokens(
+            prompt, self.rendered(prompt, variables), longest
+        ):
             self(row)
 
     def _stored(
@@ -172,7 +179,11 @@ class RowEncoder(PromptEncoder):
     # --- tokens of a completion ----------------------------------------------------------------
 
     def _encoded(
-        self, prompt: str | Sequence[Message] | None, prompt_ids: list[int], completion: Completion
+        self,
+        prompt: str | Sequence[Message] | None,
+        prompt_ids: list[int],
+        completion: Completion,
+        variables: Mapping[str, Any],
     ) -> Encoded:
         if isinstance(completion, list):
             return Encoded(completion)
@@ -183,18 +194,20 @@ class RowEncoder(PromptEncoder):
         else:
             assert prompt is not None
             assert not isinstance(prompt, str)
-            encoded = self._turn(prompt, prompt_ids, completion)
+            encoded = self._turn(prompt, prompt_ids, completion, variables)
         return replace(encoded, ids=self._ended(encoded.ids))
 
-    def _answer(self, prompt: Sequence[Message], answer: Message) -> tuple[str, str]:
+    def _answer(
+        self, prompt: Sequence[Message], answer: Message, variables: Mapping[str, Any]
+    ) -> tuple[str, str]:
         """The rendered conversation with its answer, and the part that follows the prompt."""
-        before = self.rendered(prompt)
+        before = self.rendered(prompt, variables)
         last = prompt[-1]
         if last["role"] == "assistant":  # the answer continues the prompt's last message
             whole = [*prompt[:-1], {**answer, "content": last["content"] + answer["content"]}]
         else:
             whole = [*prompt, answer]
-        text = self.rendered(whole, is_whole=True)
+        text = self.rendered(whole, variables, is_whole=True)
         if not text.startswith(before):
             at = common_length(map(ord, before), map(ord, text))
             raise InvalidRequestError(
@@ -206,8 +219,14 @@ class RowEncoder(PromptEncoder):
             )
         return text, text[len(before) :]
 
-    def _turn(self, prompt: Sequence[Message], prompt_ids: list[int], answer: Message) -> Encoded:
-        text, rest = self._answer(prompt, answer)
+    def _turn(
+        self,
+        prompt: Sequence[Message],
+        prompt_ids: list[int],
+        answer: Message,
+        variables: Mapping[str, Any],
+    ) -> Encoded:
+        text, rest = self._answer(prompt, answer, variables)
         # Templates append a line break to the end of a turn; sampling stops before it.
         kept = rest.rstrip()
         if kept.endswith(self._eos_texts):

@@ -342,7 +342,7 @@ def make_source(
     plan = config.step_plan(len(rows), is_replay=False)
     if mode == "train" and config.dar_k == 1 and plan.per_step == 1:
         raise InvalidRequestError(f"{NOTHING_TO_COMPARE}; set dar_k to at least 2", param="dar_k")
-    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest))
+    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest), config.template_variables)
     stream = _stream(run, mode, rows, encoder, config)
     if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
         _check_tokens(rows, encoder, policy.vocabulary)
@@ -366,6 +366,7 @@ def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
         longest=longest,
         vocabulary=policy.vocabulary,
         eos_ids=loading.eos_ids(policy.model, policy.tokenizer),
+        variables=config.template_variables,
     )
 
 

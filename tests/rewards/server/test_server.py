@@ -22,7 +22,9 @@ import pytest
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.ids import new_id
 from dar.protocol.reward_spec import RewardRetry
+from dar.protocol.rows import ARGUMENTS
 from dar.rewards.base import Failed, RequestBatch, RewardContext, RewardSample, Scored, Skipped
+from dar.rewards.functions import StepState
 from dar.rewards.http.signing import decode_secret, signed_headers
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.protocols.native import NativeProtocol
@@ -72,6 +74,30 @@ async def test_a_function_is_served_with_its_columns(score: Score) -> None:
     assert [type(result) for result in found] == [Scored, Skipped, Failed, Scored]
     assert (found[2].code, found[2].is_transient) == ("service.nonfinite", False)
     assert (found[0].reward, found[3].reward) == (1.0, -2.5)
+
+
+async def test_a_served_function_gets_the_step_at_which_the_policy_sampled(
+    score: Score, context: RewardContext
+) -> None:
+    steps: list[int] = []
+
+    def reward(completions: list[str], trainer_state: StepState) -> list[float]:
+        steps.append(trainer_state.global_step)
+        return [1.0] * len(completions)
+
+    assert await score(reward, 2) == [Scored(1.0)] * 2
+    assert steps == [context.steps_done]
+
+
+async def test_a_request_with_a_column_of_a_reserved_name_is_refused(
+    asking: Callable[..., Any], content: Callable[..., dict[str, Any]]
+) -> None:
+    for name in ARGUMENTS:
+        asked = content()
+        asked["samples"][1]["columns"] = {name: 1}
+        answer = await asking(length).post(asked)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "reserved_column"
 
 
 async def test_messages_arrive_as_trl_passes_them(score: Score) -> None:

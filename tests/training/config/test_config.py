@@ -1,16 +1,18 @@
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
-from dar.protocol.spec import Hyperparameters, Sampling
-from dar.training import DARConfig
+from dar.protocol.spec import DARSpec, Hyperparameters, JobSpec, Sampling
+from dar.training import DARConfig, JobInputs
 from dar.training.config.fields import HelpText
 from dar.training.config.ignored import OF_EVALUATION, WITHOUT_EFFECT
+from dar.training.from_spec import job_config
 
 SAME_MEANING = {"batch_size": "per_device_train_batch_size"}
 WITH_EFFECT = {
@@ -41,6 +43,35 @@ def test_defaults_are_those_of_a_job_spec(tmp_path: Path) -> None:
     assert str(config.optim.value).startswith(Hyperparameters().optim)
 
 
+def test_names_of_optimizers_and_schedules_are_those_of_a_job_spec(tmp_path: Path) -> None:
+    """A job spec takes fewer, and each means the same in both."""
+    for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        names = get_args(Hyperparameters.model_fields[name].annotation)
+        used = set()
+        for one in names:
+            values = {"warmup_steps": 3, "max_steps": 9, name: one}
+            spec = {"hyperparameters": values}
+            given = DARConfig(output_dir=str(tmp_path), **values)
+            inputs = job_inputs_of(DARSpec.model_validate(spec), tmp_path)
+            assert getattr(job_config(inputs), name) == getattr(given, name), one
+            used.add(getattr(given, name).value)
+        assert used <= {one.value for one in known}
+        # transformers' own names of these are names of a job spec too
+        assert used <= set(names), used
+    steady = DARConfig(output_dir=str(tmp_path), lr_scheduler_type="constant", warmup_steps=3)
+    assert steady.lr_scheduler_type == "constant_with_warmup"  # else the warm-up had no effect
+
+
+def job_inputs_of(dar: DARSpec, folder: Path) -> JobInputs:
+    method = {"type": "dar", "dar": dar.model_dump()}
+    spec = {"model": "tiny", "training_file": "file-1", "method": method}
+    return JobInputs(
+        job_id="ftjob-1", spec=JobSpec.model_validate(spec), seed=1, total_steps=9, model="tiny",
+        adapters=(), training_file=None, work_dir=folder, resume_from=None, reward_secret=None,
+        threads=1, offline=True,
+    )  # fmt: skip
+
+
 def out_of_range() -> Iterator[tuple[str, float]]:
     """The nearest values that the schema of a job spec refuses, without its largest counts."""
     names = {one.name for one in fields(DARConfig)}
@@ -49,7 +80,7 @@ def out_of_range() -> Iterator[tuple[str, float]]:
             kind = {**schema, **schema.get("anyOf", [{}])[0]}
             for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
                 is_count = key == "maximum" and kind["type"] == "integer"
-                if key in kind and not is_count and name in names - {*NOT_OURS, "learning_rate"}:
+                if key in kind and not is_count and name in names - NOT_OURS:
                     yield name, kind[key] + {"minimum": -1, "maximum": 1}.get(key, 0)
 
 
@@ -110,6 +141,11 @@ def test_help_is_that_of_a_job_spec() -> None:
         ("dar_k", True),
         ("max_new_tokens", 2.0),
         ("learning_rate", -1.0),
+        ("learning_rate", 0.0),
+        ("chat_template_kwargs", "enable_thinking"),
+        ("chat_template_kwargs", [1]),
+        ("chat_template_kwargs", {"tokenize": True}),
+        ("chat_template_kwargs", {"x": float("nan")}),
         ("learning_rate", float("nan")),
         ("adam_beta2", 2.0),
         ("per_device_train_batch_size", 0),

@@ -83,14 +83,14 @@ def test_a_model_whose_weights_are_all_frozen_is_refused(
     assert sink.phases == []
 
 
-def test_an_empty_prompt_is_named_before_the_first_step(
+def test_a_prompt_without_tokens_is_named_before_the_first_step(
     train: Callable[..., DARTrainer],
     sink: RecordingSink,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.bos_token = None
-    rows = [{"prompt": "w10"}] * 7 + [{"prompt": ""}]
+    rows = [{"prompt": "w10"}] * 7 + [{"prompt": " "}]
     with pytest.raises(InvalidRequestError, match=r"row 8: .*no tokens"):
         train(train_dataset=rows, sink=sink, processing_class=tokenizer)
     assert sink.phases == []

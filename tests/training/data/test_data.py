@@ -94,15 +94,18 @@ def test_other_columns_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
         ([{"prompt": "a"}, {"text": "b"}], "row 2: the row has no 'prompt'; its columns: text"),
         ([{"prompt": []}], "row 1: prompt must be"),
         ([{"prompt": 3}], "row 1: prompt must be"),
-        ([{"prompt": [{"content": "x"}]}], "role and content"),
+        ([{"prompt": [{"content": "x"}]}], "'role' and 'content'"),
         ([{"prompt_ids": [4]}], "row 1: the row has no 'prompt'"),
         (
             [{"prompt": "a"}, {"prompt": "b", "chosen": "c"}],
-            "row 2: .*'chosen'.* remove the column",
+            "row 2: .*'chosen'.*: remove the column",
         ),
         ({"train": [{"prompt": "a"}]}, r"splits \(train\); pass one of them"),
         (iter([{"prompt": "a"}]), "without streaming"),
-        (["text"], "not a mapping"),
+        (["text"], "must be an object with its columns, but it is a text"),
+        ([{"prompt": "a", 3: 1}], "the name of a column must be a text, but it is a number"),
+        ([{"prompt": "a", "b": 10**5000}], "over 4,300 digits"),
+        ([{"prompt": "a", "b": (("\ud83d",),)}], "'b' holds half of a character"),
     ],
 )
 def test_unusable_rows_are_refused_by_number(rows: Any, message: str) -> None:
@@ -121,13 +124,13 @@ def test_a_last_turn_that_is_too_long_loses_its_words_and_nothing_of_the_templat
 
 def test_json_lines_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "x": 1}\n')
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "x": 1}\n\n')
     assert read_rows(path) == [{"prompt": "a"}, {"prompt": "b", "x": 1}]
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(InvalidRequestError, match="line 2"):
+    with pytest.raises(InvalidRequestError, match=r"rows\.jsonl, row 2: not JSON"):
         read_rows(path)
     path.write_text("[1]\n")
-    with pytest.raises(InvalidRequestError, match="line 1: not a JSON object"):
+    with pytest.raises(InvalidRequestError, match=r"rows\.jsonl, row 1: the row must be an object"):
         read_rows(path)
 
 

@@ -199,7 +199,7 @@ GOOD = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "w10"}, "no completions to train on; give reward_funcs"),
+        ({"prompt": "w10"}, "no completions, but row 1 has 'completions'"),
         ({**GOOD, "chosen": "w4", "rejected": "w5"}, "keep the columns of one format"),
         ({**GOOD, "rewards": [1.0]}, "needs 2 rewards, one for each completion"),
         ({**GOOD, "rewards": 1.0}, "needs 2 rewards"),
