@@ -36,8 +36,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+        folders = item.path.relative_to(Path(__file__).parent).parts
+        places = [LONGEST_FIRST.index(name) for name in folders if name in LONGEST_FIRST]
+        return min(places, default=len(LONGEST_FIRST))
 
     items.sort(key=place)
 
