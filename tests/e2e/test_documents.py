@@ -29,14 +29,27 @@ SERVERS = [name for name, text in SNIPPETS.items() if "serve(" in text]
 CLIENTS = [name for name in SNIPPETS if name not in SERVERS]
 
 
+def adapter_job(installation: Installation, reviews_base: Path) -> str:
+    """Id of a job that has trained an adapter."""
+    file_id = installation.client.files.create(reviews_base / "prompts.jsonl").id
+    spec = installation.spec(
+        file_id, hyperparameters={"max_steps": 1}, peft={"type": "lora", "r": 2}
+    )
+    job = installation.until_done(installation.client.jobs.create(**spec).id)
+    assert job.status == "succeeded", job.error
+    return job.id
+
+
 def prepare(name: str, installation: Installation, folder: Path, reviews_base: Path) -> Path:
     """Write a snippet to a file, with a local model, a few steps and this installation's
     addresses.
     """
     secret = (installation.home / "reward_secret").read_text().strip()
     text = SNIPPETS[name]
-    if "DARTrainer" in text:
+    if "DARTrainer" in text or "from_pretrained" in text:
         text = text.replace('"my-model"', repr(str(reviews_base / "model")))
+    if "ftjob-01…" in text:
+        text = text.replace("ftjob-01…", adapter_job(installation, reviews_base))
     for written, used in {
         '"Qwen/Qwen2-0.5B-Instruct"': repr(str(reviews_base / "model")),
         '"my-model"': '"base"',
@@ -58,7 +71,7 @@ def prepare(name: str, installation: Installation, folder: Path, reviews_base: P
 
 def test_the_documents_have_snippets() -> None:
     assert len(SERVERS) == 3
-    assert len(CLIENTS) == 4
+    assert len(CLIENTS) == 5
 
 
 @pytest.mark.slow  # each starts an interpreter with torch, or a job

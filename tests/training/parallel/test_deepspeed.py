@@ -239,9 +239,9 @@ def test_the_error_without_deepspeed_says_how_to_install_it(
 ) -> None:
     monkeypatch.setattr(deepspeed_config, "is_installed", lambda: False)
     deepspeed_config.load.cache_clear()
-    with pytest.raises(InvalidRequestError, match=r"pip install 'dar-service\[deepspeed\]'"):
+    with pytest.raises(InvalidRequestError, match=r"pip install .*\[deepspeed\]"):
         DARConfig(use_cpu=True, report_to="none", deepspeed=deepspeed_config.config_of("zero3"))
-    with pytest.raises(TrainingError, match=r"pip install 'dar-service\[deepspeed\]'") as refused:
+    with pytest.raises(TrainingError, match=r"pip install .*\[deepspeed\]") as refused:
         strategy_options(Resources(processes=2, strategy="zero3"))
     assert refused.value.param == "method.dar.resources.strategy"
 
