@@ -207,6 +207,8 @@ def check_rows(rows: Rows, *, is_replay: bool = False, sent: Sequence[str] = ())
         with naming_row(index):
             checker.check(row, index + 1)
             check_sendable(row, sent)
+    for problem in checker.lacks([]):
+        raise InvalidRequestError(problem.message, param="training_file", code=problem.code)
 
 
 def check_table(rows: Rows) -> None:

@@ -52,7 +52,8 @@ class ScriptExit(IntEnum):
 def fail(error: DARError) -> int:
     """Show an error on stderr. Returns the exit code."""
     code = end(error.message, exit_code(error))
-    for problem in error.problems:
+    # The message says the first one already.
+    for problem in error.problems if len(error.problems) > 1 else ():
         where = f"row {problem.row}" if problem.row is not None else problem.param
         text = in_flags(problem.message)
         sys.stderr.write(f"  {where}: {text}\n" if where else f"  {text}\n")

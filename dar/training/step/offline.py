@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
-from dar.protocol.row_files import ALL_NULL, OfflineRewards
+from dar.protocol.row_files import OfflineRewards
 from dar.protocol.rows import (
     OFFLINE_COLUMNS,
     Completion,
@@ -335,8 +335,6 @@ def check_replay(rows: Rows, encoder: RowEncoder, prompts_per_step: int, mode: M
             if found.kind == "tokens" or is_doubtful:
                 encoder(row)
     which = "train_dataset" if mode == "train" else "eval_dataset"
-    if rewards.are_null:
-        raise InvalidRequestError(f"{which}: {ALL_NULL}", param=which, code="no_rewards")
     if mode == "train" and not rewards.are_comparable:
         raise InvalidRequestError(
             f"{which}: no completion has another one to be compared with: give at least two "

@@ -56,8 +56,6 @@ def test_a_part_of_a_file_can_be_fetched(live: Live, error_of: Callable[..., Any
         (b"{", "not JSON"),
         (b"[1]", "must be an object with its columns, but it is a list"),
         (b'{"text": "x"}', "no 'prompt'; its columns: text"),
-        (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same"),
-        (b'{"prompt": "a", "chosen": "b", "rejected": ""}', "rejected is empty after the prompt"),
         (b'{"prompt": ""}', "the prompt is empty"),
         (b'{"prompt": 3}', "it is a number"),
         (b'{"prompt": []}', "it is an empty list"),

@@ -107,7 +107,7 @@ FILES: dict[str, Case] = {
     ),
     # prompts
     "no prompt": ('{"text": "a"}', (1, "no 'prompt'; its columns: text")),
-    "a prompt that is null": ('{"prompt": null}', (1, "no 'prompt'")),
+    "a prompt that is null": ('{"prompt": null}', (1, "the prompt is null")),
     "an empty prompt": ('{"prompt": ""}', (1, "the prompt is empty")),
     "an empty list": ('{"prompt": []}', (1, "prompt must be a text or a list of messages")),
     "a number": ('{"prompt": 3}', (1, "but it is a number")),
@@ -182,6 +182,18 @@ FILES: dict[str, Case] = {
         (1, "must be a list of token ids"),
     ),
     "preferences": (json.dumps(PAIR), OK),
+    "equal preferences": (
+        json.dumps(PAIR | {"rejected": "b"}),
+        (1, "chosen and rejected are the same"),
+    ),
+    "an empty preference": (
+        json.dumps(PAIR | {"rejected": ""}),
+        (1, "rejected is empty after the prompt"),
+    ),
+    "rewards that are all null": (
+        scored(rewards=[None, None]),
+        (0, "every reward is null"),
+    ),
     "half a preference": ('{"prompt": "a", "chosen": "b"}', (1, "'chosen' but no 'rejected'")),
     # formats of several rows
     "prompts, then completions": (
@@ -241,6 +253,8 @@ def of_trainer(rows: list[Any]) -> Verdict:
     try:
         DARTrainer("no/such-model", None, rows, reward, is_offline=True)
     except InvalidRequestError as error:
+        if not str(error).startswith("row "):
+            return 0, str(error)
         row, _, message = str(error).removeprefix("row ").partition(": ")
         return int(row), message
     except TrainingError as error:

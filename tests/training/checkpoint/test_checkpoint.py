@@ -364,12 +364,12 @@ def test_draining_ends_at_a_step_edge_with_a_checkpoint(
     step: int,
 ) -> None:
     async def score(completions: list[str], **columns: Any) -> list[float]:
-        is_hanging = when == "waiting_for_reward" and sink.phases[-1][1] == 3
+        is_hanging = when == "waiting_for_reward" and sink.phases[-1][1] == 2
         await asyncio.sleep(60 * is_hanging)
         return [float(len(text)) for text in completions]
 
     def is_time() -> bool:
-        return 3 in sink.reports if when == "edge" else (when, 3, None) in sink.phases
+        return 3 in sink.reports if when == "edge" else (when, 2, None) in sink.phases
 
     control = new_control("drain", is_time)
     trainer = train(sink=sink, control=control, settings={"max_steps": 6}, reward_funcs=score)

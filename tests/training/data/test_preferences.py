@@ -25,7 +25,7 @@ USELESS = [
     ({"prompt": "w10", "chosen": "", "rejected": "w4"}, "chosen is empty"),
     ({"prompt": "w10", "chosen": "w4", "rejected": ""}, "rejected is empty"),
     ({"prompt": [ASK], "chosen": "w4", "rejected": ""}, "rejected is empty"),
-    ({"prompt": [ASK], "chosen": [said("")], "rejected": [said("w4")]}, "chosen is empty"),
+    ({"prompt": [ASK], "chosen": [said("")], "rejected": [said("w4")]}, "a text that is not empty"),
 ]
 
 

@@ -179,5 +179,5 @@ def test_a_model_whose_files_lack_weights_is_refused_instead_of_starting_from_ra
     tmp_path: Path,
 ) -> None:
     base = saved(emu3, tmp_path / "base")  # its language model's names differ from the wrapper's
-    with pytest.raises(TrainingError, match="lack 21 weights of Emu3ForCausalLM"):
+    with pytest.raises(TrainingError, match=r"its weights lack .* which would be random"):
         load_model(base)

@@ -343,7 +343,7 @@ def test_offline_data_without_any_reward_are_refused_in_one_sentence(
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(command(reward_function=None, dataset_name="rows.jsonl")) == 64
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("dar train: train_dataset: every reward is null")
+    assert error.startswith("dar train: rows.jsonl: every reward is null")
 
 
 # --- flags and files ------------------------------------------------------------------------------
