@@ -76,8 +76,8 @@ def test_a_job_without_rewards_trains_on_what_its_file_holds(
     job = client.fine_tuning.jobs.create(**spec)
     assert installation.until_done(job.id).status == "succeeded"
     series = installation.client.jobs.metrics(job.id).series
-    assert series["dar/loss"].step == [1, 2]
-    assert series["rewards/missing_fraction"].value == pytest.approx([0.2, 0.2])
+    assert series["dar/loss"].step == [1, 2, 3, 4]  # no step takes a row twice
+    assert series["rewards/missing_fraction"].value == pytest.approx([0.2] * 4)
     samples = list(installation.client.jobs.samples(job.id))
     assert {sample.completion for sample in samples} >= {" good.", " dull."}
 
