@@ -82,7 +82,7 @@ def test_a_job_ends_when_its_second_process_dies_and_resumes_from_its_checkpoint
     job = installation.wait(job_id, "succeeded", "failed", seconds=60)
     assert job["status"] == "succeeded", job["error"]
     messages = " ".join(installation.messages(job_id))
-    assert "process 1 of this trainer ended with SIGKILL" in messages
+    assert "process 1 of the job ended with SIGKILL" in messages
     assert installation.steps(job_id) == [1, 2, 3, 4, 5, 6]
     logs = {path.name for path in (installation.home / "worker" / "slot-0" / "logs").iterdir()}
     assert {f"{job_id}-1.log", f"{job_id}-1-1.log"} <= logs
