@@ -153,8 +153,8 @@ class Settings(BaseSettings):
     """Pause between two passes that expire leases, wake queues and remove old checkpoints."""
 
     reward_probe_seconds: Seconds = 5.0
-    """Pause before the service probes the reward service of a job again that is paused or waits for
-    rewards. After each probe that fails the pause doubles, to at most 12 x this value. If the
+    """Pause before the service again probes the reward service of a job that is paused or waiting
+    for rewards. After each probe that fails the pause doubles, to at most 12 x this value. If the
     reward service of a paused job rejected requests or returned invalid responses, every pause is
     12 times as long."""
 

@@ -23,7 +23,8 @@ METRICS: tuple[Metric, ...] = (
         "dar/loss",
         "nats",
         "-mean of weight x policy log-probability over the completions that count; a completion "
-        "counts if it has a reward and at least one completion that it is compared with has one",
+        "counts if it has a reward, and so does at least one of the completions that it is compared "
+        "with",
     ),
     Metric("dar/rewards_mean", "reward", "mean reward of the step's scored completions"),
     Metric(
@@ -107,7 +108,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/zeroed_fraction",
         "fraction",
-        "share of completions in whose reward a component that skipped them counts as 0 "
+        "share of completions whose reward contains a 0 in place of a component that skipped them "
         "(combine.on_partial_skip: zero)",
     ),
     Metric(

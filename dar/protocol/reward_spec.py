@@ -356,10 +356,11 @@ class Combine(Input):
     clip: Bounds | None = None
     """Bounds that the sum is clipped to."""
     on_partial_skip: Literal["drop_group", "zero"] = "drop_group"
-    """Applies where a component skips only some of the completions of a prompt that other
-    components score. ``drop_group`` drops all of them (or the component, if it is not required), as
-    sums over different components cannot be compared. ``zero`` adds 0 for the skipped ones, with a
-    warning and a metric. A completion that all components skip is left out alone."""
+    """What happens when a component skips some, but not all, of a prompt's completions that other
+    components score. ``drop_group`` leaves out all completions of the prompt, or only the component
+    if it is not required, because sums over different components cannot be compared. ``zero``
+    adds 0 for the skipped ones, with a warning and a metric. A completion that all components
+    skip is left out alone."""
     tie_eps: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """As ``hyperparameters.tie_tolerance``; the larger of the two is used."""
 

@@ -65,7 +65,8 @@ class Hyperparameters(Input):
     drop_ties: bool = False
     """Whether prompts whose rewards are all equal are left out of the step."""
     allow_missing: bool = True
-    """Whether completions without a reward are left out; otherwise one of them ends training."""
+    """Whether completions without a reward are left out. If false, the first such completion ends
+    training."""
     weight_norm: WeightNormalization = "none"
     """Weights are divided by their mean over the step (``batch``) or over the prompt
     (``per_prompt``); ``none``: they are not divided."""
@@ -78,8 +79,9 @@ class Hyperparameters(Input):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     batch_size: int = Field(8, ge=1, le=ServiceLimit(65536))
-    """Prompts per optimizer step; each gives ``dar_k`` completions. A job whose length is given in
-    passes takes no row twice in a step, so a step has at most as many prompts as the file."""
+    """Prompts per optimizer step; each gives ``dar_k`` completions. A job with ``n_epochs``, and
+    every offline job, takes no row twice in a step, so a step has at most as many prompts as the
+    file."""
     max_steps: int | None = Field(None, ge=1, le=ServiceLimit(10_000_000))
     """Optimizer steps in all; null: from ``n_epochs``."""
     n_epochs: float | None = Field(None, gt=0, le=10_000)

@@ -24,7 +24,7 @@ Service = Annotated[
 SecretFile = Annotated[
     Path | None,
     typer.Option(
-        help="File with the secret (whsec_…) that signs requests; default "
+        help="File with the secret (whsec_…) that signs requests; default $DAR_REWARD_SECRET, else "
         "$DAR_HOME/reward_secret if it exists."
     ),
 ]
@@ -121,7 +121,8 @@ ScorePath = Annotated[str | None, typer.Option("--path", help="Path of requests;
 SecretFiles = Annotated[
     list[Path] | None,
     typer.Option(
-        help="File with an accepted secret (whsec_…); repeatable. Default $DAR_HOME/reward_secret."
+        help="File with an accepted secret (whsec_…); repeatable. Default $DAR_REWARD_SECRET, else "
+        "$DAR_HOME/reward_secret."
     ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Answer every request, signed or not.")]
