@@ -30,6 +30,12 @@ QUOTE_LENGTH = 300
 """Longest quotation of an exception that was not written for users."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 IN_THE_LOG = "the worker's log of this attempt has the details"
+OUT_OF_MEMORY_HINT = (
+    "the usual reason is that the machine ran out of memory: use a smaller batch_size, dar_k, "
+    "max_new_tokens or model, or give the worker more memory"
+)
+PROCESS_FAILED = "process_failed"
+"""Code of the report that one of several processes has ended."""
 TRACEBACK = "Traceback (most recent call last)"
 PATH = re.compile(r"(?:file://|(?<![\w./~-]))/([^\s/'\"<>|:;,()\[\]]+)(?:/[^\s/'\"<>|:;,()\[\]]+)+")
 """An absolute path of two or more parts, which does not continue a URL or another word."""

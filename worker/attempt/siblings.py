@@ -7,6 +7,7 @@ them with the first: the end of their stdin, the kernel, and a signal to the gro
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 
 from dar.disk import write_atomically
 from dar.settings import own_environment
-from worker.failures import IN_THE_LOG
+from worker.failures import IN_THE_LOG, OUT_OF_MEMORY_HINT, PROCESS_FAILED
 from worker.folders import AttemptFolder
 from worker.launch import ExitCode, Launch, TrainerResult, signal_name
 
@@ -122,8 +123,9 @@ class Siblings:
             self._log_tail(number),
         )
         words = f"process {number} of the job ended with {how}, and the others cannot continue"
+        hint = OUT_OF_MEMORY_HINT if code == -signal.SIGKILL else IN_THE_LOG
         result = TrainerResult(
-            last_seq=0, code="process_failed", message=f"{words}; {IN_THE_LOG}", owner="worker"
+            last_seq=0, code=PROCESS_FAILED, message=f"{words}; {hint}", owner="worker"
         )
         write_atomically(self._folder.result, result.model_dump_json().encode())
         logging.shutdown()

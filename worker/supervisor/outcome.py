@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dar.protocol.worker import Fail, Release
-from worker.failures import IN_THE_LOG, failure_of
+from worker.failures import IN_THE_LOG, OUT_OF_MEMORY_HINT, PROCESS_FAILED, failure_of
 from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
@@ -16,11 +16,6 @@ RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
     "drain": "drained",
 }
 """Why the attempt is stopped -> reason of its release."""
-
-OUT_OF_MEMORY_HINT = (
-    "the usual reason is that the machine ran out of memory: use a smaller batch_size, dar_k, "
-    "max_new_tokens or model, or give the worker more memory"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +45,14 @@ def judge(
         asked = "drain"
     if asked is not None:
         return Release(attempt=attempt, reason=RELEASES[asked])
-    if ended.signal_name is None and result is not None and result.message is not None:
+    if (
+        result is not None
+        and result.message is not None
+        and (
+            # A trainer ends by the signal that ended one of its processes, after reporting that.
+            ended.signal_name is None or result.code == PROCESS_FAILED
+        )
+    ):
         return _reported(attempt, ended.code, result, result.message)
     return Fail(
         attempt=attempt,
