@@ -23,8 +23,7 @@ METRICS: tuple[Metric, ...] = (
         "dar/loss",
         "nats",
         "-mean of weight x policy log-probability over the completions that count; a completion "
-        "counts if it has a reward, and so does at least one of the completions that it is compared "
-        "with",
+        "counts if both it and at least one of the completions that it is compared with have a reward",
     ),
     Metric("dar/rewards_mean", "reward", "mean reward of the step's scored completions"),
     Metric(
@@ -171,7 +170,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "time/idle_reward_seconds",
         "s",
-        "part of the idle time spent waiting for rewards; the rest of a reward's latency overlaps "
+        "the same as time/reward_seconds, as a part of the idle time; the rest of a reward's latency overlaps "
         "with sampling and training",
     ),
     Metric(
