@@ -315,8 +315,9 @@ def main(folder: Path) -> None:
     write(heard, folder, settled.ranks.index)
 
 
-def equal_rewards(completions: list[str], **_: Any) -> list[float]:
-    return [0.5 for _ in completions]
+def equal_at_first(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+    """Rewards that differ in the third step alone."""
+    return [0.5 if trainer_state.global_step < 2 else float(i) for i in range(len(completions))]
 
 
 def zero(folder: Path) -> None:
@@ -339,8 +340,8 @@ def zero(folder: Path) -> None:
     refill(folder, "zero2 refilled", HALF_IN_SHARES | ZERO2 | ahead, **single)
     train(folder, "zero3 offline", HALF | ZERO3, is_offline=True, **single)
     train(folder, "zero3 bf16", HALF | ZERO3 | {"bf16": True}, **single)
-    ties = {"drop_ties": True, "max_steps": 2}
-    train(folder, "zero2 empty", HALF | ZERO2 | ties, reward=equal_rewards, **single)
+    ties = {"drop_ties": True}
+    train(folder, "zero2 empty", HALF | ZERO2 | ties, reward=equal_at_first, **single)
     try:
         too_fast = {"learning_rate": 1e30, "save_strategy": "no"}
         train(folder, "zero2 fast", HALF | ZERO2 | too_fast, is_offline=True, **single)
