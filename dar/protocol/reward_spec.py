@@ -378,9 +378,9 @@ class FailurePolicy(Input):
     min_valid: Annotated[int, Field(ge=1, le=1024)] = 2
     """A group with fewer scored samples is dropped."""
     refill: Annotated[float, Field(ge=1, le=4)] = 1.0
-    """Most groups sampled for a step, as a multiple of the batch size. The prompts of dropped groups
-    are sampled again, once per step; no other prompts are drawn. With 1.5, at most half a batch of
-    prompts is sampled again; with 1, none."""
+    """Most groups sampled for a step, as a multiple of the batch size. The prompts of dropped
+    groups are sampled again, once per step; no other prompts are drawn. With 1.5, at most half a
+    batch of prompts is sampled again; with 1, none."""
     max_failed_fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
     """The job pauses if a larger share of the samples of the last ``window_groups`` groups
     failed."""
