@@ -198,6 +198,7 @@ def check_places(model: PreTrainedModel, config: PeftConfig) -> None:
         patterns = getattr(config, option, None) or {}
         missing = [one for one in patterns if not _matches_one(one, [*paths, *weights])]
         _refuse_missing(option, missing, paths)
+    _check_layers(config, getattr(model.config.get_text_config(), "num_hidden_layers", None))
     _check_tokens(config, int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr]  # a language model has some
 
 
@@ -227,6 +228,18 @@ def _refuse_missing(option: str, missing: list[Any], paths: Iterable[str]) -> No
 def _shown_names(names: Iterable[str]) -> str:
     shown = sorted(name for name in names if not name.isdigit())
     return ", ".join(shown[:SHOWN_NAMES]) + (", …" if len(shown) > SHOWN_NAMES else "")
+
+
+def _check_layers(config: PeftConfig, count: int | None) -> None:
+    """Reject numbers of layers that the model lacks."""
+    given: Any = getattr(config, "layers_to_transform", None)
+    for layer in [given] if isinstance(given, int) else given or ():
+        if count is not None and not 0 <= layer < count:
+            raise InvalidRequestError(
+                f"layers_to_transform of the adapter has {layer!r}, but the model has layers 0 to "
+                f"{count - 1} only",
+                param=PARAM,
+            )
 
 
 def _check_tokens(config: PeftConfig, vocabulary: int) -> None:

@@ -106,6 +106,10 @@ def test_trained_weights_of_float16_are_refused_and_frozen_ones_are_not(
         ({"exclude_modules": ["v_prj"]}, "exclude_modules of the adapter names 'v_prj'"),
         ({"target_parameters": ["q_proj.wait"]}, "target_parameters of the adapter names"),
         ({"rank_pattern": {"q_prjo": 2}}, "rank_pattern of the adapter names 'q_prjo'"),
+        (
+            {"layers_to_transform": [1, 2]},
+            "layers_to_transform of the adapter has 2, but the model",
+        ),
         ({"trainable_token_indices": [4, -1]}, "trainable_token_indices of the adapter has -1"),
         ({"trainable_token_indices": {"embed_tokens": [64]}}, "has 64, but the model has tokens 0"),
         ({"lora_alpha": 0}, "lora_alpha=0, but must have a finite number above 0"),
