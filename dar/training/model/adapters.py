@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def _check_numbers(config: PeftConfig) -> None:
     patterns: Mapping[str, Any] = getattr(config, "alpha_pattern", None) or {}
     factors += [(f"alpha_pattern[{name!r}]", value) for name, value in patterns.items()]
     for name, value in factors:
-        is_usable = isinstance(value, Real) and math.isfinite(value) and value > 0
+        is_usable = isinstance(value, int | float) and math.isfinite(value) and value > 0
         if value is not None and not is_usable:
             raise InvalidRequestError(
                 f"peft_config sets {name}={value!r}, but must have a finite number above 0, by "
@@ -168,10 +168,10 @@ def _check_numbers(config: PeftConfig) -> None:
                 param=PARAM,
             )
     for name in DROPOUTS:
-        value = getattr(config, name, 0.0)
-        if not 0 <= value < 1:
+        dropout: Any = getattr(config, name, 0.0)
+        if not 0 <= dropout < 1:
             raise InvalidRequestError(
-                f"peft_config sets {name}={value!r}, but must have a probability of at least 0 and "
+                f"peft_config sets {name}={dropout!r}, but must have a probability of at least 0 and "
                 "below 1, as an adapter without input cannot be trained",
                 param=PARAM,
             )
@@ -199,7 +199,8 @@ def check_places(model: PreTrainedModel, config: PeftConfig) -> None:
         missing = [one for one in patterns if not _matches_one(one, [*paths, *weights])]
         _refuse_missing(option, missing, paths)
     _check_layers(config, getattr(model.config.get_text_config(), "num_hidden_layers", None))
-    _check_tokens(config, int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[union-attr]  # a language model has some
+    embeddings: Any = model.get_input_embeddings()
+    _check_tokens(config, int(embeddings.weight.shape[0]))
 
 
 def _ends_one(name: object, paths: Iterable[str]) -> bool:

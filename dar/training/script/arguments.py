@@ -163,7 +163,7 @@ class _KeyTwiceError(ValueError):
     """A mapping has a key twice."""
 
 
-class _OneByOne(yaml.SafeLoader):
+class _OneByOne(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Rejects a key that occurs twice, of which YAML would keep the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -174,7 +174,8 @@ class _OneByOne(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 raise _KeyTwiceError(f"line {line}: {key.value!r} occurs twice; keep one")
             seen.add(name)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _from_yaml(path: Path, parser: Parser) -> dict[str, Any]:
