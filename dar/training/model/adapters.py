@@ -209,10 +209,10 @@ def _ends_one(name: object, paths: Iterable[str]) -> bool:
 
 def _matches_one(pattern: str, paths: Iterable[str]) -> bool:
     try:
-        compiled = re.compile(rf"(.*\.)?({pattern})$")  # as peft does
+        compiled = re.compile(rf"(.*\.)?({pattern})")  # as peft does
     except re.error:
         return False
-    return any(compiled.match(path) for path in paths)
+    return any(compiled.fullmatch(path) for path in paths)
 
 
 def _refuse_missing(option: str, missing: list[Any], paths: Iterable[str]) -> None:
