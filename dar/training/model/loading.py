@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -52,7 +54,7 @@ def load_model(
             a causal language model, or its files lack some of its weights.
         HubUnreachableError: The hub cannot be reached.
     """
-    if (Path(name) / "adapter_config.json").is_file():
+    if (Path(name) / adapters.ADAPTER_CONFIG).is_file():
         raise TrainingError(
             f"the model {str(name)!r} is an adapter, not a whole model; merge it into its base "
             f"first: dar merge {name} -o FOLDER",
@@ -164,19 +166,49 @@ def merge_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PreTraine
             raise TrainingError(
                 f"the adapter {folder} has no {adapters.ADAPTER_WEIGHTS}", param="model"
             )
+        adapters.check_adapter(read_adapter_config(folder))
         try:
             with _quiet_peft():
-                adapters.check_adapter(PeftConfig.from_pretrained(str(folder)))
                 adapters.resize_to(model, folder / adapters.ADAPTER_WEIGHTS)
                 adapted = PeftModel.from_pretrained(model, str(folder))
+                adapters.check_names(adapted, folder)
                 adapters.untie_adapted(adapted)
                 model = adapted.merge_and_unload()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise TrainingError(
-                f"the adapter {folder} does not fit the model: {error}", param="model"
-            ) from error
+        except Exception as error:  # noqa: BLE001 - odd files raise anything in peft and safetensors
+            what = f"the adapter {folder}"
+            failed = f"{what} does not fit the model, or its files are damaged"
+            blame(error, what, failed, param="model", is_offline=True)
         adapters.settle_tying(model)
     return model.requires_grad_(requires_grad=True)  # peft has frozen it
+
+
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The config of the adapter in ``folder``.
+
+    Raises:
+        TrainingError: It is damaged, or of no adapter that peft knows.
+    """
+    file = folder / adapters.ADAPTER_CONFIG
+    failed = f"{file} is not the config of an adapter"
+    try:
+        if why := _unlike_adapter(json.loads(file.read_text(encoding="utf-8"))):
+            raise TrainingError(f"{failed}: {why}", param="model")  # noqa: TRY301 - as any other fault of it
+        with _quiet_peft():
+            return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # noqa: BLE001 - odd files raise anything in peft
+        blame(error, str(file), failed, param="model", is_offline=True)
+
+
+def _unlike_adapter(config: object) -> str | None:
+    """Why no adapter has such a config; None if one may have it."""
+    if not isinstance(config, dict):
+        return "it holds no JSON object"
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        return "its base_model_name_or_path is no text"
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return f"its peft_type is {kind!r}"
+    return None
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -201,6 +233,8 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.19 reads a property that transformers 5.23 is renaming
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        # such an adapter is refused: see `adapters.check_names`
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         yield
 
 
