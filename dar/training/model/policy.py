@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
 from dar.training.model import adapters, loading
+from dar.training.model.vocabulary import check_reference, embeddings_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Policy:
     """Whether the generation config had to learn tokens that end a completion."""
     is_resized: bool
     """Whether an adapter is published with the token embeddings, as its base has fewer or more."""
+    readable: int
+    """The model and its reference have embeddings for the tokens below this."""
 
     @classmethod
     def make(
@@ -45,7 +48,7 @@ class Policy:
 
         Raises:
             InvalidRequestError: ``model`` has an adapter already and would get another, or the
-                reference would have no effect.
+                reference would have no effect, be trained, or not read every token.
             TrainingError: A model or tokenizer cannot be loaded.
         """
         if ref_model is not None and config.alpha == 0:
@@ -83,11 +86,14 @@ class Policy:
             policy.active_peft_config.task_type = "CAUSAL_LM"  # or peft could not load it again
         elif reference is None and config.alpha > 0:
             reference = copy.deepcopy(policy)
+        if ref_model is not None:
+            check_reference(ref_model, policy, tokenizer)
         if reference is not None:
             loading.disable_dropout(reference)
             reference = reference.requires_grad_(requires_grad=False).eval()
             sketch += loading.weights_sketch(reference)
-        return cls(policy, reference, tokenizer, sketch, has_new_ends, is_resized)
+        readable = min(embeddings_of(one) for one in (policy, ref_model) if one is not None)
+        return cls(policy, reference, tokenizer, sketch, has_new_ends, is_resized, readable)
 
     @property
     def vocabulary(self) -> int:

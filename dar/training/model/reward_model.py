@@ -31,6 +31,7 @@ from dar.training.data.rows import without_early_turns
 from dar.training.loss import precise
 from dar.training.model import loading
 from dar.training.model.loading import weights_bytes, weights_sketch
+from dar.training.model.vocabulary import check_classifier
 
 RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
 """Folder or hub id of a sequence classifier with one label, or such a model, or several of
@@ -58,7 +59,8 @@ class RewardModel:
         is_offline: Whether access to the hub is forbidden.
 
     Raises:
-        InvalidRequestError: The model does not have exactly one label.
+        InvalidRequestError: The model does not have exactly one label, or lacks tokens of its
+            tokenizer.
         TrainingError: There is no tokenizer.
     """
 
@@ -80,6 +82,7 @@ class RewardModel:
             )
         self._model = model.requires_grad_(requires_grad=False).eval()
         self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline)
+        self._embeddings = check_classifier(model, self._tokenizer, _named(model))
         self._name = name
         self._max_length = max_length or _longest(model, self._tokenizer)
         self._variables = dict(variables or {})
@@ -180,12 +183,18 @@ class RewardModel:
 
         Raises:
             RewardMisconfiguredError: The tokenizer's chat template rejects the conversation, or
-                there is none.
+                there is none; or the model lacks a token of the text.
         """
         if sample.messages is None:
             ids = self._text(sample)
         else:
             ids = self._conversation(sample.messages, sample.completion)
+        if max(ids, default=0) >= self._embeddings:
+            raise RewardMisconfiguredError(
+                f"the reward model {_named(self._model)} has tokens 0 to {self._embeddings - 1} "
+                f"only, but its tokenizer has put token {max(ids)} into a text; use the reward "
+                "model's own tokenizer, or resize its embeddings"
+            )
         if len(ids) <= self._max_length:
             return ids
         starts = {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id}
