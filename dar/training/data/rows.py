@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +22,7 @@ from dar.protocol.rows import (
 )
 from dar.protocol.samples import FinishReason
 from dar.rewards.http.wire import check_sendable
+from dar.training.data.chat import rendered_chat
 from dar.training.data.codec import TextCodec, common_length
 
 BUFFER_BYTES = 64 * 1024
@@ -360,7 +360,7 @@ class PromptEncoder:
             is_whole: Whether the last message ends.
 
         Raises:
-            InvalidRequestError: The chat template rejects it or is missing.
+            InvalidRequestError: The chat template rejects it, fails or is missing.
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(
@@ -368,20 +368,14 @@ class PromptEncoder:
                 "send plain texts, or use an instruction-tuned model"
             )
         is_continued = messages[-1]["role"] == "assistant"
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    add_generation_prompt=not is_continued and not is_whole,
-                    continue_final_message=is_continued and not is_whole,
-                    tokenize=False,
-                    **variables,
-                )
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"the model's chat template refuses the conversation: {error}"
-            ) from error
+        return rendered_chat(
+            self._tokenizer,
+            messages,
+            variables,
+            whose="the model",
+            add_generation_prompt=not is_continued and not is_whole,
+            continue_final_message=is_continued and not is_whole,
+        )
 
     def bare(self, text: str) -> list[int]:
         """Token ids of exactly this text."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,6 +26,7 @@ from dar.protocol.rows import Message
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
 from dar.rewards.threads import in_daemon_thread
+from dar.training.data.chat import rendered_chat
 from dar.training.data.rows import without_early_turns
 from dar.training.loss import precise
 from dar.training.model import loading
@@ -225,18 +225,17 @@ class RewardModel:
         return ids
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        whose = f"the reward model {_named(self._model)}"
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=True,
-                return_dict=True,
-                **self._variables,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RewardMisconfiguredError(
-                f"the chat template of the reward model {_named(self._model)} rejects the "
-                f"conversation: {error}"
-            ) from error
+            rendered_chat(self._tokenizer, messages, self._variables, whose=whose)
+        except InvalidRequestError as error:
+            raise RewardMisconfiguredError(error.message) from error
+        encoded: Any = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            **self._variables,
+        )
         return list(encoded["input_ids"])
 
 
