@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError, RewardError
@@ -38,6 +38,7 @@ from dar.training.model.loading import (
 )
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
+from dar.training.optimization import OptimizingTrainer
 from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import (
@@ -78,7 +79,7 @@ LOG_HISTORY = 1000
 """Reports that `transformers.TrainerState` keeps; every checkpoint contains them."""
 
 
-class DARTrainer(Trainer):
+class DARTrainer(OptimizingTrainer):
     """Trains a language model by Direct Advantage Regression on its own samples.
 
     ```python

@@ -43,7 +43,8 @@ def _number(*, is_whole: bool = False, is_optional: bool = False, **limits: floa
 
 
 def _are_texts(value: object) -> bool:
-    return not isinstance(value, str) and isinstance(value, Iterable) and all(value)
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    return is_list and all(isinstance(one, str) and one for one in value)
 
 
 _AT_LEAST_0 = _number(ge=0)

@@ -105,7 +105,7 @@ def imported_function(name: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise InvalidRequestError(
-            f"--reward_function {name} is a {type(function).__name__}, not a function",
+            f"--reward_function {name} is of the type {type(function).__name__}, not a function",
             param="reward_function",
         )
     found: RewardFunction = function

@@ -195,7 +195,7 @@ def test_a_reward_models_template_that_fails_ends_the_run(
 ) -> None:
     broken = copy.deepcopy(chatty)
     broken.chat_template = "{{ 1 // 0 }}"
-    with pytest.raises(RewardMisconfiguredError, match="the reward model .*: ZeroDivisionError"):
+    with pytest.raises(RewardMisconfiguredError, match=r"the reward model .*: ZeroDivisionError"):
         train(
             train_dataset=CHATS,
             processing_class=chatty,
