@@ -23,6 +23,7 @@ from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
 from dar.rewards.from_spec import RewardAccess
+from dar.training.argument_kinds import with_checked_kinds
 from dar.training.checkpoint.fingerprint import decisive_facts
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
@@ -154,9 +155,10 @@ class DARTrainer(OptimizingTrainer):
     deepspeed: Any
     hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates the None it starts with
 
+    @with_checked_kinds
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: DARConfig | None = None,
         train_dataset: Rows | None = None,
         reward_funcs: RewardFunctions | None = None,
@@ -183,6 +185,7 @@ class DARTrainer(OptimizingTrainer):
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
         check_table(train_dataset)
+        model = str(model) if isinstance(model, Path) else model
         args = args or DARConfig(output_dir="dar-output")
         config = settled_config(args, len(train_dataset), reward_funcs)
         access = replace(reward_access or RewardAccess(), secret=reward_secret)

@@ -215,8 +215,15 @@ def check_table(rows: Rows) -> None:
     """Reject a data set that is not a table of rows.
 
     Raises:
-        InvalidRequestError: It is a dictionary of splits, has no length, or is empty.
+        InvalidRequestError: It is a dictionary of splits, a path or a table of columns, has no
+            length, or is empty.
     """
+    if isinstance(rows, str | bytes | Path):
+        raise InvalidRequestError(
+            f"the data set is the text or path {str(rows)!r:.80}; load it first: "
+            "datasets.load_dataset",
+            param="training_file",
+        )
     if isinstance(rows, Mapping):
         names = ", ".join(map(str, rows))
         raise InvalidRequestError(
@@ -231,6 +238,14 @@ def check_table(rows: Rows) -> None:
         )
     if len(rows) == 0:
         raise InvalidRequestError("the data set has no rows", param="training_file")
+    try:
+        rows[0]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidRequestError(
+            f"a {type(rows).__name__} cannot be read by the number of a row; give a list of dicts "
+            "or a datasets.Dataset (of a table of pandas: Dataset.from_pandas)",
+            param="training_file",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ class Policy:
         if not isinstance(model, str):
             adapters.check_policy(model)
         source = model if isinstance(model, str) else str(model.name_or_path)
-        tokenizer = tokenizer or loading.load_tokenizer(source, is_offline=is_offline)
+        tokenizer = tokenizer or _tokenizer_beside(source, is_offline=is_offline)
         policy = (
             loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
         )
@@ -86,9 +86,9 @@ class Policy:
             policy.active_peft_config.task_type = "CAUSAL_LM"  # or peft could not load it again
         elif reference is None and config.alpha > 0:
             reference = copy.deepcopy(policy)
-        if ref_model is not None:
-            check_reference(ref_model, policy, tokenizer)
         if reference is not None:
+            if ref_model is not None:
+                check_reference(ref_model, policy, tokenizer)
             loading.disable_dropout(reference)
             reference = reference.requires_grad_(requires_grad=False).eval()
             sketch += loading.weights_sketch(reference)
@@ -104,3 +104,13 @@ class Policy:
         """Move the reference to the policy's device."""
         if self.reference is not None:
             self.reference.to(device)
+
+
+def _tokenizer_beside(source: str, *, is_offline: bool) -> PreTrainedTokenizerBase:
+    if not source:
+        raise InvalidRequestError(
+            "the model was given without a folder or hub id, so there is no tokenizer beside it; "
+            "give its tokenizer as processing_class",
+            param="processing_class",
+        )
+    return loading.load_tokenizer(source, is_offline=is_offline)
