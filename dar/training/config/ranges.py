@@ -52,6 +52,7 @@ _ABOVE_0 = _number(gt=0)
 _COUNT = _number(is_whole=True, ge=1)
 
 RANGES: Mapping[str, Rule] = {
+    "output_dir": (lambda value: "\0" not in str(value), "a path without NUL characters"),
     "stop": (_are_texts, "a list of strings, none of them empty"),
     "adam_epsilon": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,  # below 1: a share of all steps, which a job cannot give

@@ -17,12 +17,14 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
@@ -92,6 +94,9 @@ def from_safetensors(
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
         reject_code(path, config)
+        # read by itself, so that its faults are not those of weights or tokenizer
+        AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=is_offline)
+        _check_index(Path(path))
         return load(
             path, trust_remote_code=False, use_safetensors=True, local_files_only=is_offline
         )
@@ -99,6 +104,28 @@ def from_safetensors(
         what = f"the {param.replace('_', ' ')} {path!r}"
         failed = f"{what} cannot be loaded as {kind} from safetensors"
         blame(error, what, failed, param=param, is_offline=is_offline)
+
+
+def _check_index(folder: Path) -> None:
+    """Reject an index of weights that names files outside of its folder.
+
+    Raises:
+        TrainingError: It does, or is no index.
+    """
+    file = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not file.is_file():
+        return
+    index = json.loads(file.read_text(encoding="utf-8"))
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict):
+        raise TrainingError(f"{file} has no weight_map, so it is no index", param="model")
+    for name in set(map(str, places.values())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TrainingError(
+                f"{file} names {name!r}, which is outside of its folder; the weights of a model "
+                "must lie beside its config",
+                param="model",
+            )
 
 
 def check_complete(missing: Collection[str], name: str | Path, kind: str, *, param: str) -> None:

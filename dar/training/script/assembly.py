@@ -97,7 +97,7 @@ def imported_function(name: str) -> RewardFunction:
         raise InvalidRequestError(
             f"--reward_function {name}: {error}", param="reward_function"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidRequestError(
             f"--reward_function {name}: importing {module_name} raised "
             f"{type(error).__name__}: {error}",
