@@ -1,4 +1,4 @@
-"""Conversations as a model reads them: its tokenizer's chat template, run on untrusted ground.
+"""Conversations as a model reads them: laid out by its tokenizer's chat template.
 
 A template is a program of the model's author, so it may raise anything, and write anything.
 """
