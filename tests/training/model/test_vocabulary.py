@@ -56,6 +56,19 @@ def test_a_stored_token_that_the_model_lacks_is_refused_at_the_start(
     assert sink.phases == []
 
 
+def test_an_end_that_the_model_lacks_is_refused_at_the_start(
+    train: Callable[..., DARTrainer],
+    tokenizer: PreTrainedTokenizerBase,
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    model = make_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = 70
+    with pytest.raises(InvalidRequestError, match="row 1: a completion has token 70"):
+        train(model=model, train_dataset=[ROW], reward_funcs=None, processing_class=endless)
+
+
 def test_rows_without_the_further_token_are_trained_on(
     train: Callable[..., DARTrainer], enlarged: PreTrainedTokenizerBase
 ) -> None:
