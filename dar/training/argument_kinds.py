@@ -77,7 +77,7 @@ def _check(name: str, value: object) -> None:
     elif name in SEVERAL:
         items, others, words = SEVERAL[name]
         is_one = value is None or isinstance(value, (*items, *others))
-        is_list = isinstance(value, Sequence) and not isinstance(value, bytes)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         listed = value if is_list else [value]
         wrong = [] if is_one else [one for one in listed if not isinstance(one, items)]  # type: ignore[attr-defined]  # a sequence
     else:

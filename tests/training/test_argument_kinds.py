@@ -31,7 +31,7 @@ def test_a_model_may_be_a_path(train: Callable[..., DARTrainer], base: Path) -> 
         ("reward_funcs", 5, "reward_funcs has int 5, but must be a function, a URL"),
         ("reward_funcs", [None], "reward_funcs has NoneType None"),
         ("reward_model", [5], "reward_model has int 5"),
-        ("reward_processing_class", "gpt2", "reward_processing_class has str 'g"),
+        ("reward_processing_class", "gpt2", "reward_processing_class has str 'gpt2'"),
         ("reward_weights", 1.0, "reward_weights has 1.0"),
         ("train_dataset", "rows.jsonl", "the text or path 'rows.jsonl'; load it first"),
         ("train_dataset", Path("rows.jsonl"), "the text or path 'rows.jsonl'; load it first"),

@@ -391,7 +391,7 @@ def _sampler(policy: Policy, config: DARConfig, longest: int) -> Sampler:
 
 
 def _check_tokens(rows: Rows, encoder: PromptEncoder, policy: Policy) -> None:
-    """Check every row if tokenizer or configs have more tokens than the model, maybe for padding."""
+    """Check every row if tokenizer or configs name a token beyond the model, maybe for padding."""
     limit, ends = policy.readable, loading.eos_ids(policy.model, policy.tokenizer)
     if max([*policy.tokenizer.get_vocab().values(), *ends], default=0) < limit:
         return
