@@ -323,7 +323,7 @@ class RewardSession:
         self._run.phase("waiting_for_reward", message)
 
 
-def _check_weights(weights: Sequence[float] | None) -> None:
+def _check_weights(weights: object) -> None:
     """Reject weights that no sum of rewards can have.
 
     Raises:
@@ -332,14 +332,15 @@ def _check_weights(weights: Sequence[float] | None) -> None:
     if weights is None:
         return
     is_list = isinstance(weights, Iterable) and not isinstance(weights, str | bytes)
-    for weight in weights if is_list else [weights]:
-        is_number = isinstance(weight, SupportsFloat) and not isinstance(weight, bool)
-        if not is_list or not is_number or not abs(float(weight)) <= MAX_WEIGHT:
-            raise InvalidRequestError(
-                f"reward_weights has {weight!r}, but must be a list of numbers from "
-                f"-{MAX_WEIGHT:,.0f} to {MAX_WEIGHT:,.0f}",
-                param="reward_weights",
-            )
+    for weight in weights if isinstance(weights, Iterable) else [weights]:
+        is_number = is_list and not isinstance(weight, bool)
+        if is_number and isinstance(weight, SupportsFloat) and abs(float(weight)) <= MAX_WEIGHT:
+            continue
+        raise InvalidRequestError(
+            f"reward_weights has {weight!r}, but must be a list of numbers from "
+            f"-{MAX_WEIGHT:,.0f} to {MAX_WEIGHT:,.0f}",
+            param="reward_weights",
+        )
 
 
 def _models_of_spec(

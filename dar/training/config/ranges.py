@@ -43,8 +43,9 @@ def _number(*, is_whole: bool = False, is_optional: bool = False, **limits: floa
 
 
 def _are_texts(value: object) -> bool:
-    is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes)
-    return is_list and all(isinstance(one, str) and one for one in value)
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return False
+    return all(isinstance(one, str) and one for one in value)
 
 
 _AT_LEAST_0 = _number(ge=0)

@@ -23,7 +23,7 @@ def rendered_chat(
     variables: Mapping[str, Any],
     *,
     whose: str,
-    **options: bool,
+    **options: Any,  # noqa: ANN401 - those of transformers
 ) -> str:
     """A conversation as ``tokenizer`` lays it out.
 

@@ -221,7 +221,8 @@ def read_adapter_config(folder: Path) -> PeftConfig:
         if why := _unlike_adapter(json.loads(file.read_text(encoding="utf-8"))):
             raise TrainingError(f"{failed}: {why}", param="model")  # noqa: TRY301 - as any other fault of it
         with _quiet_peft():
-            return PeftConfig.from_pretrained(str(folder))
+            found: PeftConfig = PeftConfig.from_pretrained(str(folder))
+            return found
     except Exception as error:  # noqa: BLE001 - odd files raise anything in peft
         blame(error, str(file), failed, param="model", is_offline=True)
 

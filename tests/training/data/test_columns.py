@@ -170,7 +170,7 @@ FAILING = {
     "division": ("{{ 1 // 0 }}", "ZeroDivisionError: integer division or modulo by zero"),
     "index": ("{{ '{}{}'.format(1) }}", "IndexError: "),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
-    "key": ("{{ {}['a'].b.c }}", "undefined"),
+    "key": ("{{ {}['a'].b.c }}", "has no attribute 'a'"),
     "half a character": (r"{{ '\ud83d' }}w10", r"writes half a character \(U\+D83D\)"),
     "length": ("{{ 'w10 ' * 3000000 }}", "makes 12,000,000 characters of the conversation"),
 }
