@@ -5,17 +5,16 @@ Texts from a service pass through a `Redactor` before they reach a log, an error
 """
 
 import base64
-import html
-import json
 import logging
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import quote, unquote_plus
+from urllib.parse import unquote_plus
 from weakref import WeakSet
 
 from dar.errors import ConfigurationError
+from dar.rewards.http.disguises import forms, readings, reduced
 
 REDACTED = "[redacted]"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
@@ -69,7 +68,9 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
 
 class Redactor:
-    """Removes known secrets from texts, in any case, cut off at either end, or encoded.
+    """Removes known secrets from texts: in any case, cut off, encoded, or spread out.
+
+    `dar.rewards.http.disguises` says in which forms they are found.
 
     Args:
         secrets: Signing secrets.
@@ -93,16 +94,9 @@ class Redactor:
             values.add(words[1] if len(words) == 2 else value)
             if len(words) == 2 and words[0].lower() == "basic":
                 values |= _user_and_password(words[1])
-        forms = {
-            _lowered(form) for value in values if len(value) >= SHORTEST for form in _forms(value)
-        }
-        self._short = tuple(form for form in forms if len(form) < FRAGMENT)
-        self._fragments = frozenset(
-            form[at : at + FRAGMENT] for form in forms for at in range(len(form) - FRAGMENT + 1)
-        )
-        self._probes = frozenset(
-            piece[at : at + _PROBE] for piece in self._fragments for at in range(_STRIDE)
-        )
+        found = {form for value in values if len(value) >= SHORTEST for form in forms(value)}
+        self._plain = _Needles({_lowered(form) for form in found})
+        self._reduced = _Needles({reduced(form) for form in found})
         with _lock:
             _live.add(self)
 
@@ -110,7 +104,7 @@ class Redactor:
         """Remove secrets from ``text``."""
         parts: list[str] = []
         end = 0
-        for start, stop in sorted(self._spans(_lowered(text))):
+        for start, stop in sorted(self._spans(text)):
             if start > end or not parts:
                 parts += (text[end:start], REDACTED)
             end = max(end, stop)
@@ -127,11 +121,39 @@ class Redactor:
         return value
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where secrets are in a lowered text; spans may overlap."""
+        """Where secrets are in ``text``; spans may overlap."""
+        for start, stop, _ in self._plain.spans(_lowered(text)):
+            yield start, stop
+        for reading in readings(text):
+            places: list[tuple[int, int]] = []
+            for start, stop, is_whole in self._reduced.spans(reading.text):
+                places = places or reading.places()
+                span = places[start][0], places[stop - 1][1]
+                # A short secret may also be the end of one word and the start of the next.
+                if not is_whole or span[1] - span[0] >= 2 * (stop - start) - 1:
+                    yield span
+
+
+class _Needles:
+    """Texts that are searched for together.
+
+    Args:
+        forms: The texts, in lower case.
+    """
+
+    def __init__(self, forms: Iterable[str]) -> None:
+        given = [form for form in forms if len(form) >= SHORTEST]
+        self._short = tuple(form for form in given if len(form) < FRAGMENT)
+        long = [form for form in given if len(form) >= FRAGMENT]
+        self._fragments = _pieces(long, FRAGMENT)
+        self._probes = _pieces(long, _PROBE)
+
+    def spans(self, text: str) -> Iterator[tuple[int, int, bool]]:
+        """Where they are in ``text``: start, end, and whether a short one is there as a whole."""
         for form in self._short:
             start = text.find(form)
             while start >= 0:
-                yield start, start + len(form)
+                yield start, start + len(form), True
                 start = text.find(form, start + len(form))
         last = len(text) - FRAGMENT
         for at in range(0, len(text) - _PROBE + 1, _STRIDE):
@@ -139,7 +161,13 @@ class Redactor:
                 continue
             for start in range(max(0, at - _STRIDE + 1), min(at, last) + 1):
                 if text[start : start + FRAGMENT] in self._fragments:
-                    yield start, start + FRAGMENT
+                    yield start, start + FRAGMENT, False
+
+
+def _pieces(forms: Iterable[str], length: int) -> frozenset[str]:
+    return frozenset(
+        form[at : at + length] for form in forms for at in range(len(form) - length + 1)
+    )
 
 
 _live: "WeakSet[Redactor]" = WeakSet()
@@ -170,34 +198,6 @@ def _user_and_password(encoded: str) -> set[str]:
     except ValueError:
         return set()
     return {decoded, decoded.partition(":")[2]}
-
-
-def _forms(value: str) -> set[str]:
-    """``value``, and what becomes of it when it is encoded or made a name."""
-    raw = value.encode()
-    return {
-        value,
-        quote(value, safe=""),
-        quote(value),
-        html.escape(value),
-        value.replace("/", "\\/"),
-        json.dumps(value)[1:-1],
-        repr(value)[1:-1],
-        re.sub(r"[^A-Za-z0-9_.-]", "_", value),
-        re.sub(r"[^a-z0-9_]", "_", value.lower()),
-        raw.hex(),
-        *(form for shift in range(3) for form in _base64(raw, shift)),
-    }
-
-
-def _base64(raw: bytes, shift: int) -> tuple[str, str]:
-    """The part of an encoded text that is certain where ``raw`` is in it, after ``shift`` bytes."""
-    encoded = base64.b64encode(bytes(shift) + raw)
-    start = (0, 2, 3)[shift]
-    certain = encoded[start : -4 if (shift + len(raw)) % 3 else None].decode()
-    tail = encoded[len(encoded) - 4 :].rstrip(b"=").decode()
-    whole = certain if (shift + len(raw)) % 3 == 0 else certain + tail[:-1]
-    return whole, whole.replace("+", "-").replace("/", "_")
 
 
 class RedactingFormatter(logging.Formatter):

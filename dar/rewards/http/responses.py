@@ -1,6 +1,7 @@
 """Classifies HTTP answers, and failures without an answer, as an `Answer` or an attempt failure."""
 
 import asyncio
+import codecs
 import os
 import socket
 import ssl
@@ -27,6 +28,14 @@ QUOTED = 512
 """Characters of an error answer shown to the owner of the job."""
 QUOTE_SECONDS = 2.0
 """Time limit of reading them."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+"""Byte order marks, the longer ones first."""
 _TRANSIENT = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 422})
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
@@ -210,8 +219,13 @@ async def _quote(incoming: Incoming) -> str:
 
 
 def quotable(body: bytes) -> str:
-    """The start of a body as one line of text; secrets are not removed."""
-    return one_line(body[:READ_BYTES].decode("utf-8", "replace")).strip()
+    """The start of a body as one line of text; secrets are not removed.
+
+    A byte order mark names its encoding; without one it is read as UTF-8.
+    """
+    marks = (mark for mark in _MARKS if body.startswith(mark))
+    encoding = _MARKS.get(next(marks, b""), "utf-8")
+    return one_line(body[:READ_BYTES].decode(encoding, "replace")).strip()
 
 
 async def start_of(incoming: Incoming) -> bytes:
