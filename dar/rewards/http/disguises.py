@@ -19,7 +19,7 @@ ROUNDS = 3
 """Escapes within escapes are decoded this often."""
 _OTHER = re.compile(r"[^a-z0-9]+")
 _ESCAPE = re.compile(
-    r"%u(?P<u1>[0-9a-f]{4})|%(?P<x1>[0-9a-f]{2})|\\u\{?(?P<u2>[0-9a-f]{4})\}?|\\u(?P<u3>[0-9a-f]{8})|\\x(?P<x2>[0-9a-f]{2})"
+    r"(?-i:\\U(?P<u3>[0-9a-fA-F]{8}))|%u(?P<u1>[0-9a-f]{4})|%(?P<x1>[0-9a-f]{2})|\\u\{?(?P<u2>[0-9a-f]{4})\}?|\\x(?P<x2>[0-9a-f]{2})"
     r"|0x(?P<x3>[0-9a-f]{2})|=(?P<x4>[0-9a-f]{2})|\\(?P<octal>[0-7]{3})|\\(?P<control>[abefnrtv0])"
     r"|(?P<entity>&#x?[0-9a-f]{1,8};?|&[a-z0-9]{2,31};)|(?P<markup><[^<>]{1,80}>|[\x1b\x9b\s]\[[0-9;]{0,16}[a-z])",
     re.IGNORECASE,

@@ -23,26 +23,19 @@ from dar.rewards.http.redaction import (
 from dar.rewards.http.responses import quotable
 
 TOKEN = "Zx9-QmTok7en_PlainSecret.42kLw"
+SEPARATORS = ("\0", "\n", "\u200b", "\u00ad", "\u00a0", " ", ", ", "\x1b[1m", "<wbr>", "\\n")
+
+
+def between(separator: str) -> Callable[[str], bytes]:
+    return lambda token: separator.join(token).encode()
+
+
 SPREAD: dict[str, Callable[[str], bytes]] = {
     "UTF-16": lambda token: f"key {token}".encode("utf-16"),
     "UTF-16 without its mark": lambda token: f"key {token}".encode("utf-16-be"),
     "UTF-32": lambda token: f"key {token}".encode("utf-32"),
     "UTF-32 without its mark": lambda token: token.encode("utf-32-le"),
-    **{
-        f"{between!r} between": lambda token, between=between: between.join(token).encode()  # type: ignore[misc]
-        for between in (
-            "\0",
-            "\n",
-            "\u200b",
-            "\u00ad",
-            "\u00a0",
-            " ",
-            ", ",
-            "\x1b[1m",
-            "<wbr>",
-            "\\n",
-        )
-    },
+    **{f"{separator!r} between": between(separator) for separator in SEPARATORS},
     "four letters at a time": lambda token: "\0".join(re.findall(".{1,4}", token)).encode(),
     "one tag a letter": lambda token: "".join(f'<b id="{ch}9">{ch}</b>' for ch in token).encode(),
     "a list of letters": lambda token: json.dumps(list(token)).encode(),
@@ -70,8 +63,7 @@ SPREAD: dict[str, Callable[[str], bytes]] = {
 @pytest.mark.parametrize("form", SPREAD)
 def test_a_secret_is_not_readable_whatever_stands_between_its_letters(form: str) -> None:
     body = SPREAD[form](TOKEN)
-    before = quotable(b"see ") if body[:1] in b"\xff\0" else "see "
-    shown = Redactor([], [f"Bearer {TOKEN}"])(f"{before}{quotable(body)} soon")
+    shown = Redactor([], [f"Bearer {TOKEN}"])(f"see {quotable(body)} soon")
     assert REDACTED in shown
     rest = re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKC", shown).lower())
     assert len(rest.replace("redacted", "")) <= len("see key xyz soon") + 8
