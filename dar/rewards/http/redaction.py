@@ -49,14 +49,20 @@ def check_headers(headers: Mapping[str, str]) -> None:
     """Check the secret headers of an endpoint.
 
     Raises:
-        ConfigurationError: A name is invalid or reserved, or a value contains characters that a
-            header cannot carry. The message does not show a value.
+        ConfigurationError: A name is invalid, reserved or given twice, or a value contains
+            characters that a header cannot carry. The message does not show a value.
     """
+    names: dict[str, str] = {}
     for name, value in headers.items():
         if not _TOKEN.fullmatch(name):
             raise ConfigurationError(f"{name[:64]!r} is not the name of a header")
         if _FORBIDDEN.fullmatch(name.lower()):
             raise ConfigurationError(f"header {name!r} is set by this client and cannot be given")
+        known = names.setdefault(name.lower(), name)
+        if known != name:
+            raise ConfigurationError(
+                f"{known!r} and {name!r} are the same header, as case does not count in names; give one"
+            )
         if not value.isascii() or any(
             (ord(ch) < 0x20 and ch != "\t") or ch == "\x7f" for ch in value
         ):

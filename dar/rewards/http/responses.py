@@ -14,6 +14,7 @@ import httpcore2
 
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult, one_line, plain_code
 from dar.rewards.base import Failed, RewardResult, Scored, Skipped
+from dar.rewards.http.connection import HandshakeTimeoutError
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
@@ -253,6 +254,9 @@ def failure_of(error: Exception) -> AttemptFailedError:
     """
     if isinstance(error, EgressDeniedError):
         return AttemptFailedError("permanent", "egress_denied", str(error))
+    if isinstance(error, HandshakeTimeoutError):
+        reason = "connected, but the TLS handshake did not end in time"
+        return AttemptFailedError("transient", "tls.timeout", reason)
     if isinstance(error, httpcore2.ConnectTimeout):
         return AttemptFailedError("transient", "connect_timeout", "could not connect in time")
     if isinstance(error, httpcore2.TimeoutException):
@@ -284,6 +288,8 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
     if isinstance(cause, socket.gaierror):
         kind: FailureKind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
         return AttemptFailedError(kind, "dns", "its host name was not found")
+    if isinstance(cause, UnicodeError):  # a name that cannot be written for DNS
+        return AttemptFailedError("name", "dns", "its host name was not found")
     if isinstance(cause, ConnectionRefusedError):
         return AttemptFailedError("transient", "connect", "connection refused")
     if isinstance(cause, OSError) and cause.errno is not None:
