@@ -109,8 +109,8 @@ async def test_none_is_a_skip_and_what_is_no_number_a_failure(score: Score) -> N
 
 
 async def test_numbers_of_any_type_are_rewards(score: Score) -> None:
-    values = [np.float32(0.5), np.longdouble(2), np.True_, np.array([3.0]), torch.tensor([4])]
-    values += [Fraction(1, 4), Decimal("0.75"), np.ma.masked]
+    values = [np.float32(0.5), np.longdouble(2), np.True_, np.array(3.0), torch.tensor([4])]
+    values += [Fraction(1, 4), Decimal("0.75"), np.float16(math.nan)]
     found = await score(lambda completions: iter(values), len(values))
     assert found[:-1] == [Scored(number) for number in (0.5, 2.0, 1.0, 3.0, 4.0, 0.25, 0.75)]
     assert found[-1].code == "nonfinite"
