@@ -68,8 +68,8 @@ def one_of(forms: str, **models: "type[BaseModel]") -> WrapValidator:
 
     Args:
         forms: What may be sent, for the message.
-        models: Branches that are objects, by the name of their only field; an object with this
-            field is told what is wrong with it.
+        models: Branches that are objects, by the name of their only field; the error
+            of an object with this field says what is wrong with it.
     """
 
     def check(given: object, validate: ValidatorFunctionWrapHandler) -> object:

@@ -212,10 +212,11 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
 
 def _is_listing(values: object) -> TypeGuard[Iterable[object]]:
     """Whether ``values`` has one item after another; the order of a set means nothing."""
-    if isinstance(values, str | bytes | bytearray | Mapping | Set):
+    is_one = isinstance(values, str | bytes | bytearray | Mapping | Set)
+    if is_one or not isinstance(values, Iterable):
         return False
     try:
-        iter(values)  # type: ignore[call-overload]
+        iter(values)
     except TypeError:  # also an array or a tensor without dimensions
         return False
     return True
@@ -228,7 +229,8 @@ def _as_number(value: object) -> float | None:
     numpy's. A complex number would lose its imaginary part.
     """
     try:
-        item = value.item() if callable(getattr(value, "item", None)) else value  # type: ignore[attr-defined]
+        read = getattr(value, "item", None)
+        item = read() if callable(read) else value
         if isinstance(item, str | bytes | bytearray | complex) or not isinstance(
             item, SupportsFloat
         ):

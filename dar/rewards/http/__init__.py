@@ -12,7 +12,6 @@ connection: the network connection below the pool, and timings of an attempt.
 dns: host names, resolved in threads.
 egress: which addresses may be reached (SSRF).
 signing: signatures of Standard Webhooks, made and verified.
-disguises: forms that a service may give to a secret, and texts read without separators.
 redaction: secrets removed from texts; which secret headers are allowed.
 wire: samples as JSON, batches by size, and request ids.
 """
