@@ -4,7 +4,7 @@ A job that had no reward before the end of its first step is queued, and waits f
 service. A job that missed them later is paused. Both go on when a probe gets rewards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,11 +35,18 @@ class RewardCheck:
     """Whether only a worker can find out, as the service cannot connect to the reward services."""
 
 
-def due(transaction: Transaction, limit: int) -> Sequence[JobRow]:
-    """Jobs whose reward services are due for a probe, the longest due first."""
+def due(transaction: Transaction, limit: int, without: Collection[str] = ()) -> Sequence[JobRow]:
+    """Jobs whose reward services are due for a probe, the longest due first.
+
+    Args:
+        transaction: The transaction.
+        limit: Most jobs.
+        without: Ids of jobs that are probed already.
+    """
     return transaction.scalars(
         select(JobRow)
         .where(or_(IS_PAUSED, IS_WAITING), JobRow.not_before <= transaction.now)
+        .where(JobRow.id.not_in(sorted(without)))
         .order_by(JobRow.not_before, JobRow.id)
         .limit(limit)
     ).all()
