@@ -88,8 +88,7 @@ def from_safetensors(
     """
     path = str(name)
     try:
-        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
-        reject_code(path, config)
+        _check_config(path, param, is_offline=is_offline)
         return load(
             path, trust_remote_code=False, use_safetensors=True, local_files_only=is_offline
         )
@@ -97,6 +96,25 @@ def from_safetensors(
         what = f"the {param.replace('_', ' ')} {path!r}"
         failed = f"{what} cannot be loaded as {kind} from safetensors"
         blame(error, what, failed, param=param, is_offline=is_offline)
+
+
+def _check_config(path: str, param: str, *, is_offline: bool) -> None:
+    """Reject a model by what its config.json says.
+
+    Raises:
+        TrainingError: It is not a JSON object, or it requires custom code.
+    """
+    config: object = None
+    # transformers uses the content as an object without looking
+    with contextlib.suppress(AttributeError, TypeError):
+        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
+    if not isinstance(config, Mapping):
+        what = f"the config.json of the {param.replace('_', ' ')} {path!r}"
+        raise TrainingError(
+            f"{what} is not a JSON object, so the model cannot be loaded; install the model again",
+            param=param,
+        )
+    reject_code(path, config)
 
 
 def check_complete(missing: Collection[str], name: str | Path, kind: str, *, param: str) -> None:
