@@ -178,9 +178,10 @@ class Settings(BaseSettings):
 
     reward_probe_seconds: Seconds = 5.0
     """Pause before the service again probes the reward service of a job that is paused or waiting
-    for rewards. After each probe that fails the pause doubles, to at most 12 x this value. If the
-    reward service of a paused job rejected requests or returned invalid responses, every pause is
-    12 times as long."""
+    for rewards. After each probe that fails the pause doubles, to at most 12 x this value. An
+    attempt without a reward after a probe that passed makes the next pause 4 times as long, to at
+    most 120 x this value. If the reward service of a paused job rejected requests or returned
+    invalid responses, every pause is at least 12 times as long."""
 
     # --- worker
     worker_key: Key | None = None
