@@ -93,7 +93,7 @@ def wait_after_attempt(
     wait = wait_before_probe(job.reward_waits, base_seconds, is_outage=is_outage)
     count = _passed_in_vain(transaction, job)
     if count:
-        longer = min(base_seconds * 4.0**count, MAX_AFTER_ATTEMPT * base_seconds)
+        longer = base_seconds * min(4.0 ** min(count, 8), MAX_AFTER_ATTEMPT)
         wait = max(wait, timedelta(seconds=longer))
     note = (
         f"the reward service answers the service's probe, but not training ({count} times so far); "
