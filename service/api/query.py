@@ -13,14 +13,14 @@ from service.installation import CurrentInstallation
 
 
 def refuse_unusable(request: Request, installation: CurrentInstallation) -> None:
-    """Reject unknown query parameters, and values that cannot be stored.
+    """Reject unknown query parameters, values that cannot be stored, and unprintable paths.
 
     Raises:
         AuthenticationError: There are some, and the request has no known key. Only users with a
             key may see the parameters of a route.
         InvalidRequestError: There are some. The message names the parameters of the route.
     """
-    problems = [*_unknown(request), *_unstorable(request)]
+    problems = [*_unknown(request), *_unstorable(request)] or _unprintable(request)
     if problems:
         auth.authenticate(request, installation)
         raise errors.invalid(problems)
@@ -45,6 +45,16 @@ def _unstorable(request: Request) -> list[Problem]:
         for name, value in given
         if "\0" in name or "\0" in value
     ]
+
+
+def _unprintable(request: Request) -> list[Problem]:
+    """A control character in the path; the router would ignore a line break at its end."""
+    found = next((ch for ch in request.scope["path"] if ch < " " or ch == "\x7f"), None)
+    if found is None:
+        return []
+    message = f"the path contains the control character U+{ord(found):04X}; send it without"
+    holding = [name for name, value in request.path_params.items() if found in str(value)]
+    return [Problem(message, holding[0] if holding else None, "control_character")]
 
 
 def _known(route: APIRoute) -> tuple[str, ...]:
