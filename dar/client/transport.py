@@ -229,6 +229,10 @@ class Transport:
                     raise failure_of(response)
                 yield response
         except httpx2.TransportError as error:
+            if self._client.is_closed:
+                raise ServiceConnectionError(
+                    f"the request to {self.base_url} was given up, as this client has been closed"
+                ) from None
             raise ServiceConnectionError(
                 f"cannot reach the DAR service at {self.base_url}: "
                 f"{self._redact(str(error)) or type(error).__name__}; "

@@ -122,6 +122,20 @@ def test_an_unreachable_service_is_named_with_what_to_do(quick: None) -> None:
     assert "dar up" in caught.value.message
 
 
+def test_a_client_that_is_closed_during_a_request_does_not_blame_the_service(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = Client("key", "http://127.0.0.1:9", max_retries=0)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        client.close()
+        raise httpx2.ReadError("[Errno 9] Bad file descriptor")
+
+    monkeypatch.setattr("httpx2.HTTPTransport.handle_request", broken)
+    with pytest.raises(ServiceConnectionError, match="this client has been closed"):
+        client.models.retrieve("any")
+
+
 def test_the_traceback_of_an_unreachable_service_is_short_and_ends_with_what_to_do(
     quick: None,
 ) -> None:
