@@ -103,7 +103,7 @@ def wait_after_attempt(
 
 
 def _passed_in_vain(transaction: Transaction, job: JobRow) -> int:
-    """How many probes have passed since the last step or resumption by the user."""
+    """How many probes have passed since the last step; 0 at the first attempt after one."""
     if job.reward_waits == 0:
         return 0
     of_job = JobEventRow.job_id == job.id
