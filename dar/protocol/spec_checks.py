@@ -71,7 +71,7 @@ def leaves_room(sampling: Sampling, longest: int) -> bool:
 
 
 def _of_targets(spec: JobSpec) -> Iterator[Problem]:
-    """A pattern for the adapter's modules that is no pattern, or may be matched for ever."""
+    """A pattern for the adapter's modules that is no pattern, or whose matching might never end."""
     peft = spec.dar.peft
     if peft is None or not isinstance(peft.target_modules, str):
         return

@@ -2,7 +2,7 @@
 
 PEFT matches a pattern with Python's `re`, which goes back to every choice that it has made. With
 choices inside a repetition, the time doubles with each character of a path, so that one pattern can
-keep a trainer busy for ever.
+keep a trainer busy without end.
 """
 
 import re
@@ -35,7 +35,7 @@ def problem_of(pattern: str) -> str | None:
         return str(error)
     if _Scanner(pattern).choices() > MAX_CHOICES:
         return (
-            "matching it could take for ever; use no repetition or alternative inside a repeated "
+            "matching it might never end; use no repetition or alternative inside a repeated "
             "group, and at most four * or +"
         )
     return None

@@ -300,7 +300,7 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--reward_function", "judge:number"], "judge:number is a int, not a function"),
         (
             ["--use_peft", "--lora_target_modules", r"([\w.]+)+!"],
-            r"--lora_target_modules '([\\w.]+)+!' is no pattern of modules: matching it could take",
+            r"--lora_target_modules '([\\w.]+)+!' is no pattern of modules: matching it might never end",
         ),
         (["--reward_function", "judge"], "must be module:function"),
         (["--reward_model_name_or_path", "policy"], "'policy' is no reward model: its weights lack score.weight"),
