@@ -49,6 +49,8 @@ TEMPLATE_COLUMN = "chat_template_kwargs"
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
 """Arguments that every reward function gets besides the columns."""
 ROLES = ("system", "user", "assistant", "tool")
+MAX_NATS = 1_000_000
+"""Largest size of a completion's log-probability: 10 nats for each of 100,000 tokens."""
 ROUNDING_NATS = 1e-4
 """A sum of log-probabilities may exceed 0 by this much, through rounding."""
 TAKEN = frozenset(
@@ -540,6 +542,13 @@ def _behavior_logps(row: Row, count: int) -> list[float] | None:
         raise RowError(
             f"{name} must be at most 0, as a probability is at most 1, but one is "
             f"{too_large[0]!r:.40}; send sums of log-probabilities in nats",
+            name,
+            "out_of_range",
+        )
+    if too_small := [value for value in values if value < -MAX_NATS]:
+        raise RowError(
+            f"{name} must be at least -{MAX_NATS:,}, but one is {too_small[0]!r:.40}; send sums of "
+            "log-probabilities in nats, or leave the column out",
             name,
             "out_of_range",
         )

@@ -5,12 +5,17 @@ from collections.abc import Iterator
 
 from dar.errors import Problem
 from dar.protocol.presets import ONLINE_ONLY, PRESETS
-from dar.protocol.spec import Hyperparameters, JobSpec, Sampling
+from dar.protocol.spec import Hyperparameters, JobSpec, Sampling, total_steps
 
 SHARDING = ("fsdp", "zero2", "zero3")
 NOTHING_TO_COMPARE = (
     "one completion of one prompt has nothing to be compared with, so every advantage would be 0"
 )
+ONE_STEP = (
+    "warmup_steps is {}, but {} has one step, and the first step of a warm-up has learning rate 0, "
+    "so nothing would be trained; set warmup_steps to 0, or train for more steps"
+)
+"""Its values: the warm-up, and what has one step."""
 ONE_PROCESS = (
     "strategy {!r} shares a model among processes, but the job has one; send resources.processes "
     "of at least 2, or leave strategy at auto"
@@ -25,6 +30,26 @@ def problems_of(spec: JobSpec) -> list[Problem]:
         *_of_groups(spec),
         *_of_targets(spec),
         *_of_resources(spec),
+    ]
+
+
+def length_problems(spec: JobSpec, num_rows: int | None) -> list[Problem]:
+    """What is wrong with a job's number of steps.
+
+    Args:
+        spec: Spec of the job.
+        num_rows: Rows of its training file; None: not known, so ``max_steps`` is given.
+    """
+    hyper = spec.dar.hyperparameters
+    steps = total_steps(hyper, num_rows or 0, spec.dar.resources.processes)
+    if steps != 1 or not hyper.warmup_steps:
+        return []
+    return [
+        Problem(
+            ONE_STEP.format(hyper.warmup_steps, "the job"),
+            "method.dar.hyperparameters.warmup_steps",
+            "no_learning_rate",
+        )
     ]
 
 

@@ -12,6 +12,7 @@ from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.rows import is_conversation
 from dar.protocol.spec import StepPlan
+from dar.protocol.spec_checks import ONE_STEP
 from dar.training.config.config import DARConfig, preset_values
 from dar.training.config.ignored import online_only
 from dar.training.data.rows import Rows, check_rows
@@ -25,12 +26,16 @@ from dar.training.run_context import HostTrainer
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Learning-rate schedules of transformers that ignore ``warmup_steps``."""
+
 
 def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
     """A copy of ``config`` with a length in steps, and the tie tolerance of a job spec's rewards.
 
     Raises:
-        InvalidRequestError: The launcher or the number of processes does not fit the arguments.
+        InvalidRequestError: The launcher or the number of processes does not fit the arguments, or
+            the only step would have learning rate 0.
     """
     refuse_if_left_alone()
     for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
@@ -44,6 +49,11 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
     if config.max_steps <= 0:
         config.counted_epochs = config.num_train_epochs
         config.max_steps = config.step_plan(row_count, is_replay=False).steps
+    schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    if config.max_steps == 1 and config.warmup_steps and schedule not in WITHOUT_WARM_UP:
+        raise InvalidRequestError(
+            ONE_STEP.format(config.warmup_steps, "the run"), param="warmup_steps"
+        )
     if isinstance(rewards, Rewards):
         config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
     config.ignore_data_skip = True  # the position in the data is a function of the step

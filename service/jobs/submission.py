@@ -246,6 +246,8 @@ def _plan(
             raise errors.invalid(problems)
         models.check_reward_models(settings, rewards)
     data = _check_files(transaction, settings.hub_datasets, submission)
+    if problems := spec_checks.length_problems(submission.spec, data.num_rows):
+        raise errors.invalid(problems)
     project_id, name = submission.user.project_id, submission.spec.model
     model = models.resolve(transaction, settings, project_id, name)
     if problems := _model_problems(transaction, runtime, submission.spec, model, data):

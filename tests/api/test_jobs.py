@@ -78,6 +78,16 @@ def test_a_job_without_a_seed_gets_one_that_is_told(live: Live) -> None:
             "optimizer_not_sharded",
         ),
         (
+            {"dar": {"hyperparameters": {"max_steps": 1, "warmup_steps": 15}}},
+            "method.dar.hyperparameters.warmup_steps",
+            "no_learning_rate",
+        ),
+        (
+            {"dar": {"preset": "paper", "hyperparameters": {"n_epochs": 1}}},
+            "method.dar.hyperparameters.warmup_steps",
+            "no_learning_rate",
+        ),
+        (
             {"training_file": "hf://trl-lib/data", "dar": {"hyperparameters": {}}},
             "method.dar.hyperparameters.max_steps",
             "missing",

@@ -55,7 +55,10 @@ RANGES: Mapping[str, Rule] = {
     "adam_epsilon": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,  # below 1: a share of all steps, which a job cannot give
     "num_train_epochs": _ABOVE_0,
-    "max_steps": _number(is_whole=True, ge=-1),  # -1 is a job's null: num_train_epochs decides
+    "max_steps": (
+        lambda value: value == -1 or _COUNT[0](value),
+        "a whole number, at least 1, or -1: then num_train_epochs decides",
+    ),
     "logging_steps": _ABOVE_0,
     "save_steps": _ABOVE_0,
     "eval_steps": _number(gt=0, is_optional=True),

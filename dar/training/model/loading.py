@@ -26,7 +26,7 @@ from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
 from dar.protocol.spec import LoraSpec
 from dar.training.data.load_errors import blame
-from dar.training.model import adapters
+from dar.training.model import adapters, probes
 
 LanguageModel = adapters.LanguageModel
 
@@ -226,7 +226,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def check_forward(model: LanguageModel) -> None:
+def check_forward(model: LanguageModel, *, param: str = "model") -> None:
     """Reject an architecture that takes no positions, or cannot leave out logits.
 
     Raises:
@@ -239,7 +239,7 @@ def check_forward(model: LanguageModel) -> None:
             f"{type(base).__name__} takes no {' and no '.join(sorted(missing))}, without which "
             "padded sequences have wrong log-probabilities; use a decoder-only model of another "
             "architecture",
-            param="model",
+            param=param,
         )
 
 
@@ -247,9 +247,10 @@ def check_trainable(model: LanguageModel) -> None:
     """Reject a model without a weight that training would change.
 
     Raises:
-        InvalidRequestError: All are frozen.
+        InvalidRequestError: All are frozen, or those that are not are float16.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
+        probes.check_number_formats(model)
         return
     if isinstance(model, PeftModel):
         what, advice = "adapter", "load it with PeftModel.from_pretrained(…, is_trainable=True)"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
-from dar.training.model import adapters, loading
+from dar.training.model import adapters, loading, probes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Policy:
         Raises:
             InvalidRequestError: ``model`` has an adapter already and would get another, or the
                 reference would have no effect.
-            TrainingError: A model or tokenizer cannot be loaded.
+            TrainingError: A model or tokenizer cannot be loaded, or a model is not causal.
         """
         if ref_model is not None and config.alpha == 0:
             raise InvalidRequestError(
@@ -63,6 +63,12 @@ class Policy:
             loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
         )
         loading.check_forward(policy)
+        probes.check_finite(policy, f"the model {source!r}" if source else "the model")
+        probes.check_causal(policy)
+        if ref_model is not None:
+            loading.check_forward(ref_model, param="ref_model")
+            probes.check_finite(ref_model, "the reference model", param="ref_model")
+            probes.check_causal(ref_model, param="ref_model")
         loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
         has_new_ends = loading.complete_generation_config(policy, tokenizer)
         loading.disable_dropout(policy)
@@ -75,7 +81,9 @@ class Policy:
                     "the model has an adapter already; leave peft_config out to train that one, or "
                     "merge it first"
                 )
+            adapters.check_places(policy, peft_config)
             policy = loading.add_adapter(policy, peft_config)
+        probes.check_dora(policy)
         is_resized = isinstance(policy, PeftModel) and adapters.is_resized(policy, source)
         if isinstance(policy, PeftModel):
             named = base_name or adapters.local_base(source) or None

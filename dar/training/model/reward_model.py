@@ -29,7 +29,7 @@ from dar.rewards.functions import as_results
 from dar.rewards.threads import in_daemon_thread
 from dar.training.data.rows import without_early_turns
 from dar.training.loss import precise
-from dar.training.model import loading
+from dar.training.model import loading, probes
 from dar.training.model.loading import weights_bytes, weights_sketch
 
 RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
@@ -59,7 +59,7 @@ class RewardModel:
 
     Raises:
         InvalidRequestError: The model does not have exactly one label.
-        TrainingError: There is no tokenizer.
+        TrainingError: There is no tokenizer, or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class RewardModel:
                 "text, but a reward is one: use a sequence classifier with num_labels=1",
                 param="reward_model",
             )
+        probes.check_finite(model, f"the reward model {_named(model)}", param="reward_model")
         self._model = model.requires_grad_(requires_grad=False).eval()
         self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline)
         self._name = name

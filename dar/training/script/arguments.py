@@ -159,11 +159,32 @@ def _underscored(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{sign}{value}"
 
 
+class _KeyTwiceError(ValueError):
+    """A mapping has a key twice."""
+
+
+class _OneByOne(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """Rejects a key that occurs twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                line = key.start_mark.line + 1
+                raise _KeyTwiceError(f"line {line}: {key.value!r} occurs twice; keep one")
+            seen.add(name)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def _from_yaml(path: Path, parser: Parser) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OneByOne)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"--config {path}: {error}", param="config") from None
+    except _KeyTwiceError as error:
+        raise InvalidRequestError(f"{path}, {error}", param="config") from None
     except yaml.YAMLError as error:
         raise InvalidRequestError(f"{path} is not YAML: {error}", param="config") from None
     if not isinstance(content, dict):

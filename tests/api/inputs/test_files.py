@@ -219,8 +219,9 @@ def test_a_job_without_rewards_takes_no_options_of_sampling(
     live: Live, error_of: Callable[..., Any]
 ) -> None:
     rows = OFFLINE_FILES[0]
+    length = {"hyperparameters": {"max_steps": 2}}
     assert (
-        offline(live, rows, preset="paper").status_code == 200
+        offline(live, rows, preset="paper", **length).status_code == 200
     )  # which has a temperature of its own
     for part in ({"hyperparameters": {"dar_k": 7}}, {"sampling": {"temperature": 0.5}}):
         error = error_of(offline(live, rows, **part))

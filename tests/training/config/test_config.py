@@ -153,6 +153,8 @@ def test_help_is_that_of_a_job_spec() -> None:
         ("seed", -1),
         ("seed", 99_999_999_999),
         ("max_steps", 2.5),
+        ("max_steps", 0),
+        ("optim_args", "foo=1"),
         ("save_steps", -1),
         ("report_to", "nonsense"),
         ("report_to", "codecarbon"),  # a tracker whose library is not installed

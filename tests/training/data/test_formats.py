@@ -236,7 +236,7 @@ def test_options_of_sampling_that_cannot_matter_are_named(
     train: Callable[..., DARTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"preset": "paper", "dar_k": 7, "stop": ["x"], "max_new_tokens": 128}
-    train(train_dataset=[GOOD], reward_funcs=None, settings={"max_steps": 1} | settings)
+    train(train_dataset=[GOOD], reward_funcs=None, settings={"max_steps": 2} | settings)
     told = [record.getMessage() for record in caplog.records if "without effect" in record.message]
     assert [message.partition(":")[0] for message in told] == ["dar_k, stop"]
 

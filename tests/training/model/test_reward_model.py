@@ -177,9 +177,10 @@ def test_conversations_without_a_template_are_refused(
 
 def test_a_reward_that_is_no_number_is_a_failure(tokenizer: PreTrainedTokenizerBase) -> None:
     model = classifier()
+    source = RewardModel(model, tokenizer)
     with torch.no_grad():
         model.model.embed_tokens.weight[20] = math.nan
-    broken, whole = score(RewardModel(model, tokenizer), [sample(" w20"), sample(" w21")])
+    broken, whole = score(source, [sample(" w20"), sample(" w21")])
     assert isinstance(broken, Failed)
     assert broken.code == "nonfinite"
     assert isinstance(whole, Scored)

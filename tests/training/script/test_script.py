@@ -301,6 +301,15 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--reward_function", "judge"], "must be module:function"),
         (["--reward_model_name_or_path", "policy"], "'policy' is no reward model: its weights lack score.weight"),
         (["--lora_r", "4"], "--lora_r has no effect without --use_peft"),
+        (["--use_peft", "--lora_target_modules", "v_proj", "q_prjo"], "names 'q_prjo', which the model lacks"),
+        (["--use_peft", "--lora_alpha", "0"], "--lora_alpha: Input should be greater than 0"),
+        (["--use_peft", "--lora_dropout", "1"], "--lora_dropout: Input should be less than 1"),
+        (["--max_steps", "1", "--preset", "paper"], "warmup_steps is 15, but the run has one step"),
+        (["--max_steps", "1", "--warmup_steps", "0.1"], "warmup_steps is 0.1, but the run has one step"),
+        (["--max_steps", "0"], "max_steps is 0, but must be a whole number, at least 1, or -1"),
+        (["--optim", "sgd", "--optim_args", "momentum=0.9,foo=1"], "optim_args has 'foo', which sgd ignores"),
+        (["--dtype", "float16"], "weights that are trained must not be float16"),
+        (["--config", "twice.yaml"], "twice.yaml, line 2: 'top-k' occurs twice; keep one"),
         (["--use_peft", "--lora_r", "0"], "--lora_r: Input should be greater than or equal to 1, but it is 0"),
         (["--reward_weights", "1", "2"], "2 reward weights for 1 reward"),
         (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
@@ -315,6 +324,7 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
 def test_bad_input_is_a_paragraph_and_exit_code_64(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
+    (folder / "twice.yaml").write_text("top_k: 3\ntop-k: 1\n")
     base = command()
     for name in {flag.partition("=")[0] for flag in base} & set(arguments):
         base = [flag for flag in base if flag.partition("=")[0] != name]

@@ -1,0 +1,135 @@
+"""What a model must be before it is trained, whatever its architecture: finite and causal.
+
+A model that is neither trains without an error, and all its numbers are wrong. So both are measured
+when a model is loaded, not read from its config: the options that turn causality off differ between
+architectures.
+"""
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from dar.errors import InvalidRequestError, TrainingError
+from dar.training.model.adapters import PARAM, LanguageModel
+
+PROBE_TOKENS = 8
+"""Length of the sequences that show whether a model is causal."""
+MOST_ROUNDING = 1e-4
+"""Largest difference of two equal logits by rounding, as a fraction of the largest logit."""
+SHOWN_WEIGHTS = 3
+UNSCALED = frozenset({torch.float16})
+"""Number formats in which AdamW's epsilon, 1e-8, is 0, so that its first step divides by 0."""
+
+
+def check_finite(model: nn.Module, what: str, *, param: str = "model") -> None:
+    """Reject a model with a weight that is NaN or infinite.
+
+    Args:
+        model: The model.
+        what: Its name in the error.
+        param: The parameter that names it.
+
+    Raises:
+        TrainingError: There is such a weight.
+    """
+    broken = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
+    if broken:
+        more = ", …" if len(broken) > SHOWN_WEIGHTS else ""
+        raise TrainingError(
+            f"{what} has weights that are NaN or infinite, in {', '.join(broken[:SHOWN_WEIGHTS])}"
+            f"{more}; its files are damaged, or an earlier training of it has diverged: use another "
+            "copy",
+            param=param,
+        )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    weight = weight.detach()
+    return not weight.is_floating_point() or weight.is_meta or bool(weight.isfinite().all())
+
+
+@torch.no_grad()
+def check_causal(model: LanguageModel, *, param: str = "model") -> None:
+    """Reject a model whose logits depend on later tokens.
+
+    Its log-probabilities of a whole sequence are not those that it was sampled with. Two sequences
+    that differ in their last token alone are compared.
+
+    Raises:
+        TrainingError: Logits depend on later tokens, are not finite, or cannot be computed.
+    """
+    text = model.config.get_text_config()
+    length = min(PROBE_TOKENS, getattr(text, "max_position_embeddings", None) or PROBE_TOKENS)
+    vocabulary = int(text.vocab_size)
+    if length < 2 or vocabulary < 2:  # there is nothing to compare
+        return
+    device = next(model.parameters()).device
+    ids_2T = (torch.arange(length, device=device) % vocabulary).repeat(2, 1)
+    ids_2T[1, -1] = (ids_2T[1, -1] + 1) % vocabulary
+    is_training = model.training
+    model.eval()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        logits_2TV: Tensor = model(
+            input_ids=ids_2T,
+            attention_mask=torch.ones_like(ids_2T),
+            position_ids=torch.arange(length, device=device).repeat(2, 1),
+            use_cache=False,
+            logits_to_keep=length,
+        ).logits
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"{type(base).__name__} cannot read a plain text ({error}); use a decoder-only model "
+            "of another architecture",
+            param=param,
+        ) from error
+    model.train(is_training)
+    earlier_2TV = logits_2TV[:, :-1].double()
+    if not earlier_2TV.isfinite().all():
+        raise TrainingError(
+            f"{type(base).__name__} returns logits that are NaN or infinite, though its weights "
+            f"are not; its number format is {logits_2TV.dtype}: load it in float32",
+            param=param,
+        )
+    rounding = max(MOST_ROUNDING, 4 * torch.finfo(logits_2TV.dtype).eps)
+    difference = (earlier_2TV[0] - earlier_2TV[1]).abs().max()
+    if difference > rounding * earlier_2TV.abs().max():
+        raise TrainingError(
+            f"{type(base).__name__} is not causal: its logits depend on later tokens, so the "
+            "log-probabilities of a completion would not be those that it was sampled with; use a "
+            "decoder-only model, and turn off options of its config such as "
+            "use_bidirectional_attention, or is_decoder=false",
+            param=param,
+        )
+
+
+def check_number_formats(model: LanguageModel) -> None:
+    """Reject float16 for weights that are trained themselves.
+
+    Raises:
+        InvalidRequestError: A trained weight is float16.
+    """
+    if any(p.requires_grad and p.dtype in UNSCALED for p in model.parameters()):
+        raise InvalidRequestError(
+            "weights that are trained must not be float16, in which the optimizer's steps become "
+            "NaN; load the model in float32 (with fp16=True for faster passes) or in bfloat16, or "
+            "train an adapter",
+            param="model",
+        )
+
+
+def check_dora(model: LanguageModel) -> None:
+    """Reject DoRA on a weight with a row of zeros, by whose norm it would divide.
+
+    Raises:
+        InvalidRequestError: There is such a row.
+    """
+    for name, magnitudes in model.named_parameters():
+        layer, found, _ = name.partition(".lora_magnitude_vector")
+        if found and not magnitudes.is_meta and (magnitudes == 0).any():
+            raise InvalidRequestError(
+                "use_dora divides by the norm of each row of a weight, and "
+                f"{layer.removeprefix('base_model.model.')} has rows of zeros; leave it out of "
+                "target_modules, or leave use_dora out",
+                param=PARAM,
+            )
