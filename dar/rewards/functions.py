@@ -205,7 +205,8 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
     found = list(values)
     if len(found) != expected:
         raise RewardContractError(
-            f"{source} returned {len(found)} rewards for {expected} completions",
+            f"{source} returned {len(found)} reward{'' if len(found) == 1 else 's'} for {expected} "
+            "completions",
             code="contract.length",
         )
     return [_as_result(value, source) for value in found]

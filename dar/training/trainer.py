@@ -16,13 +16,14 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
 from dar.rewards.from_spec import RewardAccess
+from dar.training.argument_kinds import with_checked_kinds
 from dar.training.checkpoint.fingerprint import decisive_facts
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
@@ -38,6 +39,7 @@ from dar.training.model.loading import (
 )
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
+from dar.training.optimization import OptimizingTrainer
 from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import (
@@ -78,7 +80,7 @@ LOG_HISTORY = 1000
 """Reports that `transformers.TrainerState` keeps; every checkpoint contains them."""
 
 
-class DARTrainer(Trainer):
+class DARTrainer(OptimizingTrainer):
     """Trains a language model by Direct Advantage Regression on its own samples.
 
     ```python
@@ -153,9 +155,10 @@ class DARTrainer(Trainer):
     deepspeed: Any
     hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates the None it starts with
 
+    @with_checked_kinds
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: DARConfig | None = None,
         train_dataset: Rows | None = None,
         reward_funcs: RewardFunctions | None = None,
@@ -182,6 +185,7 @@ class DARTrainer(Trainer):
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
         check_table(train_dataset)
+        model = str(model) if isinstance(model, Path) else model
         args = args or DARConfig(output_dir="dar-output")
         config = settled_config(args, len(train_dataset), reward_funcs)
         access = replace(reward_access or RewardAccess(), secret=reward_secret)

@@ -307,10 +307,12 @@ def scorer_from_functions(
     count = len(given) + len(sources)
     factors = [1.0] * count if weights is None else list(weights)
     if len(factors) != count:
+        given_, wanted = (f"{n} reward{{}}{'' if n == 1 else 's'}" for n in (len(factors), count))
         raise ConfigurationError(
-            f"{len(factors)} reward weights for {count} rewards: give one for each function, then for each model"
+            f"{given_.format(' weight')} for {wanted.format('')}: give one for each function, then "
+            "for each model"
             if sources
-            else f"{len(factors)} reward weights for {count} reward functions"
+            else f"{given_.format(' weight')} for {wanted.format(' function')}"
         )
     components: list[WeightedSource] = []
     taken = {source.name for source in sources}

@@ -126,7 +126,9 @@ class RunCheckpoints:
             CheckpointError: It is damaged or belongs to other arguments.
         """
         manifest = Manifest.model_validate(
-            self._run.ranks.from_main(lambda: checkpoint.verify(folder).model_dump(mode="json"))
+            self._run.ranks.from_main(
+                lambda: checkpoint.verify_or_name_older(folder).model_dump(mode="json")
+            )
         )
         self._resumed = checkpoint.ResumeState.load(folder)
         if manifest.config_sha256 != self.config_sha256:

@@ -99,9 +99,13 @@ TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text without its full stop; its class if it has no text."""
-    lines = (line.strip() for line in str(error).splitlines())
-    text = next((line for line in lines if line), "").rstrip(".:")
+    """The first line of an error's text without its full stop; its class if it has no text.
+
+    A first line that ends in a colon is a heading, so the next one follows it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    is_heading = len(lines) > 1 and lines[0].endswith(":")
+    text = " ".join(lines[: 2 if is_heading else 1]).rstrip(".:")
     if not text or isinstance(error, TERSE):
         return f"{type(error).__name__}: {text}".rstrip(": ")
     return text

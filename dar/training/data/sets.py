@@ -9,12 +9,15 @@ from datasets.exceptions import DatasetsError
 from dar.errors import InvalidRequestError
 from dar.protocol.hub_data import HubData
 from dar.training.data.hub import load_hub_rows
+from dar.training.data.load_errors import first_line
 from dar.training.data.rows import Rows, read_rows
 
 JSON = (".jsonl", ".json")
 """Suffixes of files that are read by the rules of uploads."""
 BUILDERS = {".csv": "csv", ".parquet": "parquet"}
 """Suffix of another file -> its reader in `datasets`."""
+OF_NO_ROWS = ("corresponds to no data", "No columns to parse from file")
+"""What `datasets` and pandas say of a file without rows."""
 PARAM = "dataset_name"
 ONLY_SPLIT = ("train", "test")
 """Split names that rows without splits accept: the defaults of a command line."""
@@ -74,7 +77,12 @@ def _from_file(path: Path) -> Rows:
     try:
         loaded: Any = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error}", param=PARAM) from error
+        cause = error.__cause__ or error  # `datasets` says only that it failed
+        why = first_line(cause)
+        is_empty = any(text in f"{error} {why}" for text in OF_NO_ROWS)
+        raise InvalidRequestError(
+            f"{path} has no rows" if is_empty else f"{path} cannot be read: {why}", param=PARAM
+        ) from error
     rows: Rows = loaded
     return rows
 

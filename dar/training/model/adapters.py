@@ -24,12 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, TrainingError
 
 LanguageModel = PreTrainedModel | PeftModel
 PARAM = "peft_config"
 TARGETS = "method.dar.peft.target_modules"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SHARED_BANK = "vblora_vector_bank"
+"""Part of the names of weights that peft saves once, and that the layers of VB-LoRA share."""
 SHOWN_NAMES = 16
 
 
@@ -368,6 +371,32 @@ def resize_to(model: PreTrainedModel, weights: Path) -> None:
         rows = {file.get_slice(one).get_shape()[0] for one in file.keys() if key.fullmatch(one)}  # noqa: SIM118 - the file is no dict
     if rows and rows != {first.weight.shape[0]}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def check_names(model: PeftModel, folder: Path) -> None:
+    """Reject a file that lacks weights of an adapter, or has others.
+
+    peft leaves what is missing at its start, where an adapter changes nothing, and skips what it
+    does not know.
+
+    Args:
+        model: A model with the adapter.
+        folder: The adapter's.
+
+    Raises:
+        TrainingError: It is such a file.
+    """
+    report = model.load_adapter(str(folder), adapter_name(model))  # the only call that returns one
+    lacking = [one for one in report.missing_keys if SHARED_BANK not in one]
+    for names, what in ((lacking, "lacks"), (report.unexpected_keys, "has unknown weights")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise TrainingError(
+                f"{folder / ADAPTER_WEIGHTS} {what} {', '.join(sorted(names)[:3])}{more}, so it "
+                f"does not fit {folder / ADAPTER_CONFIG} or the model; give the files of one "
+                "adapter and its own base",
+                param="model",
+            )
 
 
 def untie_adapted(model: PeftModel) -> None:

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,14 +14,17 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
@@ -52,7 +56,7 @@ def load_model(
             a causal language model, or its files lack some of its weights.
         HubUnreachableError: The hub cannot be reached.
     """
-    if (Path(name) / "adapter_config.json").is_file():
+    if (Path(name) / adapters.ADAPTER_CONFIG).is_file():
         raise TrainingError(
             f"the model {str(name)!r} is an adapter, not a whole model; merge it into its base "
             f"first: dar merge {name} -o FOLDER",
@@ -90,6 +94,9 @@ def from_safetensors(
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
         reject_code(path, config)
+        # read by itself, so that its faults are not those of weights or tokenizer
+        AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=is_offline)
+        _check_index(Path(path))
         return load(
             path, trust_remote_code=False, use_safetensors=True, local_files_only=is_offline
         )
@@ -97,6 +104,28 @@ def from_safetensors(
         what = f"the {param.replace('_', ' ')} {path!r}"
         failed = f"{what} cannot be loaded as {kind} from safetensors"
         blame(error, what, failed, param=param, is_offline=is_offline)
+
+
+def _check_index(folder: Path) -> None:
+    """Reject an index of weights that names files outside of its folder.
+
+    Raises:
+        TrainingError: It does, or is no index.
+    """
+    file = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not file.is_file():
+        return
+    index = json.loads(file.read_text(encoding="utf-8"))
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict):
+        raise TrainingError(f"{file} has no weight_map, so it is no index", param="model")
+    for name in set(map(str, places.values())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TrainingError(
+                f"{file} names {name!r}, which is outside of its folder; the weights of a model "
+                "must lie beside its config",
+                param="model",
+            )
 
 
 def check_complete(missing: Collection[str], name: str | Path, kind: str, *, param: str) -> None:
@@ -164,19 +193,50 @@ def merge_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PreTraine
             raise TrainingError(
                 f"the adapter {folder} has no {adapters.ADAPTER_WEIGHTS}", param="model"
             )
+        adapters.check_adapter(read_adapter_config(folder))
         try:
             with _quiet_peft():
-                adapters.check_adapter(PeftConfig.from_pretrained(str(folder)))
                 adapters.resize_to(model, folder / adapters.ADAPTER_WEIGHTS)
                 adapted = PeftModel.from_pretrained(model, str(folder))
+                adapters.check_names(adapted, folder)
                 adapters.untie_adapted(adapted)
                 model = adapted.merge_and_unload()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise TrainingError(
-                f"the adapter {folder} does not fit the model: {error}", param="model"
-            ) from error
+        except Exception as error:  # noqa: BLE001 - odd files raise anything in peft and safetensors
+            what = f"the adapter {folder}"
+            failed = f"{what} does not fit the model, or its files are damaged"
+            blame(error, what, failed, param="model", is_offline=True)
         adapters.settle_tying(model)
     return model.requires_grad_(requires_grad=True)  # peft has frozen it
+
+
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The config of the adapter in ``folder``.
+
+    Raises:
+        TrainingError: It is damaged, or of no adapter that peft knows.
+    """
+    file = folder / adapters.ADAPTER_CONFIG
+    failed = f"{file} is not the config of an adapter"
+    try:
+        if why := _unlike_adapter(json.loads(file.read_text(encoding="utf-8"))):
+            raise TrainingError(f"{failed}: {why}", param="model")  # noqa: TRY301 - as any other fault of it
+        with _quiet_peft():
+            found: PeftConfig = PeftConfig.from_pretrained(str(folder))
+            return found
+    except Exception as error:  # noqa: BLE001 - odd files raise anything in peft
+        blame(error, str(file), failed, param="model", is_offline=True)
+
+
+def _unlike_adapter(config: object) -> str | None:
+    """Why no adapter has such a config; None if one may have it."""
+    if not isinstance(config, dict):
+        return "it holds no JSON object"
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        return "its base_model_name_or_path is no text"
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return f"its peft_type is {kind!r}"
+    return None
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -201,6 +261,8 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.19 reads a property that transformers 5.23 is renaming
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        # such an adapter is refused: see `adapters.check_names`
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         yield
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
 from dar.training.model import adapters, loading, probes
+from dar.training.model.vocabulary import check_reference, embeddings_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Policy:
     """Whether the generation config had to learn tokens that end a completion."""
     is_resized: bool
     """Whether an adapter is published with the token embeddings, as its base has fewer or more."""
+    readable: int
+    """The model and its reference have embeddings for the tokens below this."""
 
     @classmethod
     def make(
@@ -45,7 +48,7 @@ class Policy:
 
         Raises:
             InvalidRequestError: ``model`` has an adapter already and would get another, or the
-                reference would have no effect.
+                reference would have no effect, be trained, or not read every token.
             TrainingError: A model or tokenizer cannot be loaded, or a model is not causal.
         """
         if ref_model is not None and config.alpha == 0:
@@ -58,7 +61,7 @@ class Policy:
         if not isinstance(model, str):
             adapters.check_policy(model)
         source = model if isinstance(model, str) else str(model.name_or_path)
-        tokenizer = tokenizer or loading.load_tokenizer(source, is_offline=is_offline)
+        tokenizer = tokenizer or _tokenizer_beside(source, is_offline=is_offline)
         policy = (
             loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
         )
@@ -92,10 +95,13 @@ class Policy:
         elif reference is None and config.alpha > 0:
             reference = copy.deepcopy(policy)
         if reference is not None:
+            if ref_model is not None:
+                check_reference(ref_model, policy, tokenizer)
             loading.disable_dropout(reference)
             reference = reference.requires_grad_(requires_grad=False).eval()
             sketch += loading.weights_sketch(reference)
-        return cls(policy, reference, tokenizer, sketch, has_new_ends, is_resized)
+        readable = min(embeddings_of(one) for one in (policy, ref_model) if one is not None)
+        return cls(policy, reference, tokenizer, sketch, has_new_ends, is_resized, readable)
 
     @property
     def vocabulary(self) -> int:
@@ -106,3 +112,13 @@ class Policy:
         """Move the reference to the policy's device."""
         if self.reference is not None:
             self.reference.to(device)
+
+
+def _tokenizer_beside(source: str, *, is_offline: bool) -> PreTrainedTokenizerBase:
+    if not source:
+        raise InvalidRequestError(
+            "the model was given without a folder or hub id, so there is no tokenizer beside it; "
+            "give its tokenizer as processing_class",
+            param="processing_class",
+        )
+    return loading.load_tokenizer(source, is_offline=is_offline)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,10 +26,12 @@ from dar.protocol.rows import Message
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
 from dar.rewards.threads import in_daemon_thread
+from dar.training.data.chat import rendered_chat
 from dar.training.data.rows import without_early_turns
 from dar.training.loss import precise
 from dar.training.model import loading, probes
 from dar.training.model.loading import weights_bytes, weights_sketch
+from dar.training.model.vocabulary import check_classifier
 
 RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
 """Folder or hub id of a sequence classifier with one label, or such a model, or several of
@@ -58,7 +59,8 @@ class RewardModel:
         is_offline: Whether access to the hub is forbidden.
 
     Raises:
-        InvalidRequestError: The model does not have exactly one label.
+        InvalidRequestError: The model does not have exactly one label, or lacks tokens of its
+            tokenizer.
         TrainingError: There is no tokenizer, or a weight is NaN or infinite.
     """
 
@@ -81,6 +83,7 @@ class RewardModel:
         probes.check_finite(model, f"the reward model {_named(model)}", param="reward_model")
         self._model = model.requires_grad_(requires_grad=False).eval()
         self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline)
+        self._embeddings = check_classifier(model, self._tokenizer, _named(model))
         self._name = name
         self._max_length = max_length or _longest(model, self._tokenizer)
         self._variables = dict(variables or {})
@@ -181,12 +184,18 @@ class RewardModel:
 
         Raises:
             RewardMisconfiguredError: The tokenizer's chat template rejects the conversation, or
-                there is none.
+                there is none; or the model lacks a token of the text.
         """
         if sample.messages is None:
             ids = self._text(sample)
         else:
             ids = self._conversation(sample.messages, sample.completion)
+        if max(ids, default=0) >= self._embeddings:
+            raise RewardMisconfiguredError(
+                f"the reward model {_named(self._model)} has tokens 0 to {self._embeddings - 1} "
+                f"only, but its tokenizer has put token {max(ids)} into a text; use the reward "
+                "model's own tokenizer, or resize its embeddings"
+            )
         if len(ids) <= self._max_length:
             return ids
         starts = {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id}
@@ -217,18 +226,17 @@ class RewardModel:
         return ids
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        whose = f"the reward model {_named(self._model)}"
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=True,
-                return_dict=True,
-                **self._variables,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RewardMisconfiguredError(
-                f"the chat template of the reward model {_named(self._model)} rejects the "
-                f"conversation: {error}"
-            ) from error
+            rendered_chat(self._tokenizer, messages, self._variables, whose=whose)
+        except InvalidRequestError as error:
+            raise RewardMisconfiguredError(error.message) from error
+        encoded: Any = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            **self._variables,
+        )
         return list(encoded["input_ids"])
 
 

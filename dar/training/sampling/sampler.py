@@ -141,16 +141,21 @@ def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
     return torch.from_numpy(np.stack(drawn)).clamp(max=LARGEST_UNIFORM)
 
 
-def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Reject a prompt with a token that the model has no embedding for.
+def check_tokens(texts: Sequence[Sequence[int]], vocabulary: int, what: str = "a prompt") -> None:
+    """Reject a text with a token that the model has no embedding for.
+
+    Args:
+        texts: Token ids of prompts or completions.
+        vocabulary: Tokens below this have an embedding.
+        what: What one of ``texts`` is, for the error.
 
     Raises:
-        InvalidRequestError: A token of a prompt is not below ``vocabulary``.
+        InvalidRequestError: A token is not below ``vocabulary``.
     """
-    largest = max((max(ids) for ids in prompts), default=0)
+    largest = max((max(ids) for ids in texts), default=0)
     if largest >= vocabulary:
         raise InvalidRequestError(
-            f"a prompt has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: "
+            f"{what} has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: "
             "the tokenizer is not the model's, or was extended without it; use the model's "
             "tokenizer, or resize the model's embeddings",
             param="model",

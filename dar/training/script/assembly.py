@@ -97,7 +97,7 @@ def imported_function(name: str) -> RewardFunction:
         raise InvalidRequestError(
             f"--reward_function {name}: {error}", param="reward_function"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidRequestError(
             f"--reward_function {name}: importing {module_name} raised "
             f"{type(error).__name__}: {error}",
@@ -105,7 +105,7 @@ def imported_function(name: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise InvalidRequestError(
-            f"--reward_function {name} is a {type(function).__name__}, not a function",
+            f"--reward_function {name} is of the type {type(function).__name__}, not a function",
             param="reward_function",
         )
     found: RewardFunction = function

@@ -38,7 +38,7 @@ from dar.training.script.flags import ScriptArguments, make_parser, read_command
 from dar.training.script.main import main
 
 JUDGE = """
-import os, signal
+import os, signal, sys
 from pathlib import Path
 
 def short(prompts, completions, **columns):
@@ -52,6 +52,9 @@ def silent(prompts, completions, **columns):
 
 def broken(prompts, completions, **columns):
     return [float("nan") if i == 1 else 0.0 for i in range(len(completions))]
+
+def leaving(prompts, completions, **columns):
+    sys.exit(3)
 
 def interrupting(prompts, completions, **columns):
     Path("scored").write_text(Path("scored").read_text() + "." if Path("scored").exists() else ".")
@@ -206,6 +209,8 @@ def test_wandb_without_a_key_is_one_sentence(
         ("judge:failing", "the reward function raised KeyError: 'answer'", 'columns["answer"]'),
         ("unfinished:short", "importing unfinished raised SyntaxError: '(' was never closed", ""),
         ("divided:short", "importing divided raised ZeroDivisionError: division by zero", ""),
+        ("judge:leaving", "the reward function raised SystemExit: 3", "sys.exit(3)"),
+        ("left:short", "importing left raised SystemExit: 0", ""),
     ],
 )
 def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
@@ -213,6 +218,7 @@ def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
 ) -> None:
     (folder / "unfinished.py").write_text("def short(")
     (folder / "divided.py").write_text("1 / 0")
+    (folder / "left.py").write_text("import sys; sys.exit(0)")
     assert main(command(reward_function=function)) in (1, 64)
     text = capsys.readouterr().err
     assert said in text.splitlines()[-1]
@@ -297,8 +303,13 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--dataset_name", "judge.py"], "must end with .jsonl"),
         (["--dataset_config", "en"], "has no configurations"),
         (["--reward_function", "judge:nothing"], "module 'judge' has no attribute 'nothing'"),
-        (["--reward_function", "judge:number"], "judge:number is a int, not a function"),
+        (["--reward_function", "judge:number"], "judge:number is of the type int, not a function"),
         (["--reward_function", "judge"], "must be module:function"),
+        (["--reward_function", "./judge.py:short"], "and give judge:short"),
+        (["--output_dir", "a\0b"], "but must be a path without NUL characters"),
+        (["--dataset_name", "a\0b.jsonl"], "--dataset_name has a NUL character"),
+        (["--output_dir", "dangling"], "dangling is a link to a place that does not exist"),
+        (["--output_dir", "dangling/out"], "dangling is a link to a place that does not exist"),
         (["--reward_model_name_or_path", "policy"], "'policy' is no reward model: its weights lack score.weight"),
         (["--lora_r", "4"], "--lora_r has no effect without --use_peft"),
         (["--use_peft", "--lora_target_modules", "v_proj", "q_prjo"], "names 'q_prjo', which the model lacks"),
@@ -311,7 +322,16 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--dtype", "float16"], "weights that are trained must not be float16"),
         (["--config", "twice.yaml"], "twice.yaml, line 2: 'top-k' occurs twice; keep one"),
         (["--use_peft", "--lora_r", "0"], "--lora_r: Input should be greater than or equal to 1, but it is 0"),
-        (["--reward_weights", "1", "2"], "2 reward weights for 1 reward"),
+        (["--reward_weights", "1", "2"], "2 reward weights for 1 reward function"),
+        (["--reward_weights", "nan"], "--reward_weights has nan, but must be a list of numbers from -1,000,000"),
+        (["--reward_weights", "inf"], "--reward_weights has inf"),
+        (["--reward_weights", "1e300"], "--reward_weights has 1e+300"),
+        (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit cannot be used: You need to install `bitsandbytes`"),
+        (["--optim_args", "foo"], "optim adamw_torch cannot be used with optim_args foo: "),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type cosine_with_min_lr cannot be used with lr_scheduler_kwargs None: One of min_lr"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "missing 1 required positional argument: 'num_decay_steps'"),
+        (["--lr_scheduler_kwargs", '{"x": 1}'], "with lr_scheduler_kwargs {'x': 1}: TypeError: "),
+        (["--lr_scheduler_kwargs", "[1]"], "cannot be used with lr_scheduler_kwargs [1]: TypeError: "),
         (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
         (["--config", "missing.yaml"], "No such file"),
         (["--eval_strategy", "steps", "--eval_dataset_name", "no.jsonl"], "no file or folder no.jsonl"),
@@ -325,6 +345,7 @@ def test_bad_input_is_a_paragraph_and_exit_code_64(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     (folder / "twice.yaml").write_text("top_k: 3\ntop-k: 1\n")
+    (folder / "dangling").symlink_to("nowhere")
     base = command()
     for name in {flag.partition("=")[0] for flag in base} & set(arguments):
         base = [flag for flag in base if flag.partition("=")[0] != name]
@@ -332,6 +353,86 @@ def test_bad_input_is_a_paragraph_and_exit_code_64(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dar train: ")
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("more.csv", "prompt,a\nhello,1\nyes,2,3\n", "more.csv cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3"),
+        ("empty.csv", "", "empty.csv has no rows"),
+        ("header.csv", "prompt\n", "header.csv has no rows"),
+        ("twice.json", '[{"prompt": "a"}, {"prompt": "b", "x": {"y": 1, "y": 2}}]', "twice.json, row 2: the key 'y' occurs twice"),
+        ("cut.json", '[{"prompt": "a"},\n {"prompt": "b"}, {"prom', "cut.json, row 3: not JSON"),
+        ("deep.json", f'[{{"prompt": "a"}}, {{"x": {"[" * 5000}', "deep.json, row 2: "),
+        ("huge.json", '[{"prompt": "a"}, {"prompt": "b", "x": 1e999}]', "huge.json, row 2: 1e999 is too large"),
+    ],
+    ids=lambda value: value[:8],
+)  # fmt: skip
+def test_a_data_file_that_cannot_be_read_is_told_with_its_cause_and_row(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    (folder / name).write_text(content)
+    assert main(command(dataset_name=name)) == 64
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"dar train: {said}")
+
+
+def test_a_damaged_checkpoint_names_the_one_before(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(save_strategy="steps", save_steps=1)) == 0
+    newest, older = (folder / "out" / "checkpoints" / f"step-{n}" for n in (2, 1))
+    resumed = command(resume_from_checkpoint="latest", max_steps=3)
+    manifest = (newest / "MANIFEST.json").read_bytes()
+    for damaged in (b"{", b"[]", manifest.replace(b'"files"', b'"fils"')):
+        (newest / "MANIFEST.json").write_bytes(damaged)
+        assert main(resumed) == 64
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "MANIFEST.json cannot be read: " in error
+        assert error.endswith(f"; resume from the one before, {older.relative_to(folder)}, instead")
+        assert "pydantic" not in error
+    (newest / "MANIFEST.json").write_bytes(manifest)
+    newest.rename(newest.with_name("step-7"))
+    assert main(resumed) == 0
+    assert " after step 2" in capsys.readouterr().err
+
+
+def test_the_weights_of_a_model_lie_beside_its_config(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = folder / "policy"
+    (model / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    places = {"model.embed_tokens.weight": "../elsewhere.safetensors"}
+    index = model / "model.safetensors.index.json"
+    for content, said in (
+        (json.dumps({"weight_map": places}), "'../elsewhere.safetensors', which is outside of"),
+        ("[]", "has no weight_map, so it is no index"),
+    ):
+        index.write_text(content)
+        assert main(command()) == 64
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "llama", "num_attention_heads": 7}, "'validate_architecture': ValueError: The hidden size (32) is not a multiple"),
+        ({"dtype": "nope"}, "the model 'policy' cannot be loaded as a causal language model"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_models_config_is_told_as_such(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
+) -> None:
+    file = folder / "policy" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert main(command()) == 64
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_run_in_which_nothing_was_rewarded_fails_in_one_sentence(
