@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
-from dar.disk import PRIVATE
+from dar.disk import OTHER_HOME, PRIVATE, make_folder
 from dar.errors import ConfigurationError
 from dar.processes import Child, Processes, answers, free_port, require
 from dar.settings import Settings, environment, inherited_environment, load_settings
@@ -82,9 +82,9 @@ def only_one(home: Path) -> Iterator[None]:
     """Lock the home folder for the length of the context.
 
     Raises:
-        ConfigurationError: Another ``dar up`` holds the lock.
+        ConfigurationError: Another ``dar up`` holds the lock, or the folder cannot be used.
     """
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(home, OTHER_HOME)
     with (home / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +186,7 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
             raise ConfigurationError(
                 f"{settings.host}:{settings.port} is taken; free it or give another port with --port"
             )
-        settings.models_path.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.models_path, OTHER_HOME)
         stop = StopRequest()
         with Processes(say) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)

@@ -11,6 +11,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -59,6 +61,28 @@ def only(value: object) -> BeforeValidator:
         return given
 
     return BeforeValidator(check)
+
+
+def one_of(forms: str, **models: "type[BaseModel]") -> WrapValidator:
+    """One error for a value that fits no branch of a union, in place of one for each branch.
+
+    Args:
+        forms: What may be sent, for the message.
+        models: Branches that are objects, by the name of their only field; the error
+            of an object with this field says what is wrong with it.
+    """
+
+    def check(given: object, validate: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return validate(given)
+        except ValidationError:
+            if isinstance(given, dict) and len(given) == 1:
+                model = models.get(next(iter(given)))
+                if model is not None:
+                    return model.model_validate(given)
+            raise PydanticCustomError("union_form", "must be {forms}", {"forms": forms}) from None
+
+    return WrapValidator(check)
 
 
 def _unwrap_descriptions(schema: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ def _check_type(given: object) -> object:
         raise PydanticCustomError(
             "unsupported_grader",
             "only graders of type 'endpoint' are supported; register your scorer at POST /v1/reward_endpoints and name it: "
-            '{{"type": "endpoint", "name": …, "endpoint": "rwe_…"}}',
+            '{"type": "endpoint", "name": …, "endpoint": "rwe_…"}',
         )
     return given
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dar.protocol.base import FreeObject, Input, only
+from dar.protocol.base import FreeObject, Input, one_of, only
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.row_values import check_value
@@ -153,7 +153,9 @@ class LoraSpec(Input):
     """The adapter's output is scaled by ``lora_alpha / r``."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Annotated[
+        str | list[str], one_of('"all-linear", a pattern, or a list of names')
+    ] = "all-linear"
     """Modules that get an adapter: ``all-linear``, a pattern, or names."""
 
 

@@ -1,11 +1,10 @@
 """Reward functions with TRL's signature ``f(prompts, completions, **columns)`` as sources."""
 
-import contextlib
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeGuard
 
 from pydantic import ValidationError
 
@@ -197,7 +196,7 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
         RewardContractError: It is not a list, has the wrong length, or an item is neither a number,
             a mapping nor None.
     """
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    if not _is_listing(values):
         raise RewardContractError(
             f"{source} returned a {type(values).__name__}; it must return a list with one number or None per completion",
             code="contract.type",
@@ -212,16 +211,42 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
     return [_as_result(value, source) for value in found]
 
 
+def _is_listing(values: object) -> TypeGuard[Iterable[object]]:
+    """Whether ``values`` has one item after another; the order of a set means nothing."""
+    is_one = isinstance(values, str | bytes | bytearray | Mapping | Set)
+    if is_one or not isinstance(values, Iterable):
+        return False
+    try:
+        iter(values)
+    except TypeError:  # also an array or a tensor without dimensions
+        return False
+    return True
+
+
+def _as_number(value: object) -> float | None:
+    """A real number as a float; None for anything else.
+
+    As in TRL, booleans, numpy scalars and one-element tensors are numbers; texts are not, also not
+    numpy's. A complex number would lose its imaginary part.
+    """
+    try:
+        read = getattr(value, "item", None)
+        item = read() if callable(read) else value
+        if isinstance(item, str | bytes | bytearray | complex) or not isinstance(
+            item, SupportsFloat
+        ):
+            return None
+        return float(value) if isinstance(value, SupportsFloat) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
 def _as_result(value: object, source: str) -> RewardResult:
     if value is None:
         return Skipped()
     if isinstance(value, Mapping):
         return _of_mapping(value, source)
-    try:
-        # As in TRL, booleans, numpy scalars and one-element tensors are numbers; strings are not.
-        reward = float(value) if isinstance(value, SupportsFloat) else None
-    except (TypeError, ValueError, OverflowError):
-        reward = None
+    reward = _as_number(value)
     if reward is None:
         raise RewardContractError(
             f"{source} returned a {type(value).__name__} as a reward; it must be a number or None",
@@ -275,8 +300,6 @@ def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
 
 
 def _plain(value: object) -> object:
-    """A boolean, numpy scalar or one-element tensor as a float; other values unchanged."""
-    if isinstance(value, SupportsFloat):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return float(value)
-    return value
+    """A real number of any type as a float; other values unchanged."""
+    number = _as_number(value)
+    return value if number is None else number

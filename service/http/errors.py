@@ -61,7 +61,7 @@ SHOWN = frozenset(
     {
         "float_type", "int_type", "bool_type", "float_parsing", "int_parsing", "bool_parsing",
         "int_from_float", "literal_error", "greater_than", "greater_than_equal", "less_than",
-        "less_than_equal",
+        "less_than_equal", "union_form",
     }
 )  # fmt: skip
 """Errors of pydantic whose message shows what was sent."""

@@ -30,6 +30,7 @@ _TEMPORARY = frozenset(
     {
         "connect",
         "connect_timeout",
+        "tls.timeout",
         "timeout",
         "deadline",
         "callback_late",

@@ -153,3 +153,4 @@ def test_other_graders_are_a_bad_request_that_says_why(
         with pytest.raises(openai.BadRequestError) as caught:
             call()
         assert caught.value.param == param
+        assert "{{" not in caught.value.message

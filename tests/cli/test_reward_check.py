@@ -167,6 +167,8 @@ def test_without_its_secret_a_service_refuses_and_the_output_names_the_option(
         (["ftp://host/score"], "http:// or https://"),
         ([DEAD, "--header", "no-separator"], "NAME=VALUE"),
         ([DEAD, "--header", "host=x"], "host"),
+        ([DEAD, "--header", "x-a=1", "--header", "X-A=2"], "are the same header"),
+        ([DEAD, "--header", "x-a=1", "--header", "x-a=2"], "given twice"),
         ([DEAD, "--secret-file", "/nowhere/secret"], "cannot be read"),
         ([DEAD, "--samples", "/nowhere/samples"], "cannot be read"),
         ([DEAD, "--protocol", "smtp"], "protocol"),

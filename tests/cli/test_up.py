@@ -1,5 +1,6 @@
 """``dar up``: one command starts everything, keeps it alive and stops it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dar.cli.main import main
 from dar.client import Client
 from dar.processes import answers
 from dar.settings import environment
@@ -122,3 +124,28 @@ def test_a_home_that_is_in_use_and_a_port_that_is_taken_are_refused(
         assert other.process.returncode == 1
         assert said in errors
         assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+@pytest.mark.parametrize("below", [".", "home"])
+def test_a_home_that_is_a_file_is_refused_in_one_sentence(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    below: str,
+) -> None:
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / below
+    monkeypatch.setattr(sys, "argv", ["dar", command, "--home", str(home)])
+    before = os.umask(0o077)  # the commands set it too
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+    finally:
+        os.umask(before)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert f"{home} cannot be used: it is not a folder" in said
+    assert "--home or DAR_HOME" in said
+    assert said.count("\n") == 1

@@ -4,9 +4,13 @@ import asyncio
 import functools
 import math
 import threading
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from dar.errors import ConfigurationError, InvalidRequestError, RewardContractError
 from dar.protocol.rows import ARGUMENTS
@@ -104,6 +108,16 @@ async def test_none_is_a_skip_and_what_is_no_number_a_failure(score: Score) -> N
     assert found[5:] == [Scored(1.0), Scored(0.0)]
 
 
+async def test_numbers_of_any_type_are_rewards(score: Score) -> None:
+    values = [np.float32(0.5), np.longdouble(2), np.True_, np.array(3.0), torch.tensor([4])]
+    values += [Fraction(1, 4), Decimal("0.75"), np.float16(math.nan)]
+    found = await score(lambda completions: iter(values), len(values))
+    assert found[:-1] == [Scored(number) for number in (0.5, 2.0, 1.0, 3.0, 4.0, 0.25, 0.75)]
+    assert found[-1].code == "nonfinite"
+    series = np.array([1, 2])
+    assert await score(lambda completions: series) == [Scored(1.0), Scored(2.0)]
+
+
 @pytest.mark.parametrize(
     ("returned", "code"),
     [
@@ -118,6 +132,23 @@ async def test_none_is_a_skip_and_what_is_no_number_a_failure(score: Score) -> N
         ([[1.0], [2.0]], "contract.type"),
         ([1j, 2j], "contract.type"),
         ([10**400, 1], "contract.type"),
+        ([np.complex128(1 + 2j), 1], "contract.type"),
+        ([np.complex64(1), 1], "contract.type"),
+        (np.array([1 + 2j, 0]), "contract.type"),
+        (np.array(["1.5", "2"]), "contract.type"),
+        ([np.str_("1.5"), 1], "contract.type"),
+        ([np.bytes_(b"1.5"), 1], "contract.type"),
+        ([bytearray(b"1"), 1], "contract.type"),
+        ([np.array("1.5"), 1], "contract.type"),
+        ([np.timedelta64(5, "s"), 1], "contract.type"),
+        ([torch.tensor(1 + 2j), 1], "contract.type"),
+        ([torch.tensor([1.0, 2.0]), 1], "contract.type"),
+        ({1.0, 2.0}, "contract.type"),
+        (frozenset({1.0, 2.0}), "contract.type"),
+        ({1.0: "a", 2.0: "b"}.keys(), "contract.type"),
+        (bytearray(b"ab"), "contract.type"),
+        (np.array(1.0), "contract.type"),
+        (torch.tensor(1.0), "contract.type"),
     ],
 )
 async def test_another_return_value_is_refused_by_name(
@@ -227,6 +258,9 @@ async def test_a_mapping_says_more_than_a_number(score: Score) -> None:
         ({}, "exactly one of reward, skip and error"),
         ({"reward": 1.0, "skip": True}, "exactly one of reward, skip and error"),
         ({"reward": "0.7"}, "reward: Input should be a valid number"),
+        ({"reward": np.str_("0.7")}, "reward: Input should be a valid number"),
+        ({"reward": np.complex128(1j)}, "reward: Input should be a valid number"),
+        ({"reward": 1.0, "components": {"part": np.complex64(1)}}, "components.part"),
         ({"reward": 1.0, "components": {"Part": 1.0}}, "components.Part"),
         ({"reward": 1.0, "components": [1.0]}, "components: Input should be a valid dictionary"),
     ],

@@ -164,6 +164,8 @@ def _headers(given: Sequence[str]) -> Mapping[str, str]:
         name, separator, value = text.partition("=")
         if not separator:
             raise typer.BadParameter("write a header as NAME=VALUE or NAME=@FILE")
+        if name in headers:
+            raise typer.BadParameter(f"the header {name!r} is given twice; give it once")
         headers[name] = _read(Path(value[1:])).strip() if value.startswith("@") else value
     try:
         check_headers(headers)

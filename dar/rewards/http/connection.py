@@ -32,6 +32,10 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 _WITHOUT_BODY = frozenset({204, 304})
 
 
+class HandshakeTimeoutError(httpcore2.ConnectTimeout):
+    """A connection was accepted, but the TLS handshake did not end in time."""
+
+
 class JoinedStream(httpcore2.AsyncNetworkStream):
     """Buffers what is written until something is read.
 
@@ -103,11 +107,19 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - part of the base class
     ) -> httpcore2.AsyncNetworkStream:
-        """The same connection, encrypted. It is closed if that fails."""
+        """The same connection, encrypted. It is closed if that fails.
+
+        Raises:
+            HandshakeTimeoutError: It took over ``timeout`` seconds.
+        """
         try:
             inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
-        except BaseException:  # the library leaves a socket open when a time limit cancels this
+        except (
+            BaseException
+        ) as error:  # the library leaves a socket open when a time limit cancels this
             await self.aclose()
+            if isinstance(error, httpcore2.ConnectTimeout):
+                raise HandshakeTimeoutError(str(error)) from error
             raise
         return JoinedStream(inner)
 

@@ -1,6 +1,7 @@
 """Classifies HTTP answers, and failures without an answer, as an `Answer` or an attempt failure."""
 
 import asyncio
+import codecs
 import os
 import socket
 import ssl
@@ -13,6 +14,7 @@ import httpcore2
 
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult, one_line, plain_code
 from dar.rewards.base import Failed, RewardResult, Scored, Skipped
+from dar.rewards.http.connection import HandshakeTimeoutError
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
@@ -27,6 +29,14 @@ QUOTED = 512
 """Characters of an error answer shown to the owner of the job."""
 QUOTE_SECONDS = 2.0
 """Time limit of reading them."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+"""Byte order marks, the longer ones first."""
 _TRANSIENT = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 422})
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
@@ -210,8 +220,13 @@ async def _quote(incoming: Incoming) -> str:
 
 
 def quotable(body: bytes) -> str:
-    """The start of a body as one line of text; secrets are not removed."""
-    return one_line(body[:READ_BYTES].decode("utf-8", "replace")).strip()
+    """The start of a body as one line of text; secrets are not removed.
+
+    A byte order mark names its encoding; without one it is read as UTF-8.
+    """
+    marks = (mark for mark in _MARKS if body.startswith(mark))
+    encoding = _MARKS.get(next(marks, b""), "utf-8")
+    return one_line(body[:READ_BYTES].decode(encoding, "replace")).strip()
 
 
 async def start_of(incoming: Incoming) -> bytes:
@@ -239,6 +254,9 @@ def failure_of(error: Exception) -> AttemptFailedError:
     """
     if isinstance(error, EgressDeniedError):
         return AttemptFailedError("permanent", "egress_denied", str(error))
+    if isinstance(error, HandshakeTimeoutError):
+        reason = "connected, but the TLS handshake did not end in time"
+        return AttemptFailedError("transient", "tls.timeout", reason)
     if isinstance(error, httpcore2.ConnectTimeout):
         return AttemptFailedError("transient", "connect_timeout", "could not connect in time")
     if isinstance(error, httpcore2.TimeoutException):
@@ -270,6 +288,8 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
     if isinstance(cause, socket.gaierror):
         kind: FailureKind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
         return AttemptFailedError(kind, "dns", "its host name was not found")
+    if isinstance(cause, UnicodeError):  # a name that cannot be written for DNS
+        return AttemptFailedError("name", "dns", "its host name was not found")
     if isinstance(cause, ConnectionRefusedError):
         return AttemptFailedError("transient", "connect", "connection refused")
     if isinstance(cause, OSError) and cause.errno is not None:

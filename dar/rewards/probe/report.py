@@ -46,6 +46,8 @@ ADVICE = {
     "with https:// or http://.",
     "tls.certificate": "Renew the certificate for this host name, from an authority that the "
     "trainer's machine trusts.",
+    "tls.timeout": "Check that a server with TLS listens on this port, and that it has time for new "
+    "connections.",
     "tls.version": "Enable TLS 1.2 or newer on the server.",
     "tls.expires_soon": "Renew the certificate before the job ends. After it expires, every "
     "request fails.",

@@ -118,6 +118,17 @@ async def test_a_handshake_that_takes_too_long_leaves_no_connection(
                 pass
 
 
+async def test_a_server_that_does_not_shake_hands_is_told_from_one_that_is_not_reached(
+    score: Ask, trusting: HttpOptions
+) -> None:
+    timeouts = RewardTimeouts(connect=0.2, read=20, attempt=20, deadline=60)
+    options = replace(trusting, timeouts=timeouts, retry=RewardRetry(attempts=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        found = await score(f"https://127.0.0.1:{listener.getsockname()[1]}/", options=options)
+    assert {(result.code, result.is_transient) for result in found} == {("tls.timeout", True)}
+    assert "connected, but the TLS handshake did not end in time" in found[0].message
+
+
 async def test_a_good_certificate_is_believed(
     contexts: dict[str, ssl.SSLContext], score: Ask, trusting: HttpOptions
 ) -> None:
