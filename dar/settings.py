@@ -34,11 +34,35 @@ def _starting_with(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def plain_key(key: str) -> str:
+    """``key`` without the spaces and line breaks around it.
+
+    Raises:
+        ValueError: It has more than 256 characters, or one that is not visible ASCII. The message
+            does not show it.
+    """
+    plain = key.strip()
+    if len(plain) > MAX_KEY or not all("!" <= ch <= "~" for ch in plain):
+        raise ValueError(
+            f"a key is at most {MAX_KEY} visible ASCII characters, but this one has more, or has a "
+            "space, a line break or another character in it; copy it again"
+        )
+    return plain
+
+
+def _key(key: SecretStr) -> SecretStr:
+    return SecretStr(plain_key(key.get_secret_value()))
+
+
 def _network(cidr: str) -> str:
     ipaddress.ip_network(cidr)
     return cidr
 
 
+MAX_KEY = 256
+"""Longest API key or worker key, in characters."""
+
+Key = Annotated[SecretStr, AfterValidator(_key)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -83,7 +107,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=1, le=65535)] = 8321
     """Port to which the service binds."""
 
-    api_key: SecretStr | None = None
+    api_key: Key | None = None
     """API key that the service accepts, and that the SDK and the CLI send; default: the content of
     ``$DAR_HOME/api_key``."""
 
@@ -154,12 +178,13 @@ class Settings(BaseSettings):
 
     reward_probe_seconds: Seconds = 5.0
     """Pause before the service again probes the reward service of a job that is paused or waiting
-    for rewards. After each probe that fails the pause doubles, to at most 12 x this value. If the
-    reward service of a paused job rejected requests or returned invalid responses, every pause is
-    12 times as long."""
+    for rewards. After each probe that fails the pause doubles, to at most 12 x this value. An
+    attempt without a reward after a probe that passed makes the next pause 4 times as long, to at
+    most 120 x this value. If the reward service of a paused job rejected requests or returned
+    invalid responses, every pause is at least 12 times as long."""
 
     # --- worker
-    worker_key: SecretStr | None = None
+    worker_key: Key | None = None
     """Key of scope ``worker`` that the service accepts, and that workers send; default: the content
     of ``$DAR_HOME/worker_key``."""
 
@@ -232,9 +257,9 @@ class Settings(BaseSettings):
     def secret_from(self, value: SecretStr | None, filename: str) -> str | None:
         """``value``, else the content of ``$DAR_HOME/<filename>``, else None."""
         if value is not None:
-            return value.get_secret_value()
+            return value.get_secret_value().strip()
         path = self.home / filename
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        return path.read_text("utf-8", "replace").strip() if path.is_file() else None
 
 
 def load_settings(**given: object) -> Settings:

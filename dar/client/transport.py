@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
 from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
+from dar.rewards.http.redaction import Redactor
 from dar.rewards.http.retry import parse_retry_after
+from dar.settings import plain_key
 
 CONNECT_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.5
@@ -96,7 +98,8 @@ class Transport:
             sent to that host.
 
     Raises:
-        ConfigurationError: ``base_url`` is not a URL.
+        ConfigurationError: ``base_url`` is not a URL, or ``key`` or a header has characters that a
+            header cannot carry.
     """
 
     def __init__(
@@ -110,12 +113,10 @@ class Transport:
         follow_redirects: bool,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ConfigurationError(
-                f"base_url {base_url!r} is not a URL like http://127.0.0.1:8321; "
-                "correct base_url= or DAR_BASE_URL"
-            )
+        host = _host_of(self.base_url)
+        key = _checked(key)
+        _check_headers(headers)
+        self._redact = Redactor((key,))
         self._policy = RetryPolicy(
             max_retries + 1, MAX_BACKOFF_SECONDS, lambda seconds, _: time.sleep(seconds)
         )
@@ -123,9 +124,9 @@ class Transport:
             headers={"authorization": f"Bearer {key}", **headers},
             timeout=_timeout(timeout),
             follow_redirects=follow_redirects,
-            trust_env=parts.hostname not in LOOPBACK,  # no proxy can reach a loopback address
+            trust_env=host not in LOOPBACK,  # no proxy can reach a loopback address
             # Loading certificates takes 40 ms, and plain HTTP needs none unless it is redirected.
-            verify=follow_redirects or parts.scheme == "https",
+            verify=follow_redirects or self.base_url.lower().startswith("https:"),
         )
 
     def close(self) -> None:
@@ -206,9 +207,11 @@ class Transport:
         """Send a request once; the caller reads the body of the response.
 
         Raises:
+            ConfigurationError: A header has characters that a header cannot carry.
             ServiceConnectionError: The service could not be reached, or the connection broke.
             DARError: The service returned an error; the class is the one that it raised.
         """
+        _check_headers(headers or {})
         more: dict[str, Any] = {} if timeout is None else {"timeout": _timeout(timeout)}
         if upload is not None:
             more |= upload()
@@ -226,9 +229,13 @@ class Transport:
                     raise failure_of(response)
                 yield response
         except httpx2.TransportError as error:
+            if self._client.is_closed:
+                raise ServiceConnectionError(
+                    f"the request to {self.base_url} was given up, as this client has been closed"
+                ) from None
             raise ServiceConnectionError(
                 f"cannot reach the DAR service at {self.base_url}: "
-                f"{str(error) or type(error).__name__}; "
+                f"{self._redact(str(error)) or type(error).__name__}; "
                 "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
             ) from None  # the HTTP library's traceback has 60 lines; `__context__` keeps its error
 
@@ -260,6 +267,61 @@ class Transport:
                 f"the first: {error.errors()[0]['msg']}",
                 request_id=response.headers.get("x-request-id"),
             ) from None
+
+
+def _host_of(base_url: str) -> str:
+    """The host of ``base_url``.
+
+    Raises:
+        ConfigurationError: It is not a URL, or no host can have its name.
+    """
+    try:
+        url = httpx2.URL(base_url)
+        host, is_http = url.host, url.scheme in {"http", "https"}
+        url.raw_host.decode().encode("idna")  # as the connection does, late and with a traceback
+    except (httpx2.InvalidURL, UnicodeError):
+        host, is_http = "", False
+    if not is_http or not host:
+        raise ConfigurationError(
+            f"base_url {base_url!r} is not a URL like http://127.0.0.1:8321; "
+            "correct base_url= or DAR_BASE_URL"
+        )
+    return host
+
+
+def _checked(key: str) -> str:
+    """The key as it is sent.
+
+    Raises:
+        ConfigurationError: It is none. The message does not show it.
+    """
+    try:
+        plain = plain_key(key)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the key for the DAR service is not valid: {error} (api_key=, DAR_API_KEY, "
+            "DAR_WORKER_KEY or its file)"
+        ) from None
+    if not plain:
+        raise ConfigurationError(
+            "the key for the DAR service is empty; set api_key=, DAR_API_KEY or DAR_WORKER_KEY"
+        )
+    return plain
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    """Check that HTTP can carry the values of headers.
+
+    Raises:
+        ConfigurationError: One has a line break or another character that is not visible ASCII, or
+            a space at an end. The message does not show it.
+    """
+    for name, value in headers.items():
+        if value != value.strip() or not all(" " <= ch <= "~" for ch in value):
+            raise ConfigurationError(
+                f"the value of the header {name} has a character that a header cannot carry; use "
+                "ASCII letters, digits and signs, without a space or a line break at the ends"
+            )
 
 
 def escaped(name: str) -> str:

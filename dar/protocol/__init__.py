@@ -32,4 +32,5 @@ row_files: the rows of a data set or of a JSON Lines file in order, with all the
 row_values: the columns that a row of any format may have.
 rows: formats of the rows of a data set.
 spec_checks: checks of a spec that need no data.
+target_patterns: patterns of LoRA target modules that need little time.
 """

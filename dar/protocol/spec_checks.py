@@ -1,11 +1,11 @@
 """Spec checks that need no data. They run at submission only, not for jobs accepted earlier."""
 
-import re
 from collections.abc import Iterator
 
 from dar.errors import Problem
 from dar.protocol.presets import ONLINE_ONLY, PRESETS
 from dar.protocol.spec import Hyperparameters, JobSpec, Sampling, total_steps
+from dar.protocol.target_patterns import SHOWN_PATTERN, problem_of
 
 SHARDING = ("fsdp", "zero2", "zero3")
 NOTHING_TO_COMPARE = (
@@ -96,16 +96,14 @@ def leaves_room(sampling: Sampling, longest: int) -> bool:
 
 
 def _of_targets(spec: JobSpec) -> Iterator[Problem]:
-    """A pattern for the adapter's modules that is no pattern."""
+    """A pattern for the adapter's modules that is no pattern, or whose matching might never end."""
     peft = spec.dar.peft
     if peft is None or not isinstance(peft.target_modules, str):
         return
-    try:
-        re.compile(peft.target_modules)
-    except re.error as error:
+    if why := problem_of(peft.target_modules):
         yield Problem(
-            f"target_modules {peft.target_modules!r} is no pattern of modules ({error}); send "
-            "'all-linear', a regular expression, or a list of names",
+            f"target_modules {peft.target_modules[:SHOWN_PATTERN]!r} is no pattern of modules: {why}; "
+            "send 'all-linear', a regular expression, or a list of names",
             "method.dar.peft.target_modules",
             "invalid_pattern",
         )

@@ -47,6 +47,12 @@ def get_metrics(
 
     With ``after``, only steps that are new since, replayed ones included.
     """
+    if from_step is not None and to_step is not None and from_step > to_step:
+        raise InvalidRequestError(
+            f"from_step {from_step} is after to_step {to_step}; swap them",
+            param="from_step",
+            code="invalid_range",
+        )
     wanted, behind = _names(names), _cursor(after)
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)

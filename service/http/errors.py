@@ -165,7 +165,7 @@ def _message(item: Mapping[str, Any], model: type[BaseModel] | None) -> str:
     if item["type"] == "extra_forbidden" and model is not None:
         name = str(item["loc"][-1])
         names = _field_names(model, item["loc"][:-1])
-        close = get_close_matches(name, names, n=1)
+        close = get_close_matches(name, names, n=1, cutoff=0.7)
         place = next(_places_of(name, model), None)
         if place is not None:
             message += f" here; it belongs into {place}"

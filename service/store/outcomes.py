@@ -171,13 +171,10 @@ def _wait_for_reward(
 ) -> JobRow | None:
     """Queue a job that had no reward yet; the service probes before a worker may claim it again."""
     job, node = held.job, held.attempt.node
-    wait = reward_pauses.wait_before_probe(job.reward_waits, probe_seconds, is_outage=True)
-    values = {
-        "not_before": transaction.now + wait,
-        "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
-    }
+    wait = reward_pauses.wait_after_attempt(transaction, job, probe_seconds, is_outage=True)
+    values = {"not_before": transaction.now + wait.until_probe, "reward_waits": wait.waits}
     why = said.message or "the reward service does not respond"
-    message = f"the worker on {node} got no reward: {why}"
+    message = _with_note(f"the worker on {node} got no reward: {why}", wait.note)
     this, facts = JobRow.id == job.id, {"by": "worker", "node": node}
     return transitions.move(transaction, "reward_down", this, message, values=values, facts=facts)
 
@@ -188,18 +185,23 @@ def _pause_for_reward(
     message = said.message or "too many completions got no reward"
     error = {"code": said.code or "reward_error", "message": message, "param": None}
     kept = {**error, "is_outage": said.is_outage}
-    wait = reward_pauses.wait_before_probe(
-        job.reward_waits, probe_seconds, is_outage=said.is_outage
+    wait = reward_pauses.wait_after_attempt(
+        transaction, job, probe_seconds, is_outage=said.is_outage
     )
     values = {
         "error": kept,
-        "not_before": transaction.now + wait,
-        "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
+        "not_before": transaction.now + wait.until_probe,
+        "reward_waits": wait.waits,
     }
+    message = _with_note(message, wait.note)
     this = JobRow.id == job.id
     return transitions.move(
         transaction, "reward_paused", this, message, values=values, facts={"code": error["code"]}
     )
+
+
+def _with_note(message: str, note: str) -> str:
+    return f"{message.rstrip('.')}; {note}" if note else message
 
 
 def _retry(transaction: Transaction, held: Held, ending: _Ending, *, not_before: float) -> Outcome:

@@ -45,7 +45,60 @@ def test_a_missing_key_says_what_to_do(no_settings: Path) -> None:
         Client()
 
 
-@pytest.mark.parametrize("url", ["localhost:8321", "ftp://x", "http://", "nonsense"])
+KEY = "dar-sk-abcdefgh-" + 43 * "x"
+LINE_IN_IT = KEY[:20] + "\n" + KEY[20:]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
+def test_a_line_break_after_the_key_is_not_sent(
+    scripted: Callable[..., Any],
+    answer: Any,
+    no_settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+) -> None:
+    server = scripted(answer(body=EMPTY), answer(body=EMPTY))
+    with Client(KEY + end, server.url) as client:
+        assert list(client.models.list()) == []
+    monkeypatch.setenv("DAR_API_KEY", KEY + end)
+    with Client(base_url=server.url) as client:
+        assert list(client.models.list()) == []
+    assert [sent[1]["authorization"] for sent in server.requests] == 2 * [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize("key", [LINE_IN_IT, KEY + "é", 5 * KEY, KEY + "\0", "my " + KEY, "\n"])
+@pytest.mark.parametrize("way", ["argument", "variable", "file"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
+    no_settings: Path, monkeypatch: pytest.MonkeyPatch, key: str, way: str
+) -> None:
+    if way == "variable":
+        if "\0" in key:
+            pytest.skip("no variable can hold it")
+        monkeypatch.setenv("DAR_API_KEY", key)
+    elif way == "file":
+        (no_settings / "api_key").write_text(key)
+    with pytest.raises(ConfigurationError, match="key") as caught:
+        Client(key if way == "argument" else None, "http://127.0.0.1:9")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "x" * 8 not in shown
+    assert "abcdefgh" not in shown
+
+
+def test_an_idempotency_key_that_no_header_can_carry_is_refused(quick: None) -> None:
+    with (
+        Client("key", "http://127.0.0.1:9") as client,
+        pytest.raises(ConfigurationError, match="idempotency-key"),
+    ):
+        client.jobs.create(model="m", training_file="file-1", idempotency_key="été\n")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8321", "ftp://x", "http://", "nonsense", "http://a..b", "http://[::1"),
+        f"http://{64 * 'a'}.example",
+    ],
+)
 def test_a_base_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="base_url"):
         Client("key", url)
@@ -67,6 +120,20 @@ def test_an_unreachable_service_is_named_with_what_to_do(quick: None) -> None:
             client.jobs.list().page()
     assert url in caught.value.message
     assert "dar up" in caught.value.message
+
+
+def test_a_client_that_is_closed_during_a_request_does_not_blame_the_service(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = Client("key", "http://127.0.0.1:9", max_retries=0)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        client.close()
+        raise httpx2.ReadError("[Errno 9] Bad file descriptor")
+
+    monkeypatch.setattr("httpx2.HTTPTransport.handle_request", broken)
+    with pytest.raises(ServiceConnectionError, match="this client has been closed"):
+        client.models.retrieve("any")
 
 
 def test_the_traceback_of_an_unreachable_service_is_short_and_ends_with_what_to_do(

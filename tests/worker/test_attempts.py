@@ -69,6 +69,23 @@ def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(
     assert any("SIGKILL" in text and "memory" in text for text in installation.messages(job_id))
 
 
+def test_a_model_removed_after_the_submission_fails_the_job_at_once(
+    installation: ScriptedInstallation,
+) -> None:
+    folder = installation.home / "models" / "tiny"
+    installation.stop_plain_worker()
+    job_id = installation.submit(steps=1, every=1)
+    aside = folder.rename(folder.with_name(".aside"))
+    try:
+        installation.need_worker()
+        job = installation.wait(job_id, "succeeded", "failed")
+    finally:
+        aside.rename(folder)
+    assert (job["status_detail"], job["attempt"]) == ("user_error", 1)
+    assert (job["error"]["code"], job["error"]["param"]) == ("model_not_found", "model")
+    assert "the model 'tiny' was removed after the job was submitted" in job["error"]["message"]
+
+
 def test_an_error_of_the_users_fails_the_job_with_its_parameter(
     installation: ScriptedInstallation,
 ) -> None:

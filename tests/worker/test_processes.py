@@ -232,6 +232,20 @@ def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_that_no_header_can_carry_is_not_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "worker_key").write_text("dar-wk-abcdefgh-\nabcdefghijkl")
+    result = subprocess.run(
+        [sys.executable, "-m", "worker"],
+        env=environment(without=["worker_key"], home=tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 78
+    assert "DAR_WORKER_KEY" in result.stderr
+    assert "abcdefgh" not in result.stderr
+
+
 def test_a_refused_key_is_said_at_every_poll(installation: ScriptedInstallation) -> None:
     installation.start_worker(worker_key="dar-wk-x-wrong", slot="stranger")
     installation.until(lambda: installation.log("worker").count("rejects the worker key") >= 2)

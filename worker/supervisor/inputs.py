@@ -9,7 +9,7 @@ from typing import TypeVar
 import structlog
 
 from dar.disk import file_sha256, link_out_of
-from dar.errors import DARError
+from dar.errors import DARError, ModelNotFoundError
 from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
 from worker.supervisor.state import AttemptState
@@ -85,6 +85,14 @@ def safe_path(folder: Path, name: str) -> Path:
     return folder.joinpath(*parts)
 
 
+def _removed(what: str, param: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the {what} was removed after the job was submitted: it is in the models directory of "
+        "neither the service nor the worker; install it again, then resume the job",
+        param=param,
+    )
+
+
 class InputFetcher:
     """Fetches the inputs of one attempt."""
 
@@ -100,6 +108,7 @@ class InputFetcher:
 
         Raises:
             InputError: A file cannot be downloaded.
+            ModelNotFoundError: A model was removed after the submission.
             GaveUpError: The attempt must stop.
             DARError: The service rejects the request.
         """
@@ -117,16 +126,10 @@ class InputFetcher:
         if model is None and (self._folder / "model").is_dir():
             model = self._folder / "model"
         if model is None and self._lease.model.kind == "folder":
-            raise InputError(
-                f"the model {self._lease.model.name!r} is not in the worker's models directory, and "
-                "the service does not provide it"
-            )
+            raise _removed(f"model {self._lease.model.name!r}", "model")
         for name, folder in reward_models.items():
             if not folder.is_dir():
-                raise InputError(
-                    f"the reward model of component {name} is not in the worker's models "
-                    "directory, and the service does not provide it"
-                )
+                raise _removed(f"reward model of component {name}", "method.dar.rewards")
         resumes = self._lease.resume_checkpoint_id is not None
         return LocalInputs(
             training_file=self._uploaded("training_file", wanted),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import structlog
 
 from dar.disk import read_if_there
-from dar.errors import DARError
+from dar.errors import DARError, ModelNotFoundError
 from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
@@ -27,7 +27,14 @@ from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
 from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
 from worker.supervisor.inputs import InputFetcher, LocalInputs
-from worker.supervisor.outcome import RELEASES, AttemptEnd, Finished, failure, judge
+from worker.supervisor.outcome import (
+    RELEASES,
+    AttemptEnd,
+    Finished,
+    failure,
+    judge,
+    of_the_user,
+)
 from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
@@ -144,6 +151,8 @@ class Supervisor:
             return self._end_without_trainer()
         except LOST:
             raise
+        except ModelNotFoundError as error:
+            return of_the_user(self._lease.attempt, error)
         except DARError as error:
             return failure(self._lease.attempt, error)
         ended = self._train(inputs)

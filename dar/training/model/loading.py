@@ -92,8 +92,7 @@ def from_safetensors(
     """
     path = str(name)
     try:
-        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
-        reject_code(path, config)
+        _check_config(path, param, is_offline=is_offline)
         # read by itself, so that its faults are not those of weights or tokenizer
         AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=is_offline)
         _check_index(Path(path))
@@ -126,6 +125,25 @@ def _check_index(folder: Path) -> None:
                 "must lie beside its config",
                 param="model",
             )
+
+
+def _check_config(path: str, param: str, *, is_offline: bool) -> None:
+    """Reject a model by what its config.json says.
+
+    Raises:
+        TrainingError: It is not a JSON object, or it requires custom code.
+    """
+    config: object = None
+    # transformers uses the content as an object without looking
+    with contextlib.suppress(AttributeError, TypeError):
+        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
+    if not isinstance(config, Mapping):
+        what = f"the config.json of the {param.replace('_', ' ')} {path!r}"
+        raise TrainingError(
+            f"{what} is not a JSON object, so the model cannot be loaded; install the model again",
+            param=param,
+        )
+    reject_code(path, config)
 
 
 def check_complete(missing: Collection[str], name: str | Path, kind: str, *, param: str) -> None:

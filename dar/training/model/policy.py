@@ -65,13 +65,9 @@ class Policy:
         policy = (
             loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
         )
-        loading.check_forward(policy)
-        probes.check_finite(policy, f"the model {source!r}" if source else "the model")
-        probes.check_causal(policy)
+        _check_model(policy, f"the model {source!r}" if source else "the model", param="model")
         if ref_model is not None:
-            loading.check_forward(ref_model, param="ref_model")
-            probes.check_finite(ref_model, "the reference model", param="ref_model")
-            probes.check_causal(ref_model, param="ref_model")
+            _check_model(ref_model, "the reference model", param="ref_model")
         loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
         has_new_ends = loading.complete_generation_config(policy, tokenizer)
         loading.disable_dropout(policy)
@@ -122,3 +118,19 @@ def _tokenizer_beside(source: str, *, is_offline: bool) -> PreTrainedTokenizerBa
             param="processing_class",
         )
     return loading.load_tokenizer(source, is_offline=is_offline)
+
+
+def _check_model(model: loading.LanguageModel, what: str, *, param: str) -> None:
+    """Reject a model whose log-probabilities would be wrong.
+
+    Args:
+        model: The model or its reference.
+        what: Its name in the error.
+        param: The parameter that names it.
+
+    Raises:
+        TrainingError: It takes no positions, has weights that are not finite, or is not causal.
+    """
+    loading.check_forward(model, param=param)
+    probes.check_finite(model, what, param=param)
+    probes.check_causal(model, param=param)

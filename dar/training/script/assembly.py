@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from dar.errors import InvalidRequestError
+from dar.protocol import target_patterns
 from dar.protocol.spec import LoraSpec
 from dar.rewards.functions import RewardFunction
 from dar.settings import Settings
@@ -136,6 +137,12 @@ def _adapter(script: ScriptArguments) -> LoraConfig | None:
     if not script.use_peft:
         return None
     modules = script.lora_target_modules
+    if len(modules) == 1 and (why := target_patterns.problem_of(modules[0])):
+        raise InvalidRequestError(
+            f"--lora_target_modules {modules[0][: target_patterns.SHOWN_PATTERN]!r} is no pattern of modules: {why}; give "
+            "all-linear, a regular expression, or several names",
+            param="lora_target_modules",
+        )
     try:
         spec = LoraSpec(
             type="lora",

@@ -304,6 +304,10 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--dataset_config", "en"], "has no configurations"),
         (["--reward_function", "judge:nothing"], "module 'judge' has no attribute 'nothing'"),
         (["--reward_function", "judge:number"], "judge:number is of the type int, not a function"),
+        (
+            ["--use_peft", "--lora_target_modules", r"([\w.]+)+!"],
+            r"--lora_target_modules '([\\w.]+)+!' is no pattern of modules: matching it might never end",
+        ),
         (["--reward_function", "judge"], "must be module:function"),
         (["--reward_function", "./judge.py:short"], "and give judge:short"),
         (["--output_dir", "a\0b"], "but must be a path without NUL characters"),
