@@ -75,13 +75,7 @@ class Policy:
         reference: nn.Module | None = ref_model
         transformers.set_seed(config.seed)  # for the random weights of a new adapter
         if peft_config is not None:
-            if isinstance(policy, PeftModel):
-                raise InvalidRequestError(
-                    "the model has an adapter already; leave peft_config out to train that one, or "
-                    "merge it first"
-                )
-            adapters.check_places(policy, peft_config)
-            policy = loading.add_adapter(policy, peft_config)
+            policy = _with_adapter(policy, peft_config)
         probes.check_dora(policy)
         is_resized = isinstance(policy, PeftModel) and adapters.is_resized(policy, source)
         if isinstance(policy, PeftModel):
@@ -134,3 +128,18 @@ def _check_model(model: loading.LanguageModel, what: str, *, param: str) -> None
     loading.check_forward(model, param=param)
     probes.check_finite(model, what, param=param)
     probes.check_causal(model, param=param)
+
+
+def _with_adapter(policy: loading.LanguageModel, peft_config: PeftConfig) -> PeftModel:
+    """Add a new adapter to ``policy``.
+
+    Raises:
+        InvalidRequestError: It has one already, or lacks the modules that the adapter names.
+    """
+    if isinstance(policy, PeftModel):
+        raise InvalidRequestError(
+            "the model has an adapter already; leave peft_config out to train that one, or merge "
+            "it first"
+        )
+    adapters.check_places(policy, peft_config)
+    return loading.add_adapter(policy, peft_config)
