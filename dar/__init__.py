@@ -4,13 +4,13 @@ Each name is loaded when it is first used, so that the SDK never loads torch.
 
 client: the SDK.
 cli: the ``dar`` command.
-demo: ``dar demo``, without torch.
+demo: the ``dar demo`` command; its part with torch is in training.
 protocol: wire models of all processes, and the rules over specs and rows.
 rewards: reward sources, the client of reward services, the reward server.
 training: the trainer; the only folder that imports torch.
 disk: digests of files, and durable writes.
 errors: all errors that a user can see, with their codes and HTTP statuses.
-processes: child processes, restarted and ended with their parent.
+processes: child processes: restarted when they die, ended with their parent.
 settings: all settings of an installation, read from ``DAR_*`` variables.
 version: the version.
 """

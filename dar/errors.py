@@ -36,7 +36,7 @@ class Problem:
 
 
 class DARError(Exception):
-    """A fault inside the service. Retry; if the error remains, report `request_id`.
+    """Base of all errors. Raised itself, it is a fault inside the service: retry, or report it.
 
     Args:
         message: What is wrong, where, and what to do.
@@ -158,7 +158,7 @@ class IdempotencyMismatchError(ConflictError):
 
 
 class FencedError(ConflictError):
-    """A late attempt tried to write. Another attempt holds the lease, so the late one must stop."""
+    """An attempt wrote after its lease had ended. Its trainer must stop."""
 
     code = "fenced"
 
@@ -267,7 +267,7 @@ class RewardContractError(_Rejected, RewardError):
 
 
 class RewardBudgetError(_Rejected, RewardError):
-    """More completions got no reward than the failure policy of the job allows.
+    """Too many rewards are missing: more than the failure policy of the job allows.
 
     Args:
         message: See `DARError`.

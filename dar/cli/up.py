@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
-from dar.disk import OTHER_HOME, PRIVATE, make_folder
+from dar.disk import OTHER_HOME_HINT, PRIVATE, make_folder
 from dar.errors import ConfigurationError
 from dar.processes import Child, Processes, answers, free_port, require
 from dar.settings import Settings, environment, inherited_environment, load_settings
@@ -84,7 +84,7 @@ def only_one(home: Path) -> Iterator[None]:
     Raises:
         ConfigurationError: Another ``dar up`` holds the lock, or the folder cannot be used.
     """
-    make_folder(home, OTHER_HOME)
+    make_folder(home, OTHER_HOME_HINT)
     with (home / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +186,7 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
             raise ConfigurationError(
                 f"{settings.host}:{settings.port} is taken; free it or give another port with --port"
             )
-        make_folder(settings.models_path, OTHER_HOME)
+        make_folder(settings.models_path, OTHER_HOME_HINT)
         stop = StopRequest()
         with Processes(say) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)

@@ -25,7 +25,7 @@ SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advanta
 OnPause = Literal["return", "raise", "wait"]
 log = logging.getLogger(__name__)
 STALLED = frozenset({"backoff", "waiting_for_reward", "reward", "by_user"})
-"""Details of jobs that wait for something that a person may have to change."""
+"""Values of `status_detail` at which a person may have to change something."""
 REPEAT_SECONDS = 30.0
 """Shortest time between two log lines about the same wait, whose message may change often."""
 OUTAGE_SECONDS = 300.0
@@ -142,10 +142,11 @@ class Jobs:
         Args:
             job_id: The job.
             on_progress: Called with the job at the start and after each change.
-            on_pause: What to do when the job is paused and only you can end the pause: by a user,
-                or for rewards that no service gives. ``return`` returns the paused job, ``raise``
-                raises an error, ``wait`` waits until somebody resumes the job. A pause for a reward
-                service is always waited for, as the job resumes by itself.
+            on_pause: What to do when the job is paused and does not resume by itself: a user paused
+                it, or rewards are missing that no reward service computes. ``return`` returns the
+                paused job, ``raise`` raises an error, ``wait`` waits until somebody resumes the
+                job. A pause for a reward service is always waited for, as the job resumes by
+                itself.
             poll_seconds: Pause between two requests.
             timeout_seconds: Longest wait; default: no limit.
 

@@ -22,7 +22,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 MOST_PROBLEMS = 8
-"""Numbers that an error names."""
+"""Most NaN or infinite values that one error lists."""
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 - a JSON value of any shape
@@ -173,7 +173,7 @@ MAX_COUNT = 2**31 - 1
 """Largest step, attempt or row number: the limit of an integer column in every database."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""A number of things, or of a step."""
+"""A count, or a step number, from 0."""
 
 Number = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 """The number of an attempt, a row or a step, counted from 1."""

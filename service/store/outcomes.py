@@ -49,7 +49,7 @@ class _Ending:
 
 
 def lose(transaction: Transaction, held: Held, why: str) -> None:
-    """End an attempt whose worker is gone; its job goes back into the queue."""
+    """End an attempt whose worker is gone, and retry its job if it has attempts left."""
     _retry(transaction, held, _Ending("lost", why), not_before=0.0)
 
 
@@ -117,7 +117,7 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
 
 
 def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
-    """End a failed attempt: a user's error fails the job, any other error retries it later."""
+    """End a failed attempt: a user's error fails the job, after others it is retried if it may."""
     job = held.job
     if said.kind == "transient":
         pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(job.fruitless_attempts + 1, 16))

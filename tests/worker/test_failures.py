@@ -43,7 +43,7 @@ from worker.failures import failure_of, presentable
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import ExitCode, Launch, TrainerResult
 from worker.supervisor.child_process import TrainerExit
-from worker.supervisor.inputs import InputError
+from worker.supervisor.inputs import InputFetchError
 from worker.supervisor.outcome import AttemptEnd, failure, judge
 
 SECRET = "whsec_c2VjcmV0"
@@ -231,8 +231,10 @@ def test_a_worker_that_cannot_continue_names_the_owner_too(tmp_path: Path) -> No
     full = failure(2, OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x")))
     assert (full.kind, full.owner, full.code) == ("transient", "worker", "disk_full")
     assert str(tmp_path) not in full.message
-    assert failure(2, InputError("the disk has 3 bytes free", code="disk_full")).owner == "worker"
-    assert failure(2, InputError("training_file arrived altered")).owner == "service"
+    assert (
+        failure(2, InputFetchError("the disk has 3 bytes free", code="disk_full")).owner == "worker"
+    )
+    assert failure(2, InputFetchError("training_file arrived altered")).owner == "service"
     assert failure(2, InvalidRequestError("no metric 'x'")).owner == "service"
 
 

@@ -245,7 +245,7 @@ class Supervisor:
         # The limit for rows and checkpoints does not apply to this report.
         self._state.gives_up_at = None
         self._state.reporting.set()
-        outcome = self._client.persist(
+        outcome = self._client.until_answered(
             lambda: self._client.end(self._lease.lease_id, report),
             "end of attempt",
             give_up=self._is_late,
