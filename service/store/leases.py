@@ -209,8 +209,8 @@ def changed(
     Args:
         transaction: Where they are read.
         job_ids: Jobs to check; a job that no attempt runs any more has changed.
-        cancel: Jobs whose worker has not been told of a cancellation, should there be one.
-        pause: Jobs whose worker has not been told of a pause, should there be one.
+        cancel: Jobs whose worker has not received a cancellation, should there be one.
+        pause: Jobs whose worker has not received a pause, should there be one.
     """
     is_running = select(AttemptRow.job_id).where(
         AttemptRow.job_id == JobRow.id,
