@@ -307,12 +307,10 @@ def scorer_from_functions(
     count = len(given) + len(sources)
     factors = [1.0] * count if weights is None else list(weights)
     if len(factors) != count:
-        given_, wanted = (f"{n} reward{{}}{'' if n == 1 else 's'}" for n in (len(factors), count))
+        order = ", then for each model" if sources else ""
         raise ConfigurationError(
-            f"{given_.format(' weight')} for {wanted.format('')}: give one for each function, then "
-            "for each model"
-            if sources
-            else f"{given_.format(' weight')} for {wanted.format(' function')}"
+            f"the number of reward weights is {len(factors)}, but that of rewards is {count}; give "
+            f"one weight for each function{order}"
         )
     components: list[WeightedSource] = []
     taken = {source.name for source in sources}

@@ -326,7 +326,7 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--dtype", "float16"], "weights that are trained must not be float16"),
         (["--config", "twice.yaml"], "twice.yaml, line 2: 'top-k' occurs twice; keep one"),
         (["--use_peft", "--lora_r", "0"], "--lora_r: Input should be greater than or equal to 1, but it is 0"),
-        (["--reward_weights", "1", "2"], "2 reward weights for 1 reward function"),
+        (["--reward_weights", "1", "2"], "the number of reward weights is 2, but that of rewards is 1"),
         (["--reward_weights", "nan"], "--reward_weights has nan, but must be a list of numbers from -1,000,000"),
         (["--reward_weights", "inf"], "--reward_weights has inf"),
         (["--reward_weights", "1e300"], "--reward_weights has 1e+300"),
