@@ -2,8 +2,12 @@
 in two, as a program.
 """
 
-import asyncio
 import gc
+
+if __name__ == "__main__":
+    gc.disable()  # imported objects all stay, and searching them for garbage takes time
+
+import asyncio
 import json
 import os
 import socket
@@ -263,13 +267,19 @@ def write(heard: Mapping[str, Any], folder: Path, index: int) -> None:
     (folder / f"heard-{index}.json").write_text(json.dumps(heard))
 
 
-def brief(folder: Path) -> None:
+def passes(folder: Path) -> None:
     """What must hold before anything else does."""
+    torch.set_num_threads(1)
+    train(folder, "ddp passes", HALF | PASSES)
+    train(folder, "fsdp passes", HALF | PASSES | {"fsdp": True})
+    torch.distributed.barrier()  # the main process must not leave while the other still listens
+
+
+def brief(folder: Path) -> None:
+    """Training and talk of two processes that nothing has failed in."""
     torch.set_num_threads(1)
     ranks = train(folder, "ddp", HALF).ranks
     train(folder, "fsdp", HALF | {"fsdp": True, "save_steps": 3})
-    train(folder, "ddp passes", HALF | PASSES)
-    train(folder, "fsdp passes", HALF | PASSES | {"fsdp": True})
     checkpoint = folder / "whole" / "checkpoints" / "step-2"
     train(folder, "fsdp resumed", HALF | {"fsdp": True}, resume=checkpoint)
     write(talk(ranks), folder, ranks.index)
@@ -360,7 +370,7 @@ def zero(folder: Path) -> None:
 
 
 def start(folder: Path, part: str) -> list[str]:
-    """Run `brief`, `main` or `zero` in two processes, as any launcher would.
+    """Run `passes`, `brief`, `main` or `zero` in two processes, as any launcher would.
 
     Returns what they have written to the standard output.
     """
@@ -395,6 +405,7 @@ def start(folder: Path, part: str) -> list[str]:
 
 if __name__ == "__main__":
     gc.freeze()  # each of the many runs below collects garbage more than once
-    {"brief": brief, "main": main, "zero": zero}[sys.argv[2]](Path(sys.argv[1]))
+    gc.enable()
+    {"passes": passes, "brief": brief, "main": main, "zero": zero}[sys.argv[2]](Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)

@@ -20,8 +20,16 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for one run of one process, and one of two, which then talk."""
     folder = tmp_path_factory.mktemp("brief")
     ranked.train(folder, "whole", ranked.WHOLE)
-    ranked.train(folder, "whole passes", ranked.WHOLE | ranked.PASSES)
     ranked.start(folder, "brief")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for one run of one process, and one of two, over all data."""
+    folder = tmp_path_factory.mktemp("passes")
+    ranked.train(folder, "whole passes", ranked.WHOLE | ranked.PASSES)
+    ranked.start(folder, "passes")
     return folder
 
 
@@ -68,8 +76,8 @@ def test_two_processes_train_as_one_does(brief: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp passes", "fsdp passes"])
-def test_a_last_step_with_fewer_prompts_is_shared_too(brief: Path, name: str) -> None:
-    assert_same(brief, "whole passes", name, last=2)
+def test_a_last_step_with_fewer_prompts_is_shared_too(passes: Path, name: str) -> None:
+    assert_same(passes, "whole passes", name, last=2)
 
 
 @pytest.mark.slow  # two processes import torch and train seventeen times
