@@ -34,11 +34,22 @@ def lora() -> LoraConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs `trained` leaves it for the others."""
+    return tmp_path_factory.mktemp("kept") / "checkpoints"
+
+
 @pytest.fixture
-def trained(train: Callable[..., DARTrainer], sink: RecordingSink) -> Path:
-    """A folder of checkpoints of steps 2, 4 and 6."""
-    train(sink=sink, settings=SAVING)
-    return sink.published[0][1].parent
+def trained(
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink], kept: Path, tmp_path: Path
+) -> Path:
+    """A folder of checkpoints of steps 2, 4 and 6, where `train` would write them."""
+    if not kept.exists():
+        sink = new_sink()
+        train(sink=sink, settings={**SAVING, "output_dir": str(kept.parent)})
+        assert sink.published[0][1].parent == kept
+    return shutil.copytree(kept, tmp_path / "out" / "checkpoints")
 
 
 SLOW = pytest.mark.slow  # the same at another step
@@ -135,9 +146,12 @@ def test_a_checkpoint_holds_tensors_and_json_and_no_pickle(trained: Path) -> Non
                 json.loads(path.read_text())
 
 
-def test_the_manifest_describes_every_file(trained: Path, sink: RecordingSink) -> None:
+def test_the_manifest_describes_every_file(
+    train: Callable[..., DARTrainer], sink: RecordingSink, tmp_path: Path
+) -> None:
+    train(sink=sink, settings=SAVING)
     step, folder, manifest, sha256 = sink.published[1]
-    assert (step, folder) == (4, trained / "step-4")
+    assert (step, folder) == (4, tmp_path / "out" / "checkpoints" / "step-4")
     body = (folder / "MANIFEST.json").read_bytes()
     assert hashlib.sha256(body).hexdigest() == sha256
     assert Manifest.model_validate_json(body) == manifest == verify(folder)
