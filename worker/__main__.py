@@ -6,6 +6,7 @@ if __name__ == "__main__":
     # Imported objects all stay, and searching them for garbage takes a third of the start.
     gc.disable()
 
+import argparse
 import logging
 import os
 import sys
@@ -84,6 +85,11 @@ def main(command: Sequence[str] = TRAINER_COMMAND) -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m worker",
+        description="Run one worker: it trains one job at a time, until SIGTERM.",
+        epilog="It takes its settings from DAR_* variables; docs/reference.md lists them.",
+    ).parse_args()
     gc.freeze()
     gc.enable()
     sys.exit(main())

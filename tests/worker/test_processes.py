@@ -220,6 +220,15 @@ def test_an_error_of_the_worker_is_tried_again() -> None:
     assert failure(2, OSError("no space left")).kind == "transient"
 
 
+def test_a_worker_explains_itself_and_takes_no_arguments() -> None:
+    command = [sys.executable, "-m", "worker"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert "DAR_* variables" in shown.stdout
+    refused = subprocess.run([*command, "serve"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "unrecognized arguments: serve" in refused.stderr
+
+
 def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "worker"]
     result = subprocess.run(
