@@ -23,6 +23,8 @@ from dar.errors import ConfigurationError, ServiceUnavailableError
 Result = TypeVar("Result")
 Clock = Callable[[], datetime]
 
+SQLITE_MAGIC = b"SQLite format 3\0"
+"""How each of its files begins; one without tables may be empty."""
 BUSY_SECONDS = 20
 STATEMENT_SECONDS = 15
 IDLE_IN_TRANSACTION_SECONDS = 30
@@ -226,11 +228,34 @@ def _keep_private(_dialect: object, _record: object, arguments: Sequence[Any], _
     """Let only the owner read the database. SQLite makes its other files with the same mode."""
     path = Path(arguments[0])
     if path.parent.is_dir() and not arguments[0].startswith((":memory:", "file:")):
+        _check_sqlite(path)
         path.touch(mode=0o600)
         for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
                 if file.stat().st_mode & 0o077:
                     file.chmod(0o600)
+
+
+def _check_sqlite(path: Path) -> None:
+    """Leave a file alone that is not a database.
+
+    Raises:
+        ConfigurationError: ``path`` is such a file, or no file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(SQLITE_MAGIC))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigurationError(
+            f"DAR_DATABASE_URL names {path}, which cannot be read: {error.strerror}"
+        ) from None
+    if start and start != SQLITE_MAGIC:
+        raise ConfigurationError(
+            f"DAR_DATABASE_URL names {path}, which is not an SQLite database; name a file that does "
+            "not exist yet, or one that the service has made"
+        )
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - SQLAlchemy passes sqlite3's own connection
