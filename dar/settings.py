@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     for rewards. After each probe that fails the pause doubles, to at most 12 x this value. An
     attempt without a reward after a probe that passed makes the next pause 4 times as long, to at
     most 120 x this value. If the reward service of a paused job rejected requests or returned
-    invalid responses, every pause is at least 12 times as long."""
+    invalid responses, the pauses begin at 12 x this value and double to at most 144 x it."""
 
     # --- worker
     worker_key: Key | None = None

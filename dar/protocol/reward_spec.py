@@ -421,8 +421,8 @@ class FailurePolicy(Input):
     max_empty_steps: Annotated[int, Field(ge=1, le=1000)] = 3
     """The job pauses after this many steps in a row without a usable group."""
     on_budget: Literal["pause", "fail"] = "pause"
-    """What happens when ``max_failed_fraction`` or ``max_empty_steps`` is exceeded: ``pause`` or
-    ``fail``."""
+    """What happens when ``max_failed_fraction`` is exceeded or ``max_empty_steps`` is reached:
+    ``pause`` or ``fail``."""
 
 
 class Rewards(Input):
