@@ -31,6 +31,7 @@ _TEMPORARY = frozenset(
         "connect",
         "connect_timeout",
         "tls.timeout",
+        "tls.alert",
         "timeout",
         "deadline",
         "callback_late",

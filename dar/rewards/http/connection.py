@@ -62,7 +62,10 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         except httpcore2.WriteError:
             # A server may answer and close before it has read everything; its answer counts.
             self._unsent.clear()
-        received = await self._inner.read(max_bytes, timeout)
+        try:
+            received = await self._inner.read(max_bytes, timeout)
+        except OSError as error:  # TLS, after the handshake: the library maps errors of it alone
+            raise httpcore2.ReadError(str(error)) from error
         self._answer += received
         if len(self._answer) > KEPT_BYTES:
             self._is_spoiled = True
@@ -134,7 +137,10 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
     async def _flush(self) -> None:
         if self._unsent:
             unsent, self._unsent = bytes(self._unsent), bytearray()
-            await self._inner.write(unsent, self._write_timeout)
+            try:
+                await self._inner.write(unsent, self._write_timeout)
+            except OSError as error:
+                raise httpcore2.WriteError(str(error)) from error
 
 
 def _length_of(received: bytearray, status: int, headers: Mapping[str, str]) -> int | None:

@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import os
+import re
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -43,6 +44,17 @@ _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", sock
 _OLD_TLS = frozenset(
     {"UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE"}
 )
+_ALERT = re.compile(r"(?:(?:SSLV3|TLSV1|TLSV13)_ALERT|TLSV1|TLSV13)_(?P<alert>[A-Z_]+)")
+"""OpenSSL's names for what a server gave as its reason to end a TLS connection."""
+_MAYBE_CERTIFICATE = "; it may require a client certificate, and none is sent"
+_HINTS = {
+    **dict.fromkeys(
+        ("HANDSHAKE_FAILURE", "ACCESS_DENIED", "UNKNOWN_CA", "BAD_CERTIFICATE"), _MAYBE_CERTIFICATE
+    ),
+    **dict.fromkeys(("CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE"), _MAYBE_CERTIFICATE),
+    "UNRECOGNIZED_NAME": "; it serves other host names than this one",
+}
+"""What an alert usually means. Alerts about a certificate are about the client's."""
 
 
 Result = TypeVar("Result")
@@ -262,7 +274,7 @@ def failure_of(error: Exception) -> AttemptFailedError:
     if isinstance(error, httpcore2.TimeoutException):
         return AttemptFailedError("transient", "timeout", "stopped answering")
     for cause in _causes(error):
-        found = _failure_of_cause(cause)
+        found = _failure_of_cause(cause, is_handshake=isinstance(error, httpcore2.ConnectError))
         if found is not None:
             return found
     # The error's text may contain what was received.
@@ -274,7 +286,7 @@ def failure_of(error: Exception) -> AttemptFailedError:
     )
 
 
-def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
+def _failure_of_cause(cause: BaseException, *, is_handshake: bool) -> AttemptFailedError | None:
     if isinstance(cause, ssl.SSLCertVerificationError):
         reason = f"its certificate is not valid: {cause.verify_message}"
         return AttemptFailedError("permanent", "tls.certificate", reason)
@@ -282,9 +294,7 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
         reason = "it does not support TLS 1.2 or newer"
         return AttemptFailedError("permanent", "tls.version", reason)
     if isinstance(cause, ssl.SSLError):
-        # Its number is OpenSSL's own, so `os.strerror` would mislead.
-        reason = "the TLS connection failed; a server without TLS may listen there"
-        return AttemptFailedError("transient", "protocol", reason)
+        return _failure_of_tls(cause.reason or "", is_handshake=is_handshake)
     if isinstance(cause, socket.gaierror):
         kind: FailureKind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
         return AttemptFailedError(kind, "dns", "its host name was not found")
@@ -295,6 +305,26 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
     if isinstance(cause, OSError) and cause.errno is not None:
         return AttemptFailedError("transient", "connect", os.strerror(cause.errno).lower())
     return None
+
+
+def _failure_of_tls(name: str, *, is_handshake: bool) -> AttemptFailedError:
+    """The failure for OpenSSL's ``name`` of an error.
+
+    The number of such an error is OpenSSL's own, so `os.strerror` would mislead.
+    """
+    found = _ALERT.fullmatch(name)
+    alert = "" if found is None else found["alert"]
+    if alert == "CERTIFICATE_REQUIRED":
+        reason = "it requires a client certificate, and none is sent"
+        return AttemptFailedError("permanent", "tls.client_certificate", reason)
+    if alert:
+        words = alert.replace("_", " ").lower()
+        reason = f"it ended the TLS connection with the alert {words!r}{_HINTS.get(alert, '')}"
+        return AttemptFailedError("transient", "tls.alert", reason)
+    reason = "the TLS connection broke: what arrived is damaged, or is not TLS"
+    if is_handshake:
+        reason = "the TLS connection failed; a server without TLS may listen there"
+    return AttemptFailedError("transient", "protocol", reason)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

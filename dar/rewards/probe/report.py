@@ -46,6 +46,10 @@ ADVICE = {
     "with https:// or http://.",
     "tls.certificate": "Renew the certificate for this host name, from an authority that the "
     "trainer's machine trusts.",
+    "tls.client_certificate": "No client certificate is ever sent. Have the service check the "
+    "signature or a secret header instead.",
+    "tls.alert": "Check that this server serves the host name of the URL, accepts TLS 1.2 or newer, "
+    "and requires no client certificate.",
     "tls.timeout": "Check that a server with TLS listens on this port, and that it has time for new "
     "connections.",
     "tls.version": "Enable TLS 1.2 or newer on the server.",
