@@ -2,24 +2,30 @@
 
 import asyncio
 import codecs
+import logging
 import os
 import re
 import socket
 import ssl
+import traceback
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import httpcore2
 
+from dar.errors import DARError
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult, one_line, plain_code
 from dar.rewards.base import Failed, RewardResult, Scored, Skipped
 from dar.rewards.http.connection import HandshakeTimeoutError
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
+logger = logging.getLogger(__name__)
 START = "start_of_body"
+CLIENT_FAULT = "client_fault"
+"""Code of a failure that is this client's own."""
 LARGE_BYTES = 256 * 1024
 """Larger bodies are decoded in a thread."""
 READ_BYTES = 4096
@@ -257,6 +263,30 @@ async def start_of(incoming: Incoming) -> bytes:
                     break
     incoming.kept[START] = bytes(start[:READ_BYTES])
     return incoming.kept[START]
+
+
+@contextmanager
+def own_faults(redact: Callable[[str], str]) -> Iterator[None]:
+    """Turn an exception that nobody foresaw into a failure of the request whose answer caused it.
+
+    Args:
+        redact: Removes secrets from the traceback, which is logged.
+
+    Raises:
+        AttemptFailedError: `CLIENT_FAULT`.
+    """
+    try:
+        yield
+    except (AttemptFailedError, DARError):
+        raise
+    except Exception as error:  # noqa: BLE001 - outermost frame of an answer: others must go on
+        lines = redact("".join(traceback.format_exception(error)))
+        logger.error("a fault of the reward client, not of the reward service:\n%s", lines)  # noqa: TRY400 - the traceback is logged without secrets
+        reason = (
+            f"DAR failed to handle its answer ({type(error).__name__}), which is a fault of DAR and "
+            "not of the service; the log has the details"
+        )
+        raise AttemptFailedError("contract", CLIENT_FAULT, reason) from None
 
 
 def failure_of(error: Exception) -> AttemptFailedError:

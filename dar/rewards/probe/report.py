@@ -122,6 +122,7 @@ ADVICE = {
     "reply.deadline, or answer polls; the service must be able to reach the callback URL.",
     "async.not_consumed": "Report it to the operator of this installation: a second callback must "
     "be answered with duplicate.",
+    "client_fault": "Report it as a fault of this product, with the answer under exchange.",
     "unfinished": "Probe again with more time, or find out why the service is slow.",
 }
 ADVICE_BY_PREFIX = {
