@@ -397,7 +397,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def _parse(model: type[Model], body: bytes) -> Model:
     content = load_json(body)
     if not isinstance(content, Mapping):
-        refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
+        refuse("type", f"the answer must be a JSON object, not {kind(content)}")
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -447,6 +447,14 @@ def _refuse_json(body: bytes, reason: str) -> NoReturn:
     if body.startswith(b"\xef\xbb\xbf"):
         refuse("json", "the answer starts with a byte order mark; send it without one")
     refuse("json", f"the answer is not JSON: {reason}")
+
+
+def kind(value: object) -> str:
+    """The type of a JSON value, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
 
 
 def refuse(code: str, message: str) -> NoReturn:
