@@ -32,6 +32,7 @@ _TEMPORARY = frozenset(
         "connect_timeout",
         "tls.timeout",
         "tls.alert",
+        "tls.broken",
         "timeout",
         "deadline",
         "callback_late",

@@ -18,7 +18,7 @@ import httpcore2
 from dar.errors import DARError
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult, one_line, plain_code
 from dar.rewards.base import Failed, RewardResult, Scored, Skipped
-from dar.rewards.http.connection import HandshakeTimeoutError
+from dar.rewards.http.connection import HandshakeTimeoutError, ResetAfterHandshakeError
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
@@ -299,6 +299,9 @@ def failure_of(error: Exception) -> AttemptFailedError:
     if isinstance(error, HandshakeTimeoutError):
         reason = "connected, but the TLS handshake did not end in time"
         return AttemptFailedError("transient", "tls.timeout", reason)
+    if isinstance(error, ResetAfterHandshakeError):
+        reason = "it broke the connection right after the TLS handshake" + _MAYBE_CERTIFICATE
+        return AttemptFailedError("transient", "tls.broken", reason)
     if isinstance(error, httpcore2.ConnectTimeout):
         return AttemptFailedError("transient", "connect_timeout", "could not connect in time")
     if isinstance(error, httpcore2.TimeoutException):
@@ -351,10 +354,11 @@ def _failure_of_tls(name: str, *, is_handshake: bool) -> AttemptFailedError:
         words = alert.replace("_", " ").lower()
         reason = f"it ended the TLS connection with the alert {words!r}{_HINTS.get(alert, '')}"
         return AttemptFailedError("transient", "tls.alert", reason)
-    reason = "the TLS connection broke: what arrived is damaged, or is not TLS"
     if is_handshake:
         reason = "the TLS connection failed; a server without TLS may listen there"
-    return AttemptFailedError("transient", "protocol", reason)
+        return AttemptFailedError("transient", "protocol", reason)
+    reason = "the TLS connection broke: what arrived is damaged, or is not TLS"
+    return AttemptFailedError("transient", "tls.broken", reason)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

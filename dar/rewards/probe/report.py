@@ -50,6 +50,8 @@ ADVICE = {
     "signature or a secret header instead.",
     "tls.alert": "Check that this server serves the host name of the URL, accepts TLS 1.2 or newer, "
     "and requires no client certificate.",
+    "tls.broken": "See the log of the server, or of the proxy in front of it: it must not require a "
+    "client certificate, and must not send anything unencrypted.",
     "tls.timeout": "Check that a server with TLS listens on this port, and that it has time for new "
     "connections.",
     "tls.version": "Enable TLS 1.2 or newer on the server.",

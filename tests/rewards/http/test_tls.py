@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import ssl
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -151,6 +152,22 @@ async def test_a_required_client_certificate_is_permanent(
     assert caught.value.error_code == "tls.client_certificate"
 
 
+async def test_a_server_that_resets_after_the_handshake_may_require_a_certificate(
+    contexts: dict[str, ssl.SSLContext], score: Ask, trusting: HttpOptions
+) -> None:
+    """The alert of a server that closes at once is lost if the client writes after it."""
+
+    def reset(connection: socket.socket) -> None:
+        with contexts["good"].wrap_socket(connection, server_side=True) as secured:
+            secured.recv(65536)
+            secured.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with peer(reset) as url:
+        found = await score(url, options=replace(trusting, retry=RewardRetry(attempts=1)))
+    assert {(result.code, result.is_transient) for result in found} == {("tls.broken", True)}
+    assert "right after the TLS handshake; it may require a client cert" in found[0].message
+
+
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
 DAMAGED = b"\x17\x03\x03\x00\x40" + b"x" * 64
 BREAKS = {
@@ -179,9 +196,9 @@ async def test_a_connection_that_breaks_after_the_handshake_is_a_passing_failure
 
     with peer(answer) as url:
         found = await score(url, options=replace(trusting, retry=RewardRetry(attempts=1)))
-    code = "http_503" if "error" in name else "protocol"
+    code = "http_503" if "error" in name else "tls.broken"
     assert {(result.code, result.is_transient) for result in found} == {(code, True)}
-    assert code != "protocol" or "the TLS connection broke" in found[0].message
+    assert code != "tls.broken" or "the TLS connection broke" in found[0].message
 
 
 @pytest.mark.parametrize(
