@@ -36,8 +36,8 @@ class RunGrader(Input):
     model_sample: str
     """The completion."""
     item: FreeValue = None
-    """The row: ``prompt`` or ``messages``, ``ground_truth`` or ``reference_answer``, and
-    columns."""
+    """The row: ``prompt`` (a text or a list of messages) or ``messages``, ``ground_truth`` or
+    ``reference_answer``, and columns."""
 
 
 class ValidateGrader(Input):

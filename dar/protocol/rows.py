@@ -141,7 +141,7 @@ def read_prompt(row: Row) -> str | list[Message]:
         return prompt
     if prompt is None:
         raise RowError(_instead_of_prompt(row), "prompt", "missing")
-    return _messages(prompt, "prompt")
+    return read_messages(prompt, "prompt")
 
 
 def _instead_of_prompt(row: Row) -> str:
@@ -314,7 +314,7 @@ def _completion_of(
 ) -> Completion:
     if isinstance(value, str):
         return value if isinstance(prompt, str) else {"role": "assistant", "content": value}
-    messages = _messages(value, name)
+    messages = read_messages(value, name)
     if isinstance(prompt, str):
         raise RowError(f"prompt is a text, but {name} is a conversation", name, "mixed_format")
     return _answer(messages, name)
@@ -385,7 +385,7 @@ def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
         return _texts_of_preference(row, *pair)
     if any(isinstance(value, str) for value in pair):
         raise RowError("one of chosen and rejected is a text, but the other is not", "rejected")
-    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (read_messages(row[name], name) for name in ("chosen", "rejected"))
     prompt = _prompt_of_conversations(row, chosen, rejected)
     answers = ((_after(prompt, chosen), "chosen"), (_after(prompt, rejected), "rejected"))
     return prompt, _not_empty([_answer(messages, name) for messages, name in answers])
@@ -439,7 +439,7 @@ def _prompt_of_conversations(
 ) -> list[Message]:
     given = row.get("prompt")
     if given is not None and not isinstance(given, str):
-        return _messages(given, "prompt")
+        return read_messages(given, "prompt")
     shared = min(len(chosen), len(rejected)) - 1
     pairs = zip(chosen[:shared], rejected[:shared], strict=True)
     count = next((i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)), shared)
@@ -599,8 +599,20 @@ def _list(value: object, name: str, wanted: str) -> list[Any]:
     return found
 
 
-def _messages(value: object, name: str) -> list[Message]:
-    messages = _list(value, name, "a text or a list of messages")
+def read_messages(
+    value: object, name: str, wanted: str = "a text or a list of messages"
+) -> list[Message]:
+    """A conversation.
+
+    Args:
+        value: From a row.
+        name: Its column, for the error.
+        wanted: What the column may hold, for the error.
+
+    Raises:
+        RowError: It is something else.
+    """
+    messages = _list(value, name, wanted)
     for index, message in enumerate(messages):
         _check_message(message, f"{name}[{index}]")
     return [_without_nulls(message) for message in messages]

@@ -20,6 +20,8 @@ from dar.protocol.reward_spec import Rewards
 from dar.protocol.row_values import check_value
 from dar.protocol.rows import RowError, template_kwargs
 
+MAX_LABELS = 16
+"""Most labels of a job."""
 Normalization = Literal["none", "per_prompt", "batch"]
 Baseline = Literal["mean", "leave_one_out"]
 LogRatio = Literal["sum", "mean"]
@@ -312,11 +314,11 @@ class JobSpec(Input):
     @field_validator("metadata")
     @classmethod
     def _few(cls, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
-        if metadata is not None and len(metadata) > 16:
+        if metadata is not None and len(metadata) > MAX_LABELS:
             raise PydanticCustomError(
                 "too_many_keys",
-                "{count} keys, but at most 16 are allowed",
-                {"count": len(metadata)},
+                "{count} keys, but at most {most} are allowed",
+                {"count": len(metadata), "most": MAX_LABELS},
             )
         return metadata
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, TypeGuard
@@ -198,7 +199,7 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
     """
     if not _is_listing(values):
         raise RewardContractError(
-            f"{source} returned a {type(values).__name__}; it must return a list with one number or None per completion",
+            f"{source} returned a value of the type {type(values).__name__}; it must return a list with one number or None per completion",
             code="contract.type",
         )
     found = list(values)
@@ -228,6 +229,9 @@ def _as_number(value: object) -> float | None:
 
     As in TRL, booleans, numpy scalars and one-element tensors are numbers; texts are not, also not
     numpy's. A complex number would lose its imaginary part.
+
+    Raises:
+        OverflowError: It is beyond the range of a float.
     """
     try:
         read = getattr(value, "item", None)
@@ -237,7 +241,7 @@ def _as_number(value: object) -> float | None:
         ):
             return None
         return float(value) if isinstance(value, SupportsFloat) else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         return None
 
 
@@ -246,10 +250,14 @@ def _as_result(value: object, source: str) -> RewardResult:
         return Skipped()
     if isinstance(value, Mapping):
         return _of_mapping(value, source)
-    reward = _as_number(value)
+    try:
+        reward = _as_number(value)
+    except OverflowError:
+        message = f"{source} returned a number too large for a float, beyond ±{MAX_REWARD:g}"
+        return Failed("out_of_range", message, is_transient=False)
     if reward is None:
         raise RewardContractError(
-            f"{source} returned a {type(value).__name__} as a reward; it must be a number or None",
+            f"{source} returned a reward of the type {type(value).__name__}; it must be a number or None",
             code="contract.type",
         )
     if not math.isfinite(reward):
@@ -301,5 +309,8 @@ def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
 
 def _plain(value: object) -> object:
     """A real number of any type as a float; other values unchanged."""
-    number = _as_number(value)
+    try:
+        number = _as_number(value)
+    except OverflowError:
+        return sys.float_info.max  # out of range as well, and so never used
     return value if number is None else number

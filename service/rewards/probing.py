@@ -31,6 +31,8 @@ _TEMPORARY = frozenset(
         "connect",
         "connect_timeout",
         "tls.timeout",
+        "tls.alert",
+        "tls.broken",
         "timeout",
         "deadline",
         "callback_late",

@@ -284,6 +284,10 @@ def test_lists_are_pages_with_filters(live: Live, error_of: Callable[..., Any]) 
     assert error_of(live.http.get(PATH, params={"status": "asleep"}))["param"] == "status"
     both = live.http.get(PATH, params={"after": made[0], "before": made[1]})
     assert error_of(both)["param"] == "before"
+    for count, status in [(16, 200), (17, 400), (1200, 400)]:
+        answer = live.http.get(PATH, params={f"metadata[{n}]": "v" for n in range(count)})
+        assert answer.status_code == status
+        assert status == 200 or error_of(answer)["param"] == "metadata"
 
 
 def test_cancelling_twice_is_cancelling_once(live: Live, error_of: Callable[..., Any]) -> None:

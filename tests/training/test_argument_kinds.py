@@ -36,7 +36,7 @@ def test_a_model_may_be_a_path(train: Callable[..., DARTrainer], base: Path) -> 
         ("train_dataset", "rows.jsonl", "the text or path 'rows.jsonl'; load it first"),
         ("train_dataset", Path("rows.jsonl"), "the text or path 'rows.jsonl'; load it first"),
         ("train_dataset", pd.DataFrame({"prompt": ["w4"]}), "Dataset.from_pandas"),
-        ("train_dataset", {1, 2}, "a set cannot be read by the number of a row"),
+        ("train_dataset", {1, 2}, "data of the type set cannot be read by the number of a row"),
         ("train_dataset", ["w4"], "row 1: "),
     ],
 )

@@ -108,6 +108,8 @@ OWNERS: list[tuple[BaseException, str]] = [
     (RewardMisconfiguredError("HTTP 401"), "reward"),
     (RewardContractError("no results"), "reward"),
     (RewardBudgetError("3 of 4 failed"), "reward"),
+    (RewardBudgetError("3 of 4 failed", errors={"client_fault": 2, "http_503": 1}), "reward"),
+    (RewardBudgetError("3 of 4 failed", errors={"client_fault": 3}), "service"),
     (MemoryError(), "worker"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "worker"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "worker"),

@@ -232,7 +232,7 @@ def check_table(rows: Rows) -> None:
         )
     if not hasattr(rows, "__len__"):
         raise InvalidRequestError(
-            f"a {type(rows).__name__} cannot be trained on: rows are read by number, in a random "
+            f"data of the type {type(rows).__name__} cannot be trained on: rows are read by number, in a random "
             "order, so a data set needs a length; load it without streaming",
             param="training_file",
         )
@@ -242,7 +242,7 @@ def check_table(rows: Rows) -> None:
         rows[0]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InvalidRequestError(
-            f"a {type(rows).__name__} cannot be read by the number of a row; give a list of dicts "
+            f"data of the type {type(rows).__name__} cannot be read by the number of a row; give a list of dicts "
             "or a datasets.Dataset (of a table of pandas: Dataset.from_pandas)",
             param="training_file",
         ) from error

@@ -136,7 +136,7 @@ def check_adapter(config: PeftConfig) -> None:
     kind = _kind(config)
     if kind not in ALLOWED:
         raise InvalidRequestError(
-            f"peft_config is a {type(config).__name__}, and adapters of the kind {kind} are not "
+            f"peft_config is of the type {type(config).__name__}, and adapters of the kind {kind} are not "
             "trained here: reference, log-probabilities, saved or merged weights would be wrong, "
             f"or were never checked; use LoraConfig, or one of {', '.join(sorted(ALLOWED))}",
             param=PARAM,
