@@ -5,76 +5,27 @@ environment anywhere else is a lint error. Every process of the product uses the
 environment describes one installation.
 """
 
-import ipaddress
 import os
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dar.errors import ConfigurationError
-
-
-def _split(value: object) -> object:
-    """Make a tuple of comma-separated text."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _starting_with(*schemes: str) -> AfterValidator:
-    def check(url: SecretStr) -> SecretStr:
-        if not url.get_secret_value().startswith(schemes):
-            raise ValueError(f"must start with one of {', '.join(schemes)}")
-        return url
-
-    return AfterValidator(check)
-
-
-def plain_key(key: str) -> str:
-    """``key`` without the spaces and line breaks around it.
-
-    Raises:
-        ValueError: It has more than 256 characters, or one that is not visible ASCII. The message
-            does not show it.
-    """
-    plain = key.strip()
-    if len(plain) > MAX_KEY or not all("!" <= ch <= "~" for ch in plain):
-        raise ValueError(
-            f"a key is at most {MAX_KEY} visible ASCII characters, but this one has more, or has a "
-            "space, a line break or another character in it; copy it again"
-        )
-    return plain
-
-
-def _key(key: SecretStr) -> SecretStr:
-    return SecretStr(plain_key(key.get_secret_value()))
-
-
-def _network(cidr: str) -> str:
-    ipaddress.ip_network(cidr)
-    return cidr
-
-
-MAX_KEY = 256
-"""Longest API key or worker key, in characters."""
-
-Key = Annotated[SecretStr, AfterValidator(_key)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(gt=0)]
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
-Networks = Annotated[
-    tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)
-]
-DatabaseURL = Annotated[
-    SecretStr, _starting_with("sqlite:///", "postgresql://", "postgresql+psycopg://")
-]
-BrokerURL = Annotated[SecretStr, _starting_with("redis://", "rediss://")]
+from dar.setting_kinds import (
+    BrokerURL,
+    Bytes,
+    DatabaseURL,
+    Folder,
+    Key,
+    Names,
+    Networks,
+    Ports,
+    Seconds,
+)
 
 
 class Settings(BaseSettings):

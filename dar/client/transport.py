@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
 from dar.rewards.http.redaction import Redactor
 from dar.rewards.http.retry import parse_retry_after
-from dar.settings import plain_key
+from dar.setting_kinds import plain_key
 
 CONNECT_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.5

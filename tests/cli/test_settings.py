@@ -1,0 +1,69 @@
+"""Settings that cannot work: one sentence at the start, which names the variable and no secret."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import structlog
+
+from service.__main__ import main as run_service
+from worker.__main__ import main as run_worker
+
+SECRET = "s3cretP4ss"
+Start = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def start(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: object
+) -> Iterator[Start]:
+    """Start a process with variables; gives its exit code and what it said."""
+    configured, root = structlog.get_config(), logging.getLogger()
+    handlers, level, umask = root.handlers[:], root.level, os.umask(0o077)
+
+    def run(main: Callable[[], int], **variables: str) -> tuple[int, str]:
+        for name, value in {"DAR_HOME": f"{tmp_path}/home", **variables}.items():
+            monkeypatch.setenv(name, value)
+        code = main()
+        return code, "".join(capfd.readouterr())
+
+    yield run
+    os.umask(umask)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.configure(**configured)
+
+
+def migrate() -> int:
+    return run_service(["migrate"])
+
+
+@pytest.mark.parametrize("main", [migrate, run_worker])
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        (f"redis://:{SECRET}#x@127.0.0.1:9/0", "port"),
+        (f"redis://:{SECRET}/x@127.0.0.1:9/0", "port"),
+        (f"redis://:1/{SECRET}@127.0.0.1:9/0", "number of a database"),
+        (f"redis://:1#{SECRET}@127.0.0.1:9/0", "#"),
+        (f"redis://h:1?{SECRET}=1", "query"),
+        (f"rediss://:{SECRET}@h/0?ssl_cert_reqs={SECRET}", "query"),
+        (f"redis://:{SECRET}@h:notaport/0", "port"),
+        (f"redis://:{SECRET}@h:99999/0", "port"),
+        (f"redis://:{SECRET}@h:6379/abc", "number of a database"),
+        (f"redis://:{SECRET}@a..b:6379/0", "host"),
+        (f"redis://:{SECRET}@[::1/0", "host"),
+        (f"redis://:{SECRET} x@h/0", "space"),
+        (f"amqp://:{SECRET}@h", "redis://"),
+    ],
+)
+def test_a_broker_url_that_no_client_could_read_is_refused_without_its_password(
+    start: Start, main: Callable[[], int], url: str, why: str
+) -> None:
+    code, said = start(main, DAR_BROKER_URL=url)
+    assert code in {1, 78}
+    assert said.count("\n") == 1
+    assert "DAR_BROKER_URL" in said
+    assert why in said
+    assert SECRET not in said
