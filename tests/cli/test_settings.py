@@ -67,3 +67,27 @@ def test_a_broker_url_that_no_client_could_read_is_refused_without_its_password(
     assert "DAR_BROKER_URL" in said
     assert why in said
     assert SECRET not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        (f"postgresql://127.0.0.1:1/d?password={SECRET}", "postgresql+psycopg://127.0.0.1:1/d did"),
+        (f"postgresql://u:{SECRET}@127.0.0.1:1/d", "postgresql+psycopg://127.0.0.1:1/d did"),
+        (f"postgresql://u:x@{SECRET}@127.0.0.1:1/d", "%40"),
+        (f"postgresql://u:x@a/{SECRET}@127.0.0.1:1/d", "%40"),
+        (f"postgresql://u:{SECRET}@h:port/d", "cannot be read as a URL"),
+        ("sqlite:///:memory:", "must be a file"),
+        ("sqlite:///", "must be a file"),
+        ("sqlite:///file:x?mode=memory&uri=true", "must be a file"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_named_without_its_password(
+    start: Start, url: str, why: str
+) -> None:
+    code, said = start(migrate, DAR_DATABASE_URL=url, DAR_DATABASE_WAIT_SECONDS="0.01")
+    assert code == 1
+    assert said.count("\n") == 1
+    assert "DAR_DATABASE_URL" in said
+    assert why in said
+    assert SECRET not in said
