@@ -208,36 +208,57 @@ class Transport:
 
         Raises:
             ConfigurationError: A header has characters that a header cannot carry.
-            ServiceConnectionError: The service could not be reached, or the connection broke.
+            ServiceConnectionError: The service could not be reached, the connection broke, or the
+                response is damaged.
             DARError: The service returned an error; the class is the one that it raised.
         """
         _check_headers(headers or {})
         more: dict[str, Any] = {} if timeout is None else {"timeout": _timeout(timeout)}
         if upload is not None:
             more |= upload()
+        answers = self._client.stream(
+            method,
+            f"{self.base_url}/v1{path}",
+            params={key: value for key, value in (params or {}).items() if value is not None},
+            content=content,
+            headers=headers,
+            **more,
+        )
         try:
-            with self._client.stream(
-                method,
-                f"{self.base_url}/v1{path}",
-                params={key: value for key, value in (params or {}).items() if value is not None},
-                content=content,
-                headers=headers,
-                **more,
-            ) as response:
+            with contextlib.ExitStack() as stack:
+                try:
+                    response = stack.enter_context(answers)
+                except (UnicodeError, httpx2.InvalidURL) as error:  # of a redirect or a proxy
+                    raise httpx2.ConnectError(f"a host on the way is not valid: {error}") from None
                 if not response.is_success:
                     response.read()
                     raise failure_of(response)
                 yield response
-        except httpx2.TransportError as error:
-            if self._client.is_closed:
-                raise ServiceConnectionError(
-                    f"the request to {self.base_url} was given up, as this client has been closed"
-                ) from None
-            raise ServiceConnectionError(
-                f"cannot reach the DAR service at {self.base_url}: "
-                f"{self._redact(str(error)) or type(error).__name__}; "
-                "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
-            ) from None  # the HTTP library's traceback has 60 lines; `__context__` keeps its error
+        except httpx2.RequestError as error:
+            # The HTTP library's traceback has 60 lines; `__context__` keeps its error.
+            raise self._broken(error) from None
+
+    def _broken(self, error: httpx2.RequestError) -> ServiceConnectionError:
+        """What ended a request without a usable response, in one sentence."""
+        why = self._redact(str(error)) or type(error).__name__
+        if self._client.is_closed:
+            return ServiceConnectionError(
+                f"the request to {self.base_url} was given up, as this client has been closed"
+            )
+        if isinstance(error, httpx2.DecodingError):
+            return ServiceConnectionError(
+                f"a response from {self.base_url} is damaged: {why}; "
+                "try again, or examine the proxy in front of the service"
+            )
+        if isinstance(error, httpx2.TooManyRedirects):
+            return ServiceConnectionError(
+                f"{self.base_url} redirects each request to another URL, without an end; "
+                "give the URL of the service itself with base_url= or DAR_BASE_URL"
+            )
+        return ServiceConnectionError(
+            f"cannot reach the DAR service at {self.base_url}: {why}; "
+            "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
+        )
 
     def retried(self, attempt: Callable[[], Result]) -> Result:
         """Call ``attempt``, and again after passing failures, up to ``max_retries`` times.
@@ -333,7 +354,7 @@ def failure_of(response: httpx2.Response) -> DARError:
     """The error that a response reports. The service decides whether a retry can help."""
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     headers, status = response.headers, response.status_code
     error = error_from_body(status, body, request_id=headers.get("x-request-id"))

@@ -13,6 +13,7 @@ import pytest
 
 import dar
 from dar.client import Client
+from dar.client.download import Download
 from dar.errors import (
     ConfigurationError,
     ConflictError,
@@ -22,6 +23,8 @@ from dar.errors import (
     ServiceConnectionError,
     ServiceUnavailableError,
 )
+from dar.protocol.checkpoints import CheckpointFile
+from fakes.loopback import LoopbackServer, Manner, Request
 
 EMPTY = {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
 
@@ -339,3 +342,46 @@ def test_waiting_survives_a_restart_of_the_service(
         server.answers[:] = [answer(503)]
         with pytest.raises(ServiceUnavailableError):
             client.jobs.wait("ftjob-1", poll_seconds=0.01)
+
+
+def redirected(request: Request, place: str) -> None:
+    request.answer(b"", 307, location=place)
+
+
+MANNERS: dict[str, Manner] = {
+    "gzip that is none": lambda one: one.answer(b"none", content_encoding="gzip"),
+    "an error in gzip that is none": lambda one: one.answer(b"none", 500, content_encoding="gzip"),
+    "redirects without an end": lambda one: redirected(one, one.target),
+    "a redirect to no host": lambda one: redirected(one, "http://a..b/"),
+    "a redirect to no URL": lambda one: redirected(one, "http://[::1"),
+    "a redirect to another scheme": lambda one: redirected(one, "ftp://x/"),
+    "an error too deep to read": lambda one: one.answer(b"[" * 100_000, 500),
+    "an error of other kinds": lambda one: one.json(
+        {"error": {"message": 5, "param": [], "code": {}, "errors": 7, "request_id": {}}}, 400
+    ),
+    "problems of other kinds": lambda one: one.json(
+        {"error": {"errors": [7, {"row": "x", "param": 1, "message": None}]}}, 400
+    ),
+}
+"""What a proxy in front of a service may answer."""
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("ask", ["retrieve", "wait", "download"])
+def test_whatever_answers_the_error_is_one_of_the_sdk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask: str, manner: str
+) -> None:
+    monkeypatch.setattr("dar.client.jobs.OUTAGE_SECONDS", -1.0)
+    files = [CheckpointFile(name="a.bin", bytes=5, sha256="0" * 64)]
+    with (
+        LoopbackServer(MANNERS[manner]) as server,
+        Client("key", server.at(""), max_retries=0) as client,
+    ):
+        calls: dict[str, Callable[[], object]] = {
+            "retrieve": lambda: client.jobs.retrieve("any"),
+            "wait": lambda: client.jobs.wait("any"),
+            "download": Download(client.jobs._transport, "/x", tmp_path, files, None).run,
+        }
+        with pytest.raises(DARError) as caught:
+            calls[ask]()
+    assert server.at("") in caught.value.message or caught.value.status in {400, 500}
