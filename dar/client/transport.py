@@ -5,7 +5,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -232,7 +232,7 @@ class Transport:
                     raise httpx2.ConnectError(f"a host on the way is not valid: {error}") from None
                 if not response.is_success:
                     response.read()
-                    raise failure_of(response)
+                    raise failure_of(response, self._redact)
                 yield response
         except httpx2.RequestError as error:
             # The HTTP library's traceback has 60 lines; `__context__` keeps its error.
@@ -350,20 +350,43 @@ def escaped(name: str) -> str:
     return quote(name, safe="")
 
 
-def failure_of(response: httpx2.Response) -> DARError:
-    """The error that a response reports. The service decides whether a retry can help."""
+def failure_of(
+    response: httpx2.Response, redact: Callable[[str], str] = lambda text: text
+) -> DARError:
+    """The error that a response reports. The service decides whether a retry can help.
+
+    Args:
+        response: With its body.
+        redact: Removes the key from the texts of the error.
+    """
     try:
         body = response.json()
     except (ValueError, RecursionError):
         body = None
     headers, status = response.headers, response.status_code
     error = error_from_body(status, body, request_id=headers.get("x-request-id"))
+    _redact_texts(error, redact)
     error.status = status  # no class has the status of a proxy's 502
     error.retry_after_seconds = _retry_after(headers)
     advice = headers.get("x-should-retry")
     if advice in {"true", "false"}:
         error.retryable = advice == "true"
     return error
+
+
+def _redact_texts(error: DARError, redact: Callable[[str], str]) -> None:
+    """Apply ``redact`` to all texts of an error but its code."""
+    error.message = redact(error.message)
+    error.args = (error.message,)
+    error.param = None if error.param is None else redact(error.param)
+    error.problems = tuple(
+        replace(
+            problem,
+            message=redact(problem.message),
+            param=None if problem.param is None else redact(problem.param),
+        )
+        for problem in error.problems
+    )
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

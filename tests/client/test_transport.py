@@ -385,3 +385,16 @@ def test_whatever_answers_the_error_is_one_of_the_sdk(
         with pytest.raises(DARError) as caught:
             calls[ask]()
     assert server.at("") in caught.value.message or caught.value.status in {400, 500}
+
+
+def test_an_error_that_repeats_the_key_does_not_show_it() -> None:
+    def echo(request: Request) -> None:
+        said = f"I got {request.headers['authorization']}"
+        problem = {"message": said, "param": said, "code": "x"}
+        request.json({"error": {"message": said, "param": said, "errors": [problem]}}, 400)
+
+    with LoopbackServer(echo) as server, Client(KEY, server.at("")) as client:
+        with pytest.raises(InvalidRequestError, match="I got Bearer") as caught:
+            client.jobs.retrieve("any")
+    shown = f"{caught.value!r} {caught.value.message} {caught.value.param} {caught.value.problems}"
+    assert KEY[-43:] not in shown
