@@ -261,6 +261,29 @@ def inherited_environment(names: Iterable[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+"""Variables by which an HTTP client finds certificates, and writes keys of connections."""
+PROXIES = tuple(
+    name
+    for upper in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    for name in (upper, upper.lower())
+)
+"""Variables by which an HTTP client finds its proxies. They may have a password."""
+
+
+def unusable_surroundings(error: Exception) -> ConfigurationError:
+    """The error for an HTTP client that could not be made from the variables of this process."""
+    if isinstance(error, OSError):
+        given = inherited_environment(CERTIFICATES)
+        named = ", ".join(f"{name} ({value})" for name, value in given.items())
+        why = f"the certificates cannot be loaded: {error.strerror or error}"
+        return ConfigurationError(f"{why}; correct {named or 'those of this machine'}")
+    named = ", ".join(inherited_environment(PROXIES)) or "the proxy of this machine"
+    needs = "a SOCKS proxy needs the package socksio" if isinstance(error, ImportError) else None
+    why = needs or "it must be a URL like http://proxy:3128"
+    return ConfigurationError(f"the HTTP proxy cannot be used: {why}; correct {named}")
+
+
 def forget_environment(name: str) -> None:
     """Unset a variable of this process that a library has set for itself."""
     os.environ.pop(name, None)

@@ -16,6 +16,7 @@ from dar.errors import ConfigurationError, DARError, ServiceConnectionError, err
 from dar.rewards.http.redaction import Redactor
 from dar.rewards.http.retry import parse_retry_after
 from dar.setting_kinds import plain_key
+from dar.settings import unusable_surroundings
 
 CONNECT_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.5
@@ -98,8 +99,8 @@ class Transport:
             sent to that host.
 
     Raises:
-        ConfigurationError: ``base_url`` is not a URL, or ``key`` or a header has characters that a
-            header cannot carry.
+        ConfigurationError: ``base_url`` is not a URL, ``key`` or a header has characters that a
+            header cannot carry, or the proxies or certificates of this machine cannot be used.
     """
 
     def __init__(
@@ -120,14 +121,17 @@ class Transport:
         self._policy = RetryPolicy(
             max_retries + 1, MAX_BACKOFF_SECONDS, lambda seconds, _: time.sleep(seconds)
         )
-        self._client = httpx2.Client(
-            headers={"authorization": f"Bearer {key}", **headers},
-            timeout=_timeout(timeout),
-            follow_redirects=follow_redirects,
-            trust_env=host not in LOOPBACK,  # no proxy can reach a loopback address
-            # Loading certificates takes 40 ms, and plain HTTP needs none unless it is redirected.
-            verify=follow_redirects or self.base_url.lower().startswith("https:"),
-        )
+        try:
+            self._client = httpx2.Client(
+                headers={"authorization": f"Bearer {key}", **headers},
+                timeout=_timeout(timeout),
+                follow_redirects=follow_redirects,
+                trust_env=host not in LOOPBACK,  # no proxy can reach a loopback address
+                # Certificates take 40 ms, and plain HTTP needs none unless it is redirected.
+                verify=follow_redirects or self.base_url.lower().startswith("https:"),
+            )
+        except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+            raise unusable_surroundings(error) from None
 
     def close(self) -> None:
         self._client.close()

@@ -24,6 +24,8 @@ from dar.errors import (
     ServiceUnavailableError,
 )
 from dar.protocol.checkpoints import CheckpointFile
+from dar.rewards.http.endpoint import default_tls
+from dar.settings import CERTIFICATES, PROXIES
 from fakes.loopback import LoopbackServer, Manner, Request
 
 EMPTY = {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
@@ -393,8 +395,59 @@ def test_an_error_that_repeats_the_key_does_not_show_it() -> None:
         problem = {"message": said, "param": said, "code": "x"}
         request.json({"error": {"message": said, "param": said, "errors": [problem]}}, 400)
 
-    with LoopbackServer(echo) as server, Client(KEY, server.at("")) as client:
-        with pytest.raises(InvalidRequestError, match="I got Bearer") as caught:
-            client.jobs.retrieve("any")
+    with (
+        LoopbackServer(echo) as server,
+        Client(KEY, server.at("")) as client,
+        pytest.raises(InvalidRequestError, match="I got Bearer") as caught,
+    ):
+        client.jobs.retrieve("any")
     shown = f"{caught.value!r} {caught.value.message} {caught.value.param} {caught.value.problems}"
     assert KEY[-43:] not in shown
+
+
+BAD_SURROUNDINGS = [
+    ("ALL_PROXY", "socks5://user:pr0xyP4ss@127.0.0.1:1", "ALL_PROXY"),
+    ("HTTP_PROXY", "http://user:pr0xyP4ss@[::1", "HTTP_PROXY"),
+    ("https_proxy", "ftp://user:pr0xyP4ss@h", "https_proxy"),
+    ("HTTP_PROXY", "http://user:pr0xyP4ss@h:port", "HTTP_PROXY"),
+    ("SSL_CERT_FILE", "/nonexistent.pem", "SSL_CERT_FILE (/nonexistent.pem)"),
+    ("SSL_CERT_FILE", __file__, f"SSL_CERT_FILE ({__file__})"),
+]
+"""Variables of other programs that no HTTP client can use."""
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (*PROXIES, *CERTIFICATES):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("name", "value", "said"), BAD_SURROUNDINGS)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_named(
+    bare: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    bare.setenv(name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        Client("key", "https://192.0.2.1:9")
+    assert said in caught.value.message
+    assert "pr0xyP4ss" not in caught.value.message
+
+
+def test_a_proxy_whose_host_cannot_exist_is_a_failed_connection(bare: pytest.MonkeyPatch) -> None:
+    bare.setenv("HTTPS_PROXY", "http://a..b:1")
+    with (
+        Client("key", "https://192.0.2.1:9", max_retries=0) as client,
+        pytest.raises(ServiceConnectionError, match="a host on the way is not valid"),
+    ):
+        client.jobs.retrieve("any")
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE"])
+def test_reward_sources_name_certificates_that_cannot_be_loaded(
+    bare: pytest.MonkeyPatch, name: str
+) -> None:
+    bare.setenv(name, "/nonexistent.pem")
+    default_tls.cache_clear()
+    with pytest.raises(ConfigurationError, match=f"{name} .*nonexistent"):
+        default_tls()
