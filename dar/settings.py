@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     base_url: str | None = None
     """URL under which clients and workers reach the service; default: ``http://host:port``."""
 
-    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")] | None = None
+    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")] | None = None
     """URL under which reward services reach the service, for callbacks; default: the
     URL for clients and workers."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
 from dar.rewards.http.redaction import Redactor
 from dar.rewards.http.retry import parse_retry_after
-from dar.setting_kinds import plain_key
+from dar.setting_kinds import LONGEST_SECONDS, plain_key
 from dar.settings import unusable_surroundings
 
 CONNECT_SECONDS = 5.0
+SHORTEST_TIMEOUT = 0.001
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 8.0
 MAX_RETRY_AFTER_SECONDS = 60.0
@@ -99,8 +101,9 @@ class Transport:
             sent to that host.
 
     Raises:
-        ConfigurationError: ``base_url`` is not a URL, ``key`` or a header has characters that a
-            header cannot carry, or the proxies or certificates of this machine cannot be used.
+        ConfigurationError: ``base_url`` is not a URL of a host and a path, ``timeout`` or
+            ``max_retries`` is out of range, ``key`` or a header has characters that a header cannot
+            carry, or the proxies or certificates of this machine cannot be used.
     """
 
     def __init__(
@@ -116,6 +119,12 @@ class Transport:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         host = _host_of(self.base_url)
         key = _checked(key)
+        check_seconds("timeout", timeout, SHORTEST_TIMEOUT)
+        if type(max_retries) is not int or max_retries < 0:
+            raise ConfigurationError(
+                f"max_retries is {max_retries!r}, but it must be a whole number from 0",
+                param="max_retries",
+            )
         _check_headers(headers)
         self._redact = Redactor((key,))
         self._policy = RetryPolicy(
@@ -298,20 +307,45 @@ def _host_of(base_url: str) -> str:
     """The host of ``base_url``.
 
     Raises:
-        ConfigurationError: It is not a URL, or no host can have its name.
+        ConfigurationError: It is not a URL, no host can have its name, or it has more than a host
+            and a path. The message shows no password.
     """
+    shown = "" if "@" in base_url else f" {base_url!r}"
     try:
         url = httpx2.URL(base_url)
         host, is_http = url.host, url.scheme in {"http", "https"}
         url.raw_host.decode().encode("idna")  # as the connection does, late and with a traceback
+        extra = url.userinfo or url.query or url.fragment
     except (httpx2.InvalidURL, UnicodeError):
-        host, is_http = "", False
+        host, is_http, extra = "", False, b""
     if not is_http or not host:
         raise ConfigurationError(
-            f"base_url {base_url!r} is not a URL like http://127.0.0.1:8321; "
+            f"base_url{shown} is not a URL like http://127.0.0.1:8321; "
             "correct base_url= or DAR_BASE_URL"
         )
+    if extra or base_url.endswith(("?", "#")):
+        raise ConfigurationError(
+            f"base_url{shown} has a user name, a query or a fragment, but the service takes only "
+            "its key; remove it from base_url= or DAR_BASE_URL"
+        )
     return host
+
+
+def check_seconds(
+    name: str, seconds: float, least: float = 0.0, most: float = LONGEST_SECONDS
+) -> None:
+    """Check an argument that is a number of seconds.
+
+    Raises:
+        ConfigurationError: It is none, or out of range.
+    """
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not least <= seconds <= most:
+        end = "" if most == math.inf else f" to {most:.0f}"
+        raise ConfigurationError(
+            f"{name} is {seconds!r}, but it must be a number of seconds from {least:g}{end}",
+            param=name,
+        )
 
 
 def _checked(key: str) -> str:

@@ -1,6 +1,8 @@
 """Keys, retries and errors of the SDK."""
 
 import json
+import math
+import re
 import socket
 import time
 import traceback
@@ -451,3 +453,96 @@ def test_reward_sources_name_certificates_that_cannot_be_loaded(
     default_tls.cache_clear()
     with pytest.raises(ConfigurationError, match=f"{name} .*nonexistent"):
         default_tls()
+
+
+@pytest.mark.parametrize("extra", ["?x=1", "?", "#part", "#"])
+def test_a_base_url_with_more_than_a_host_and_a_path_is_refused(extra: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"base_url 'http://h:1/p.*has a user name, a query"
+    ):
+        Client("key", f"http://h:1/p{extra}")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:p4ssw0rdX@h:1", "http://p4ssw0rdX@h", "ftp://a:p4ssw0rdX@h"]
+)
+def test_a_password_in_a_base_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="base_url") as caught:
+        Client("key", url)
+    assert "p4ssw0rdX" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("timeout", value) for value in (None, math.nan, math.inf, -1, 0, "5", True, 1e300)),
+        *(("max_retries", value) for value in (-1, 1.5, "2", None, True)),
+    ],
+)
+def test_an_argument_of_the_client_that_is_out_of_range_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=re.escape(f"{name} is {value!r}, but it must be a")
+    ):
+        Client("key", "http://127.0.0.1:9", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("poll_seconds", value) for value in (-1, math.nan, math.inf, "1", None)),
+        *(("timeout_seconds", value) for value in (-1, math.nan, "1", True)),
+        ("on_pause", "bogus"),
+        ("on_pause", None),
+    ],
+)
+def test_an_argument_of_a_wait_that_is_out_of_range_is_refused(name: str, value: Any) -> None:
+    with (
+        Client("key", "http://127.0.0.1:9", max_retries=0) as client,
+        pytest.raises(ConfigurationError, match=re.escape(f"{name} is {value!r}, but it must be ")),
+    ):
+        client.jobs.wait("any", **{name: value})
+
+
+FAILING: dict[str, Manner] = {
+    "a proxy's 502": lambda one: one.answer(b"<html>", 502, "text/html"),
+    "a proxy's 504": lambda one: one.answer(b"", 504),
+    "too many requests": lambda one: one.answer(b"", 429, retry_after_ms="1"),
+    "503": lambda one: one.answer(b"", 503, retry_after_ms="1"),
+    "500": lambda one: one.answer(b"", 500),
+    "no answer": lambda one: one.reset(),
+    "damaged": lambda one: one.answer(b"none", content_encoding="gzip"),
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_waiting_outlasts_every_failure_that_may_pass(failing: str) -> None:
+    def answer(request: Request) -> None:
+        if request.number <= 5:
+            FAILING[failing](request)
+        else:
+            request.json(some_job("succeeded"))
+
+    with (
+        LoopbackServer(answer) as server,
+        Client("key", server.at(""), max_retries=0) as client,
+    ):
+        assert client.jobs.wait("any", poll_seconds=0.001).status == "succeeded"
+
+
+@pytest.mark.parametrize(
+    "manner",
+    [
+        lambda one: one.answer(b"<html>log in</html>", 200, "text/html"),
+        lambda one: one.answer(b"", 404),
+        lambda one: one.answer(b"", 503, x_should_retry="false"),
+    ],
+)
+def test_waiting_ends_at_once_with_a_failure_that_stays(manner: Manner) -> None:
+    asked: list[Request] = []
+    with (
+        LoopbackServer(lambda one: (asked.append(one), manner(one))) as server,
+        Client("key", server.at(""), max_retries=0) as client,
+        pytest.raises(DARError),
+    ):
+        client.jobs.wait("any", poll_seconds=0.001)
+    assert len(asked) == 1
