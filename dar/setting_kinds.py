@@ -60,6 +60,26 @@ def _key(key: SecretStr) -> SecretStr:
     return SecretStr(plain_key(key.get_secret_value()))
 
 
+def _given_folder(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(
+            "is empty, which would mean the current folder; give a folder, or unset it"
+        )
+    return value
+
+
+def _folder(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{path.parts[0]} is the home of no user; give a whole path") from None
+
+
+def _cache_folder(value: object) -> object:
+    """The XDG specification: an empty variable is the same as none."""
+    return value or "~/.cache"
+
+
 def _network(cidr: str) -> str:
     ipaddress.ip_network(cidr)
     return cidr
@@ -102,7 +122,8 @@ def _wrong_in(parts: SplitResult) -> str | None:
 Key = Annotated[SecretStr, AfterValidator(_key)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Folder = Annotated[Path, BeforeValidator(_given_folder), AfterValidator(_folder)]
+CacheFolder = Annotated[Path, BeforeValidator(_cache_folder), AfterValidator(_folder)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
 Networks = Annotated[

@@ -18,6 +18,7 @@ from dar.errors import ConfigurationError
 from dar.setting_kinds import (
     BrokerURL,
     Bytes,
+    CacheFolder,
     DatabaseURL,
     Folder,
     Key,
@@ -38,7 +39,7 @@ class Settings(BaseSettings):
     home: Folder = Field(default=Path("~/.local/share/dar"))
     """Folder of all stored data: database, artifacts, keys, models, the worker's spool."""
 
-    cache_home: Folder = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
+    cache_home: CacheFolder = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
     """Folder of data that can be made again: the demo's base model."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

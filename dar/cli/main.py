@@ -29,9 +29,20 @@ app = typer.Typer(
 
 app.add_typer(reward_app)
 
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise typer.BadParameter("it is empty, which would mean the current folder; give a folder")
+    return Path(text)
+
+
 Home = Annotated[
     Path | None,
-    typer.Option(help="Folder of all stored data; default $DAR_HOME or ~/.local/share/dar."),
+    typer.Option(
+        parser=_folder,
+        metavar="<path>",
+        help="Folder of all stored data; default $DAR_HOME or ~/.local/share/dar.",
+    ),
 ]
 
 

@@ -3,10 +3,13 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import structlog
 
+from dar.settings import Settings
+from fakes.command_line import run_command
 from service.__main__ import main as run_service
 from worker.__main__ import main as run_worker
 
@@ -91,3 +94,32 @@ def test_a_database_that_cannot_be_used_is_named_without_its_password(
     assert "DAR_DATABASE_URL" in said
     assert why in said
     assert SECRET not in said
+
+
+FOLDERS = ("DAR_HOME", "DAR_MODELS_DIR", "DAR_ARTIFACTS_DIR", "DAR_WORK_DIR")
+
+
+@pytest.mark.parametrize("main", [migrate, run_worker])
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(
+    ("value", "why"), [("", "is empty"), (" ", "is empty"), ("~nosuchuser/x", "home of no user")]
+)
+def test_a_folder_that_is_none_is_refused(
+    start: Start, main: Callable[[], int], name: str, value: str, why: str
+) -> None:
+    code, said = start(main, **{name: value})
+    assert code in {1, 78}
+    assert said.count("\n") == 1
+    assert f"{name}: " in said
+    assert why in said
+
+
+def test_an_empty_folder_of_caches_is_the_usual_one() -> None:
+    assert Settings(XDG_CACHE_HOME="").cache_home == Path("~/.cache").expanduser()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("command", ["up", "demo", "serve", "worker", "migrate", "rotate-secrets"])
+def test_an_empty_home_is_not_the_current_folder(command: str) -> None:
+    ended = run_command(command, "--home", "", environment={})
+    assert ended.returncode == 2
+    assert "current folder" in ended.stderr
