@@ -4,16 +4,21 @@ A message says what to correct. It never shows a value that may hold a secret.
 """
 
 import ipaddress
+import platform
 import re
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
 MAX_KEY = 256
 """Longest API key or worker key, in characters."""
+MAX_NAME = 128
+"""Longest name of a node or of a slot, in characters."""
+MAX_FILE_NAME = 240
+"""Longest name of a node or of a slot as a part of a file's name."""
 LONGEST_SECONDS = 365 * 86400.0
 """Longest time that a setting may give. Waits of the system end before 300 years."""
 BROKER_SCHEMES = ("redis://", "rediss://")
@@ -80,6 +85,25 @@ def _cache_folder(value: object) -> object:
     return value or "~/.cache"
 
 
+def _name(name: str) -> str:
+    """Check the name of a node or a slot, which becomes a header and a part of a path."""
+    if not all(" " <= ch <= "~" for ch in name) or name != name.strip() or not name:
+        raise ValueError(
+            f"must have 1 to {MAX_NAME} ASCII letters, digits and signs, and no space at an end"
+        )
+    if len(name) > MAX_NAME or len(quote(name, safe="")) > MAX_FILE_NAME:
+        raise ValueError(
+            f"is longer than {MAX_NAME} characters, or than {MAX_FILE_NAME} with its signs escaped"
+        )
+    return name
+
+
+def own_node() -> str:
+    """The name of this machine, with ``-`` for characters that the name of a node cannot have."""
+    plain = "".join(ch if "!" <= ch <= "~" else "-" for ch in platform.node())
+    return plain[:MAX_NAME] or "localhost"
+
+
 def _network(cidr: str) -> str:
     ipaddress.ip_network(cidr)
     return cidr
@@ -120,6 +144,7 @@ def _wrong_in(parts: SplitResult) -> str | None:
 
 
 Key = Annotated[SecretStr, AfterValidator(_key)]
+Name = Annotated[str, AfterValidator(_name)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 Folder = Annotated[Path, BeforeValidator(_given_folder), AfterValidator(_folder)]

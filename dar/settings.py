@@ -6,7 +6,6 @@ environment describes one installation.
 """
 
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,10 +21,12 @@ from dar.setting_kinds import (
     DatabaseURL,
     Folder,
     Key,
+    Name,
     Names,
     Networks,
     Ports,
     Seconds,
+    own_node,
 )
 
 
@@ -140,10 +141,10 @@ class Settings(BaseSettings):
     """Key of scope ``worker`` that the service accepts, and that workers send; default: the content
     of ``$DAR_HOME/worker_key``."""
 
-    node: str = Field(default_factory=platform.node)
+    node: Name = Field(default_factory=own_node)
     """Name of this machine, the same after a restart."""
 
-    slot: str = "0"
+    slot: Name = "0"
     """Name of the worker's slot on its node. Each slot has one worker process."""
 
     devices: str | None = None
@@ -172,7 +173,7 @@ class Settings(BaseSettings):
     cancel_seconds: Seconds = 30.0
     """How long a trainer may take to stop after a cancellation before it is killed."""
 
-    torch_threads: Annotated[int, Field(ge=1)] = 1
+    torch_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of a trainer. A repeated run gives equal results only with the same number."""
 
     is_offline: bool = Field(default=False)

@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
-from dar.disk import OTHER_HOME_HINT, PRIVATE, make_folder
+from dar.disk import OTHER_FOLDER_HINT, OTHER_HOME_HINT, PRIVATE, make_folder
 from dar.errors import ConfigurationError
 from dar.processes import Child, Processes, answers, free_port, require
 from dar.settings import Settings, environment, inherited_environment, load_settings
@@ -186,7 +186,7 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
             raise ConfigurationError(
                 f"{settings.host}:{settings.port} is taken; free it or give another port with --port"
             )
-        make_folder(settings.models_path, OTHER_HOME_HINT)
+        make_folder(settings.models_path, f"{OTHER_FOLDER_HINT} DAR_MODELS_DIR or DAR_HOME")
         stop = StopRequest()
         with Processes(say) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)

@@ -12,6 +12,7 @@ from dar.settings import Settings
 from fakes.command_line import run_command
 from service.__main__ import main as run_service
 from worker.__main__ import main as run_worker
+from worker.identity import claim_of
 
 SECRET = "s3cretP4ss"
 Start = Callable[..., tuple[int, str]]
@@ -123,3 +124,67 @@ def test_an_empty_home_is_not_the_current_folder(command: str) -> None:
     ended = run_command(command, "--home", "", environment={})
     assert ended.returncode == 2
     assert "current folder" in ended.stderr
+
+
+@pytest.mark.parametrize("main", [migrate, run_worker])
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("DAR_NODE", "", "1 to 128 ASCII"),
+        ("DAR_NODE", "b\u00fcro", "1 to 128 ASCII"),
+        ("DAR_NODE", " n", "1 to 128 ASCII"),
+        ("DAR_NODE", 129 * "x", "longer than 128"),
+        ("DAR_SLOT", "", "1 to 128 ASCII"),
+        ("DAR_SLOT", "\u00fc", "1 to 128 ASCII"),
+        ("DAR_SLOT", 300 * "x", "longer than 128"),
+        ("DAR_SLOT", 120 * "/", "longer than 128"),
+        ("DAR_POLL_SECONDS", "1e300", "less than or equal to 31536000"),
+        ("DAR_LEASE_TTL_SECONDS", "1e9", "less than or equal to 31536000"),
+        ("DAR_REWARD_PROBE_SECONDS", "nan", "DAR_REWARD_PROBE_SECONDS"),
+        ("DAR_TORCH_THREADS", "1000000000000", "less than or equal to 1024"),
+    ],
+)
+def test_a_value_that_would_fail_later_is_refused_at_the_start(
+    start: Start, main: Callable[[], int], name: str, value: str, why: str
+) -> None:
+    code, said = start(main, **{name: value})
+    assert code in {1, 78}
+    assert said.count("\n") == 1
+    assert f"{name}: " in said
+    assert why in said
+
+
+@pytest.mark.parametrize("name", ["", "b\u00fcro", 300 * "x", "my machine"])
+def test_a_machine_with_an_unusable_name_is_a_node_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("DAR_NODE", raising=False)
+    monkeypatch.setattr("platform.node", lambda: name)
+    settings = Settings()
+    assert Settings(node=settings.node).node == settings.node
+    assert claim_of(settings).node == settings.node
+
+
+def serve() -> int:
+    return run_service(["serve", "--port", "1"])
+
+
+@pytest.mark.parametrize(
+    ("main", "name"),
+    [
+        (migrate, "DAR_HOME"),
+        (serve, "DAR_HOME"),
+        (serve, "DAR_ARTIFACTS_DIR"),
+        (run_worker, "DAR_WORK_DIR"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named_with_its_setting(
+    start: Start, tmp_path: Path, main: Callable[[], int], name: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = {"DAR_WORKER_KEY": "dar-wk-1", "DAR_DATABASE_URL": f"sqlite:///{tmp_path}/dar.db"}
+    code, said = start(main, **given, **{name: f"{tmp_path}/file"})
+    assert code in {1, 78}
+    assert f"{tmp_path}/file" in said
+    assert "is not a folder" in said
+    assert f"with {name}" in said
