@@ -19,6 +19,7 @@ MAX_NAME = 128
 """Longest name of a node or of a slot, in characters."""
 MAX_FILE_NAME = 240
 """Longest name of a node or of a slot as a part of a file's name."""
+PLAIN_HOST = "write it without a scheme, a port, brackets and a path"
 LONGEST_SECONDS = 365 * 86400.0
 """Longest time that a setting may give. Waits of the system end before 300 years."""
 BROKER_SCHEMES = ("redis://", "rediss://")
@@ -104,6 +105,29 @@ def own_node() -> str:
     return plain[:MAX_NAME] or "localhost"
 
 
+def _host(host: str) -> str:
+    """Check a host: a name that can exist, or an IP address without brackets."""
+    try:
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+        host.encode("idna")
+        is_valid = bool(host) and re.search(r"[\s*\[\]/@?#]", host) is None
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{host!r} is neither the name of a host nor an IP address; {PLAIN_HOST}")
+    return host
+
+
+def _host_pattern(pattern: str) -> str:
+    """Check a pattern of hosts, and give it the form that the hosts of URLs have."""
+    if pattern == "*":
+        return pattern
+    start = "*." if pattern.startswith("*.") else ""
+    host = _host(pattern.lower().removeprefix(start).removesuffix("."))
+    return start + (host if ":" in host else host.encode("idna").decode())
+
+
 def _network(cidr: str) -> str:
     ipaddress.ip_network(cidr)
     return cidr
@@ -150,7 +174,13 @@ Bytes = Annotated[int, Field(gt=0)]
 Folder = Annotated[Path, BeforeValidator(_given_folder), AfterValidator(_folder)]
 CacheFolder = Annotated[Path, BeforeValidator(_cache_folder), AfterValidator(_folder)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
+Host = Annotated[str, AfterValidator(_host)]
+Hosts = Annotated[
+    tuple[Annotated[str, AfterValidator(_host_pattern)], ...], NoDecode, BeforeValidator(_split)
+]
+Ports = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode, BeforeValidator(_split)
+]
 Networks = Annotated[
     tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)
 ]

@@ -20,6 +20,8 @@ from dar.setting_kinds import (
     CacheFolder,
     DatabaseURL,
     Folder,
+    Host,
+    Hosts,
     Key,
     Name,
     Names,
@@ -54,7 +56,7 @@ class Settings(BaseSettings):
     """URL under which reward services reach the service, for callbacks; default: the
     URL for clients and workers."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address to which the service binds."""
 
     port: Annotated[int, Field(ge=1, le=65535)] = 8321
@@ -88,7 +90,7 @@ class Settings(BaseSettings):
     """Secret (``whsec_…``) that signs requests to inline reward URLs; default: the content of
     ``$DAR_HOME/reward_secret``."""
 
-    egress_allow_hosts: Names = ()
+    egress_allow_hosts: Hosts = ()
     """Comma-separated hosts of reward services that may have private addresses, like
     ``rewards.internal,*.corp.example``."""
 
@@ -96,7 +98,7 @@ class Settings(BaseSettings):
     """Comma-separated private networks that reward services may be in, like ``10.20.0.0/16``. The
     metadata addresses of clouds stay blocked."""
 
-    egress_allow_http: Names = ()
+    egress_allow_http: Hosts = ()
     """Comma-separated hosts of reward services that may use plain HTTP; ``*``: all hosts."""
 
     egress_ports: Ports = ()

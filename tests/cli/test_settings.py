@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import structlog
 
-from dar.settings import Settings
+from dar.errors import ConfigurationError
+from dar.settings import Settings, load_settings
 from fakes.command_line import run_command
 from service.__main__ import main as run_service
 from worker.__main__ import main as run_worker
@@ -188,3 +189,37 @@ def test_a_file_in_the_place_of_a_folder_is_named_with_its_setting(
     assert f"{tmp_path}/file" in said
     assert "is not a folder" in said
     assert f"with {name}" in said
+
+
+@pytest.mark.parametrize("name", ["DAR_EGRESS_ALLOW_HOSTS", "DAR_EGRESS_ALLOW_HTTP", "DAR_HOST"])
+@pytest.mark.parametrize("value", ["http://x", "h:80", "a/b", "x*", "*.*", "a..b", "[::1]", "a b"])
+def test_what_is_no_host_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}: .*neither the name of a host"):
+        load_settings(**{name.removeprefix("DAR_").lower(): value})
+
+
+@pytest.mark.parametrize("ports", ["99999", "-5", "0", "443,x"])
+def test_what_is_no_port_is_refused(ports: str) -> None:
+    with pytest.raises(ConfigurationError, match="DAR_EGRESS_PORTS: "):
+        load_settings(egress_ports=ports)
+
+
+def test_allowed_hosts_have_the_form_of_the_hosts_of_urls() -> None:
+    given = "Rewards.Internal,*.B\u00fcro.example,host.,::1,*"
+    written = ("rewards.internal", "*.xn--bro-hoa.example", "host", "::1", "*")
+    assert load_settings(egress_allow_hosts=given).egress_allow_hosts == written
+
+
+@pytest.mark.parametrize("secret", [SECRET, f"whsec_{SECRET}", "whsec_!!"])
+@pytest.mark.parametrize("where", ["variable", "file"])
+def test_a_reward_secret_that_cannot_sign_ends_the_start(
+    start: Start, tmp_path: Path, secret: str, where: str
+) -> None:
+    given = {"DAR_REWARD_SECRET": secret} if where == "variable" else {}
+    if where == "file":
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "reward_secret").write_text(secret)
+    code, said = start(serve, **given)
+    assert code == 1
+    assert "DAR_REWARD_SECRET (or the file reward_secret): a reward secret is 'whsec_'" in said
+    assert SECRET not in said
