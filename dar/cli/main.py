@@ -14,6 +14,7 @@ import typer
 from dar.cli.reward.main import reward_app
 from dar.demo.tasks import TASKS, TaskName
 from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
+from dar.output import written_output
 from dar.version import __version__
 
 EXIT_ERROR, EXIT_AUTH, EXIT_NOT_FOUND, EXIT_UNREACHABLE = 1, 4, 5, 7
@@ -188,7 +189,8 @@ def _exit_code(error: DARError) -> int:
 def main() -> None:
     """Run the command line. A known error is one line on stderr and an exit code, no traceback."""
     try:
-        app()
+        with written_output("dar"):
+            app()
     except DARError as error:
         sys.stderr.write(f"dar: {error.message}\n")
         for problem in error.problems:
