@@ -332,15 +332,19 @@ def _host_of(base_url: str) -> str:
 
 
 def check_seconds(
-    name: str, seconds: float, least: float = 0.0, most: float = LONGEST_SECONDS
+    name: str, seconds: object, least: float = 0.0, most: float = LONGEST_SECONDS
 ) -> None:
     """Check an argument that is a number of seconds.
 
     Raises:
         ConfigurationError: It is none, or out of range.
     """
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not least <= seconds <= most:
+    is_usable = (
+        isinstance(seconds, int | float)
+        and not isinstance(seconds, bool)
+        and least <= seconds <= most
+    )
+    if not is_usable:
         end = "" if most == math.inf else f" to {most:.0f}"
         raise ConfigurationError(
             f"{name} is {seconds!r}, but it must be a number of seconds from {least:g}{end}",
