@@ -238,8 +238,8 @@ def test_an_output_that_takes_no_more_ends_a_command_in_one_sentence(
     is_buffered: bool,
 ) -> None:
     discarded: list[object] = []
-    raw = io.BufferedWriter(Full()) if is_buffered else Full()
-    output = io.TextIOWrapper(raw, "utf-8", write_through=not is_buffered)  # type: ignore[arg-type,type-var]
+    raw: Any = io.BufferedWriter(Full()) if is_buffered else Full()
+    output = io.TextIOWrapper(raw, "utf-8", write_through=not is_buffered)
     monkeypatch.setattr(sys, "stdout", output)
     monkeypatch.setattr(sys, "argv", ["dar", *command])
     monkeypatch.setattr("dar.output._discard", discarded.append)

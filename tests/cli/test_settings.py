@@ -116,8 +116,9 @@ def test_a_folder_that_is_none_is_refused(
     assert why in said
 
 
-def test_an_empty_folder_of_caches_is_the_usual_one() -> None:
-    assert Settings(XDG_CACHE_HOME="").cache_home == Path("~/.cache").expanduser()  # type: ignore[call-arg]
+def test_an_empty_folder_of_caches_is_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert Settings().cache_home == Path("~/.cache").expanduser()
 
 
 @pytest.mark.parametrize("command", ["up", "demo", "serve", "worker", "migrate", "rotate-secrets"])
