@@ -10,7 +10,9 @@ rewards: reward sources, the client of reward services, the reward server.
 training: the trainer; the only folder that imports torch.
 disk: digests of files, and durable writes.
 errors: all errors that a user can see, with their codes and HTTP statuses.
+output: standard output of a command, on any terminal and any disk.
 processes: child processes: restarted when they die, ended with their parent.
+setting_kinds: what a setting must be, so that it fails at the start and not later.
 settings: all settings of an installation, read from ``DAR_*`` variables.
 version: the version.
 """

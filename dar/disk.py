@@ -14,7 +14,8 @@ PRIVATE = 0o077
 """``umask`` of every process of an installation: only its user reads the files that it makes."""
 
 
-OTHER_HOME_HINT = "give a folder that you may write to with --home or DAR_HOME"
+OTHER_FOLDER_HINT = "give a folder that you may write to with"
+OTHER_HOME_HINT = f"{OTHER_FOLDER_HINT} --home or DAR_HOME"
 
 
 def file_sha256(path: Path) -> str:

@@ -324,20 +324,26 @@ def error_from_body(status: int, body: object, *, request_id: str | None = None)
     by_code = [cls for cls in classes if cls.code == code and cls.status == status]
     by_status = [cls for cls in classes if cls.status == status]
     cls = (by_code or by_status or [DARError])[0]
+    listed = error.get("errors")
     problems = [
         Problem(
             message=str(item.get("message", "")),
-            param=item.get("param"),
+            param=_text(item.get("param")),
             code=str(item.get("code", "invalid")),
-            row=item.get("row"),
+            row=row if isinstance(row := item.get("row"), int) else None,
         )
-        for item in error.get("errors") or ()
+        for item in (listed if isinstance(listed, list) else ())
         if isinstance(item, Mapping)
     ]
     return cls(
         str(message),
-        param=error.get("param"),
+        param=_text(error.get("param")),
         code=str(code) if code else None,
         problems=problems,
-        request_id=error.get("request_id") or request_id,
+        request_id=_text(error.get("request_id")) or request_id,
     )
+
+
+def _text(value: object) -> str | None:
+    """``value`` if it is a text: a proxy may send anything under the names of an error."""
+    return value if isinstance(value, str) else None

@@ -156,7 +156,7 @@ def prepare(settings: Settings) -> Runtime:
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
         telemetry=Telemetry(count_jobs, running_values),
-        reward_secret=keys.configure(settings, database),
+        reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),
     )

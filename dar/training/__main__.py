@@ -3,6 +3,7 @@
 import gc
 import sys
 
+from dar.output import written_output
 from dar.training.script.usage import refused
 
 if __name__ == "__main__":
@@ -18,5 +19,6 @@ if __name__ == "__main__":
 
         gc.freeze()
         gc.enable()
-        code = main()
+        with written_output("dar train"):
+            code = main()
     sys.exit(code)

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import orjson
 import stamina
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from dar.errors import ConfigurationError, ServiceUnavailableError
+from dar.rewards.http.redaction import Redactor
 
 Result = TypeVar("Result")
 Clock = Callable[[], datetime]
@@ -150,11 +151,13 @@ class Database:
                 self.ping()
             except DBAPIError as error:
                 if time.monotonic() >= give_up:
-                    where = self.engine.url.render_as_string(hide_password=True)
+                    url = self.engine.url
+                    secrets = (str(url.password or ""), *map(str, url.query.values()))
                     raise ServiceUnavailableError(
-                        f"the database {where} did not answer within {seconds:.0f} s: "
-                        f"{error.orig}; check DAR_DATABASE_URL and that it runs"
-                    ) from error
+                        f"the database {_place(url)} did not answer within {seconds:.0f} s: "
+                        f"{Redactor(secrets)(str(error.orig))}; check DAR_DATABASE_URL and that it "
+                        "runs"
+                    ) from None
                 time.sleep(0.25)
             else:
                 return
@@ -188,7 +191,11 @@ def _engine(url: str) -> Engine:
             "postgresql+psycopg://user:password@host/name"
         ) from None
     if parsed.get_backend_name() == "sqlite":
-        return _sqlite_engine(url)
+        return _sqlite_engine(parsed)
+    if "@" in f"{parsed.host}{parsed.database}":
+        raise ConfigurationError(
+            "DAR_DATABASE_URL: an @ of the user name or the password must be written as %40"
+        )
     return create_engine(
         parsed.set(drivername="postgresql+psycopg"),
         json_serializer=_dumps,
@@ -207,7 +214,19 @@ def _engine(url: str) -> Engine:
     )
 
 
-def _sqlite_engine(url: str) -> Engine:
+def _place(url: URL) -> str:
+    """Where a database is. Its query is left out, as that may have a password."""
+    if url.get_backend_name() == "sqlite":
+        return f"sqlite:///{url.database}"
+    port = "" if url.port is None else f":{url.port}"
+    return f"{url.drivername}://{url.host or ''}{port}/{url.database or ''}"
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    if url.database in {None, "", ":memory:"} or url.query.get("mode") == "memory":
+        raise ConfigurationError(
+            "DAR_DATABASE_URL: a SQLite database must be a file, like sqlite:////srv/dar/dar.db"
+        )
     engine = create_engine(
         url,
         json_serializer=_dumps,

@@ -15,6 +15,7 @@ from dar.cli.main import main
 from dar.client import Client
 from dar.processes import answers
 from dar.settings import environment
+from fakes.command_line import run_command
 
 
 class Up:
@@ -149,3 +150,32 @@ def test_a_home_that_is_a_file_is_refused_in_one_sentence(
     assert f"{home} cannot be used: it is not a folder" in said
     assert "--home or DAR_HOME" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("192.0.2.1", "cannot listen on 192.0.2.1"),
+        (f"{64 * 'x'}.example", "neither the name of a host"),
+        ("", "neither the name of a host"),
+        ("a..b", "neither the name of a host"),
+        ("::g", "neither the name of a host"),
+        ("[::1]", "brackets"),
+    ],
+)
+def test_a_host_to_which_nothing_can_bind_is_refused_with_the_reason(
+    tmp_path: Path, host: str, why: str
+) -> None:
+    before = os.umask(0o077)
+    try:
+        ended = run_command(
+            *("up", "--workers", "0", "--host", host, "--home", str(tmp_path / "home")),
+            environment={},
+        )
+    finally:
+        os.umask(before)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert why in ended.stderr
+    assert "is taken" not in ended.stderr
+    assert "--host" in ended.stderr or "DAR_HOST" in ended.stderr

@@ -65,7 +65,8 @@ def run(service: str, options: Options) -> None:
         else:
             report = asyncio.run(_probe_here(_target(service, options, samples), samples, options))
     if options.as_json:
-        sys.stdout.write(report.model_dump_json() + "\n")
+        # Only ASCII, so that it is JSON in every encoding.
+        sys.stdout.write(json.dumps(report.model_dump(mode="json")) + "\n")
     else:
         screen.show(service, report)
     if not report.ok:
