@@ -88,6 +88,12 @@ SWITCHES = {
     "are removed.",
 }
 """Flags of the command line alone, which a file cannot set, and their help."""
+PATHS = (
+    "config", "model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir",
+    "reward_model_name_or_path", "resume_from_checkpoint", "deepspeed", "fsdp_config",
+    "accelerator_config",
+)  # fmt: skip
+"""Options that may name a file or folder."""
 LIST_OR_TEXT = ("report_to", "optim_target_modules", "debug")
 """Options that take one value as a flag, and also a list in a YAML file."""
 
@@ -121,9 +127,10 @@ def parsed(arguments: Sequence[str], parser: Parser) -> CommandLine:
         SystemExit: The help was requested, and shown.
     """
     typed = vars(parser.parse_args([_underscored(argument) for argument in arguments]))
-    file = typed.pop("config", None)
+    file = _without_tilde("config", typed.pop("config", None))
     is_dry_run, is_overwriting = (typed.pop(name, False) for name in SWITCHES)
-    given = {**(_from_yaml(Path(file), parser) if file else {}), **typed}
+    values = {**(_from_yaml(Path(file), parser) if file else {}), **typed}
+    given = {name: _without_tilde(name, value) for name, value in values.items()}
     for name in REQUIRED:
         if not given.get(name):
             raise InvalidRequestError(
@@ -144,6 +151,28 @@ def parsed(arguments: Sequence[str], parser: Parser) -> CommandLine:
         is_dry_run,
         is_overwriting,
     )
+
+
+def _without_tilde(name: str, value: Any) -> Any:  # noqa: ANN401 - a value of any option
+    """A path, or a list of them, with the folder of its user in place of ``~``.
+
+    A shell does this in ``--output_dir ~/out``, but not in ``--output_dir=~/out`` and not in YAML.
+    It is done once, before anything is checked, so that all checks see the folder that is used.
+    """
+    if name not in PATHS:
+        return value
+    if isinstance(value, list):
+        return [_without_tilde(name, one) for one in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        raise InvalidRequestError(
+            f"--{name} {value}: {value.partition('/')[0]} is no folder of a user; if the name "
+            f"begins with ~, give ./{value}",
+            param=name,
+        ) from None
 
 
 def _evaluates(given: Mapping[str, Any]) -> bool:

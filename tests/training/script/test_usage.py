@@ -11,6 +11,7 @@ import pytest
 
 from dar.errors import InvalidRequestError
 from dar.settings import inherited_environment
+from dar.training.script.arguments import PATHS
 from dar.training.script.assembly import config_of
 from dar.training.script.exits import in_flags
 from dar.training.script.flags import json_object, make_parser
@@ -76,6 +77,55 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_64(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dar train: ")
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output_dir=~/used"], "/used holds an earlier run (checkpoints/step-2)"),
+        (["--config", "~/tilde.yaml"], "/used holds an earlier run (checkpoints/step-2)"),
+        (["--output_dir=~/model", "--overwrite_output_dir"], "would remove the model model"),
+        (
+            ["--model_name_or_path=~/model", "--output_dir=model", "--overwrite_output_dir"],
+            "would remove the model ",
+        ),
+        (
+            ["--reward_model_name_or_path=~/model", "--output_dir=~/", "--overwrite_output_dir"],
+            "would remove the model ",
+        ),
+        (["--output_dir=~/used", "--resume_from_checkpoint=latest"], None),
+        (["--output_dir=used", "--resume_from_checkpoint=~/used/checkpoints/step-10"], None),
+        (["--resume_from_checkpoint=~/used"], "/used is no checkpoint"),
+        (["--model_name_or_path=~/model", "--dataset_name=~/prompts.jsonl"], None),
+        (["--model_name_or_path=~/adapter"], "/adapter holds an adapter without its base model"),
+        (["--dataset_name=~/x.jsonl"], "there is no file or folder"),
+        (["--output_dir=~nobody-here/out"], "~nobody-here is no folder of a user"),
+        (["--dataset_name=~nobody-here.jsonl"], "if the name begins with ~, give ./~nobody-here.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_path_with_a_tilde_is_checked_as_the_folder_that_it_names(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str | None,
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "tilde.yaml").write_text("output_dir: ~/used\n")
+    given = GIVEN[:2] if "--config" in arguments else GIVEN
+    assert refused([*given, *arguments]) == (None if said is None else 64)
+    if said is not None:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
+def test_every_option_that_names_a_file_is_known_as_a_path() -> None:
+    named = {
+        name
+        for name in QuickParser().actions_by_name
+        if name.endswith(("_dir", "_path", "_file")) or name in {"dataset_name", "config"}
+    }
+    assert named - {"overwrite_output_dir"} <= set(PATHS)
 
 
 @pytest.mark.parametrize(
