@@ -362,7 +362,14 @@ def test_bad_input_is_a_paragraph_and_exit_code_64(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("more.csv", "prompt,a\nhello,1\nyes,2,3\n", "more.csv cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3"),
+        ("more.csv", "prompt,a\nhello,1\n\nyes,2,3\n", "more.csv, line 4: 3 fields, but the header has 2; a text with a comma"),
+        ("all.csv", "prompt,a\nHello, world,1\nSay a, then b,2\n", "all.csv, line 2: 3 fields, but the header has 2"),
+        ("less.csv", 'prompt,a\n"two\nlines",1\nyes\n', "less.csv, line 4: 1 field, but the header has 2"),
+        ("same.csv", "prompt,a,a\nhello,1,2\n", "same.csv: the column 'a' occurs twice in the header"),
+        ("index.csv", ",prompt\n0,hello\n", "index.csv: column 1 has no name in the header; name it, or remove it (pandas"),
+        ("quote.csv", 'prompt,a\n"hello" you,1\n', "quote.csv, line 2: not CSV: "),
+        ("open.csv", 'prompt,a\nyes,1\n"hello,1\n', "open.csv, line 3: not CSV: "),
+        ("word.csv", "prompt,completion,reward\na,b,1\na,b,NaN\n", "row 2: reward must be numbers or null, not 'NaN'"),
         ("empty.csv", "", "empty.csv has no rows"),
         ("header.csv", "prompt\n", "header.csv has no rows"),
         ("twice.json", '[{"prompt": "a"}, {"prompt": "b", "x": {"y": 1, "y": 2}}]', "twice.json, row 2: the key 'y' occurs twice"),
@@ -540,7 +547,7 @@ def test_data_sets_come_from_files_and_folders(tmp_path: Path) -> None:
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
     assert list(open_rows(str(tmp_path), split="test")) == rows
     assert list(open_rows(str(tmp_path / "test.jsonl"))) == rows
-    assert open_rows(str(tmp_path / "table.csv"))[0] == {"prompt": "q", "answer": 1}
+    assert open_rows(str(tmp_path / "table.csv"))[0] == {"prompt": "q", "answer": "1"}
     assert list(open_rows(str(tmp_path / "saved"))) == rows
     with pytest.raises(InvalidRequestError, match="has no split 'test', but train"):
         open_rows(str(tmp_path / "saved"), split="test")
@@ -548,6 +555,30 @@ def test_data_sets_come_from_files_and_folders(tmp_path: Path) -> None:
     assert list(open_rows(str(tmp_path / "one"))) == rows
     with pytest.raises(InvalidRequestError, match="has no splits"):
         open_rows(str(tmp_path / "one"), split="validation")
+
+
+def test_the_fields_of_a_csv_file_are_texts_as_written_and_rewards_beside_completions_numbers(
+    tmp_path: Path,
+) -> None:
+    """A reader that guesses types reads 12345678901234567 as 1.2e16 if a row has no value."""
+    exact = ("12345678901234567", "007", "NA", "null", "None", "1.50", "true", " x ", "", "é")
+    table = tmp_path / "table.csv"
+    for encoding, ending in (("utf-8", "\n"), ("utf-8-sig", "\r\n")):
+        text = ending.join(("prompt,a,reward", *(f"q,{value},1" for value in exact), ""))
+        table.write_bytes(text.encode(encoding))
+        assert list(open_rows(str(table))) == [
+            {"prompt": "q", "a": value, "reward": "1"} for value in exact
+        ]
+    table.write_text('prompt,completion,reward,behavior_logps\n"a, ""b""",2,0.5,-3\nc,,,\n')
+    assert list(open_rows(str(table))) == [
+        {"prompt": 'a, "b"', "completion": "2", "reward": 0.5, "behavior_logps": -3.0},
+        {"prompt": "c", "completion": "", "reward": None, "behavior_logps": None},
+    ]
+    table.write_bytes(b"prompt\nx\n\xff\n")
+    with pytest.raises(InvalidRequestError, match=r"table\.csv is not UTF-8"):
+        open_rows(str(table))
+    table.write_text(f"prompt\n{'long ' * 40_000}\n")
+    assert len(open_rows(str(table))[0]["prompt"]) == 200_000
 
 
 def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
