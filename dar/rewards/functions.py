@@ -21,7 +21,7 @@ from dar.rewards.base import (
     trl_completion,
     trl_prompt,
 )
-from dar.rewards.threads import ExitRequestedError, in_daemon_thread
+from dar.rewards.threads import carrying, in_daemon_thread
 
 Returned = Sequence[float | Mapping[str, Any] | None]
 RewardFunction = Callable[..., Returned | Awaitable[Returned]]
@@ -109,12 +109,15 @@ class FunctionReward:
         Raises:
             InvalidRequestError: A column has the name of another argument.
             RewardContractError: It did not return one number, mapping or None per sample.
+            ExitRequestedError: The function raised what is no Exception.
             Exception: The function raised it.
         """
-        try:
-            values = await self._call(self._arguments(samples, context))
-        except (SystemExit, KeyboardInterrupt) as request:
-            raise ExitRequestedError(request) from request
+        return await carrying(self._results(samples, context))
+
+    async def _results(
+        self, samples: Sequence[RewardSample], context: RewardContext
+    ) -> list[RewardResult]:
+        values = await self._call(self._arguments(samples, context))
         return as_results(values, len(samples), f"reward function {self._name}")
 
     async def _call(self, given: dict[str, Any]) -> Returned:

@@ -38,7 +38,7 @@ from dar.training.script.flags import ScriptArguments, make_parser, read_command
 from dar.training.script.main import main
 
 JUDGE = """
-import os, signal, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 
 def short(prompts, completions, **columns):
@@ -55,6 +55,12 @@ def broken(prompts, completions, **columns):
 
 def leaving(prompts, completions, **columns):
     sys.exit(3)
+
+def cancelled(prompts, completions, **columns):
+    raise asyncio.CancelledError("mine")
+
+def ended(prompts, completions, **columns):
+    return [next(iter(()))]
 
 def interrupting(prompts, completions, **columns):
     Path("scored").write_text(Path("scored").read_text() + "." if Path("scored").exists() else ".")
@@ -210,6 +216,12 @@ def test_wandb_without_a_key_is_one_sentence(
         ("unfinished:short", "importing unfinished raised SyntaxError: '(' was never closed", ""),
         ("divided:short", "importing divided raised ZeroDivisionError: division by zero", ""),
         ("judge:leaving", "the reward function raised SystemExit: 3", "sys.exit(3)"),
+        ("judge:cancelled", "the reward function raised CancelledError: mine", "CancelledError("),
+        (
+            "judge:ended",
+            "the reward function raised RuntimeError: StopIteration was raised",
+            "next(",
+        ),
         ("left:short", "importing left raised SystemExit: 0", ""),
     ],
 )
