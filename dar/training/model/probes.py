@@ -31,7 +31,7 @@ def check_finite(model: nn.Module, what: str, *, param: str = "model") -> None:
     Raises:
         TrainingError: There is such a weight.
     """
-    broken = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
+    broken = _broken_weights(model)
     if broken:
         more = ", …" if len(broken) > SHOWN_WEIGHTS else ""
         raise TrainingError(
@@ -42,7 +42,16 @@ def check_finite(model: nn.Module, what: str, *, param: str = "model") -> None:
         )
 
 
-def _is_finite(weight: Tensor) -> bool:
+def is_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return not _broken_weights(model)
+
+
+def _broken_weights(model: nn.Module) -> list[str]:
+    return [name for name, weight in model.named_parameters() if not _is_number(weight)]
+
+
+def _is_number(weight: Tensor) -> bool:
     weight = weight.detach()
     return not weight.is_floating_point() or weight.is_meta or bool(weight.isfinite().all())
 
