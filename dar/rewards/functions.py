@@ -1,8 +1,9 @@
 """Reward functions with TRL's signature ``f(prompts, completions, **columns)`` as sources."""
 
 import inspect
+import itertools
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, TypeGuard
 
@@ -23,6 +24,8 @@ from dar.rewards.base import (
 )
 from dar.rewards.threads import carrying, in_daemon_thread
 
+DATES = ("M", "m")
+"""Kinds of numpy's dates and times, which numpy converts to counts of nanoseconds."""
 Returned = Sequence[float | Mapping[str, Any] | None]
 RewardFunction = Callable[..., Returned | Awaitable[Returned]]
 """Takes the lists ``prompts`` and ``completions``, and columns of the data set by name.
@@ -201,13 +204,16 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
     """
     if not _is_listing(values):
         raise RewardContractError(
-            f"{source} returned a {type(values).__name__}; it must return a list with one number or None per completion",
+            f"{source} returned {_kind(values)}; it must return a list with one number or None per "
+            "completion",
             code="contract.type",
         )
-    found = list(values)
+    is_whole = isinstance(values, Sized)
+    found = list(values if is_whole else itertools.islice(values, expected + 1))
     if len(found) != expected:
+        count = f"{len(found)}" if is_whole or len(found) < expected else f"more than {expected}"
         raise RewardContractError(
-            f"{source} returned {len(found)} reward{'' if len(found) == 1 else 's'} for {expected} "
+            f"{source} returned {count} reward{'' if count == '1' else 's'} for {expected} "
             "completions",
             code="contract.length",
         )
@@ -216,8 +222,9 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
 
 def _is_listing(values: object) -> TypeGuard[Iterable[object]]:
     """Whether ``values`` has one item after another; the order of a set means nothing."""
-    is_one = isinstance(values, str | bytes | bytearray | Mapping | Set)
-    if is_one or not isinstance(values, Iterable):
+    is_one = isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set)
+    is_table = hasattr(values, "columns")  # it would be read as the names of its columns
+    if is_one or is_table or not isinstance(values, Iterable):
         return False
     try:
         iter(values)
@@ -226,12 +233,18 @@ def _is_listing(values: object) -> TypeGuard[Iterable[object]]:
     return True
 
 
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a value of the type {type(value).__name__}"
+
+
 def _as_number(value: object) -> float | None:
     """A real number as a float; None for anything else.
 
     As in TRL, booleans, numpy scalars and one-element tensors are numbers; texts are not, also not
-    numpy's. A complex number would lose its imaginary part.
+    numpy's, and dates and times neither. A complex number would lose its imaginary part.
     """
+    if getattr(getattr(value, "dtype", None), "kind", "") in DATES:
+        return None
     try:
         read = getattr(value, "item", None)
         item = read() if callable(read) else value
@@ -252,7 +265,7 @@ def _as_result(value: object, source: str) -> RewardResult:
     reward = _as_number(value)
     if reward is None:
         raise RewardContractError(
-            f"{source} returned a {type(value).__name__} as a reward; it must be a number or None",
+            f"{source} returned {_kind(value)} as a reward; it must be a number or None",
             code="contract.type",
         )
     if not math.isfinite(reward):
@@ -290,7 +303,8 @@ def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
         result = SampleResult.model_validate({**given, "id": ""})
     except ValidationError as invalid:
         first = invalid.errors(include_url=False, include_input=False, include_context=False)[0]
-        what = f"{source} returned a mapping: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        place = "".join(f"{one}: " for one in [".".join(map(str, first["loc"]))] if one)
+        what = f"{source} returned a mapping: {place}{first['msg']}"
         if first["type"] in _BAD_NUMBERS:
             return Failed(_BAD_NUMBERS[first["type"]], what, is_transient=False)
         raise RewardContractError(what, code="contract.form") from None
