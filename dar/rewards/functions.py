@@ -83,6 +83,7 @@ class FunctionReward:
         self._name = name or function_name(function)
         self._parameters = _parameters(function)
         self._accepted = _accepted_names(self._parameters)
+        self._bound = _bound_argument(function)
         if self._accepted is not None and "completions" not in self._accepted:
             raise ConfigurationError(
                 f"reward function {self._name} has no parameter named completions; "
@@ -138,6 +139,13 @@ class FunctionReward:
         names = dict.fromkeys(name for sample in samples for name in sample.columns)
         for name in names:
             check_column_name(name)
+            if name == self._bound:
+                raise InvalidRequestError(
+                    f"the column {name!r} has the name of the first argument of the reward "
+                    f"function {self._name}, which Python fills in; rename the column",
+                    param=name,
+                    code="reserved_column",
+                )
         arguments: dict[str, Any] = {
             **{name: [sample.columns.get(name) for sample in samples] for name in names},
             "prompts": [trl_prompt(sample) for sample in samples],
@@ -180,6 +188,17 @@ def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
     except (TypeError, ValueError):  # some built-in callables have no signature
         anything = inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)
         return {anything.name: anything}
+
+
+def _bound_argument(function: RewardFunction) -> str | None:
+    """Name of the argument that holds the object of a method, mostly ``self``."""
+    plain = getattr(function, "__func__", None)
+    if plain is None and not inspect.isroutine(function):
+        plain = getattr(type(function), "__call__", None)  # noqa: B004 - its signature is read
+    names = _parameters(plain) if callable(plain) else {}
+    first = next(iter(names.values()), None)
+    is_keyword = first is not None and first.kind is first.POSITIONAL_OR_KEYWORD
+    return first.name if first is not None and is_keyword else None
 
 
 def _accepted_names(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str] | None:

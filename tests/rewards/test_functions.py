@@ -237,6 +237,32 @@ async def test_every_kind_of_callable_works(score: Score, function: Any) -> None
     assert await score(function) == [Scored(2.0)] * 2
 
 
+class Method:
+    """A reward function that is a method with any columns."""
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        return [1.0 for _ in completions]
+
+    def judge(self, completions: list[str], **columns: Any) -> list[float]:
+        return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize("function", [Method(), Method().judge])
+async def test_a_column_named_as_the_object_of_a_method_is_refused(
+    score: Score, function: Any
+) -> None:
+    assert await score(function, columns={"other": 1}) == [Scored(1.0)] * 2
+    with pytest.raises(InvalidRequestError, match="the column 'self' has the name of the first"):
+        await score(function, columns={"self": 1})
+
+
+async def test_a_column_named_self_reaches_a_plain_function(score: Score) -> None:
+    assert (
+        await score(lambda completions, **columns: columns["self"], columns={"self": 3})
+        == [Scored(3.0)] * 2
+    )
+
+
 async def test_a_plain_function_may_block(score: Score) -> None:
     released = threading.Event()
 
