@@ -535,7 +535,21 @@ def test_flags_go_before_the_file_and_both_before_the_preset(tmp_path: Path) -> 
     [
         ("alhpa: 1", "there is no option 'alhpa'"),
         ("config: other.yaml", "there is no option 'config'"),
-        ("alpha: [1]", "alpha: invalid value [1]"),
+        ("alpha: [1]", "alpha takes texts and numbers, but it is a list"),
+        ("stop: [a, null]", "stop takes texts and numbers, but an item is null"),
+        ("stop: [[a]]", "stop takes texts and numbers, but an item is a list"),
+        ("report_to: [a, {b: c}]", "report_to takes texts and numbers, but an item is a mapping"),
+        ("run_name: {a: b}", "run_name takes texts and numbers, but it is a mapping"),
+        ("model_name_or_path: {a: b}", "model_name_or_path takes texts and numbers"),
+        (
+            "run_name: !!binary aGk=",
+            "run_name takes texts and numbers, but it is of the type bytes",
+        ),
+        ("run_name: !!timestamp 2026-13-01", "is not YAML: month must be in 1..12"),
+        (f"deepspeed: {{a: {'1' * 5000}}}", "is not YAML: Exceeds the limit"),
+        (f"seed: {'1' * 5000}", "seed: invalid value '1111"),
+        (f"stop: {'[' * 3000}", "is nested too deeply"),
+        ("max_steps: yes", "max_steps: invalid value 'yes'"),
         (
             "adv_norm: sideways",
             "adv_norm is 'sideways', but must be one of none, per_prompt, batch",
@@ -550,6 +564,36 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, content: str, said
     with pytest.raises(InvalidRequestError) as error:
         read_command_line(command("--config", str(file)))
     assert said in str(error.value)
+
+
+def test_the_texts_of_a_file_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """To YAML itself they are the numbers 7 and 750, a boolean, a date and the number 1000."""
+    file = tmp_path / "run.yaml"
+    texts = ["007", "12:30", "yes", "2026-01-02", "1e3", "1_000", "="]
+    lines = [f"stop: [{', '.join(texts)}]", "run_name: 010", "save_strategy: no", "bf16: off"]
+    lines += ["seed: 010", "chat_template_kwargs: {depth: 3, is_short: no}", "max_grad_norm: 1e-2"]
+    file.write_text("\n".join(lines))
+    config = read_command_line(command("--config", str(file))).config
+    assert config["stop"] == texts
+    assert config["run_name"] == "010"
+    assert config["chat_template_kwargs"] == {"depth": 3, "is_short": False}
+    assert (config["seed"], config["bf16"], config["max_grad_norm"]) == (10, False, 0.01)
+    assert getattr(config["save_strategy"], "value", config["save_strategy"]) == "no"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stop", "a", "--stop", "b"], "--stop occurs twice; give all its values at once: --stop A B"),
+        (["--seed=1", "--seed=1"], "--seed occurs twice; keep one"),
+        (["--save-steps", "1", "--save_steps=2"], "--save_steps occurs twice; keep one"),
+        (["--bf16", "--no_bf16"], "--bf16 occurs twice; keep one"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config occurs twice; keep one"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_occurs_twice_is_refused(arguments: list[str], said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        read_command_line(command(*arguments))
 
 
 def test_data_sets_come_from_files_and_folders(tmp_path: Path) -> None:
