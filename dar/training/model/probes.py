@@ -134,10 +134,12 @@ def check_repeatable(model: LanguageModel, *, param: str = "model") -> None:
             module.eval()
     length, vocabulary = _probe_size(model)
     places_1T = torch.arange(length, device=device)[None]
-    first_1TV, second_1TV = (
-        model(input_ids=places_1T % vocabulary, position_ids=places_1T, use_cache=False).logits
-        for _ in range(2)
-    )
+    given = {
+        "input_ids": places_1T % vocabulary,
+        "attention_mask": torch.ones_like(places_1T),
+        "position_ids": places_1T,
+    }
+    first_1TV, second_1TV = (model(**given, use_cache=False).logits for _ in range(2))
     model.train(is_training)
     rounding = max(MOST_ROUNDING, 4 * torch.finfo(first_1TV.dtype).eps)
     difference = (first_1TV.double() - second_1TV.double()).abs().max()

@@ -585,7 +585,7 @@ def test_the_texts_of_a_file_are_read_as_they_are_written(tmp_path: Path) -> Non
         (["--stop", "a", "--stop", "b"], "--stop occurs twice; give all its values at once: --stop A B"),
         (["--seed=1", "--seed=1"], "--seed occurs twice; keep one"),
         (["--save-steps", "1", "--save_steps=2"], "--save_steps occurs twice; keep one"),
-        (["--bf16", "--no_bf16"], "--bf16 occurs twice; keep one"),
+        (["--dataloader_pin_memory", "--no_dataloader_pin_memory"], "--dataloader_pin_memory occurs twice"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config occurs twice; keep one"),
     ],
 )  # fmt: skip
