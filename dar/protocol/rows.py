@@ -566,6 +566,8 @@ def _numbers(value: Any, name: str, count: int) -> list[Any]:  # noqa: ANN401 - 
     if count == 1 and is_number(value):
         return [value]
     values = None if isinstance(value, str | Mapping) else as_list(value)
+    if values is None and count == 1:
+        raise RowError(f"{name} must be a number or null, not {value!r:.80}", name)
     if values is None or len(values) != count:
         raise RowError(
             f"needs {count} {name}, one for each completion, but has {value!r:.80}",
@@ -675,10 +677,15 @@ def as_list(value: object) -> list[Any] | None:
 
 def kind_of_value(value: object) -> str:
     """The type of a value, in words."""
-    names = {str: "a text", bool: "a boolean", type(None): "null"}
+    if value is None:
+        return "null"
+    kinds = ((str, "a text"), (bool, "a boolean"), (Real, "a number"))
+    for kind, words in kinds:
+        if isinstance(value, kind):
+            return words
     if isinstance(value, Mapping):
         return "an object"
     items = as_list(value)
     if items is not None:
         return "a list" if items else "an empty list"
-    return names.get(type(value), "a number")
+    return f"of the type {type(value).__name__}"

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.errors import InvalidRequestError, ServiceUnavailableError, TrainingError
 from dar.training.model.adapters import ADAPTER_CONFIG
 from dar.training.model.loading import (
     load_model,
@@ -13,6 +13,7 @@ from dar.training.model.loading import (
     merge_adapters,
     read_adapter_config,
 )
+from dar.training.model.probes import check_finite, is_finite
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -31,7 +32,8 @@ def merge(folder: Path, output: Path, base: str | None = None) -> None:
     Raises:
         InvalidRequestError: ``folder`` is no adapter, its base is unknown, or ``output`` exists or
             cannot be made.
-        TrainingError: The base cannot be loaded, or the adapter is damaged or does not fit it.
+        TrainingError: The base cannot be loaded, the adapter is damaged or does not fit it, or a
+            weight of the sum is not finite.
         ServiceUnavailableError: The hub cannot be reached.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -79,7 +81,15 @@ def _write_merged(folder: Path, output: Path, source: str) -> None:
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(folder if has_tokenizer else source)
     merged: Any = merge_adapters(model.float(), [folder])
+    what = f"the sum of the adapter {folder} and its base model"
+    check_finite(merged, what, param="folder")
     merged.to(saved_as)
+    if not is_finite(merged):
+        raise TrainingError(
+            f"{what} has weights that {saved_as} cannot hold, the number format of the base "
+            "model's files; give the base model in bfloat16 or float32 with --base",
+            param="base",
+        )
     merged.save_pretrained(output)
     tokenizer.save_pretrained(str(output))
 

@@ -24,7 +24,7 @@ from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
 from dar.rewards.from_spec import RewardAccess
 from dar.training.argument_kinds import with_checked_kinds
-from dar.training.checkpoint.fingerprint import decisive_facts
+from dar.training.checkpoint.fingerprint import decisive_facts, part_digests
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
 from dar.training.checkpoint.resume import RunCheckpoints
@@ -268,6 +268,7 @@ class DARTrainer(OptimizingTrainer):
             decisive=decisive_facts(
                 self.args, policy.model, self.train_dataset, policy.base_sketch, terms
             ),
+            parts=part_digests(policy.model, policy.tokenizer),
             is_resized=policy.is_resized,
             members=(self._loop, self._evaluation, self._rewards),
             last_report=lambda: reporter.reported,

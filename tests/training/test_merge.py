@@ -1,6 +1,7 @@
 """A downloaded adapter, used and merged by a user who has nothing but its files and the base."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -245,6 +246,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other names": (weights_of(lambda own: {f"x.{k}": v for k, v in own.items()}), "lacks "),
     "one more": (weights_of(lambda own: own | {"x": torch.ones(1)}), "has unknown weights"),
     "other shapes": (weights_of(lambda own: {k: v[:1] for k, v in own.items()}), "size mismatch"),
+    "NaN": (
+        weights_of(lambda own: {k: v * math.nan for k, v in own.items()}),
+        "weights that are NaN",
+    ),
+    "too large": (
+        weights_of(lambda own: {k: v + 1e30 for k, v in own.items()}),
+        "weights that are NaN",
+    ),
     "cut off": (written(WEIGHTS, b"xx"), "does not fit the model, or its files are damaged"),
     "config cut off": (written(CONFIG, b"{"), "is not the config of an adapter"),
     "config in no encoding": (written(CONFIG, b"\xff{}"), "is not the config of an adapter"),
@@ -274,6 +283,23 @@ def test_a_damaged_adapter_is_refused_and_nothing_is_written(
     assert line.startswith("dar: ")
     assert message in line
     assert [one.name for one in tmp_path.iterdir() if "merged" in one.name] == []
+
+
+def test_a_sum_beyond_the_number_format_of_the_base_is_not_written(
+    saved_adapter: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(saved_adapter, tmp_path / "large")
+    weights_of(lambda own: {k: v + 1e3 for k, v in own.items()})(folder)
+    half = tmp_path / "half"
+    load_model(base, dtype=torch.float16).save_pretrained(half)
+    tiny_models.tokenizer().save_pretrained(half)
+    assert merge(monkeypatch, folder, "--base", half, "-o", tmp_path / "merged") == 1
+    assert "has weights that torch.float16 cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_merged_model_is_not_written_where_no_folder_can_be(

@@ -296,18 +296,21 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, as log-probabilities are compared between passes."""
+    """Set every dropout probability to 0, as log-probabilities are compared between passes.
+
+    The jitter of a router of experts is noise of training passes as well.
+    """
     for path, module in model.named_modules():
         if "lora_dropout" in path:
             continue  # an adapter's own dropout acts in training passes only
         for name, value in list(vars(module).items()):
             is_probability = name == "p" and isinstance(module, nn.Dropout)
-            if isinstance(value, float) and (is_probability or "drop" in name):
+            if isinstance(value, float) and (is_probability or "drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
 
 def check_forward(model: LanguageModel, *, param: str = "model") -> None:
-    """Reject an architecture that takes no positions, or cannot leave out logits.
+    """Reject an architecture that takes no positions from 0 up, or cannot leave out logits.
 
     Raises:
         TrainingError: It does not take both.
@@ -321,6 +324,26 @@ def check_forward(model: LanguageModel, *, param: str = "model") -> None:
             "architecture",
             param=param,
         )
+    if reserved := _reserved_positions(base):
+        raise TrainingError(
+            f"{type(base).__name__} counts positions from {reserved} up, so its log-probabilities "
+            "would be wrong; use a decoder-only model of another architecture",
+            param=param,
+        )
+
+
+def _reserved_positions(model: nn.Module) -> int:
+    """Positions that no token gets: RoBERTa and its relatives count from behind their padding."""
+    return max(
+        (
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ),
+        default=0,
+    )
 
 
 def check_trainable(model: LanguageModel) -> None:
@@ -364,7 +387,7 @@ def unchanged_cache_option(model: LanguageModel) -> Iterator[None]:
 def context_length(model: LanguageModel) -> int | None:
     """Longest sequence of the model in tokens; None if its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) - _reserved_positions(model) if length else None
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

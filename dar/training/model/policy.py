@@ -71,6 +71,7 @@ class Policy:
         loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
         has_new_ends = loading.complete_generation_config(policy, tokenizer)
         loading.disable_dropout(policy)
+        probes.check_repeatable(policy)
         sketch = loading.weights_sketch(policy)
         reference: nn.Module | None = ref_model
         transformers.set_seed(config.seed)  # for the random weights of a new adapter

@@ -1,8 +1,7 @@
-"""What a model must be before it is trained, whatever its architecture: finite and causal.
+"""What a model must be before it is trained, whatever its architecture: finite, causal, repeatable.
 
-A model that is neither trains without an error, and all its numbers are wrong. So both are measured
-when a model is loaded, not read from its config: the options that turn causality off differ between
-architectures.
+A model that is not trains without an error, and all its numbers are wrong. So this is measured when
+a model is loaded, not read from its config, as the options differ between architectures.
 """
 
 import torch
@@ -32,7 +31,7 @@ def check_finite(model: nn.Module, what: str, *, param: str = "model") -> None:
     Raises:
         TrainingError: There is such a weight.
     """
-    broken = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
+    broken = _broken_weights(model)
     if broken:
         more = ", …" if len(broken) > SHOWN_WEIGHTS else ""
         raise TrainingError(
@@ -43,7 +42,16 @@ def check_finite(model: nn.Module, what: str, *, param: str = "model") -> None:
         )
 
 
-def _is_finite(weight: Tensor) -> bool:
+def is_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return not _broken_weights(model)
+
+
+def _broken_weights(model: nn.Module) -> list[str]:
+    return [name for name, weight in model.named_parameters() if not _is_number(weight)]
+
+
+def _is_number(weight: Tensor) -> bool:
     weight = weight.detach()
     return not weight.is_floating_point() or weight.is_meta or bool(weight.isfinite().all())
 
@@ -58,9 +66,7 @@ def check_causal(model: LanguageModel, *, param: str = "model") -> None:
     Raises:
         TrainingError: Logits depend on later tokens, are not finite, or cannot be computed.
     """
-    text = model.config.get_text_config()
-    length = min(PROBE_TOKENS, getattr(text, "max_position_embeddings", None) or PROBE_TOKENS)
-    vocabulary = int(text.vocab_size)
+    length, vocabulary = _probe_size(model)
     if length < 2 or vocabulary < 2:  # there is nothing to compare
         return
     device = next(model.parameters()).device
@@ -99,6 +105,51 @@ def check_causal(model: LanguageModel, *, param: str = "model") -> None:
             "log-probabilities of a completion would not be those that it was sampled with; use a "
             "decoder-only model, and turn off options of its config such as "
             "use_bidirectional_attention, or is_decoder=false",
+            param=param,
+        )
+
+
+def _probe_size(model: LanguageModel) -> tuple[int, int]:
+    """Length of a probe and size of the vocabulary."""
+    text = model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or PROBE_TOKENS
+    return min(PROBE_TOKENS, context), int(text.vocab_size)
+
+
+@torch.no_grad()
+def check_repeatable(model: LanguageModel, *, param: str = "model") -> None:
+    """Reject a model whose logits differ between two passes in training mode.
+
+    Noise that is left when dropout is off would be in every log-probability. An adapter's own
+    dropout is no such noise: it acts in training passes only, as it should.
+
+    Raises:
+        TrainingError: The logits differ.
+    """
+    device = next(model.parameters()).device
+    is_training = model.training
+    model.train()
+    for path, module in model.named_modules():
+        if "lora_dropout" in path:
+            module.eval()
+    length, vocabulary = _probe_size(model)
+    places_1T = torch.arange(length, device=device)[None]
+    given = {
+        "input_ids": places_1T % vocabulary,
+        "attention_mask": torch.ones_like(places_1T),
+        "position_ids": places_1T,
+    }
+    options = {"use_cache": False, "logits_to_keep": length}
+    first_1TV, second_1TV = (model(**given, **options).logits for _ in range(2))
+    model.train(is_training)
+    rounding = max(MOST_ROUNDING, 4 * torch.finfo(first_1TV.dtype).eps)
+    difference = (first_1TV.double() - second_1TV.double()).abs().max()
+    if difference > rounding * first_1TV.abs().max():
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        raise TrainingError(
+            f"{type(base).__name__} returns other logits in each training pass, so its "
+            "log-probabilities would be those of no model; set every dropout and jitter of its "
+            "config to 0",
             param=param,
         )
 

@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, a file that may not be read
         place = f": {error.filename}" if error.filename else ""
         return end(f"{error.strerror or error}{place}", ScriptExit.FAILED)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a reward function may raise anything
-        return fail_by_function(error)
     except KeyboardInterrupt:
         return end("interrupted before the first step; nothing was trained", ScriptExit.INTERRUPTED)
+    except BaseException as error:  # noqa: BLE001 - a reward function may raise anything
+        return fail_by_function(error)
 
 
 def run(line: CommandLine) -> int:

@@ -23,6 +23,7 @@ from dar.protocol.reward_spec import Rewards
 from dar.training import DARTrainer
 from dar.training.checkpoint.checkpoint import publish, verify
 from dar.training.checkpoint.fingerprint import environment, reward_terms
+from fakes import tiny_models
 from fakes.recording_sink import RecordingSink
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
@@ -265,6 +266,23 @@ def test_a_resume_under_other_data_or_weights_is_refused(
         train(trained / "step-2", settings=SAVING, train_dataset=prompts[:4])
     with pytest.raises(CheckpointError, match="arguments: the base model has other weights;"):
         train(trained / "step-2", settings=SAVING, model=make_model(1))
+
+
+def test_a_resume_with_another_tokenizer_or_other_frozen_weights_is_refused(
+    train: Callable[..., DARTrainer], trained: Path, make_model: Callable[..., LlamaForCausalLM]
+) -> None:
+    templated, larger = tiny_models.tokenizer(), tiny_models.tokenizer()
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    larger.add_tokens(["w63w63"])
+    frozen = make_model()
+    frozen.model.requires_grad_(requires_grad=False)
+    for change, said in (
+        ({"processing_class": templated}, "the tokenizer has another chat template"),
+        ({"processing_class": larger}, "the tokenizer has another vocabulary"),
+        ({"model": frozen}, "other weights of the model are trained, and others frozen"),
+    ):
+        with pytest.raises(CheckpointError, match=f"with other arguments: {said}"):
+            train(trained / "step-2", settings=SAVING, **change)
 
 
 def test_a_resume_under_other_reward_terms_is_refused(

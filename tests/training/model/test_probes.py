@@ -12,7 +12,15 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from dar.errors import DARError, InvalidRequestError, TrainingError
@@ -64,6 +72,67 @@ def test_a_model_that_reads_later_tokens_is_refused(
     assert type(make()).__name__ in refused.value.message
     assert refused.value.param == role
     assert sink.phases == []
+
+
+def mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.3)
+    )
+
+
+def phimoe() -> PreTrainedModel:
+    more = {"num_key_value_heads": 2, "num_local_experts": 4}
+    jitter = {"router_jitter_noise": 0.3, "input_jitter_noise": 0.3}
+    return PhimoeForCausalLM(PhimoeConfig(**SIZES, **more, **jitter))
+
+
+def persimmon() -> PreTrainedModel:
+    return PersimmonForCausalLM(PersimmonConfig(**SIZES, attention_dropout=0.4))
+
+
+class NoisyModel(LlamaForCausalLM):
+    """Adds noise in training passes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        if self.training:
+            out.logits = out.logits + 0.1 * torch.randn_like(out.logits)
+        return out
+
+
+@pytest.mark.parametrize("make", [mixtral, phimoe])
+def test_the_jitter_of_a_router_is_off(
+    train: Callable[..., DARTrainer], make: Callable[[], PreTrainedModel]
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    assert train(model=model, settings={"max_steps": 1}).state.global_step == 1
+    model.train()
+    ids_1T = torch.arange(8)[None]
+    assert torch.equal(model(input_ids=ids_1T).logits, model(input_ids=ids_1T).logits)
+
+
+@pytest.mark.parametrize(
+    "make", [persimmon, lambda: NoisyModel(tiny_models.config())], ids=["dropout", "noise"]
+)
+def test_a_model_with_noise_in_training_passes_is_refused(
+    train: Callable[..., DARTrainer], sink: RecordingSink, make: Callable[[], PreTrainedModel]
+) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(
+        TrainingError, match="returns other logits in each training pass"
+    ) as refused:
+        train(model=make(), sink=sink)
+    assert refused.value.param == "model"
+    assert sink.phases == []
+
+
+def test_a_model_that_counts_positions_from_behind_its_padding_is_refused(
+    train: Callable[..., DARTrainer],
+) -> None:
+    model = RobertaForCausalLM(RobertaConfig(**SIZES, is_decoder=True))
+    with pytest.raises(TrainingError, match="counts positions from 2 up"):
+        train(model=model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

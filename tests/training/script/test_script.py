@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
-from huggingface_hub import constants
+from datasets import Dataset
 from huggingface_hub.utils import logging as hub_logging
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
@@ -27,18 +26,17 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.errors import InvalidRequestError
 from dar.protocol.samples import ReportedSample
 from dar.settings import inherited_environment
 from dar.training import DARConfig, DARTrainer
-from dar.training.data.sets import open_rows
 from dar.training.report.console import TrainingConsole, report_line, samples_table
 from dar.training.script.assembly import config_of
 from dar.training.script.flags import ScriptArguments, make_parser, read_command_line
 from dar.training.script.main import main
 
 JUDGE = """
-import os, signal, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 
 def short(prompts, completions, **columns):
@@ -55,6 +53,12 @@ def broken(prompts, completions, **columns):
 
 def leaving(prompts, completions, **columns):
     sys.exit(3)
+
+def cancelled(prompts, completions, **columns):
+    raise asyncio.CancelledError("mine")
+
+def ended(prompts, completions, **columns):
+    return [next(iter(()))]
 
 def interrupting(prompts, completions, **columns):
     Path("scored").write_text(Path("scored").read_text() + "." if Path("scored").exists() else ".")
@@ -210,6 +214,12 @@ def test_wandb_without_a_key_is_one_sentence(
         ("unfinished:short", "importing unfinished raised SyntaxError: '(' was never closed", ""),
         ("divided:short", "importing divided raised ZeroDivisionError: division by zero", ""),
         ("judge:leaving", "the reward function raised SystemExit: 3", "sys.exit(3)"),
+        ("judge:cancelled", "the reward function raised CancelledError: mine", "CancelledError("),
+        (
+            "judge:ended",
+            "the reward function raised RuntimeError: StopIteration was raised",
+            "next(",
+        ),
         ("left:short", "importing left raised SystemExit: 0", ""),
     ],
 )
@@ -362,7 +372,14 @@ def test_bad_input_is_a_paragraph_and_exit_code_64(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("more.csv", "prompt,a\nhello,1\nyes,2,3\n", "more.csv cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3"),
+        ("more.csv", "prompt,a\nhello,1\n\nyes,2,3\n", "more.csv, line 4: 3 fields, but the header has 2; a text with a comma"),
+        ("all.csv", "prompt,a\nHello, world,1\nSay a, then b,2\n", "all.csv, line 2: 3 fields, but the header has 2"),
+        ("less.csv", 'prompt,a\n"two\nlines",1\nyes\n', "less.csv, line 4: 1 field, but the header has 2"),
+        ("same.csv", "prompt,a,a\nhello,1,2\n", "same.csv: the column 'a' occurs twice in the header"),
+        ("index.csv", ",prompt\n0,hello\n", "index.csv: column 1 has no name in the header; name it, or remove it (pandas"),
+        ("quote.csv", 'prompt,a\n"hello" you,1\n', "quote.csv, line 2: not CSV: "),
+        ("open.csv", 'prompt,a\nyes,1\n"hello,1\n', "open.csv, line 3: not CSV: "),
+        ("word.csv", "prompt,completion,reward\na,b,1\na,b,NaN\n", "row 2: reward must be a number or null, not 'NaN'"),
         ("empty.csv", "", "empty.csv has no rows"),
         ("header.csv", "prompt\n", "header.csv has no rows"),
         ("twice.json", '[{"prompt": "a"}, {"prompt": "b", "x": {"y": 1, "y": 2}}]', "twice.json, row 2: the key 'y' occurs twice"),
@@ -516,7 +533,21 @@ def test_flags_go_before_the_file_and_both_before_the_preset(tmp_path: Path) -> 
     [
         ("alhpa: 1", "there is no option 'alhpa'"),
         ("config: other.yaml", "there is no option 'config'"),
-        ("alpha: [1]", "alpha: invalid value [1]"),
+        ("alpha: [1]", "alpha takes texts and numbers, but it is a list"),
+        ("stop: [a, null]", "stop takes texts and numbers, but an item is null"),
+        ("stop: [[a]]", "stop takes texts and numbers, but an item is a list"),
+        ("report_to: [a, {b: c}]", "report_to takes texts and numbers, but an item is a mapping"),
+        ("run_name: {a: b}", "run_name takes texts and numbers, but it is a mapping"),
+        ("model_name_or_path: {a: b}", "model_name_or_path takes texts and numbers"),
+        (
+            "run_name: !!binary aGk=",
+            "run_name takes texts and numbers, but it is of the type bytes",
+        ),
+        ("run_name: !!timestamp 2026-13-01", "is not YAML: month must be in 1..12"),
+        (f"deepspeed: {{a: {'1' * 5000}}}", "is not YAML: Exceeds the limit"),
+        (f"seed: {'1' * 5000}", "seed: invalid value '1111"),
+        (f"stop: {'[' * 3000}", "is nested too deeply"),
+        ("max_steps: yes", "max_steps: invalid value 'yes'"),
         (
             "adv_norm: sideways",
             "adv_norm is 'sideways', but must be one of none, per_prompt, batch",
@@ -533,27 +564,34 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, content: str, said
     assert said in str(error.value)
 
 
-def test_data_sets_come_from_files_and_folders(tmp_path: Path) -> None:
-    rows = [{"prompt": "a"}, {"prompt": "b"}]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "table.csv").write_text("prompt,answer\nq,1\n")
-    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
-    assert list(open_rows(str(tmp_path), split="test")) == rows
-    assert list(open_rows(str(tmp_path / "test.jsonl"))) == rows
-    assert open_rows(str(tmp_path / "table.csv"))[0] == {"prompt": "q", "answer": 1}
-    assert list(open_rows(str(tmp_path / "saved"))) == rows
-    with pytest.raises(InvalidRequestError, match="has no split 'test', but train"):
-        open_rows(str(tmp_path / "saved"), split="test")
-    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
-    assert list(open_rows(str(tmp_path / "one"))) == rows
-    with pytest.raises(InvalidRequestError, match="has no splits"):
-        open_rows(str(tmp_path / "one"), split="validation")
+def test_the_texts_of_a_file_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """To YAML itself they are the numbers 7 and 750, a boolean, a date and the number 1000."""
+    file = tmp_path / "run.yaml"
+    texts = ["007", "12:30", "yes", "2026-01-02", "1e3", "1_000", "="]
+    lines = [f"stop: [{', '.join(texts)}]", "run_name: 010", "save_strategy: no", "bf16: off"]
+    lines += ["seed: 010", "chat_template_kwargs: {depth: 3, is_short: no}", "max_grad_norm: 1e-2"]
+    file.write_text("\n".join(lines))
+    config = read_command_line(command("--config", str(file))).config
+    assert config["stop"] == texts
+    assert config["run_name"] == "010"
+    assert config["chat_template_kwargs"] == {"depth": 3, "is_short": False}
+    assert (config["seed"], config["bf16"], config["max_grad_norm"]) == (10, False, 0.01)
+    assert getattr(config["save_strategy"], "value", config["save_strategy"]) == "no"
 
 
-def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the variable of this name says
-    with pytest.raises(ServiceUnavailableError, match="hub cannot be reached to load the data set"):
-        open_rows("somebody/prompts")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stop", "a", "--stop", "b"], "--stop occurs twice; give all its values at once: --stop A B"),
+        (["--seed=1", "--seed=1"], "--seed occurs twice; keep one"),
+        (["--save-steps", "1", "--save_steps=2"], "--save_steps occurs twice; keep one"),
+        (["--dataloader_pin_memory", "--no_dataloader_pin_memory"], "--dataloader_pin_memory occurs twice"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config occurs twice; keep one"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_occurs_twice_is_refused(arguments: list[str], said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        read_command_line(command(*arguments))
 
 
 # --- the screen -----------------------------------------------------------------------------------
