@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dar.errors import ConfigurationError
@@ -54,6 +61,21 @@ def _key(key: SecretStr) -> SecretStr:
     return SecretStr(plain_key(key.get_secret_value()))
 
 
+def _hub_token(token: SecretStr | None) -> SecretStr | None:
+    """``token`` without spaces around it; None if nothing is left.
+
+    Raises:
+        ValueError: No header can carry it. The message does not show it.
+    """
+    plain = "" if token is None else token.get_secret_value().strip()
+    if not all("!" <= ch <= "~" for ch in plain):
+        raise ValueError(
+            "a token of the hub (DAR_HF_TOKEN, else HF_TOKEN) is visible ASCII characters, but this "
+            "one has a space, a line break or another character in it; copy it again"
+        )
+    return SecretStr(plain) if plain else None
+
+
 def _network(cidr: str) -> str:
     ipaddress.ip_network(cidr)
     return cidr
@@ -63,6 +85,7 @@ MAX_KEY = 256
 """Longest API key or worker key, in characters."""
 
 Key = Annotated[SecretStr, AfterValidator(_key)]
+HubToken = Annotated[SecretStr | None, AfterValidator(_hub_token)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -225,6 +248,12 @@ class Settings(BaseSettings):
 
     is_offline: bool = Field(default=False)
     """Whether trainers must not use the model hub."""
+
+    hf_token: HubToken = Field(
+        default=None, validation_alias=AliasChoices("DAR_HF_TOKEN", "HF_TOKEN")
+    )
+    """Token of the model hub with which trainers load gated and private models; without
+    ``DAR_HF_TOKEN`` it is that in ``HF_TOKEN``, and without both the one of ``hf auth login``."""
 
     @property
     def service_url(self) -> str:
