@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import hf_api
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
@@ -210,14 +211,30 @@ def load_tokenizer(
         HubUnreachableError: The hub cannot be reached.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(name), trust_remote_code=False, local_files_only=is_offline, token=token
-        )
+        with _hub_account(token):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(name), trust_remote_code=False, local_files_only=is_offline, token=token
+            )
     except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself
         what = f"the tokenizer of the model {str(name)!r}"
         failed = f"the model {str(name)!r} has no tokenizer that can be loaded"
         blame(error, what, failed, param="model", is_offline=is_offline)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _hub_account(token: str | None) -> Iterator[None]:
+    """Have transformers use ``token`` where it does not pass on what it was given.
+
+    5.23 lists the files beside a tokenizer, and asks what Mistral's were made from, without it.
+    """
+    api = hf_api()
+    before = api.token
+    api.token = before if token is None else token
+    try:
+        yield
+    finally:
+        api.token = before
 
 
 def merge_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
