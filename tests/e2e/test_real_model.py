@@ -48,8 +48,11 @@ def chat(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-def log_probability(model: Any, tokenizer: Any, question: str, sample: Sample) -> float:
-    """Of a completion and its end after the question in the model's own template, in nats."""
+def log_probability(model: Any, tokenizer: Any, question: str, sample: Sample) -> float | None:
+    """Of a completion and its end after the question in the model's own template, in nats.
+
+    None: the model wrote the text in other tokens than those that the tokenizer makes of it.
+    """
     rendered = tokenizer.apply_chat_template(
         chat(question), add_generation_prompt=True, tokenize=False
     )
@@ -58,7 +61,8 @@ def log_probability(model: Any, tokenizer: Any, question: str, sample: Sample) -
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in (rendered, sample.completion + end)
     )
-    assert len(after) == sample.completion_tokens
+    if len(after) != sample.completion_tokens:
+        return None
     with torch.no_grad():
         logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
     chosen = logits.log_softmax(-1)[range(len(after)), after]
@@ -67,6 +71,7 @@ def log_probability(model: Any, tokenizer: Any, question: str, sample: Sample) -
 
 @pytest.mark.slow  # a model of 135 million weights is trained; before the first time it is downloaded
 @pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
 def test_a_real_instruction_model_learns_through_its_own_chat_template(
     installation: Installation,
     model: str,
@@ -102,16 +107,22 @@ def test_a_real_instruction_model_learns_through_its_own_chat_template(
     first = [sample for sample in samples if sample.step == 1]
     assert all(sample.logp_policy == sample.logp_ref for sample in first)
     assert "stop" in {sample.finish_reason for sample in samples}
+    compared = set()
     for sample in samples:
         (question,) = (one for one in QUESTIONS if one in sample.prompt)
         expected = log_probability(base, tokenizer, question, sample)
-        assert sample.logp_ref == pytest.approx(expected, rel=1e-3, abs=0.02)
+        if expected is not None:
+            compared.add(sample.finish_reason)
+            assert sample.logp_ref == pytest.approx(expected, rel=1e-3, abs=0.02)
+    assert "stop" in compared
     last = [sample for sample in samples if sample.step == STEPS]
     assert any(sample.logp_policy != sample.logp_ref for sample in last)
 
     (checkpoint,) = client.checkpoints.list(job.id)
     folder = client.checkpoints.download(job.id, checkpoint.id, tmp_path / "weights")
     trained = PeftModel.from_pretrained(base, str(folder)).eval()
+    moved = log_probability(trained, tokenizer, question, sample)
+    assert moved != expected, "the adapter of the checkpoint changes nothing"
     own = AutoTokenizer.from_pretrained(folder)
     asked = own.apply_chat_template(
         chat(QUESTIONS[0]), add_generation_prompt=True, return_tensors="pt", return_dict=True

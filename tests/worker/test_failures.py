@@ -367,7 +367,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_the_first_attempt(
 def test_a_gated_model_ends_the_job_at_once_and_its_sentence_hides_the_token(
     launch: Callable[..., Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = "hf_tokenOfNoAccount01"
+    wrong = "hf_9XkQ2vRbW7mLpZt4"
     with Hub({"team/gated": {}}, gated=frozenset({"team/gated"})) as hub:
         use_hub(monkeypatch, hub.endpoint, tmp_path / "hub")
         far = {"model_folder": None, "hub_model": "team/gated", "is_offline": False}

@@ -17,7 +17,7 @@ from fakes.hub import Hub, files_in
 from fakes.scripted_installation import ScriptedInstallation
 from worker.supervisor.child_process import trainer_environment
 
-TOKEN = "hf_tokenOfTheWorker01"
+TOKEN = "hf_9XkQ2vRbW7mLpZt4"
 REPOSITORIES = frozenset({"team/policy", "team/judge", "datasets/team/rows"})
 LINES = b'{"prompt": "w10 w20"}\n{"prompt": "w30"}\n{"prompt": "w5 w6 w7"}\n'
 
@@ -41,7 +41,7 @@ def test_the_token_is_a_setting_that_comes_before_that_of_the_hubs_library(
         monkeypatch.setenv(name, value)
     token = load_settings().hf_token
     assert (None if token is None else token.get_secret_value()) == expected
-    assert "hf_" not in repr(load_settings())
+    assert expected is None or expected not in repr(load_settings())
 
 
 def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(

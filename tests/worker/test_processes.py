@@ -28,7 +28,7 @@ from worker.supervisor.child_process import (
 from worker.supervisor.outcome import Finished, failure, judge
 
 SECRET = "whsec_c2VjcmV0"
-HUB_TOKEN = "hf_tokenOfTheWorker01"
+HUB_TOKEN = "hf_9XkQ2vRbW7mLpZt4"
 
 ECHO = """
 import subprocess, sys, time

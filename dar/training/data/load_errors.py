@@ -26,6 +26,9 @@ MACHINE_ERRORS = frozenset(
 OTHER_SHAPES = "its weights have other shapes than its config.json says"
 NO_MEMORY = re.compile(r"[Tt]ried to allocate \d[\d.]* ?\w+")
 """What torch says when a GPU or a CPU lacks memory, with the size."""
+GATED_ROWS = "is a gated dataset on the Hub"
+NO_ROWS = "doesn't exist on the Hub or cannot be accessed"
+"""What `datasets` says in place of the hub's answer, which it drops."""
 REFUSALS = frozenset({401, 403})
 """HTTP statuses of a token that is not valid, or lacks a right."""
 SET_VARIABLE = "set DAR_HF_TOKEN on the worker (HF_TOKEN for dar train) to a token of {}"
@@ -82,12 +85,12 @@ def _of_hub(error: BaseException, what: str, *, param: str, is_offline: bool) ->
 
 def _refusal(chain: Sequence[BaseException], what: str) -> str | None:
     """Why the hub does not give ``what`` to this account; None if that is not the cause."""
-    if any(isinstance(one, GatedRepoError) for one in chain):
+    if any(isinstance(one, GatedRepoError) or GATED_ROWS in str(one) for one in chain):
         return (
             f"the hub gives {what} only to accounts that its owner has accepted; accept its "
             f"licence on its page of the hub, and {SET_VARIABLE.format('that account')}"
         )
-    if any(isinstance(one, RepositoryNotFoundError) for one in chain):
+    if any(isinstance(one, RepositoryNotFoundError) or NO_ROWS in str(one) for one in chain):
         return (
             f"the hub does not have {what}, or keeps it private; check the name, use a local copy, "
             f"or, if it is private, {SET_VARIABLE.format('an account that may read it')}"

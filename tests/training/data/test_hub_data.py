@@ -59,7 +59,10 @@ def test_a_split_of_a_data_set_is_loaded_as_the_rows_of_a_job(hub: None, tmp_pat
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("hf://owner/none", "'owner/none' .*cannot be loaded.*doesn't exist on the Hub"),
+        (
+            "hf://owner/none",
+            "the hub does not have .*'owner/none' .*keeps it private; check the name",
+        ),
         ("hf://owner/data?split=nope", "Unknown split"),
         ("hf://owner/data?config=nope", "BuilderConfig 'nope' not found"),
     ],

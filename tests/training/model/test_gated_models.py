@@ -21,7 +21,7 @@ from fakes import tiny_models
 from fakes.hub import Hub, files_in, use_hub
 from fakes.recording_sink import RecordingSink
 
-TOKEN, STRANGER = "hf_tokenOfTheReader01", "hf_tokenOfAStranger02"
+TOKEN, STRANGER = "hf_9XkQ2vRbW7mLpZt4", "hf_Jd83nVyTqC5sGh1u"
 MODEL, JUDGE, ROWS = "team/policy", "team/judge", "datasets/team/rows"
 LINES = b'{"prompt": "w10 w20"}\n{"prompt": "w55"}\n{"prompt": "w60 w32"}\n'
 
@@ -69,7 +69,7 @@ def test_everything_of_a_hub_is_requested_with_the_token(hub: Hub, what: str) ->
     [
         (None, "only to accounts that its owner has accepted; accept its licence on its page"),
         (STRANGER, "only to accounts that its owner has accepted; accept its licence on its page"),
-        ("hf_tokenThatHasExpired", "HTTP 401: Invalid credentials in Authorization header"),
+        ("hf_B6wEzK0rYf2aNx7i", "HTTP 401: Invalid credentials in Authorization header"),
     ],
     ids=["no token", "of another account", "expired"],
 )
