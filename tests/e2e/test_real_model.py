@@ -24,15 +24,6 @@ QUESTIONS = [
     "Is the sky blue? Answer yes or no.",
 ]
 STEPS, K = 2, 4
-SEEN: list[dict[str, Any]] = []
-
-
-def short(headers: Mapping[str, str], body: bytes) -> tuple[int, Any]:
-    """A reward service that prefers short answers."""
-    asked = json.loads(body)
-    SEEN.extend(asked["samples"])
-    rewards = [-len(sample["completion"]) / 40 for sample in asked["samples"]]
-    return 200, {"request_id": asked["request_id"], "rewards": rewards}
 
 
 @pytest.fixture
@@ -79,6 +70,15 @@ def test_a_real_instruction_model_learns_through_its_own_chat_template(
     serve: Callable[..., str],
     tmp_path: Path,
 ) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def short(_: Mapping[str, str], body: bytes) -> tuple[int, Any]:
+        """Prefers short answers."""
+        asked = json.loads(body)
+        seen.extend(asked["samples"])
+        rewards = [-len(sample["completion"]) / 40 for sample in asked["samples"]]
+        return 200, {"request_id": asked["request_id"], "rewards": rewards}
+
     client = installation.client
     rows = tmp_path / "chats.jsonl"
     rows.write_text("".join(json.dumps({"prompt": chat(one)}) + "\n" for one in QUESTIONS))
@@ -90,12 +90,11 @@ def test_a_real_instruction_model_learns_through_its_own_chat_template(
         checkpointing={"every_steps": STEPS},
         peft={"type": "lora", "r": 8},
     )
-    SEEN.clear()
     job = installation.until_done(client.jobs.create(**spec | {"model": model}).id, 600)
     assert job.status == "succeeded", job.error
 
-    assert {sample["messages"][-1]["content"] for sample in SEEN} == set(QUESTIONS)
-    assert not any("<|im_" in sample["completion"] for sample in SEEN)
+    assert {sample["messages"][-1]["content"] for sample in seen} == set(QUESTIONS)
+    assert not any("<|im_" in sample["completion"] for sample in seen)
     series = client.jobs.metrics(job.id).series
     values = [value for one in series.values() for value in one.value]
     assert all(value is not None and math.isfinite(value) for value in values)
@@ -107,22 +106,22 @@ def test_a_real_instruction_model_learns_through_its_own_chat_template(
     first = [sample for sample in samples if sample.step == 1]
     assert all(sample.logp_policy == sample.logp_ref for sample in first)
     assert "stop" in {sample.finish_reason for sample in samples}
-    compared = set()
+    compared: list[tuple[str, Sample]] = []
     for sample in samples:
         (question,) = (one for one in QUESTIONS if one in sample.prompt)
         expected = log_probability(base, tokenizer, question, sample)
         if expected is not None:
-            compared.add(sample.finish_reason)
+            compared.append((question, sample))
             assert sample.logp_ref == pytest.approx(expected, rel=1e-3, abs=0.02)
-    assert "stop" in compared
+    assert "stop" in {sample.finish_reason for _, sample in compared}
     last = [sample for sample in samples if sample.step == STEPS]
     assert any(sample.logp_policy != sample.logp_ref for sample in last)
 
     (checkpoint,) = client.checkpoints.list(job.id)
     folder = client.checkpoints.download(job.id, checkpoint.id, tmp_path / "weights")
     trained = PeftModel.from_pretrained(base, str(folder)).eval()
-    moved = log_probability(trained, tokenizer, question, sample)
-    assert moved != expected, "the adapter of the checkpoint changes nothing"
+    moved = [log_probability(trained, tokenizer, *pair) for pair in compared[:2]]
+    assert moved != pytest.approx([sample.logp_ref for _, sample in compared[:2]], abs=1e-3)
     own = AutoTokenizer.from_pretrained(folder)
     asked = own.apply_chat_template(
         chat(QUESTIONS[0]), add_generation_prompt=True, return_tensors="pt", return_dict=True
