@@ -70,7 +70,7 @@ def _run(failed: str, *command: str) -> None:
 def convert(source: Path, folder: Path) -> None:
     """Save the GGUF file of ``source`` as what a job loads; bfloat16 halves its size."""
     import torch  # noqa: PLC0415 - only the converting process needs it
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - as torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - only the converting process needs it
 
     name = Path(GGUF).name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
