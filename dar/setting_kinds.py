@@ -66,6 +66,21 @@ def _key(key: SecretStr) -> SecretStr:
     return SecretStr(plain_key(key.get_secret_value()))
 
 
+def _hub_token(token: SecretStr | None) -> SecretStr | None:
+    """``token`` without spaces around it; None if nothing is left.
+
+    Raises:
+        ValueError: No header can carry it. The message does not show it.
+    """
+    plain = "" if token is None else token.get_secret_value().strip()
+    if not all("!" <= ch <= "~" for ch in plain):
+        raise ValueError(
+            "a token of the hub (DAR_HF_TOKEN, else HF_TOKEN) is visible ASCII characters, but this "
+            "one has a space, a line break or another character in it; copy it again"
+        )
+    return SecretStr(plain) if plain else None
+
+
 def _given_folder(value: object) -> object:
     if isinstance(value, str) and not value.strip():
         raise ValueError(
@@ -168,6 +183,7 @@ def _wrong_in(parts: SplitResult) -> str | None:
 
 
 Key = Annotated[SecretStr, AfterValidator(_key)]
+HubToken = Annotated[SecretStr | None, AfterValidator(_hub_token)]
 Name = Annotated[str, AfterValidator(_name)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]

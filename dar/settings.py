@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dar.errors import ConfigurationError
@@ -22,6 +22,7 @@ from dar.setting_kinds import (
     Folder,
     Host,
     Hosts,
+    HubToken,
     Key,
     Name,
     Names,
@@ -180,6 +181,12 @@ class Settings(BaseSettings):
 
     is_offline: bool = Field(default=False)
     """Whether trainers must not use the model hub."""
+
+    hf_token: HubToken = Field(
+        default=None, validation_alias=AliasChoices("DAR_HF_TOKEN", "HF_TOKEN")
+    )
+    """Token of the model hub with which trainers load gated and private models; without
+    ``DAR_HF_TOKEN`` it is that in ``HF_TOKEN``, and without both the one of ``hf auth login``."""
 
     @property
     def service_url(self) -> str:

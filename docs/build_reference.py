@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import orjson
 import typer
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from dar.cli.main import app as command_line
@@ -74,7 +74,7 @@ def settings() -> str:
     docs = attribute_docs("dar.settings", "Settings")
     rows = []
     for name, field in Settings.model_fields.items():
-        variable = field.validation_alias or f"DAR_{name.upper()}"
+        variable = _variable(name, field)
         default = field.default
         if field.default_factory is not None:
             shown = "this machine's name"
@@ -84,6 +84,14 @@ def settings() -> str:
             shown = f"`{','.join(default) if isinstance(default, tuple) else default}`"
         rows.append((f"`{variable}`", shown, docs[name]))
     return table(("variable", "default", "meaning"), rows)
+
+
+def _variable(name: str, field: FieldInfo) -> str:
+    """The variable of a setting; of several, the first one that is read."""
+    alias = field.validation_alias
+    return str(
+        alias.choices[0] if isinstance(alias, AliasChoices) else alias or f"DAR_{name.upper()}"
+    )
 
 
 def job_spec() -> str:

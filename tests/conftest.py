@@ -15,6 +15,9 @@ from filelock import FileLock
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from dar.settings import load_settings
+from fakes.smollm2 import smollm2_folder
+
 LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
 """Slow folders, slowest first: their tests start before all others."""
 TOGETHER = ("e2e", "worker", "store", "client")
@@ -124,6 +127,12 @@ def reviews_base(shared_folder: Path) -> Path:
                 [*command, "--folder", str(folder)], check=True, stdout=subprocess.DEVNULL
             )
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct; made before the first time, then kept."""
+    return smollm2_folder(load_settings().cache_home / "dar" / "tests")
 
 
 @pytest.fixture(scope="session")

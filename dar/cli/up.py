@@ -31,6 +31,8 @@ from dar.settings import Settings, environment, inherited_environment, load_sett
 SERVICE_START_SECONDS = 90.0
 WITHHELD_FROM_WORKERS = ("database_url", "api_key", "reward_secret", "secret_keys")
 """Settings that a worker does not need: it uses its own key, and a lease brings a job's secrets."""
+WITHHELD_FROM_SERVICE = ("hf_token", "HF_TOKEN")
+"""Only workers load models of the hub."""
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
 """On one machine the reward service usually runs beside the worker, without a certificate."""
@@ -153,7 +155,7 @@ def start_all(
     service = Child(
         name="service",
         command=[*python, "service", "serve"],
-        environment=environment(**shared),
+        environment=environment(WITHHELD_FROM_SERVICE, **shared),
         log=home / "logs" / "service.log",
     )
     processes.start(service)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -49,6 +49,8 @@ class GivenRewards:
     """Component names of the models; None: numbered names."""
     variables: Mapping[str, Any] | None = None
     """Variables of the chat templates of the models."""
+    hub_token: str | None = field(default=None, repr=False)
+    """Token of the hub, for models that are given by their hub id."""
 
     @classmethod
     def of(
@@ -96,8 +98,16 @@ class GivenRewards:
         if access.cache is None:
             here = CachePlace(Path(config.output_dir or ".") / "reward-cache")
             access = replace(access, cache=here)
-        variables = config.template_variables
-        return cls(functions, given, tokenizers, weights, access, names, variables)
+        return cls(
+            functions,
+            given,
+            tokenizers,
+            weights,
+            access,
+            names,
+            config.template_variables,
+            config.hub_token,
+        )
 
     @property
     def is_online(self) -> bool:
@@ -131,6 +141,7 @@ class GivenRewards:
                 self.tokenizers,
                 device=device,
                 is_offline=is_offline,
+                token=self.hub_token,
                 names=self.names,
                 variables=self.variables,
             )

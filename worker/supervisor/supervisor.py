@@ -194,7 +194,7 @@ class Supervisor:
         return ended
 
     def _launch(self, inputs: LocalInputs) -> Launch:
-        lease = self._lease
+        lease, token = self._lease, self._settings.hf_token
         return Launch(
             folder=self._folder.path,
             job_id=lease.job_id,
@@ -210,6 +210,7 @@ class Supervisor:
             resume_from=inputs.resume_from,
             reward_secret=lease.reward_secret,
             reward_access=lease.rewards,
+            hub_token=None if token is None else token.get_secret_value(),
             reward_guard=EgressPolicy.from_settings(self._settings),
             reward_cache=self._caches.place_of(lease.job_id),
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),

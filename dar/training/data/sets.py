@@ -34,7 +34,12 @@ ONLY_SPLIT = ("train", "test")
 
 
 def open_rows(
-    name: str, *, split: str = "train", config: str | None = None, is_offline: bool = False
+    name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    is_offline: bool = False,
+    token: str | None = None,
 ) -> Rows:
     """The rows of a split.
 
@@ -47,6 +52,7 @@ def open_rows(
         split: Name of the split.
         config: Name of the configuration; hub only.
         is_offline: Whether the hub may not be called.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         InvalidRequestError: There is no such file, folder or split, or it cannot be read.
@@ -71,7 +77,7 @@ def open_rows(
         return _from_folder(path, split)
     if path.suffix in {*JSON, CSV, PARQUET} or name.startswith((".", "/", "~")):
         raise InvalidRequestError(f"there is no file or folder {name}", param=PARAM)
-    return load_hub_rows(HubData(name, split, config), is_offline=is_offline)
+    return load_hub_rows(HubData(name, split, config), is_offline=is_offline, token=token)
 
 
 def is_one_split(path: Path) -> bool:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import hf_api
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
@@ -43,6 +44,7 @@ def load_model(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     is_offline: bool = False,
+    token: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors; built-in architectures only.
 
@@ -50,6 +52,7 @@ def load_model(
         name: Folder or hub id.
         dtype: Number format of the weights; ``auto``: as they were saved.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         TrainingError: There is no such model, it is an adapter, it needs code of its own, it is not
@@ -67,7 +70,12 @@ def load_model(
     )
     model: PreTrainedModel
     model, report = from_safetensors(
-        load, name, "a causal language model", param="model", is_offline=is_offline
+        load,
+        name,
+        "a causal language model",
+        param="model",
+        is_offline=is_offline,
+        token=token,
     )
     check_complete(report["missing_keys"], name, "causal language model", param="model")
     _make_savable(model)
@@ -75,7 +83,13 @@ def load_model(
 
 
 def from_safetensors(
-    load: Callable[..., Any], name: str | Path, kind: str, *, param: str, is_offline: bool
+    load: Callable[..., Any],
+    name: str | Path,
+    kind: str,
+    *,
+    param: str,
+    is_offline: bool,
+    token: str | None,
 ) -> Any:  # noqa: ANN401 - what `load` returns
     """Call a ``from_pretrained`` of transformers, for safetensors and built-in architectures only.
 
@@ -85,20 +99,20 @@ def from_safetensors(
         kind: What the model is loaded as, for the error.
         param: The parameter that names the model.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; None: that of this machine's user.
 
     Raises:
         TrainingError: There is no such model, it needs code of its own, or it is of another kind.
         HubUnreachableError: The hub cannot be reached.
     """
     path = str(name)
+    access: dict[str, Any] = {"local_files_only": is_offline, "token": token}
     try:
-        _check_config(path, param, is_offline=is_offline)
+        _check_config(path, param, access)
         # read by itself, so that its faults are not those of weights or tokenizer
-        AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=is_offline)
+        AutoConfig.from_pretrained(path, trust_remote_code=False, **access)
         _check_index(Path(path))
-        return load(
-            path, trust_remote_code=False, use_safetensors=True, local_files_only=is_offline
-        )
+        return load(path, trust_remote_code=False, use_safetensors=True, **access)
     except Exception as error:  # noqa: BLE001 - odd files raise anything in transformers
         what = f"the {param.replace('_', ' ')} {path!r}"
         failed = f"{what} cannot be loaded as {kind} from safetensors"
@@ -127,7 +141,7 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def _check_config(path: str, param: str, *, is_offline: bool) -> None:
+def _check_config(path: str, param: str, access: Mapping[str, Any]) -> None:
     """Reject a model by what its config.json says.
 
     Raises:
@@ -136,7 +150,7 @@ def _check_config(path: str, param: str, *, is_offline: bool) -> None:
     config: object = None
     # transformers uses the content as an object without looking
     with contextlib.suppress(AttributeError, TypeError):
-        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
+        config, _ = PreTrainedConfig.get_config_dict(path, **access)
     if not isinstance(config, Mapping):
         what = f"the config.json of the {param.replace('_', ' ')} {path!r}"
         raise TrainingError(
@@ -182,22 +196,45 @@ def reject_code(name: str | Path, config: Mapping[str, Any]) -> None:
         raise TrainingError(why, param="model")
 
 
-def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, *, is_offline: bool = False, token: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model.
+
+    Args:
+        name: Folder or hub id of the model.
+        is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         TrainingError: There is none.
         HubUnreachableError: The hub cannot be reached.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(name), trust_remote_code=False, local_files_only=is_offline
-        )
+        with _hub_account(token):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(name), trust_remote_code=False, local_files_only=is_offline, token=token
+            )
     except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself
         what = f"the tokenizer of the model {str(name)!r}"
         failed = f"the model {str(name)!r} has no tokenizer that can be loaded"
         blame(error, what, failed, param="model", is_offline=is_offline)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _hub_account(token: str | None) -> Iterator[None]:
+    """Have transformers use ``token`` where it does not pass on what it was given.
+
+    5.23 lists the files beside a tokenizer, and asks what Mistral's were made from, without it.
+    """
+    api = hf_api()
+    before = api.token
+    api.token = before if token is None else token
+    try:
+        yield
+    finally:
+        api.token = before
 
 
 def merge_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:

@@ -61,9 +61,13 @@ class Policy:
         if not isinstance(model, str):
             adapters.check_policy(model)
         source = model if isinstance(model, str) else str(model.name_or_path)
-        tokenizer = tokenizer or _tokenizer_beside(source, is_offline=is_offline)
+        tokenizer = tokenizer or _tokenizer_beside(
+            source, is_offline=is_offline, token=config.hub_token
+        )
         policy = (
-            loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
+            loading.load_model(model, is_offline=is_offline, token=config.hub_token)
+            if isinstance(model, str)
+            else model
         )
         _check_model(policy, f"the model {source!r}" if source else "the model", param="model")
         if ref_model is not None:
@@ -105,14 +109,16 @@ class Policy:
             self.reference.to(device)
 
 
-def _tokenizer_beside(source: str, *, is_offline: bool) -> PreTrainedTokenizerBase:
+def _tokenizer_beside(
+    source: str, *, is_offline: bool, token: str | None
+) -> PreTrainedTokenizerBase:
     if not source:
         raise InvalidRequestError(
             "the model was given without a folder or hub id, so there is no tokenizer beside it; "
             "give its tokenizer as processing_class",
             param="processing_class",
         )
-    return loading.load_tokenizer(source, is_offline=is_offline)
+    return loading.load_tokenizer(source, is_offline=is_offline, token=token)
 
 
 def _check_model(model: loading.LanguageModel, what: str, *, param: str) -> None:

@@ -57,6 +57,7 @@ class RewardModel:
         name: Component name.
         max_length: Longest text in tokens; default: the limit of model and tokenizer.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         InvalidRequestError: The model does not have exactly one label, or lacks tokens of its
@@ -73,6 +74,7 @@ class RewardModel:
         max_length: int | None = None,
         variables: Mapping[str, Any] | None = None,
         is_offline: bool = False,
+        token: str | None = None,
     ) -> None:
         if model.config.num_labels != 1:
             raise InvalidRequestError(
@@ -82,7 +84,7 @@ class RewardModel:
             )
         probes.check_finite(model, f"the reward model {_named(model)}", param="reward_model")
         self._model = model.requires_grad_(requires_grad=False).eval()
-        self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline)
+        self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline, token=token)
         self._embeddings = check_classifier(model, self._tokenizer, _named(model))
         self._name = name
         self._max_length = max_length or _longest(model, self._tokenizer)
@@ -248,6 +250,7 @@ def load_reward_model(
     dtype: torch.dtype | str = "auto",
     variables: Mapping[str, Any] | None = None,
     is_offline: bool = False,
+    token: str | None = None,
 ) -> RewardModel:
     """Load a reward model from safetensors; built-in architectures only.
 
@@ -258,6 +261,7 @@ def load_reward_model(
         dtype: Number format of the weights; ``auto``: as they were saved.
         variables: Variables of its chat template.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         TrainingError: There is no such model, it needs code of its own, or it is not a sequence
@@ -270,10 +274,22 @@ def load_reward_model(
         AutoModelForSequenceClassification.from_pretrained, dtype=dtype, output_loading_info=True
     )
     model, report = loading.from_safetensors(
-        load, path, "a sequence classifier", param="reward_model", is_offline=is_offline
+        load,
+        path,
+        "a sequence classifier",
+        param="reward_model",
+        is_offline=is_offline,
+        token=token,
     )
     loading.check_complete(report["missing_keys"], path, "reward model", param="reward_model")
-    return RewardModel(model, tokenizer, name=component, variables=variables, is_offline=is_offline)
+    return RewardModel(
+        model,
+        tokenizer,
+        name=component,
+        variables=variables,
+        is_offline=is_offline,
+        token=token,
+    )
 
 
 def make_reward_models(
@@ -282,6 +298,7 @@ def make_reward_models(
     *,
     device: torch.device,
     is_offline: bool,
+    token: str | None = None,
     names: Sequence[str] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[RewardModel]:
@@ -312,11 +329,16 @@ def make_reward_models(
         name = component_name(number) if names is None else names[number - 1]
         if isinstance(model, PreTrainedModel):
             source = RewardModel(
-                model, tokenizer, name=name, variables=variables, is_offline=is_offline
+                model, tokenizer, name=name, variables=variables, is_offline=is_offline, token=token
             )
         else:
             source = load_reward_model(
-                model, tokenizer, component=name, variables=variables, is_offline=is_offline
+                model,
+                tokenizer,
+                component=name,
+                variables=variables,
+                is_offline=is_offline,
+                token=token,
             )
         made.append(source.to(device))
     return made
@@ -334,14 +356,16 @@ def component_name(number: int) -> str:
     return "reward_model" if number == 1 else f"reward_model_{number}"
 
 
-def _tokenizer(model: PreTrainedModel, *, is_offline: bool) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    model: PreTrainedModel, *, is_offline: bool, token: str | None
+) -> PreTrainedTokenizerBase:
     if not model.name_or_path:
         raise InvalidRequestError(
             "the reward model was given as a model without a folder or hub id, so there is no "
             "tokenizer beside it; give reward_processing_class",
             param="reward_processing_class",
         )
-    return loading.load_tokenizer(model.name_or_path, is_offline=is_offline)
+    return loading.load_tokenizer(model.name_or_path, is_offline=is_offline, token=token)
 
 
 def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

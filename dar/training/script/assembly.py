@@ -35,11 +35,15 @@ def build(
     assert script.model_name_or_path
     assert script.dataset_name
     offline = settings.is_offline
+    if config.hub_token is None and settings.hf_token is not None:
+        config.hub_token = settings.hf_token.get_secret_value()
+    token = config.hub_token
     rows = open_rows(
         script.dataset_name,
         split=script.dataset_train_split,
         config=script.dataset_config,
         is_offline=offline,
+        token=token,
     )
     functions: list[RewardFunction | str] = [
         *map(imported_function, script.reward_function),
@@ -60,6 +64,7 @@ def build(
             split=script.dataset_test_split,
             config=script.dataset_config,
             is_offline=offline,
+            token=token,
         )
     trainer = DARTrainer(
         _model(script, config, is_offline=offline),
@@ -69,7 +74,9 @@ def build(
         reward_model=list(script.reward_model_name_or_path) or None,
         reward_weights=script.reward_weights or None,
         reward_secret=settings.secret_from(settings.reward_secret, "reward_secret"),
-        processing_class=loading.load_tokenizer(script.model_name_or_path, is_offline=offline),
+        processing_class=loading.load_tokenizer(
+            script.model_name_or_path, is_offline=offline, token=token
+        ),
         peft_config=_adapter(script),
         sink=sink,
         control=control,
@@ -130,7 +137,9 @@ def _model(script: ScriptArguments, config: DARConfig, *, is_offline: bool) -> P
     assert script.model_name_or_path
     is_half = script.use_peft and config.bf16
     dtype = getattr(torch, script.dtype or ("bfloat16" if is_half else "float32"))
-    return loading.load_model(script.model_name_or_path, dtype=dtype, is_offline=is_offline)
+    return loading.load_model(
+        script.model_name_or_path, dtype=dtype, is_offline=is_offline, token=config.hub_token
+    )
 
 
 def _adapter(script: ScriptArguments) -> LoraConfig | None:
