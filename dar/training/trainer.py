@@ -241,7 +241,7 @@ class DARTrainer(OptimizingTrainer):
     ) -> None:
         """Create the parts of the trainer."""
         run, policy = self._run, self._policy
-        self.reporter = reporter = Reporter()
+        self.reporter = reporter = Reporter(self.args)
         terms = rewards.terms()
         self._passes = ForwardPasses(run, policy)
         self._loop = StepLoop(run, policy.vocabulary, reporter)

@@ -12,6 +12,7 @@ from rich.console import Console
 from dar.errors import RewardContractError
 from dar.training.report.console import samples_table, show_facts, size
 from dar.training.step.degenerate import DegenerateWatch
+from dar.training.step.learning import LearningWatch
 from dar.training.step.metrics import sample_rows
 from dar.training.step.records import ScoredStep
 from dar.training.trainer import DARTrainer
@@ -36,8 +37,11 @@ def show_preview(
     console.print("[bold]Completions of the first prompts[/bold]")
     console.print(samples_table(sample_rows(step)))
     show_facts(console, "What a run would do (nothing was written)", _facts(trainer, given))
-    for message, _ in DegenerateWatch().add(step, last_step=step.number):
-        console.print(f"warn: {message}", markup=False, soft_wrap=True)
+    config = trainer.args
+    for watch in (DegenerateWatch(config), LearningWatch(config)):
+        found = watch.add(step, last_step=step.number, learning_rate=config.learning_rate)
+        for message, _ in found:
+            console.print(f"warn: {message}", markup=False, soft_wrap=True)
     failed = [reward for reward in step.rewards if reward.status == "error"]
     if failed:
         raise RewardContractError(

@@ -281,7 +281,9 @@ class StepLoop:
         times = self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
         if self._scoring.capacity is not None:
             self._scoring.capacity.end_step(step.number, times)
-        self._reporter.warn_of(step, run.sink, last_step=trainer.state.max_steps)
+        self._reporter.warn_of(
+            step, run.sink, last_step=trainer.state.max_steps, learning_rate=learning_rate
+        )
         self._warn_of_empty(step)
         try:
             self._count_trained(step, grad_norm, learning_rate)

@@ -16,10 +16,12 @@ from dar.rewards.scoring.step_report import (
     component_rewards,
     sample_metrics,
 )
+from dar.training.config.config import DARConfig
 from dar.training.loss import MAX_LOG_WEIGHT, dar_loss, effective_sample_size
 from dar.training.report.drift import DriftWatch
 from dar.training.report.sink import Sink
 from dar.training.step.degenerate import DegenerateWatch
+from dar.training.step.learning import LearningWatch
 from dar.training.step.records import ScoredStep
 
 SHOWN_GROUPS = 4
@@ -213,15 +215,19 @@ class MetricsWindow:
 
 
 class Reporter:
-    """Collects the metrics of steps, and sends a report when one is due."""
+    """Collects the metrics of steps, and sends a report when one is due.
 
-    def __init__(self) -> None:
+    Args:
+        config: The arguments of the run.
+    """
+
+    def __init__(self, config: DARConfig) -> None:
         self._window = MetricsWindow()
         self._started = 0.0
         self._ended: float | None = None
         self._tokens = 0
         self._drift = DriftWatch()
-        self._degenerate = DegenerateWatch()
+        self._watches = {"degenerate": DegenerateWatch(config), "learning": LearningWatch(config)}
         self._last: ScoredStep | None = None
         self.observer: StepObserver | None = None
         """Counts the requests to reward services, if there are any."""
@@ -257,8 +263,10 @@ class Reporter:
         )
         return times
 
-    def warn_of(self, step: ScoredStep, sink: Sink, *, last_step: int) -> None:
-        """Warn of rewards that no source returned, that have jumped, or that give no signal."""
+    def warn_of(
+        self, step: ScoredStep, sink: Sink, *, last_step: int, learning_rate: float
+    ) -> None:
+        """Warn of rewards that no source returned, that have jumped, or that have no effect."""
         count = len(step.rewards)
         if fallbacks := sum(reward.is_fallback for reward in step.rewards):
             sink.event(
@@ -278,8 +286,9 @@ class Reporter:
         for name, values in component_rewards(step.rewards).items():
             if values and (drift := self._drift.add(name, values)):
                 sink.event("warn", drift.message, drift.data(step.number))
-        for message, data in self._degenerate.add(step, last_step):
-            sink.event("warn", message, data)
+        for watch in self._watches.values():
+            for message, data in watch.add(step, last_step, learning_rate=learning_rate):
+                sink.event("warn", message, data)
 
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
@@ -321,7 +330,7 @@ class Reporter:
             "tokens": self._tokens,
             "window": self._window.state(),
             "drift": self._drift.state(),
-            "degenerate": self._degenerate.state(),
+            **{name: watch.state() for name, watch in self._watches.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -329,8 +338,9 @@ class Reporter:
         self._window.restore(state["window"])
         if "drift" in state:
             self._drift.restore(state["drift"])
-        if "degenerate" in state:
-            self._degenerate.restore(state["degenerate"])
+        for name, watch in self._watches.items():
+            if name in state:
+                watch.restore(state[name])
 
 
 def _send_requests(
