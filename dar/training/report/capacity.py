@@ -10,6 +10,7 @@ needs to be known: the C that is needed is 1.5 C S / T.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dar.protocol.hints import HINTS
 from dar.protocol.reward_spec import MAX_CONCURRENCY
@@ -70,6 +71,14 @@ class Capacity:
                     "needed_concurrency": needed,
                 },
             )
+
+    def state(self) -> dict[str, Any]:
+        """The concurrency that was advised for each component, as JSON."""
+        return {"warned": self._warned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state`, so that no warning is repeated."""
+        self._warned = dict(state["warned"])
 
 
 def advice(concurrency: int, needed: int) -> str:

@@ -3,7 +3,7 @@
 A dry run loads everything, samples and scores two prompts, and writes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,8 @@ def show_preview(
     console.print("[bold]Completions of the first prompts[/bold]")
     console.print(samples_table(sample_rows(step)))
     show_facts(console, "What a run would do (nothing was written)", _facts(trainer, given))
-    config = trainer.args
-    for watch in (DegenerateWatch(config), LearningWatch(config)):
-        found = watch.add(step, last_step=step.number, learning_rate=config.learning_rate)
-        for message, _ in found:
-            console.print(f"warn: {message}", markup=False, soft_wrap=True)
+    for message in _warnings(trainer, step):
+        console.print(f"warn: {message}", markup=False, soft_wrap=True)
     failed = [reward for reward in step.rewards if reward.status == "error"]
     if failed:
         raise RewardContractError(
@@ -52,6 +49,15 @@ def show_preview(
             f"every reward of the {_sampled(step)} was skipped, so a run would train nothing: "
             f"{step.rewards[0].message}"
         )
+
+
+def _warnings(trainer: DARTrainer, step: ScoredStep) -> Iterator[str]:
+    config = trainer.args
+    if trainer.hub.reward_names and (why := config.convergence_problem):
+        yield why
+    for watch in (DegenerateWatch(config), LearningWatch(config)):
+        found = watch.add(step, last_step=step.number, learning_rate=config.learning_rate)
+        yield from (message for message, _ in found)
 
 
 def _sampled(step: ScoredStep) -> str:

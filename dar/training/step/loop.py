@@ -374,6 +374,7 @@ class StepLoop:
             "reporter": self._reporter.state(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "budget": self._budget_state,
+            "capacity": None if self._scoring.capacity is None else self._scoring.capacity.state(),
             "ahead": None if self._pipeline is None else self._pipeline.state(),
         }
 
@@ -387,6 +388,8 @@ class StepLoop:
         self._budget_state = state.get("budget")
         if self._scoring.budget is not None and self._budget_state is not None:
             self._scoring.budget.restore(self._budget_state)
+        if self._scoring.capacity is not None and state.get("capacity") is not None:
+            self._scoring.capacity.restore(state["capacity"])
         if self._pipeline is not None:
             self._pipeline.restore(state.get("ahead"))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dar.protocol.metrics import current_values
 from dar.protocol.samples import ReportedSample
 from dar.rewards.scoring.step_report import (
     StepObserver,
@@ -170,7 +171,7 @@ class MetricsWindow:
     """Metrics since the last report: means over steps, sums of counts, extremes, last counters."""
 
     LAST = frozenset({"train/learning_rate", "train/epoch", "train/tokens"})
-    SUMS = "reward/n_"
+    SUMS = "reward_requests/n_"
     """Prefix of the names of counts."""
     EXTREMES: Mapping[str, Callable[[float, float], float]] = {
         "dar/weights_max": max,
@@ -211,7 +212,9 @@ class MetricsWindow:
         return {"sums": self._sums, "counts": self._counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        # a checkpoint of an earlier version has other names
+        self._sums = current_values(state["sums"])
+        self._counts = current_values(state["counts"])
 
 
 class Reporter:
