@@ -76,6 +76,11 @@ def share_of_w40(completions: list[str], **_: Any) -> list[float]:
     return [text.split().count("w40") - len(text.split()) / 8 for text in completions]
 
 
+def small(completions: list[str], **_: Any) -> list[float]:
+    """Rewards that are small for any usual alpha and beta."""
+    return [1e-4 * reward for reward in share_of_w40(completions)]
+
+
 async def late(completions: list[str], **_: Any) -> list[float | None]:
     """Group by group, each after a time of its own; some have no rewards at all."""
     rewards = share_of_w40(completions)
@@ -269,6 +274,7 @@ def brief(folder: Path) -> None:
     ranks = train(folder, "ddp", HALF).ranks
     train(folder, "fsdp", HALF | {"fsdp": True, "save_steps": 3})
     train(folder, "ddp passes", HALF | PASSES)
+    train(folder, "ddp small", HALF | {"save_steps": 3}, reward=small)
     train(folder, "fsdp passes", HALF | PASSES | {"fsdp": True})
     checkpoint = folder / "whole" / "checkpoints" / "step-2"
     train(folder, "fsdp resumed", HALF | {"fsdp": True}, resume=checkpoint)

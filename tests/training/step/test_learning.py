@@ -119,7 +119,7 @@ def test_rewards_that_seldom_differ_are_not_called_small(
         calls.append(1)
         return [float(len(calls) == 1 and i == 0) for i in range(len(completions))]
 
-    settings = {"max_steps": FIRST, "per_device_train_batch_size": 5, "alpha": 0.5, "beta": 1.5}
+    settings = {"max_steps": FIRST, "per_device_train_batch_size": 5, "alpha": 1.0, "beta": 1.5}
     train(sink=sink, reward_funcs=rare, settings=settings)
     ((message, data),) = hints_of(sink)
     assert "only 0.04 of the completions differ in reward" in message
