@@ -55,6 +55,7 @@ IN_SHARES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 HALF = {"per_device_train_batch_size": 4}
 PASSES = {"max_steps": -1, "num_train_epochs": 10 / 12, "save_steps": 2}
 """Ten of the twelve prompts in steps of eight, so the last step has two."""
+SMALL = {"save_steps": 3, "alpha": 0.1, "beta": 0.3}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 HALF_IN_SHARES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ZERO2: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 2}}}
@@ -274,7 +275,7 @@ def brief(folder: Path) -> None:
     ranks = train(folder, "ddp", HALF).ranks
     train(folder, "fsdp", HALF | {"fsdp": True, "save_steps": 3})
     train(folder, "ddp passes", HALF | PASSES)
-    train(folder, "ddp small", HALF | {"save_steps": 3}, reward=small)
+    train(folder, "ddp small", HALF | SMALL, reward=small)
     train(folder, "fsdp passes", HALF | PASSES | {"fsdp": True})
     checkpoint = folder / "whole" / "checkpoints" / "step-2"
     train(folder, "fsdp resumed", HALF | {"fsdp": True}, resume=checkpoint)

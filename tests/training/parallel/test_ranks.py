@@ -21,7 +21,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("brief")
     ranked.train(folder, "whole", ranked.WHOLE)
     ranked.train(folder, "whole passes", ranked.WHOLE | ranked.PASSES)
-    ranked.train(folder, "whole small", ranked.WHOLE | {"save_steps": 3}, reward=ranked.small)
+    ranked.train(folder, "whole small", ranked.WHOLE | ranked.SMALL, reward=ranked.small)
     ranked.start(folder, "brief")
     return folder
 

@@ -179,7 +179,7 @@ def test_rewards_too_small_for_alpha_and_beta_are_a_line_of_a_run_and_of_its_pre
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for more in (["--dry_run"], []):
-        assert main(command(*more, reward_function="judge:small")) == 0
+        assert main(command(*more, reward_function="judge:small", alpha=0.1, beta=0.3)) == 0
         said = capsys.readouterr().err.splitlines()
         (line,) = [one for one in said if one.startswith("warn: ") and "alpha" in one]
         assert "the rewards had hardly any effect" in line

@@ -14,6 +14,7 @@ from dar.training.step.learning import LearningWatch
 from fakes.recording_sink import RecordingSink
 
 Score = Callable[..., Sequence[float | None]]
+GIVEN = {"alpha": 0.1, "beta": 0.3}
 FIRST = HINTS.advantages_steps
 FITTING = 1.118 * 4 / 3
 """Deviation of the advantages of rewards 0, 1, 2, 3 with a leave-one-out baseline."""
@@ -48,7 +49,7 @@ def hints_of(sink: RecordingSink, *kinds: str) -> list[tuple[str, dict[str, Any]
 def test_a_reward_of_another_size_than_alpha_and_beta_is_reported_once(
     train: Callable[..., DARTrainer], sink: RecordingSink, scale: float, kind: str, advice: str
 ) -> None:
-    settings = {"max_steps": FIRST + 2, "lr_scheduler_type": "constant"}
+    settings = GIVEN | {"max_steps": FIRST + 2, "lr_scheduler_type": "constant"}
     train(sink=sink, reward_funcs=in_order(scale), settings=settings)
     found = hints_of(sink)
     if kind is None:
@@ -68,7 +69,7 @@ def test_the_settings_that_a_hint_names_bring_no_hint(
     train: Callable[..., DARTrainer], new_sink: type[RecordingSink], scale: float
 ) -> None:
     sink = new_sink()
-    train(sink=sink, reward_funcs=in_order(scale), settings={"max_steps": FIRST})
+    train(sink=sink, reward_funcs=in_order(scale), settings=GIVEN | {"max_steps": FIRST})
     ((_, data),) = hints_of(sink)
     total, after = data["fitting_alpha_plus_beta"], new_sink()
     settings = {"max_steps": FIRST, "alpha": total / 4, "beta": total * 3 / 4}
@@ -82,7 +83,7 @@ def test_a_hint_comes_once_although_the_run_is_interrupted(
     train: Callable[..., DARTrainer], new_sink: type[RecordingSink], scale: float, cut: int
 ) -> None:
     first, second = new_sink(), new_sink()
-    settings = {"max_steps": FIRST + 2, "save_steps": cut, "save_strategy": "steps"}
+    settings = GIVEN | {"max_steps": FIRST + 2, "save_steps": cut, "save_strategy": "steps"}
     trainer = train(sink=first, reward_funcs=in_order(scale), settings=settings)
     resume = trainer.checkpoints / f"step-{cut}"
     train(resume=resume, sink=second, reward_funcs=in_order(scale), settings=settings)
@@ -93,7 +94,7 @@ def test_a_hint_comes_once_although_the_run_is_interrupted(
 def test_a_run_that_is_too_short_to_wait_is_judged_at_its_end(
     train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
-    train(sink=sink, reward_funcs=in_order(1e-3), settings={"max_steps": 2})
+    train(sink=sink, reward_funcs=in_order(1e-3), settings=GIVEN | {"max_steps": 2})
     ((message, data),) = hints_of(sink)
     assert data["step"] == 2
     assert "in the first 2 steps" in message
@@ -105,7 +106,7 @@ def test_the_clip_is_judged_over_several_steps_and_not_by_one(
     def once(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
         return in_order(1e3 if trainer_state.global_step == 6 else 1)(completions)
 
-    train(sink=sink, reward_funcs=once, settings={"max_steps": 8})
+    train(sink=sink, reward_funcs=once, settings=GIVEN | {"max_steps": 8})
     assert sink.reports[7]["dar/weights_clip_fraction"] == 0.5
     assert hints_of(sink) == []
 
@@ -129,7 +130,7 @@ def test_rewards_that_seldom_differ_are_not_called_small(
 def test_the_least_deviation_is_named_where_rewards_deviate_by_less(
     train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
-    settings = {"max_steps": FIRST, "adv_norm": "per_prompt"}
+    settings = GIVEN | {"max_steps": FIRST, "adv_norm": "per_prompt"}
     train(sink=sink, reward_funcs=in_order(1e-9), settings=settings)
     ((message, _),) = hints_of(sink)
     assert "adv_norm per_prompt divides by at least 1e-06" in message
@@ -148,7 +149,7 @@ def test_a_script_sees_a_hint_in_its_log(
     train: Callable[..., DARTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "dar.training.report.sink"):
-        train(reward_funcs=in_order(1e-3), settings={"max_steps": FIRST})
+        train(reward_funcs=in_order(1e-3), settings=GIVEN | {"max_steps": FIRST})
     assert len([one for one in caplog.records if "hardly any effect" in one.message]) == 1
 
 
@@ -158,7 +159,7 @@ def test_offline_rewards_are_judged_too(
     rows = [
         {"prompt": f"w{n}", "completions": ["w4", "w5"], "rewards": [0.0, 1e-3]} for n in range(9)
     ]
-    train(train_dataset=rows, reward_funcs=None, sink=sink, settings={"max_steps": FIRST})
+    train(train_dataset=rows, reward_funcs=None, sink=sink, settings=GIVEN | {"max_steps": FIRST})
     assert [data["kind"] for _, data in hints_of(sink)] == ["small_advantages"]
 
 
