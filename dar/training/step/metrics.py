@@ -230,7 +230,10 @@ class Reporter:
         self._ended: float | None = None
         self._tokens = 0
         self._drift = DriftWatch()
-        self._watches = {"degenerate": DegenerateWatch(config), "learning": LearningWatch(config)}
+        self._watches: dict[str, DegenerateWatch | LearningWatch] = {
+            "degenerate": DegenerateWatch(config),
+            "learning": LearningWatch(config),
+        }
         self._last: ScoredStep | None = None
         self.observer: StepObserver | None = None
         """Counts the requests to reward services, if there are any."""
