@@ -6,6 +6,7 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from dar.cli.main import app as command_line
 from dar.errors import DARError
+from dar.protocol.hints import HINTS, HintThresholds
 from dar.protocol.metrics import COMPONENT_METRICS, METRICS
 from dar.protocol.presets import PRESETS, PresetValues
 from dar.protocol.spec import JobSpec
@@ -194,6 +196,16 @@ def metrics() -> str:
     return table(("name", "unit", "meaning"), rows)
 
 
+def hints() -> str:
+    """Every threshold of a hint."""
+    docs = attribute_docs("dar.protocol.hints", "HintThresholds")
+    rows = [
+        (f"`{one.name}`", getattr(HINTS, one.name), docs[one.name])
+        for one in fields(HintThresholds)
+    ]
+    return table(("threshold", "value", "meaning"), rows)
+
+
 def routes() -> str:
     """Every route of the OpenAPI document."""
     document: dict[str, Any] = create_app(Settings(home=Path("/nonexistent"))).openapi()
@@ -244,6 +256,8 @@ def reference() -> str:
         "Errors": "Every failure of every route has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\", "
         "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`. The SDK raises the class.\n\n" + errors(),
         "Metrics": metrics(),
+        "Hints": "When a job and `dar train` warn while they train, and what a probe of a reward service warns of "
+        "(`dar.protocol.hints`). [The guide](guide.md#when-a-job-learns-nothing) says what to do.\n\n" + hints(),
         "Commands": commands(),
     }  # fmt: skip
     text = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())

@@ -105,8 +105,14 @@ def check_data(
     check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating, sent=sent)
 
 
-def report_plan(plan: StepPlan, config: DARConfig, sink: Sink) -> None:
-    """Report what becomes of a batch that the rows do not fill, and of prompts that are left."""
+def report_plan(plan: StepPlan, config: DARConfig, sink: Sink, *, is_replay: bool) -> None:
+    """Report what becomes of a batch that the rows do not fill, and of prompts that are left.
+
+    Also report a temperature at which training does not converge. A resumed run reports nothing of
+    this again.
+    """
+    if not is_replay and (why := config.convergence_problem):
+        sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
     batch, rows = config.prompts_per_step, f"{plan.rows} row{'s' if plan.rows > 1 else ''}"
     facts = {"batch_size": batch, "rows": plan.rows}
     if batch > plan.rows and plan.is_distinct:

@@ -228,8 +228,6 @@ class DARTrainer(OptimizingTrainer):
         self.sink = (sink or LogSink()) if ranks.is_main else NullSink()
         control = (control if ranks.is_main else None) or NullControl()
         self._run = RunContext(self, ranks, self.sink, control, job_id)
-        if given.is_online and (why := config.convergence_problem):
-            self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._assemble(
             given.load(ranks, config.device, is_offline=is_offline),
             compute_metrics,
@@ -241,7 +239,7 @@ class DARTrainer(OptimizingTrainer):
     ) -> None:
         """Create the parts of the trainer."""
         run, policy = self._run, self._policy
-        self.reporter = reporter = Reporter()
+        self.reporter = reporter = Reporter(self.args)
         terms = rewards.terms()
         self._passes = ForwardPasses(run, policy)
         self._loop = StepLoop(run, policy.vocabulary, reporter)
@@ -350,7 +348,7 @@ class DARTrainer(OptimizingTrainer):
         if not resume:
             is_replay = not self._rewards.loaded.given.is_online
             plan = self.args.step_plan(len(self.train_dataset), is_replay=is_replay)
-            report_plan(plan, self.args, self.sink)
+            report_plan(plan, self.args, self.sink, is_replay=is_replay)
         with self._rewards.opened():
             scoring = self._rewards.scoring(is_training=True)
             self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)

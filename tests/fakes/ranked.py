@@ -59,6 +59,7 @@ IN_SHARES = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 HALF = {"per_device_train_batch_size": 4}
 PASSES = {"max_steps": -1, "num_train_epochs": 10 / 12, "save_steps": 2}
 """Ten of the twelve prompts in steps of eight, so the last step has two."""
+SMALL = {"save_steps": 3, "alpha": 0.1, "beta": 0.3}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 HALF_IN_SHARES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ZERO2: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 2}}}
@@ -78,6 +79,11 @@ ZERO3: dict[str, Any] = {
 
 def share_of_w40(completions: list[str], **_: Any) -> list[float]:
     return [text.split().count("w40") - len(text.split()) / 8 for text in completions]
+
+
+def small(completions: list[str], **_: Any) -> list[float]:
+    """Rewards that are small for any usual alpha and beta."""
+    return [1e-4 * reward for reward in share_of_w40(completions)]
 
 
 async def late(completions: list[str], **_: Any) -> list[float | None]:
@@ -280,6 +286,7 @@ def brief(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = train(folder, "ddp", HALF).ranks
     train(folder, "fsdp", HALF | {"fsdp": True, "save_steps": 3})
+    train(folder, "ddp small", HALF | SMALL, reward=small)
     checkpoint = folder / "whole" / "checkpoints" / "step-2"
     train(folder, "fsdp resumed", HALF | {"fsdp": True}, resume=checkpoint)
     write(talk(ranks), folder, ranks.index)

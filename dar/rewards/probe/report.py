@@ -23,8 +23,6 @@ NAMES = {
 MAX_EXCHANGES = 8
 MAX_DETAIL = 1000
 """Characters of a finding's text, which may quote the service."""
-SAME = 1e-6
-"""Rewards that differ by no more are equal."""
 _OWN_SAMPLES = (
     "See the answer under exchange. If the service needs columns, probe it with samples of your "
     "own."

@@ -3,7 +3,7 @@
 A dry run loads everything, samples and scores two prompts, and writes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from dar.errors import RewardContractError
 from dar.training.report.console import samples_table, show_facts, size
 from dar.training.step.degenerate import DegenerateWatch
+from dar.training.step.learning import LearningWatch
 from dar.training.step.metrics import sample_rows
 from dar.training.step.records import ScoredStep
 from dar.training.trainer import DARTrainer
@@ -36,7 +37,7 @@ def show_preview(
     console.print("[bold]Completions of the first prompts[/bold]")
     console.print(samples_table(sample_rows(step)))
     show_facts(console, "What a run would do (nothing was written)", _facts(trainer, given))
-    for message, _ in DegenerateWatch().add(step, last_step=step.number):
+    for message in _warnings(trainer, step):
         console.print(f"warn: {message}", markup=False, soft_wrap=True)
     failed = [reward for reward in step.rewards if reward.status == "error"]
     if failed:
@@ -48,6 +49,15 @@ def show_preview(
             f"every reward of the {_sampled(step)} was skipped, so a run would train nothing: "
             f"{step.rewards[0].message}"
         )
+
+
+def _warnings(trainer: DARTrainer, step: ScoredStep) -> Iterator[str]:
+    config = trainer.args
+    if trainer.hub.reward_names and (why := config.convergence_problem):
+        yield why
+    for watch in (DegenerateWatch(config), LearningWatch(config)):
+        found = watch.add(step, last_step=step.number, learning_rate=config.learning_rate)
+        yield from (message for message, _ in found)
 
 
 def _sampled(step: ScoredStep) -> str:

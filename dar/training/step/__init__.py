@@ -9,5 +9,6 @@ trained_steps: counts the steps that changed the model.
 passes: log-probabilities under policy and reference, shared among the processes.
 records: the completions of a step, compared and weighed in their groups.
 degenerate: a warning when rewards are constant, or all completions truncated or skipped.
+learning: a warning when alpha + beta does not fit the size of the rewards.
 metrics: computes the metrics and samples of a step, and reports them.
 """

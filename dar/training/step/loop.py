@@ -281,7 +281,9 @@ class StepLoop:
         times = self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
         if self._scoring.capacity is not None:
             self._scoring.capacity.end_step(step.number, times)
-        self._reporter.warn_of(step, run.sink, last_step=trainer.state.max_steps)
+        self._reporter.warn_of(
+            step, run.sink, last_step=trainer.state.max_steps, learning_rate=learning_rate
+        )
         self._warn_of_empty(step)
         try:
             self._count_trained(step, grad_norm, learning_rate)
@@ -372,6 +374,7 @@ class StepLoop:
             "reporter": self._reporter.state(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "budget": self._budget_state,
+            "capacity": None if self._scoring.capacity is None else self._scoring.capacity.state(),
             "ahead": None if self._pipeline is None else self._pipeline.state(),
         }
 
@@ -385,6 +388,8 @@ class StepLoop:
         self._budget_state = state.get("budget")
         if self._scoring.budget is not None and self._budget_state is not None:
             self._scoring.budget.restore(self._budget_state)
+        if self._scoring.capacity is not None and state.get("capacity") is not None:
+            self._scoring.capacity.restore(state["capacity"])
         if self._pipeline is not None:
             self._pipeline.restore(state.get("ahead"))
 

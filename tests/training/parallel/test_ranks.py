@@ -20,6 +20,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for one run of one process, and one of two, which then talk."""
     folder = tmp_path_factory.mktemp("brief")
     ranked.train(folder, "whole", ranked.WHOLE)
+    ranked.train(folder, "whole small", ranked.WHOLE | ranked.SMALL, reward=ranked.small)
     ranked.start(folder, "brief")
     return folder
 
@@ -73,6 +74,21 @@ def assert_same(runs: Path, one: str, other: str, *, last: int = 3) -> None:
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp resumed"])
 def test_two_processes_train_as_one_does(brief: Path, name: str) -> None:
     assert_same(brief, "whole", name)
+
+
+@pytest.mark.slow  # two processes train
+def test_a_hint_of_two_processes_is_that_of_one_from_the_rewards_of_both(brief: Path) -> None:
+    found = [
+        [
+            event
+            for event in json.loads((brief / name / "told.json").read_text())["events"]
+            if "alpha" in event
+        ]
+        for name in ("whole small", "ddp small")
+    ]
+    assert found[0] == found[1]
+    assert len(found[1]) == 1
+    assert "the rewards had hardly any effect" in found[1][0]
 
 
 @pytest.mark.parametrize("name", ["ddp passes", "fsdp passes"])

@@ -45,6 +45,9 @@ def short(prompts, completions, **columns):
 def failing(prompts, completions, **columns):
     return columns["answer"]
 
+def small(prompts, completions, **columns):
+    return [1e-4 * len(set(text)) for text in completions]
+
 def silent(prompts, completions, **columns):
     return [None] * len(completions)
 
@@ -174,6 +177,19 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     ):  # fmt: skip
         assert expected in said, said
     assert said.count("» The ") == 2
+
+
+def test_rewards_too_small_for_alpha_and_beta_are_a_line_of_a_run_and_of_its_preview(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in (["--dry_run"], []):
+        assert main(command(*more, reward_function="judge:small", alpha=0.1, beta=0.3)) == 0
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [one for one in said if one.startswith("warn: ") and "alpha" in one]
+        assert "the rewards had hardly any effect" in line
+        assert "std(reward) is " in line
+        assert "lower alpha + beta to about" in line
+        assert "the learning rate is " in line
 
 
 def test_a_run_is_not_overwritten_unless_the_user_says_so(
