@@ -1,4 +1,4 @@
-"""What a run learns that gives only model, prompts, reward and length: every other value is default.
+"""What a run learns that gives only model, prompts, reward and length; the rest is the default.
 
 On the demo's reviews the gain of the reward, measured on fresh completions of the base model and of
 the result. On the brackets, with the batch of the demo's job, the objective as a fraction of its
@@ -37,7 +37,7 @@ MEASURED = 6
 """How often each prompt of the reviews occurs in the data of an evaluation: 576 completions."""
 
 
-def config_of(folder: str, seed: int, **settings: Any) -> DARConfig:
+def config_of(folder: str, seed: int, settings: dict[str, Any]) -> DARConfig:
     """Arguments without a word about how to learn."""
     return DARConfig(
         output_dir=folder,
@@ -67,7 +67,7 @@ def reviews(seed: int, model: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = DARTrainer(
             model,
-            config_of(folder, seed, **REVIEWS),
+            config_of(folder, seed, REVIEWS),
             rows,
             positivity,
             eval_dataset=rows * MEASURED,
@@ -90,11 +90,11 @@ def brackets(seed: int) -> dict[str, float]:
     """Exact figures of one run."""
     task = Brackets()
     model = task.model(seed)
-    ref_PY = task.distribution(model)
+    reference = task.distribution(model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = DARTrainer(
             model,
-            config_of(folder, seed, **BRACKETS),
+            config_of(folder, seed, BRACKETS),
             [{"prompt": prompt} for prompt in PROMPTS],
             task.reward,
             processing_class=task.tokenizer(),
@@ -102,7 +102,7 @@ def brackets(seed: int) -> dict[str, float]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        final = task.evaluate(trainer.model.eval(), ref_PY, trainer.args)
+        final = task.evaluate(trainer.model.eval(), reference, trainer.args)
     return {
         "learning_rate": float(trainer.args.learning_rate or 0),
         "share": final.share,
