@@ -1,7 +1,7 @@
 """The learning rate of a run that gives none: by the size of its model, and what of it is trained.
 
 A learning rate that moves a small model is too large for a large one, and an adapter needs a larger
-one than full weights. `LAWS` is the only place with numbers; docs/decisions/0015-learning-rate.md
+one than full weights. `RATE_RULES` is the only place with numbers; docs/decisions/0015-learning-rate.md
 has the experiments behind them, and says which sizes were never tried.
 """
 
@@ -16,12 +16,12 @@ from dar.errors import InvalidRequestError
 Trained = Literal["full", "adapter"]
 
 KNOWN_OPTIMIZERS = ("adam", "adafactor")
-"""Parts of the names of optimizers that the laws hold for: their updates do not depend on the scale
+"""Parts of the names of optimizers that the rules hold for: their updates do not depend on the scale
 of a gradient, so a learning rate is the size of a step."""
 
 
 @dataclass(frozen=True, slots=True)
-class RateLaw:
+class RateRule:
     """A learning rate as a power of the number of weights, within two bounds."""
 
     at_a_million: float
@@ -36,9 +36,9 @@ class RateLaw:
         return float(f"{min(self.most, max(self.least, raw)):.1e}")
 
 
-LAWS: Mapping[Trained, RateLaw] = {
-    "full": RateLaw(at_a_million=4e-4, exponent=-0.6, least=5e-7, most=1e-3),
-    "adapter": RateLaw(at_a_million=5e-3, exponent=-0.33, least=5e-5, most=1e-2),
+RATE_RULES: Mapping[Trained, RateRule] = {
+    "full": RateRule(at_a_million=4e-4, exponent=-0.6, least=5e-7, most=1e-3),
+    "adapter": RateRule(at_a_million=7e-3, exponent=-0.4, least=5e-5, most=3e-3),
 }
 
 
@@ -120,7 +120,7 @@ def settle_learning_rate(
                 param="learning_rate",
             )
         trained: Trained = "adapter" if is_adapter else "full"
-        value = LAWS[trained].rate(weights) * multiplier
+        value = RATE_RULES[trained].rate(weights) * multiplier
         config.chosen_rate = ChosenRate(value, trained, weights, trained_weights, multiplier)
         config.learning_rate = value
     else:

@@ -65,7 +65,7 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         f"{rows:,} rows",
         "memory": " + ".join(f"{size(count)} {name}" for name, count in memory.items())
         + f" = {size(sum(memory.values()))}, and activations",
-        "learning rate": _learning_rate(config),
+        "learns at": _learning_rate(config),
         "writes to": output + (", checkpoints too" if config.save_strategy != "no" else ""),
     }
     if trainer.hub.reward_names:
@@ -79,10 +79,10 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         facts |= {"each step": f"{prompts} prompts with the completions and rewards of the data"}
     if given.get("push_to_hub"):
         facts["pushes to"] = str(given.get("hub_model_id") or Path(output).absolute().name)
-    order = ("steps", "each step", "learning rate", "rewards", "memory", "writes to", "pushes to")
+    order = ("steps", "each step", "learns at", "rewards", "memory", "writes to", "pushes to")
     return {label: facts[label] for label in order if label in facts}
 
 
 def _learning_rate(config: DARConfig) -> str:
     how = "" if config.chosen_rate is None else f", chosen for {config.chosen_rate.subject}"
-    return f"{config.learning_rate:g} at its peak{how}"
+    return f"a peak learning rate of {config.learning_rate:g}{how}"

@@ -11,11 +11,11 @@ from transformers import LlamaForCausalLM
 
 from dar.errors import CheckpointError, InvalidRequestError
 from dar.training import DARConfig, DARTrainer, JobInputs, NullControl, train_job
-from dar.training.config.learning_rates import LAWS, Trained
+from dar.training.config.learning_rates import RATE_RULES, Trained
 from fakes.recording_sink import RecordingSink
 
 BRACKETS, REVIEWS, SMOLLM2 = 46_800, 659_328, 134_515_008
-"""Weights of the models that the laws were measured on; docs/decisions/0015-learning-rate.md."""
+"""Weights of the models that the rules were measured on; docs/decisions/0015-learning-rate.md."""
 EXTRAPOLATED = 7_000_000_000
 
 
@@ -26,32 +26,32 @@ EXTRAPOLATED = 7_000_000_000
         ("full", REVIEWS, 2e-4, 1e-3),
         ("full", SMOLLM2, 1e-5, 4e-5),
         ("full", EXTRAPOLATED, 1e-6, 5e-6),
-        ("adapter", REVIEWS, 2e-3, 1e-2),
+        ("adapter", REVIEWS, 2e-3, 5e-3),
         ("adapter", SMOLLM2, 5e-4, 2e-3),
         ("adapter", EXTRAPOLATED, 1e-4, 5e-4),
     ],
 )
-def test_the_laws_give_the_rates_that_were_measured(
+def test_the_rules_give_the_rates_that_were_measured(
     trained: Trained, weights: int, least: float, most: float
 ) -> None:
-    assert least <= LAWS[trained].rate(weights) <= most
+    assert least <= RATE_RULES[trained].rate(weights) <= most
 
 
-@pytest.mark.parametrize("trained", LAWS)
+@pytest.mark.parametrize("trained", RATE_RULES)
 def test_a_larger_model_never_gets_a_larger_rate_nor_one_outside_the_bounds(
     trained: Trained,
 ) -> None:
-    law = LAWS[trained]
-    rates = [law.rate(10**power) for power in range(13)]
+    rule = RATE_RULES[trained]
+    rates = [rule.rate(10**power) for power in range(15)]
     assert rates == sorted(rates, reverse=True)
-    assert (rates[0], rates[-1]) == (law.most, law.least)
-    assert law.rate(0) == law.most
+    assert (rates[0], rates[-1]) == (rule.most, rule.least)
+    assert rule.rate(0) == rule.most
     assert all(float(f"{rate:.1e}") == rate for rate in rates)
 
 
 def test_an_adapter_gets_a_larger_rate_than_full_weights() -> None:
     for power in range(3, 12):
-        assert LAWS["adapter"].rate(10**power) > LAWS["full"].rate(10**power)
+        assert RATE_RULES["adapter"].rate(10**power) > RATE_RULES["full"].rate(10**power)
 
 
 def chosen_by(sink: RecordingSink) -> list[tuple[str, dict[str, Any]]]:
@@ -67,7 +67,7 @@ def test_a_trainer_chooses_by_model_size_and_says_so(
 ) -> None:
     trainer = train(sink=sink, settings={"learning_rate": None, "max_steps": 2})
     weights = sum(one.numel() for one in trainer.model.parameters())
-    rate = LAWS["full"].rate(weights)
+    rate = RATE_RULES["full"].rate(weights)
     assert trainer.args.learning_rate == rate
     assert sink.reports[1]["train/learning_rate"] == rate
     assert trainer.optimizer.param_groups[0]["initial_lr"] == rate
@@ -90,7 +90,7 @@ def test_an_adapter_is_chosen_for_by_the_size_of_its_base(
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     settings = {"learning_rate": None, "max_steps": 1}
     trainer = train(sink=sink, peft_config=adapter, settings=settings)
-    assert trainer.args.learning_rate == LAWS["adapter"].rate(weights)
+    assert trainer.args.learning_rate == RATE_RULES["adapter"].rate(weights)
     [(message, facts)] = chosen_by(sink)
     assert "chosen for an adapter of" in message
     trained = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
@@ -106,7 +106,7 @@ def test_some_weights_of_a_model_are_named_as_such(
     model.get_input_embeddings().requires_grad_(requires_grad=False)
     trainer = train(model=model, sink=sink, settings={"learning_rate": None, "max_steps": 1})
     total = sum(one.numel() for one in trainer.model.parameters())
-    assert trainer.args.learning_rate == LAWS["full"].rate(total)
+    assert trainer.args.learning_rate == RATE_RULES["full"].rate(total)
     assert "weights of a model; give learning_rate" in chosen_by(sink)[0][0]
 
 
@@ -125,7 +125,7 @@ def test_a_rate_that_is_given_stays_and_a_multiplier_multiplies_any(
     chosen = {**settings, "learning_rate": None, "learning_rate_multiplier": 0.5}
     trainer = train(sink=half, settings=chosen)
     weights = sum(one.numel() for one in trainer.model.parameters())
-    assert trainer.args.learning_rate == LAWS["full"].rate(weights) / 2
+    assert trainer.args.learning_rate == RATE_RULES["full"].rate(weights) / 2
     assert "times the multiplier 0.5" in chosen_by(half)[0][0]
 
 
@@ -156,7 +156,7 @@ def test_a_preset_keeps_its_rate_unless_null_is_given(
     fixed = DARConfig(**usual, preset=preset)  # type: ignore[arg-type]  # one of the names
     assert train(args=fixed).args.learning_rate == 1e-6
     chosen = DARConfig(**usual, preset=preset, learning_rate=None)  # type: ignore[arg-type]  # one of the names
-    assert train(args=chosen).args.learning_rate == LAWS["full"].most
+    assert train(args=chosen).args.learning_rate == RATE_RULES["full"].most
 
 
 def test_an_optimizer_whose_steps_follow_the_gradient_needs_a_rate(
