@@ -1,8 +1,8 @@
 """The learning rate of a run that gives none: by the size of its model, and what of it is trained.
 
 A learning rate that moves a small model is too large for a large one, and an adapter needs a larger
-one than full weights. `RATE_RULES` is the only place with numbers; docs/decisions/0015-learning-rate.md
-has the experiments behind them, and says which sizes were never tried.
+one than full weights. All numbers are in `RATE_RULES`. Decision 15 (docs/decisions) has the
+experiments behind them, and says which sizes were never tried.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from dar.errors import InvalidRequestError
 Trained = Literal["full", "adapter"]
 
 KNOWN_OPTIMIZERS = ("adam", "adafactor")
-"""Parts of the names of optimizers that the rules hold for: their updates do not depend on the scale
-of a gradient, so a learning rate is the size of a step."""
+"""Parts of the names of optimizers that the rules hold for. Their updates do not depend on the
+scale of a gradient, so the learning rate is the size of a step."""
 
 
 @dataclass(frozen=True, slots=True)

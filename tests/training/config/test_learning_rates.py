@@ -195,14 +195,24 @@ def test_a_job_without_a_rate_trains_with_the_chosen_one_and_resumes_with_it(
     assert resumed.reports[4]["train/learning_rate"] == whole.reports[4]["train/learning_rate"]
 
 
-def test_a_resume_of_a_run_whose_rate_was_the_earlier_default_is_refused_by_name(
-    train: Callable[..., DARTrainer], tmp_path: Path
+def test_a_resumed_run_keeps_the_rate_that_it_began_with(
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink], tmp_path: Path
 ) -> None:
-    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-6}
-    train(settings=settings)
-    folder = tmp_path / "out" / "checkpoints" / "step-2"
-    with pytest.raises(
-        CheckpointError, match=r"learning_rate was 1e-06 and is 0\.\d+; resume with"
-    ):
-        train(folder, settings={**settings, "learning_rate": None})
-    assert train(folder, settings=settings).state.global_step == 2
+    """It may be the default of an earlier version."""
+    saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = train(settings={**saving, "learning_rate": 1e-6})
+    half = tmp_path / "out" / "checkpoints" / "step-2"
+    sink = new_sink()
+    resumed = train(half, sink=sink, settings={**saving, "learning_rate": None})
+    assert sink.reports[3]["train/learning_rate"] == pytest.approx(1e-6 / 3)
+    assert resumed.args.learning_rate == 1e-6
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert one.equal(other)
+    [message] = [message for _, message, data in sink.events if data]
+    assert "goes on with the peak learning rate that it began with, 1e-06; a new run" in message
+    # the checkpoints that it writes are those of the run that it goes on with
+    last = tmp_path / "out" / "checkpoints" / "step-3"
+    train(last, settings={**saving, "max_steps": 4, "learning_rate": 1e-6})
+    for other in ({"learning_rate": 1e-3}, {"learning_rate": None, "learning_rate_multiplier": 2}):
+        with pytest.raises(CheckpointError, match=r"learning_rate was 1e-06 and is 0\.\d+; resume"):
+            train(half, settings=saving | other)
