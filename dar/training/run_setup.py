@@ -125,13 +125,15 @@ def choose_learning_rate(config: DARConfig, policy: LanguageModel) -> None:
     )
 
 
-def report_plan(plan: StepPlan, config: DARConfig, sink: Sink) -> None:
-    """Report what becomes of a batch that the rows do not fill, and of prompts that are left.
-
-    The chosen learning rate too.
-    """
+def report_plan(config: DARConfig, row_count: int, sink: Sink, *, is_replay: bool) -> None:
+    """Report the learning rate that was chosen, and which prompts the steps take."""
     if config.chosen_rate is not None:
         sink.event("info", config.chosen_rate.message, config.chosen_rate.facts)
+    _report_prompts(config.step_plan(row_count, is_replay=is_replay), config, sink)
+
+
+def _report_prompts(plan: StepPlan, config: DARConfig, sink: Sink) -> None:
+    """Report what becomes of a batch that the rows do not fill, and of prompts that are left."""
     batch, rows = config.prompts_per_step, f"{plan.rows} row{'s' if plan.rows > 1 else ''}"
     facts = {"batch_size": batch, "rows": plan.rows}
     if batch > plan.rows and plan.is_distinct:

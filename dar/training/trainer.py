@@ -349,9 +349,8 @@ class DARTrainer(OptimizingTrainer):
                 "give all the same"
             )
         if not resume:
-            is_replay = not self._rewards.loaded.given.is_online
-            plan = self.args.step_plan(len(self.train_dataset), is_replay=is_replay)
-            report_plan(plan, self.args, self.sink)
+            is_online = self._rewards.loaded.given.is_online
+            report_plan(self.args, len(self.train_dataset), self.sink, is_replay=not is_online)
         with self._rewards.opened():
             scoring = self._rewards.scoring(is_training=True)
             self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)
