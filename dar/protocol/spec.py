@@ -78,8 +78,17 @@ class Hyperparameters(Input):
     behavior: Behavior = "sampled"
     """Behavior log-probabilities: ``sampled`` takes those of the distribution that was sampled,
     filters and temperature included; ``policy`` takes the policy's own at temperature 1."""
-    learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate; null: chosen by the size of the model, and by whether its full weights or
+    an adapter are trained. An event names the choice."""
+    learning_rate_multiplier: Annotated[
+        float,
+        BeforeValidator(
+            lambda value: 1.0 if value == "auto" else value,
+            json_schema_input_type=Annotated[float, Field(gt=0)] | Literal["auto"],
+        ),
+    ] = Field(1.0, gt=0, exclude_if=lambda value: value == 1)
+    """Multiplies the learning rate, whether chosen or given; ``auto`` is 1."""
     batch_size: int = Field(8, ge=1, le=ServiceLimit(65536))
     """Prompts per optimizer step; each gives ``dar_k`` completions. A job with ``n_epochs``, and
     every offline job, takes no row twice in a step, so a step has at most as many prompts as the

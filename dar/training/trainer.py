@@ -61,6 +61,7 @@ from dar.training.reward_sources import (
 from dar.training.run_context import RunContext
 from dar.training.run_setup import (
     check_data,
+    choose_learning_rate,
     limit_search_for_unused,
     report_plan,
     settle_accelerator,
@@ -91,7 +92,7 @@ class DARTrainer(OptimizingTrainer):
 
     trainer = DARTrainer(
         model="Qwen/Qwen2-0.5B-Instruct",
-        args=DARConfig(output_dir="out", learning_rate=5e-7, dar_k=4),
+        args=DARConfig(output_dir="out", dar_k=4),
         train_dataset=[{"prompt": "Why is the sky blue?"}, …],
         reward_funcs=reward,          # or "https://my-reward-service/score"
     )
@@ -208,6 +209,7 @@ class DARTrainer(OptimizingTrainer):
             base_name=base_name,
             is_offline=is_offline,
         )
+        choose_learning_rate(config, policy.model)
         with unchanged_cache_option(policy.model):
             super().__init__(
                 model=policy.model,
@@ -346,9 +348,8 @@ class DARTrainer(OptimizingTrainer):
                 "give all the same"
             )
         if not resume:
-            is_replay = not self._rewards.loaded.given.is_online
-            plan = self.args.step_plan(len(self.train_dataset), is_replay=is_replay)
-            report_plan(plan, self.args, self.sink, is_replay=is_replay)
+            is_online = self._rewards.loaded.given.is_online
+            report_plan(self.args, len(self.train_dataset), self.sink, is_replay=not is_online)
         with self._rewards.opened():
             scoring = self._rewards.scoring(is_training=True)
             self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)

@@ -18,6 +18,8 @@ JOBS = "/v1/fine_tuning/jobs"
         ({"learning_rate": "1e-5"}, "learning_rate", 'but it is the text "1e-5"; send it without quotes'),
         ({"learning_rate": "small"}, "learning_rate", 'but it is the text "small"'),
         ({"learning_rate": -1.5}, "learning_rate", "should be greater than 0, but it is -1.5"),
+        ({"learning_rate_multiplier": "2"}, "learning_rate_multiplier", 'but it is the text "2"; send it without quotes'),
+        ({"learning_rate_multiplier": 0}, "learning_rate_multiplier", "should be greater than 0, but it is 0"),
         ({"batch_size": 1.5}, "batch_size", "but it is 1.5"),
         ({"batch_size": [8]}, "batch_size", "but it is a list"),
         ({"batch_size": None}, "batch_size", "but it is null"),

@@ -135,12 +135,35 @@ class RunCheckpoints:
         )
         self._resumed = checkpoint.ResumeState.load(folder)
         if manifest.config_sha256 != self.config_sha256:
+            self._keep_rate(self._resumed.trainer.get("decisive"))
+        if manifest.config_sha256 != self.config_sha256:
             self._compare(folder, self._resumed.trainer.get("decisive"))
         if found := differences_of_parts(self._resumed.trainer.get("parts", {}), self._parts):
             raise self._other_arguments(folder, found)
         if folder.resolve().parent == self.root.resolve():
             self._own_folders = (self.root / folder.name,)
         return manifest
+
+    def _keep_rate(self, before: Mapping[str, Any] | None) -> None:
+        """Go on with the checkpoint's learning rate if this run would only choose one.
+
+        The choice may have changed between two versions.
+        """
+        args = self._run.trainer.args
+        if before is None or args.chosen_rate is None or args.chosen_rate.multiplier != 1:
+            return
+        rate = before["config"]["learning_rate"]
+        if rate == args.learning_rate:
+            return
+        self._run.sink.event(
+            "info",
+            f"the run goes on with the peak learning rate that it began with, {rate:g}; a new run "
+            f"would have {args.learning_rate:g}",
+            {"kind": "kept_learning_rate", "learning_rate": rate, "chosen": args.learning_rate},
+        )
+        args.learning_rate, args.chosen_rate = rate, None
+        self._decisive["config"]["learning_rate"] = rate
+        self.config_sha256 = checkpoint.digest(self._decisive)
 
     def _compare(self, folder: Path, before: dict[str, Any] | None) -> None:
         """Accept a checkpoint of other arguments if only the number of steps has grown.

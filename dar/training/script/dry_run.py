@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from dar.errors import RewardContractError
+from dar.training.config.config import DARConfig
 from dar.training.report.console import samples_table, show_facts, size
 from dar.training.step.degenerate import DegenerateWatch
 from dar.training.step.learning import LearningWatch
@@ -55,6 +56,7 @@ def _warnings(trainer: DARTrainer, step: ScoredStep) -> Iterator[str]:
     config = trainer.args
     if trainer.hub.reward_names and (why := config.convergence_problem):
         yield why
+    assert config.learning_rate is not None  # the trainer has chosen one
     for watch in (DegenerateWatch(config), LearningWatch(config)):
         found = watch.add(step, last_step=step.number, learning_rate=config.learning_rate)
         yield from (message for message, _ in found)
@@ -74,6 +76,7 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         f"{rows:,} rows",
         "memory": " + ".join(f"{size(count)} {name}" for name, count in memory.items())
         + f" = {size(sum(memory.values()))}, and activations",
+        "learns at": _learning_rate(config),
         "writes to": output + (", checkpoints too" if config.save_strategy != "no" else ""),
     }
     if trainer.hub.reward_names:
@@ -87,5 +90,10 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         facts |= {"each step": f"{prompts} prompts with the completions and rewards of the data"}
     if given.get("push_to_hub"):
         facts["pushes to"] = str(given.get("hub_model_id") or Path(output).absolute().name)
-    order = ("steps", "each step", "rewards", "memory", "writes to", "pushes to")
+    order = ("steps", "each step", "learns at", "rewards", "memory", "writes to", "pushes to")
     return {label: facts[label] for label in order if label in facts}
+
+
+def _learning_rate(config: DARConfig) -> str:
+    how = "" if config.chosen_rate is None else f", chosen for {config.chosen_rate.subject}"
+    return f"a peak learning rate of {config.learning_rate:g}{how}"

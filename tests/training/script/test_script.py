@@ -192,6 +192,25 @@ def test_rewards_too_small_for_alpha_and_beta_are_a_line_of_a_run_and_of_its_pre
         assert "the learning rate is " in line
 
 
+def test_a_run_says_which_learning_rate_it_has_chosen(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run.yaml").write_text("learning_rate: null\nlearning_rate_multiplier: 0.5\n")
+    assert main(command("--dry_run", "--config", "run.yaml")) == 0
+    planned = " ".join(capsys.readouterr().err.split())
+    assert "a peak learning rate of 0.0005, chosen for the full weights of a model of" in planned
+    assert main(command(max_steps=1)) == 0
+    said = capsys.readouterr().err
+    assert (
+        "info: the peak learning rate is 0.001, chosen for the full weights of a model of" in said
+    )
+    card = (folder / "out" / "README.md").read_text()
+    assert "| `learning_rate` | `0.001` |" in card
+    assert main(command("--dry_run", learning_rate="2e-5")) == 0
+    planned = " ".join(capsys.readouterr().err.split())
+    assert "a peak learning rate of 2e-05 rewards short" in planned
+
+
 def test_a_run_is_not_overwritten_unless_the_user_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
