@@ -194,3 +194,13 @@ def test_a_file_without_usable_samples_is_named(check: Run, tmp_path: Path) -> N
         done = check(DEAD, "--samples", str(samples))
         assert done.returncode == 2
         assert word in " ".join(done.stderr.split())
+
+
+def test_a_component_that_is_no_json_object_is_named(check: Run, tmp_path: Path) -> None:
+    component = tmp_path / "component.json"
+    deep = '{"protocol": "plain", "template": ' + "[" * 1000 + "]" * 1000 + "}"
+    for text, word in (("{", "is not JSON"), (deep, "is not JSON: recursion"), ("[]", "one JSON")):
+        component.write_text(text)
+        done = check(DEAD, "--component", str(component))
+        assert done.returncode == 2
+        assert word in " ".join(done.stderr.replace("│", "").split())
