@@ -252,3 +252,13 @@ def test_an_output_that_takes_no_more_ends_a_command_in_one_sentence(
     if isinstance(raw, io.BufferedWriter):
         monkeypatch.setattr(Full, "write", lambda _, data: len(data))
         output.flush()
+
+
+def test_a_component_that_is_no_json_object_is_named(check: Run, tmp_path: Path) -> None:
+    component = tmp_path / "component.json"
+    deep = '{"protocol": "plain", "template": ' + "[" * 1000 + "]" * 1000 + "}"
+    for text, word in (("{", "is not JSON"), (deep, "is not JSON: recursion"), ("[]", "one JSON")):
+        component.write_text(text)
+        done = check(DEAD, "--component", str(component))
+        assert done.returncode == 2
+        assert word in " ".join(done.stderr.replace("│", "").split())

@@ -2,7 +2,6 @@
 
 import asyncio
 import ipaddress
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from dar.cli.reward.listener import listening
 from dar.cli.reward.screen import ReportScreen
@@ -179,7 +179,7 @@ def _read_component(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = json.loads(_read(path))
+        content = from_json(_read(path))  # unlike the json module, it limits the depth
     except ValueError as error:
         raise typer.BadParameter(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):

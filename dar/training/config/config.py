@@ -305,7 +305,7 @@ def _variables(given: object) -> dict[str, Any] | None:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError(
                 f"{name} must be a JSON object, but is {given!r:.80}: {error}", param=name
             ) from None
