@@ -276,7 +276,7 @@ def _from_yaml(path: Path, parser: Parser) -> dict[str, Any]:
     return values
 
 
-def _loaded(path: Path, text: str, loader: type[_OneByOne]) -> Any:  # noqa: ANN401 - any YAML
+def _loaded(path: Path, text: str, loader: type[_OneByOne]) -> Any:  # noqa: ANN401 - whatever the file holds
     try:
         return yaml.load(text, loader)  # noqa: S506 - a SafeLoader
     except _KeyTwiceError as error:
