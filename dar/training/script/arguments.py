@@ -92,8 +92,8 @@ SWITCHES = {
 """Flags of the command line alone, which a file cannot set, and their help."""
 PATHS = (
     "config", "model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir",
-    "reward_model_name_or_path", "resume_from_checkpoint", "deepspeed", "fsdp_config",
-    "accelerator_config",
+    "reward_model_name_or_path", "reward_model_path", "resume_from_checkpoint", "deepspeed",
+    "fsdp_config", "accelerator_config",
 )  # fmt: skip
 """Options that may name a file or folder."""
 LIST_OR_TEXT = ("report_to", "optim_target_modules", "debug")
@@ -276,7 +276,7 @@ def _from_yaml(path: Path, parser: Parser) -> dict[str, Any]:
     return values
 
 
-def _loaded(path: Path, text: str, loader: type[_OneByOne]) -> Any:  # noqa: ANN401 - any YAML
+def _loaded(path: Path, text: str, loader: type[_OneByOne]) -> Any:  # noqa: ANN401 - whatever the file holds
     try:
         return yaml.load(text, loader)  # noqa: S506 - a SafeLoader
     except _KeyTwiceError as error:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from dar.errors import InvalidRequestError
 from dar.protocol.checkpoints import MANIFEST_NAME, checkpoint_folders
 from dar.protocol.reward_spec import RewardURL
-from dar.training.script.arguments import CommandLine, ScriptArguments
+from dar.training.script.arguments import CommandLine
 
 REWARD_URL: TypeAdapter[str] = TypeAdapter(RewardURL)
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -42,7 +42,7 @@ def check_places(line: CommandLine) -> None:
     ):
         if name is not None and _is_path(name, DATA_SUFFIXES):
             raise InvalidRequestError(f"there is no file or folder {name}", param=param)
-    _check_models(script)
+    _check_models(line)
     for url in script.reward_url:
         try:
             REWARD_URL.validate_python(url)
@@ -55,9 +55,17 @@ def check_places(line: CommandLine) -> None:
     _check_output(line)
 
 
-def _check_models(script: ScriptArguments) -> None:
-    models = [("reward_model_name_or_path", one) for one in script.reward_model_name_or_path]
-    for param, name in (("model_name_or_path", script.model_name_or_path or ""), *models):
+def _models(line: CommandLine) -> list[tuple[str, str]]:
+    """All models that are loaded, each with the flag that names it."""
+    script = line.script
+    found = [("model_name_or_path", script.model_name_or_path or "")]
+    found += [("reward_model_name_or_path", one) for one in script.reward_model_name_or_path]
+    found.append(("reward_model_path", str(line.config.get("reward_model_path") or "")))
+    return [(param, name) for param, name in found if name]
+
+
+def _check_models(line: CommandLine) -> None:
+    for param, name in _models(line):
         if _is_path(name):
             raise InvalidRequestError(f"--{param}: there is no folder {name}", param=param)
         if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -163,12 +171,9 @@ def _check_overwriting(line: CommandLine, folder: Path) -> None:
             "--overwrite_output_dir removes the run that --resume_from_checkpoint would continue; "
             "give one of them"
         )
-    script = line.script
-    for name in (script.model_name_or_path or "", *script.reward_model_name_or_path):
-        if Path(name).is_dir() and folder.resolve() in (
-            Path(name).resolve(),
-            *Path(name).resolve().parents,
-        ):
+    for _, name in _models(line):
+        holding = (Path(name).resolve(), *Path(name).resolve().parents)
+        if Path(name).is_dir() and folder.resolve() in holding:
             raise _refused(
                 f"--overwrite_output_dir would remove the model {name}; give another --output_dir"
             )

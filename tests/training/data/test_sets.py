@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
 from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.training.data.rows import check_rows
 from dar.training.data.sets import open_rows
 
 
@@ -45,6 +46,9 @@ def test_the_fields_of_a_csv_file_are_texts_as_written_and_rewards_beside_comple
         {"prompt": 'a, "b"', "completion": "2", "reward": 0.5, "behavior_logps": -3.0},
         {"prompt": "c", "completion": "", "reward": None, "behavior_logps": None},
     ]
+    table.write_text("prompt,completion,reward\na,b,1\na,b,NaN\n")
+    with pytest.raises(InvalidRequestError, match="row 2: reward must be a number or null, not 'N"):
+        check_rows(open_rows(str(table)), is_replay=True)
     table.write_bytes(b"prompt\nx\n\xff\n")
     with pytest.raises(InvalidRequestError, match=r"table\.csv is not UTF-8"):
         open_rows(str(table))

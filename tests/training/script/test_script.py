@@ -414,7 +414,6 @@ def test_bad_input_is_a_paragraph_and_exit_code_64(
         ("index.csv", ",prompt\n0,hello\n", "index.csv: column 1 has no name in the header; name it, or remove it (pandas"),
         ("quote.csv", 'prompt,a\n"hello" you,1\n', "quote.csv, line 2: not CSV: "),
         ("open.csv", 'prompt,a\nyes,1\n"hello,1\n', "open.csv, line 3: not CSV: "),
-        ("word.csv", "prompt,completion,reward\na,b,1\na,b,NaN\n", "row 2: reward must be a number or null, not 'NaN'"),
         ("empty.csv", "", "empty.csv has no rows"),
         ("header.csv", "prompt\n", "header.csv has no rows"),
         ("twice.json", '[{"prompt": "a"}, {"prompt": "b", "x": {"y": 1, "y": 2}}]', "twice.json, row 2: the key 'y' occurs twice"),

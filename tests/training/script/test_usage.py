@@ -100,6 +100,11 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_64(
             ["--reward_model_name_or_path=~/model", "--output_dir=~/", "--overwrite_output_dir"],
             "would remove the model ",
         ),
+        (
+            ["--reward_model_path=~/model", "--output_dir=~/", "--overwrite_output_dir"],
+            "would remove the model ",
+        ),
+        (["--reward_model_path=~/x"], "--reward_model_path: there is no folder"),
         (["--output_dir=~/used", "--resume_from_checkpoint=latest"], None),
         (["--output_dir=used", "--resume_from_checkpoint=~/used/checkpoints/step-10"], None),
         (["--resume_from_checkpoint=~/used"], "/used is no checkpoint"),
