@@ -38,7 +38,7 @@ class RateRule:
 
 RATE_RULES: Mapping[Trained, RateRule] = {
     "full": RateRule(at_a_million=4e-4, exponent=-0.6, least=5e-7, most=1e-3),
-    "adapter": RateRule(at_a_million=2.5e-3, exponent=-0.4, least=2e-5, most=3e-3),
+    "adapter": RateRule(at_a_million=3.5e-3, exponent=-0.4, least=2e-5, most=3e-3),
 }
 
 

@@ -27,7 +27,7 @@ EXTRAPOLATED = 7_000_000_000
         ("full", SMOLLM2, 1e-5, 4e-5),
         ("full", EXTRAPOLATED, 1e-6, 5e-6),
         ("adapter", REVIEWS, 2e-3, 5e-3),
-        ("adapter", SMOLLM2, 2e-4, 5e-4),
+        ("adapter", SMOLLM2, 3e-4, 7e-4),
         ("adapter", EXTRAPOLATED, 2e-5, 2e-4),
     ],
 )
