@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
