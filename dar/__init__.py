@@ -4,13 +4,15 @@ Each name is loaded when it is first used, so that the SDK never loads torch.
 
 client: the SDK.
 cli: the ``dar`` command.
-demo: ``dar demo``, without torch.
+demo: the ``dar demo`` command; its part with torch is in training.
 protocol: wire models of all processes, and the rules over specs and rows.
 rewards: reward sources, the client of reward services, the reward server.
 training: the trainer; the only folder that imports torch.
 disk: digests of files, and durable writes.
 errors: all errors that a user can see, with their codes and HTTP statuses.
-processes: child processes, restarted and ended with their parent.
+output: standard output of a command, on any terminal and any disk.
+processes: child processes: restarted when they die, ended with their parent.
+setting_kinds: what a setting must be, so that it fails at the start and not later.
 settings: all settings of an installation, read from ``DAR_*`` variables.
 version: the version.
 """

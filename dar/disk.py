@@ -3,18 +3,45 @@
 A file that is renamed into its place is durable once the file and its folder are synced.
 """
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 
+from dar.errors import ConfigurationError
+
 PRIVATE = 0o077
 """``umask`` of every process of an installation: only its user reads the files that it makes."""
+
+
+OTHER_FOLDER_HINT = "give a folder that you may write to with"
+OTHER_HOME_HINT = f"{OTHER_FOLDER_HINT} --home or DAR_HOME"
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(folder: Path, advice: str) -> None:
+    """Make a folder of an installation, with its parents, unless it exists.
+
+    Args:
+        folder: The folder.
+        advice: What to do if it cannot be used, for the message.
+
+    Raises:
+        ConfigurationError: It cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "it is not a folder, or lies below a file" if is_file else str(error.strerror).lower()
+        raise ConfigurationError(f"{folder} cannot be used: {why}; {advice}") from None
 
 
 def sync(path: Path) -> None:

@@ -36,7 +36,7 @@ class Problem:
 
 
 class DARError(Exception):
-    """A fault inside the service. Retry; if the error remains, report `request_id`.
+    """Base of all errors. Raised itself, it is a fault inside the service: retry, or report it.
 
     Args:
         message: What is wrong, where, and what to do.
@@ -158,7 +158,7 @@ class IdempotencyMismatchError(ConflictError):
 
 
 class FencedError(ConflictError):
-    """A late attempt tried to write. Another attempt holds the lease, so the late one must stop."""
+    """An attempt wrote after its lease had ended. Its trainer must stop."""
 
     code = "fenced"
 
@@ -267,7 +267,7 @@ class RewardContractError(_Rejected, RewardError):
 
 
 class RewardBudgetError(_Rejected, RewardError):
-    """More completions got no reward than the failure policy of the job allows.
+    """Too many rewards are missing: more than the failure policy of the job allows.
 
     Args:
         message: See `DARError`.
@@ -324,20 +324,26 @@ def error_from_body(status: int, body: object, *, request_id: str | None = None)
     by_code = [cls for cls in classes if cls.code == code and cls.status == status]
     by_status = [cls for cls in classes if cls.status == status]
     cls = (by_code or by_status or [DARError])[0]
+    listed = error.get("errors")
     problems = [
         Problem(
             message=str(item.get("message", "")),
-            param=item.get("param"),
+            param=_text(item.get("param")),
             code=str(item.get("code", "invalid")),
-            row=item.get("row"),
+            row=row if isinstance(row := item.get("row"), int) else None,
         )
-        for item in error.get("errors") or ()
+        for item in (listed if isinstance(listed, list) else ())
         if isinstance(item, Mapping)
     ]
     return cls(
         str(message),
-        param=error.get("param"),
+        param=_text(error.get("param")),
         code=str(code) if code else None,
         problems=problems,
-        request_id=error.get("request_id") or request_id,
+        request_id=_text(error.get("request_id")) or request_id,
     )
+
+
+def _text(value: object) -> str | None:
+    """``value`` if it is a text: a proxy may send anything under the names of an error."""
+    return value if isinstance(value, str) else None

@@ -5,52 +5,32 @@ environment anywhere else is a lint error. Every process of the product uses the
 environment describes one installation.
 """
 
-import ipaddress
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dar.errors import ConfigurationError
-
-
-def _split(value: object) -> object:
-    """Make a tuple of comma-separated text."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _starting_with(*schemes: str) -> AfterValidator:
-    def check(url: SecretStr) -> SecretStr:
-        if not url.get_secret_value().startswith(schemes):
-            raise ValueError(f"must start with one of {', '.join(schemes)}")
-        return url
-
-    return AfterValidator(check)
-
-
-def _network(cidr: str) -> str:
-    ipaddress.ip_network(cidr)
-    return cidr
-
-
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(gt=0)]
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Ports = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)]
-Networks = Annotated[
-    tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)
-]
-DatabaseURL = Annotated[
-    SecretStr, _starting_with("sqlite:///", "postgresql://", "postgresql+psycopg://")
-]
-BrokerURL = Annotated[SecretStr, _starting_with("redis://", "rediss://")]
+from dar.setting_kinds import (
+    BrokerURL,
+    Bytes,
+    CacheFolder,
+    DatabaseURL,
+    Folder,
+    Host,
+    Hosts,
+    HubToken,
+    Key,
+    Name,
+    Names,
+    Networks,
+    Ports,
+    Seconds,
+    own_node,
+)
 
 
 class Settings(BaseSettings):
@@ -63,7 +43,7 @@ class Settings(BaseSettings):
     home: Folder = Field(default=Path("~/.local/share/dar"))
     """Folder of all stored data: database, artifacts, keys, models, the worker's spool."""
 
-    cache_home: Folder = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
+    cache_home: CacheFolder = Field(default=Path("~/.cache"), validation_alias="XDG_CACHE_HOME")
     """Folder of data that can be made again: the demo's base model."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -73,17 +53,17 @@ class Settings(BaseSettings):
     base_url: str | None = None
     """URL under which clients and workers reach the service; default: ``http://host:port``."""
 
-    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")] | None = None
+    public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")] | None = None
     """URL under which reward services reach the service, for callbacks; default: the
     URL for clients and workers."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address to which the service binds."""
 
     port: Annotated[int, Field(ge=1, le=65535)] = 8321
     """Port to which the service binds."""
 
-    api_key: SecretStr | None = None
+    api_key: Key | None = None
     """API key that the service accepts, and that the SDK and the CLI send; default: the content of
     ``$DAR_HOME/api_key``."""
 
@@ -111,7 +91,7 @@ class Settings(BaseSettings):
     """Secret (``whsec_…``) that signs requests to inline reward URLs; default: the content of
     ``$DAR_HOME/reward_secret``."""
 
-    egress_allow_hosts: Names = ()
+    egress_allow_hosts: Hosts = ()
     """Comma-separated hosts of reward services that may have private addresses, like
     ``rewards.internal,*.corp.example``."""
 
@@ -119,7 +99,7 @@ class Settings(BaseSettings):
     """Comma-separated private networks that reward services may be in, like ``10.20.0.0/16``. The
     metadata addresses of clouds stay blocked."""
 
-    egress_allow_http: Names = ()
+    egress_allow_http: Hosts = ()
     """Comma-separated hosts of reward services that may use plain HTTP; ``*``: all hosts."""
 
     egress_ports: Ports = ()
@@ -154,19 +134,20 @@ class Settings(BaseSettings):
 
     reward_probe_seconds: Seconds = 5.0
     """Pause before the service again probes the reward service of a job that is paused or waiting
-    for rewards. After each probe that fails the pause doubles, to at most 12 x this value. If the
-    reward service of a paused job rejected requests or returned invalid responses, every pause is
-    12 times as long."""
+    for rewards. After each probe that fails the pause doubles, to at most 12 x this value. An
+    attempt without a reward after a probe that passed makes the next pause 4 times as long, to at
+    most 120 x this value. If the reward service of a paused job rejected requests or returned
+    invalid responses, the pauses begin at 12 x this value and double to at most 144 x it."""
 
     # --- worker
-    worker_key: SecretStr | None = None
+    worker_key: Key | None = None
     """Key of scope ``worker`` that the service accepts, and that workers send; default: the content
     of ``$DAR_HOME/worker_key``."""
 
-    node: str = Field(default_factory=platform.node)
+    node: Name = Field(default_factory=own_node)
     """Name of this machine, the same after a restart."""
 
-    slot: str = "0"
+    slot: Name = "0"
     """Name of the worker's slot on its node. Each slot has one worker process."""
 
     devices: str | None = None
@@ -195,11 +176,17 @@ class Settings(BaseSettings):
     cancel_seconds: Seconds = 30.0
     """How long a trainer may take to stop after a cancellation before it is killed."""
 
-    torch_threads: Annotated[int, Field(ge=1)] = 1
+    torch_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of a trainer. A repeated run gives equal results only with the same number."""
 
     is_offline: bool = Field(default=False)
     """Whether trainers must not use the model hub."""
+
+    hf_token: HubToken = Field(
+        default=None, validation_alias=AliasChoices("DAR_HF_TOKEN", "HF_TOKEN")
+    )
+    """Token of the model hub with which trainers load gated and private models; without
+    ``DAR_HF_TOKEN`` it is that in ``HF_TOKEN``, and without both the one of ``hf auth login``."""
 
     @property
     def service_url(self) -> str:
@@ -232,9 +219,9 @@ class Settings(BaseSettings):
     def secret_from(self, value: SecretStr | None, filename: str) -> str | None:
         """``value``, else the content of ``$DAR_HOME/<filename>``, else None."""
         if value is not None:
-            return value.get_secret_value()
+            return value.get_secret_value().strip()
         path = self.home / filename
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        return path.read_text("utf-8", "replace").strip() if path.is_file() else None
 
 
 def load_settings(**given: object) -> Settings:
@@ -283,6 +270,29 @@ def own_environment(changes: Mapping[str, str]) -> dict[str, str]:
 def inherited_environment(names: Iterable[str]) -> dict[str, str]:
     """The variables of ``names`` that this process has, for a child that gets no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+"""Variables by which an HTTP client finds certificates, and writes keys of connections."""
+PROXIES = tuple(
+    name
+    for upper in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    for name in (upper, upper.lower())
+)
+"""Variables by which an HTTP client finds its proxies. They may have a password."""
+
+
+def unusable_surroundings(error: Exception) -> ConfigurationError:
+    """The error for an HTTP client that could not be made from the variables of this process."""
+    if isinstance(error, OSError):
+        given = inherited_environment(CERTIFICATES)
+        named = ", ".join(f"{name} ({value})" for name, value in given.items())
+        why = f"the certificates cannot be loaded: {error.strerror or error}"
+        return ConfigurationError(f"{why}; correct {named or 'those of this machine'}")
+    named = ", ".join(inherited_environment(PROXIES)) or "the proxy of this machine"
+    needs = "a SOCKS proxy needs the package socksio" if isinstance(error, ImportError) else None
+    why = needs or "it must be a URL like http://proxy:3128"
+    return ConfigurationError(f"the HTTP proxy cannot be used: {why}; correct {named}")
 
 
 def forget_environment(name: str) -> None:

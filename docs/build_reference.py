@@ -6,17 +6,19 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import orjson
 import typer
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from dar.cli.main import app as command_line
 from dar.errors import DARError
+from dar.protocol.hints import HINTS, HintThresholds
 from dar.protocol.metrics import COMPONENT_METRICS, METRICS
 from dar.protocol.presets import PRESETS, PresetValues
 from dar.protocol.spec import JobSpec
@@ -74,7 +76,7 @@ def settings() -> str:
     docs = attribute_docs("dar.settings", "Settings")
     rows = []
     for name, field in Settings.model_fields.items():
-        variable = field.validation_alias or f"DAR_{name.upper()}"
+        variable = _variable(name, field)
         default = field.default
         if field.default_factory is not None:
             shown = "this machine's name"
@@ -84,6 +86,14 @@ def settings() -> str:
             shown = f"`{','.join(default) if isinstance(default, tuple) else default}`"
         rows.append((f"`{variable}`", shown, docs[name]))
     return table(("variable", "default", "meaning"), rows)
+
+
+def _variable(name: str, field: FieldInfo) -> str:
+    """The variable of a setting; of several, the first one that is read."""
+    alias = field.validation_alias
+    return str(
+        alias.choices[0] if isinstance(alias, AliasChoices) else alias or f"DAR_{name.upper()}"
+    )
 
 
 def job_spec() -> str:
@@ -186,6 +196,16 @@ def metrics() -> str:
     return table(("name", "unit", "meaning"), rows)
 
 
+def hints() -> str:
+    """Every threshold of a hint."""
+    docs = attribute_docs("dar.protocol.hints", "HintThresholds")
+    rows = [
+        (f"`{one.name}`", getattr(HINTS, one.name), docs[one.name])
+        for one in fields(HintThresholds)
+    ]
+    return table(("threshold", "value", "meaning"), rows)
+
+
 def routes() -> str:
     """Every route of the OpenAPI document."""
     document: dict[str, Any] = create_app(Settings(home=Path("/nonexistent"))).openapi()
@@ -236,6 +256,8 @@ def reference() -> str:
         "Errors": "Every failure of every route has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\", "
         "\"errors\": [{\"param\", \"message\", \"code\", \"row\"}], \"request_id\"}}`. The SDK raises the class.\n\n" + errors(),
         "Metrics": metrics(),
+        "Hints": "When a job and `dar train` warn while they train, and what a probe of a reward service warns of "
+        "(`dar.protocol.hints`). [The guide](guide.md#when-a-job-learns-nothing) says what to do.\n\n" + hints(),
         "Commands": commands(),
     }  # fmt: skip
     text = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())

@@ -1,5 +1,11 @@
 """The service's processes: ``python -m service serve``, ``migrate`` and ``rotate-secrets``."""
 
+import gc
+
+if __name__ == "__main__":
+    # Imported objects all stay, and searching them for garbage takes a seventh of the start.
+    gc.disable()
+
 import argparse
 import os
 import signal
@@ -122,4 +128,6 @@ def _serve(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(main())

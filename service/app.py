@@ -1,11 +1,14 @@
 """The ASGI application: its routes, and the threads that start and stop with it."""
 
-from collections.abc import AsyncIterator, Mapping
+import functools
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from starlette.routing import BaseRoute
 
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.settings import Settings
@@ -94,20 +97,35 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        generate_unique_id_function=lambda route: route.name,
+        generate_unique_id_function=_name_of,
     )
     errors.install(app)
     app.add_middleware(BodyTimeouts)
     app.add_middleware(RequestMiddleware)
-    app.include_router(health.router)
-    for module in ROUTERS:
-        app.include_router(module.router, dependencies=[Depends(query.refuse_unusable)])
+    app.router.routes.extend(_routes())
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(auth.principal)])
     def openapi() -> dict[str, Any]:
         return describe(app)
 
     return app
+
+
+def _name_of(route: APIRoute) -> str:
+    return route.name
+
+
+@functools.cache
+def _routes() -> Sequence[BaseRoute]:
+    """The routes of the API. They depend on no setting, so that all applications share them.
+
+    FastAPI examines a route at its first request, and with it all others of its router.
+    """
+    api = APIRouter(generate_unique_id_function=_name_of)
+    api.include_router(health.router)
+    for module in ROUTERS:
+        api.include_router(module.router, dependencies=[Depends(query.refuse_unusable)])
+    return api.routes
 
 
 def prepare(settings: Settings) -> Runtime:
@@ -138,7 +156,7 @@ def prepare(settings: Settings) -> Runtime:
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
         telemetry=Telemetry(count_jobs, running_values),
-        reward_secret=keys.configure(settings, database),
+        reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),
     )

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from dar.disk import sync
+from dar.disk import OTHER_FOLDER_HINT, make_folder, sync
 from dar.errors import ConflictError, ServiceUnavailableError
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 
@@ -52,9 +52,13 @@ class Artifacts:
         self.root = root
 
     def prepare(self) -> None:
-        """Make the folders and remove what interrupted uploads left."""
+        """Make the folders and remove what interrupted uploads left.
+
+        Raises:
+            ConfigurationError: A folder cannot be made, or not be written to.
+        """
         for folder in (self.root, self._files, self._files / "tmp", self._checkpoints):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(folder, f"{OTHER_FOLDER_HINT} DAR_ARTIFACTS_DIR or DAR_HOME")
         for leftover in _old(self._files / "tmp"):
             leftover.unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from ulid import ULID
 
 from dar.errors import ConfigurationError
+from dar.rewards.http import signing
 from dar.settings import Settings
 from service import secret_box
 from service.store import keys, reward_secrets
@@ -112,6 +113,21 @@ def configure(settings: Settings, database: Database) -> str:
         ]
         keys.configure(transaction, records)
     return reward
+
+
+def checked_reward_secret(secret: str) -> str:
+    """``secret``, which signs requests.
+
+    Raises:
+        ConfigurationError: No request can be signed with it. The message does not show it.
+    """
+    try:
+        signing.decode_secret(secret)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"DAR_REWARD_SECRET (or the file {REWARD_SECRET_FILE}): {error.message}"
+        ) from None
+    return secret
 
 
 def _record(key: str, scopes: str, *, is_only: bool) -> keys.KeyRecord:

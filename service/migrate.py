@@ -13,6 +13,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, text
 
+from dar.disk import OTHER_FOLDER_HINT, make_folder
 from dar.errors import ConfigurationError
 from dar.settings import Settings
 from service.store.database import Database
@@ -47,9 +48,10 @@ def upgrade(settings: Settings, database: Database) -> None:
 
     Raises:
         ServiceUnavailableError: The database does not respond.
-        ConfigurationError: The schema is newer than this code, or older with ``is_migrating`` off.
+        ConfigurationError: The schema is newer than this code, or older with ``is_migrating`` off,
+            or the home folder cannot be used.
     """
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(settings.home, f"{OTHER_FOLDER_HINT} DAR_HOME")
     with _file_lock(settings.home / "migrate.lock", is_needed=not database.is_postgresql):
         database.wait(settings.database_wait_seconds)
         with _locked_connection(database) as connection:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
 from dar.errors import ConfigurationError, SecretUnreadableError
-from dar.rewards.http.egress import parse_url
+from dar.rewards.http import egress
 
 VERSION = 1
 FINGERPRINT_CHARACTERS = 16
@@ -127,4 +127,4 @@ def origin_of(url: str) -> str:
     Raises:
         RewardMisconfiguredError: The URL cannot be used.
     """
-    return parse_url(url, None).origin
+    return egress.origin_of(url)

@@ -21,6 +21,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from dar.protocol.metrics import current_values
 from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentRequests
 from dar.protocol.status import JOB_STATUSES
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row
@@ -33,9 +34,9 @@ CALLBACK_OUTCOMES = (
 ``refused``, and those that are refused before."""
 BREAKER_STATES = ("closed", "half_open", "open", "misconfigured")
 RESULTS: Mapping[str, str] = {
-    "reward/n_valid": "ok",
-    "reward/n_skip": "skip",
-    "reward/n_error": "error",
+    "reward_requests/n_valid": "ok",
+    "reward_requests/n_skip": "skip",
+    "reward_requests/n_error": "error",
 }
 """Metric of a step -> label of its samples."""
 GAUGES: Mapping[str, tuple[str, str]] = {
@@ -52,7 +53,8 @@ GAUGES: Mapping[str, tuple[str, str]] = {
         "Circuit breaker of a reward service: 0 closed, 1 half-open, 2 open, 3 misconfigured.",
     ),
 }
-"""Last part of the metric ``reward/<component>/<last part>`` -> name and meaning of the gauge."""
+"""Last part of the metric ``reward_requests/<component>/<last part>`` -> name and meaning of the
+gauge."""
 MAX_JOBS = 500
 """Maximum number of running jobs with gauges."""
 SHARES: Mapping[str, str] = {
@@ -124,7 +126,8 @@ class Telemetry(Collector):
         self._queued[1] += found.queued_seconds
         self._totals["retries"] += found.retries
 
-    def _take_metrics(self, values: Mapping[str, float | None]) -> None:
+    def _take_metrics(self, reported: Mapping[str, float | None]) -> None:
+        values = current_values(reported)
         for name, result in RESULTS.items():
             self._samples[result] += values.get(name) or 0
         samples = sum(values.get(name) or 0 for name in RESULTS)
@@ -132,10 +135,10 @@ class Telemetry(Collector):
             self._totals[what] += round((values.get(name) or 0) * samples)
         for name, value in values.items():
             # Each component that caches rewards has one of each.
-            if name.startswith("reward/") and name.endswith(("/cached", "/cache_hits")):
+            if name.startswith("reward_requests/") and name.endswith(("/cached", "/cache_hits")):
                 self._take_cached(name.rpartition("/")[2], value or 0)
         for family in FAMILIES:
-            self._errors[family] += values.get(f"reward/n_error/{family}") or 0
+            self._errors[family] += values.get(f"reward_requests/n_error/{family}") or 0
         for name in self._groups:
             self._groups[name] += values.get(name) or 0
         for cause in self._idle:
@@ -177,7 +180,7 @@ class Telemetry(Collector):
                 for metric, value in values.items():
                     prefix, _, rest = metric.partition("/")
                     component, _, what = rest.partition("/")
-                    if prefix == "reward" and what == last and value is not None:
+                    if prefix == "reward_requests" and what == last and value is not None:
                         gauge.add_metric([job_id, component], value)
             yield gauge
 

@@ -5,7 +5,9 @@ import logging
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -13,10 +15,14 @@ from filelock import FileLock
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from dar.settings import load_settings
+from fakes.smollm2 import smollm2_folder
+
 LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
 """Slow folders, slowest first: their tests start before all others."""
-TOGETHER = ("e2e", "store", "client")
+TOGETHER = ("e2e", "worker", "store", "client")
 """Folders whose tests share an expensive fixture: an installation, a PostgreSQL or a service."""
+_ENDS: defaultdict[Path, ExitStack] = defaultdict(ExitStack)
 
 
 class ByFile(LoadScopeScheduling):
@@ -52,8 +58,29 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Switch the garbage collector on again for the tests."""
+    """Switch the garbage collector on again for the tests.
+
+    What the imports have made stays, so that no collection visits it.
+    """
+    gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End what the tests of a folder share after the last one of them."""
+    folder = item.path.parent
+    if nextitem is None or nextitem.path.parent != folder:
+        _ENDS.pop(folder, ExitStack()).close()
+
+
+@pytest.fixture(scope="session")
+def end_of_folder() -> Callable[[Path], ExitStack]:
+    """For a folder: what is to be closed after its last test.
+
+    Processes that wait would use the processor until the end of the run.
+    """
+    return _ENDS.__getitem__
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,6 +127,12 @@ def reviews_base(shared_folder: Path) -> Path:
                 [*command, "--folder", str(folder)], check=True, stdout=subprocess.DEVNULL
             )
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct; made before the first time, then kept."""
+    return smollm2_folder(load_settings().cache_home / "dar" / "tests")
 
 
 @pytest.fixture(scope="session")

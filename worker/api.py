@@ -92,7 +92,7 @@ def _of_a_lease() -> Iterator[None]:
 class WorkerClient:
     """The worker API with one key.
 
-    Every method but `persist` tries once and raises the classes of `dar.errors`:
+    Every method but `until_answered` tries once and raises the classes of `dar.errors`:
     `ServiceConnectionError` when the service cannot be reached, `FencedError` when another attempt
     holds the lease.
 
@@ -118,7 +118,7 @@ class WorkerClient:
     def close(self) -> None:
         self._transport.close()
 
-    def persist(
+    def until_answered(
         self,
         call: Callable[[], Answer],
         what: str,

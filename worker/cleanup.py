@@ -98,7 +98,7 @@ class Leftovers:
         return True
 
     def _send_some(self, reader: SpoolReader, record: AttemptRecord) -> list[SpooledRow]:
-        return self._client.persist(
+        return self._client.until_answered(
             lambda: send_batch(reader, self._client, record),
             "rows of an earlier attempt",
             give_up=lambda: self._stopped,

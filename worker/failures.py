@@ -20,6 +20,7 @@ from dar.errors import (
     RewardError,
 )
 from dar.protocol.worker import FailureOwner
+from dar.rewards.http.responses import CLIENT_FAULT
 
 CODE_LENGTH = 64
 SERVER_ERROR = 500
@@ -119,6 +120,8 @@ def failure_of(
 
 
 def _owner_of(error: DARError, *, has_begun: bool) -> FailureOwner:
+    if isinstance(error, RewardBudgetError) and set(error.errors) == {CLIENT_FAULT}:
+        return "service"
     if isinstance(error, RewardError):
         return "reward"
     if isinstance(error, HubUnreachableError):

@@ -30,7 +30,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
 
-from dar.disk import read_if_there, write_atomically
+from dar.disk import OTHER_FOLDER_HINT, make_folder, read_if_there, write_atomically
 
 LOGS_KEPT = 20
 
@@ -122,7 +122,7 @@ class SlotFolder:
         """The folder of ``slot``, created if needed."""
         folder = cls(work_path / f"slot-{quote(slot, safe='')}")
         for path in (folder.attempts, folder.logs):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(path, f"{OTHER_FOLDER_HINT} DAR_WORK_DIR or DAR_HOME")
         return folder
 
     @property

@@ -71,6 +71,8 @@ class Launch(BaseModel):
     reward_secret: str | None = Field(repr=False)
     reward_access: dict[str, ComponentAccess] = Field(default_factory=dict, repr=False)
     """URL and secrets of registered reward endpoints, by component."""
+    hub_token: str | None = Field(default=None, repr=False)
+    """Token of the model hub; None: that of this machine's user, if there is one."""
     reward_guard: EgressPolicy = EgressPolicy()
     """Which addresses reward requests may reach; default: public ones over HTTPS."""
     reward_cache: CachePlace | None = None
@@ -89,7 +91,7 @@ class Launch(BaseModel):
 
     def redactor(self) -> Redactor:
         """A filter that removes every secret of this launch from text, such as a trainer's log."""
-        secrets = [] if self.reward_secret is None else [self.reward_secret]
+        secrets = [one for one in (self.reward_secret, self.hub_token) if one is not None]
         headers: list[str] = []
         rewards = self.spec.dar.rewards
         urls = [one.url for one in ([] if rewards is None else rewards.components) if one.url]

@@ -14,6 +14,7 @@ import typer
 from dar.cli.reward.main import reward_app
 from dar.demo.tasks import TASKS, TaskName
 from dar.errors import AuthenticationError, DARError, NotFoundError, ServiceConnectionError
+from dar.output import written_output
 from dar.version import __version__
 
 EXIT_ERROR, EXIT_AUTH, EXIT_NOT_FOUND, EXIT_UNREACHABLE = 1, 4, 5, 7
@@ -29,9 +30,20 @@ app = typer.Typer(
 
 app.add_typer(reward_app)
 
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise typer.BadParameter("it is empty, which would mean the current folder; give a folder")
+    return Path(text)
+
+
 Home = Annotated[
     Path | None,
-    typer.Option(help="Folder of all stored data; default $DAR_HOME or ~/.local/share/dar."),
+    typer.Option(
+        parser=_folder,
+        metavar="<path>",
+        help="Folder of all stored data; default $DAR_HOME or ~/.local/share/dar.",
+    ),
 ]
 
 
@@ -177,7 +189,8 @@ def _exit_code(error: DARError) -> int:
 def main() -> None:
     """Run the command line. A known error is one line on stderr and an exit code, no traceback."""
     try:
-        app()
+        with written_output("dar"):
+            app()
     except DARError as error:
         sys.stderr.write(f"dar: {error.message}\n")
         for problem in error.problems:

@@ -5,6 +5,7 @@ worker can still reach the service while it drains. The same processes run on se
 an operator starts them there.
 """
 
+import errno
 import fcntl
 import importlib.util
 import os
@@ -22,7 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
-from dar.disk import PRIVATE
+from dar.disk import OTHER_FOLDER_HINT, OTHER_HOME_HINT, PRIVATE, make_folder
 from dar.errors import ConfigurationError
 from dar.processes import Child, Processes, answers, free_port, require
 from dar.settings import Settings, environment, inherited_environment, load_settings
@@ -30,6 +31,8 @@ from dar.settings import Settings, environment, inherited_environment, load_sett
 SERVICE_START_SECONDS = 90.0
 WITHHELD_FROM_WORKERS = ("database_url", "api_key", "reward_secret", "secret_keys")
 """Settings that a worker does not need: it uses its own key, and a lease brings a job's secrets."""
+WITHHELD_FROM_SERVICE = ("hf_token", "HF_TOKEN")
+"""Only workers load models of the hub."""
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
 """On one machine the reward service usually runs beside the worker, without a certificate."""
@@ -82,9 +85,9 @@ def only_one(home: Path) -> Iterator[None]:
     """Lock the home folder for the length of the context.
 
     Raises:
-        ConfigurationError: Another ``dar up`` holds the lock.
+        ConfigurationError: Another ``dar up`` holds the lock, or the folder cannot be used.
     """
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(home, OTHER_HOME_HINT)
     with (home / "up.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,16 +98,30 @@ def only_one(home: Path) -> Iterator[None]:
         yield
 
 
-def is_port_free(host: str, port: int) -> bool:
-    """Whether the service could listen on this address."""
+def check_address(host: str, port: int) -> None:
+    """Check that the service could listen on an address.
+
+    Raises:
+        ConfigurationError: It could not; the message says why.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError:
-            return False
-        return True
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(
+                f"{host}:{port} is taken; free it or give another port with --port"
+            ) from None
+        advice = (
+            "give a port from 1024 on with --port"
+            if error.errno == errno.EACCES
+            else "give an address of this machine with --host, like 127.0.0.1, or 0.0.0.0 for all"
+        )
+        raise ConfigurationError(
+            f"this machine cannot listen on {host}:{port} ({error.strerror}); {advice}"
+        ) from None
 
 
 def reachable_url(host: str, port: int) -> str:
@@ -138,7 +155,7 @@ def start_all(
     service = Child(
         name="service",
         command=[*python, "service", "serve"],
-        environment=environment(**shared),
+        environment=environment(WITHHELD_FROM_SERVICE, **shared),
         log=home / "logs" / "service.log",
     )
     processes.start(service)
@@ -182,11 +199,8 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
         require("worker", "torch")
     os.umask(PRIVATE)
     with only_one(settings.home):
-        if not is_port_free(settings.host, settings.port):
-            raise ConfigurationError(
-                f"{settings.host}:{settings.port} is taken; free it or give another port with --port"
-            )
-        settings.models_path.mkdir(parents=True, exist_ok=True)
+        check_address(settings.host, settings.port)
+        make_folder(settings.models_path, f"{OTHER_FOLDER_HINT} DAR_MODELS_DIR or DAR_HOME")
         stop = StopRequest()
         with Processes(say) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)

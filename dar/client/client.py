@@ -32,7 +32,8 @@ class Client:
         max_retries: How often a request is repeated after a passing failure.
 
     Raises:
-        ConfigurationError: There is no API key, or ``base_url`` is not a URL.
+        ConfigurationError: There is no API key, ``base_url`` is not a URL of a host and a path, or
+            another argument is out of range.
     """
 
     def __init__(

@@ -1,15 +1,21 @@
 """Training jobs, with their metrics, samples and events."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ulid import ULID
 
 from dar.client.paging import Listing
-from dar.client.transport import Transport, escaped
-from dar.errors import ConflictError, ServiceConnectionError, ServiceUnavailableError
+from dar.client.transport import (
+    MAX_RETRY_AFTER_SECONDS,
+    Transport,
+    check_seconds,
+    escaped,
+)
+from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Page
 from dar.protocol.events import Event
 from dar.protocol.jobs import Job
@@ -25,11 +31,12 @@ SampleOrder = Literal["asc", "desc", "reward", "-reward", "advantage", "-advanta
 OnPause = Literal["return", "raise", "wait"]
 log = logging.getLogger(__name__)
 STALLED = frozenset({"backoff", "waiting_for_reward", "reward", "by_user"})
-"""Details of jobs that wait for something that a person may have to change."""
+"""Values of `status_detail` at which a person may have to change something."""
 REPEAT_SECONDS = 30.0
 """Shortest time between two log lines about the same wait, whose message may change often."""
 OUTAGE_SECONDS = 300.0
-"""How long `Jobs.wait` tolerates an unreachable service: jobs continue during its restarts."""
+"""How long `Jobs.wait` tolerates failures that may pass: jobs continue while a service restarts, or
+while a proxy in front of it does."""
 
 
 class Jobs:
@@ -142,10 +149,11 @@ class Jobs:
         Args:
             job_id: The job.
             on_progress: Called with the job at the start and after each change.
-            on_pause: What to do when the job is paused and only you can end the pause: by a user,
-                or for rewards that no service gives. ``return`` returns the paused job, ``raise``
-                raises an error, ``wait`` waits until somebody resumes the job. A pause for a reward
-                service is always waited for, as the job resumes by itself.
+            on_pause: What to do when the job is paused and does not resume by itself: a user paused
+                it, or rewards are missing that no reward service computes. ``return`` returns the
+                paused job, ``raise`` raises an error, ``wait`` waits until somebody resumes the
+                job. A pause for a reward service is always waited for, as the job resumes by
+                itself.
             poll_seconds: Pause between two requests.
             timeout_seconds: Longest wait; default: no limit.
 
@@ -156,36 +164,37 @@ class Jobs:
             ConflictError: The job is paused, only you can end the pause, and ``on_pause`` is
                 ``raise``.
             TimeoutError: The job has not ended in time; it continues.
-            ServiceConnectionError: The service could not be reached for 300 s.
+            DARError: For 300 s the service could not be reached, or failed in a way that may pass.
+            ConfigurationError: An argument is out of range.
         """
+        _check_wait(on_pause, poll_seconds, timeout_seconds)
         started = answered = time.monotonic()
         seen: Job | None = None
         stalls = _StallLog()
         while True:
+            pause = poll_seconds
             try:
-                job = self.retrieve(job_id)
-                answered = time.monotonic()
-            except (ServiceConnectionError, ServiceUnavailableError):
-                if time.monotonic() - answered > OUTAGE_SECONDS:
+                answer = self._transport.send("GET", _path(job_id))
+            except DARError as error:
+                if not error.retryable or time.monotonic() - answered > OUTAGE_SECONDS:
                     raise
+                pause = max(pause, min(error.retry_after_seconds or 0.0, MAX_RETRY_AFTER_SECONDS))
             else:
+                answered = time.monotonic()
+                job = self._transport.parse(answer, Job)
                 if job != seen and on_progress is not None:
                     on_progress(job)
                 stalls.note(job)
-                if job.status in TERMINAL:
+                if _is_over(job, on_pause):
                     return job
-                if on_pause != "wait" and needs_user(job):
-                    if on_pause == "return":
-                        return job
-                    raise ConflictError(
-                        f"job {_state(job)}; client.jobs.resume({job.id!r}) continues it",
-                        code="job_paused",
-                    )
                 seen = job
-            if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
-                state = f"{job_id} is not reached" if seen is None else _state(seen)
-                raise TimeoutError(f"after {timeout_seconds:g} s, job {state}")
-            time.sleep(poll_seconds)
+            if timeout_seconds is not None:
+                left = started + timeout_seconds - time.monotonic()
+                if left < 0:
+                    state = f"{job_id} is not reached" if seen is None else _state(seen)
+                    raise TimeoutError(f"after {timeout_seconds:g} s, job {state}")
+                pause = min(pause, left)
+            time.sleep(pause)
 
     def events(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Event]:
         """The events of a job, newest first; ``limit`` is the size of a page."""
@@ -263,6 +272,37 @@ def needs_user(job: Job) -> bool:
     # The service checks the reward services of a job that is paused for rewards, and resumes it.
     is_checked = any(one.get("kind") == "http" for one in rewards.get("components", ()))
     return job.status_detail != "reward" or not is_checked
+
+
+def _check_wait(on_pause: str, poll_seconds: float, timeout_seconds: float | None) -> None:
+    """Check the arguments of `Jobs.wait`.
+
+    Raises:
+        ConfigurationError: One is out of range.
+    """
+    check_seconds("poll_seconds", poll_seconds)
+    if timeout_seconds is not None:
+        check_seconds("timeout_seconds", timeout_seconds, most=math.inf)
+    if on_pause not in get_args(OnPause):
+        raise ConfigurationError(
+            f"on_pause is {on_pause!r}, but it must be {', '.join(get_args(OnPause))}",
+            param="on_pause",
+        )
+
+
+def _is_over(job: Job, on_pause: OnPause) -> bool:
+    """Whether a wait for ``job`` ends.
+
+    Raises:
+        ConflictError: The job is paused, only its user can end that, and ``on_pause`` is ``raise``.
+    """
+    if job.status in TERMINAL:
+        return True
+    if on_pause == "raise" and needs_user(job):
+        raise ConflictError(
+            f"job {_state(job)}; client.jobs.resume({job.id!r}) continues it", code="job_paused"
+        )
+    return on_pause == "return" and needs_user(job)
 
 
 def _state(job: Job) -> str:

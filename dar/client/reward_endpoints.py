@@ -127,7 +127,7 @@ class RewardEndpoints:
             endpoint_id: The endpoint.
             component: A component with a ``url``, instead of an endpoint.
             samples: Two to eight completions; default: built-in ones.
-            light: Whether to run only the steps of a submission.
+            light: Whether to run only the checks that are run when a job is submitted.
 
         Raises:
             ValueError: Both or neither of ``endpoint_id`` and ``component`` are given.

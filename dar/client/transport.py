@@ -2,20 +2,25 @@
 
 import contextlib
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
 from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
+from dar.rewards.http.redaction import Redactor
 from dar.rewards.http.retry import parse_retry_after
+from dar.setting_kinds import LONGEST_SECONDS, plain_key
+from dar.settings import unusable_surroundings
 
 CONNECT_SECONDS = 5.0
+SHORTEST_TIMEOUT = 0.001
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 8.0
 MAX_RETRY_AFTER_SECONDS = 60.0
@@ -96,7 +101,9 @@ class Transport:
             sent to that host.
 
     Raises:
-        ConfigurationError: ``base_url`` is not a URL.
+        ConfigurationError: ``base_url`` is not a URL of a host and a path, ``timeout`` or
+            ``max_retries`` is out of range, ``key`` or a header has characters that a header cannot
+            carry, or the proxies or certificates of this machine cannot be used.
     """
 
     def __init__(
@@ -110,23 +117,30 @@ class Transport:
         follow_redirects: bool,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        host = _host_of(self.base_url)
+        key = _checked(key)
+        check_seconds("timeout", timeout, SHORTEST_TIMEOUT)
+        if type(max_retries) is not int or max_retries < 0:
             raise ConfigurationError(
-                f"base_url {base_url!r} is not a URL like http://127.0.0.1:8321; "
-                "correct base_url= or DAR_BASE_URL"
+                f"max_retries is {max_retries!r}, but it must be a whole number from 0",
+                param="max_retries",
             )
+        _check_headers(headers)
+        self._redact = Redactor((key,))
         self._policy = RetryPolicy(
             max_retries + 1, MAX_BACKOFF_SECONDS, lambda seconds, _: time.sleep(seconds)
         )
-        self._client = httpx2.Client(
-            headers={"authorization": f"Bearer {key}", **headers},
-            timeout=_timeout(timeout),
-            follow_redirects=follow_redirects,
-            trust_env=parts.hostname not in LOOPBACK,  # no proxy can reach a loopback address
-            # Loading certificates takes 40 ms, and plain HTTP needs none unless it is redirected.
-            verify=follow_redirects or parts.scheme == "https",
-        )
+        try:
+            self._client = httpx2.Client(
+                headers={"authorization": f"Bearer {key}", **headers},
+                timeout=_timeout(timeout),
+                follow_redirects=follow_redirects,
+                trust_env=host not in LOOPBACK,  # no proxy can reach a loopback address
+                # Certificates take 40 ms, and plain HTTP needs none unless it is redirected.
+                verify=follow_redirects or self.base_url.lower().startswith("https:"),
+            )
+        except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+            raise unusable_surroundings(error) from None
 
     def close(self) -> None:
         self._client.close()
@@ -206,31 +220,58 @@ class Transport:
         """Send a request once; the caller reads the body of the response.
 
         Raises:
-            ServiceConnectionError: The service could not be reached, or the connection broke.
+            ConfigurationError: A header has characters that a header cannot carry.
+            ServiceConnectionError: The service could not be reached, the connection broke, or the
+                response is damaged.
             DARError: The service returned an error; the class is the one that it raised.
         """
+        _check_headers(headers or {})
         more: dict[str, Any] = {} if timeout is None else {"timeout": _timeout(timeout)}
         if upload is not None:
             more |= upload()
+        answers = self._client.stream(
+            method,
+            f"{self.base_url}/v1{path}",
+            params={key: value for key, value in (params or {}).items() if value is not None},
+            content=content,
+            headers=headers,
+            **more,
+        )
         try:
-            with self._client.stream(
-                method,
-                f"{self.base_url}/v1{path}",
-                params={key: value for key, value in (params or {}).items() if value is not None},
-                content=content,
-                headers=headers,
-                **more,
-            ) as response:
+            with contextlib.ExitStack() as stack:
+                try:
+                    response = stack.enter_context(answers)
+                except (UnicodeError, httpx2.InvalidURL) as error:  # of a redirect or a proxy
+                    raise httpx2.ConnectError(f"a host on the way is not valid: {error}") from None
                 if not response.is_success:
                     response.read()
-                    raise failure_of(response)
+                    raise failure_of(response, self._redact)
                 yield response
-        except httpx2.TransportError as error:
-            raise ServiceConnectionError(
-                f"cannot reach the DAR service at {self.base_url}: "
-                f"{str(error) or type(error).__name__}; "
-                "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
-            ) from None  # the HTTP library's traceback has 60 lines; `__context__` keeps its error
+        except httpx2.RequestError as error:
+            # The HTTP library's traceback has 60 lines; `__context__` keeps its error.
+            raise self._broken(error) from None
+
+    def _broken(self, error: httpx2.RequestError) -> ServiceConnectionError:
+        """What ended a request without a usable response, in one sentence."""
+        why = self._redact(str(error)) or type(error).__name__
+        if self._client.is_closed:
+            return ServiceConnectionError(
+                f"the request to {self.base_url} was given up, as this client has been closed"
+            )
+        if isinstance(error, httpx2.DecodingError):
+            return ServiceConnectionError(
+                f"a response from {self.base_url} is damaged: {why}; "
+                "try again, or examine the proxy in front of the service"
+            )
+        if isinstance(error, httpx2.TooManyRedirects):
+            return ServiceConnectionError(
+                f"{self.base_url} redirects each request to another URL, without an end; "
+                "give the URL of the service itself with base_url= or DAR_BASE_URL"
+            )
+        return ServiceConnectionError(
+            f"cannot reach the DAR service at {self.base_url}: {why}; "
+            "start it with `dar up`, or give its URL with base_url= or DAR_BASE_URL"
+        )
 
     def retried(self, attempt: Callable[[], Result]) -> Result:
         """Call ``attempt``, and again after passing failures, up to ``max_retries`` times.
@@ -262,25 +303,132 @@ class Transport:
             ) from None
 
 
+def _host_of(base_url: str) -> str:
+    """The host of ``base_url``.
+
+    Raises:
+        ConfigurationError: It is not a URL, no host can have its name, or it has more than a host
+            and a path. The message shows no password.
+    """
+    shown = "" if "@" in base_url else f" {base_url!r}"
+    try:
+        url = httpx2.URL(base_url)
+        host, is_http = url.host, url.scheme in {"http", "https"}
+        url.raw_host.decode().encode("idna")  # as the connection does, late and with a traceback
+        extra = url.userinfo or url.query or url.fragment
+    except (httpx2.InvalidURL, UnicodeError):
+        host, is_http, extra = "", False, b""
+    if not is_http or not host:
+        raise ConfigurationError(
+            f"base_url{shown} is not a URL like http://127.0.0.1:8321; "
+            "correct base_url= or DAR_BASE_URL"
+        )
+    if extra or base_url.endswith(("?", "#")):
+        raise ConfigurationError(
+            f"base_url{shown} has a user name, a query or a fragment, but the service takes only "
+            "its key; remove it from base_url= or DAR_BASE_URL"
+        )
+    return host
+
+
+def check_seconds(
+    name: str, seconds: object, least: float = 0.0, most: float = LONGEST_SECONDS
+) -> None:
+    """Check an argument that is a number of seconds.
+
+    Raises:
+        ConfigurationError: It is none, or out of range.
+    """
+    is_usable = (
+        isinstance(seconds, int | float)
+        and not isinstance(seconds, bool)
+        and least <= seconds <= most
+    )
+    if not is_usable:
+        end = "" if most == math.inf else f" to {most:.0f}"
+        raise ConfigurationError(
+            f"{name} is {seconds!r}, but it must be a number of seconds from {least:g}{end}",
+            param=name,
+        )
+
+
+def _checked(key: str) -> str:
+    """The key as it is sent.
+
+    Raises:
+        ConfigurationError: It is none. The message does not show it.
+    """
+    try:
+        plain = plain_key(key)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the key for the DAR service is not valid: {error} (api_key=, DAR_API_KEY, "
+            "DAR_WORKER_KEY or its file)"
+        ) from None
+    if not plain:
+        raise ConfigurationError(
+            "the key for the DAR service is empty; set api_key=, DAR_API_KEY or DAR_WORKER_KEY"
+        )
+    return plain
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    """Check that HTTP can carry the values of headers.
+
+    Raises:
+        ConfigurationError: One has a line break or another character that is not visible ASCII, or
+            a space at an end. The message does not show it.
+    """
+    for name, value in headers.items():
+        if value != value.strip() or not all(" " <= ch <= "~" for ch in value):
+            raise ConfigurationError(
+                f"the value of the header {name} has a character that a header cannot carry; use "
+                "ASCII letters, digits and signs, without a space or a line break at the ends"
+            )
+
+
 def escaped(name: str) -> str:
     """An id as one part of a path."""
     return quote(name, safe="")
 
 
-def failure_of(response: httpx2.Response) -> DARError:
-    """The error that a response reports. The service decides whether a retry can help."""
+def failure_of(
+    response: httpx2.Response, redact: Callable[[str], str] = lambda text: text
+) -> DARError:
+    """The error that a response reports. The service decides whether a retry can help.
+
+    Args:
+        response: With its body.
+        redact: Removes the key from the texts of the error.
+    """
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     headers, status = response.headers, response.status_code
     error = error_from_body(status, body, request_id=headers.get("x-request-id"))
+    _redact_texts(error, redact)
     error.status = status  # no class has the status of a proxy's 502
     error.retry_after_seconds = _retry_after(headers)
     advice = headers.get("x-should-retry")
     if advice in {"true", "false"}:
         error.retryable = advice == "true"
     return error
+
+
+def _redact_texts(error: DARError, redact: Callable[[str], str]) -> None:
+    """Apply ``redact`` to all texts of an error but its code."""
+    error.message = redact(error.message)
+    error.args = (error.message,)
+    error.param = None if error.param is None else redact(error.param)
+    error.problems = tuple(
+        replace(
+            problem,
+            message=redact(problem.message),
+            param=None if problem.param is None else redact(problem.param),
+        )
+        for problem in error.problems
+    )
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -29,7 +29,7 @@ from dar.client import Client
 from dar.demo import brackets
 from dar.demo.screen import DemoScreen, Scores, show_next, show_samples
 from dar.demo.tasks import BRACKETS, REVIEWS, DemoTask
-from dar.disk import PRIVATE
+from dar.disk import OTHER_HOME_HINT, PRIVATE, make_folder
 from dar.errors import DARError, TrainingError
 from dar.processes import Child, Processes, answers, free_port, require
 from dar.protocol.jobs import Job
@@ -307,7 +307,7 @@ def run(*, home: Path | None, as_json: bool, task: DemoTask = REVIEWS) -> None:
     watch = Stopwatch()
     settings = load_settings(home=home)
     os.umask(PRIVATE)
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(settings.home, OTHER_HOME_HINT)
     screen = DemoScreen()
     screen.introduce(task.introduction)
     base = base_folder(settings.cache_home, task)

@@ -24,6 +24,7 @@ worker: messages between workers and the service.
 
 Rules that several processes share:
 
+hints: the thresholds of all hints.
 hub_data: the address of a data set on a hub.
 ids: identifiers.
 model_configs: what a model's config.json says, without torch.
@@ -32,4 +33,5 @@ row_files: the rows of a data set or of a JSON Lines file in order, with all the
 row_values: the columns that a row of any format may have.
 rows: formats of the rows of a data set.
 spec_checks: checks of a spec that need no data.
+target_patterns: patterns of LoRA target modules that need little time.
 """

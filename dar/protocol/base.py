@@ -1,7 +1,13 @@
 """Base classes of all wire models: strict inputs, complete outputs, both frozen."""
 
+import ast
+import functools
+import inspect
 import json
 import math
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
@@ -11,6 +17,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -20,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 MOST_PROBLEMS = 8
-"""Numbers that an error names."""
+"""Most NaN or infinite values that one error lists."""
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 - a JSON value of any shape
@@ -61,18 +69,66 @@ def only(value: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def one_of(forms: str, **models: "type[BaseModel]") -> WrapValidator:
+    """One error for a value that fits no branch of a union, in place of one for each branch.
+
+    Args:
+        forms: What may be sent, for the message.
+        models: Branches that are objects, by the name of their only field; the error
+            of an object with this field says what is wrong with it.
+    """
+
+    def check(given: object, validate: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return validate(given)
+        except ValidationError:
+            if isinstance(given, dict) and len(given) == 1:
+                model = models.get(next(iter(given)))
+                if model is not None:
+                    return model.model_validate(given)
+            raise PydanticCustomError("union_form", "must be {forms}", {"forms": forms}) from None
+
+    return WrapValidator(check)
+
+
 def _unwrap_descriptions(schema: dict[str, Any]) -> None:
     for described in (schema, *schema.get("properties", {}).values()):
         if "description" in described:
             described["description"] = " ".join(described["description"].split())
 
 
-class WireModel(BaseModel):
-    """A model with a published schema: docstrings describe its fields, each on one line."""
+@functools.cache
+def _docstrings_of(module: str) -> Mapping[str, Mapping[str, str]]:
+    """The docstrings of the attributes of each class of a module."""
+    found = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {
+                field.target.id: inspect.cleandoc(note.value.value)
+                for field, note in pairwise(node.body)
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(note, ast.Expr)
+                and isinstance(note.value, ast.Constant)
+                and isinstance(note.value.value, str)
+            }
+    return found
 
-    model_config = ConfigDict(
-        frozen=True, use_attribute_docstrings=True, json_schema_extra=_unwrap_descriptions
-    )
+
+class WireModel(BaseModel):
+    """A model with a published schema: docstrings describe its fields, each on one line.
+
+    Pydantic's own ``use_attribute_docstrings`` reads the source once for each class, which takes a
+    quarter of the service's start.
+    """
+
+    model_config = ConfigDict(frozen=True, json_schema_extra=_unwrap_descriptions)
+
+    def __init_subclass__(cls, **config: Any) -> None:  # noqa: ANN401 - any setting of pydantic
+        super().__init_subclass__(**config)
+        annotations = inspect.get_annotations(cls)
+        for name, text in _docstrings_of(cls.__module__).get(cls.__qualname__, {}).items():
+            cls.__annotations__[name] = Annotated[annotations[name], Field(description=text)]
 
 
 class Input(WireModel):
@@ -149,7 +205,7 @@ MAX_COUNT = 2**31 - 1
 """Largest step, attempt or row number: the limit of an integer column in every database."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""A number of things, or of a step."""
+"""A count, or a step number, from 0."""
 
 Number = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 """The number of an attempt, a row or a step, counted from 1."""

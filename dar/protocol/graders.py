@@ -14,7 +14,7 @@ def _check_type(given: object) -> object:
         raise PydanticCustomError(
             "unsupported_grader",
             "only graders of type 'endpoint' are supported; register your scorer at POST /v1/reward_endpoints and name it: "
-            '{{"type": "endpoint", "name": …, "endpoint": "rwe_…"}}',
+            '{"type": "endpoint", "name": …, "endpoint": "rwe_…"}',
         )
     return given
 
@@ -36,8 +36,8 @@ class RunGrader(Input):
     model_sample: str
     """The completion."""
     item: FreeValue = None
-    """The row: ``prompt`` or ``messages``, ``ground_truth`` or ``reference_answer``, and
-    columns."""
+    """The row: ``prompt`` (a text or a list of messages) or ``messages``, ``ground_truth`` or
+    ``reference_answer``, and columns."""
 
 
 class ValidateGrader(Input):

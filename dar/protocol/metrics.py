@@ -1,12 +1,18 @@
 """The metrics of a job: names, units, meanings. The service rejects other names."""
 
+import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator
 
 from dar.protocol.base import Output
 from dar.protocol.reward_stats import FAMILIES
 from dar.protocol.status import JobStatus
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +122,12 @@ METRICS: tuple[Metric, ...] = (
         "share of prompts whose rewards are all equal within tie_tolerance, among prompts with at "
         "least two rewards; such prompts give no signal",
     ),
-    Metric("reward/n_valid", "completions", "completions of the step with a reward"),
-    Metric("reward/n_skip", "completions", "completions to which no reward applies"),
-    Metric("reward/n_error", "completions", "completions that could not be scored"),
+    Metric("reward_requests/n_valid", "completions", "completions of the step with a reward"),
+    Metric("reward_requests/n_skip", "completions", "completions to which no reward applies"),
+    Metric("reward_requests/n_error", "completions", "completions that could not be scored"),
     *(
         Metric(
-            f"reward/n_error/{family}",
+            f"reward_requests/n_error/{family}",
             "completions",
             f"completions that could not be scored and whose first failure was of class {family}; "
             "absent when 0",
@@ -191,7 +197,7 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "max": ("reward", "highest raw reward of one component"),
         "missing_fraction": ("fraction", "share of completions that the component gave no reward for"),
     },
-    "reward": {
+    "reward_requests": {
         "requests": ("requests", "finished requests to a component's service since the last report"),
         "failed_requests": ("requests", "requests to a component's service that failed after all retries"),
         "retries": ("attempts", "attempts beyond the first of each request of a component"),
@@ -206,8 +212,6 @@ COMPONENT_METRICS: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "state",
             "state of a component's circuit breaker: 0 closed, 1 half-open, 2 open, 3 misconfigured",
         ),
-    },
-    "time/reward": {
         "p50_seconds": ("s", "median time of a component's requests, over all attempts"),
         "p95_seconds": ("s", "95th percentile of the time of a component's requests, over all attempts"),
     },
@@ -218,21 +222,45 @@ EVALUATION = "eval_"
 """Prefix of the names of metrics of the validation file."""
 
 
-DELIVERY = (
-    "requests", "failed_requests", "retries", "in_flight", "concurrency", "cached", "cache_hits", "breaker",
-)  # fmt: skip
+DELIVERY = frozenset(COMPONENT_METRICS["reward_requests"])
 """Last parts of series about reward requests. Like times, they may differ between equal runs."""
+RENAMED: Mapping[str, str] = {
+    "reward/": "reward_requests/",
+    "time/reward/": "reward_requests/",
+}
+"""Beginnings of names that earlier versions had, and the present ones.
+
+Workers of the previous version may report the old names, stored rows have them, and clients may ask
+for them. They are accepted until the next release."""
 
 
 def is_reproducible(name: str) -> bool:
     """Whether a repeated run of a job gives the same values of this metric."""
-    is_delivery = name.startswith("reward/") and name.rpartition("/")[2] in DELIVERY
+    is_delivery = name.startswith("reward_requests/") and name.rpartition("/")[2] in DELIVERY
     return not name.startswith("time/") and not is_delivery
 
 
+@functools.lru_cache(maxsize=4096)
+def current_name(name: str) -> str:
+    """The present name of a metric that earlier versions named otherwise; else the same name."""
+    bare = name.removeprefix(EVALUATION)
+    for old, new in RENAMED.items():
+        if bare.startswith(old):
+            return name.removesuffix(bare) + new + bare.removeprefix(old)
+    return name
+
+
+def current_values(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Values by the present names of their metrics."""
+    return {current_name(name): value for name, value in values.items()}
+
+
 def is_known(name: str) -> bool:
-    """Whether this is a metric of training or evaluation, registered or of a reward component."""
-    name = name.removeprefix(EVALUATION)
+    """Whether this is a metric of training or evaluation, registered or of a reward component.
+
+    Names of earlier versions are known too (`RENAMED`).
+    """
+    name = current_name(name).removeprefix(EVALUATION)
     if name in NAMES:
         return True
     start, _, rest = name.rpartition("/")
@@ -249,11 +277,32 @@ class Series(Output):
     """Seconds since 1970."""
 
 
+class SeriesByName(dict[str, Series]):
+    """Series by the present names of their metrics; ``series[name]`` takes an earlier name too."""
+
+    def __missing__(self, name: str) -> Series:
+        """The series of a metric that was renamed, with a warning.
+
+        Raises:
+            KeyError: There is no such series.
+        """
+        present = current_name(name)
+        if present not in self:
+            raise KeyError(name)
+        warnings.warn(
+            f"the metric {name} is named {present} now; the old name will not be found after the "
+            "next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self[present]
+
+
 class Metrics(Output):
     """Response of ``GET /v1/fine_tuning/jobs/{id}/metrics``."""
 
     object: Literal["metrics"]
-    series: dict[str, Series]
+    series: Annotated[dict[str, Series], AfterValidator(SeriesByName)]
     cursor: str
     """Send it as ``after`` to get only newer values."""
     status: JobStatus

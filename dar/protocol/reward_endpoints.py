@@ -4,7 +4,14 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from dar.protocol.base import FreeObject, FreeValue, Input, Output, UnixSeconds
@@ -19,10 +26,12 @@ from dar.protocol.reward_spec import (
     RewardRetry,
     RewardTimeouts,
     RewardURL,
+    check_pointer,
 )
 from dar.protocol.rewards import check_one_prompt
 
 MAX_HEADERS = 16
+MAX_NAME = 128
 MAX_HEADER_CHARACTERS = 4096
 OPTIONS = tuple(name for name in FIELDS_OF_KIND["http"] if name not in {"url", "endpoint"})
 """Fields of a component that an endpoint can provide."""
@@ -64,8 +73,23 @@ def _check_header_value(value: SecretStr) -> SecretStr:
     return value
 
 
+def _check_distinct(headers: object) -> object:
+    """Refuse a name that is given twice: one of the two values would be lost."""
+    names: dict[str, str] = {}
+    for name in headers if isinstance(headers, Mapping) else ():
+        known = names.setdefault(str(name).lower(), str(name))
+        if known != name:
+            raise PydanticCustomError(
+                "duplicate_header",
+                "{one} and {other} are the same header, as case does not count in names; send one",
+                {"one": known[:MAX_NAME], "other": str(name)[:MAX_NAME]},
+            )
+    return headers
+
+
 HeaderName = Annotated[str, AfterValidator(_check_header_name)]
 HeaderValue = Annotated[SecretStr, AfterValidator(_check_header_value)]
+Pointer = Annotated[str, AfterValidator(check_pointer)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -104,7 +128,11 @@ class CreateRewardEndpoint(EndpointOptions):
     """Shown to people; need not be unique."""
     url: RewardURL
     """Where requests are posted."""
-    headers: dict[HeaderName, HeaderValue] = Field(default_factory=dict, max_length=MAX_HEADERS)
+    pointer: Pointer | None = None
+    """Protocol ``plain``: JSON pointer to the reward in an answer."""
+    headers: Annotated[dict[HeaderName, HeaderValue], BeforeValidator(_check_distinct)] = Field(
+        default_factory=dict, max_length=MAX_HEADERS
+    )
     """Secret headers, like ``{"authorization": "Bearer …"}``; write-only, and sent only to this
     URL's origin."""
     signing_secret: SecretStr | None = None
@@ -122,13 +150,13 @@ class UpdateRewardEndpoint(Input):
     name: Name | None = None
     url: RewardURL | None = None
     """A new origin (scheme, host or port) drops all secret headers that are not sent again."""
-    headers: dict[HeaderName, HeaderValue | None] = Field(
-        default_factory=dict, max_length=MAX_HEADERS
+    headers: Annotated[dict[HeaderName, HeaderValue | None], BeforeValidator(_check_distinct)] = (
+        Field(default_factory=dict, max_length=MAX_HEADERS)
     )
     """Headers by name; null removes one, others stay."""
     protocol: ProtocolName | None = None
     template: FreeValue = None
-    pointer: str | None = None
+    pointer: Pointer | None = None
     grader: FreeObject | None = None
     coerce: bool | None = None
     prompt_format: Literal["auto", "text"] | None = None

@@ -1,5 +1,6 @@
 """The ``rewards`` of a job spec: which sources score completions, and how they are called."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -7,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from dar.protocol.base import FreeObject, FreeValue, Input, only
+from dar.protocol.base import FreeObject, FreeValue, Input, one_of, only
 
 COMPONENT_NAME = r"^[a-z][a-z0-9_]{0,31}$"
 RESERVED_COLUMNS = frozenset(
@@ -43,6 +44,22 @@ def _check_reward_url(url: str) -> str:
 
 
 RewardURL = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_check_reward_url)]
+
+
+def check_pointer(pointer: str) -> str:
+    """Check the escapes of a JSON pointer (RFC 6901).
+
+    The spec itself takes any ``~``, so that stored jobs stay readable.
+
+    Raises:
+        PydanticCustomError: A ``~`` is followed by neither 0 nor 1.
+    """
+    if re.search(r"~(?![01])", pointer):
+        raise PydanticCustomError(
+            "invalid_pointer",
+            "in a JSON pointer ~ starts an escape: write ~0 for a tilde and ~1 for a slash",
+        )
+    return pointer
 
 
 def _check_order(bounds: list[float]) -> list[float]:
@@ -153,7 +170,7 @@ class RewardLimits(Input):
 class RewardCaching(Input):
     """Whether rewards are cached, and equal samples of a step are sent once."""
 
-    enabled: Literal["auto"] | bool = "auto"
+    enabled: Annotated[Literal["auto"] | bool, one_of('"auto", true or false')] = "auto"
     """``auto``: on where the last probe of the registered endpoint, at its current revision, found
     that neither a repetition nor another order changes a reward. Probe results of an inline URL are
     not stored, so for it ``auto`` means off."""
@@ -178,7 +195,21 @@ class Tanh(Input):
     """Scale, in units of reward."""
 
 
-Normalize = Literal["none", "running", "group"] | MinMax | Tanh
+Normalize = Annotated[
+    Literal["none", "running", "group"] | MinMax | Tanh,
+    one_of(
+        '"none", "running", "group", {"minmax": [low, high]} or {"tanh": scale}',
+        minmax=MinMax,
+        tanh=Tanh,
+    ),
+]
+OnError = Annotated[
+    Literal["drop_sample", "drop_group", "fail_job"] | FallbackValue,
+    one_of(
+        '"drop_sample", "drop_group", "fail_job" or {"fallback_value": reward}',
+        fallback_value=FallbackValue,
+    ),
+]
 ProtocolName = Literal["dar.reward.v1", "openrlhf", "trl", "plain", "openai_grader"]
 ENDPOINT_ID = r"^rwe_[0-9A-Za-z]{26}$"
 
@@ -218,7 +249,8 @@ class RewardComponent(Input):
     """http, protocol ``plain``: body of a request; ``{{name}}`` in a string is replaced by a value
     of the sample."""
     pointer: Annotated[str, Field(pattern=r"^(/[^/]*)*$", max_length=256)] | None = None
-    """http, protocol ``plain``: JSON pointer to the reward in an answer, like ``/data/0/score``."""
+    """http, protocol ``plain``: JSON pointer to the reward in an answer, like ``/data/0/score``.
+    In a name, ``~1`` is a slash and ``~0`` a tilde."""
     grader: FreeObject | None = None
     """http, protocol ``openai_grader``: sent as ``grader``."""
     coerce: bool = False
@@ -371,7 +403,7 @@ class FailurePolicy(Input):
     Only ``fallback_value`` makes a failure a number.
     """
 
-    on_error: Literal["drop_sample", "drop_group", "fail_job"] | FallbackValue = "drop_sample"
+    on_error: OnError = "drop_sample"
     """What happens to a sample that could not be scored: it is dropped, its whole group is dropped,
     the job fails, or it gets this reward (``{"fallback_value": 0.0}``), with a warning and a metric
     each time."""
@@ -389,8 +421,8 @@ class FailurePolicy(Input):
     max_empty_steps: Annotated[int, Field(ge=1, le=1000)] = 3
     """The job pauses after this many steps in a row without a usable group."""
     on_budget: Literal["pause", "fail"] = "pause"
-    """What happens when ``max_failed_fraction`` or ``max_empty_steps`` is exceeded: ``pause`` or
-    ``fail``."""
+    """What happens when ``max_failed_fraction`` is exceeded or ``max_empty_steps`` is reached:
+    ``pause`` or ``fail``."""
 
 
 class Rewards(Input):

@@ -43,6 +43,8 @@ MAX_CODE = 64
 MAX_FEEDBACK = 4096
 """Longest feedback, in characters; the rest is cut off."""
 
+MAX_DEPTH = 200
+"""Most lists and objects inside each other in an answer, so that recursion over it ends."""
 MAX_REASON = 1000
 """Longest description of a broken contract."""
 
@@ -367,13 +369,26 @@ def load_json(body: bytes) -> object:
     """The JSON value in an answer. Of equal keys in an object the last one counts.
 
     Raises:
-        RewardContractError: It is not JSON (``contract.json``), or a number in it is not finite
-            (``contract.nonfinite``).
+        RewardContractError: It is not JSON or nested too deeply (``contract.json``), or a number
+            in it is not finite (``contract.nonfinite``).
     """
     try:
-        return orjson.loads(body)
+        content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         _refuse_json(body, str(error))
+    # Few answers have so many brackets at all, and counting them is quick.
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_deep(content):
+        refuse("json", f"the answer is nested over {MAX_DEPTH} levels deep; flatten it")
+    return content
+
+
+def _is_deep(content: object) -> bool:
+    """Whether more than `MAX_DEPTH` lists and objects are inside each other."""
+    level = [content] if isinstance(content, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    return bool(level)
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -382,7 +397,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def _parse(model: type[Model], body: bytes) -> Model:
     content = load_json(body)
     if not isinstance(content, Mapping):
-        refuse("type", f"the answer must be a JSON object, not a {type(content).__name__}")
+        refuse("type", f"the answer must be a JSON object, not {kind(content)}")
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -432,6 +447,14 @@ def _refuse_json(body: bytes, reason: str) -> NoReturn:
     if body.startswith(b"\xef\xbb\xbf"):
         refuse("json", "the answer starts with a byte order mark; send it without one")
     refuse("json", f"the answer is not JSON: {reason}")
+
+
+def kind(value: object) -> str:
+    """The type of a JSON value, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
 
 
 def refuse(code: str, message: str) -> NoReturn:

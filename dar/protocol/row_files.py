@@ -36,6 +36,8 @@ ALL_NULL = (
 )
 MAX_PROBLEMS = 50
 """Most problems of a file that are reported; reading stops there."""
+WHITESPACE = (" ", "\t", "\r", "\n")
+"""What may stand between the parts of JSON."""
 MAX_ROW_BYTES = 4 * 1024**2
 """Longest line of a file."""
 
@@ -198,7 +200,8 @@ def read_array(text: bytes, problems: list[Problem]) -> Iterator[dict[str, Any]]
     try:
         rows = _parsed(text)
     except RowError as error:
-        problems.append(Problem(error.message, error.param, error.error_code))
+        number = _unreadable_item(text)
+        problems.append(Problem(error.message, error.param, error.error_code, number))
         return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         try:
@@ -212,6 +215,27 @@ def read_array(text: bytes, problems: list[Problem]) -> Iterator[dict[str, Any]]
     if rows == []:
         problems.append(Problem("the file has no rows", "file", "empty_file"))
     problems += checker.lacks(problems)
+
+
+def _unreadable_item(content: bytes) -> int | None:
+    """Number of the first item of a JSON array that cannot be read; None: no item is at fault."""
+    text = content.decode("utf-8", "replace")
+    place, number = text.find("[") + 1, 1
+    try:
+        while True:
+            _, place = _DECODER.raw_decode(text, _after_space(text, place))
+            place = _after_space(text, place)
+            if text[place : place + 1] != ",":
+                return None
+            place, number = place + 1, number + 1
+    except (RowError, ValueError, RecursionError):
+        return number
+
+
+def _after_space(text: str, place: int) -> int:
+    while text[place : place + 1] in WHITESPACE:
+        place += 1
+    return place
 
 
 def parse_row(line: bytes) -> dict[str, Any]:

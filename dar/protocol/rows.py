@@ -49,6 +49,8 @@ TEMPLATE_COLUMN = "chat_template_kwargs"
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state")
 """Arguments that every reward function gets besides the columns."""
 ROLES = ("system", "user", "assistant", "tool")
+MAX_NATS = 1_000_000
+"""Largest size of a completion's log-probability: 10 nats for each of 100,000 tokens."""
 ROUNDING_NATS = 1e-4
 """A sum of log-probabilities may exceed 0 by this much, through rounding."""
 TAKEN = frozenset(
@@ -139,7 +141,7 @@ def read_prompt(row: Row) -> str | list[Message]:
         return prompt
     if prompt is None:
         raise RowError(_instead_of_prompt(row), "prompt", "missing")
-    return _messages(prompt, "prompt")
+    return read_messages(prompt, "prompt")
 
 
 def _instead_of_prompt(row: Row) -> str:
@@ -312,7 +314,7 @@ def _completion_of(
 ) -> Completion:
     if isinstance(value, str):
         return value if isinstance(prompt, str) else {"role": "assistant", "content": value}
-    messages = _messages(value, name)
+    messages = read_messages(value, name)
     if isinstance(prompt, str):
         raise RowError(f"prompt is a text, but {name} is a conversation", name, "mixed_format")
     return _answer(messages, name)
@@ -383,7 +385,7 @@ def _read_preference(row: Row) -> tuple[str | list[Message], list[Completion]]:
         return _texts_of_preference(row, *pair)
     if any(isinstance(value, str) for value in pair):
         raise RowError("one of chosen and rejected is a text, but the other is not", "rejected")
-    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (read_messages(row[name], name) for name in ("chosen", "rejected"))
     prompt = _prompt_of_conversations(row, chosen, rejected)
     answers = ((_after(prompt, chosen), "chosen"), (_after(prompt, rejected), "rejected"))
     return prompt, _not_empty([_answer(messages, name) for messages, name in answers])
@@ -437,7 +439,7 @@ def _prompt_of_conversations(
 ) -> list[Message]:
     given = row.get("prompt")
     if given is not None and not isinstance(given, str):
-        return _messages(given, "prompt")
+        return read_messages(given, "prompt")
     shared = min(len(chosen), len(rejected)) - 1
     pairs = zip(chosen[:shared], rejected[:shared], strict=True)
     count = next((i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)), shared)
@@ -543,6 +545,13 @@ def _behavior_logps(row: Row, count: int) -> list[float] | None:
             name,
             "out_of_range",
         )
+    if too_small := [value for value in values if value < -MAX_NATS]:
+        raise RowError(
+            f"{name} must be at least -{MAX_NATS:,}, but one is {too_small[0]!r:.40}; send sums of "
+            "log-probabilities in nats, or leave the column out",
+            name,
+            "out_of_range",
+        )
     return [float(value) for value in values]
 
 
@@ -557,6 +566,8 @@ def _numbers(value: Any, name: str, count: int) -> list[Any]:  # noqa: ANN401 - 
     if count == 1 and is_number(value):
         return [value]
     values = None if isinstance(value, str | Mapping) else as_list(value)
+    if values is None and count == 1:
+        raise RowError(f"{name} must be a number or null, not {value!r:.80}", name)
     if values is None or len(values) != count:
         raise RowError(
             f"needs {count} {name}, one for each completion, but has {value!r:.80}",
@@ -590,8 +601,20 @@ def _list(value: object, name: str, wanted: str) -> list[Any]:
     return found
 
 
-def _messages(value: object, name: str) -> list[Message]:
-    messages = _list(value, name, "a text or a list of messages")
+def read_messages(
+    value: object, name: str, wanted: str = "a text or a list of messages"
+) -> list[Message]:
+    """A conversation.
+
+    Args:
+        value: From a row.
+        name: Its column, for the error.
+        wanted: What the column may hold, for the error.
+
+    Raises:
+        RowError: It is something else.
+    """
+    messages = _list(value, name, wanted)
     for index, message in enumerate(messages):
         _check_message(message, f"{name}[{index}]")
     return [_without_nulls(message) for message in messages]
@@ -654,10 +677,15 @@ def as_list(value: object) -> list[Any] | None:
 
 def kind_of_value(value: object) -> str:
     """The type of a value, in words."""
-    names = {str: "a text", bool: "a boolean", type(None): "null"}
+    if value is None:
+        return "null"
+    kinds = ((str, "a text"), (bool, "a boolean"), (Real, "a number"))
+    for kind, words in kinds:
+        if isinstance(value, kind):
+            return words
     if isinstance(value, Mapping):
         return "an object"
     items = as_list(value)
     if items is not None:
         return "a list" if items else "an empty list"
-    return names.get(type(value), "a number")
+    return f"of the type {type(value).__name__}"

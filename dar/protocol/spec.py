@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dar.protocol.base import FreeObject, Input, only
+from dar.protocol.base import FreeObject, Input, one_of, only
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.row_values import check_value
 from dar.protocol.rows import RowError, template_kwargs
 
+MAX_LABELS = 16
+"""Most labels of a job."""
 Normalization = Literal["none", "per_prompt", "batch"]
 Baseline = Literal["mean", "leave_one_out"]
 LogRatio = Literal["sum", "mean"]
@@ -76,8 +78,17 @@ class Hyperparameters(Input):
     behavior: Behavior = "sampled"
     """Behavior log-probabilities: ``sampled`` takes those of the distribution that was sampled,
     filters and temperature included; ``policy`` takes the policy's own at temperature 1."""
-    learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate; null: chosen by the size of the model, and by whether its full weights or
+    an adapter are trained. An event names the choice."""
+    learning_rate_multiplier: Annotated[
+        float,
+        BeforeValidator(
+            lambda value: 1.0 if value == "auto" else value,
+            json_schema_input_type=Annotated[float, Field(gt=0)] | Literal["auto"],
+        ),
+    ] = Field(1.0, gt=0, exclude_if=lambda value: value == 1)
+    """Multiplies the learning rate, whether chosen or given; ``auto`` is 1."""
     batch_size: int = Field(8, ge=1, le=ServiceLimit(65536))
     """Prompts per optimizer step; each gives ``dar_k`` completions. A job with ``n_epochs``, and
     every offline job, takes no row twice in a step, so a step has at most as many prompts as the
@@ -153,7 +164,9 @@ class LoraSpec(Input):
     """The adapter's output is scaled by ``lora_alpha / r``."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Annotated[
+        str | list[str], one_of('"all-linear", a pattern, or a list of names')
+    ] = "all-linear"
     """Modules that get an adapter: ``all-linear``, a pattern, or names."""
 
 
@@ -310,11 +323,11 @@ class JobSpec(Input):
     @field_validator("metadata")
     @classmethod
     def _few(cls, metadata: dict[str, Any] | None) -> dict[str, Any] | None:
-        if metadata is not None and len(metadata) > 16:
+        if metadata is not None and len(metadata) > MAX_LABELS:
             raise PydanticCustomError(
                 "too_many_keys",
-                "{count} keys, but at most 16 are allowed",
-                {"count": len(metadata)},
+                "{count} keys, but at most {most} are allowed",
+                {"count": len(metadata), "most": MAX_LABELS},
             )
         return metadata
 

@@ -1,16 +1,21 @@
 """Spec checks that need no data. They run at submission only, not for jobs accepted earlier."""
 
-import re
 from collections.abc import Iterator
 
 from dar.errors import Problem
 from dar.protocol.presets import ONLINE_ONLY, PRESETS
-from dar.protocol.spec import Hyperparameters, JobSpec, Sampling
+from dar.protocol.spec import Hyperparameters, JobSpec, Sampling, total_steps
+from dar.protocol.target_patterns import SHOWN_PATTERN, problem_of
 
 SHARDING = ("fsdp", "zero2", "zero3")
 NOTHING_TO_COMPARE = (
     "one completion of one prompt has nothing to be compared with, so every advantage would be 0"
 )
+ONE_STEP = (
+    "warmup_steps is {}, but {} has one step, and the first step of a warm-up has learning rate 0, "
+    "so nothing would be trained; set warmup_steps to 0, or train for more steps"
+)
+"""Its values: the warm-up, and what has one step."""
 ONE_PROCESS = (
     "strategy {!r} shares a model among processes, but the job has one; send resources.processes "
     "of at least 2, or leave strategy at auto"
@@ -25,6 +30,26 @@ def problems_of(spec: JobSpec) -> list[Problem]:
         *_of_groups(spec),
         *_of_targets(spec),
         *_of_resources(spec),
+    ]
+
+
+def length_problems(spec: JobSpec, num_rows: int | None) -> list[Problem]:
+    """What is wrong with a job's number of steps.
+
+    Args:
+        spec: Spec of the job.
+        num_rows: Rows of its training file; None: not known, so ``max_steps`` is given.
+    """
+    hyper = spec.dar.hyperparameters
+    steps = total_steps(hyper, num_rows or 0, spec.dar.resources.processes)
+    if steps != 1 or not hyper.warmup_steps:
+        return []
+    return [
+        Problem(
+            ONE_STEP.format(hyper.warmup_steps, "the job"),
+            "method.dar.hyperparameters.warmup_steps",
+            "no_learning_rate",
+        )
     ]
 
 
@@ -71,16 +96,14 @@ def leaves_room(sampling: Sampling, longest: int) -> bool:
 
 
 def _of_targets(spec: JobSpec) -> Iterator[Problem]:
-    """A pattern for the adapter's modules that is no pattern."""
+    """A pattern for the adapter's modules that is no pattern, or whose matching might never end."""
     peft = spec.dar.peft
     if peft is None or not isinstance(peft.target_modules, str):
         return
-    try:
-        re.compile(peft.target_modules)
-    except re.error as error:
+    if why := problem_of(peft.target_modules):
         yield Problem(
-            f"target_modules {peft.target_modules!r} is no pattern of modules ({error}); send "
-            "'all-linear', a regular expression, or a list of names",
+            f"target_modules {peft.target_modules[:SHOWN_PATTERN]!r} is no pattern of modules: {why}; "
+            "send 'all-linear', a regular expression, or a list of names",
             "method.dar.peft.target_modules",
             "invalid_pattern",
         )

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pydantic_core import PydanticCustomError
+
 from dar.errors import ConfigurationError, InvalidRequestError, Problem, RewardMisconfiguredError
-from dar.protocol.reward_spec import RewardComponent, Rewards
+from dar.protocol.reward_spec import RewardComponent, Rewards, check_pointer
 from dar.protocol.worker import ComponentAccess
 from dar.rewards.base import RewardObserver, RewardSource
 from dar.rewards.builtins.base import Builtin, BuiltinReward
@@ -187,6 +189,10 @@ def _problems_of(component: RewardComponent, path: str) -> Iterator[Problem]:
             Problem(error.message, f"template{error.param or ''}", "invalid_template")
         ]:
             yield Problem(problem.message, f"{path}.{problem.param}", problem.code)
+    try:
+        check_pointer(component.pointer or "")
+    except PydanticCustomError as error:
+        yield Problem(error.message(), f"{path}.pointer", error.type)
     if component.cache.scope == "endpoint" and component.kind == "http" and not component.endpoint:
         yield Problem(
             "only jobs with the same registered endpoint can share cached rewards; register one, or send scope job",

@@ -1,11 +1,12 @@
 """Reward functions with TRL's signature ``f(prompts, completions, **columns)`` as sources."""
 
-import contextlib
 import inspect
+import itertools
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeGuard
 
 from pydantic import ValidationError
 
@@ -22,8 +23,10 @@ from dar.rewards.base import (
     trl_completion,
     trl_prompt,
 )
-from dar.rewards.threads import ExitRequestedError, in_daemon_thread
+from dar.rewards.threads import carrying, in_daemon_thread
 
+DATES = ("M", "m")
+"""Kinds of numpy's dates and times, which numpy converts to counts of nanoseconds."""
 Returned = Sequence[float | Mapping[str, Any] | None]
 RewardFunction = Callable[..., Returned | Awaitable[Returned]]
 """Takes the lists ``prompts`` and ``completions``, and columns of the data set by name.
@@ -81,6 +84,7 @@ class FunctionReward:
         self._name = name or function_name(function)
         self._parameters = _parameters(function)
         self._accepted = _accepted_names(self._parameters)
+        self._bound = _bound_argument(function)
         if self._accepted is not None and "completions" not in self._accepted:
             raise ConfigurationError(
                 f"reward function {self._name} has no parameter named completions; "
@@ -110,12 +114,15 @@ class FunctionReward:
         Raises:
             InvalidRequestError: A column has the name of another argument.
             RewardContractError: It did not return one number, mapping or None per sample.
+            ExitRequestedError: The function raised what is no Exception.
             Exception: The function raised it.
         """
-        try:
-            values = await self._call(self._arguments(samples, context))
-        except (SystemExit, KeyboardInterrupt) as request:
-            raise ExitRequestedError(request) from request
+        return await carrying(self._results(samples, context))
+
+    async def _results(
+        self, samples: Sequence[RewardSample], context: RewardContext
+    ) -> list[RewardResult]:
+        values = await self._call(self._arguments(samples, context))
         return as_results(values, len(samples), f"reward function {self._name}")
 
     async def _call(self, given: dict[str, Any]) -> Returned:
@@ -133,6 +140,13 @@ class FunctionReward:
         names = dict.fromkeys(name for sample in samples for name in sample.columns)
         for name in names:
             check_column_name(name)
+            if name == self._bound:
+                raise InvalidRequestError(
+                    f"the column {name!r} has the name of the first argument of the reward "
+                    f"function {self._name}, which Python fills in; rename the column",
+                    param=name,
+                    code="reserved_column",
+                )
         arguments: dict[str, Any] = {
             **{name: [sample.columns.get(name) for sample in samples] for name in names},
             "prompts": [trl_prompt(sample) for sample in samples],
@@ -177,6 +191,17 @@ def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
         return {anything.name: anything}
 
 
+def _bound_argument(function: RewardFunction) -> str | None:
+    """Name of the argument that holds the object of a method, mostly ``self``."""
+    plain = getattr(function, "__func__", None)
+    if plain is None and not inspect.isroutine(function):
+        plain = getattr(type(function), "__call__", None)  # noqa: B004 - its signature is read
+    names = _parameters(plain) if callable(plain) else {}
+    first = next(iter(names.values()), None)
+    is_keyword = first is not None and first.kind is first.POSITIONAL_OR_KEYWORD
+    return first.name if first is not None and is_keyword else None
+
+
 def _accepted_names(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str] | None:
     """Names accepted as keywords; None: all."""
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -197,18 +222,62 @@ def as_results(values: object, expected: int, source: str) -> list[RewardResult]
         RewardContractError: It is not a list, has the wrong length, or an item is neither a number,
             a mapping nor None.
     """
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    if not _is_listing(values):
         raise RewardContractError(
-            f"{source} returned a {type(values).__name__}; it must return a list with one number or None per completion",
+            f"{source} returned {_kind(values)}; it must return a list with one number or None per "
+            "completion",
             code="contract.type",
         )
-    found = list(values)
+    is_whole = isinstance(values, Sized)
+    found = list(values if is_whole else itertools.islice(values, expected + 1))
     if len(found) != expected:
+        count = f"{len(found)}" if is_whole or len(found) < expected else f"more than {expected}"
         raise RewardContractError(
-            f"{source} returned {len(found)} rewards for {expected} completions",
+            f"{source} returned {count} reward{'' if count == '1' else 's'} for {expected} "
+            "completions",
             code="contract.length",
         )
     return [_as_result(value, source) for value in found]
+
+
+def _is_listing(values: object) -> TypeGuard[Iterable[object]]:
+    """Whether ``values`` has one item after another; the order of a set means nothing."""
+    is_one = isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set)
+    is_table = hasattr(values, "columns")  # it would be read as the names of its columns
+    if is_one or is_table or not isinstance(values, Iterable):
+        return False
+    try:
+        iter(values)
+    except TypeError:  # also an array or a tensor without dimensions
+        return False
+    return True
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a value of the type {type(value).__name__}"
+
+
+def _as_number(value: object) -> float | None:
+    """A real number as a float; None for anything else.
+
+    As in TRL, booleans, numpy scalars and one-element tensors are numbers; texts are not, also not
+    numpy's, and dates and times neither. A complex number would lose its imaginary part.
+
+    Raises:
+        OverflowError: It is beyond the range of a float.
+    """
+    if getattr(getattr(value, "dtype", None), "kind", "") in DATES:
+        return None
+    try:
+        read = getattr(value, "item", None)
+        item = read() if callable(read) else value
+        if isinstance(item, str | bytes | bytearray | complex) or not isinstance(
+            item, SupportsFloat
+        ):
+            return None
+        return float(value) if isinstance(value, SupportsFloat) else None
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _as_result(value: object, source: str) -> RewardResult:
@@ -217,13 +286,13 @@ def _as_result(value: object, source: str) -> RewardResult:
     if isinstance(value, Mapping):
         return _of_mapping(value, source)
     try:
-        # As in TRL, booleans, numpy scalars and one-element tensors are numbers; strings are not.
-        reward = float(value) if isinstance(value, SupportsFloat) else None
-    except (TypeError, ValueError, OverflowError):
-        reward = None
+        reward = _as_number(value)
+    except OverflowError:
+        message = f"{source} returned a number too large for a float, beyond ±{MAX_REWARD:g}"
+        return Failed("out_of_range", message, is_transient=False)
     if reward is None:
         raise RewardContractError(
-            f"{source} returned a {type(value).__name__} as a reward; it must be a number or None",
+            f"{source} returned {_kind(value)} as a reward; it must be a number or None",
             code="contract.type",
         )
     if not math.isfinite(reward):
@@ -261,7 +330,8 @@ def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
         result = SampleResult.model_validate({**given, "id": ""})
     except ValidationError as invalid:
         first = invalid.errors(include_url=False, include_input=False, include_context=False)[0]
-        what = f"{source} returned a mapping: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        place = "".join(f"{one}: " for one in [".".join(map(str, first["loc"]))] if one)
+        what = f"{source} returned a mapping: {place}{first['msg']}"
         if first["type"] in _BAD_NUMBERS:
             return Failed(_BAD_NUMBERS[first["type"]], what, is_transient=False)
         raise RewardContractError(what, code="contract.form") from None
@@ -274,8 +344,9 @@ def _of_mapping(value: Mapping[str, Any], source: str) -> RewardResult:
 
 
 def _plain(value: object) -> object:
-    """A boolean, numpy scalar or one-element tensor as a float; other values unchanged."""
-    if isinstance(value, SupportsFloat):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return float(value)
-    return value
+    """A real number of any type as a float; other values unchanged."""
+    try:
+        number = _as_number(value)
+    except OverflowError:
+        return sys.float_info.max  # out of range as well, and so never used
+    return value if number is None else number

@@ -3,7 +3,7 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -18,7 +18,10 @@ class ScoringStoppedError(Exception):
 
 
 class ExitRequestedError(Exception):
-    """Carries a SystemExit or KeyboardInterrupt past the event loop to the caller's thread.
+    """Carries what is no Exception past the event loop to the caller's thread.
+
+    The event loop ends at a SystemExit, and takes a CancelledError of a user's function for a
+    cancellation of its own.
 
     Args:
         request: The original exception.
@@ -27,6 +30,37 @@ class ExitRequestedError(Exception):
     def __init__(self, request: BaseException) -> None:
         super().__init__(f"{type(request).__name__} was raised")
         self.request = request
+
+
+def carried(error: BaseException) -> Exception:
+    """``error`` as an exception that passes through coroutines and the event loop unchanged."""
+    if isinstance(error, StopIteration):  # it would end the generators that it passes through
+        plain = RuntimeError("StopIteration was raised: next() found no further item")
+        plain.__cause__ = error
+        return plain.with_traceback(error.__traceback__)
+    if isinstance(error, Exception):
+        return error
+    carrier = ExitRequestedError(error)
+    carrier.__cause__ = error
+    return carrier
+
+
+async def carrying(awaitable: Awaitable[Value]) -> Value:
+    """Await a user's code. A cancellation by the caller is raised as such.
+
+    Raises:
+        ExitRequestedError: The code raised what is no Exception.
+        Exception: The code raised it.
+    """
+    try:
+        return await awaitable
+    except Exception:
+        raise
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        raise carried(error) from error
 
 
 async def all_of(coroutines: Iterable[Coroutine[Any, Any, Value]]) -> list[Value]:
@@ -56,6 +90,10 @@ async def in_daemon_thread(function: Callable[[], Value]) -> Value:
     """Run ``function`` in a thread that delays neither a cancellation nor the end of the process.
 
     A thread cannot be stopped: after a cancellation it goes on, and its result is discarded.
+
+    Raises:
+        ExitRequestedError: ``function`` raised what is no Exception.
+        Exception: ``function`` raised it.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -65,7 +103,7 @@ async def in_daemon_thread(function: Callable[[], Value]) -> Value:
         try:
             outcome.set_result(function())
         except BaseException as error:  # noqa: BLE001 - outermost frame of the thread: raised again where it is awaited
-            outcome.set_exception(error)
+            outcome.set_exception(carried(error))
         if not loop.is_closed():
             loop.call_soon_threadsafe(ended.set)
 

@@ -5,7 +5,9 @@ Importing this package loads no torch; a name loads its module when it is first 
 trainer: `DARTrainer`, a `transformers.Trainer` made of the parts below.
 loss: advantage, weight, clip of the weight and loss, as pure functions.
 from_spec: trains a job from its spec and files; a job spec as `DARConfig`.
+optimization: optimizers and schedules, whose errors name their arguments.
 run_setup: arguments, data and accelerator checked and settled before a run.
+argument_kinds: kinds of the arguments of `DARTrainer`.
 run_context: what the parts of a run share.
 reward_sources: functions, services and models that score completions, opened for a run.
 evaluation: the policy is measured on rows of their own, between steps.

@@ -11,7 +11,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Real
@@ -69,24 +69,44 @@ def predictions(step: ScoredStep) -> Predictions:
     )
 
 
-def checked(values: object) -> dict[str, float]:
+def checked(values: object, taken: Collection[str] = ()) -> dict[str, float]:
     """The metrics of a user's ``compute_metrics``, without those that are not finite.
 
+    Args:
+        values: What it returned.
+        taken: Names of the evaluation's own metrics.
+
     Raises:
-        InvalidRequestError: They are not numbers by name.
+        InvalidRequestError: They are not numbers by name, or two metrics have one name.
     """
-    is_right = isinstance(values, Mapping) and all(
-        isinstance(name, str) and isinstance(value, Real | np.number | Tensor)
-        for name, value in values.items()
-    )
-    if not is_right:
-        raise InvalidRequestError(
-            f"compute_metrics must return a dictionary of numbers by name, not {values!r:.200}",
-            param="compute_metrics",
-        )
-    assert isinstance(values, Mapping)
-    numbers = {name.removeprefix(EVALUATION): float(value) for name, value in values.items()}
+    items = list(values.items()) if isinstance(values, Mapping) else [(None, None)]
+    numbers: dict[str, float] = {}
+    for name, value in items:
+        number = _as_number(value)
+        if not isinstance(name, str) or number is None:
+            raise InvalidRequestError(
+                f"compute_metrics must return a dictionary of numbers by name, not {values!r:.200}",
+                param="compute_metrics",
+            )
+        plain = name.removeprefix(EVALUATION)
+        if plain in taken or plain in numbers:
+            raise InvalidRequestError(
+                f"compute_metrics returned {name!r}, but there is a metric of this name; give it "
+                "another one",
+                param="compute_metrics",
+            )
+        numbers[plain] = number
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _as_number(value: object) -> float | None:
+    """A real number, also one of numpy or a tensor of one element; None for anything else."""
+    if isinstance(value, np.complexfloating | np.timedelta64):
+        return None
+    try:
+        return float(value) if isinstance(value, Real | np.number | Tensor) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
 
 
 def named(rows: Rows | Mapping[str, Rows]) -> dict[str, Rows]:
@@ -241,7 +261,7 @@ class RunEvaluation:
         values["time/step_seconds"] = time.monotonic() - started
         values = {name: value for name, value in values.items() if name not in LEFT_OUT}
         if (compute := self._compute_metrics) is not None:  # only on the main process
-            values |= self._run.ranks.from_main(lambda: checked(compute(predictions(step))))
+            values |= self._run.ranks.from_main(lambda: checked(compute(predictions(step)), values))
         return values
 
     def evaluate_step(

@@ -59,6 +59,8 @@ class JobInputs:
     """How its reward services are reached."""
     reward_models: Mapping[str, Path] = field(default_factory=dict)
     """Folders of reward models by component name; the others come from the hub."""
+    hub_token: str | None = field(default=None, repr=False)
+    """Token of the hub; None: that of this machine's user, if there is one."""
 
 
 def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
@@ -123,8 +125,15 @@ def build_trainer(inputs: JobInputs, sink: Sink, control: Control) -> DARTrainer
     config = job_config(inputs)
     # Trained weights stay in float32. Under an adapter they are frozen, so half the size is enough.
     half = config.half if spec.peft is not None else None
-    model = loading.load_model(inputs.model, dtype=half or torch.float32, is_offline=inputs.offline)
-    tokenizer = loading.load_tokenizer(inputs.model, is_offline=inputs.offline)
+    model = loading.load_model(
+        inputs.model,
+        dtype=half or torch.float32,
+        is_offline=inputs.offline,
+        token=inputs.hub_token,
+    )
+    tokenizer = loading.load_tokenizer(
+        inputs.model, is_offline=inputs.offline, token=inputs.hub_token
+    )
     trainer = DARTrainer(
         loading.merge_adapters(model, inputs.adapters),
         config,
@@ -165,7 +174,9 @@ def training_rows(inputs: JobInputs) -> Rows:
     """
     if inputs.training_file is not None:
         return read_rows(inputs.training_file)
-    return load_hub_rows(HubData.parse(inputs.spec.training_file), is_offline=inputs.offline)
+    return load_hub_rows(
+        HubData.parse(inputs.spec.training_file), is_offline=inputs.offline, token=inputs.hub_token
+    )
 
 
 def _validation_rows(inputs: JobInputs) -> Rows | None:
@@ -209,6 +220,7 @@ def job_config(inputs: JobInputs) -> DARConfig:
         disable_tqdm=True,
         report_to="none",
         log_level="error",
+        hub_token=inputs.hub_token,
     )
     config.counted_epochs = (hyper.n_epochs or 1.0) if hyper.max_steps is None else None
     config.checkpoint_seconds = CHECKPOINT_SECONDS if every is None else None

@@ -50,6 +50,8 @@ from dar.protocol.spec import Baseline, Normalization, WeightNormalization
 
 MAX_LOG_WEIGHT = 88.0
 """Largest exponent: no weight overflows before it is clipped. float32 ends at e^88.72."""
+LEAST_DEVIATION = 1e-6
+"""Least deviation by which advantages are divided, in units of the reward."""
 HALVINGS = 40
 """Halvings of [0, 1] in the search for the power of departure 6: finer than float32."""
 
@@ -60,7 +62,7 @@ def normalized_advantages(
     mode: Normalization,
     baseline: Baseline = "mean",
     valid: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = LEAST_DEVIATION,
     tie_tolerance: float = 0.0,
 ) -> Tensor:
     """How much better each completion is than its siblings: equation (3), departures 1, 2, 4.

@@ -1,15 +1,20 @@
 """Merges a downloaded adapter into its base model, without any service: ``dar merge``."""
 
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from dar.errors import InvalidRequestError, ServiceUnavailableError
-from dar.training.model.loading import load_model, load_tokenizer, merge_adapters
+from dar.errors import InvalidRequestError, ServiceUnavailableError, TrainingError
+from dar.training.model.adapters import ADAPTER_CONFIG
+from dar.training.model.loading import (
+    load_model,
+    load_tokenizer,
+    merge_adapters,
+    read_adapter_config,
+)
+from dar.training.model.probes import check_finite, is_finite
 
-ADAPTER_CONFIG = "adapter_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -25,8 +30,10 @@ def merge(folder: Path, output: Path, base: str | None = None) -> None:
             a folder or a hub id with its owner.
 
     Raises:
-        InvalidRequestError: ``folder`` is no adapter, its base is unknown, or ``output`` exists.
-        TrainingError: The base cannot be loaded, or the adapter does not fit it.
+        InvalidRequestError: ``folder`` is no adapter, its base is unknown, or ``output`` exists or
+            cannot be made.
+        TrainingError: The base cannot be loaded, the adapter is damaged or does not fit it, or a
+            weight of the sum is not finite.
         ServiceUnavailableError: The hub cannot be reached.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -44,7 +51,24 @@ def merge(folder: Path, output: Path, base: str | None = None) -> None:
         raise InvalidRequestError(
             f"{output} exists already; give a folder that does not", param="output"
         )
-    source = base or _named_base(folder)
+    named = read_adapter_config(folder).base_model_name_or_path
+    source = base or _usable_base(folder, named)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise InvalidRequestError(
+            f"{output} cannot be made: {error.strerror}; give another folder", param="output"
+        ) from error
+    try:
+        _write_merged(folder, unfinished, source)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_merged(folder: Path, output: Path, source: str) -> None:
     try:
         model = load_model(source, dtype="auto")
     except OSError as error:
@@ -57,26 +81,25 @@ def merge(folder: Path, output: Path, base: str | None = None) -> None:
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(folder if has_tokenizer else source)
     merged: Any = merge_adapters(model.float(), [folder])
+    what = f"the sum of the adapter {folder} and its base model"
+    check_finite(merged, what, param="folder")
     merged.to(saved_as)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        merged.save_pretrained(unfinished)
-        tokenizer.save_pretrained(str(unfinished))
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if not is_finite(merged):
+        raise TrainingError(
+            f"{what} has weights that {saved_as} cannot hold, the number format of the base "
+            "model's files; give the base model in bfloat16 or float32 with --base",
+            param="base",
+        )
+    merged.save_pretrained(output)
+    tokenizer.save_pretrained(str(output))
 
 
-def _named_base(folder: Path) -> str:
+def _usable_base(folder: Path, name: str | None) -> str:
     """The base model that the adapter names.
 
     A name without an owner is never looked up on the hub: a service's own model may have it, and a
     stranger's model on the hub too.
     """
-    name = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
     if name and (Path(name).is_dir() or HUB_ID.fullmatch(name)):
         return str(name)
     named = f"names the base model {name!r}, which is no folder here" if name else "names no base"

@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -29,6 +29,8 @@ from dar.training.step.metrics import Reporter
 from dar.training.step.records import is_streamable
 from dar.training.step.reward_feed import Scoring
 
+MAX_WEIGHT = 1e6
+"""Largest factor of a reward in their sum, as in a job spec."""
 RewardFunctions = RewardFunction | str | Sequence[RewardFunction | str] | Rewards
 """A callable of TRL's signature, the URL of a reward service, a list of these, or the rewards of a
 job spec."""
@@ -47,6 +49,8 @@ class GivenRewards:
     """Component names of the models; None: numbered names."""
     variables: Mapping[str, Any] | None = None
     """Variables of the chat templates of the models."""
+    hub_token: str | None = field(default=None, repr=False)
+    """Token of the hub, for models that are given by their hub id."""
 
     @classmethod
     def of(
@@ -62,7 +66,8 @@ class GivenRewards:
 
         Raises:
             InvalidRequestError: A reward model was given twice, or one that the rewards of a job
-                spec do not name; or there are weights and no reward.
+                spec do not name; or there are weights and no reward, or one is too large or no
+                number.
         """
         path = config.reward_model_path
         if models is not None and path is not None:
@@ -89,11 +94,20 @@ class GivenRewards:
             raise InvalidRequestError(
                 f"reward_weights has no effect, as {why}; leave it out", param="reward_weights"
             )
+        _check_weights(weights)
         if access.cache is None:
             here = CachePlace(Path(config.output_dir or ".") / "reward-cache")
             access = replace(access, cache=here)
-        variables = config.template_variables
-        return cls(functions, given, tokenizers, weights, access, names, variables)
+        return cls(
+            functions,
+            given,
+            tokenizers,
+            weights,
+            access,
+            names,
+            config.template_variables,
+            config.hub_token,
+        )
 
     @property
     def is_online(self) -> bool:
@@ -127,6 +141,7 @@ class GivenRewards:
                 self.tokenizers,
                 device=device,
                 is_offline=is_offline,
+                token=self.hub_token,
                 names=self.names,
                 variables=self.variables,
             )
@@ -317,6 +332,26 @@ class RewardSession:
 
     def _report_wait(self, message: str) -> None:
         self._run.phase("waiting_for_reward", message)
+
+
+def _check_weights(weights: object) -> None:
+    """Reject weights that no sum of rewards can have.
+
+    Raises:
+        InvalidRequestError: One is no number, not finite or too large.
+    """
+    if weights is None:
+        return
+    is_list = isinstance(weights, Iterable) and not isinstance(weights, str | bytes)
+    for weight in weights if isinstance(weights, Iterable) else [weights]:
+        is_number = is_list and not isinstance(weight, bool)
+        if is_number and isinstance(weight, SupportsFloat) and abs(float(weight)) <= MAX_WEIGHT:
+            continue
+        raise InvalidRequestError(
+            f"reward_weights has {weight!r}, but must be a list of numbers from "
+            f"-{MAX_WEIGHT:,.0f} to {MAX_WEIGHT:,.0f}",
+            param="reward_weights",
+        )
 
 
 def _models_of_spec(

@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
+from peft import PeftModel
 
 from dar.errors import InvalidRequestError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.rows import is_conversation
 from dar.protocol.spec import StepPlan
+from dar.protocol.spec_checks import ONE_STEP
 from dar.training.config.config import DARConfig, preset_values
 from dar.training.config.ignored import online_only
+from dar.training.config.learning_rates import settle_learning_rate
 from dar.training.data.rows import Rows, check_rows
 from dar.training.evaluation import check_evaluation_rows
+from dar.training.model.loading import LanguageModel
 from dar.training.model.logprobs import idle_weights
 from dar.training.parallel import deepspeed_config
 from dar.training.parallel.launch import refuse_if_left_alone
@@ -25,12 +29,16 @@ from dar.training.run_context import HostTrainer
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Learning-rate schedules of transformers that ignore ``warmup_steps``."""
+
 
 def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
     """A copy of ``config`` with a length in steps, and the tie tolerance of a job spec's rewards.
 
     Raises:
-        InvalidRequestError: The launcher or the number of processes does not fit the arguments.
+        InvalidRequestError: The launcher or the number of processes does not fit the arguments, or
+            the only step would have learning rate 0.
     """
     refuse_if_left_alone()
     for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
@@ -44,6 +52,11 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
     if config.max_steps <= 0:
         config.counted_epochs = config.num_train_epochs
         config.max_steps = config.step_plan(row_count, is_replay=False).steps
+    schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    if config.max_steps == 1 and config.warmup_steps and schedule not in WITHOUT_WARM_UP:
+        raise InvalidRequestError(
+            ONE_STEP.format(config.warmup_steps, "the run"), param="warmup_steps"
+        )
     if isinstance(rewards, Rewards):
         config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
     config.ignore_data_skip = True  # the position in the data is a function of the step
@@ -95,7 +108,37 @@ def check_data(
     check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating, sent=sent)
 
 
-def report_plan(plan: StepPlan, config: DARConfig, sink: Sink) -> None:
+def choose_learning_rate(config: DARConfig, policy: LanguageModel) -> None:
+    """Settle the learning rate of ``config`` by the policy that it will train, in place.
+
+    Raises:
+        InvalidRequestError: None is given, and none can be chosen for the optimizer.
+    """
+    is_adapter = isinstance(policy, PeftModel)
+    trained = sum(one.numel() for one in policy.parameters() if one.requires_grad)
+    frozen = sum(one.numel() for one in policy.parameters() if not one.requires_grad)
+    settle_learning_rate(
+        config,
+        weights=(frozen or trained) if is_adapter else frozen + trained,
+        trained_weights=trained,
+        is_adapter=is_adapter,
+    )
+
+
+def report_plan(config: DARConfig, row_count: int, sink: Sink, *, is_replay: bool) -> None:
+    """Report the learning rate that was chosen, and which prompts the steps take.
+
+    Also report a temperature at which training does not converge. A resumed run reports nothing of
+    this again.
+    """
+    if config.chosen_rate is not None:
+        sink.event("info", config.chosen_rate.message, config.chosen_rate.facts)
+    if not is_replay and (why := config.convergence_problem):
+        sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
+    _report_prompts(config.step_plan(row_count, is_replay=is_replay), config, sink)
+
+
+def _report_prompts(plan: StepPlan, config: DARConfig, sink: Sink) -> None:
     """Report what becomes of a batch that the rows do not fill, and of prompts that are left."""
     batch, rows = config.prompts_per_step, f"{plan.rows} row{'s' if plan.rows > 1 else ''}"
     facts = {"batch_size": batch, "rows": plan.rows}

@@ -16,14 +16,15 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from dar.errors import InvalidRequestError, RewardError
 from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
 from dar.rewards.from_spec import RewardAccess
-from dar.training.checkpoint.fingerprint import decisive_facts
+from dar.training.argument_kinds import with_checked_kinds
+from dar.training.checkpoint.fingerprint import decisive_facts, part_digests
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
 from dar.training.checkpoint.resume import RunCheckpoints
@@ -38,6 +39,7 @@ from dar.training.model.loading import (
 )
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
+from dar.training.optimization import OptimizingTrainer
 from dar.training.parallel.ranks import Ranks
 from dar.training.parallel.sharding import is_sharded
 from dar.training.report.sink import (
@@ -59,6 +61,7 @@ from dar.training.reward_sources import (
 from dar.training.run_context import RunContext
 from dar.training.run_setup import (
     check_data,
+    choose_learning_rate,
     limit_search_for_unused,
     report_plan,
     settle_accelerator,
@@ -78,7 +81,7 @@ LOG_HISTORY = 1000
 """Reports that `transformers.TrainerState` keeps; every checkpoint contains them."""
 
 
-class DARTrainer(Trainer):
+class DARTrainer(OptimizingTrainer):
     """Trains a language model by Direct Advantage Regression on its own samples.
 
     ```python
@@ -89,7 +92,7 @@ class DARTrainer(Trainer):
 
     trainer = DARTrainer(
         model="Qwen/Qwen2-0.5B-Instruct",
-        args=DARConfig(output_dir="out", learning_rate=5e-7, dar_k=4),
+        args=DARConfig(output_dir="out", dar_k=4),
         train_dataset=[{"prompt": "Why is the sky blue?"}, …],
         reward_funcs=reward,          # or "https://my-reward-service/score"
     )
@@ -153,9 +156,10 @@ class DARTrainer(Trainer):
     deepspeed: Any
     hub_model_id: str | None  # type: ignore[assignment]  # transformers annotates the None it starts with
 
+    @with_checked_kinds
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: DARConfig | None = None,
         train_dataset: Rows | None = None,
         reward_funcs: RewardFunctions | None = None,
@@ -182,6 +186,7 @@ class DARTrainer(Trainer):
         if train_dataset is None:
             raise InvalidRequestError("train_dataset is missing: give rows with a prompt")
         check_table(train_dataset)
+        model = str(model) if isinstance(model, Path) else model
         args = args or DARConfig(output_dir="dar-output")
         config = settled_config(args, len(train_dataset), reward_funcs)
         access = replace(reward_access or RewardAccess(), secret=reward_secret)
@@ -204,6 +209,7 @@ class DARTrainer(Trainer):
             base_name=base_name,
             is_offline=is_offline,
         )
+        choose_learning_rate(config, policy.model)
         with unchanged_cache_option(policy.model):
             super().__init__(
                 model=policy.model,
@@ -224,8 +230,6 @@ class DARTrainer(Trainer):
         self.sink = (sink or LogSink()) if ranks.is_main else NullSink()
         control = (control if ranks.is_main else None) or NullControl()
         self._run = RunContext(self, ranks, self.sink, control, job_id)
-        if given.is_online and (why := config.convergence_problem):
-            self.sink.event("warn", why, {"kind": "no_point_of_rest", "coldest": config.coldest})
         self._assemble(
             given.load(ranks, config.device, is_offline=is_offline),
             compute_metrics,
@@ -237,7 +241,7 @@ class DARTrainer(Trainer):
     ) -> None:
         """Create the parts of the trainer."""
         run, policy = self._run, self._policy
-        self.reporter = reporter = Reporter()
+        self.reporter = reporter = Reporter(self.args)
         terms = rewards.terms()
         self._passes = ForwardPasses(run, policy)
         self._loop = StepLoop(run, policy.vocabulary, reporter)
@@ -264,6 +268,7 @@ class DARTrainer(Trainer):
             decisive=decisive_facts(
                 self.args, policy.model, self.train_dataset, policy.base_sketch, terms
             ),
+            parts=part_digests(policy.model, policy.tokenizer),
             is_resized=policy.is_resized,
             members=(self._loop, self._evaluation, self._rewards),
             last_report=lambda: reporter.reported,
@@ -343,9 +348,8 @@ class DARTrainer(Trainer):
                 "give all the same"
             )
         if not resume:
-            is_replay = not self._rewards.loaded.given.is_online
-            plan = self.args.step_plan(len(self.train_dataset), is_replay=is_replay)
-            report_plan(plan, self.args, self.sink)
+            is_online = self._rewards.loaded.given.is_online
+            report_plan(self.args, len(self.train_dataset), self.sink, is_replay=not is_online)
         with self._rewards.opened():
             scoring = self._rewards.scoring(is_training=True)
             self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)

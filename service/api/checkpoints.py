@@ -6,6 +6,7 @@ from starlette.responses import Response
 from dar.errors import NotFoundError
 from dar.protocol.base import Page
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Checkpoint
+from dar.protocol.metrics import current_values
 from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
 from service.http import downloads
@@ -85,7 +86,7 @@ def show(checkpoint: tables.CheckpointRow) -> Checkpoint:
             "fine_tuning_job_id": checkpoint.job_id,
             "fine_tuned_model_checkpoint": checkpoint.name,
             "step_number": checkpoint.step,
-            "metrics": {"step": checkpoint.step, **checkpoint.manifest["metrics"]},
+            "metrics": {"step": checkpoint.step, **current_values(checkpoint.manifest["metrics"])},
             "kind": checkpoint.kind,
             "bytes": checkpoint.bytes,
             "sha256": checkpoint.manifest_sha256,

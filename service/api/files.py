@@ -130,6 +130,12 @@ async def _read_form(request: Request, limit: int) -> FormData:
         raise InvalidRequestError(
             f"the upload cannot be read: {error.message}", code="invalid_form"
         ) from None
+    except UnicodeError:  # a charset of Python that is none of the web, like punycode
+        raise InvalidRequestError(
+            "the upload cannot be read: its names are not in the charset of its content-type; "
+            "leave the charset out, and send names in UTF-8",
+            code="invalid_form",
+        ) from None
 
 
 def _checked(form: FormData) -> UploadFile:

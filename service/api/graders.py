@@ -1,7 +1,7 @@
 """Graders in OpenAI's format. The only type that runs here is a registered reward endpoint."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from starlette.concurrency import run_in_threadpool
@@ -22,6 +22,8 @@ from dar.protocol.graders import (
     ValidGrader,
 )
 from dar.protocol.reward_spec import RewardRetry, RewardTimeouts
+from dar.protocol.row_values import check_values
+from dar.protocol.rows import Message, Row, RowError, kind_of_value, read_messages, read_prompt
 from dar.rewards.base import Failed, RewardResult, RewardSample, Scored
 from dar.rewards.probe.client import ProbeClient, ProbeTarget
 from service.http.auth import Submitter, User
@@ -45,10 +47,11 @@ async def run_grader(runtime: CurrentRuntime, user: Submitter, body: RunBody) ->
 
     A failure is reported in ``metadata.errors``, never as a number.
     """
+    sample = _sample(body)
     target = await run_in_threadpool(_target, runtime, user, body.grader)
     runtime.gradings.take(user.key_id)
     started = time.perf_counter()
-    result = await _result(target, _sample(body))
+    result = await _result(target, sample)
     return _answer(body.grader, result, time.perf_counter() - started)
 
 
@@ -85,16 +88,31 @@ async def _result(target: ProbeTarget, sample: RewardSample) -> RewardResult:
 
 
 def _sample(body: RunGrader) -> RewardSample:
-    item: dict[str, Any] = body.item if isinstance(body.item, dict) else {}
-    messages, prompt = item.get("messages"), item.get("prompt", "")
-    is_conversation = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-    truth = item.get("ground_truth", item.get("reference_answer"))
+    """The completion with the row in ``item``.
+
+    Raises:
+        InvalidRequestError: The item is not as a row may be; no part of it is dropped or changed.
+    """
+    item: object = {} if body.item is None else body.item
+    if not isinstance(item, dict):
+        raise InvalidRequestError(
+            f"item must be an object with the columns of a row, but it is {kind_of_value(item)}",
+            param="item",
+        )
+    try:
+        check_values(item)
+        prompt, messages = _prompt_of(item)
+        truth = _truth_of(item)
+    except RowError as error:
+        raise InvalidRequestError(
+            f"item: {error.message}", param=f"item.{error.param}", code=error.error_code
+        ) from None
     return RewardSample(
         id="s0",
         group_id="g0",
         index=0,
-        prompt=None if is_conversation else str(prompt),
-        messages=messages if is_conversation else None,
+        prompt=prompt,
+        messages=messages,
         completion=body.model_sample,
         finish_reason="stop",
         completion_tokens=len(body.model_sample.split()),
@@ -103,6 +121,36 @@ def _sample(body: RunGrader) -> RewardSample:
             "ground_truth": truth,
         },
     )
+
+
+def _prompt_of(item: Row) -> tuple[str | None, list[Message] | None]:
+    """The prompt as a text or as a conversation; an empty text if the item has none.
+
+    Raises:
+        RowError: It is neither, or there are two.
+    """
+    messages = item.get("messages")
+    if messages is not None:
+        if item.get("prompt") is not None:
+            raise RowError("it has prompt and messages; give one of them", "prompt")
+        return None, read_messages(messages, "messages", "a list of messages")
+    prompt = read_prompt(item) if "prompt" in item else ""
+    return (prompt, None) if isinstance(prompt, str) else (None, prompt)
+
+
+def _truth_of(item: Row) -> object:
+    """``ground_truth``, which OpenAI's graders call ``reference_answer``.
+
+    Raises:
+        RowError: The item has both, and they differ.
+    """
+    given = [item[name] for name in ("ground_truth", "reference_answer") if name in item]
+    if len(given) == 2 and given[0] != given[1]:
+        raise RowError(
+            "ground_truth and reference_answer are the same column, but differ; give one of them",
+            "reference_answer",
+        )
+    return given[0] if given else None
 
 
 def _answer(grader: EndpointGrader, result: RewardResult, seconds: float) -> GraderRun:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.jobs import Job, JobError, Progress
-from dar.protocol.spec import JobSpec
+from dar.protocol.spec import MAX_LABELS, JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
 from service.api.paging import PageCursor, envelope, seconds
 from service.http import errors
@@ -176,4 +176,10 @@ def _labels(request: Request) -> dict[str, str]:
             raise InvalidRequestError(
                 "metadata: filter by one label as metadata[key]=value", param="metadata"
             )
+    if len(labels) > MAX_LABELS:
+        raise InvalidRequestError(
+            f"metadata: {len(labels)} labels, but a job has at most {MAX_LABELS}; leave some out",
+            param="metadata",
+            code="too_many_keys",
+        )
     return labels

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
-from dar.protocol.metrics import METRICS, MetricName, Metrics, is_known
+from dar.protocol.metrics import METRICS, MetricName, Metrics, current_name, is_known
 from dar.protocol.status import TERMINAL
 from service.api.jobs import PATH
 from service.api.paging import whole
@@ -18,6 +18,11 @@ from service.store import jobs, metrics
 
 router = APIRouter(tags=["metrics"])
 POLL_MS = 1000
+NAMES = (
+    "Comma-separated; default: all, by their present names. Until the next release, the earlier "
+    "names reward/… and time/reward/… of the metrics reward_requests/… are accepted, and the "
+    "response has the series under the name that was sent."
+)
 Step = Annotated[int | None, Query(ge=0, le=MAX_COUNT)]
 
 
@@ -38,7 +43,7 @@ def get_metrics(
     request: Request,
     runtime: CurrentRuntime,
     user: Reader,
-    names: Annotated[str | None, Query(description="Comma-separated; default: all.")] = None,
+    names: Annotated[str | None, Query(description=NAMES)] = None,
     after: Annotated[str | None, Query(description="Cursor of the previous response.")] = None,
     from_step: Step = None,
     to_step: Step = None,
@@ -47,7 +52,14 @@ def get_metrics(
 
     With ``after``, only steps that are new since, replayed ones included.
     """
-    wanted, behind = _names(names), _cursor(after)
+    if from_step is not None and to_step is not None and from_step > to_step:
+        raise InvalidRequestError(
+            f"from_step {from_step} is after to_step {to_step}; swap them",
+            param="from_step",
+            code="invalid_range",
+        )
+    asked, behind = _names(names), _cursor(after)
+    wanted = None if asked is None else {name: current_name(name) for name in asked}
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         newest = metrics.last_id(transaction, job.id)
@@ -55,8 +67,15 @@ def get_metrics(
         if etag == request.headers.get("if-none-match"):
             return Response(status_code=304, headers={"etag": etag})
         series = metrics.read(
-            transaction, job.id, names=wanted, after=behind, from_step=from_step, to_step=to_step
+            transaction,
+            job.id,
+            names=None if wanted is None else wanted.values(),
+            after=behind,
+            from_step=from_step,
+            to_step=to_step,
         )
+    if wanted is not None:
+        series = {name: series[present] for name, present in wanted.items() if present in series}
     body = {
         "object": "metrics",
         "series": {name: asdict(points) for name, points in sorted(series.items())},

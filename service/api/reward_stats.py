@@ -24,19 +24,19 @@ def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> Rewa
         job = jobs.get(transaction, user.project_id, job_id)
         series: Series = metrics.read(transaction, job.id)
         unfinished = metrics.unfinished_step(transaction, job.id)
-    steps = series["reward/n_valid"].step if "reward/n_valid" in series else []
+    steps = series["reward_requests/n_valid"].step if "reward_requests/n_valid" in series else []
     if unfinished is not None and unfinished[0] > max(steps, default=0):
         series = _with_step(series, *unfinished)
-    errors = {family: _total(series, f"reward/n_error/{family}") for family in FAMILIES}
+    errors = {family: _total(series, f"reward_requests/n_error/{family}") for family in FAMILIES}
     rewards = job.parsed_spec.dar.rewards
     components = () if rewards is None else rewards.components
     return RewardStats(
         object="fine_tuning.job.reward_stats",
         job_id=job.id,
         steps=len(steps),
-        rewards=_total(series, "reward/n_valid"),
-        skips=_total(series, "reward/n_skip"),
-        errors=_total(series, "reward/n_error"),
+        rewards=_total(series, "reward_requests/n_valid"),
+        skips=_total(series, "reward_requests/n_skip"),
+        errors=_total(series, "reward_requests/n_error"),
         errors_by_class={family: count for family, count in errors.items() if count},
         dropped_groups=_total(series, "rewards/dropped_groups"),
         refilled_groups=_total(series, "rewards/refilled_groups"),
@@ -47,13 +47,13 @@ def get_reward_stats(job_id: str, runtime: CurrentRuntime, user: Reader) -> Rewa
 def _component(series: Series, name: str) -> ComponentStats:
     return ComponentStats(
         component=name,
-        requests=_total(series, f"reward/{name}/requests"),
-        failed_requests=_total(series, f"reward/{name}/failed_requests"),
-        retries=_total(series, f"reward/{name}/retries"),
-        cached=_total(series, f"reward/{name}/cached"),
-        cache_hits=_total(series, f"reward/{name}/cache_hits"),
-        p50_seconds=_newest(series, f"time/reward/{name}/p50_seconds"),
-        p95_seconds=_newest(series, f"time/reward/{name}/p95_seconds"),
+        requests=_total(series, f"reward_requests/{name}/requests"),
+        failed_requests=_total(series, f"reward_requests/{name}/failed_requests"),
+        retries=_total(series, f"reward_requests/{name}/retries"),
+        cached=_total(series, f"reward_requests/{name}/cached"),
+        cache_hits=_total(series, f"reward_requests/{name}/cache_hits"),
+        p50_seconds=_newest(series, f"reward_requests/{name}/p50_seconds"),
+        p95_seconds=_newest(series, f"reward_requests/{name}/p95_seconds"),
     )
 
 

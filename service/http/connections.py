@@ -114,6 +114,9 @@ class TimedProtocol(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log nothing: any client may ask for WebSockets, and is answered over HTTP as before."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn
         """Take the connection, or close another one or this one if there are too many."""
         super().connection_made(transport)

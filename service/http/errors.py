@@ -61,7 +61,7 @@ SHOWN = frozenset(
     {
         "float_type", "int_type", "bool_type", "float_parsing", "int_parsing", "bool_parsing",
         "int_from_float", "literal_error", "greater_than", "greater_than_equal", "less_than",
-        "less_than_equal",
+        "less_than_equal", "union_form",
     }
 )  # fmt: skip
 """Errors of pydantic whose message shows what was sent."""
@@ -165,7 +165,7 @@ def _message(item: Mapping[str, Any], model: type[BaseModel] | None) -> str:
     if item["type"] == "extra_forbidden" and model is not None:
         name = str(item["loc"][-1])
         names = _field_names(model, item["loc"][:-1])
-        close = get_close_matches(name, names, n=1)
+        close = get_close_matches(name, names, n=1, cutoff=0.7)
         place = next(_places_of(name, model), None)
         if place is not None:
             message += f" here; it belongs into {place}"

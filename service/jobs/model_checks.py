@@ -1,7 +1,7 @@
 """What the files of an installed model rule out, read at submission and without torch.
 
-Only what is certain is refused here: a file that is missing or not understood is left to the
-worker, which loads the model.
+Only what is certain is refused here: a file that is missing or, but for config.json, not understood
+is left to the worker, which loads the model.
 """
 
 import itertools
@@ -55,6 +55,16 @@ class ModelFiles:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         return self._read("config.json") or {}
+
+    @property
+    def config_problem(self) -> str | None:
+        """Why no model can be loaded with this config.json; None if one may be."""
+        if self._has("config.json") and self._read("config.json") is None:
+            return (
+                f"the config.json of the model {self.name!r} is not a JSON object, so the model "
+                "cannot be loaded; install the model again"
+            )
+        return None
 
     def _read(self, name: str) -> Mapping[str, Any] | None:
         """A JSON object in a file; None if there is none."""
@@ -124,6 +134,8 @@ def problems_of(
         model: The model.
         chat_rows: The first row with a conversation in each of the job's files; None: no such row.
     """
+    if why := model.config_problem:
+        return [Problem(why, "model", "model_config")]
     if why := refused_code(model.name, model.config):
         return [Problem(why, "model", "model_code")]
     if model.is_pickled:
@@ -152,7 +164,9 @@ def reward_model_problems(spec: JobSpec, models: Mapping[str, ModelFiles]) -> It
             continue
         param = f"{PATH}.components[{index}].model"
         labels = labels_of(model.config)
-        if why := refused_code(model.name, model.config):
+        if why := model.config_problem:
+            yield Problem(why, param, "model_config")
+        elif why := refused_code(model.name, model.config):
             yield Problem(why, param, "model_code")
         elif labels not in {None, 1}:
             yield Problem(

@@ -80,8 +80,8 @@ def _others(root: Path, name: str, made: Sequence[str]) -> str:
     shown = ", ".join(folders[:MAX_NAMED]) + (", …" if len(folders) > MAX_NAMED else "")
     known = f"GET /v1/models lists all, among them {shown}" if folders else "there is none yet"
     return (
-        f"{known}. A new one is a folder with a config.json under {root}; a hub model is named with "
-        "its owner, like 'Qwen/Qwen3-0.6B'"
+        f"{known}. A new one is a folder with a config.json in the models directory of the service; a "
+        "hub model is named with its owner, like 'Qwen/Qwen3-0.6B'"
     )
 
 
@@ -103,8 +103,8 @@ def check_reward_models(settings: Settings, rewards: Rewards) -> None:
             check_links(found, param)
         else:
             raise ModelNotFoundError(
-                f"there is no reward model {name!r}; it is a folder with a config.json under "
-                f"{settings.models_path}, or a hub id like 'owner/name'",
+                f"there is no reward model {name!r}; it is a folder with a config.json in the "
+                "models directory of the service, or a hub id like 'owner/name'",
                 param=param,
             )
 
@@ -155,8 +155,8 @@ def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:
     if not _HUB_ID.fullmatch(name):
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelNotFoundError(
-                f"{name!r} is a path, but a model is named: put its folder under "
-                f"{settings.models_path} and send the folder's name, like "
+                f"{name!r} is a path, but a model is named: put its folder into the "
+                "models directory of the service and send the folder's name, like "
                 f"{_last_part(name)!r}, or send a hub id, owner/name",
                 param=param,
             )

@@ -31,6 +31,8 @@ from service.store.database import Transaction
 from service.store.tables import FileRow, JobRow
 
 Replay = Literal["true", "inferred"]
+EARLIER_LEARNING_RATE = 1e-6
+"""What earlier versions wrote into a spec without a learning rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,14 @@ class CheckedData:
 
 
 def body_digest(spec: JobSpec) -> str:
-    """Digest of a spec that ignores whitespace, the order of keys, and defaults written out."""
+    """Digest of a spec that ignores whitespace, the order of keys, and defaults written out.
+
+    It is that of earlier versions, so that a request repeated after an upgrade is recognised.
+    """
     content = spec.model_dump(mode="json")
     dar = content["method"]["dar"]
+    if dar["hyperparameters"]["learning_rate"] is None:
+        dar["hyperparameters"]["learning_rate"] = EARLIER_LEARNING_RATE
     if dar["rewards"] is not None:
         dar["rewards"] = with_retired_fields(dar["rewards"])
     canonical = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
@@ -246,6 +253,8 @@ def _plan(
             raise errors.invalid(problems)
         models.check_reward_models(settings, rewards)
     data = _check_files(transaction, settings.hub_datasets, submission)
+    if problems := spec_checks.length_problems(submission.spec, data.num_rows):
+        raise errors.invalid(problems)
     project_id, name = submission.user.project_id, submission.spec.model
     model = models.resolve(transaction, settings, project_id, name)
     if problems := _model_problems(transaction, runtime, submission.spec, model, data):

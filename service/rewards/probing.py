@@ -30,6 +30,9 @@ _TEMPORARY = frozenset(
     {
         "connect",
         "connect_timeout",
+        "tls.timeout",
+        "tls.alert",
+        "tls.broken",
         "timeout",
         "deadline",
         "callback_late",

@@ -2,9 +2,9 @@
 
 A job goes on when its services answer again.
 
-A separate thread checks the services, so that one that hangs blocks nothing else. The checks of a
-job become less frequent (`service.store.reward_pauses.wait_before_probe`). On PostgreSQL one
-replica at a time makes them.
+A separate thread checks the services, and starts the check of a job that is due while others still
+run, so that a service that hangs delays no other job. The checks of a job become less frequent
+(`service.store.reward_pauses.wait_before_probe`). On PostgreSQL one replica at a time makes them.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import itertools
 import re
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -36,7 +36,8 @@ from service.store.tables import JobRow
 
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0004
-JOBS_PER_PASS = 16
+CHECKS_AT_ONCE = 64
+"""Most jobs whose services are checked at the same time."""
 PROBE_SECONDS = 90.0
 """Time limit for the check of one service, whatever its component allows."""
 PROBE_ROWS: Sequence[Mapping[str, object]] = ({"prompt": "Hello"}, {"prompt": "Good evening"})
@@ -159,6 +160,8 @@ class RewardWatch:
             light_probe, guard=guard, inbox=runtime.probe_inbox
         )
         self._access_of = access_of or functools.partial(access_for, runtime)
+        settings = runtime.settings
+        self._pause_seconds = min(settings.reconcile_seconds, settings.reward_probe_seconds)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reward-watch", daemon=True)
 
@@ -173,19 +176,33 @@ class RewardWatch:
             self._thread.join(timeout=1)
 
     def run_once(self) -> None:
-        """Check all jobs that are due at once, if this replica is elected."""
-        database = self._runtime.database
-        with database.elected(ELECTION_KEY) as is_elected:
-            if not is_elected:
-                return
-            with database.read() as transaction:
-                due = reward_pauses.due(transaction, JOBS_PER_PASS)
-            if not due:
-                return
-            asyncio.run(self._check_all(due))
+        """Check all jobs that are due, if this replica is elected, until no check runs any more."""
+        with self._runtime.database.elected(ELECTION_KEY) as is_elected:
+            if is_elected and (due := self._due(frozenset())):
+                asyncio.run(self._check_all(due))
+
+    def _due(self, running: Collection[str]) -> Sequence[JobRow]:
+        """Jobs to check now, besides those with the ids ``running``."""
+        with self._runtime.database.read() as transaction:
+            return reward_pauses.due(transaction, CHECKS_AT_ONCE - len(running), running)
 
     async def _check_all(self, due: Sequence[JobRow]) -> None:
-        await all_of(map(self._check, due))
+        """Check jobs, and those that become due meanwhile."""
+        running: dict[str, asyncio.Task[None]] = {}
+        try:
+            while due or running:
+                running |= {job.id: asyncio.create_task(self._check(job)) for job in due}
+                await asyncio.wait(running.values(), timeout=self._pause_seconds)
+                if self._stop.is_set():
+                    return
+                for job_id, check in list(running.items()):
+                    if check.done():
+                        del running[job_id]
+                        check.result()
+                due = self._due(running) if running else ()
+        finally:
+            for check in running.values():
+                check.cancel()
 
     async def _check(self, job: JobRow) -> None:
         """Check one job and store the result at once: the other jobs may take long."""
@@ -296,9 +313,7 @@ class RewardWatch:
                 transaction.after_commit(lambda: runtime.telemetry.note("reward_resumes"))
 
     def _run(self) -> None:
-        settings = self._runtime.settings
-        pause = min(settings.reconcile_seconds, settings.reward_probe_seconds)
-        while not self._stop.wait(pause):
+        while not self._stop.wait(self._pause_seconds):
             try:
                 self.run_once()
             except (SQLAlchemyError, DARError, OSError) as error:

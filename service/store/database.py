@@ -13,16 +13,19 @@ from typing import Any, TypeVar
 import orjson
 import stamina
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from dar.errors import ConfigurationError, ServiceUnavailableError
+from dar.rewards.http.redaction import Redactor
 
 Result = TypeVar("Result")
 Clock = Callable[[], datetime]
 
+SQLITE_MAGIC = b"SQLite format 3\0"
+"""How each of its files begins; one without tables may be empty."""
 BUSY_SECONDS = 20
 STATEMENT_SECONDS = 15
 IDLE_IN_TRANSACTION_SECONDS = 30
@@ -148,11 +151,13 @@ class Database:
                 self.ping()
             except DBAPIError as error:
                 if time.monotonic() >= give_up:
-                    where = self.engine.url.render_as_string(hide_password=True)
+                    url = self.engine.url
+                    secrets = (str(url.password or ""), *map(str, url.query.values()))
                     raise ServiceUnavailableError(
-                        f"the database {where} did not answer within {seconds:.0f} s: "
-                        f"{error.orig}; check DAR_DATABASE_URL and that it runs"
-                    ) from error
+                        f"the database {_place(url)} did not answer within {seconds:.0f} s: "
+                        f"{Redactor(secrets)(str(error.orig))}; check DAR_DATABASE_URL and that it "
+                        "runs"
+                    ) from None
                 time.sleep(0.25)
             else:
                 return
@@ -186,7 +191,11 @@ def _engine(url: str) -> Engine:
             "postgresql+psycopg://user:password@host/name"
         ) from None
     if parsed.get_backend_name() == "sqlite":
-        return _sqlite_engine(url)
+        return _sqlite_engine(parsed)
+    if "@" in f"{parsed.host}{parsed.database}":
+        raise ConfigurationError(
+            "DAR_DATABASE_URL: an @ of the user name or the password must be written as %40"
+        )
     return create_engine(
         parsed.set(drivername="postgresql+psycopg"),
         json_serializer=_dumps,
@@ -205,7 +214,19 @@ def _engine(url: str) -> Engine:
     )
 
 
-def _sqlite_engine(url: str) -> Engine:
+def _place(url: URL) -> str:
+    """Where a database is. Its query is left out, as that may have a password."""
+    if url.get_backend_name() == "sqlite":
+        return f"sqlite:///{url.database}"
+    port = "" if url.port is None else f":{url.port}"
+    return f"{url.drivername}://{url.host or ''}{port}/{url.database or ''}"
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    if url.database in {None, "", ":memory:"} or url.query.get("mode") == "memory":
+        raise ConfigurationError(
+            "DAR_DATABASE_URL: a SQLite database must be a file, like sqlite:////srv/dar/dar.db"
+        )
     engine = create_engine(
         url,
         json_serializer=_dumps,
@@ -226,11 +247,30 @@ def _keep_private(_dialect: object, _record: object, arguments: Sequence[Any], _
     """Let only the owner read the database. SQLite makes its other files with the same mode."""
     path = Path(arguments[0])
     if path.parent.is_dir() and not arguments[0].startswith((":memory:", "file:")):
+        _check_sqlite(path)
         path.touch(mode=0o600)
         for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
                 if file.stat().st_mode & 0o077:
                     file.chmod(0o600)
+
+
+def _check_sqlite(path: Path) -> None:
+    """Leave a file alone that is not a database.
+
+    Raises:
+        ConfigurationError: ``path`` is such a file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(SQLITE_MAGIC))
+    except OSError:
+        return  # SQLite says why, as of a database that is gone
+    if start and start != SQLITE_MAGIC:
+        raise ConfigurationError(
+            f"DAR_DATABASE_URL names {path}, which is not an SQLite database; name a file that does "
+            "not exist yet, or one that the service has made"
+        )
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - SQLAlchemy passes sqlite3's own connection

@@ -22,7 +22,7 @@ class KeyRecord:
     scopes: str
     is_of_worker: bool
     is_only: bool
-    """Whether it replaces the other configured keys with its scopes."""
+    """Whether storing it revokes every other configured key with the same scopes."""
 
 
 def find(transaction: Transaction, key_id: str) -> ApiKeyRow | None:

@@ -29,7 +29,7 @@ def claim(
     """Give the job that has been in the queue longest to a slot.
 
     Leases that an earlier process of the slot, or its machine before a reboot, still holds are
-    ended first; their jobs go back into the queue.
+    ended first, and their jobs are retried if they have attempts left.
 
     Args:
         transaction: The transaction to write in.
@@ -209,8 +209,8 @@ def changed(
     Args:
         transaction: Where they are read.
         job_ids: Jobs to check; a job that no attempt runs any more has changed.
-        cancel: Jobs whose worker does not know of a cancellation yet.
-        pause: Jobs whose worker does not know of a pause yet.
+        cancel: Jobs whose worker has not received a cancellation, should there be one.
+        pause: Jobs whose worker has not received a pause, should there be one.
     """
     is_running = select(AttemptRow.job_id).where(
         AttemptRow.job_id == JobRow.id,

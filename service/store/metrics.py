@@ -7,6 +7,7 @@ import orjson
 from sqlalchemy import Select, func, insert, select
 from sqlalchemy.orm import aliased
 
+from dar.protocol.metrics import current_values
 from dar.protocol.worker import MetricsRow
 from service.store.database import Transaction
 from service.store.tables import AttemptRow, JobRow, MetricRow
@@ -58,7 +59,7 @@ def read(
     from_step: int | None = None,
     to_step: int | None = None,
 ) -> dict[str, Points]:
-    """The series of a job by name, each in the order of its steps.
+    """The series of a job by the present name, each in the order of its steps.
 
     Of a step that several attempts have trained, the newest attempt's value counts. With ``after``,
     only steps with a row after that cursor are returned, replayed steps included.
@@ -67,7 +68,7 @@ def read(
     series: dict[str, Points] = {}
     wanted = None if names is None else frozenset(names)
     for step, at, text in rows:
-        for name, value in orjson.loads(text).items():
+        for name, value in current_values(orjson.loads(text)).items():
             if wanted is None or name in wanted:
                 _put(series.setdefault(name, Points()), step, at, value)
     return series
@@ -81,7 +82,7 @@ def unfinished_step(transaction: Transaction, job_id: str) -> tuple[int, dict[st
         .order_by(AttemptRow.number.desc())
         .limit(1)
     ).first()
-    return None if found is None else (found["step"], found["values"])
+    return None if found is None else (found["step"], current_values(found["values"]))
 
 
 def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[str, float | None]]:
@@ -102,7 +103,7 @@ def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[st
         ).all()
         found[job_id] = {}
         for text in reversed(texts):
-            found[job_id] |= orjson.loads(text)
+            found[job_id] |= current_values(orjson.loads(text))
     return found
 
 

@@ -49,7 +49,7 @@ class _Ending:
 
 
 def lose(transaction: Transaction, held: Held, why: str) -> None:
-    """End an attempt whose worker is gone; its job goes back into the queue."""
+    """End an attempt whose worker is gone, and retry its job if it has attempts left."""
     _retry(transaction, held, _Ending("lost", why), not_before=0.0)
 
 
@@ -117,7 +117,7 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
 
 
 def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
-    """End a failed attempt: a user's error fails the job, any other error retries it later."""
+    """End a failed attempt: a user's error fails the job, after others it is retried if it may."""
     job = held.job
     if said.kind == "transient":
         pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(job.fruitless_attempts + 1, 16))
@@ -171,13 +171,10 @@ def _wait_for_reward(
 ) -> JobRow | None:
     """Queue a job that had no reward yet; the service probes before a worker may claim it again."""
     job, node = held.job, held.attempt.node
-    wait = reward_pauses.wait_before_probe(job.reward_waits, probe_seconds, is_outage=True)
-    values = {
-        "not_before": transaction.now + wait,
-        "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
-    }
+    wait = reward_pauses.wait_after_attempt(transaction, job, probe_seconds, is_outage=True)
+    values = {"not_before": transaction.now + wait.until_probe, "reward_waits": wait.waits}
     why = said.message or "the reward service does not respond"
-    message = f"the worker on {node} got no reward: {why}"
+    message = _with_note(f"the worker on {node} got no reward: {why}", wait.note)
     this, facts = JobRow.id == job.id, {"by": "worker", "node": node}
     return transitions.move(transaction, "reward_down", this, message, values=values, facts=facts)
 
@@ -188,18 +185,23 @@ def _pause_for_reward(
     message = said.message or "too many completions got no reward"
     error = {"code": said.code or "reward_error", "message": message, "param": None}
     kept = {**error, "is_outage": said.is_outage}
-    wait = reward_pauses.wait_before_probe(
-        job.reward_waits, probe_seconds, is_outage=said.is_outage
+    wait = reward_pauses.wait_after_attempt(
+        transaction, job, probe_seconds, is_outage=said.is_outage
     )
     values = {
         "error": kept,
-        "not_before": transaction.now + wait,
-        "reward_waits": min(job.reward_waits + 1, reward_pauses.MAX_WAITS),
+        "not_before": transaction.now + wait.until_probe,
+        "reward_waits": wait.waits,
     }
+    message = _with_note(message, wait.note)
     this = JobRow.id == job.id
     return transitions.move(
         transaction, "reward_paused", this, message, values=values, facts={"code": error["code"]}
     )
+
+
+def _with_note(message: str, note: str) -> str:
+    return f"{message.rstrip('.')}; {note}" if note else message
 
 
 def _retry(transaction: Transaction, held: Held, ending: _Ending, *, not_before: float) -> Outcome:

@@ -161,7 +161,8 @@ def note_requests(
 ) -> None:
     """Store the endpoint states that an attempt's requests showed, by component.
 
-    An attempt uses the endpoints as they were when it started, so later changes keep their state.
+    An attempt uses the endpoints as they were when it started, so the state of an endpoint
+    that has changed since is not touched.
     """
     started_at = select(AttemptRow.started_at).where(
         AttemptRow.job_id == job_id, AttemptRow.number == attempt
@@ -232,7 +233,7 @@ def of_job(transaction: Transaction, job_id: str) -> dict[str, RewardEndpointRow
 
 
 def usage(transaction: Transaction, endpoint_id: str) -> tuple[dict[str, int], int, str | None]:
-    """Jobs that name an endpoint by status, the sum of their steps, and the id of the newest."""
+    """Counts by status of the jobs that name an endpoint, the sum of their steps, the newest id."""
     named = select(JobEndpointRow.job_id).where(JobEndpointRow.endpoint_id == endpoint_id)
     rows = transaction.execute(
         select(JobRow.status, func.count(), func.sum(JobRow.step))

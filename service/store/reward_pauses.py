@@ -4,11 +4,11 @@ A job that had no reward before the end of its first step is queued, and waits f
 service. A job that missed them later is paused. Both go on when a probe gets rewards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import and_, func, or_, select
 
 from service.store import events, transitions
 from service.store.database import Transaction
@@ -16,6 +16,8 @@ from service.store.tables import AttemptRow, JobEventRow, JobRow
 
 MAX_WAITS = 16
 """Upper bound of ``reward_waits``: the wait has long reached its limit by then."""
+MAX_AFTER_ATTEMPT = 120
+"""Longest wait after an attempt without a reward, in units of `Settings.reward_probe_seconds`."""
 WORKER_TRIES_AFTER = timedelta(minutes=10)
 """A worker tries this long after the last attempt where the service itself cannot connect."""
 
@@ -35,11 +37,18 @@ class RewardCheck:
     """Whether only a worker can find out, as the service cannot connect to the reward services."""
 
 
-def due(transaction: Transaction, limit: int) -> Sequence[JobRow]:
-    """Jobs whose reward services are due for a probe, the longest due first."""
+def due(transaction: Transaction, limit: int, without: Collection[str] = ()) -> Sequence[JobRow]:
+    """Jobs whose reward services are due for a probe, the longest due first.
+
+    Args:
+        transaction: The transaction.
+        limit: Most jobs.
+        without: Ids of jobs that are probed already.
+    """
     return transaction.scalars(
         select(JobRow)
         .where(or_(IS_PAUSED, IS_WAITING), JobRow.not_before <= transaction.now)
+        .where(JobRow.id.not_in(sorted(without)))
         .order_by(JobRow.not_before, JobRow.id)
         .limit(limit)
     ).all()
@@ -60,6 +69,50 @@ def note_probe(
     if job.status == "paused":
         return _note_of_paused(transaction, job, check, base_seconds)
     return _note_of_waiting(transaction, job, check, base_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptWait:
+    """What follows an attempt that got no reward."""
+
+    until_probe: timedelta
+    waits: int
+    """The new ``reward_waits`` of the job."""
+    note: str
+    """What its event adds; empty: nothing."""
+
+
+def wait_after_attempt(
+    transaction: Transaction, job: JobRow, base_seconds: float, *, is_outage: bool
+) -> AttemptWait:
+    """The wait before the next probe, after an attempt that got no reward.
+
+    A service may answer each probe and then fail at the first step: the wait becomes four times as
+    long with each attempt that followed a probe that passed, up to 120 times ``base_seconds``.
+    """
+    wait = wait_before_probe(job.reward_waits, base_seconds, is_outage=is_outage)
+    count = _passed_in_vain(transaction, job)
+    if count:
+        longer = base_seconds * min(4.0 ** min(count, 8), MAX_AFTER_ATTEMPT)
+        wait = max(wait, timedelta(seconds=longer))
+    note = (
+        f"the reward service answers the service's probe, but not training ({count} times so far); "
+        f"the next probe follows in {wait.total_seconds():.0f} s"
+    )
+    return AttemptWait(wait, min(job.reward_waits + 1, MAX_WAITS), note if count else "")
+
+
+def _passed_in_vain(transaction: Transaction, job: JobRow) -> int:
+    """How many probes have passed since the last step; 0 at the first attempt after one."""
+    if job.reward_waits == 0:
+        return 0
+    of_job = JobEventRow.job_id == job.id
+    step = select(func.max(JobEventRow.seq)).where(of_job, JobEventRow.type == "metrics")
+    since = func.coalesce(step.scalar_subquery(), 0)
+    passed = select(func.count()).where(
+        of_job, JobEventRow.seq > since, JobEventRow.data["by"].as_string() == "probe"
+    )
+    return transaction.scalars(passed).one()
 
 
 def _note_of_paused(

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import insert, select, update
 
 from dar.errors import ConflictError
+from dar.protocol.metrics import current_values
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRow
 from service.store import events, metrics, reward_failures, samples
 from service.store.database import Transaction
@@ -136,7 +137,7 @@ def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
     return events.NewEvent(
         message,
         type="metrics",
-        data={"step": row.step, **row.values},
+        data={"step": row.step, **current_values(row.values)},
         at=datetime.fromtimestamp(row.at, UTC),
     )
 

@@ -78,7 +78,7 @@ def serve(home: Path) -> Iterator[Callable[..., Live]]:
 
     def start(**values: Any) -> Live:
         most = values.pop("max_connections", 200)
-        settings = Settings(home=home, **{"reconcile_seconds": 0.2, **LOOPBACK, **values})
+        settings = Settings(home=home, **{"reconcile_seconds": 60, **LOOPBACK, **values})
         app = create_app(settings)
         config = ConnectionConfig(
             app, max_connections=most, port=0, log_level="error", timeout_graceful_shutdown=2

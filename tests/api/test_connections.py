@@ -1,6 +1,7 @@
 """Connections that keep the service waiting are closed; there may be only so many."""
 
 import json
+import logging
 import os
 import re
 import socket
@@ -198,3 +199,16 @@ def test_where_every_connection_serves_a_request_a_new_one_is_refused_politely(
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert answer.json()["error"]["code"] == "service_unavailable"
         assert polled.result().status_code == 200
+
+
+def test_a_request_for_a_websocket_is_answered_and_not_logged(
+    serve: Callable[..., Live], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = serve()
+    logger = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.WARNING, logger.name)
+    headers = {"connection": "upgrade", "upgrade": "websocket"}
+    assert live.http.get("/v1/files", headers=headers).status_code == 200
+    assert "WebSocket" not in caplog.text
+    assert "upgrade" not in caplog.text

@@ -294,15 +294,45 @@ def test_a_refused_method_is_answered_with_all_that_the_path_allows(live: Live) 
         ("/v1/files?after=%00", "after"),
         ("/v1/fine_tuning/jobs?metadata[a]=%00", "metadata[a]"),
         ("/v1/models/a%00b", "model"),
+        ("/v1/models/tiny%0a", None),
+        ("/v1/fine_tuning/jobs%0a", None),
+        ("/v1/fine_tuning/jobs/x/events%0A", None),
+        ("/v1/fine_tuning/jobs/x%0d/events", "job_id"),
         ("/v1/fine_tuning/jobs/x/metrics?from_step=2147483648", "from_step"),
         ("/v1/fine_tuning/jobs/x/samples?step=2147483648", "step"),
     ],
 )
 def test_a_parameter_that_no_database_can_hold_is_a_400(
+    live: Live, error_of: Callable[..., Any], path: str, param: str | None
+) -> None:
+    answer = live.http.get(path)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/files?limit=1_0", "limit"),
+        ("/v1/files?limit=1.0", "limit"),
+        ("/v1/files?limit=%2B1", "limit"),
+        ("/v1/files?limit=%201", "limit"),
+        ("/v1/fine_tuning/jobs/x/samples?step=1.0", "step"),
+        ("/v1/fine_tuning/jobs/x/metrics?from_step=0_1", "from_step"),
+        ("/v1/fine_tuning/jobs/x/metrics?from_step=2&to_step=1", "from_step"),
+    ],
+)
+def test_a_number_in_a_notation_of_pythons_own_and_an_empty_range_are_refused(
     live: Live, error_of: Callable[..., Any], path: str, param: str
 ) -> None:
     answer = live.http.get(path)
     assert (answer.status_code, error_of(answer)["param"]) == (400, param)
+
+
+def test_a_name_that_is_not_alike_is_not_proposed(live: Live, error_of: Callable[..., Any]) -> None:
+    component = {"name": "r", "kind": "builtin", "fn": "json_valid", "state": "x"}
+    spec = live.spec(dar={"rewards": {"components": [component]}})
+    message = error_of(live.http.post("/v1/fine_tuning/jobs", json=spec))["message"]
+    assert "did you mean" not in message
 
 
 def test_a_body_that_no_database_can_hold_is_a_400(

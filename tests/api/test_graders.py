@@ -114,6 +114,56 @@ def test_a_conversation_is_sent_as_messages(
     assert (sample["messages"], sample["prompt"]) == (messages, None)
 
 
+HI = [{"role": "user", "content": "hi"}]
+DEEP: Any = []
+for _ in range(80):
+    DEEP = [DEEP]
+
+
+def test_an_item_is_sent_as_it_is(live: Live, client: openai.OpenAI, judge: Judge) -> None:
+    grader = grader_for(live, judge.url)
+    items: list[tuple[Any, Any, Any, Any]] = [
+        (None, "", None, None),
+        ({}, "", None, None),
+        ({"prompt": ""}, "", None, None),
+        ({"prompt": HI}, None, HI, None),
+        ({"prompt": None, "messages": HI}, None, HI, None),
+        ({"prompt": "p", "messages": None, "reference_answer": [1]}, "p", None, [1]),
+        ({"ground_truth": "4", "reference_answer": "4"}, "", None, "4"),
+    ]
+    for item, *expected in items:
+        run(client, grader, item=item)
+        [sample] = json.loads(judge.seen[-1][1])["samples"]
+        sent = [sample["prompt"], sample["messages"], sample["ground_truth"]]
+        assert sent == expected, item
+
+
+def test_an_item_that_is_no_row_is_refused_and_never_changed(
+    client: openai.OpenAI, judge: Judge
+) -> None:
+    items: list[tuple[Any, str, str]] = [
+        ("text", "item", "must be an object with the columns of a row, but it is a text"),
+        (["x"], "item", "it is a list"),
+        (5, "item", "it is a number"),
+        ({"prompt": None}, "item.prompt", "the prompt is null"),
+        ({"prompt": 5}, "item.prompt", "it is a number"),
+        ({"prompt": True}, "item.prompt", "it is a boolean"),
+        ({"prompt": {"a": 1}}, "item.prompt", "it is an object"),
+        ({"prompt": ["a"]}, "item.prompt[0]", "must be a message"),
+        ({"messages": "hi"}, "item.messages", "must be a list of messages, but it is a text"),
+        ({"messages": []}, "item.messages", "it is an empty list"),
+        ({"messages": [{"role": "user"}]}, "item.messages[0].content", "has no content"),
+        ({"prompt": "p", "messages": HI}, "item.prompt", "give one of them"),
+        ({"ground_truth": 1, "reference_answer": 2}, "item.reference_answer", "give one of them"),
+        ({"more": DEEP}, "item.more", "levels deep"),
+    ]
+    for item, param, says in items:
+        with pytest.raises(openai.BadRequestError, match=says) as caught:
+            run(client, {"type": "endpoint", "name": "a", "endpoint": f"rwe_{'0' * 26}"}, item=item)
+        assert caught.value.param == param
+    assert judge.seen == []
+
+
 def test_a_grader_is_validated_without_asking_it(
     live: Live, client: openai.OpenAI, judge: Judge
 ) -> None:
@@ -153,3 +203,4 @@ def test_other_graders_are_a_bad_request_that_says_why(
         with pytest.raises(openai.BadRequestError) as caught:
             call()
         assert caught.value.param == param
+        assert "{{" not in caught.value.message

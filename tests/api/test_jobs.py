@@ -78,6 +78,16 @@ def test_a_job_without_a_seed_gets_one_that_is_told(live: Live) -> None:
             "optimizer_not_sharded",
         ),
         (
+            {"dar": {"hyperparameters": {"max_steps": 1, "warmup_steps": 15}}},
+            "method.dar.hyperparameters.warmup_steps",
+            "no_learning_rate",
+        ),
+        (
+            {"dar": {"preset": "paper", "hyperparameters": {"n_epochs": 1}}},
+            "method.dar.hyperparameters.warmup_steps",
+            "no_learning_rate",
+        ),
+        (
             {"training_file": "hf://trl-lib/data", "dar": {"hyperparameters": {}}},
             "method.dar.hyperparameters.max_steps",
             "missing",
@@ -197,6 +207,32 @@ def test_retired_fields_of_a_spec_do_not_change_its_digest() -> None:
         assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec
 
 
+def test_a_learning_rate_of_null_and_a_multiplier_of_1_do_not_change_a_digest() -> None:
+    sent = with_rewards({}, {}, {})
+    for hyper in ({"learning_rate": None}, {"learning_rate_multiplier": "auto"}):
+        sent["method"]["dar"]["hyperparameters"] = hyper
+        assert body_digest(JobSpec.model_validate(sent)) == DIGEST
+    for hyper in ({"learning_rate": 1e-5}, {"learning_rate_multiplier": 2}):
+        sent["method"]["dar"]["hyperparameters"] = hyper
+        assert body_digest(JobSpec.model_validate(sent)) != DIGEST
+
+
+def test_a_job_shows_whether_its_learning_rate_was_given(live: Live) -> None:
+    def shown(**hyper: Any) -> Any:
+        return live.submit(dar={"hyperparameters": {"max_steps": 2, **hyper}})["hyperparameters"]
+
+    assert shown()["learning_rate"] is None
+    assert "learning_rate_multiplier" not in shown(learning_rate_multiplier="auto")
+    assert shown(learning_rate_multiplier=0.5)["learning_rate_multiplier"] == 0.5
+    assert shown(learning_rate=2e-5)["learning_rate"] == 2e-5
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_a_preset_of_a_job_keeps_its_learning_rate(live: Live, preset: str) -> None:
+    dar = {"preset": preset, "hyperparameters": {"max_steps": 2}}
+    assert live.submit(dar=dar)["hyperparameters"]["learning_rate"] == 1e-6
+
+
 @pytest.mark.parametrize(
     ("part", "field", "neutral", "other"),
     [
@@ -274,6 +310,10 @@ def test_lists_are_pages_with_filters(live: Live, error_of: Callable[..., Any]) 
     assert error_of(live.http.get(PATH, params={"status": "asleep"}))["param"] == "status"
     both = live.http.get(PATH, params={"after": made[0], "before": made[1]})
     assert error_of(both)["param"] == "before"
+    for count, status in [(16, 200), (17, 400), (1200, 400)]:
+        answer = live.http.get(PATH, params={f"metadata[{n}]": "v" for n in range(count)})
+        assert answer.status_code == status
+        assert status == 200 or error_of(answer)["param"] == "metadata"
 
 
 def test_cancelling_twice_is_cancelling_once(live: Live, error_of: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 """Messages about frequent mistakes name the value that was sent, and what to send instead."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,6 +18,8 @@ JOBS = "/v1/fine_tuning/jobs"
         ({"learning_rate": "1e-5"}, "learning_rate", 'but it is the text "1e-5"; send it without quotes'),
         ({"learning_rate": "small"}, "learning_rate", 'but it is the text "small"'),
         ({"learning_rate": -1.5}, "learning_rate", "should be greater than 0, but it is -1.5"),
+        ({"learning_rate_multiplier": "2"}, "learning_rate_multiplier", 'but it is the text "2"; send it without quotes'),
+        ({"learning_rate_multiplier": 0}, "learning_rate_multiplier", "should be greater than 0, but it is 0"),
         ({"batch_size": 1.5}, "batch_size", "but it is 1.5"),
         ({"batch_size": [8]}, "batch_size", "but it is a list"),
         ({"batch_size": None}, "batch_size", "but it is null"),
@@ -120,3 +123,18 @@ def test_a_model_given_as_a_path_is_told_to_be_a_name(
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert f"{name!r} is a path, but a model is named" in error["message"]
     assert "'base'" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["nothing", "/srv/models/x", "../base", "a/b/c", "tinny", "x"])
+def test_a_message_about_a_model_names_no_folder_of_the_server(
+    live: Live, home: Path, error_of: Callable[..., Any], name: str
+) -> None:
+    reward = {"name": "j", "kind": "hf_model", "model": name}
+    for spec in (
+        live.spec(model=name),
+        live.spec(dar={"rewards": {"components": [reward]}}),
+    ):
+        answer = live.http.post(JOBS, json=spec)
+        assert answer.status_code == 400
+        assert error_of(answer)["code"] == "model_not_found"
+        assert str(home) not in answer.text

@@ -114,13 +114,17 @@ def failed(**values: Any) -> dict[str, Any]:
 
 def report(lease: Lease) -> None:
     """Two steps, the second with failures."""
-    values = {"reward/n_valid": 16.0, "reward/n_skip": 0.0, "reward/n_error": 0.0}
+    values = {
+        "reward_requests/n_valid": 16.0,
+        "reward_requests/n_skip": 0.0,
+        "reward_requests/n_error": 0.0,
+    }
     worse = {
-        "reward/n_valid": 11.0, "reward/n_skip": 1.0, "reward/n_error": 4.0, "reward/n_error/http_5xx": 4.0,
-        "rewards/dropped_groups": 1.0, "reward/letters/requests": 4.0, "reward/letters/failed_requests": 1.0,
-        "reward/letters/retries": 3.0, "time/reward/letters/p50_seconds": 0.08, "time/reward/letters/p95_seconds": 9.5,
+        "reward_requests/n_valid": 11.0, "reward_requests/n_skip": 1.0, "reward_requests/n_error": 4.0, "reward_requests/n_error/http_5xx": 4.0,
+        "rewards/dropped_groups": 1.0, "reward_requests/letters/requests": 4.0, "reward_requests/letters/failed_requests": 1.0,
+        "reward_requests/letters/retries": 3.0, "reward_requests/letters/p50_seconds": 0.08, "reward_requests/letters/p95_seconds": 9.5,
         "time/idle_reward_seconds": 2.5, "rewards/fallback_fraction": 0.25, "rewards/zeroed_fraction": 0.125,
-        "reward/letters/in_flight": 3.0, "reward/letters/concurrency": 8.0, "reward/letters/breaker": 2.0,
+        "reward_requests/letters/in_flight": 3.0, "reward_requests/letters/concurrency": 8.0, "reward_requests/letters/breaker": 2.0,
     }  # fmt: skip
     failures = [failed(), failed(request_id="rwq_2", code="timeout", family="timeout", status=None)]
     breaker = {"kind": "reward_breaker", "component": "letters", "state": "open"}
@@ -193,9 +197,9 @@ def test_reward_stats_sum_over_the_steps(live: Live) -> None:
 def test_reward_stats_count_the_step_in_which_failures_paused_the_job(live: Live) -> None:
     job_id, lease = live.running()
     counts = {
-        "reward/n_error": 8, "reward/n_error/http_5xx": 8, "reward/letters/requests": 2,
-        "reward/letters/failed_requests": 2, "reward/letters/retries": 6,
-        "time/reward/letters/p50_seconds": 9.5,
+        "reward_requests/n_error": 8, "reward_requests/n_error/http_5xx": 8, "reward_requests/letters/requests": 2,
+        "reward_requests/letters/failed_requests": 2, "reward_requests/letters/retries": 6,
+        "reward_requests/letters/p50_seconds": 9.5,
     }  # fmt: skip
     row = {
         "type": "rewards", "step": 1, "requests": [requests("http_5xx", 6, 2)], "failures": [failed()],
@@ -209,10 +213,14 @@ def test_reward_stats_count_the_step_in_which_failures_paused_the_job(live: Live
     assert (component["requests"], component["failed_requests"]) == (2, 2)
     assert (component["retries"], component["p50_seconds"]) == (6, 9.5)
     assert live.job(job_id)["progress"]["step"] == 0, "the step has not ended"
-    assert "reward/n_error" not in live.job(job_id, "/metrics")["series"]
+    assert "reward_requests/n_error" not in live.job(job_id, "/metrics")["series"]
     assert scraped(live)['dar_reward_errors_total{class="http_5xx"}'] == 8
     again = live.claim(incarnation="life-2")
-    values = {"reward/n_valid": 8.0, "reward/n_error": 0.0, "reward/letters/requests": 2.0}
+    values = {
+        "reward_requests/n_valid": 8.0,
+        "reward_requests/n_error": 0.0,
+        "reward_requests/letters/requests": 2.0,
+    }
     assert again.say({"type": "metrics", "step": 1, "values": values}).status_code == 200
     repeated = live.job(job_id, "/reward_stats")
     assert (repeated["steps"], repeated["rewards"], repeated["errors"]) == (1, 8, 0)

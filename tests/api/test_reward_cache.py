@@ -158,8 +158,8 @@ def test_samples_that_were_not_sent_are_counted(live: Live) -> None:
     job_id, lease = live.running()
     for step in (1, 2):
         values = {
-            "reward/n_valid": 8.0, "reward/letters/requests": 1.0,
-            "reward/letters/cached": 5.0, "reward/letters/cache_hits": 3.0, "reward/other/cached": 2.0,
+            "reward_requests/n_valid": 8.0, "reward_requests/letters/requests": 1.0,
+            "reward_requests/letters/cached": 5.0, "reward_requests/letters/cache_hits": 3.0, "reward_requests/other/cached": 2.0,
         }  # fmt: skip
         answer = lease.say({"type": "metrics", "step": step, "values": values})
         assert answer.status_code == 200, answer.text

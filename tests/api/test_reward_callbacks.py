@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from dar.protocol.rewards import decode_result
+from dar.protocol.rewards import MAX_DEPTH, decode_result
 from dar.rewards.http.signing import decode_secret, signed_headers
 from fakes.live_service import Lease, Live
 from service.secret_box import Binding, SecretBox, new_key
@@ -168,6 +168,20 @@ def test_whoever_has_not_the_token_of_this_request_hears_always_the_same(
     assert len({error["message"] for error in errors}) == 1
     assert {error["code"] for error in errors} == {"invalid_callback"}
     assert pending.post(body).json() == {"status": "accepted"}
+
+
+@pytest.mark.parametrize(("depth", "status"), [(MAX_DEPTH - 1, 200), (1000, 422)])
+def test_a_deeply_nested_result_is_taken_or_refused_and_never_lost(
+    live: Live, error_of: Callable[..., Any], depth: int, status: int
+) -> None:
+    _, lease = live.running()
+    pending = announce(live, lease)
+    deep = pending.body(1, 2)[:-1] + b', "x": ' + b"[" * depth + b"]" * depth + b"}"
+    answer = pending.post(deep)
+    assert answer.status_code == status
+    if status == 422:
+        assert error_of(answer)["errors"][0]["code"] == "contract.json"
+        assert pending.post(pending.body(1, 2)).json() == {"status": "accepted"}
 
 
 def test_wrong_tokens_are_slowed_down_and_right_ones_never(live: Live, pending: Pending) -> None:

@@ -66,6 +66,10 @@ def test_an_endpoint_is_made_shown_listed_changed_and_deleted(
         ({"headers": {"x-a": "line\r\nx-b: c"}}, "headers.x-a"),
         ({"headers": {"x-a": ""}}, "headers.x-a"),
         ({"headers": {"x-a": "\u00e9"}}, "headers.x-a"),
+        ({"headers": {"x-a": "line", "X-A": "line"}}, "headers"),
+        ({"url": "https://a..b/"}, "url"),
+        ({"url": f"https://{'a' * 64}.example/"}, "url"),
+        ({"protocol": "plain", "template": "{{text}}", "pointer": "/~2"}, "pointer"),
         ({"signing_secret": "whsec_c2hvcnQ="}, "signing_secret"),
         ({"protocol": "plain"}, None),
         ({"protocol": "nonsense"}, "protocol"),
@@ -81,6 +85,22 @@ def test_what_an_endpoint_cannot_be_is_refused(
     assert error["param"] == param
     assert "line" not in answer.text
     assert live.http.get(PATH).json()["data"] == []
+
+
+def test_a_header_that_is_changed_under_two_names_is_refused(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
+    made = live.register("https://judge.example/score", headers={"x-key": "first"})
+    body = {"headers": {"X-Key": "other", "x-key": None}}
+    answer = live.http.patch(f"{PATH}/{made['id']}", json=body)
+    error = error_of(answer)
+    assert (answer.status_code, error["param"], error["code"]) == (
+        400,
+        "headers",
+        "duplicate_header",
+    )
+    assert "X-Key and x-key are the same header" in error["message"]
+    assert live.http.patch(f"{PATH}/{made['id']}", json={"headers": {"X-KEY": "new"}}).is_success
 
 
 def test_secrets_are_nowhere_but_in_the_one_answer(

@@ -97,6 +97,18 @@ def test_a_service_that_must_be_mended_first_refuses_the_job(
     live.submit(dar=dar, skip_validation=True)
 
 
+@pytest.mark.parametrize("host", ["a..b", f"{'a' * 64}.example"])
+def test_a_host_that_cannot_exist_refuses_the_job(
+    live: Live, error_of: Callable[..., Any], host: str
+) -> None:
+    dar = {"rewards": {"components": [{"name": "a", "url": f"https://{host}/x"}]}}
+    refused = live.http.post(JOBS, json=live.spec(dar=dar))
+    error = error_of(refused)
+    assert (refused.status_code, error["code"]) == (400, "config.url")
+    assert "host name" in error["message"]
+    assert live.http.get(JOBS).json()["data"] == []
+
+
 def test_a_service_that_may_be_well_later_is_waited_for(live: Live, judge: Judge) -> None:
     judge.status = 503
     live.submit(dar={"rewards": {"components": [{"name": "a", "url": judge.url}]}})

@@ -4,6 +4,7 @@ service shows rewards.
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -487,3 +488,32 @@ def test_the_services_own_thread_does_it(serve: Callable[..., Any], judge: Judge
     while live.job(job_id)["status"] != "queued":
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_service_that_hangs_delays_no_job_that_is_due_later(
+    serve: Callable[..., Any], judge: Judge
+) -> None:
+    live = serve(reward_probe_seconds=0.1)
+    asked, released = threading.Event(), threading.Event()
+
+    def hang(_: ScoreRequest) -> None:
+        asked.set()
+        released.wait(30)
+
+    def pause(url: str) -> str:
+        rewards = {"components": [{"name": "letters", "url": url}]}
+        job_id, lease = live.running(dar={"rewards": rewards}, skip_validation=True)
+        lease.post("/release", reason="paused_reward", is_outage=True)
+        return str(job_id)
+
+    with RewardServer(hang) as hanging:
+        try:
+            stuck = pause(hanging.url)
+            assert asked.wait(20)
+            fine = pause(judge.url)
+            until = time.monotonic() + 15
+            while live.job(fine)["status"] != "queued" and time.monotonic() < until:
+                time.sleep(0.05)
+            assert [live.job(job)["status"] for job in (stuck, fine)] == ["paused", "queued"]
+        finally:
+            released.set()

@@ -32,6 +32,13 @@ def answer_to(live: Live, *components: dict[str, Any], rows: bytes | None = None
         ({"url": "http://h/", "protocol": "plain", "template": {"a": ["{{reply}}"]}, "pointer": "/x"}, "template.a[0]", "invalid_template", "reply"),
         ({"url": "http://h/", "protocol": "plain", "template": "{{columns.b}}", "pointer": "/x"}, "template", "invalid_template", "columns"),
         ({"url": "http://h/", "protocol": "plain", "template": "{{prompt}}", "pointer": "/x"}, "template", "invalid_template", "no completion"),
+        ({"url": "http://h/", "protocol": "plain", "template": "{{text}}", "pointer": "/a~2"}, "pointer", "invalid_pointer", "~0 for a tilde"),
+        ({"normalize": {"tanh": -1}}, "normalize.tanh", "greater_than", "greater than 0, but it is -1"),
+        ({"normalize": {"minmax": [0]}}, "normalize.minmax", "too_short", "at least 2 items"),
+        ({"normalize": {"minmax": [1, 0]}}, "normalize.minmax", "clip_order", "below the upper one"),
+        ({"normalize": {"minmax": [0, 1], "tanh": 1}}, "normalize", "union_form", '{"tanh": scale}, but it is an object'),
+        ({"normalize": "batch"}, "normalize", "union_form", 'must be "none", "running", "group"'),
+        ({"cache": {"enabled": "yes"}}, "cache.enabled", "union_form", 'must be "auto", true or false, but it is "yes"'),
         ({"url": "http://h/", "coerce": True}, "coerce", "unsupported_value", "numbers alone"),
         ({"kind": "hf_model", "model": "nowhere"}, "model", "model_not_found", "config.json"),
         ({"kind": "hf_model", "model": "a/b/c"}, "model", "model_not_found", "owner/name"),
@@ -51,6 +58,36 @@ def test_a_component_that_cannot_work_is_refused_with_its_place(
     assert (answer.status_code, error["param"], error["code"]) == (400, f"{PATH}[1].{param}", code)
     assert message in error["message"]
     assert live.http.get("/v1/fine_tuning/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("dar", "param", "message"),
+    [
+        (
+            {
+                "rewards": {
+                    "components": [SERVICE],
+                    "failure": {"on_error": {"fallback_value": "0"}},
+                }
+            },
+            "rewards.failure.on_error.fallback_value",
+            'valid number, but it is the text "0"',
+        ),
+        (
+            {"rewards": {"components": [SERVICE], "failure": {"on_error": "retry"}}},
+            "rewards.failure.on_error",
+            '{"fallback_value": reward}, but it is "retry"',
+        ),
+        ({"peft": {"type": "lora", "target_modules": 3}}, "peft.target_modules", "list of names"),
+    ],
+)
+def test_one_error_tells_what_a_field_of_several_forms_may_be(
+    live: Live, error_of: Callable[..., Any], dar: dict[str, Any], param: str, message: str
+) -> None:
+    error = error_of(live.http.post("/v1/fine_tuning/jobs", json=live.spec(dar=dar)))
+    assert error["param"] == f"method.dar.{param}"
+    assert message in error["message"]
+    assert len(error["errors"]) == 1
 
 
 def test_everything_that_is_wrong_is_told_at_once(live: Live, error_of: Callable[..., Any]) -> None:

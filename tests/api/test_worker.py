@@ -350,7 +350,8 @@ def test_samples_come_back_with_all_that_decided_their_weight(live: Live) -> Non
     assert page["data"][1] == page["data"][1] | sample | {"reward": 1.0, "step": 1, "attempt": 1}
 
 
-def test_old_checkpoints_go_and_the_newest_stay(live: Live) -> None:
+def test_old_checkpoints_go_and_the_newest_stay(serve: Callable[..., Live]) -> None:
+    live = serve(reconcile_seconds=0.1)
     job_id, lease = live.running(
         dar={"hyperparameters": {"max_steps": 9}, "checkpointing": {"keep_last": 2}}
     )

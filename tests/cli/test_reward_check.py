@@ -1,5 +1,7 @@
 """``dar reward check``: its output and its exit code."""
 
+import errno
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dar.cli.main import main
 from dar.protocol.reward_probe import ProbeReport
 from dar.rewards.http.signing import decode_secret, verify
 from dar.settings import environment
@@ -167,6 +170,8 @@ def test_without_its_secret_a_service_refuses_and_the_output_names_the_option(
         (["ftp://host/score"], "http:// or https://"),
         ([DEAD, "--header", "no-separator"], "NAME=VALUE"),
         ([DEAD, "--header", "host=x"], "host"),
+        ([DEAD, "--header", "x-a=1", "--header", "X-A=2"], "are the same header"),
+        ([DEAD, "--header", "x-a=1", "--header", "x-a=2"], "given twice"),
         ([DEAD, "--secret-file", "/nowhere/secret"], "cannot be read"),
         ([DEAD, "--samples", "/nowhere/samples"], "cannot be read"),
         ([DEAD, "--protocol", "smtp"], "protocol"),
@@ -192,3 +197,68 @@ def test_a_file_without_usable_samples_is_named(check: Run, tmp_path: Path) -> N
         done = check(DEAD, "--samples", str(samples))
         assert done.returncode == 2
         assert word in " ".join(done.stderr.split())
+
+
+class Full(io.RawIOBase):
+    """An output on a disk that is full."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, _: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_every_encoding_carries_the_report(
+    service: Service, monkeypatch: pytest.MonkeyPatch, encoding: str, options: tuple[str, ...]
+) -> None:
+    service.answer = lambda _: (200, '{"r\u00e9sum\u00e9": "\u2192 \U0001f600"}'.encode())
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    monkeypatch.setattr(sys, "argv", ["dar", "reward", "check", service.url, "--light", *options])
+    monkeypatch.setenv("DAR_REWARD_SECRET", SECRET)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    shown = written.getvalue().decode(encoding)
+    assert not options or not ProbeReport.model_validate_json(shown).ok
+    assert options or "Not usable" in shown
+
+
+@pytest.mark.parametrize(
+    "command", [("--version",), ("--help",), ("reward", "check", DEAD, "--unsigned", "--light")]
+)
+@pytest.mark.parametrize("is_buffered", [True, False])
+def test_an_output_that_takes_no_more_ends_a_command_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    is_buffered: bool,
+) -> None:
+    discarded: list[object] = []
+    raw: Any = io.BufferedWriter(Full()) if is_buffered else Full()
+    output = io.TextIOWrapper(raw, "utf-8", write_through=not is_buffered)
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "argv", ["dar", *command])
+    monkeypatch.setattr("dar.output._discard", discarded.append)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said == "dar: the output cannot be written: No space left on device\n"
+    assert discarded == [output]
+    if isinstance(raw, io.BufferedWriter):
+        monkeypatch.setattr(Full, "write", lambda _, data: len(data))
+        output.flush()
+
+
+def test_a_component_that_is_no_json_object_is_named(check: Run, tmp_path: Path) -> None:
+    component = tmp_path / "component.json"
+    deep = '{"protocol": "plain", "template": ' + "[" * 1000 + "]" * 1000 + "}"
+    for text, word in (("{", "is not JSON"), (deep, "is not JSON: recursion"), ("[]", "one JSON")):
+        component.write_text(text)
+        done = check(DEAD, "--component", str(component))
+        assert done.returncode == 2
+        assert word in " ".join(done.stderr.replace("│", "").split())

@@ -135,7 +135,7 @@ REFUSED = [
     (["nothing:brevity"], 2, "module nothing is neither in"),
     (["my_rewards"], 2, "not of the form module:function"),
     (["my_rewards:nothing"], 2, "my_rewards has no nothing; it defines brevity, odd"),
-    (["my_rewards:NUMBER"], 2, "my_rewards:NUMBER is a int, not a function"),
+    (["my_rewards:NUMBER"], 2, "my_rewards:NUMBER is of the type int, not a function"),
     (["my_app:app", "--max-calls", "2"], 2, "pass them to reward_server"),
     (["broken:brevity"], 2, "ZeroDivisionError: division by zero"),
     (["lacking:brevity"], 2, "No module named 'no_such_library'"),

@@ -1,5 +1,6 @@
 """``dar up``: one command starts everything, keeps it alive and stops it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dar.cli.main import main
 from dar.client import Client
 from dar.processes import answers
 from dar.settings import environment
+from fakes.command_line import run_command
 
 
 class Up:
@@ -122,3 +125,57 @@ def test_a_home_that_is_in_use_and_a_port_that_is_taken_are_refused(
         assert other.process.returncode == 1
         assert said in errors
         assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+@pytest.mark.parametrize("below", [".", "home"])
+def test_a_home_that_is_a_file_is_refused_in_one_sentence(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    below: str,
+) -> None:
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / below
+    monkeypatch.setattr(sys, "argv", ["dar", command, "--home", str(home)])
+    before = os.umask(0o077)  # the commands set it too
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+    finally:
+        os.umask(before)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert f"{home} cannot be used: it is not a folder" in said
+    assert "--home or DAR_HOME" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("192.0.2.1", "cannot listen on 192.0.2.1"),
+        (f"{64 * 'x'}.example", "neither the name of a host"),
+        ("", "neither the name of a host"),
+        ("a..b", "neither the name of a host"),
+        ("::g", "neither the name of a host"),
+        ("[::1]", "brackets"),
+    ],
+)
+def test_a_host_to_which_nothing_can_bind_is_refused_with_the_reason(
+    tmp_path: Path, host: str, why: str
+) -> None:
+    before = os.umask(0o077)
+    try:
+        ended = run_command(
+            *("up", "--workers", "0", "--host", host, "--home", str(tmp_path / "home")),
+            environment={},
+        )
+    finally:
+        os.umask(before)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert why in ended.stderr
+    assert "is taken" not in ended.stderr
+    assert "--host" in ended.stderr or "DAR_HOST" in ended.stderr

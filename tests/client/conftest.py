@@ -63,7 +63,10 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(
+    tmp_path_factory: pytest.TempPathFactory,
+    end_of_folder: Callable[[Path], contextlib.ExitStack],
+) -> Service:
     home = tmp_path_factory.mktemp("home")
     model = home / "models" / "tiny"
     model.mkdir(parents=True)
@@ -80,14 +83,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             stdout=sink,
             stderr=sink,
         )
-    try:
-        _wait_for(url, process, log)
-        keys = [(home / name).read_text().strip() for name in ("api_key", "worker_key")]
-        yield Service(url, home, *keys)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
-        shutil.rmtree(home, ignore_errors=True)
+    end = end_of_folder(Path(__file__).parent)
+    end.callback(shutil.rmtree, home, ignore_errors=True)
+    end.callback(process.wait, timeout=20)
+    end.callback(process.send_signal, signal.SIGTERM)
+    _wait_for(url, process, log)
+    keys = [(home / name).read_text().strip() for name in ("api_key", "worker_key")]
+    return Service(url, home, *keys)
 
 
 @pytest.fixture

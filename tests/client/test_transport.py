@@ -1,6 +1,8 @@
 """Keys, retries and errors of the SDK."""
 
 import json
+import math
+import re
 import socket
 import time
 import traceback
@@ -13,6 +15,7 @@ import pytest
 
 import dar
 from dar.client import Client
+from dar.client.download import Download
 from dar.errors import (
     ConfigurationError,
     ConflictError,
@@ -22,6 +25,10 @@ from dar.errors import (
     ServiceConnectionError,
     ServiceUnavailableError,
 )
+from dar.protocol.checkpoints import CheckpointFile
+from dar.rewards.http.endpoint import default_tls
+from dar.settings import CERTIFICATES, PROXIES
+from fakes.loopback import LoopbackServer, Manner, Request
 
 EMPTY = {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
 
@@ -45,7 +52,60 @@ def test_a_missing_key_says_what_to_do(no_settings: Path) -> None:
         Client()
 
 
-@pytest.mark.parametrize("url", ["localhost:8321", "ftp://x", "http://", "nonsense"])
+KEY = "dar-sk-abcdefgh-" + 43 * "x"
+LINE_IN_IT = KEY[:20] + "\n" + KEY[20:]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
+def test_a_line_break_after_the_key_is_not_sent(
+    scripted: Callable[..., Any],
+    answer: Any,
+    no_settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+) -> None:
+    server = scripted(answer(body=EMPTY), answer(body=EMPTY))
+    with Client(KEY + end, server.url) as client:
+        assert list(client.models.list()) == []
+    monkeypatch.setenv("DAR_API_KEY", KEY + end)
+    with Client(base_url=server.url) as client:
+        assert list(client.models.list()) == []
+    assert [sent[1]["authorization"] for sent in server.requests] == 2 * [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize("key", [LINE_IN_IT, KEY + "é", 5 * KEY, KEY + "\0", "my " + KEY, "\n"])
+@pytest.mark.parametrize("way", ["argument", "variable", "file"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
+    no_settings: Path, monkeypatch: pytest.MonkeyPatch, key: str, way: str
+) -> None:
+    if way == "variable":
+        if "\0" in key:
+            pytest.skip("no variable can hold it")
+        monkeypatch.setenv("DAR_API_KEY", key)
+    elif way == "file":
+        (no_settings / "api_key").write_text(key)
+    with pytest.raises(ConfigurationError, match="key") as caught:
+        Client(key if way == "argument" else None, "http://127.0.0.1:9")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "x" * 8 not in shown
+    assert "abcdefgh" not in shown
+
+
+def test_an_idempotency_key_that_no_header_can_carry_is_refused(quick: None) -> None:
+    with (
+        Client("key", "http://127.0.0.1:9") as client,
+        pytest.raises(ConfigurationError, match="idempotency-key"),
+    ):
+        client.jobs.create(model="m", training_file="file-1", idempotency_key="été\n")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8321", "ftp://x", "http://", "nonsense", "http://a..b", "http://[::1"),
+        f"http://{64 * 'a'}.example",
+    ],
+)
 def test_a_base_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="base_url"):
         Client("key", url)
@@ -67,6 +127,20 @@ def test_an_unreachable_service_is_named_with_what_to_do(quick: None) -> None:
             client.jobs.list().page()
     assert url in caught.value.message
     assert "dar up" in caught.value.message
+
+
+def test_a_client_that_is_closed_during_a_request_does_not_blame_the_service(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = Client("key", "http://127.0.0.1:9", max_retries=0)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        client.close()
+        raise httpx2.ReadError("[Errno 9] Bad file descriptor")
+
+    monkeypatch.setattr("httpx2.HTTPTransport.handle_request", broken)
+    with pytest.raises(ServiceConnectionError, match="this client has been closed"):
+        client.models.retrieve("any")
 
 
 def test_the_traceback_of_an_unreachable_service_is_short_and_ends_with_what_to_do(
@@ -272,3 +346,203 @@ def test_waiting_survives_a_restart_of_the_service(
         server.answers[:] = [answer(503)]
         with pytest.raises(ServiceUnavailableError):
             client.jobs.wait("ftjob-1", poll_seconds=0.01)
+
+
+def redirected(request: Request, place: str) -> None:
+    request.answer(b"", 307, location=place)
+
+
+MANNERS: dict[str, Manner] = {
+    "gzip that is none": lambda one: one.answer(b"none", content_encoding="gzip"),
+    "an error in gzip that is none": lambda one: one.answer(b"none", 500, content_encoding="gzip"),
+    "redirects without an end": lambda one: redirected(one, one.target),
+    "a redirect to no host": lambda one: redirected(one, "http://a..b/"),
+    "a redirect to no URL": lambda one: redirected(one, "http://[::1"),
+    "a redirect to another scheme": lambda one: redirected(one, "ftp://x/"),
+    "an error too deep to read": lambda one: one.answer(b"[" * 100_000, 500),
+    "an error of other kinds": lambda one: one.json(
+        {"error": {"message": 5, "param": [], "code": {}, "errors": 7, "request_id": {}}}, 400
+    ),
+    "problems of other kinds": lambda one: one.json(
+        {"error": {"errors": [7, {"row": "x", "param": 1, "message": None}]}}, 400
+    ),
+}
+"""What a proxy in front of a service may answer."""
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("ask", ["retrieve", "wait", "download"])
+def test_whatever_answers_the_error_is_one_of_the_sdk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask: str, manner: str
+) -> None:
+    monkeypatch.setattr("dar.client.jobs.OUTAGE_SECONDS", -1.0)
+    files = [CheckpointFile(name="a.bin", bytes=5, sha256="0" * 64)]
+    with (
+        LoopbackServer(MANNERS[manner]) as server,
+        Client("key", server.at(""), max_retries=0) as client,
+    ):
+        calls: dict[str, Callable[[], object]] = {
+            "retrieve": lambda: client.jobs.retrieve("any"),
+            "wait": lambda: client.jobs.wait("any"),
+            "download": Download(client.jobs._transport, "/x", tmp_path, files, None).run,
+        }
+        with pytest.raises(DARError) as caught:
+            calls[ask]()
+    assert client.base_url in caught.value.message or caught.value.status in {400, 500}
+
+
+def test_an_error_that_repeats_the_key_does_not_show_it() -> None:
+    def echo(request: Request) -> None:
+        said = f"I got {request.headers['authorization']}"
+        problem = {"message": said, "param": said, "code": "x"}
+        request.json({"error": {"message": said, "param": said, "errors": [problem]}}, 400)
+
+    with (
+        LoopbackServer(echo) as server,
+        Client(KEY, server.at("")) as client,
+        pytest.raises(InvalidRequestError, match="I got Bearer") as caught,
+    ):
+        client.jobs.retrieve("any")
+    shown = f"{caught.value!r} {caught.value.message} {caught.value.param} {caught.value.problems}"
+    assert KEY[-43:] not in shown
+
+
+BAD_SURROUNDINGS = [
+    ("ALL_PROXY", "socks5://user:pr0xyP4ss@127.0.0.1:1", "ALL_PROXY"),
+    ("HTTP_PROXY", "http://user:pr0xyP4ss@[::1", "HTTP_PROXY"),
+    ("https_proxy", "ftp://user:pr0xyP4ss@h", "https_proxy"),
+    ("HTTP_PROXY", "http://user:pr0xyP4ss@h:port", "HTTP_PROXY"),
+    ("SSL_CERT_FILE", "/nonexistent.pem", "SSL_CERT_FILE (/nonexistent.pem)"),
+    ("SSL_CERT_FILE", __file__, f"SSL_CERT_FILE ({__file__})"),
+]
+"""Variables of other programs that no HTTP client can use."""
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (*PROXIES, *CERTIFICATES):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("name", "value", "said"), BAD_SURROUNDINGS)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_named(
+    bare: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    bare.setenv(name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        Client("key", "https://192.0.2.1:9")
+    assert said in caught.value.message
+    assert "pr0xyP4ss" not in caught.value.message
+
+
+def test_a_proxy_whose_host_cannot_exist_is_a_failed_connection(bare: pytest.MonkeyPatch) -> None:
+    bare.setenv("HTTPS_PROXY", "http://a..b:1")
+    with (
+        Client("key", "https://192.0.2.1:9", max_retries=0) as client,
+        pytest.raises(ServiceConnectionError, match="a host on the way is not valid"),
+    ):
+        client.jobs.retrieve("any")
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE"])
+def test_reward_sources_name_certificates_that_cannot_be_loaded(
+    bare: pytest.MonkeyPatch, name: str
+) -> None:
+    bare.setenv(name, "/nonexistent.pem")
+    default_tls.cache_clear()
+    with pytest.raises(ConfigurationError, match=f"{name} .*nonexistent"):
+        default_tls()
+
+
+@pytest.mark.parametrize("extra", ["?x=1", "?", "#part", "#"])
+def test_a_base_url_with_more_than_a_host_and_a_path_is_refused(extra: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"base_url 'http://h:1/p.*has a user name, a query"
+    ):
+        Client("key", f"http://h:1/p{extra}")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:p4ssw0rdX@h:1", "http://p4ssw0rdX@h", "ftp://a:p4ssw0rdX@h"]
+)
+def test_a_password_in_a_base_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="base_url") as caught:
+        Client("key", url)
+    assert "p4ssw0rdX" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("timeout", value) for value in (None, math.nan, math.inf, -1, 0, "5", True, 1e300)),
+        *(("max_retries", value) for value in (-1, 1.5, "2", None, True)),
+    ],
+)
+def test_an_argument_of_the_client_that_is_out_of_range_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=re.escape(f"{name} is {value!r}, but it must be a")
+    ):
+        Client("key", "http://127.0.0.1:9", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("poll_seconds", value) for value in (-1, math.nan, math.inf, "1", None)),
+        *(("timeout_seconds", value) for value in (-1, math.nan, "1", True)),
+        ("on_pause", "bogus"),
+        ("on_pause", None),
+    ],
+)
+def test_an_argument_of_a_wait_that_is_out_of_range_is_refused(name: str, value: Any) -> None:
+    with (
+        Client("key", "http://127.0.0.1:9", max_retries=0) as client,
+        pytest.raises(ConfigurationError, match=re.escape(f"{name} is {value!r}, but it must be ")),
+    ):
+        client.jobs.wait("any", **{name: value})
+
+
+FAILING: dict[str, Manner] = {
+    "a proxy's 502": lambda one: one.answer(b"<html>", 502, "text/html"),
+    "a proxy's 504": lambda one: one.answer(b"", 504),
+    "too many requests": lambda one: one.answer(b"", 429, retry_after_ms="1"),
+    "503": lambda one: one.answer(b"", 503, retry_after_ms="1"),
+    "500": lambda one: one.answer(b"", 500),
+    "no answer": lambda one: one.reset(),
+    "damaged": lambda one: one.answer(b"none", content_encoding="gzip"),
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_waiting_outlasts_every_failure_that_may_pass(failing: str) -> None:
+    def answer(request: Request) -> None:
+        if request.number <= 5:
+            FAILING[failing](request)
+        else:
+            request.json(some_job("succeeded"))
+
+    with (
+        LoopbackServer(answer) as server,
+        Client("key", server.at(""), max_retries=0) as client,
+    ):
+        assert client.jobs.wait("any", poll_seconds=0.001).status == "succeeded"
+
+
+@pytest.mark.parametrize(
+    "manner",
+    [
+        lambda one: one.answer(b"<html>log in</html>", 200, "text/html"),
+        lambda one: one.answer(b"", 404),
+        lambda one: one.answer(b"", 503, x_should_retry="false"),
+    ],
+)
+def test_waiting_ends_at_once_with_a_failure_that_stays(manner: Manner) -> None:
+    asked: list[Request] = []
+    with (
+        LoopbackServer(lambda one: (asked.append(one), manner(one))) as server,
+        Client("key", server.at(""), max_retries=0) as client,
+        pytest.raises(DARError),
+    ):
+        client.jobs.wait("any", poll_seconds=0.001)
+    assert len(asked) == 1

@@ -16,19 +16,20 @@ from fakes.reward_server import RewardServer, ScoreRequest
 
 @pytest.fixture(scope="session")
 def installation(
-    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int], reviews_base: Path
-) -> Iterator[Installation]:
+    tmp_path_factory: pytest.TempPathFactory,
+    free_port: Callable[[], int],
+    reviews_base: Path,
+    end_of_folder: Callable[[Path], contextlib.ExitStack],
+) -> Installation:
     """Everything started, with a base model called ``base``."""
     running = Installation(tmp_path_factory.mktemp("home"), free_port)
+    end_of_folder(Path(__file__).parent).callback(running.stop)
     running.install_model(reviews_base)
-    try:
-        running.start_broker()
-        running.start_service()
-        running.start_reward_service()
-        running.start_worker()
-        yield running
-    finally:
-        running.stop()
+    running.start_broker()
+    running.start_service()
+    running.start_reward_service()
+    running.start_worker()
+    return running
 
 
 @pytest.fixture(scope="session")

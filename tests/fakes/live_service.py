@@ -28,6 +28,15 @@ def announced_paths() -> dict[str, Any]:
     return paths
 
 
+@functools.cache
+def operations_of(path: str) -> dict[str, Any]:
+    """The operations of the route that answers ``path``; none if there is no such route."""
+    known = sorted(announced_paths(), key=lambda one: (one.count("{"), -len(one)))
+    fitting = (one for one in known if re.fullmatch(re.sub(r"{\w+}", ".+", one), path))
+    route = next(fitting, None)  # of several the first one is the route
+    return {} if route is None else announced_paths()[route]
+
+
 @dataclass
 class Lease:
     """A claimed job, seen from its worker."""
@@ -130,10 +139,7 @@ class Live:
 
     def _is_announced(self, answer: httpx2.Response) -> None:
         path, method = answer.request.url.path, answer.request.method.lower()
-        known = announced_paths()
-        fitting = [one for one in known if re.fullmatch(re.sub(r"{\w+}", ".+", one), path)]
-        fitting.sort(key=lambda one: (one.count("{"), -len(one)))  # the first one is the route
-        operation = known[fitting[0]] if fitting else {}
+        operation = operations_of(path)
         if method in operation and answer.status_code < 500:
             announced = operation[method]["responses"]
             assert str(answer.status_code) in announced, (method, path, answer.status_code)

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,16 @@ assert _WHEEL.origin is not None
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
+def postgres(end_of_folder: Callable[[Path], ExitStack]) -> Postgres:
     # pytest's own folders are closed to the user that PostgreSQL runs as.
     folder = Path(tempfile.mkdtemp(prefix="dar-pg-"))
     folder.chmod(0o755)
+    end = end_of_folder(Path(__file__).parent)
+    end.callback(shutil.rmtree, folder, ignore_errors=True)
     server = Postgres(folder)
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    end.callback(server.stop)
+    server.wait()
+    return server
 
 
 @pytest.fixture(scope="session")

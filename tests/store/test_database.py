@@ -2,11 +2,13 @@
 
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import DBAPIError, StatementError
 
+from dar.errors import ConfigurationError
 from service.store.database import Database, is_outage
 from service.store.tables import JobRow, ProjectRow
 
@@ -156,3 +158,17 @@ def test_what_a_failed_statement_held_is_not_told(database: Database) -> None:
     with pytest.raises(DBAPIError) as caught, database.read() as transaction:
         transaction.execute(text("SELECT * FROM nowhere WHERE a = :prompt"), {"prompt": "hush"})
     assert "hush" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text("not a database")
+    file.chmod(0o644)
+    before = file.stat()
+    database = Database(f"sqlite:///{file}")
+    with pytest.raises(ConfigurationError, match="is not an SQLite database"):
+        database.wait(30)
+    database.close()
+    after = file.stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+    assert file.read_text() == "not a database"

@@ -248,6 +248,28 @@ def test_looks_at_a_reward_service_become_ever_rarer(
         assert not note(world, held, is_back=False)
 
 
+@pytest.mark.parametrize("reason", ["waiting_for_reward", "paused_reward"])
+def test_attempts_become_rarer_when_the_probe_passes_and_training_gets_no_reward(
+    world: World, reason: Any
+) -> None:
+    held = world.running()
+    for number, wait in enumerate([5, 20, 80, 320, 600, 600], start=1):
+        end(world, held, Release(attempt=number, reason=reason, message="no", is_outage=True))
+        said = world.events(held.job.id)[-1].message
+        assert ("answers the service's probe, but not training" in said) == (number > 1)
+        world.clock.advance(wait - 0.5)
+        assert due(world) == []
+        world.clock.advance(0.5)
+        assert due(world) == [held.job.id]
+        assert note(world, held, is_back=True, attempt=number)
+        held = world.claim()
+    with world.database.write() as transaction:
+        transaction.execute(update(JobRow).values(reward_waits=0))  # as a step does
+    end(world, held, Release(attempt=7, reason=reason, message="no", is_outage=True))
+    world.clock.advance(5)
+    assert due(world) == [held.job.id]
+
+
 def test_a_job_whose_reward_service_is_back_is_queued(world: World) -> None:
     held = paused_for_reward(world)
     assert note(world, held, is_back=True)

@@ -16,7 +16,7 @@ from dar.rewards.scoring.scorer import RewardScorer
 from dar.training import DARTrainer
 from dar.training.checkpoint.checkpoint import verify
 from dar.training.data.rows import DataCollatorForDAR, TokenPair
-from dar.training.evaluation import Predictions
+from dar.training.evaluation import Predictions, checked
 from dar.training.model.logprobs import all_logps
 from fakes.recording_sink import RecordingSink
 
@@ -166,6 +166,27 @@ def test_compute_metrics_sees_all_completions_with_their_rewards_and_columns(
     assert "eval_best_of_4" in sink.reports[2]
     with pytest.raises(InvalidRequestError, match="dictionary of numbers") as caught:
         train(settings=EVERY_SECOND, eval_dataset=EVAL, compute_metrics=lambda _: [1.0])
+    assert caught.value.param == "compute_metrics"
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ({"a": torch.tensor([1.0, 2.0])}, "must return a dictionary of numbers"),
+        ({"a": 10**400}, "must return a dictionary of numbers"),
+        ({"a": np.complex64(1j)}, "must return a dictionary of numbers"),
+        ({"a": np.timedelta64(3, "ns")}, "must return a dictionary of numbers"),
+        ({1: 1.0}, "must return a dictionary of numbers"),
+        ({"dar/rewards_mean": 1.0}, "returned 'dar/rewards_mean', but there is a metric of this"),
+        ({"eval_dar/rewards_mean": 1.0}, "but there is a metric of this name"),
+        ({"eval_a": 1.0, "a": 2.0}, "returned 'a', but there is a metric of this name"),
+    ],
+)
+def test_a_metric_that_is_no_number_or_has_a_taken_name_is_refused(
+    returned: dict[Any, Any], said: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=said) as caught:
+        checked(returned, {"dar/rewards_mean": 0.5})
     assert caught.value.param == "compute_metrics"
 
 

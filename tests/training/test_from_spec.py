@@ -225,6 +225,15 @@ def test_a_model_that_brings_code_is_refused(
     assert caught.value.param == "model"
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null"])
+def test_a_model_whose_config_is_no_object_is_refused(
+    job: Callable[..., JobInputs], base: Path, sink: RecordingSink, content: str
+) -> None:
+    (base / "config.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"config\.json of the model .* not a JSON object"):
+        train_job(job(), sink, NullControl())
+
+
 def test_a_pickled_or_absent_model_is_refused(
     job: Callable[..., JobInputs], base: Path, sink: RecordingSink, tmp_path: Path
 ) -> None:

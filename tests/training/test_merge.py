@@ -1,7 +1,9 @@
 """A downloaded adapter, used and merged by a user who has nothing but its files and the base."""
 
 import json
+import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,13 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dar.cli.main import main
 from dar.training import DARTrainer, JobInputs, NullControl, train_job
-from dar.training.model.loading import load_model
+from dar.training.model.loading import add_adapter, load_model
 from fakes import tiny_models
 from fakes.recording_sink import RecordingSink
 
@@ -75,6 +78,14 @@ def published(
         return sink.published[-1][1]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def saved_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of `base` that has not been trained."""
+    folder = tmp_path_factory.mktemp("adapters") / "fresh"
+    add_adapter(tiny_models.policy(), lora()).save_pretrained(folder)
+    return folder
 
 
 def test_the_files_of_an_adapter_name_a_base_that_no_stranger_can_provide(
@@ -202,6 +213,106 @@ def test_what_cannot_be_merged_is_said_in_one_line(
     assert message in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "merged").exists()
+
+
+def weights_of(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], Any]:
+    """Damages the weights of an adapter."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+
+    return damage
+
+
+def config_with(**values: Any) -> Callable[[Path], Any]:
+    """Changes the config of an adapter."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return damage
+
+
+def written(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "half of its weights": (weights_of(lambda own: dict(list(own.items())[:2])), "lacks "),
+    "no weights": (weights_of(lambda own: {}), "lacks "),
+    "other names": (weights_of(lambda own: {f"x.{k}": v for k, v in own.items()}), "lacks "),
+    "one more": (weights_of(lambda own: own | {"x": torch.ones(1)}), "has unknown weights"),
+    "other shapes": (weights_of(lambda own: {k: v[:1] for k, v in own.items()}), "size mismatch"),
+    "NaN": (
+        weights_of(lambda own: {k: v * math.nan for k, v in own.items()}),
+        "weights that are NaN",
+    ),
+    "too large": (
+        weights_of(lambda own: {k: v + 1e30 for k, v in own.items()}),
+        "weights that are NaN",
+    ),
+    "cut off": (written(WEIGHTS, b"xx"), "does not fit the model, or its files are damaged"),
+    "config cut off": (written(CONFIG, b"{"), "is not the config of an adapter"),
+    "config in no encoding": (written(CONFIG, b"\xff{}"), "is not the config of an adapter"),
+    "config a list": (written(CONFIG, b"[]"), "it holds no JSON object"),
+    "config without a kind": (written(CONFIG, b'{"r": 8}'), "its peft_type is None"),
+    "kind of no adapter": (config_with(peft_type=["LORA"]), "its peft_type is ['LORA']"),
+    "base is a number": (config_with(base_model_name_or_path=7), "is no text"),
+    "rank is a text": (config_with(r="eight"), "the adapter"),
+    "targets are a number": (config_with(target_modules=7), "the adapter"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_adapter_is_refused_and_nothing_is_written(
+    name: str,
+    saved_adapter: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage, message = DAMAGES[name]
+    folder = shutil.copytree(saved_adapter, tmp_path / "damaged")
+    damage(folder)
+    assert merge(monkeypatch, folder, "--base", base, "-o", tmp_path / "merged") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dar: ")
+    assert message in line
+    assert [one.name for one in tmp_path.iterdir() if "merged" in one.name] == []
+
+
+def test_a_sum_beyond_the_number_format_of_the_base_is_not_written(
+    saved_adapter: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(saved_adapter, tmp_path / "large")
+    weights_of(lambda own: {k: v + 1e3 for k, v in own.items()})(folder)
+    half = tmp_path / "half"
+    load_model(base, dtype=torch.float16).save_pretrained(half)
+    tiny_models.tokenizer().save_pretrained(half)
+    assert merge(monkeypatch, folder, "--base", half, "-o", tmp_path / "merged") == 1
+    assert "has weights that torch.float16 cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merged_model_is_not_written_where_no_folder_can_be(
+    saved_adapter: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "merged"
+    assert merge(monkeypatch, saved_adapter, "--base", base, "-o", output) == 1
+    assert "cannot be made: Not a directory; give another folder" in capsys.readouterr().err
 
 
 def test_an_adapter_is_no_model_to_start_from(

@@ -18,18 +18,15 @@ def unused_port() -> Callable[[], int]:
     return free_port
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedInstallation]:
-    """A service for tests that leave it alone.
-
-    It ends with its file: as it reconciles every 0.3 s, it would use a tenth of a core until the
-    end of the run.
-    """
+@pytest.fixture(scope="session")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, end_of_folder: Callable[[Path], ExitStack]
+) -> ScriptedInstallation:
+    """A service for tests that leave it alone."""
     installation = ScriptedInstallation(tmp_path_factory.mktemp("home"))
-    with ExitStack() as stack:
-        stack.callback(installation.close)
-        installation.start_service()
-        yield installation
+    end_of_folder(Path(__file__).parent).callback(installation.close)
+    installation.start_service()
+    return installation
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes.scripted_installation import ScriptedInstallation
+from fakes.scripted_installation import FAST, ScriptedInstallation
 
 
 def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
@@ -67,6 +67,23 @@ def test_a_trainer_killed_by_the_kernel_is_tried_again_with_a_hint(
     job = installation.wait(job_id, "succeeded", "failed")
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
     assert any("SIGKILL" in text and "memory" in text for text in installation.messages(job_id))
+
+
+def test_a_model_removed_after_the_submission_fails_the_job_at_once(
+    installation: ScriptedInstallation,
+) -> None:
+    folder = installation.home / "models" / "tiny"
+    installation.stop_plain_worker()
+    job_id = installation.submit(steps=1, every=1)
+    aside = folder.rename(folder.with_name(".aside"))
+    try:
+        installation.need_worker()
+        job = installation.wait(job_id, "succeeded", "failed")
+    finally:
+        aside.rename(folder)
+    assert (job["status_detail"], job["attempt"]) == ("user_error", 1)
+    assert (job["error"]["code"], job["error"]["param"]) == ("model_not_found", "model")
+    assert "the model 'tiny' was removed after the job was submitted" in job["error"]["message"]
 
 
 def test_an_error_of_the_users_fails_the_job_with_its_parameter(
@@ -226,7 +243,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_on
     start = time.monotonic()
     installation.start_worker()
     installation.until(lambda: installation.job(job_id)["attempt"] == 2)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < FAST["lease_ttl_seconds"] / 2
     assert installation.wait(job_id, "succeeded", "failed")["status"] == "succeeded"
     assert installation.steps(job_id) == list(range(1, 41))
     installation.until(lambda: installation.attempt_folders() == [])

@@ -37,13 +37,14 @@ from dar.protocol.worker import Fail, Release
 from dar.training.data.load_errors import blame
 from dar.training.parallel.ranks import ProcessFailedError
 from fakes import tiny_models
+from fakes.hub import Hub, use_hub
 from fakes.scripted_installation import ScriptedInstallation
 from worker.attempt.main import StdinControl, attend, train_with_torch
 from worker.failures import failure_of, presentable
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import ExitCode, Launch, TrainerResult
 from worker.supervisor.child_process import TrainerExit
-from worker.supervisor.inputs import InputError
+from worker.supervisor.inputs import InputFetchError
 from worker.supervisor.outcome import AttemptEnd, failure, judge
 
 SECRET = "whsec_c2VjcmV0"
@@ -108,6 +109,8 @@ OWNERS: list[tuple[BaseException, str]] = [
     (RewardMisconfiguredError("HTTP 401"), "reward"),
     (RewardContractError("no results"), "reward"),
     (RewardBudgetError("3 of 4 failed"), "reward"),
+    (RewardBudgetError("3 of 4 failed", errors={"client_fault": 2, "http_503": 1}), "reward"),
+    (RewardBudgetError("3 of 4 failed", errors={"client_fault": 3}), "service"),
     (MemoryError(), "worker"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "worker"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "worker"),
@@ -231,8 +234,10 @@ def test_a_worker_that_cannot_continue_names_the_owner_too(tmp_path: Path) -> No
     full = failure(2, OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x")))
     assert (full.kind, full.owner, full.code) == ("transient", "worker", "disk_full")
     assert str(tmp_path) not in full.message
-    assert failure(2, InputError("the disk has 3 bytes free", code="disk_full")).owner == "worker"
-    assert failure(2, InputError("training_file arrived altered")).owner == "service"
+    assert (
+        failure(2, InputFetchError("the disk has 3 bytes free", code="disk_full")).owner == "worker"
+    )
+    assert failure(2, InputFetchError("training_file arrived altered")).owner == "service"
     assert failure(2, InvalidRequestError("no metric 'x'")).owner == "service"
 
 
@@ -361,6 +366,24 @@ def test_a_hub_that_cannot_be_reached_is_said_at_the_first_attempt(
     assert "this process may not call the hub" in end.message
 
 
+def test_a_gated_model_ends_the_job_at_once_and_its_sentence_hides_the_token(
+    launch: Callable[..., Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = "hf_9XkQ2vRbW7mLpZt4"
+    with Hub({"team/gated": {}}, gated=frozenset({"team/gated"})) as hub:
+        use_hub(monkeypatch, hub.endpoint, tmp_path / "hub")
+        far = {"model_folder": None, "hub_model": "team/gated", "is_offline": False}
+        ends = [trained(launch(**far))]
+        hub.complaint = f"{wrong} is no valid token"
+        ends.append(trained(launch(**far, hub_token=wrong)))
+    for end in ends:
+        assert (end.kind, end.owner, end.param) == ("user", "user", "model"), end
+        assert "the model 'team/gated'" in end.message
+        assert "set DAR_HF_TOKEN on the worker" in end.message
+    assert "accept its licence on its page of the hub" in ends[0].message
+    assert "(HTTP 401: [redacted] is no valid token)" in ends[1].message
+
+
 def answer(status: int) -> httpx2.Response:
     return httpx2.Response(status, request=httpx2.Request("GET", "https://hub.example/x"))
 
@@ -370,6 +393,14 @@ def answer(status: int) -> httpx2.Response:
     [
         (RepositoryNotFoundError("404", response=answer(404)), "the hub does not have the model"),
         (GatedRepoError("403", response=answer(403)), "only to accounts that its owner"),
+        (
+            HfHubHTTPError("401", response=answer(401)),
+            "refuses the model 'a/b' (HTTP 401); set DAR",
+        ),
+        (
+            HfHubHTTPError("403", response=answer(403)),
+            "refuses the model 'a/b' (HTTP 403); set DAR",
+        ),
         (HfHubHTTPError("503", response=answer(503)), "the hub cannot be reached"),
         (HfHubHTTPError("429", response=answer(429)), "the hub cannot be reached"),
         (httpx2.ConnectError("no route"), "cannot be reached to load the model 'a/b' (no route)"),

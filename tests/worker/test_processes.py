@@ -28,6 +28,7 @@ from worker.supervisor.child_process import (
 from worker.supervisor.outcome import Finished, failure, judge
 
 SECRET = "whsec_c2VjcmV0"
+HUB_TOKEN = "hf_9XkQ2vRbW7mLpZt4"
 
 ECHO = """
 import subprocess, sys, time
@@ -79,6 +80,7 @@ def launch(folder: AttemptFolder) -> Launch:
         resume_from=None,
         reward_secret=SECRET,
         reward_access={"r": ACCESS},
+        hub_token=HUB_TOKEN,
         threads=1,
         is_offline=True,
     )
@@ -108,7 +110,7 @@ def test_a_trainer_reads_its_launch_and_its_orders_and_its_log_hides_the_secret(
     assert heard.model_copy(update={"outbox": None}) == launch(folder)
     assert '{"type":"drain"}' in log
     assert how.code == 0
-    for secret in (SECRET, *ACCESS.secrets, "token-of-a-header", "key-of-another"):
+    for secret in (SECRET, HUB_TOKEN, *ACCESS.secrets, "token-of-a-header", "key-of-another"):
         assert secret in log
         assert secret not in how.log_tail
 
@@ -131,7 +133,10 @@ def test_a_killed_trainer_reports_its_signal(start: Callable[[str], TrainerProce
     assert (how.code, how.signal_name) == (-9, "SIGKILL")
 
 
-def test_a_trainer_sees_no_key(start: Callable[[str], TrainerProcess], folder: Any) -> None:
+def test_a_trainer_sees_no_key(
+    start: Callable[[str], TrainerProcess], folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", HUB_TOKEN)
     trainer = start("import os, sys, time; print(sorted(os.environ), sys.argv); time.sleep(60)")
     while not folder.log.read_text().endswith("\n"):
         time.sleep(0.02)
@@ -139,8 +144,9 @@ def test_a_trainer_sees_no_key(start: Callable[[str], TrainerProcess], folder: A
     said = folder.log.read_text()
     assert "CUDA_VISIBLE_DEVICES" in said
     assert "DAR_" not in said
+    assert "HF_TOKEN" not in said
     stored = [path.read_bytes() for path in folder.path.rglob("*") if path.is_file()]
-    for secret in (SECRET, *ACCESS.secrets, *ACCESS.headers.values()):
+    for secret in (SECRET, HUB_TOKEN, *ACCESS.secrets, *ACCESS.headers.values()):
         assert not any(secret.encode() in content for content in stored)
         assert secret not in repr(launch(folder))
 
@@ -220,6 +226,13 @@ def test_an_error_of_the_worker_is_tried_again() -> None:
     assert failure(2, OSError("no space left")).kind == "transient"
 
 
+def test_a_worker_takes_no_arguments() -> None:
+    command = [sys.executable, "-m", "worker", "serve"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "unrecognized arguments: serve" in refused.stderr
+
+
 def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "worker"]
     result = subprocess.run(
@@ -230,6 +243,20 @@ def test_a_worker_without_a_key_says_where_to_get_one(tmp_path: Path) -> None:
         f"no worker key: set DAR_WORKER_KEY, or start the service once, which writes {tmp_path}"
         in (result.stderr)
     )
+
+
+def test_a_key_that_no_header_can_carry_is_not_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "worker_key").write_text("dar-wk-abcdefgh-\nabcdefghijkl")
+    result = subprocess.run(
+        [sys.executable, "-m", "worker"],
+        env=environment(without=["worker_key"], home=tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 78
+    assert "DAR_WORKER_KEY" in result.stderr
+    assert "abcdefgh" not in result.stderr
 
 
 def test_a_refused_key_is_said_at_every_poll(installation: ScriptedInstallation) -> None:

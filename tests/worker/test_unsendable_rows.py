@@ -71,7 +71,7 @@ def said(folder: AttemptFolder, *, is_damaged: bool = False) -> AttemptFolder:
 
 
 def batch(client: WorkerClient) -> object:
-    return client.persist(lambda: client.batch("lease-1", 1, [b"{}"]), "batch", longest=0.01)
+    return client.until_answered(lambda: client.batch("lease-1", 1, [b"{}"]), "batch", longest=0.01)
 
 
 def test_a_call_that_the_service_fails_at_each_time_is_given_up(connect: Any) -> None:

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from dar.client.transport import Backoff, failure_of
-from dar.errors import CheckpointError, FencedError, ServiceConnectionError
+from dar.errors import CheckpointError, FencedError, ModelNotFoundError, ServiceConnectionError
 from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, Fail, Lease, NewCheckpointRow
 from fakes.scripted_installation import ScriptedInstallation
@@ -24,7 +24,7 @@ from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
 from worker.supervisor import checkpoints
 from worker.supervisor.checkpoints import CheckpointUploader
-from worker.supervisor.inputs import InputError, InputFetcher, safe_path
+from worker.supervisor.inputs import InputFetcher, InputFetchError, safe_path
 from worker.supervisor.state import AttemptState
 
 PART = 256 * 1024
@@ -272,7 +272,7 @@ def test_a_model_that_is_nowhere_is_said(
     folder = installation.home / "models" / "tiny"
     aside = folder.rename(tmp_path / "aside")
     try:
-        with pytest.raises(InputError, match="'tiny' is not in"):
+        with pytest.raises(ModelNotFoundError, match="model 'tiny' was removed"):
             InputFetcher(state, connect(installation.url), tmp_path).fetch()
     finally:
         aside.rename(folder)
@@ -322,7 +322,7 @@ def test_a_reward_model_that_is_nowhere_is_said(
 ) -> None:
     aside = judge.rename(tmp_path / "aside")
     try:
-        with pytest.raises(InputError, match="component rm is not in"):
+        with pytest.raises(ModelNotFoundError, match="component rm was removed"):
             InputFetcher(state, connect(installation.url), tmp_path).fetch()
     finally:
         aside.rename(judge)
@@ -330,7 +330,7 @@ def test_a_reward_model_that_is_nowhere_is_said(
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "."])
 def test_an_input_cannot_be_named_out_of_its_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="not a path in a folder"):
+    with pytest.raises(InputFetchError, match="not a path in a folder"):
         safe_path(tmp_path, name)
 
 
@@ -340,7 +340,7 @@ def test_a_token_of_another_attempt_is_fenced_or_refused_and_not_tried_again(
     client = connect(installation.url)
     late = Fail(attempt=99, kind="transient", code="late", message="too late")
     with pytest.raises(FencedError):
-        client.persist(lambda: client.end(state.lease.lease_id, late), "outcome")
+        client.until_answered(lambda: client.end(state.lease.lease_id, late), "outcome")
 
 
 def test_a_service_that_is_away_is_asked_until_nobody_waits_any_more(
@@ -351,7 +351,7 @@ def test_a_service_that_is_away_is_asked_until_nobody_waits_any_more(
         client.inputs(state.lease.lease_id)
     threading.Timer(0.3, state.over.set).start()
     with pytest.raises(GaveUpError):
-        client.persist(lambda: client.inputs(state.lease.lease_id), "inputs")
+        client.until_answered(lambda: client.inputs(state.lease.lease_id), "inputs")
 
 
 def test_a_retry_after_is_heeded_and_pauses_grow_to_their_limit() -> None:

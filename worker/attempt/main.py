@@ -199,6 +199,7 @@ def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
             launch.reward_access, launch.reward_guard, control.inbox, launch.reward_cache
         ),
         reward_models=launch.reward_models,
+        hub_token=launch.hub_token,
         threads=launch.threads,
         offline=launch.is_offline,
     )

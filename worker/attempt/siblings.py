@@ -1,7 +1,8 @@
 """The other processes of a trainer, which the first process starts and watches.
 
 They run in its process group. Each gets its launch on stdin, as the trainer does from its worker,
-but without reward secrets, because only the first process requests rewards. Three mechanisms end
+but without reward secrets, because only the first process requests rewards. The hub's token is in
+it, because each process loads the model. Three mechanisms end
 them with the first: the end of their stdin, the kernel, and a signal to the group.
 """
 

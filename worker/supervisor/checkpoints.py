@@ -103,7 +103,7 @@ class CheckpointUploader:
                 self._state.over.wait(backoff.next())
 
     def _register(self, register: RegisterCheckpoint) -> CheckpointUpload:
-        return self._client.persist(
+        return self._client.until_answered(
             lambda: self._client.register(self._lease.lease_id, register), "register checkpoint"
         )
 
@@ -125,7 +125,7 @@ class CheckpointUploader:
                 )
             for file in files:
                 self._send_file(folder, upload, file)
-            self._client.persist(
+            self._client.until_answered(
                 lambda: self._client.commit(lease_id, upload.checkpoint_id, attempt),
                 "commit checkpoint",
             )
@@ -149,4 +149,4 @@ class CheckpointUploader:
                 lease_id, checkpoint_id, name, part, attempt=attempt, offset=offset
             )
 
-        self._client.persist(put, f"upload {name}")
+        self._client.until_answered(put, f"upload {name}")

@@ -51,7 +51,7 @@ class Heartbeats:
             heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0])
             self._client.heartbeat(lease.lease_id, heartbeat)
 
-        self._client.persist(beat, "heartbeat", longest=self._interval)
+        self._client.until_answered(beat, "heartbeat", longest=self._interval)
         return sent[0]
 
     def _await_next(self, sent: AttemptProgress) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import structlog
 
 from dar.disk import file_sha256, link_out_of
-from dar.errors import DARError
+from dar.errors import DARError, ModelNotFoundError
 from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
 from worker.supervisor.state import AttemptState
@@ -22,7 +22,7 @@ RESERVED_BYTES = 256 * 1024**2
 """Free disk space that a download must leave."""
 
 
-class InputError(DARError):
+class InputFetchError(DARError):
     """An input cannot be downloaded: it is altered, wrongly named, or the disk is full."""
 
     code = "input_failed"
@@ -47,7 +47,7 @@ def local_model(lease: Lease, models_path: Path) -> Path | None:
     """The folder of the job's model on this machine; None: it must be downloaded.
 
     Raises:
-        InputError: A file in it is a link to a place outside.
+        InputFetchError: A file in it is a link to a place outside.
     """
     if lease.model.kind != "folder" or lease.model.checkpoint_id is not None:
         return None
@@ -59,7 +59,7 @@ def _local_folder(models_path: Path, name: str) -> Path | None:
     if not folder.is_dir():
         return None
     if (link := link_out_of(folder)) is not None:
-        raise InputError(
+        raise InputFetchError(
             f"model {name!r} cannot be used: {link} in {folder} is a symbolic link to a place "
             "outside of it; replace the link by the file"
         )
@@ -77,12 +77,22 @@ def safe_path(folder: Path, name: str) -> Path:
     """``folder / name``, for a name that stays inside the folder.
 
     Raises:
-        InputError: It leaves the folder.
+        InputFetchError: It leaves the folder.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or any(part in {"..", "."} for part in parts):
-        raise InputError(f"the service named an input {name!r}, which is not a path in a folder")
+        raise InputFetchError(
+            f"the service named an input {name!r}, which is not a path in a folder"
+        )
     return folder.joinpath(*parts)
+
+
+def _removed(what: str, param: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the {what} was removed after the job was submitted: it is in the models directory of "
+        "neither the service nor the worker; install it again, then resume the job",
+        param=param,
+    )
 
 
 class InputFetcher:
@@ -99,12 +109,13 @@ class InputFetcher:
         """Download all files that are missing; waits while the service is unreachable.
 
         Raises:
-            InputError: A file cannot be downloaded.
+            InputFetchError: A file cannot be downloaded.
+            ModelNotFoundError: A model was removed after the submission.
             GaveUpError: The attempt must stop.
             DARError: The service rejects the request.
         """
         lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
-        files = self._persist(lambda: self._client.inputs(lease_id).files, "inputs")
+        files = self._until_answered(lambda: self._client.inputs(lease_id).files, "inputs")
         reward_models = self._reward_models()
         local = [f"{REWARD_MODELS}/{name}/" for name in self._local_rewards()]
         if here is not None:
@@ -117,16 +128,10 @@ class InputFetcher:
         if model is None and (self._folder / "model").is_dir():
             model = self._folder / "model"
         if model is None and self._lease.model.kind == "folder":
-            raise InputError(
-                f"the model {self._lease.model.name!r} is not in the worker's models directory, and "
-                "the service does not provide it"
-            )
+            raise _removed(f"model {self._lease.model.name!r}", "model")
         for name, folder in reward_models.items():
             if not folder.is_dir():
-                raise InputError(
-                    f"the reward model of component {name} is not in the worker's models "
-                    "directory, and the service does not provide it"
-                )
+                raise _removed(f"reward model of component {name}", "method.dar.rewards")
         resumes = self._lease.resume_checkpoint_id is not None
         return LocalInputs(
             training_file=self._uploaded("training_file", wanted),
@@ -156,13 +161,13 @@ class InputFetcher:
     def _uploaded(self, name: str, files: Iterable[InputFile]) -> Path | None:
         return self._folder / name if any(file.name == name for file in files) else None
 
-    def _persist(self, call: Callable[[], Answer], what: str) -> Answer:
-        return self._client.persist(call, what, give_up=self._state.must_stop)
+    def _until_answered(self, call: Callable[[], Answer], what: str) -> Answer:
+        return self._client.until_answered(call, what, give_up=self._state.must_stop)
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self._folder).free
         if free < needed + RESERVED_BYTES:
-            raise InputError(
+            raise InputFetchError(
                 f"the worker's disk has {free:,} bytes free, but the job's inputs need {needed:,} "
                 f"and {RESERVED_BYTES:,} must stay free; make room on that worker",
                 code="disk_full",
@@ -173,13 +178,13 @@ class InputFetcher:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".tmp-{target.name}")
         for _ in range(VERIFY_ATTEMPTS):
-            self._persist(lambda: self._download(file, part), f"download {file.name}")
+            self._until_answered(lambda: self._download(file, part), f"download {file.name}")
             if file_sha256(part) == file.sha256:
                 part.replace(target)
                 return
             log.warning("input arrived altered", name=file.name)
             part.unlink()
-        raise InputError(
+        raise InputFetchError(
             f"{file.name} arrived altered {VERIFY_ATTEMPTS} times: its SHA-256 differs"
         )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from dar.errors import DARError
 from dar.protocol.worker import Fail, Release
 from worker.failures import IN_THE_LOG, OUT_OF_MEMORY_HINT, PROCESS_FAILED, failure_of
 from worker.launch import ExitCode, TrainerResult
@@ -92,6 +93,19 @@ def crash(ended: TrainerExit) -> str:
         return f"the trainer ended with exit code {ended.code}; {IN_THE_LOG}"
     hint = OUT_OF_MEMORY_HINT if ended.signal_name == "SIGKILL" else IN_THE_LOG
     return f"the trainer was ended by {ended.signal_name}; {hint}"
+
+
+def of_the_user(attempt: int, error: DARError) -> Fail:
+    """The report about an error that only the user can correct, found before training."""
+    found = failure_of(error)
+    return Fail(
+        attempt=attempt,
+        kind="user",
+        code=found.code,
+        message=found.message,
+        param=found.param,
+        owner="user",
+    )
 
 
 def failure(attempt: int, error: BaseException) -> Fail:

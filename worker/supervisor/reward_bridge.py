@@ -93,14 +93,14 @@ class RewardBridge:
             body = AnnounceRewardRequests(attempt=lease.attempt, requests=requests)
             return self._client.announce_rewards(lease.lease_id, body)
 
-        answer = self._client.persist(announce, "announcement", longest=2.0)
+        answer = self._client.until_answered(announce, "announcement", longest=2.0)
         for state in answer.requests:
             self._send_news(RewardNews(request_id=state.request_id, state=state))
 
     def _note(self, progress: list[RewardProgress]) -> None:
         lease = self._state.lease
         body = NoteRewardProgress(attempt=lease.attempt, requests=progress)
-        noted = self._client.persist(
+        noted = self._client.until_answered(
             lambda: self._client.note_rewards(lease.lease_id, body), "reward progress", longest=2.0
         )
         if noted.unknown:

@@ -70,7 +70,7 @@ class SpoolSender:
     def run(self) -> None:
         while True:
             is_last = self._ended.is_set()  # read before the rows, so that no row is missed
-            rows = self._client.persist(
+            rows = self._client.until_answered(
                 lambda: send_batch(self._reader, self._client, self._record), "batch"
             )
             for row in rows:

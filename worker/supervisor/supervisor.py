@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import structlog
 
 from dar.disk import read_if_there
-from dar.errors import DARError
+from dar.errors import DARError, ModelNotFoundError
 from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
@@ -27,7 +27,14 @@ from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
 from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
 from worker.supervisor.inputs import InputFetcher, LocalInputs
-from worker.supervisor.outcome import RELEASES, AttemptEnd, Finished, failure, judge
+from worker.supervisor.outcome import (
+    RELEASES,
+    AttemptEnd,
+    Finished,
+    failure,
+    judge,
+    of_the_user,
+)
 from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
@@ -144,6 +151,8 @@ class Supervisor:
             return self._end_without_trainer()
         except LOST:
             raise
+        except ModelNotFoundError as error:
+            return of_the_user(self._lease.attempt, error)
         except DARError as error:
             return failure(self._lease.attempt, error)
         ended = self._train(inputs)
@@ -185,7 +194,7 @@ class Supervisor:
         return ended
 
     def _launch(self, inputs: LocalInputs) -> Launch:
-        lease = self._lease
+        lease, token = self._lease, self._settings.hf_token
         return Launch(
             folder=self._folder.path,
             job_id=lease.job_id,
@@ -201,6 +210,7 @@ class Supervisor:
             resume_from=inputs.resume_from,
             reward_secret=lease.reward_secret,
             reward_access=lease.rewards,
+            hub_token=None if token is None else token.get_secret_value(),
             reward_guard=EgressPolicy.from_settings(self._settings),
             reward_cache=self._caches.place_of(lease.job_id),
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
@@ -236,7 +246,7 @@ class Supervisor:
         # The limit for rows and checkpoints does not apply to this report.
         self._state.gives_up_at = None
         self._state.reporting.set()
-        outcome = self._client.persist(
+        outcome = self._client.until_answered(
             lambda: self._client.end(self._lease.lease_id, report),
             "end of attempt",
             give_up=self._is_late,

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from dar.cli.reward.listener import listening
 from dar.cli.reward.screen import ReportScreen
@@ -65,7 +66,8 @@ def run(service: str, options: Options) -> None:
         else:
             report = asyncio.run(_probe_here(_target(service, options, samples), samples, options))
     if options.as_json:
-        sys.stdout.write(report.model_dump_json() + "\n")
+        # Only ASCII, so that it is JSON in every encoding.
+        sys.stdout.write(json.dumps(report.model_dump(mode="json")) + "\n")
     else:
         screen.show(service, report)
     if not report.ok:
@@ -164,6 +166,8 @@ def _headers(given: Sequence[str]) -> Mapping[str, str]:
         name, separator, value = text.partition("=")
         if not separator:
             raise typer.BadParameter("write a header as NAME=VALUE or NAME=@FILE")
+        if name in headers:
+            raise typer.BadParameter(f"the header {name!r} is given twice; give it once")
         headers[name] = _read(Path(value[1:])).strip() if value.startswith("@") else value
     try:
         check_headers(headers)
@@ -176,7 +180,7 @@ def _read_component(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = json.loads(_read(path))
+        content = from_json(_read(path))  # unlike the json module, it limits the depth
     except ValueError as error:
         raise typer.BadParameter(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):

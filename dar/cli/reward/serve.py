@@ -67,7 +67,7 @@ def _named(target: str) -> Callable[..., Any]:
             raise _bad_target(f"{module_name} has no {path}{_likely(found)}")
         found = getattr(found, name)
     if not callable(found):
-        raise _bad_target(f"{target} is a {type(found).__name__}, not a function")
+        raise _bad_target(f"{target} is of the type {type(found).__name__}, not a function")
     function: Callable[..., Any] = found
     return function
 

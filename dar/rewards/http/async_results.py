@@ -281,17 +281,23 @@ class LaterReply:
         try:
             base = httpx2.URL(self._url)
             url = base.join(given)
-        except (httpx2.InvalidURL, ValueError):
+            is_own = _origin(url) == _origin(base)
+        except (httpx2.InvalidURL, ValueError):  # a host may be no name, which is found out late
             raise _contract("poll_url", "a poll_url that is not a URL") from None
-        if (url.scheme, url.host, _port(url)) != (base.scheme, base.host, _port(base)):
+        if not is_own:
             raise _contract("poll_url", "a poll_url on another origin than the reward service's")
         if url.userinfo or url.fragment:
             raise _contract("poll_url", "a poll_url with a user name, a password or a fragment")
         return str(url)
 
 
-def _port(url: httpx2.URL) -> int | None:
-    return url.port or DEFAULT_PORTS.get(url.scheme)
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    """Scheme, host and port.
+
+    Raises:
+        ValueError: The host is not a name.
+    """
+    return url.scheme, url.host, url.port or DEFAULT_PORTS.get(url.scheme)
 
 
 def _contract(code: str, reason: str) -> AttemptFailedError:

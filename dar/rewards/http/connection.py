@@ -32,15 +32,30 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 _WITHOUT_BODY = frozenset({204, 304})
 
 
+class HandshakeTimeoutError(httpcore2.ConnectTimeout):
+    """A connection was accepted, but the TLS handshake did not end in time."""
+
+
+class ResetAfterHandshakeError(httpcore2.ReadError):
+    """A connection broke after the TLS handshake, before anything was received.
+
+    With TLS 1.3 a server that requires a client certificate checks it at this point. If it closes
+    at once, the alert that says so may be lost.
+    """
+
+
 class JoinedStream(httpcore2.AsyncNetworkStream):
     """Buffers what is written until something is read.
 
     Args:
         inner: The connection.
+        is_secured: Whether it is encrypted.
     """
 
-    def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
+    def __init__(self, inner: httpcore2.AsyncNetworkStream, *, is_secured: bool = False) -> None:
         self._inner = inner
+        self._is_silent = is_secured
+        """Encrypted, and nothing was received yet."""
         self._unsent = bytearray()
         self._write_timeout: float | None = None
         self._answer = bytearray()
@@ -58,7 +73,15 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         except httpcore2.WriteError:
             # A server may answer and close before it has read everything; its answer counts.
             self._unsent.clear()
-        received = await self._inner.read(max_bytes, timeout)
+        try:
+            received = await self._inner.read(max_bytes, timeout)
+        except OSError as error:  # TLS, after the handshake: the library maps errors of it alone
+            raise httpcore2.ReadError(str(error)) from error
+        except httpcore2.ReadError as error:
+            if self._is_silent:
+                raise ResetAfterHandshakeError(str(error)) from error
+            raise
+        self._is_silent = False
         self._answer += received
         if len(self._answer) > KEPT_BYTES:
             self._is_spoiled = True
@@ -103,13 +126,21 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - part of the base class
     ) -> httpcore2.AsyncNetworkStream:
-        """The same connection, encrypted. It is closed if that fails."""
+        """The same connection, encrypted. It is closed if that fails.
+
+        Raises:
+            HandshakeTimeoutError: It took over ``timeout`` seconds.
+        """
         try:
             inner = await self._inner.start_tls(ssl_context, server_hostname, timeout)
-        except BaseException:  # the library leaves a socket open when a time limit cancels this
+        except (
+            BaseException
+        ) as error:  # the library leaves a socket open when a time limit cancels this
             await self.aclose()
+            if isinstance(error, httpcore2.ConnectTimeout):
+                raise HandshakeTimeoutError(str(error)) from error
             raise
-        return JoinedStream(inner)
+        return JoinedStream(inner, is_secured=True)
 
     def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - part of the base class
         """See the base class. The pool closes an idle connection that is readable."""
@@ -122,7 +153,10 @@ class JoinedStream(httpcore2.AsyncNetworkStream):
     async def _flush(self) -> None:
         if self._unsent:
             unsent, self._unsent = bytes(self._unsent), bytearray()
-            await self._inner.write(unsent, self._write_timeout)
+            try:
+                await self._inner.write(unsent, self._write_timeout)
+            except OSError as error:
+                raise httpcore2.WriteError(str(error)) from error
 
 
 def _length_of(received: bytearray, status: int, headers: Mapping[str, str]) -> int | None:

@@ -24,6 +24,8 @@ from dar.rewards.http.dns import RESOLVE_SECONDS, resolve_in_thread
 from dar.settings import Settings
 
 MAX_URL = 2048
+MAX_HOST, MAX_LABEL = 253, 63
+"""Longest host name, and longest part between its dots (RFC 1035)."""
 MAX_ANSWERS = 16
 """A name with more addresses is rejected."""
 MAX_DIALLED = 4
@@ -187,8 +189,31 @@ def parse_url(url: str, policy: EgressPolicy | None) -> Target:
     """Parse and check ``url``.
 
     Raises:
-        RewardMisconfiguredError: ``config.url``: the URL is invalid; ``egress_denied``: the policy
-            forbids it.
+        RewardMisconfiguredError: ``config.url``: the URL is invalid, or its host cannot exist;
+            ``egress_denied``: the policy forbids it.
+    """
+    found, given = _parsed(url)
+    if ":" not in found.host:
+        _check_name(found.host)
+    if policy is not None:
+        _check_target(found, given, policy)
+    return found
+
+
+def origin_of(url: str) -> str:
+    """Scheme, host and port of a stored URL, also of a host that cannot exist.
+
+    Raises:
+        RewardMisconfiguredError: The URL is invalid.
+    """
+    return _parsed(url)[0].origin
+
+
+def _parsed(url: str) -> tuple[Target, str]:
+    """The parts of ``url``, and its host name before the conversion to IDNA.
+
+    Raises:
+        RewardMisconfiguredError: ``config.url``: the URL is invalid.
     """
     try:
         parts = httpx2.URL(url)
@@ -203,10 +228,17 @@ def parse_url(url: str, policy: EgressPolicy | None) -> Target:
         raise _bad_url(f"it names no host, or is longer than {MAX_URL} characters")
     if parts.userinfo or parts.fragment or "%" in host:
         raise _bad_url("it holds a user name, a fragment or a zone")
-    found = Target(parts.scheme, host, parts.port or DEFAULT_PORTS[parts.scheme], target)
-    if policy is not None:
-        _check_target(found, given, policy)
-    return found
+    return Target(parts.scheme, host, parts.port or DEFAULT_PORTS[parts.scheme], target), given
+
+
+def _check_name(host: str) -> None:
+    labels = host.split(".")
+    if "" in labels:
+        raise _bad_url("its host name has nothing between two dots")
+    if len(host) > MAX_HOST or max(map(len, labels)) > MAX_LABEL:
+        raise _bad_url(
+            f"its host name is longer than {MAX_HOST} characters, or a part of it than {MAX_LABEL}"
+        )
 
 
 def _check_target(target: Target, given: str, policy: EgressPolicy) -> None:

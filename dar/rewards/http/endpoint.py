@@ -38,6 +38,7 @@ from dar.rewards.http.retry import (
     RetryBudgetOptions,
     RetrySchedule,
 )
+from dar.settings import unusable_surroundings
 
 KEEPALIVE_SECONDS = 15.0
 """Idle connections are closed after this; common servers close them after 60 to 75 s."""
@@ -45,8 +46,15 @@ KEEPALIVE_SECONDS = 15.0
 
 @cache
 def default_tls() -> ssl.SSLContext:
-    """The default TLS context, made once: loading the certificates takes at least 20 ms."""
-    return httpcore2.default_ssl_context()
+    """The default TLS context, made once: loading the certificates takes at least 20 ms.
+
+    Raises:
+        ConfigurationError: The certificates cannot be loaded.
+    """
+    try:
+        return httpcore2.default_ssl_context()
+    except OSError as error:
+        raise unusable_surroundings(error) from None
 
 
 @dataclass(frozen=True)

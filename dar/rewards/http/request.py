@@ -34,6 +34,7 @@ from dar.rewards.http.responses import (
     Answer,
     as_result,
     decoded,
+    own_faults,
     quotable,
     redacted,
     without_secrets,
@@ -240,8 +241,9 @@ class RetryingRequest:
             self._current.started_at = time.monotonic()
             if self._batch is None:
                 self._begin(samples)
-            answer = await self._send()
-            results = await self._decoded(answer) if answer.status == 200 else None
+            with own_faults(self._redact):
+                answer = await self._send()
+                results = await self._decoded(answer) if answer.status == 200 else None
             outcome = "neutral" if self._current.status is None else "ok"
         except AttemptFailedError as failure:
             without_secrets(failure, self._redact)
@@ -255,7 +257,8 @@ class RetryingRequest:
         if results is None:
             self._slot.release()
             self._current.in_flight_seconds = time.monotonic() - self._current.started_at
-            results = await self._later_result()
+            with own_faults(self._redact):
+                results = await self._later_result()
         self._record("ok", is_final=True)
         return [result async for result in self._shown(results)]
 

@@ -1,22 +1,31 @@
 """Classifies HTTP answers, and failures without an answer, as an `Answer` or an attempt failure."""
 
 import asyncio
+import codecs
+import logging
 import os
+import re
 import socket
 import ssl
+import traceback
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import httpcore2
 
+from dar.errors import DARError
 from dar.protocol.rewards import MAX_RESPONSE_BYTES, SampleResult, one_line, plain_code
 from dar.rewards.base import Failed, RewardResult, Scored, Skipped
+from dar.rewards.http.connection import HandshakeTimeoutError, ResetAfterHandshakeError
 from dar.rewards.http.egress import EgressDeniedError
 from dar.rewards.http.retry import AttemptFailedError, FailureKind, parse_retry_after
 
+logger = logging.getLogger(__name__)
 START = "start_of_body"
+CLIENT_FAULT = "client_fault"
+"""Code of a failure that is this client's own."""
 LARGE_BYTES = 256 * 1024
 """Larger bodies are decoded in a thread."""
 READ_BYTES = 4096
@@ -27,12 +36,31 @@ QUOTED = 512
 """Characters of an error answer shown to the owner of the job."""
 QUOTE_SECONDS = 2.0
 """Time limit of reading them."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+"""Byte order marks, the longer ones first."""
 _TRANSIENT = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 422})
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 _OLD_TLS = frozenset(
     {"UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE"}
 )
+_ALERT = re.compile(r"(?:(?:SSLV3|TLSV1|TLSV13)_ALERT|TLSV1|TLSV13)_(?P<alert>[A-Z_]+)")
+"""OpenSSL's names for what a server gave as its reason to end a TLS connection."""
+_MAYBE_CERTIFICATE = "; it may require a client certificate, and none is sent"
+_HINTS = {
+    **dict.fromkeys(
+        ("HANDSHAKE_FAILURE", "ACCESS_DENIED", "UNKNOWN_CA", "BAD_CERTIFICATE"), _MAYBE_CERTIFICATE
+    ),
+    **dict.fromkeys(("CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE"), _MAYBE_CERTIFICATE),
+    "UNRECOGNIZED_NAME": "; it serves other host names than this one",
+}
+"""What an alert usually means. Alerts about a certificate are about the client's."""
 
 
 Result = TypeVar("Result")
@@ -210,8 +238,13 @@ async def _quote(incoming: Incoming) -> str:
 
 
 def quotable(body: bytes) -> str:
-    """The start of a body as one line of text; secrets are not removed."""
-    return one_line(body[:READ_BYTES].decode("utf-8", "replace")).strip()
+    """The start of a body as one line of text; secrets are not removed.
+
+    A byte order mark names its encoding; without one it is read as UTF-8.
+    """
+    marks = (mark for mark in _MARKS if body.startswith(mark))
+    encoding = _MARKS.get(next(marks, b""), "utf-8")
+    return one_line(body[:READ_BYTES].decode(encoding, "replace")).strip()
 
 
 async def start_of(incoming: Incoming) -> bytes:
@@ -232,6 +265,30 @@ async def start_of(incoming: Incoming) -> bytes:
     return incoming.kept[START]
 
 
+@contextmanager
+def own_faults(redact: Callable[[str], str]) -> Iterator[None]:
+    """Turn an exception that nobody foresaw into a failure of the request whose answer caused it.
+
+    Args:
+        redact: Removes secrets from the traceback, which is logged.
+
+    Raises:
+        AttemptFailedError: `CLIENT_FAULT`.
+    """
+    try:
+        yield
+    except (AttemptFailedError, DARError):
+        raise
+    except Exception as error:  # noqa: BLE001 - outermost frame of an answer: others must go on
+        lines = redact("".join(traceback.format_exception(error)))
+        logger.error("a fault of the reward client, not of the reward service:\n%s", lines)  # noqa: TRY400 - the traceback is logged without secrets
+        reason = (
+            f"DAR failed to handle its answer ({type(error).__name__}), which is a fault of DAR and "
+            "not of the service; the log has the details"
+        )
+        raise AttemptFailedError("contract", CLIENT_FAULT, reason) from None
+
+
 def failure_of(error: Exception) -> AttemptFailedError:
     """The failure for an error below HTTP.
 
@@ -239,12 +296,18 @@ def failure_of(error: Exception) -> AttemptFailedError:
     """
     if isinstance(error, EgressDeniedError):
         return AttemptFailedError("permanent", "egress_denied", str(error))
+    if isinstance(error, HandshakeTimeoutError):
+        reason = "connected, but the TLS handshake did not end in time"
+        return AttemptFailedError("transient", "tls.timeout", reason)
+    if isinstance(error, ResetAfterHandshakeError):
+        reason = "it broke the connection right after the TLS handshake" + _MAYBE_CERTIFICATE
+        return AttemptFailedError("transient", "tls.broken", reason)
     if isinstance(error, httpcore2.ConnectTimeout):
         return AttemptFailedError("transient", "connect_timeout", "could not connect in time")
     if isinstance(error, httpcore2.TimeoutException):
         return AttemptFailedError("transient", "timeout", "stopped answering")
     for cause in _causes(error):
-        found = _failure_of_cause(cause)
+        found = _failure_of_cause(cause, is_handshake=isinstance(error, httpcore2.ConnectError))
         if found is not None:
             return found
     # The error's text may contain what was received.
@@ -256,7 +319,7 @@ def failure_of(error: Exception) -> AttemptFailedError:
     )
 
 
-def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
+def _failure_of_cause(cause: BaseException, *, is_handshake: bool) -> AttemptFailedError | None:
     if isinstance(cause, ssl.SSLCertVerificationError):
         reason = f"its certificate is not valid: {cause.verify_message}"
         return AttemptFailedError("permanent", "tls.certificate", reason)
@@ -264,17 +327,38 @@ def _failure_of_cause(cause: BaseException) -> AttemptFailedError | None:
         reason = "it does not support TLS 1.2 or newer"
         return AttemptFailedError("permanent", "tls.version", reason)
     if isinstance(cause, ssl.SSLError):
-        # Its number is OpenSSL's own, so `os.strerror` would mislead.
-        reason = "the TLS connection failed; a server without TLS may listen there"
-        return AttemptFailedError("transient", "protocol", reason)
+        return _failure_of_tls(cause.reason or "", is_handshake=is_handshake)
     if isinstance(cause, socket.gaierror):
         kind: FailureKind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
         return AttemptFailedError(kind, "dns", "its host name was not found")
+    if isinstance(cause, UnicodeError):  # a name that cannot be written for DNS
+        return AttemptFailedError("name", "dns", "its host name was not found")
     if isinstance(cause, ConnectionRefusedError):
         return AttemptFailedError("transient", "connect", "connection refused")
     if isinstance(cause, OSError) and cause.errno is not None:
         return AttemptFailedError("transient", "connect", os.strerror(cause.errno).lower())
     return None
+
+
+def _failure_of_tls(name: str, *, is_handshake: bool) -> AttemptFailedError:
+    """The failure for OpenSSL's ``name`` of an error.
+
+    The number of such an error is OpenSSL's own, so `os.strerror` would mislead.
+    """
+    found = _ALERT.fullmatch(name)
+    alert = "" if found is None else found["alert"]
+    if alert == "CERTIFICATE_REQUIRED":
+        reason = "it requires a client certificate, and none is sent"
+        return AttemptFailedError("permanent", "tls.client_certificate", reason)
+    if alert:
+        words = alert.replace("_", " ").lower()
+        reason = f"it ended the TLS connection with the alert {words!r}{_HINTS.get(alert, '')}"
+        return AttemptFailedError("transient", "tls.alert", reason)
+    if is_handshake:
+        reason = "the TLS connection failed; a server without TLS may listen there"
+        return AttemptFailedError("transient", "protocol", reason)
+    reason = "the TLS connection broke: what arrived is damaged, or is not TLS"
+    return AttemptFailedError("transient", "tls.broken", reason)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

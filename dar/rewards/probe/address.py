@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import httpcore2
 
+from dar.protocol.hints import HINTS
 from dar.rewards.http.dns import RESOLVE_SECONDS
 from dar.rewards.http.egress import EgressPolicy, GuardedBackend, Target, parse_url
 from dar.rewards.http.endpoint import default_tls
@@ -13,8 +14,6 @@ from dar.rewards.http.responses import failure_of
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.report import ReportBuilder
 
-DAYS_LEFT = 14
-"""Days that a certificate should still be valid."""
 SECONDS_OF_DAY = 86_400
 SHOWN_ADDRESSES = 4
 
@@ -52,7 +51,7 @@ async def _security(
     if until is None:
         return f"{found.version()}"
     days = (ssl.cert_time_to_seconds(until) - datetime.now(UTC).timestamp()) / SECONDS_OF_DAY
-    if days < DAYS_LEFT:
+    if days < HINTS.probe_certificate_days:
         report.warn("tls.expires_soon", f"its certificate is valid for {days:.1f} more days")
     return f"{found.version()}, certificate valid until {until}"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dar.protocol.hints import HINTS
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.base import RewardSample
 from dar.rewards.probe.client import ProbeCall
@@ -21,16 +22,10 @@ LOAD_SECONDS = 90.0
 GROUP = 4
 WORDS = 500
 """Words in a built-in completion."""
-NOTICED_SECONDS = 0.25
-"""Latency below which queueing inside the service is not reported."""
-QUEUEING = 2.0
-"""Factor of latency under load above which additional requests only queue."""
 LONGEST_PAUSE = 5.0
 """Most seconds to wait for a ``Retry-After`` after the load."""
 SHORTEST_ATTEMPT = 5
 """Fewest seconds that are suggested for an attempt: a service may be slower later."""
-MOSTLY = 0.5
-"""Share of failed requests above which retries do not help."""
 EXAMPLE = {"prompts": 32, "completions": 4, "seconds": 30.0}
 
 
@@ -98,9 +93,9 @@ def _report_failures(session: ProbeSession, load: Load) -> None:
     example = next(one for one in load.all if one.code == worst)
     if load.throttled:
         report.warn("load.throttled", text, example)
-    elif failed <= MOSTLY * calls:
+    elif failed <= HINTS.probe_failed * calls:
         report.warn("load.errors", text, example)
-    if failed > MOSTLY * calls and (not load.throttled or failed == calls):
+    if failed > HINTS.probe_failed * calls and (not load.throttled or failed == calls):
         report.error(worst, text, None if load.throttled else example)
 
 
@@ -123,7 +118,8 @@ def _report_slowness(report: ReportBuilder, component: RewardComponent, load: Lo
 def _useful_concurrency(load: Load) -> int | None:
     """Requests in service at once, by Little's law; None: load did not slow it."""
     answered = sum(one.failure is None for one in load.concurrent)
-    is_slowed = quantile(load.latencies, 0.5) > max(NOTICED_SECONDS, QUEUEING * load.alone.seconds)
+    slow = max(HINTS.probe_noticed_seconds, HINTS.probe_queueing * load.alone.seconds)
+    is_slowed = quantile(load.latencies, 0.5) > slow
     if load.alone.failure is not None or not answered or not is_slowed:
         return None
     return max(1, math.ceil(load.alone.seconds * answered / load.seconds))
@@ -153,11 +149,12 @@ def suggestions(component: RewardComponent, load: Load) -> dict[str, Any]:
 
 
 def _hint(latency: float, size: int) -> str:
-    """Little's formula, times 1.5 for varying latencies."""
+    """Little's formula, times `capacity_margin` for varying latencies."""
     samples = EXAMPLE["prompts"] * EXAMPLE["completions"]
-    needed = max(1, math.ceil(1.5 * latency * samples / size / EXAMPLE["seconds"]))
+    margin = HINTS.capacity_margin
+    needed = max(1, math.ceil(margin * latency * samples / size / EXAMPLE["seconds"]))
     return (
-        f"Requests in flight that hide the latency: 1.5 x {latency:.3g} s x samples per step / "
+        f"Requests in flight that hide the latency: {margin:g} x {latency:.3g} s x samples per step / "
         f"{size} / T, where T is the time in seconds that sampling and training of a step take. "
         f"For {EXAMPLE['prompts']:g} prompts with {EXAMPLE['completions']:g} completions each and "
         f"T = {EXAMPLE['seconds']:g}: {needed}."

@@ -23,8 +23,6 @@ NAMES = {
 MAX_EXCHANGES = 8
 MAX_DETAIL = 1000
 """Characters of a finding's text, which may quote the service."""
-SAME = 1e-6
-"""Rewards that differ by no more are equal."""
 _OWN_SAMPLES = (
     "See the answer under exchange. If the service needs columns, probe it with samples of your "
     "own."
@@ -46,6 +44,14 @@ ADVICE = {
     "with https:// or http://.",
     "tls.certificate": "Renew the certificate for this host name, from an authority that the "
     "trainer's machine trusts.",
+    "tls.client_certificate": "No client certificate is ever sent. Have the service check the "
+    "signature or a secret header instead.",
+    "tls.alert": "Check that this server serves the host name of the URL, accepts TLS 1.2 or newer, "
+    "and requires no client certificate.",
+    "tls.broken": "See the log of the server, or of the proxy in front of it: it must not require a "
+    "client certificate, and must not send anything unencrypted.",
+    "tls.timeout": "Check that a server with TLS listens on this port, and that it has time for new "
+    "connections.",
     "tls.version": "Enable TLS 1.2 or newer on the server.",
     "tls.expires_soon": "Renew the certificate before the job ends. After it expires, every "
     "request fails.",
@@ -116,6 +122,7 @@ ADVICE = {
     "reply.deadline, or answer polls; the service must be able to reach the callback URL.",
     "async.not_consumed": "Report it to the operator of this installation: a second callback must "
     "be answered with duplicate.",
+    "client_fault": "Report it as a fault of this product, with the answer under exchange.",
     "unfinished": "Probe again with more time, or find out why the service is slow.",
 }
 ADVICE_BY_PREFIX = {

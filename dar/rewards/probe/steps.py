@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dar.errors import RewardContractError
+from dar.protocol.hints import HINTS
 from dar.rewards.base import Failed, RewardResult, RewardSample, Skipped
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.rewards.probe.client import ProbeCall, ProbeClient
-from dar.rewards.probe.report import SAME, ReportBuilder, in_words, largest_difference, rewards_in
+from dar.rewards.probe.report import ReportBuilder, in_words, largest_difference, rewards_in
 
-NOISY = 0.2
-"""Share of the rewards' spread above which noise is reported."""
 LONG_CHARACTERS = 64 * 1024
 UNUSUAL = {
     "accents and CJK": "naïve café, Ångström; 東京の天気は晴れです。",
@@ -115,10 +114,10 @@ async def check_determinism(session: ProbeSession) -> None:
     if lost:
         report.same_id_noise = largest_difference(again, lost)
         report.noise = max(report.noise, largest_difference(session.first, lost))
-    if (report.same_id_noise or 0.0) > SAME:
+    if (report.same_id_noise or 0.0) > HINTS.probe_equal:
         text = in_words(report.same_id_noise or 0.0)
         report.warn("determinism.same_id", f"the same request got a different answer: {text}")
-    if report.noise > SAME:
+    if report.noise > HINTS.probe_equal:
         text = in_words(report.noise)
         report.warn("determinism.random", f"the same completion got a different reward: {text}")
     same = "not tried" if report.same_id_noise is None else in_words(report.same_id_noise)
@@ -132,7 +131,7 @@ async def check_order(session: ProbeSession) -> None:
         report.skip("each request holds one sample")
         return
     noise = report.noise or 0.0
-    tolerance = max(SAME, 2 * noise)
+    tolerance = max(HINTS.probe_equal, 2 * noise)
     turned = list(reversed(session.samples[:size]))
     distances: dict[str, float] = {}
     for code, rounds in (
@@ -225,12 +224,12 @@ async def check_spread(session: ProbeSession) -> None:
         report.skip("fewer than two rewards to compare")
         return
     spread = max(rewards) - min(rewards)
-    if spread <= SAME:
+    if spread <= HINTS.probe_equal:
         report.warn("spread.constant", f"{len(rewards)} completions all got {rewards[0]:.4g}")
     noise = report.noise or 0.0
-    if len(own) > 1 and SAME < noise < math.inf:
+    if len(own) > 1 and HINTS.probe_equal < noise < math.inf:
         own_spread = max(own) - min(own)
-        if noise > NOISY * own_spread:
+        if noise > HINTS.probe_noise * own_spread:
             report.warn("spread.noise", f"noise {noise:.3g}, spread of rewards {own_spread:.3g}")
     report.done(f"from {min(rewards):.4g} to {max(rewards):.4g}")
 

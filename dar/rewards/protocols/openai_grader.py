@@ -7,10 +7,18 @@ then the flag decides.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dar.protocol.rewards import MAX_CODE, MAX_FEEDBACK, load_json, one_line, plain_code, refuse
+from dar.protocol.rewards import (
+    MAX_CODE,
+    MAX_FEEDBACK,
+    kind,
+    load_json,
+    one_line,
+    plain_code,
+    refuse,
+)
 from dar.rewards.base import Failed, RequestBatch, RewardResult, RewardSample, Scored
 from dar.rewards.http.wire import to_json
-from dar.rewards.protocols.strict import kind, number, parts, sent_columns
+from dar.rewards.protocols.strict import number, parts, sent_columns
 
 TRANSIENT = frozenset(
     {"model_grader_server_error", "python_grader_server_error", "unresponsive_reward_error"}

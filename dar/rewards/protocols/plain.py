@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dar.errors import InvalidRequestError
-from dar.protocol.rewards import load_json, refuse
+from dar.protocol.rewards import kind, load_json, refuse
 from dar.rewards.base import RequestBatch, RewardResult, RewardSample, Scored
 from dar.rewards.http.wire import to_json
-from dar.rewards.protocols.strict import kind, number, prompt_text, sent_columns
+from dar.rewards.protocols.strict import number, prompt_text, sent_columns
 
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 _COLUMN = "columns."

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dar.errors import RewardMisconfiguredError
-from dar.protocol.rewards import MAX_PARTS, MAX_REWARD, refuse
+from dar.protocol.rewards import MAX_PARTS, MAX_REWARD, kind, refuse
 from dar.rewards.base import RewardSample
 
 PART_LENGTH = 32
@@ -39,14 +39,6 @@ def number(value: object, where: str, *, coerce: bool = False) -> float:
     if abs(found) > MAX_REWARD:
         refuse("range", f"{where}: {found:g} is beyond ±{MAX_REWARD:g}")
     return found
-
-
-def kind(value: object) -> str:
-    """The type of a JSON value, in words."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
 
 
 def same_length(values: object, expected: int, where: str) -> list[Any]:

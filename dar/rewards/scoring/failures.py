@@ -20,7 +20,7 @@ OUTAGES: frozenset[Family] = frozenset(
 """Failures that may end without a change of the job."""
 KNOWN: dict[str, Family] = {
     "timeout": "timeout", "deadline": "timeout", "http_408": "timeout",
-    "connect": "connect", "connect_timeout": "connect", "protocol": "connect", "breaker_open": "connect",
+    "connect": "connect", "connect_timeout": "connect", "protocol": "connect", "tls.timeout": "connect", "tls.alert": "connect", "tls.broken": "connect", "breaker_open": "connect",
     "dns": "dns",
     "http_425": "http_429", "http_429": "http_429",
     "nonfinite": "nonfinite", "contract.nonfinite": "nonfinite", "contract.length": "length",

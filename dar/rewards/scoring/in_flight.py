@@ -18,6 +18,7 @@ from dar.rewards.threads import (
     LoopThread,
     ScoringStoppedError,
     all_of,
+    carried,
 )
 
 if TYPE_CHECKING:
@@ -217,11 +218,13 @@ class InFlight:
                 found = await source.score(samples, tickets[0].context)
             results = iter(checked(source.name, found, samples))
         except asyncio.CancelledError:
-            raise  # the waiting futures are cancelled as well
-        except Exception as error:  # noqa: BLE001 - outermost frame of the task: set on the waiting futures
+            for future in waiting:
+                future.cancel()
+            raise
+        except BaseException as error:  # noqa: BLE001 - outermost frame of the task: set on the waiting futures
             for future in waiting:
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(carried(error))
             return
         for ticket, future in zip(tickets, waiting, strict=True):
             own = [next(results) for _ in ticket.samples]

@@ -307,10 +307,10 @@ def scorer_from_functions(
     count = len(given) + len(sources)
     factors = [1.0] * count if weights is None else list(weights)
     if len(factors) != count:
+        order = ", then for each model" if sources else ""
         raise ConfigurationError(
-            f"{len(factors)} reward weights for {count} rewards: give one for each function, then for each model"
-            if sources
-            else f"{len(factors)} reward weights for {count} reward functions"
+            f"the number of reward weights is {len(factors)}, but that of rewards is {count}; give "
+            f"one weight for each function{order}"
         )
     components: list[WeightedSource] = []
     taken = {source.name for source in sources}

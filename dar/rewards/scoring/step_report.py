@@ -111,8 +111,8 @@ class StepObserver:
     def not_sent(self, component: str, hits: int, copies: int) -> None:
         """See `RewardObserver`."""
         with self._lock:
-            self._unsent[f"reward/{component}/cached"] += hits + copies
-            self._unsent[f"reward/{component}/cache_hits"] += hits
+            self._unsent[f"reward_requests/{component}/cached"] += hits + copies
+            self._unsent[f"reward_requests/{component}/cache_hits"] += hits
 
     def breaker_changed(self, component: str, state: str, reason: str) -> None:
         """Emit an event for a change of state."""
@@ -157,8 +157,8 @@ class StepObserver:
         if not samples:
             for one in found.requests:
                 if one.outcome != "ok":
-                    samples["reward/n_error"] += one.samples
-                    samples[f"reward/n_error/{one.outcome}"] += one.samples
+                    samples["reward_requests/n_error"] += one.samples
+                    samples[f"reward_requests/n_error/{one.outcome}"] += one.samples
         return found, {**found.metrics, **samples}
 
     def poll_ended(self, component: str, request_id: str, code: str, reason: str) -> None:
@@ -197,9 +197,9 @@ class StepObserver:
             unsent, self._unsent = self._unsent, Counter()
         metrics = {**_metrics(finished, breakers), **unsent}
         for component, found in spans.items():
-            metrics[f"reward/{component}/in_flight"] = _most_at_once(found)
+            metrics[f"reward_requests/{component}/in_flight"] = _most_at_once(found)
         for component, limit in self._concurrency.items():
-            metrics[f"reward/{component}/concurrency"] = limit
+            metrics[f"reward_requests/{component}/concurrency"] = limit
         failed = [one for one in finished if one.record.outcome != "ok"]
         return StepRequests(
             requests=_requests(finished),
@@ -278,7 +278,7 @@ def _failure(finished: FinishedRequest) -> FailedRequest:
 
 def _metrics(finished: Sequence[FinishedRequest], breakers: Mapping[str, str]) -> dict[str, float]:
     values: dict[str, float] = {
-        f"reward/{component}/breaker": BREAKER_STATES.get(state, BREAKER_STATES["open"])
+        f"reward_requests/{component}/breaker": BREAKER_STATES.get(state, BREAKER_STATES["open"])
         for component, state in breakers.items()
     }
     by_component: defaultdict[str, list[FinishedRequest]] = defaultdict(list)
@@ -287,11 +287,13 @@ def _metrics(finished: Sequence[FinishedRequest], breakers: Mapping[str, str]) -
     for component, found in by_component.items():
         seconds = sorted(one.seconds for one in found)
         values |= {
-            f"reward/{component}/requests": len(found),
-            f"reward/{component}/failed_requests": sum(one.record.outcome != "ok" for one in found),
-            f"reward/{component}/retries": sum(one.retries for one in found),
-            f"time/reward/{component}/p50_seconds": quantile(seconds, 0.5),
-            f"time/reward/{component}/p95_seconds": quantile(seconds, 0.95),
+            f"reward_requests/{component}/requests": len(found),
+            f"reward_requests/{component}/failed_requests": sum(
+                one.record.outcome != "ok" for one in found
+            ),
+            f"reward_requests/{component}/retries": sum(one.retries for one in found),
+            f"reward_requests/{component}/p50_seconds": quantile(seconds, 0.5),
+            f"reward_requests/{component}/p95_seconds": quantile(seconds, 0.95),
         }
     return values
 
@@ -327,10 +329,10 @@ def _sample_counts(rewards: Sequence[SampleReward]) -> dict[str, int]:
     statuses = Counter(reward.status for reward in rewards)
     families = Counter(family_of(code_of(reward)) for reward in rewards if reward.status == "error")
     return {
-        "reward/n_valid": statuses["reward"],
-        "reward/n_skip": statuses["skip"],
-        "reward/n_error": statuses["error"],
-        **{f"reward/n_error/{family}": count for family, count in families.items()},
+        "reward_requests/n_valid": statuses["reward"],
+        "reward_requests/n_skip": statuses["skip"],
+        "reward_requests/n_error": statuses["error"],
+        **{f"reward_requests/n_error/{family}": count for family, count in families.items()},
     }
 
 

@@ -111,14 +111,15 @@ class CallbackSender:
                 ) as answer,
             ):
                 return await _rejection(answer, callback.token)
-        except (httpx2.HTTPError, TimeoutError) as error:
+        except (httpx2.HTTPError, OSError, UnicodeError) as error:
+            # OSError: also of TLS, after the handshake. UnicodeError: the host cannot be looked up.
             return f"{type(error).__name__} at {urlsplit(callback.url).netloc}", 0.0
 
 
 def _unusable(url: str) -> str | None:
     try:
         parts = urlsplit(url)
-        httpx2.URL(url)  # each of the two rejects some URLs that the other accepts
+        _ = httpx2.URL(url).host  # each of the two rejects some URLs that the other accepts
     except (httpx2.InvalidURL, ValueError):
         return "its callback's url is not a URL"
     if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:

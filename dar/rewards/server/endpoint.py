@@ -32,6 +32,7 @@ from dar.rewards.http.signing import verify
 from dar.rewards.server.callbacks import CallbackSender, signed
 from dar.rewards.server.idempotency import Answers, Entry
 from dar.rewards.server.options import CheckedOptions
+from dar.rewards.threads import ExitRequestedError
 from dar.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -290,6 +291,8 @@ def _as_json(result: RewardResult) -> Mapping[str, Any]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, RewardContractError):
         return error.message
+    if isinstance(error, ExitRequestedError):
+        error = error.request
     return f"the reward function raised {type(error).__name__}; see the reward server's log"
 
 

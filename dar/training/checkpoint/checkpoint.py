@@ -28,7 +28,13 @@ from torch import Tensor
 
 from dar.disk import file_sha256, sync, sync_tree
 from dar.errors import CheckpointError
-from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Manifest, ManifestFile
+from dar.protocol.checkpoints import (
+    MANIFEST_NAME,
+    RESUME_FOLDER,
+    Manifest,
+    ManifestFile,
+    checkpoint_folders,
+)
 from dar.training.model.adapters import ADAPTER_WEIGHTS, LanguageModel, adapter_name
 
 TENSORS_NAME = "optimizer.safetensors"
@@ -102,6 +108,24 @@ def sweep(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def verify_or_name_older(folder: Path) -> Manifest:
+    """As `verify`, but the error names the checkpoint before a damaged one, if there is one.
+
+    Raises:
+        CheckpointError: See `verify`.
+    """
+    try:
+        return verify(folder)
+    except CheckpointError as error:
+        series = checkpoint_folders(folder.parent)
+        older = series[: series.index(folder)] if folder in series else []
+        if not older:
+            raise
+        raise CheckpointError(
+            f"{error.message}; resume from the one before, {older[-1]}, instead"
+        ) from error
+
+
 def verify(folder: Path) -> Manifest:
     """Read a checkpoint's manifest and check every file against it.
 
@@ -114,7 +138,11 @@ def verify(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST_NAME}") from None
     except ValidationError as error:
-        raise CheckpointError(f"{folder / MANIFEST_NAME} cannot be read: {error}") from None
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME} cannot be read: {where}{': ' if where else ''}{first['msg']}"
+        ) from None
     listed = {file.name: file for file in manifest.files}
     present = {file.name: file for file in _describe(folder)}
     for name in sorted(listed.keys() | present.keys()):

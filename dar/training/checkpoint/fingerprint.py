@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from dar.protocol.reward_spec import Rewards
 from dar.rewards.functions import FunctionReward, RewardFunction
@@ -30,6 +31,12 @@ DIGESTED = {
     "base": "the base model has other weights",
 }
 """Facts of which only a digest is known, and how a difference reads."""
+PARTS = {
+    "vocabulary": "the tokenizer has another vocabulary or other special tokens",
+    "chat_template": "the tokenizer has another chat template",
+    "trained": "other weights of the model are trained, and others frozen",
+}
+"""The same for `part_digests`."""
 
 
 def rows_sha256(rows: Rows) -> str:
@@ -116,6 +123,30 @@ def decisive_facts(
         )
     )
     return facts
+
+
+def part_digests(policy: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Digests of what `decisive_facts` leaves out, as checkpoints of earlier versions lack it.
+
+    Args:
+        policy: The model before it is split between processes; only what of it is trained counts.
+        tokenizer: Its tokenizer.
+    """
+    trained = sorted(name for name, one in policy.named_parameters() if one.requires_grad)
+    parts = {
+        "vocabulary": [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map],
+        "chat_template": tokenizer.chat_template,
+        "trained": trained,
+    }
+    return {
+        name: hashlib.sha256(json.dumps(part, default=str, sort_keys=True).encode()).hexdigest()
+        for name, part in parts.items()
+    }
+
+
+def differences_of_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """In what two results of `part_digests` differ, in words."""
+    return [text for name, text in PARTS.items() if before.get(name, now[name]) != now[name]]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dar.errors import CheckpointError
 from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile, checkpoint_folders
 from dar.training.checkpoint import checkpoint
-from dar.training.checkpoint.fingerprint import differences, environment
+from dar.training.checkpoint.fingerprint import differences, differences_of_parts, environment
 from dar.training.checkpoint.hub import HubPush
 from dar.training.model.adapters import save_adapter
 from dar.training.parallel import deepspeed
@@ -59,6 +59,7 @@ class RunCheckpoints:
         run: The training run.
         hub: Uploads what was published.
         decisive: Everything that decides the result; see `decisive_facts`.
+        parts: What else has to be the same; see `part_digests`.
         is_resized: Whether an adapter is published with the token embeddings.
         members: The parts of the trainer that have a state.
         last_report: Returns the metrics of the last report.
@@ -72,6 +73,7 @@ class RunCheckpoints:
         hub: HubPush,
         *,
         decisive: dict[str, Any],
+        parts: dict[str, str],
         is_resized: bool,
         members: Sequence[Stateful],
         last_report: Callable[[], dict[str, float]],
@@ -82,6 +84,7 @@ class RunCheckpoints:
         self._run = run
         self._hub = hub
         self._decisive = decisive
+        self._parts = parts
         self.config_sha256 = checkpoint.digest(decisive)
         self._is_resized = is_resized
         self._members = members
@@ -126,14 +129,41 @@ class RunCheckpoints:
             CheckpointError: It is damaged or belongs to other arguments.
         """
         manifest = Manifest.model_validate(
-            self._run.ranks.from_main(lambda: checkpoint.verify(folder).model_dump(mode="json"))
+            self._run.ranks.from_main(
+                lambda: checkpoint.verify_or_name_older(folder).model_dump(mode="json")
+            )
         )
         self._resumed = checkpoint.ResumeState.load(folder)
         if manifest.config_sha256 != self.config_sha256:
+            self._keep_rate(self._resumed.trainer.get("decisive"))
+        if manifest.config_sha256 != self.config_sha256:
             self._compare(folder, self._resumed.trainer.get("decisive"))
+        if found := differences_of_parts(self._resumed.trainer.get("parts", {}), self._parts):
+            raise self._other_arguments(folder, found)
         if folder.resolve().parent == self.root.resolve():
             self._own_folders = (self.root / folder.name,)
         return manifest
+
+    def _keep_rate(self, before: Mapping[str, Any] | None) -> None:
+        """Go on with the checkpoint's learning rate if this run would only choose one.
+
+        The choice may have changed between two versions.
+        """
+        args = self._run.trainer.args
+        if before is None or args.chosen_rate is None or args.chosen_rate.multiplier != 1:
+            return
+        rate = before["config"]["learning_rate"]
+        if rate == args.learning_rate:
+            return
+        self._run.sink.event(
+            "info",
+            f"the run goes on with the peak learning rate that it began with, {rate:g}; a new run "
+            f"would have {args.learning_rate:g}",
+            {"kind": "kept_learning_rate", "learning_rate": rate, "chosen": args.learning_rate},
+        )
+        args.learning_rate, args.chosen_rate = rate, None
+        self._decisive["config"]["learning_rate"] = rate
+        self.config_sha256 = checkpoint.digest(self._decisive)
 
     def _compare(self, folder: Path, before: dict[str, Any] | None) -> None:
         """Accept a checkpoint of other arguments if only the number of steps has grown.
@@ -154,10 +184,14 @@ class RunCheckpoints:
                 )
             if new >= old:
                 return
-        what = "; ".join(found.values()) or "other hyperparameters, data or base weights"
-        raise CheckpointError(
-            f"the checkpoint {folder} was made with other arguments: {what}; resume with the same "
-            "ones, or start a new run from its model"
+        raise self._other_arguments(
+            folder, list(found.values()) or ["other hyperparameters, data or base weights"]
+        )
+
+    def _other_arguments(self, folder: Path, found: Sequence[str]) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint {folder} was made with other arguments: {'; '.join(found)}; resume "
+            "with the same ones, or start a new run from its model"
         )
 
     def load_weights(self, folder: Path) -> None:
@@ -299,7 +333,11 @@ class RunCheckpoints:
         self._write_model(folder, weights)
         self._hub.write_card(folder)  # instead of peft's, which has paths of this machine
         trainer.state.save_to_json(str(folder / RESUME_FOLDER / TRAINER_STATE_NAME))
-        own: dict[str, Any] = {"environment": self._environment(), "decisive": self._decisive}
+        own: dict[str, Any] = {
+            "environment": self._environment(),
+            "decisive": self._decisive,
+            "parts": self._parts,
+        }
         for member in self._members:
             own |= member.state()
         checkpoint.save_resume_state(folder, optimizer, trainer.lr_scheduler.state_dict(), own)

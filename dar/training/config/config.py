@@ -3,7 +3,7 @@
 import functools
 import json
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -29,6 +29,9 @@ from dar.training.config.ignored import refuse_without_effect
 from dar.training.config.ranges import check_ranges
 from dar.training.parallel import deepspeed_config
 from dar.training.report.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from dar.training.config.learning_rates import ChosenRate
 
 _CHECKPOINTING = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -149,7 +152,12 @@ class DARConfig(TrainingArguments):
         OPTIMIZERS.get(SPEC_FIELDS["optim"].default, SPEC_FIELDS["optim"].default),
         source=_TRANSFORMERS,
     )
-    learning_rate: float = spec_field(SPEC_FIELDS["learning_rate"], source="arXiv 2602.11523: 1e-6")
+    learning_rate: float | None = spec_field(  # type: ignore[assignment]  # transformers takes no null
+        SPEC_FIELDS["learning_rate"], source="docs/decisions; arXiv 2602.11523: 1e-6"
+    )
+    learning_rate_multiplier: float = spec_field(
+        SPEC_FIELDS["learning_rate_multiplier"], source="OpenAI's API"
+    )
     warmup_steps: float = spec_field(
         SPEC_FIELDS["warmup_steps"], source=f"{_TRANSFORMERS}; below 1: a share of all steps"
     )
@@ -173,6 +181,8 @@ class DARConfig(TrainingArguments):
         """Passes that the run may not exceed; None: its length is given in steps."""
         self.checkpoint_seconds: float | None = None
         """Longest time of training without a checkpoint; None: ``save_steps`` alone decides."""
+        self.chosen_rate: ChosenRate | None = None
+        """How ``learning_rate`` was chosen, once a trainer has; None: it was given."""
         check_ranges(vars(self))
         check_trackers(self.report_to)
         self._use_own_names()
@@ -274,6 +284,7 @@ class DARConfig(TrainingArguments):
         own = {f.name for f in fields(DARConfig)} - {f.name for f in fields(TrainingArguments)}
         own -= {"reward_model_path"}  # its weights change the result, not their path
         own -= {"overlap", "order"}  # only whether one step is sampled ahead changes the result
+        own -= {"learning_rate_multiplier"}  # the trainer puts it into the learning rate
         values = {name: getattr(self, name) for name in sorted(own | DECISIVE)}
         values = {name: getattr(value, "value", value) for name, value in values.items()}
         if not values["chat_template_kwargs"]:  # fingerprints of earlier versions do not have it
@@ -294,7 +305,7 @@ def _variables(given: object) -> dict[str, Any] | None:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError(
                 f"{name} must be a JSON object, but is {given!r:.80}: {error}", param=name
             ) from None

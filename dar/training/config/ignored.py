@@ -63,6 +63,21 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
 """Options of `transformers.TrainingArguments` that this trainer cannot honour, and their neutral
 values. Any other value is refused."""
 
+OPTIMIZER_ARGUMENTS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(
+        (
+            *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
+            *("adafactor", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+            *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "lomo", "adalomo"),
+        ),
+        frozenset(),
+    ),
+    "sgd": frozenset({"momentum", "dampening", "nesterov"}),
+    "adagrad": frozenset({"lr_decay", "eps"}),
+    "rmsprop": frozenset({"momentum", "alpha", "eps", "centered"}),
+}
+"""What these optimizers read of ``optim_args``; transformers ignores all other arguments."""
+
 OF_EVALUATION: dict[str, dict[str, tuple[object, ...]]] = {
     "no": {"do_eval": (False,), "eval_steps": (None,), "eval_delay": (0,)},
     "steps": {},
@@ -87,6 +102,22 @@ def refuse_without_effect(arguments: TrainingArguments) -> None:
                 f"leave it at {neutral[0]!r}",
                 param=name,
             )
+    _refuse_arguments_of_optimizer(arguments)
+
+
+def _refuse_arguments_of_optimizer(arguments: TrainingArguments) -> None:
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    read = OPTIMIZER_ARGUMENTS.get(optimizer)
+    if not arguments.optim_args or read is None:
+        return
+    given = {part.partition("=")[0].strip() for part in arguments.optim_args.split(",")}
+    if ignored := sorted(given - read):
+        advice = f"it takes {', '.join(sorted(read))}" if read else "leave optim_args out"
+        raise InvalidRequestError(
+            f"optim_args has {' and '.join(map(repr, ignored))}, which {optimizer} ignores; "
+            f"{advice}",
+            param="optim_args",
+        )
 
 
 def _is_settled(arguments: TrainingArguments, name: str) -> bool:

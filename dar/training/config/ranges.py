@@ -43,7 +43,9 @@ def _number(*, is_whole: bool = False, is_optional: bool = False, **limits: floa
 
 
 def _are_texts(value: object) -> bool:
-    return not isinstance(value, str) and isinstance(value, Iterable) and all(value)
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return False
+    return all(isinstance(one, str) and one for one in value)
 
 
 _AT_LEAST_0 = _number(ge=0)
@@ -51,11 +53,15 @@ _ABOVE_0 = _number(gt=0)
 _COUNT = _number(is_whole=True, ge=1)
 
 RANGES: Mapping[str, Rule] = {
+    "output_dir": (lambda value: "\0" not in str(value), "a path without NUL characters"),
     "stop": (_are_texts, "a list of strings, none of them empty"),
     "adam_epsilon": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,  # below 1: a share of all steps, which a job cannot give
     "num_train_epochs": _ABOVE_0,
-    "max_steps": _number(is_whole=True, ge=-1),  # -1 is a job's null: num_train_epochs decides
+    "max_steps": (
+        lambda value: value == -1 or _COUNT[0](value),
+        "a whole number, at least 1, or -1: then num_train_epochs decides",
+    ),
     "logging_steps": _ABOVE_0,
     "save_steps": _ABOVE_0,
     "eval_steps": _number(gt=0, is_optional=True),

@@ -15,12 +15,13 @@ from dar.training.data.rows import Rows
 PARAM = "training_file"
 
 
-def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
+def load_hub_rows(data: HubData, *, is_offline: bool = False, token: str | None = None) -> Rows:
     """One split of a data set, from the hub or from its cache on this machine.
 
     Args:
         data: Name, split and configuration.
         is_offline: Whether the hub may not be called. With ``HF_HUB_OFFLINE=1`` the cache is read.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         TrainingError: There is no such data set, split or configuration, its files cannot be read,
@@ -37,7 +38,9 @@ def load_hub_rows(data: HubData, *, is_offline: bool = False) -> Rows:
     disable_progress_bars()
     datasets_logging.set_verbosity_error()
     try:
-        loaded: Any = load_dataset(f"hf://datasets/{data.name}", data.config, split=data.split)
+        loaded: Any = load_dataset(
+            f"hf://datasets/{data.name}", data.config, split=data.split, token=token
+        )
     except Exception as error:  # noqa: BLE001 - odd files raise anything in datasets
         blame(error, what, f"{what} cannot be loaded", param=PARAM, is_offline=is_offline)
     rows: Rows = loaded

@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import httpx2
@@ -26,6 +26,12 @@ MACHINE_ERRORS = frozenset(
 OTHER_SHAPES = "its weights have other shapes than its config.json says"
 NO_MEMORY = re.compile(r"[Tt]ried to allocate \d[\d.]* ?\w+")
 """What torch says when a GPU or a CPU lacks memory, with the size."""
+GATED_ROWS = "is a gated dataset on the Hub"
+NO_ROWS = "doesn't exist on the Hub or cannot be accessed"
+"""What `datasets` says in place of the hub's answer, which it drops."""
+REFUSALS = frozenset({401, 403})
+"""HTTP statuses of a token that is not valid, or lacks a right."""
+SET_VARIABLE = "set DAR_HF_TOKEN on the worker (HF_TOKEN for dar train) to a token of {}"
 PASSING_STATUSES = frozenset({408, 425, 429})
 """HTTP statuses below 500 that a later request may not get."""
 
@@ -60,18 +66,8 @@ def blame(error: Exception, what: str, failed: str, *, param: str, is_offline: b
 def _of_hub(error: BaseException, what: str, *, param: str, is_offline: bool) -> DARError | None:
     """The error for a user, if the hub or the way to it is the cause; otherwise None."""
     chain = list(_chain(error))
-    if any(isinstance(one, GatedRepoError) for one in chain):
-        return TrainingError(
-            f"the hub gives {what} only to accounts that its owner has accepted; use one that is "
-            "open to all, or a local copy",
-            param=param,
-        )
-    if any(isinstance(one, RepositoryNotFoundError) for one in chain):
-        return TrainingError(
-            f"the hub does not have {what}, or keeps it private; check the name, or use a local "
-            "copy",
-            param=param,
-        )
+    if (refusal := _refusal(chain, what)) is not None:
+        return TrainingError(refusal, param=param)
     if not any(_is_unreachable(one) for one in chain):
         return None
     if is_offline:
@@ -87,6 +83,28 @@ def _of_hub(error: BaseException, what: str, *, param: str, is_offline: bool) ->
     )
 
 
+def _refusal(chain: Sequence[BaseException], what: str) -> str | None:
+    """Why the hub does not give ``what`` to this account; None if that is not the cause."""
+    if any(isinstance(one, GatedRepoError) or GATED_ROWS in str(one) for one in chain):
+        return (
+            f"the hub gives {what} only to accounts that its owner has accepted; accept its "
+            f"licence on its page of the hub, and {SET_VARIABLE.format('that account')}"
+        )
+    if any(isinstance(one, RepositoryNotFoundError) or NO_ROWS in str(one) for one in chain):
+        return (
+            f"the hub does not have {what}, or keeps it private; check the name, use a local copy, "
+            f"or, if it is private, {SET_VARIABLE.format('an account that may read it')}"
+        )
+    for one in chain:
+        if isinstance(one, HfHubHTTPError) and one.response.status_code in REFUSALS:
+            says = "" if one.server_message is None else f": {one.server_message.splitlines()[0]}"
+            return (
+                f"the hub refuses {what} (HTTP {one.response.status_code}{says.rstrip('.')}); "
+                f"{SET_VARIABLE.format('an account that may read it')}"
+            )
+    return None
+
+
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether a GPU or this machine has too little memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(
@@ -99,9 +117,13 @@ TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text without its full stop; its class if it has no text."""
-    lines = (line.strip() for line in str(error).splitlines())
-    text = next((line for line in lines if line), "").rstrip(".:")
+    """The first line of an error's text without its full stop; its class if it has no text.
+
+    A first line that ends in a colon is a heading, so the next one follows it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    is_heading = len(lines) > 1 and lines[0].endswith(":")
+    text = " ".join(lines[: 2 if is_heading else 1]).rstrip(".:")
     if not text or isinstance(error, TERSE):
         return f"{type(error).__name__}: {text}".rstrip(": ")
     return text

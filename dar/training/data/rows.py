@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +22,7 @@ from dar.protocol.rows import (
 )
 from dar.protocol.samples import FinishReason
 from dar.rewards.http.wire import check_sendable
+from dar.training.data.chat import rendered_chat
 from dar.training.data.codec import TextCodec, common_length
 
 BUFFER_BYTES = 64 * 1024
@@ -215,8 +215,15 @@ def check_table(rows: Rows) -> None:
     """Reject a data set that is not a table of rows.
 
     Raises:
-        InvalidRequestError: It is a dictionary of splits, has no length, or is empty.
+        InvalidRequestError: It is a dictionary of splits, a path or a table of columns, has no
+            length, or is empty.
     """
+    if isinstance(rows, str | bytes | Path):
+        raise InvalidRequestError(
+            f"the data set is the text or path {str(rows)!r:.80}; load it first: "
+            "datasets.load_dataset",
+            param="training_file",
+        )
     if isinstance(rows, Mapping):
         names = ", ".join(map(str, rows))
         raise InvalidRequestError(
@@ -225,12 +232,20 @@ def check_table(rows: Rows) -> None:
         )
     if not hasattr(rows, "__len__"):
         raise InvalidRequestError(
-            f"a {type(rows).__name__} cannot be trained on: rows are read by number, in a random "
+            f"data of the type {type(rows).__name__} cannot be trained on: rows are read by number, in a random "
             "order, so a data set needs a length; load it without streaming",
             param="training_file",
         )
     if len(rows) == 0:
         raise InvalidRequestError("the data set has no rows", param="training_file")
+    try:
+        rows[0]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidRequestError(
+            f"data of the type {type(rows).__name__} cannot be read by the number of a row; give a list of dicts "
+            "or a datasets.Dataset (of a table of pandas: Dataset.from_pandas)",
+            param="training_file",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -360,7 +375,7 @@ class PromptEncoder:
             is_whole: Whether the last message ends.
 
         Raises:
-            InvalidRequestError: The chat template rejects it or is missing.
+            InvalidRequestError: The chat template rejects it, fails or is missing.
         """
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(
@@ -368,20 +383,14 @@ class PromptEncoder:
                 "send plain texts, or use an instruction-tuned model"
             )
         is_continued = messages[-1]["role"] == "assistant"
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    add_generation_prompt=not is_continued and not is_whole,
-                    continue_final_message=is_continued and not is_whole,
-                    tokenize=False,
-                    **variables,
-                )
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"the model's chat template refuses the conversation: {error}"
-            ) from error
+        return rendered_chat(
+            self._tokenizer,
+            messages,
+            variables,
+            whose="the model",
+            add_generation_prompt=not is_continued and not is_whole,
+            continue_final_message=is_continued and not is_whole,
+        )
 
     def bare(self, text: str) -> list[int]:
         """Token ids of exactly this text."""

@@ -9,8 +9,10 @@ act only on some tokens, or need calls and loss terms of their own.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, TrainingError
 
 LanguageModel = PreTrainedModel | PeftModel
 PARAM = "peft_config"
+TARGETS = "method.dar.peft.target_modules"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SHARED_BANK = "vblora_vector_bank"
+"""Part of the names of weights that peft saves once, and that the layers of VB-LoRA share."""
+SHOWN_NAMES = 16
 
 
 class _Any:
@@ -108,17 +115,28 @@ ALLOWED: Mapping[str, Mapping[str, Any]] = {
 """Kinds of adapters that are trained, and for each the options that may differ from their default,
 with their allowed values."""
 
+FACTORS = ("lora_alpha", "alpha", "scaling", "randlora_alpha", "psoft_alpha", "delora_lambda")
+"""Options by which the output of an adapter is multiplied: with 0 it could not be trained."""
+DROPOUTS = ("lora_dropout",)
+"""Probabilities of dropping the input of an adapter: with 1 nothing would be left."""
+MODULE_NAMES = ("target_modules", "modules_to_save", "exclude_modules", "feedforward_modules")
+"""Options that name modules of the model; a text is a pattern, which peft checks itself."""
+MODULE_PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Options whose keys are patterns of modules."""
+TOKEN_INDICES = ("trainable_token_indices", "token_indices")
+"""Options that list tokens, or map modules to lists of tokens."""
+
 
 def check_adapter(config: PeftConfig) -> None:
-    """Reject a kind of adapter, or an option of it, that is not in `ALLOWED`.
+    """Reject a kind of adapter, or an option of it, that is not in `ALLOWED` or cannot be trained.
 
     Raises:
-        InvalidRequestError: It is not.
+        InvalidRequestError: It is not, or cannot.
     """
     kind = _kind(config)
     if kind not in ALLOWED:
         raise InvalidRequestError(
-            f"peft_config is a {type(config).__name__}, and adapters of the kind {kind} are not "
+            f"peft_config is of the type {type(config).__name__}, and adapters of the kind {kind} are not "
             "trained here: reference, log-probabilities, saved or merged weights would be wrong, "
             f"or were never checked; use LoraConfig, or one of {', '.join(sorted(ALLOWED))}",
             param=PARAM,
@@ -136,6 +154,110 @@ def check_adapter(config: PeftConfig) -> None:
             + (f"use one of {', '.join(only)}" if only else "leave it out"),
             param=PARAM,
         )
+    _check_numbers(config)
+
+
+def _check_numbers(config: PeftConfig) -> None:
+    """Reject factors of 0 and dropouts of 1, with which an adapter has no gradient."""
+    factors = [(name, getattr(config, name, None)) for name in FACTORS]
+    patterns: Mapping[str, Any] = getattr(config, "alpha_pattern", None) or {}
+    factors += [(f"alpha_pattern[{name!r}]", value) for name, value in patterns.items()]
+    for name, value in factors:
+        is_usable = isinstance(value, int | float) and math.isfinite(value) and value > 0
+        if value is not None and not is_usable:
+            raise InvalidRequestError(
+                f"peft_config sets {name}={value!r}, but must have a finite number above 0, by "
+                "which the adapter's output is multiplied",
+                param=PARAM,
+            )
+    for name in DROPOUTS:
+        dropout: Any = getattr(config, name, 0.0)
+        if not 0 <= dropout < 1:
+            raise InvalidRequestError(
+                f"peft_config sets {name}={dropout!r}, but must have a probability of at least 0 and "
+                "below 1, as an adapter without input cannot be trained",
+                param=PARAM,
+            )
+
+
+def check_places(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Reject an adapter that names modules or tokens that the model lacks.
+
+    peft itself rejects one only if none of its target modules exists.
+
+    Raises:
+        InvalidRequestError: One is not there.
+    """
+    paths = [name for name, _ in model.named_modules() if name]
+    weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for option in MODULE_NAMES:
+        named = getattr(config, option, None)
+        if named and not isinstance(named, str) and named != ["all-linear"]:
+            _refuse_missing(option, [one for one in named if not _ends_one(one, paths)], paths)
+    parameters = getattr(config, "target_parameters", None) or ()
+    missing = [one for one in parameters if not _ends_one(one, weights)]
+    _refuse_missing("target_parameters", missing, weights)
+    for option in MODULE_PATTERNS:
+        patterns = getattr(config, option, None) or {}
+        missing = [one for one in patterns if not _matches_one(one, [*paths, *weights])]
+        _refuse_missing(option, missing, paths)
+    _check_layers(config, getattr(model.config.get_text_config(), "num_hidden_layers", None))
+    embeddings: Any = model.get_input_embeddings()
+    _check_tokens(config, int(embeddings.weight.shape[0]))
+
+
+def _ends_one(name: object, paths: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def _matches_one(pattern: str, paths: Iterable[str]) -> bool:
+    try:
+        compiled = re.compile(rf"(.*\.)?({pattern})")  # as peft does
+    except re.error:
+        return False
+    return any(compiled.fullmatch(path) for path in paths)
+
+
+def _refuse_missing(option: str, missing: list[Any], paths: Iterable[str]) -> None:
+    if not missing:
+        return
+    names = {path.rpartition(".")[2] for path in paths}
+    raise InvalidRequestError(
+        f"{option} of the adapter names {' and '.join(map(repr, sorted(map(str, missing))))}, which "
+        f"the model lacks; there are: {_shown_names(names)}",
+        param=TARGETS if option == "target_modules" else PARAM,
+    )
+
+
+def _shown_names(names: Iterable[str]) -> str:
+    shown = sorted(name for name in names if not name.isdigit())
+    return ", ".join(shown[:SHOWN_NAMES]) + (", …" if len(shown) > SHOWN_NAMES else "")
+
+
+def _check_layers(config: PeftConfig, count: int | None) -> None:
+    """Reject numbers of layers that the model lacks."""
+    given: Any = getattr(config, "layers_to_transform", None)
+    for layer in [given] if isinstance(given, int) else given or ():
+        if count is not None and not 0 <= layer < count:
+            raise InvalidRequestError(
+                f"layers_to_transform of the adapter has {layer!r}, but the model has layers 0 to "
+                f"{count - 1} only",
+                param=PARAM,
+            )
+
+
+def _check_tokens(config: PeftConfig, vocabulary: int) -> None:
+    """Reject indices of tokens that the model lacks, which peft takes for others or fails with."""
+    for option in TOKEN_INDICES:
+        given: Any = getattr(config, option, None) or ()
+        lists = given.values() if isinstance(given, Mapping) else [given]
+        for index in (one for indices in lists for one in indices):
+            if not isinstance(index, Integral) or not 0 <= int(index) < vocabulary:
+                raise InvalidRequestError(
+                    f"{option} of the adapter has {index!r}, but the model has tokens 0 to "
+                    f"{vocabulary - 1} only",
+                    param=PARAM,
+                )
 
 
 def check_policy(model: nn.Module) -> None:
@@ -249,6 +371,32 @@ def resize_to(model: PreTrainedModel, weights: Path) -> None:
         rows = {file.get_slice(one).get_shape()[0] for one in file.keys() if key.fullmatch(one)}  # noqa: SIM118 - the file is no dict
     if rows and rows != {first.weight.shape[0]}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def check_names(model: PeftModel, folder: Path) -> None:
+    """Reject a file that lacks weights of an adapter, or has others.
+
+    peft leaves what is missing at its start, where an adapter changes nothing, and skips what it
+    does not know.
+
+    Args:
+        model: A model with the adapter.
+        folder: The adapter's.
+
+    Raises:
+        TrainingError: It is such a file.
+    """
+    report = model.load_adapter(str(folder), adapter_name(model))  # the only call that returns one
+    lacking = [one for one in report.missing_keys if SHARED_BANK not in one]
+    for names, what in ((lacking, "lacks"), (report.unexpected_keys, "has unknown weights")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise TrainingError(
+                f"{folder / ADAPTER_WEIGHTS} {what} {', '.join(sorted(names)[:3])}{more}, so it "
+                f"does not fit {folder / ADAPTER_CONFIG} or the model; give the files of one "
+                "adapter and its own base",
+                param="model",
+            )
 
 
 def untie_adapted(model: PeftModel) -> None:

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,20 +14,24 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import hf_api
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
 from dar.protocol.spec import LoraSpec
 from dar.training.data.load_errors import blame
-from dar.training.model import adapters
+from dar.training.model import adapters, probes
 
 LanguageModel = adapters.LanguageModel
 
@@ -39,6 +44,7 @@ def load_model(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     is_offline: bool = False,
+    token: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors; built-in architectures only.
 
@@ -46,13 +52,14 @@ def load_model(
         name: Folder or hub id.
         dtype: Number format of the weights; ``auto``: as they were saved.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         TrainingError: There is no such model, it is an adapter, it needs code of its own, it is not
             a causal language model, or its files lack some of its weights.
         HubUnreachableError: The hub cannot be reached.
     """
-    if (Path(name) / "adapter_config.json").is_file():
+    if (Path(name) / adapters.ADAPTER_CONFIG).is_file():
         raise TrainingError(
             f"the model {str(name)!r} is an adapter, not a whole model; merge it into its base "
             f"first: dar merge {name} -o FOLDER",
@@ -63,7 +70,12 @@ def load_model(
     )
     model: PreTrainedModel
     model, report = from_safetensors(
-        load, name, "a causal language model", param="model", is_offline=is_offline
+        load,
+        name,
+        "a causal language model",
+        param="model",
+        is_offline=is_offline,
+        token=token,
     )
     check_complete(report["missing_keys"], name, "causal language model", param="model")
     _make_savable(model)
@@ -71,7 +83,13 @@ def load_model(
 
 
 def from_safetensors(
-    load: Callable[..., Any], name: str | Path, kind: str, *, param: str, is_offline: bool
+    load: Callable[..., Any],
+    name: str | Path,
+    kind: str,
+    *,
+    param: str,
+    is_offline: bool,
+    token: str | None,
 ) -> Any:  # noqa: ANN401 - what `load` returns
     """Call a ``from_pretrained`` of transformers, for safetensors and built-in architectures only.
 
@@ -81,22 +99,65 @@ def from_safetensors(
         kind: What the model is loaded as, for the error.
         param: The parameter that names the model.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; None: that of this machine's user.
 
     Raises:
         TrainingError: There is no such model, it needs code of its own, or it is of another kind.
         HubUnreachableError: The hub cannot be reached.
     """
     path = str(name)
+    access: dict[str, Any] = {"local_files_only": is_offline, "token": token}
     try:
-        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=is_offline)
-        reject_code(path, config)
-        return load(
-            path, trust_remote_code=False, use_safetensors=True, local_files_only=is_offline
-        )
+        _check_config(path, param, access)
+        # read by itself, so that its faults are not those of weights or tokenizer
+        AutoConfig.from_pretrained(path, trust_remote_code=False, **access)
+        _check_index(Path(path))
+        return load(path, trust_remote_code=False, use_safetensors=True, **access)
     except Exception as error:  # noqa: BLE001 - odd files raise anything in transformers
         what = f"the {param.replace('_', ' ')} {path!r}"
         failed = f"{what} cannot be loaded as {kind} from safetensors"
         blame(error, what, failed, param=param, is_offline=is_offline)
+
+
+def _check_index(folder: Path) -> None:
+    """Reject an index of weights that names files outside of its folder.
+
+    Raises:
+        TrainingError: It does, or is no index.
+    """
+    file = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not file.is_file():
+        return
+    index = json.loads(file.read_text(encoding="utf-8"))
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict):
+        raise TrainingError(f"{file} has no weight_map, so it is no index", param="model")
+    for name in set(map(str, places.values())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TrainingError(
+                f"{file} names {name!r}, which is outside of its folder; the weights of a model "
+                "must lie beside its config",
+                param="model",
+            )
+
+
+def _check_config(path: str, param: str, access: Mapping[str, Any]) -> None:
+    """Reject a model by what its config.json says.
+
+    Raises:
+        TrainingError: It is not a JSON object, or it requires custom code.
+    """
+    config: object = None
+    # transformers uses the content as an object without looking
+    with contextlib.suppress(AttributeError, TypeError):
+        config, _ = PreTrainedConfig.get_config_dict(path, **access)
+    if not isinstance(config, Mapping):
+        what = f"the config.json of the {param.replace('_', ' ')} {path!r}"
+        raise TrainingError(
+            f"{what} is not a JSON object, so the model cannot be loaded; install the model again",
+            param=param,
+        )
+    reject_code(path, config)
 
 
 def check_complete(missing: Collection[str], name: str | Path, kind: str, *, param: str) -> None:
@@ -135,22 +196,45 @@ def reject_code(name: str | Path, config: Mapping[str, Any]) -> None:
         raise TrainingError(why, param="model")
 
 
-def load_tokenizer(name: str | Path, *, is_offline: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, *, is_offline: bool = False, token: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model.
+
+    Args:
+        name: Folder or hub id of the model.
+        is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         TrainingError: There is none.
         HubUnreachableError: The hub cannot be reached.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(name), trust_remote_code=False, local_files_only=is_offline
-        )
+        with _hub_account(token):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(name), trust_remote_code=False, local_files_only=is_offline, token=token
+            )
     except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself
         what = f"the tokenizer of the model {str(name)!r}"
         failed = f"the model {str(name)!r} has no tokenizer that can be loaded"
         blame(error, what, failed, param="model", is_offline=is_offline)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _hub_account(token: str | None) -> Iterator[None]:
+    """Have transformers use ``token`` where it does not pass on what it was given.
+
+    5.23 lists the files beside a tokenizer, and asks what Mistral's were made from, without it.
+    """
+    api = hf_api()
+    before = api.token
+    api.token = before if token is None else token
+    try:
+        yield
+    finally:
+        api.token = before
 
 
 def merge_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
@@ -164,19 +248,50 @@ def merge_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PreTraine
             raise TrainingError(
                 f"the adapter {folder} has no {adapters.ADAPTER_WEIGHTS}", param="model"
             )
+        adapters.check_adapter(read_adapter_config(folder))
         try:
             with _quiet_peft():
-                adapters.check_adapter(PeftConfig.from_pretrained(str(folder)))
                 adapters.resize_to(model, folder / adapters.ADAPTER_WEIGHTS)
                 adapted = PeftModel.from_pretrained(model, str(folder))
+                adapters.check_names(adapted, folder)
                 adapters.untie_adapted(adapted)
                 model = adapted.merge_and_unload()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise TrainingError(
-                f"the adapter {folder} does not fit the model: {error}", param="model"
-            ) from error
+        except Exception as error:  # noqa: BLE001 - odd files raise anything in peft and safetensors
+            what = f"the adapter {folder}"
+            failed = f"{what} does not fit the model, or its files are damaged"
+            blame(error, what, failed, param="model", is_offline=True)
         adapters.settle_tying(model)
     return model.requires_grad_(requires_grad=True)  # peft has frozen it
+
+
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The config of the adapter in ``folder``.
+
+    Raises:
+        TrainingError: It is damaged, or of no adapter that peft knows.
+    """
+    file = folder / adapters.ADAPTER_CONFIG
+    failed = f"{file} is not the config of an adapter"
+    try:
+        if why := _unlike_adapter(json.loads(file.read_text(encoding="utf-8"))):
+            raise TrainingError(f"{failed}: {why}", param="model")  # noqa: TRY301 - as any other fault of it
+        with _quiet_peft():
+            found: PeftConfig = PeftConfig.from_pretrained(str(folder))
+            return found
+    except Exception as error:  # noqa: BLE001 - odd files raise anything in peft
+        blame(error, str(file), failed, param="model", is_offline=True)
+
+
+def _unlike_adapter(config: object) -> str | None:
+    """Why no adapter has such a config; None if one may have it."""
+    if not isinstance(config, dict):
+        return "it holds no JSON object"
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        return "its base_model_name_or_path is no text"
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return f"its peft_type is {kind!r}"
+    return None
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -201,6 +316,8 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.19 reads a property that transformers 5.23 is renaming
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        # such an adapter is refused: see `adapters.check_names`
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         yield
 
 
@@ -216,18 +333,21 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, as log-probabilities are compared between passes."""
+    """Set every dropout probability to 0, as log-probabilities are compared between passes.
+
+    The jitter of a router of experts is noise of training passes as well.
+    """
     for path, module in model.named_modules():
         if "lora_dropout" in path:
             continue  # an adapter's own dropout acts in training passes only
         for name, value in list(vars(module).items()):
             is_probability = name == "p" and isinstance(module, nn.Dropout)
-            if isinstance(value, float) and (is_probability or "drop" in name):
+            if isinstance(value, float) and (is_probability or "drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
 
-def check_forward(model: LanguageModel) -> None:
-    """Reject an architecture that takes no positions, or cannot leave out logits.
+def check_forward(model: LanguageModel, *, param: str = "model") -> None:
+    """Reject an architecture that takes no positions from 0 up, or cannot leave out logits.
 
     Raises:
         TrainingError: It does not take both.
@@ -239,17 +359,38 @@ def check_forward(model: LanguageModel) -> None:
             f"{type(base).__name__} takes no {' and no '.join(sorted(missing))}, without which "
             "padded sequences have wrong log-probabilities; use a decoder-only model of another "
             "architecture",
-            param="model",
+            param=param,
         )
+    if reserved := _reserved_positions(base):
+        raise TrainingError(
+            f"{type(base).__name__} counts positions from {reserved} up, so its log-probabilities "
+            "would be wrong; use a decoder-only model of another architecture",
+            param=param,
+        )
+
+
+def _reserved_positions(model: nn.Module) -> int:
+    """Positions that no token gets: RoBERTa and its relatives count from behind their padding."""
+    return max(
+        (
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ),
+        default=0,
+    )
 
 
 def check_trainable(model: LanguageModel) -> None:
     """Reject a model without a weight that training would change.
 
     Raises:
-        InvalidRequestError: All are frozen.
+        InvalidRequestError: All are frozen, or those that are not are float16.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
+        probes.check_number_formats(model)
         return
     if isinstance(model, PeftModel):
         what, advice = "adapter", "load it with PeftModel.from_pretrained(…, is_trainable=True)"
@@ -283,7 +424,7 @@ def unchanged_cache_option(model: LanguageModel) -> Iterator[None]:
 def context_length(model: LanguageModel) -> int | None:
     """Longest sequence of the model in tokens; None if its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) - _reserved_positions(model) if length else None
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

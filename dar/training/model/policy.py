@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
 from dar.training.config.config import DARConfig
-from dar.training.model import adapters, loading
+from dar.training.model import adapters, loading, probes
+from dar.training.model.vocabulary import check_reference, embeddings_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Policy:
     """Whether the generation config had to learn tokens that end a completion."""
     is_resized: bool
     """Whether an adapter is published with the token embeddings, as its base has fewer or more."""
+    readable: int
+    """The model and its reference have embeddings for the tokens below this."""
 
     @classmethod
     def make(
@@ -45,8 +48,8 @@ class Policy:
 
         Raises:
             InvalidRequestError: ``model`` has an adapter already and would get another, or the
-                reference would have no effect.
-            TrainingError: A model or tokenizer cannot be loaded.
+                reference would have no effect, be trained, or not read every token.
+            TrainingError: A model or tokenizer cannot be loaded, or a model is not causal.
         """
         if ref_model is not None and config.alpha == 0:
             raise InvalidRequestError(
@@ -58,24 +61,27 @@ class Policy:
         if not isinstance(model, str):
             adapters.check_policy(model)
         source = model if isinstance(model, str) else str(model.name_or_path)
-        tokenizer = tokenizer or loading.load_tokenizer(source, is_offline=is_offline)
-        policy = (
-            loading.load_model(model, is_offline=is_offline) if isinstance(model, str) else model
+        tokenizer = tokenizer or _tokenizer_beside(
+            source, is_offline=is_offline, token=config.hub_token
         )
-        loading.check_forward(policy)
+        policy = (
+            loading.load_model(model, is_offline=is_offline, token=config.hub_token)
+            if isinstance(model, str)
+            else model
+        )
+        _check_model(policy, f"the model {source!r}" if source else "the model", param="model")
+        if ref_model is not None:
+            _check_model(ref_model, "the reference model", param="ref_model")
         loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
         has_new_ends = loading.complete_generation_config(policy, tokenizer)
         loading.disable_dropout(policy)
+        probes.check_repeatable(policy)
         sketch = loading.weights_sketch(policy)
         reference: nn.Module | None = ref_model
         transformers.set_seed(config.seed)  # for the random weights of a new adapter
         if peft_config is not None:
-            if isinstance(policy, PeftModel):
-                raise InvalidRequestError(
-                    "the model has an adapter already; leave peft_config out to train that one, or "
-                    "merge it first"
-                )
-            policy = loading.add_adapter(policy, peft_config)
+            policy = _with_adapter(policy, peft_config)
+        probes.check_dora(policy)
         is_resized = isinstance(policy, PeftModel) and adapters.is_resized(policy, source)
         if isinstance(policy, PeftModel):
             named = base_name or adapters.local_base(source) or None
@@ -84,10 +90,13 @@ class Policy:
         elif reference is None and config.alpha > 0:
             reference = copy.deepcopy(policy)
         if reference is not None:
+            if ref_model is not None:
+                check_reference(ref_model, policy, tokenizer)
             loading.disable_dropout(reference)
             reference = reference.requires_grad_(requires_grad=False).eval()
             sketch += loading.weights_sketch(reference)
-        return cls(policy, reference, tokenizer, sketch, has_new_ends, is_resized)
+        readable = min(embeddings_of(one) for one in (policy, ref_model) if one is not None)
+        return cls(policy, reference, tokenizer, sketch, has_new_ends, is_resized, readable)
 
     @property
     def vocabulary(self) -> int:
@@ -98,3 +107,46 @@ class Policy:
         """Move the reference to the policy's device."""
         if self.reference is not None:
             self.reference.to(device)
+
+
+def _tokenizer_beside(
+    source: str, *, is_offline: bool, token: str | None
+) -> PreTrainedTokenizerBase:
+    if not source:
+        raise InvalidRequestError(
+            "the model was given without a folder or hub id, so there is no tokenizer beside it; "
+            "give its tokenizer as processing_class",
+            param="processing_class",
+        )
+    return loading.load_tokenizer(source, is_offline=is_offline, token=token)
+
+
+def _check_model(model: loading.LanguageModel, what: str, *, param: str) -> None:
+    """Reject a model whose log-probabilities would be wrong.
+
+    Args:
+        model: The model or its reference.
+        what: Its name in the error.
+        param: The parameter that names it.
+
+    Raises:
+        TrainingError: It takes no positions, has weights that are not finite, or is not causal.
+    """
+    loading.check_forward(model, param=param)
+    probes.check_finite(model, what, param=param)
+    probes.check_causal(model, param=param)
+
+
+def _with_adapter(policy: loading.LanguageModel, peft_config: PeftConfig) -> PeftModel:
+    """Add a new adapter to ``policy``.
+
+    Raises:
+        InvalidRequestError: It has one already, or lacks the modules that the adapter names.
+    """
+    if isinstance(policy, PeftModel):
+        raise InvalidRequestError(
+            "the model has an adapter already; leave peft_config out to train that one, or merge "
+            "it first"
+        )
+    adapters.check_places(policy, peft_config)
+    return loading.add_adapter(policy, peft_config)

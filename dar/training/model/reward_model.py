@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,10 +26,12 @@ from dar.protocol.rows import Message
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample
 from dar.rewards.functions import as_results
 from dar.rewards.threads import in_daemon_thread
+from dar.training.data.chat import rendered_chat
 from dar.training.data.rows import without_early_turns
 from dar.training.loss import precise
-from dar.training.model import loading
+from dar.training.model import loading, probes
 from dar.training.model.loading import weights_bytes, weights_sketch
+from dar.training.model.vocabulary import check_classifier
 
 RewardModels = str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel]
 """Folder or hub id of a sequence classifier with one label, or such a model, or several of
@@ -56,10 +57,12 @@ class RewardModel:
         name: Component name.
         max_length: Longest text in tokens; default: the limit of model and tokenizer.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
-        InvalidRequestError: The model does not have exactly one label.
-        TrainingError: There is no tokenizer.
+        InvalidRequestError: The model does not have exactly one label, or lacks tokens of its
+            tokenizer.
+        TrainingError: There is no tokenizer, or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class RewardModel:
         max_length: int | None = None,
         variables: Mapping[str, Any] | None = None,
         is_offline: bool = False,
+        token: str | None = None,
     ) -> None:
         if model.config.num_labels != 1:
             raise InvalidRequestError(
@@ -78,8 +82,10 @@ class RewardModel:
                 "text, but a reward is one: use a sequence classifier with num_labels=1",
                 param="reward_model",
             )
+        probes.check_finite(model, f"the reward model {_named(model)}", param="reward_model")
         self._model = model.requires_grad_(requires_grad=False).eval()
-        self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline)
+        self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline, token=token)
+        self._embeddings = check_classifier(model, self._tokenizer, _named(model))
         self._name = name
         self._max_length = max_length or _longest(model, self._tokenizer)
         self._variables = dict(variables or {})
@@ -180,12 +186,18 @@ class RewardModel:
 
         Raises:
             RewardMisconfiguredError: The tokenizer's chat template rejects the conversation, or
-                there is none.
+                there is none; or the model lacks a token of the text.
         """
         if sample.messages is None:
             ids = self._text(sample)
         else:
             ids = self._conversation(sample.messages, sample.completion)
+        if max(ids, default=0) >= self._embeddings:
+            raise RewardMisconfiguredError(
+                f"the reward model {_named(self._model)} has tokens 0 to {self._embeddings - 1} "
+                f"only, but its tokenizer has put token {max(ids)} into a text; use the reward "
+                "model's own tokenizer, or resize its embeddings"
+            )
         if len(ids) <= self._max_length:
             return ids
         starts = {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id}
@@ -216,18 +228,17 @@ class RewardModel:
         return ids
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        whose = f"the reward model {_named(self._model)}"
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=True,
-                return_dict=True,
-                **self._variables,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RewardMisconfiguredError(
-                f"the chat template of the reward model {_named(self._model)} rejects the "
-                f"conversation: {error}"
-            ) from error
+            rendered_chat(self._tokenizer, messages, self._variables, whose=whose)
+        except InvalidRequestError as error:
+            raise RewardMisconfiguredError(error.message) from error
+        encoded: Any = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            return_dict=True,
+            **self._variables,
+        )
         return list(encoded["input_ids"])
 
 
@@ -239,6 +250,7 @@ def load_reward_model(
     dtype: torch.dtype | str = "auto",
     variables: Mapping[str, Any] | None = None,
     is_offline: bool = False,
+    token: str | None = None,
 ) -> RewardModel:
     """Load a reward model from safetensors; built-in architectures only.
 
@@ -249,6 +261,7 @@ def load_reward_model(
         dtype: Number format of the weights; ``auto``: as they were saved.
         variables: Variables of its chat template.
         is_offline: Whether access to the hub is forbidden.
+        token: Token of the hub; default: that of this machine's user.
 
     Raises:
         TrainingError: There is no such model, it needs code of its own, or it is not a sequence
@@ -261,10 +274,22 @@ def load_reward_model(
         AutoModelForSequenceClassification.from_pretrained, dtype=dtype, output_loading_info=True
     )
     model, report = loading.from_safetensors(
-        load, path, "a sequence classifier", param="reward_model", is_offline=is_offline
+        load,
+        path,
+        "a sequence classifier",
+        param="reward_model",
+        is_offline=is_offline,
+        token=token,
     )
     loading.check_complete(report["missing_keys"], path, "reward model", param="reward_model")
-    return RewardModel(model, tokenizer, name=component, variables=variables, is_offline=is_offline)
+    return RewardModel(
+        model,
+        tokenizer,
+        name=component,
+        variables=variables,
+        is_offline=is_offline,
+        token=token,
+    )
 
 
 def make_reward_models(
@@ -273,6 +298,7 @@ def make_reward_models(
     *,
     device: torch.device,
     is_offline: bool,
+    token: str | None = None,
     names: Sequence[str] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[RewardModel]:
@@ -303,11 +329,16 @@ def make_reward_models(
         name = component_name(number) if names is None else names[number - 1]
         if isinstance(model, PreTrainedModel):
             source = RewardModel(
-                model, tokenizer, name=name, variables=variables, is_offline=is_offline
+                model, tokenizer, name=name, variables=variables, is_offline=is_offline, token=token
             )
         else:
             source = load_reward_model(
-                model, tokenizer, component=name, variables=variables, is_offline=is_offline
+                model,
+                tokenizer,
+                component=name,
+                variables=variables,
+                is_offline=is_offline,
+                token=token,
             )
         made.append(source.to(device))
     return made
@@ -325,14 +356,16 @@ def component_name(number: int) -> str:
     return "reward_model" if number == 1 else f"reward_model_{number}"
 
 
-def _tokenizer(model: PreTrainedModel, *, is_offline: bool) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    model: PreTrainedModel, *, is_offline: bool, token: str | None
+) -> PreTrainedTokenizerBase:
     if not model.name_or_path:
         raise InvalidRequestError(
             "the reward model was given as a model without a folder or hub id, so there is no "
             "tokenizer beside it; give reward_processing_class",
             param="reward_processing_class",
         )
-    return loading.load_tokenizer(model.name_or_path, is_offline=is_offline)
+    return loading.load_tokenizer(model.name_or_path, is_offline=is_offline, token=token)
 
 
 def _longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,22 +10,12 @@ needs to be known: the C that is needed is 1.5 C S / T.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from dar.protocol.hints import HINTS
 from dar.protocol.reward_spec import MAX_CONCURRENCY
 from dar.rewards.scoring.in_flight import Ticket
 from dar.training.report.sink import Sink
-
-MARGIN = 1.5
-"""Factor on the computed need, for stragglers."""
-COUNTED = 0.8
-"""Share of the groups whose rate is measured: the last ones are stragglers, which say little about
-capacity."""
-LEAST_WAIT = 0.05
-"""Share of a step that has to be spent waiting before a warning."""
-LEAST_GROUPS = 4
-"""Fewest groups from which a rate is computed."""
-LOUDER = 1.25
-"""Factor by which the need has to grow before the warning is repeated."""
 
 
 class Capacity:
@@ -60,11 +50,12 @@ class Capacity:
         busy = sum(times.get(f"time/{phase}_seconds", 0.0) for phase in phases)
         seconds, self._seconds = self._seconds, {}
         waited = times.get("time/idle_reward_seconds", 0.0)
-        if waited < LEAST_WAIT * times.get("time/step_seconds", 0.0):
+        if waited < HINTS.capacity_least_wait * times.get("time/step_seconds", 0.0):
             return
         for name, needed_seconds in seconds.items():
             needed = needed_concurrency(self._concurrency[name], needed_seconds, busy)
-            if needed_seconds <= busy or needed < LOUDER * self._warned.get(name, 0):
+            repeated = HINTS.capacity_repeated * self._warned.get(name, 0)
+            if needed_seconds <= busy or needed < repeated:
                 continue
             self._warned[name] = needed
             self._sink.event(
@@ -80,6 +71,14 @@ class Capacity:
                     "needed_concurrency": needed,
                 },
             )
+
+    def state(self) -> dict[str, Any]:
+        """The concurrency that was advised for each component, as JSON."""
+        return {"warned": self._warned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state`, so that no warning is repeated."""
+        self._warned = dict(state["warned"])
 
 
 def advice(concurrency: int, needed: int) -> str:
@@ -110,8 +109,8 @@ def service_seconds(answered_at: Sequence[float]) -> float:
     Returns:
         0 if there are too few responses.
     """
-    count = math.ceil(COUNTED * len(answered_at))
-    if len(answered_at) < LEAST_GROUPS:
+    count = math.ceil(HINTS.capacity_counted * len(answered_at))
+    if len(answered_at) < HINTS.capacity_least_groups:
         return 0.0
     times = sorted(answered_at)[:count]
     return (times[-1] - times[0]) / (count - 1) * len(answered_at)
@@ -125,4 +124,4 @@ def needed_concurrency(concurrency: int, service: float, busy: float) -> int:
         service: Seconds that the service needs for a step with that number.
         busy: Seconds of sampling and training in a step.
     """
-    return math.ceil(MARGIN * concurrency * service / max(busy, 1e-9))
+    return math.ceil(HINTS.capacity_margin * concurrency * service / max(busy, 1e-9))

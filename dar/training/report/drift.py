@@ -3,15 +3,17 @@
 Rewards should rise while a policy learns, so nothing is compared with the beginning of a job. The
 rule, for each component:
 
-- *now* is the mean of its last `RECENT` step means, and *before* that of up to `WINDOW` steps
-  before these.
+- *now* is the mean of its last `drift_recent_steps` step means, and *before* that of up to
+  `drift_window_steps` steps before these.
 - *sigma* is the largest of: the deviation of the step means before; the standard error of a step's
   mean before, and that of a step's mean now. So neither a noisy service nor a first success after
   many steps without one is a jump. Nor is a steady rise over the window, which widens the deviation
   as fast as it moves the mean (a straight line is about 2 sigma, whatever its slope).
-- A jump is ``|now - before| > JUMP * sigma``, once there are `WARM_UP` steps before. It is reported
-  once: it lasts until the distance is below `CALM` sigma again, which is soon, when the steps
-  before include the new level.
+- A jump is ``|now - before| > drift_jump * sigma``, once there are `drift_warm_up_steps` steps
+  before. It is reported once: it lasts until the distance is below `drift_calm` sigma again, which
+  is soon, when the steps before include the new level.
+
+The thresholds are those of `dar.protocol.hints`.
 
 Steps without a reward of the component do not count.
 """
@@ -23,13 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-RECENT = 4
-WINDOW = 32
-WARM_UP = 16
-JUMP = 6.0
-CALM = 3.0
-ROUNDING = 1e-9
-"""Share of the rewards' size, or of 1, below which a difference is rounding."""
+from dar.protocol.hints import HINTS
+
+KEPT_STEPS = HINTS.drift_recent_steps + HINTS.drift_window_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Drift:
             "mean_now": self.now,
             "mean_before": self.before,
             "sigma": self.sigma,
-            "steps_now": RECENT,
+            "steps_now": HINTS.drift_recent_steps,
         }
 
 
@@ -92,18 +90,19 @@ class DriftWatch:
         Returns:
             A jump, if one begins in this step.
         """
-        steps = self._steps.setdefault(component, deque(maxlen=RECENT + WINDOW))
+        steps = self._steps.setdefault(component, deque(maxlen=KEPT_STEPS))
         mean = math.fsum(rewards) / len(rewards)
         steps.append(StepMean(mean, statistics.pstdev(rewards, mean) / math.sqrt(len(rewards))))
-        if len(steps) < RECENT + WARM_UP:
+        if len(steps) < HINTS.drift_recent_steps + HINTS.drift_warm_up_steps:
             return None
         now, before, sigma = _compared(list(steps))
         distance = abs(now - before)
         if component in self._jumped:
-            if distance <= CALM * sigma:
+            if distance <= HINTS.drift_calm * sigma:
                 self._jumped.discard(component)
             return None
-        if distance <= max(JUMP * sigma, ROUNDING * max(1.0, abs(now), abs(before))):
+        rounding = HINTS.drift_rounding * max(1.0, abs(now), abs(before))
+        if distance <= max(HINTS.drift_jump * sigma, rounding):
             return None
         self._jumped.add(component)
         return Drift(component, now, before, sigma)
@@ -121,7 +120,7 @@ class DriftWatch:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state`."""
         self._steps = {
-            name: deque((StepMean(*step) for step in steps), maxlen=RECENT + WINDOW)
+            name: deque((StepMean(*step) for step in steps), maxlen=KEPT_STEPS)
             for name, steps in state["steps"].items()
         }
         self._jumped = set(state["jumped"])
@@ -129,7 +128,7 @@ class DriftWatch:
 
 def _compared(steps: list[StepMean]) -> tuple[float, float, float]:
     """Mean now, mean before, and sigma."""
-    past, recent = steps[:-RECENT], steps[-RECENT:]
+    past, recent = steps[: -HINTS.drift_recent_steps], steps[-HINTS.drift_recent_steps :]
     now = math.fsum(step.mean for step in recent) / len(recent)
     before = math.fsum(step.mean for step in past) / len(past)
     deviation = math.sqrt(math.fsum((step.mean - before) ** 2 for step in past) / (len(past) - 1))

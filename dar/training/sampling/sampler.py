@@ -141,16 +141,21 @@ def uniforms(seed: int, step: int, rows: Sequence[int], block: int) -> Tensor:
     return torch.from_numpy(np.stack(drawn)).clamp(max=LARGEST_UNIFORM)
 
 
-def check_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Reject a prompt with a token that the model has no embedding for.
+def check_tokens(texts: Sequence[Sequence[int]], vocabulary: int, what: str = "a prompt") -> None:
+    """Reject a text with a token that the model has no embedding for.
+
+    Args:
+        texts: Token ids of prompts or completions.
+        vocabulary: Tokens below this have an embedding.
+        what: What one of ``texts`` is, for the error.
 
     Raises:
-        InvalidRequestError: A token of a prompt is not below ``vocabulary``.
+        InvalidRequestError: A token is not below ``vocabulary``.
     """
-    largest = max((max(ids) for ids in prompts), default=0)
+    largest = max((max(ids) for ids in texts), default=0)
     if largest >= vocabulary:
         raise InvalidRequestError(
-            f"a prompt has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: "
+            f"{what} has token {largest}, but the model has tokens 0 to {vocabulary - 1} only: "
             "the tokenizer is not the model's, or was extended without it; use the model's "
             "tokenizer, or resize the model's embeddings",
             param="model",
@@ -357,7 +362,7 @@ class Sampler:
             batch.logp_sums_B += logps_B
             if batch.seen_BV is not None:
                 batch.seen_BV.scatter_(1, tokens_B.unsqueeze(1), value=True)
-            kept = self._finish(batch, tokens_B.tolist(), done)
+            kept = self._finish(batch, tokens_B.tolist(), step, done)
             if not kept:
                 return
             if len(kept) < len(batch.rows):
@@ -399,7 +404,9 @@ class Sampler:
         self._impossible_V = self._impossible_V.to(scores_BV.device)
         return self._impossible_V
 
-    def _finish(self, batch: _Batch, tokens: list[int], done: FinishedCompletions) -> list[int]:
+    def _finish(
+        self, batch: _Batch, tokens: list[int], step: int, done: FinishedCompletions
+    ) -> list[int]:
         """Append one token per row; returns the positions of the rows that continue."""
         ended: list[tuple[int, FinishReason]] = []
         kept: list[int] = []
@@ -416,9 +423,18 @@ class Sampler:
             sums = batch.logp_sums_B.tolist()
             for place, reason in ended:
                 if not np.isfinite(sums[place]):
-                    raise TrainingError(
-                        "the policy returns probabilities that are not numbers, so nothing can be "
-                        "sampled; lower learning_rate or max_grad_norm, or raise beta"
-                    )
+                    raise _not_numbers(step)
                 done.add(batch.rows[place], Completion(batch.written[place], sums[place], reason))
         return kept
+
+
+def _not_numbers(step: int) -> TrainingError:
+    """The error of a policy whose probabilities are NaN; in step 1 training is not the cause."""
+    problem = "the policy returns probabilities that are not numbers, so nothing can be sampled"
+    advice = (
+        "no step has changed a weight yet, so look at the weights of the model, at the options of "
+        "its adapter, and at the number format of the passes (bf16, fp16)"
+        if step == 1
+        else "lower learning_rate or max_grad_norm, or raise beta"
+    )
+    return TrainingError(f"{problem}; {advice}")

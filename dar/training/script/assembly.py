@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from dar.errors import InvalidRequestError
+from dar.protocol import target_patterns
 from dar.protocol.spec import LoraSpec
 from dar.rewards.functions import RewardFunction
 from dar.settings import Settings
@@ -34,11 +35,15 @@ def build(
     assert script.model_name_or_path
     assert script.dataset_name
     offline = settings.is_offline
+    if config.hub_token is None and settings.hf_token is not None:
+        config.hub_token = settings.hf_token.get_secret_value()
+    token = config.hub_token
     rows = open_rows(
         script.dataset_name,
         split=script.dataset_train_split,
         config=script.dataset_config,
         is_offline=offline,
+        token=token,
     )
     functions: list[RewardFunction | str] = [
         *map(imported_function, script.reward_function),
@@ -59,6 +64,7 @@ def build(
             split=script.dataset_test_split,
             config=script.dataset_config,
             is_offline=offline,
+            token=token,
         )
     trainer = DARTrainer(
         _model(script, config, is_offline=offline),
@@ -68,7 +74,9 @@ def build(
         reward_model=list(script.reward_model_name_or_path) or None,
         reward_weights=script.reward_weights or None,
         reward_secret=settings.secret_from(settings.reward_secret, "reward_secret"),
-        processing_class=loading.load_tokenizer(script.model_name_or_path, is_offline=offline),
+        processing_class=loading.load_tokenizer(
+            script.model_name_or_path, is_offline=offline, token=token
+        ),
         peft_config=_adapter(script),
         sink=sink,
         control=control,
@@ -97,7 +105,7 @@ def imported_function(name: str) -> RewardFunction:
         raise InvalidRequestError(
             f"--reward_function {name}: {error}", param="reward_function"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidRequestError(
             f"--reward_function {name}: importing {module_name} raised "
             f"{type(error).__name__}: {error}",
@@ -105,7 +113,7 @@ def imported_function(name: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise InvalidRequestError(
-            f"--reward_function {name} is a {type(function).__name__}, not a function",
+            f"--reward_function {name} is of the type {type(function).__name__}, not a function",
             param="reward_function",
         )
     found: RewardFunction = function
@@ -129,13 +137,21 @@ def _model(script: ScriptArguments, config: DARConfig, *, is_offline: bool) -> P
     assert script.model_name_or_path
     is_half = script.use_peft and config.bf16
     dtype = getattr(torch, script.dtype or ("bfloat16" if is_half else "float32"))
-    return loading.load_model(script.model_name_or_path, dtype=dtype, is_offline=is_offline)
+    return loading.load_model(
+        script.model_name_or_path, dtype=dtype, is_offline=is_offline, token=config.hub_token
+    )
 
 
 def _adapter(script: ScriptArguments) -> LoraConfig | None:
     if not script.use_peft:
         return None
     modules = script.lora_target_modules
+    if len(modules) == 1 and (why := target_patterns.problem_of(modules[0])):
+        raise InvalidRequestError(
+            f"--lora_target_modules {modules[0][: target_patterns.SHOWN_PATTERN]!r} is no pattern of modules: {why}; give "
+            "all-linear, a regular expression, or several names",
+            param="lora_target_modules",
+        )
     try:
         spec = LoraSpec(
             type="lora",

@@ -3,15 +3,17 @@
 A dry run loads everything, samples and scores two prompts, and writes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from dar.errors import RewardContractError
+from dar.training.config.config import DARConfig
 from dar.training.report.console import samples_table, show_facts, size
 from dar.training.step.degenerate import DegenerateWatch
+from dar.training.step.learning import LearningWatch
 from dar.training.step.metrics import sample_rows
 from dar.training.step.records import ScoredStep
 from dar.training.trainer import DARTrainer
@@ -36,7 +38,7 @@ def show_preview(
     console.print("[bold]Completions of the first prompts[/bold]")
     console.print(samples_table(sample_rows(step)))
     show_facts(console, "What a run would do (nothing was written)", _facts(trainer, given))
-    for message, _ in DegenerateWatch().add(step, last_step=step.number):
+    for message in _warnings(trainer, step):
         console.print(f"warn: {message}", markup=False, soft_wrap=True)
     failed = [reward for reward in step.rewards if reward.status == "error"]
     if failed:
@@ -48,6 +50,16 @@ def show_preview(
             f"every reward of the {_sampled(step)} was skipped, so a run would train nothing: "
             f"{step.rewards[0].message}"
         )
+
+
+def _warnings(trainer: DARTrainer, step: ScoredStep) -> Iterator[str]:
+    config = trainer.args
+    if trainer.hub.reward_names and (why := config.convergence_problem):
+        yield why
+    assert config.learning_rate is not None  # the trainer has chosen one
+    for watch in (DegenerateWatch(config), LearningWatch(config)):
+        found = watch.add(step, last_step=step.number, learning_rate=config.learning_rate)
+        yield from (message for message, _ in found)
 
 
 def _sampled(step: ScoredStep) -> str:
@@ -64,6 +76,7 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         f"{rows:,} rows",
         "memory": " + ".join(f"{size(count)} {name}" for name, count in memory.items())
         + f" = {size(sum(memory.values()))}, and activations",
+        "learns at": _learning_rate(config),
         "writes to": output + (", checkpoints too" if config.save_strategy != "no" else ""),
     }
     if trainer.hub.reward_names:
@@ -77,5 +90,10 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         facts |= {"each step": f"{prompts} prompts with the completions and rewards of the data"}
     if given.get("push_to_hub"):
         facts["pushes to"] = str(given.get("hub_model_id") or Path(output).absolute().name)
-    order = ("steps", "each step", "rewards", "memory", "writes to", "pushes to")
+    order = ("steps", "each step", "learns at", "rewards", "memory", "writes to", "pushes to")
     return {label: facts[label] for label in order if label in facts}
+
+
+def _learning_rate(config: DARConfig) -> str:
+    how = "" if config.chosen_rate is None else f", chosen for {config.chosen_rate.subject}"
+    return f"a peak learning rate of {config.learning_rate:g}{how}"

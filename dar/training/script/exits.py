@@ -66,14 +66,14 @@ def end(text: str, code: int) -> int:
     return code
 
 
-def fail_by_function(error: Exception) -> int:
+def fail_by_function(error: BaseException) -> int:
     """Show an exception of a user's reward function, with its own part of the traceback.
 
     Returns:
         The exit code.
 
     Raises:
-        Exception: It came from elsewhere.
+        BaseException: It came from elsewhere.
     """
     frames = traceback.extract_tb(error.__traceback__)
     calls = [place for place, one in enumerate(frames) if one.filename == functions.__file__]

@@ -15,7 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from dar.errors import DARError
-from dar.protocol.checkpoints import checkpoint_folders
+from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, checkpoint_folders
 from dar.settings import load_settings
 from dar.training.config.config import DARConfig
 from dar.training.report.console import TrainingConsole
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, a file that may not be read
         place = f": {error.filename}" if error.filename else ""
         return end(f"{error.strerror or error}{place}", ScriptExit.FAILED)
-    except Exception as error:  # noqa: BLE001 - a reward function may raise anything
-        return fail_by_function(error)
     except KeyboardInterrupt:
         return end("interrupted before the first step; nothing was trained", ScriptExit.INTERRUPTED)
+    except BaseException as error:  # noqa: BLE001 - a reward function may raise anything
+        return fail_by_function(error)
 
 
 def run(line: CommandLine) -> int:
@@ -216,8 +216,11 @@ def _say_how_to_load(console: TrainingConsole, trainer: DARTrainer) -> None:
 
 
 def _step_of(folder: Path) -> int:
-    digits = folder.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else 0
+    """Step of a checkpoint, whatever its folder is called; 0 if it is damaged."""
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes()).step
+    except (OSError, ValueError):
+        return 0  # the trainer says what is wrong with it
 
 
 def _quiet(config: DARConfig) -> None:

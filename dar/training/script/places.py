@@ -33,20 +33,16 @@ def check_places(line: CommandLine) -> None:
         InvalidRequestError: A path does not exist, or the output cannot or must not be written.
     """
     script = line.script
+    for param, value in vars(script).items():
+        if any("\0" in one for one in _texts(value)):
+            raise InvalidRequestError(f"--{param} has a NUL character; remove it", param=param)
     for param, name in (
         ("dataset_name", script.dataset_name),
         ("eval_dataset_name", script.eval_dataset_name),
     ):
         if name is not None and _is_path(name, DATA_SUFFIXES):
             raise InvalidRequestError(f"there is no file or folder {name}", param=param)
-    models = [("reward_model_name_or_path", one) for one in script.reward_model_name_or_path]
-    for param, name in (("model_name_or_path", script.model_name_or_path or ""), *models):
-        if _is_path(name):
-            raise InvalidRequestError(f"--{param}: there is no folder {name}", param=param)
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            raise InvalidRequestError(
-                f"--{param}: {name}{_instead_of_model(Path(name))}", param=param
-            )
+    _check_models(line)
     for url in script.reward_url:
         try:
             REWARD_URL.validate_python(url)
@@ -55,13 +51,47 @@ def check_places(line: CommandLine) -> None:
                 f"--reward_url: {error.errors()[0]['msg']}", param="reward_url"
             ) from None
     for name in script.reward_function:
-        module, _, attribute = name.partition(":")
-        if not module or not attribute:
-            raise InvalidRequestError(
-                f"--reward_function is {name!r}, but must be module:function",
-                param="reward_function",
-            )
+        _check_function(name)
     _check_output(line)
+
+
+def _models(line: CommandLine) -> list[tuple[str, str]]:
+    """All models that are loaded, each with the flag that names it."""
+    script = line.script
+    found = [("model_name_or_path", script.model_name_or_path or "")]
+    found += [("reward_model_name_or_path", one) for one in script.reward_model_name_or_path]
+    found.append(("reward_model_path", str(line.config.get("reward_model_path") or "")))
+    return [(param, name) for param, name in found if name]
+
+
+def _check_models(line: CommandLine) -> None:
+    for param, name in _models(line):
+        if _is_path(name):
+            raise InvalidRequestError(f"--{param}: there is no folder {name}", param=param)
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise InvalidRequestError(
+                f"--{param}: {name}{_instead_of_model(Path(name))}", param=param
+            )
+
+
+def _check_function(name: str) -> None:
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise InvalidRequestError(
+            f"--reward_function is {name!r}, but must be module:function",
+            param="reward_function",
+        )
+    if "/" in module or module.endswith(".py"):
+        path = Path(module)
+        raise InvalidRequestError(
+            f"--reward_function {name!r} names a file, but must be module:function; run it in "
+            f"{path.parent.resolve()} and give {path.stem}:{attribute}",
+            param="reward_function",
+        )
+
+
+def _texts(value: object) -> list[str]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
 
 
 def _is_path(name: str, suffixes: tuple[str, ...] = ()) -> bool:
@@ -88,10 +118,11 @@ def _instead_of_model(folder: Path) -> str:
 def _check_output(line: CommandLine) -> None:
     folder = Path(str(line.config["output_dir"]))
     place = folder
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise _refused(f"--output_dir {folder}: {place} is a file; give another folder")
+        what = "a file" if place.exists() else "a link to a place that does not exist"
+        raise _refused(f"--output_dir {folder}: {place} is {what}; give another folder")
     if not os.access(place, os.W_OK):
         raise _refused(f"--output_dir {folder}: {place} cannot be written; give another folder")
     resume = line.config.get("resume_from_checkpoint")
@@ -140,12 +171,9 @@ def _check_overwriting(line: CommandLine, folder: Path) -> None:
             "--overwrite_output_dir removes the run that --resume_from_checkpoint would continue; "
             "give one of them"
         )
-    script = line.script
-    for name in (script.model_name_or_path or "", *script.reward_model_name_or_path):
-        if Path(name).is_dir() and folder.resolve() in (
-            Path(name).resolve(),
-            *Path(name).resolve().parents,
-        ):
+    for _, name in _models(line):
+        holding = (Path(name).resolve(), *Path(name).resolve().parents)
+        if Path(name).is_dir() and folder.resolve() in holding:
             raise _refused(
                 f"--overwrite_output_dir would remove the model {name}; give another --output_dir"
             )

@@ -1,23 +1,26 @@
 """`DegenerateWatch`: detects steps from whose rewards nothing can be learned.
 
-Three kinds are reported, each once in a run, after `FEW_STEPS` such steps in a row of at least
-`FEW_PROMPTS` prompts, or at the end of a run that has fewer:
+Three kinds are reported, each once in a run, after `degenerate_steps` such steps in a row of at
+least `degenerate_prompts` prompts (`dar.protocol.hints`), or at the end of a run that has fewer:
 
 - *constant*: in every group that is compared, all rewards are equal, so all advantages are 0.
 - *truncated*: every completion was cut off, so the policy never sees the end of an answer.
 - *skipped*: a reward component skipped every completion.
 
-A message names the component and two prompts, so that its owner sees what to look at.
+A message names the component and two prompts, so that its owner sees what to look at. That of
+constant rewards also says how they deviate, and what, if anything, would change that.
 """
 
+import math
+import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from dar.protocol.hints import HINTS
+from dar.training.config.config import DARConfig
 from dar.training.step.records import ScoredStep, group_rows
 
-FEW_STEPS = 3
-FEW_PROMPTS = 8
-"""A rare reward is often absent from one or two prompts, so more must be seen."""
 SHOWN_PROMPTS = 2
 SHOWN_CHARACTERS = 80
 """Longest part of a prompt in a message."""
@@ -26,19 +29,27 @@ KINDS: tuple[DegenerateKind, ...] = get_args(DegenerateKind)
 
 
 class DegenerateWatch:
-    """Counts such steps in a row, and warns once of each kind."""
+    """Counts such steps in a row, and warns once of each kind.
 
-    def __init__(self) -> None:
+    Args:
+        config: The arguments of the run.
+    """
+
+    def __init__(self, config: DARConfig) -> None:
+        self._config = config
         self._streaks: dict[DegenerateKind, int] = dict.fromkeys(KINDS, 0)
         self._prompts: dict[DegenerateKind, int] = dict.fromkeys(KINDS, 0)
         self._warned: set[DegenerateKind] = set()
 
-    def add(self, step: ScoredStep, last_step: int) -> list[tuple[str, dict[str, Any]]]:
+    def add(
+        self, step: ScoredStep, last_step: int, *, learning_rate: float
+    ) -> list[tuple[str, dict[str, Any]]]:
         """Count a step after its optimizer step.
 
         Args:
             step: The step.
             last_step: The last one of the run, whose warnings cannot wait for more steps.
+            learning_rate: With which the optimizer has stepped.
 
         Returns:
             Message and data of each event that is due.
@@ -56,13 +67,39 @@ class DegenerateWatch:
             self._streaks[kind] += 1
             self._prompts[kind] += len(step.prompts)
             streak = self._streaks[kind]
-            is_enough = streak >= FEW_STEPS and self._prompts[kind] >= FEW_PROMPTS
+            is_enough = (
+                streak >= HINTS.degenerate_steps and self._prompts[kind] >= HINTS.degenerate_prompts
+            )
             is_whole_run = step.number >= last_step and streak >= step.number
             if kind in self._warned or not (is_enough or is_whole_run):
                 continue
             self._warned.add(kind)
-            due.append((_message(kind, names, step, streak), _data(kind, names, step)))
+            message, data = _message(kind, names, step, streak), _data(kind, names, step)
+            if kind == "constant":
+                spread = RewardSpread.of(step)
+                message += self._why_constant(step, spread, learning_rate)
+                data |= spread.data() | {"learning_rate": learning_rate}
+            due.append((message, data))
         return due
+
+    def _why_constant(self, step: ScoredStep, spread: "RewardSpread", learning_rate: float) -> str:
+        """The rest of the message about rewards that do not distinguish completions."""
+        if spread.within:
+            advice = (
+                f"lower tie_tolerance, which is {self._config.tie_tolerance:g}; without it, alpha "
+                f"+ beta = {spread.fitting:.2g} would fit"
+            )
+        elif _are_copies(step):
+            advice = (
+                "the completions of a prompt are all the same text, so let them differ (by a "
+                "higher temperature, top_p or top_k, or another model); no alpha + beta would fit"
+            )
+        else:
+            advice = "check that it depends on the completion; no alpha + beta would fit"
+        return (
+            f": {advice}; std(reward) is {spread.total:.3g}, and {spread.within:.3g} within a "
+            f"prompt; the learning rate is {learning_rate:.3g}"
+        )
 
     def state(self) -> dict[str, Any]:
         """The counts, as JSON."""
@@ -76,6 +113,37 @@ class DegenerateWatch:
         self._streaks = {name: int(state["streaks"][name]) for name in KINDS}
         self._prompts = {name: int(state["prompts"][name]) for name in KINDS}
         self._warned = set(state["warned"])
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSpread:
+    """Biased standard deviations of a step's rewards."""
+
+    total: float
+    within: float
+    """Within the groups that are compared; 0 if all rewards of each are equal."""
+
+    @classmethod
+    def of(cls, step: ScoredStep) -> "RewardSpread":
+        """The spread of a step with at least one group."""
+        groups = [
+            [step.rewards[row].reward for row in group if row >= 0]
+            for group in group_rows(step.counts).tolist()
+        ]
+        scored = [[value for value in group if value is not None] for group in groups]
+        values = [value for group in scored for value in group]
+        around = [value - math.fsum(group) / len(group) for group in scored for value in group]
+        is_equal = all(len(set(group)) <= 1 for group in scored)  # then the rest is rounding
+        return cls(statistics.pstdev(values), 0.0 if is_equal else statistics.pstdev(around))
+
+    @property
+    def fitting(self) -> float:
+        """The alpha + beta that would fit; 0 if none does."""
+        return self.within / HINTS.advantages_fitting
+
+    def data(self) -> dict[str, Any]:
+        """The same, for an event."""
+        return {"reward_std": self.total, "fitting_alpha_plus_beta": self.fitting or None}
 
 
 # --- what a step shows ---------------------------------------------------------------------------
@@ -96,6 +164,12 @@ def _is_constant(step: ScoredStep, name: str) -> bool:
         if len(values) > 1:
             return False
     return True
+
+
+def _are_copies(step: ScoredStep) -> bool:
+    """Whether the completions that are compared with each other are all the same text."""
+    groups = group_rows(step.counts).tolist()
+    return all(len({step.texts[row] for row in group if row >= 0}) == 1 for group in groups)
 
 
 def _is_truncated(step: ScoredStep) -> bool:
@@ -142,10 +216,11 @@ def _message(kind: DegenerateKind, names: list[str], step: ScoredStep, streak: i
             "prompts, and that it returns null only where it does not"
         )
     values = {reward.reward for reward in step.rewards} - {None}
-    given = f"the reward {values.pop():.4g}" if len(values) == 1 else "equal rewards"
+    one = f"the reward {values.pop():.4g}" if len(values) == 1 else None
+    given = one or ("equal rewards" if not RewardSpread.of(step).within else "nearly equal rewards")
     return (
         f"{who} gave all completions of a prompt {given} in {steps}, {prompts}, so nothing is "
-        "learned from the rewards: check that it depends on the completion"
+        "learned from the rewards"
     )
 
 

@@ -30,6 +30,7 @@ from dar.training.step.metrics import Reporter
 from dar.training.step.pipeline import BeginningSource, Pipeline
 from dar.training.step.records import ScoredStep
 from dar.training.step.reward_feed import Scoring, StepPart
+from dar.training.step.trained_steps import TrainedSteps
 
 MOST_EMPTY_STEPS = 3
 """Training fails after this many steps in a row without two usable rewards."""
@@ -69,8 +70,7 @@ class StepLoop:
         """Loss of the current step so far; None before its first pass."""
         self._pass_count = 0
         self._empty_steps = 0
-        self._trained_steps = 0
-        """Steps of the whole run that changed the model."""
+        self._trained = TrainedSteps(run)
 
     def begin(self, source: BeginningSource, scoring: Scoring) -> None:
         """Begin a training run, whose steps come from ``source``."""
@@ -90,6 +90,7 @@ class StepLoop:
         assert self._pipeline is not None
         self._run.stop_if(("cancel", "drain"))
         self._reporter.begin_step()
+        self._trained.begin_step()
         begun = self._pipeline.take(self._run.trainer.state.global_step + 1)
         self.step, self._loss, self._pass_count = begun.step, None, 0
         is_streamable = self._scoring.is_streamable
@@ -196,7 +197,7 @@ class StepLoop:
         count = step.valid_count if trainer.is_deepspeed_enabled else len(step.pairs)
         loss = loss * (len(rows) * ranks.count / count)
         if ranks.count == 1 and not loss.isfinite():  # with several, the gradient's norm shows it
-            raise _not_finite("loss", step.number)
+            raise self._not_finite("loss", step.number)
         trainer.accelerator.backward(loss)
         step.policy_logps_B[rows] = logps_B.detach().to("cpu", step.policy_logps_B.dtype)
         step.entropies_B[rows] = entropies_B.to("cpu", step.entropies_B.dtype)
@@ -239,8 +240,23 @@ class StepLoop:
         # that overflows without scaling has diverged.
         may_overflow = self._scaler is not None and self._scaler.get_scale() >= 1
         if not math.isfinite(float(norm)) and not may_overflow:
-            raise _not_finite("gradient", self._run.trainer.state.global_step + 1)
+            raise self._not_finite("gradient", self._run.trainer.state.global_step + 1)
         return norm
+
+    def _not_finite(self, what: str, step: int) -> TrainingError:
+        problem = f"the {what} of step {step} is not a finite number"
+        if not self._trained.count:  # so the learning rate is not the cause
+            return TrainingError(
+                f"{problem}, and no step has changed a weight yet; look at the weights of the "
+                "model, at the options of its adapter, and at the rewards and log-probabilities of "
+                "the data",
+                code="not_finite",
+            )
+        return TrainingError(
+            f"{problem}: training has diverged; lower learning_rate or dar_wclip, or raise beta, "
+            "and start again from an earlier checkpoint",
+            code="diverged",
+        )
 
     # --- the end of a step ---------------------------------------------------------------------
 
@@ -265,10 +281,12 @@ class StepLoop:
         times = self._reporter.end_step(step, grad_norm=grad_norm, learning_rate=learning_rate)
         if self._scoring.capacity is not None:
             self._scoring.capacity.end_step(step.number, times)
-        self._reporter.warn_of(step, run.sink, last_step=trainer.state.max_steps)
+        self._reporter.warn_of(
+            step, run.sink, last_step=trainer.state.max_steps, learning_rate=learning_rate
+        )
         self._warn_of_empty(step)
         try:
-            self._count_trained(step)
+            self._count_trained(step, grad_norm, learning_rate)
             self._count_empty(step)
         except DARError:
             self.report({})  # its metrics and samples show why
@@ -293,24 +311,18 @@ class StepLoop:
             step.policy_logps_B[part["rows"]] = part["logps"]
             step.entropies_B[part["rows"]] = part["entropies"]
 
-    def _count_trained(self, step: ScoredStep) -> None:
-        """Count a step that changed the model; a run without one fails, however short it is.
-
-        Raises:
-            TrainingError: This was the last step, and no step changed the model.
-        """
+    def _count_trained(self, step: ScoredStep, grad_norm: float, learning_rate: float) -> None:
         is_skipped = self._scaler is not None and (
             self._run.trainer.accelerator.optimizer_step_was_skipped
         )
-        if step.valid_count and not is_skipped:
-            self._trained_steps += 1
-        if not self._trained_steps and step.number >= self._run.trainer.state.max_steps:
-            why = (
-                "every gradient overflowed float16; use bf16" if is_skipped else _why_unusable(step)
-            )
-            steps = "the only step" if step.number == 1 else f"none of the {step.number} steps"
-            verb = "did not change" if step.number == 1 else "changed"
-            raise TrainingError(f"{steps} {verb} the model: {why}", code="no_rewards")
+        unusable = None
+        if is_skipped:
+            unusable = "every gradient overflowed float16; use bf16"
+        elif not step.valid_count:
+            unusable = _why_unusable(step)
+        self._trained.end_step(
+            step.number, grad_norm=grad_norm, learning_rate=learning_rate, unusable=unusable
+        )
 
     def _warn_of_empty(self, step: ScoredStep) -> None:
         message = _first_message(step)
@@ -358,23 +370,26 @@ class StepLoop:
         """Counters, what has happened since the last report, and what was sampled ahead."""
         return {
             "empty_steps": self._empty_steps,
-            "trained_steps": self._trained_steps,
+            "trained_steps": self._trained.count,
             "reporter": self._reporter.state(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "budget": self._budget_state,
+            "capacity": None if self._scoring.capacity is None else self._scoring.capacity.state(),
             "ahead": None if self._pipeline is None else self._pipeline.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self._empty_steps = state["empty_steps"]
         # Checkpoints of earlier versions do not say; then a run is not failed for it.
-        self._trained_steps = state.get("trained_steps", 1)
+        self._trained.count = state.get("trained_steps", 1)
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
         self._reporter.restore(state["reporter"])
         self._budget_state = state.get("budget")
         if self._scoring.budget is not None and self._budget_state is not None:
             self._scoring.budget.restore(self._budget_state)
+        if self._scoring.capacity is not None and state.get("capacity") is not None:
+            self._scoring.capacity.restore(state["capacity"])
         if self._pipeline is not None:
             self._pipeline.restore(state.get("ahead"))
 
@@ -402,12 +417,4 @@ def _why_unusable(step: ScoredStep) -> str:
         + (f" (the reward source says: {message})" if message else "")
         + "; look at what the reward source returns for the completions, where null (None in "
         "Python) leaves one out"
-    )
-
-
-def _not_finite(what: str, step: int) -> TrainingError:
-    return TrainingError(
-        f"the {what} of step {step} is not a finite number: training has diverged; lower "
-        "learning_rate or dar_wclip, or raise beta, and start again from an earlier checkpoint",
-        code="diverged",
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dar.protocol.metrics import current_values
 from dar.protocol.samples import ReportedSample
 from dar.rewards.scoring.step_report import (
     StepObserver,
@@ -16,10 +17,12 @@ from dar.rewards.scoring.step_report import (
     component_rewards,
     sample_metrics,
 )
+from dar.training.config.config import DARConfig
 from dar.training.loss import MAX_LOG_WEIGHT, dar_loss, effective_sample_size
 from dar.training.report.drift import DriftWatch
 from dar.training.report.sink import Sink
 from dar.training.step.degenerate import DegenerateWatch
+from dar.training.step.learning import LearningWatch
 from dar.training.step.records import ScoredStep
 
 SHOWN_GROUPS = 4
@@ -168,7 +171,7 @@ class MetricsWindow:
     """Metrics since the last report: means over steps, sums of counts, extremes, last counters."""
 
     LAST = frozenset({"train/learning_rate", "train/epoch", "train/tokens"})
-    SUMS = "reward/n_"
+    SUMS = "reward_requests/n_"
     """Prefix of the names of counts."""
     EXTREMES: Mapping[str, Callable[[float, float], float]] = {
         "dar/weights_max": max,
@@ -209,19 +212,28 @@ class MetricsWindow:
         return {"sums": self._sums, "counts": self._counts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        # a checkpoint of an earlier version has other names
+        self._sums = current_values(state["sums"])
+        self._counts = current_values(state["counts"])
 
 
 class Reporter:
-    """Collects the metrics of steps, and sends a report when one is due."""
+    """Collects the metrics of steps, and sends a report when one is due.
 
-    def __init__(self) -> None:
+    Args:
+        config: The arguments of the run.
+    """
+
+    def __init__(self, config: DARConfig) -> None:
         self._window = MetricsWindow()
         self._started = 0.0
         self._ended: float | None = None
         self._tokens = 0
         self._drift = DriftWatch()
-        self._degenerate = DegenerateWatch()
+        self._watches: dict[str, DegenerateWatch | LearningWatch] = {
+            "degenerate": DegenerateWatch(config),
+            "learning": LearningWatch(config),
+        }
         self._last: ScoredStep | None = None
         self.observer: StepObserver | None = None
         """Counts the requests to reward services, if there are any."""
@@ -257,8 +269,10 @@ class Reporter:
         )
         return times
 
-    def warn_of(self, step: ScoredStep, sink: Sink, *, last_step: int) -> None:
-        """Warn of rewards that no source returned, that have jumped, or that give no signal."""
+    def warn_of(
+        self, step: ScoredStep, sink: Sink, *, last_step: int, learning_rate: float
+    ) -> None:
+        """Warn of rewards that no source returned, that have jumped, or that have no effect."""
         count = len(step.rewards)
         if fallbacks := sum(reward.is_fallback for reward in step.rewards):
             sink.event(
@@ -278,8 +292,9 @@ class Reporter:
         for name, values in component_rewards(step.rewards).items():
             if values and (drift := self._drift.add(name, values)):
                 sink.event("warn", drift.message, drift.data(step.number))
-        for message, data in self._degenerate.add(step, last_step):
-            sink.event("warn", message, data)
+        for watch in self._watches.values():
+            for message, data in watch.add(step, last_step, learning_rate=learning_rate):
+                sink.event("warn", message, data)
 
     def _times(self, step: ScoredStep) -> dict[str, float]:
         now = time.monotonic()
@@ -321,7 +336,7 @@ class Reporter:
             "tokens": self._tokens,
             "window": self._window.state(),
             "drift": self._drift.state(),
-            "degenerate": self._degenerate.state(),
+            **{name: watch.state() for name, watch in self._watches.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -329,8 +344,9 @@ class Reporter:
         self._window.restore(state["window"])
         if "drift" in state:
             self._drift.restore(state["drift"])
-        if "degenerate" in state:
-            self._degenerate.restore(state["degenerate"])
+        for name, watch in self._watches.items():
+            if name in state:
+                watch.restore(state[name])
 
 
 def _send_requests(

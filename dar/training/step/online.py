@@ -338,14 +338,14 @@ def make_source(
         count = plan.per_step if mode == "train" else len(rows)
         check_replay(rows, row_encoder, count, mode)
         stream = _stream(run, mode, rows, row_encoder, config)
+        _check_tokens(rows, row_encoder, policy)
         return ReplaySource(run, stream, weigher, tokenizer=tokenizer, mode=mode)
     plan = config.step_plan(len(rows), is_replay=False)
     if mode == "train" and config.dar_k == 1 and plan.per_step == 1:
         raise InvalidRequestError(f"{NOTHING_TO_COMPARE}; set dar_k to at least 2", param="dar_k")
     encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest), config.template_variables)
     stream = _stream(run, mode, rows, encoder, config)
-    if max(tokenizer.get_vocab().values()) >= policy.vocabulary:
-        _check_tokens(rows, encoder, policy.vocabulary)
+    _check_tokens(rows, encoder, policy)
     sampler = _sampler(policy, config, longest)
     return OnlineSource(run, policy, stream, sampler, scoring, weigher, mode=mode)
 
@@ -364,7 +364,7 @@ def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
         policy.tokenizer,
         config.max_prompt_length,
         longest=longest,
-        vocabulary=policy.vocabulary,
+        vocabulary=policy.readable,
         eos_ids=loading.eos_ids(policy.model, policy.tokenizer),
         variables=config.template_variables,
     )
@@ -390,8 +390,14 @@ def _sampler(policy: Policy, config: DARConfig, longest: int) -> Sampler:
     return sampler
 
 
-def _check_tokens(rows: Rows, encoder: PromptEncoder, vocabulary: int) -> None:
-    """Check every prompt, as the tokenizer has more tokens than the model, maybe for padding."""
+def _check_tokens(rows: Rows, encoder: PromptEncoder, policy: Policy) -> None:
+    """Check every row if tokenizer or configs name a token beyond the model, maybe for padding."""
+    limit, ends = policy.readable, loading.eos_ids(policy.model, policy.tokenizer)
+    if max([*policy.tokenizer.get_vocab().values(), *ends], default=0) < limit:
+        return
     for index in range(len(rows)):
         with naming_row(index):
-            check_tokens([encoder(rows[index]).ids], vocabulary)
+            prompt = encoder(rows[index])
+            before = [one.prompt_ids for one in prompt.completions if one.prompt_ids]
+            check_tokens([prompt.ids, *before], limit)
+            check_tokens([one.ids for one in prompt.completions], limit, "a completion")

@@ -1,5 +1,6 @@
 """Uploads: every row is read, one bad row and nothing is stored."""
 
+import encodings.aliases
 import hashlib
 import json
 import socket
@@ -125,6 +126,26 @@ def test_a_form_that_is_not_as_it_should_be_is_a_400(
     assert (answer.status_code, error_of(answer)["code"]) == (400, "invalid_form")
 
 
+def test_no_charset_of_an_upload_is_a_fault_of_the_service(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
+    """Python knows charsets that are none of the web; some refuse every text."""
+    names = {*encodings.aliases.aliases.values(), "undefined", "idna", "punycode", "none", "é"}
+    found = {}
+    for charset in sorted(names):
+        kind = f"multipart/form-data; boundary=x; charset={charset}".encode("latin-1")
+        for name in (b"purpose", b"x\xff"):
+            part = b'content-disposition: form-data; name="' + name + b'"\r\n\r\nfine-tune'
+            body = b"--x\r\n" + part + b"\r\n--x--\r\n"
+            answer = live.http.post("/v1/files", content=body, headers={b"content-type": kind})
+            assert answer.status_code == 400, charset
+            found[charset, name] = error_of(answer)
+    refused = {charset for (charset, _), error in found.items() if error["code"] == "invalid_form"}
+    assert "undefined" in refused
+    assert "leave the charset out" in found["undefined", b"purpose"]["message"]
+    assert found["utf_8", b"purpose"]["code"] == "missing"
+
+
 def test_a_file_that_a_job_needs_stays(live: Live, error_of: Callable[..., Any]) -> None:
     job = live.submit()
     path = f"/v1/files/{job['training_file']}"
@@ -219,8 +240,9 @@ def test_a_job_without_rewards_takes_no_options_of_sampling(
     live: Live, error_of: Callable[..., Any]
 ) -> None:
     rows = OFFLINE_FILES[0]
+    length = {"hyperparameters": {"max_steps": 2}}
     assert (
-        offline(live, rows, preset="paper").status_code == 200
+        offline(live, rows, preset="paper", **length).status_code == 200
     )  # which has a temperature of its own
     for part in ({"hyperparameters": {"dar_k": 7}}, {"sampling": {"temperature": 0.5}}):
         error = error_of(offline(live, rows, **part))

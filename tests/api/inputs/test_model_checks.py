@@ -76,6 +76,13 @@ SAMPLING, TARGETS = "method.dar.sampling.max_new_tokens", "method.dar.peft.targe
         (lora("q_proj"), TARGETS, "unknown_target"),
         (lora(r".*\.(q_prj|k_prj)"), TARGETS, "unknown_target"),
         (lora("(q_proj"), TARGETS, "invalid_pattern"),
+        (lora(r"([\w.]+)+!"), TARGETS, "invalid_pattern"),
+        (lora(r"(?:(a|a))*nothing"), TARGETS, "invalid_pattern"),
+        (lora(r"((a?){20}){20}!"), TARGETS, "invalid_pattern"),
+        (lora("(?x) (a+ #)\n)+!"), TARGETS, "invalid_pattern"),
+        (lora(64 * "(a|aa)" + "!"), TARGETS, "invalid_pattern"),
+        (lora(64 * "a?" + 64 * "a"), TARGETS, "invalid_pattern"),
+        (lora(1001 * "a"), TARGETS, "invalid_pattern"),
     ],
 )
 def test_a_spec_that_the_model_cannot_serve_is_refused_with_its_parameter(
@@ -105,7 +112,9 @@ def test_a_spec_that_the_model_cannot_serve_is_refused_with_its_parameter(
         lora(["lm_head", "embed_tokens"]),
         lora(r".*\.q_proj"),
         lora(r"model\.layers\.\d+\.self_attn\.(q|v)_proj"),
-        lora(r"((a+)+)+nothing"),  # takes too long to try here: the worker says it
+        lora(r"(?:.*\.)?layers\.(?:0|1|2[0-9])\.\w+\.(?P<name>q|k|v|o)_proj"),
+        lora(r".*\.layers\.\d+\..*\.\w+_proj"),
+        lora(r"(?i).*(?<!x)[]()*+|]?\.q_proj|nothing|a{3}(bc){2}"),
     ],
 )
 def test_what_the_model_can_serve_is_accepted(
@@ -204,8 +213,6 @@ def test_a_reward_model_gives_one_number(
 @pytest.mark.parametrize(
     "files",
     [
-        {"config_json": b"["},
-        {"config_json": b"[1]"},
         {"config_json": b'{"max_position_embeddings": "many", "text_config": 3}'},
         {"config_json": b'{"max_position_embeddings": null, "model_type": ["llama"]}'},
         {"model_safetensors": b"\xff" * 9},
@@ -222,3 +229,17 @@ def test_files_that_are_not_understood_are_left_to_the_worker(
     install(**files)
     dar = lora(["q_proj"]) | sampling(max_new_tokens=32)
     assert live.submit(model="tiny", dar=dar)["status"] == "queued"
+
+
+@pytest.mark.parametrize("config", [b"[", b"[]", b"3", b"null", b"", b"\xff", b"[" * 5000])
+def test_a_model_whose_config_is_no_object_is_refused(
+    live: Live, install: Callable[..., None], error_of: Callable[..., Any], config: bytes
+) -> None:
+    install(config_json=config)
+    error = error_of(live.http.post(PATH, json=live.spec(model="tiny")))
+    assert (error["param"], error["errors"][0]["code"]) == ("model", "model_config")
+    assert "the config.json of the model 'tiny' is not a JSON object" in error["message"]
+    component = {"name": "j", "kind": "hf_model", "model": "tiny"}
+    spec = live.spec(model="Qwen/any", dar={"rewards": {"components": [component]}})
+    error = error_of(live.http.post(PATH, json=spec))
+    assert error["param"] == "method.dar.rewards.components[0].model"

@@ -341,7 +341,7 @@ def test_a_json_file_of_a_script_is_read_by_the_same_rules(
         ('[{"prompt": "a"},\n {"prompt": "b"}]', OK),
         (ROWS, OK),
         ('[{"prompt": "a"}, {"prompt": ""}]', (2, "the prompt is empty")),
-        ('[{"prompt": "a"}, {"prompt": "a", "prompt": "b"}]', (0, "'prompt' occurs twice")),
+        ('[{"prompt": "a"}, {"prompt": "a", "prompt": "b"}]', (2, "'prompt' occurs twice")),
         ("[]", (0, "the file has no rows")),
     ):
         path.write_text(content)

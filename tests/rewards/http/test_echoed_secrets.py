@@ -5,6 +5,7 @@ of them is shown, in no case and no encoding, and no character that a terminal o
 import base64
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,8 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "its end": lambda token: f"…{token[9:]}",
     "quoted": lambda token: quote(token, safe=""),
     "encoded": lambda token: base64.b64encode(f"x{token}".encode()).decode(),
+    "spread out": "\0".join,
+    "as references": lambda token: "".join(f"&#{ord(ch)};" for ch in token),
 }
 Place = Callable[[ScoreRequest, str], None]
 
@@ -69,6 +72,8 @@ def _header_safe(text: str) -> str:
 PLACES: dict[str, Place] = {
     "error page": lambda r, echo: r.answer(echo.encode(), 422, "text/html"),
     "rejection": lambda r, echo: r.answer(echo.encode(), 401, "text/html"),
+    "rejection in UTF-16": lambda r, echo: r.answer(echo.encode("utf-16"), 401, "text/html"),
+    "rejection in UTF-32": lambda r, echo: r.answer(echo.encode("utf-32-le"), 401, "text/html"),
     "passing error": lambda r, echo: r.answer(echo.encode(), 500, "text/html"),
     "reason phrase": lambda r, echo: r.answer(b"{}", f"503 {_header_safe(echo)}"),
     "content type": lambda r, echo: r.answer(b"{}", 200, _header_safe(echo)),
@@ -127,9 +132,11 @@ SILENT = {
 
 
 def leaks(everything: str) -> list[str]:
-    """Fragments of the token in a text, in any case."""
+    """Fragments of the token in a text, in any case, whatever stands between its letters."""
     lowered = everything.lower()
-    found: set[str] = set()
+    letters, spread = re.sub(r"[^a-z0-9]", "", TOKEN.lower()), re.sub(r"[^a-z0-9]", "", lowered)
+    pieces = (letters[at : at + FRAGMENT] for at in range(len(letters) - FRAGMENT))
+    found = {piece for piece in pieces if piece in spread}
     for disguise in DISGUISES.values():
         form = disguise(TOKEN).lower()
         found |= {

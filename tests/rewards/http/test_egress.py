@@ -20,7 +20,7 @@ import trustme
 from dar.errors import ConfigurationError, RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardTimeouts
 from dar.rewards.base import Failed, Scored
-from dar.rewards.http.egress import EgressPolicy, GuardedBackend, parse_url
+from dar.rewards.http.egress import EgressPolicy, GuardedBackend, origin_of, parse_url
 from dar.rewards.http.endpoint import Endpoint, EndpointConfig
 from dar.rewards.http_reward import HttpOptions
 from dar.settings import Settings
@@ -183,6 +183,14 @@ async def test_numbers_that_lead_inside_are_refused_before_anything_is_sent(
         ("ftp://rewards.example/", "config.url"),
         ("unix:///run/x", "config.url"),
         ("file:///etc/passwd", "config.url"),
+        ("https://rewards..example/", "config.url"),
+        ("https://.rewards.example/", "config.url"),
+        ("https://rewards.example../", "config.url"),
+        ("https://./", "config.url"),
+        (f"https://{'a' * 63}.example/", None),
+        (f"https://{'a' * 64}.example/", "config.url"),
+        (f"https://{'a.' * 130}example/", "config.url"),
+        ("https://rewards.example./", None),
         ("https://localhost/", None),  # a name; what it resolves to is refused
         ("https://127.0.0.1/", "egress_denied"),
     ],
@@ -195,6 +203,22 @@ def test_rules_for_urls(url: str, code: str | None) -> None:
         with pytest.raises(RewardMisconfiguredError) as caught:
             parse_url(url, policy)
         assert caught.value.error_code == code
+
+
+def test_the_origin_of_a_stored_url_is_known_although_its_host_cannot_exist() -> None:
+    assert origin_of("https://rewards..example/score") == "https://rewards..example:443"
+
+
+async def test_a_name_that_the_resolver_cannot_write_is_not_found(
+    score: Ask, credentials: HttpOptions
+) -> None:
+    def unwritable(host: str, _port: int) -> Sequence[str]:
+        raise UnicodeError(f"label of {host} empty or too long")
+
+    options = replace(credentials, guard=None, resolver=unwritable)
+    with pytest.raises(RewardMisconfiguredError, match="host name was not found") as caught:
+        await score("https://rewards.example/score", options=options)
+    assert caught.value.error_code == "dns"
 
 
 def test_a_host_is_normalised() -> None:

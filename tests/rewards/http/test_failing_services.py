@@ -16,8 +16,10 @@ import pytest
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardBatching, RewardRetry
-from dar.rewards.base import Failed, RewardContext, Scored
+from dar.rewards.base import Failed, RequestBatch, RewardContext, RewardResult, Scored
+from dar.rewards.http.async_results import LaterReply
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.protocols.native import NativeProtocol
 from fakes.reward_server import RewardServer, ScoreRequest, fine, hang, status
 from fakes.reward_types import MakeSamples
 
@@ -189,3 +191,45 @@ async def test_a_server_without_tls_is_a_passing_failure(
     server = hostile()
     found = await ask(server.url.replace("http://", "https://"), options=impatient)
     assert all(isinstance(result, Failed) and result.is_transient for result in found)
+
+
+class Faulty(NativeProtocol):
+    """Decodes with a fault that nobody foresaw."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def decode(self, body: bytes, batch: RequestBatch) -> list[RewardResult]:
+        del batch
+        raise type(self._error)(f"{self._error} at {body.decode()}")
+
+
+@pytest.mark.parametrize(
+    "error", [RecursionError("deep"), KeyError("x"), UnicodeError("odd"), ssl.SSLError(1, "broken")]
+)
+@pytest.mark.parametrize("is_later", [False, True])
+async def test_a_fault_of_the_client_fails_the_samples_and_says_whose_it_is(
+    hostile: Callable[..., RewardServer],
+    ask: Ask,
+    fast: HttpOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    is_later: bool,
+) -> None:
+    """No exception of one answer ends a job, and none becomes a reward."""
+    options = replace(fast, protocol=Faulty(error), headers={"X-Key": "key-93bd77aa01"})
+    server = hostile(lambda request: request.json({"x": request.headers["x-key"]}))
+    if is_later:
+        options = replace(options, allow_async=True)
+        server = hostile(lambda request: request.accept(poll_url="/r"))
+
+        def broken(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(LaterReply, "result", broken)
+    found = await ask(server.url, options=options)
+    assert {(type(result), result.code) for result in found} == {(Failed, "client_fault")}
+    assert f"({type(error).__name__}), which is a fault of DAR" in found[0].message
+    assert f"{type(error).__name__}: " in caplog.text
+    assert "key-93bd77aa01" not in caplog.text

@@ -129,6 +129,11 @@ POLL_URLS = {
     "a name for the same address": "http://localhost:{port}/r",
     "a backslash": "\\\\169.254.169.254\\r",
     "a newline": "/r\nhost: x",
+    "a name that is none": "http://_xn--a:{port}/r",
+    "a name that ends in its middle": "http://xn--zzzz99999._:{port}/r",
+    "empty labels": "http://a..b:{port}/r",
+    "a number too large": "http://127.0.0.1:99999/r",
+    "half an address": "http://[::1",
 }
 
 

@@ -1,11 +1,16 @@
-"""Certificates that do not hold: permanent, with the reason, and never a way around."""
+"""Certificates that do not hold: permanent, with the reason, and never a way around.
+
+Alerts, and TLS that breaks after the handshake, have their reason too.
+"""
 
 import contextlib
+import os
 import socket
 import ssl
+import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -76,31 +81,150 @@ async def test_a_bad_certificate_is_permanent_and_nothing_is_sent(
         assert server.requests == []
 
 
-async def test_a_server_of_the_last_century_is_permanent(
-    authority: trustme.CA, score: Ask, trusting: HttpOptions
-) -> None:
-    """On blocking sockets: asyncio's server closes without the alert that says why."""
-    old = context_of(authority.issue_cert("127.0.0.1"))
-    old.set_ciphers("DEFAULT:@SECLEVEL=0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # that is what the test is about
-        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1
+@contextlib.contextmanager
+def peer(manner: Callable[[socket.socket], object]) -> Iterator[str]:
+    """The address of a server on blocking sockets, which treats each connection in a manner.
+
+    asyncio's server closes without the alert that says why.
+    """
 
     def serve(listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listener.accept()
                 with connection, contextlib.suppress(OSError):
-                    old.wrap_socket(connection, server_side=True).close()
+                    manner(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
-        with pytest.raises(RewardMisconfiguredError, match=r"TLS 1\.2 or newer") as caught:
-            await score(f"https://127.0.0.1:{listener.getsockname()[1]}/", options=trusting)
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}/"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
+
+
+def _read_all(connection: socket.socket) -> None:
+    """Read until the client closes: a close before it would be a reset, which drops the alert."""
+    connection.settimeout(5)
+    while connection.recv(65536):
+        pass
+
+
+async def test_a_server_of_the_last_century_is_permanent(
+    authority: trustme.CA, score: Ask, trusting: HttpOptions
+) -> None:
+    old = context_of(authority.issue_cert("127.0.0.1"))
+    old.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that is what the test is about
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1
+
+    with (
+        peer(lambda connection: old.wrap_socket(connection, server_side=True).close()) as url,
+        pytest.raises(RewardMisconfiguredError, match=r"TLS 1\.2 or newer") as caught,
+    ):
+        await score(url, options=trusting)
     assert caught.value.error_code == "tls.version"
+
+
+async def test_a_required_client_certificate_is_permanent(
+    contexts: dict[str, ssl.SSLContext],
+    authority: trustme.CA,
+    score: Ask,
+    trusting: HttpOptions,
+) -> None:
+    """With TLS 1.3 the handshake ends before the server asks for it."""
+    demanding = contexts["good"]
+    demanding.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(demanding)
+
+    def demand(connection: socket.socket) -> None:
+        with socket.socket(fileno=os.dup(connection.fileno())) as below:
+            with contextlib.suppress(ssl.SSLError):
+                demanding.wrap_socket(connection, server_side=True)
+            _read_all(below)
+
+    with (
+        peer(demand) as url,
+        pytest.raises(RewardMisconfiguredError, match="requires a client cert") as caught,
+    ):
+        await score(url, options=trusting)
+    assert caught.value.error_code == "tls.client_certificate"
+
+
+async def test_a_server_that_resets_after_the_handshake_may_require_a_certificate(
+    contexts: dict[str, ssl.SSLContext], score: Ask, trusting: HttpOptions
+) -> None:
+    """The alert of a server that closes at once is lost if the client writes after it."""
+
+    def reset(connection: socket.socket) -> None:
+        with contexts["good"].wrap_socket(connection, server_side=True) as secured:
+            secured.recv(65536)
+            secured.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with peer(reset) as url:
+        found = await score(url, options=replace(trusting, retry=RewardRetry(attempts=1)))
+    assert {(result.code, result.is_transient) for result in found} == {("tls.broken", True)}
+    assert "right after the TLS handshake; it may require a client cert" in found[0].message
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
+DAMAGED = b"\x17\x03\x03\x00\x40" + b"x" * 64
+BREAKS = {
+    "a damaged record before the answer": (b"", DAMAGED),
+    "a damaged record in the body": (HEAD, DAMAGED),
+    "a damaged record in the body of an error": (HEAD.replace(b"200", b"503"), DAMAGED),
+    "an alert without encryption": (b"", b"\x15\x03\x03\x00\x02\x02\x50"),
+    "plain text": (b"", b"HTTP/1.1 200 OK\r\n\r\n" * 5),
+    "plain text in the body": (HEAD, b"HTTP/1.1 200 OK\r\n\r\n" * 5),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+async def test_a_connection_that_breaks_after_the_handshake_is_a_passing_failure(
+    contexts: dict[str, ssl.SSLContext], score: Ask, trusting: HttpOptions, name: str
+) -> None:
+    encrypted, raw = BREAKS[name]
+
+    def answer(connection: socket.socket) -> None:
+        with socket.socket(fileno=os.dup(connection.fileno())) as below:
+            with contexts["good"].wrap_socket(connection, server_side=True) as secured:
+                secured.recv(65536)
+                secured.sendall(encrypted)
+            below.sendall(raw)
+            _read_all(below)
+
+    with peer(answer) as url:
+        found = await score(url, options=replace(trusting, retry=RewardRetry(attempts=1)))
+    code = "http_503" if "error" in name else "tls.broken"
+    assert {(result.code, result.is_transient) for result in found} == {(code, True)}
+    assert code != "tls.broken" or "the TLS connection broke" in found[0].message
+
+
+@pytest.mark.parametrize(
+    ("number", "alert", "hint"),
+    [
+        (40, "handshake failure", "client certificate"),
+        (42, "bad certificate", "client certificate"),
+        (49, "access denied", "client certificate"),
+        (80, "internal error", ""),
+        (112, "unrecognized name", "other host names"),
+    ],
+)
+async def test_a_refused_handshake_is_quoted(
+    score: Ask, trusting: HttpOptions, number: int, alert: str, hint: str
+) -> None:
+    def refuse(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"\x15\x03\x03\x00\x02\x02" + bytes([number]))
+        _read_all(connection)
+
+    with peer(refuse) as url:
+        found = await score(url, options=replace(trusting, retry=RewardRetry(attempts=1)))
+    assert {(result.code, result.is_transient) for result in found} == {("tls.alert", True)}
+    assert f"alert {alert!r}" in found[0].message
+    assert hint in found[0].message
+    assert "without TLS" not in found[0].message
 
 
 async def test_a_handshake_that_takes_too_long_leaves_no_connection(
@@ -113,9 +237,18 @@ async def test_a_handshake_that_takes_too_long_leaves_no_connection(
         assert {result.code for result in found} == {"timeout"}
         connection, _ = listener.accept()
         with connection:
-            connection.settimeout(5)
-            while connection.recv(65536):  # until the client closes it
-                pass
+            _read_all(connection)
+
+
+async def test_a_server_that_does_not_shake_hands_is_told_from_one_that_is_not_reached(
+    score: Ask, trusting: HttpOptions
+) -> None:
+    timeouts = RewardTimeouts(connect=0.2, read=20, attempt=20, deadline=60)
+    options = replace(trusting, timeouts=timeouts, retry=RewardRetry(attempts=1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        found = await score(f"https://127.0.0.1:{listener.getsockname()[1]}/", options=options)
+    assert {(result.code, result.is_transient) for result in found} == {("tls.timeout", True)}
+    assert "connected, but the TLS handshake did not end in time" in found[0].message
 
 
 async def test_a_good_certificate_is_believed(

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dar.errors import InvalidRequestError, RewardContractError, RewardMisconfiguredError
+from dar.protocol.rewards import MAX_DEPTH
 from dar.rewards.base import (
     Failed,
     RequestBatch,
@@ -22,6 +23,7 @@ from dar.rewards.base import (
     Scored,
     Skipped,
 )
+from dar.rewards.protocols.native import NativeProtocol
 from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 from dar.rewards.protocols.plain import PlainProtocol, check_template, resolve
@@ -98,6 +100,32 @@ def test_what_is_no_answer_is_refused(
     with pytest.raises(RewardContractError) as refused:
         protocol.decode(body, batch_of([sample(n) for n in range(3)]))
     assert refused.value.error_code == f"contract.{code}", name
+
+
+def nested(body: str, depth: int) -> bytes:
+    """``body`` with so many objects inside each other in place of DEEP."""
+    return body.replace("DEEP", '{"a":' * depth + "true" + "}" * depth).encode()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "body"),
+    [
+        (NativeProtocol(), '{"request_id": "rwq_1", "rewards": [1], "x": DEEP}'),
+        (NativeProtocol(), '{"request_id": "rwq_1", "rewards": [1], "x": [[[DEEP]]]}'),
+        (OpenAIGraderProtocol({}), '{"reward": 1, "metadata": {"errors": {"a": DEEP}}}'),
+        (OpenRLHFProtocol(), '{"rewards": [1], "extra_logs": DEEP}'),
+        (TRLProtocol(), '{"rewards": [1], "x": DEEP}'),
+        (PlainProtocol({}, "/reward"), '{"reward": 1, "x": DEEP}'),
+    ],
+)
+def test_a_deeply_nested_answer_is_refused_as_a_whole(protocol: RewardProtocol, body: str) -> None:
+    for depth in (MAX_DEPTH, 1000, 100_000):
+        with pytest.raises(RewardContractError) as refused:
+            protocol.decode(nested(body, depth), batch_of([sample()]))
+        assert refused.value.error_code == "contract.json"
+    [found] = protocol.decode(nested(body, MAX_DEPTH - 5), batch_of([sample()]))
+    is_flagged = isinstance(protocol, OpenAIGraderProtocol)
+    assert isinstance(found, Failed if is_flagged else Scored)
 
 
 def test_only_trl_knows_null_as_a_skip() -> None:

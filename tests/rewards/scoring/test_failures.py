@@ -161,7 +161,7 @@ def test_broken_answers_are_no_outage() -> None:
     ("code", "family"),
     [
         ("timeout", "timeout"), ("deadline", "timeout"), ("http_408", "timeout"), ("connect", "connect"),
-        ("connect_timeout", "connect"), ("breaker_open", "connect"), ("callback_late", "callback_late"), ("protocol", "connect"), ("tls.certificate", "tls"), ("dns", "dns"),
+        ("connect_timeout", "connect"), ("breaker_open", "connect"), ("callback_late", "callback_late"), ("protocol", "connect"), ("tls.timeout", "connect"), ("tls.alert", "connect"), ("tls.broken", "connect"), ("tls.client_certificate", "tls"), ("tls.certificate", "tls"), ("dns", "dns"),
         ("http_404", "http_4xx"), ("http_429", "http_429"), ("http_503", "http_5xx"), ("contract.ids", "contract"),
         ("contract.nonfinite", "nonfinite"), ("nonfinite", "nonfinite"), ("contract.length", "length"),
         ("egress_denied", "egress"), ("judge_timeout", "other"), ("", "other"),

@@ -4,12 +4,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from dar.protocol.hints import HINTS
 from dar.rewards.base import RewardContext
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.scoring.combine import WeightedSource
 from dar.rewards.scoring.scorer import RewardScorer
 from dar.rewards.scoring.step_report import component_rewards
-from dar.training.report.drift import RECENT, DriftWatch
+from dar.training.report.drift import DriftWatch
 from fakes.reward_types import MakeSamples
 
 
@@ -31,4 +32,4 @@ def test_a_service_that_begins_to_lie_is_found_by_its_answers(
             if watch.add("judge", found["judge"]):
                 reported.append(step)
     assert len(reported) == 1
-    assert reported[0] in range(30, 30 + RECENT)
+    assert reported[0] in range(30, 30 + HINTS.drift_recent_steps)

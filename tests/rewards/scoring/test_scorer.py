@@ -7,7 +7,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -204,19 +204,66 @@ def test_what_a_function_raises_comes_out_and_the_others_are_cancelled(
         assert cancelled.is_set()
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_a_function_may_end_the_process(make_samples: MakeSamples, is_async: bool) -> None:
-    def leave(completions: list[str]) -> list[float]:
-        raise SystemExit(3)
+class Panic(BaseException):
+    """Like the panic of a library in Rust, which is no Exception."""
 
-    async def leave_later(completions: list[str]) -> list[float]:
-        raise SystemExit(3)
 
-    with scorer_from_functions(leave_later if is_async else leave) as scorer:
-        with pytest.raises(SystemExit, match="3"):
-            scorer.score(make_samples(1), RewardContext(1))
-        with pytest.raises(SystemExit, match="3"):
-            scorer.score(make_samples(1), RewardContext(1))
+RAISED = [
+    SystemExit(3), KeyboardInterrupt(), Panic("mine"), asyncio.CancelledError("mine"),
+    GeneratorExit("mine"), BaseExceptionGroup("mine", [Panic()]), TimeoutError("mine"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_whatever_a_function_raises_ends_the_call_with_it(
+    make_samples: MakeSamples, error: BaseException
+) -> None:
+    def plain(completions: list[str]) -> list[float]:
+        raise error
+
+    async def later(completions: list[str]) -> list[float]:
+        raise error
+
+    class Judge:
+        async def __call__(self, completions: list[str]) -> list[float]:
+            raise error
+
+    def generated(completions: list[str]) -> Iterator[float]:
+        yield 1.0
+        raise error
+
+    functions: list[Any] = [plain, later, Judge(), generated]
+    for function in functions:
+        with scorer_from_functions(function) as scorer:
+            for _ in range(2):
+                with pytest.raises(type(error)) as caught:
+                    scorer.score(make_samples(2), RewardContext(1))
+                assert caught.value is error
+
+
+def test_a_function_that_awaits_a_cancelled_task_ends_the_call(make_samples: MakeSamples) -> None:
+    async def awaiting(completions: list[str]) -> list[float]:
+        task = asyncio.create_task(asyncio.sleep(30))
+        task.cancel()
+        await task
+        return []
+
+    with (
+        scorer_from_functions(awaiting) as scorer,
+        pytest.raises(asyncio.CancelledError),
+    ):
+        scorer.score(make_samples(1), RewardContext(1))
+
+
+def test_a_function_whose_next_finds_nothing_is_said_so(make_samples: MakeSamples) -> None:
+    def judge(completions: list[str]) -> list[float]:
+        return [next(iter(()))]
+
+    with (
+        scorer_from_functions(judge) as scorer,
+        pytest.raises(RuntimeError, match=r"StopIteration was raised: next\(\) found no"),
+    ):
+        scorer.score(make_samples(1), RewardContext(1))
 
 
 @pytest.fixture

@@ -57,11 +57,11 @@ def test_requests_are_summed_up_by_component_and_outcome(observer: StepObserver)
         4,
         "busy",
     )
-    assert taken.metrics["reward/judge/requests"] == 3
-    assert taken.metrics["reward/judge/failed_requests"] == 1
-    assert taken.metrics["reward/judge/retries"] == 5
-    assert taken.metrics["time/reward/judge/p50_seconds"] == 0.05
-    assert taken.metrics["time/reward/judge/p95_seconds"] == 400.0
+    assert taken.metrics["reward_requests/judge/requests"] == 3
+    assert taken.metrics["reward_requests/judge/failed_requests"] == 1
+    assert taken.metrics["reward_requests/judge/retries"] == 5
+    assert taken.metrics["reward_requests/judge/p50_seconds"] == 0.05
+    assert taken.metrics["reward_requests/judge/p95_seconds"] == 400.0
     assert all(map(is_known, taken.metrics))
     assert observer.take().requests == []
 
@@ -70,7 +70,10 @@ def test_samples_that_were_not_sent_are_counted_once(observer: StepObserver) -> 
     observer.not_sent("judge", 2, 3)
     observer.not_sent("judge", 0, 1)
     taken = observer.take()
-    assert taken.metrics == {"reward/judge/cached": 6, "reward/judge/cache_hits": 2}
+    assert taken.metrics == {
+        "reward_requests/judge/cached": 6,
+        "reward_requests/judge/cache_hits": 2,
+    }
     assert all(map(is_known, taken.metrics))
     assert not any(map(is_reproducible, taken.metrics)), "a second run may remember more"
     assert observer.take().metrics == {}
@@ -99,7 +102,7 @@ def test_changes_of_a_breaker_are_told_and_its_state_is_a_metric(
     for state in ("closed", "open", "open", "half_open", "closed", "open"):
         observer.breaker_changed("judge", state, "5 of 10 failed")
     assert [data["state"] for _, _, data in events] == ["open", "half_open", "closed", "open"]
-    assert observer.take().metrics == {"reward/judge/breaker": 2}
+    assert observer.take().metrics == {"reward_requests/judge/breaker": 2}
 
 
 def test_samples_are_counted_by_what_became_of_them() -> None:
@@ -116,8 +119,8 @@ def test_samples_are_counted_by_what_became_of_them() -> None:
     ]
     values = sample_metrics(rewards)
     assert values == {
-        "reward/n_valid": 2, "reward/n_skip": 1, "reward/n_error": 3,
-        "reward/n_error/timeout": 2, "reward/n_error/http_5xx": 1,
+        "reward_requests/n_valid": 2, "reward_requests/n_skip": 1, "reward_requests/n_error": 3,
+        "reward_requests/n_error/timeout": 2, "reward_requests/n_error/http_5xx": 1,
         "rewards/judge/mean": 2.0, "rewards/judge/std": 1.0, "rewards/judge/min": 1.0, "rewards/judge/max": 3.0,
         "rewards/judge/missing_fraction": 4 / 6,
     }  # fmt: skip
@@ -125,7 +128,14 @@ def test_samples_are_counted_by_what_became_of_them() -> None:
 
 
 def test_names_that_are_not_registered_are_not_known() -> None:
-    for name in ("reward/judge/mean", "rewards//mean", "reward/n_error/odd", "time/reward/judge"):
+    for name in (
+        "reward_requests/judge/mean",
+        "rewards//mean",
+        "reward_requests/n_error/odd",
+        "reward_requests/judge",
+        "reward/judge/mean",
+        "time/reward/judge",
+    ):
         assert not is_known(name), name
 
 
@@ -162,11 +172,17 @@ def test_most_requests_at_once_and_the_limit_are_metrics(
     for number, seconds in enumerate((1.0, 1.0, 1.5, 1.0)):  # 9-10, 9.5-10.5, 9.5-11, 11-12
         observer.request_done(record(request_id=f"rwq_{number}", seconds=seconds))
     values = observer.take().metrics
-    assert values["reward/judge/in_flight"] == 3
-    assert (values["reward/judge/concurrency"], values["reward/idle/concurrency"]) == (4, 2)
-    assert (values["reward/judge/breaker"], values["reward/idle/breaker"]) == (0, 0)
+    assert values["reward_requests/judge/in_flight"] == 3
+    assert (
+        values["reward_requests/judge/concurrency"],
+        values["reward_requests/idle/concurrency"],
+    ) == (4, 2)
+    assert (values["reward_requests/judge/breaker"], values["reward_requests/idle/breaker"]) == (
+        0,
+        0,
+    )
     assert all(map(is_known, values))
-    assert "reward/judge/in_flight" not in observer.take().metrics
+    assert "reward_requests/judge/in_flight" not in observer.take().metrics
     assert events == []
 
 
@@ -177,4 +193,4 @@ def test_a_request_whose_result_is_only_waited_for_is_not_in_flight(
     observer.request_done(record(request_id="rwq_1", seconds=90.0, in_flight_seconds=1.0))  # 10-11
     observer.request_done(record(request_id="rwq_2", seconds=80.0, in_flight_seconds=1.0))  # 20-21
     observer.request_done(record(request_id="rwq_3", seconds=79.5))  # 20.5-100
-    assert observer.take().metrics["reward/judge/in_flight"] == 2
+    assert observer.take().metrics["reward_requests/judge/in_flight"] == 2

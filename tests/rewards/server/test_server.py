@@ -113,7 +113,7 @@ async def test_messages_arrive_as_trl_passes_them(score: Score) -> None:
 async def test_a_wrong_length_is_a_failure_with_a_clear_message(score: Score) -> None:
     found = await score(lambda prompts, completions, **_: [1.0])
     assert {(result.code, result.is_transient) for result in found} == {("http_500", True)}
-    assert "returned 1 rewards for 4 completions" in found[0].message
+    assert "returned 1 reward for 4 completions" in found[0].message
 
 
 async def test_an_exception_is_a_failure_that_names_its_class(score: Score) -> None:

@@ -4,10 +4,12 @@ refused.
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import httpx2
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -147,6 +149,33 @@ async def test_a_callback_is_repeated_while_its_failure_may_pass(
     assert len({request.body for request in receiver.requests}) == 1
 
 
+async def test_a_callback_is_repeated_after_any_error_of_the_connection(
+    asking: Asks,
+    content: Content,
+    gate: Any,
+    eventually: Asks,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    posts: Asks,
+) -> None:
+    """The HTTP library passes on errors of TLS after the handshake, and of odd host names."""
+    real = httpx2.AsyncHTTPTransport.handle_async_request
+    errors = [ssl.SSLError(1, "certificate required"), UnicodeError("empty label"), OSError()]
+
+    async def handle(self: Any, request: httpx2.Request) -> httpx2.Response:
+        if errors and str(request.url) == callback["url"]:
+            raise errors.pop()
+        return await real(self, request)
+
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", handle)
+    gate.opened.set()
+    receiver, callback = posts(taken)
+    server = asking(gate, asynchronous=True)
+    await server.post(content(is_async=True, callback=callback))
+    await eventually(lambda: receiver.requests)
+    assert caplog.text.count("was not delivered") == 3
+
+
 REFUSALS = ["401 No", "409 Conflict", "410 Gone", "413 Large", "422 Invalid", "302 Found"]
 
 
@@ -207,7 +236,8 @@ async def test_the_newest_requests_callback_is_used(
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "http://me:pw@127.0.0.1/", "//x", "http://[x/"]
+    "url",
+    ["file:///etc/passwd", "http://me:pw@127.0.0.1/", "//x", "http://[x/", "http://_xn--a/"],
 )
 async def test_only_a_web_address_is_called_back(
     asking: Asks,

@@ -23,6 +23,7 @@ from dar.protocol.reward_spec import Rewards
 from dar.training import DARTrainer
 from dar.training.checkpoint.checkpoint import publish, verify
 from dar.training.checkpoint.fingerprint import environment, reward_terms
+from fakes import tiny_models
 from fakes.recording_sink import RecordingSink
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
@@ -34,11 +35,22 @@ def lora() -> LoraConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs `trained` leaves it for the others."""
+    return tmp_path_factory.mktemp("kept") / "checkpoints"
+
+
 @pytest.fixture
-def trained(train: Callable[..., DARTrainer], sink: RecordingSink) -> Path:
-    """A folder of checkpoints of steps 2, 4 and 6."""
-    train(sink=sink, settings=SAVING)
-    return sink.published[0][1].parent
+def trained(
+    train: Callable[..., DARTrainer], new_sink: type[RecordingSink], kept: Path, tmp_path: Path
+) -> Path:
+    """A folder of checkpoints of steps 2, 4 and 6, where `train` would write them."""
+    if not kept.exists():
+        sink = new_sink()
+        train(sink=sink, settings={**SAVING, "output_dir": str(kept.parent)})
+        assert sink.published[0][1].parent == kept
+    return shutil.copytree(kept, tmp_path / "out" / "checkpoints")
 
 
 SLOW = pytest.mark.slow  # the same at another step
@@ -135,9 +147,12 @@ def test_a_checkpoint_holds_tensors_and_json_and_no_pickle(trained: Path) -> Non
                 json.loads(path.read_text())
 
 
-def test_the_manifest_describes_every_file(trained: Path, sink: RecordingSink) -> None:
+def test_the_manifest_describes_every_file(
+    train: Callable[..., DARTrainer], sink: RecordingSink, tmp_path: Path
+) -> None:
+    train(sink=sink, settings=SAVING)
     step, folder, manifest, sha256 = sink.published[1]
-    assert (step, folder) == (4, trained / "step-4")
+    assert (step, folder) == (4, tmp_path / "out" / "checkpoints" / "step-4")
     body = (folder / "MANIFEST.json").read_bytes()
     assert hashlib.sha256(body).hexdigest() == sha256
     assert Manifest.model_validate_json(body) == manifest == verify(folder)
@@ -251,6 +266,23 @@ def test_a_resume_under_other_data_or_weights_is_refused(
         train(trained / "step-2", settings=SAVING, train_dataset=prompts[:4])
     with pytest.raises(CheckpointError, match="arguments: the base model has other weights;"):
         train(trained / "step-2", settings=SAVING, model=make_model(1))
+
+
+def test_a_resume_with_another_tokenizer_or_other_frozen_weights_is_refused(
+    train: Callable[..., DARTrainer], trained: Path, make_model: Callable[..., LlamaForCausalLM]
+) -> None:
+    templated, larger = tiny_models.tokenizer(), tiny_models.tokenizer()
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    larger.add_tokens(["w63w63"])
+    frozen = make_model()
+    frozen.model.requires_grad_(requires_grad=False)
+    for change, said in (
+        ({"processing_class": templated}, "the tokenizer has another chat template"),
+        ({"processing_class": larger}, "the tokenizer has another vocabulary"),
+        ({"model": frozen}, "other weights of the model are trained, and others frozen"),
+    ):
+        with pytest.raises(CheckpointError, match=f"with other arguments: {said}"):
+            train(trained / "step-2", settings=SAVING, **change)
 
 
 def test_a_resume_under_other_reward_terms_is_refused(

@@ -144,6 +144,7 @@ def test_help_is_that_of_a_job_spec() -> None:
         ("learning_rate", 0.0),
         ("chat_template_kwargs", "enable_thinking"),
         ("chat_template_kwargs", [1]),
+        ("chat_template_kwargs", "[" * 100_000),
         ("chat_template_kwargs", {"tokenize": True}),
         ("chat_template_kwargs", {"x": float("nan")}),
         ("learning_rate", float("nan")),
@@ -153,6 +154,8 @@ def test_help_is_that_of_a_job_spec() -> None:
         ("seed", -1),
         ("seed", 99_999_999_999),
         ("max_steps", 2.5),
+        ("max_steps", 0),
+        ("optim_args", "foo=1"),
         ("save_steps", -1),
         ("report_to", "nonsense"),
         ("report_to", "codecarbon"),  # a tracker whose library is not installed

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, SchedulerType
+from transformers.training_args import OptimizerNames
 
-from dar.errors import InvalidRequestError
+from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.data.rows import PromptEncoder
@@ -46,6 +47,40 @@ def test_weights_beside_those_of_a_job_spec_are_refused(train: Callable[..., DAR
     rewards = Rewards.model_validate({"components": [component]})
     with pytest.raises(InvalidRequestError, match="brings its own weights") as refused:
         train(reward_funcs=rewards, reward_weights=[2.0])
+    assert refused.value.param == "reward_weights"
+
+
+def test_every_optimizer_and_schedule_is_made_or_refused_by_name(
+    make_model: Callable[..., LlamaForCausalLM],
+    config: Callable[..., DARConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[dict[str, Any]],
+    reward: Callable[..., list[float]],
+) -> None:
+    refused, named = {}, []
+    for param, names in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        for name in names:
+            trainer = DARTrainer(
+                make_model(), config(), prompts, reward, processing_class=tokenizer
+            )
+            setattr(trainer.args, param, name)
+            try:
+                trainer.create_optimizer()
+                trainer.create_scheduler(3, trainer.optimizer)
+            except TrainingError as error:
+                refused[name.value] = error
+                named.append(error.param == param and f"{param} {name.value}" in error.message)
+    assert all(named)
+    assert "bitsandbytes" in refused["adamw_8bit"].message
+    assert refused.keys().isdisjoint({"adamw_torch", "sgd", "adafactor", "linear", "cosine"})
+
+
+@pytest.mark.parametrize("weight", [float("nan"), -1e7, "1", None, 1j])
+def test_a_weight_of_a_reward_is_a_number_of_ordinary_size(
+    train: Callable[..., DARTrainer], weight: Any
+) -> None:
+    with pytest.raises(InvalidRequestError, match="but must be a list of numbers") as refused:
+        train(reward_weights=[weight])
     assert refused.value.param == "reward_weights"
 
 

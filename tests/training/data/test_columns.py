@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from dar.errors import InvalidRequestError, TrainingError
+from dar.errors import InvalidRequestError, RewardMisconfiguredError, TrainingError
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.rows import ARGUMENTS
 from dar.training import DARTrainer
@@ -163,6 +163,46 @@ def test_variables_of_the_config_and_of_a_row_reach_the_template(
     settings |= {"chat_template_kwargs": {"word": "w40"}}
     train(train_dataset=CHATS, settings=settings, **values)
     assert prompts_of(sink) == {"w40 w10 w20 w11", "w41 w10 w21 w11"}
+
+
+FAILING = {
+    "overflow": ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
+    "division": ("{{ 1 // 0 }}", "ZeroDivisionError: integer division or modulo by zero"),
+    "index": ("{{ '{}{}'.format(1) }}", "IndexError: "),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+    "key": ("{{ {}['a'].b.c }}", "has no attribute 'a'"),
+    "half a character": (r"{{ '\ud83d' }}w10", r"writes half a character \(U\+D83D\)"),
+    "length": ("{{ 'w10 ' * 3000000 }}", "makes 12,000,000 characters of the conversation"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_template_that_fails_is_named_before_the_first_step(
+    name: str,
+    train: Callable[..., DARTrainer],
+    sink: RecordingSink,
+    chatty: PreTrainedTokenizerBase,
+) -> None:
+    chatty.chat_template, why = FAILING[name]
+    rows = [CHATS[0], {"prompt": [{"role": "user", "content": "w21"}]}]
+    with pytest.raises(InvalidRequestError, match=f"row 1: the chat template of the model .*{why}"):
+        train(train_dataset=rows, processing_class=chatty, sink=sink, reward_funcs=first_words)
+    assert sink.phases == []
+
+
+def test_a_reward_models_template_that_fails_ends_the_run(
+    train: Callable[..., DARTrainer], chatty: PreTrainedTokenizerBase
+) -> None:
+    broken = copy.deepcopy(chatty)
+    broken.chat_template = "{{ 1 // 0 }}"
+    with pytest.raises(RewardMisconfiguredError, match=r"the reward model .*: ZeroDivisionError"):
+        train(
+            train_dataset=CHATS,
+            processing_class=chatty,
+            reward_funcs=None,
+            reward_model=judge(),
+            reward_processing_class=broken,
+        )
 
 
 def test_variables_that_a_table_fills_with_null_count_as_absent(

@@ -2,18 +2,22 @@
 does.
 """
 
+import datetime
 import json
 import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from dar.errors import InvalidRequestError
+from dar.protocol.rows import RowError, check_format
 from dar.training import DARTrainer
 from dar.training.data.rows import check_rows
 from fakes.recording_sink import RecordingSink
@@ -193,6 +197,7 @@ def test_extra_columns_reach_reward_functions_once_per_completion(
 
 # --- what is refused ------------------------------------------------------------------------------
 
+SINGLE = {"prompt": "w10", "completion": "w20", "reward": 1.0}
 GOOD = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 
 
@@ -232,11 +237,33 @@ def test_rows_that_cannot_be_trained_on_are_refused_before_a_model_is_loaded(
     assert caught.value.param == "training_file"
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": b"hi"}, "it is of the type bytes"),
+        ({"prompt": {"hi"}}, "it is of the type set"),
+        ({"prompt": datetime.date(2026, 1, 1)}, "it is of the type date"),
+        ({"prompt": (one for one in "ab")}, "it is of the type generator"),
+        ({"prompt": np.True_}, "it is of the type bool"),
+        ({"prompt": True}, "it is a boolean"),
+        ({"prompt": np.float32(1)}, "it is a number"),
+        ({**SINGLE, "reward": True}, "reward must be a number or null, not True"),
+        ({**SINGLE, "reward": "1"}, "reward must be a number or null, not '1'"),
+        ({**SINGLE, "reward": Decimal(1)}, r"reward must be a number or null, not Decimal\('1'\)"),
+        ({**SINGLE, "reward": np.array(1.0)}, r"reward must be a number or null, not array\(1\.\)"),
+        ({**SINGLE, "behavior_logps": "x"}, "behavior_logps must be a number or null, not 'x'"),
+    ],
+)
+def test_a_value_of_another_type_is_called_by_its_type(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        check_format(row)
+
+
 def test_options_of_sampling_that_cannot_matter_are_named(
     train: Callable[..., DARTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"preset": "paper", "dar_k": 7, "stop": ["x"], "max_new_tokens": 128}
-    train(train_dataset=[GOOD], reward_funcs=None, settings={"max_steps": 1} | settings)
+    train(train_dataset=[GOOD], reward_funcs=None, settings={"max_steps": 2} | settings)
     told = [record.getMessage() for record in caplog.records if "without effect" in record.message]
     assert [message.partition(":")[0] for message in told] == ["dar_k, stop"]
 

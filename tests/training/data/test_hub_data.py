@@ -1,15 +1,10 @@
 """Data sets of a hub, against a local server that answers as the hub does."""
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from huggingface_hub import constants
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.hub_data import HubData
@@ -17,68 +12,17 @@ from dar.protocol.spec import JobSpec
 from dar.training.data.hub import load_hub_rows
 from dar.training.data.rows import check_rows
 from dar.training.from_spec import JobInputs, training_rows
+from fakes.hub import Hub, use_hub
 
 ROWS = b'{"prompt": "w10", "answer": "a"}\n{"prompt": "w20", "answer": "b"}\n'
-COMMIT = "b" * 40
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Has one data set, ``owner/data``, of one file; anything else is not found."""
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path.endswith(f"/tree/{COMMIT}"):
-            file = {"type": "file", "path": "train.jsonl", "size": len(ROWS), "oid": "a" * 40}
-            self._answer(200, json.dumps([file]).encode())
-        elif path in ("/api/datasets/owner/data", f"/api/datasets/owner/data/revision/{COMMIT}"):
-            about = {"id": "owner/data", "sha": COMMIT, "siblings": [{"rfilename": "train.jsonl"}]}
-            self._answer(200, json.dumps(about).encode())
-        elif path == f"/datasets/owner/data/resolve/{COMMIT}/train.jsonl":
-            self._answer(200, ROWS, ETag='"abc"', X_Repo_Commit=COMMIT)
-        else:
-            is_known = "/owner/data" in path
-            self._answer(404, b"{}", X_Error_Code="EntryNotFound" if is_known else "RepoNotFound")
-
-    do_HEAD = do_GET  # noqa: N815 - the name that http.server calls
-
-    def _answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    for module, name, value in (
-        (constants, "ENDPOINT", url),
-        (
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            url + "/{repo_id}/resolve/{revision}/{filename}",
-        ),
-        (constants, "HF_HUB_CACHE", str(tmp_path / "hub")),
-        (constants, "HF_HUB_OFFLINE", False),
-        (datasets.config, "HF_ENDPOINT", url),
-        (datasets.config, "HF_HUB_OFFLINE", False),
-        (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets"),
-    ):
-        monkeypatch.setattr(module, name, value)
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    """A hub with one data set, ``owner/data``, of one file."""
+    with Hub({"datasets/owner/data": {"train.jsonl": ROWS}}) as server:
+        use_hub(monkeypatch, server.endpoint, tmp_path)
+        yield
 
 
 def test_a_split_of_a_data_set_is_loaded_as_the_rows_of_a_job(hub: None, tmp_path: Path) -> None:
@@ -115,7 +59,10 @@ def test_a_split_of_a_data_set_is_loaded_as_the_rows_of_a_job(hub: None, tmp_pat
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("hf://owner/none", "'owner/none' .*cannot be loaded.*doesn't exist on the Hub"),
+        (
+            "hf://owner/none",
+            "the hub does not have .*'owner/none' .*keeps it private; check the name",
+        ),
         ("hf://owner/data?split=nope", "Unknown split"),
         ("hf://owner/data?config=nope", "BuilderConfig 'nope' not found"),
     ],

@@ -16,7 +16,13 @@ from transformers import (
     BertForSequenceClassification,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
 )
 
 from dar.errors import (
@@ -120,6 +126,27 @@ def test_an_encoder_scores_too(tokenizer: PreTrainedTokenizerBase) -> None:
     assert abs(first - second) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("config_class", "model_class"),
+    [
+        (RobertaConfig, RobertaForSequenceClassification),
+        (XLMRobertaConfig, XLMRobertaForSequenceClassification),
+        (MPNetConfig, MPNetForSequenceClassification),
+    ],
+)
+def test_an_encoder_that_counts_positions_from_behind_its_padding_reads_as_far_as_they_go(
+    tokenizer: PreTrainedTokenizerBase, config_class: Any, model_class: Any
+) -> None:
+    config = config_class(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=34, num_labels=1, pad_token_id=1,
+    )  # fmt: skip
+    source = RewardModel(model_class(config), tokenizer)
+    long = sample(" w20" * 50)
+    assert len(source.encode(long)) == 32
+    assert len(rewards(source, [long, sample("w4")])) == 2
+
+
 def test_a_text_that_is_too_long_loses_its_beginning_and_keeps_the_end_of_the_completion(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -177,9 +204,10 @@ def test_conversations_without_a_template_are_refused(
 
 def test_a_reward_that_is_no_number_is_a_failure(tokenizer: PreTrainedTokenizerBase) -> None:
     model = classifier()
+    source = RewardModel(model, tokenizer)
     with torch.no_grad():
         model.model.embed_tokens.weight[20] = math.nan
-    broken, whole = score(RewardModel(model, tokenizer), [sample(" w20"), sample(" w21")])
+    broken, whole = score(source, [sample(" w20"), sample(" w21")])
     assert isinstance(broken, Failed)
     assert broken.code == "nonfinite"
     assert isinstance(whole, Scored)

@@ -20,8 +20,17 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for one run of one process, and one of two, which then talk."""
     folder = tmp_path_factory.mktemp("brief")
     ranked.train(folder, "whole", ranked.WHOLE)
-    ranked.train(folder, "whole passes", ranked.WHOLE | ranked.PASSES)
+    ranked.train(folder, "whole small", ranked.WHOLE | ranked.SMALL, reward=ranked.small)
     ranked.start(folder, "brief")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for one run of one process, and one of two, over all data."""
+    folder = tmp_path_factory.mktemp("passes")
+    ranked.train(folder, "whole passes", ranked.WHOLE | ranked.PASSES)
+    ranked.start(folder, "passes")
     return folder
 
 
@@ -67,9 +76,24 @@ def test_two_processes_train_as_one_does(brief: Path, name: str) -> None:
     assert_same(brief, "whole", name)
 
 
+@pytest.mark.slow  # two processes train
+def test_a_hint_of_two_processes_is_that_of_one_from_the_rewards_of_both(brief: Path) -> None:
+    found = [
+        [
+            event
+            for event in json.loads((brief / name / "told.json").read_text())["events"]
+            if "alpha" in event
+        ]
+        for name in ("whole small", "ddp small")
+    ]
+    assert found[0] == found[1]
+    assert len(found[1]) == 1
+    assert "the rewards had hardly any effect" in found[1][0]
+
+
 @pytest.mark.parametrize("name", ["ddp passes", "fsdp passes"])
-def test_a_last_step_with_fewer_prompts_is_shared_too(brief: Path, name: str) -> None:
-    assert_same(brief, "whole passes", name, last=2)
+def test_a_last_step_with_fewer_prompts_is_shared_too(passes: Path, name: str) -> None:
+    assert_same(passes, "whole passes", name, last=2)
 
 
 @pytest.mark.slow  # two processes import torch and train seventeen times

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dar.training.report.drift import RECENT, WARM_UP, DriftWatch
+from dar.protocol.hints import HINTS
+from dar.training.report.drift import DriftWatch
 
 Rewards = Callable[[int, random.Random], float]
 LIE = 60
+RECENT, WARM_UP = HINTS.drift_recent_steps, HINTS.drift_warm_up_steps
 
 
 def jumps(rewards: Rewards, *, seed: int = 0, steps: int = 120, count: int = 16) -> list[int]:

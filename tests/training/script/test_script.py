@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
-from huggingface_hub import constants
+from datasets import Dataset
 from huggingface_hub.utils import logging as hub_logging
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
@@ -27,18 +26,17 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from dar.errors import InvalidRequestError, ServiceUnavailableError
+from dar.errors import InvalidRequestError
 from dar.protocol.samples import ReportedSample
 from dar.settings import inherited_environment
 from dar.training import DARConfig, DARTrainer
-from dar.training.data.sets import open_rows
 from dar.training.report.console import TrainingConsole, report_line, samples_table
 from dar.training.script.assembly import config_of
 from dar.training.script.flags import ScriptArguments, make_parser, read_command_line
 from dar.training.script.main import main
 
 JUDGE = """
-import os, signal
+import asyncio, os, signal, sys
 from pathlib import Path
 
 def short(prompts, completions, **columns):
@@ -47,11 +45,23 @@ def short(prompts, completions, **columns):
 def failing(prompts, completions, **columns):
     return columns["answer"]
 
+def small(prompts, completions, **columns):
+    return [1e-4 * len(set(text)) for text in completions]
+
 def silent(prompts, completions, **columns):
     return [None] * len(completions)
 
 def broken(prompts, completions, **columns):
     return [float("nan") if i == 1 else 0.0 for i in range(len(completions))]
+
+def leaving(prompts, completions, **columns):
+    sys.exit(3)
+
+def cancelled(prompts, completions, **columns):
+    raise asyncio.CancelledError("mine")
+
+def ended(prompts, completions, **columns):
+    return [next(iter(()))]
 
 def interrupting(prompts, completions, **columns):
     Path("scored").write_text(Path("scored").read_text() + "." if Path("scored").exists() else ".")
@@ -169,6 +179,38 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert said.count("» The ") == 2
 
 
+def test_rewards_too_small_for_alpha_and_beta_are_a_line_of_a_run_and_of_its_preview(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in (["--dry_run"], []):
+        assert main(command(*more, reward_function="judge:small", alpha=0.1, beta=0.3)) == 0
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [one for one in said if one.startswith("warn: ") and "alpha" in one]
+        assert "the rewards had hardly any effect" in line
+        assert "std(reward) is " in line
+        assert "lower alpha + beta to about" in line
+        assert "the learning rate is " in line
+
+
+def test_a_run_says_which_learning_rate_it_has_chosen(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "run.yaml").write_text("learning_rate: null\nlearning_rate_multiplier: 0.5\n")
+    assert main(command("--dry_run", "--config", "run.yaml")) == 0
+    planned = " ".join(capsys.readouterr().err.split())
+    assert "a peak learning rate of 0.0005, chosen for the full weights of a model of" in planned
+    assert main(command(max_steps=1)) == 0
+    said = capsys.readouterr().err
+    assert (
+        "info: the peak learning rate is 0.001, chosen for the full weights of a model of" in said
+    )
+    card = (folder / "out" / "README.md").read_text()
+    assert "| `learning_rate` | `0.001` |" in card
+    assert main(command("--dry_run", learning_rate="2e-5")) == 0
+    planned = " ".join(capsys.readouterr().err.split())
+    assert "a peak learning rate of 2e-05 rewards short" in planned
+
+
 def test_a_run_is_not_overwritten_unless_the_user_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +248,14 @@ def test_wandb_without_a_key_is_one_sentence(
         ("judge:failing", "the reward function raised KeyError: 'answer'", 'columns["answer"]'),
         ("unfinished:short", "importing unfinished raised SyntaxError: '(' was never closed", ""),
         ("divided:short", "importing divided raised ZeroDivisionError: division by zero", ""),
+        ("judge:leaving", "the reward function raised SystemExit: 3", "sys.exit(3)"),
+        ("judge:cancelled", "the reward function raised CancelledError: mine", "CancelledError("),
+        (
+            "judge:ended",
+            "the reward function raised RuntimeError: StopIteration was raised",
+            "next(",
+        ),
+        ("left:short", "importing left raised SystemExit: 0", ""),
     ],
 )
 def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
@@ -213,6 +263,7 @@ def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
 ) -> None:
     (folder / "unfinished.py").write_text("def short(")
     (folder / "divided.py").write_text("1 / 0")
+    (folder / "left.py").write_text("import sys; sys.exit(0)")
     assert main(command(reward_function=function)) in (1, 64)
     text = capsys.readouterr().err
     assert said in text.splitlines()[-1]
@@ -297,12 +348,39 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
         (["--dataset_name", "judge.py"], "must end with .jsonl"),
         (["--dataset_config", "en"], "has no configurations"),
         (["--reward_function", "judge:nothing"], "module 'judge' has no attribute 'nothing'"),
-        (["--reward_function", "judge:number"], "judge:number is a int, not a function"),
+        (["--reward_function", "judge:number"], "judge:number is of the type int, not a function"),
+        (
+            ["--use_peft", "--lora_target_modules", r"([\w.]+)+!"],
+            r"--lora_target_modules '([\\w.]+)+!' is no pattern of modules: matching it might never end",
+        ),
         (["--reward_function", "judge"], "must be module:function"),
+        (["--reward_function", "./judge.py:short"], "and give judge:short"),
+        (["--output_dir", "a\0b"], "but must be a path without NUL characters"),
+        (["--dataset_name", "a\0b.jsonl"], "--dataset_name has a NUL character"),
+        (["--output_dir", "dangling"], "dangling is a link to a place that does not exist"),
+        (["--output_dir", "dangling/out"], "dangling is a link to a place that does not exist"),
         (["--reward_model_name_or_path", "policy"], "'policy' is no reward model: its weights lack score.weight"),
         (["--lora_r", "4"], "--lora_r has no effect without --use_peft"),
+        (["--use_peft", "--lora_target_modules", "v_proj", "q_prjo"], "names 'q_prjo', which the model lacks"),
+        (["--use_peft", "--lora_alpha", "0"], "--lora_alpha: Input should be greater than 0"),
+        (["--use_peft", "--lora_dropout", "1"], "--lora_dropout: Input should be less than 1"),
+        (["--max_steps", "1", "--preset", "paper"], "warmup_steps is 15, but the run has one step"),
+        (["--max_steps", "1", "--warmup_steps", "0.1"], "warmup_steps is 0.1, but the run has one step"),
+        (["--max_steps", "0"], "max_steps is 0, but must be a whole number, at least 1, or -1"),
+        (["--optim", "sgd", "--optim_args", "momentum=0.9,foo=1"], "optim_args has 'foo', which sgd ignores"),
+        (["--dtype", "float16"], "weights that are trained must not be float16"),
+        (["--config", "twice.yaml"], "twice.yaml, line 2: 'top-k' occurs twice; keep one"),
         (["--use_peft", "--lora_r", "0"], "--lora_r: Input should be greater than or equal to 1, but it is 0"),
-        (["--reward_weights", "1", "2"], "2 reward weights for 1 reward"),
+        (["--reward_weights", "1", "2"], "the number of reward weights is 2, but that of rewards is 1"),
+        (["--reward_weights", "nan"], "--reward_weights has nan, but must be a list of numbers from -1,000,000"),
+        (["--reward_weights", "inf"], "--reward_weights has inf"),
+        (["--reward_weights", "1e300"], "--reward_weights has 1e+300"),
+        (["--optim", "paged_adamw_8bit"], "optim paged_adamw_8bit cannot be used: You need to install `bitsandbytes`"),
+        (["--optim_args", "foo"], "optim_args has 'foo', which adamw_torch ignores"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type cosine_with_min_lr cannot be used with lr_scheduler_kwargs None: One of min_lr"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "missing 1 required positional argument: 'num_decay_steps'"),
+        (["--lr_scheduler_kwargs", '{"x": 1}'], "with lr_scheduler_kwargs {'x': 1}: TypeError: "),
+        (["--lr_scheduler_kwargs", "[1]"], "cannot be used with lr_scheduler_kwargs [1]: TypeError: "),
         (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
         (["--config", "missing.yaml"], "No such file"),
         (["--eval_strategy", "steps", "--eval_dataset_name", "no.jsonl"], "no file or folder no.jsonl"),
@@ -315,6 +393,8 @@ def test_the_command_is_the_script_in_a_process_and_passes_signals_and_exit_code
 def test_bad_input_is_a_paragraph_and_exit_code_64(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
+    (folder / "twice.yaml").write_text("top_k: 3\ntop-k: 1\n")
+    (folder / "dangling").symlink_to("nowhere")
     base = command()
     for name in {flag.partition("=")[0] for flag in base} & set(arguments):
         base = [flag for flag in base if flag.partition("=")[0] != name]
@@ -322,6 +402,92 @@ def test_bad_input_is_a_paragraph_and_exit_code_64(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dar train: ")
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("more.csv", "prompt,a\nhello,1\n\nyes,2,3\n", "more.csv, line 4: 3 fields, but the header has 2; a text with a comma"),
+        ("all.csv", "prompt,a\nHello, world,1\nSay a, then b,2\n", "all.csv, line 2: 3 fields, but the header has 2"),
+        ("less.csv", 'prompt,a\n"two\nlines",1\nyes\n', "less.csv, line 4: 1 field, but the header has 2"),
+        ("same.csv", "prompt,a,a\nhello,1,2\n", "same.csv: the column 'a' occurs twice in the header"),
+        ("index.csv", ",prompt\n0,hello\n", "index.csv: column 1 has no name in the header; name it, or remove it (pandas"),
+        ("quote.csv", 'prompt,a\n"hello" you,1\n', "quote.csv, line 2: not CSV: "),
+        ("open.csv", 'prompt,a\nyes,1\n"hello,1\n', "open.csv, line 3: not CSV: "),
+        ("empty.csv", "", "empty.csv has no rows"),
+        ("header.csv", "prompt\n", "header.csv has no rows"),
+        ("twice.json", '[{"prompt": "a"}, {"prompt": "b", "x": {"y": 1, "y": 2}}]', "twice.json, row 2: the key 'y' occurs twice"),
+        ("cut.json", '[{"prompt": "a"},\n {"prompt": "b"}, {"prom', "cut.json, row 3: not JSON"),
+        ("deep.json", f'[{{"prompt": "a"}}, {{"x": {"[" * 5000}', "deep.json, row 2: "),
+        ("huge.json", '[{"prompt": "a"}, {"prompt": "b", "x": 1e999}]', "huge.json, row 2: 1e999 is too large"),
+    ],
+    ids=lambda value: value[:8],
+)  # fmt: skip
+def test_a_data_file_that_cannot_be_read_is_told_with_its_cause_and_row(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    (folder / name).write_text(content)
+    assert main(command(dataset_name=name)) == 64
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"dar train: {said}")
+
+
+def test_a_damaged_checkpoint_names_the_one_before(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(save_strategy="steps", save_steps=1)) == 0
+    newest, older = (folder / "out" / "checkpoints" / f"step-{n}" for n in (2, 1))
+    resumed = command(resume_from_checkpoint="latest", max_steps=3)
+    manifest = (newest / "MANIFEST.json").read_bytes()
+    for damaged in (b"{", b"[]", manifest.replace(b'"files"', b'"fils"')):
+        (newest / "MANIFEST.json").write_bytes(damaged)
+        assert main(resumed) == 64
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "MANIFEST.json cannot be read: " in error
+        assert error.endswith(f"; resume from the one before, {older.relative_to(folder)}, instead")
+        assert "pydantic" not in error
+    (newest / "MANIFEST.json").write_bytes(manifest)
+    newest.rename(newest.with_name("step-7"))
+    assert main(resumed) == 0
+    assert " after step 2" in capsys.readouterr().err
+
+
+def test_the_weights_of_a_model_lie_beside_its_config(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = folder / "policy"
+    (model / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    places = {"model.embed_tokens.weight": "../elsewhere.safetensors"}
+    index = model / "model.safetensors.index.json"
+    for content, said in (
+        (json.dumps({"weight_map": places}), "'../elsewhere.safetensors', which is outside of"),
+        ("[]", "has no weight_map, so it is no index"),
+    ):
+        index.write_text(content)
+        assert main(command()) == 64
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "llama", "num_attention_heads": 7}, "'validate_architecture': ValueError: The hidden size (32) is not a multiple"),
+        ({"dtype": "nope"}, "the model 'policy' cannot be loaded as a causal language model"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_models_config_is_told_as_such(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
+) -> None:
+    file = folder / "policy" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert main(command()) == 64
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_run_in_which_nothing_was_rewarded_fails_in_one_sentence(
@@ -401,7 +567,21 @@ def test_flags_go_before_the_file_and_both_before_the_preset(tmp_path: Path) -> 
     [
         ("alhpa: 1", "there is no option 'alhpa'"),
         ("config: other.yaml", "there is no option 'config'"),
-        ("alpha: [1]", "alpha: invalid value [1]"),
+        ("alpha: [1]", "alpha takes texts and numbers, but it is a list"),
+        ("stop: [a, null]", "stop takes texts and numbers, but an item is null"),
+        ("stop: [[a]]", "stop takes texts and numbers, but an item is a list"),
+        ("report_to: [a, {b: c}]", "report_to takes texts and numbers, but an item is a mapping"),
+        ("run_name: {a: b}", "run_name takes texts and numbers, but it is a mapping"),
+        ("model_name_or_path: {a: b}", "model_name_or_path takes texts and numbers"),
+        (
+            "run_name: !!binary aGk=",
+            "run_name takes texts and numbers, but it is of the type bytes",
+        ),
+        ("run_name: !!timestamp 2026-13-01", "is not YAML: month must be in 1..12"),
+        (f"deepspeed: {{a: {'1' * 5000}}}", "is not YAML: Exceeds the limit"),
+        (f"seed: {'1' * 5000}", "seed: invalid value '1111"),
+        (f"stop: {'[' * 3000}", "is nested too deeply"),
+        ("max_steps: yes", "max_steps: invalid value 'yes'"),
         (
             "adv_norm: sideways",
             "adv_norm is 'sideways', but must be one of none, per_prompt, batch",
@@ -418,27 +598,34 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, content: str, said
     assert said in str(error.value)
 
 
-def test_data_sets_come_from_files_and_folders(tmp_path: Path) -> None:
-    rows = [{"prompt": "a"}, {"prompt": "b"}]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "table.csv").write_text("prompt,answer\nq,1\n")
-    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
-    assert list(open_rows(str(tmp_path), split="test")) == rows
-    assert list(open_rows(str(tmp_path / "test.jsonl"))) == rows
-    assert open_rows(str(tmp_path / "table.csv"))[0] == {"prompt": "q", "answer": 1}
-    assert list(open_rows(str(tmp_path / "saved"))) == rows
-    with pytest.raises(InvalidRequestError, match="has no split 'test', but train"):
-        open_rows(str(tmp_path / "saved"), split="test")
-    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
-    assert list(open_rows(str(tmp_path / "one"))) == rows
-    with pytest.raises(InvalidRequestError, match="has no splits"):
-        open_rows(str(tmp_path / "one"), split="validation")
+def test_the_texts_of_a_file_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """To YAML itself they are the numbers 7 and 750, a boolean, a date and the number 1000."""
+    file = tmp_path / "run.yaml"
+    texts = ["007", "12:30", "yes", "2026-01-02", "1e3", "1_000", "="]
+    lines = [f"stop: [{', '.join(texts)}]", "run_name: 010", "save_strategy: no", "bf16: off"]
+    lines += ["seed: 010", "chat_template_kwargs: {depth: 3, is_short: no}", "max_grad_norm: 1e-2"]
+    file.write_text("\n".join(lines))
+    config = read_command_line(command("--config", str(file))).config
+    assert config["stop"] == texts
+    assert config["run_name"] == "010"
+    assert config["chat_template_kwargs"] == {"depth": 3, "is_short": False}
+    assert (config["seed"], config["bf16"], config["max_grad_norm"]) == (10, False, 0.01)
+    assert getattr(config["save_strategy"], "value", config["save_strategy"]) == "no"
 
 
-def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the variable of this name says
-    with pytest.raises(ServiceUnavailableError, match="hub cannot be reached to load the data set"):
-        open_rows("somebody/prompts")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stop", "a", "--stop", "b"], "--stop occurs twice; give all its values at once: --stop A B"),
+        (["--seed=1", "--seed=1"], "--seed occurs twice; keep one"),
+        (["--save-steps", "1", "--save_steps=2"], "--save_steps occurs twice; keep one"),
+        (["--dataloader_pin_memory", "--no_dataloader_pin_memory"], "--dataloader_pin_memory occurs twice"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config occurs twice; keep one"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_occurs_twice_is_refused(arguments: list[str], said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        read_command_line(command(*arguments))
 
 
 # --- the screen -----------------------------------------------------------------------------------

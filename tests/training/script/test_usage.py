@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from enum import EnumType
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 
 from dar.errors import InvalidRequestError
 from dar.settings import inherited_environment
+from dar.training.script.arguments import MAPPINGS, PATHS, REPEATED, ScriptArguments
 from dar.training.script.assembly import config_of
 from dar.training.script.exits import in_flags
 from dar.training.script.flags import json_object, make_parser
-from dar.training.script.usage import QuickParser, refused
+from dar.training.script.usage import QuickParser, config_fields, refused
 
 GIVEN = ["--model_name_or_path=model", "--dataset_name=prompts.jsonl", "--output_dir=out"]
 
@@ -31,6 +33,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "run.yaml").write_text("learning_rates: 1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def line_with(arguments: list[str]) -> list[str]:
+    """A whole command line, with these arguments in place of those that it has otherwise."""
+    names = {argument.partition("=")[0] for argument in arguments}
+    return [*(one for one in GIVEN if one.partition("=")[0] not in names), *arguments]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +80,71 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_wrong_command_line_is_one_sentence_and_exit_code_64(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    assert refused([*GIVEN, *arguments]) == 64
+    assert refused(line_with(arguments)) == 64
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dar train: ")
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output_dir=~/used"], "/used holds an earlier run (checkpoints/step-2)"),
+        (["--config", "~/tilde.yaml"], "/used holds an earlier run (checkpoints/step-2)"),
+        (["--output_dir=~/model", "--overwrite_output_dir"], "would remove the model model"),
+        (
+            ["--model_name_or_path=~/model", "--output_dir=model", "--overwrite_output_dir"],
+            "would remove the model ",
+        ),
+        (
+            ["--reward_model_name_or_path=~/model", "--output_dir=~/", "--overwrite_output_dir"],
+            "would remove the model ",
+        ),
+        (
+            ["--reward_model_path=~/model", "--output_dir=~/", "--overwrite_output_dir"],
+            "would remove the model ",
+        ),
+        (["--reward_model_path=~/x"], "--reward_model_path: there is no folder"),
+        (["--output_dir=~/used", "--resume_from_checkpoint=latest"], None),
+        (["--output_dir=used", "--resume_from_checkpoint=~/used/checkpoints/step-10"], None),
+        (["--resume_from_checkpoint=~/used"], "/used is no checkpoint"),
+        (["--model_name_or_path=~/model", "--dataset_name=~/prompts.jsonl"], None),
+        (["--model_name_or_path=~/adapter"], "/adapter holds an adapter without its base model"),
+        (["--dataset_name=~/x.jsonl"], "there is no file or folder"),
+        (["--output_dir=~nobody-here/out"], "~nobody-here is no folder of a user"),
+        (["--dataset_name=~nobody-here.jsonl"], "if the name begins with ~, give ./~nobody-here.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_path_with_a_tilde_is_checked_as_the_folder_that_it_names(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str | None,
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "tilde.yaml").write_text("output_dir: ~/used\n")
+    given = [one for one in line_with(arguments) if "--config" not in arguments or one != GIVEN[2]]
+    assert refused(given) == (None if said is None else 64)
+    if said is not None:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
+def test_every_option_that_takes_a_mapping_is_known_as_one() -> None:
+    taking = {name for name, annotation in config_fields().items() if "dict" in annotation}
+    assert taking == set(MAPPINGS)
+    repeated = {f.name for f in fields(ScriptArguments) if f.metadata.get("action") == "extend"}
+    assert repeated == set(REPEATED)
+
+
+def test_every_option_that_names_a_file_is_known_as_a_path() -> None:
+    named = {
+        name
+        for name in QuickParser().actions_by_name
+        if name.endswith(("_dir", "_path", "_file")) or name in {"dataset_name", "config"}
+    }
+    assert named - {"overwrite_output_dir"} <= set(PATHS)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +162,7 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_64(
     ],
 )
 def test_a_command_line_that_may_be_right_passes(folder: Path, arguments: list[str]) -> None:
-    assert refused([*GIVEN, *arguments]) is None
+    assert refused(line_with(arguments)) is None
 
 
 def test_a_usage_error_costs_no_import_of_torch(folder: Path) -> None:

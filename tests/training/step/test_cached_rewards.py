@@ -35,7 +35,7 @@ def test_a_run_with_remembered_rewards_gives_the_bits_of_one_without(
     assert (folder / FILE).exists()
     assert {facts[1:] for facts in asked[1]} == {facts[1:] for facts in asked[0]}
     assert len(set(asked[1])) == len(asked[1]) < len(asked[0]), "each once in a step"
-    assert all("reward/hash/cached" not in report for report in plain[1].reports.values())
+    assert all("reward_requests/hash/cached" not in report for report in plain[1].reports.values())
 
 
 def test_a_second_run_asks_for_nothing_that_the_first_was_told(run: Callable[..., Any]) -> None:
@@ -46,7 +46,7 @@ def test_a_second_run_asks_for_nothing_that_the_first_was_told(run: Callable[...
         second = run(reward_funcs=rewards, **SHORT)
         assert len(service.requests) == asked > 0
     chaos.assert_same(first, second)
-    hits = [report["reward/hash/cache_hits"] for report in second[1].reports.values()]
+    hits = [report["reward_requests/hash/cache_hits"] for report in second[1].reports.values()]
     assert hits == [48, 48]
     shown = [
         {step: [row.model_dump() for row in rows] for step, rows in sink.shown.items()}

@@ -49,6 +49,10 @@ def test_a_reward_that_is_the_same_for_all_completions_of_a_prompt_is_reported_o
     assert score.__name__ in message
     assert len(data["prompts"]) == 2
     assert all(repr(prompt) in message for prompt in data["prompts"])
+    assert (data["fitting_alpha_plus_beta"], data["learning_rate"] > 0) == (None, True)
+    assert (data["reward_std"] > 0) == (score is of_the_prompt)
+    said = (f"std(reward) is {data['reward_std']:.3g}", "no alpha + beta would fit")
+    assert all(part in message for part in (*said, "the learning rate is "))
 
 
 def test_only_the_component_that_is_constant_is_named(
@@ -77,6 +81,25 @@ def test_a_constant_reward_is_reported_once_although_the_run_is_interrupted(
         resume = trainer.checkpoints / f"step-{step}"
         train(resume=resume, sink=second, reward_funcs=constant, settings=settings)
         assert len(warnings_of(second, "constant_steps")) == count
+
+
+def test_a_tolerance_that_hides_all_differences_is_named_with_what_would_fit(
+    train: Callable[..., DARTrainer], sink: RecordingSink
+) -> None:
+    settings = {"max_steps": 4, "tie_tolerance": 9.0}
+    train(sink=sink, reward_funcs=lengths, settings=settings)
+    ((message, data),) = warnings_of(sink, "constant_steps")
+    assert "lower tie_tolerance, which is 9; without it, alpha + beta = 1.1 would fit" in message
+    assert data["fitting_alpha_plus_beta"] == pytest.approx(1.118, rel=1e-3)
+
+
+def test_completions_that_are_all_the_same_text_are_named_as_the_cause(
+    train: Callable[..., DARTrainer], sink: RecordingSink
+) -> None:
+    settings = {"max_steps": 4, "temperature": 1e-3, "top_k": 1}
+    train(sink=sink, settings=settings)
+    ((message, _),) = warnings_of(sink, "constant_steps")
+    assert "the completions of a prompt are all the same text" in message
 
 
 def test_completions_that_are_all_cut_off_are_reported_once(

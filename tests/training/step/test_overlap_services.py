@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dar.errors import TrainingError
+from dar.protocol.hints import HINTS
 from dar.rewards import http_reward
 from dar.rewards.http import async_results
 from dar.rewards.http.breaker import BreakerOptions
@@ -183,10 +184,16 @@ def test_a_service_that_cannot_keep_up_is_named_with_the_concurrency_it_needs(
         time.sleep(0.1 + random.random() / 100)
         return False
 
+    def found(sink: Any) -> list[Any]:
+        return [data for _, _, data in sink.events if data and data["kind"] == "reward_capacity"]
+
     rewards = chaos.rewards_of(serve(slowly).url, component={"limits": {"concurrency": 1}})
-    _, sink = run(reward_funcs=rewards, max_steps=2)
-    told = [data for level, _, data in sink.events if level == "warn" and data]
-    told = [data for data in told if data["kind"] == "reward_capacity"]
-    assert told[0]["component"] == "hash"
-    assert told[0]["concurrency"] == 1
-    assert told[0]["needed_concurrency"] > 1
+    saving = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    trainer, sink = run(reward_funcs=rewards, **saving)
+    first, *_ = found(sink)
+    assert (first["component"], first["concurrency"]) == ("hash", 1)
+    assert first["needed_concurrency"] > 1
+    # After an interruption it is repeated only if the need has grown by a quarter, as before it.
+    _, later = run(trainer.checkpoints / f"step-{first['step']}", reward_funcs=rewards, **saving)
+    least = HINTS.capacity_repeated * first["needed_concurrency"]
+    assert all(one["needed_concurrency"] >= least for one in found(later))

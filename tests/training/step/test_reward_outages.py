@@ -106,11 +106,17 @@ def test_every_step_tells_its_requests_and_samples(
     assert [step for step, *_ in sink.requests] == [1, 2, 3, 4, 5]
     for values in sink.reports.values():
         assert all(map(is_known, values))
-        assert (values["reward/n_valid"], values["reward/n_error"]) == (12, 0)
-        assert values["reward/words/requests"] >= 1
-        assert values["reward/words/retries"] == values["reward/words/failed_requests"] == 0
+        assert (values["reward_requests/n_valid"], values["reward_requests/n_error"]) == (12, 0)
+        assert values["reward_requests/words/requests"] >= 1
         assert (
-            0 < values["time/reward/words/p50_seconds"] <= values["time/reward/words/p95_seconds"]
+            values["reward_requests/words/retries"]
+            == values["reward_requests/words/failed_requests"]
+            == 0
+        )
+        assert (
+            0
+            < values["reward_requests/words/p50_seconds"]
+            <= values["reward_requests/words/p95_seconds"]
         )
         low, high = values["rewards/words/min"], values["rewards/words/max"]
         assert low <= values["rewards/words/mean"] <= high
@@ -137,10 +143,10 @@ def test_a_job_that_ends_within_its_first_step_counts_its_requests_and_failures(
     counts = sink.unfinished
     assert counts is not None
     assert all(map(is_known, counts))
-    assert counts["reward/words/requests"] >= 1
-    assert counts["reward/n_error"] >= 4
-    assert counts.get("reward/n_valid", 0) == 0
+    assert counts["reward_requests/words/requests"] >= 1
+    assert counts["reward_requests/n_error"] >= 4
+    assert counts.get("reward_requests/n_valid", 0) == 0
     family = {"outage": "http_5xx", "rejection": "http_4xx", "samples": "other"}[ending]
-    assert counts[f"reward/n_error/{family}"] == counts["reward/n_error"]
-    failed = counts["reward/words/failed_requests"]
-    assert failed == (0 if ending == "samples" else counts["reward/words/requests"])
+    assert counts[f"reward_requests/n_error/{family}"] == counts["reward_requests/n_error"]
+    failed = counts["reward_requests/words/failed_requests"]
+    assert failed == (0 if ending == "samples" else counts["reward_requests/words/requests"])

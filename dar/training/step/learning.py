@@ -1,0 +1,264 @@
+"""`LearningWatch`: detects settings under which rewards have too little or too much effect.
+
+A weight is exp(A / (alpha + beta)), times the pull of the reference, up to the clip. So alpha +
+beta has to fit the size of the advantages A, which are differences of rewards:
+
+- *small advantages*: over the first steps the standard deviation of A / (alpha + beta) is so small
+  that all weights are nearly equal. The policy is then trained on its own samples, whatever their
+  rewards.
+- *clipped weights*: over the last steps so many weights are at the clip that they say only which
+  completion was better, not by how much.
+
+Each is reported once in a run, with the standard deviation of the rewards, the alpha + beta that
+would fit, and the learning rate. The thresholds are those of `dar.protocol.hints`.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+
+from dar.protocol.hints import HINTS
+from dar.training.config.config import DARConfig
+from dar.training.loss import LEAST_DEVIATION
+from dar.training.step.records import ScoredStep
+
+NORMALISED = 0.5
+"""Normalised advantages that deviate by less were divided by `LEAST_DEVIATION`, not by their
+own deviation, which would make them deviate by 1."""
+Budget = Callable[[], float | None]
+"""Returns the KL, in nats, that alpha and beta are computed from; None: they are given."""
+
+
+def no_budget() -> None:
+    """The budget of a run whose alpha and beta are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Rewards, advantages and weights of the completions that count, in one step or several."""
+
+    count: int
+    reward_mean: float
+    reward_std: float
+    """Biased."""
+    squares: float
+    """Sum of the squared advantages, whose mean is 0."""
+    differing: int
+    """Completions whose advantage is not 0."""
+    clipped: int
+    """Completions whose weight is at the clip."""
+
+    @classmethod
+    def of(cls, step: ScoredStep) -> "Spread":
+        """The spread of a step in which at least one completion counts."""
+        rows = step.valid_rows
+        rewards = torch.tensor([step.rewards[row].reward for row in rows], dtype=torch.float64)
+        advantages = step.advantages_B[rows].double()
+        return cls(
+            len(rows),
+            rewards.mean().item(),
+            rewards.std(unbiased=False).item(),
+            advantages.square().sum().item(),
+            int(advantages.count_nonzero()),
+            int(step.clipped_B[rows].sum()),
+        )
+
+    @classmethod
+    def pooled(cls, steps: Sequence["Spread"]) -> "Spread":
+        """The spread of several steps together; at least one."""
+        count = sum(one.count for one in steps)
+        mean = math.fsum(one.count * one.reward_mean for one in steps) / count
+        variance = math.fsum(
+            one.count * (one.reward_std**2 + (one.reward_mean - mean) ** 2) for one in steps
+        )
+        return cls(
+            count,
+            mean,
+            math.sqrt(variance / count),
+            math.fsum(one.squares for one in steps),
+            sum(one.differing for one in steps),
+            sum(one.clipped for one in steps),
+        )
+
+    @property
+    def advantage_std(self) -> float:
+        return math.sqrt(self.squares / self.count)
+
+    @property
+    def differing_std(self) -> float:
+        """Standard deviation of the advantages that are not 0; 0 if there are none."""
+        return math.sqrt(self.squares / max(1, self.differing))
+
+    @property
+    def fitting(self) -> float:
+        """The alpha + beta that would fit the advantages; 0 if all are 0."""
+        return self.differing_std / HINTS.advantages_fitting
+
+    @property
+    def clip_fraction(self) -> float:
+        return self.clipped / self.count
+
+
+class LearningWatch:
+    """Warns once of each kind.
+
+    Args:
+        config: The arguments of the run; alpha and beta are read when they are needed.
+        budget: With a budget, alpha and beta fit the rewards by themselves, so the size of the
+            advantages is not judged.
+    """
+
+    def __init__(self, config: DARConfig, budget: Budget = no_budget) -> None:
+        self._config = config
+        self._budget = budget
+        self._first: list[Spread] = []
+        self._last: deque[Spread] = deque(maxlen=HINTS.clip_steps)
+        self._has_warned_of_clip = False
+
+    def add(
+        self, step: ScoredStep, last_step: int, *, learning_rate: float
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """Count a step after its optimizer step.
+
+        Args:
+            step: The step; one without completions that count is not counted.
+            last_step: The last one of the run, which is judged by fewer steps if it has no more.
+            learning_rate: With which the optimizer has stepped.
+
+        Returns:
+            Message and data of each event that is due.
+        """
+        if not step.valid_count:
+            return []
+        spread = Spread.of(step)
+        is_end = step.number >= last_step
+        is_beginning = len(self._first) < HINTS.advantages_steps
+        if is_beginning:
+            self._first.append(spread)
+        self._last.append(spread)
+        events = []
+        if is_beginning and (is_end or len(self._first) == HINTS.advantages_steps):
+            first = Spread.pooled(self._first)
+            if self._is_small(first):
+                steps = f"the first {_steps(len(self._first))}"
+                events.append(self._small(first, steps, step.number, learning_rate))
+        if not self._has_warned_of_clip and (is_end or len(self._last) == HINTS.clip_steps):
+            last = Spread.pooled(self._last)
+            if last.clip_fraction > HINTS.clip_most:
+                self._has_warned_of_clip = True
+                steps = f"the last {_steps(len(self._last))}"
+                events.append(self._clipped(last, steps, step.number, learning_rate))
+        return events
+
+    def _is_small(self, found: Spread) -> bool:
+        if self._budget() is not None or not found.differing:
+            return False
+        return found.advantage_std < HINTS.advantages_least * self._temperature
+
+    @property
+    def _temperature(self) -> float:
+        return self._config.alpha + self._config.beta
+
+    # --- messages --------------------------------------------------------------------------------
+
+    def _small(
+        self, found: Spread, steps: str, number: int, learning_rate: float
+    ) -> tuple[str, dict[str, Any]]:
+        return (
+            f"in {steps} the rewards had hardly any effect, because the weights of all completions "
+            f"were nearly equal: {self._facts(found)}; {self._against_small(found)}; the learning "
+            f"rate is {learning_rate:.3g}"
+        ), self._data("small_advantages", found, number, learning_rate)
+
+    def _clipped(
+        self, found: Spread, steps: str, number: int, learning_rate: float
+    ) -> tuple[str, dict[str, Any]]:
+        return (
+            f"in {steps} {found.clip_fraction:.0%} of the weights were at the clip, dar_wclip = "
+            f"{self._config.dar_wclip:g}, so they did not follow the size of the rewards: "
+            f"{self._facts(found)}; {self._against_clip(found)}; the learning rate is "
+            f"{learning_rate:.3g}"
+        ), self._data("clipped_weights", found, number, learning_rate)
+
+    def _facts(self, found: Spread) -> str:
+        temperature = self._temperature
+        return (
+            f"std(reward) is {found.reward_std:.3g}, and that of the advantages, "
+            f"{found.advantage_std:.3g}, is {found.advantage_std / temperature:.3g} times alpha + "
+            f"beta = {temperature:.3g}"
+        )
+
+    def _data(self, kind: str, found: Spread, number: int, learning_rate: float) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "step": number,
+            "reward_std": found.reward_std,
+            "advantage_std": found.advantage_std,
+            "clip_fraction": found.clip_fraction,
+            "alpha_plus_beta": self._temperature,
+            "fitting_alpha_plus_beta": found.fitting or None,
+            "learning_rate": learning_rate,
+        }
+
+    def _against_small(self, found: Spread) -> str:
+        fitting = found.fitting
+        least = HINTS.advantages_least * self._temperature
+        if found.differing_std >= least:
+            return (
+                f"only {found.differing / found.count:.2g} of the completions differ in reward "
+                f"from the others of their prompt, and to these alpha + beta = {fitting:.2g} would "
+                "fit: use a reward that differs more often, or more completions per prompt"
+            )
+        if self._config.adv_norm != "none" and found.differing_std < NORMALISED:
+            return (
+                f"adv_norm {self._config.adv_norm} divides by at least {LEAST_DEVIATION:g}, and "
+                f"the rewards deviate by less: multiply them by {1 / found.differing_std:.2g} or "
+                f"more, then alpha + beta = {1 / HINTS.advantages_fitting:.2g} would fit"
+            )
+        return f"{self._fit('lower', fitting)}{self._rescaling('multiply', fitting)}"
+
+    def _against_clip(self, found: Spread) -> str:
+        fitting = found.fitting
+        if fitting > self._temperature:
+            return f"{self._fit('raise', fitting)}{self._rescaling('divide', fitting)}"
+        return (
+            f"these advantages fit an alpha + beta of {fitting:.2g}, so the weights grow with the "
+            "distance from the reference: lower the learning rate, or raise dar_wclip"
+        )
+
+    def _fit(self, verb: str, fitting: float) -> str:
+        share = fitting / self._temperature
+        return (
+            f"{verb} alpha + beta to about {fitting:.2g}, which would fit (alpha "
+            f"{share * self._config.alpha:.2g}, beta {share * self._config.beta:.2g})"
+        )
+
+    def _rescaling(self, verb: str, fitting: float) -> str:
+        """The same by other rewards, which has an effect only if advantages are not normalised."""
+        if self._config.adv_norm != "none":
+            return ""
+        factor = max(fitting / self._temperature, self._temperature / fitting)
+        return f", or {verb} the rewards by {factor:.2g}"
+
+    # --- resuming --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What was counted, as JSON."""
+        return {
+            "first": [astuple(one) for one in self._first],
+            "last": [astuple(one) for one in self._last],
+            "has_warned_of_clip": self._has_warned_of_clip,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._first = [Spread(*one) for one in state["first"]]
+        self._last = deque((Spread(*one) for one in state["last"]), maxlen=HINTS.clip_steps)
+        self._has_warned_of_clip = state["has_warned_of_clip"]
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
