@@ -28,9 +28,10 @@ class HintThresholds:
     # --- steps from whose rewards nothing can be learned -----------------------------------------
 
     degenerate_steps: int = 3
-    """Such steps in a row before a warning."""
+    """Steps in a row before a warning whose rewards were all constant, or whose completions were
+    all truncated or all skipped."""
     degenerate_prompts: int = 8
-    """Least number of prompts in these steps; a rare reward is often absent from one or two
+    """Least number of prompts in such steps; a rare reward is often absent from one or two
     prompts."""
 
     # --- rewards that jump -----------------------------------------------------------------------
