@@ -257,6 +257,10 @@ class Reporter:
         )
         return times
 
+    def note(self, values: dict[str, float]) -> None:
+        """Add further metrics of the last step."""
+        self._window.add(values)
+
     def warn_of(self, step: ScoredStep, sink: Sink, *, last_step: int) -> None:
         """Warn of rewards that no source returned, that have jumped, or that give no signal."""
         count = len(step.rewards)
