@@ -39,7 +39,7 @@ SPLITS = 8
 """Random splits into halves that are averaged: each sample lies in one half of every split."""
 GRID = tuple(2.0 ** (6 - j / 4) for j in range(53))
 """Values of alpha that are tried, largest first, in units of the rewards' deviation."""
-HALVINGS = 40
+HALVINGS = 30
 """Halvings of an interval of `GRID`."""
 SATURATION = 0.95
 """Share of the largest KL from which on a smaller alpha is not worth its larger weights."""
@@ -60,9 +60,9 @@ class Point:
     kl: float
     """Mean KL to the reference, in nats per completion."""
     is_trusted: bool
-    """Whether the samples suffice: halving them changes the KL by at most `MOST_DIFFERENCE`, and
-    the KL to the sampling distribution is at most log n - 1, as with n samples no estimate of it
-    exceeds log n."""
+    """Whether the samples suffice: the KLs of halves of them differ from that of all by at most
+    `MOST_DIFFERENCE` on average, and the KL to the sampling distribution is at most log n - 1, as
+    with n samples no estimate of it exceeds log n."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,7 @@ class Frontier:
         """Pooled deviation of the rewards from their prompt's mean; 0 if all are equal."""
         self._usable_PN = usable_PN
         self._ratios_PN = np.where(usable_PN, ratios_PN[enough_P], 0.0)
+        self._known: dict[float, Point] = {}
         self._units_PN = centred_PN / self.unit if self.unit > 0 else centred_PN
 
     @cached_property
@@ -139,15 +140,21 @@ class Frontier:
 
     def _at(self, temperature: float) -> Point:
         """The point of an alpha in units of the rewards' deviation."""
-        gain, kl, spread = _tilted(
+        if temperature not in self._known:
+            self._known[temperature] = self._measured(temperature)
+        return self._known[temperature]
+
+    def _measured(self, temperature: float) -> Point:
+        [gain], [kl], [spread] = _tilted(
             self._units_PN, self._ratios_PN, self._usable_PN[None], temperature
         )
-        half_gain, half_kl, _ = _tilted(self._units_PN, self._ratios_PN, self._halves, temperature)
+        gain_S, kl_S, _ = _tilted(self._units_PN, self._ratios_PN, self._halves, temperature)
+        difference = float(np.abs(kl_S - kl).mean())
         return Point(
             alpha=temperature * self.unit,
-            reward=self.mean + (2 * gain - half_gain) * self.unit,
-            kl=2 * kl - half_kl,
-            is_trusted=abs(kl - half_kl) <= MOST_DIFFERENCE * abs(kl)
+            reward=self.mean + (2 * gain - float(gain_S.mean())) * self.unit,
+            kl=2 * kl - float(kl_S.mean()),
+            is_trusted=difference <= MOST_DIFFERENCE * abs(kl)
             and spread <= math.log(self.sample_count) - 1,
         )
 
@@ -230,13 +237,13 @@ def pooled_deviation(rewards: Values) -> float:
 
 def _tilted(
     units_PN: Values, ratios_PN: Values, masks_SPN: Flags, temperature: float
-) -> tuple[float, float, float]:
-    """Mean gain in reward, KL to the reference and KL to the sampling distribution.
+) -> tuple[Values, Values, Values]:
+    """Gain in reward, KL to the reference and KL to the sampling distribution, ``[S]`` each.
 
     Args:
         units_PN: Rewards less their prompt's mean, in units of their deviation.
         ratios_PN: log pi_ref - log mu.
-        masks_SPN: Which samples count; the results are means over the first two dimensions.
+        masks_SPN: Which samples count; the results are means over the prompts.
         temperature: alpha in the same units.
     """
     tilts_PN = units_PN / temperature
@@ -250,4 +257,4 @@ def _tilted(
     kl_SP = (shares_SPN * tilts_PN).sum(axis=2) - log_mean_SP
     spread_SP = (shares_SPN * (ratios_PN + tilts_PN)).sum(axis=2) - log_mean_SP
     gain_SP = (shares_SPN * units_PN).sum(axis=2)
-    return float(gain_SP.mean()), float(kl_SP.mean()), float(spread_SP.mean())
+    return gain_SP.mean(axis=1), kl_SP.mean(axis=1), spread_SP.mean(axis=1)

@@ -17,21 +17,22 @@ from fakes.recording_sink import RecordingSink, ScriptedControl
 
 WIDE = {
     "per_device_train_batch_size": 5,
-    "dar_k": 64,
+    "dar_k": 32,
     "max_steps": 3,
     "max_new_tokens": 5,
     "kl_budget": 0.25,
 }
-"""Enough completions for a calibration of 5 prompts x 48."""
+"""Enough completions for a calibration of 5 prompts x 96."""
 LONG = {
     "per_device_train_batch_size": 5,
-    "dar_k": 16,
+    "dar_k": 4,
     "max_steps": 8,
     "save_strategy": "steps",
     "save_steps": 1,
     "kl_budget": 1.5,
 }
 """More KL than the samples of the first calibration can show."""
+SHARE = calibration.SHARE
 
 
 def share_of_even(completions: list[str], **columns: Any) -> list[float]:
@@ -67,6 +68,12 @@ def calibrations(sink: RecordingSink) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def generous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration may spend as many completions as the run, so that the run can be short."""
+    monkeypatch.setattr(calibration, "SHARE", 1)
+
+
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second calibration may come after a few steps, whatever the KL does."""
@@ -85,7 +92,7 @@ def test_a_budget_chooses_alpha_and_beta_before_the_first_step_and_says_where_it
     assert facts["ending"] == "reached"
     assert facts["kl"] == pytest.approx(0.25, abs=1e-6)
     assert facts["reward"] > facts["start_reward"]
-    assert facts["completions"] == 5 * 48
+    assert facts["completions"] in (5 * 48, 2 * 5 * 48)
     assert facts["alpha"] == trainer.args.alpha != 0.1
     assert trainer.args.beta == 3 * trainer.args.alpha == facts["beta"]
     assert f"alpha is {trainer.args.alpha:.4g}" in message
@@ -136,7 +143,7 @@ def test_a_baseline_that_includes_the_completion_lowers_alpha(
     """With the mean of all K an advantage is 1 - 1/K of the other one, so alpha must be too."""
     usual = train(settings=WIDE, reward_funcs=share_of_even)
     mean = train(settings=WIDE | {"baseline": "mean"}, reward_funcs=share_of_even)
-    assert mean.args.alpha == pytest.approx(usual.args.alpha * 63 / 64)
+    assert mean.args.alpha == pytest.approx(usual.args.alpha * 31 / 32)
 
 
 def test_a_short_run_takes_the_deviation_of_few_rewards_and_warns(
@@ -146,8 +153,19 @@ def test_a_short_run_takes_the_deviation_of_few_rewards_and_warns(
     [(level, message, facts)] = calibrations(sink)
     assert level == "warn"
     assert "too few rewards for a forecast" in message
-    assert facts["completions"] <= 3 * 3 * 4 // 4
+    assert facts["completions"] <= 3 * 3 * 4
     assert trainer.args.alpha == pytest.approx(facts["reward_std"])
+
+
+def test_a_calibration_spends_at_most_a_quarter_of_the_completions(
+    train: Callable[..., DARTrainer], sink: RecordingSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "SHARE", SHARE)
+    train(settings=LONG | {"dar_k": 12, "kl_budget": 3.0}, reward_funcs=share_of_even, sink=sink)
+    [(_, _, facts)] = calibrations(sink)
+    assert facts["ending"] == "untrusted"
+    assert facts["completions"] == 5 * 16
+    assert 2 * facts["completions"] > 5 * 12 * 8 // 4
 
 
 def test_missing_rewards_are_left_out_and_equal_ones_leave_alpha_as_it_is(
@@ -158,7 +176,7 @@ def test_missing_rewards_are_left_out_and_equal_ones_leave_alpha_as_it_is(
 
     train(settings=WIDE, reward_funcs=half, sink=sink)
     [(_, _, facts)] = calibrations(sink)
-    assert facts["samples_per_prompt"] == 24
+    assert facts["samples_per_prompt"] == facts["completions"] / 5 / 2
     equal = new_sink()
     trainer = train(
         settings=WIDE, reward_funcs=lambda completions, **_: [1.0] * len(completions), sink=equal
@@ -203,7 +221,8 @@ def test_where_the_base_models_samples_do_not_suffice_the_trained_policys_are_us
 def test_a_run_too_short_for_a_second_choice_says_so(
     train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
-    train(settings=WIDE | {"kl_budget": 3.0}, reward_funcs=share_of_even, sink=sink)
+    settings = LONG | {"max_steps": 3, "dar_k": 8, "save_strategy": "no"}
+    train(settings=settings, reward_funcs=share_of_even, sink=sink)
     [(level, message, _)] = calibrations(sink)
     assert level == "warn"
     assert "too short to choose again" in message

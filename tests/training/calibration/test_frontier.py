@@ -98,6 +98,7 @@ def test_rewards_of_two_values_have_no_kl_beyond_that_of_the_better_one() -> Non
     """Of rewards 0 and 1 the optimum of alpha = 0 is all ones, at -log of their share."""
     rewards = np.zeros((16, 64))
     rewards[:, ::2] = 1.0
+    rewards = np.random.default_rng(0).permuted(rewards, axis=1)
     choice = Frontier(rewards).choose(1.5)
     assert choice is not None
     assert choice.ending == "saturated"
