@@ -1,5 +1,6 @@
 """`kl_budget`: alpha and beta are chosen from rewards of the base model's completions."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dar.errors import InvalidRequestError
+from dar.protocol.jobs import Forecast
 from dar.protocol.reward_spec import Rewards
-from dar.training import DARConfig, DARTrainer
+from dar.training import DARConfig, DARTrainer, JobInputs, NullControl, train_job
 from dar.training.calibration import calibration
 from fakes.recording_sink import RecordingSink, ScriptedControl
 
@@ -226,6 +228,25 @@ def test_a_run_too_short_for_a_second_choice_says_so(
     [(level, message, _)] = calibrations(sink)
     assert level == "warn"
     assert "too short to choose again" in message
+
+
+def test_a_job_with_a_budget_is_trained_and_reports_a_forecast_that_the_service_can_read(
+    job_inputs: Callable[..., JobInputs], sink: RecordingSink
+) -> None:
+    rewards = {
+        "name": "even",
+        "kind": "builtin",
+        "fn": "regex_match",
+        "params": {"pattern": "w4"},
+    }
+    hyper = {"kl_budget": 0.5, "batch_size": 5, "max_steps": 2, "learning_rate": 1e-3}
+    sampling = {"max_new_tokens": 8}
+    dar = {"hyperparameters": hyper, "rewards": {"components": [rewards]}, "sampling": sampling}
+    assert train_job(job_inputs(dar, steps=2), sink, NullControl()) == "finished"
+    [(_, _, facts)] = calibrations(sink)
+    forecast = Forecast.model_validate({k: v for k, v in facts.items() if k != "kind"})
+    assert forecast.beta == 3 * forecast.alpha
+    assert json.loads(json.dumps(facts)) == facts
 
 
 # --- offline -----------------------------------------------------------------------------------
