@@ -206,10 +206,13 @@ class Calibration:
             self._is_final = True  # the first alpha stays
             return
         deviation = pooled_deviation(samples.rewards) if frontier is None else frontier.unit
+        start = None if frontier is None else frontier.mean
+        if phase == "policy" and self._forecast is not None:
+            start = self._forecast.start_reward  # the base model's
         if choice is not None:
-            self._set(choice.point.alpha * self._gain)
+            self._set(choice.point.alpha * self.gain)
         elif deviation > 0:
-            self._set(deviation / math.sqrt(2 * self._budget) * self._gain)
+            self._set(deviation / math.sqrt(2 * self._budget) * self.gain)
         self._forecast = forecast = Forecast(
             step=int(self._run.trainer.state.global_step),
             phase=phase,
@@ -223,10 +226,10 @@ class Calibration:
             completions=samples.completions,
             tokens=samples.tokens,
             samples_per_prompt=None if frontier is None else frontier.sample_count,
-            start_reward=None if frontier is None else frontier.mean,
+            start_reward=start,
             reward=None if choice is None else choice.point.reward,
             kl=None if choice is None else choice.point.kl,
-            frontier=[] if frontier is None else _shown(frontier),
+            frontier=[] if frontier is None else _shown(frontier, self.gain),
         )
         self._is_final = phase == "policy" or self._is_replay or forecast.ending != "untrusted"
         self._run.sink.event(
@@ -249,7 +252,7 @@ class Calibration:
         return self._args.kl_budget or PREVIEWED_BUDGET
 
     @property
-    def _gain(self) -> float:
+    def gain(self) -> float:
         """Growth of an advantage with its reward: 1 - 1/K if the mean includes the completion."""
         if self._args.baseline == "leave_one_out":
             return 1.0
@@ -342,17 +345,19 @@ class Calibration:
 
 def least_kl(forecast: Forecast, reward: float) -> float | None:
     """The KL at which a forecast's frontier has this mean reward; None where it does not."""
-    if forecast.start_reward is None or not forecast.frontier:
+    start = forecast.start_reward
+    if start is None:
         return None
-    rewards = [forecast.start_reward, *(point.reward for point in forecast.frontier)]
-    if reward > rewards[-1]:
+    points = [point for point in forecast.frontier if point.reward > start]
+    if not points or reward > points[-1].reward:
         return None
-    return float(np.interp(reward, rewards, [0.0, *(point.kl for point in forecast.frontier)]))
+    rewards, kls = [start, *(p.reward for p in points)], [0.0, *(p.kl for p in points)]
+    return float(np.interp(reward, rewards, kls))
 
 
-def _shown(frontier: Frontier) -> list[ForecastPoint]:
+def _shown(frontier: Frontier, gain: float) -> list[ForecastPoint]:
     points = frontier.points(SHOWN_BUDGETS)
-    return [ForecastPoint(alpha=one.alpha, reward=one.reward, kl=one.kl) for one in points]
+    return [ForecastPoint(alpha=gain * one.alpha, reward=one.reward, kl=one.kl) for one in points]
 
 
 def _in_words(forecast: Forecast) -> list[str]:
@@ -363,8 +368,8 @@ def _in_words(forecast: Forecast) -> list[str]:
     if forecast.method == "frontier":
         words.append(
             f"training is expected to end at a mean reward of {forecast.reward:.4g} and "
-            f"{forecast.kl:.2f} nats from the reference (the base model: "
-            f"{forecast.start_reward:.4g})"
+            f"{forecast.kl:.2f} nats from the reference"
+            + ("" if (start := forecast.start_reward) is None else f" (base model: {start:.4g})")
         )
     elif forecast.reward_std > 0:
         words.append(

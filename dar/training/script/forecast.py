@@ -11,12 +11,13 @@ from dar.training.calibration.frontier import LEAST_SAMPLES
 TITLE = "Where training is expected to end, by kl_budget"
 
 
-def show_forecast(samples: Samples, console: Console) -> None:
+def show_forecast(samples: Samples, console: Console, gain: float) -> None:
     """Show reward and alpha for each KL that the samples can show.
 
     Args:
         samples: Of the base model.
         console: Target of the output.
+        gain: Growth of an advantage with its reward, as alpha is in units of advantages.
 
     Raises:
         RewardContractError: The rewards are too few, or all equal.
@@ -38,8 +39,9 @@ def show_forecast(samples: Samples, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("0", f"{frontier.mean:.4g}", "", "")
     for point in frontier.points(SHOWN_BUDGETS):
-        beta = f"{RATIO * point.alpha:.4g}"
-        table.add_row(f"{point.kl:.2f}", f"{point.reward:.4g}", f"{point.alpha:.4g}", beta)
+        alpha = gain * point.alpha
+        values = (f"{one:.4g}" for one in (point.reward, alpha, RATIO * alpha))
+        table.add_row(f"{point.kl:.2f}", *values)
     console.print(f"[bold]{TITLE}[/bold]")
     console.print(table)
     largest = max((point.kl for point in frontier.points(SHOWN_BUDGETS)), default=0.0)

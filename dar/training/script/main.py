@@ -81,7 +81,7 @@ def run(line: CommandLine) -> int:
             with _status(console, "sampling and scoring …", is_main):
                 preview = trainer.calibration.preview()
             if is_main:
-                show_forecast(preview, console.console)
+                show_forecast(preview, console.console, trainer.calibration.gain)
             return ScriptExit.DONE
         if line.is_dry_run:
             with _status(console, "sampling and scoring …", is_main):

@@ -213,6 +213,7 @@ def test_where_the_base_models_samples_do_not_suffice_the_trained_policys_are_us
     assert "once more after step 3" in first[1]
     assert second[2]["phase"] == "policy"
     assert second[2]["step"] == 3
+    assert second[2]["start_reward"] == first[2]["start_reward"]
     assert second[2]["alpha"] == trainer.args.alpha != first[2]["alpha"]
     for step in (2, 4):
         folder = tmp_path / "out" / "checkpoints" / f"step-{step}"
