@@ -2,8 +2,9 @@
 
 The base model is sampled on some prompts of the training data, and the rewards of these completions
 say at which alpha training ends at the wanted KL: see `Frontier`. There are 16 prompts and 16
-completions of each. Their number is doubled until the estimate is trusted, or a quarter of the
-run's completions is spent. Offline, rows of the data set take the place of samples.
+completions of each, or a sixteenth of the run's completions. Their number is doubled until the
+estimate is trusted, or a quarter of the run's completions is spent. Offline, rows of the data set
+take the place of samples.
 
 If the estimate is trusted for no alpha, or there are too few rewards for one, alpha is the pooled
 deviation of the rewards divided by sqrt(2 budget): exact for normally distributed rewards, and in
@@ -51,6 +52,8 @@ FEW_SAMPLES = 4
 """The same where the run is too short for a frontier: only a deviation is measured."""
 SHARE = 4
 """A calibration may spend one in so many of the run's completions."""
+LEAST_SHARE = 4
+"""The first round takes one in so many of these, if that is more: rewards are noisier than KLs."""
 STORED_ROWS = 64
 """Most rows that an offline run reads."""
 SEED_TAG = 0x6B6C
@@ -294,7 +297,8 @@ class Calibration:
             prompts = min(PROMPTS, row_count, max(1, allowed // FEW_SAMPLES))
             return self._round(self._rows(prompts), FEW_SAMPLES, number=1)
         rows = self._rows(prompts)
-        count = min(PROMPTS * SAMPLES, allowed) // (prompts * SAMPLES) * SAMPLES
+        first = min(max(PROMPTS * SAMPLES, allowed // LEAST_SHARE), allowed)
+        count = first // (prompts * SAMPLES) * SAMPLES
         samples = self._round(rows, count, number=1)
         while 2 * samples.completions <= allowed and not self._is_enough(samples.frontier()):
             count = samples.rewards.shape[1]
