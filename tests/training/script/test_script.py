@@ -42,6 +42,12 @@ from pathlib import Path
 def short(prompts, completions, **columns):
     return [-len(text) / 40 for text in completions]
 
+def spread(prompts, completions, **columns):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+def equal(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
 def failing(prompts, completions, **columns):
     return columns["answer"]
 
@@ -270,6 +276,33 @@ def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
     assert shown in text
     assert "/dar/" not in text
     assert "Traceback" not in text
+
+
+def test_a_forecast_shows_what_each_budget_buys_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name for path in folder.iterdir()} | {"__pycache__"}
+    options = command("--forecast", output_dir=None, reward_function="judge:spread")
+    assert main(options) == 0
+    said = capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} | {"__pycache__"} == before
+    lines = said.splitlines()
+    header = next(i for i, line in enumerate(lines) if "KL (nats)" in line)
+    rows = [line.split() for line in lines[header + 1 :] if line.strip()[:1].isdigit()]
+    assert rows[0][0] == "0"
+    assert rows[1][0] == "0.25"
+    rewards = [float(row[1]) for row in rows]
+    assert rewards == sorted(rewards)
+    assert rewards[1] > rewards[0] + 0.5
+    assert float(rows[1][3]) == pytest.approx(3 * float(rows[1][2]), rel=1e-3)
+    assert "completions of 6 prompts" in said
+
+
+def test_a_forecast_of_equal_rewards_is_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--forecast", reward_function="judge:equal")) == 1
+    assert "nothing distinguishes them" in capsys.readouterr().err
 
 
 def test_a_dry_run_fails_when_every_reward_is_skipped(
