@@ -25,6 +25,11 @@ class HintThresholds:
     clip_most: float = 0.3
     """Share of weights at the clip above which weights no longer follow the rewards."""
 
+    kl_run: float = 1 / 3
+    """Share of a run's steps after which its KL is compared with ``kl_budget``."""
+    kl_least: float = 0.1
+    """Share of ``kl_budget`` below which the KL stays behind it."""
+
     # --- steps from whose rewards nothing can be learned -----------------------------------------
 
     degenerate_steps: int = 3
