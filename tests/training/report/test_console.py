@@ -1,7 +1,6 @@
 """What a terminal shows of a run: tables of samples, and a bar."""
 
 import io
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -57,7 +56,7 @@ def test_a_terminal_gets_a_bar_with_the_numbers_that_matter() -> None:
     console = TrainingConsole(
         0, Console(file=screen, width=80, force_terminal=True, color_system=None)
     )
-    values: Mapping[str, float] = {
+    values = {
         "dar/rewards_mean": 0.25,
         "dar/kl_ref": 1.5,
         "dar/weights_clip_fraction": 0.02,
