@@ -62,9 +62,9 @@ class Hyperparameters(Input):
     kl_budget: Annotated[float | None, Unit("nats")] = Field(
         None, gt=0, exclude_if=lambda value: value is None
     )
-    """Mean KL of a completion to the reference at which training should end. alpha and beta are
-    then chosen before the first step, from rewards of the base model's completions, and must not be
-    sent. Null: alpha and beta count."""
+    """Mean KL of a completion to the reference that the trained policy should have at the end: a
+    target that stops nothing. alpha and beta are chosen for it before the first step, from rewards
+    of the base model's completions, and must not be sent. Null: alpha and beta count."""
     dar_k: int = Field(4, ge=1, le=ServiceLimit(1024))
     """Completions sampled per prompt (K)."""
     dar_wclip: float = Field(20.0, gt=0)
