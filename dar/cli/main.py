@@ -157,6 +157,21 @@ def train(context: typer.Context) -> None:
     import_module("dar.processes").become("worker", "torch", "dar.training", *context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    options_metavar="--model_name_or_path MODEL --dataset_name DATA --reward_url URL [OPTIONS]",
+)
+def forecast(context: typer.Context) -> None:
+    """Forecast the reward that each distance from the base model buys, before any training.
+
+    Samples the base model on a few prompts, scores the completions, and shows the mean reward at
+    which training ends for each KL budget. Takes the options of dar train, and writes nothing.
+    """
+    arguments = ("--forecast", *context.args)
+    import_module("dar.processes").become("worker", "torch", "dar.training", *arguments)
+
+
 @app.command()
 def merge(
     folder: Annotated[Path, typer.Argument(help="Folder of a downloaded adapter.")],

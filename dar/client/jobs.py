@@ -152,8 +152,8 @@ class Jobs:
             on_pause: What to do when the job is paused and does not resume by itself: a user paused
                 it, or rewards are missing that no reward service computes. ``return`` returns the
                 paused job, ``raise`` raises an error, ``wait`` waits until somebody resumes the
-                job. A pause for a reward service is always waited for, as the job resumes by
-                itself.
+                job. A pause for a reward service is always waited for, also where the training
+                service cannot connect to it and somebody has to resume the job.
             poll_seconds: Pause between two requests.
             timeout_seconds: Longest wait; default: no limit.
 

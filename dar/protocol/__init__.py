@@ -25,6 +25,7 @@ worker: messages between workers and the service.
 Rules that several processes share:
 
 hints: the thresholds of all hints.
+budget_checks: what ``kl_budget`` cannot be combined with.
 hub_data: the address of a data set on a hub.
 ids: identifiers.
 model_configs: what a model's config.json says, without torch.

@@ -25,12 +25,18 @@ class HintThresholds:
     clip_most: float = 0.3
     """Share of weights at the clip above which weights no longer follow the rewards."""
 
+    kl_run: float = 1 / 3
+    """Share of a run's steps after which its KL is compared with ``kl_budget``."""
+    kl_least: float = 0.1
+    """Share of ``kl_budget`` below which the KL stays behind it."""
+
     # --- steps from whose rewards nothing can be learned -----------------------------------------
 
     degenerate_steps: int = 3
-    """Such steps in a row before a warning."""
+    """Steps in a row before a warning whose rewards were all constant, or whose completions were
+    all truncated or all skipped."""
     degenerate_prompts: int = 8
-    """Least number of prompts in these steps; a rare reward is often absent from one or two
+    """Least number of prompts in such steps; a rare reward is often absent from one or two
     prompts."""
 
     # --- rewards that jump -----------------------------------------------------------------------

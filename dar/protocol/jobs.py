@@ -25,6 +25,50 @@ class Progress(Output):
     """Completion tokens trained on."""
 
 
+class ForecastPoint(Output):
+    """Where training with an alpha is expected to end."""
+
+    alpha: float
+    reward: float
+    """Mean reward."""
+    kl: float
+    """Mean KL of a completion to the reference, in nats."""
+
+
+class Forecast(Output):
+    """How alpha and beta were chosen for ``kl_budget``, and where training is expected to end."""
+
+    step: int
+    """Steps that were done before."""
+    phase: Literal["base", "policy"]
+    """Whose completions were scored: the base model's, or the trained policy's."""
+    method: Literal["frontier", "deviation"]
+    """``deviation``: there are too few rewards for a forecast, so alpha is their deviation divided
+    by sqrt(2 kl_budget)."""
+    ending: Literal["reached", "untrusted", "saturated"]
+    """``untrusted``: the completions are too few to say which alpha ends at the budget.
+    ``saturated``: no alpha does."""
+    kl_budget: float
+    alpha: float
+    beta: float
+    reward_std: float
+    """Pooled deviation of the rewards from their prompt's mean."""
+    prompts: int
+    completions: int
+    tokens: int
+    """Tokens of these completions."""
+    samples_per_prompt: int | None
+    """Usable rewards of the prompt with the fewest; null with ``deviation``."""
+    start_reward: float | None
+    """Mean reward of these prompts before training; null with ``deviation``."""
+    reward: float | None
+    """Expected mean reward at the end; null with ``deviation``."""
+    kl: float | None
+    """Expected KL to the reference at the end; null with ``deviation``."""
+    frontier: list[ForecastPoint]
+    """Other budgets, as far as the completions suffice."""
+
+
 class Job(Output):
     """A training job."""
 
@@ -56,6 +100,8 @@ class Job(Output):
     attempt: int
     """Number of the current or last attempt; 0 before the first."""
     progress: Progress
+    forecast: Forecast | None
+    """Of a job with a ``kl_budget``, once it has calibrated."""
     actions: list[Literal["cancel", "pause", "resume"]]
     """Actions that the job allows in its current state."""
     links: dict[str, str]

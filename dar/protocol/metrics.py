@@ -95,6 +95,13 @@ METRICS: tuple[Metric, ...] = (
         "negative, and useful only while it is small",
     ),
     Metric(
+        "dar/kl_excess",
+        "nats",
+        "with kl_budget: dar/kl_ref minus the least KL at which the forecast's frontier has the "
+        "step's mean reward; near 0, no policy earns as much closer to the reference; absent "
+        "where the frontier does not reach that reward",
+    ),
+    Metric(
         "dar/staleness",
         "steps",
         "optimizer steps between the policy that sampled and the policy that is trained; 0 is "

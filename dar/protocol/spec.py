@@ -11,10 +11,18 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from dar.protocol.base import FreeObject, Input, one_of, only
+from dar.protocol.budget_checks import CHOSEN
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.row_values import check_value
@@ -51,6 +59,12 @@ class Hyperparameters(Input):
     beta: Annotated[float, Unit("reward")] = Field(0.3, gt=0)
     """Strength of the pull towards the sampling policy, in units of reward; sets the step, not the
     optimum."""
+    kl_budget: Annotated[float | None, Unit("nats")] = Field(
+        None, gt=0, exclude_if=lambda value: value is None
+    )
+    """Mean KL of a completion to the reference that the trained policy should have at the end: a
+    target that stops nothing. alpha and beta are chosen for it before the first step, from rewards
+    of the base model's completions, and must not be sent. Null: alpha and beta count."""
     dar_k: int = Field(4, ge=1, le=ServiceLimit(1024))
     """Completions sampled per prompt (K)."""
     dar_wclip: float = Field(20.0, gt=0)
@@ -89,6 +103,10 @@ class Hyperparameters(Input):
         ),
     ] = Field(1.0, gt=0, exclude_if=lambda value: value == 1)
     """Multiplies the learning rate, whether chosen or given; ``auto`` is 1."""
+    control_variate: bool | None = Field(None, exclude_if=lambda value: value is None)
+    """Whether every weight is reduced by the policy's probability of the completion divided by that
+    with which it was sampled: the same optimum with less noise. Without effect on completions that
+    are read from a file. Null: with ``kl_budget``."""
     batch_size: int = Field(8, ge=1, le=ServiceLimit(65536))
     """Prompts per optimizer step; each gives ``dar_k`` completions. A job with ``n_epochs``, and
     every offline job, takes no row twice in a step, so a step has at most as many prompts as the
@@ -113,6 +131,14 @@ class Hyperparameters(Input):
     """Decay of AdamW's first moment."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     """Decay of AdamW's second moment."""
+
+    @model_serializer(mode="wrap")
+    def _without_chosen(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a budget chooses, so that a resolved spec can be sent again."""
+        values: dict[str, Any] = plain(self)
+        if self.kl_budget is None:
+            return values
+        return {name: value for name, value in values.items() if name not in CHOSEN}
 
     @model_validator(mode="after")
     def _one_length(self) -> "Hyperparameters":

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from dar.errors import Problem
+from dar.protocol.budget_checks import component_conflict, option_conflicts, temperature_conflict
 from dar.protocol.presets import ONLINE_ONLY, PRESETS
 from dar.protocol.spec import Hyperparameters, JobSpec, Sampling, total_steps
 from dar.protocol.target_patterns import SHOWN_PATTERN, problem_of
@@ -28,6 +29,7 @@ def problems_of(spec: JobSpec) -> list[Problem]:
         *_of_sampling(spec),
         *_of_lengths(spec),
         *_of_groups(spec),
+        *_of_budget(spec),
         *_of_targets(spec),
         *_of_resources(spec),
     ]
@@ -117,6 +119,24 @@ def _of_groups(spec: JobSpec) -> Iterator[Problem]:
             "method.dar.hyperparameters.dar_k",
             "nothing_to_compare",
         )
+
+
+def _of_budget(spec: JobSpec) -> Iterator[Problem]:
+    """Options, a temperature or normalised components that ``kl_budget`` does not allow."""
+    hyper, rewards = spec.dar.hyperparameters, spec.dar.rewards
+    if hyper.kl_budget is None:
+        return
+    sent = hyper.model_fields_set - PRESETS[spec.dar.preset].hyperparameters.keys()
+    for name, why in option_conflicts(dict(hyper), sent):
+        yield Problem(why, f"method.dar.hyperparameters.{name}", "kl_budget_conflict")
+    if rewards is None:
+        return
+    if cold := temperature_conflict(spec.dar.sampling.temperature):
+        yield Problem(cold, "method.dar.sampling.temperature", "kl_budget_conflict")
+    for index, component in enumerate(rewards.components):
+        if unusable := component_conflict(component.name, component.normalize):
+            place = f"method.dar.rewards.components.{index}.normalize"
+            yield Problem(unusable, place, "kl_budget_conflict")
 
 
 def _of_resources(spec: JobSpec) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ sampling: prompts of a step, and completions of the policy.
 step: an optimizer step, from prompts to gradients and metrics.
 model: policy, reference, tokenizer, reward models, log-probabilities.
 parallel: several processes in one run: FSDP, DeepSpeed.
+calibration: chooses alpha and beta for ``kl_budget`` before the first step.
 checkpoint: checkpoints, resume, the hub.
 report: what a trainer reports, its warnings, requests to stop.
 script: ``dar train``.

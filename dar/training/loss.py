@@ -39,6 +39,10 @@ Departures from the papers, each off by default here and in the presets ``paper`
 7. Behavior log-probabilities are those of the sampled distribution, including temperature, filters
    and penalties; the papers use the policy's own. `dar.training.sampling.sampler` records the one
    or the other, and nothing here depends on which.
+8. `control_variates`: each weight is reduced by the probability of the completion under the trained
+   policy divided by that under the distribution that sampled it, which is 1 where they are the
+   same. The expected gradient stays, because E_pi[grad log pi] = 0; its noise falls, because a
+   completion of average weight is no longer trained on.
 """
 
 import math
@@ -267,6 +271,21 @@ def dar_loss(weights: Tensor, policy_logps: Tensor, *, valid: Tensor | None = No
     if valid is None:
         return losses.mean()
     return losses.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def control_variates(policy_logps: Tensor, behavior_logps: Tensor, *, clip: float) -> Tensor:
+    """What is taken from each weight before training: departure 8.
+
+    Args:
+        policy_logps: Log-probabilities under the trained policy, any shape, nats.
+        behavior_logps: Log-probabilities under the sampled distribution, same shape, nats.
+        clip: Largest value; above 0.
+
+    Returns:
+        ``pi / mu`` in ``[0, clip]``, same shape; constants to autograd.
+    """
+    log_ratios = precise(policy_logps.detach()) - precise(behavior_logps)
+    return log_ratios.clamp(max=MAX_LOG_WEIGHT).exp().clamp(max=clip)
 
 
 def precise(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 
 from dar.errors import InvalidRequestError
+from dar.protocol.budget_checks import component_conflict, temperature_conflict
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.rows import is_conversation
 from dar.protocol.spec import StepPlan
@@ -19,8 +20,9 @@ from dar.training.config.ignored import online_only
 from dar.training.config.learning_rates import settle_learning_rate
 from dar.training.data.rows import Rows, check_rows
 from dar.training.evaluation import check_evaluation_rows
-from dar.training.model.loading import LanguageModel
+from dar.training.model.loading import LanguageModel, weights_bytes
 from dar.training.model.logprobs import idle_weights
+from dar.training.model.policy import Policy
 from dar.training.parallel import deepspeed_config
 from dar.training.parallel.launch import refuse_if_left_alone
 from dar.training.report.sink import Sink
@@ -37,8 +39,8 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
     """A copy of ``config`` with a length in steps, and the tie tolerance of a job spec's rewards.
 
     Raises:
-        InvalidRequestError: The launcher or the number of processes does not fit the arguments, or
-            the only step would have learning rate 0.
+        InvalidRequestError: The launcher or the number of processes does not fit the arguments, the
+            only step would have learning rate 0, or ``kl_budget`` cannot be used.
     """
     refuse_if_left_alone()
     for name, is_set in (("fsdp", config.fsdp), ("deepspeed", config.deepspeed_plugin)):
@@ -57,10 +59,22 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
         raise InvalidRequestError(
             ONE_STEP.format(config.warmup_steps, "the run"), param="warmup_steps"
         )
+    if config.kl_budget is not None and (why := _budget_conflict(config, rewards)):
+        raise InvalidRequestError(why, param="kl_budget")
     if isinstance(rewards, Rewards):
         config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
     config.ignore_data_skip = True  # the position in the data is a function of the step
     return config
+
+
+def _budget_conflict(config: DARConfig, rewards: RewardFunctions | None) -> str | None:
+    """Why ``kl_budget`` cannot be used with this temperature or these rewards; None: it can."""
+    cold = temperature_conflict(config.temperature)
+    if cold is not None and (rewards is not None or config.reward_model_path is not None):
+        return cold
+    components = rewards.components if isinstance(rewards, Rewards) else []
+    found = (component_conflict(one.name, one.normalize) for one in components)
+    return next((why for why in found if why), None)
 
 
 def check_data(
@@ -216,3 +230,24 @@ def limit_search_for_unused(trainer: HostTrainer) -> None:
     is_ddp = args.world_size > 1 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if is_ddp and args.ddp_find_unused_parameters is None and not idle_weights(trainer.model):
         trainer.accelerator.ddp_handler.find_unused_parameters = False
+
+
+def held_bytes(trainer: HostTrainer, policy: Policy, rewards: int) -> dict[str, int]:
+    """Bytes that stay in the memory of the main process, by content; without activations.
+
+    Args:
+        trainer: The trainer.
+        policy: Its policy with the reference.
+        rewards: Bytes of its reward models.
+    """
+    trained = sum(
+        p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad
+    )
+    held = {
+        "model": weights_bytes(trainer.model),
+        "reference": weights_bytes(policy.reference),
+        "reward models": rewards,
+        "gradients": trained,
+        "AdamW's moments": 2 * trained if "adamw" in str(trainer.args.optim).lower() else 0,
+    }
+    return {name: size for name, size in held.items() if size}

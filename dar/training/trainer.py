@@ -24,6 +24,7 @@ from dar.protocol.checkpoints import RESUME_FOLDER
 from dar.protocol.metrics import EVALUATION
 from dar.rewards.from_spec import RewardAccess
 from dar.training.argument_kinds import with_checked_kinds
+from dar.training.calibration.calibration import Calibration
 from dar.training.checkpoint.fingerprint import decisive_facts, part_digests
 from dar.training.checkpoint.hub import HubPush, hub_errors, repository_name, tag_model
 from dar.training.checkpoint.model_card import CardNotes
@@ -31,12 +32,7 @@ from dar.training.checkpoint.resume import RunCheckpoints
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import DataCollatorForDAR, Rows, check_table
 from dar.training.evaluation import ComputeMetrics, Predictions, RunEvaluation
-from dar.training.model.loading import (
-    LanguageModel,
-    check_trainable,
-    unchanged_cache_option,
-    weights_bytes,
-)
+from dar.training.model.loading import LanguageModel, check_trainable, unchanged_cache_option
 from dar.training.model.policy import Policy
 from dar.training.model.reward_model import RewardModels
 from dar.training.optimization import OptimizingTrainer
@@ -62,6 +58,7 @@ from dar.training.run_context import RunContext
 from dar.training.run_setup import (
     check_data,
     choose_learning_rate,
+    held_bytes,
     limit_search_for_unused,
     report_plan,
     settle_accelerator,
@@ -255,6 +252,13 @@ class DARTrainer(OptimizingTrainer):
             is_replay=not rewards.given.is_online,
             sent=rewards.given.sent_columns,
         )
+        self.calibration = Calibration(
+            run,
+            opened=self._rewards.opened,
+            note=reporter.note,
+            source_of=lambda rows, config: self._source_of(rows, "eval", config=config),
+            is_replay=not rewards.given.is_online,
+        )
         self.hub = HubPush(
             run,
             base_name=base_name,
@@ -270,7 +274,7 @@ class DARTrainer(OptimizingTrainer):
             ),
             parts=part_digests(policy.model, policy.tokenizer),
             is_resized=policy.is_resized,
-            members=(self._loop, self._evaluation, self._rewards),
+            members=(self._loop, self._evaluation, self._rewards, self.calibration),
             last_report=lambda: reporter.reported,
             has_new_ends=policy.has_new_ends,
         )
@@ -353,6 +357,7 @@ class DARTrainer(OptimizingTrainer):
         with self._rewards.opened():
             scoring = self._rewards.scoring(is_training=True)
             self._loop.begin(self._source_of(self.train_dataset, "train", scoring), scoring)
+            self.calibration.begin()
             with self._evaluation.prepared():
                 return self._train_from(resume, start)
 
@@ -416,6 +421,7 @@ class DARTrainer(OptimizingTrainer):
     ) -> tuple[list[Any], None]:
         """Begin a step: ``num_batches`` shares, which are scored while they are trained on."""
         self._evaluate_if_due()
+        self.calibration.begin_step()
         return self._loop.begin_step(num_batches), None
 
     def training_step(
@@ -453,6 +459,7 @@ class DARTrainer(OptimizingTrainer):
             learning_rate = float(more.get("learning_rate") or 0.0)
             self.stopped_by = self._loop.end_step(step, float(grad_norm or 0.0), learning_rate)
             self._evaluation.end_step(step)
+            self.calibration.end_step(step)
             if self._checkpoints.is_due():
                 self.control.should_save = True
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **more)
@@ -488,15 +495,8 @@ class DARTrainer(OptimizingTrainer):
 
     def memory(self) -> dict[str, int]:
         """Bytes that stay in the memory of the main process, by content; without activations."""
-        trained = [p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad]
-        held = {
-            "model": weights_bytes(self.model),
-            "reference": weights_bytes(self._policy.reference),
-            "reward models": sum(model.size_bytes for model in self._rewards.loaded.models),
-            "gradients": sum(trained),
-            "AdamW's moments": 2 * sum(trained) if "adamw" in str(self.args.optim).lower() else 0,
-        }
-        return {name: size for name, size in held.items() if size}
+        rewards = sum(model.size_bytes for model in self._rewards.loaded.models)
+        return held_bytes(self, self._policy, rewards)
 
     # --- evaluation ----------------------------------------------------------------------------
 

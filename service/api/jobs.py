@@ -144,6 +144,7 @@ def show(job: tables.JobRow) -> Job:
             "error": JobError.model_validate(job.error) if job.error else None,
             "attempt": job.attempt,
             "progress": _progress(job),
+            "forecast": job.forecast,
             "actions": [] if job.cancel_requested_at and not is_over else ACTIONS[job.status],
             "links": {"self": path} | {name: f"{path}/{name}" for name in belongings},
         }

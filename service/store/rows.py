@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import insert, select, update
 
 from dar.errors import ConflictError
+from dar.protocol.jobs import Forecast
 from dar.protocol.metrics import current_values
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRow
 from service.store import events, metrics, reward_failures, samples
@@ -109,7 +111,7 @@ def _contradicted(transaction: Transaction, held: Held, digests: dict[int, bytes
 
 def _append_events(transaction: Transaction, held: Held, rows: Sequence[Row]) -> None:
     job = held.job
-    newest = job.metrics_event_step
+    newest, forecast = job.metrics_event_step, job.forecast
     new: list[events.NewEvent] = []
     for row in rows:
         if isinstance(row, MetricsRow) and row.step > newest:
@@ -120,11 +122,27 @@ def _append_events(transaction: Transaction, held: Held, rows: Sequence[Row]) ->
             data["attempt"] = held.attempt.number
             at = datetime.fromtimestamp(row.at, UTC)
             new.append(events.NewEvent(row.message, level=row.level, data=data, at=at))
+            forecast = _forecast(row) or forecast
     events.append(transaction, job.id, new)
+    changed: dict[str, Any] = {}
     if newest != job.metrics_event_step:
-        transaction.execute(
-            update(JobRow).where(JobRow.id == job.id).values(metrics_event_step=newest)
-        )
+        changed["metrics_event_step"] = newest
+    if forecast != job.forecast:
+        changed["forecast"] = forecast
+    if changed:
+        transaction.execute(update(JobRow).where(JobRow.id == job.id).values(**changed))
+
+
+def _forecast(row: EventRow) -> dict[str, Any] | None:
+    """The forecast in an event of a calibration; None: it has none that this version can read."""
+    if row.data is None or row.data.get("kind") != "calibration":
+        return None
+    try:
+        return Forecast.model_validate(
+            {name: value for name, value in row.data.items() if name in Forecast.model_fields}
+        ).model_dump(mode="json")
+    except ValidationError:
+        return None
 
 
 def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:

@@ -139,6 +139,8 @@ class JobRow(Base):
     """``seq`` of the newest event."""
     metrics_event_step: Mapped[int] = mapped_column(default=0)
     """Newest step with a ``metrics`` event. A replayed step gets no second event."""
+    forecast: Mapped[dict[str, Any] | None]
+    """Of a job with a KL budget: the newest choice of alpha and beta; see `Forecast`."""
 
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     body_sha256: Mapped[str] = mapped_column(String(64))

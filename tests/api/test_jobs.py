@@ -108,6 +108,53 @@ def test_what_cannot_run_is_refused_at_submission(
     assert live.http.get(PATH).json()["data"] == []
 
 
+def test_what_a_kl_budget_cannot_be_combined_with_is_refused_by_both_names(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
+    hyper = "method.dar.hyperparameters"
+    normalized = {"name": "taste", "url": "http://127.0.0.1:61999/score", "normalize": "group"}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"alpha": 0.1}, {}, f"{hyper}.alpha"),
+        ({"beta": 0.3}, {}, f"{hyper}.beta"),
+        ({"adv_norm": "batch"}, {}, f"{hyper}.adv_norm"),
+        ({"weight_norm": "per_prompt"}, {}, f"{hyper}.weight_norm"),
+        ({"log_ratio": "mean"}, {}, f"{hyper}.log_ratio"),
+        ({"drop_ties": True}, {}, f"{hyper}.drop_ties"),
+        ({"behavior": "policy"}, {}, f"{hyper}.behavior"),
+        ({}, {"sampling": {"temperature": 0.7}}, "method.dar.sampling.temperature"),
+        (
+            {},
+            {"rewards": {"components": [normalized]}},
+            "method.dar.rewards.components.0.normalize",
+        ),
+    ]
+    for options, further, param in cases:
+        sent = {"max_steps": 1, "kl_budget": 1.0, **options}
+        answer = live.http.post(PATH, json=live.spec(dar={"hyperparameters": sent, **further}))
+        error = error_of(answer)
+        assert (answer.status_code, error["param"], error["code"]) == (
+            400,
+            param,
+            "kl_budget_conflict",
+        )
+        assert "kl_budget" in error["message"]
+        assert param.split(".")[-1] in error["message"]
+    allowed = {"max_steps": 1, "kl_budget": 1.0, "min_ess": 0.2, "baseline": "mean"}
+    live.submit(dar={"hyperparameters": allowed})
+
+
+def test_a_spec_with_a_kl_budget_names_no_alpha_and_can_be_sent_again(live: Live) -> None:
+    job = live.submit(dar={"hyperparameters": {"max_steps": 1, "kl_budget": 1.0}})
+    resolved = job["method"]["dar"]["hyperparameters"]
+    assert resolved["kl_budget"] == 1.0
+    assert {"alpha", "beta"}.isdisjoint(resolved)
+    again = live.submit(dar=job["method"]["dar"])
+    assert again["method"] == job["method"]
+    usual = live.submit()["method"]["dar"]["hyperparameters"]
+    assert "kl_budget" not in usual
+    assert usual["alpha"] == 0.1
+
+
 def test_a_job_that_was_accepted_before_a_rule_came_is_still_given_out(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dar.protocol.jobs import Job
 from fakes.live_service import Lease, Live
 
 
@@ -77,3 +78,23 @@ def test_a_job_that_never_ran_is_cancelled_before_it_ran(live: Live) -> None:
     job_id = live.submit()["id"]
     job = live.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel").json()
     assert job["status_message"] == "cancelled before it ran"
+
+
+def test_a_job_with_a_kl_budget_shows_alpha_and_the_forecast_once_it_has_calibrated(
+    live: Live,
+) -> None:
+    live.submit(dar={"hyperparameters": {"max_steps": 4, "kl_budget": 1.0}})
+    lease = live.claim()
+    assert lease is not None
+    job_id = lease.body["job_id"]
+    assert live.job(job_id)["forecast"] is None
+    forecast = {
+        "step": 0, "phase": "base", "method": "frontier", "ending": "reached", "kl_budget": 1.0, "alpha": 0.2,
+        "beta": 0.6, "reward_std": 0.3, "prompts": 16, "completions": 256, "tokens": 5000, "samples_per_prompt": 16,
+        "start_reward": 0.1, "reward": 0.6, "kl": 1.0, "frontier": [{"alpha": 0.4, "reward": 0.4, "kl": 0.5}],
+    }  # fmt: skip
+    data = {"kind": "calibration", **forecast}
+    row = {"type": "event", "level": "info", "message": "alpha is 0.2", "data": data}
+    assert lease.say(row).status_code == 200
+    assert live.job(job_id)["forecast"] == forecast
+    assert Job.model_validate(live.job(job_id)).forecast is not None

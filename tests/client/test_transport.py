@@ -293,7 +293,15 @@ def some_job(status: str, **values: Any) -> dict[str, Any]:
             ("started_at", "finished_at", "estimated_finish", "status_detail", "status_message")
         ),
         **dict.fromkeys(
-            ("fine_tuned_model", "validation_file", "suffix", "metadata", "method", "error")
+            (
+                "fine_tuned_model",
+                "validation_file",
+                "suffix",
+                "metadata",
+                "method",
+                "error",
+                "forecast",
+            )
         ),
         **dict.fromkeys(("integrations", "trained_tokens")),
         "id": "ftjob-1",

@@ -61,6 +61,7 @@ PASSES = {"max_steps": -1, "num_train_epochs": 10 / 12, "save_steps": 2}
 """Ten of the twelve prompts in steps of eight, so the last step has two."""
 SMALL = {"save_steps": 3, "alpha": 0.1, "beta": 0.3}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+CALIBRATED = {"kl_budget": 0.3, "dar_k": 64, "max_steps": 2}
 HALF_IN_SHARES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ZERO2: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 ZERO3: dict[str, Any] = {
@@ -304,6 +305,8 @@ def main(folder: Path) -> None:
     refill(folder, "ddp refilled", HALF)
     refill(folder, "fsdp refilled", HALF | {"fsdp": True})
     train(folder, "ddp offline", HALF, is_offline=True)
+    train(folder, "ddp calibrated", HALF | CALIBRATED)
+    train(folder, "fsdp calibrated", HALF | CALIBRATED | {"fsdp": True})
     adapted = train(folder, "ddp lora", HALF, is_lora=True)
     judged = train(folder, "ddp judged", HALF | EVALUATED, is_judged=True)
     heard["judge bytes"] = judged.ranks.gather(judged.memory().get("reward models", 0))

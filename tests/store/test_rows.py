@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import event
 
 from dar.errors import ConflictError
+from dar.protocol.jobs import Forecast
 from dar.protocol.worker import Batch
 from fakes.world import World
 from service.store import fence, metrics, rows, samples
@@ -196,3 +197,31 @@ def test_the_newest_samples_are_read_along_the_index(world: World) -> None:
         steps = " ".join(row[-1] for row in plan)
     assert "ix_samples_job_id" in steps
     assert "TEMP B-TREE" not in steps
+
+
+def test_the_forecast_of_a_calibration_stands_in_the_job(world: World) -> None:
+    """The newest counts; one that this version cannot read leaves the job as it is."""
+    held = world.running()
+    forecast = {
+        "step": 0, "phase": "base", "method": "frontier", "ending": "untrusted", "kl_budget": 1.0, "alpha": 0.2,
+        "beta": 0.6, "reward_std": 0.3, "prompts": 16, "completions": 256, "tokens": 5000, "samples_per_prompt": 16,
+        "start_reward": 0.1, "reward": 0.6, "kl": 0.8, "frontier": [{"alpha": 0.4, "reward": 0.4, "kl": 0.5}],
+    }  # fmt: skip
+
+    def event_row(seq: int, **values: object) -> dict[str, Any]:
+        data = {"kind": "calibration", **forecast, **values}
+        return {
+            "type": "event",
+            "seq": seq,
+            "at": 1.0,
+            "level": "info",
+            "message": "m",
+            "data": data,
+        }
+
+    assert world.job(held.job.id).forecast is None
+    say(world, held, event_row(1), metric(2, 1, loss=3.0))
+    assert world.job(held.job.id).forecast == forecast
+    say(world, held, event_row(3, phase="policy", alpha=0.1), event_row(4, alpha="much"))
+    assert world.job(held.job.id).forecast == forecast | {"phase": "policy", "alpha": 0.1}
+    assert Forecast.model_validate(world.job(held.job.id).forecast).frontier[0].kl == 0.5

@@ -14,6 +14,7 @@ from torch import Tensor
 from dar.errors import TrainingError
 from dar.training import DARTrainer
 from dar.training.loss import (
+    control_variates,
     effective_sample_size,
     flattening_power,
     importance_weights,
@@ -407,3 +408,45 @@ def test_the_other_options_of_the_algorithm_change_the_weights_too(
     plain = [row.weight for row in weigh()]
     for change in ({"alpha": 0.5}, {"beta": 1.0}, {"dar_wclip": 1.1}, {"adv_norm": "batch"}):
         assert [row.weight for row in weigh(**change)] != plain, change
+
+
+# --- 8: control variates -------------------------------------------------------------------------
+
+
+@FEW
+@given(LOGPS, LOGPS, arrays("float64", (3, 4), elements=st.floats(0, 20)))
+def test_control_variates_leave_the_expected_gradient_as_it_is(
+    policy: Any, behavior: Any, weights: Any
+) -> None:
+    """Over all K completions of a prompt, each drawn with its probability under mu."""
+    logits_PK = (of(policy) / 8).requires_grad_()
+    policy_PK, behavior_PK = logits_PK.log_softmax(dim=1), (of(behavior) / 8).log_softmax(dim=1)
+    mu_PK, taken_PK = behavior_PK.exp(), control_variates(policy_PK, behavior_PK, clip=math.inf)
+    plain = torch.autograd.grad(
+        (mu_PK * of(weights) * policy_PK).sum(), logits_PK, retain_graph=True
+    )
+    less = torch.autograd.grad((mu_PK * (of(weights) - taken_PK) * policy_PK).sum(), logits_PK)
+    torch.testing.assert_close(less[0], plain[0], rtol=1e-9, atol=1e-9)
+
+
+def test_control_variates_are_1_on_policy_and_bounded_off_it() -> None:
+    policy_B, behavior_B = of([-3.0, -2.0, -900.0]), of([-3.0, -9.0, -1.0])
+    taken_B = control_variates(policy_B, behavior_B, clip=20.0)
+    assert taken_B.tolist() == [1.0, 20.0, 0.0]
+
+
+def test_with_control_variates_a_step_without_a_signal_changes_little(
+    train: Callable[..., DARTrainer],
+) -> None:
+    """Plain weights of 1 train on the policy's own samples, which is noise. What is left are the
+    padding tokens, which this policy would sample if it could."""
+
+    def gradient(**options: Any) -> float:
+        options |= {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0}
+        trainer = train(
+            reward_funcs=lambda completions, **_: [1.0] * len(completions), settings=options
+        )
+        return float(trainer.reporter.reported["train/grad_norm"])
+
+    assert gradient(control_variate=True) < 0.2 * gradient(control_variate=False)
+    assert gradient() == gradient(control_variate=False)

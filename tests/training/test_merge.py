@@ -323,6 +323,8 @@ def test_an_adapter_is_no_model_to_start_from(
         train(model=str(folder))
 
 
+SLOW = pytest.mark.slow  # a run for each; the kinds that differ most are in the fast lane
+
 TIED = {
     "lm_head": {"target_modules": ["lm_head"]},
     "embed_tokens": {"target_modules": ["embed_tokens"]},
@@ -337,7 +339,13 @@ TIED = {
 }
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        one if one in ("both tied", "saved lm_head") else pytest.param(one, marks=SLOW)
+        for one in TIED
+    ],
+)
 def test_an_adapter_of_tied_embeddings_merges_into_the_trained_model(
     name: str,
     train: Callable[..., DARTrainer],
@@ -370,8 +378,10 @@ GROWN = {
 }
 
 
-@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", GROWN)
+@pytest.mark.parametrize("is_tied", [pytest.param(False, marks=SLOW), True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "name", [one if one == "tokens" else pytest.param(one, marks=SLOW) for one in GROWN]
+)
 def test_tokens_that_were_added_before_an_adapter_are_published_with_it(
     name: str,
     is_tied: bool,

@@ -67,6 +67,7 @@ def test_every_reported_metric_is_registered_and_reaches_the_callbacks(
             "rewards/dropped",
             "rewards/refilled",
             "dar/preference",
+            "dar/kl_excess",  # with a kl_budget
             "reward_requests/n_error/",
             "time/idle_r",
             "time/idle_g",

@@ -10,6 +10,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
+from dar.protocol.budget_checks import CHOSEN, option_conflicts
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.row_values import check_value
 from dar.protocol.rows import template_kwargs
@@ -84,6 +85,9 @@ def _with_presets(cls: type["DARConfig"]) -> type["DARConfig"]:
     @functools.wraps(plain)
     def init(self: "DARConfig", *args: Any, **given: Any) -> None:  # noqa: ANN401 - the fields of the class
         plain(self, *args, **(preset_values(given.get("preset", "default")) | given))
+        if self.kl_budget is not None:
+            for name, why in option_conflicts(vars(self), given.keys()):
+                raise InvalidRequestError(why, param=name)
 
     cls.__init__ = init  # type: ignore[method-assign]  # only the defaults change
     return cls
@@ -110,6 +114,7 @@ class DARConfig(TrainingArguments):
     preset: Preset = spec_field(SPEC_FIELDS["preset"], source="docs/decisions")
     alpha: float = spec_field(SPEC_FIELDS["alpha"], source="equations (1), (4)")
     beta: float = spec_field(SPEC_FIELDS["beta"], source="equations (1), (4)")
+    kl_budget: float | None = spec_field(SPEC_FIELDS["kl_budget"], source="docs/decisions")
     dar_k: int = spec_field(SPEC_FIELDS["dar_k"], source="arXiv 2602.11523: 4")
     dar_wclip: float = spec_field(SPEC_FIELDS["dar_wclip"], source="equation (5)")
     adv_norm: Normalization = spec_field(
@@ -123,6 +128,7 @@ class DARConfig(TrainingArguments):
     weight_norm: WeightNormalization = spec_field(SPEC_FIELDS["weight_norm"], source="departure 5")
     min_ess: float = spec_field(SPEC_FIELDS["min_ess"], source="departure 6")
     behavior: Behavior = spec_field(SPEC_FIELDS["behavior"], source="departure 7")
+    control_variate: bool | None = spec_field(SPEC_FIELDS["control_variate"], source="departure 8")
     max_new_tokens: int = spec_field(SPEC_FIELDS["max_new_tokens"], source=_GENERATION)
     temperature: float = spec_field(
         SPEC_FIELDS["temperature"], source="transformers; arXiv 2602.11523: 0.9"
@@ -246,6 +252,11 @@ class DARConfig(TrainingArguments):
         )
 
     @property
+    def has_control_variate(self) -> bool:
+        """Whether weights are reduced by their control variates."""
+        return self.kl_budget is not None if self.control_variate is None else self.control_variate
+
+    @property
     def is_evaluating(self) -> bool:
         strategy = getattr(self.eval_strategy, "value", self.eval_strategy)
         return strategy != "no" or bool(self.eval_on_start)
@@ -289,6 +300,10 @@ class DARConfig(TrainingArguments):
         values = {name: getattr(value, "value", value) for name, value in values.items()}
         if not values["chat_template_kwargs"]:  # fingerprints of earlier versions do not have it
             del values["chat_template_kwargs"]
+        if self.control_variate is None:
+            del values["control_variate"]
+        for name in ("kl_budget",) if self.kl_budget is None else CHOSEN:
+            del values[name]
         return values | {
             "prompts_per_step": self.prompts_per_step,
             "is_one_step_ahead": self.overlap == "one_step",

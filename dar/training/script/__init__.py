@@ -8,4 +8,5 @@ places: files and folders that a command line names; an earlier run is not overw
 exits: exit codes, and errors in the words of the flags.
 assembly: makes a trainer from these options.
 dry_run: the output of ``--dry_run``.
+forecast: the output of ``--forecast``, which is ``dar forecast``.
 """

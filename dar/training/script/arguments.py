@@ -85,6 +85,8 @@ ONLY_WITH = dict.fromkeys(
 """Flags that have no effect without another one."""
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 SWITCHES = {
+    "forecast": "Sample and score the base model, show the reward and the KL to the reference at which "
+    "training ends for each alpha; write nothing. The same as dar forecast.",
     "dry_run": "Load everything, sample and score two prompts, show the plan; write nothing.",
     "overwrite_output_dir": "Replace the run that is in --output_dir: its model and checkpoints "
     "are removed.",
@@ -115,6 +117,7 @@ class CommandLine:
     script: ScriptArguments
     config: Mapping[str, Any]
     """Arguments of `DARConfig`."""
+    is_forecast: bool
     is_dry_run: bool
     is_overwriting: bool
     """Whether a run in ``output_dir`` is replaced."""
@@ -140,9 +143,11 @@ def parsed(arguments: Sequence[str], parser: Parser) -> CommandLine:
     typed = vars(parser.parse_args(given_flags))
     _check_once(given_flags, parser)
     file = _without_tilde("config", typed.pop("config", None))
-    is_dry_run, is_overwriting = (typed.pop(name, False) for name in SWITCHES)
+    is_forecast, is_dry_run, is_overwriting = (typed.pop(name, False) for name in SWITCHES)
     values = {**(_from_yaml(Path(file), parser) if file else {}), **typed}
     given = {name: _without_tilde(name, value) for name, value in values.items()}
+    if is_forecast:  # nothing is written
+        given.setdefault("output_dir", ".")
     for name in REQUIRED:
         if not given.get(name):
             raise InvalidRequestError(
@@ -160,6 +165,7 @@ def parsed(arguments: Sequence[str], parser: Parser) -> CommandLine:
     return CommandLine(
         ScriptArguments(**{k: v for k, v in given.items() if k in own and v is not None}),
         {name: value for name, value in given.items() if name not in own},
+        is_forecast,
         is_dry_run,
         is_overwriting,
     )

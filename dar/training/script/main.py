@@ -25,6 +25,7 @@ from dar.training.script.assembly import build, config_of
 from dar.training.script.dry_run import PREVIEWED_PROMPTS, show_preview
 from dar.training.script.exits import ScriptExit, end, fail, fail_by_function
 from dar.training.script.flags import read_command_line
+from dar.training.script.forecast import show_forecast
 from dar.training.script.places import NEWEST, remove_earlier_run
 from dar.training.script.usage import check_line
 from dar.training.trainer import DARTrainer
@@ -65,7 +66,7 @@ def run(line: CommandLine) -> int:
     resume = line.config.get("resume_from_checkpoint")
     values = {k: v for k, v in line.config.items() if k != "resume_from_checkpoint"}
     with contextlib.ExitStack() as stack:
-        if line.is_dry_run:
+        if line.is_dry_run or line.is_forecast:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             # Making the trainer creates its folder, repository and trackers.
             values |= {"output_dir": folder, "push_to_hub": False, "report_to": "none"}
@@ -76,6 +77,12 @@ def run(line: CommandLine) -> int:
         is_main = config.process_index == 0
         with _status(console, "loading …", is_main):
             trainer = build(line.script, config, load_settings(), console, stop)
+        if line.is_forecast:
+            with _status(console, "sampling and scoring …", is_main):
+                preview = trainer.calibration.preview()
+            if is_main:
+                show_forecast(preview, console.console, trainer.calibration.gain)
+            return ScriptExit.DONE
         if line.is_dry_run:
             with _status(console, "sampling and scoring …", is_main):
                 step = trainer.preview(PREVIEWED_PROMPTS)

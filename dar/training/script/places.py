@@ -128,7 +128,7 @@ def _check_output(line: CommandLine) -> None:
     resume = line.config.get("resume_from_checkpoint")
     if resume is not None:
         _check_resume(str(resume), folder)
-    if line.is_dry_run:
+    if line.is_dry_run or line.is_forecast:
         return
     if line.is_overwriting:
         _check_overwriting(line, folder)

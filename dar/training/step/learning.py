@@ -8,6 +8,8 @@ beta has to fit the size of the advantages A, which are differences of rewards:
   rewards.
 - *clipped weights*: over the last steps so many weights are at the clip that they say only which
   completion was better, not by how much.
+- *slow KL*: when a third of the steps are done, the KL to the reference is still a small part of
+  ``kl_budget``.
 
 Each is reported once in a run, with the standard deviation of the rewards, the alpha + beta that
 would fit, and the learning rate. The thresholds are those of `dar.protocol.hints`.
@@ -15,7 +17,7 @@ would fit, and the learning rate. The thresholds are those of `dar.protocol.hint
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -29,12 +31,6 @@ from dar.training.step.records import ScoredStep
 NORMALISED = 0.5
 """Normalised advantages that deviate by less were divided by `LEAST_DEVIATION`, not by their
 own deviation, which would make them deviate by 1."""
-Budget = Callable[[], float | None]
-"""Returns the KL, in nats, that alpha and beta are computed from; None: they are given."""
-
-
-def no_budget() -> None:
-    """The budget of a run whose alpha and beta are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,8 @@ class Spread:
     """Completions whose advantage is not 0."""
     clipped: int
     """Completions whose weight is at the clip."""
+    kl: float | None
+    """Mean KL of a completion to the reference, in nats; None without a reference."""
 
     @classmethod
     def of(cls, step: ScoredStep) -> "Spread":
@@ -58,6 +56,9 @@ class Spread:
         rows = step.valid_rows
         rewards = torch.tensor([step.rewards[row].reward for row in rows], dtype=torch.float64)
         advantages = step.advantages_B[rows].double()
+        kl = None
+        if step.ref_logps_B is not None:
+            kl = (step.behavior_logps_B[rows] - step.ref_logps_B[rows]).double().mean().item()
         return cls(
             len(rows),
             rewards.mean().item(),
@@ -65,6 +66,7 @@ class Spread:
             advantages.square().sum().item(),
             int(advantages.count_nonzero()),
             int(step.clipped_B[rows].sum()),
+            kl,
         )
 
     @classmethod
@@ -82,6 +84,9 @@ class Spread:
             math.fsum(one.squares for one in steps),
             sum(one.differing for one in steps),
             sum(one.clipped for one in steps),
+            None
+            if any(one.kl is None for one in steps)
+            else math.fsum(one.count * (one.kl or 0.0) for one in steps) / count,
         )
 
     @property
@@ -107,17 +112,17 @@ class LearningWatch:
     """Warns once of each kind.
 
     Args:
-        config: The arguments of the run; alpha and beta are read when they are needed.
-        budget: With a budget, alpha and beta fit the rewards by themselves, so the size of the
-            advantages is not judged.
+        config: The arguments of the run; alpha and beta are read when they are needed. With a
+            ``kl_budget`` they fit the rewards by themselves, so the size of the advantages is not
+            judged.
     """
 
-    def __init__(self, config: DARConfig, budget: Budget = no_budget) -> None:
+    def __init__(self, config: DARConfig) -> None:
         self._config = config
-        self._budget = budget
         self._first: list[Spread] = []
         self._last: deque[Spread] = deque(maxlen=HINTS.clip_steps)
         self._has_warned_of_clip = False
+        self._is_kl_judged = False
 
     def add(
         self, step: ScoredStep, last_step: int, *, learning_rate: float
@@ -152,10 +157,20 @@ class LearningWatch:
                 self._has_warned_of_clip = True
                 steps = f"the last {_steps(len(self._last))}"
                 events.append(self._clipped(last, steps, step.number, learning_rate))
+        budget = self._config.kl_budget
+        if (
+            budget is not None
+            and not self._is_kl_judged
+            and step.number >= HINTS.kl_run * last_step
+        ):
+            self._is_kl_judged = True
+            last = Spread.pooled(self._last)
+            if last.kl is not None and stays_behind(last.kl, budget):
+                events.append(self._slow(last, budget, step.number, last_step, learning_rate))
         return events
 
     def _is_small(self, found: Spread) -> bool:
-        if self._budget() is not None or not found.differing:
+        if self._config.kl_budget is not None or not found.differing:
             return False
         return found.advantage_std < HINTS.advantages_least * self._temperature
 
@@ -183,6 +198,19 @@ class LearningWatch:
             f"{self._facts(found)}; {self._against_clip(found)}; the learning rate is "
             f"{learning_rate:.3g}"
         ), self._data("clipped_weights", found, number, learning_rate)
+
+    def _slow(
+        self, found: Spread, budget: float, number: int, last_step: int, learning_rate: float
+    ) -> tuple[str, dict[str, Any]]:
+        return (
+            f"after {number} of {last_step} steps the KL to the reference is {found.kl:.3g} nats, "
+            f"less than {HINTS.kl_least:g} of kl_budget = {budget:g}: {self._facts(found)}, of "
+            f"which {found.fitting:.2g} would fit; raise the learning rate, which is "
+            f"{learning_rate:.3g}, or train for more steps"
+        ), self._data("slow_kl", found, number, learning_rate) | {
+            "kl": found.kl,
+            "kl_budget": budget,
+        }
 
     def _facts(self, found: Spread) -> str:
         temperature = self._temperature
@@ -252,12 +280,19 @@ class LearningWatch:
             "first": [astuple(one) for one in self._first],
             "last": [astuple(one) for one in self._last],
             "has_warned_of_clip": self._has_warned_of_clip,
+            "is_kl_judged": self._is_kl_judged,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._first = [Spread(*one) for one in state["first"]]
         self._last = deque((Spread(*one) for one in state["last"]), maxlen=HINTS.clip_steps)
         self._has_warned_of_clip = state["has_warned_of_clip"]
+        self._is_kl_judged = state["is_kl_judged"]
+
+
+def stays_behind(kl: float, budget: float) -> bool:
+    """Whether a KL is too small a part of its budget, after the share of a run that is `kl_run`."""
+    return kl < HINTS.kl_least * budget
 
 
 def _steps(count: int) -> str:

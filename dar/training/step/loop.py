@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dar.errors import DARError, TrainingError
-from dar.training.loss import dar_loss
+from dar.training.loss import control_variates, dar_loss
 from dar.training.model.logprobs import forward_batches, logps_and_entropies
 from dar.training.report.sink import StopKind, StopRequestedError
 from dar.training.run_context import RunContext
@@ -191,7 +191,7 @@ class StepLoop:
         if not rows:
             trainer.accelerator.backward(0.0 * logps_B.sum())
             return torch.zeros((), device=device)
-        loss = dar_loss(step.weights_B[rows].to(device), logps_B)
+        loss = dar_loss(self._factors(step, rows, logps_B), logps_B)
         # Gradients are averaged over the processes, so each loss is multiplied by their number.
         # How many completions count may not be known yet: see `_scale_gradients`.
         count = step.valid_count if trainer.is_deepspeed_enabled else len(step.pairs)
@@ -202,6 +202,16 @@ class StepLoop:
         step.policy_logps_B[rows] = logps_B.detach().to("cpu", step.policy_logps_B.dtype)
         step.entropies_B[rows] = entropies_B.to("cpu", step.entropies_B.dtype)
         return loss.detach()
+
+    def _factors(self, step: ScoredStep, rows: list[int], logps_B: Tensor) -> Tensor:
+        """What multiplies each log-probability: the weights, less their control variates."""
+        args = self._run.trainer.args
+        weights_B = step.weights_B[rows].to(logps_B.device)
+        # read from the data set, completions may be of any distribution, and far from the policy
+        if not args.has_control_variate or step.staleness is None:
+            return weights_B
+        behavior_B = step.behavior_logps_B[rows].to(logps_B.device)
+        return weights_B - control_variates(logps_B, behavior_B, clip=args.dar_wclip)
 
     # --- the gradient's norm -------------------------------------------------------------------
 

@@ -269,6 +269,10 @@ class Reporter:
         )
         return times
 
+    def note(self, values: dict[str, float]) -> None:
+        """Add further metrics of the last step."""
+        self._window.add(values)
+
     def warn_of(
         self, step: ScoredStep, sink: Sink, *, last_step: int, learning_rate: float
     ) -> None:

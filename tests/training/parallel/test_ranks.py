@@ -44,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranked.stream(folder, "ahead", ranked.WHOLE | {"overlap": "one_step"})
     ranked.refill(folder, "refilled", ranked.WHOLE)
     ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True)
+    ranked.train(folder, "calibrated", ranked.WHOLE | ranked.CALIBRATED)
     ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True)
     settings = ranked.WHOLE | ranked.EVALUATED
     ranked.train(folder, "whole judged", settings, is_judged=True)
@@ -96,7 +97,7 @@ def test_a_last_step_with_fewer_prompts_is_shared_too(passes: Path, name: str) -
     assert_same(passes, "whole passes", name, last=2)
 
 
-@pytest.mark.slow  # two processes import torch and train seventeen times
+@pytest.mark.slow  # two processes import torch and train nineteen times
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -117,7 +118,23 @@ def test_how_a_step_is_shared_changes_nothing(runs: Path, one: str, other: str) 
     assert_same(runs, one, other)
 
 
-@pytest.mark.slow  # two processes import torch and train seventeen times
+@pytest.mark.slow  # two processes import torch and train nineteen times
+@pytest.mark.parametrize("name", ["ddp calibrated", "fsdp calibrated"])
+def test_two_processes_choose_the_same_alpha_as_one(runs: Path, name: str) -> None:
+    assert_same(runs, "calibrated", name, last=2)
+    chosen = [
+        [
+            text
+            for text in json.loads((runs / one / "told.json").read_text())["events"]
+            if "alpha is" in text
+        ]
+        for one in ("calibrated", name)
+    ]
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 1
+
+
+@pytest.mark.slow  # two processes import torch and train nineteen times
 def test_the_streamed_runs_lack_rewards_refill_them_and_are_one_update_stale(runs: Path) -> None:
     told = [
         json.loads((runs / name / "told.json").read_text())["metrics"]
@@ -129,7 +146,7 @@ def test_the_streamed_runs_lack_rewards_refill_them_and_are_one_update_stale(run
     assert [values["dar/staleness"] for values in told[1].values()] == [0, 1, 1]
 
 
-@pytest.mark.slow  # two processes import torch and train seventeen times
+@pytest.mark.slow  # two processes import torch and train nineteen times
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_go_on_from_the_checkpoint_of_one(runs: Path, strategy: str) -> None:
     assert_same(runs, "whole", f"{strategy} resumed")
@@ -138,7 +155,7 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(runs: Path, strategy: st
     assert any("processes was 1 and is 2" in message for message in told["events"])
 
 
-@pytest.mark.slow  # two processes import torch and train seventeen times
+@pytest.mark.slow  # two processes import torch and train nineteen times
 def test_two_processes_evaluate_as_one_with_a_reward_model_that_only_the_main_one_holds(
     runs: Path,
 ) -> None:
@@ -151,7 +168,7 @@ def test_two_processes_evaluate_as_one_with_a_reward_model_that_only_the_main_on
     assert held[0] > held[1] == 0
 
 
-@pytest.mark.slow  # two processes import torch and train seventeen times
+@pytest.mark.slow  # two processes import torch and train nineteen times
 def test_weights_without_a_gradient_are_looked_for_only_where_there_are_any(runs: Path) -> None:
     for index in range(2):
         heard = json.loads((runs / f"heard-{index}.json").read_text())
@@ -159,12 +176,12 @@ def test_weights_without_a_gradient_are_looked_for_only_where_there_are_any(runs
     assert "2" in json.loads((runs / "idle" / "told.json").read_text())["metrics"]
 
 
-@pytest.mark.slow  # two processes import torch and train seventeen times
+@pytest.mark.slow  # two processes import torch and train nineteen times
 def test_a_reward_may_take_longer_than_a_collective_of_torch(runs: Path) -> None:
     assert "1" in json.loads((runs / "slow" / "told.json").read_text())["metrics"]
 
 
-@pytest.mark.slow  # two processes import torch and train seventeen times
+@pytest.mark.slow  # two processes import torch and train nineteen times
 def test_a_drain_and_an_error_reach_all_processes(runs: Path) -> None:
     for index in range(2):
         heard = json.loads((runs / f"heard-{index}.json").read_text())

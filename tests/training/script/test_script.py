@@ -1,11 +1,10 @@
 """`dar train`: from a command line to a model, and what it says on the way."""
 
-import io
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import transformers
 from datasets import Dataset
 from huggingface_hub.utils import logging as hub_logging
 from peft import AutoPeftModelForCausalLM
-from rich.console import Console
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
@@ -27,10 +25,8 @@ from transformers import (
 )
 
 from dar.errors import InvalidRequestError
-from dar.protocol.samples import ReportedSample
 from dar.settings import inherited_environment
 from dar.training import DARConfig, DARTrainer
-from dar.training.report.console import TrainingConsole, report_line, samples_table
 from dar.training.script.assembly import config_of
 from dar.training.script.flags import ScriptArguments, make_parser, read_command_line
 from dar.training.script.main import main
@@ -41,6 +37,12 @@ from pathlib import Path
 
 def short(prompts, completions, **columns):
     return [-len(text) / 40 for text in completions]
+
+def spread(prompts, completions, **columns):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+def equal(prompts, completions, **columns):
+    return [1.0] * len(completions)
 
 def failing(prompts, completions, **columns):
     return columns["answer"]
@@ -270,6 +272,33 @@ def test_an_exception_of_a_reward_function_is_told_without_our_own_traceback(
     assert shown in text
     assert "/dar/" not in text
     assert "Traceback" not in text
+
+
+def test_a_forecast_shows_what_each_budget_buys_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name for path in folder.iterdir()} | {"__pycache__"}
+    options = command("--forecast", output_dir=None, reward_function="judge:spread")
+    assert main(options) == 0
+    said = capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} | {"__pycache__"} == before
+    lines = said.splitlines()
+    header = next(i for i, line in enumerate(lines) if "KL (nats)" in line)
+    rows = [line.split() for line in lines[header + 1 :] if line.strip()[:1].isdigit()]
+    assert rows[0][0] == "0"
+    assert rows[1][0] == "0.25"
+    rewards = [float(row[1]) for row in rows]
+    assert rewards == sorted(rewards)
+    assert rewards[1] > rewards[0] + 0.5
+    assert float(rows[1][3]) == pytest.approx(3 * float(rows[1][2]), rel=1e-3)
+    assert "completions of 6 prompts" in said
+
+
+def test_a_forecast_of_equal_rewards_is_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--forecast", reward_function="judge:equal")) == 1
+    assert "nothing distinguishes them" in capsys.readouterr().err
 
 
 def test_a_dry_run_fails_when_every_reward_is_skipped(
@@ -626,65 +655,3 @@ def test_the_texts_of_a_file_are_read_as_they_are_written(tmp_path: Path) -> Non
 def test_a_flag_that_occurs_twice_is_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(InvalidRequestError, match=said):
         read_command_line(command(*arguments))
-
-
-# --- the screen -----------------------------------------------------------------------------------
-
-
-def row(completion: str, **changes: Any) -> ReportedSample:
-    values = {
-        "group": 0, "index": 0, "prompt": "The soup was", "completion": completion, "finish_reason": "stop",
-        "completion_tokens": 3, "reward": 0.5, "reward_status": "reward", "advantage": 0.1, "weight": 1.25,
-        "logp_policy": -1.0, "logp_ref": -1.0, "logp_behavior": -1.0,
-    }  # fmt: skip
-    return ReportedSample.model_validate(values | changes)
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_samples_are_readable_at_any_width(width: int) -> None:
-    screen = io.StringIO()
-    console = Console(file=screen, width=width)
-    long = "great and the waiter was delightful " * 9
-    rows = [
-        row(long),
-        row("[bold]not markup[/bold]\n\x1b[2Jsecond line", finish_reason="length"),
-        row("unscored", reward=None, weight=None, reward_status="error", reward_message="timeout"),
-    ]
-    console.print(samples_table(rows))
-    lines = screen.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
-    assert max(map(len, lines)) > width - 15  # a long text takes the room there is
-    shown = " ".join(screen.getvalue().split())
-    assert "» The soup was" in shown
-    assert "+0.500 1.25 great and" in shown
-    assert "[bold]not markup[/bold] [2Jsecond line … cut" in shown
-    assert "\x1b" not in shown
-    assert "- - unscored [timeout]" in shown
-
-
-def test_tables_of_samples_come_every_so_many_steps() -> None:
-    screen = io.StringIO()
-    console = TrainingConsole(3, Console(file=screen, width=80))
-    console.begin(9)
-    for step in range(1, 10):
-        console.samples(step, [row("text")])
-    shown = [line for line in screen.getvalue().splitlines() if line.startswith("samples of")]
-    assert shown == [f"samples of step {step}" for step in (1, 3, 6, 9)]
-
-
-def test_a_terminal_gets_a_bar_with_the_numbers_that_matter() -> None:
-    screen = io.StringIO()
-    console = TrainingConsole(
-        0, Console(file=screen, width=80, force_terminal=True, color_system=None)
-    )
-    values: Mapping[str, float] = {
-        "dar/rewards_mean": 0.25,
-        "dar/kl_ref": 1.5,
-        "dar/weights_clip_fraction": 0.02,
-    }
-    console.begin(10)
-    console.metrics(4, values)
-    console.end()
-    assert "step 4/10" in screen.getvalue()
-    assert "reward +0.250  KL 1.50  clip 2%" in screen.getvalue()
-    assert report_line({}) == ""

@@ -1,5 +1,6 @@
 """Rewards whose size does not fit alpha + beta, as a user of the trainer meets them."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -163,7 +164,7 @@ def test_offline_rewards_are_judged_too(
     assert [data["kind"] for _, data in hints_of(sink)] == ["small_advantages"]
 
 
-def step_of(advantages: list[float], number: int) -> Any:
+def step_of(advantages: list[float], number: int, kl: float = 0.0) -> Any:
     """A step as far as the watch reads it."""
     rows = range(len(advantages))
     return SimpleNamespace(
@@ -173,6 +174,8 @@ def step_of(advantages: list[float], number: int) -> Any:
         rewards=[SimpleNamespace(reward=value) for value in advantages],
         advantages_B=torch.tensor(advantages),
         clipped_B=torch.zeros(len(advantages), dtype=torch.bool),
+        behavior_logps_B=torch.full((len(advantages),), -20.0),
+        ref_logps_B=torch.full((len(advantages),), -20.0 - kl),
     )
 
 
@@ -180,10 +183,28 @@ def step_of(advantages: list[float], number: int) -> Any:
 def test_with_a_budget_of_kl_the_size_of_advantages_is_not_judged(
     config: Callable[..., Any], budget: float | None, count: int
 ) -> None:
-    watch = LearningWatch(config(), budget=lambda: budget)
+    arguments = config() if budget is None else config(kl_budget=budget)
+    watch = LearningWatch(arguments)
     due = [
         event
         for number in range(1, FIRST + 1)
         for event in watch.add(step_of([-1e-3, 1e-3], number), 100, learning_rate=1e-3)
     ]
     assert len(due) == count
+
+
+@pytest.mark.parametrize(("kl", "count"), [(0.049, 1), (0.051, 0)])
+def test_a_kl_far_below_its_budget_is_reported_once_when_a_third_of_the_steps_are_done(
+    config: Callable[..., Any], kl: float, count: int
+) -> None:
+    watch = LearningWatch(config(kl_budget=0.5))
+    due = []
+    for number in range(1, 31):
+        due += watch.add(step_of([-0.4, 0.4], number, kl), 30, learning_rate=1e-4)
+        state, watch = watch.state(), LearningWatch(config(kl_budget=0.5))
+        watch.restore(json.loads(json.dumps(state)))
+    assert len(due) == count
+    for message, data in due:
+        assert (data["kind"], data["step"], data["kl_budget"]) == ("slow_kl", 10, 0.5)
+        assert "the KL to the reference is 0.049 nats" in message
+        assert "raise the learning rate, which is 0.0001" in message
