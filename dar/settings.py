@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -201,7 +202,7 @@ class Settings(BaseSettings):
     @property
     def sqlalchemy_url(self) -> str:
         if self.database_url is None:
-            return f"sqlite:///{self.home / 'dar.db'}"
+            return f"sqlite:///{quote(str(self.home / 'dar.db'))}"
         return self.database_url.get_secret_value()
 
     @property

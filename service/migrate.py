@@ -25,7 +25,7 @@ LOCK_KEY = 0x0DA2_0001
 def config(connection: Connection | None = None) -> Config:
     """Alembic's configuration, built in code so that an installed service can migrate."""
     made = Config()
-    made.set_main_option("script_location", str(files("migrations")))
+    made.set_main_option("script_location", str(files("migrations")).replace("%", "%%"))
     made.attributes["connection"] = connection
     return made
 

@@ -191,7 +191,7 @@ def _engine(url: str) -> Engine:
             "postgresql+psycopg://user:password@host/name"
         ) from None
     if parsed.get_backend_name() == "sqlite":
-        return _sqlite_engine(parsed)
+        return _sqlite_engine(parsed, has_query="?" in url)
     if "@" in f"{parsed.host}{parsed.database}":
         raise ConfigurationError(
             "DAR_DATABASE_URL: an @ of the user name or the password must be written as %40"
@@ -222,10 +222,15 @@ def _place(url: URL) -> str:
     return f"{url.drivername}://{url.host or ''}{port}/{url.database or ''}"
 
 
-def _sqlite_engine(url: URL) -> Engine:
+def _sqlite_engine(url: URL, *, has_query: bool) -> Engine:
     if url.database in {None, "", ":memory:"} or url.query.get("mode") == "memory":
         raise ConfigurationError(
             "DAR_DATABASE_URL: a SQLite database must be a file, like sqlite:////srv/dar/dar.db"
+        )
+    if has_query:
+        raise ConfigurationError(
+            "DAR_DATABASE_URL: a SQLite database takes no options after a ?; a ? of its path must be "
+            "written as %3F, and a % as %25"
         )
     engine = create_engine(
         url,

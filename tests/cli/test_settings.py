@@ -85,6 +85,8 @@ def test_a_broker_url_that_no_client_could_read_is_refused_without_its_password(
         ("sqlite:///:memory:", "must be a file"),
         ("sqlite:///", "must be a file"),
         ("sqlite:///file:x?mode=memory&uri=true", "must be a file"),
+        ("sqlite:////srv/a?b/dar.db", "written as %3F"),
+        ("sqlite:////srv/dar.db?timeout=9", "takes no options"),
     ],
 )
 def test_a_database_that_cannot_be_used_is_named_without_its_password(

@@ -9,6 +9,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from dar.errors import ConfigurationError
+from dar.settings import Settings
 from service.store.database import Database, is_outage
 from service.store.tables import JobRow, ProjectRow
 
@@ -158,6 +159,19 @@ def test_what_a_failed_statement_held_is_not_told(database: Database) -> None:
     with pytest.raises(DBAPIError) as caught, database.read() as transaction:
         transaction.execute(text("SELECT * FROM nowhere WHERE a = :prompt"), {"prompt": "hush"})
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a?mode=memory", "a#b", "a%41b", "a%3Fb", "a b@c:d\u00fc"])
+def test_the_database_lies_in_the_home_folder_whatever_that_is_called(
+    tmp_path: Path, name: str
+) -> None:
+    home = tmp_path / name
+    home.mkdir()
+    database = Database(Settings(home=home).sqlalchemy_url)
+    database.ping()
+    database.close()
+    assert [one.relative_to(home).name for one in home.glob("*.db")] == ["dar.db"]
+    assert list(tmp_path.iterdir()) == [home]
 
 
 def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:

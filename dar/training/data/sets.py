@@ -1,6 +1,7 @@
 """A data set by the name on a command line: a file, a folder or a hub id."""
 
 import csv
+import glob
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def _from_file(path: Path) -> Rows:
             param=PARAM,
         )
     try:
-        loaded: Any = load_dataset("parquet", data_files=str(path), split="train")
+        loaded: Any = load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ or error  # `datasets` says only that it failed
         why = first_line(cause)

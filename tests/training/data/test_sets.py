@@ -29,6 +29,14 @@ def test_data_sets_come_from_files_and_folders(tmp_path: Path) -> None:
         open_rows(str(tmp_path / "one"), split="validation")
 
 
+def test_a_parquet_file_is_read_alone_whatever_it_is_called(tmp_path: Path) -> None:
+    names = ["a?b", "axb", "a[x]b", "a#b%41"]
+    for name in names:
+        Dataset.from_list([{"prompt": name}]).to_parquet(tmp_path / f"{name}.parquet")
+    for name in names:
+        assert list(open_rows(str(tmp_path / f"{name}.parquet"))) == [{"prompt": name}]
+
+
 def test_the_fields_of_a_csv_file_are_texts_as_written_and_rewards_beside_completions_numbers(
     tmp_path: Path,
 ) -> None:
