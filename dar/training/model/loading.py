@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import hashlib
 import inspect
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
@@ -20,23 +20,39 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 from transformers.utils.hub import hf_api
 
 from dar.errors import InvalidRequestError, TrainingError
 from dar.protocol.model_configs import refused_code
 from dar.protocol.spec import LoraSpec
-from dar.training.data.load_errors import blame
+from dar.training.data.load_errors import blame, first_line
 from dar.training.model import adapters, probes
 
 LanguageModel = adapters.LanguageModel
 
 SKETCHED_VALUES = 256
 """Leading values of each parameter in a sketch: enough to distinguish models, and cheap."""
+COMPUTED = (
+    r"(^|\.)(attn|attention)(\.attention)?\.(bias|masked_bias|causal_mask)$"
+    r"|(^|\.)(inv_freq|position_ids)$"
+)
+"""Masks, frequencies and positions in the files of older models, which are computed today."""
+OTHER_SENSES = r"(^|[._])(vision|visual|image|audio|speech|multi_?modal)"
+"""Weights that read images or sounds, in the files of a model of which the text part is loaded."""
+SPARE_HEADS = r"(^|\.)(lm_head|lm_predictions|mask_predictions|cls|pooler|v_head)\."
+"""Layers beside the one that gives a classifier's number, such as those of its pretraining."""
+OUTPUT_OPTIONS: Mapping[str, bool] = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+"""What a forward pass must return here. Attentions also keep a config from being saved."""
 
 
 def load_model(
@@ -56,7 +72,7 @@ def load_model(
 
     Raises:
         TrainingError: There is no such model, it is an adapter, it needs code of its own, it is not
-            a causal language model, or its files lack some of its weights.
+            a causal language model, or its files lack some of its weights or have others.
         HubUnreachableError: The hub cannot be reached.
     """
     if (Path(name) / adapters.ADAPTER_CONFIG).is_file():
@@ -65,9 +81,13 @@ def load_model(
             f"first: dar merge {name} -o FOLDER",
             param="model",
         )
-    load = functools.partial(
-        AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True
-    )
+
+    def load(path: str, **access: Any) -> Any:  # noqa: ANN401 - what `from_pretrained` returns
+        _check_generation_config(path, access)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **access
+        )
+
     model: PreTrainedModel
     model, report = from_safetensors(
         load,
@@ -77,8 +97,10 @@ def load_model(
         is_offline=is_offline,
         token=token,
     )
-    check_complete(report["missing_keys"], name, "causal language model", param="model")
-    _make_savable(model)
+    check_weights(report, name, "causal language model", param="model")
+    _admit_untied(model)
+    settle_outputs(model)
+    make_savable(model)
     return model
 
 
@@ -160,30 +182,139 @@ def _check_config(path: str, param: str, access: Mapping[str, Any]) -> None:
     reject_code(path, config)
 
 
-def check_complete(missing: Collection[str], name: str | Path, kind: str, *, param: str) -> None:
-    """Reject a model some of whose weights are in none of its files, as they would be random.
+def _check_generation_config(path: str, access: Mapping[str, Any]) -> None:
+    """Reject a generation config that is damaged: transformers would leave it out without a word.
 
     Raises:
-        TrainingError: ``missing`` names such weights.
+        TrainingError: It is no JSON.
     """
-    if missing:
+    hub = {name: access[name] for name in ("local_files_only", "token")}
+    found = cached_file(
+        path,
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    try:
+        json.loads("{}" if found is None else Path(found).read_bytes())
+    except ValueError as error:
+        raise TrainingError(
+            f"the {GENERATION_CONFIG_NAME} of the model {path!r} is damaged ({first_line(error)}), "
+            "and the tokens that end an answer may stand only there; install the model again",
+            param="model",
+        ) from error
+
+
+def check_weights(
+    report: Mapping[str, Collection[str]],
+    name: str | Path,
+    kind: str,
+    *,
+    param: str,
+    spare: str | None = None,
+) -> None:
+    """Reject a model whose files and config do not have the same weights.
+
+    What is in no file would be random, and what the config has no place for would be dropped.
+    transformers itself leaves out what it knows to be of no use.
+
+    Args:
+        report: What `from_pretrained` says of the weights.
+        name: Folder or hub id.
+        kind: What the model was loaded as.
+        param: The parameter that names the model.
+        spare: A pattern of further weights that the model may do without.
+
+    Raises:
+        TrainingError: Some are missing, or left over.
+    """
+    if missing := sorted(report["missing_keys"]):
         raise TrainingError(
             f"the model {str(name)!r} is no {kind}: its weights lack "
-            f"{', '.join(sorted(missing)[:3])}, which would be random",
+            f"{', '.join(missing[: probes.SHOWN_WEIGHTS])}, which would be random",
+            param=param,
+        )
+    harmless = re.compile("|".join(filter(None, (COMPUTED, OTHER_SENSES, spare))))
+    unused = [key for key in sorted(report["unexpected_keys"]) if not harmless.search(key)]
+    if unused:
+        more = (
+            f" and {len(unused) - probes.SHOWN_WEIGHTS} more"
+            if len(unused) > probes.SHOWN_WEIGHTS
+            else ""
+        )
+        raise TrainingError(
+            f"the model {str(name)!r} is no {kind} of the size that its config.json says: its "
+            f"files also have {', '.join(unused[: probes.SHOWN_WEIGHTS])}{more}, which would be dropped; "
+            "use the config.json that belongs to the files, or a model of another kind",
             param=param,
         )
 
 
-def _make_savable(model: PreTrainedModel) -> None:
-    """Repair the generation config of models that set a temperature and no sampling.
+def _admit_untied(model: PreTrainedModel) -> None:
+    """Make the config say that input and output layer differ if the files have two of them.
 
-    transformers loads it, aligns its special tokens with the tokenizer's when training begins, and
-    then rejects the changed config when it is saved: the first checkpoint would fail.
+    transformers then does not tie them, whatever the config says, but others who read it would.
     """
+    first: Any = model.get_input_embeddings()
+    last: Any = model.get_output_embeddings()
+    if first is None or last is None or first.weight is last.weight:
+        return
+    config: Any = model.config
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def settle_outputs(model: LanguageModel) -> None:
+    """Have forward passes return logits by name, and nothing else that takes memory."""
+    for config in _with_parts(model.config):
+        for name, value in OUTPUT_OPTIONS.items():
+            if getattr(config, name, value) != value:
+                setattr(config, name, value)
+
+
+def _with_parts(config: Any) -> Iterator[Any]:  # noqa: ANN401 - parts have classes of their own
+    yield config
+    for part in list(vars(config).values()):
+        if isinstance(part, PreTrainedConfig):
+            yield from _with_parts(part)
+
+
+def make_savable(model: LanguageModel) -> None:
+    """Check that checkpoints can be saved, and repair what makes no difference to training.
+
+    transformers loads configs that it then rejects when they are saved, at the first checkpoint.
+    It takes a generation config that sets a temperature and no sampling, until the special tokens
+    are aligned with the tokenizer's when training begins.
+
+    Raises:
+        TrainingError: The config or the generation config could not be saved.
+    """
+    config, generation = model.config, getattr(model, "generation_config", None)
+    what = "config"
     try:
-        model.generation_config.validate(strict=True)
+        if hasattr(config, "validate"):
+            config.validate()
+        config.to_json_string()
+        if generation is not None:
+            what = "generation config"
+            _let_sample(generation)
+            generation.validate(strict=True)
+            generation.to_json_string()
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise TrainingError(
+            f"the {what} of the model could not be saved with a checkpoint: "
+            f"{' '.join(str(error).split())}; change it so that transformers accepts it",
+            param="model",
+        ) from error
+
+
+def _let_sample(generation: GenerationConfig) -> None:
+    try:
+        generation.validate(strict=True)
     except ValueError:
-        model.generation_config.do_sample = True
+        generation.do_sample = True
 
 
 def reject_code(name: str | Path, config: Mapping[str, Any]) -> None:
@@ -445,7 +576,11 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) ->
 
 
 def eos_ids(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a completion, of the model's configs and the tokenizer."""
+    """Tokens that end a completion, of the model's configs and the tokenizer.
+
+    Raises:
+        TrainingError: One is no token id.
+    """
     found: set[int] = set()
     for value in (
         getattr(model.generation_config, "eos_token_id", None),
@@ -477,8 +612,15 @@ def complete_generation_config(model: LanguageModel, tokenizer: PreTrainedTokeni
     return bool(missing)
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
+def _as_list(ids: object) -> list[int]:
+    found: list[Any] = list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(one) is int for one in found):
+        raise TrainingError(
+            f"the model's config or generation config has the eos_token_id {ids!r}, but must have "
+            "the id of a token, or a list of such ids",
+            param="model",
+        )
+    return found
 
 
 def weights_sketch(model: nn.Module) -> str:

@@ -75,6 +75,7 @@ class Policy:
         loading.check_special_tokens(tokenizer, int(policy.config.get_text_config().vocab_size))
         has_new_ends = loading.complete_generation_config(policy, tokenizer)
         loading.disable_dropout(policy)
+        loading.make_savable(policy)
         probes.check_repeatable(policy)
         sketch = loading.weights_sketch(policy)
         reference: nn.Module | None = ref_model
@@ -125,13 +126,14 @@ def _check_model(model: loading.LanguageModel, what: str, *, param: str) -> None
     """Reject a model whose log-probabilities would be wrong.
 
     Args:
-        model: The model or its reference.
+        model: The model or its reference; options of its outputs are set.
         what: Its name in the error.
         param: The parameter that names it.
 
     Raises:
         TrainingError: It takes no positions, has weights that are not finite, or is not causal.
     """
+    loading.settle_outputs(model)
     loading.check_forward(model, param=param)
     probes.check_finite(model, what, param=param)
     probes.check_causal(model, param=param)

@@ -82,6 +82,7 @@ class RewardModel:
                 "text, but a reward is one: use a sequence classifier with num_labels=1",
                 param="reward_model",
             )
+        loading.settle_outputs(model)
         probes.check_finite(model, f"the reward model {_named(model)}", param="reward_model")
         self._model = model.requires_grad_(requires_grad=False).eval()
         self._tokenizer = tokenizer or _tokenizer(model, is_offline=is_offline, token=token)
@@ -281,7 +282,9 @@ def load_reward_model(
         is_offline=is_offline,
         token=token,
     )
-    loading.check_complete(report["missing_keys"], path, "reward model", param="reward_model")
+    loading.check_weights(
+        report, path, "reward model", param="reward_model", spare=loading.SPARE_HEADS
+    )
     return RewardModel(
         model,
         tokenizer,
