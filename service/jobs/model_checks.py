@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dar.errors import Problem
-from dar.protocol.model_configs import context_of, labels_of, refused_code
+from dar.protocol.model_configs import (
+    context_of,
+    labels_of,
+    refused_code,
+    rope_change,
+    steady_length,
+)
 from dar.protocol.spec import JobSpec
 from dar.protocol.spec_checks import leaves_room
 from dar.rewards.from_spec import PATH
@@ -180,13 +186,17 @@ def reward_model_problems(spec: JobSpec, models: Mapping[str, ModelFiles]) -> It
 def _of_context(spec: JobSpec, model: ModelFiles) -> Iterator[Problem]:
     """The same rule as that of the trainer for its longest prompt."""
     sampling, context = spec.dar.sampling, context_of(model.config)
-    if spec.dar.rewards is None or context is None:
+    steady = steady_length(model.config)
+    limits = [one for one in (sampling.max_length, context, steady) if one]
+    if spec.dar.rewards is None or not (context or steady):
         return
-    longest = min(sampling.max_length or context, context)
-    if not leaves_room(sampling, longest):
+    if not leaves_room(sampling, min(limits)):
+        what = f"the context of the model {model.name!r}, which is {context} tokens"
+        if steady == min(limits):
+            what = f"{steady} tokens, and {rope_change(steady)}"
         yield Problem(
-            f"a prompt and {sampling.max_new_tokens} new tokens do not fit into the context of the "
-            f"model {model.name!r}, which is {context} tokens; lower max_new_tokens",
+            f"a prompt and {sampling.max_new_tokens} new tokens do not fit into {what}; lower "
+            "max_new_tokens",
             "method.dar.sampling.max_new_tokens",
             "context_exceeded",
         )

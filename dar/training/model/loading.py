@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import json
 import re
+import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,6 +30,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from transformers.utils.hub import hf_api
 
 from dar.errors import InvalidRequestError, TrainingError
+from dar.protocol import model_configs
 from dar.protocol.model_configs import refused_code
 from dar.protocol.spec import LoraSpec
 from dar.training.data.load_errors import blame, first_line
@@ -556,6 +558,17 @@ def context_length(model: LanguageModel) -> int | None:
     """Longest sequence of the model in tokens; None if its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(length) - _reserved_positions(model) if length else None
+
+
+def longest_sequence(models: Iterable[LanguageModel]) -> int:
+    """Most tokens of a sequence that each of these models can read; see also `steady_length`."""
+    limits = [length for one in models for length in (context_length(one), steady_length(one))]
+    return min((length for length in limits if length), default=sys.maxsize)
+
+
+def steady_length(model: LanguageModel) -> int | None:
+    """Longest sequence for which RoPE is that of every shorter one; None if it never changes."""
+    return model_configs.steady_length(model.config.get_text_config().to_dict())
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

@@ -104,6 +104,21 @@ class Policy:
         """Number of logits per token."""
         return int(self.model.config.get_text_config().vocab_size)
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt with its completion, for the model and its reference."""
+        return loading.longest_sequence(self._readers())
+
+    @property
+    def steady_length(self) -> int | None:
+        """Where RoPE of the model or of its reference changes; None: nowhere."""
+        lengths = map(loading.steady_length, self._readers())
+        return min((one for one in lengths if one is not None), default=None)
+
+    def _readers(self) -> list[loading.LanguageModel]:
+        own = isinstance(self.reference, PreTrainedModel | PeftModel)
+        return [self.model, self.reference] if own else [self.model]
+
     def place_reference(self, device: torch.device) -> None:
         """Move the reference to the policy's device."""
         if self.reference is not None:

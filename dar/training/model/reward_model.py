@@ -141,7 +141,7 @@ class RewardModel:
     ) -> list[RewardResult]:
         rows = [self.encode(sample) for sample in samples]
         rewards: dict[int, float] = {}
-        for places in _batches(rows):
+        for places in _batches(rows, loading.steady_length(self._model)):
             if is_stopped.is_set():
                 break
             scores_B = self._forward([rows[place] for place in places])
@@ -382,13 +382,19 @@ def _named(model: PreTrainedModel) -> str:
     return repr(model.name_or_path or type(model).__name__)
 
 
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Numbers of the rows of each forward pass, long rows first to save padding; no empty rows."""
+def _batches(rows: Sequence[Sequence[int]], steady: int | None) -> Iterator[list[int]]:
+    """Numbers of the rows of each forward pass, long rows first to save padding; no empty rows.
+
+    Rows beyond ``steady`` tokens are not beside others, for which RoPE would be theirs.
+    """
     batch: list[int] = []
     filled = [place for place, row in enumerate(rows) if row]
     for place in sorted(filled, key=lambda i: (-len(rows[i]), i)):
+        widest = len(rows[batch[0]]) if batch else 0
         if batch and (
-            len(batch) == MAX_ROWS or (len(batch) + 1) * len(rows[batch[0]]) > MAX_TOKENS
+            len(batch) == MAX_ROWS
+            or (len(batch) + 1) * widest > MAX_TOKENS
+            or (steady is not None and len(rows[place]) <= steady < widest)
         ):
             yield batch
             batch = []

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from dar.errors import InvalidRequestError
+from dar.protocol.model_configs import rope_change
 from dar.protocol.spec import TrainingOrder
 from dar.protocol.spec_checks import NOTHING_TO_COMPARE
 from dar.rewards.base import RewardContext, RewardSample
@@ -330,8 +331,9 @@ def make_source(
         passes.policy_logps,
         dtype=torch.promote_types(policy.model.dtype, torch.float32),
     )
-    context = loading.context_length(policy.model) or sys.maxsize
-    longest = min(config.max_length or context, context)
+    longest = min(config.max_length or policy.longest, policy.longest)
+    if mode == "train":
+        _report_rope(run, policy, config)
     if scoring is None:
         row_encoder = _row_encoder(policy, config, longest)
         plan = config.step_plan(len(rows), is_replay=True)
@@ -343,7 +345,9 @@ def make_source(
     plan = config.step_plan(len(rows), is_replay=False)
     if mode == "train" and config.dar_k == 1 and plan.per_step == 1:
         raise InvalidRequestError(f"{NOTHING_TO_COMPARE}; set dar_k to at least 2", param="dar_k")
-    encoder = PromptEncoder(tokenizer, _longest_prompt(config, longest), config.template_variables)
+    encoder = PromptEncoder(
+        tokenizer, _longest_prompt(config, longest, policy), config.template_variables
+    )
     stream = _stream(run, mode, rows, encoder, config)
     _check_tokens(rows, encoder, policy)
     sampler = _sampler(policy, config, longest)
@@ -370,14 +374,29 @@ def _row_encoder(policy: Policy, config: DARConfig, longest: int) -> RowEncoder:
     )
 
 
-def _longest_prompt(config: DARConfig, longest: int) -> int:
+def _report_rope(run: RunContext, policy: Policy, config: DARConfig) -> None:
+    """Say that sequences have fewer tokens than was asked for, if RoPE is the reason."""
+    longest = policy.longest
+    if longest == policy.steady_length and longest < (config.max_length or sys.maxsize):
+        run.sink.event(
+            "warn",
+            f"a prompt with its completion has at most {longest} tokens, and a longer one is cut: "
+            f"{rope_change(longest)}",
+            {"kind": "rope_change", "longest": longest},
+        )
+
+
+def _longest_prompt(config: DARConfig, longest: int, policy: Policy) -> int:
     length = config.max_prompt_length or longest
     if length >= longest:  # the bound has no effect
         length = longest - config.max_new_tokens
     if length <= 0:
+        why = "which is the most that max_length or the model allows"
+        if longest == policy.steady_length:
+            why = f"and {rope_change(longest)}"
         raise InvalidRequestError(
             f"a prompt and {config.max_new_tokens} new tokens do not fit into {longest} tokens, "
-            "which is the most that max_length or the model allows; lower max_new_tokens",
+            f"{why}; lower max_new_tokens",
             param="max_new_tokens",
         )
     return length
