@@ -1,5 +1,6 @@
 """Spec checks that need no data. They run at submission only, not for jobs accepted earlier."""
 
+import math
 from collections.abc import Iterator
 
 from dar.errors import Problem
@@ -17,6 +18,11 @@ ONE_STEP = (
     "so nothing would be trained; set warmup_steps to 0, or train for more steps"
 )
 """Its values: the warm-up, and what has one step."""
+RATE_PRODUCT = (
+    "learning_rate {:g} times learning_rate_multiplier {:g} is {:g}; send numbers whose product is "
+    "finite and above 0"
+)
+"""Its values: the two, and their product."""
 ONE_PROCESS = (
     "strategy {!r} shares a model among processes, but the job has one; send resources.processes "
     "of at least 2, or leave strategy at auto"
@@ -29,6 +35,7 @@ def problems_of(spec: JobSpec) -> list[Problem]:
         *_of_sampling(spec),
         *_of_lengths(spec),
         *_of_groups(spec),
+        *_of_rate(spec),
         *_of_budget(spec),
         *_of_targets(spec),
         *_of_resources(spec),
@@ -53,6 +60,17 @@ def length_problems(spec: JobSpec, num_rows: int | None) -> list[Problem]:
             "no_learning_rate",
         )
     ]
+
+
+def _of_rate(spec: JobSpec) -> Iterator[Problem]:
+    hyper = spec.dar.hyperparameters
+    given, multiplier = hyper.learning_rate, hyper.learning_rate_multiplier
+    if given is not None and not 0 < given * multiplier < math.inf:
+        yield Problem(
+            RATE_PRODUCT.format(given, multiplier, given * multiplier),
+            "method.dar.hyperparameters.learning_rate_multiplier",
+            "no_learning_rate",
+        )
 
 
 def _of_sampling(spec: JobSpec) -> Iterator[Problem]:

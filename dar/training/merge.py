@@ -1,7 +1,9 @@
 """Merges a downloaded adapter into its base model, without any service: ``dar merge``."""
 
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ def merge(folder: Path, output: Path, base: str | None = None) -> None:
             weight of the sum is not finite.
         ServiceUnavailableError: The hub cannot be reached.
     """
+    folder, output = _expanded(folder, "folder"), _expanded(output, "output")
+    if base is not None and base.startswith("~"):
+        base = str(_expanded(Path(base), "base"))
     if not (folder / ADAPTER_CONFIG).is_file():
         is_whole = (folder / "config.json").is_file()
         raise InvalidRequestError(
@@ -54,18 +59,41 @@ def merge(folder: Path, output: Path, base: str | None = None) -> None:
     named = read_adapter_config(folder).base_model_name_or_path
     source = base or _usable_base(folder, named)
     unfinished = output.with_name(f".{output.name}.unfinished")
-    try:
+    with _naming_output(output):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise InvalidRequestError(
-            f"{output} cannot be made: {error.strerror}; give another folder", param="output"
-        ) from error
     try:
         _write_merged(folder, unfinished, source)
-        unfinished.rename(output)
+        with _naming_output(output):
+            unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming_output(output: Path) -> Iterator[None]:
+    """Say of an error of the file system which folder cannot be made."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InvalidRequestError(
+            f"{output} cannot be made: {why}; give another folder", param="output"
+        ) from error
+
+
+def _expanded(path: Path, param: str) -> Path:
+    """``path`` with the home folder in place of its ``~``, as a shell leaves ``--base=~/m``.
+
+    Raises:
+        InvalidRequestError: It is the home of no user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InvalidRequestError(
+            f"{path} is in the home of no user; give the whole path", param=param
+        ) from error
 
 
 def _write_merged(folder: Path, output: Path, source: str) -> None:

@@ -83,6 +83,19 @@ def test_a_job_without_a_seed_gets_one_that_is_told(live: Live) -> None:
             "no_learning_rate",
         ),
         (
+            {
+                "dar": {
+                    "hyperparameters": {
+                        "max_steps": 2,
+                        "learning_rate": 1e300,
+                        "learning_rate_multiplier": 1e300,
+                    }
+                }
+            },
+            "method.dar.hyperparameters.learning_rate_multiplier",
+            "no_learning_rate",
+        ),
+        (
             {"dar": {"preset": "paper", "hyperparameters": {"n_epochs": 1}}},
             "method.dar.hyperparameters.warmup_steps",
             "no_learning_rate",

@@ -189,8 +189,18 @@ def test_a_merged_model_keeps_the_number_format_of_its_base(
         (["{adapter}", "--base", "{adapter}"], "is an adapter, not a whole model"),
         (["{adapter}", "--base", "{other}"], "does not fit the model"),
         (["{adapter}", "--base", "{base}", "-o", "{empty}"], "exists already"),
+        (["{adapter}", "--base", "/nope"], "from safetensors: there is no such folder"),
+        (["{adapter}", "--base", "~nosuchuser/x"], "~nosuchuser/x is in the home of no user"),
+        (
+            ["{adapter}", "--base", "{base}", "-o", "a\0b"],
+            "cannot be made: embedded null byte; give",
+        ),
+        (["{adapter}", "--base", "{base}", "-o", "{empty}/x/.."], "cannot be made"),
     ],
-    ids=["no base", "whole", "empty", "base is an adapter", "another base", "output exists"],
+    ids=[
+        *("no base", "whole", "empty", "base is an adapter", "another base", "output exists"),
+        *("base is not there", "home of nobody", "dots"),
+    ],
 )
 def test_what_cannot_be_merged_is_said_in_one_line(
     arguments: list[str],
@@ -261,7 +271,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config without a kind": (written(CONFIG, b'{"r": 8}'), "its peft_type is None"),
     "kind of no adapter": (config_with(peft_type=["LORA"]), "its peft_type is ['LORA']"),
     "base is a number": (config_with(base_model_name_or_path=7), "is no text"),
-    "rank is a text": (config_with(r="eight"), "the adapter"),
+    "rank is a text": (config_with(r="eight"), "sets r='eight'"),
     "targets are a number": (config_with(target_modules=7), "the adapter"),
 }
 
@@ -313,6 +323,18 @@ def test_a_merged_model_is_not_written_where_no_folder_can_be(
     output = tmp_path / "file" / "merged"
     assert merge(monkeypatch, saved_adapter, "--base", base, "-o", output) == 1
     assert "cannot be made: Not a directory; give another folder" in capsys.readouterr().err
+
+
+def test_a_tilde_that_no_shell_has_replaced_is_the_home_folder(
+    saved_adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved_adapter, tmp_path / "adapter")
+    near = f"~/{base.relative_to(tmp_path)}"
+    assert merge(monkeypatch, "~/adapter", "--base", near, "-o", "~/merged") == 0
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_an_adapter_is_no_model_to_start_from(

@@ -5,6 +5,7 @@ one than full weights. All numbers are in `RATE_RULES`. Decision 15 (docs/decisi
 experiments behind them, and says which sizes were never tried.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -12,6 +13,7 @@ from typing import Literal, Protocol
 from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
+from dar.protocol.spec_checks import RATE_PRODUCT
 
 Trained = Literal["full", "adapter"]
 
@@ -107,11 +109,12 @@ def settle_learning_rate(
         is_adapter: Whether these are those of an adapter.
 
     Raises:
-        InvalidRequestError: Nothing is known about learning rates of its optimizer.
+        InvalidRequestError: Nothing is known about learning rates of its optimizer, or rate and
+            multiplier have no product above 0.
     """
     multiplier = config.learning_rate_multiplier
     config.chosen_rate = None
-    if config.learning_rate is None:
+    if (given := config.learning_rate) is None:
         optimizer = str(getattr(config.optim, "value", config.optim))
         if not any(part in optimizer for part in KNOWN_OPTIMIZERS):
             raise InvalidRequestError(
@@ -120,11 +123,15 @@ def settle_learning_rate(
                 param="learning_rate",
             )
         trained: Trained = "adapter" if is_adapter else "full"
-        value = RATE_RULES[trained].rate(weights) * multiplier
+        given = RATE_RULES[trained].rate(weights)
+        value = given * multiplier
         config.chosen_rate = ChosenRate(value, trained, weights, trained_weights, multiplier)
-        config.learning_rate = value
-    else:
-        config.learning_rate *= multiplier
+    if not 0 < given * multiplier < math.inf:
+        raise InvalidRequestError(
+            RATE_PRODUCT.format(given, multiplier, given * multiplier),
+            param="learning_rate_multiplier",
+        )
+    config.learning_rate = given * multiplier
     config.learning_rate_multiplier = 1.0  # it is in the rate now, also for who reuses the config
 
 

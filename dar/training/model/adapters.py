@@ -158,12 +158,28 @@ def check_adapter(config: PeftConfig) -> None:
 
 
 def _check_numbers(config: PeftConfig) -> None:
-    """Reject factors of 0 and dropouts of 1, with which an adapter has no gradient."""
+    """Reject factors of 0 and dropouts of 1, with which an adapter has no gradient.
+
+    Also reject sizes that are not whole numbers: peft makes tensors of them.
+    """
+    sizes = [
+        (field.name, getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if type(field.default) is int and field.name not in FACTORS
+    ]
+    ranks: Mapping[str, Any] = getattr(config, "rank_pattern", None) or {}
+    sizes += [(f"rank_pattern[{name!r}]", value) for name, value in ranks.items()]
+    for name, value in sizes:
+        if type(value) is not int or value < 0:
+            raise InvalidRequestError(
+                f"peft_config sets {name}={value!r}, but must have a whole number, not below 0",
+                param=PARAM,
+            )
     factors = [(name, getattr(config, name, None)) for name in FACTORS]
     patterns: Mapping[str, Any] = getattr(config, "alpha_pattern", None) or {}
     factors += [(f"alpha_pattern[{name!r}]", value) for name, value in patterns.items()]
     for name, value in factors:
-        is_usable = isinstance(value, int | float) and math.isfinite(value) and value > 0
+        is_usable = _is_number(value) and math.isfinite(value) and value > 0
         if value is not None and not is_usable:
             raise InvalidRequestError(
                 f"peft_config sets {name}={value!r}, but must have a finite number above 0, by "
@@ -172,12 +188,17 @@ def _check_numbers(config: PeftConfig) -> None:
             )
     for name in DROPOUTS:
         dropout: Any = getattr(config, name, 0.0)
-        if not 0 <= dropout < 1:
+        if not _is_number(dropout) or not 0 <= dropout < 1:
             raise InvalidRequestError(
                 f"peft_config sets {name}={dropout!r}, but must have a probability of at least 0 and "
                 "below 1, as an adapter without input cannot be trained",
                 param=PARAM,
             )
+
+
+def _is_number(value: object) -> bool:
+    """Whether ``value`` is a number that ``adapter_config.json`` can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_places(model: PreTrainedModel, config: PeftConfig) -> None:

@@ -40,6 +40,8 @@ LanguageModel = adapters.LanguageModel
 
 SKETCHED_VALUES = 256
 """Leading values of each parameter in a sketch: enough to distinguish models, and cheap."""
+PATH_STARTS = ("/", ".", "~")
+"""How no id of the hub begins."""
 COMPUTED = (
     r"(^|\.)(attn|attention)(\.attention)?\.(bias|masked_bias|causal_mask)$"
     r"|(^|\.)(inv_freq|position_ids)$"
@@ -131,6 +133,10 @@ def from_safetensors(
     """
     path = str(name)
     access: dict[str, Any] = {"local_files_only": is_offline, "token": token}
+    what = f"the {param.replace('_', ' ')} {path!r}"
+    failed = f"{what} cannot be loaded as {kind} from safetensors"
+    if path.startswith(PATH_STARTS) and not Path(path).is_dir():
+        raise TrainingError(f"{failed}: there is no such folder", param=param)
     try:
         _check_config(path, param, access)
         # read by itself, so that its faults are not those of weights or tokenizer
@@ -138,8 +144,6 @@ def from_safetensors(
         _check_index(Path(path))
         return load(path, trust_remote_code=False, use_safetensors=True, **access)
     except Exception as error:  # noqa: BLE001 - odd files raise anything in transformers
-        what = f"the {param.replace('_', ' ')} {path!r}"
-        failed = f"{what} cannot be loaded as {kind} from safetensors"
         blame(error, what, failed, param=param, is_offline=is_offline)
 
 
@@ -438,9 +442,10 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             own = copy.deepcopy(config)  # peft changes the config
             own.task_type = "CAUSAL_LM"
             return get_peft_model(model, own)
-    except (ValueError, re.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        why = error if isinstance(error, ValueError | re.error) else first_line(error)
         raise TrainingError(
-            f"the adapter does not fit the model: {error}", param="method.dar.peft.target_modules"
+            f"the adapter does not fit the model: {why}", param="method.dar.peft.target_modules"
         ) from error
 
 

@@ -177,6 +177,14 @@ def test_a_multiplier_must_be_above_0(tmp_path: Path, multiplier: Any) -> None:
     assert caught.value.param == "learning_rate_multiplier"
 
 
+@pytest.mark.parametrize(("number", "product"), [(1e300, "inf"), (1e-300, "0")])
+def test_a_product_that_is_no_rate_is_refused(
+    number: float, product: str, train: Callable[..., DARTrainer]
+) -> None:
+    with pytest.raises(InvalidRequestError, match=rf"learning_rate_multiplier .* is {product}; "):
+        train(settings={"learning_rate": number, "learning_rate_multiplier": number})
+
+
 def test_a_job_without_a_rate_trains_with_the_chosen_one_and_resumes_with_it(
     job_inputs: Callable[..., JobInputs], new_sink: type[RecordingSink]
 ) -> None:
