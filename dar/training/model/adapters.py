@@ -175,12 +175,13 @@ def _check_numbers(config: PeftConfig) -> None:
                 f"peft_config sets {name}={value!r}, but must have a whole number, not below 0",
                 param=PARAM,
             )
-    factors = [(name, getattr(config, name, None)) for name in FACTORS]
+    factors: list[tuple[str, Any]] = [(name, getattr(config, name, None)) for name in FACTORS]
     patterns: Mapping[str, Any] = getattr(config, "alpha_pattern", None) or {}
     factors += [(f"alpha_pattern[{name!r}]", value) for name, value in patterns.items()]
     for name, value in factors:
-        is_usable = _is_number(value) and math.isfinite(value) and value > 0
-        if value is not None and not is_usable:
+        if value is None:
+            continue
+        if not _is_plain_number(value) or not math.isfinite(value) or value <= 0:
             raise InvalidRequestError(
                 f"peft_config sets {name}={value!r}, but must have a finite number above 0, by "
                 "which the adapter's output is multiplied",
@@ -188,7 +189,7 @@ def _check_numbers(config: PeftConfig) -> None:
             )
     for name in DROPOUTS:
         dropout: Any = getattr(config, name, 0.0)
-        if not _is_number(dropout) or not 0 <= dropout < 1:
+        if not _is_plain_number(dropout) or not 0 <= dropout < 1:
             raise InvalidRequestError(
                 f"peft_config sets {name}={dropout!r}, but must have a probability of at least 0 and "
                 "below 1, as an adapter without input cannot be trained",
@@ -196,7 +197,7 @@ def _check_numbers(config: PeftConfig) -> None:
             )
 
 
-def _is_number(value: object) -> bool:
+def _is_plain_number(value: object) -> bool:
     """Whether ``value`` is a number that ``adapter_config.json`` can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

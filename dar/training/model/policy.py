@@ -116,8 +116,9 @@ class Policy:
         return min((one for one in lengths if one is not None), default=None)
 
     def _readers(self) -> list[loading.LanguageModel]:
-        own = isinstance(self.reference, PreTrainedModel | PeftModel)
-        return [self.model, self.reference] if own else [self.model]
+        if isinstance(self.reference, PreTrainedModel | PeftModel):
+            return [self.model, self.reference]
+        return [self.model]
 
     def place_reference(self, device: torch.device) -> None:
         """Move the reference to the policy's device."""
