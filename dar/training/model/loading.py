@@ -49,7 +49,7 @@ COMPUTED = (
 """Masks, frequencies and positions in the files of older models, which are computed today."""
 OTHER_SENSES = r"(^|[._])(vision|visual|image|audio|speech|multi_?modal)"
 """Weights that read images or sounds, in the files of a model of which the text part is loaded."""
-SPARE_HEADS = r"(^|\.)(lm_head|lm_predictions|mask_predictions|cls|pooler|v_head)\."
+OPTIONAL_HEADS = r"(^|\.)(lm_head|lm_predictions|mask_predictions|cls|pooler|v_head)\."
 """Layers beside the one that gives a classifier's number, such as those of its pretraining."""
 OUTPUT_OPTIONS: Mapping[str, bool] = {
     "output_attentions": False,
@@ -218,7 +218,7 @@ def check_weights(
     kind: str,
     *,
     param: str,
-    spare: str | None = None,
+    optional: str | None = None,
 ) -> None:
     """Reject a model whose files and config do not have the same weights.
 
@@ -230,7 +230,7 @@ def check_weights(
         name: Folder or hub id.
         kind: What the model was loaded as.
         param: The parameter that names the model.
-        spare: A pattern of further weights that the model may do without.
+        optional: A pattern of further weights that the model may do without.
 
     Raises:
         TrainingError: Some are missing, or left over.
@@ -241,7 +241,7 @@ def check_weights(
             f"{', '.join(missing[: probes.SHOWN_WEIGHTS])}, which would be random",
             param=param,
         )
-    harmless = re.compile("|".join(filter(None, (COMPUTED, OTHER_SENSES, spare))))
+    harmless = re.compile("|".join(filter(None, (COMPUTED, OTHER_SENSES, optional))))
     unused = [key for key in sorted(report["unexpected_keys"]) if not harmless.search(key)]
     if unused:
         more = (

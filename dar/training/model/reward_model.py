@@ -283,7 +283,7 @@ def load_reward_model(
         token=token,
     )
     loading.check_weights(
-        report, path, "reward model", param="reward_model", spare=loading.SPARE_HEADS
+        report, path, "reward model", param="reward_model", optional=loading.OPTIONAL_HEADS
     )
     return RewardModel(
         model,
