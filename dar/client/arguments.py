@@ -49,7 +49,7 @@ def in_path(given: str | HasId) -> str:
     return quote(id_of(given), safe="")
 
 
-def texts(name: str, given: str | Sequence[str]) -> list[str]:
+def texts(name: str, given: object) -> list[str]:
     """A list of texts; a single one stands for a list of one.
 
     Raises:

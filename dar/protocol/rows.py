@@ -644,7 +644,9 @@ def _check_message(message: object, path: str) -> None:
 def is_number(value: object) -> bool:
     """Whether it is a number; a boolean, and a time span of numpy, are none."""
     kind = getattr(getattr(value, "dtype", None), "kind", "")
-    return isinstance(value, Real) and not isinstance(value, bool) and kind != "m"
+    if isinstance(value, bool) or kind == "m":
+        return False
+    return isinstance(value, Real)
 
 
 def _unboxed(value: object) -> object:

@@ -135,9 +135,9 @@ REFUSED = [
     (
         ["my_rewards.py:brevity"],
         2,
-        "is a file; name the module, as an import does: my_rewards:brev",
+        "names a file, but must be module:function; run it in",
     ),
-    (["./a/judge.py"], 2, "name the module, as an import does: a.judge:function"),
+    (["./a/judge.py"], 2, "and give judge:function"),
     (["my_rewards:brevity", "--insecure", "--path", "/a/../b"], 1, "without . and .. as parts"),
     (["nothing:brevity"], 2, "module nothing is neither in"),
     (["my_rewards"], 2, "not of the form module:function"),

@@ -26,8 +26,8 @@ class ServerOptions(TypedDict, total=False):
     secret_file: str | Path | Sequence[str | Path] | None
     """One or several files with a secret; ``~`` is expanded."""
     path: str
-    """Path of reward requests, with or without escapes; default ``/score``. Later results are at ``results/<request id>``
-    next to it."""
+    """Path of reward requests, with or without escapes; default ``/score``. Later results are at
+    ``results/<request id>`` next to it."""
     max_calls: int | None
     """Most calls of the function at once; default 1 for a plain function, so that it need not be
     thread-safe, and 64 for a coroutine function. Raise it for a function that waits for a

@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from pyarrow import parquet
 
 from dar.errors import InvalidRequestError
 from dar.protocol.hub_data import HubData
@@ -21,6 +20,8 @@ JSON = (".jsonl", ".json")
 """Suffixes of files that are read by the rules of uploads."""
 CSV = ".csv"
 PARQUET = ".parquet"
+OF_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
+"""What `datasets` says of a file without rows: the second, where it has a group of none."""
 NUMBERS = (*REWARD_COLUMNS, "behavior_logps")
 """Columns of a CSV file with completions that hold numbers."""
 NO_TEXTS = ("prompt_ids", "completion_ids", "tools", TEMPLATE_COLUMN)
@@ -97,25 +98,17 @@ def _from_file(path: Path) -> Rows:
             f"{path} must end with {', '.join((*JSON, CSV, PARQUET))} to name its format",
             param=PARAM,
         )
-    if _has_no_rows(path):
-        raise InvalidRequestError(f"{path} has no rows", param=PARAM)
     try:
         loaded: Any = load_dataset("parquet", data_files=str(path), split="train")
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ or error  # `datasets` says only that it failed
+        why = first_line(cause)
+        is_empty = any(words in f"{error} {why}" for words in OF_NO_ROWS)
         raise InvalidRequestError(
-            f"{path} cannot be read: {first_line(cause)}", param=PARAM
+            f"{path} has no rows" if is_empty else f"{path} cannot be read: {why}", param=PARAM
         ) from error
     rows: Rows = loaded
     return rows
-
-
-def _has_no_rows(path: Path) -> bool:
-    """Whether a parquet file is one of no rows; `datasets` fails on it in ways of its own."""
-    try:
-        return bool(parquet.read_metadata(path).num_rows == 0)
-    except (OSError, ValueError):  # it is no parquet file, which `datasets` says
-        return False
 
 
 def _of_csv(path: Path) -> Iterator[dict[str, Any]]:

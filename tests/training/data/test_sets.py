@@ -59,9 +59,7 @@ def test_the_fields_of_a_csv_file_are_texts_as_written_and_rewards_beside_comple
 
 
 @pytest.mark.parametrize("groups", [0, 1])
-def test_a_parquet_file_without_rows_is_told_as_one(
-    tmp_path: Path, groups: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_parquet_file_without_rows_is_told_as_one(tmp_path: Path, groups: int) -> None:
     schema = pyarrow.schema([("prompt", pyarrow.string())])
     path = tmp_path / "none.parquet"
     with parquet.ParquetWriter(path, schema) as writer:
@@ -70,7 +68,6 @@ def test_a_parquet_file_without_rows_is_told_as_one(
     with pytest.raises(InvalidRequestError) as caught:
         open_rows(str(path))
     assert caught.value.message == f"{path} has no rows"
-    assert "".join(capfd.readouterr()) == ""
 
 
 def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
