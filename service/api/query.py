@@ -15,7 +15,7 @@ from service.http.bodies import NUL
 from service.installation import CurrentInstallation
 
 LABELS = "metadata"
-"""The only parameter with keys in brackets, where a route has it."""
+"""The parameter whose keys are in brackets; no other has keys."""
 ODD_NUMBER = re.compile(r"\s*[+-]?[\d_]+(?:\.[\d_]*)?\s*")
 PLAIN_NUMBER = re.compile(r"-?[0-9]+")
 LEAST_LIKENESS = 0.7
