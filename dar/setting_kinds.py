@@ -62,8 +62,15 @@ def plain_key(key: str) -> str:
     return plain
 
 
-def _key(key: SecretStr) -> SecretStr:
-    return SecretStr(plain_key(key.get_secret_value()))
+def _secret(secret: SecretStr | None) -> SecretStr | None:
+    """``secret`` without spaces around it; None if nothing is left: it counts as not set."""
+    plain = "" if secret is None else secret.get_secret_value().strip()
+    return SecretStr(plain) if plain else None
+
+
+def _key(key: SecretStr | None) -> SecretStr | None:
+    plain = "" if key is None else plain_key(key.get_secret_value())
+    return SecretStr(plain) if plain else None
 
 
 def _hub_token(token: SecretStr | None) -> SecretStr | None:
@@ -182,7 +189,8 @@ def _wrong_in(parts: SplitResult) -> str | None:
     return None
 
 
-Key = Annotated[SecretStr, AfterValidator(_key)]
+Key = Annotated[SecretStr | None, AfterValidator(_key)]
+Secret = Annotated[SecretStr | None, AfterValidator(_secret)]
 HubToken = Annotated[SecretStr | None, AfterValidator(_hub_token)]
 Name = Annotated[str, AfterValidator(_name)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]

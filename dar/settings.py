@@ -30,12 +30,16 @@ from dar.setting_kinds import (
     Networks,
     Ports,
     Seconds,
+    Secret,
     own_node,
 )
 
 
 class Settings(BaseSettings):
-    """Settings of one installation. The field ``port`` is the variable ``DAR_PORT``."""
+    """Settings of one installation. The field ``port`` is the variable ``DAR_PORT``.
+
+    A key or a secret that is empty, or only spaces, counts as not set.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="DAR_", frozen=True, extra="ignore", populate_by_name=True
@@ -64,7 +68,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=1, le=65535)] = 8321
     """Port to which the service binds."""
 
-    api_key: Key | None = None
+    api_key: Key = None
     """API key that the service accepts, and that the SDK and the CLI send; default: the content of
     ``$DAR_HOME/api_key``."""
 
@@ -88,7 +92,7 @@ class Settings(BaseSettings):
     """Comma-separated patterns of hub data sets that a job may name as ``hf://…``, like
     ``trl-lib/*``."""
 
-    reward_secret: SecretStr | None = None
+    reward_secret: Secret = None
     """Secret (``whsec_…``) that signs requests to inline reward URLs; default: the content of
     ``$DAR_HOME/reward_secret``."""
 
@@ -113,7 +117,7 @@ class Settings(BaseSettings):
     database_wait_seconds: Seconds = 60.0
     """How long the service waits for its database when it starts."""
 
-    secret_keys: SecretStr | None = None
+    secret_keys: Secret = None
     """Comma-separated Fernet keys that encrypt the secrets of reward endpoints, the newest first;
     default: the content of ``$DAR_HOME/secret_keys``."""
 
@@ -141,7 +145,7 @@ class Settings(BaseSettings):
     invalid responses, the pauses begin at 12 x this value and double to at most 144 x it."""
 
     # --- worker
-    worker_key: Key | None = None
+    worker_key: Key = None
     """Key of scope ``worker`` that the service accepts, and that workers send; default: the content
     of ``$DAR_HOME/worker_key``."""
 
@@ -220,7 +224,7 @@ class Settings(BaseSettings):
     def secret_from(self, value: SecretStr | None, filename: str) -> str | None:
         """``value``, else the content of ``$DAR_HOME/<filename>``, else None."""
         if value is not None:
-            return value.get_secret_value().strip()
+            return value.get_secret_value()
         path = self.home / filename
         return path.read_text("utf-8", "replace").strip() if path.is_file() else None
 

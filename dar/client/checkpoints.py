@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from dar.client.arguments import HasId, in_path
 from dar.client.download import Download
 from dar.client.paging import Listing
-from dar.client.transport import Transport, escaped
+from dar.client.transport import Transport
 from dar.protocol.base import Page
 from dar.protocol.checkpoints import RESUME_FOLDER, Checkpoint
 
@@ -19,19 +20,21 @@ class Checkpoints:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def list(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Checkpoint]:
+    def list(
+        self, job_id: str | HasId, *, order: Order = "desc", limit: int = 20
+    ) -> Listing[Checkpoint]:
         """A job's checkpoints, newest first; ``limit`` is the size of a page."""
         params = {"order": order, "limit": limit}
         return Listing(self._transport, _path(job_id), Page[Checkpoint], params)
 
-    def retrieve(self, job_id: str, checkpoint_id: str) -> Checkpoint:
+    def retrieve(self, job_id: str | HasId, checkpoint_id: str | HasId) -> Checkpoint:
         """One checkpoint, with the list of its files."""
-        return self._transport.get(f"{_path(job_id)}/{escaped(checkpoint_id)}", Checkpoint)
+        return self._transport.get(f"{_path(job_id)}/{in_path(checkpoint_id)}", Checkpoint)
 
     def download(
         self,
-        job_id: str,
-        checkpoint_id: str,
+        job_id: str | HasId,
+        checkpoint_id: str | HasId,
         directory: str | Path,
         *,
         include_optimizer: bool = False,
@@ -66,10 +69,10 @@ class Checkpoints:
             for file in checkpoint.files
             if include_optimizer or not file.name.startswith(f"{RESUME_FOLDER}/")
         ]
-        path = f"{_path(job_id)}/{escaped(checkpoint_id)}/files"
+        path = f"{_path(job_id)}/{in_path(checkpoint_id)}/files"
         download = Download(self._transport, path, Path(directory), files, on_bytes)
         return download.run()
 
 
-def _path(job_id: str) -> str:
-    return f"/fine_tuning/jobs/{escaped(job_id)}/checkpoints"
+def _path(job_id: str | HasId) -> str:
+    return f"/fine_tuning/jobs/{in_path(job_id)}/checkpoints"

@@ -1,13 +1,13 @@
 """Training files."""
 
 import contextlib
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from dar.client.arguments import HasId, file_name, in_path, opened
 from dar.client.paging import Listing
-from dar.client.transport import Transport, escaped
+from dar.client.transport import Transport
 from dar.protocol.base import Deleted, Page
 from dar.protocol.files import File
 
@@ -39,17 +39,21 @@ class Files:
             filename: Name that the service shows; default: the name of the path.
 
         Raises:
+            ConfigurationError: ``file`` is something else.
             InvalidRequestError: A row is invalid. The problems name the rows. Nothing is stored.
             OSError: The file cannot be read.
         """
         with contextlib.ExitStack() as stack:
-            content, name = _opened(file, stack)
+            content, own_name = opened(file)
+            if content is not file:
+                stack.callback(content.close)
+            name = file_name(filename or own_name)
 
             def upload() -> Mapping[str, Any]:
                 content.seek(0)
                 return {
                     "data": {"purpose": purpose},
-                    "files": {"file": (filename or name, content, "application/jsonl")},
+                    "files": {"file": (name, content, "application/jsonl")},
                 }
 
             return self._transport.post(PATH, File, upload=upload)
@@ -61,34 +65,18 @@ class Files:
         params = {"purpose": purpose, "order": order, "limit": limit}
         return Listing(self._transport, PATH, Page[File], params)
 
-    def retrieve(self, file_id: str) -> File:
+    def retrieve(self, file_id: str | HasId) -> File:
         """One file, without its content."""
-        return self._transport.get(f"{PATH}/{escaped(file_id)}", File)
+        return self._transport.get(f"{PATH}/{in_path(file_id)}", File)
 
-    def content(self, file_id: str) -> bytes:
+    def content(self, file_id: str | HasId) -> bytes:
         """The content of a file, as it was uploaded."""
-        return self._transport.send("GET", f"{PATH}/{escaped(file_id)}/content").content
+        return self._transport.send("GET", f"{PATH}/{in_path(file_id)}/content").content
 
-    def delete(self, file_id: str) -> Deleted:
+    def delete(self, file_id: str | HasId) -> Deleted:
         """Delete a file.
 
         Raises:
             ConflictError: A job still needs it.
         """
-        return self._transport.delete(f"{PATH}/{escaped(file_id)}", Deleted)
-
-
-def _opened(
-    file: str | Path | bytes | BinaryIO, stack: contextlib.ExitStack
-) -> tuple[BinaryIO, str]:
-    """The content as a file that a retry can read again from its start, and its name."""
-    if isinstance(file, bytes):
-        return io.BytesIO(file), "upload.jsonl"
-    if isinstance(file, str | Path):
-        return stack.enter_context(Path(file).open("rb")), Path(file).name
-    name = getattr(file, "name", None)
-    is_whole = file.seekable() and file.tell() == 0
-    return (
-        file if is_whole else io.BytesIO(file.read()),
-        Path(name).name if isinstance(name, str) else "upload.jsonl",
-    )
+        return self._transport.delete(f"{PATH}/{in_path(file_id)}", Deleted)

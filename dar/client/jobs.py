@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args
 
 from ulid import ULID
 
+from dar.client.arguments import HasId, id_of, in_path, mapping, texts
 from dar.client.paging import Listing
 from dar.client.transport import (
     MAX_RETRY_AFTER_SECONDS,
     Transport,
     check_seconds,
-    escaped,
 )
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Page
@@ -74,12 +74,12 @@ class Jobs:
         given = (
             spec.model_dump(mode="json", exclude_unset=True)
             if isinstance(spec, JobSpec)
-            else dict(spec or {})
+            else mapping("spec", spec or {})
         )
         headers = {"idempotency-key": idempotency_key or f"dar-{ULID()}"}
         return self._transport.post(PATH, Job, body={**given, **fields}, headers=headers)
 
-    def retrieve(self, job_id: str) -> Job:
+    def retrieve(self, job_id: str | HasId) -> Job:
         """The current state of a job."""
         return self._transport.get(_path(job_id), Job)
 
@@ -99,11 +99,13 @@ class Jobs:
             order: ``asc``: oldest first.
             limit: Size of a page.
         """
-        labels = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        labels = {
+            f"metadata[{key}]": value for key, value in mapping("metadata", metadata or {}).items()
+        }
         params = {"status": status, "order": order, "limit": limit, **labels}
         return Listing(self._transport, PATH, Page[Job], params)
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str | HasId) -> Job:
         """Cancel a job; its checkpoints are kept. Cancelling it again is no error.
 
         Raises:
@@ -111,7 +113,7 @@ class Jobs:
         """
         return self._transport.post(f"{_path(job_id)}/cancel", Job)
 
-    def pause(self, job_id: str) -> Job:
+    def pause(self, job_id: str | HasId) -> Job:
         """Pause a job.
 
         A queued job pauses at once. A running job is ``pausing`` until it has written a checkpoint.
@@ -121,7 +123,7 @@ class Jobs:
         """
         return self._transport.post(f"{_path(job_id)}/pause", Job)
 
-    def resume(self, job_id: str) -> Job:
+    def resume(self, job_id: str | HasId) -> Job:
         """Queue a paused, failed or cancelled job again; it continues from its newest checkpoint.
 
         Raises:
@@ -131,7 +133,7 @@ class Jobs:
 
     def wait(
         self,
-        job_id: str,
+        job_id: str | HasId,
         *,
         on_progress: Callable[[Job], None] | None = None,
         on_pause: OnPause = "return",
@@ -168,6 +170,7 @@ class Jobs:
             ConfigurationError: An argument is out of range.
         """
         _check_wait(on_pause, poll_seconds, timeout_seconds)
+        job_id = id_of(job_id)
         started = answered = time.monotonic()
         seen: Job | None = None
         stalls = _StallLog()
@@ -196,16 +199,18 @@ class Jobs:
                 pause = min(pause, left)
             time.sleep(pause)
 
-    def events(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Event]:
+    def events(
+        self, job_id: str | HasId, *, order: Order = "desc", limit: int = 20
+    ) -> Listing[Event]:
         """The events of a job, newest first; ``limit`` is the size of a page."""
         params = {"order": order, "limit": limit}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
 
     def metrics(
         self,
-        job_id: str,
+        job_id: str | HasId,
         *,
-        names: Sequence[str] | None = None,
+        names: str | Sequence[str] | None = None,
         after: str | None = None,
         from_step: int | None = None,
         to_step: int | None = None,
@@ -217,25 +222,30 @@ class Jobs:
 
         Args:
             job_id: The job.
-            names: Names of series; default: all.
+            names: Names of series, or a single one; default: all.
             after: ``cursor`` of an earlier response; only newer values are returned.
             from_step: First step to return.
             to_step: Last step to return.
         """
         params = {
-            "names": None if names is None else ",".join(names),
+            "names": None if names is None else ",".join(texts("names", names)),
             "after": after,
             "from_step": from_step,
             "to_step": to_step,
         }
         return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
 
-    def reward_stats(self, job_id: str) -> RewardStats:
+    def reward_stats(self, job_id: str | HasId) -> RewardStats:
         """Counts of scored, skipped and failed samples, and statistics of each reward service."""
         return self._transport.get(f"{_path(job_id)}/reward_stats", RewardStats)
 
     def reward_failures(
-        self, job_id: str, *, step: int | None = None, order: Order = "desc", limit: int = 20
+        self,
+        job_id: str | HasId,
+        *,
+        step: int | None = None,
+        order: Order = "desc",
+        limit: int = 20,
     ) -> Listing[RewardFailure]:
         """Failed requests to reward services, after all retries, newest first.
 
@@ -250,7 +260,12 @@ class Jobs:
         return Listing(self._transport, path, Page[RewardFailure], params)
 
     def samples(
-        self, job_id: str, *, step: int | None = None, order: SampleOrder = "desc", limit: int = 20
+        self,
+        job_id: str | HasId,
+        *,
+        step: int | None = None,
+        order: SampleOrder = "desc",
+        limit: int = 20,
     ) -> Listing[Sample]:
         """Completions that were stored for viewing, with their reward, advantage and weight.
 
@@ -331,5 +346,5 @@ class _StallLog:
         self._seen = kind
 
 
-def _path(job_id: str) -> str:
-    return f"{PATH}/{escaped(job_id)}"
+def _path(job_id: str | HasId) -> str:
+    return f"{PATH}/{in_path(job_id)}"

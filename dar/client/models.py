@@ -1,7 +1,8 @@
 """Models that a job may start from."""
 
+from dar.client.arguments import HasId, in_path
 from dar.client.paging import Listing
-from dar.client.transport import Transport, escaped
+from dar.client.transport import Transport
 from dar.protocol.base import Page
 from dar.protocol.models import Model
 
@@ -21,6 +22,6 @@ class Models:
         """
         return Listing(self._transport, PATH, Page[Model], {})
 
-    def retrieve(self, model: str) -> Model:
+    def retrieve(self, model: str | HasId) -> Model:
         """One model."""
-        return self._transport.get(f"{PATH}/{escaped(model)}", Model)
+        return self._transport.get(f"{PATH}/{in_path(model)}", Model)

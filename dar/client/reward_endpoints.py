@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from dar.client.arguments import HasId, in_path, mapping, mappings
 from dar.client.paging import Listing
-from dar.client.transport import Transport, escaped
+from dar.client.transport import Transport
 from dar.protocol.base import Deleted, Page
 from dar.protocol.reward_endpoints import (
     ChangedRewardEndpoint,
@@ -54,7 +55,7 @@ class RewardEndpoints:
         Raises:
             InvalidRequestError: A field is invalid; ``param`` names it.
         """
-        body = {"name": name, "url": url, "headers": dict(headers or {}), **options}
+        body = {"name": name, "url": url, "headers": mapping("headers", headers or {}), **options}
         if signing_secret is not None:
             body["signing_secret"] = signing_secret
         return self._transport.post(PATH, NewRewardEndpoint, body=body)
@@ -64,11 +65,11 @@ class RewardEndpoints:
         params = {"order": order, "limit": limit}
         return Listing(self._transport, PATH, Page[RewardEndpoint], params)
 
-    def retrieve(self, endpoint_id: str) -> RewardEndpoint:
+    def retrieve(self, endpoint_id: str | HasId) -> RewardEndpoint:
         """One endpoint, with fingerprints instead of its secrets."""
         return self._transport.get(_path(endpoint_id), RewardEndpoint)
 
-    def update(self, endpoint_id: str, **changes: object) -> ChangedRewardEndpoint:
+    def update(self, endpoint_id: str | HasId, **changes: object) -> ChangedRewardEndpoint:
         """Change fields of an endpoint.
 
         Args:
@@ -82,7 +83,7 @@ class RewardEndpoints:
         """
         return self._transport.patch(_path(endpoint_id), ChangedRewardEndpoint, body=changes)
 
-    def delete(self, endpoint_id: str) -> Deleted:
+    def delete(self, endpoint_id: str | HasId) -> Deleted:
         """Delete an endpoint and its secrets.
 
         Raises:
@@ -91,7 +92,7 @@ class RewardEndpoints:
         return self._transport.delete(_path(endpoint_id), Deleted)
 
     def rotate_secret(
-        self, endpoint_id: str, *, keep_old_secret_active_for_24_hours: bool = True
+        self, endpoint_id: str | HasId, *, keep_old_secret_active_for_24_hours: bool = True
     ) -> NewRewardEndpoint:
         """Make a new signing secret; ``signing_secret`` of the response shows it, only this once.
 
@@ -105,7 +106,7 @@ class RewardEndpoints:
             f"{_path(endpoint_id)}/rotate_secret", NewRewardEndpoint, body=body
         )
 
-    def purge_cache(self, endpoint_id: str) -> RewardEndpoint:
+    def purge_cache(self, endpoint_id: str | HasId) -> RewardEndpoint:
         """Stop using the cached rewards of an endpoint, as after a change of its model.
 
         It takes effect in a job when its next attempt starts. With `cache.enabled` ``auto``, a new
@@ -115,7 +116,7 @@ class RewardEndpoints:
 
     def probe(
         self,
-        endpoint_id: str | None = None,
+        endpoint_id: str | HasId | None = None,
         *,
         component: Mapping[str, Any] | None = None,
         samples: Samples | None = None,
@@ -137,16 +138,16 @@ class RewardEndpoints:
             raise ValueError("give endpoint_id or component")
         body: dict[str, Any] = {"light": light}
         if samples is not None:
-            body["samples"] = [dict(sample) for sample in samples]
+            body["samples"] = mappings("samples", samples)
         if component is not None:
-            body["component"] = dict(component)
+            body["component"] = mapping("component", component)
         path = PATH if endpoint_id is None else _path(endpoint_id)
         return self._transport.post(f"{path}/probe", ProbeReport, body=body)
 
-    def stats(self, endpoint_id: str) -> RewardEndpointStats:
+    def stats(self, endpoint_id: str | HasId) -> RewardEndpointStats:
         """The jobs that use an endpoint, and the result of its latest probe."""
         return self._transport.get(f"{_path(endpoint_id)}/stats", RewardEndpointStats)
 
 
-def _path(endpoint_id: str) -> str:
-    return f"{PATH}/{escaped(endpoint_id)}"
+def _path(endpoint_id: str | HasId) -> str:
+    return f"{PATH}/{in_path(endpoint_id)}"

@@ -1,7 +1,6 @@
 """HTTP to the service, for the SDK and for workers: requests, their errors, and waits."""
 
 import contextlib
-import json
 import math
 import random
 import time
@@ -13,6 +12,7 @@ from urllib.parse import quote
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from dar.client.arguments import as_json
 from dar.errors import ConfigurationError, DARError, ServiceConnectionError, error_from_body
 from dar.rewards.http.redaction import Redactor
 from dar.rewards.http.retry import parse_retry_after
@@ -184,11 +184,11 @@ class Transport:
         """Send a request, repeat it after passing failures, and read the response.
 
         Raises:
+            ConfigurationError: The body, a header, the path or a parameter cannot be sent.
             ServiceConnectionError: The service could not be reached.
             DARError: The service returned an error; the class is the one that it raised.
         """
-        # NaN is sent as it is, so that the service names its path. A null could pass as a default.
-        content = None if body is None else json.dumps(body).encode()
+        content = None if body is None else as_json(body)
         json_type = {} if body is None else {"content-type": "application/json"}
 
         def attempt() -> httpx2.Response:
@@ -220,7 +220,8 @@ class Transport:
         """Send a request once; the caller reads the body of the response.
 
         Raises:
-            ConfigurationError: A header has characters that a header cannot carry.
+            ConfigurationError: A header, the path or a parameter has characters that cannot be
+                sent.
             ServiceConnectionError: The service could not be reached, the connection broke, or the
                 response is damaged.
             DARError: The service returned an error; the class is the one that it raised.
@@ -229,18 +230,24 @@ class Transport:
         more: dict[str, Any] = {} if timeout is None else {"timeout": _timeout(timeout)}
         if upload is not None:
             more |= upload()
-        answers = self._client.stream(
-            method,
-            f"{self.base_url}/v1{path}",
-            params={key: value for key, value in (params or {}).items() if value is not None},
-            content=content,
-            headers=headers,
-            **more,
-        )
+        try:
+            request = self._client.build_request(
+                method,
+                f"{self.base_url}/v1{path}",
+                params={key: value for key, value in (params or {}).items() if value is not None},
+                content=content,
+                headers=headers,
+                **more,
+            )
+        except (UnicodeError, httpx2.InvalidURL) as error:
+            raise ConfigurationError(
+                f"the request to {path} cannot be written: {error}; correct its arguments"
+            ) from None
         try:
             with contextlib.ExitStack() as stack:
                 try:
-                    response = stack.enter_context(answers)
+                    response = self._client.send(request, stream=True)
+                    stack.callback(response.close)
                 except (UnicodeError, httpx2.InvalidURL) as error:  # of a redirect or a proxy
                     raise httpx2.ConnectError(f"a host on the way is not valid: {error}") from None
                 if not response.is_success:

@@ -262,7 +262,8 @@ def compare(
     screen: DemoScreen, folders: Sequence[Path], prompts_file: Path, reward_url: str, secret: str
 ) -> DemoResult:
     """Sample both models on the same prompts and score the samples with the reward service."""
-    prompts = [json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()]
+    with prompts_file.open(encoding="utf-8") as lines:
+        prompts = [json.loads(line)["prompt"] for line in lines]
     before, after = (
         score(reward_url, secret, prompts, completions) for completions in sample(folders, prompts)
     )

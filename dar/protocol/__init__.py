@@ -33,6 +33,7 @@ presets: named sets of hyperparameters.
 row_files: the rows of a data set or of a JSON Lines file in order, with all their rules.
 row_values: the columns that a row of any format may have.
 rows: formats of the rows of a data set.
+shared_start: the common beginning of two texts that may be a prompt.
 spec_checks: checks of a spec that need no data.
 target_patterns: patterns of LoRA target modules that need little time.
 """

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
-from unicodedata import east_asian_width
 
 from dar.errors import InvalidRequestError
 from dar.protocol.rewards import MAX_REWARD
+from dar.protocol.shared_start import common_prompt_length
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -469,26 +469,6 @@ def _after(prompt: Sequence[Message], messages: Sequence[Message]) -> Sequence[M
     return messages[count:] if is_repeating else messages
 
 
-def common_prompt_length(one: str, other: str) -> int:
-    """Length of the longest common beginning that ends between words and is shorter than both."""
-    most = min(len(one.rstrip()), len(other.rstrip())) - 1
-    length = next((i for i in range(most) if one[i] != other[i]), max(most, 0))
-    cuts = range(length, 0, -1)
-    return next((cut for cut in cuts if _is_boundary(one, cut) and _is_boundary(other, cut)), 0)
-
-
-def _is_boundary(text: str, cut: int) -> bool:
-    """Whether a prompt may end at ``cut``.
-
-    It may end before white space, which then begins the completion as it does inside a text; after
-    a mark like ``<|assistant|>``; and anywhere in a script that is written without spaces.
-    """
-    before, after = text[cut - 1], text[cut]
-    if before.isspace():
-        return False
-    return after.isspace() or before in ">]" or "W" in map(east_asian_width, (before, after))
-
-
 def _is_same(one: Message, other: Message) -> bool:
     return _without_nulls(one) == _without_nulls(other)
 
@@ -563,9 +543,11 @@ def _is_finite(value: Any) -> bool:  # noqa: ANN401 - any number
 
 
 def _numbers(value: Any, name: str, count: int) -> list[Any]:  # noqa: ANN401 - any cell of a table
+    value = _unboxed(value)
     if count == 1 and is_number(value):
         return [value]
     values = None if isinstance(value, str | Mapping) else as_list(value)
+    values = None if values is None else [_unboxed(one) for one in values]
     if values is None and count == 1:
         raise RowError(f"{name} must be a number or null, not {value!r:.80}", name)
     if values is None or len(values) != count:
@@ -660,8 +642,18 @@ def _check_message(message: object, path: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number; a boolean is not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether it is a number; a boolean, and a time span of numpy, are none."""
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    if isinstance(value, bool) or kind == "m":
+        return False
+    return isinstance(value, Real)
+
+
+def _unboxed(value: object) -> object:
+    """The value of an array or a tensor without dimensions; anything else as it is."""
+    plain = getattr(value, "tolist", None)
+    is_boxed = getattr(value, "ndim", None) == 0 and not isinstance(value, Real)
+    return plain() if is_boxed and callable(plain) else value
 
 
 def as_list(value: object) -> list[Any] | None:

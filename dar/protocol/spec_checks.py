@@ -23,6 +23,10 @@ RATE_PRODUCT = (
     "finite and above 0"
 )
 """Its values: the two, and their product."""
+NO_TARGET = (
+    "target_modules names no module, or has an empty name, so there would be nothing to train; send "
+    "'all-linear', a regular expression, or a list of names"
+)
 ONE_PROCESS = (
     "strategy {!r} shares a model among processes, but the job has one; send resources.processes "
     "of at least 2, or leave strategy at auto"
@@ -116,9 +120,16 @@ def leaves_room(sampling: Sampling, longest: int) -> bool:
 
 
 def _of_targets(spec: JobSpec) -> Iterator[Problem]:
-    """A pattern for the adapter's modules that is no pattern, or whose matching might never end."""
+    """An adapter for no module, or a pattern that is none or whose matching might never end."""
     peft = spec.dar.peft
-    if peft is None or not isinstance(peft.target_modules, str):
+    if peft is None:
+        return
+    targets = peft.target_modules
+    names = [targets] if isinstance(targets, str) else targets
+    if not names or not all(name.strip() for name in names):
+        yield Problem(NO_TARGET, "method.dar.peft.target_modules", "no_target")
+        return
+    if not isinstance(peft.target_modules, str):
         return
     if why := problem_of(peft.target_modules):
         yield Problem(

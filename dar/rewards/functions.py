@@ -84,6 +84,7 @@ class FunctionReward:
         self._name = name or function_name(function)
         self._parameters = _parameters(function)
         self._accepted = _accepted_names(self._parameters)
+        self._required = required_columns(function)
         self._bound = _bound_argument(function)
         if self._accepted is not None and "completions" not in self._accepted:
             raise ConfigurationError(
@@ -112,7 +113,7 @@ class FunctionReward:
         """Call the function once: one result per sample, in order.
 
         Raises:
-            InvalidRequestError: A column has the name of another argument.
+            InvalidRequestError: A column has the name of another argument, or one is missing.
             RewardContractError: It did not return one number, mapping or None per sample.
             ExitRequestedError: The function raised what is no Exception.
             Exception: The function raised it.
@@ -153,6 +154,14 @@ class FunctionReward:
             "completions": [trl_completion(sample) for sample in samples],
             "trainer_state": self._state_of(context),
         }
+        for name in self._required:
+            if name not in arguments:
+                raise InvalidRequestError(
+                    f"the reward function {self._name} needs the column {name!r}, which no sample "
+                    "of this call has; send it, or give the argument a default",
+                    param=name,
+                    code="missing_column",
+                )
         ids = [sample.completion_ids for sample in samples if sample.completion_ids is not None]
         if len(ids) == len(samples):
             arguments["completion_ids"] = [list(item) for item in ids]
@@ -189,6 +198,18 @@ def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
     except (TypeError, ValueError):  # some built-in callables have no signature
         anything = inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)
         return {anything.name: anything}
+
+
+def required_columns(function: RewardFunction) -> list[str]:
+    """The arguments of a reward function that only a column can fill."""
+    by_name = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    return [
+        name
+        for name, parameter in _parameters(function).items()
+        if parameter.kind in by_name
+        and parameter.default is parameter.empty
+        and name not in ARGUMENTS
+    ]
 
 
 def _bound_argument(function: RewardFunction) -> str | None:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dar.errors import InvalidRequestError
 from dar.protocol.metrics import EVALUATION
-from dar.training.data.rows import Rows, TokenPair, check_rows
+from dar.training.data.rows import NO_COLUMNS, ColumnUse, Rows, TokenPair, check_rows
 from dar.training.run_context import RunContext
 from dar.training.step.metrics import step_metrics
 from dar.training.step.records import ScoredStep, StepSource
@@ -119,7 +119,7 @@ def check_evaluation_rows(
     *,
     is_replay: bool,
     is_needed: bool,
-    sent: Sequence[str] = (),
+    columns: ColumnUse = NO_COLUMNS,
 ) -> None:
     """Reject data sets that cannot be evaluated on.
 
@@ -127,7 +127,7 @@ def check_evaluation_rows(
         rows: One or several data sets.
         is_replay: Whether rows hold their completions and rewards, as in offline training.
         is_needed: Whether training evaluates on them.
-        sent: Columns that are sent to reward services.
+        columns: What rewards read.
 
     Raises:
         InvalidRequestError: There is none, or one has no rows, or a row cannot be used; the message
@@ -140,7 +140,7 @@ def check_evaluation_rows(
         )
     for name, one in named({} if rows is None else rows).items():
         with naming_evaluation(name):
-            check_rows(one, is_replay=is_replay, sent=sent)
+            check_rows(one, is_replay=is_replay, columns=columns)
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ class RunEvaluation:
         measure: Measures completions under the current policy.
         compute_metrics: Returns further metrics.
         is_replay: Whether rows hold their completions and rewards.
-        sent: Columns that are sent to reward services.
+        columns: What rewards read.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class RunEvaluation:
         measure: Measure,
         compute_metrics: ComputeMetrics | None,
         is_replay: bool,
-        sent: Sequence[str],
+        columns: ColumnUse,
     ) -> None:
         self.is_due = False
         """Whether an evaluation was begun and did not end."""
@@ -208,7 +208,7 @@ class RunEvaluation:
         self._measure = measure
         self._compute_metrics = compute_metrics
         self._is_replay = is_replay
-        self._sent = sent
+        self._columns = columns
         self._sources: Mapping[str, StepSource] | None = None
         """Step sources of the current training run, by the name of the data set."""
         self._last_step = -1
@@ -289,7 +289,9 @@ class RunEvaluation:
         if rows is None:
             raise InvalidRequestError("there is nothing to evaluate on: give eval_dataset")
         if eval_dataset is not None:
-            check_evaluation_rows(rows, is_replay=self._is_replay, is_needed=True, sent=self._sent)
+            check_evaluation_rows(
+                rows, is_replay=self._is_replay, is_needed=True, columns=self._columns
+            )
         sources = {}
         for name, one in named(rows).items():
             with naming_evaluation(name):

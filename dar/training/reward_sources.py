@@ -11,16 +11,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from dar.errors import InvalidRequestError
-from dar.protocol.reward_spec import FailurePolicy, RewardLimits, Rewards
+from dar.protocol.reward_spec import FailurePolicy, RewardComponent, RewardLimits, Rewards
 from dar.rewards.base import RewardContext, RewardObserver
+from dar.rewards.builtins.registry import make_builtin
 from dar.rewards.cache.cache import CachePlace
 from dar.rewards.from_spec import RewardAccess, scorer_from_spec
-from dar.rewards.functions import RewardFunction
+from dar.rewards.functions import RewardFunction, function_name, required_columns
 from dar.rewards.scoring.failures import FailureBudget
 from dar.rewards.scoring.scorer import RewardScorer, scorer_from_functions
 from dar.rewards.scoring.step_report import StepObserver
 from dar.training.checkpoint.fingerprint import reward_terms
 from dar.training.config.config import DARConfig
+from dar.training.data.rows import ColumnUse
 from dar.training.model.reward_model import RewardModel, RewardModels, as_list, make_reward_models
 from dar.training.parallel.ranks import Ranks
 from dar.training.report.capacity import Capacity
@@ -115,15 +117,20 @@ class GivenRewards:
         return self.functions is not None or bool(self.models)
 
     @property
-    def sent_columns(self) -> list[str]:
-        """Columns of the rows that reward services get."""
+    def columns(self) -> ColumnUse:
+        """The columns of rows that these sources read."""
         functions = self.functions
         if isinstance(functions, Rewards):
-            services = [c for c in functions.components if c.kind == "http"]
-            further = [name for service in services for name in service.columns or ()]
-            return ["ground_truth", *further] if services else []
+            return _columns_of_spec(functions)
         given = [functions] if isinstance(functions, str) or callable(functions) else functions
-        return ["ground_truth"] if any(isinstance(one, str) for one in given or ()) else []
+        has_service = any(isinstance(one, str) for one in given or ())
+        needed = {
+            name: f"the reward function {function_name(one)}"
+            for one in given or ()
+            if not isinstance(one, str)
+            for name in required_columns(one)
+        }
+        return ColumnUse(["ground_truth"] if has_service else [], needed)
 
     def load(self, ranks: Ranks, device: torch.device, *, is_offline: bool) -> "LoadedRewards":
         """Load the reward models, on the main process alone.
@@ -332,6 +339,21 @@ class RewardSession:
 
     def _report_wait(self, message: str) -> None:
         self._run.phase("waiting_for_reward", message)
+
+
+def _columns_of_spec(rewards: Rewards) -> ColumnUse:
+    services = [one for one in rewards.components if one.kind == "http"]
+    further = [name for service in services for name in service.columns or ()]
+    needed = {
+        name: f"the component {one.name!r}" for one in rewards.components for name in _read_by(one)
+    }
+    return ColumnUse(["ground_truth", *further] if services else [], needed)
+
+
+def _read_by(component: RewardComponent) -> Sequence[str]:
+    if component.kind == "builtin":
+        return list(make_builtin(component.fn or "", component.params).columns)
+    return component.columns or ()
 
 
 def _check_weights(weights: object) -> None:

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
@@ -18,7 +18,7 @@ from dar.protocol.spec_checks import ONE_STEP
 from dar.training.config.config import DARConfig, preset_values
 from dar.training.config.ignored import online_only
 from dar.training.config.learning_rates import settle_learning_rate
-from dar.training.data.rows import Rows, check_rows
+from dar.training.data.rows import NO_COLUMNS, ColumnUse, Rows, check_rows
 from dar.training.evaluation import check_evaluation_rows
 from dar.training.model.loading import LanguageModel, weights_bytes
 from dar.training.model.logprobs import idle_weights
@@ -83,7 +83,7 @@ def check_data(
     config: DARConfig,
     *,
     is_replay: bool,
-    sent: Sequence[str] = (),
+    columns: ColumnUse = NO_COLUMNS,
 ) -> None:
     """Reject data that cannot be trained or evaluated on.
 
@@ -92,12 +92,12 @@ def check_data(
         evaluated: One or several data sets for evaluation.
         config: Of the run.
         is_replay: Whether rows hold their completions and rewards, as in offline training.
-        sent: Columns that are sent to reward services.
+        columns: What rewards read.
 
     Raises:
         InvalidRequestError: A row or an option cannot be used.
     """
-    check_rows(rows, is_replay=is_replay, sent=sent)
+    check_rows(rows, is_replay=is_replay, columns=columns)
     if config.template_variables and not any(
         is_conversation(rows[index]) for index in range(len(rows))
     ):
@@ -119,7 +119,9 @@ def check_data(
             "it out",
             param="overlap",
         )
-    check_evaluation_rows(evaluated, is_replay=is_replay, is_needed=config.is_evaluating, sent=sent)
+    check_evaluation_rows(
+        evaluated, is_replay=is_replay, is_needed=config.is_evaluating, columns=columns
+    )
 
 
 def choose_learning_rate(config: DARConfig, policy: LanguageModel) -> None:

@@ -195,7 +195,7 @@ class DARTrainer(OptimizingTrainer):
             eval_dataset,
             config,
             is_replay=not given.is_online,
-            sent=given.sent_columns,
+            columns=given.columns,
         )
         policy = Policy.make(
             model,
@@ -250,7 +250,7 @@ class DARTrainer(OptimizingTrainer):
             measure=self._passes.policy_logps_and_entropies,
             compute_metrics=compute_metrics,
             is_replay=not rewards.given.is_online,
-            sent=rewards.given.sent_columns,
+            columns=rewards.given.columns,
         )
         self.calibration = Calibration(
             run,

@@ -13,12 +13,14 @@ from service.runtime import CurrentRuntime, Runtime
 router = APIRouter(tags=["health"])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> Health:
     """Whether the process runs. It checks nothing else, so a database outage causes no restart."""
     return Health(status="ok", version=__version__)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"model": Ready}})
 def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
     """Whether requests can be served. The broker is not needed: without it, workers poll."""

@@ -173,9 +173,9 @@ def _labels(request: Request) -> dict[str, str]:
     for name, value in request.query_params.multi_items():
         if (match := _LABEL.fullmatch(name)) is not None:
             labels[match[1]] = value
-        elif name == "metadata" and value != "null":
+        elif name.startswith("metadata[") or (name == "metadata" and value != "null"):
             raise InvalidRequestError(
-                "metadata: filter by one label as metadata[key]=value", param="metadata"
+                f"{name}: filter by one label as metadata[key]=value", param=name
             )
     if len(labels) > MAX_LABELS:
         raise InvalidRequestError(

@@ -46,12 +46,14 @@ router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
 FENCED = errors.may_answer(409)
 MAX_WAIT_SECONDS = 30.0
 TOKENS = "train/tokens"
-ClaimBody = Annotated[Claim, Depends(body_of(Claim))]
-HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat))]
-BatchBody = Annotated[Batch, Depends(body_of(Batch, lambda settings: settings.max_batch_bytes))]
-CompleteBody = Annotated[Complete, Depends(body_of(Complete))]
-FailBody = Annotated[Fail, Depends(body_of(Fail))]
-ReleaseBody = Annotated[Release, Depends(body_of(Release))]
+ClaimBody = Annotated[Claim, Depends(body_of(Claim, is_of_worker=True))]
+HeartbeatBody = Annotated[Heartbeat, Depends(body_of(Heartbeat, is_of_worker=True))]
+BatchBody = Annotated[
+    Batch, Depends(body_of(Batch, lambda settings: settings.max_batch_bytes, is_of_worker=True))
+]
+CompleteBody = Annotated[Complete, Depends(body_of(Complete, is_of_worker=True))]
+FailBody = Annotated[Fail, Depends(body_of(Fail, is_of_worker=True))]
+ReleaseBody = Annotated[Release, Depends(body_of(Release, is_of_worker=True))]
 
 
 @router.post(

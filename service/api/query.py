@@ -1,6 +1,7 @@
 """Strict query and path parameters: an unknown one is an error, as in bodies."""
 
 import re
+from collections import Counter
 from difflib import get_close_matches
 from typing import get_args
 
@@ -13,6 +14,8 @@ from service.http import auth, errors
 from service.http.bodies import NUL
 from service.installation import CurrentInstallation
 
+LABELS = "metadata"
+"""The parameter whose keys are in brackets; no other has keys."""
 ODD_NUMBER = re.compile(r"\s*[+-]?[\d_]+(?:\.[\d_]*)?\s*")
 PLAIN_NUMBER = re.compile(r"-?[0-9]+")
 LEAST_LIKENESS = 0.7
@@ -28,7 +31,7 @@ def refuse_unusable(request: Request, installation: CurrentInstallation) -> None
         InvalidRequestError: There are some. The message names the parameters of the route.
     """
     problems = [*_unknown(request), *_unstorable(request), *_unlike_numbers(request)]
-    problems = problems or _unprintable(request)
+    problems = problems or _repeated(request) or _unprintable(request)
     if problems:
         auth.authenticate(request, installation)
         raise errors.invalid(problems)
@@ -42,7 +45,16 @@ def _unknown(request: Request) -> list[Problem]:
     return [
         Problem(_message(name, known), name, "unknown_parameter")
         for name in request.query_params
-        if name.partition("[")[0] not in known
+        if name not in known and not (LABELS in known and name.startswith(f"{LABELS}["))
+    ]
+
+
+def _repeated(request: Request) -> list[Problem]:
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    return [
+        Problem("this query parameter is given twice; send it once", name, "duplicate_parameter")
+        for name, count in counts.items()
+        if count > 1
     ]
 
 

@@ -20,8 +20,12 @@ from service.store.database import Transaction
 from service.store.tables import RewardRequestRow
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
-AnnounceBody = Annotated[AnnounceRewardRequests, Depends(body_of(AnnounceRewardRequests))]
-ProgressBody = Annotated[NoteRewardProgress, Depends(body_of(NoteRewardProgress))]
+AnnounceBody = Annotated[
+    AnnounceRewardRequests, Depends(body_of(AnnounceRewardRequests, is_of_worker=True))
+]
+ProgressBody = Annotated[
+    NoteRewardProgress, Depends(body_of(NoteRewardProgress, is_of_worker=True))
+]
 
 
 @router.post(

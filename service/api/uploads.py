@@ -26,9 +26,10 @@ PART = {"requestBody": {"required": True, "content": {"application/octet-stream"
 MAX_MANIFEST_BYTES = 8 * 1024**2
 """A manifest of 10,000 files with long names has about 3 MB."""
 RegisterBody = Annotated[
-    RegisterCheckpoint, Depends(body_of(RegisterCheckpoint, lambda _: MAX_MANIFEST_BYTES))
+    RegisterCheckpoint,
+    Depends(body_of(RegisterCheckpoint, lambda _: MAX_MANIFEST_BYTES, is_of_worker=True)),
 ]
-AttemptBody = Annotated[AttemptOf, Depends(body_of(AttemptOf))]
+AttemptBody = Annotated[AttemptOf, Depends(body_of(AttemptOf, is_of_worker=True))]
 
 
 @router.post("", openapi_extra=schema_of(RegisterCheckpoint))

@@ -3,11 +3,14 @@
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from dar.errors import InvalidRequestError, PayloadTooLargeError, Problem, UnsupportedMediaTypeError
 from dar.settings import Settings
@@ -22,6 +25,9 @@ MAX_EXACT = 2**53
 BODIES: list[type[BaseModel]] = []
 """The models of bodies that routes read themselves, for the OpenAPI document."""
 NUL = "must not contain the character NUL (U+0000), which the database cannot store"
+LARGE_BYTES = 64 * 1024
+MOST_REPEATED = 8
+"""Most repeated keys that one error lists."""
 # Walking through a whole body takes longer than parsing it, and few bodies have one of these.
 _SUSPICIOUS = re.compile(rb"\\u0000|\d{19}")
 
@@ -78,7 +84,11 @@ def _gunzip(packed: bytes, limit: int) -> bytes:
 
 
 def body_of(
-    model: type[Model], limit: Callable[[Settings], int] | None = None, *, is_optional: bool = False
+    model: type[Model],
+    limit: Callable[[Settings], int] | None = None,
+    *,
+    is_optional: bool = False,
+    is_of_worker: bool = False,
 ) -> Callable[..., Coroutine[Any, Any, Model]]:
     """A dependency that reads the request's JSON body as a ``model``.
 
@@ -89,6 +99,7 @@ def body_of(
         model: Model of the body.
         limit: Returns the limit in bytes; default: ``max_body_bytes`` of the settings.
         is_optional: Whether an empty body counts as an empty object.
+        is_of_worker: Whether our own code writes it, so that it repeats no key. It may be large.
     """
     BODIES.append(model)
 
@@ -107,11 +118,62 @@ def body_of(
             made = model.model_validate_json(body)
         except ValidationError as error:
             raise errors.invalid_body(error, model) from None
+        if not is_of_worker and (problems := await _repeated_keys(body)):
+            raise errors.invalid(problems)
         if _SUSPICIOUS.search(body) and (problems := list(_unstorable(json.loads(body)))):
             raise errors.invalid(problems)
         return made
 
     return read
+
+
+class _Repeating(dict[str, Any]):
+    """An object of which some keys are repeated; `names` has these."""
+
+    names: tuple[str, ...] = ()
+
+
+async def _repeated_keys(body: bytes) -> list[Problem]:
+    """What `repeated_keys` finds; a large body is read in a thread, as others must not wait."""
+    if len(body) <= LARGE_BYTES:
+        return repeated_keys(body)
+    return await run_in_threadpool(repeated_keys, body)
+
+
+def repeated_keys(body: bytes) -> list[Problem]:
+    """A problem for each key that is given twice in an object, as one of the values would be lost.
+
+    Args:
+        body: Valid JSON.
+    """
+    has_some = False
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal has_some
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
+        has_some = True
+        repeating = _Repeating(found)
+        counts = Counter(name for name, _ in pairs)
+        repeating.names = tuple(name for name, count in counts.items() if count > 1)
+        return repeating
+
+    content = json.loads(body, object_pairs_hook=made)
+    return list(islice(_repeated_in(content), MOST_REPEATED)) if has_some else []
+
+
+def _repeated_in(value: object, path: tuple[str | int, ...] = ()) -> Iterator[Problem]:
+    if isinstance(value, _Repeating):
+        for name in value.names:
+            where = errors.path_of((*path, name)).replace("\0", "\\u0000")
+            yield Problem("this key is given twice; send it once", where, "duplicate_key")
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _repeated_in(item, (*path, index))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _repeated_in(item, (*path, name))
 
 
 def _unstorable(value: object, path: tuple[str | int, ...] = ()) -> Iterator[Problem]:

@@ -266,7 +266,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         made = InvalidRequestError(str(error.detail))
     else:
         made = DARError(str(error.detail))
-    headers = dict(error.headers or {})
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:
         headers["allow"] = ", ".join(_methods_of(request.app, request.url.path))
     return render(made, request_id(request), headers)

@@ -62,6 +62,14 @@ def test_a_job_without_a_seed_gets_one_that_is_told(live: Live) -> None:
             "method.dar.hyperparameters.dar_k",
             "nothing_to_compare",
         ),
+        *(
+            (
+                {"dar": {"peft": {"type": "lora", "target_modules": targets}}},
+                "method.dar.peft.target_modules",
+                "no_target",
+            )
+            for targets in ([], "", [""], ["q_proj", " "])
+        ),
         (
             {"dar": {"resources": {"processes": 1, "strategy": "fsdp"}}},
             "method.dar.resources.strategy",
@@ -118,6 +126,31 @@ def test_what_cannot_run_is_refused_at_submission(
     answer = live.http.post(PATH, json=live.spec(**values))
     error = error_of(answer)
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
+    assert live.http.get(PATH).json()["data"] == []
+
+
+REPEATED = {
+    b'"max_steps": 4': (b'"max_steps": 9, "max_steps": 4', "method.dar.hyperparameters.max_steps"),
+    b'"model": "base"': (b'"model": "x", "mo\\u0064el": "base"', "model"),
+    b'"name": "letters"': (
+        b'"name": "letters", "name": "letters"',
+        "method.dar.rewards.components[0].name",
+    ),
+    b'"seed": 1': (b'"seed": 1, "metadata": {"a": "b", "a": "c"}', "metadata.a"),
+}
+
+
+@pytest.mark.parametrize("place", REPEATED)
+def test_a_key_that_is_given_twice_is_named(
+    live: Live, error_of: Callable[..., Any], place: bytes
+) -> None:
+    repeating, param = REPEATED[place]
+    body = json.dumps(live.spec(seed=1)).encode()
+    assert body.count(place) == 1
+    headers = {"content-type": "application/json"}
+    answer = live.http.post(PATH, content=body.replace(place, repeating), headers=headers)
+    error = error_of(answer)
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, "duplicate_key")
     assert live.http.get(PATH).json()["data"] == []
 
 
@@ -370,6 +403,15 @@ def test_lists_are_pages_with_filters(live: Live, error_of: Callable[..., Any]) 
     assert error_of(live.http.get(PATH, params={"status": "asleep"}))["param"] == "status"
     both = live.http.get(PATH, params={"after": made[0], "before": made[1]})
     assert error_of(both)["param"] == "before"
+    for query in (
+        *("metadata[n=1", "metadata[]=1", "metadata[n]x=1", "metadata[=1", "metadata=1"),
+        *("metadata.n=1", "metadata[n]=1&metadata[n]=0", "limit[x]=1", "status[=queued"),
+        "limit=1&limit=2",
+    ):
+        answer = live.http.get(f"{PATH}?{query}")
+        error = error_of(answer)
+        assert answer.status_code == 400, query
+        assert query.startswith(f"{error['param']}="), query
     for count, status in [(16, 200), (17, 400), (1200, 400)]:
         answer = live.http.get(PATH, params={f"metadata[{n}]": "v" for n in range(count)})
         assert answer.status_code == status

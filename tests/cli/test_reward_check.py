@@ -140,9 +140,10 @@ def test_headers_samples_and_columns_are_sent(check: Run, service: Service, tmp_
     samples = tmp_path / "samples.jsonl"
     rows = [
         {"prompt": "2+2?", "completion": text, "ground_truth": 4, "columns": {"level": "easy"}}
-        for text in ("4", "5")
+        for text in ("4\u2028\x85\u2029", "5")
     ]
-    samples.write_text("\n".join(map(json.dumps, rows)))
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    samples.write_text("\r\n".join(lines), encoding="utf-8", newline="")
     token = tmp_path / "token"
     token.write_text("Bearer abcdef123456\n")
     headers = ("--header", f"authorization=@{token}", "--header", "x-kind=test")
@@ -150,7 +151,7 @@ def test_headers_samples_and_columns_are_sent(check: Run, service: Service, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     sent, asked = service.seen[0]
     assert (sent["authorization"], sent["x-kind"]) == ("Bearer abcdef123456", "test")
-    assert [sample["completion"] for sample in asked["samples"]] == ["4", "5"]
+    assert [sample["completion"] for sample in asked["samples"]] == ["4\u2028\x85\u2029", "5"]
     assert asked["samples"][0]["columns"] == {"level": "easy"}
     assert "abcdef123456" not in done.stdout
 
@@ -169,6 +170,9 @@ def test_without_its_secret_a_service_refuses_and_the_output_names_the_option(
     [
         (["ftp://host/score"], "http:// or https://"),
         ([DEAD, "--header", "no-separator"], "NAME=VALUE"),
+        ([DEAD, "--header", "authorization: Bearer s3cret="], "NAME=VALUE"),
+        ([DEAD, *2 * ("--header", "authorization: Bearer s3cret=")], "NAME=VALUE"),
+        ([DEAD, "--header", "Bearer s3cret=x"], "letters, digits and hyphens"),
         ([DEAD, "--header", "host=x"], "host"),
         ([DEAD, "--header", "x-a=1", "--header", "X-A=2"], "are the same header"),
         ([DEAD, "--header", "x-a=1", "--header", "x-a=2"], "given twice"),
@@ -188,6 +192,7 @@ def test_what_is_typed_wrongly_exits_with_two_and_says_why(
     assert done.returncode == 2
     assert word in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+    assert "s3cret" not in done.stderr
 
 
 def test_a_file_without_usable_samples_is_named(check: Run, tmp_path: Path) -> None:

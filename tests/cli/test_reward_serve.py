@@ -132,6 +132,13 @@ def test_an_application_brings_its_own_options(start: Any) -> None:
 
 
 REFUSED = [
+    (
+        ["my_rewards.py:brevity"],
+        2,
+        "names a file, but must be module:function; run it in",
+    ),
+    (["./a/judge.py"], 2, "and give judge:function"),
+    (["my_rewards:brevity", "--insecure", "--path", "/a/../b"], 1, "without . and .. as parts"),
     (["nothing:brevity"], 2, "module nothing is neither in"),
     (["my_rewards"], 2, "not of the form module:function"),
     (["my_rewards:nothing"], 2, "my_rewards has no nothing; it defines brevity, odd"),

@@ -3,11 +3,13 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import structlog
 
+from dar.client import Client
 from dar.errors import ConfigurationError
 from dar.settings import Settings, load_settings
 from fakes.command_line import run_command
@@ -98,6 +100,22 @@ def test_a_database_that_cannot_be_used_is_named_without_its_password(
     assert "DAR_DATABASE_URL" in said
     assert why in said
     assert SECRET not in said
+
+
+@pytest.mark.parametrize("value", ["", " \n"])
+@pytest.mark.parametrize("name", ["api_key", "worker_key", "reward_secret", "secret_keys"])
+def test_an_empty_key_or_secret_is_not_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str
+) -> None:
+    """The same for the service, workers, the SDK and commands: all read the file."""
+    monkeypatch.setenv("DAR_HOME", str(tmp_path))
+    monkeypatch.setenv(f"DAR_{name.upper()}", value)
+    (tmp_path / name).write_text("from-the-file\n")
+    settings = load_settings()
+    assert getattr(settings, name) is None
+    assert settings.secret_from(getattr(settings, name), name) == "from-the-file"
+    with Client(base_url="http://127.0.0.1:9") if name == "api_key" else nullcontext():
+        pass
 
 
 FOLDERS = ("DAR_HOME", "DAR_MODELS_DIR", "DAR_ARTIFACTS_DIR", "DAR_WORK_DIR")

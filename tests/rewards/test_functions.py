@@ -89,6 +89,15 @@ async def test_a_column_that_some_rows_lack_is_none_there(
     assert await FunctionReward(reward).score(samples, context) == [Scored(1.0), Skipped()]
 
 
+async def test_a_column_that_no_sample_has_is_named(score: Score) -> None:
+    def reward(completions: list[str], level: list[int], tone: int = 3) -> list[int]:
+        return level
+
+    with pytest.raises(InvalidRequestError, match="reward needs the column 'level'") as caught:
+        await score(reward, columns={"other": 1})
+    assert caught.value.error_code == "missing_column"
+
+
 async def test_a_conversation_is_passed_as_messages(score: Score) -> None:
     seen: list[Any] = []
 

@@ -21,7 +21,7 @@ from dar.protocol.reward_endpoints import ProbeSample
 from dar.protocol.reward_probe import ProbeReport
 from dar.protocol.reward_spec import RewardComponent
 from dar.rewards.http.egress import parse_url
-from dar.rewards.http.redaction import check_headers
+from dar.rewards.http.redaction import check_header_name, check_headers
 from dar.rewards.http.signing import decode_secret
 from dar.rewards.probe.client import ProbeTarget
 from dar.rewards.probe.run import as_samples, probe
@@ -161,18 +161,24 @@ def _secrets(options: Options) -> list[str]:
 
 
 def _headers(given: Sequence[str]) -> Mapping[str, str]:
-    headers: dict[str, str] = {}
-    for text in given:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise typer.BadParameter("write a header as NAME=VALUE or NAME=@FILE")
-        if name in headers:
-            raise typer.BadParameter(f"the header {name!r} is given twice; give it once")
-        headers[name] = _read(Path(value[1:])).strip() if value.startswith("@") else value
     try:
+        headers = _parsed_headers(given)
         check_headers(headers)
     except ConfigurationError as error:
         raise typer.BadParameter(error.message) from None
+    return headers
+
+
+def _parsed_headers(given: Sequence[str]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator or ":" in name:
+            raise typer.BadParameter("write a header as NAME=VALUE or NAME=@FILE")
+        check_header_name(name)
+        if name in headers:
+            raise typer.BadParameter(f"the header {name!r} is given twice; give it once")
+        headers[name] = _read(Path(value[1:])).strip() if value.startswith("@") else value
     return headers
 
 
@@ -189,7 +195,8 @@ def _read_component(path: Path | None) -> dict[str, Any]:
 
 
 def _read_samples(path: Path) -> list[ProbeSample]:
-    lines = [line for line in _read(path).splitlines() if line.strip()]
+    # A text may hold other line ends than those of JSON Lines, such as U+2028.
+    lines = [line for line in _read(path).split("\n") if line.strip()]
     if not MIN_SAMPLES <= len(lines) <= MAX_SAMPLES:
         raise typer.BadParameter(
             f"{path} has {len(lines)} samples; a probe takes {MIN_SAMPLES} to {MAX_SAMPLES}"

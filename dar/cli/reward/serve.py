@@ -59,6 +59,12 @@ def run(
 
 def _named(target: str) -> Callable[..., Any]:
     module_name, _, path = target.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        file = Path(module_name)
+        raise _bad_target(
+            f"{target!r} names a file, but must be module:function; run it in "
+            f"{file.parent.resolve()} and give {file.stem}:{path or 'function'}"
+        )
     if not (module_name and path):
         raise _bad_target(f"{target!r} is not of the form module:function, like rewards:brevity")
     found: Any = _module(module_name)

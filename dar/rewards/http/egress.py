@@ -38,7 +38,7 @@ DENIED = "the address of the reward service is not allowed; ask the operator of 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolver = Callable[[str, int], Sequence[str]]
-"""Addresses of a host name, as text; blocks. Raises ``socket.gaierror``."""
+"""Addresses of a host name, as text; blocks. Raises ``socket.gaierror`` or another `OSError`."""
 
 # ``is_global`` is true for several of these, and ``is_private`` false for others (Python 3.11).
 _BLOCKED: tuple[Network, ...] = tuple(
@@ -358,12 +358,25 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         return list(dict.fromkeys(map(ipaddress.ip_address, texts)))
 
     async def _looked_up(self, host: str, port: int, seconds: float) -> Sequence[str]:
+        """Addresses of ``host``, at least one.
+
+        Raises:
+            socket.gaierror: There is none, or the look-up failed.
+            UnicodeError: The name cannot be written for DNS.
+        """
         try:
             async with asyncio.timeout(seconds):
-                return await resolve_in_thread(lambda: self._resolver(host, port))
+                found = await resolve_in_thread(lambda: self._resolver(host, port))
         except TimeoutError:
             reason = "the resolver did not answer in time"
             raise socket.gaierror(socket.EAI_AGAIN, reason) from None
+        except socket.gaierror:
+            raise
+        except OSError as error:  # of the system, as when it has no file left for a socket
+            raise socket.gaierror(socket.EAI_SYSTEM, str(error)) from None
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
+        return found
 
     async def connect_unix_socket(self, *_: object, **__: object) -> httpcore2.AsyncNetworkStream:
         """Reject: a reward service has no Unix socket.

@@ -69,12 +69,12 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
     Raises:
         ConfigurationError: A name is invalid, reserved or given twice, or a value contains
-            characters that a header cannot carry. The message does not show a value.
+            characters that a header cannot carry. The message does not show a value, also where it
+            was written into the name.
     """
     names: dict[str, str] = {}
     for name, value in headers.items():
-        if not _TOKEN.fullmatch(name):
-            raise ConfigurationError(f"{name[:64]!r} is not the name of a header")
+        check_header_name(name)
         if _FORBIDDEN.fullmatch(name.lower()):
             raise ConfigurationError(f"header {name!r} is set by this client and cannot be given")
         known = names.setdefault(name.lower(), name)
@@ -90,6 +90,25 @@ def check_headers(headers: Mapping[str, str]) -> None:
             )
         if value != value.strip():
             raise ConfigurationError(f"the value of header {name!r} begins or ends with a space")
+
+
+def check_header_name(name: str) -> None:
+    """Check that ``name`` can be the name of a header.
+
+    Raises:
+        ConfigurationError: It cannot. The message shows at most what stands before a colon.
+    """
+    if _TOKEN.fullmatch(name):
+        return
+    before, colon, _ = name.partition(":")
+    if colon and _TOKEN.fullmatch(before):
+        raise ConfigurationError(
+            f"the name of the header {before[:32]!r} has a colon; its value does not belong there"
+        )
+    raise ConfigurationError(
+        "the name of a header is empty, longer than 128 characters, or has a space or another "
+        "character that no name has; write only letters, digits and hyphens"
+    )
 
 
 class Redactor:

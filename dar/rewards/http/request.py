@@ -216,14 +216,20 @@ class RetryingRequest:
                 return await self._attempt(samples)
             except AttemptFailedError as failure:
                 without_secrets(failure, self._redact)
-                if failure.holds_back_all and failure.retry_after_seconds is not None:
-                    cap = self._options.retry.retry_after_cap
-                    self._endpoint.hold_back(min(failure.retry_after_seconds, cap))
+                after = self._capped(failure.retry_after_seconds)
+                if failure.holds_back_all and after is not None:
+                    self._endpoint.hold_back(after)
                 wait = self._schedule.wait_after(failure)
                 self._record_failure(failure, is_final=wait is None)
                 if wait is None:
                     raise
             await asyncio.sleep(wait)
+
+    def _capped(self, retry_after: float | None) -> float | None:
+        """A ``Retry-After`` in seconds, up to the longest wait that a service can request."""
+        return (
+            None if retry_after is None else min(retry_after, self._options.retry.retry_after_cap)
+        )
 
     def _waits(self, failure: AttemptFailedError, attempt: int, wait: float) -> None:
         attempts = self._options.retry.attempts
@@ -431,10 +437,11 @@ class RetryingRequest:
             except AttemptFailedError as failure:
                 if failure.kind in {"permanent", "too_large"}:
                     failure.kind = "refused"  # the poll concerns this request, not the service
+                failure.retry_after_seconds = self._capped(failure.retry_after_seconds)
                 raise
             if polled.status == 200:
                 self._check_signature(polled)
-            after = parse_retry_after(polled.headers.get("retry-after"))
+            after = self._capped(parse_retry_after(polled.headers.get("retry-after")))
             return Polled(polled.body if polled.status == 200 else None, after)
 
         return [as_result(result) for result in await self._later.result(poll, self._poll_ended)]

@@ -47,9 +47,39 @@ _MARKS = {
 _TRANSIENT = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 422})
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
+_LOOK_UPS = {
+    socket.EAI_AGAIN: "the name server did not answer in time, or cannot answer for now",
+    socket.EAI_FAIL: "the name server reported a failure",
+    socket.EAI_MEMORY: "the resolver has no memory left",
+}
+"""Why a name is not known to exist or not, by the resolver's error."""
 _OLD_TLS = frozenset(
-    {"UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE"}
+    {
+        *("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE"),
+        *("VERSION_TOO_LOW", "UNSUPPORTED_SSL_VERSION"),
+    }
 )
+_NOT_TLS = frozenset(
+    {
+        *("WRONG_VERSION_NUMBER", "WRONG_SSL_VERSION", "UNKNOWN_PROTOCOL", "BAD_RECORD_TYPE"),
+        *("HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_TOO_SMALL"),
+        *("ENCRYPTED_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "UNEXPECTED_RECORD"),
+        "UNEXPECTED_EOF_WHILE_READING",
+    }
+)
+"""OpenSSL's reasons for an answer to a handshake that a server without TLS would give."""
+_REFUSED_TLS = frozenset(
+    {
+        *("DH_KEY_TOO_SMALL", "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"),
+        *("MODULUS_TOO_SMALL", "MODULUS_TOO_LARGE", "KEY_SIZE_TOO_SMALL", "BAD_DH_VALUE"),
+        *("CHECK_PUBKEY_TOO_SMALL", "INSUFFICIENT_SECURITY", "WRONG_SIGNATURE_TYPE"),
+        *("LEGACY_SIGALG_DISALLOWED_OR_UNSUPPORTED", "UNSAFE_LEGACY_RENEGOTIATION_DISABLED"),
+        *("UNSUPPORTED_ELLIPTIC_CURVE", "WRONG_CURVE", "ILLEGAL_POINT_COMPRESSION"),
+        *("UNKNOWN_CIPHER_RETURNED", "WRONG_CIPHER_RETURNED", "UNKNOWN_KEY_EXCHANGE_TYPE"),
+        *("NO_SUITABLE_KEY_SHARE", "NO_SUITABLE_GROUPS", "NO_SUITABLE_SIGNATURE_ALGORITHM"),
+    }
+)
+"""OpenSSL's reasons for keys and algorithms of a server that are too weak or not known here."""
 _ALERT = re.compile(r"(?:(?:SSLV3|TLSV1|TLSV13)_ALERT|TLSV1|TLSV13)_(?P<alert>[A-Z_]+)")
 """OpenSSL's names for what a server gave as its reason to end a TLS connection."""
 _MAYBE_CERTIFICATE = "; it may require a client certificate, and none is sent"
@@ -87,10 +117,14 @@ class Incoming:
         self.status = response.status
         self._response = response
         self.headers: dict[str, str] = {}
+        self.media_types: list[str] = []
+        """Of each ``content-type`` header, in lower case; a proxy may add a second one."""
         for raw_name, raw_value in response.headers:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             known = self.headers.get(name)
             self.headers[name] = value if known is None else f"{known}, {value}"
+            if name == "content-type":
+                self.media_types.append(value.partition(";")[0].strip().lower())
 
     @property
     def kept(self) -> dict[str, bytes]:
@@ -136,8 +170,8 @@ async def read_answer(incoming: Incoming) -> Answer:
             f"content-encoding {incoming.encoding[:40]!r}, but the request asks for an answer that "
             "is not compressed",
         )
-    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_json = media_type == "application/json" or media_type.endswith("+json")
+    media_type = ", ".join(incoming.media_types)
+    is_json = bool(media_type) and all(map(_is_json, incoming.media_types))
     if not is_json and incoming.status == 200:
         is_page = "html" in media_type
         raise AttemptFailedError(
@@ -158,6 +192,10 @@ async def read_answer(incoming: Incoming) -> Answer:
             if len(body) > MAX_RESPONSE_BYTES:
                 raise _contract("size", f"a body over {MAX_RESPONSE_BYTES} bytes")
     return Answer(incoming.status, headers, bytes(body))
+
+
+def _is_json(media_type: str) -> bool:
+    return media_type == "application/json" or media_type.endswith("+json")
 
 
 async def decoded(decode: Callable[[bytes], list[Result]], body: bytes) -> list[Result]:
@@ -329,8 +367,7 @@ def _failure_of_cause(cause: BaseException, *, is_handshake: bool) -> AttemptFai
     if isinstance(cause, ssl.SSLError):
         return _failure_of_tls(cause.reason or "", is_handshake=is_handshake)
     if isinstance(cause, socket.gaierror):
-        kind: FailureKind = "name" if cause.errno in _NO_SUCH_NAME else "transient"
-        return AttemptFailedError(kind, "dns", "its host name was not found")
+        return _failure_of_look_up(cause)
     if isinstance(cause, UnicodeError):  # a name that cannot be written for DNS
         return AttemptFailedError("name", "dns", "its host name was not found")
     if isinstance(cause, ConnectionRefusedError):
@@ -338,6 +375,14 @@ def _failure_of_cause(cause: BaseException, *, is_handshake: bool) -> AttemptFai
     if isinstance(cause, OSError) and cause.errno is not None:
         return AttemptFailedError("transient", "connect", os.strerror(cause.errno).lower())
     return None
+
+
+def _failure_of_look_up(error: socket.gaierror) -> AttemptFailedError:
+    if error.errno in _NO_SUCH_NAME:
+        return AttemptFailedError("name", "dns", "its host name was not found")
+    why = _LOOK_UPS.get(error.errno or 0, "the resolver failed")
+    reason = f"its host name could not be looked up: {why}"
+    return AttemptFailedError("transient", "dns", reason)
 
 
 def _failure_of_tls(name: str, *, is_handshake: bool) -> AttemptFailedError:
@@ -354,10 +399,17 @@ def _failure_of_tls(name: str, *, is_handshake: bool) -> AttemptFailedError:
         words = alert.replace("_", " ").lower()
         reason = f"it ended the TLS connection with the alert {words!r}{_HINTS.get(alert, '')}"
         return AttemptFailedError("transient", "tls.alert", reason)
-    if is_handshake:
+    words = name.replace("_", " ").lower()
+    if name in _REFUSED_TLS:
+        reason = f"its TLS is too weak for this machine, or unknown to it: OpenSSL says {words!r}"
+        return AttemptFailedError("permanent", "tls.weak", reason)
+    if not is_handshake:
+        reason = "the TLS connection broke: what arrived is damaged, or is not TLS"
+        return AttemptFailedError("transient", "tls.broken", reason)
+    if name in _NOT_TLS:
         reason = "the TLS connection failed; a server without TLS may listen there"
         return AttemptFailedError("transient", "protocol", reason)
-    reason = "the TLS connection broke: what arrived is damaged, or is not TLS"
+    reason = "the TLS handshake failed" + (f": OpenSSL says {words!r}" if words else "")
     return AttemptFailedError("transient", "tls.broken", reason)
 
 

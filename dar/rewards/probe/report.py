@@ -53,6 +53,8 @@ ADVICE = {
     "tls.timeout": "Check that a server with TLS listens on this port, and that it has time for new "
     "connections.",
     "tls.version": "Enable TLS 1.2 or newer on the server.",
+    "tls.weak": "Renew the TLS settings of the server: keys of RSA with 2048 bits or of an elliptic "
+    "curve, a key exchange by ECDHE, signatures with SHA-256.",
     "tls.expires_soon": "Renew the certificate before the job ends. After it expires, every "
     "request fails.",
     "timeout": "Make the service faster, send fewer samples at once (batch.max_samples), or raise "

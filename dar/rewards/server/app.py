@@ -74,12 +74,14 @@ def reward_server(
                 "request. It posts no callbacks, so later results must be fetched. "
                 "Pass secret= or secret_file="
             )
-        return _application(FunctionEndpoint(function, keys, checked), checked.path)
+        return _application(FunctionEndpoint(function, keys, checked), checked)
 
     return make if function is None else make(function)
 
 
-def _application(endpoint: FunctionEndpoint, path: str) -> Starlette:
+def _application(endpoint: FunctionEndpoint, options: CheckedOptions) -> Starlette:
+    path = options.decoded_path
+
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         try:
@@ -96,7 +98,7 @@ def _application(endpoint: FunctionEndpoint, path: str) -> Starlette:
     handlers = dict.fromkeys((HTTPException, DARError, ClientDisconnect), render)
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.state.reward_endpoint = endpoint
-    app.state.reward_path = path
+    app.state.reward_path = options.escaped_path
     return app
 
 

@@ -302,12 +302,13 @@ def _code(error: BaseException) -> str:
 
 async def render(_: Request, error: Exception) -> Response:
     """Render every error in the product's error format."""
+    headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
+        headers |= error.headers or {}
         kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
         error = kind("a reward server answers POST to its path, GET /healthz and GETs of results")
     elif not isinstance(error, DARError):
         error = InvalidRequestError("the client disconnected")
-    headers = {}
     if error.retry_after_seconds is not None:
         headers["retry-after"] = str(round(error.retry_after_seconds))
     return JSONResponse(error.body(), error.status, headers)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
+from urllib.parse import quote, unquote
 
 from dar.errors import ConfigurationError
 from dar.protocol.rewards import MAX_REQUEST_BYTES
@@ -25,8 +26,8 @@ class ServerOptions(TypedDict, total=False):
     secret_file: str | Path | Sequence[str | Path] | None
     """One or several files with a secret; ``~`` is expanded."""
     path: str
-    """Path of reward requests; default ``/score``. Later results are at ``results/<request id>``
-    next to it."""
+    """Path of reward requests, with or without escapes; default ``/score``. Later results are at
+    ``results/<request id>`` next to it."""
     max_calls: int | None
     """Most calls of the function at once; default 1 for a plain function, so that it need not be
     thread-safe, and 64 for a coroutine function. Raise it for a function that waits for a
@@ -75,12 +76,25 @@ class CheckedOptions:
     stop_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        if not self.path.startswith("/") or set(self.path) & set("{}?#"):
-            raise ConfigurationError(f"path is {self.path!r}, but must be a URL path like /score")
+        if not _is_usable(self.path):
+            raise ConfigurationError(
+                f"path is {self.path!r}, but must be a URL path like /score, without . and .. as parts, "
+                "braces, ? and #"
+            )
         for name in ("max_calls", "max_body_bytes", "max_answers", "max_answer_bytes"):
             _check(name, getattr(self, name), least=1)
         for name in ("max_waiting", "remembered_seconds", "answer_within_seconds", "stop_seconds"):
             _check(name, getattr(self, name), least=0)
+
+    @property
+    def decoded_path(self) -> str:
+        """`path` without escapes: what a request for it has, however its client escapes it."""
+        return unquote(self.path)
+
+    @property
+    def escaped_path(self) -> str:
+        """`path` as a part of a URL."""
+        return quote(self.decoded_path, safe="/:@!$&'()*+,;=~")
 
     def keys(self) -> tuple[bytes, ...]:
         """All secrets, decoded."""
@@ -99,6 +113,22 @@ class CheckedOptions:
         """How long a result is awaited before a 202 is sent; None: no 202 is sent."""
         within = self.answer_within_seconds
         return 0.0 if self.asynchronous and within is None else within
+
+
+def _is_usable(path: str) -> bool:
+    try:
+        plain = unquote(path, errors="strict")
+        plain.encode()
+    except UnicodeError:
+        return False
+    parts = plain.split("/")
+    return (
+        path.startswith("/")
+        and set(path).isdisjoint("?#")
+        and set(plain).isdisjoint("{}")
+        and plain.isprintable()
+        and {".", ".."}.isdisjoint(parts)
+    )
 
 
 def _check(name: str, value: float | None, least: int) -> None:

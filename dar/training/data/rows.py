@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ from dar.training.data.chat import rendered_chat
 from dar.training.data.codec import TextCodec, common_length
 
 BUFFER_BYTES = 64 * 1024
+SHOWN_COLUMNS = 16
+"""Columns that a message lists."""
 
 
 class Rows(Protocol):
@@ -34,6 +36,19 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 - data sets of many libraries
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnUse:
+    """The columns that rewards read, beside prompts and completions."""
+
+    sent: Sequence[str] = ()
+    """Sent to reward services."""
+    needed: Mapping[str, str] = field(default_factory=dict)
+    """Columns that there must be, each with what needs it, in words."""
+
+
+NO_COLUMNS = ColumnUse()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +197,17 @@ def read_rows(path: Path, param: str = "training_file") -> FileRows:
     return rows
 
 
-def check_rows(rows: Rows, *, is_replay: bool = False, sent: Sequence[str] = ()) -> None:
+def check_rows(rows: Rows, *, is_replay: bool = False, columns: ColumnUse = NO_COLUMNS) -> None:
     """Reject a data set that could not be trained on, before anything is loaded or sampled.
 
     Args:
         rows: The data set.
         is_replay: Whether rows hold their completions and rewards: offline training.
-        sent: Columns that are sent to reward services.
+        columns: What rewards read.
 
     Raises:
-        InvalidRequestError: It is not a data set with rows, or a row cannot be used; the message
-            names the row, from 1, and the column.
+        InvalidRequestError: It is not a data set with rows, a column is missing, or a row cannot be
+            used; the message names the row, from 1, and the column.
     """
     check_table(rows)
     with naming_row(0):
@@ -200,15 +215,35 @@ def check_rows(rows: Rows, *, is_replay: bool = False, sent: Sequence[str] = ())
         if isinstance(first, Mapping):
             check_use(first, is_replay=is_replay)  # all others have its format
     if isinstance(rows, FileRows):
+        _check_needed(rows, columns.needed)
         return
     checker = RowChecker()
     for index in range(len(rows)):
         row = rows[index]
         with naming_row(index):
             checker.check(row, index + 1)
-            check_sendable(row, sent)
+            check_sendable(row, columns.sent)
     for problem in checker.lacks([]):
         raise InvalidRequestError(problem.message, param="training_file", code=problem.code)
+    _check_needed(rows, columns.needed)
+
+
+def _check_needed(rows: Rows, needed: Mapping[str, str]) -> None:
+    """Reject a data set of which no row has a column that a reward source needs."""
+    lacking = dict(needed)
+    there: dict[str, None] = {}
+    for index in range(len(rows)):
+        if not lacking:
+            return
+        there |= dict.fromkeys(rows[index])
+        lacking = {name: what for name, what in lacking.items() if name not in there}
+    for name, what in lacking.items():
+        raise InvalidRequestError(
+            f"no row has the column {name!r}, which {what} needs; the rows have: "
+            f"{', '.join(map(str, list(there)[:SHOWN_COLUMNS]))}",
+            param="training_file",
+            code="missing_column",
+        )
 
 
 def check_table(rows: Rows) -> None:

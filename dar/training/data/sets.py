@@ -21,8 +21,8 @@ JSON = (".jsonl", ".json")
 """Suffixes of files that are read by the rules of uploads."""
 CSV = ".csv"
 PARQUET = ".parquet"
-OF_NO_ROWS = "corresponds to no data"
-"""What `datasets` says of a file without rows."""
+OF_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0, got 0")
+"""What `datasets` says of a file without rows: the second, where it has a group of none."""
 NUMBERS = (*REWARD_COLUMNS, "behavior_logps")
 """Columns of a CSV file with completions that hold numbers."""
 NO_TEXTS = ("prompt_ids", "completion_ids", "tools", TEMPLATE_COLUMN)
@@ -104,7 +104,7 @@ def _from_file(path: Path) -> Rows:
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ or error  # `datasets` says only that it failed
         why = first_line(cause)
-        is_empty = OF_NO_ROWS in f"{error} {why}"
+        is_empty = any(words in f"{error} {why}" for words in OF_NO_ROWS)
         raise InvalidRequestError(
             f"{path} has no rows" if is_empty else f"{path} cannot be read: {why}", param=PARAM
         ) from error

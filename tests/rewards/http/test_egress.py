@@ -4,6 +4,7 @@ A listening socket shows that nothing reaches a blocked address.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 import ssl
@@ -316,6 +317,39 @@ async def test_names_that_do_not_exist_and_resolvers_that_are_stuck(
     assert time.monotonic() - started < 10
     assert {(type(result), result.code) for result in found} == {(Failed, "dns")}
     stuck.set()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (socket.gaierror(socket.EAI_AGAIN, "x"), "could not be looked up: the name server did not"),
+        (socket.gaierror(socket.EAI_FAIL, "x"), "could not be looked up: the name server reported"),
+        (socket.gaierror(socket.EAI_SYSTEM, "x"), "could not be looked up: the resolver failed"),
+        (OSError(24, "Too many open files"), "could not be looked up: the resolver failed"),
+        (OSError("odd"), "could not be looked up: the resolver failed"),
+        (socket.gaierror(socket.EAI_NONAME, "x"), "was not found"),
+        ([], "was not found"),
+    ],
+    ids=repr,
+)
+async def test_only_a_name_that_does_not_exist_is_not_found(
+    score: Ask, credentials: HttpOptions, outcome: list[str] | OSError, said: str
+) -> None:
+    def resolver(_host: str, _port: int) -> Sequence[str]:
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    options = replace(credentials, guard=ON_LOOPBACK, resolver=resolver)
+    expectation: Any = pytest.raises(RewardMisconfiguredError, match=said)
+    if said != "was not found":
+        expectation = contextlib.nullcontext()
+    found: list[Any] = []
+    with expectation as caught:
+        found = await score("https://judge.example/", options=options)
+    codes = {(result.code, result.is_transient) for result in found}
+    assert codes == {("dns", True)} or caught.value.error_code == "dns"
+    assert all(f"its host name {said}" in result.message for result in found)
 
 
 async def test_proxies_of_the_environment_are_not_used(

@@ -53,6 +53,8 @@ async def test_every_attempt_sends_the_same_bytes_under_the_same_id(
         (b'{"note": "KEY caf\xe9"}', "application/json", "not UTF-8 from byte 32; encode it as UTF-8"),
         (b"\xef\xbb\xbf{}", "application/json", "starts with a byte order mark"),
         (b"0.5, KEY", "text/plain", "content-type 'text/plain', but application/json is required"),
+        (b"{}", "application/json\r\ncontent-type: text/html", "'application/json, text/html', but"),
+        (b"{}", "application/json\r\ncontent-type: application/json; charset=utf-8", "request_id"),
     ],
 )  # fmt: skip
 async def test_an_answer_that_is_no_json_is_quoted_without_secrets(

@@ -90,9 +90,29 @@ async def test_polls_outlive_passing_failures_and_heed_retry_after(
         lambda request, _: request.answer(b"{}", status="202 Accepted", retry_after="0.4"),
         ready,
     )
-    assert posted(await ask(hostile(judge).url, options=later), 1, 2, 3, 4)
+    retry = later.retry.model_copy(update={"retry_after_cap": 1.0})
+    patient = replace(later, retry=retry)
+    assert posted(await ask(hostile(judge).url, options=patient), 1, 2, 3, 4)
     assert judge.times[3] - judge.times[2] >= 0.39
     assert len(judge.posts) == 1
+
+
+@pytest.mark.parametrize("status", ["202 Accepted", "503 Busy", "429 Busy"])
+@pytest.mark.parametrize("retry_after", ["600", "Sun, 06 Nov 2094 08:49:37 GMT"])
+async def test_a_poll_may_request_no_longer_wait_than_the_cap(
+    hostile: Callable[..., RewardServer],
+    ask: Ask,
+    later: HttpOptions,
+    status: str,
+    retry_after: str,
+) -> None:
+    judge = Later(
+        "/r",
+        lambda request, _: request.answer(b"{}", status=status, retry_after=retry_after),
+        ready,
+    )
+    assert posted(await ask(hostile(judge).url, options=hurried(later, 5)), 1, 2, 3, 4)
+    assert later.retry.retry_after_cap <= judge.times[1] - judge.times[0] < 4
 
 
 async def test_waits_between_polls_grow_to_a_bound(

@@ -342,6 +342,13 @@ def test_values_that_break_out_of_a_header_are_refused_and_not_shown(value: str)
     assert value not in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["authorization: Bearer s3cret", "Bearer s3cret", "s3cret/+", ":"])
+def test_a_value_that_was_written_into_a_name_is_not_shown(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="the name of") as caught:
+        check_headers({name: ""})
+    assert "s3cret" not in caught.value.message
+
+
 async def test_a_prompt_format_of_text_sends_what_the_policy_saw(
     server: RewardServer, source_of: SourceOf, fast: HttpOptions, context: RewardContext
 ) -> None:

@@ -3,6 +3,7 @@
 Alerts, and TLS that breaks after the handshake, have their reason too.
 """
 
+import _ssl
 import contextlib
 import os
 import socket
@@ -13,15 +14,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import httpcore2
 import pytest
 import trustme
 
 from dar.errors import RewardMisconfiguredError
 from dar.protocol.reward_spec import RewardRetry, RewardTimeouts
 from dar.rewards.base import Scored
+from dar.rewards.http.responses import failure_of
 from dar.rewards.http_reward import HttpOptions, HttpReward
+from dar.rewards.probe.report import ADVICE
 from fakes.hostile_manners import hostile_server
 from fakes.reward_types import MakeSamples
 
@@ -199,6 +204,61 @@ async def test_a_connection_that_breaks_after_the_handshake_is_a_passing_failure
     code = "http_503" if "error" in name else "tls.broken"
     assert {(result.code, result.is_transient) for result in found} == {(code, True)}
     assert code != "tls.broken" or "the TLS connection broke" in found[0].message
+
+
+WEAK_GROUP = """\
+-----BEGIN DH PARAMETERS-----
+MIGHAoGBAP//////////yQ/aoiFowjTExmKLgNwc0SkCTgiKZ8x0Agu+pjsTmyJR
+Sgh5jjQE3e+VGbPNOkMbMCsKbfJfFDdP4TVtbVHCReSFtXZiXn7G9ExC6aY37WsL
+/1y29Aa37e44a/taiZ+lrp8kEXxLH+ZJKGZR7OZTgf//////////AgEC
+-----END DH PARAMETERS-----
+"""
+"""The 1024-bit group of RFC 2409, with which an OpenSSL of today exchanges no keys."""
+
+
+async def test_a_weak_key_exchange_is_named_and_permanent(
+    authority: trustme.CA, score: Ask, trusting: HttpOptions, tmp_path: Path
+) -> None:
+    (tmp_path / "dh.pem").write_text(WEAK_GROUP)
+    weak = context_of(authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.RSA))
+    weak.set_ciphers("DHE-RSA-AES256-GCM-SHA384:@SECLEVEL=0")
+    weak.maximum_version = ssl.TLSVersion.TLSv1_2
+    weak.load_dh_params(tmp_path / "dh.pem")
+
+    def shake(connection: socket.socket) -> None:
+        with contextlib.suppress(ssl.SSLError):
+            weak.wrap_socket(connection, server_side=True)
+
+    with (
+        peer(shake) as url,
+        pytest.raises(RewardMisconfiguredError, match="dh key too small") as caught,
+    ):
+        await score(url, options=trusting)
+    assert caught.value.error_code == "tls.weak"
+
+
+NO_TLS_SAID = {
+    *("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG"),
+    *("UNEXPECTED_EOF_WHILE_READING", "WRONG_SSL_VERSION", "BAD_RECORD_TYPE", "UNEXPECTED_RECORD"),
+    *("HTTPS_PROXY_REQUEST", "RECORD_TOO_SMALL", "ENCRYPTED_LENGTH_TOO_LONG"),
+}
+
+
+def test_of_all_reasons_of_openssl_only_those_of_a_server_without_tls_blame_its_absence() -> None:
+    blamed = set()
+    for name in _ssl.err_names_to_codes:
+        below = ssl.SSLError(1, name)
+        below.reason = name
+        error = httpcore2.ConnectError(name)
+        error.__cause__ = below
+        failure = failure_of(error)
+        if "without TLS" in failure.reason:
+            blamed.add(name)
+        elif failure.code not in {"tls.alert", "tls.version", "tls.client_certificate"}:
+            assert name.replace("_", " ").lower() in failure.reason
+        assert failure.code in ADVICE
+        assert not name.endswith("KEY_TOO_SMALL") or failure.code == "tls.weak"
+    assert blamed == NO_TLS_SAID
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
+from dar.errors import ConfigurationError
 from dar.protocol.rewards import decode_response, decode_result
 from dar.rewards.base import Scored
 from dar.rewards.http.signing import decode_secret, verify
@@ -81,6 +82,31 @@ async def test_results_are_found_under_a_prefix(
     inner = reward_server(asynchronous=True, path="/my/score")(gate)
     url = serve_app(Starlette(routes=[Mount("/team", inner)])) + "/team/my/score"
     assert await ask(url, options=later) == [Scored(2.0)] * 4
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/a%20b/score", "/a%20b/score"),
+        ("/a b/score", "/a%20b/score"),
+        ("/schön", "/sch%C3%B6n"),
+        ("/100%/x", "/100%25/x"),
+        ("/a~b+c:d", "/a~b+c:d"),
+    ],
+)
+async def test_a_path_may_be_written_with_or_without_escapes(
+    serve_app: Asks, ask: Asks, later: HttpOptions, gate: Any, path: str, shown: str
+) -> None:
+    gate.opened.set()
+    app = reward_server(asynchronous=True, path=path)(gate)
+    assert app.state.reward_path == shown
+    assert await ask(serve_app(app) + shown, options=later) == [Scored(2.0)] * 4
+
+
+@pytest.mark.parametrize("path", ["score", "/a/..", "/./a", "/%2e%2e/a", "/%7Bx}", "/%ff", "/a%00"])
+def test_a_path_that_no_client_would_send_is_refused(gate: Any, path: str) -> None:
+    with pytest.raises(ConfigurationError, match="must be a URL path"):
+        reward_server(path=path)(gate)
 
 
 async def test_a_202_promises_and_a_repetition_does_not_score_twice(

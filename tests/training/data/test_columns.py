@@ -95,6 +95,38 @@ def test_what_has_a_json_form_is_taken(value: object) -> None:
 # --- reward functions -----------------------------------------------------------------------------
 
 
+class Strict:
+    def __call__(self, completions: list[str], *, label: list[str], level: int = 3) -> list[float]:
+        return [0.0 for _ in completions]
+
+
+def of_spec(**component: Any) -> Rewards:
+    return Rewards.model_validate({"components": [{"name": "c", **component}]})
+
+
+@pytest.mark.parametrize(
+    ("rewards", "what"),
+    [
+        (lambda prompts, completions, label: [], "the reward function lambda needs"),
+        ([lambda completions, **columns: [], Strict()], "the reward function strict needs"),
+        (of_spec(url=URL, columns=["label"]), "the component 'c' needs"),
+        (of_spec(kind="builtin", fn="contains", params={"column": "label"}), "the component 'c'"),
+    ],
+)
+def test_a_column_that_no_row_has_is_named_before_the_model_is_loaded(
+    rewards: Any, what: str
+) -> None:
+    lacking = refusal("x", rewards)
+    assert lacking is not None
+    assert f"no row has the column 'label', which {what}" in lacking
+    assert lacking.endswith("the rows have: prompt, ground_truth, extra")
+    rows = [{"prompt": "w10"}, {"prompt": "w11", "label": "a"}]
+    assert refusal("x", rewards, train_dataset=rows) is None
+    evaluated = refusal("x", rewards, train_dataset=rows, eval_dataset=rows[:1])
+    assert evaluated is not None
+    assert "no row has the column 'label'" in evaluated
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_no_column_has_the_name_of_an_argument_of_reward_functions(
     train: Callable[..., DARTrainer], name: str

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 
 from dar.errors import InvalidRequestError
-from dar.protocol.rows import RowError, check_format
+from dar.protocol.rows import RowError, check_format, read_offline
 from dar.training import DARTrainer
 from dar.training.data.rows import check_rows
 from fakes.recording_sink import RecordingSink
@@ -201,6 +201,45 @@ SINGLE = {"prompt": "w10", "completion": "w20", "reward": 1.0}
 GOOD = {"prompt": "w10", "completions": ["w20", "w21"], "rewards": [1.0, 0.0]}
 
 
+@pytest.mark.parametrize("boxed", [torch.tensor, np.array], ids=["torch", "numpy"])
+def test_rewards_in_arrays_without_dimensions_are_numbers(boxed: Callable[..., Any]) -> None:
+    """As `datasets.Dataset.with_format` gives them."""
+    for value, expected in ((0.5, 0.5), (2, 2.0), (float("nan"), None)):
+        row = {**SINGLE, "reward": boxed(value), "behavior_logps": boxed(-1.5)}
+        found = read_offline(row)
+        assert (found.rewards, found.behavior_logps) == ([expected], [-1.5])
+    for column in ("reward", "behavior_logps"):
+        for odd in (boxed(True), np.timedelta64(1, "s"), np.timedelta64(1, "ns")):
+            with pytest.raises(InvalidRequestError, match=f"{column} must be"):
+                read_offline({**SINGLE, column: odd})
+    pair = read_offline({**GOOD, "rewards": [boxed(1.0), boxed(0.0)]})
+    assert pair.rewards == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("start", "chosen", "rejected"),
+    [
+        ("日本", "か\u3099", "かな"),
+        ("x", " \U0001f44d\U0001f3fd", " \U0001f44d\U0001f3ff"),
+        ("日", "本\ufe00", "本x"),
+        ("日本", "\U0001f469\u200d\U0001f467", "\U0001f469 b"),
+        ("日本", "\U0001f1e9\U0001f1ea", "\U0001f1e9\U0001f1f0"),
+        ("日本", "가\u11a8", "가나"),
+        ("日本", "\u1100\u1161", "\u1100\u1162"),
+        ("日", "ハ\uff9f", "ハ\uff9e"),
+        ("a", " >\u0338b", " >c"),
+        ("日本", "か b", "か c"),
+    ],
+)
+def test_a_prompt_that_a_pair_shares_ends_with_a_whole_character(
+    start: str, chosen: str, rejected: str
+) -> None:
+    found = read_offline({"chosen": start + chosen, "rejected": start + rejected})
+    ends_later = chosen.startswith("か ")
+    assert found.prompt == (start + "か" if ends_later else start)
+    assert found.completions == ([" b", " c"] if ends_later else [chosen, rejected])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -250,7 +289,7 @@ def test_rows_that_cannot_be_trained_on_are_refused_before_a_model_is_loaded(
         ({**SINGLE, "reward": True}, "reward must be a number or null, not True"),
         ({**SINGLE, "reward": "1"}, "reward must be a number or null, not '1'"),
         ({**SINGLE, "reward": Decimal(1)}, r"reward must be a number or null, not Decimal\('1'\)"),
-        ({**SINGLE, "reward": np.array(1.0)}, r"reward must be a number or null, not array\(1\.\)"),
+        ({**SINGLE, "reward": np.array("x")}, "reward must be a number or null, not 'x'"),
         ({**SINGLE, "behavior_logps": "x"}, "behavior_logps must be a number or null, not 'x'"),
     ],
 )

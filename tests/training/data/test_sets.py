@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
+from pyarrow import parquet
 
 from dar.errors import InvalidRequestError, ServiceUnavailableError
 from dar.training.data.rows import check_rows
@@ -62,6 +64,18 @@ def test_the_fields_of_a_csv_file_are_texts_as_written_and_rewards_beside_comple
         open_rows(str(table))
     table.write_text(f"prompt\n{'long ' * 40_000}\n")
     assert len(open_rows(str(table))[0]["prompt"]) == 200_000
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_a_parquet_file_without_rows_is_told_as_one(tmp_path: Path, groups: int) -> None:
+    schema = pyarrow.schema([("prompt", pyarrow.string())])
+    path = tmp_path / "none.parquet"
+    with parquet.ParquetWriter(path, schema) as writer:
+        for _ in range(groups):
+            writer.write_table(schema.empty_table())
+    with pytest.raises(InvalidRequestError) as caught:
+        open_rows(str(path))
+    assert caught.value.message == f"{path} has no rows"
 
 
 def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
