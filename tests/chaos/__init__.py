@@ -8,6 +8,7 @@ submitter: clients that submit, retry, and write down what was acknowledged.
 books: what the database says at the end: lost, doubled, unequal, and what the auditor finds.
 submissions: rows in which services are killed while jobs are submitted.
 kills: rows in which workers and trainers are killed.
+instants: rows in which processes are killed at the instants that the code marks.
 freezes: rows in which workers are frozen beyond their lease, with the fence on and off.
 outages: rows in which the broker, the database, the service or the disk is away.
 latencies: rows that measure how soon a cancelled or drained job leaves its slot.

@@ -3,11 +3,12 @@
 import argparse
 import sys
 
-from chaos import freezes, kills, latencies, outages, scoreboard, submissions, training
+from chaos import freezes, instants, kills, latencies, outages, scoreboard, submissions, training
 
 ROWS = [
     *submissions.rows(),
     *kills.rows(),
+    *instants.rows(),
     *freezes.rows(),
     *outages.rows(),
     *latencies.rows(),

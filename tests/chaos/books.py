@@ -107,12 +107,13 @@ def until_all_ended(stack: Stack, seconds: float) -> None:
         TimeoutError: Some have not in time.
     """
 
-    def ended() -> bool:
-        with stack.database.read() as transaction:
-            statuses = set(transaction.scalars(select(JobRow.status).distinct()))
-        return statuses <= TERMINAL
+    until(lambda: have_all_ended(stack), seconds, "the end of all jobs")
 
-    until(ended, seconds, "the end of all jobs")
+
+def have_all_ended(stack: Stack) -> bool:
+    """Whether no job can go on by itself."""
+    with stack.database.read() as transaction:
+        return set(transaction.scalars(select(JobRow.status).distinct())) <= TERMINAL
 
 
 @dataclass(frozen=True, slots=True)

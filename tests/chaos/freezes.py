@@ -56,16 +56,12 @@ def _freeze_at_random(installation: Stack) -> int:
         time.sleep(chance.uniform(0.1, 0.5))
         victims = [one for one in books.running(installation) if one.checkpoints]
         if not victims:
-            if not books.running(installation) and not _are_jobs_waiting(installation):
+            if books.have_all_ended(installation):
                 break
             continue
         _freeze(installation, chance.choice(victims))
         done += 1
     return done
-
-
-def _are_jobs_waiting(installation: Stack) -> bool:
-    return bool(installation.api("GET", "/fine_tuning/jobs?status=queued&limit=1")["data"])
 
 
 def _freeze(installation: Stack, victim: Running) -> None:

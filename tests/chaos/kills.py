@@ -6,18 +6,20 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import psutil
 
 from chaos import books
 from chaos.books import Running
 from chaos.scoreboard import Result, Row, percentile
-from chaos.stack import Dialect, Stack, stack
+from chaos.stack import Dialect, Stack, stack, until
 
 SLOTS = ("a", "b", "c")
 JOBS = 40
-STEPS = 40
+STEPS = 60
 KILLS = 100
+RECOVERIES = 40
 MOST_IN_A_ROW = 2
 """Kills of a job without a newer checkpoint; a third would make the job's own fault likely."""
 RECOVERY_SECONDS = 5.0
@@ -32,20 +34,14 @@ class Kill:
     attempt: Running
 
 
-def _kills(dialect: Dialect, *, replicas: int = 1) -> Result:
-    settings = {"dialect": dialect, "slots": SLOTS, "replicas": replicas}
-    with stack(has_broker=True, **settings) as installation:
+def _kills(dialect: Dialect) -> Result:
+    with stack(has_broker=True, dialect=dialect, slots=SLOTS) as installation:
         for number in range(JOBS):
             installation.submit(number, steps=STEPS, every=4, seconds=0.05)
-        kills = _kill_at_random(installation)
+        kills = _kill_at_random(installation, KILLS, seconds=900)
         books.until_all_ended(installation, 300)
         found = books.close(installation)
-        waits = {
-            victim: _recoveries(installation, kills, victim) for victim in ("worker", "trainer")
-        }
-    figures = {
-        "worker kills": len([kill for kill in kills if kill.victim == "worker"]),
-        "trainer kills": len([kill for kill in kills if kill.victim == "trainer"]),
+    figures = _counts(kills) | {
         "jobs": found.jobs,
         "attempts": found.attempts,
         "lost": found.lost,
@@ -55,41 +51,63 @@ def _kills(dialect: Dialect, *, replicas: int = 1) -> Result:
         "findings": len(found.findings),
     }
     problems = list(found.findings)
-    for victim, seconds in waits.items():
-        figures |= {
-            f"{victim} death to next claim p50": percentile(seconds, 0.5),
-            f"{victim} p99": percentile(seconds, 0.99),
-        }
     if found.ends.get("succeeded", 0) != JOBS:
         problems.append(f"attempts ended as {found.ends}")
     return Result(found.is_clean and len(kills) >= KILLS, figures, problems)
 
 
-def _kill_at_random(installation: Stack) -> list[Kill]:
+def _recovery() -> Result:
+    """Kill what runs one of two jobs, with a slot for each, and wait for the next claim."""
+    with stack(has_broker=True, slots=SLOTS[:2]) as installation:
+        jobs = [installation.submit(n, steps=10**5, every=20, seconds=0.05) for n in range(2)]
+        kills = _kill_at_random(installation, RECOVERIES, seconds=600, pause=3.0)
+        until(lambda: len(books.running(installation)) == len(jobs), 60, "the last claim")
+        waits = {kind: _recoveries(installation, kills, kind) for kind in ("worker", "trainer")}
+        for job_id in jobs:
+            installation.api("POST", f"/fine_tuning/jobs/{job_id}/cancel")
+    figures = _counts(kills)
+    for kind, seconds in waits.items():
+        figures[f"{kind} death to next claim, p50"] = percentile(seconds, 0.5)
+        figures[f"{kind} p99"] = percentile(seconds, 0.99)
+    slowest = max(max(seconds) for seconds in waits.values())
+    return Result(slowest <= RECOVERY_SECONDS and len(kills) >= RECOVERIES, figures)
+
+
+def _counts(kills: list[Kill]) -> dict[str, Any]:
+    return {
+        f"{kind} kills": sum(kill.victim == kind for kill in kills)
+        for kind in ("worker", "trainer")
+    }
+
+
+def _kill_at_random(
+    installation: Stack, count: int, *, seconds: float, pause: float = 1.0
+) -> list[Kill]:
+    """Kill workers and trainers at random until ``count`` attempts were ended so."""
     chance = random.Random(2)
     kills: list[Kill] = []
+    killed: set[tuple[str, int]] = set()
     in_a_row: Counter[str] = Counter()
-    give_up = time.monotonic() + 900
-    while len(kills) < KILLS and time.monotonic() < give_up:
-        time.sleep(chance.uniform(0.2, 1.0))
-        attempts = books.running(installation)
-        for attempt in attempts:
+    give_up = time.monotonic() + seconds
+    while len(kills) < count and time.monotonic() < give_up:
+        time.sleep(chance.uniform(0.2, pause))
+        living = [
+            one for one in books.running(installation) if (one.job_id, one.attempt) not in killed
+        ]
+        for attempt in living:
             if attempt.checkpoints:
                 in_a_row[attempt.job_id] = 0
-        victims = [one for one in attempts if in_a_row[one.job_id] < MOST_IN_A_ROW]
-        if not attempts and not _are_jobs_left(installation):
-            break
+        victims = [one for one in living if in_a_row[one.job_id] < MOST_IN_A_ROW]
         if not victims:
+            if not living and books.have_all_ended(installation):
+                break
             continue
         victim, kind = chance.choice(victims), chance.choice(("worker", "trainer"))
         if _kill(installation, victim, kind):
             kills.append(Kill(datetime.now(UTC), kind, victim))
+            killed.add((victim.job_id, victim.attempt))
             in_a_row[victim.job_id] += 1
     return kills
-
-
-def _are_jobs_left(installation: Stack) -> bool:
-    return bool(installation.api("GET", "/fine_tuning/jobs?status=queued&limit=1")["data"])
 
 
 def _kill(installation: Stack, victim: Running, kind: str) -> bool:
@@ -115,9 +133,9 @@ def _recoveries(installation: Stack, kills: list[Kill], victim: str) -> list[flo
 
 
 def rows() -> list[Row]:
-    """One row for each database."""
+    """Kills on each database, and how soon a job goes on."""
     promise = "every job ends once, with the weights of an undisturbed run; none is poisoned"
-    return [
+    made = [
         Row(
             f"kills-{dialect}",
             f"{KILLS} kills of workers and trainers over {JOBS} jobs, {dialect}",
@@ -126,3 +144,12 @@ def rows() -> list[Row]:
         )
         for dialect in ("sqlite", "postgresql")
     ]
+    made.append(
+        Row(
+            "recovery",
+            f"{RECOVERIES} kills of workers and trainers, with a slot for each job",
+            f"the job is claimed again within {RECOVERY_SECONDS:.0f} s",
+            _recovery,
+        )
+    )
+    return made

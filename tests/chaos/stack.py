@@ -57,6 +57,7 @@ class Stack:
         replicas: Number of services.
         slots: Names of the workers' slots.
         has_broker: Whether a Valkey wakes the workers.
+        has_faults: Whether `faults` may arm instants of `dar.fault_points`.
         service: How a service is started.
         **settings: Settings of all processes that differ from `FAST`.
     """
@@ -69,13 +70,15 @@ class Stack:
         replicas: int = 1,
         slots: Sequence[str] = (),
         has_broker: bool = False,
+        has_faults: bool = False,
         service: Sequence[str] = SERVICE,
         **settings: object,
     ) -> None:
         self.home, self.dialect, self.slots = folder, dialect, tuple(slots)
         self.ports = [free_port() for _ in range(replicas)]
         self._service = tuple(service)
-        self._settings = FAST | settings
+        self.faults = folder / "faults"
+        self._settings = FAST | settings | ({"fault_points": self.faults} if has_faults else {})
         self._wanted: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()

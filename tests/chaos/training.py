@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 from safetensors.numpy import load_file
 
 from chaos.scoreboard import Result, Row
+from dar.fault_points import INSTANTS, arm
 from dar.processes import free_port
 from dar.protocol.status import TERMINAL
 from fakes.installation import Installation
@@ -24,6 +26,7 @@ FILES = ("model.safetensors", "resume/optimizer.safetensors")
 
 def _training() -> Result:
     folder = Path(tempfile.mkdtemp(prefix="dar-chaos-"))
+    faults = folder / "faults"
     installation = Installation(folder / "home", free_port)
     try:
         base = folder / "base"
@@ -33,10 +36,10 @@ def _training() -> Result:
         installation.start_service()
         installation.start_reward_service()
         installation.install_model(base)
-        installation.start_worker()
+        installation.start_worker(fault_points=faults)
         file_id = str(installation.client.files.create(base / "prompts.jsonl").id)
-        expected, _ = _train(installation, file_id, folder / "undisturbed", kills=0)
-        found, kills = _train(installation, file_id, folder / "disturbed", kills=KILLS)
+        expected, _ = _train(installation, file_id, folder / "undisturbed")
+        found, kills = _train(installation, file_id, folder / "disturbed", _strikes(faults))
     finally:
         installation.stop()
         shutil.rmtree(folder, ignore_errors=True)
@@ -45,20 +48,52 @@ def _training() -> Result:
     return Result(not unequal and kills >= KILLS, figures, unequal[:5])
 
 
-def _train(
-    installation: Installation, file_id: str, folder: Path, *, kills: int
-) -> tuple[dict[str, bytes], int]:
-    """Train a job and kill worker or trainer after progress. Gives its tensors, and the kills."""
+Strike = Callable[[Installation], bool]
+"""Kills something, and gives whether it did."""
+
+
+def _strikes(faults: Path) -> list[Strike]:
+    """A kill at each instant of a checkpoint, between kills of worker and trainer at random."""
     chance = random.Random(6)
-    client = installation.client
+
+    def at(instant: str) -> Strike:
+        def strike(_: Installation) -> bool:
+            arm(faults, instant)
+            return True
+
+        return strike
+
+    def worker(installation: Installation) -> bool:
+        time.sleep(chance.uniform(0, 1))
+        installation.end("worker", signal.SIGKILL)
+        installation.start_worker(fault_points=faults)
+        return True
+
+    def trainer(installation: Installation) -> bool:
+        time.sleep(chance.uniform(0, 1))
+        for process in installation.trainers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                return True
+        return False
+
+    instants = [name for name in INSTANTS if name.startswith("checkpoint.")]
+    return [one for name in instants for one in (at(name), chance.choice((worker, trainer)))]
+
+
+def _train(
+    installation: Installation, file_id: str, folder: Path, strikes: Sequence[Strike] = ()
+) -> tuple[dict[str, bytes], int]:
+    """Train a job, and strike each time it has a newer checkpoint. Gives its tensors, and kills."""
+    client, left = installation.client, list(strikes)
     spec = installation.spec(file_id, checkpointing={"every_steps": 2, "keep_last": 3})
     job_id = str(client.jobs.create(**spec).id)
-    done, step = 0, 0
+    step = 0
     while (job := client.jobs.retrieve(job_id)).status not in TERMINAL:
         newest = max((one.step_number for one in client.checkpoints.list(job_id)), default=0)
-        if done < kills and newest > step:
-            time.sleep(chance.uniform(0, 1))
-            step, done = newest, done + _kill(installation, chance)
+        if left and newest > step and left[0](installation):
+            step = newest
+            del left[0]
         time.sleep(0.1)
     if job.status != "succeeded":
         raise RuntimeError(f"the job is {job.status}: {job.error}")
@@ -69,19 +104,7 @@ def _train(
         for name in FILES
         for key, value in load_file(folder / name).items()
     }
-    return tensors, done
-
-
-def _kill(installation: Installation, chance: random.Random) -> int:
-    if chance.random() < 0.5:
-        installation.end("worker", signal.SIGKILL)
-        installation.start_worker()
-        return 1
-    for trainer in installation.trainers():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            trainer.kill()
-            return 1
-    return 0
+    return tensors, len(strikes) - len(left)
 
 
 def rows() -> list[Row]:
@@ -89,7 +112,7 @@ def rows() -> list[Row]:
     return [
         Row(
             "training-bit-identical",
-            f"a job that trains, killed {KILLS} times, each time after a newer checkpoint",
+            f"a job that trains, killed {KILLS} times, half of them at the instants of a checkpoint",
             "weights and optimizer are those of an undisturbed run, bit by bit",
             _training,
         )
