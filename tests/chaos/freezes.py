@@ -18,7 +18,10 @@ FREEZES = 15
 TTL = 2.0
 
 
-def _freezes(dialect: Dialect, *, is_fenced: bool) -> Result:
+def freeze_at_random(
+    dialect: Dialect, *, is_fenced: bool, most: int = FREEZES, jobs: int = JOBS
+) -> Result:
+    """Freeze workers until a successor has their job, then let them continue."""
     with stack(
         dialect=dialect,
         slots=SLOTS,
@@ -26,9 +29,9 @@ def _freezes(dialect: Dialect, *, is_fenced: bool) -> Result:
         lease_ttl_seconds=TTL,
         heartbeat_seconds=0.3,
     ) as installation:
-        for number in range(JOBS):
+        for number in range(jobs):
             installation.submit(number, steps=30, every=3, seconds=0.1)
-        frozen = _freeze_at_random(installation)
+        frozen = _freeze_some(installation, most)
         with contextlib.suppress(TimeoutError):
             books.until_all_ended(installation, 180 if is_fenced else 30)
         _until_zombies_left(installation)
@@ -43,16 +46,16 @@ def _freezes(dialect: Dialect, *, is_fenced: bool) -> Result:
         "findings": len(found.findings),
     }
     if is_fenced:
-        return Result(found.is_clean and frozen >= FREEZES, figures, found.findings)
+        return Result(found.is_clean and frozen >= most, figures, found.findings)
     problems = [] if found.findings else ["nothing was found, so the suite would miss a lost fence"]
     return Result(bool(found.findings or found.doubled), figures, problems)
 
 
-def _freeze_at_random(installation: Stack) -> int:
+def _freeze_some(installation: Stack, most: int) -> int:
     chance = random.Random(3)
     done = 0
     give_up = time.monotonic() + 300
-    while done < FREEZES and time.monotonic() < give_up:
+    while done < most and time.monotonic() < give_up:
         time.sleep(chance.uniform(0.1, 0.5))
         victims = [one for one in books.running(installation) if one.checkpoints]
         if not victims:
@@ -98,7 +101,7 @@ def rows() -> list[Row]:
             f"freezes-{dialect}",
             f"{FREEZES} workers frozen beyond their lease of {TTL:.0f} s, {dialect}",
             "the successor finishes alone, and the late one is turned away",
-            lambda dialect=dialect: _freezes(dialect, is_fenced=True),  # type: ignore[misc] # bound now
+            lambda dialect=dialect: freeze_at_random(dialect, is_fenced=True),  # type: ignore[misc] # bound now
         )
         for dialect in ("sqlite", "postgresql")
     ]
@@ -107,7 +110,7 @@ def rows() -> list[Row]:
             "freezes-without-fence",
             "the same on a service whose fence is switched off",
             "the auditor finds something, so the rows above can fail",
-            lambda: _freezes("sqlite", is_fenced=False),
+            lambda: freeze_at_random("sqlite", is_fenced=False),
         )
     )
     return made

@@ -34,11 +34,12 @@ class Kill:
     attempt: Running
 
 
-def _kills(dialect: Dialect) -> Result:
+def kill_at_random(dialect: Dialect, *, most: int = KILLS, jobs: int = JOBS) -> Result:
+    """Kill workers and trainers while jobs run."""
     with stack(has_broker=True, dialect=dialect, slots=SLOTS) as installation:
-        for number in range(JOBS):
+        for number in range(jobs):
             installation.submit(number, steps=STEPS, every=4, seconds=0.05)
-        kills = _kill_at_random(installation, KILLS, seconds=900)
+        kills = _kill(installation, most, seconds=900)
         books.until_all_ended(installation, 300)
         found = books.close(installation)
     figures = _counts(kills) | {
@@ -51,16 +52,16 @@ def _kills(dialect: Dialect) -> Result:
         "findings": len(found.findings),
     }
     problems = list(found.findings)
-    if found.ends.get("succeeded", 0) != JOBS:
+    if found.ends.get("succeeded", 0) != jobs:
         problems.append(f"attempts ended as {found.ends}")
-    return Result(found.is_clean and len(kills) >= KILLS, figures, problems)
+    return Result(found.is_clean and len(kills) >= most, figures, problems)
 
 
 def _recovery() -> Result:
     """Kill what runs one of two jobs, with a slot for each, and wait for the next claim."""
     with stack(has_broker=True, slots=SLOTS[:2]) as installation:
         jobs = [installation.submit(n, steps=10**5, every=20, seconds=0.05) for n in range(2)]
-        kills = _kill_at_random(installation, RECOVERIES, seconds=600, pause=3.0)
+        kills = _kill(installation, RECOVERIES, seconds=600, pause=3.0)
         until(lambda: len(books.running(installation)) == len(jobs), 60, "the last claim")
         waits = {kind: _recoveries(installation, kills, kind) for kind in ("worker", "trainer")}
         for job_id in jobs:
@@ -80,9 +81,7 @@ def _counts(kills: list[Kill]) -> dict[str, Any]:
     }
 
 
-def _kill_at_random(
-    installation: Stack, count: int, *, seconds: float, pause: float = 1.0
-) -> list[Kill]:
+def _kill(installation: Stack, count: int, *, seconds: float, pause: float = 1.0) -> list[Kill]:
     """Kill workers and trainers at random until ``count`` attempts were ended so."""
     chance = random.Random(2)
     kills: list[Kill] = []
@@ -103,14 +102,14 @@ def _kill_at_random(
                 break
             continue
         victim, kind = chance.choice(victims), chance.choice(("worker", "trainer"))
-        if _kill(installation, victim, kind):
+        if _kill_one(installation, victim, kind):
             kills.append(Kill(datetime.now(UTC), kind, victim))
             killed.add((victim.job_id, victim.attempt))
             in_a_row[victim.job_id] += 1
     return kills
 
 
-def _kill(installation: Stack, victim: Running, kind: str) -> bool:
+def _kill_one(installation: Stack, victim: Running, kind: str) -> bool:
     if kind == "worker":
         installation.kill(f"worker-{victim.slot}")
         return True
@@ -140,7 +139,7 @@ def rows() -> list[Row]:
             f"kills-{dialect}",
             f"{KILLS} kills of workers and trainers over {JOBS} jobs, {dialect}",
             promise,
-            lambda dialect=dialect: _kills(dialect),  # type: ignore[misc] # bound now
+            lambda dialect=dialect: kill_at_random(dialect),  # type: ignore[misc] # bound now
         )
         for dialect in ("sqlite", "postgresql")
     ]

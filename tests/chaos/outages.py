@@ -34,9 +34,10 @@ def _extra_attempts(found: books.Books) -> list[str]:
     return [f"the outage ended {extra} attempts: {found.ends}"] if extra else []
 
 
-def _empty_broker() -> Result:
+def empty_broker(jobs: int = 22) -> Result:
+    """Kill the broker, and start it without its messages."""
     with stack(slots=SLOTS, has_broker=True) as installation:
-        for number in range(22):
+        for number in range(jobs):
             installation.submit(number, steps=20, every=5, seconds=0.05)
         until(lambda: books.running(installation), 60, "the first attempt")
         assert installation.valkey is not None
@@ -123,7 +124,7 @@ def rows() -> list[Row]:
             "broker-restarted-empty",
             "the broker is killed and restarted empty while 20 jobs wait",
             "all jobs run, in one attempt each",
-            _empty_broker,
+            empty_broker,
         ),
         Row(
             "postgresql-killed",

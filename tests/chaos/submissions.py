@@ -13,18 +13,26 @@ SUBMISSIONS = 1000
 KILLS = 20
 
 
-def _submissions(dialect: Dialect, *, has_keys: bool, replicas: int = 1) -> Result:
+def submit_under_kills(
+    dialect: Dialect,
+    *,
+    has_keys: bool,
+    replicas: int = 1,
+    submissions: int = SUBMISSIONS,
+    kills: int = KILLS,
+) -> Result:
+    """Submit jobs while their services are killed; no worker runs."""
     with stack(dialect=dialect, replicas=replicas) as installation:
         submitter = Submitter(installation, has_keys=has_keys)
-        killer = _ServiceKiller(installation, submitter)
+        killer = _ServiceKiller(installation, submitter, kills, submissions // (kills + 2))
         killer.start()
-        submitter.run(SUBMISSIONS)
+        submitter.run(submissions)
         killer.end()
         for replica in range(replicas):
             installation.until_ready(replica)
         found = books.close(installation, submitter.acknowledged, is_over=False)
     figures = {
-        "submissions": SUBMISSIONS,
+        "submissions": submissions,
         "service kills": killer.kills,
         "retries": submitter.retries,
         "jobs": found.jobs,
@@ -32,14 +40,15 @@ def _submissions(dialect: Dialect, *, has_keys: bool, replicas: int = 1) -> Resu
         "doubled": found.doubled,
         "findings": len(found.findings),
     }
-    holds = found.is_clean and found.jobs == SUBMISSIONS and killer.kills >= KILLS
+    holds = found.is_clean and found.jobs == submissions and killer.kills >= kills
     return Result(holds, figures, found.findings)
 
 
 class _ServiceKiller:
-    """Kills a service each time some submissions were acknowledged since the last kill."""
+    """Kills a service each time ``between`` submissions were acknowledged since the last kill."""
 
-    def __init__(self, installation: Stack, submitter: Submitter) -> None:
+    def __init__(self, installation: Stack, submitter: Submitter, most: int, between: int) -> None:
+        self._most, self._between = most, between
         self._installation, self._submitter = installation, submitter
         self._random = random.Random(1)
         self._is_ending = threading.Event()
@@ -54,10 +63,9 @@ class _ServiceKiller:
         self._thread.join()
 
     def _run(self) -> None:
-        between = SUBMISSIONS // (KILLS + 2)
         replicas = len(self._installation.ports)
-        while self.kills < KILLS and not self._is_ending.is_set():
-            if len(self._submitter.acknowledged) < (self.kills + 1) * between:
+        while self.kills < self._most and not self._is_ending.is_set():
+            if len(self._submitter.acknowledged) < (self.kills + 1) * self._between:
                 time.sleep(0.01)
                 continue
             time.sleep(self._random.uniform(0, 0.05))  # at any instant of a request
@@ -78,7 +86,7 @@ def rows() -> list[Row]:
                     f"{SUBMISSIONS:,} submissions, {KILLS} service kills, {dialect}, "
                     + ("with keys" if has_keys else "without keys"),
                     promise,
-                    lambda dialect=dialect, has_keys=has_keys: _submissions(  # type: ignore[misc] # bound now
+                    lambda dialect=dialect, has_keys=has_keys: submit_under_kills(  # type: ignore[misc] # bound now
                         dialect, has_keys=has_keys
                     ),
                 )
@@ -88,7 +96,7 @@ def rows() -> list[Row]:
             "submit-postgresql-two-replicas",
             f"{SUBMISSIONS:,} submissions to two services, {KILLS} kills, postgresql, with keys",
             promise,
-            lambda: _submissions("postgresql", has_keys=True, replicas=2),
+            lambda: submit_under_kills("postgresql", has_keys=True, replicas=2),
         )
     )
     return made
