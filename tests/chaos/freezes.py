@@ -4,13 +4,14 @@ import contextlib
 import random
 import signal
 import time
+from functools import partial
 
 import psutil
 
 from chaos import books
 from chaos.books import Running
 from chaos.scoreboard import Result, Row
-from chaos.stack import SERVICE, UNFENCED, Dialect, Stack, stack, until
+from chaos.stack import DIALECTS, SERVICE, UNFENCED, Dialect, Stack, stack, until
 
 SLOTS = ("a", "b", "c")
 JOBS = 16
@@ -101,9 +102,9 @@ def rows() -> list[Row]:
             f"freezes-{dialect}",
             f"{FREEZES} workers frozen beyond their lease of {TTL:.0f} s, {dialect}",
             "the successor finishes alone, and the late one is turned away",
-            lambda dialect=dialect: freeze_at_random(dialect, is_fenced=True),  # type: ignore[misc] # bound now
+            partial(freeze_at_random, dialect, is_fenced=True),
         )
-        for dialect in ("sqlite", "postgresql")
+        for dialect in DIALECTS
     ]
     made.append(
         Row(

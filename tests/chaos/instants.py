@@ -1,8 +1,10 @@
 """Workers and services are killed at the instants that `dar.fault_points` marks."""
 
+from functools import partial
+
 from chaos import books
 from chaos.scoreboard import Result, Row
-from chaos.stack import Dialect, Stack, stack, until
+from chaos.stack import DIALECTS, Dialect, Stack, stack, until
 from dar.fault_points import INSTANTS, arm
 
 STRIKES = 3
@@ -57,7 +59,7 @@ def rows() -> list[Row]:
             f"instants-{dialect}",
             f"workers and services killed at the worst instants of their work, {dialect}",
             "every job ends once, with the weights of an undisturbed run; none is poisoned",
-            lambda dialect=dialect: strike_instants(dialect),  # type: ignore[misc] # bound now
+            partial(strike_instants, dialect),
         )
-        for dialect in ("sqlite", "postgresql")
+        for dialect in DIALECTS
     ]

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import psutil
@@ -13,7 +14,7 @@ import psutil
 from chaos import books
 from chaos.books import Running
 from chaos.scoreboard import Result, Row, percentile
-from chaos.stack import Dialect, Stack, stack, until
+from chaos.stack import DIALECTS, Dialect, Stack, stack, until
 
 SLOTS = ("a", "b", "c")
 JOBS = 40
@@ -139,9 +140,9 @@ def rows() -> list[Row]:
             f"kills-{dialect}",
             f"{KILLS} kills of workers and trainers over {JOBS} jobs, {dialect}",
             promise,
-            lambda dialect=dialect: kill_at_random(dialect),  # type: ignore[misc] # bound now
+            partial(kill_at_random, dialect),
         )
-        for dialect in ("sqlite", "postgresql")
+        for dialect in DIALECTS
     ]
     made.append(
         Row(

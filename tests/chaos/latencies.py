@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from functools import partial
 
 from chaos import books
 from chaos.scoreboard import Result, Row, percentile
@@ -86,7 +87,7 @@ def rows() -> list[Row]:
             f"{CANCELS} jobs cancelled at random instants, "
             + ("with a broker" if has_broker else "without a broker"),
             f"the slot is free within {CANCEL_SECONDS:.0f} s (p99)",
-            lambda has_broker=has_broker: _cancels(has_broker=has_broker),  # type: ignore[misc] # bound now
+            partial(_cancels, has_broker=has_broker),
         )
         for has_broker in (True, False)
     ]

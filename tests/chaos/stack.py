@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import httpx2
 import psutil
@@ -25,6 +25,7 @@ from service.artifacts import Artifacts
 from service.store.database import Database
 
 Dialect = Literal["sqlite", "postgresql"]
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 TESTS = Path(__file__).parents[1]
 SERVICE = ("-m", "service")

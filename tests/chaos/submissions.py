@@ -3,10 +3,11 @@
 import random
 import threading
 import time
+from functools import partial
 
 from chaos import books
 from chaos.scoreboard import Result, Row
-from chaos.stack import Dialect, Stack, stack
+from chaos.stack import DIALECTS, Dialect, Stack, stack
 from chaos.submitter import Submitter
 
 SUBMISSIONS = 1000
@@ -77,7 +78,7 @@ def rows() -> list[Row]:
     """One row for each way to submit."""
     promise = "nothing acknowledged is lost, nothing is doubled"
     made = []
-    for dialect in ("sqlite", "postgresql"):
+    for dialect in DIALECTS:
         for has_keys in (True, False):
             how = "keys" if has_keys else "counted-retries"
             made.append(
@@ -86,9 +87,7 @@ def rows() -> list[Row]:
                     f"{SUBMISSIONS:,} submissions, {KILLS} service kills, {dialect}, "
                     + ("with keys" if has_keys else "without keys"),
                     promise,
-                    lambda dialect=dialect, has_keys=has_keys: submit_under_kills(  # type: ignore[misc] # bound now
-                        dialect, has_keys=has_keys
-                    ),
+                    partial(submit_under_kills, dialect, has_keys=has_keys),
                 )
             )
     made.append(

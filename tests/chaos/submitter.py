@@ -20,7 +20,7 @@ TWICE = 0.1
 
 
 class Submitter:
-    """Submits jobs numbered from 0 until it is told to end.
+    """Submits jobs, numbered from 0.
 
     Args:
         stack: Where they go; a client takes the next replica at each try.

@@ -10,10 +10,8 @@ from chaos.scoreboard import Result
 from chaos.stack import Dialect
 from chaos.submissions import submit_under_kills
 
-pytestmark = [
-    pytest.mark.slow,  # whole installations are killed and started again
-    pytest.mark.timeout(300),
-]
+SLOW = pytest.mark.slow  # whole installations are killed and started again
+pytestmark = [SLOW, pytest.mark.timeout(300)]
 DIALECTS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
 
 
