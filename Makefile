@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow check bench dist serve
+.PHONY: help setup demo test test-slow check chaos bench dist serve
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ check: setup  ## lint, format, types, import rules, dependencies
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/deptry .
+
+chaos: setup  ## kill, freeze and cut off everything, and count what is lost; ROW=… runs one row
+	@PYTHONPATH=tests $(BIN)/python -m chaos $(ROW) $(AGAIN)
 
 bench: setup  ## measure; one JSON line per benchmark
 	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -9,6 +9,7 @@ protocol: wire models of all processes, and the rules over specs and rows.
 rewards: reward sources, the client of reward services, the reward server.
 training: the trainer; the only folder that imports torch.
 disk: digests of files, and durable writes.
+fault_points: instants at which a test can kill a process; off in production.
 errors: all errors that a user can see, with their codes and HTTP statuses.
 output: standard output of a command, on any terminal and any disk.
 processes: child processes: restarted when they die, ended with their parent.

@@ -187,6 +187,10 @@ class Settings(BaseSettings):
     is_offline: bool = Field(default=False)
     """Whether trainers must not use the model hub."""
 
+    fault_points: Folder | None = None
+    """Folder in which the chaos suite arms instants at which a process kills itself
+    (`dar.fault_points`). Leave it unset."""
+
     hf_token: HubToken = Field(
         default=None, validation_alias=AliasChoices("DAR_HF_TOKEN", "HF_TOKEN")
     )
@@ -275,6 +279,12 @@ def own_environment(changes: Mapping[str, str]) -> dict[str, str]:
 def inherited_environment(names: Iterable[str]) -> dict[str, str]:
     """The variables of ``names`` that this process has, for a child that gets no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def fault_point_folder() -> Path | None:
+    """``DAR_FAULT_POINTS`` of this process; also for trainers, which read no other setting."""
+    folder = os.environ.get("DAR_FAULT_POINTS")
+    return Path(folder) if folder else None
 
 
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")

@@ -1,4 +1,4 @@
-"""The service's processes: ``python -m service serve``, ``migrate`` and ``rotate-secrets``."""
+"""The service's processes: ``python -m service`` with one of the commands below."""
 
 import gc
 
@@ -7,10 +7,13 @@ if __name__ == "__main__":
     gc.disable()
 
 import argparse
+import json
 import os
 import signal
 import socket
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -19,9 +22,11 @@ from fastapi import FastAPI
 
 from dar.disk import PRIVATE
 from dar.errors import DARError
+from dar.output import written_output
 from dar.settings import Settings, load_settings
-from service import keys, migrate
+from service import audit, keys, migrate
 from service.app import create_app, prepare
+from service.artifacts import Artifacts
 from service.http import connections, log
 from service.secret_box import SecretBox
 from service.store import reward_secrets
@@ -69,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     serve_parser.add_argument("--port", type=int, help="port to bind to (default: DAR_PORT)")
     commands.add_parser("migrate", help="upgrade the database schema and stop")
     commands.add_parser("rotate-secrets", help="store all secrets under the newest key and stop")
+    audit_parser = commands.add_parser("audit", help="check that nothing was lost or doubled")
+    audit_parser.add_argument("--acknowledged", type=Path, help="JSON lines with job_id and key")
+    audit_parser.add_argument("--quick", action="store_true", help="read no file of a checkpoint")
+    audit_parser.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = parser.parse_args(arguments)
     os.umask(PRIVATE)
     log.configure("info")
@@ -77,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _migrate(load_settings())
         if chosen.command == "rotate-secrets":
             return _rotate_secrets(load_settings())
+        if chosen.command == "audit":
+            return _audit(load_settings(), chosen)
         return _serve(load_settings(host=chosen.host, port=chosen.port))
     except DARError as error:
         structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
@@ -103,6 +114,22 @@ def _rotate_secrets(settings: Settings) -> int:
     structlog.get_logger().info("secrets are stored under the newest key", count=count)
     database.close()
     return 0
+
+
+def _audit(settings: Settings, chosen: argparse.Namespace) -> int:
+    """Print what the auditor finds. Returns 1 if it finds anything."""
+    log.configure(settings.log_level)
+    with written_output("dar doctor"):
+        database = Database(settings.sqlalchemy_url)
+        database.wait(settings.database_wait_seconds)
+        migrate.check_current(database)
+        acknowledged = audit.read_acknowledged(chosen.acknowledged) if chosen.acknowledged else ()
+        artifacts = Artifacts(settings.artifacts_path)
+        report = audit.audit(database, artifacts, acknowledged, is_hashing=not chosen.quick)
+        database.close()
+        lines = audit.lines(report)
+        print(json.dumps(asdict(report)) if chosen.json else "\n".join(lines))  # noqa: T201 - the command's result
+    return 1 if report.findings else 0
 
 
 def _serve(settings: Settings) -> int:

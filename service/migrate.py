@@ -68,6 +68,19 @@ def upgrade(settings: Settings, database: Database) -> None:
             command.upgrade(config(connection), "head")
 
 
+def check_current(database: Database) -> None:
+    """Raise unless the database has exactly the schema of this code.
+
+    Raises:
+        ConfigurationError: It has another one, or none.
+    """
+    if (found := current(database)) != head():
+        raise ConfigurationError(
+            f"the database schema is at {found or 'nothing'}, and this code needs {head()}; run "
+            "the version that made it, or 'dar migrate'"
+        )
+
+
 def _check_known(revision: str | None) -> None:
     if revision is None:
         return

@@ -7,6 +7,7 @@ import structlog
 
 from dar.client.transport import Backoff
 from dar.errors import AuthenticationError, DARError, PermissionDeniedError
+from dar.fault_points import fault_point
 from dar.protocol.worker import Lease
 from dar.settings import Settings
 from worker.api import WorkerClient
@@ -85,6 +86,7 @@ class Slot:
 
     def _serve(self, lease: Lease) -> None:
         self._lease_id = lease.lease_id
+        fault_point("worker.claimed")
         try:
             Supervisor(self._settings, lease, self._folder, self.drain, command=self._command).run()
         finally:

@@ -142,6 +142,40 @@ def rotate_secrets(home: Home = None) -> None:
     )
 
 
+@app.command()
+def doctor(
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Check every job, attempt, event and checkpoint."),
+    ] = False,
+    home: Home = None,
+    acknowledged: Annotated[
+        Path | None,
+        typer.Option(
+            help='With --audit: what clients saw accepted, lines of {"job_id": …, "key": …}.'
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="With --audit: do not read the files of checkpoints.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check on the service's host that nothing was lost, doubled or damaged.
+
+    Reads the database and the artifacts, and changes nothing; the service may run meanwhile. Exits
+    with 1 if a rule is broken. Example: dar doctor --audit --quick
+    """
+    if not audit:
+        raise typer.BadParameter(
+            "name what to check; --audit checks all jobs", param_hint="--audit"
+        )
+    options = ["--acknowledged", str(acknowledged)] if acknowledged else []
+    options += ["--quick"] * quick + ["--json"] * json
+    import_module("dar.processes").become(
+        "service", "alembic", "service", "audit", *options, home=home
+    )
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,

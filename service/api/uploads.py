@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from dar.errors import ConflictError, InvalidRequestError, NotFoundError
+from dar.fault_points import fault_point
 from dar.protocol.base import MAX_COUNT
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 from dar.protocol.worker import AttemptOf, CheckpointUpload, RegisterCheckpoint
@@ -87,6 +88,7 @@ def commit(
     checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
     if checkpoint.status == "pending":
         manifest_bytes = artifacts.verify(_upload(runtime, checkpoint))
+        fault_point("service.verified")
         with runtime.database.write() as transaction:
             held = fence.hold(transaction, lease_id, body.attempt)
             checkpoints.publish(transaction, held.job, checkpoint, manifest_bytes)

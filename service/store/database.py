@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from dar.errors import ConfigurationError, ServiceUnavailableError
+from dar.fault_points import fault_point
 from dar.rewards.http.redaction import Redactor
 
 Result = TypeVar("Result")
@@ -104,7 +105,9 @@ class Database:
             Transaction(self.engine, self._clock, is_writing=True) as transaction,
         ):
             yield transaction
+            fault_point("service.committing")
             transaction.commit()
+        fault_point("service.committed")
         for hook in transaction.hooks:
             hook()
 

@@ -1,5 +1,6 @@
 """A real PostgreSQL out of a wheel."""
 
+import contextlib
 import getpass
 import os
 import pwd
@@ -10,6 +11,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import psycopg
 
 # Importing the wheel's package warns about the environment; only its binaries are wanted.
@@ -33,7 +35,12 @@ class Postgres:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self._run("initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync")
-        self.process = subprocess.Popen(
+        self.process = self._start()
+        self._count = 0
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        folder = self.folder
+        return subprocess.Popen(
             [
                 BINARIES / "postgres",
                 *("-D", folder / "data", "-p", str(self.port), "-k", folder),
@@ -44,7 +51,17 @@ class Postgres:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self._count = 0
+
+    def restart_killed(self) -> None:
+        """SIGKILL the server and all its processes, start it again, and wait until it answers."""
+        main = psutil.Process(self.process.pid)
+        for process in [main, *main.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+        self.process = self._start()
+        self.wait()
 
     @property
     def _run_as(self) -> str | None:

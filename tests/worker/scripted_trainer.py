@@ -1,8 +1,10 @@
 """A trainer that speaks the whole protocol of `worker.attempt` and computes nothing: its steps take
 a moment each.
 
-The weights it publishes are a function of the job's seed and the step alone. What else it does
-stands in the job's metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an error),
+Each step makes the next state out of the one before (`fakes.scripted_states`), and checkpoints hold
+it: a step that is left out, repeated or resumed from another job shows in the weights. What else it
+does stands in the job's metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an
+error),
 ``seconds`` (per step), ``deaf`` (no order is heeded), ``metric`` (one more, by that name), ``nul``
 (whatever it says holds one). With ``die`` it kills itself at ``crash_at``.
 """
@@ -15,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from dar.errors import (
     HubUnreachableError,
     RewardMisconfiguredError,
@@ -23,19 +27,20 @@ from dar.errors import (
 )
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.samples import ReportedSample
+from fakes.scripted_states import next_state, state_after, weights
 from worker.attempt.main import How, SpoolSink, StdinControl, leave, main
 from worker.launch import Launch
 
 
-def publish(launch: Launch, sink: SpoolSink, step: int) -> None:
+def publish(launch: Launch, sink: SpoolSink, step: int, state: bytes) -> None:
     folder = launch.folder / "work" / "checkpoints" / f"step-{step}"
     fresh = folder.with_name(f".tmp-{folder.name}")
     (fresh / "resume").mkdir(parents=True, exist_ok=True)
     contents = {
         "config.json": b"{}",
         "empty.txt": b"",
-        "model.safetensors": hashlib.sha256(f"{launch.seed}/{step}".encode()).digest() * 40_000,
-        "resume/state.json": json.dumps({"step": step}).encode(),
+        "model.safetensors": weights(state),
+        "resume/state.json": json.dumps({"step": step, "state": state.hex()}).encode(),
     }
     for name, content in contents.items():
         (fresh / name).write_bytes(content)
@@ -91,13 +96,14 @@ def say_refused(launch: Launch, sink: SpoolSink) -> None:
     """Two steps are done when the reward service refuses; it echoes the secret."""
     for step in (1, 2):
         sink.metrics(step, {"dar/loss": 1 / step})
-    publish(launch, sink, 2)
+    publish(launch, sink, 2, state_after(launch.seed, 2))
     raise RewardMisconfiguredError(
         f"reward service http://127.0.0.1:1 : HTTP 401: not {launch.reward_secret}", code="http_401"
     )
 
 
-def begin(launch: Launch, script: dict[str, str], sink: SpoolSink) -> int:
+def begin(launch: Launch, script: dict[str, str], sink: SpoolSink) -> tuple[int, bytes]:
+    """The step that was done last, and the state after it."""
     assert launch.model_folder is not None
     assert (launch.model_folder / "config.json").is_file()
     if script.get("exit") == "user":
@@ -111,10 +117,9 @@ def begin(launch: Launch, script: dict[str, str], sink: SpoolSink) -> int:
     if script.get("exit") == "fault":
         raise RecursionError(f"too deep\nin {launch.folder}")
     if launch.resume_from is None:
-        return 0
-    step = json.loads((launch.resume_from / "resume" / "state.json").read_text())["step"]
-    assert isinstance(step, int)
-    return step
+        return 0, state_after(launch.seed, 0)
+    kept = json.loads((launch.resume_from / "resume" / "state.json").read_text())
+    return int(kept["step"]), bytes.fromhex(kept["state"])
 
 
 def crash(launch: Launch, script: dict[str, str], step: int) -> None:
@@ -133,16 +138,17 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     if "nul" in script:
         say_nul(sink)
     say_files(launch, sink)
-    first = begin(launch, script, sink)
+    first, state = begin(launch, script, sink)
     for step in range(first + 1, launch.total_steps + 1):
         sink.phase("training", step - 1)
         time.sleep(float(script.get("seconds", "0.02")))
         request = None if "deaf" in script else control.requested()
         if request == "cancel":
             return "cancelled"
+        state = next_state(state)
         sink.metrics(step, {"dar/loss": 1 / step, "dar/rewards_mean": float("nan")} | odd)
         if step % every == 0 or step == launch.total_steps or request == "drain":
-            publish(launch, sink, step)
+            publish(launch, sink, step, state)
         if request == "drain":
             return "drained"
         crash(launch, script, step)
@@ -150,5 +156,4 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     leave(main(train))

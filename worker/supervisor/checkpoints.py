@@ -9,6 +9,7 @@ import structlog
 
 from dar.client.transport import Backoff
 from dar.errors import CheckpointError, ConflictError, FencedError
+from dar.fault_points import fault_point
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, NewCheckpointRow, RegisterCheckpoint
 from worker.api import LONGEST_PAUSE_SECONDS, WorkerClient
@@ -125,6 +126,7 @@ class CheckpointUploader:
                 )
             for file in files:
                 self._send_file(folder, upload, file)
+            fault_point("worker.uploaded")
             self._client.until_answered(
                 lambda: self._client.commit(lease_id, upload.checkpoint_id, attempt),
                 "commit checkpoint",

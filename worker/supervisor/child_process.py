@@ -29,6 +29,7 @@ PASSED_ON = (
     *("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    "DAR_FAULT_POINTS",
 )
 """Variables of the worker's environment that its trainers get; no key is among them."""
 

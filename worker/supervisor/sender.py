@@ -6,6 +6,7 @@ from collections.abc import Callable
 import orjson
 
 from dar.errors import ConflictError
+from dar.fault_points import fault_point
 from dar.protocol.worker import NewCheckpointRow
 from worker.api import WorkerClient
 from worker.folders import AttemptRecord
@@ -36,6 +37,7 @@ def send_batch(
                 f"the service acknowledges row {ack.acked_seq} of {record.job_id}, "
                 f"but was sent {rows[0].seq}"
             )
+        fault_point("worker.sent")
         reader.ack(ack.acked_seq)
     return rows
 

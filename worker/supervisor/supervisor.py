@@ -16,6 +16,7 @@ import structlog
 
 from dar.disk import read_if_there
 from dar.errors import DARError, ModelNotFoundError
+from dar.fault_points import fault_point
 from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
@@ -155,6 +156,7 @@ class Supervisor:
             return of_the_user(self._lease.attempt, error)
         except DARError as error:
             return failure(self._lease.attempt, error)
+        fault_point("worker.fetched")
         ended = self._train(inputs)
         if self._state.lost.is_set():
             return None
@@ -180,6 +182,7 @@ class Supervisor:
         uploader = self._state.spawn("uploader", self._uploader.run)
         trainer = TrainerProcess(self._command, self._folder, launch, environment)
         log.info("trainer started", pid=trainer.pid)
+        fault_point("worker.started")
         bridge = self._bridge = RewardBridge(self._state, self._new_client(), trainer.send_news)
         self._state.spawn("rewards", lambda: bridge.run(trainer.notes))
         try:
@@ -190,6 +193,7 @@ class Supervisor:
             trainer.kill()
         is_crash = ended.code not in set(ExitCode) - {ExitCode.CRASHED}
         log.info("trainer ended", code=ended.code, **({"log": ended.log_tail} if is_crash else {}))
+        fault_point("worker.trained")
         self._deliver(sender, uploader, is_finished=ended.code == ExitCode.FINISHED)
         return ended
 
@@ -242,6 +246,7 @@ class Supervisor:
         return judge(self._lease.attempt, ended, result, self._stopping.asked)
 
     def _report(self, end: AttemptEnd) -> None:
+        fault_point("worker.delivered")
         report = self._complete(end) if isinstance(end, Finished) else end
         # The limit for rows and checkpoints does not apply to this report.
         self._state.gives_up_at = None
@@ -251,6 +256,7 @@ class Supervisor:
             "end of attempt",
             give_up=self._is_late,
         )
+        fault_point("worker.reported")
         log.info("end of attempt reported", job=self._lease.job_id, status=outcome.status)
         if outcome.status == "succeeded":  # after any other end the job may be resumed
             self._caches.forget(self._lease.job_id)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dar.disk import file_sha256, sync, sync_tree
 from dar.errors import CheckpointError
+from dar.fault_points import fault_point
 from dar.protocol.checkpoints import (
     MANIFEST_NAME,
     RESUME_FOLDER,
@@ -80,16 +81,22 @@ def publish(
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / RESUME_FOLDER).mkdir(parents=True)
     try:
+        fault_point("checkpoint.begun")
         write(temporary)
+        fault_point("checkpoint.written")
         made = manifest(_describe(temporary))
         body = made.model_dump_json(indent=1).encode()
         (temporary / MANIFEST_NAME).write_bytes(body)
+        fault_point("checkpoint.described")
         sync_tree(temporary)
+        fault_point("checkpoint.synced")
         target = root / f"step-{step}"
         if target.exists():  # of an attempt that died after its rename
             shutil.rmtree(target)
         temporary.rename(target)
+        fault_point("checkpoint.renamed")
         sync(root)
+        fault_point("checkpoint.published")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
