@@ -23,9 +23,6 @@ setup: $(STAMP)  ## make .venv with everything in it
 demo: setup  ## train a small model against a reward service, through the real system
 	@$(BIN)/dar demo
 
-# Tests start some hundred processes, which would compile the product anew each time.
-unexport PYTHONDONTWRITEBYTECODE
-
 # More processes than cores: tests of whole installations wait for a third of their time.
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations 30
 

@@ -1,6 +1,7 @@
 """Upgrades the database schema when the service starts; safe with several processes at once."""
 
 import fcntl
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -30,8 +31,9 @@ def config(connection: Connection | None = None) -> Config:
     return made
 
 
+@functools.cache
 def head() -> str:
-    """The revision that this code needs."""
+    """The revision that this code needs. Alembic executes every migration to find it."""
     revision = ScriptDirectory.from_config(config()).get_current_head()
     assert revision is not None
     return revision

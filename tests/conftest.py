@@ -2,8 +2,8 @@
 
 import gc
 import logging
+import os
 import socket
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,16 +12,20 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from filelock import FileLock
+from sqlalchemy import Engine, event
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from dar.settings import load_settings
 from fakes.smollm2 import smollm2_folder
+from service.store import database
 
-LONGEST_FIRST = ("e2e", "parallel", "demo", "worker", "cli", "store", "api")
+LONGEST_FIRST = ("e2e", "parallel", "worker", "store", "demo", "project", "cli", "client")
 """Slow folders, slowest first: their tests start before all others."""
-TOGETHER = ("e2e", "worker", "store", "client")
-"""Folders whose tests share an expensive fixture: an installation, a PostgreSQL or a service."""
+TOGETHER = ("e2e", "worker", "store", "client", "project")
+"""Folders whose tests share something expensive: an installation, a database, a parsed tree."""
+COMPUTING = ("training", "continuity")
+"""Folders whose tests compute. Those of the others wait for sockets and processes."""
 _ENDS: defaultdict[Path, ExitStack] = defaultdict(ExitStack)
 
 
@@ -41,12 +45,38 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
+    """Start with what takes longest; then mix files that compute with files that wait.
+
+    Several files that wait at the same time would leave a core idle.
+    """
+    first: dict[int, list[pytest.Item]] = defaultdict(list)
+    files: dict[bool, dict[Path, list[pytest.Item]]] = {True: {}, False: {}}
+    for item in items:
         folders = item.path.relative_to(Path(__file__).parent).parts
         places = [LONGEST_FIRST.index(name) for name in folders if name in LONGEST_FIRST]
-        return min(places, default=len(LONGEST_FIRST))
+        if places:
+            first[min(places)].append(item)
+        else:
+            files[folders[0] in COMPUTING].setdefault(item.path, []).append(item)
+    mixed = sorted(
+        (
+            ((number + 0.5) / len(group), of_file)
+            for group in files.values()
+            for number, of_file in enumerate(group.values())
+        ),
+        key=lambda placed: placed[0],
+    )
+    items[:] = [item for place in sorted(first) for item in first[place]]
+    items += [item for _, of_file in mixed for item in of_file]
 
-    items.sort(key=place)
+
+def pytest_configure() -> None:
+    """Keep compiled modules, also those of the processes that tests start.
+
+    Tests start some hundred processes, which would compile the product anew each time.
+    """
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # noqa: TID251 - Python's own, no setting of ours
 
 
 def pytest_collection() -> None:
@@ -106,6 +136,33 @@ def _logs_of_this_test_alone() -> None:
     root.setLevel(logging.WARNING)
 
 
+_COMPILED: dict[str, Engine] = {}
+"""Name of a dialect -> the first engine that has connected with it."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _statements_compiled_once() -> Iterator[None]:
+    """Let the engines of all databases share the statements that one of their kind has compiled.
+
+    Most tests have a database of their own, and compiling takes longer than executing.
+    """
+    make = database._engine
+
+    def engine_of(url: str) -> Engine:
+        engine = make(url)
+        name = engine.dialect.name
+        first = _COMPILED.get(name)
+        if first is None:  # a dialect knows its server only after it has connected
+            event.listen(engine, "connect", lambda *_: _COMPILED.setdefault(name, engine))
+        else:
+            engine.dialect, engine._compiled_cache = first.dialect, first._compiled_cache
+        return engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "_engine", engine_of)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder that all test processes of this run share, for expensive files."""
@@ -122,10 +179,12 @@ def reviews_base(shared_folder: Path) -> Path:
     folder = shared_folder / "reviews-base"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            command = [sys.executable, "-m", "dar.training.demo", "base", "--steps", "12"]
-            subprocess.run(
-                [*command, "--folder", str(folder)], check=True, stdout=subprocess.DEVNULL
-            )
+            import torch  # noqa: PLC0415 - at the top it would slow each run of a few tests
+
+            from dar.training.demo.base import train_base  # noqa: PLC0415 - it imports torch
+
+            torch.set_num_threads(1)
+            train_base(folder, steps=12, seed=0)
     return folder
 
 

@@ -121,21 +121,6 @@ def test_an_empty_key_or_secret_is_not_set(
 FOLDERS = ("DAR_HOME", "DAR_MODELS_DIR", "DAR_ARTIFACTS_DIR", "DAR_WORK_DIR")
 
 
-@pytest.mark.parametrize("main", [migrate, run_worker])
-@pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize(
-    ("value", "why"), [("", "is empty"), (" ", "is empty"), ("~nosuchuser/x", "home of no user")]
-)
-def test_a_folder_that_is_none_is_refused(
-    start: Start, main: Callable[[], int], name: str, value: str, why: str
-) -> None:
-    code, said = start(main, **{name: value})
-    assert code in {1, 78}
-    assert said.count("\n") == 1
-    assert f"{name}: " in said
-    assert why in said
-
-
 def test_an_empty_folder_of_caches_is_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert Settings().cache_home == Path("~/.cache").expanduser()
@@ -152,6 +137,9 @@ def test_an_empty_home_is_not_the_current_folder(command: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
+        *((name, "", "is empty") for name in FOLDERS),
+        *((name, " ", "is empty") for name in FOLDERS),
+        *((name, "~nosuchuser/x", "home of no user") for name in FOLDERS),
         ("DAR_NODE", "", "1 to 128 ASCII"),
         ("DAR_NODE", "b\u00fcro", "1 to 128 ASCII"),
         ("DAR_NODE", " n", "1 to 128 ASCII"),

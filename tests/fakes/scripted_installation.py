@@ -38,7 +38,7 @@ def wait_until(
     while not (found := look()):
         if time.monotonic() > until:
             raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(0.05)
+        time.sleep(0.1)
     return found
 
 

@@ -6,8 +6,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 HEAVY = {"torch", "transformers", "numpy", "accelerate", "datasets", "peft"}
 
 
@@ -28,24 +26,18 @@ def test_the_names_of_dar_are_listed_before_they_are_loaded() -> None:
     assert not modules_after("import dar; assert 'DARTrainer' in dir(dar)") & HEAVY
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import service.app",
-        "import worker.app",
-        "import dar.client",
-        "import dar.rewards.server",
-        "import dar.cli.up",
-    ],
-)
-def test_torch_is_never_loaded_outside_the_trainer(statement: str) -> None:
-    assert not modules_after(statement) & {
-        "torch",
-        "transformers",
-        "accelerate",
-        "datasets",
-        "peft",
-    }
+OUTSIDE = ("dar.client", "dar.rewards.server", "dar.cli.up", "worker.app", "service.app")
+TORCH = ("torch", "transformers", "accelerate", "datasets", "peft")
+
+
+def test_torch_is_never_loaded_outside_the_trainer() -> None:
+    statement = (
+        "import importlib\n"
+        f"for name in {OUTSIDE}:\n"
+        "    importlib.import_module(name)\n"
+        f"    assert not set({TORCH}) & set(sys.modules), name"
+    )
+    assert not modules_after(statement) & set(TORCH)
 
 
 def test_the_command_line_loads_no_server_to_show_its_help() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ def test_checks_hold_on_every_table(database: Database) -> None:
         assert named == found, table.name
 
 
+@pytest.fixture
+def own(empty_url: str, tmp_path: Path) -> Iterator[Database]:
+    """A migrated database whose schema the test may change."""
+    opened = Database(empty_url)
+    migrate.upgrade(Settings(home=tmp_path), opened)
+    yield opened
+    opened.close()
+
+
 @pytest.mark.slow  # two processes on each database
 def test_two_processes_that_start_at_once_migrate_once(empty_url: str, tmp_path: Path) -> None:
     settings = environment() | {"DAR_HOME": str(tmp_path / "home"), "DAR_DATABASE_URL": empty_url}
@@ -47,11 +57,11 @@ def test_two_processes_that_start_at_once_migrate_once(empty_url: str, tmp_path:
     database.close()
 
 
-def test_a_schema_newer_than_the_code_is_refused(database: Database, tmp_path: Path) -> None:
-    with database.write() as transaction:
+def test_a_schema_newer_than_the_code_is_refused(own: Database, tmp_path: Path) -> None:
+    with own.write() as transaction:
         transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(ConfigurationError, match="newer than this code"):
-        migrate.upgrade(Settings(home=tmp_path), database)
+        migrate.upgrade(Settings(home=tmp_path), own)
 
 
 def test_without_leave_to_migrate_an_old_schema_is_refused(empty_url: str, tmp_path: Path) -> None:
@@ -61,10 +71,10 @@ def test_without_leave_to_migrate_an_old_schema_is_refused(empty_url: str, tmp_p
     database.close()
 
 
-def test_a_downgrade_leaves_nothing_behind(database: Database) -> None:
-    with database.engine.connect() as connection:
+def test_a_downgrade_leaves_nothing_behind(own: Database) -> None:
+    with own.engine.connect() as connection:
         command.downgrade(migrate.config(connection), "base")
-    assert set(inspect(database.engine).get_table_names()) == {"alembic_version"}
+    assert set(inspect(own.engine).get_table_names()) == {"alembic_version"}
 
 
 def test_a_database_that_never_answers_is_told_of_within_the_wait(tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 Only the training is scripted (`scripted_trainer.py`).
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dar.rewards.server import reward_server
+from fakes import loopback
 from fakes.scripted_installation import ScriptedInstallation, Valkey, free_port
 
 
@@ -38,6 +42,20 @@ def installation(shared: ScriptedInstallation) -> Iterator[ScriptedInstallation]
             worker.kill()
             worker.wait()
     shared.workers.clear()
+
+
+@pytest.fixture
+def reward_url(installation: ScriptedInstallation) -> Iterator[str]:
+    """A signed reward service that takes its time."""
+    secret = (installation.home / "reward_secret").read_text().strip()
+
+    @reward_server(secret=secret)
+    def app(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+        time.sleep(0.1)
+        return [text.count("w4") / 8 for text in completions]
+
+    with loopback.serving(app) as url:
+        yield f"{url}/score"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes.scripted_installation import FAST, ScriptedInstallation
+from fakes.scripted_installation import ScriptedInstallation
 
 
 def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
@@ -240,11 +240,12 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_on
     worker.kill()
     worker.wait()
     installation.until(lambda: installation.trainers() == [], seconds=2)
-    start = time.monotonic()
     installation.start_worker()
-    installation.until(lambda: installation.job(job_id)["attempt"] == 2)
-    assert time.monotonic() - start < FAST["lease_ttl_seconds"] / 2
-    assert installation.wait(job_id, "succeeded", "failed")["status"] == "succeeded"
+    job = installation.wait(job_id, "succeeded", "failed")
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    said = " ".join(installation.messages(job_id))
+    assert "was restarted" in said, "its claim ended the lease of the killed worker"
+    assert "has sent no heartbeat" not in said, "the lease would have expired later"
     assert installation.steps(job_id) == list(range(1, 41))
     installation.until(lambda: installation.attempt_folders() == [])
 

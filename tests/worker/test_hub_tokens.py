@@ -1,18 +1,15 @@
 """The token with which a worker's trainers load gated models: where it comes from and may be."""
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from dar.cli.up import WITHHELD_FROM_SERVICE
 from dar.errors import ConfigurationError
-from dar.rewards.server import reward_server
 from dar.settings import environment, load_settings
-from fakes import loopback, tiny_models
+from fakes import tiny_models
 from fakes.hub import Hub, files_in
 from fakes.scripted_installation import ScriptedInstallation
 from worker.supervisor.child_process import trainer_environment
@@ -74,20 +71,6 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     }
     with Hub(repositories, gated=REPOSITORIES, readers={TOKEN: REPOSITORIES}) as server:
         yield server
-
-
-@pytest.fixture
-def reward_url(installation: ScriptedInstallation) -> Iterator[str]:
-    """A signed reward service that takes its time."""
-    secret = (installation.home / "reward_secret").read_text().strip()
-
-    @reward_server(secret=secret)
-    def app(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-        time.sleep(0.1)
-        return [text.count("w4") / 8 for text in completions]
-
-    with loopback.serving(app) as url:
-        yield f"{url}/score"
 
 
 def shown_by(process: psutil.Process) -> str:

@@ -7,33 +7,16 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from dar.rewards.server import reward_server
-from fakes import loopback
 from fakes.scripted_installation import ScriptedInstallation
 
 GOLDEN = Path(__file__).parents[1] / "training" / "golden"
 PROMPTS = b'{"prompt": "w10 w20"}\n{"prompt": "w30"}\n{"prompt": "w5 w6 w7"}\n'
-
-
-@pytest.fixture
-def reward_url(installation: ScriptedInstallation) -> Iterator[str]:
-    """A signed reward service that takes its time."""
-    secret = (installation.home / "reward_secret").read_text().strip()
-
-    @reward_server(secret=secret)
-    def app(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-        time.sleep(0.1)
-        return [text.count("w4") / 8 for text in completions]
-
-    with loopback.serving(app) as url:
-        yield f"{url}/score"
 
 
 @pytest.fixture
