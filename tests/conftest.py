@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, event
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -77,6 +78,10 @@ def pytest_configure() -> None:
     """
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # noqa: TID251 - Python's own, no setting of ours
+    # A busy machine makes the first examples slow, which says nothing about the code.
+    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("patient", patient)
+    settings.load_profile("patient")
 
 
 def pytest_collection() -> None:
