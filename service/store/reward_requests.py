@@ -364,6 +364,25 @@ def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str
     return {job_id: number for job_id, number in rows if number is not None}
 
 
+def shift_deadlines(transaction: Transaction, forward: timedelta) -> None:
+    """Move the deadlines that were ahead before the clock was set ``forward``, by as much.
+
+    A request that is moved twice only stays open for longer; its trainer has a clock of its own.
+    """
+    rows = transaction.scalars(
+        select(RewardRequestRow)
+        .where(
+            RewardRequestRow.state == "waiting",
+            RewardRequestRow.deadline > transaction.now - forward,
+        )
+        .order_by(RewardRequestRow.id)
+        .with_for_update()
+    ).all()
+    for row in rows:
+        row.deadline += forward
+    transaction.flush()
+
+
 def forget(transaction: Transaction) -> None:
     """Delete expired requests."""
     ended = select(JobRow.id).where(JobRow.status.in_(TERMINAL))

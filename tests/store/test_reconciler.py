@@ -1,19 +1,22 @@
 """The reconciler: patient when nobody could have renewed, thorough otherwise."""
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
-from fakes.world import World
+from fakes.world import TTL, World
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.store import jobs
+from service.store import fence, jobs, leases
 from service.store.tables import FileRow
 
 
@@ -46,12 +49,31 @@ class Setup:
         )
 
     def pass_time(self, seconds: float, step: float = 10) -> None:
-        """Passes of the reconciler while time goes by."""
+        """Passes of the reconciler while time goes by; as in its thread, one that fails is over."""
         while seconds > 0:
             self.elapsed += min(step, seconds)
             self.world.clock.advance(min(step, seconds))
             seconds -= step
-            self.reconciler.run_once()
+            with contextlib.suppress(OperationalError):
+                self.reconciler.run_once()
+
+    def renew(self, held: fence.Held) -> None:
+        with self.world.database.write() as transaction:
+            now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
+            leases.renew(transaction, now, TTL, None)
+
+    @contextlib.contextmanager
+    def outage(self, *statements: str) -> Iterator[None]:
+        """Let statements that begin with one of these words fail, as those of a lost database."""
+
+        def fail(*arguments: Any) -> None:
+            if arguments[2].startswith(statements):
+                raise OperationalError(arguments[2], None, Exception("the database is away"))
+
+        engine = self.world.database.engine
+        event.listen(engine, "before_cursor_execute", fail)
+        yield
+        event.remove(engine, "before_cursor_execute", fail)
 
 
 @pytest.fixture
@@ -77,6 +99,66 @@ def test_no_lease_ends_within_one_ttl_of_a_gap(setup: Setup, ttl_seconds: float)
     assert setup.world.attempt(held).status == "running"
     setup.pass_time(40)
     assert setup.world.attempt(held).status == "lost"
+
+
+def away(setup: Setup, seconds: float) -> None:
+    with setup.outage("SELECT", "UPDATE", "INSERT"):
+        setup.pass_time(seconds)
+
+
+def full(setup: Setup, seconds: float) -> None:
+    with setup.outage("UPDATE", "INSERT"):
+        setup.pass_time(seconds)
+
+
+def flapping(setup: Setup, seconds: float) -> None:
+    for _ in range(int(seconds / 20)):
+        away(setup, 20)
+        setup.pass_time(1)
+
+
+def stopped(setup: Setup, seconds: float) -> None:
+    setup.elapsed += seconds
+    setup.world.clock.advance(seconds)
+
+
+def forward(setup: Setup, _: float) -> None:
+    setup.world.clock.advance(3600)
+
+
+def back(setup: Setup, _: float) -> None:
+    setup.world.clock.advance(-3600)
+
+
+@pytest.mark.parametrize("trouble", [away, full, flapping, stopped, forward, back])
+def test_after_any_trouble_a_lease_ends_one_ttl_later_unless_its_holder_renews_it(
+    setup: Setup, ttl_seconds: float, trouble: Callable[[Setup, float], None]
+) -> None:
+    setup.pass_time(20)
+    alive, gone = setup.world.running(), setup.world.running()
+    setup.pass_time(10)
+    trouble(setup, 3 * ttl_seconds)
+    setup.pass_time(ttl_seconds - 30)
+    assert setup.world.attempt(gone).status == "running", "its worker had no time to renew it"
+    setup.renew(alive)
+    setup.pass_time(50)
+    assert setup.world.attempt(gone).status == "lost", "nothing waits until a clock catches up"
+    assert setup.world.attempt(alive).status == "running"
+    assert setup.world.job(alive.job.id).attempt == 1
+
+
+def test_a_pass_that_finds_nothing_to_do_writes_nothing(setup: Setup) -> None:
+    held = setup.world.running(keep_last=2)
+    setup.world.publish(held, 2)
+    setup.reconciler.run_once()  # the first one sweeps
+    ends: list[str] = []
+    for name in ("commit", "begin"):
+        event.listen(setup.world.database.engine, name, lambda *_, name=name: ends.append(name))
+    for _ in range(3):
+        setup.renew(held)
+        del ends[:]
+        setup.pass_time(10)
+        assert ends == ["begin"], "one transaction, which reads"
 
 
 def test_a_job_that_nobody_claims_is_called_out_again(setup: Setup) -> None:
