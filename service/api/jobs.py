@@ -49,7 +49,9 @@ async def create_job(
 ) -> Job:
     """Submit a job after probing its reward services.
 
-    A request with the ``Idempotency-Key`` of an earlier one returns the earlier job.
+    A request with the ``Idempotency-Key`` of an earlier one returns the earlier job, with the
+    header ``Idempotency-Replayed: true``. Without a key, a client's retry does so too, recognised
+    by its ``x-stainless-retry-count`` and body, with ``Idempotency-Replayed: inferred``.
     """
     submitted = await submission.submit(
         runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count

@@ -17,7 +17,7 @@ from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, leases, reward_requests
+from service.store import checkpoints, fence, files, leases, reward_requests, submission_claims
 from service.store.database import Database
 
 log = structlog.get_logger()
@@ -231,7 +231,9 @@ class Reconciler:
         """Give waits that a clock set forward would end at once the time that they had."""
         log.warning("the clock of the database was set forward", seconds=round(seconds, 1))
         with self._database.write() as transaction:
-            reward_requests.shift_deadlines(transaction, timedelta(seconds=seconds))
+            forward = timedelta(seconds=seconds)
+            reward_requests.shift_deadlines(transaction, forward)
+            submission_claims.shift(transaction, forward)
 
     def _expire(self, lease_id: str, seen: datetime) -> None:
         with self._database.write() as transaction:
@@ -252,10 +254,11 @@ class Reconciler:
                 checkpoints.mark_removed(transaction, item.id)
 
     def _sweep(self) -> None:
-        """Delete old reward requests, and uploaded files without a row."""
+        """Delete old reward requests and submissions, and uploaded files without a row."""
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
         with self._database.write() as transaction:
             reward_requests.forget(transaction)
+            submission_claims.forget(transaction)
         old = self._artifacts.old_files()
         with self._database.read() as transaction:
             known = files.known(transaction, old)

@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     CheckConstraint,
     Float,
@@ -151,6 +152,20 @@ class JobRow(Base):
     def parsed_spec(self) -> JobSpec:
         """The spec as a model."""
         return JobSpec.model_validate(self.spec)
+
+
+class SubmissionClaimRow(Base):
+    """The recent submissions of one body without an ``Idempotency-Key``, by one API key."""
+
+    __tablename__ = "submission_claims"
+    __table_args__ = (Index(None, "seen_at"),)
+
+    api_key_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    calls: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    """See `service.store.submission_claims.Call`; the newest last."""
+    seen_at: Mapped[datetime]
+    """When the newest try arrived."""
 
 
 class JobInputRow(Base):
