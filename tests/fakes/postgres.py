@@ -4,6 +4,7 @@ import getpass
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -85,7 +86,7 @@ class Postgres:
                 return
 
     def stop(self) -> None:
-        self.process.terminate()
+        self.process.send_signal(signal.SIGINT)  # SIGTERM would wait for its clients
         self.process.wait(30)
 
 
