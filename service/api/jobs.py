@@ -165,7 +165,7 @@ def _progress(job: tables.JobRow) -> Progress:
 def _estimated_finish(job: tables.JobRow) -> int | None:
     if job.status != "running" or job.started_at is None or job.step == 0:
         return None
-    elapsed = datetime.now(UTC) - job.started_at
+    elapsed = max(datetime.now(UTC) - job.started_at, timedelta(0))
     left: timedelta = elapsed / job.step * (job.total_steps - job.step)
     return seconds(datetime.now(UTC) + left)
 

@@ -79,7 +79,7 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     waiting = aliased(JobRow)
     oldest = (
         select(waiting.id)
-        .where(_is_due(waiting, transaction.now))
+        .where(_is_due(waiting, transaction.now, timedelta(0)))
         .order_by(waiting.queued_at, waiting.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -95,15 +95,15 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     )
 
 
-def _is_due(job: type[JobRow], now: datetime) -> ColumnElement[bool]:
-    """Whether a worker may claim a job.
+def _is_due(job: type[JobRow], now: datetime, longer: timedelta) -> ColumnElement[bool]:
+    """Whether a worker may claim a job, and could do so ``longer`` ago.
 
     One that waits for its reward service is claimed only after a probe has passed, which removes
     the detail (`service.store.reward_pauses.note_probe`).
     """
     return and_(
         job.status == "queued",
-        job.not_before <= now,
+        transitions.has_waited(job, now, longer),
         job.status_detail.is_distinct_from("waiting_for_reward"),
     )
 
@@ -111,9 +111,7 @@ def _is_due(job: type[JobRow], now: datetime) -> ColumnElement[bool]:
 def count_due(transaction: Transaction, older_than: timedelta) -> int:
     """Number of unclaimed jobs in the queue that have been due for ``older_than``."""
     return transaction.scalars(
-        select(func.count())
-        .select_from(JobRow)
-        .where(_is_due(JobRow, transaction.now - older_than))
+        select(func.count()).select_from(JobRow).where(_is_due(JobRow, transaction.now, older_than))
     ).one()
 
 

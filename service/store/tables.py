@@ -129,6 +129,10 @@ class JobRow(Base):
     lost, fails or is drained leaves it unchanged."""
     not_before: Mapped[datetime]
     """Earliest claim; of a job that waits for its reward service, the service's next probe."""
+    not_before_set_at: Mapped[datetime | None] = mapped_column(
+        default=lambda context: context.get_current_parameters()["created_at"]
+    )
+    """When ``not_before`` was set; in the future if the clock was set back since then."""
     failed_attempts: Mapped[int] = mapped_column(default=0)
     """Attempts that were lost or failed. Drained attempts do not count."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
