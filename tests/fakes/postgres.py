@@ -1,5 +1,6 @@
 """A real PostgreSQL out of a wheel."""
 
+import contextlib
 import getpass
 import os
 import pwd
@@ -11,6 +12,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import psycopg
 
 # Importing the wheel's package warns about the environment; only its binaries are wanted.
@@ -34,18 +36,32 @@ class Postgres:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self._run("initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync")
+        self.start()
+        self._count = 0
+
+    def start(self) -> None:
+        """Start the server, also again after `kill`."""
         self.process = subprocess.Popen(
             [
                 BINARIES / "postgres",
-                *("-D", folder / "data", "-p", str(self.port), "-k", folder),
+                *("-D", self.folder / "data", "-p", str(self.port), "-k", self.folder),
                 *("-c", "fsync=off", "-c", "full_page_writes=off", "-c", "deadlock_timeout=200ms"),
             ],
             user=self._run_as,
-            cwd=folder,
+            cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self._count = 0
+
+    def kill(self) -> None:
+        """Kill the server and what it has started, as a loss of power does."""
+        leader = psutil.Process(self.process.pid)
+        processes = [leader, *leader.children()]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(30)
+        psutil.wait_procs(processes[1:], timeout=30)
 
     @property
     def _run_as(self) -> str | None:

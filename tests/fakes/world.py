@@ -90,7 +90,7 @@ class World:
     def claim(self, slot: str = "0", **values: str) -> fence.Held | None:
         self._count += 1
         asks = {"node": "node-1", "incarnation": "life-1", "boot_id": "boot-1"} | values
-        credential = leases.Credential(f"lease-{self._count:04d}", "0" * 64)
+        credential = leases.Credential(f"lease-{self._count:04d}-{slot}", "0" * 64)
         with self.database.write() as transaction:
             return leases.claim(transaction, Claim(slot=slot, **asks), credential, TTL)
 

@@ -1,7 +1,9 @@
 """The reconciler: patient when nobody could have renewed, thorough otherwise."""
 
 import contextlib
+import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -243,3 +245,73 @@ def uploaded(setup: Setup, file_id: str) -> FileRow:
         columns={},
         created_at=setup.world.clock.now,
     )
+
+
+class Claimers:
+    """Eight threads that claim every job until `stop`, each time for another slot."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._is_over = threading.Event()
+        self.claimed: list[tuple[str, int]] = []
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(8)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, claimer: int) -> None:
+        for number in itertools.count():
+            held = self._world.claim(slot=f"{claimer}-{number}")
+            if held is not None:
+                self.claimed.append((held.job.id, held.attempt.number))
+            elif self._is_over.wait(0.01):
+                return
+
+    def stop(self) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def steps_of(attempts: int) -> list[tuple[str, int]]:
+    """Status and attempt in the events of a job whose attempts were all lost but the last."""
+    steps = [("queued", 0), ("running", 1)]
+    for attempt in range(2, attempts + 1):
+        steps += [("queued", attempt - 1), ("running", attempt)]
+    return steps
+
+
+@pytest.mark.parametrize(
+    "count",
+    [20, pytest.param(200, marks=pytest.mark.slow)],  # 200 jobs, each of them twice
+)
+def test_reconcilers_and_claimers_at_once_claim_no_job_twice_and_end_each_lease_once(
+    world: World, tmp_path: Path, ttl_seconds: float, count: int, eventually: Any
+) -> None:
+    setups = [Setup(world, tmp_path / str(number), ttl_seconds) for number in range(3)]
+    ids = [f"ftjob-{number:04d}" for number in range(count)]
+    with world.database.write() as transaction:
+        for job_id in ids:
+            world.store(transaction, id=job_id)
+
+    def reconcile(setup: Setup) -> None:
+        for _ in range(5):
+            setup.elapsed += ttl_seconds / 4
+            setup.reconciler.run_once()
+
+    claimers = Claimers(world)
+    eventually(lambda: len(claimers.claimed) == count)
+    for setup in setups:
+        setup.reconciler.run_once()  # each has seen the leases now
+    threads = [threading.Thread(target=reconcile, args=(setup,)) for setup in setups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    eventually(lambda: len(claimers.claimed) >= 2 * count)
+    claimers.stop()
+    assert len(claimers.claimed) == len(set(claimers.claimed))
+    for job_id in ids:
+        moves = [row.data or {} for row in world.events(job_id)]
+        attempts = world.job(job_id).attempt
+        assert attempts >= 2
+        assert [(move["status"], move["attempt"]) for move in moves] == steps_of(attempts)
