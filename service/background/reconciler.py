@@ -123,8 +123,6 @@ class _Found:
     """Due jobs whose wake-up was probably lost."""
     is_removing: bool
     """Whether there are checkpoints to remove."""
-    jump_seconds: float
-    """By how much the database's clock was set forward."""
 
 
 class Reconciler:
@@ -159,6 +157,8 @@ class Reconciler:
         self._pause_seconds = pause_seconds
         self._monotonic = monotonic
         self._leases = SilentLeases(ttl_seconds, max(ttl_seconds / 2, 3 * pause_seconds))
+        self._forward_seconds = 0.0
+        """By how much the database's clock was set forward, until deadlines are moved along."""
         self._next_sweep = monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -176,8 +176,8 @@ class Reconciler:
         """Make one pass. What it finds is done if this replica is elected."""
         try:
             found = self._look()
-            if found.jump_seconds > 0:
-                self._shift_deadlines(found.jump_seconds)
+            if self._forward_seconds > 0:
+                self._shift_deadlines()
         except SQLAlchemyError:
             self._leases.miss()
             raise
@@ -220,20 +220,21 @@ class Reconciler:
         silent = [name for name, silence in silences.items() if silence > self._ttl_seconds / 3]
         if silent:
             # A database that answers but takes no writes, as its disk is full, takes no renewals.
-            with self._database.write() as transaction:
-                leases.rewrite(transaction, silent)
-        jump = self._leases.jump(at)
+            self._database.transact(lambda transaction: leases.rewrite(transaction, silent))
+        self._forward_seconds += max(0.0, self._leases.jump(at))
         self._leases.keep(at, running)
         expired = {name: running[name] for name in silent if silences[name] > self._ttl_seconds}
-        return _Found(expired, cancelling, waiting, is_removing, jump)
+        return _Found(expired, cancelling, waiting, is_removing)
 
-    def _shift_deadlines(self, seconds: float) -> None:
+    def _shift_deadlines(self) -> None:
         """Give waits that a clock set forward would end at once the time that they had."""
+        seconds = self._forward_seconds
         log.warning("the clock of the database was set forward", seconds=round(seconds, 1))
         with self._database.write() as transaction:
             forward = timedelta(seconds=seconds)
             reward_requests.shift_deadlines(transaction, forward)
             submission_claims.shift(transaction, forward)
+        self._forward_seconds = 0.0
 
     def _expire(self, lease_id: str, seen: datetime) -> None:
         with self._database.write() as transaction:

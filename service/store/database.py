@@ -98,7 +98,9 @@ class _Gate:
         try:
             yield self._open
         except DBAPIError as error:
-            if is_outage(error) and time.monotonic() - began >= STALL_SECONDS:
+            # With an SQLSTATE the server has answered: it has cancelled a slow statement.
+            is_silent = is_outage(error) and getattr(error.orig, "sqlstate", None) is None
+            if is_silent and time.monotonic() - began >= STALL_SECONDS:
                 with self._lock:
                     self._has_stalled = True
             raise
