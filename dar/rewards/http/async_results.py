@@ -160,6 +160,8 @@ class LaterReply:
             left = stored.seconds
             if left is None:
                 left = (stored.deadline - datetime.now(UTC)).total_seconds()
+            else:  # the reward service compares it with `created_at`, by this machine's clock
+                self.deadline = datetime.now(UTC) + timedelta(seconds=left)
             self._ends_at = time.monotonic() + left
             if stored.result is not None or self.remaining_seconds > 0:
                 break
