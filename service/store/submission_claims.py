@@ -28,7 +28,7 @@ a request. A second call with the same body is taken for that first try, so the 
 
 
 @dataclass(slots=True)
-class Call:
+class SubmittedCall:
     """A call that has made a job."""
 
     job_id: str
@@ -50,7 +50,7 @@ class SubmissionClaim:
         self._transaction = transaction
         self._row = row
         oldest = (transaction.now - RETRY_WINDOW).timestamp()
-        calls = [Call(**one) for one in row.calls]
+        calls = [SubmittedCall(**one) for one in row.calls]
         self._calls = [call for call in calls if call.at > oldest]
 
     def match(self, number: int) -> JobRow | None:
@@ -70,10 +70,10 @@ class SubmissionClaim:
 
     def add(self, job_id: str, number: int) -> None:
         """Note a new call, whose try ``number`` has made a job."""
-        self._calls.append(Call(job_id, [number], self._transaction.now.timestamp()))
+        self._calls.append(SubmittedCall(job_id, [number], self._transaction.now.timestamp()))
         self._store()
 
-    def _call_without(self, number: int) -> Call | None:
+    def _call_without(self, number: int) -> SubmittedCall | None:
         oldest = (self._transaction.now - FIRST_WINDOW).timestamp()
         fitting = [
             call
@@ -115,7 +115,9 @@ def lock(transaction: Transaction, api_key_id: str, body_sha256: str) -> Submiss
     return SubmissionClaim(transaction, row)
 
 
-def _calls_before(transaction: Transaction, api_key_id: str, body_sha256: str) -> Sequence[Call]:
+def _calls_before(
+    transaction: Transaction, api_key_id: str, body_sha256: str
+) -> Sequence[SubmittedCall]:
     """Calls that an earlier version of the service, which had no such rows, has stored as jobs."""
     jobs = transaction.scalars(
         select(JobRow)
@@ -127,7 +129,7 @@ def _calls_before(transaction: Transaction, api_key_id: str, body_sha256: str) -
         )
         .order_by(JobRow.created_at)
     )
-    return [Call(job.id, [job.retry_count], job.created_at.timestamp()) for job in jobs]
+    return [SubmittedCall(job.id, [job.retry_count], job.created_at.timestamp()) for job in jobs]
 
 
 def shift(transaction: Transaction, forward: timedelta) -> None:

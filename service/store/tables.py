@@ -167,7 +167,7 @@ class SubmissionClaimRow(Base):
     api_key_id: Mapped[str] = mapped_column(Id, primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     calls: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
-    """See `service.store.submission_claims.Call`; the newest last."""
+    """See `service.store.submission_claims.SubmittedCall`; the newest last."""
     seen_at: Mapped[datetime]
     """When the newest try arrived."""
 
