@@ -51,6 +51,11 @@ class Entry:
         self.reply, self.ends_at = request.reply, _ends_at(request)
 
     @property
+    def is_in_time(self) -> bool:
+        """Whether the deadline has not passed."""
+        return self.remaining_seconds > 0
+
+    @property
     def remaining_seconds(self) -> float:
         """Time until the deadline; negative after it."""
         return self.ends_at - time.monotonic()
@@ -178,7 +183,7 @@ class Answers:
             count -= 1
 
     def _is_old(self, entry: Entry) -> bool:
-        if entry.finished_at is None or entry.remaining_seconds > 0:
+        if entry.finished_at is None or entry.is_in_time:
             return False
         return time.monotonic() - entry.finished_at > self._options.remembered_seconds
 
