@@ -101,7 +101,10 @@ def _locked_connection(database: Database) -> Iterator[Connection]:
         if not database.is_postgresql:
             yield connection
             return
-        # The migration of the process that has the lock may exceed the usual statement timeout.
+        # The migration of the process that has the lock may exceed the usual time limits.
+        driver_connection = connection.connection.driver_connection
+        assert driver_connection is not None
+        driver_connection.reply_seconds = None
         connection.execute(text("SET statement_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK_KEY})
         connection.commit()

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from dar.rewards.probe.callbacks import ProbeInbox
 from service.artifacts import Artifacts
+from service.background.bounded_checks import BoundedChecks
 from service.background.notifier import Notifier
 from service.background.waker import Waker
 from service.http.rate_limits import FailureThrottle, PassedProbes, Throttle
@@ -39,6 +40,7 @@ class Runtime(Installation):
     passed_probes: PassedProbes = field(default_factory=PassedProbes)
     callback_failures: FailureThrottle = field(default_factory=FailureThrottle)
     """Callbacks with wrong credentials, by address."""
+    readiness: BoundedChecks = field(default_factory=BoundedChecks)
 
 
 async def current(request: Request) -> Runtime:

@@ -129,7 +129,8 @@ class Order(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    type: Literal["cancel", "drain"]
+    type: Literal["cancel", "drain", "park", "unpark"]
+    """``park``: rest after the present step, until ``unpark`` or another order."""
 
 
 class RewardNote(BaseModel):

@@ -169,7 +169,10 @@ class RewardAnnouncement(Input):
     token_sha256: SHA256
     """Digest of the token that authorizes the callback."""
     deadline: Instant
-    """Later results are rejected."""
+    """Later results are rejected. It is by the clock of the worker."""
+    seconds: Annotated[float, Field(ge=0)] | None = None
+    """Time until the deadline, which the service then sets by its own clock; null: from an older
+    worker."""
 
 
 class AnnounceRewardRequests(AttemptOf):
@@ -186,8 +189,10 @@ class RewardRequestState(Output):
     request_id: str
     callback_url: str
     deadline: float
-    """Seconds since 1970. It is that of the first announcement, unless the request was
-    restarted."""
+    """Seconds since 1970, by the service's clock. It is that of the first announcement, unless the
+    request was restarted."""
+    seconds: float | None = None
+    """Time until the deadline; null: from an older service."""
     is_accepted: bool
     """The reward service has accepted it: wait for the result, and do not send it again."""
     poll_url: str | None

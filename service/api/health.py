@@ -1,5 +1,7 @@
 """Liveness, readiness and Prometheus metrics of the process."""
 
+from collections.abc import Mapping
+
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
@@ -7,10 +9,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from dar.protocol.health import Health, Ready
 from dar.version import __version__
 from service import migrate
+from service.background.bounded_checks import Check
 from service.http import auth
 from service.runtime import CurrentRuntime, Runtime
 
 router = APIRouter(tags=["health"])
+SILENT = {
+    "database": "does not answer",
+    "migrations": "unknown",
+    "storage": "does not answer",
+    "broker": "does not answer",
+}
+"""The checks of what has not answered in time."""
 
 
 @router.head("/healthz", include_in_schema=False)
@@ -22,13 +32,9 @@ async def healthz() -> Health:
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"model": Ready}})
-def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
+async def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
     """Whether requests can be served. The broker is not needed: without it, workers poll."""
-    checks = {
-        **_database(runtime),
-        "storage": runtime.artifacts.check(),
-        "broker": runtime.waker.check(),
-    }
+    checks = {**SILENT, **await runtime.readiness.run(_checks(runtime))}
     needed = (checks["database"], checks["migrations"], checks["storage"])
     if any(check != "ok" for check in needed):
         response.status_code = 503
@@ -41,6 +47,14 @@ def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
 def get_prometheus_metrics(runtime: CurrentRuntime) -> Response:
     """Metrics of this process in the text format of Prometheus. Any API key is accepted."""
     return Response(runtime.telemetry.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _checks(runtime: Runtime) -> Mapping[str, Check]:
+    return {
+        "database": lambda: _database(runtime),
+        "storage": lambda: {"storage": runtime.artifacts.check()},
+        "broker": lambda: {"broker": runtime.waker.check()},
+    }
 
 
 def _database(runtime: Runtime) -> dict[str, str]:

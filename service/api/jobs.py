@@ -49,7 +49,9 @@ async def create_job(
 ) -> Job:
     """Submit a job after probing its reward services.
 
-    A request with the ``Idempotency-Key`` of an earlier one returns the earlier job.
+    A request with the ``Idempotency-Key`` of an earlier one returns the earlier job, with the
+    header ``Idempotency-Replayed: true``. Without a key, a client's retry does so too, recognised
+    by its ``x-stainless-retry-count`` and body, with ``Idempotency-Replayed: inferred``.
     """
     submitted = await submission.submit(
         runtime, user, spec, idempotency_key=idempotency_key, retry_count=retry_count
@@ -163,7 +165,7 @@ def _progress(job: tables.JobRow) -> Progress:
 def _estimated_finish(job: tables.JobRow) -> int | None:
     if job.status != "running" or job.started_at is None or job.step == 0:
         return None
-    elapsed = datetime.now(UTC) - job.started_at
+    elapsed = max(datetime.now(UTC) - job.started_at, timedelta(0))
     left: timedelta = elapsed / job.step * (job.total_steps - job.step)
     return seconds(datetime.now(UTC) + left)
 

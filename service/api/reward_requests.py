@@ -38,7 +38,9 @@ def announce_reward_requests(
 ) -> RewardRequestStates:
     """Store requests before they are sent; a known one is returned with its result, if any."""
 
-    def work(transaction: Transaction) -> list[tuple[RewardRequestRow, str | None]]:
+    def work(
+        transaction: Transaction,
+    ) -> list[tuple[RewardRequestRow, float | None, str | None]]:
         held = fence.hold(transaction, lease_id, body.attempt)
         rewards = held.job.parsed_spec.dar.rewards
         signed = {
@@ -52,7 +54,14 @@ def announce_reward_requests(
             )
             for wanted in body.requests
         ]
-        return [(row, reward_requests.poll_url_of(row, box, held)) for row in rows]
+        return [
+            (
+                row,
+                reward_requests.seconds_left(transaction, row, wanted),
+                reward_requests.poll_url_of(row, box, held),
+            )
+            for row, wanted in zip(rows, body.requests, strict=True)
+        ]
 
     box = runtime.secrets
     stored = runtime.database.transact(work)
@@ -63,12 +72,13 @@ def announce_reward_requests(
                 request_id=row.id,
                 callback_url=f"{base}/{row.id}",
                 deadline=row.deadline.timestamp(),
+                seconds=seconds,
                 is_accepted=row.is_accepted,
                 poll_url=poll_url,
                 result=row.result,
                 problem=row.last_error,
             )
-            for row, poll_url in stored
+            for row, seconds, poll_url in stored
         ]
     )
 

@@ -2,6 +2,7 @@
 
 notifier: wakes long polls when a job changes.
 directives: cursor of the directives' long poll.
+bounded_checks: checks of other systems that end within a bounded time.
 reconciler: periodic work: expires leases that were not renewed, removes old checkpoints and files.
 waker: wakes workers over the broker.
 """

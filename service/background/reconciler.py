@@ -1,13 +1,14 @@
 """Periodic work: expires leases, repeats wake-ups, removes old checkpoints and abandoned files.
 
-Every action is a conditional UPDATE, so two reconcilers at once do no harm. With PostgreSQL one
-replica at a time is elected.
+A pass reads first, and writes only what that has found. Every action is a conditional UPDATE, so
+two reconcilers at once do no harm. With PostgreSQL one replica at a time is elected.
 """
 
 import threading
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,7 +17,7 @@ from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, leases, reward_requests
+from service.store import checkpoints, fence, files, leases, reward_requests, submission_claims
 from service.store.database import Database
 
 log = structlog.get_logger()
@@ -24,6 +25,104 @@ ELECTION_KEY = 0x0DA2_0002
 SWEEP_SECONDS = 3600.0
 UNCLAIMED = timedelta(seconds=5)
 """Age from which the wake-up of a due job was probably lost."""
+JUMP_SECONDS = 2.0
+"""Smallest difference between two clocks that means that one was set."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Instant:
+    """The same instant on two clocks."""
+
+    monotonic: float
+    """Seconds on this process's clock, which nobody sets."""
+    now: datetime
+    """Time by the database's clock, which may be set forward or back."""
+    error_seconds: float
+    """How long it took to read the database's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """How long a lease was not renewed."""
+
+    lease_until: datetime
+    """The end that its last renewal set. Each renewal sets another one."""
+    seconds: float
+
+
+class SilentLeases:
+    """Measures how long each lease was not renewed, and for how much of that it could have been.
+
+    No lease is compared with the database's clock. Its silence is the time between looks, by this
+    process's own clock, in which the lease stayed as it was. Time in which the database failed does
+    not count, and all silence ends with a long outage, as after a start. So every holder gets one
+    TTL to renew its lease, whatever fails and whatever the clock is set to.
+
+    Args:
+        ttl_seconds: Silence after which a lease has expired.
+        longest_gap_seconds: Time between two looks that is an outage of this process or of the
+            database.
+    """
+
+    def __init__(self, ttl_seconds: float, longest_gap_seconds: float) -> None:
+        self._ttl_seconds = ttl_seconds
+        self._longest_gap_seconds = longest_gap_seconds
+        self._last: _Instant | None = None
+        self._has_failed = False
+        self._silences: dict[str, _Silence] = {}
+
+    def miss(self) -> None:
+        """Note that the database failed: the time since the last look counts for no lease."""
+        self._has_failed = True
+
+    def jump(self, at: _Instant) -> float:
+        """Seconds by which the database's clock was set forward since the last look; <0: back."""
+        if self._last is None:
+            return 0.0
+        passed = (at.now - self._last.now).total_seconds()
+        jump = passed - (at.monotonic - self._last.monotonic)
+        error = JUMP_SECONDS + at.error_seconds + self._last.error_seconds
+        return jump if abs(jump) > error else 0.0
+
+    def look(self, at: _Instant, running: Mapping[str, datetime]) -> Mapping[str, float]:
+        """The silence of each running lease in seconds. `keep` makes it the last look."""
+        return {name: one.seconds for name, one in self._after(at, running).items()}
+
+    def keep(self, at: _Instant, running: Mapping[str, datetime]) -> None:
+        """Make a look the last one, once a renewal is known to have been possible since."""
+        self._silences = self._after(at, running)
+        self._last, self._has_failed = at, False
+
+    def _after(self, at: _Instant, running: Mapping[str, datetime]) -> dict[str, _Silence]:
+        gap = None if self._last is None else at.monotonic - self._last.monotonic
+        if gap is None or gap > self._longest_gap_seconds:
+            return {name: _Silence(until, 0.0) for name, until in running.items()}
+        counted = 0.0 if self._has_failed else gap
+        is_clock_usable = self.jump(at) == 0.0
+        silences: dict[str, _Silence] = {}
+        for name, until in running.items():
+            known = self._silences.get(name)
+            if known is not None and known.lease_until == until:
+                seconds = known.seconds + counted
+            else:  # renewed since the last look; by the database's clock if that is usable
+                age = self._ttl_seconds - (until - at.now).total_seconds()
+                seconds = min(max(age, 0.0), counted) if is_clock_usable else 0.0
+            silences[name] = _Silence(until, seconds)
+        return silences
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a pass has found to do."""
+
+    expired: Mapping[str, datetime]
+    """Leases that have expired, with the end that was seen."""
+    cancelling: Sequence[str]
+    """Jobs that are being cancelled and that no attempt runs."""
+    waiting: int
+    """Due jobs whose wake-up was probably lost."""
+    is_removing: bool
+    """Whether there are checkpoints to remove."""
 
 
 class Reconciler:
@@ -57,9 +156,10 @@ class Reconciler:
         self._ttl_seconds = ttl_seconds
         self._pause_seconds = pause_seconds
         self._monotonic = monotonic
-        self._last_pass = monotonic()
-        self._patient_until = self._last_pass + ttl_seconds
-        self._next_sweep = self._last_pass
+        self._leases = SilentLeases(ttl_seconds, max(ttl_seconds / 2, 3 * pause_seconds))
+        self._forward_seconds = 0.0
+        """By how much the database's clock was set forward, until deadlines are moved along."""
+        self._next_sweep = monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
 
@@ -73,52 +173,76 @@ class Reconciler:
             self._thread.join(timeout=5)
 
     def run_once(self) -> None:
-        """Make one pass, if this replica is elected."""
-        is_patient = self._is_patient()
+        """Make one pass. What it finds is done if this replica is elected."""
+        try:
+            found = self._look()
+            if self._forward_seconds > 0:
+                self._shift_deadlines()
+        except SQLAlchemyError:
+            self._leases.miss()
+            raise
+        is_sweep_due = self._monotonic() >= self._next_sweep
+        if not (
+            found.expired or found.cancelling or found.waiting or found.is_removing or is_sweep_due
+        ):
+            return
         with self._database.elected(ELECTION_KEY) as is_elected:
-            if not is_elected:
-                return
-            if not is_patient:
-                self._expire_leases()
-            self._finish_cancellations()
-            self._rewake()
+            if is_elected:
+                self._do(found, is_sweep_due=is_sweep_due)
+
+    def _do(self, found: _Found, *, is_sweep_due: bool) -> None:
+        try:
+            for lease_id, seen in found.expired.items():
+                self._expire(lease_id, seen)
+        except SQLAlchemyError:
+            self._leases.miss()
+            raise
+        for job_id in found.cancelling:
+            with self._database.write() as transaction:
+                leases.finish_cancellation(transaction, job_id)
+        if found.waiting:
+            self._waker.wake(found.waiting)
+        if found.is_removing:
             self._remove_checkpoints()
+        if is_sweep_due:
             self._sweep()
 
-    def _is_patient(self) -> bool:
-        """Whether no lease expires yet: after a gap between passes, workers need time to renew."""
-        now = self._monotonic()
-        if now - self._last_pass > max(self._ttl_seconds / 2, 3 * self._pause_seconds):
-            self._patient_until = now + self._ttl_seconds
-        self._last_pass = now
-        return now < self._patient_until
-
-    def _expire_leases(self) -> None:
+    def _look(self) -> _Found:
         with self._database.read() as transaction:
-            due = leases.expired(transaction)
-        for lease_id in due:
-            self._expire(lease_id)
+            before = self._monotonic()
+            now = transaction.now
+            at = _Instant(before, now, error_seconds=self._monotonic() - before)
+            running = leases.running(transaction)
+            cancelling = leases.unattended_cancellations(transaction)
+            waiting = leases.count_due(transaction, UNCLAIMED)
+            is_removing = checkpoints.is_any_to_remove(transaction)
+        silences = self._leases.look(at, running)
+        silent = [name for name, silence in silences.items() if silence > self._ttl_seconds / 3]
+        if silent:
+            # A database that answers but takes no writes, as its disk is full, takes no renewals.
+            self._database.transact(lambda transaction: leases.rewrite(transaction, silent))
+        self._forward_seconds += max(0.0, self._leases.jump(at))
+        self._leases.keep(at, running)
+        expired = {name: running[name] for name in silent if silences[name] > self._ttl_seconds}
+        return _Found(expired, cancelling, waiting, is_removing)
 
-    def _expire(self, lease_id: str) -> None:
+    def _shift_deadlines(self) -> None:
+        """Give waits that a clock set forward would end at once the time that they had."""
+        seconds = self._forward_seconds
+        log.warning("the clock of the database was set forward", seconds=round(seconds, 1))
+        with self._database.write() as transaction:
+            forward = timedelta(seconds=seconds)
+            reward_requests.shift_deadlines(transaction, forward)
+            submission_claims.shift(transaction, forward)
+        self._forward_seconds = 0.0
+
+    def _expire(self, lease_id: str, seen: datetime) -> None:
         with self._database.write() as transaction:
             job_id = fence.find(transaction, lease_id).job_id
-            if leases.expire(transaction, lease_id):
+            if leases.expire(transaction, lease_id, seen):
                 log.info("lease expired", lease_id=lease_id, job_id=job_id)
                 transaction.after_commit(self._waker.wake)
                 transaction.after_commit(lambda: self._notifier.notify(job_id))
-
-    def _finish_cancellations(self) -> None:
-        with self._database.read() as transaction:
-            unattended = leases.unattended_cancellations(transaction)
-        for job_id in unattended:
-            with self._database.write() as transaction:
-                leases.finish_cancellation(transaction, job_id)
-
-    def _rewake(self) -> None:
-        with self._database.read() as transaction:
-            waiting = leases.count_due(transaction, UNCLAIMED)
-        if waiting:
-            self._waker.wake(waiting)
 
     def _remove_checkpoints(self) -> None:
         with self._database.write() as transaction:
@@ -131,12 +255,11 @@ class Reconciler:
                 checkpoints.mark_removed(transaction, item.id)
 
     def _sweep(self) -> None:
-        """Delete old reward requests, and uploaded files without a row."""
-        if self._monotonic() < self._next_sweep:
-            return
+        """Delete old reward requests and submissions, and uploaded files without a row."""
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
         with self._database.write() as transaction:
             reward_requests.forget(transaction)
+            submission_claims.forget(transaction)
         old = self._artifacts.old_files()
         with self._database.read() as transaction:
             known = files.known(transaction, old)

@@ -26,7 +26,14 @@ from service.jobs import datasets, model_checks, models
 from service.rewards import endpoints, probing
 from service.rewards.watch import first_prompts
 from service.runtime import Runtime
-from service.store import checkpoints, events, files, jobs, reward_endpoints
+from service.store import (
+    checkpoints,
+    events,
+    files,
+    jobs,
+    reward_endpoints,
+    submission_claims,
+)
 from service.store.database import Transaction
 from service.store.tables import FileRow, JobRow
 
@@ -128,10 +135,10 @@ async def submit(
 
 def check(runtime: Runtime, submission: Submission) -> Plan | Submitted:
     """Check a submission against everything but its reward services. Stores nothing."""
+    earlier = _replayed(runtime, submission)
+    if earlier is not None:
+        return earlier
     with runtime.database.read() as transaction:
-        earlier = _earlier(transaction, submission)
-        if earlier is not None:
-            return earlier
         resolved = endpoints.resolve(transaction, submission.user.project_id, submission.spec)
         probes = list(_probes(transaction, runtime, submission, resolved))
         plan = _plan(transaction, runtime, submission, resolved)
@@ -156,7 +163,8 @@ def store(runtime: Runtime, plan: Plan) -> Submitted:
     submission = plan.submission
 
     def work(transaction: Transaction) -> Submitted:
-        earlier = _earlier(transaction, submission)
+        claim = _claim(transaction, submission)
+        earlier = _earlier(transaction, submission, claim)
         if earlier is not None:
             return earlier
         current = plan
@@ -166,6 +174,8 @@ def store(runtime: Runtime, plan: Plan) -> Submitted:
             current = _plan(transaction, runtime, submission, resolved)
         job = _new_job(transaction, current)
         jobs.submit(transaction, job, current.model.checkpoint_ids)
+        if claim is not None:
+            claim.add(job.id, submission.retry_count)
         events.append(transaction, job.id, plan.notices)
         reward_endpoints.link(transaction, job.id, current.resolved.links)
         transaction.after_commit(runtime.waker.wake)
@@ -174,36 +184,66 @@ def store(runtime: Runtime, plan: Plan) -> Submitted:
     try:
         return runtime.database.transact(work)
     except IntegrityError:
-        # The same submission was sent twice at once, and the other request has stored it by now.
-        with runtime.database.read() as transaction:
-            earlier = _earlier(transaction, submission)
+        # The same key was sent twice at once, and the other request has stored its job by now.
+        earlier = _replayed(runtime, submission)
         if earlier is None:
             raise
         return earlier
 
 
-def _earlier(transaction: Transaction, submission: Submission) -> Submitted | None:
+def _replayed(runtime: Runtime, submission: Submission) -> Submitted | None:
+    """The job of an earlier request with the same content. Writes only where there is one.
+
+    Raises:
+        IdempotencyMismatchError: The key was used with another body.
+    """
+    with runtime.database.read() as transaction:
+        if submission.idempotency_key is not None:
+            return _earlier(transaction, submission, None)
+        user, digest = submission.user, submission.body_sha256
+        claim = submission_claims.find(transaction, user.key_id, digest)
+        if submission.retry_count == 0 and (claim is None or claim.match(0) is None):
+            return None
+
+    def take(transaction: Transaction) -> Submitted | None:
+        return _earlier(transaction, submission, _claim(transaction, submission))
+
+    return runtime.database.transact(take)
+
+
+def _claim(
+    transaction: Transaction, submission: Submission
+) -> submission_claims.SubmissionClaim | None:
+    """Let other tries of a submission without a key wait; None for one with a key."""
+    if submission.idempotency_key is not None:
+        return None
+    return submission_claims.lock(transaction, submission.user.key_id, submission.body_sha256)
+
+
+def _earlier(
+    transaction: Transaction,
+    submission: Submission,
+    claim: submission_claims.SubmissionClaim | None,
+) -> Submitted | None:
     """The job of an earlier request with the same content.
 
     Raises:
         IdempotencyMismatchError: The key was used with another body.
     """
-    key, digest = submission.idempotency_key, submission.body_sha256
-    if key is not None:
-        job = jobs.find_by_key(transaction, submission.user.project_id, key)
-        if job is None:
-            return None
-        if job.body_sha256 != digest:
-            raise IdempotencyMismatchError(
-                f"this Idempotency-Key was used for job {job.id} with another body; use a new key for "
-                "a new job"
-            )
-        return Submitted(job, "true")
-    if submission.retry_count < 1:
+    if claim is not None:
+        job = claim.take(submission.retry_count)
+        return None if job is None else Submitted(job, "inferred")
+    key = submission.idempotency_key
+    assert key is not None
+    job = jobs.find_by_key(transaction, submission.user.project_id, key)
+    if job is None:
         return None
-    key_id, count = submission.user.key_id, submission.retry_count
-    job = jobs.find_retried(transaction, key_id, digest, count)
-    return None if job is None else Submitted(job, "inferred")
+    if job.body_sha256 != submission.body_sha256:
+        raise IdempotencyMismatchError(
+            f"this Idempotency-Key was used for job {job.id} with another body; use a new key for "
+            "a new job"
+        )
+    return Submitted(job, "true")
 
 
 def _probes(

@@ -1,6 +1,7 @@
 """The database: SQL only, one module for each kind of object.
 
 database: engine, transactions, clock and retries of busy transactions; only it commits.
+postgresql: the engine of a PostgreSQL database, with a limit on each wait for an answer.
 tables: table classes.
 columns: base class and column types of the tables.
 reward_tables: table classes of reward endpoints and requests.
@@ -8,6 +9,7 @@ paging: keyset pagination.
 transitions: the states of a job and all moves between them.
 fence: checks that an attempt still runs its job; rejects writes of earlier attempts.
 jobs: submission, reading, cancelling, pausing and resuming.
+submission_claims: submissions without a key, so that a try and its retries make one job.
 leases: which queued job is claimed, how long a lease is valid, when it has expired.
 outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
 rows: rows that a trainer sends, each stored once; progress of the job.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select, update
 from sqlalchemy.orm import defer
 
 from dar.errors import ConflictError, NotFoundError
@@ -199,10 +199,20 @@ def publish(
     events.append(transaction, job.id, [events.NewEvent(message, data=data)])
 
 
-def mark_superseded(transaction: Transaction) -> int:
-    """Mark all but each job's ``keep_last`` newest checkpoints for removal; returns how many.
+def is_any_to_remove(transaction: Transaction) -> bool:
+    """Whether there is a checkpoint to mark for removal, or to remove. Writes and locks nothing."""
+    superseded = CheckpointRow.id.in_(_superseded())
+    abandoned = and_(CheckpointRow.status == "pending", _is_abandoned())
+    found = select(CheckpointRow.id).where(
+        or_(CheckpointRow.status == "deleting", superseded, abandoned)
+    )
+    return transaction.scalars(found.limit(1)).first() is not None
 
-    The newest checkpoint of a job, and those that an unfinished job starts from, are kept.
+
+def _superseded() -> Select[tuple[str]]:
+    """Ids of all but each job's ``keep_last`` newest checkpoints.
+
+    The newest checkpoint of a job, and those that an unfinished job starts from, are left out.
     """
     rank = (
         func.row_number()
@@ -223,11 +233,16 @@ def mark_superseded(transaction: Transaction) -> int:
         .where(JobRow.status.not_in(list(TERMINAL)))
         .correlate(None)
     )
-    superseded = (
+    return (
         select(ranked.c.id)
         .join(JobRow, JobRow.id == ranked.c.job_id)
         .where(ranked.c.rank > JobRow.keep_last, ranked.c.id.not_in(needed))
     )
+
+
+def mark_superseded(transaction: Transaction) -> int:
+    """Mark superseded checkpoints for removal; returns how many."""
+    superseded = _superseded()
     # A concurrent submission locks the checkpoints that its job starts from. Once these locks are
     # granted, the job is visible to the second statement.
     locked = transaction.scalars(
@@ -250,9 +265,9 @@ def mark_superseded(transaction: Transaction) -> int:
     return len(marked)
 
 
-def mark_abandoned(transaction: Transaction) -> int:
-    """Mark for removal the unfinished uploads of ended attempts; returns how many."""
-    ended = (
+def _is_abandoned() -> ColumnElement[bool]:
+    """Whether the attempt that writes a checkpoint has ended."""
+    return (
         select(AttemptRow.number)
         .where(
             AttemptRow.job_id == CheckpointRow.job_id,
@@ -261,9 +276,13 @@ def mark_abandoned(transaction: Transaction) -> int:
         )
         .exists()
     )
+
+
+def mark_abandoned(transaction: Transaction) -> int:
+    """Mark for removal the unfinished uploads of ended attempts; returns how many."""
     marked = transaction.scalars(
         update(CheckpointRow)
-        .where(CheckpointRow.status == "pending", ended)
+        .where(CheckpointRow.status == "pending", _is_abandoned())
         .values(status="deleting")
         .returning(CheckpointRow.id)
         .execution_options(synchronize_session=False)

@@ -1,7 +1,6 @@
 """Jobs: submission, reading, cancelling, pausing, resuming. See `service.store.transitions`."""
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, exists, func, select
@@ -12,9 +11,6 @@ from service.store import checkpoints, events, files, transitions
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import JobInputRow, JobRow
-
-REPLAY_WINDOW = timedelta(minutes=10)
-"""How long a retried submission without a key is recognised by its body."""
 
 
 def get(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
@@ -61,28 +57,6 @@ def find_by_key(transaction: Transaction, project_id: str, key: str) -> JobRow |
     """The job that was submitted with this ``Idempotency-Key``."""
     return transaction.scalars(
         select(JobRow).where(JobRow.project_id == project_id, JobRow.idempotency_key == key)
-    ).one_or_none()
-
-
-def find_retried(
-    transaction: Transaction, api_key_id: str, body_sha256: str, retry_count: int
-) -> JobRow | None:
-    """The job that an earlier try of the same request has made, if its reply was lost.
-
-    The OpenAI client sends no idempotency key by default; ``x-stainless-retry-count`` marks its
-    retries.
-    """
-    return transaction.scalars(
-        select(JobRow)
-        .where(
-            JobRow.api_key_id == api_key_id,
-            JobRow.body_sha256 == body_sha256,
-            JobRow.created_at > transaction.now - REPLAY_WINDOW,
-            JobRow.retry_count < retry_count,
-            JobRow.idempotency_key.is_(None),
-        )
-        .order_by(JobRow.created_at.desc())
-        .limit(1)
     ).one_or_none()
 
 

@@ -1,6 +1,6 @@
 """Leases: which worker may write for a job, and until when."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -79,7 +79,7 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     waiting = aliased(JobRow)
     oldest = (
         select(waiting.id)
-        .where(_is_due(waiting, transaction.now))
+        .where(_is_due(waiting, transaction.now, timedelta(0)))
         .order_by(waiting.queued_at, waiting.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -95,15 +95,15 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     )
 
 
-def _is_due(job: type[JobRow], now: datetime) -> ColumnElement[bool]:
-    """Whether a worker may claim a job.
+def _is_due(job: type[JobRow], now: datetime, longer: timedelta) -> ColumnElement[bool]:
+    """Whether a worker may claim a job, and could do so ``longer`` ago.
 
     One that waits for its reward service is claimed only after a probe has passed, which removes
     the detail (`service.store.reward_pauses.note_probe`).
     """
     return and_(
         job.status == "queued",
-        job.not_before <= now,
+        transitions.has_waited(job, now, longer),
         job.status_detail.is_distinct_from("waiting_for_reward"),
     )
 
@@ -111,9 +111,7 @@ def _is_due(job: type[JobRow], now: datetime) -> ColumnElement[bool]:
 def count_due(transaction: Transaction, older_than: timedelta) -> int:
     """Number of unclaimed jobs in the queue that have been due for ``older_than``."""
     return transaction.scalars(
-        select(func.count())
-        .select_from(JobRow)
-        .where(_is_due(JobRow, transaction.now - older_than))
+        select(func.count()).select_from(JobRow).where(_is_due(JobRow, transaction.now, older_than))
     ).one()
 
 
@@ -160,20 +158,35 @@ def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgre
     return True
 
 
-def expired(transaction: Transaction) -> Sequence[str]:
-    """Ids of the leases that have expired."""
-    return transaction.scalars(
-        select(AttemptRow.lease_id)
-        .where(AttemptRow.status == "running", AttemptRow.lease_until < transaction.now)
+def running(transaction: Transaction) -> Mapping[str, datetime]:
+    """Ids of the leases of running attempts, each with the end that its last renewal set."""
+    rows = transaction.execute(
+        select(AttemptRow.lease_id, AttemptRow.lease_until)
+        .where(AttemptRow.status == "running")
         .order_by(AttemptRow.job_id)
     ).all()
+    return {lease_id: lease_until for lease_id, lease_until in rows}  # noqa: C416 - `dict(rows)` has no type that fits
 
 
-def expire(transaction: Transaction, lease_id: str) -> bool:
-    """End an expired lease, unless it was renewed or ended. Returns whether it was ended."""
+def rewrite(transaction: Transaction, lease_ids: Sequence[str]) -> None:
+    """Write leases as they are. It fails where a renewal would fail too."""
+    transaction.execute(
+        update(AttemptRow)
+        .where(AttemptRow.lease_id.in_(lease_ids), AttemptRow.status == "running")
+        .values(lease_until=AttemptRow.lease_until)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def expire(transaction: Transaction, lease_id: str, seen: datetime) -> bool:
+    """End a lease, unless it was renewed or ended since it was ``seen`` with this end.
+
+    Returns whether it was ended. Its end is not compared with the clock, which may have been set:
+    how long the lease has not been renewed is measured by `service.background.reconciler`.
+    """
     held = fence.lock(transaction, lease_id)
     attempt = held.attempt
-    if attempt.status != "running" or attempt.lease_until >= transaction.now:
+    if attempt.status != "running" or attempt.lease_until != seen:
         return False
     outcomes.lose(transaction, held, f"the worker on {attempt.node} has sent no heartbeat")
     return True

@@ -47,7 +47,7 @@ def due(transaction: Transaction, limit: int, without: Collection[str] = ()) -> 
     """
     return transaction.scalars(
         select(JobRow)
-        .where(or_(IS_PAUSED, IS_WAITING), JobRow.not_before <= transaction.now)
+        .where(or_(IS_PAUSED, IS_WAITING), transitions.has_waited(JobRow, transaction.now))
         .where(JobRow.id.not_in(sorted(without)))
         .order_by(JobRow.not_before, JobRow.id)
         .limit(limit)
@@ -143,6 +143,8 @@ def _note_of_waiting(
         )
     ).one_or_none()
     until_try = (ended_at or transaction.now) + WORKER_TRIES_AFTER - transaction.now
+    if until_try > WORKER_TRIES_AFTER:  # the clock was set back since then
+        until_try = timedelta(0)
     is_try = check.is_undecided and until_try <= timedelta(0)
     if check.is_back or is_try:
         message = "the reward service answers; waiting for a worker"
@@ -183,7 +185,7 @@ def _unreachable(check: RewardCheck) -> str:
 
 
 def _set_next(transaction: Transaction, job: JobRow, wait: timedelta) -> None:
-    job.not_before = transaction.now + wait
+    job.not_before, job.not_before_set_at = transaction.now + wait, transaction.now
     job.reward_waits = min(job.reward_waits + 1, MAX_WAITS)
     transaction.flush()
 

@@ -87,7 +87,7 @@ def announce(
             step=wanted.step,
             sample_ids=list(wanted.sample_ids),
             state="waiting",
-            deadline=datetime.fromtimestamp(wanted.deadline, UTC),
+            deadline=_deadline(transaction, wanted),
             token_hashes=wanted.token_sha256,
             is_signature_required=is_signature_required,
             is_accepted=False,
@@ -117,10 +117,27 @@ def _announce_again(
     hashes = [*row.token_hashes.split(), wanted.token_sha256]
     row.token_hashes = " ".join(hashes[-MAX_TOKENS:])
     if row.deadline <= transaction.now or row.state == "burned":
-        row.deadline = datetime.fromtimestamp(wanted.deadline, UTC)
+        row.deadline = _deadline(transaction, wanted)
         row.is_accepted, row.poll_url, row.invalid_count = False, None, 0
         row.last_error, row.reported = None, ""
     row.state = "waiting"
+
+
+def _deadline(transaction: Transaction, wanted: RewardAnnouncement) -> datetime:
+    """The deadline of a new request, by the clock of the database where the worker allows that."""
+    if wanted.seconds is None:
+        return datetime.fromtimestamp(wanted.deadline, UTC)
+    return transaction.now + timedelta(seconds=wanted.seconds)
+
+
+def seconds_left(
+    transaction: Transaction, row: RewardRequestRow, wanted: RewardAnnouncement
+) -> float | None:
+    """Time until the deadline, at most that of a new request: the clock may have been set back."""
+    if wanted.seconds is None:
+        return None
+    left = (row.deadline - transaction.now).total_seconds()
+    return min(max(left, 0.0), wanted.seconds)
 
 
 def _binding(row: RewardRequestRow, held: Held) -> Binding:
@@ -362,6 +379,25 @@ def newest_results(transaction: Transaction, job_ids: Sequence[str]) -> dict[str
         .group_by(RewardRequestRow.job_id)
     ).all()
     return {job_id: number for job_id, number in rows if number is not None}
+
+
+def shift_deadlines(transaction: Transaction, forward: timedelta) -> None:
+    """Move the deadlines that were ahead before the clock was set ``forward``, by as much.
+
+    A request that is moved twice only stays open for longer; its trainer has a clock of its own.
+    """
+    rows = transaction.scalars(
+        select(RewardRequestRow)
+        .where(
+            RewardRequestRow.state == "waiting",
+            RewardRequestRow.deadline > transaction.now - forward,
+        )
+        .order_by(RewardRequestRow.id)
+        .with_for_update()
+    ).all()
+    for row in rows:
+        row.deadline += forward
+    transaction.flush()
 
 
 def forget(transaction: Transaction) -> None:

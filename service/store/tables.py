@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     CheckConstraint,
     Float,
@@ -128,6 +129,10 @@ class JobRow(Base):
     lost, fails or is drained leaves it unchanged."""
     not_before: Mapped[datetime]
     """Earliest claim; of a job that waits for its reward service, the service's next probe."""
+    not_before_set_at: Mapped[datetime | None] = mapped_column(
+        default=lambda context: context.get_current_parameters()["created_at"]
+    )
+    """When ``not_before`` was set; in the future if the clock was set back since then."""
     failed_attempts: Mapped[int] = mapped_column(default=0)
     """Attempts that were lost or failed. Drained attempts do not count."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
@@ -151,6 +156,20 @@ class JobRow(Base):
     def parsed_spec(self) -> JobSpec:
         """The spec as a model."""
         return JobSpec.model_validate(self.spec)
+
+
+class SubmissionClaimRow(Base):
+    """The recent submissions of one body without an ``Idempotency-Key``, by one API key."""
+
+    __tablename__ = "submission_claims"
+    __table_args__ = (Index(None, "seen_at"),)
+
+    api_key_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    calls: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    """See `service.store.submission_claims.SubmittedCall`; the newest last."""
+    seen_at: Mapped[datetime]
+    """When the newest try arrived."""
 
 
 class JobInputRow(Base):

@@ -7,9 +7,10 @@ decides which moves are open: a job that is being cancelled never goes back into
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, update
+from sqlalchemy import ColumnElement, or_, update
 
 from dar.protocol.events import Level
 from dar.protocol.status import TERMINAL, JobStatus, StatusDetail
@@ -83,6 +84,17 @@ MOVES: Mapping[MoveName, Move] = {
 }
 
 
+def has_waited(
+    job: type[JobRow], now: datetime, longer: timedelta = timedelta(0)
+) -> ColumnElement[bool]:
+    """Whether the wait of a job ended at least ``longer`` ago.
+
+    A wait that seems to begin later than now was set before the clock was set back. It is over too:
+    nobody knows how much of it is left, and it must not wait until the clock catches up.
+    """
+    return or_(job.not_before <= now - longer, job.not_before_set_at > now)
+
+
 def move(
     transaction: Transaction,
     name: MoveName,
@@ -110,6 +122,8 @@ def move(
     row = MOVES[name]
     is_over = row.target in TERMINAL
     place = {"queued_at": transaction.now} if row.is_last_in_queue else {}
+    if values is not None and "not_before" in values:
+        place["not_before_set_at"] = transaction.now
     statement = (
         update(JobRow)
         .where(job, JobRow.status.in_(row.sources))

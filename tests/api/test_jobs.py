@@ -375,19 +375,6 @@ def test_the_same_key_at_the_same_instant_makes_one_job(live: Live) -> None:
     assert len({answer.json()["id"] for answer in answers}) == 1
 
 
-def test_a_retry_without_a_key_is_recognised(live: Live) -> None:
-    spec = live.spec()
-
-    def post(retry_count: int) -> Any:
-        headers = {"x-stainless-retry-count": str(retry_count)}
-        return live.http.post(PATH, json=spec, headers=headers)
-
-    first, again, fresh = post(0), post(1), post(0)
-    assert again.json()["id"] == first.json()["id"]
-    assert again.headers["idempotency-replayed"] == "inferred"
-    assert fresh.json()["id"] != first.json()["id"]
-
-
 def test_lists_are_pages_with_filters(live: Live, error_of: Callable[..., Any]) -> None:
     made = [live.submit(metadata={"n": str(n % 2), "a b": "c&d"})["id"] for n in range(5)]
     page = live.http.get(PATH, params={"limit": 2}).json()

@@ -5,6 +5,7 @@ import getpass
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -38,34 +39,33 @@ class Postgres:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self._run("initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync")
-        self.process = self._start()
+        self.start()
         self._count = 0
         self._cleaners: dict[str, psycopg.Connection[Any]] = {}
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        folder = self.folder
-        return subprocess.Popen(
+    def start(self) -> None:
+        """Start the server, also again after `kill`."""
+        self.process = subprocess.Popen(
             [
                 BINARIES / "postgres",
-                *("-D", folder / "data", "-p", str(self.port), "-k", folder),
+                *("-D", self.folder / "data", "-p", str(self.port), "-k", self.folder),
                 *("-c", "fsync=off", "-c", "full_page_writes=off", "-c", "deadlock_timeout=200ms"),
             ],
             user=self._run_as,
-            cwd=folder,
+            cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
 
-    def restart_killed(self) -> None:
-        """SIGKILL the server and all its processes, start it again, and wait until it answers."""
-        main = psutil.Process(self.process.pid)
-        for process in [main, *main.children(recursive=True)]:
+    def kill(self) -> None:
+        """Kill the server and what it has started, as a loss of power does."""
+        leader = psutil.Process(self.process.pid)
+        processes = [leader, *leader.children()]
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait()
-        (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
-        self.process = self._start()
-        self.wait()
+        self.process.wait(30)
+        psutil.wait_procs(processes[1:], timeout=30)
 
     @property
     def _run_as(self) -> str | None:
@@ -121,7 +121,7 @@ class Postgres:
     def stop(self) -> None:
         for cleaner in self._cleaners.values():
             cleaner.close()
-        self.process.terminate()
+        self.process.send_signal(signal.SIGINT)  # SIGTERM would wait for its clients
         self.process.wait(30)
 
 

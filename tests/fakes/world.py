@@ -7,7 +7,7 @@ from typing import Any
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.worker import Claim
 from service.store import checkpoints, fence, jobs, keys, leases, tables
-from service.store.database import Database
+from service.store.database import Database, Transaction
 
 TTL = timedelta(seconds=60)
 
@@ -57,7 +57,14 @@ class World:
         """A queued job; each is a second younger than the one before."""
         self._count += 1
         self.clock.advance(1)
-        job_id = values.pop("id", f"ftjob-{self._count:04d}")
+        job_id: str = values.pop("id", f"ftjob-{self._count:04d}")
+        with self.database.write() as transaction:
+            self.store(transaction, id=job_id, **values)
+        return job_id
+
+    def store(self, transaction: Transaction, **values: Any) -> None:
+        """Store a queued job in a transaction."""
+        job_id = values.pop("id")
         steps = values.pop("total_steps", 10)
         row = {
             "id": job_id,
@@ -78,14 +85,12 @@ class World:
             "retry_count": 0,
             **values,
         }
-        with self.database.write() as transaction:
-            jobs.submit(transaction, tables.JobRow(**row), [])
-        return job_id
+        jobs.submit(transaction, tables.JobRow(**row), [])
 
     def claim(self, slot: str = "0", **values: str) -> fence.Held | None:
         self._count += 1
         asks = {"node": "node-1", "incarnation": "life-1", "boot_id": "boot-1"} | values
-        credential = leases.Credential(f"lease-{self._count:04d}", "0" * 64)
+        credential = leases.Credential(f"lease-{self._count:04d}-{slot}", "0" * 64)
         with self.database.write() as transaction:
             return leases.claim(transaction, Claim(slot=slot, **asks), credential, TTL)
 

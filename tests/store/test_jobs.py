@@ -63,18 +63,3 @@ def test_a_key_makes_one_job(world: World) -> None:
     world.submit(idempotency_key="k")
     with pytest.raises(IntegrityError):
         world.submit(idempotency_key="k")
-
-
-def test_a_retried_body_is_recognised_for_ten_minutes(world: World) -> None:
-    job_id = world.submit(body_sha256="f" * 64)
-
-    def find(retry_count: int, key: str = "key-1") -> str | None:
-        with world.database.read() as transaction:
-            job = jobs.find_retried(transaction, key, "f" * 64, retry_count)
-        return job and job.id
-
-    assert find(1) == job_id
-    assert find(0) is None
-    assert find(1, "key-2") is None
-    world.clock.advance(601)
-    assert find(1) is None

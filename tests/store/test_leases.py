@@ -114,9 +114,10 @@ def test_a_heartbeat_renews_the_lease_and_shows_what_is_done(
     with world.database.write() as transaction:
         now = fence.hold(transaction, held.attempt.lease_id, 1)
         assert leases.renew(transaction, now, timedelta(seconds=ttl_seconds), progress)
-    world.clock.advance(ttl_seconds - 1)
-    with world.database.read() as transaction:
-        assert leases.expired(transaction) == []
+    lease_id, seen = held.attempt.lease_id, held.attempt.lease_until
+    with world.database.write() as transaction:
+        assert leases.running(transaction) == {lease_id: seen + timedelta(seconds=ttl_seconds - 1)}
+        assert not leases.expire(transaction, lease_id, seen)
     job = world.job(held.job.id)
     assert (job.step, job.status_detail, job.status_message) == (3, "sampling", "24 of 64")
 
@@ -126,9 +127,10 @@ def test_a_lease_runs_out_and_the_job_waits_again(world: World, ttl_seconds: flo
     lease_id = held.attempt.lease_id
     world.clock.advance(ttl_seconds + 1)
     with world.database.write() as transaction:
-        assert leases.expired(transaction) == [lease_id]
-        assert leases.expire(transaction, lease_id)
-        assert not leases.expire(transaction, lease_id)
+        seen = leases.running(transaction)[lease_id]
+        assert leases.expire(transaction, lease_id, seen)
+        assert not leases.expire(transaction, lease_id, seen)
+        assert leases.running(transaction) == {}
     assert world.job(held.job.id).status == "queued"
     assert world.attempt(held).status == "lost"
 

@@ -107,7 +107,7 @@ def test_a_lease_lost_while_pausing_leaves_the_job_paused(world: World, ttl_seco
     held = pausing(world)
     world.clock.advance(ttl_seconds + 1)
     with world.database.write() as transaction:
-        assert leases.expire(transaction, held.attempt.lease_id)
+        assert leases.expire(transaction, held.attempt.lease_id, held.attempt.lease_until)
     assert state(world, held.job.id) == ("paused", "by_user")
     assert world.attempt(held).status == "lost"
 

@@ -1,19 +1,25 @@
 """The reconciler: patient when nobody could have renewed, thorough otherwise."""
 
+import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
-from fakes.world import World
+from fakes.world import TTL, World
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.store import jobs
+from service.store import fence, jobs, leases
 from service.store.tables import FileRow
 
 
@@ -46,12 +52,31 @@ class Setup:
         )
 
     def pass_time(self, seconds: float, step: float = 10) -> None:
-        """Passes of the reconciler while time goes by."""
+        """Passes of the reconciler while time goes by; as in its thread, one that fails is over."""
         while seconds > 0:
             self.elapsed += min(step, seconds)
             self.world.clock.advance(min(step, seconds))
             seconds -= step
-            self.reconciler.run_once()
+            with contextlib.suppress(OperationalError):
+                self.reconciler.run_once()
+
+    def renew(self, held: fence.Held) -> None:
+        with self.world.database.write() as transaction:
+            now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
+            leases.renew(transaction, now, TTL, None)
+
+    @contextlib.contextmanager
+    def outage(self, *statements: str) -> Iterator[None]:
+        """Let statements that begin with one of these words fail, as those of a lost database."""
+
+        def fail(*arguments: Any) -> None:
+            if arguments[2].startswith(statements):
+                raise OperationalError(arguments[2], None, Exception("the database is away"))
+
+        engine = self.world.database.engine
+        event.listen(engine, "before_cursor_execute", fail)
+        yield
+        event.remove(engine, "before_cursor_execute", fail)
 
 
 @pytest.fixture
@@ -77,6 +102,66 @@ def test_no_lease_ends_within_one_ttl_of_a_gap(setup: Setup, ttl_seconds: float)
     assert setup.world.attempt(held).status == "running"
     setup.pass_time(40)
     assert setup.world.attempt(held).status == "lost"
+
+
+def away(setup: Setup, seconds: float) -> None:
+    with setup.outage("SELECT", "UPDATE", "INSERT"):
+        setup.pass_time(seconds)
+
+
+def full(setup: Setup, seconds: float) -> None:
+    with setup.outage("UPDATE", "INSERT"):
+        setup.pass_time(seconds)
+
+
+def flapping(setup: Setup, seconds: float) -> None:
+    for _ in range(int(seconds / 20)):
+        away(setup, 20)
+        setup.pass_time(1)
+
+
+def stopped(setup: Setup, seconds: float) -> None:
+    setup.elapsed += seconds
+    setup.world.clock.advance(seconds)
+
+
+def forward(setup: Setup, _: float) -> None:
+    setup.world.clock.advance(3600)
+
+
+def back(setup: Setup, _: float) -> None:
+    setup.world.clock.advance(-3600)
+
+
+@pytest.mark.parametrize("trouble", [away, full, flapping, stopped, forward, back])
+def test_after_any_trouble_a_lease_ends_one_ttl_later_unless_its_holder_renews_it(
+    setup: Setup, ttl_seconds: float, trouble: Callable[[Setup, float], None]
+) -> None:
+    setup.pass_time(20)
+    alive, gone = setup.world.running(), setup.world.running()
+    setup.pass_time(10)
+    trouble(setup, 3 * ttl_seconds)
+    setup.pass_time(ttl_seconds - 30)
+    assert setup.world.attempt(gone).status == "running", "its worker had no time to renew it"
+    setup.renew(alive)
+    setup.pass_time(50)
+    assert setup.world.attempt(gone).status == "lost", "nothing waits until a clock catches up"
+    assert setup.world.attempt(alive).status == "running"
+    assert setup.world.job(alive.job.id).attempt == 1
+
+
+def test_a_pass_that_finds_nothing_to_do_writes_nothing(setup: Setup) -> None:
+    held = setup.world.running(keep_last=2)
+    setup.world.publish(held, 2)
+    setup.reconciler.run_once()  # the first one sweeps
+    ends: list[str] = []
+    for name in ("commit", "begin"):
+        event.listen(setup.world.database.engine, name, lambda *_, name=name: ends.append(name))
+    for _ in range(3):
+        setup.renew(held)
+        del ends[:]
+        setup.pass_time(10)
+        assert ends == ["begin"], "one transaction, which reads"
 
 
 def test_a_job_that_nobody_claims_is_called_out_again(setup: Setup) -> None:
@@ -161,3 +246,86 @@ def uploaded(setup: Setup, file_id: str) -> FileRow:
         columns={},
         created_at=setup.world.clock.now,
     )
+
+
+class Claimers:
+    """Eight threads that claim every job until `stop`, each time for another slot."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._is_over = threading.Event()
+        self.claimed: list[tuple[str, int]] = []
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(8)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, claimer: int) -> None:
+        for number in itertools.count():
+            held = self._world.claim(slot=f"{claimer}-{number}")
+            if held is not None:
+                self.claimed.append((held.job.id, held.attempt.number))
+            elif self._is_over.wait(0.01):
+                return
+
+    def wait_for(self, count: int) -> None:
+        """Wait until ``count`` attempts were claimed."""
+        deadline = time.monotonic() + 90
+        while len(self.claimed) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def steps_of(attempts: int) -> list[tuple[str, int]]:
+    """Status and attempt in the events of a job whose attempts were all lost but the last."""
+    steps = [("queued", 0), ("running", 1)]
+    for attempt in range(2, attempts + 1):
+        steps += [("queued", attempt - 1), ("running", attempt)]
+    return steps
+
+
+def test_reconcilers_and_claimers_at_once_claim_no_job_twice_and_end_each_lease_once(
+    world: World, tmp_path: Path
+) -> None:
+    contend(world, tmp_path, 20)
+
+
+@pytest.mark.slow  # 200 jobs, each of them twice
+def test_the_same_with_200_jobs(world: World, tmp_path: Path) -> None:
+    contend(world, tmp_path, 200)
+
+
+def contend(world: World, folder: Path, count: int) -> None:
+    """Let three reconcilers end the leases of jobs that eight threads claim."""
+    setups = [Setup(world, folder / str(number), TTL.total_seconds()) for number in range(3)]
+    ids = [f"ftjob-{number:04d}" for number in range(count)]
+    with world.database.write() as transaction:
+        for job_id in ids:
+            world.store(transaction, id=job_id)
+
+    def reconcile(setup: Setup) -> None:
+        for _ in range(5):
+            setup.elapsed += TTL.total_seconds() / 4
+            setup.reconciler.run_once()
+
+    claimers = Claimers(world)
+    claimers.wait_for(count)
+    for setup in setups:
+        setup.reconciler.run_once()  # each has seen the leases now
+    threads = [threading.Thread(target=reconcile, args=(setup,)) for setup in setups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    claimers.wait_for(2 * count)
+    claimers.stop()
+    assert len(claimers.claimed) == len(set(claimers.claimed))
+    for job_id in ids:
+        moves = [row.data or {} for row in world.events(job_id)]
+        attempts = world.job(job_id).attempt
+        assert attempts >= 2
+        assert [(move["status"], move["attempt"]) for move in moves] == steps_of(attempts)

@@ -55,6 +55,7 @@ class PipeInbox:
                     state.poll_url,
                     None if state.result is None else state.result.encode(),
                     state.problem,
+                    state.seconds,
                 )
             if news.result is not None and news.request_id in self._open:
                 self._results[news.request_id] = news.result.encode()

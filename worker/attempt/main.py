@@ -70,6 +70,8 @@ class StdinControl:
         self._lock = threading.Lock()
         self._request: Literal["cancel", "drain"] | None = None
         self._has_begun = False
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
 
     def listen(self) -> None:
         threading.Thread(target=self._read, name="control", daemon=True).start()
@@ -83,6 +85,10 @@ class StdinControl:
         """The last order; a drain does not replace a cancellation."""
         return self._request
 
+    def rest(self) -> None:
+        """Return at once, or, while the trainer is parked, when it may go on or has to stop."""
+        self._may_go_on.wait()
+
     def _read(self) -> None:
         for line in self._stdin:
             order = Line.validate_json(line)
@@ -91,30 +97,46 @@ class StdinControl:
                     self.inbox.deliver(order)
                 continue
             with self._lock:
-                if self._request != "cancel":
-                    self._request = order.type
-                if not self._has_begun:
-                    code = ExitCode.CANCELLED if order.type == "cancel" else ExitCode.DRAINED
-                    os._exit(code)
+                self._obey(order.type)
         os._exit(ExitCode.CRASHED)  # the worker is dead, and nothing reads further reports
+
+    def _obey(self, order: Literal["cancel", "drain", "park", "unpark"]) -> None:
+        if order == "park":
+            if self._request is None:  # a trainer that has to stop must get to its end
+                self._may_go_on.clear()
+            return
+        self._may_go_on.set()
+        if order == "unpark":
+            return
+        if self._request != "cancel":
+            self._request = order
+        if not self._has_begun:
+            os._exit(ExitCode.CANCELLED if order == "cancel" else ExitCode.DRAINED)
 
 
 class SpoolSink:
-    """Writes a trainer's reports to the attempt's folder; thread-safe."""
+    """Writes a trainer's reports to the attempt's folder; thread-safe.
 
-    def __init__(self, folder: AttemptFolder) -> None:
+    Args:
+        folder: The attempt's folder.
+        rest: Called at the end of each step, after its metrics; returns when the next may begin.
+    """
+
+    def __init__(self, folder: AttemptFolder, rest: Callable[[], None] = lambda: None) -> None:
         self._folder = folder
+        self._rest = rest
         self._spool = SpoolWriter(folder.spool)
         self._lock = threading.Lock()
         self._tokens: int | None = None
         """Tokens trained on up to the last report."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Store metrics of a step; infinity and NaN become null."""
+        """Store metrics of a step; infinity and NaN become null. Waits while it is parked."""
         if "train/tokens" in values:
             self._tokens = int(values["train/tokens"])
         checked = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._spool.append(partial(MetricsRow, type="metrics", step=step, values=checked))
+        self._rest()
 
     def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
         """Store some completions of a step."""
@@ -229,7 +251,7 @@ def ending_of(error: BaseException, failure: AttemptFailure, launch: Launch) -> 
 
 def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
     """Train as process 0, and report the result."""
-    sink = SpoolSink(AttemptFolder(launch.folder))
+    sink = SpoolSink(AttemptFolder(launch.folder), control.rest)
     siblings = Siblings(launch)
     try:
         how = train(siblings.launch, sink, control)

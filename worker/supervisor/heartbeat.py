@@ -12,7 +12,7 @@ from dar.disk import read_if_there
 from dar.errors import DARError
 from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
 from worker.api import WorkerClient
-from worker.supervisor.state import LOST, AttemptState
+from worker.supervisor.state import LOST, AttemptState, seconds_since_boot
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +49,9 @@ class Heartbeats:
         def beat() -> None:
             sent[0] = self.progress()
             heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0])
+            began = seconds_since_boot()
             self._client.heartbeat(lease.lease_id, heartbeat)
+            self._state.renewed_at = began
 
         self._client.until_answered(beat, "heartbeat", longest=self._interval)
         return sent[0]

@@ -23,6 +23,11 @@ LOST = (FencedError, AuthenticationError, NotFoundError, PermissionDeniedError)
 """Errors of the service that mean that this worker has lost the lease."""
 
 
+def seconds_since_boot() -> float:
+    """A clock that nobody sets, and that goes on while the machine sleeps, as other clocks do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class AttemptState:
     """Flags of one attempt. Each is set once and never cleared.
 
@@ -51,6 +56,8 @@ class AttemptState:
         """The error of a thread because of which the attempt cannot continue."""
         self.first_progress = AttemptProgress(phase="starting", step=0)
         """The progress to report until the trainer reports its own."""
+        self.renewed_at = seconds_since_boot()
+        """When the latest call began that renewed the lease."""
         self.gives_up_at: float | None = None
         """Monotonic time after which calls to the service are not repeated."""
 

@@ -1,19 +1,22 @@
-"""Stops a trainer: an order first, then SIGTERM, then SIGKILL."""
+"""Stops a trainer: an order first, then SIGTERM, then SIGKILL. Parks it without a lease."""
 
 import signal
 import time
+from collections.abc import Callable
 
 import structlog
 
 from worker.launch import Order
 from worker.supervisor.child_process import TrainerProcess
 from worker.supervisor.outcome import Reason
-from worker.supervisor.state import AttemptState
+from worker.supervisor.state import AttemptState, seconds_since_boot
 
 log = structlog.get_logger(__name__)
 
 TERMINATION_SECONDS = 10.0
 """Time between SIGTERM and SIGKILL."""
+PARKED_AFTER = 0.75
+"""Share of a lease's time to live after which a trainer is parked if the lease was not renewed."""
 LAST_ROWS_SECONDS = 20.0
 """How long a stopping worker sends rows; the rest stays on disk for its next start."""
 
@@ -81,3 +84,36 @@ class Stopping:
         return max(
             now + min(LAST_ROWS_SECONDS, self._drain_seconds), drain_began + self._drain_seconds
         )
+
+
+class Parking:
+    """Parks a trainer while its lease cannot be renewed, so that no two trainers compute at once.
+
+    The service gives the job to another worker one time to live after the last renewal. A parked
+    trainer keeps its memory. It goes on where it was if the lease is renewed, and stops if it is
+    lost.
+
+    Args:
+        state: Of the attempt.
+        clock: Seconds; replaced in tests.
+    """
+
+    def __init__(
+        self, state: AttemptState, clock: Callable[[], float] = seconds_since_boot
+    ) -> None:
+        self._state = state
+        self._clock = clock
+        self._is_parked = False
+
+    def enforce(self, trainer: TrainerProcess) -> None:
+        """Park the trainer, or let it go on; called often while it runs."""
+        silent_seconds = self._clock() - self._state.renewed_at
+        is_due = silent_seconds > PARKED_AFTER * self._state.lease.ttl_seconds
+        if is_due == self._is_parked:
+            return
+        self._is_parked = is_due
+        log.warning(
+            "trainer parked" if is_due else "trainer goes on",
+            seconds_without_renewal=round(silent_seconds, 1),
+        )
+        trainer.order(Order(type="park" if is_due else "unpark"))

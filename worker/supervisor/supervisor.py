@@ -40,7 +40,7 @@ from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
 from worker.supervisor.state import LOST, AttemptState
-from worker.supervisor.stopping import Stopping
+from worker.supervisor.stopping import Parking, Stopping
 
 log = structlog.get_logger(__name__)
 
@@ -185,9 +185,11 @@ class Supervisor:
         fault_point("worker.started")
         bridge = self._bridge = RewardBridge(self._state, self._new_client(), trainer.send_news)
         self._state.spawn("rewards", lambda: bridge.run(trainer.notes))
+        parking = Parking(self._state)
         try:
             while (ended := trainer.poll()) is None:
                 self._stopping.enforce(trainer)
+                parking.enforce(trainer)
                 time.sleep(LOOK_SECONDS)
         finally:
             trainer.kill()

@@ -84,12 +84,13 @@ class CacheStore:
 
         Args:
             keys: Distinct keys.
-            max_age_seconds: Older values are unknown.
+            max_age_seconds: Older values are unknown, and so are those from before the clock was
+                set back, whose age is not known.
         """
         now = self._clock()
 
         def read(connection: sqlite3.Connection) -> dict[bytes, bytes]:
-            found = _read(connection, keys, now - max_age_seconds)
+            found = _read(connection, keys, (now - max_age_seconds, now))
             self._used.update(dict.fromkeys(found, now))
             if len(self._used) >= MAX_PENDING_USES:
                 self._write(connection, {}, now)
@@ -245,15 +246,16 @@ def _begin_wal(connection: sqlite3.Connection) -> None:
 
 
 def _read(
-    connection: sqlite3.Connection, keys: Sequence[bytes], oldest: float
+    connection: sqlite3.Connection, keys: Sequence[bytes], stored: tuple[float, float]
 ) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = {}
     for start in range(0, len(keys), _AT_ONCE):
         part = keys[start : start + _AT_ONCE]
         places = ", ".join("?" * len(part))
         rows = connection.execute(
-            f"SELECT key, value, digest FROM rewards WHERE stored_at > ? AND key IN ({places})",  # noqa: S608 - only question marks are inserted
-            (oldest, *part),
+            "SELECT key, value, digest FROM rewards "  # noqa: S608 - only question marks are inserted
+            f"WHERE stored_at > ? AND stored_at <= ? AND key IN ({places})",
+            (*stored, *part),
         )
         found.update(
             (key, value)

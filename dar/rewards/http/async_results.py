@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -60,6 +61,9 @@ class Stored:
     """The result, if it has arrived."""
     problem: str | None = None
     """Why the latest callback was not accepted; None: none was refused."""
+    seconds: float | None = None
+    """Time until the deadline when it was stored; None: unknown, so that ``deadline`` is compared
+    with this machine's clock."""
 
 
 class Inbox(Protocol):
@@ -122,6 +126,7 @@ class LaterReply:
         self._time = timedelta(seconds=seconds)
         self.deadline = datetime.now(UTC) + self._time
         """Deadline of the request, possibly set by an earlier process."""
+        self._ends_at = time.monotonic() + seconds
         self.is_accepted = False
         """Whether the reward service has answered 202, so that only the result is missing."""
         self._result: bytes | None = None
@@ -147,10 +152,17 @@ class LaterReply:
                 sample_ids=self._ids,
                 token_sha256=sha256,
                 deadline=(datetime.now(UTC) + self._time).timestamp(),
+                seconds=self._time.total_seconds(),
             )
             stored = await self._inbox.announce(request)
             self._announced = request
             self.deadline = stored.deadline
+            left = stored.seconds
+            if left is None:
+                left = (stored.deadline - datetime.now(UTC)).total_seconds()
+            else:  # the reward service compares it with `created_at`, by this machine's clock
+                self.deadline = datetime.now(UTC) + timedelta(seconds=left)
+            self._ends_at = time.monotonic() + left
             if stored.result is not None or self.remaining_seconds > 0:
                 break
         self.is_accepted = stored.is_accepted or stored.result is not None
@@ -270,7 +282,7 @@ class LaterReply:
     @property
     def remaining_seconds(self) -> float:
         """Time until the deadline, at least 0."""
-        return max(0.0, (self.deadline - datetime.now(UTC)).total_seconds())
+        return max(0.0, self._ends_at - time.monotonic())
 
     def _checked(self, given: str) -> str:
         """Make a ``poll_url`` absolute.

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import threading
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -20,7 +21,8 @@ InboxOutcome = Literal["refused", "accepted", "duplicate", "conflict", "late", "
 @dataclass(slots=True)
 class _Awaited:
     request: RewardAnnouncement
-    deadline: datetime
+    ends_at: float
+    """Its deadline, on the monotonic clock."""
     loop: asyncio.AbstractEventLoop
     came: asyncio.Event = field(default_factory=asyncio.Event)
     result: bytes | None = None
@@ -46,12 +48,16 @@ class ProbeInbox:
     async def announce(self, request: RewardAnnouncement) -> Stored:
         """See `Inbox`."""
         deadline = datetime.fromtimestamp(request.deadline, UTC)
-        awaited = _Awaited(request, deadline, asyncio.get_running_loop())
+        seconds = request.seconds
+        if seconds is None:
+            seconds = (deadline - datetime.now(UTC)).total_seconds()
+        now = time.monotonic()
+        awaited = _Awaited(request, now + seconds, asyncio.get_running_loop())
         with self._lock:
-            now = datetime.now(UTC)
-            self._awaited = {name: one for name, one in self._awaited.items() if one.deadline > now}
+            self._awaited = {name: one for name, one in self._awaited.items() if one.ends_at > now}
             self._awaited[request.request_id] = awaited
-        return Stored(f"{self._callback_url}/{request.request_id}", deadline)
+        url = f"{self._callback_url}/{request.request_id}"
+        return Stored(url, deadline, seconds=seconds)
 
     async def wait(self, request_id: str) -> bytes:
         """See `Inbox`."""
@@ -120,7 +126,7 @@ class ProbeInbox:
                 return "duplicate" if awaited.result == body else "conflict", None
             if awaited.is_closed:
                 return "closed", None
-            if datetime.now(UTC) > awaited.deadline:
+            if time.monotonic() > awaited.ends_at:
                 return "late", None
             if error is not None:
                 awaited.problem = f"422: {error.error_code}: {error.message}"

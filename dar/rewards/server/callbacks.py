@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from dar.protocol.rewards import Callback, Reply
+from dar.protocol.rewards import Callback
 from dar.rewards.http.retry import parse_retry_after
 from dar.rewards.http.signing import signed_headers
 from dar.version import __version__
@@ -53,23 +53,24 @@ class CallbackSender:
         self._keys = tuple(keys)
         self._client: httpx2.AsyncClient | None = None
 
-    async def deliver(self, request_id: str, reply: Callable[[], Reply], body: bytes) -> None:
+    async def deliver(
+        self, request_id: str, reply: Callable[[], tuple[Callback | None, float]], body: bytes
+    ) -> None:
         """Post a result until it is accepted, rejected, or its deadline passes.
 
         Args:
             request_id: Id of the request.
-            reply: Returns callback and deadline; called before each attempt, as a newer request
-                may have changed them.
+            reply: Returns the callback and the seconds until the deadline; called before each
+                attempt, as a newer request may have changed them.
             body: The result.
         """
         pause = FIRST_PAUSE_SECONDS
         while True:
-            now = reply()
-            remaining = (now.deadline - datetime.now(UTC)).total_seconds()
-            if now.callback is None or remaining <= 0:
+            callback, remaining = reply()
+            if callback is None or remaining <= 0:
                 logger.error("the result of %s was not delivered before its deadline", request_id)
                 return
-            reason, wait = await self._attempt(request_id, now.callback, body, remaining)
+            reason, wait = await self._attempt(request_id, callback, body, remaining)
             if reason is None:
                 return
             if wait is None:

@@ -219,7 +219,9 @@ class FunctionEndpoint:
     async def _deliver(self, entry: Entry) -> None:
         try:
             result = entry.task.result()
-            await self._callbacks.deliver(entry.request_id, lambda: entry.reply, result)
+            await self._callbacks.deliver(
+                entry.request_id, lambda: (entry.reply.callback, entry.remaining_seconds), result
+            )
         finally:
             entry.is_settled = True
 

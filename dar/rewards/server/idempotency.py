@@ -15,7 +15,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from dar.errors import IdempotencyMismatchError, ServiceUnavailableError
 from dar.protocol.rewards import Reply, RewardRequest
@@ -36,6 +35,8 @@ class Entry:
     fingerprint: bytes
     reply: Reply
     """Callback and deadline of the newest request with this id."""
+    ends_at: float
+    """That deadline on the monotonic clock."""
     task: "asyncio.Task[bytes]" = field(init=False)
     is_promised: bool = False
     """A 202 was sent, so a failure must become a result too."""
@@ -45,10 +46,19 @@ class Entry:
     """When its answer was ready, on the monotonic clock."""
     size: int = 0
 
+    def take_over(self, request: RewardRequest) -> None:
+        """Use callback and deadline of a newer request with the same id."""
+        self.reply, self.ends_at = request.reply, _ends_at(request)
+
     @property
     def is_in_time(self) -> bool:
         """Whether the deadline has not passed."""
-        return datetime.now(UTC) < self.reply.deadline
+        return self.remaining_seconds > 0
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Time until the deadline; negative after it."""
+        return self.ends_at - time.monotonic()
 
 
 class Answers:
@@ -97,7 +107,7 @@ class Answers:
                 f"request {request.request_id} came before with other samples, or for another job, "
                 "component, step or mode; send another request under a new id"
             )
-        entry.reply = request.reply
+        entry.take_over(request)
         return entry
 
     def start(self, request: RewardRequest, call: Callable[[Entry], Awaitable[bytes]]) -> Entry:
@@ -116,7 +126,7 @@ class Answers:
                 code="queue_full",
                 retry_after_seconds=self._retry_after(),
             )
-        entry = Entry(request.request_id, fingerprint(request), request.reply)
+        entry = Entry(request.request_id, fingerprint(request), request.reply, _ends_at(request))
         self._in_progress += 1
         entry.task = asyncio.create_task(self._run(entry, call))
         entry.task.add_done_callback(lambda _: self._done(entry))
@@ -180,6 +190,14 @@ class Answers:
     def _delete(self, entry: Entry) -> None:
         del self._entries[entry.request_id]
         self._bytes -= entry.size
+
+
+def _ends_at(request: RewardRequest) -> float:
+    """The deadline of a request on the monotonic clock.
+
+    Both of its instants are by the clock of the trainer's machine, which may differ from this one.
+    """
+    return time.monotonic() + (request.reply.deadline - request.created_at).total_seconds()
 
 
 def fingerprint(request: RewardRequest) -> bytes:

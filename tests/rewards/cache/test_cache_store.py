@@ -97,6 +97,8 @@ async def test_what_is_older_than_asked_for_is_unknown(
     assert await store.get(keys(1, 2), 90) == values(1, 2), "its reader says how old it may be"
     store.put(values(1))
     assert await store.get(keys(1, 2), 30) == values(1, 2), "put again it is new"
+    clock.now -= 3600
+    assert await store.get(keys(1, 2), 90) == {}, "the clock was set back"
 
 
 async def test_the_least_recently_used_make_room(open_store: Callable[..., CacheStore]) -> None:

@@ -7,6 +7,7 @@ import logging
 import ssl
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx2
@@ -243,6 +244,20 @@ async def test_a_callback_ends_with_the_deadline(
     await server.post(content(is_async=True, callback=callback, seconds=1.0))
     await eventually(lambda: "was not delivered before its deadline" in caplog.text)
     assert receiver.requests
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_the_clock_of_the_trainers_machine_may_be_off(
+    asking: Asks, content: Content, gate: Any, posts: Asks, eventually: Asks, hours: int
+) -> None:
+    receiver, callback = posts(taken)
+    gate.opened.set()
+    server = asking(gate, asynchronous=True)
+    created_at = datetime.now(UTC) + timedelta(hours=hours)
+    request = content(is_async=True, callback=callback, created_at=created_at.isoformat())
+    request["reply"]["deadline"] = (created_at + timedelta(seconds=60)).isoformat()
+    await server.post(request)
+    await eventually(lambda: bool(receiver.requests))
 
 
 async def test_the_newest_requests_callback_is_used(
