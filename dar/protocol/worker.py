@@ -331,11 +331,12 @@ class Complete(AttemptOf):
     checkpoint_id: str
 
 
-FailureOwner = Literal["user", "worker", "reward", "service"]
+FailureOwner = Literal["user", "worker", "reward", "service", "storage", "database"]
 """Who can mend the cause of a failed attempt.
 
-``user``: the job's spec, data or model. ``worker``: the machine that it ran on. ``reward``: a
-reward service. ``service``: this software, or the service's own storage.
+``user``: the job itself, its spec, data or model. ``worker``: the machine that it ran on.
+``reward``: a reward service. ``service``: this software. ``storage``: the service's files, a full
+disk or a damaged checkpoint. ``database``: the service's database.
 """
 
 
@@ -353,6 +354,9 @@ class Fail(AttemptOf):
     param: str | None = None
     owner: FailureOwner | None = None
     """Null: not known."""
+    counts: bool | None = None
+    """Whether the failure counts against the job: three in a row without a newer checkpoint end it.
+    Null: it counts unless another owner than the job or the trainer is known."""
 
 
 class Release(AttemptOf):

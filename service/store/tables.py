@@ -129,9 +129,13 @@ class JobRow(Base):
     not_before: Mapped[datetime]
     """Earliest claim; of a job that waits for its reward service, the service's next probe."""
     failed_attempts: Mapped[int] = mapped_column(default=0)
-    """Attempts that were lost or failed. Drained attempts do not count."""
+    """Attempts in a row that were lost or failed without a newer checkpoint, whoever's fault."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
-    """Consecutive lost or failed attempts without a newer checkpoint."""
+    """Those of them that the job itself caused; see `service.store.poison`."""
+    counts_from: Mapped[int] = mapped_column(default=1)
+    """First attempt after the newest one that made progress, or after a resume of a failed job."""
+    failures: Mapped[dict[str, Any] | None]
+    """Number of lost and failed attempts, by owner."""
     reward_waits: Mapped[int] = mapped_column(default=0)
     """Consecutive attempts that ended because the reward service was down."""
     latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)
@@ -204,6 +208,10 @@ class AttemptRow(Base):
     unfinished: Mapped[dict[str, Any] | None]
     """``step`` in which the attempt ended, which has no metrics, and its reward counts, as
     ``values`` by metric name."""
+    owner: Mapped[str | None] = mapped_column(String(12))
+    """Who can mend the cause of a lost or failed attempt; see `FailureOwner`."""
+    failure: Mapped[dict[str, Any] | None]
+    """``code`` and ``message`` of a lost or failed attempt."""
 
 
 class JobEventRow(Base):
