@@ -58,10 +58,10 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release))]
     "/claim",
     openapi_extra=schema_of(Claim),
     response_model=Lease,
-    responses={204: {"description": "No job is due."}},
+    responses={204: {"description": "No job is due."}, **FENCED},
 )
 def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
-    """Claim the job that has been in the queue longest, if there is one."""
+    """Claim the job that has been in the queue longest of those that the worker can run."""
     while True:
         found = _claim_once(runtime, body)
         if found is None:

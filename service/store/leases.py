@@ -6,13 +6,24 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
-from sqlalchemy.orm import aliased
+from sqlalchemy.orm import InstrumentedAttribute, aliased
 
+from dar.protocol.base import MAX_COUNT
 from dar.protocol.worker import AttemptProgress, Claim
-from service.store import checkpoints, fence, outcomes, transitions
+from service.store import checkpoints, fence, outcomes, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import AttemptRow, JobRow
+from service.store.tables import AttemptRow, CheckpointRow, JobRow, WorkerRow
+
+OTHERS_FIRST = timedelta(seconds=20)
+"""How long a due job that has failed on a node is left to idle workers of others."""
+LOSSES_OF_NODE = 2
+NOT_OF_NODE = ("reward", "storage", "database")
+"""Owners of failures that are the same on every node."""
+CHECKPOINTS_ON_DISK = 3
+"""Checkpoints for which an attempt needs room: the one it resumes from, and two of its own."""
+PROCESSES = ("method", "dar", "resources", "processes")
+"""Place of the number of processes in a spec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +37,13 @@ class Credential:
 def claim(
     transaction: Transaction, claim: Claim, credential: Credential, ttl: timedelta
 ) -> Held | None:
-    """Give the job that has been in the queue longest to a slot.
+    """Give the job that has been in the queue longest to a slot that can run it.
 
     Leases that an earlier process of the slot, or its machine before a reboot, still holds are
     ended first, and their jobs are retried if they have attempts left.
+
+    A job that failed on the node goes to another one first, if a worker is idle there. Jobs that
+    need more devices or disk space than the slot has are left to others.
 
     Args:
         transaction: The transaction to write in.
@@ -38,9 +52,15 @@ def claim(
         ttl: How long the lease is valid without a heartbeat.
 
     Returns:
-        The job and its new attempt; None if no job is due.
+        The job and its new attempt; None if no job is due that the slot can run.
+
+    Raises:
+        ConflictError: Another worker has the slot's name (``worker_name_taken``).
     """
+    worker = workers.check_in(transaction, claim)
     _end_old_leases(transaction, claim)
+    if not claim.wants_job or not workers.may_claim(worker, transaction.now):
+        return None
     job = _take_oldest(transaction, claim)
     if job is None:
         return None
@@ -79,7 +99,7 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     waiting = aliased(JobRow)
     oldest = (
         select(waiting.id)
-        .where(_is_due(waiting, transaction.now))
+        .where(_is_due(waiting, transaction.now), *_fits(transaction, claim, waiting))
         .order_by(waiting.queued_at, waiting.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -106,6 +126,70 @@ def _is_due(job: type[JobRow], now: datetime) -> ColumnElement[bool]:
         job.not_before <= now,
         job.status_detail.is_distinct_from("waiting_for_reward"),
     )
+
+
+def _fits(
+    transaction: Transaction, claim: Claim, job: type[JobRow]
+) -> Sequence[ColumnElement[bool]]:
+    """Which jobs a slot may claim."""
+    conditions = [~_is_left_to_others(transaction.now, claim.node, job)]
+    report = claim.report
+    if report is None:
+        return conditions
+    newest = select(CheckpointRow.bytes).where(CheckpointRow.id == job.latest_checkpoint_id)
+    needed = CHECKPOINTS_ON_DISK * func.coalesce(newest.scalar_subquery(), 0)
+    conditions.append(needed <= report.disk_free)
+    if report.devices:
+        mine = len(report.devices)
+        most = max((_processes(row) for row in workers.able(transaction)), default=mine)
+        wanted = func.coalesce(job.spec[PROCESSES].as_integer(), 1)
+        # A job that no slot can run is claimed, and fails with a sentence about both numbers.
+        conditions.append(or_(wanted <= mine, wanted > max(most, mine)))
+    return conditions
+
+
+def _processes(row: WorkerRow) -> float:
+    """Number of processes that a worker can run at once; those on a CPU share it."""
+    devices = [] if row.report is None else row.report["devices"]
+    return len(devices) or MAX_COUNT
+
+
+def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnElement[bool]:
+    """Whether a job has failed on the node, and an idle worker where it has not may claim it."""
+    other = aliased(WorkerRow)
+    is_busy = select(AttemptRow.job_id).where(
+        AttemptRow.status == "running",
+        AttemptRow.node == other.node,
+        AttemptRow.slot == other.slot,
+    )
+    idle = select(other.slot).where(
+        other.node != node,
+        workers.is_able(other, now),
+        ~is_busy.exists(),
+        ~_has_failed_on(other.node, job),
+    )
+    return and_(
+        job.failed_attempts > 0,
+        job.not_before > now - OTHERS_FIRST,
+        _has_failed_on(node, job),
+        idle.exists(),
+    )
+
+
+def _has_failed_on(
+    node: str | InstrumentedAttribute[str], job: type[JobRow]
+) -> ColumnElement[bool]:
+    """Whether a job has failed on a node, or was lost there twice, since its last progress."""
+    ended = aliased(AttemptRow)
+    on_node = select(ended.number).where(
+        ended.job_id == job.id, ended.number >= job.counts_from, ended.node == node
+    )
+    failed = on_node.where(
+        ended.status == "failed",
+        or_(ended.owner.is_(None), ended.owner.not_in(NOT_OF_NODE)),
+    )
+    lost = on_node.where(ended.status == "lost").with_only_columns(func.count())
+    return or_(failed.exists(), lost.scalar_subquery() >= LOSSES_OF_NODE)
 
 
 def count_due(transaction: Transaction, older_than: timedelta) -> int:
@@ -139,6 +223,7 @@ def renew(
         .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
         .values(lease_until=transaction.now + ttl)
     )
+    workers.note_heartbeat(transaction, held.attempt)
     return progress is not None and note_progress(transaction, held.job, progress)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import and_, update
 from dar.errors import ConflictError, RewardBudgetError
 from dar.protocol.status import AttemptStatus
 from dar.protocol.worker import Complete, Fail, FailureOwner, Outcome, Release
-from service.store import checkpoints, poison, reward_pauses, transitions
+from service.store import checkpoints, poison, reward_pauses, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
 from service.store.poison import Failure
@@ -268,4 +268,18 @@ def _end(
         .where(AttemptRow.job_id == job.id, AttemptRow.number == held.attempt.number)
         .values(values)
     )
+    _note_worker(transaction, held, status, failure)
     return Outcome(status=job.status, status_detail=job.status_detail)
+
+
+def _note_worker(
+    transaction: Transaction, held: Held, status: AttemptStatus, failure: Failure | None
+) -> None:
+    """Let the worker of a failed attempt wait if it was its fault, else forget earlier faults."""
+    if status == "lost":
+        return
+    is_at_fault = failure is not None and failure.owner == "worker"
+    if not is_at_fault or held.job.counts_from > held.attempt.number:
+        workers.note_work(transaction, held.attempt)
+    if is_at_fault and failure is not None:
+        workers.note_fault(transaction, held.attempt, failure.code, failure.message)

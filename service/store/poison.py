@@ -17,6 +17,7 @@ from sqlalchemy import select, update
 
 from dar.protocol.status import AttemptStatus
 from dar.protocol.worker import FailureOwner
+from service.store import workers
 from service.store.database import Transaction
 from service.store.fence import Held
 from service.store.tables import AttemptRow, JobRow
@@ -110,7 +111,15 @@ def _verdict_on_losses(transaction: Transaction, held: Held, failure: Failure) -
     ).all()
     ends = [(one.node, one.status, (one.failure or {}).get("code", "")) for one in earlier]
     ends.append((attempt.node, failure.status, failure.code))
-    return _on_many_nodes(ends) or _often_on_one(ends, attempt.node, failure.status)
+    verdict = _on_many_nodes(ends)
+    if verdict is None and failure.status == "lost":
+        losses = Counter(node for node, how, _ in ends if how == "lost")[attempt.node]
+        if losses >= MAX_LOSSES and workers.passes_check(transaction, attempt.node):
+            verdict = (
+                f"it was lost {losses} times on {attempt.node}, whose self-check passes, without a "
+                "newer checkpoint"
+            )
+    return verdict
 
 
 _End = tuple[str, str, str]
@@ -124,10 +133,3 @@ def _on_many_nodes(ends: Sequence[_End]) -> str | None:
     return (
         f"it was lost on {len(nodes)} nodes ({', '.join(sorted(nodes))}) without a newer checkpoint"
     )
-
-
-def _often_on_one(ends: Sequence[_End], node: str, status: str) -> str | None:
-    losses = Counter(node for node, how, _ in ends if how == "lost")[node]
-    if status != "lost" or losses < MAX_LOSSES:
-        return None
-    return f"it was lost {losses} times on {node} without a newer checkpoint"

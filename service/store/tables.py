@@ -214,6 +214,39 @@ class AttemptRow(Base):
     """``code`` and ``message`` of a lost or failed attempt."""
 
 
+class WorkerRow(Base):
+    """A worker: one slot of one node."""
+
+    __tablename__ = "workers"
+    __table_args__ = (CheckConstraint("duty IN ('ban', 'drain', 'work')", name="duty"),)
+
+    node: Mapped[str] = mapped_column(String(128), primary_key=True)
+    slot: Mapped[str] = mapped_column(String(128), primary_key=True)
+    incarnation: Mapped[str] = mapped_column(String(128))
+    """The process that claims now."""
+    earlier: Mapped[dict[str, Any]]
+    """``incarnations`` that it has replaced, the newest last; they never claim again."""
+    boot_id: Mapped[str] = mapped_column(String(128))
+    machine: Mapped[str | None] = mapped_column(String(128))
+    report: Mapped[dict[str, Any] | None]
+    """Its last `WorkerReport`; None: a worker of an earlier version."""
+    is_fit: Mapped[bool]
+    """Whether it reports no fault."""
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+    alive_until: Mapped[datetime]
+    """Without a claim or a heartbeat until then it counts as gone."""
+    duty: Mapped[str] = mapped_column(String(8))
+    """What an operator has ordered: ``work``, ``drain`` or ``ban``."""
+    duty_reason: Mapped[str | None] = mapped_column(Text)
+    faults: Mapped[int]
+    """Attempts in a row that failed by its own fault."""
+    fault: Mapped[dict[str, Any] | None]
+    """``code`` and ``message`` of the last of them."""
+    retry_at: Mapped[datetime | None]
+    """It gets no job before."""
+
+
 class JobEventRow(Base):
     """An event of a job. Events are only appended."""
 

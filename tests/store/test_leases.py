@@ -78,10 +78,12 @@ def test_another_slot_of_the_node_keeps_its_lease(world: World) -> None:
 
 
 def test_a_restart_of_the_machine_frees_all_its_slots(world: World) -> None:
-    held = [world.running(), world.running()]
+    for _ in range(2):
+        world.submit()
+    held = [world.claim(slot, report=world.report()) for slot in "ab"]
     elsewhere_job = world.submit()
     elsewhere = world.claim("0", node="node-2")
-    assert world.claim("new-slot", boot_id="boot-2") is not None
+    assert world.claim("new-slot", boot_id="boot-2", report=world.report()) is not None
     assert [world.attempt(one).status for one in held] == ["lost", "lost"]
     assert world.attempt(elsewhere).status == "running"
     assert world.job(elsewhere_job).status == "running"
