@@ -22,6 +22,7 @@ from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.launch import ExitCode, Launch, TrainerResult
+from worker.self_check import examine
 from worker.spool import SpoolReader
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
@@ -34,6 +35,7 @@ from worker.supervisor.outcome import (
     failure,
     judge,
     of_the_user,
+    settle,
 )
 from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
@@ -78,6 +80,8 @@ class Supervisor:
             lease_id=lease.lease_id, job_id=lease.job_id, attempt=lease.attempt
         )
         self._state = AttemptState(lease, self._folder, drain)
+        self.is_worker_at_fault = False
+        """Whether the attempt failed by a fault of this machine."""
         self._command = command
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
@@ -109,6 +113,9 @@ class Supervisor:
         end: AttemptEnd | None = None
         try:
             end = self._execute_or_fail()
+            if isinstance(end, Fail):
+                end = settle(end, examine(self._settings))
+                self.is_worker_at_fault = end.owner == "worker"
             if end is not None:
                 self._report(end)
         except GaveUpError:
