@@ -176,8 +176,10 @@ class Directive(Output):
     """An instruction of the service to a running attempt."""
 
     id: int
-    """1: cancel, 2: pause. From 1000 on: results of reward requests, in the order of arrival."""
-    type: Literal["cancel", "pause", "reward_result"]
+    """1: cancel, 2: pause, 3: drain. From 1000 on: results of reward requests, in the order of
+    arrival."""
+    type: Literal["cancel", "pause", "drain", "reward_result"]
+    """``drain`` is sent only to workers that report about themselves."""
     request_id: str | None = None
     """``reward_result``: the id of the request."""
     result: str | None = None

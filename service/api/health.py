@@ -9,6 +9,7 @@ from dar.version import __version__
 from service import migrate
 from service.http import auth
 from service.runtime import CurrentRuntime, Runtime
+from service.store import workers
 
 router = APIRouter(tags=["health"])
 
@@ -26,12 +27,14 @@ def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
         **_database(runtime),
         "storage": runtime.artifacts.check(),
         "broker": runtime.waker.check(),
+        "workers": _workers(runtime),
     }
     needed = (checks["database"], checks["migrations"], checks["storage"])
     if any(check != "ok" for check in needed):
         response.status_code = 503
         return Ready(status="unavailable", checks=checks)
-    status = "ok" if checks["broker"] in {"ok", "off"} else "degraded"
+    is_whole = checks["broker"] in {"ok", "off"} and checks["workers"] == "ok"
+    status = "ok" if is_whole else "degraded"
     return Ready.model_validate({"status": status, "checks": checks})
 
 
@@ -48,3 +51,17 @@ def _database(runtime: Runtime) -> dict[str, str]:
         return {"database": "does not answer", "migrations": "unknown"}
     head = migrate.head()
     return {"database": "ok", "migrations": "ok" if found == head else f"at {found}, needs {head}"}
+
+
+def _workers(runtime: Runtime) -> str:
+    """``ok``, or how many workers can run no job, and why. Their names need a key."""
+    try:
+        with runtime.database.read() as transaction:
+            fleet = workers.fleet(transaction)
+    except SQLAlchemyError:
+        return "unknown"
+    if not fleet.failing:
+        return "ok"
+    codes = ", ".join(sorted({code for _, _, code in fleet.failing}))
+    count = sum(fleet.states.values()) - fleet.states.get("gone", 0)
+    return f"{len(fleet.failing)} of {count} can run no job: {codes}; GET /v1/workers says more"

@@ -39,7 +39,7 @@ from service.http.auth import LeaseHolder, LeaseSender, Worker
 from service.http.bodies import MAX_EXACT, body_of, schema_of
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
-from service.store import events, fence, leases, outcomes, reward_requests, rows
+from service.store import events, fence, leases, outcomes, reward_requests, rows, workers
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
@@ -207,12 +207,15 @@ def _directives(runtime: Runtime, lease_id: str, received: Received) -> tuple[st
             raise FencedError(
                 f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
             )
+        is_to_drain = workers.must_drain(transaction, attempt)
         came = reward_requests.results(transaction, held, received.last_result)
     wanted: JobDirective | None = None
     if job.cancel_requested_at is not None:
         wanted = "cancel"
     elif job.status == "pausing":
         wanted = "pause"
+    elif is_to_drain:
+        wanted = "drain"
     found: list[Directive] = []
     if wanted is not None and not received.has(wanted):
         found.append(Directive(id=ONCE[wanted], type=wanted))

@@ -16,7 +16,7 @@ from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, leases, reward_requests
+from service.store import checkpoints, fence, files, leases, reward_requests, workers
 from service.store.database import Database
 
 log = structlog.get_logger()
@@ -131,12 +131,13 @@ class Reconciler:
                 checkpoints.mark_removed(transaction, item.id)
 
     def _sweep(self) -> None:
-        """Delete old reward requests, and uploaded files without a row."""
+        """Delete old reward requests, workers that are gone, and uploaded files without a row."""
         if self._monotonic() < self._next_sweep:
             return
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
         with self._database.write() as transaction:
             reward_requests.forget(transaction)
+            workers.forget(transaction)
         old = self._artifacts.old_files()
         with self._database.read() as transaction:
             known = files.known(transaction, old)

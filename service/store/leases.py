@@ -13,6 +13,7 @@ from dar.protocol.worker import AttemptProgress, Claim
 from service.store import checkpoints, fence, outcomes, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held
+from service.store.paging import Cursor, Slice, page
 from service.store.tables import AttemptRow, CheckpointRow, JobRow, WorkerRow
 
 OTHERS_FIRST = timedelta(seconds=20)
@@ -288,6 +289,7 @@ def changed(
     *,
     cancel: Collection[str],
     pause: Collection[str],
+    drain: Collection[str],
 ) -> Sequence[str]:
     """Which jobs have changed for their workers.
 
@@ -296,18 +298,32 @@ def changed(
         job_ids: Jobs to check; a job that no attempt runs any more has changed.
         cancel: Jobs whose worker has not received a cancellation, should there be one.
         pause: Jobs whose worker has not received a pause, should there be one.
+        drain: Jobs whose worker has not received an order to drain, should there be one.
     """
     is_running = select(AttemptRow.job_id).where(
         AttemptRow.job_id == JobRow.id,
         AttemptRow.number == JobRow.attempt,
         AttemptRow.status == "running",
     )
+    is_drained = select(AttemptRow.job_id).where(
+        AttemptRow.job_id == JobRow.id,
+        AttemptRow.number == JobRow.attempt,
+        AttemptRow.status == "running",
+        workers.is_to_drain(),
+    )
     statement = select(JobRow.id).where(
         JobRow.id.in_(job_ids),
         or_(
             and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(cancel)),
             and_(JobRow.status == "pausing", JobRow.id.in_(pause)),
+            and_(is_drained.exists(), JobRow.id.in_(drain)),
             ~is_running.exists(),
         ),
     )
     return transaction.scalars(statement).all()
+
+
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[AttemptRow]:
+    """Attempts of a job, in the order of their numbers."""
+    statement = select(AttemptRow).where(AttemptRow.job_id == job_id)
+    return page(transaction, statement, AttemptRow.lease_id, [AttemptRow.number], cursor)

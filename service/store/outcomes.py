@@ -46,6 +46,18 @@ def lose(transaction: Transaction, held: Held, why: str) -> None:
     _retry(transaction, held, Failure("lost", LOST, why, "worker"), call=None)
 
 
+def take_back(transaction: Transaction, held: Held, why: str) -> None:
+    """End an attempt because of its worker, so that another one goes on; nothing counts."""
+    job = held.job
+    if job.cancel_requested_at is not None:
+        _confirm_cancel(transaction, held, "cancelled", None)
+        return
+    name: transitions.MoveName = "paused" if job.status == "pausing" else "drained"
+    values: dict[str, Any] = {} if name == "paused" else {"not_before": transaction.now}
+    moved = transitions.move(transaction, name, JobRow.id == job.id, why, values=values)
+    _end(transaction, held, "drained", None, moved)
+
+
 def end(
     transaction: Transaction,
     lease_id: str,

@@ -7,16 +7,20 @@ a process that was replaced never claims again.
 A worker whose attempts fail by its own fault gets no job for a while, which doubles each time.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Literal, cast
 
-from sqlalchemy import ColumnElement, Select, and_, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from dar.errors import ConflictError
-from dar.protocol.worker import NAME_TAKEN, Claim, WorkerReport
+from dar.errors import ConflictError, NotFoundError
+from dar.protocol.worker import NAME_TAKEN, Claim
+from dar.protocol.workers import WorkerState
 from service.store.database import Transaction
-from service.store.tables import AttemptRow, WorkerRow
+from service.store.tables import AttemptRow, JobRow, WorkerRow
 
 USUAL_INTERVAL = 20.0
 """`WorkerReport.interval_seconds` of a worker that reports none."""
@@ -26,6 +30,9 @@ MOST_EARLIER = 16
 """Replaced incarnations that are remembered."""
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 600.0
+KEPT = timedelta(days=7)
+"""How long a worker that is gone is listed."""
+Duty = Literal["work", "drain", "ban"]
 
 
 def check_in(transaction: Transaction, claim: Claim) -> WorkerRow:
@@ -145,11 +152,6 @@ def able(transaction: Transaction) -> Sequence[WorkerRow]:
     return transaction.scalars(select(WorkerRow).where(is_able(WorkerRow, transaction.now))).all()
 
 
-def report_of(row: WorkerRow) -> WorkerReport | None:
-    """What a worker has reported last."""
-    return None if row.report is None else WorkerReport.model_validate(row.report)
-
-
 def passes_check(transaction: Transaction, node: str) -> bool:
     """Whether the workers of a node report no fault."""
     unfit = select(WorkerRow.slot).where(WorkerRow.node == node, ~WorkerRow.is_fit)
@@ -189,10 +191,151 @@ def note_work(transaction: Transaction, attempt: AttemptRow) -> None:
     )
 
 
-def _worker_of(attempt: AttemptRow) -> Select[tuple[WorkerRow]]:
+def _worker_of(attempt: AttemptRow) -> Select[WorkerRow]:
     """The worker that runs an attempt, if no later process has its name."""
     return select(WorkerRow).where(
         WorkerRow.node == attempt.node,
         WorkerRow.slot == attempt.slot,
         WorkerRow.incarnation == attempt.incarnation,
+    )
+
+
+def is_to_drain() -> ColumnElement[bool]:
+    """Whether the worker of an attempt, `AttemptRow`, must give its job back."""
+    # A worker of an earlier version does not know the directive; it only gets no further job.
+    drained = select(WorkerRow.slot).where(
+        WorkerRow.node == AttemptRow.node,
+        WorkerRow.slot == AttemptRow.slot,
+        WorkerRow.incarnation == AttemptRow.incarnation,
+        WorkerRow.duty == "drain",
+        WorkerRow.report.is_not(None),
+    )
+    return drained.exists()
+
+
+def must_drain(transaction: Transaction, attempt: AttemptRow) -> bool:
+    """`is_to_drain` of one attempt."""
+    row = transaction.scalars(_worker_of(attempt)).one_or_none()
+    return row is not None and row.duty == "drain" and row.report is not None
+
+
+def order(
+    transaction: Transaction, duty: Duty, node: str, slot: str | None, reason: str | None
+) -> Sequence[WorkerRow]:
+    """Store an operator's order to a worker, or to all workers of a node.
+
+    Raises:
+        NotFoundError: There is no such worker.
+    """
+    wanted = select(WorkerRow).where(WorkerRow.node == node)
+    if slot is not None:
+        wanted = wanted.where(WorkerRow.slot == slot)
+    rows = transaction.scalars(wanted.order_by(WorkerRow.slot).with_for_update()).all()
+    if not rows:
+        named = f"node {node!r}" if slot is None else f"node {node!r}, slot {slot!r}"
+        raise NotFoundError(f"there is no worker with the name {named}; GET /v1/workers lists all")
+    for row in rows:
+        row.duty, row.duty_reason = duty, reason
+        if duty == "work":
+            row.faults, row.fault, row.retry_at = 0, None, None
+    transaction.flush()
+    return rows
+
+
+def leases_of(transaction: Transaction, rows: Sequence[WorkerRow]) -> Sequence[str]:
+    """Ids of the leases that workers hold."""
+    names = {(row.node, row.slot) for row in rows}
+    running = select(AttemptRow).where(
+        AttemptRow.status == "running", AttemptRow.node.in_({row.node for row in rows})
+    )
+    found = transaction.scalars(running.order_by(AttemptRow.job_id)).all()
+    return [one.lease_id for one in found if (one.node, one.slot) in names]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A worker, its state and its job."""
+
+    row: WorkerRow
+    state: WorkerState
+    reason: str | None
+    job_id: str | None
+    project_id: str | None
+    """Of the job."""
+
+
+def list_all(transaction: Transaction) -> list[WorkerView]:
+    """All workers that were seen lately, by node and slot."""
+    running = (
+        select(AttemptRow.node, AttemptRow.slot, JobRow.id, JobRow.project_id)
+        .join(JobRow, JobRow.id == AttemptRow.job_id)
+        .where(AttemptRow.status == "running")
+    )
+    jobs = {(node, slot): (job, of) for node, slot, job, of in transaction.execute(running)}
+    rows = transaction.scalars(select(WorkerRow).order_by(WorkerRow.node, WorkerRow.slot)).all()
+    found = []
+    for row in rows:
+        job_id, project_id = jobs.get((row.node, row.slot), (None, None))
+        state, reason = state_of(row, transaction.now, is_busy=job_id is not None)
+        found.append(WorkerView(row, state, reason, job_id, project_id))
+    return found
+
+
+def state_of(row: WorkerRow, now: datetime, *, is_busy: bool) -> tuple[WorkerState, str | None]:
+    """What a worker does, and why it gets no job."""
+    if row.duty == "ban":
+        return "banned", row.duty_reason or "an operator has banned it"
+    if row.alive_until <= now and not is_busy:
+        if (row.report or {}).get("is_leaving"):
+            return "gone", "it was stopped"
+        return "gone", "it sends nothing any more: it, its machine or its network has failed"
+    if row.duty == "drain":
+        reason = row.duty_reason or "an operator drains it"
+        return ("draining" if is_busy else "drained"), reason
+    fault = fault_of(row, now)
+    if fault is not None and not is_busy:
+        return "failing", f"{fault['code']}: {fault['message']}"
+    return ("busy" if is_busy else "idle"), None
+
+
+def fault_of(row: WorkerRow, now: datetime) -> Mapping[str, str] | None:
+    """The fault because of which a worker gets no job; None: there is none."""
+    if not row.is_fit and row.report is not None:
+        return cast("Mapping[str, str]", row.report["fault"])
+    is_backing_off = row.retry_at is not None and row.retry_at > now
+    return row.fault if is_backing_off else None
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All workers in numbers."""
+
+    states: Mapping[WorkerState, int]
+    failing: Sequence[tuple[str, str, str]]
+    """Node, slot and code of each failing worker."""
+    failures: Mapping[str, int]
+    """Lost and failed attempts by owner."""
+
+
+def fleet(transaction: Transaction) -> Fleet:
+    """All workers in numbers."""
+    found = list_all(transaction)
+    failing = [view.row for view in found if view.state == "failing"]
+    codes = [(row, fault_of(row, transaction.now)) for row in failing]
+    ended = (
+        select(AttemptRow.owner, func.count())
+        .where(AttemptRow.status.in_(("lost", "failed")))
+        .group_by(AttemptRow.owner)
+    )
+    return Fleet(
+        Counter(view.state for view in found),
+        [(row.node, row.slot, fault["code"]) for row, fault in codes if fault is not None],
+        {owner or "unknown": count for owner, count in transaction.execute(ended)},
+    )
+
+
+def forget(transaction: Transaction) -> None:
+    """Remove workers that were not seen for long; those that an operator banned are kept."""
+    transaction.execute(
+        delete(WorkerRow).where(WorkerRow.seen_at < transaction.now - KEPT, WorkerRow.duty != "ban")
     )
