@@ -161,9 +161,10 @@ def prepare(settings: Settings) -> Runtime:
         with database.read() as transaction:
             return metrics_store.newest_of_running(transaction, MAX_JOBS)
 
-    def fleet() -> workers_store.Fleet:
+    def count_workers() -> tuple[workers_store.Fleet, Mapping[str, int]]:
         with database.read() as transaction:
-            return workers_store.fleet(transaction)
+            failures = workers_store.failures_by_owner(transaction)
+            return workers_store.fleet(transaction), failures
 
     return Runtime(
         settings=settings,
@@ -171,7 +172,7 @@ def prepare(settings: Settings) -> Runtime:
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs, running_values, fleet),
+        telemetry=Telemetry(count_jobs, running_values, count_workers),
         reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),

@@ -66,7 +66,7 @@ SHARES: Mapping[str, str] = {
 }
 """Metric that is a share of a step's samples -> total that counts those samples."""
 Counts = Callable[[], Mapping[str, int]]
-CountFleet = Callable[[], Fleet]
+CountWorkers = Callable[[], tuple[Fleet, Mapping[str, int]]]
 RunningValues = Callable[[], Mapping[str, Mapping[str, float | None]]]
 CACHED = "cached"
 
@@ -77,14 +77,14 @@ class Telemetry(Collector):
     Args:
         count_jobs: Called at each scrape; returns the number of jobs by status.
         running_values: Called at each scrape; returns the newest metrics of running jobs, by job.
-        count_fleet: Called at each scrape; returns the workers in numbers.
+        count_workers: Called at each scrape; returns the workers in numbers, and failures by owner.
     """
 
     def __init__(
-        self, count_jobs: Counts, running_values: RunningValues, count_fleet: CountFleet
+        self, count_jobs: Counts, running_values: RunningValues, count_workers: CountWorkers
     ) -> None:
         self._count_jobs = count_jobs
-        self._count_fleet = count_fleet
+        self._count_workers = count_workers
         self._running_values = running_values
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
@@ -182,7 +182,7 @@ class Telemetry(Collector):
             yield from self._sample_families()
 
     def _worker_families(self) -> Iterator[Metric]:
-        fleet = self._count_fleet()
+        fleet, failures = self._count_workers()
         states = GaugeMetricFamily("dar_workers", "Workers by state.", labels=["state"])
         for state in WORKER_STATES:
             states.add_metric([state], fleet.states.get(state, 0))
@@ -192,10 +192,10 @@ class Telemetry(Collector):
         for labels in fleet.failing:
             failing.add_metric(labels, 1)
         yield failing
-        text = "Lost and failed attempts of all stored jobs, by who can mend the cause."
+        text = "Failures of attempts of all stored jobs, by who can mend the cause."
         ended = GaugeMetricFamily("dar_attempts_failed", text, labels=["owner"])
         for owner in (*get_args(FailureOwner), "unknown"):
-            ended.add_metric([owner], fleet.failures.get(owner, 0))
+            ended.add_metric([owner], failures.get(owner, 0))
         yield ended
 
     def _gauges(self) -> Iterator[Metric]:

@@ -28,7 +28,7 @@ def boot_id() -> str:
 def machine_of(work_path: Path) -> str:
     """A random name that all workers with this work directory share; made by the first of them.
 
-    It tells a restarted machine from another one with the same node name.
+    A restarted machine is known by it among others with the same node name.
     """
     path = work_path / MACHINE_FILE
     if not path.exists():

@@ -132,7 +132,7 @@ class Slot:
             log.warning("worker not reported", error=error.message)
 
     def _leave(self) -> None:
-        """Tell the service that this worker stops, so that its name is free at once."""
+        """Report that this worker stops, so that its name is free at once."""
         with contextlib.suppress(DARError):
             claim = self._next_claim(wants_job=False, is_leaving=True)
             self._client.claim(claim, timeout=FAREWELL_SECONDS)

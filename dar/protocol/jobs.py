@@ -103,7 +103,7 @@ class Job(Output):
     attempt: int
     """Number of the current or last attempt; 0 before the first."""
     failures: dict[str, int] = Field(default_factory=dict)
-    """Number of lost and failed attempts, by owner; see `Attempt`."""
+    """Number of attempts that were lost, failed or had no rewards, by owner; see `Attempt`."""
     progress: Progress
     forecast: Forecast | None
     """Of a job with a ``kl_budget``, once it has calibrated."""
@@ -127,7 +127,7 @@ class Attempt(Output):
     start_step: int
     """Steps that were done before."""
     owner: FailureOwner | None
-    """Who can mend the cause of a lost or failed attempt; null: not known."""
+    """Who can mend the cause of a failure; null: there is none, or it is not known."""
     code: str | None
     message: str | None
-    """Why it was lost or failed."""
+    """Why it was lost, failed or had no rewards."""

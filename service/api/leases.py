@@ -171,7 +171,9 @@ def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
             access = endpoints.access_of(transaction, runtime, held.job.id)
         except SecretUnreadableError as error:
             number, code = held.attempt.number, error.error_code
-            said = Fail(attempt=number, kind="user", code=code, message=error.message, param=None)
+            said = Fail(
+                attempt=number, kind="user", code=code, message=error.message, owner="service"
+            )
             outcomes.end(transaction, lease_id, said)
             return held.job.id
         return _lease(runtime, held, token, access)

@@ -52,7 +52,7 @@ def admit_workers(runtime: CurrentRuntime, user: Administrator, body: OrderBody)
 
 
 def _ordered(runtime: Runtime, project_id: str, duty: Duty, body: WorkerOrder) -> Page[Worker]:
-    with runtime.database.write() as transaction:
+    def work(transaction: Transaction) -> list[WorkerView]:
         rows = workers.order(transaction, duty, body.node, body.slot, body.reason)
         for lease_id in workers.leases_of(transaction, rows):
             job_id = fence.find(transaction, lease_id).job_id
@@ -63,8 +63,9 @@ def _ordered(runtime: Runtime, project_id: str, duty: Duty, body: WorkerOrder) -
             transaction.after_commit(runtime.waker.wake)
         names = {(row.node, row.slot) for row in rows}
         listed = workers.list_all(transaction)
-    found = [view for view in listed if (view.row.node, view.row.slot) in names]
-    return _page(found, project_id)
+        return [view for view in listed if (view.row.node, view.row.slot) in names]
+
+    return _page(runtime.database.transact(work), project_id)
 
 
 def _take_back(transaction: Transaction, lease_id: str, body: WorkerOrder) -> None:

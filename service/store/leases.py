@@ -59,7 +59,7 @@ def claim(
         ConflictError: Another worker has the slot's name (``worker_name_taken``).
     """
     worker = workers.check_in(transaction, claim)
-    _end_old_leases(transaction, claim)
+    _end_old_leases(transaction, claim, ttl)
     if not claim.wants_job or not workers.may_claim(worker, transaction.now):
         return None
     job = _take_oldest(transaction, claim)
@@ -202,7 +202,7 @@ def count_due(transaction: Transaction, older_than: timedelta) -> int:
     ).one()
 
 
-def _end_old_leases(transaction: Transaction, claim: Claim) -> None:
+def _end_old_leases(transaction: Transaction, claim: Claim, ttl: timedelta) -> None:
     # A slot that claims runs nothing: a lease of this same process is one whose reply was lost.
     old = select(AttemptRow.lease_id).where(
         AttemptRow.status == "running",
@@ -211,7 +211,15 @@ def _end_old_leases(transaction: Transaction, claim: Claim) -> None:
     )
     for lease_id in transaction.scalars(old.order_by(AttemptRow.job_id)).all():
         held = fence.lock(transaction, lease_id)
-        if held.attempt.status == "running":
+        attempt = held.attempt
+        if attempt.status != "running":
+            continue
+        process = (claim.slot, claim.incarnation)
+        is_of_this_process = (attempt.slot, attempt.incarnation) == process
+        if is_of_this_process and attempt.lease_until <= attempt.started_at + ttl:
+            why = f"the worker on {claim.node} did not get the job; waiting for another slot"
+            outcomes.take_back(transaction, held, why)
+        else:
             outcomes.lose(transaction, held, f"the worker on {claim.node} was restarted")
 
 

@@ -155,18 +155,21 @@ def _release(transaction: Transaction, held: Held, said: Release, probe_seconds:
     if said.reason == "cancelled":
         raise ConflictError(f"no cancellation of job {job.id} was requested")
     this = JobRow.id == job.id
+    failure: Failure | None = None
     if job.status == "pausing":
         message = said.message or PAUSED
         moved = transitions.move(transaction, "paused", this, message)
     elif said.reason == "paused_reward":
         moved = _pause_for_reward(transaction, job, said, probe_seconds)
+        failure = Failure("drained", said.code or "reward_error", said.message or "", "reward")
     elif said.reason in {"drained", "paused"}:
         values: dict[str, Any] = {"not_before": transaction.now}
         message = said.message or "the worker was stopped; waiting for another slot"
         moved = transitions.move(transaction, "drained", this, message, values=values)
     else:
         moved = _wait_for_reward(transaction, held, said, probe_seconds)
-    return _end(transaction, held, "drained", "release", moved)
+        failure = Failure("drained", "reward_unavailable", said.message or "", "reward")
+    return _end(transaction, held, "drained", "release", moved, failure)
 
 
 def _wait_for_reward(

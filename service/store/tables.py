@@ -129,13 +129,13 @@ class JobRow(Base):
     not_before: Mapped[datetime]
     """Earliest claim; of a job that waits for its reward service, the service's next probe."""
     failed_attempts: Mapped[int] = mapped_column(default=0)
-    """Attempts in a row that were lost or failed without a newer checkpoint, whoever's fault."""
+    """Attempts in a row that were lost or failed without a newer checkpoint, by any fault."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
     """Those of them that the job itself caused; see `service.store.poison`."""
     counts_from: Mapped[int] = mapped_column(default=1)
     """First attempt after the newest one that made progress, or after a resume of a failed job."""
     failures: Mapped[dict[str, Any] | None]
-    """Number of lost and failed attempts, by owner."""
+    """Number of attempts that were lost, failed or had no rewards, by owner."""
     reward_waits: Mapped[int] = mapped_column(default=0)
     """Consecutive attempts that ended because the reward service was down."""
     latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)
@@ -209,9 +209,9 @@ class AttemptRow(Base):
     """``step`` in which the attempt ended, which has no metrics, and its reward counts, as
     ``values`` by metric name."""
     owner: Mapped[str | None] = mapped_column(String(12))
-    """Who can mend the cause of a lost or failed attempt; see `FailureOwner`."""
+    """Who can mend the cause of a failure; see `FailureOwner`."""
     failure: Mapped[dict[str, Any] | None]
-    """``code`` and ``message`` of a lost or failed attempt."""
+    """``code`` and ``message`` of an attempt that was lost, failed or had no rewards."""
 
 
 class WorkerRow(Base):

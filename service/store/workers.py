@@ -102,7 +102,7 @@ def _refuse_stranger(transaction: Transaction, claim: Claim, mine: WorkerRow) ->
 
 
 def _is_stranger(row: WorkerRow, claim: Claim) -> bool:
-    """Whether a claim for the same slot is not of the successor of the worker that has it."""
+    """Whether a claim for the same slot comes from another machine than the worker's."""
     if row.machine is not None and claim.report is not None:
         return row.machine != claim.report.machine
     return row.boot_id != claim.boot_id
@@ -313,29 +313,27 @@ class Fleet:
     states: Mapping[WorkerState, int]
     failing: Sequence[tuple[str, str, str]]
     """Node, slot and code of each failing worker."""
-    failures: Mapping[str, int]
-    """Lost and failed attempts by owner."""
 
 
 def fleet(transaction: Transaction) -> Fleet:
     """All workers in numbers."""
     found = list_all(transaction)
-    failing = [view.row for view in found if view.state == "failing"]
-    codes = [(row, fault_of(row, transaction.now)) for row in failing]
-    ended = (
-        select(AttemptRow.owner, func.count())
-        .where(AttemptRow.status.in_(("lost", "failed")))
-        .group_by(AttemptRow.owner)
-    )
-    return Fleet(
-        Counter(view.state for view in found),
-        [(row.node, row.slot, fault["code"]) for row, fault in codes if fault is not None],
-        {owner or "unknown": count for owner, count in transaction.execute(ended)},
-    )
+    failing = [
+        (view.row.node, view.row.slot, fault["code"])
+        for view in found
+        if view.state == "failing" and (fault := fault_of(view.row, transaction.now)) is not None
+    ]
+    return Fleet(Counter(view.state for view in found), failing)
+
+
+def failures_by_owner(transaction: Transaction) -> Mapping[str, int]:
+    """Number of failures of all stored attempts."""
+    counted = select(AttemptRow.owner, func.count()).where(AttemptRow.failure.is_not(None))
+    rows = transaction.execute(counted.group_by(AttemptRow.owner))
+    return {owner or "unknown": count for owner, count in rows}
 
 
 def forget(transaction: Transaction) -> None:
-    """Remove workers that were not seen for long; those that an operator banned are kept."""
-    transaction.execute(
-        delete(WorkerRow).where(WorkerRow.seen_at < transaction.now - KEPT, WorkerRow.duty != "ban")
-    )
+    """Remove workers that were not seen for long; those with an operator's order are kept."""
+    old = WorkerRow.seen_at < transaction.now - KEPT
+    transaction.execute(delete(WorkerRow).where(old, WorkerRow.duty == "work"))

@@ -7,7 +7,7 @@ import pytest
 from dar.errors import ConflictError
 from dar.protocol.worker import Complete, Fail, FailureOwner, Release
 from fakes.world import World
-from service.store import fence, leases, outcomes, tables
+from service.store import fence, leases, outcomes, tables, workers
 
 
 def end(world: World, held: fence.Held, said: Complete | Fail | Release) -> None:
@@ -169,7 +169,7 @@ def test_a_slot_leaves_jobs_to_larger_slots_that_it_cannot_run(world: World) -> 
     one = world.report("a", devices=["0"])
     assert world.claim(node="a", report=one).job.id == small
     assert world.claim(node="a", slot="1", report=one) is None
-    world.clock.advance(100)  # the larger slot is gone: the attempt tells both numbers
+    world.clock.advance(100)  # the larger slot is gone: the attempt fails with both numbers
     assert world.claim(node="a", slot="1", report=one).job.id == large
 
 
@@ -221,3 +221,35 @@ def test_a_job_that_failed_on_a_node_does_not_wait_for_others_in_vain(
     if why == "patience":
         world.claim(node="b", report=world.report("b"), wants_job=False)
     assert world.claim(node="a").attempt.number == 2
+
+
+def test_a_claim_whose_reply_was_lost_is_no_loss(world: World) -> None:
+    """The same process claims again, and has sent no heartbeat."""
+    job_id = world.submit()
+    for number in range(1, 8):
+        assert world.claim().attempt.number == number
+    assert world.job(job_id).failures is None
+    held = world.claim()
+    heartbeat(world, held)
+    world.claim()
+    assert world.attempt(held).status == "lost"
+
+
+def test_missing_rewards_are_the_reward_services(world: World) -> None:
+    job_id = world.submit()
+    held = world.claim()
+    end(world, held, Release(attempt=1, reason="waiting_for_reward", message="refused"))
+    attempt = world.attempt(held)
+    assert (attempt.owner, attempt.failure["message"]) == ("reward", "refused")
+    assert world.job(job_id).failures == {"reward": 1}
+
+
+def test_workers_that_are_gone_for_a_week_are_forgotten(world: World) -> None:
+    for slot in ("a", "b"):
+        world.claim(slot)
+    with world.database.write() as transaction:
+        workers.order(transaction, "drain", "node-1", "b", None)
+    world.clock.advance(8 * 86_400)
+    with world.database.write() as transaction:
+        workers.forget(transaction)
+        assert [view.row.slot for view in workers.list_all(transaction)] == ["b"]

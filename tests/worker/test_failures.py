@@ -279,7 +279,7 @@ def test_the_self_check_decides_whether_the_machine_or_the_job_has_failed(
     code: str, owner: FailureOwner, fault: WorkerFault | None, expected: tuple[str, str]
 ) -> None:
     end = Fail(attempt=1, kind="transient", code=code, message="it ended.", owner=owner)
-    settled = settle(end, fault)
+    settled = settle(end, lambda: fault)
     assert (settled.owner, settled.code) == expected
     assert settled.message.startswith("it ended")
     if settled.code != code:

@@ -1,6 +1,6 @@
 """What a worker reports when an attempt ends, as a pure function of how the trainer ended."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,16 +135,16 @@ def failure(attempt: int, error: BaseException) -> Fail:
     )
 
 
-def settle(end: Fail, fault: WorkerFault | None) -> Fail:
+def settle(end: Fail, check: Callable[[], WorkerFault | None]) -> Fail:
     """Decide who caused a failure that the machine as well as the job may have caused.
 
     Args:
         end: The report.
-        fault: What the worker's self-check found after the failure.
+        check: The worker's self-check.
     """
     if end.kind == "user" or end.code not in EITHERS:
         return end
-    if fault is not None:
+    if (fault := check()) is not None:
         message = f"{end.message.rstrip('.')}; the worker's self-check fails: {fault.message}"
         changes = {"owner": "worker", "code": fault.code, "message": message, "counts": False}
         return end.model_copy(update=changes)

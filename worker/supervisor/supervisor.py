@@ -114,7 +114,7 @@ class Supervisor:
         try:
             end = self._execute_or_fail()
             if isinstance(end, Fail):
-                end = settle(end, examine(self._settings))
+                end = settle(end, lambda: examine(self._settings))
                 self.is_worker_at_fault = end.owner == "worker"
             if end is not None:
                 self._report(end)
