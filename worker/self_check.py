@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from dar.disk import read_if_there
 from dar.protocol.worker import MOST_DEVICES, WorkerFault, WorkerReport
 from dar.settings import Settings
 from dar.version import __version__
@@ -95,26 +94,32 @@ def _installed() -> list[str]:
 
 def free_memory() -> int | None:
     """Bytes that a new process can use, of the machine or of its cgroup; None: not known."""
-    found = re.search(
-        rb"^MemAvailable: +([0-9]+) kB", read_if_there(MEMORY_FILE) or b"", re.MULTILINE
-    )
+    found = re.search(rb"^MemAvailable: +([0-9]+) kB", _read(MEMORY_FILE) or b"", re.MULTILINE)
     of_machine = None if found is None else int(found[1]) * 1024
     of_group = _free_in_cgroup()
     known = [one for one in (of_machine, of_group) if one is not None]
     return min(known, default=None)
 
 
+def _read(path: Path) -> bytes | None:
+    """Content of a file of the kernel; None: this machine shows none."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
 def _free_in_cgroup() -> int | None:
     """What is left of the memory limit of this process's cgroup; None: there is no limit."""
-    found = re.search(r"^0::(/.*)", (read_if_there(CGROUP_FILE) or b"").decode(), re.MULTILINE)
+    found = re.search(r"^0::(/.*)", (_read(CGROUP_FILE) or b"").decode(), re.MULTILINE)
     if found is None:
         return None
     group = CGROUPS / found[1].strip().lstrip("/")
-    limit = (read_if_there(group / "memory.max") or b"max").strip()
-    used = (read_if_there(group / "memory.current") or b"").strip()
+    limit = (_read(group / "memory.max") or b"max").strip()
+    used = (_read(group / "memory.current") or b"").strip()
     if not limit.isdigit() or not used.isdigit():
         return None
-    stat = read_if_there(group / "memory.stat") or b""
+    stat = _read(group / "memory.stat") or b""
     cached = re.search(rb"^inactive_file ([0-9]+)", stat, re.MULTILINE)
     reclaimable = 0 if cached is None else int(cached[1])
     return max(0, int(limit) - int(used) + reclaimable)

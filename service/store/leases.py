@@ -23,6 +23,8 @@ NOT_OF_NODE = ("reward", "storage", "database")
 """Owners of failures that are the same on every node."""
 CHECKPOINTS_ON_DISK = 3
 """Checkpoints for which an attempt needs room: the one it resumes from, and two of its own."""
+MOST_NOTED = 10
+"""Jobs whose want of room one claim notes."""
 PROCESSES = ("method", "dar", "resources", "processes")
 """Place of the number of processes in a spec."""
 
@@ -64,6 +66,7 @@ def claim(
         return None
     job = _take_oldest(transaction, claim)
     if job is None:
+        _note_want_of_room(transaction, claim)
         return None
     resume = checkpoints.newest(transaction, job.id)
     start_step = 0 if resume is None else resume.step
@@ -137,9 +140,7 @@ def _fits(
     report = claim.report
     if report is None:
         return conditions
-    newest = select(CheckpointRow.bytes).where(CheckpointRow.id == job.latest_checkpoint_id)
-    needed = CHECKPOINTS_ON_DISK * func.coalesce(newest.scalar_subquery(), 0)
-    conditions.append(needed <= report.disk_free)
+    conditions.append(_room_for(job) <= report.disk_free)
     if report.devices:
         mine = len(report.devices)
         most = max((_processes(row) for row in workers.able(transaction)), default=mine)
@@ -147,6 +148,32 @@ def _fits(
         # A job that no slot can run is claimed, and fails with a sentence about both numbers.
         conditions.append(or_(wanted <= mine, wanted > max(most, mine)))
     return conditions
+
+
+def _room_for(job: type[JobRow]) -> ColumnElement[int]:
+    """Bytes on the worker's disk that a job needs for its checkpoints."""
+    newest = select(CheckpointRow.bytes).where(CheckpointRow.id == job.latest_checkpoint_id)
+    return CHECKPOINTS_ON_DISK * func.coalesce(newest.scalar_subquery(), 0)
+
+
+def _note_want_of_room(transaction: Transaction, claim: Claim) -> None:
+    """Show why jobs wait for which a worker without a job has no room."""
+    if claim.report is None:
+        return
+    is_due = _is_due(JobRow, transaction.now)
+    needed = _room_for(JobRow)
+    short = (
+        select(JobRow.id, needed).where(is_due, needed > claim.report.disk_free).limit(MOST_NOTED)
+    )
+    for job_id, room in transaction.execute(short).all():
+        message = f"waiting for a worker with {room:,} bytes of free disk for its checkpoints"
+        transaction.execute(
+            update(JobRow)
+            .where(JobRow.id == job_id, JobRow.status == "queued")
+            .where(JobRow.status_message.is_distinct_from(message))
+            .values(status_message=message)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def _processes(row: WorkerRow) -> float:

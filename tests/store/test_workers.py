@@ -182,6 +182,8 @@ def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: W
         made.bytes = 10**9
     end(world, held, Release(attempt=1, reason="drained"))
     assert world.claim(node="b", report=world.report("b", disk_free=2 * 10**9)) is None
+    said = world.job(job_id).status_message
+    assert said == "waiting for a worker with 3,000,000,000 bytes of free disk for its checkpoints"
     assert world.claim(node="c", report=world.report("c", disk_free=4 * 10**9)).job.id == job_id
 
 
