@@ -162,6 +162,12 @@ class Settings(BaseSettings):
     """Folder of the worker's spools, inputs and local checkpoints; default:
     ``$DAR_HOME/worker``."""
 
+    min_disk_bytes: Bytes = 1024**3
+    """Free disk space, in bytes, below which a worker claims no job."""
+
+    min_memory_bytes: Bytes = 256 * 1024**2
+    """Free memory, in bytes, below which a worker claims no job."""
+
     reward_cache_bytes: Bytes = 256 * 1024**2
     """Size limit of one reward cache, of a job or of an endpoint, in bytes. The least recently used
     rewards are removed first."""

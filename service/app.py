@@ -15,6 +15,7 @@ from dar.settings import Settings
 from dar.version import __version__
 from service import keys, migrate
 from service.api import (
+    attempts,
     checkpoints,
     events,
     files,
@@ -32,6 +33,7 @@ from service.api import (
     reward_stats,
     samples,
     uploads,
+    workers,
 )
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
@@ -46,12 +48,22 @@ from service.runtime import Runtime
 from service.secret_box import SecretBox
 from service.store import jobs as jobs_store
 from service.store import metrics as metrics_store
+from service.store import workers as workers_store
 from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
 
 ROUTERS = (
-    *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
-    *(reward_endpoints, graders, reward_callbacks, leases, inputs, uploads, reward_requests),
+    *(files, jobs, attempts, events, metrics, samples, reward_stats, checkpoints, models),
+    *(
+        reward_endpoints,
+        graders,
+        workers,
+        reward_callbacks,
+        leases,
+        inputs,
+        uploads,
+        reward_requests,
+    ),
 )
 
 
@@ -149,13 +161,18 @@ def prepare(settings: Settings) -> Runtime:
         with database.read() as transaction:
             return metrics_store.newest_of_running(transaction, MAX_JOBS)
 
+    def count_workers() -> tuple[workers_store.Fleet, Mapping[str, int]]:
+        with database.read() as transaction:
+            failures = workers_store.failures_by_owner(transaction)
+            return workers_store.fleet(transaction), failures
+
     return Runtime(
         settings=settings,
         database=database,
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs, running_values),
+        telemetry=Telemetry(count_jobs, running_values, count_workers),
         reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),

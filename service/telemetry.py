@@ -11,6 +11,7 @@ the newest stored report, which is the same in every replica.
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -24,7 +25,9 @@ from prometheus_client.registry import Collector
 from dar.protocol.metrics import current_values
 from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentRequests
 from dar.protocol.status import JOB_STATUSES
-from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row
+from dar.protocol.worker import EventRow, FailureOwner, MetricsRow, RewardsRow, Row
+from dar.protocol.workers import WORKER_STATES
+from service.store.workers import Fleet
 
 OUTCOMES = ("ok", *FAMILIES)
 CALLBACK_OUTCOMES = (
@@ -63,6 +66,7 @@ SHARES: Mapping[str, str] = {
 }
 """Metric that is a share of a step's samples -> total that counts those samples."""
 Counts = Callable[[], Mapping[str, int]]
+CountWorkers = Callable[[], tuple[Fleet, Mapping[str, int]]]
 RunningValues = Callable[[], Mapping[str, Mapping[str, float | None]]]
 CACHED = "cached"
 
@@ -73,10 +77,14 @@ class Telemetry(Collector):
     Args:
         count_jobs: Called at each scrape; returns the number of jobs by status.
         running_values: Called at each scrape; returns the newest metrics of running jobs, by job.
+        count_workers: Called at each scrape; returns the workers in numbers, and failures by owner.
     """
 
-    def __init__(self, count_jobs: Counts, running_values: RunningValues) -> None:
+    def __init__(
+        self, count_jobs: Counts, running_values: RunningValues, count_workers: CountWorkers
+    ) -> None:
         self._count_jobs = count_jobs
+        self._count_workers = count_workers
         self._running_values = running_values
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
@@ -164,6 +172,7 @@ class Telemetry(Collector):
         for status in JOB_STATUSES:
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs
+        yield from self._worker_families()
         yield from self._gauges()
         text = "Callbacks of reward services, by result."
         with self._lock:
@@ -171,6 +180,23 @@ class Telemetry(Collector):
             yield _labelled("dar_reward_callback", text, "status", outcomes)
             yield from self._request_families()
             yield from self._sample_families()
+
+    def _worker_families(self) -> Iterator[Metric]:
+        fleet, failures = self._count_workers()
+        states = GaugeMetricFamily("dar_workers", "Workers by state.", labels=["state"])
+        for state in WORKER_STATES:
+            states.add_metric([state], fleet.states.get(state, 0))
+        yield states
+        text = "1 for each worker that can run no job because of a fault of its own."
+        failing = GaugeMetricFamily("dar_worker_failing", text, labels=["node", "slot", "code"])
+        for labels in fleet.failing:
+            failing.add_metric(labels, 1)
+        yield failing
+        text = "Failures of attempts of all stored jobs, by who can mend the cause."
+        ended = GaugeMetricFamily("dar_attempts_failed", text, labels=["owner"])
+        for owner in (*get_args(FailureOwner), "unknown"):
+            ended.add_metric([owner], failures.get(owner, 0))
+        yield ended
 
     def _gauges(self) -> Iterator[Metric]:
         running = self._running_values()

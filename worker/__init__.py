@@ -9,6 +9,7 @@ failures: whose fault a failed attempt is, and the sentence about it that the us
 launch: messages between supervisor and trainer, and the trainer's exit codes.
 spool: rows on disk until the service has committed them; JSON without NUL.
 folders: the layout of the work directory.
-identity: node, slot and start of the worker; the lock of a slot.
+identity: node, slot, machine and start of the worker; the lock of a slot.
+self_check: whether this machine can run jobs, and what the worker reports about it.
 cleanup: after a crash: sends leftover rows, kills leftover trainers, removes folders.
 """

@@ -77,8 +77,10 @@ def main(command: Sequence[str] = TRAINER_COMMAND) -> int:
         folder = SlotFolder.of(settings.work_path, settings.slot)
         broker_url = None if settings.broker_url is None else settings.broker_url.get_secret_value()
         with slot_held(folder, settings.slot):
+            slot = Slot(settings, key, folder, command)
+            slot.introduce()
             log.info("worker waits for jobs", service=settings.service_url, slot=settings.slot)
-            return Process(Slot(settings, key, folder, command), broker_url).run()
+            return Process(slot, broker_url).run()
     except ConfigurationError as error:
         sys.stderr.write(f"{error.message}\n")
         return EXIT_CONFIGURATION

@@ -199,9 +199,11 @@ class WorkerClient:
             options |= {"content": encode(body), "headers": JSON_TYPE}
         return self._transport.parse(self._send(method, path, **options), answer)
 
-    def claim(self, claim: Claim) -> Lease | None:
-        """Request a job; None when no job is queued."""
-        response = self._send("POST", "/leases/claim", content=encode(claim), headers=JSON_TYPE)
+    def claim(self, claim: Claim, *, timeout: float = READ_SECONDS) -> Lease | None:
+        """Request a job; None when there is none that this worker can run."""
+        response = self._send(
+            "POST", "/leases/claim", content=encode(claim), headers=JSON_TYPE, timeout=timeout
+        )
         return None if response.status_code == 204 else self._transport.parse(response, Lease)
 
     def inputs(self, lease_id: str) -> Inputs:

@@ -1,7 +1,7 @@
 """Whose fault a failed attempt is, and the sentence about it that the job's user reads.
 
 Every exception that leaves a trainer or ends an attempt gets one owner. Failures of the user and of
-a reward service end or pause the job; failures of the worker and of the service are tried again.
+a reward service end or pause the job; all others are tried again.
 A sentence holds no traceback and no path of this machine: the trainer's log has those.
 """
 
@@ -25,6 +25,10 @@ from dar.rewards.http.responses import CLIENT_FAULT
 CODE_LENGTH = 64
 SERVER_ERROR = 500
 """First HTTP status of errors that no other request would have avoided."""
+DATABASE_AWAY = "database_unavailable"
+"""Code of the service's errors while its database is away."""
+STORAGE_CODES = frozenset({"storage_full", "missing", "input_altered"})
+"""Codes of errors about files of the service."""
 MESSAGE_LENGTH = 2000
 """Longest message; the same as that of a `dar.protocol.worker.Release`."""
 QUOTE_LENGTH = 300
@@ -126,9 +130,14 @@ def _owner_of(error: DARError, *, has_begun: bool) -> FailureOwner:
         return "reward"
     if isinstance(error, HubUnreachableError):
         return "worker" if has_begun else "user"
-    if error.error_code in {known.code for known in (DISK, MEMORY) if error.retryable}:
-        return "worker"
-    if isinstance(error, CheckpointError) or error.retryable or error.status >= SERVER_ERROR:
+    known = {one.code: one.owner for one in (DISK, MEMORY, INSTALLATION)}
+    if error.retryable and error.error_code in known:
+        return known[error.error_code]
+    if isinstance(error, CheckpointError) or error.error_code in STORAGE_CODES:
+        return "storage"
+    if error.error_code == DATABASE_AWAY:
+        return "database"
+    if error.retryable or error.status >= SERVER_ERROR:
         return "service"
     return "user"
 

@@ -2,6 +2,7 @@
 
 Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
 
+    machine                     random name of this machine
     slot-<slot>/
       lock                      locked by the slot's worker; contains its process id
       logs/<job>-<attempt>.log  output of trainers of failed attempts, the newest 20

@@ -1,10 +1,11 @@
-"""The identity of a worker: node, slot, and the start of the process and of the machine."""
+"""The identity of a worker: node, slot and machine, and the starts of process and machine."""
 
+import contextlib
 import fcntl
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dar.disk import read_if_there
@@ -14,6 +15,7 @@ from dar.protocol.worker import Claim
 from dar.settings import Settings
 from worker.folders import SlotFolder
 
+MACHINE_FILE = "machine"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -23,6 +25,21 @@ def boot_id() -> str:
     return content.decode().strip() if content else f"unknown-{platform.system().lower()}"
 
 
+def machine_of(work_path: Path) -> str:
+    """A random name that all workers with this work directory share; made by the first of them.
+
+    A restarted machine is known by it among others with the same node name.
+    """
+    path = work_path / MACHINE_FILE
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=work_path, encoding="utf-8") as file:
+            file.write(new_id("machine-"))
+            file.flush()
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(file.name)
+    return path.read_text(encoding="utf-8").strip()
+
+
 def claim_of(settings: Settings) -> Claim:
     """The claims of this start of the worker."""
     return Claim(
@@ -30,7 +47,7 @@ def claim_of(settings: Settings) -> Claim:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def slot_held(folder: SlotFolder, slot: str) -> Iterator[None]:
     """Lock the slot for the length of the context; the system frees the lock of a dead process.
 

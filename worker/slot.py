@@ -1,22 +1,33 @@
 """One slot: claims a job, runs it until it ends, claims the next."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
 
 import structlog
 
 from dar.client.transport import Backoff
-from dar.errors import AuthenticationError, DARError, PermissionDeniedError
+from dar.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    ConflictError,
+    DARError,
+    PermissionDeniedError,
+)
 from dar.fault_points import fault_point
-from dar.protocol.worker import Lease
+from dar.protocol.worker import NAME_TAKEN, Claim, Lease, WorkerFault
 from dar.settings import Settings
 from worker.api import WorkerClient
 from worker.cleanup import Leftovers, sweep_processes
 from worker.folders import SlotFolder
-from worker.identity import claim_of
+from worker.identity import claim_of, machine_of
+from worker.self_check import examine, look, report_of
 from worker.supervisor.supervisor import TRAINER_COMMAND, Supervisor
 
 log = structlog.get_logger(__name__)
+
+FAREWELL_SECONDS = 5.0
+"""How long the first and the last message of a worker may take; the service may be away."""
 
 
 class Slot:
@@ -47,6 +58,10 @@ class Slot:
         self._news = threading.Event()
         self._lease_id: str | None = None
         self._trouble: str | None = None
+        self._machine = machine_of(settings.work_path)
+        self._is_suspect = True
+        """Whether a complete self-check is due: at the start, and after a fault of this machine."""
+        self._fault: WorkerFault | None = None
         self._leftovers = Leftovers(
             folder, self._client, lambda: self._lease_id, settings.poll_seconds
         )
@@ -74,7 +89,7 @@ class Slot:
         while not self.drain.is_set():
             self._news.clear()
             try:
-                lease = self._client.claim(self._claim)
+                lease = self._client.claim(self._next_claim())
             except DARError as error:
                 self._note(error)
                 return False
@@ -84,17 +99,63 @@ class Slot:
             self._serve(lease)
         return True
 
+    def _next_claim(self, *, wants_job: bool = True, is_leaving: bool = False) -> Claim:
+        """A claim with the state of this machine; of a machine with a fault it is only a report."""
+        fault = examine(self._settings) if self._is_suspect else look(self._settings)
+        self._is_suspect = fault is not None
+        if fault is not None and fault != self._fault:
+            log.error("this worker claims no job", code=fault.code, reason=fault.message)
+        elif fault is None and self._fault is not None:
+            log.info("this worker claims jobs again")
+        self._fault = fault
+        report = report_of(self._settings, self._machine, fault)
+        if is_leaving:
+            report = report.model_copy(update={"is_leaving": True})
+        return self._claim.model_copy(
+            update={"report": report, "wants_job": wants_job and fault is None}
+        )
+
+    def introduce(self) -> None:
+        """Kill the trainers of a predecessor, and report this worker; the service may be away.
+
+        Raises:
+            ConfigurationError: Another worker has its name.
+        """
+        sweep_processes(self._folder)
+        try:
+            self._client.claim(self._next_claim(wants_job=False), timeout=FAREWELL_SECONDS)
+        except ConflictError as error:
+            if error.error_code == NAME_TAKEN:
+                self._client.close()
+                raise ConfigurationError(error.message) from None
+            log.warning("the service refuses this worker", error=error.message)
+        except DARError as error:
+            log.warning("worker not reported", error=error.message)
+
+    def _leave(self) -> None:
+        """Report that this worker stops, so that its name is free at once."""
+        with contextlib.suppress(DARError):
+            claim = self._next_claim(wants_job=False, is_leaving=True)
+            self._client.claim(claim, timeout=FAREWELL_SECONDS)
+
     def _serve(self, lease: Lease) -> None:
         self._lease_id = lease.lease_id
         fault_point("worker.claimed")
+        supervisor = Supervisor(
+            self._settings, lease, self._folder, self.drain, command=self._command
+        )
         try:
-            Supervisor(self._settings, lease, self._folder, self.drain, command=self._command).run()
+            supervisor.run()
         finally:
+            self._is_suspect = self._is_suspect or supervisor.is_worker_at_fault
             self._lease_id = None
             self._leftovers.wake()
 
     def _note(self, error: DARError | None) -> None:
-        """Log when the service becomes unreachable or reachable; log a rejected key each time."""
+        """Log when the service becomes unreachable or reachable.
+
+        A rejected key and a name that another worker has are logged each time.
+        """
         message = None if error is None else error.message
         if isinstance(error, AuthenticationError | PermissionDeniedError):
             log.error(
@@ -103,6 +164,8 @@ class Slot:
                 service=self._settings.service_url,
                 error=message,
             )
+        elif error is not None and error.error_code == NAME_TAKEN:
+            log.error("the service refuses this worker", error=message)
         elif message is not None and self._trouble is None:
             log.warning("service away", service=self._settings.service_url, error=message)
         elif message is None and self._trouble is not None:
@@ -110,11 +173,10 @@ class Slot:
         self._trouble = message
 
     def poll(self) -> None:
-        """Remove what a predecessor left, then claim jobs regularly until the worker stops.
+        """Claim jobs regularly until the worker stops.
 
         The body of a thread that lives as long as the worker, with a broker or without one.
         """
-        sweep_processes(self._folder)
         sender = threading.Thread(target=self._leftovers.run, name="leftovers", daemon=True)
         sender.start()
         longest = self._settings.poll_seconds
@@ -129,3 +191,5 @@ class Slot:
                 backoff = Backoff(longest)
             self.drain.wait(longest if is_there else min(longest, backoff.next()))
         self._leftovers.stop()
+        with self._busy:
+            self._leave()

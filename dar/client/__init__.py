@@ -19,6 +19,7 @@ jobs: jobs, their metrics, samples and events; `wait` for the end of a job.
 models: models that a job may start from.
 paging: lists that fetch their pages while they are iterated.
 reward_endpoints: registered reward services.
+workers: workers of the installation.
 """
 
 from dar.client.client import Client

@@ -8,6 +8,7 @@ from dar.client.jobs import Jobs
 from dar.client.models import Models
 from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.transport import Transport
+from dar.client.workers import Workers
 from dar.errors import ConfigurationError
 from dar.settings import load_settings
 from dar.version import __version__
@@ -72,6 +73,8 @@ class Client:
         """Models that jobs can start from."""
         self.reward_endpoints = RewardEndpoints(self._transport)
         """Registered reward services."""
+        self.workers = Workers(self._transport)
+        """Workers, and orders to them."""
 
     @property
     def base_url(self) -> str:

@@ -18,7 +18,7 @@ from dar.client.transport import (
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Page
 from dar.protocol.events import Event
-from dar.protocol.jobs import Job
+from dar.protocol.jobs import Attempt, Job
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample
@@ -205,6 +205,11 @@ class Jobs:
         """The events of a job, newest first; ``limit`` is the size of a page."""
         params = {"order": order, "limit": limit}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
+
+    def attempts(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Attempt]:
+        """The attempts of a job, newest first: where each ran, and whose fault a failure was."""
+        params = {"order": order, "limit": limit}
+        return Listing(self._transport, f"{_path(job_id)}/attempts", Page[Attempt], params)
 
     def metrics(
         self,

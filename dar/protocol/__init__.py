@@ -21,6 +21,7 @@ samples: completions stored for viewing.
 spec: the job spec.
 status: statuses of jobs and attempts, and which are final.
 worker: messages between workers and the service.
+workers: workers as the service shows them, and orders to them.
 
 Rules that several processes share:
 

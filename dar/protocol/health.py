@@ -17,4 +17,5 @@ class Ready(Output):
 
     status: Literal["ok", "degraded", "unavailable"]
     checks: dict[str, str]
-    """``database``, ``migrations``, ``storage`` and ``broker``: ``ok``, ``off`` or the problem."""
+    """``database``, ``migrations``, ``storage``, ``broker`` and ``workers``: ``ok``, ``off`` or the
+    problem."""

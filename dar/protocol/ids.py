@@ -18,6 +18,7 @@ Prefix = Literal[
     "key-",
     "proj-",
     "inc-",
+    "machine-",
 ]
 
 

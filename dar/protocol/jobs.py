@@ -2,8 +2,11 @@
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from dar.protocol.base import Output, UnixSeconds
-from dar.protocol.status import JobStatus, StatusDetail
+from dar.protocol.status import AttemptStatus, JobStatus, StatusDetail
+from dar.protocol.worker import FailureOwner
 
 
 class JobError(Output):
@@ -99,6 +102,8 @@ class Job(Output):
     error: JobError | None
     attempt: int
     """Number of the current or last attempt; 0 before the first."""
+    failures: dict[str, int] = Field(default_factory=dict)
+    """Number of attempts that were lost, failed or had no rewards, by owner; see `Attempt`."""
     progress: Progress
     forecast: Forecast | None
     """Of a job with a ``kl_budget``, once it has calibrated."""
@@ -106,3 +111,23 @@ class Job(Output):
     """Actions that the job allows in its current state."""
     links: dict[str, str]
     """Paths of the job's events, metrics, samples and other resources."""
+
+
+class Attempt(Output):
+    """One execution of a job by one worker."""
+
+    id: str
+    object: Literal["fine_tuning.job.attempt"]
+    number: int
+    status: AttemptStatus
+    node: str
+    slot: str
+    started_at: UnixSeconds
+    ended_at: UnixSeconds | None
+    start_step: int
+    """Steps that were done before."""
+    owner: FailureOwner | None
+    """Who can mend the cause of a failure; null: there is none, or it is not known."""
+    code: str | None
+    message: str | None
+    """Why it was lost, failed or had no rewards."""

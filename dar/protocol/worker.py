@@ -23,6 +23,40 @@ FIRST_RESULT_ID = 1000
 """First number of directives with results; lower numbers are directives to the job itself."""
 
 
+NAME_TAKEN = "worker_name_taken"
+"""Code of the error for a worker whose node and slot another worker has."""
+MOST_DEVICES = 256
+
+
+class WorkerFault(Input):
+    """Why a worker can run no job."""
+
+    code: Annotated[str, Field(min_length=1, max_length=64)]
+    message: Annotated[str, Field(max_length=2000)]
+
+
+class WorkerReport(Input):
+    """What a worker reports about itself and its machine."""
+
+    version: Name
+    machine: Name
+    """A random name in the worker's folder: the same after every restart, another one on another
+    machine."""
+    devices: Annotated[list[Name], Field(max_length=MOST_DEVICES)]
+    """Its GPUs; none: it uses the CPU."""
+    disk_free: Annotated[int, Field(ge=0)]
+    """Bytes in the file system of its folder."""
+    disk_total: Annotated[int, Field(ge=0)]
+    memory_free: Annotated[int, Field(ge=0)] | None
+    """Bytes; null: not known."""
+    interval_seconds: Annotated[float, Field(gt=0, le=86_400)]
+    """Longest time until its next claim or heartbeat."""
+    fault: WorkerFault | None = None
+    """Why it can run no job; null: its self-check passes."""
+    is_leaving: bool = False
+    """Whether it stops now."""
+
+
 class Claim(Input):
     """Request of a slot for a job."""
 
@@ -33,6 +67,10 @@ class Claim(Input):
     one."""
     boot_id: Name
     """Changes with every start of the machine. A new one frees all leases of the node."""
+    report: WorkerReport | None = None
+    """Null: a worker of an earlier version."""
+    wants_job: bool = True
+    """False: it only reports."""
 
 
 REWARD_MODELS = "reward_models"
@@ -138,8 +176,10 @@ class Directive(Output):
     """An instruction of the service to a running attempt."""
 
     id: int
-    """1: cancel, 2: pause. From 1000 on: results of reward requests, in the order of arrival."""
-    type: Literal["cancel", "pause", "reward_result"]
+    """1: cancel, 2: pause, 3: drain. From 1000 on: results of reward requests, in the order of
+    arrival."""
+    type: Literal["cancel", "pause", "drain", "reward_result"]
+    """``drain`` is sent only to workers that report about themselves."""
     request_id: str | None = None
     """``reward_result``: the id of the request."""
     result: str | None = None
@@ -336,11 +376,12 @@ class Complete(AttemptOf):
     checkpoint_id: str
 
 
-FailureOwner = Literal["user", "worker", "reward", "service"]
+FailureOwner = Literal["user", "worker", "reward", "service", "storage", "database"]
 """Who can mend the cause of a failed attempt.
 
-``user``: the job's spec, data or model. ``worker``: the machine that it ran on. ``reward``: a
-reward service. ``service``: this software, or the service's own storage.
+``user``: the job itself, its spec, data or model. ``worker``: the machine that it ran on.
+``reward``: a reward service. ``service``: this software. ``storage``: the service's files, a full
+disk or a damaged checkpoint. ``database``: the service's database.
 """
 
 
@@ -358,6 +399,9 @@ class Fail(AttemptOf):
     param: str | None = None
     owner: FailureOwner | None = None
     """Null: not known."""
+    counts: bool | None = None
+    """Whether the failure counts against the job: three in a row without a newer checkpoint end it.
+    Null: it counts unless another owner than the job or the trainer is known."""
 
 
 class Release(AttemptOf):

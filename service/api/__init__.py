@@ -1,6 +1,7 @@
 """HTTP routes, one module for each kind of object.
 
 jobs: submit, read, cancel, pause and resume jobs.
+attempts: attempts of a job, and whose fault each failure was.
 events: events of a job.
 metrics: metrics of a job.
 samples: completions of a job that were kept.
@@ -12,6 +13,7 @@ reward_endpoints: registered reward services: create, change, rotate secrets, pr
 reward_stats: totals and failed requests of a job's rewards.
 reward_callbacks: results that reward services post later, authorized by a token per request.
 reward_requests: reward requests that a worker announces.
+workers: the workers of the installation, and orders of an operator.
 leases: a worker's claims, heartbeats, directives, rows and outcomes.
 inputs: files that a worker downloads for its attempt.
 uploads: checkpoints that a worker uploads: announced, sent in parts, verified.

@@ -12,6 +12,7 @@ from service import migrate
 from service.background.bounded_checks import Check
 from service.http import auth
 from service.runtime import CurrentRuntime, Runtime
+from service.store import workers
 
 router = APIRouter(tags=["health"])
 SILENT = {
@@ -19,6 +20,7 @@ SILENT = {
     "migrations": "unknown",
     "storage": "does not answer",
     "broker": "does not answer",
+    "workers": "unknown",
 }
 """The checks of what has not answered in time."""
 
@@ -39,7 +41,8 @@ async def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
     if any(check != "ok" for check in needed):
         response.status_code = 503
         return Ready(status="unavailable", checks=checks)
-    status = "ok" if checks["broker"] in {"ok", "off"} else "degraded"
+    is_whole = checks["broker"] in {"ok", "off"} and checks["workers"] == "ok"
+    status = "ok" if is_whole else "degraded"
     return Ready.model_validate({"status": status, "checks": checks})
 
 
@@ -54,6 +57,7 @@ def _checks(runtime: Runtime) -> Mapping[str, Check]:
         "database": lambda: _database(runtime),
         "storage": lambda: {"storage": runtime.artifacts.check()},
         "broker": lambda: {"broker": runtime.waker.check()},
+        "workers": lambda: {"workers": _workers(runtime)},
     }
 
 
@@ -64,3 +68,17 @@ def _database(runtime: Runtime) -> dict[str, str]:
         return {"database": "does not answer", "migrations": "unknown"}
     head = migrate.head()
     return {"database": "ok", "migrations": "ok" if found == head else f"at {found}, needs {head}"}
+
+
+def _workers(runtime: Runtime) -> str:
+    """``ok``, or how many workers can run no job, and why. Their names need a key."""
+    try:
+        with runtime.database.read() as transaction:
+            fleet = workers.fleet(transaction)
+    except SQLAlchemyError:
+        return "unknown"
+    if not fleet.failing:
+        return "ok"
+    codes = ", ".join(sorted({code for _, _, code in fleet.failing}))
+    count = sum(fleet.states.values()) - fleet.states.get("gone", 0)
+    return f"{len(fleet.failing)} of {count} can run no job: {codes}; GET /v1/workers says more"

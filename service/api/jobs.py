@@ -145,6 +145,7 @@ def show(job: tables.JobRow) -> Job:
             "trained_tokens": job.tokens if job.started_at or is_over else None,
             "error": JobError.model_validate(job.error) if job.error else None,
             "attempt": job.attempt,
+            "failures": job.failures or {},
             "progress": _progress(job),
             "forecast": job.forecast,
             "actions": [] if job.cancel_requested_at and not is_over else ACTIONS[job.status],

@@ -39,7 +39,7 @@ from service.http.auth import LeaseHolder, LeaseSender, Worker
 from service.http.bodies import MAX_EXACT, body_of, schema_of
 from service.rewards import endpoints
 from service.runtime import CurrentRuntime, Runtime
-from service.store import events, fence, leases, outcomes, reward_requests, rows
+from service.store import events, fence, leases, outcomes, reward_requests, rows, workers
 from service.store.database import Transaction
 
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"])
@@ -60,10 +60,10 @@ ReleaseBody = Annotated[Release, Depends(body_of(Release, is_of_worker=True))]
     "/claim",
     openapi_extra=schema_of(Claim),
     response_model=Lease,
-    responses={204: {"description": "No job is due."}},
+    responses={204: {"description": "No job is due."}, **FENCED},
 )
 def claim(runtime: CurrentRuntime, _worker: Worker, body: ClaimBody) -> Lease | Response:
-    """Claim the job that has been in the queue longest, if there is one."""
+    """Claim the job that has been in the queue longest of those that the worker can run."""
     while True:
         found = _claim_once(runtime, body)
         if found is None:
@@ -173,7 +173,9 @@ def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:
             access = endpoints.access_of(transaction, runtime, held.job.id)
         except SecretUnreadableError as error:
             number, code = held.attempt.number, error.error_code
-            said = Fail(attempt=number, kind="user", code=code, message=error.message, param=None)
+            said = Fail(
+                attempt=number, kind="user", code=code, message=error.message, owner="service"
+            )
             outcomes.end(transaction, lease_id, said)
             return held.job.id
         return _lease(runtime, held, token, access)
@@ -209,12 +211,15 @@ def _directives(runtime: Runtime, lease_id: str, received: Received) -> tuple[st
             raise FencedError(
                 f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
             )
+        is_to_drain = workers.must_drain(transaction, attempt)
         came = reward_requests.results(transaction, held, received.last_result)
     wanted: JobDirective | None = None
     if job.cancel_requested_at is not None:
         wanted = "cancel"
     elif job.status == "pausing":
         wanted = "pause"
+    elif is_to_drain:
+        wanted = "drain"
     found: list[Directive] = []
     if wanted is not None and not received.has(wanted):
         found.append(Directive(id=ONCE[wanted], type=wanted))

@@ -97,7 +97,11 @@ class Notifier:
 
         with self._database.read() as transaction:
             changed = leases.changed(
-                transaction, list(waiting), cancel=missing("cancel"), pause=missing("pause")
+                transaction,
+                list(waiting),
+                cancel=missing("cancel"),
+                pause=missing("pause"),
+                drain=missing("drain"),
             )
             newest = reward_requests.newest_results(transaction, list(waiting))
         results = [job for job, number in newest.items() if number > waiting[job].last_result]

@@ -17,7 +17,15 @@ from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, leases, reward_requests, submission_claims
+from service.store import (
+    checkpoints,
+    fence,
+    files,
+    leases,
+    reward_requests,
+    submission_claims,
+    workers,
+)
 from service.store.database import Database
 
 log = structlog.get_logger()
@@ -255,11 +263,12 @@ class Reconciler:
                 checkpoints.mark_removed(transaction, item.id)
 
     def _sweep(self) -> None:
-        """Delete old reward requests and submissions, and uploaded files without a row."""
+        """Delete old reward requests, submissions, gone workers, and uploads without a row."""
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
         with self._database.write() as transaction:
             reward_requests.forget(transaction)
             submission_claims.forget(transaction)
+            workers.forget(transaction)
         old = self._artifacts.old_files()
         with self._database.read() as transaction:
             known = files.known(transaction, old)

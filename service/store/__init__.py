@@ -12,6 +12,8 @@ jobs: submission, reading, cancelling, pausing and resuming.
 submission_claims: submissions without a key, so that a try and its retries make one job.
 leases: which queued job is claimed, how long a lease is valid, when it has expired.
 outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
+workers: who workers are, whether they can run jobs, and what an operator has ordered.
+poison: when a job is given up, because its attempts fail by its own fault.
 rows: rows that a trainer sends, each stored once; progress of the job.
 checkpoints: announced, available and removed checkpoints, and which are kept.
 events: events of a job.

@@ -9,7 +9,7 @@ from dar.errors import ConflictError, NotFoundError
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.ids import new_id
 from dar.protocol.status import TERMINAL
-from service.store import events
+from service.store import events, poison
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import AttemptRow, CheckpointRow, JobInputRow, JobRow
@@ -183,10 +183,9 @@ def publish(
     if published is None:
         return
     transaction.execute(
-        update(JobRow)
-        .where(JobRow.id == job.id)
-        .values(latest_checkpoint_id=checkpoint.id, fruitless_attempts=0)
+        update(JobRow).where(JobRow.id == job.id).values(latest_checkpoint_id=checkpoint.id)
     )
+    poison.note_progress(transaction, job.id, checkpoint.attempt, checkpoint.step)
     data = {
         "kind": "checkpoint",
         "checkpoint_id": checkpoint.id,

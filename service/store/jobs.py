@@ -150,6 +150,7 @@ def resume(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     if name == "restarted":
         _check_needs(transaction, job)
         values |= {"cancel_requested_at": None, "failed_attempts": 0, "fruitless_attempts": 0}
+        values["counts_from"] = job.attempt + 1
     moved = transitions.move(transaction, name, JobRow.id == job_id, "resumed", values=values)
     assert moved is not None  # the row is locked
     return moved

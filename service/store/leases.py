@@ -6,13 +6,27 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
-from sqlalchemy.orm import aliased
+from sqlalchemy.orm import InstrumentedAttribute, aliased
 
+from dar.protocol.base import MAX_COUNT
 from dar.protocol.worker import AttemptProgress, Claim
-from service.store import checkpoints, fence, outcomes, transitions
+from service.store import checkpoints, fence, outcomes, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held
-from service.store.tables import AttemptRow, JobRow
+from service.store.paging import Cursor, Slice, page
+from service.store.tables import AttemptRow, CheckpointRow, JobRow, WorkerRow
+
+OTHERS_FIRST = timedelta(seconds=20)
+"""How long a due job that has failed on a node is left to idle workers of others."""
+LOSSES_OF_NODE = 2
+NOT_OF_NODE = ("reward", "storage", "database")
+"""Owners of failures that are the same on every node."""
+CHECKPOINTS_ON_DISK = 3
+"""Checkpoints for which an attempt needs room: the one it resumes from, and two of its own."""
+MOST_NOTED = 10
+"""Jobs whose want of room one claim notes."""
+PROCESSES = ("method", "dar", "resources", "processes")
+"""Place of the number of processes in a spec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +40,13 @@ class Credential:
 def claim(
     transaction: Transaction, claim: Claim, credential: Credential, ttl: timedelta
 ) -> Held | None:
-    """Give the job that has been in the queue longest to a slot.
+    """Give the job that has been in the queue longest to a slot that can run it.
 
     Leases that an earlier process of the slot, or its machine before a reboot, still holds are
     ended first, and their jobs are retried if they have attempts left.
+
+    A job that failed on the node goes to another one first, if a worker is idle there. Jobs that
+    need more devices or disk space than the slot has are left to others.
 
     Args:
         transaction: The transaction to write in.
@@ -38,11 +55,18 @@ def claim(
         ttl: How long the lease is valid without a heartbeat.
 
     Returns:
-        The job and its new attempt; None if no job is due.
+        The job and its new attempt; None if no job is due that the slot can run.
+
+    Raises:
+        ConflictError: Another worker has the slot's name (``worker_name_taken``).
     """
-    _end_old_leases(transaction, claim)
+    worker = workers.check_in(transaction, claim)
+    _end_old_leases(transaction, claim, ttl)
+    if not claim.wants_job or not workers.may_claim(worker, transaction.now):
+        return None
     job = _take_oldest(transaction, claim)
     if job is None:
+        _note_want_of_room(transaction, claim)
         return None
     resume = checkpoints.newest(transaction, job.id)
     start_step = 0 if resume is None else resume.step
@@ -79,7 +103,7 @@ def _take_oldest(transaction: Transaction, claim: Claim) -> JobRow | None:
     waiting = aliased(JobRow)
     oldest = (
         select(waiting.id)
-        .where(_is_due(waiting, transaction.now, timedelta(0)))
+        .where(_is_due(waiting, transaction.now, timedelta(0)), *_fits(transaction, claim, waiting))
         .order_by(waiting.queued_at, waiting.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -108,6 +132,94 @@ def _is_due(job: type[JobRow], now: datetime, longer: timedelta) -> ColumnElemen
     )
 
 
+def _fits(
+    transaction: Transaction, claim: Claim, job: type[JobRow]
+) -> Sequence[ColumnElement[bool]]:
+    """Which jobs a slot may claim."""
+    conditions = [~_is_left_to_others(transaction.now, claim.node, job)]
+    report = claim.report
+    if report is None:
+        return conditions
+    conditions.append(_room_for(job) <= report.disk_free)
+    if report.devices:
+        mine = len(report.devices)
+        most = max((_processes(row) for row in workers.able(transaction)), default=mine)
+        wanted = func.coalesce(job.spec[PROCESSES].as_integer(), 1)
+        # A job that no slot can run is claimed, and fails with a sentence about both numbers.
+        conditions.append(or_(wanted <= mine, wanted > max(most, mine)))
+    return conditions
+
+
+def _room_for(job: type[JobRow]) -> ColumnElement[int]:
+    """Bytes on the worker's disk that a job needs for its checkpoints."""
+    newest = select(CheckpointRow.bytes).where(CheckpointRow.id == job.latest_checkpoint_id)
+    return CHECKPOINTS_ON_DISK * func.coalesce(newest.scalar_subquery(), 0)
+
+
+def _note_want_of_room(transaction: Transaction, claim: Claim) -> None:
+    """Show why jobs wait for which a worker without a job has no room."""
+    if claim.report is None:
+        return
+    is_due = _is_due(JobRow, transaction.now, timedelta(0))
+    needed = _room_for(JobRow)
+    short = (
+        select(JobRow.id, needed).where(is_due, needed > claim.report.disk_free).limit(MOST_NOTED)
+    )
+    for job_id, room in transaction.execute(short).all():
+        message = f"waiting for a worker with {room:,} bytes of free disk for its checkpoints"
+        transaction.execute(
+            update(JobRow)
+            .where(JobRow.id == job_id, JobRow.status == "queued")
+            .where(JobRow.status_message.is_distinct_from(message))
+            .values(status_message=message)
+            .execution_options(synchronize_session=False)
+        )
+
+
+def _processes(row: WorkerRow) -> float:
+    """Number of processes that a worker can run at once; those on a CPU share it."""
+    devices = [] if row.report is None else row.report["devices"]
+    return len(devices) or MAX_COUNT
+
+
+def _is_left_to_others(now: datetime, node: str, job: type[JobRow]) -> ColumnElement[bool]:
+    """Whether a job has failed on the node, and an idle worker where it has not may claim it."""
+    other = aliased(WorkerRow)
+    is_busy = select(AttemptRow.job_id).where(
+        AttemptRow.status == "running",
+        AttemptRow.node == other.node,
+        AttemptRow.slot == other.slot,
+    )
+    idle = select(other.slot).where(
+        other.node != node,
+        workers.is_able(other, now),
+        ~is_busy.exists(),
+        ~_has_failed_on(other.node, job),
+    )
+    return and_(
+        job.failed_attempts > 0,
+        job.not_before > now - OTHERS_FIRST,
+        _has_failed_on(node, job),
+        idle.exists(),
+    )
+
+
+def _has_failed_on(
+    node: str | InstrumentedAttribute[str], job: type[JobRow]
+) -> ColumnElement[bool]:
+    """Whether a job has failed on a node, or was lost there twice, since its last progress."""
+    ended = aliased(AttemptRow)
+    on_node = select(ended.number).where(
+        ended.job_id == job.id, ended.number >= job.counts_from, ended.node == node
+    )
+    failed = on_node.where(
+        ended.status == "failed",
+        or_(ended.owner.is_(None), ended.owner.not_in(NOT_OF_NODE)),
+    )
+    lost = on_node.where(ended.status == "lost").with_only_columns(func.count())
+    return or_(failed.exists(), lost.scalar_subquery() >= LOSSES_OF_NODE)
+
+
 def count_due(transaction: Transaction, older_than: timedelta) -> int:
     """Number of unclaimed jobs in the queue that have been due for ``older_than``."""
     return transaction.scalars(
@@ -115,7 +227,7 @@ def count_due(transaction: Transaction, older_than: timedelta) -> int:
     ).one()
 
 
-def _end_old_leases(transaction: Transaction, claim: Claim) -> None:
+def _end_old_leases(transaction: Transaction, claim: Claim, ttl: timedelta) -> None:
     # A slot that claims runs nothing: a lease of this same process is one whose reply was lost.
     old = select(AttemptRow.lease_id).where(
         AttemptRow.status == "running",
@@ -124,7 +236,15 @@ def _end_old_leases(transaction: Transaction, claim: Claim) -> None:
     )
     for lease_id in transaction.scalars(old.order_by(AttemptRow.job_id)).all():
         held = fence.lock(transaction, lease_id)
-        if held.attempt.status == "running":
+        attempt = held.attempt
+        if attempt.status != "running":
+            continue
+        process = (claim.slot, claim.incarnation)
+        is_of_this_process = (attempt.slot, attempt.incarnation) == process
+        if is_of_this_process and attempt.lease_until <= attempt.started_at + ttl:
+            why = f"the worker on {claim.node} did not get the job; waiting for another slot"
+            outcomes.take_back(transaction, held, why)
+        else:
             outcomes.lose(transaction, held, f"the worker on {claim.node} was restarted")
 
 
@@ -137,6 +257,7 @@ def renew(
         .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
         .values(lease_until=transaction.now + ttl)
     )
+    workers.note_heartbeat(transaction, held.attempt)
     return progress is not None and note_progress(transaction, held.job, progress)
 
 
@@ -216,6 +337,7 @@ def changed(
     *,
     cancel: Collection[str],
     pause: Collection[str],
+    drain: Collection[str],
 ) -> Sequence[str]:
     """Which jobs have changed for their workers.
 
@@ -224,18 +346,32 @@ def changed(
         job_ids: Jobs to check; a job that no attempt runs any more has changed.
         cancel: Jobs whose worker has not received a cancellation, should there be one.
         pause: Jobs whose worker has not received a pause, should there be one.
+        drain: Jobs whose worker has not received an order to drain, should there be one.
     """
     is_running = select(AttemptRow.job_id).where(
         AttemptRow.job_id == JobRow.id,
         AttemptRow.number == JobRow.attempt,
         AttemptRow.status == "running",
     )
+    is_drained = select(AttemptRow.job_id).where(
+        AttemptRow.job_id == JobRow.id,
+        AttemptRow.number == JobRow.attempt,
+        AttemptRow.status == "running",
+        workers.is_to_drain(),
+    )
     statement = select(JobRow.id).where(
         JobRow.id.in_(job_ids),
         or_(
             and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(cancel)),
             and_(JobRow.status == "pausing", JobRow.id.in_(pause)),
+            and_(is_drained.exists(), JobRow.id.in_(drain)),
             ~is_running.exists(),
         ),
     )
     return transaction.scalars(statement).all()
+
+
+def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[AttemptRow]:
+    """Attempts of a job, in the order of their numbers."""
+    statement = select(AttemptRow).where(AttemptRow.job_id == job_id)
+    return page(transaction, statement, AttemptRow.lease_id, [AttemptRow.number], cursor)

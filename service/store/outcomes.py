@@ -5,7 +5,6 @@ A worker that lost the reply calls again: the same call of the same attempt gets
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,13 +13,12 @@ from sqlalchemy import and_, update
 from dar.errors import ConflictError, RewardBudgetError
 from dar.protocol.status import AttemptStatus
 from dar.protocol.worker import Complete, Fail, FailureOwner, Outcome, Release
-from service.store import checkpoints, reward_pauses, transitions
+from service.store import checkpoints, poison, reward_pauses, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
+from service.store.poison import Failure
 from service.store.tables import AttemptRow, JobRow
 
-MAX_FRUITLESS_ATTEMPTS = 3
-MAX_FAILED_ATTEMPTS = 20
 MAX_BACKOFF_SECONDS = 600.0
 PROBE_SECONDS = 5.0
 CAUSES: Mapping[FailureOwner | None, str] = {
@@ -28,29 +26,36 @@ CAUSES: Mapping[FailureOwner | None, str] = {
         "Usual causes: the trainer runs out of memory (a smaller batch_size or max_new_tokens "
         "helps), the machine fails, or this job's data or model make the trainer crash."
     ),
-    "worker": "The cause lies with the worker; resume the job when its operator has mended it.",
     "service": (
         "The cause lies with the service or its trainer; give its operator the id of this job, and "
         "resume the job when the cause is mended."
     ),
 }
 """What to do about a job whose last attempt failed, by the owner of the failure; None: unknown."""
+UNKNOWN = "unknown"
+"""In place of an owner that a worker did not report."""
 PAUSED = "paused; resume it to continue from its newest checkpoint."
 
 
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """How an attempt ended that is followed by another one."""
-
-    status: AttemptStatus
-    why: str
-    owner: FailureOwner | None = None
-    call: str | None = None
+LOST = "worker_lost"
+"""Code of an attempt whose worker is gone."""
 
 
 def lose(transaction: Transaction, held: Held, why: str) -> None:
-    """End an attempt whose worker is gone, and retry its job if it has attempts left."""
-    _retry(transaction, held, _Ending("lost", why), not_before=0.0)
+    """End an attempt whose worker is gone, and retry its job unless that is given up."""
+    _retry(transaction, held, Failure("lost", LOST, why, "worker"), call=None)
+
+
+def take_back(transaction: Transaction, held: Held, why: str) -> None:
+    """End an attempt because of its worker, so that another one goes on; nothing counts."""
+    job = held.job
+    if job.cancel_requested_at is not None:
+        _confirm_cancel(transaction, held, "cancelled", None)
+        return
+    name: transitions.MoveName = "paused" if job.status == "pausing" else "drained"
+    values: dict[str, Any] = {} if name == "paused" else {"not_before": transaction.now}
+    moved = transitions.move(transaction, name, JobRow.id == job.id, why, values=values)
+    _end(transaction, held, "drained", None, moved)
 
 
 def end(
@@ -119,11 +124,9 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
 def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
     """End a failed attempt: a user's error fails the job, after others it is retried if it may."""
     job = held.job
+    failure = Failure("failed", said.code, said.message, said.owner, said.counts)
     if said.kind == "transient":
-        pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(job.fruitless_attempts + 1, 16))
-        pause *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries; no secret depends on it
-        ending = _Ending("failed", said.message, said.owner, call="fail")
-        return _retry(transaction, held, ending, not_before=pause)
+        return _retry(transaction, held, failure, call="fail")
     if job.cancel_requested_at is not None:
         return _confirm_cancel(transaction, held, "failed", "fail")
     error = {"code": said.code, "message": said.message, "param": said.param}
@@ -134,7 +137,7 @@ def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
     moved = transitions.move(
         transaction, "failed", JobRow.id == job.id, said.message, values=values, facts=facts
     )
-    return _end(transaction, held, "failed", "fail", moved, said.owner)
+    return _end(transaction, held, "failed", "fail", moved, failure)
 
 
 def _release(transaction: Transaction, held: Held, said: Release, probe_seconds: float) -> Outcome:
@@ -152,18 +155,21 @@ def _release(transaction: Transaction, held: Held, said: Release, probe_seconds:
     if said.reason == "cancelled":
         raise ConflictError(f"no cancellation of job {job.id} was requested")
     this = JobRow.id == job.id
+    failure: Failure | None = None
     if job.status == "pausing":
         message = said.message or PAUSED
         moved = transitions.move(transaction, "paused", this, message)
     elif said.reason == "paused_reward":
         moved = _pause_for_reward(transaction, job, said, probe_seconds)
+        failure = Failure("drained", said.code or "reward_error", said.message or "", "reward")
     elif said.reason in {"drained", "paused"}:
         values: dict[str, Any] = {"not_before": transaction.now}
         message = said.message or "the worker was stopped; waiting for another slot"
         moved = transitions.move(transaction, "drained", this, message, values=values)
     else:
         moved = _wait_for_reward(transaction, held, said, probe_seconds)
-    return _end(transaction, held, "drained", "release", moved)
+        failure = Failure("drained", "reward_unavailable", said.message or "", "reward")
+    return _end(transaction, held, "drained", "release", moved, failure)
 
 
 def _wait_for_reward(
@@ -204,30 +210,38 @@ def _with_note(message: str, note: str) -> str:
     return f"{message.rstrip('.')}; {note}" if note else message
 
 
-def _retry(transaction: Transaction, held: Held, ending: _Ending, *, not_before: float) -> Outcome:
-    job, status, why = held.job, ending.status, ending.why
+def _retry(transaction: Transaction, held: Held, failure: Failure, *, call: str | None) -> Outcome:
+    """End a lost or failed attempt: its job is tried again, unless it is given up."""
+    job, status, why = held.job, failure.status, failure.message
     if job.cancel_requested_at is not None:
-        return _confirm_cancel(transaction, held, status, ending.call)
-    fruitless, failed = job.fruitless_attempts + 1, job.failed_attempts + 1
-    values: dict[str, Any] = {"fruitless_attempts": fruitless, "failed_attempts": failed}
-    facts = {"reason": status, "node": held.attempt.node, "owner": ending.owner}
+        return _confirm_cancel(transaction, held, status, call)
+    tally = poison.tally(transaction, held, failure)
+    values: dict[str, Any] = {
+        "fruitless_attempts": tally.own,
+        "failed_attempts": tally.failed,
+    }
+    facts = {"reason": status, "node": held.attempt.node, "owner": failure.owner}
     name: transitions.MoveName = "lost" if status == "lost" else "retried"
     message = why
-    if fruitless >= MAX_FRUITLESS_ATTEMPTS or failed >= MAX_FAILED_ATTEMPTS:
-        count = f"{fruitless} attempts in a row ended without a newer checkpoint"
-        if fruitless < MAX_FRUITLESS_ATTEMPTS:
-            count = f"{failed} attempts were lost or failed"
-        cause = CAUSES.get(ending.owner, CAUSES[None])
-        name, message = "poisoned", f"{count}; the last one: {why.rstrip('.')}. {cause}"
+    if tally.verdict is not None:
+        cause = CAUSES.get(failure.owner, CAUSES[None])
+        name, message = "poisoned", f"{tally.verdict}; the last one: {why.rstrip('.')}. {cause}"
         values["error"] = {"code": "poison", "message": message, "param": None}
     elif job.status == "pausing":
         name, message = "paused", f"{PAUSED} Its last attempt was lost or failed: {why}"
     else:
-        values["not_before"] = transaction.now + timedelta(seconds=not_before)
+        pause = 0.0 if status == "lost" else _backoff(tally.failed)
+        values["not_before"] = transaction.now + timedelta(seconds=pause)
     moved = transitions.move(
         transaction, name, JobRow.id == job.id, message, values=values, facts=facts
     )
-    return _end(transaction, held, status, ending.call, moved, ending.owner)
+    return _end(transaction, held, status, call, moved, failure)
+
+
+def _backoff(failed: int) -> float:
+    """Seconds before the next attempt, after so many in a row that failed."""
+    pause = min(MAX_BACKOFF_SECONDS, 2.0 ** min(failed, 16))
+    return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries; no secret depends on it
 
 
 def _confirm_cancel(
@@ -244,21 +258,43 @@ def _end(
     status: AttemptStatus,
     call: str | None,
     job: JobRow | None,
-    owner: FailureOwner | None = None,
+    failure: Failure | None = None,
 ) -> Outcome:
     if job is None:
         raise ConflictError(
             f"job {held.job.id} is {held.job.status}; attempt {held.attempt.number} cannot end this way"
         )
+    owner = None if failure is None else failure.owner
     outcome = {
         "call": call,
         "status": job.status,
         "status_detail": job.status_detail,
         "owner": owner,
     }
+    values: dict[str, Any] = {"status": status, "ended_at": transaction.now, "outcome": outcome}
+    if failure is not None:
+        values["owner"] = owner
+        values["failure"] = {"code": failure.code, "message": failure.message}
+        counts = dict(job.failures or {})
+        counts[owner or UNKNOWN] = counts.get(owner or UNKNOWN, 0) + 1
+        transaction.execute(update(JobRow).where(JobRow.id == job.id).values(failures=counts))
     transaction.execute(
         update(AttemptRow)
         .where(AttemptRow.job_id == job.id, AttemptRow.number == held.attempt.number)
-        .values(status=status, ended_at=transaction.now, outcome=outcome)
+        .values(values)
     )
+    _note_worker(transaction, held, status, failure)
     return Outcome(status=job.status, status_detail=job.status_detail)
+
+
+def _note_worker(
+    transaction: Transaction, held: Held, status: AttemptStatus, failure: Failure | None
+) -> None:
+    """Let the worker of a failed attempt wait if it was its fault, else forget earlier faults."""
+    if status == "lost":
+        return
+    is_at_fault = failure is not None and failure.owner == "worker"
+    if not is_at_fault or held.job.counts_from > held.attempt.number:
+        workers.note_work(transaction, held.attempt)
+    if is_at_fault and failure is not None:
+        workers.note_fault(transaction, held.attempt, failure.code, failure.message)

@@ -134,9 +134,13 @@ class JobRow(Base):
     )
     """When ``not_before`` was set; in the future if the clock was set back since then."""
     failed_attempts: Mapped[int] = mapped_column(default=0)
-    """Attempts that were lost or failed. Drained attempts do not count."""
+    """Attempts in a row that were lost or failed without a newer checkpoint, by any fault."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
-    """Consecutive lost or failed attempts without a newer checkpoint."""
+    """Those of them that the job itself caused; see `service.store.poison`."""
+    counts_from: Mapped[int] = mapped_column(default=1)
+    """First attempt after the newest one that made progress, or after a resume of a failed job."""
+    failures: Mapped[dict[str, Any] | None]
+    """Number of attempts that were lost, failed or had no rewards, by owner."""
     reward_waits: Mapped[int] = mapped_column(default=0)
     """Consecutive attempts that ended because the reward service was down."""
     latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)
@@ -223,6 +227,43 @@ class AttemptRow(Base):
     unfinished: Mapped[dict[str, Any] | None]
     """``step`` in which the attempt ended, which has no metrics, and its reward counts, as
     ``values`` by metric name."""
+    owner: Mapped[str | None] = mapped_column(String(12))
+    """Who can mend the cause of a failure; see `FailureOwner`."""
+    failure: Mapped[dict[str, Any] | None]
+    """``code`` and ``message`` of an attempt that was lost, failed or had no rewards."""
+
+
+class WorkerRow(Base):
+    """A worker: one slot of one node."""
+
+    __tablename__ = "workers"
+    __table_args__ = (CheckConstraint("duty IN ('ban', 'drain', 'work')", name="duty"),)
+
+    node: Mapped[str] = mapped_column(String(128), primary_key=True)
+    slot: Mapped[str] = mapped_column(String(128), primary_key=True)
+    incarnation: Mapped[str] = mapped_column(String(128))
+    """The process that claims now."""
+    earlier: Mapped[dict[str, Any]]
+    """``incarnations`` that it has replaced, the newest last; they never claim again."""
+    boot_id: Mapped[str] = mapped_column(String(128))
+    machine: Mapped[str | None] = mapped_column(String(128))
+    report: Mapped[dict[str, Any] | None]
+    """Its last `WorkerReport`; None: a worker of an earlier version."""
+    is_fit: Mapped[bool]
+    """Whether it reports no fault."""
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+    alive_until: Mapped[datetime]
+    """Without a claim or a heartbeat until then it counts as gone."""
+    duty: Mapped[str] = mapped_column(String(8))
+    """What an operator has ordered: ``work``, ``drain`` or ``ban``."""
+    duty_reason: Mapped[str | None] = mapped_column(Text)
+    faults: Mapped[int]
+    """Attempts in a row that failed by its own fault."""
+    fault: Mapped[dict[str, Any] | None]
+    """``code`` and ``message`` of the last of them."""
+    retry_at: Mapped[datetime | None]
+    """It gets no job before."""
 
 
 class JobEventRow(Base):

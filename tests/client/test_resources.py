@@ -205,3 +205,15 @@ def test_how_the_rewards_of_a_job_came_is_told(client: Client, trained: Any) -> 
     stats = client.jobs.reward_stats(trained.job_id)
     assert (stats.job_id, stats.errors) == (trained.job_id, 0)
     assert list(client.jobs.reward_failures(trained.job_id, step=1)) == []
+
+
+def test_workers_are_listed_and_an_order_names_one(
+    client: Client, prompts: bytes, method: dict[str, Any]
+) -> None:
+    assert all(worker.object == "worker" for worker in client.workers.list())
+    for order in (client.workers.drain, client.workers.ban, client.workers.admit):
+        with pytest.raises(NotFoundError, match="node 'here', slot '0'"):
+            order("here", "0")
+    file = client.files.create(prompts)
+    job = client.jobs.create(model="tiny", training_file=file.id, method=method)
+    assert (list(client.jobs.attempts(job.id)), job.failures) == ([], {})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 JOBS = "/v1/fine_tuning/jobs"
 REMOVED = {"batch": "by", "limits": "adaptive", "combine": "mode"}
 """Object of a spec -> its field that only ever had one value, and is gone."""
-UNSTORED = {"forecast", "hyperparameters", "estimated_finish", "method"}
+UNSTORED = {"forecast", "failures", "hyperparameters", "estimated_finish", "method"}
 """Fields of a job that some stored views leave out, as they are long or change with time."""
 
 

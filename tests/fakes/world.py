@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from dar.protocol.checkpoints import Manifest
-from dar.protocol.worker import Claim
+from dar.protocol.worker import Claim, WorkerReport
 from service.store import checkpoints, fence, jobs, keys, leases, tables
 from service.store.database import Database, Transaction
 
@@ -87,12 +87,24 @@ class World:
         }
         jobs.submit(transaction, tables.JobRow(**row), [])
 
-    def claim(self, slot: str = "0", **values: str) -> fence.Held | None:
+    def claim(self, slot: str = "0", **values: Any) -> fence.Held | None:
         self._count += 1
         asks = {"node": "node-1", "incarnation": "life-1", "boot_id": "boot-1"} | values
         credential = leases.Credential(f"lease-{self._count:04d}-{slot}", "0" * 64)
         with self.database.write() as transaction:
             return leases.claim(transaction, Claim(slot=slot, **asks), credential, TTL)
+
+    def report(self, machine: str = "machine-1", **values: Any) -> WorkerReport:
+        """What a worker reports that is well."""
+        usual = {
+            "version": "1",
+            "devices": [],
+            "disk_free": 10**12,
+            "disk_total": 10**12,
+            "memory_free": None,
+            "interval_seconds": 10.0,
+        }
+        return WorkerReport.model_validate({"machine": machine, **usual, **values})
 
     def running(self, **values: Any) -> fence.Held:
         """A job that was submitted and claimed."""

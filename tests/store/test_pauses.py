@@ -168,7 +168,7 @@ def test_a_poisoned_job_that_is_resumed_has_all_its_attempts_again(
     a_file("file-1")
     job_id = world.submit()
     for round_ in range(2):
-        for number in range(3):
+        for number in range(5):
             assert world.claim("0", incarnation=f"life-{round_}-{number}") is not None
         assert world.claim("0", incarnation=f"life-{round_}-9") is None
         assert state(world, job_id) == ("failed", "poison")

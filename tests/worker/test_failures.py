@@ -33,7 +33,7 @@ from dar.errors import (
     TrainingError,
 )
 from dar.protocol.spec import JobSpec
-from dar.protocol.worker import Fail, Release
+from dar.protocol.worker import Fail, FailureOwner, Release, WorkerFault
 from dar.training.data.load_errors import blame
 from dar.training.parallel.ranks import ProcessFailedError
 from fakes import tiny_models
@@ -45,7 +45,7 @@ from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
 from worker.launch import ExitCode, Launch, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 from worker.supervisor.inputs import InputFetchError
-from worker.supervisor.outcome import AttemptEnd, failure, judge
+from worker.supervisor.outcome import AttemptEnd, failure, judge, settle
 
 SECRET = "whsec_c2VjcmV0"
 ROWS = [{"prompt": "w5", "completions": ["w6", "w7"], "rewards": [1.0, 0.0]}]
@@ -128,7 +128,9 @@ OWNERS: list[tuple[BaseException, str]] = [
     (TimeoutError(), "worker"),
     (httpx2.ReadTimeout("timed out"), "worker"),
     (ModuleNotFoundError("No module named 'sentencepiece'"), "worker"),
-    (CheckpointError("/root/x/step-3: model.safetensors is missing"), "service"),
+    (CheckpointError("/root/x/step-3: model.safetensors is missing"), "storage"),
+    (ServiceUnavailableError("no room", code="storage_full"), "storage"),
+    (ServiceUnavailableError("it is away", code="database_unavailable"), "database"),
     (ConfigurationError("a secret starts with whsec_"), "service"),
     (ServiceUnavailableError("storage is away"), "service"),
     (DARError("a fault"), "service"),
@@ -237,17 +239,52 @@ def test_a_worker_that_cannot_continue_names_the_owner_too(tmp_path: Path) -> No
     assert (
         failure(2, InputFetchError("the disk has 3 bytes free", code="disk_full")).owner == "worker"
     )
-    assert failure(2, InputFetchError("training_file arrived altered")).owner == "service"
-    assert failure(2, InvalidRequestError("no metric 'x'")).owner == "service"
+    altered = InputFetchError("training_file arrived altered", code="input_altered")
+    assert failure(2, altered).owner == "storage"
+    refused = failure(2, InvalidRequestError("no metric 'x'"))
+    assert (refused.owner, refused.counts) == ("service", False)
 
 
-def test_a_trainer_that_cannot_say_why_it_ended_is_the_workers() -> None:
-    for code, words in ((-9, "memory"), (-11, "SIGSEGV"), (1, "exit code 1")):
+def test_a_trainer_that_cannot_say_why_it_ended_is_the_workers_unless_a_signal_ended_it() -> None:
+    """Without any report, not even of an error, the installation may be broken."""
+    ends = ((-9, "memory", "user"), (-11, "SIGSEGV", "user"), (1, "exit code 1", "worker"))
+    for code, words, owner in ends:
         end = judge(1, TrainerExit(code, "Traceback (most recent call last):\n  x"), None, None)
         assert isinstance(end, Fail)
-        assert (end.kind, end.owner) == ("transient", "worker")
+        assert (end.kind, end.owner) == ("transient", owner)
         assert words in end.message
         assert "Traceback" not in end.message
+
+
+FULL = WorkerFault(code="disk_full", message="the worker's disk has 3 bytes free")
+
+
+@pytest.mark.parametrize(
+    ("code", "owner", "fault", "expected"),
+    [
+        ("trainer_crashed", "user", None, ("user", "trainer_crashed")),
+        ("trainer_crashed", "worker", None, ("worker", "trainer_crashed")),
+        ("trainer_crashed", "user", FULL, ("worker", "disk_full")),
+        ("out_of_memory", "worker", None, ("user", "out_of_memory")),
+        ("out_of_memory", "worker", FULL, ("worker", "disk_full")),
+        ("process_failed", "worker", None, ("user", "process_failed")),
+        ("trainer_failed", "service", None, ("service", "trainer_failed")),
+        ("trainer_failed", "service", FULL, ("worker", "disk_full")),
+        ("device_failed", "worker", None, ("worker", "device_failed")),
+        ("disk_full", "worker", None, ("worker", "disk_full")),
+        ("input_altered", "storage", FULL, ("storage", "input_altered")),
+    ],
+)
+def test_the_self_check_decides_whether_the_machine_or_the_job_has_failed(
+    code: str, owner: FailureOwner, fault: WorkerFault | None, expected: tuple[str, str]
+) -> None:
+    end = Fail(attempt=1, kind="transient", code=code, message="it ended.", owner=owner)
+    settled = settle(end, lambda: fault)
+    assert (settled.owner, settled.code) == expected
+    assert settled.message.startswith("it ended")
+    if settled.code != code:
+        assert "3 bytes free" in settled.message
+        assert settled.counts is False
 
 
 def test_one_of_several_processes_that_is_killed_is_named(tmp_path: Path) -> None:

@@ -118,4 +118,9 @@ class DirectiveListener:
             self._take_result(directive)
             return
         log.info("directive received", type=directive.type, lease=self._state.lease.lease_id)
-        (self._state.cancel if directive.type == "cancel" else self._state.pause).set()
+        orders = {
+            "cancel": self._state.cancel,
+            "pause": self._state.pause,
+            "drain": self._state.leave,
+        }
+        orders[directive.type].set()

@@ -61,7 +61,8 @@ def _local_folder(models_path: Path, name: str) -> Path | None:
     if (link := link_out_of(folder)) is not None:
         raise InputFetchError(
             f"model {name!r} cannot be used: {link} in {folder} is a symbolic link to a place "
-            "outside of it; replace the link by the file"
+            "outside of it; replace the link by the file",
+            code="installation_broken",
         )
     return folder
 
@@ -185,7 +186,8 @@ class InputFetcher:
             log.warning("input arrived altered", name=file.name)
             part.unlink()
         raise InputFetchError(
-            f"{file.name} arrived altered {VERIFY_ATTEMPTS} times: its SHA-256 differs"
+            f"{file.name} arrived altered {VERIFY_ATTEMPTS} times: its SHA-256 differs",
+            code="input_altered",
         )
 
     def _download(self, file: InputFile, part: Path) -> None:

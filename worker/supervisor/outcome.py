@@ -1,12 +1,19 @@
 """What a worker reports when an attempt ends, as a pure function of how the trainer ended."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from dar.errors import DARError
-from dar.protocol.worker import Fail, Release
-from worker.failures import IN_THE_LOG, OUT_OF_MEMORY_HINT, PROCESS_FAILED, failure_of
+from dar.protocol.worker import Fail, Release, WorkerFault
+from worker.failures import (
+    IN_THE_LOG,
+    MEMORY,
+    OUT_OF_MEMORY_HINT,
+    PROCESS_FAILED,
+    UNKNOWN,
+    failure_of,
+)
 from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
@@ -17,6 +24,11 @@ RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
     "drain": "drained",
 }
 """Why the attempt is stopped -> reason of its release."""
+CRASHED = "trainer_crashed"
+NEEDS_MORE = frozenset({MEMORY.code, PROCESS_FAILED})
+"""Codes of failures of a job that needs more than a machine has that is well."""
+EITHERS = NEEDS_MORE | {CRASHED, UNKNOWN.code}
+"""Codes of failures that the machine may have caused, or the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +70,10 @@ def judge(
     return Fail(
         attempt=attempt,
         kind="transient",
-        code="trainer_crashed",
+        code=CRASHED,
         message=crash(ended),
-        owner="worker",
+        # Without a signal it did not even report an error: the installation may be broken.
+        owner="worker" if ended.signal_name is None else "user",
     )
 
 
@@ -84,6 +97,7 @@ def _reported(attempt: int, exit_code: int, result: TrainerResult, message: str)
         message=message,
         param=result.param,
         owner=result.owner,
+        counts=result.owner in {"user", "service"},
     )
 
 
@@ -117,4 +131,23 @@ def failure(attempt: int, error: BaseException) -> Fail:
         code=found.code,
         message=f"the worker could not continue the attempt: {found.message}",
         owner="service" if found.owner == "user" else found.owner,
+        counts=False,  # no training has failed
     )
+
+
+def settle(end: Fail, check: Callable[[], WorkerFault | None]) -> Fail:
+    """Decide who caused a failure that the machine as well as the job may have caused.
+
+    Args:
+        end: The report.
+        check: The worker's self-check.
+    """
+    if end.kind == "user" or end.code not in EITHERS:
+        return end
+    if (fault := check()) is not None:
+        message = f"{end.message.rstrip('.')}; the worker's self-check fails: {fault.message}"
+        changes = {"owner": "worker", "code": fault.code, "message": message, "counts": False}
+        return end.model_copy(update=changes)
+    if end.code in NEEDS_MORE:
+        return end.model_copy(update={"owner": "user", "counts": True})
+    return end

@@ -45,6 +45,8 @@ class AttemptState:
         """The user cancelled the job."""
         self.pause = threading.Event()
         """The user paused the job."""
+        self.leave = threading.Event()
+        """An operator drains this worker: it gives the job back, and goes on running."""
         self.lost = threading.Event()
         """Another attempt holds the lease: everything stops, and nothing is reported."""
         self.reporting = threading.Event()
@@ -75,6 +77,7 @@ class AttemptState:
             self.cancel.is_set()
             or self.pause.is_set()
             or self.drain.is_set()
+            or self.leave.is_set()
             or self.lost.is_set()
             or self.failure is not None
         )

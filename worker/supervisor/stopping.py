@@ -44,7 +44,8 @@ class Stopping:
             return "cancel"
         if self._state.pause.is_set():
             return "pause"
-        return "drain" if self._state.drain.is_set() else None
+        is_draining = self._state.drain.is_set() or self._state.leave.is_set()
+        return "drain" if is_draining else None
 
     def enforce(self, trainer: TrainerProcess) -> None:
         """Take the next step that is due; called often while the trainer runs."""

@@ -23,6 +23,7 @@ from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.launch import ExitCode, Launch, TrainerResult
+from worker.self_check import examine
 from worker.spool import SpoolReader
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
@@ -35,6 +36,7 @@ from worker.supervisor.outcome import (
     failure,
     judge,
     of_the_user,
+    settle,
 )
 from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
@@ -79,6 +81,8 @@ class Supervisor:
             lease_id=lease.lease_id, job_id=lease.job_id, attempt=lease.attempt
         )
         self._state = AttemptState(lease, self._folder, drain)
+        self.is_worker_at_fault = False
+        """Whether the attempt failed by a fault of this machine."""
         self._command = command
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
@@ -110,6 +114,9 @@ class Supervisor:
         end: AttemptEnd | None = None
         try:
             end = self._execute_or_fail()
+            if isinstance(end, Fail):
+                end = settle(end, lambda: examine(self._settings))
+                self.is_worker_at_fault = end.owner == "worker"
             if end is not None:
                 self._report(end)
         except GaveUpError:

@@ -1,0 +1,257 @@
+"""Workers: one of each name, none that cannot run a job, and a pause after faults of their own."""
+
+from typing import Any
+
+import pytest
+
+from dar.errors import ConflictError
+from dar.protocol.worker import Complete, Fail, FailureOwner, Release
+from fakes.world import World
+from service.store import fence, leases, outcomes, tables, workers
+
+
+def end(world: World, held: fence.Held, said: Complete | Fail | Release) -> None:
+    with world.database.write() as transaction:
+        outcomes.end(transaction, held.attempt.lease_id, said)
+
+
+def fail(world: World, held: fence.Held, owner: FailureOwner = "worker") -> None:
+    said = {"kind": "transient", "code": "disk_full", "message": "the worker's disk is full"}
+    end(world, held, Fail.model_validate({"attempt": held.attempt.number, "owner": owner, **said}))
+
+
+def worker(world: World, node: str = "node-1", slot: str = "0") -> tables.WorkerRow:
+    with world.database.read() as transaction:
+        return transaction.get_one(tables.WorkerRow, (node, slot))
+
+
+def heartbeat(world: World, held: fence.Held) -> None:
+    with world.database.write() as transaction:
+        now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
+        leases.renew(transaction, now, leases.timedelta(seconds=600), None)
+
+
+# --- one of each name -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"boot_id": "boot-2"}),
+        ({"report": "one"}, {"report": "two", "boot_id": "boot-2"}),
+        ({"report": "one"}, {"report": "two"}),  # two containers of one kernel
+        ({"report": "one"}, {"report": "two", "boot_id": "boot-2", "slot": "1"}),
+    ],
+    ids=["earlier version", "hosts", "containers", "slots"],
+)
+def test_a_second_machine_of_a_name_is_refused_and_ends_no_lease(
+    world: World, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    def made(values: dict[str, Any], incarnation: str, slot: str = "0") -> dict[str, Any]:
+        name = values.get("report")
+        report = None if name is None else world.report(name)
+        return {"slot": slot, **values, "incarnation": incarnation, "report": report}
+
+    world.submit()
+    held = world.claim(**made(first, "life-1"))
+    for _ in range(3):
+        world.clock.advance(10)
+        with pytest.raises(ConflictError, match="another worker with the name node 'node-1'") as no:
+            world.claim(**made(second, "life-2"))
+        assert no.value.error_code == "worker_name_taken"
+        heartbeat(world, held)
+    world.clock.advance(300)  # the first one is silent, but holds a lease
+    with pytest.raises(ConflictError):
+        world.claim(**made(second, "life-2"))
+    assert world.attempt(held).status == "running"
+    fail(world, held, "service")
+    world.clock.advance(3)
+    assert world.claim(**made(second, "life-2")).attempt.number == 2
+    if "slot" not in second:
+        with pytest.raises(ConflictError, match="was started after this one"):
+            world.claim(**made(first, "life-1"))
+
+
+def test_a_worker_that_left_frees_its_name_at_once(world: World) -> None:
+    world.claim(report=world.report("one"))
+    with pytest.raises(ConflictError):
+        world.claim(report=world.report("two"), incarnation="life-2")
+    world.claim(report=world.report("one", is_leaving=True), wants_job=False)
+    world.claim(report=world.report("two"), incarnation="life-2")
+    assert worker(world).machine == "two"
+
+
+def test_a_reboot_and_a_restart_keep_the_name(world: World) -> None:
+    for number in range(1, 5):
+        world.submit()
+        reported = world.report()
+        held = world.claim(report=reported, incarnation=f"life-{number}", boot_id=f"boot-{number}")
+        assert held.job.id == "ftjob-0001", "the lease of the predecessor was ended"
+
+
+def test_two_copies_of_one_machine_do_not_take_turns(world: World) -> None:
+    job_id = world.submit()
+    world.claim(report=world.report(), incarnation="copy-1", boot_id="boot-1")
+    held = world.claim(report=world.report(), incarnation="copy-2", boot_id="boot-2")
+    for _ in range(3):
+        with pytest.raises(ConflictError):
+            world.claim(report=world.report(), incarnation="copy-1", boot_id="boot-1")
+    assert world.attempt(held).status == "running"
+    assert world.job(job_id).attempt == 2
+
+
+# --- none that cannot run a job -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["reports", "earlier version"])
+def test_one_sick_worker_harms_no_job(world: World, is_known: bool) -> None:
+    jobs = [world.submit() for _ in range(6)]
+    tries = 0
+    for _ in range(40):
+        world.clock.advance(5)
+        sick = world.claim(node="sick", report=world.report("sick") if is_known else None)
+        if sick is not None:
+            tries += 1
+            fail(world, sick)
+        well = world.claim(node="well", report=world.report("well") if is_known else None)
+        if well is not None:
+            final = world.publish(well, 10)
+            said = Complete(attempt=well.attempt.number, last_seq=0, checkpoint_id=final.id)
+            end(world, well, said)
+    assert [world.job(job_id).status for job_id in jobs] == ["succeeded"] * 6
+    assert tries <= 4, "it waits longer after each fault"
+    assert (worker(world, "sick").faults, worker(world, "well").faults) == (tries, 0)
+
+
+def test_a_worker_backs_off_longer_after_each_fault_of_its_own_and_forgets_them(
+    world: World,
+) -> None:
+    world.submit()
+    pauses = []
+    for _ in range(9):
+        world.clock.advance(700)
+        fail(world, world.claim())
+        row = worker(world)
+        assert row.fault == {"code": "disk_full", "message": "the worker's disk is full"}
+        pauses.append((row.retry_at - world.clock.now).total_seconds())
+        world.clock.advance(pauses[-1] - 1)
+        assert world.claim() is None
+    assert pauses == [10, 20, 40, 80, 160, 320, 600, 600, 600]
+    world.clock.advance(700)
+    held = world.claim()
+    end(world, held, Release(attempt=held.attempt.number, reason="drained"))
+    assert (worker(world).faults, worker(world).retry_at) == (0, None)
+
+
+def test_a_worker_with_a_fault_gets_no_job_before_its_check_passes(world: World) -> None:
+    job_id = world.submit()
+    fault = {"code": "disk_full", "message": "200 MB are free"}
+    assert world.claim(report=world.report(fault=fault), wants_job=False) is None
+    assert world.claim(report=world.report(fault=fault)) is None
+    assert world.claim(report=world.report(), wants_job=False) is None
+    assert world.claim(report=world.report()).job.id == job_id
+
+
+def test_losses_on_a_node_that_fails_its_check_are_not_the_jobs(world: World) -> None:
+    fault = {"code": "device_failed", "message": "no GPU"}
+    world.claim("1", report=world.report(fault=fault), wants_job=False)
+    world.submit()
+    for number in range(9):
+        held = world.claim(report=world.report(), incarnation=f"life-{number}")
+        assert held.attempt.number == number + 1
+
+
+def test_a_slot_leaves_jobs_to_larger_slots_that_it_cannot_run(world: World) -> None:
+    spec = {"method": {"dar": {"resources": {"processes": 2}}}}
+    large = world.submit(spec=spec)
+    small = world.submit()
+    world.claim(node="b", report=world.report("b", devices=["0", "1"]), wants_job=False)
+    one = world.report("a", devices=["0"])
+    assert world.claim(node="a", report=one).job.id == small
+    assert world.claim(node="a", slot="1", report=one) is None
+    world.clock.advance(100)  # the larger slot is gone: the attempt fails with both numbers
+    assert world.claim(node="a", slot="1", report=one).job.id == large
+
+
+def test_a_worker_leaves_a_job_whose_checkpoints_do_not_fit_on_its_disk(world: World) -> None:
+    job_id = world.submit()
+    held = world.claim(node="a")
+    world.publish(held, 5)
+    with world.database.write() as transaction:
+        made = transaction.query(tables.CheckpointRow).one()
+        made.bytes = 10**9
+    end(world, held, Release(attempt=1, reason="drained"))
+    assert world.claim(node="b", report=world.report("b", disk_free=2 * 10**9)) is None
+    said = world.job(job_id).status_message
+    assert said == "waiting for a worker with 3,000,000,000 bytes of free disk for its checkpoints"
+    assert world.claim(node="c", report=world.report("c", disk_free=4 * 10**9)).job.id == job_id
+
+
+def test_a_job_that_failed_on_a_node_goes_to_another_first(world: World) -> None:
+    job_id = world.submit()
+    fail(world, world.claim(node="a", report=world.report("a")), "service")
+    world.claim(node="b", report=world.report("b"), wants_job=False)
+    world.clock.advance(2)
+    assert world.claim(node="a", report=world.report("a")) is None
+    held = world.claim(node="b", report=world.report("b"))
+    assert held.job.id == job_id
+    fail(world, held, "service")
+    world.clock.advance(4)
+    assert world.claim(node="a", report=world.report("a")).attempt.number == 3, (
+        "nobody else is left"
+    )
+
+
+@pytest.mark.parametrize("why", ["gone", "busy", "patience", "not of the node", "lost once"])
+def test_a_job_that_failed_on_a_node_does_not_wait_for_others_in_vain(
+    world: World, why: str
+) -> None:
+    world.submit()
+    held = world.claim(node="a")
+    world.claim(node="b", report=world.report("b"), wants_job=False)
+    if why == "lost once":
+        assert world.claim(node="a", incarnation="life-2").attempt.number == 2
+        assert world.claim(node="a", incarnation="life-3") is None, "it was lost there twice"
+        return
+    fail(world, held, "storage" if why == "not of the node" else "service")
+    world.clock.advance({"gone": 60, "patience": 30}.get(why, 2))
+    if why == "busy":
+        world.submit()
+        assert world.claim(node="c", report=world.report("c")) is not None
+        assert world.claim(node="b", report=world.report("b")) is not None
+        return
+    if why == "patience":
+        world.claim(node="b", report=world.report("b"), wants_job=False)
+    assert world.claim(node="a").attempt.number == 2
+
+
+def test_a_claim_whose_reply_was_lost_is_no_loss(world: World) -> None:
+    """The same process claims again, and has sent no heartbeat."""
+    job_id = world.submit()
+    for number in range(1, 8):
+        assert world.claim().attempt.number == number
+    assert world.job(job_id).failures is None
+    held = world.claim()
+    heartbeat(world, held)
+    world.claim()
+    assert world.attempt(held).status == "lost"
+
+
+def test_missing_rewards_are_the_reward_services(world: World) -> None:
+    job_id = world.submit()
+    held = world.claim()
+    end(world, held, Release(attempt=1, reason="waiting_for_reward", message="refused"))
+    attempt = world.attempt(held)
+    assert (attempt.owner, attempt.failure["message"]) == ("reward", "refused")
+    assert world.job(job_id).failures == {"reward": 1}
+
+
+def test_workers_that_are_gone_for_a_week_are_forgotten(world: World) -> None:
+    for slot in ("a", "b"):
+        world.claim(slot)
+    with world.database.write() as transaction:
+        workers.order(transaction, "drain", "node-1", "b", None)
+    world.clock.advance(8 * 86_400)
+    with world.database.write() as transaction:
+        workers.forget(transaction)
+        assert [view.row.slot for view in workers.list_all(transaction)] == ["b"]
