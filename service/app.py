@@ -36,6 +36,7 @@ from service.api import (
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
+from service.background.scrubber import Scrubber
 from service.background.waker import Waker
 from service.http import auth, errors
 from service.http.connections import BodyTimeouts
@@ -75,16 +76,25 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
+        scrubber = Scrubber(
+            ready.database,
+            ready.artifacts,
+            ready.notifier,
+            period_seconds=settings.scrub_seconds,
+            bytes_per_second=settings.scrub_bytes_per_second,
+        )
         watch = RewardWatch(ready)
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()
+        scrubber.start()
         watch.start()
         try:
             yield
         finally:
             await ready.notifier.close()
             await run_in_threadpool(watch.close)
+            await run_in_threadpool(scrubber.close)
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()

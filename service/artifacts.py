@@ -4,11 +4,12 @@ Paths in it are made of ids and of checked manifest entries, never of a name fro
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 from dar.disk import OTHER_FOLDER_HINT, make_folder, sync
 from dar.errors import ConflictError, ServiceUnavailableError
-from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
+from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 
 CHUNK_BYTES = 1024**2
 FREE_FACTOR = 2
@@ -100,6 +101,20 @@ class Artifacts:
 
     # --- checkpoints ---
 
+    def check_mounted(self) -> None:
+        """Check that the folder of all checkpoints is there, so that a missing file is damage.
+
+        Raises:
+            ServiceUnavailableError: It is not, as on a volume that is not mounted.
+        """
+        if not self._checkpoints.is_dir():
+            raise ServiceUnavailableError(
+                f"the artifact store has no folder {self._checkpoints.name!r}; its operator must "
+                "mount the volume again",
+                code="storage_unavailable",
+                retry_after_seconds=30,
+            )
+
     def checkpoint(self, job_id: str, attempt: int, step: int) -> Path:
         """Folder of a checkpoint; one for each attempt, so that a late one overwrites nothing."""
         return self._checkpoints / job_id / f"attempt-{attempt}" / f"step-{step}"
@@ -134,6 +149,65 @@ class Artifacts:
         final = self.checkpoint(job_id, attempt, step)
         for folder in (final, final.with_name(f".tmp-{final.name}")):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def damage_of(
+    folder: Path,
+    files: Iterable[ManifestFile],
+    *,
+    take: Callable[[int], None] | None = None,
+) -> str | None:
+    """What is wrong with a stored checkpoint, as a part of a sentence; None: nothing.
+
+    Hidden entries, as file systems make them, are ignored.
+
+    Args:
+        folder: The checkpoint.
+        files: All files that it must have.
+        take: Called with the number of bytes after each part that was read; it may pause or raise.
+            None: only names and sizes are compared, and nothing is read.
+
+    Raises:
+        OSError: The folder cannot be examined, which says nothing about its files.
+    """
+    expected = {file.name: file for file in files}
+    sizes = dict(_sizes(folder))
+    for name in sorted(expected.keys() - sizes.keys()):
+        return f"{name} is missing"
+    for name in sorted(sizes.keys() - expected.keys()):
+        return f"{name} does not belong to it"
+    for name, file in expected.items():
+        if sizes[name] != file.bytes:
+            return f"{name} has {sizes[name]:,} of {file.bytes:,} bytes"
+    if take is None:
+        return None
+    for name, file in expected.items():
+        if (found := _damage_of_content(folder / name, file, take)) is not None:
+            return found
+    return None
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and not path.is_symlink() and not name.name.startswith("."):
+            yield name.as_posix(), path.stat().st_size
+
+
+def _damage_of_content(path: Path, file: ManifestFile, take: Callable[[int], None]) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as content:
+            while part := content.read(CHUNK_BYTES):
+                digest.update(part)
+                take(len(part))
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return f"{file.name} cannot be read: {error.strerror}"
+    return None if digest.hexdigest() == file.sha256 else f"{file.name} was altered"
 
 
 def received(upload: Upload) -> dict[str, int]:

@@ -126,7 +126,7 @@ def _owner_of(error: DARError, *, has_begun: bool) -> FailureOwner:
         return "reward"
     if isinstance(error, HubUnreachableError):
         return "worker" if has_begun else "user"
-    if error.error_code in {known.code for known in (DISK, MEMORY) if error.retryable}:
+    if error.error_code in {known.code for known in (DISK, MEMORY, NETWORK) if error.retryable}:
         return "worker"
     if isinstance(error, CheckpointError) or error.retryable or error.status >= SERVER_ERROR:
         return "service"

@@ -1,6 +1,8 @@
 """Training files."""
 
+import base64
 import contextlib
+import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any, BinaryIO, Literal
 
 from dar.client.paging import Listing
 from dar.client.transport import Transport, escaped
+from dar.errors import DARError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.files import File
 
@@ -66,8 +69,17 @@ class Files:
         return self._transport.get(f"{PATH}/{escaped(file_id)}", File)
 
     def content(self, file_id: str) -> bytes:
-        """The content of a file, as it was uploaded."""
-        return self._transport.send("GET", f"{PATH}/{escaped(file_id)}/content").content
+        """The content of a file, as it was uploaded.
+
+        Raises:
+            DARError: It arrived altered.
+        """
+        answer = self._transport.send("GET", f"{PATH}/{escaped(file_id)}/content")
+        digest = base64.b64encode(hashlib.sha256(answer.content).digest()).decode()
+        expected = answer.headers.get("repr-digest", "")
+        if "sha-256=:" in expected and f"sha-256=:{digest}:" not in expected:
+            raise DARError(f"file {file_id} arrived altered: its SHA-256 differs; try again")
+        return answer.content
 
     def delete(self, file_id: str) -> Deleted:
         """Delete a file.

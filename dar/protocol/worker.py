@@ -104,6 +104,17 @@ class Inputs(Output):
     files: list[InputFile]
 
 
+class DamagedInputs(Output):
+    """Response to a check of an attempt's files and checkpoints: those that are damaged."""
+
+    damaged: list[str]
+    """``training_file``, ``validation_file``, or the prefix of a checkpoint's files: ``model``,
+    ``adapters/<n>``, ``resume``.
+
+    After ``resume`` the list of inputs has the next older checkpoint that is whole, or none.
+    """
+
+
 class AttemptProgress(Input):
     """What an attempt does now."""
 

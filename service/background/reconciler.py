@@ -124,6 +124,7 @@ class Reconciler:
         with self._database.write() as transaction:
             checkpoints.mark_superseded(transaction)
             checkpoints.mark_abandoned(transaction)
+            checkpoints.mark_inspected(transaction)
             doomed = checkpoints.to_remove(transaction)
         for item in doomed:
             self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)

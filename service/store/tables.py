@@ -310,3 +310,9 @@ class CheckpointRow(Base):
     manifest_bytes: Mapped[int]
     manifest_sha256: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime]
+    verified_at: Mapped[datetime | None]
+    """When every stored byte was last compared with the manifest; null: it is due now."""
+    damage: Mapped[str | None] = mapped_column(Text)
+    """What is wrong with the stored files. Such a checkpoint is set aside: it has the status
+    ``available``, but nothing resumes from it, lists it or sends its files."""
+    damaged_at: Mapped[datetime | None]
