@@ -147,7 +147,7 @@ def prepare(settings: Settings) -> Runtime:
     """
     database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings, database)
-    artifacts = Artifacts(settings.artifacts_path)
+    artifacts = Artifacts(settings.artifacts_path, settings.min_free_bytes)
     artifacts.prepare()
     broker = settings.broker_url
 
@@ -165,7 +165,7 @@ def prepare(settings: Settings) -> Runtime:
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs, running_values),
+        telemetry=Telemetry(count_jobs, running_values, artifacts.room),
         reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),

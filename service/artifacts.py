@@ -22,6 +22,8 @@ from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 CHUNK_BYTES = 1024**2
 FREE_FACTOR = 2
 """Leaves room for concurrent uploads, each of which checks only its own size."""
+FULL_RETRY_SECONDS = 10.0
+"""When a client should try again after the store had no room."""
 LEFTOVER_SECONDS = 24 * 3600
 """Age from which a file is abandoned. Another process may still be writing a newer one."""
 
@@ -42,15 +44,32 @@ class Upload:
         return sizes | {MANIFEST_NAME: None}
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes of the volume of the artifact store."""
+
+    free: int
+    total: int
+    reserved: int
+    """Bytes that uploads must leave free."""
+
+    @property
+    def is_full(self) -> bool:
+        return self.free <= self.reserved
+
+
 class Artifacts:
     """The folder of uploads and checkpoints.
 
     Args:
         root: Its path; made if it does not exist.
+        min_free_bytes: Bytes of its volume that uploads leave free, because the database may be
+            on it too.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, min_free_bytes: int = 0) -> None:
         self.root = root
+        self.min_free_bytes = min_free_bytes
 
     def prepare(self) -> None:
         """Make the folders and remove what interrupted uploads left.
@@ -62,6 +81,11 @@ class Artifacts:
             make_folder(folder, f"{OTHER_FOLDER_HINT} DAR_ARTIFACTS_DIR or DAR_HOME")
         for leftover in _old(self._files / "tmp"):
             leftover.unlink(missing_ok=True)
+
+    def room(self) -> Room:
+        """Room on its volume."""
+        usage = shutil.disk_usage(self.root)
+        return Room(usage.free, usage.total, self.min_free_bytes)
 
     def check(self) -> str:
         """``ok``, or the reason why nothing can be written."""
@@ -125,23 +149,32 @@ class Artifacts:
         return Upload(staging, final, manifest, manifest_sha256)
 
     def reserve(self, size: int, what: str) -> None:
-        """Check that the disk has room for ``size`` more bytes.
+        """Check that the volume has room for ``size`` more bytes, before they are sent.
 
         Args:
             size: Bytes that are still to be received.
             what: What is received, for the error.
 
         Raises:
-            ServiceUnavailableError: Less than `FREE_FACTOR` times ``size`` is free
-                (``storage_full``).
+            ServiceUnavailableError: Less than `FREE_FACTOR` times ``size``, or too little beside
+                ``size``, is free (``storage_full``).
         """
-        free = shutil.disk_usage(self.root).free
-        if free < FREE_FACTOR * size:
-            raise ServiceUnavailableError(
-                f"{what} needs {size:,} more bytes. {FREE_FACTOR} times as many must be free, but the "
-                f"artifact store has {free:,} bytes left; free some space and send it again",
-                code="storage_full",
-                retry_after_seconds=30,
+        self._need(max(FREE_FACTOR * size, size + self.min_free_bytes), size, what)
+
+    def reserve_part(self, size: int, what: str) -> None:
+        """Check that the volume has room for one part of something that was reserved.
+
+        Raises:
+            ServiceUnavailableError: It has not (``storage_full``).
+        """
+        self._need(size + self.min_free_bytes, size, what)
+
+    def _need(self, needed: int, size: int, what: str) -> None:
+        free = self.room().free
+        if size > 0 and free < needed:
+            raise storage_full(
+                f"{what} has {size:,} more bytes, for which {needed:,} must be free, but "
+                f"{free:,} are"
             )
 
     def remove_checkpoint(self, job_id: str, attempt: int, step: int) -> None:
@@ -149,6 +182,16 @@ class Artifacts:
         final = self.checkpoint(job_id, attempt, step)
         for folder in (final, final.with_name(f".tmp-{final.name}")):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def storage_full(why: str) -> ServiceUnavailableError:
+    """The error about a store without room."""
+    return ServiceUnavailableError(
+        f"the artifact store is full: {why}. The upload goes on once the service's operator has "
+        "made room",
+        code="storage_full",
+        retry_after_seconds=FULL_RETRY_SECONDS,
+    )
 
 
 def damage_of(

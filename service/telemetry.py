@@ -25,6 +25,7 @@ from dar.protocol.metrics import current_values
 from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentRequests
 from dar.protocol.status import JOB_STATUSES
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row
+from service.artifacts import Room
 
 OUTCOMES = ("ok", *FAMILIES)
 CALLBACK_OUTCOMES = (
@@ -73,11 +74,15 @@ class Telemetry(Collector):
     Args:
         count_jobs: Called at each scrape; returns the number of jobs by status.
         running_values: Called at each scrape; returns the newest metrics of running jobs, by job.
+        room: Called at each scrape; returns the room of the artifact store.
     """
 
-    def __init__(self, count_jobs: Counts, running_values: RunningValues) -> None:
+    def __init__(
+        self, count_jobs: Counts, running_values: RunningValues, room: Callable[[], Room]
+    ) -> None:
         self._count_jobs = count_jobs
         self._running_values = running_values
+        self._room = room
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
         self._seconds = dict.fromkeys(OUTCOMES, 0.0)
@@ -164,6 +169,7 @@ class Telemetry(Collector):
         for status in JOB_STATUSES:
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs
+        yield from self._storage()
         yield from self._gauges()
         text = "Callbacks of reward services, by result."
         with self._lock:
@@ -171,6 +177,15 @@ class Telemetry(Collector):
             yield _labelled("dar_reward_callback", text, "status", outcomes)
             yield from self._request_families()
             yield from self._sample_families()
+
+    def _storage(self) -> Iterator[Metric]:
+        room = self._room()
+        for name, text, value in (
+            ("free", "Free bytes on the volume of the artifact store.", room.free),
+            ("total", "Size of the volume of the artifact store in bytes.", room.total),
+            ("reserved", "Bytes that uploads leave free on that volume.", room.reserved),
+        ):
+            yield GaugeMetricFamily(f"dar_storage_{name}_bytes", text, value=value)
 
     def _gauges(self) -> Iterator[Metric]:
         running = self._running_values()

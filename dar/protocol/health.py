@@ -17,4 +17,7 @@ class Ready(Output):
 
     status: Literal["ok", "degraded", "unavailable"]
     checks: dict[str, str]
-    """``database``, ``migrations``, ``storage`` and ``broker``: ``ok``, ``off`` or the problem."""
+    """``database``, ``migrations``, ``storage`` and ``broker``: ``ok``, ``off`` or the problem.
+
+    ``storage_room`` begins with ``ok`` or ``full`` and says how many bytes are free.
+    """

@@ -25,13 +25,15 @@ def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
     checks = {
         **_database(runtime),
         "storage": runtime.artifacts.check(),
+        "storage_room": _room(runtime),
         "broker": runtime.waker.check(),
     }
     needed = (checks["database"], checks["migrations"], checks["storage"])
     if any(check != "ok" for check in needed):
         response.status_code = 503
         return Ready(status="unavailable", checks=checks)
-    status = "ok" if checks["broker"] in {"ok", "off"} else "degraded"
+    is_whole = checks["broker"] in {"ok", "off"} and checks["storage_room"].startswith("ok")
+    status = "ok" if is_whole else "degraded"
     return Ready.model_validate({"status": status, "checks": checks})
 
 
@@ -39,6 +41,18 @@ def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
 def get_prometheus_metrics(runtime: CurrentRuntime) -> Response:
     """Metrics of this process in the text format of Prometheus. Any API key is accepted."""
     return Response(runtime.telemetry.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _room(runtime: Runtime) -> str:
+    """The room of the artifact store: without any, all but uploads works."""
+    try:
+        room = runtime.artifacts.room()
+    except OSError as error:
+        return f"unknown: {error.strerror}"
+    said = f"{room.free:,} of {room.total:,} bytes are free"
+    if room.is_full:
+        return f"full: {said}, and uploads must leave {room.reserved:,}; make room"
+    return f"ok: {said}"
 
 
 def _database(runtime: Runtime) -> dict[str, str]:

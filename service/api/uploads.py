@@ -68,6 +68,8 @@ async def put_file(
         raise NotFoundError(f"the manifest of checkpoint {checkpoint_id} names no file {name!r}")
     size = upload.names[name]
     room = (MAX_MANIFEST_BYTES if size is None else size) - offset
+    part = min(int(request.headers.get("content-length") or 0), max(room, 0))
+    runtime.artifacts.reserve_part(part, f"file {name!r}")
     file = await run_in_threadpool(artifacts.open_part, upload, name, offset)
     try:
         async for chunk in limited(request.stream(), max(room, 0), f"file {name!r}"):

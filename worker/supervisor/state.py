@@ -51,6 +51,8 @@ class AttemptState:
         """The error of a thread because of which the attempt cannot continue."""
         self.first_progress = AttemptProgress(phase="starting", step=0)
         """The progress to report until the trainer reports its own."""
+        self.blocked: str | None = None
+        """Why no checkpoint can be uploaded now: the artifact store is full."""
         self.gives_up_at: float | None = None
         """Monotonic time after which calls to the service are not repeated."""
 
