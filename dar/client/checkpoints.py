@@ -28,6 +28,14 @@ class Checkpoints:
         """One checkpoint, with the list of its files."""
         return self._transport.get(f"{_path(job_id)}/{escaped(checkpoint_id)}", Checkpoint)
 
+    def pin(self, job_id: str, checkpoint_id: str) -> Checkpoint:
+        """Keep a checkpoint until it is unpinned."""
+        return self._transport.post(f"{_path(job_id)}/{escaped(checkpoint_id)}/pin", Checkpoint)
+
+    def unpin(self, job_id: str, checkpoint_id: str) -> Checkpoint:
+        """Let a pinned checkpoint be removed by the job's rules again."""
+        return self._transport.post(f"{_path(job_id)}/{escaped(checkpoint_id)}/unpin", Checkpoint)
+
     def download(
         self,
         job_id: str,

@@ -11,7 +11,7 @@ from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
 from service.artifacts import damage_of
 from service.http import downloads, errors
-from service.http.auth import Reader
+from service.http.auth import Reader, Submitter, User
 from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, jobs, tables
 
@@ -27,7 +27,7 @@ def list_checkpoints(
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         found = checkpoints.list_page(transaction, job.id, cursor)
-    return envelope(found, show, lambda checkpoint: checkpoint.id)
+    return envelope(found, lambda row: show(row, job), lambda row: row.id)
 
 
 @router.get("/{job_id}/checkpoints/{checkpoint_id}", responses=errors.may_answer(409))
@@ -37,7 +37,23 @@ def get_checkpoint(
     """One checkpoint."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
-        return show(checkpoints.get(transaction, job.id, checkpoint_id))
+        return show(checkpoints.get(transaction, job.id, checkpoint_id), job)
+
+
+@router.post("/{job_id}/checkpoints/{checkpoint_id}/pin", responses=errors.may_answer(409))
+def pin_checkpoint(
+    job_id: str, checkpoint_id: str, runtime: CurrentRuntime, user: Submitter
+) -> Checkpoint:
+    """Keep a checkpoint until it is unpinned."""
+    return _pin(runtime, user, job_id, checkpoint_id, is_pinned=True)
+
+
+@router.post("/{job_id}/checkpoints/{checkpoint_id}/unpin", responses=errors.may_answer(409))
+def unpin_checkpoint(
+    job_id: str, checkpoint_id: str, runtime: CurrentRuntime, user: Submitter
+) -> Checkpoint:
+    """Let a pinned checkpoint be removed by the job's rules again."""
+    return _pin(runtime, user, job_id, checkpoint_id, is_pinned=False)
 
 
 @router.head(FILE_PATH, response_class=Response, include_in_schema=False)
@@ -70,6 +86,16 @@ def get_checkpoint_file(
     )
 
 
+def _pin(
+    runtime: Runtime, user: User, job_id: str, checkpoint_id: str, *, is_pinned: bool
+) -> Checkpoint:
+    with runtime.database.write() as transaction:
+        job = jobs.get(transaction, user.project_id, job_id)
+        checkpoint = checkpoints.get(transaction, job.id, checkpoint_id)
+        checkpoints.pin(transaction, checkpoint, is_pinned=is_pinned)
+        return show(checkpoint, job)
+
+
 def set_aside(runtime: Runtime, checkpoint: tables.CheckpointRow, damage: str) -> ConflictError:
     """Set a damaged checkpoint aside; returns the error about it.
 
@@ -85,7 +111,7 @@ def set_aside(runtime: Runtime, checkpoint: tables.CheckpointRow, damage: str) -
         return checkpoints.damaged(transaction, found)
 
 
-def show(checkpoint: tables.CheckpointRow) -> Checkpoint:
+def show(checkpoint: tables.CheckpointRow, job: tables.JobRow) -> Checkpoint:
     files = checkpoints.files_of(checkpoint)
     return Checkpoint.model_validate(
         {
@@ -99,6 +125,9 @@ def show(checkpoint: tables.CheckpointRow) -> Checkpoint:
             "kind": checkpoint.kind,
             "bytes": checkpoint.bytes,
             "sha256": checkpoint.manifest_sha256,
+            "reward": checkpoint.reward,
+            "is_best": checkpoint.id == job.best_checkpoint_id,
+            "is_pinned": checkpoint.is_pinned,
             "has_optimizer": any(f.name.startswith(f"{RESUME_FOLDER}/") for f in files),
             "files": [file.model_dump() for file in files],
         }

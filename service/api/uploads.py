@@ -15,7 +15,7 @@ from service.http import errors
 from service.http.auth import LeaseHolder
 from service.http.bodies import MAX_EXACT, body_of, limited, schema_of
 from service.runtime import CurrentRuntime, Runtime
-from service.store import checkpoints, fence, tables
+from service.store import best_checkpoint, checkpoints, fence, tables
 
 router = APIRouter(
     prefix="/v1/worker/leases/{lease_id}/checkpoints",
@@ -88,9 +88,12 @@ def commit(
     checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
     if checkpoint.status == "pending":
         manifest_bytes = artifacts.verify(_upload(runtime, checkpoint))
+        with runtime.database.read() as transaction:
+            job = fence.look(transaction, lease_id).job
+            standing = best_checkpoint.measure(transaction, job, checkpoint)
         with runtime.database.write() as transaction:
             held = fence.hold(transaction, lease_id, body.attempt)
-            checkpoints.publish(transaction, held.job, checkpoint, manifest_bytes)
+            checkpoints.publish(transaction, held.job, checkpoint, manifest_bytes, standing)
     checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
     if checkpoint.status != "available":
         raise ConflictError(f"checkpoint {checkpoint_id} is {checkpoint.status}")

@@ -11,12 +11,14 @@ from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.events import Level
 from dar.protocol.ids import new_id
 from dar.protocol.status import TERMINAL
-from service.store import events
+from service.store import best_checkpoint, events
+from service.store.best_checkpoint import Standing
 from service.store.database import Transaction
 from service.store.fence import Held
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import AttemptRow, CheckpointRow, JobInputRow, JobRow
 
+UNMEASURED = Standing()
 KEPT_DAMAGED = timedelta(days=7)
 """How long a damaged checkpoint is kept for inspection, once the job has a newer whole one."""
 
@@ -59,6 +61,22 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
             "it has"
         )
     return found
+
+
+def pin(transaction: Transaction, checkpoint: CheckpointRow, *, is_pinned: bool) -> None:
+    """Keep a checkpoint until it is unpinned, or leave it to the job's rules again.
+
+    Raises:
+        NotFoundError: It is being removed.
+    """
+    changed = transaction.execute(
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id, is_whole())
+        .values(is_pinned=is_pinned)
+        .returning(CheckpointRow.id)
+    ).one_or_none()
+    if changed is None:
+        raise NotFoundError(f"checkpoint {checkpoint.id} is no longer kept")
 
 
 def damaged(transaction: Transaction, checkpoint: CheckpointRow) -> ConflictError:
@@ -139,7 +157,8 @@ def models(
         .limit(limit)
     )
     results = available.where(
-        JobRow.status == "succeeded", CheckpointRow.id == JobRow.latest_checkpoint_id
+        JobRow.status == "succeeded",
+        CheckpointRow.id == func.coalesce(JobRow.result_checkpoint_id, JobRow.latest_checkpoint_id),
     ).order_by(JobRow.created_at.desc(), JobRow.id.desc())
     if name is not None:
         results = results.where(JobRow.model_name == name)
@@ -204,22 +223,30 @@ def register(
 
 
 def publish(
-    transaction: Transaction, job: JobRow, checkpoint: CheckpointRow, manifest_bytes: int
+    transaction: Transaction,
+    job: JobRow,
+    checkpoint: CheckpointRow,
+    manifest_bytes: int,
+    standing: Standing = UNMEASURED,
 ) -> None:
     """Make a verified checkpoint available, and let the job resume from it."""
     published = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "pending")
-        .values(status="available", manifest_bytes=manifest_bytes, verified_at=transaction.now)
+        .values(
+            status="available",
+            manifest_bytes=manifest_bytes,
+            verified_at=transaction.now,
+            ordinal=standing.ordinal,
+            reward=standing.reward,
+            kl=standing.kl,
+        )
         .returning(CheckpointRow.id)
     ).one_or_none()
     if published is None:
         return
-    transaction.execute(
-        update(JobRow)
-        .where(JobRow.id == job.id)
-        .values(latest_checkpoint_id=checkpoint.id, fruitless_attempts=0)
-    )
+    transaction.execute(update(JobRow).where(JobRow.id == job.id).values(fruitless_attempts=0))
+    _point_to(transaction, job, checkpoint)
     data = {
         "kind": "checkpoint",
         "checkpoint_id": checkpoint.id,
@@ -233,9 +260,10 @@ def publish(
 
 
 def mark_superseded(transaction: Transaction) -> int:
-    """Mark all but each job's ``keep_last`` newest checkpoints for removal; returns how many.
+    """Mark the checkpoints that no job keeps for removal; returns how many.
 
-    The newest checkpoint of a job, and those that an unfinished job starts from, are kept.
+    Kept are the ``keep_last`` newest of each job, its best one, its result, of every ``keep_every``
+    the last, pinned ones, and those that an unfinished job starts from.
     """
     rank = (
         func.row_number()
@@ -252,10 +280,24 @@ def mark_superseded(transaction: Transaction) -> int:
         .where(JobRow.status.not_in(list(TERMINAL)))
         .correlate(None)
     )
+    is_nth = and_(
+        JobRow.keep_every.is_not(None),
+        CheckpointRow.ordinal > 0,
+        CheckpointRow.ordinal % func.coalesce(JobRow.keep_every, 1) == 0,
+    )
     superseded = (
         select(ranked.c.id)
         .join(JobRow, JobRow.id == ranked.c.job_id)
-        .where(ranked.c.rank > JobRow.keep_last, ranked.c.id.not_in(needed))
+        .join(CheckpointRow, CheckpointRow.id == ranked.c.id)
+        .where(
+            ranked.c.rank > JobRow.keep_last,
+            ~CheckpointRow.is_pinned,
+            ranked.c.id.is_distinct_from(JobRow.best_checkpoint_id),
+            ranked.c.id.is_distinct_from(JobRow.result_checkpoint_id),
+            ~is_nth,
+            ranked.c.id.not_in(needed),
+        )
+        .correlate(None)
     )
     # A concurrent submission locks the checkpoints that its job starts from. Once these locks are
     # granted, the job is visible to the second statement.
@@ -293,6 +335,7 @@ def mark_inspected(transaction: Transaction) -> int:
         .where(
             CheckpointRow.status == "available",
             CheckpointRow.damaged_at < transaction.now - KEPT_DAMAGED,
+            ~CheckpointRow.is_pinned,
             has_newer.exists(),
         )
         .values(status="deleting")
@@ -368,7 +411,6 @@ def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) 
         .where(CheckpointRow.id == checkpoint.id, is_whole())
         .values(damage=damage, damaged_at=transaction.now, verified_at=transaction.now)
         .returning(CheckpointRow.id)
-        .execution_options(synchronize_session=False)
     ).one_or_none()
     if marked is None:
         return False
@@ -427,13 +469,15 @@ def resume_from_newest(transaction: Transaction, held: Held) -> CheckpointRow | 
 
 
 def _point_to(transaction: Transaction, job: JobRow, newest: CheckpointRow | None) -> None:
-    if job.status == "succeeded":
-        return  # its result is the model that it was, or none
-    transaction.execute(
-        update(JobRow)
-        .where(JobRow.id == job.id)
-        .values(latest_checkpoint_id=None if newest is None else newest.id)
-    )
+    """Note which checkpoint of a job is the newest, and which the best.
+
+    The newest of a job that has succeeded stays what it was: an older one is another model.
+    """
+    best = best_checkpoint.choose(transaction, job)
+    values = {"best_checkpoint_id": None if best is None else best.id}
+    if job.status != "succeeded":
+        values["latest_checkpoint_id"] = None if newest is None else newest.id
+    transaction.execute(update(JobRow).where(JobRow.id == job.id).values(values))
 
 
 def _tell(

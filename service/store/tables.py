@@ -117,6 +117,7 @@ class JobRow(Base):
     seed: Mapped[int]
     total_steps: Mapped[int]
     keep_last: Mapped[int]
+    keep_every: Mapped[int | None]
 
     step: Mapped[int] = mapped_column(default=0)
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -135,6 +136,9 @@ class JobRow(Base):
     reward_waits: Mapped[int] = mapped_column(default=0)
     """Consecutive attempts that ended because the reward service was down."""
     latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    best_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    result_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    """Weights of the result of a job that has succeeded; null: those of its latest checkpoint."""
     event_seq: Mapped[int] = mapped_column(default=0)
     """``seq`` of the newest event."""
     metrics_event_step: Mapped[int] = mapped_column(default=0)
@@ -316,3 +320,8 @@ class CheckpointRow(Base):
     """What is wrong with the stored files. Such a checkpoint is set aside: it has the status
     ``available``, but nothing resumes from it, lists it or sends its files."""
     damaged_at: Mapped[datetime | None]
+    ordinal: Mapped[int] = mapped_column(default=0)
+    """See `service.store.best_checkpoint.Standing`; 0: it is older than this column."""
+    reward: Mapped[float | None] = mapped_column(Float(53))
+    kl: Mapped[float | None] = mapped_column(Float(53))
+    is_pinned: Mapped[bool] = mapped_column(default=False)

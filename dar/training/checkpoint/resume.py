@@ -266,7 +266,14 @@ class RunCheckpoints:
     # --- writing -------------------------------------------------------------------------------
 
     def is_due(self) -> bool:
-        """Whether ``args.checkpoint_seconds`` have passed since the last checkpoint."""
+        """Whether the step that ended needs a checkpoint besides those of ``args.save_steps``.
+
+        That is so if ``args.checkpoint_seconds`` have passed since the last one, or if the step is
+        evaluated and ``args.saves_evaluated`` is set.
+        """
+        trainer = self._run.trainer
+        if trainer.args.saves_evaluated and trainer.control.should_evaluate:
+            return True
         seconds = self._run.trainer.args.checkpoint_seconds
         if seconds is None:
             return False
