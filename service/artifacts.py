@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ FULL_RETRY_SECONDS = 10.0
 """When a client should try again after the store had no room."""
 LEFTOVER_SECONDS = 24 * 3600
 """Age from which a file is abandoned. Another process may still be writing a newer one."""
+
+_CHECKPOINT = re.compile(r"(?P<job>[^/]+)/attempt-(?P<attempt>\d+)/(?:\.tmp-)?step-(?P<step>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +181,23 @@ class Artifacts:
             )
 
     def remove_checkpoint(self, job_id: str, attempt: int, step: int) -> None:
-        """Remove the files of a checkpoint, received in whole or in part."""
+        """Remove the files of a checkpoint, received in whole or in part. Idempotent.
+
+        Raises:
+            OSError: Some of them are left; call it again.
+        """
         final = self.checkpoint(job_id, attempt, step)
         for folder in (final, final.with_name(f".tmp-{final.name}")):
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+
+    def old_checkpoints(self) -> Iterator[tuple[str, int, int]]:
+        """Job, attempt and step of each folder that nothing has been written to for a day."""
+        for path in self._checkpoints.glob("*/attempt-*/*step-*"):
+            match = _CHECKPOINT.fullmatch(path.relative_to(self._checkpoints).as_posix())
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                if match is not None and _is_old(path.stat()):
+                    yield match["job"], int(match["attempt"]), int(match["step"])
 
 
 def storage_full(why: str) -> ServiceUnavailableError:
@@ -345,8 +361,11 @@ def _verify_file(path: Path, name: str, size: int, sha256: str) -> None:
 
 
 def _old(folder: Path) -> Iterator[Path]:
-    too_old = datetime.now(UTC).timestamp() - LEFTOVER_SECONDS
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            if entry.is_file() and entry.stat().st_mtime < too_old:
+            if entry.is_file() and _is_old(entry.stat()):
                 yield Path(entry.path)
+
+
+def _is_old(status: os.stat_result) -> bool:
+    return status.st_mtime < datetime.now(UTC).timestamp() - LEFTOVER_SECONDS

@@ -96,7 +96,9 @@ def _pin(
         return show(checkpoint, job)
 
 
-def set_aside(runtime: Runtime, checkpoint: tables.CheckpointRow, damage: str) -> ConflictError:
+def set_aside(
+    runtime: Runtime, checkpoint: tables.CheckpointRow, damage: str
+) -> ConflictError | NotFoundError:
     """Set a damaged checkpoint aside; returns the error about it.
 
     Raises:
@@ -107,7 +109,8 @@ def set_aside(runtime: Runtime, checkpoint: tables.CheckpointRow, damage: str) -
         if checkpoints.set_aside(transaction, checkpoint, damage):
             transaction.after_commit(lambda: runtime.notifier.notify(checkpoint.job_id))
         found = checkpoints.find(transaction, checkpoint.job_id, checkpoint.id)
-        assert found is not None
+        if found is None or found.damage is None:  # it was removed meanwhile, so files are missing
+            return NotFoundError(f"checkpoint {checkpoint.id} is no longer kept")
         return checkpoints.damaged(transaction, found)
 
 

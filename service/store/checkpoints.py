@@ -1,6 +1,6 @@
 """Checkpoints: announced, then available, then removed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
@@ -371,6 +371,17 @@ def to_remove(transaction: Transaction) -> Sequence[CheckpointRow]:
     return transaction.scalars(
         select(CheckpointRow).where(CheckpointRow.status == "deleting")
     ).all()
+
+
+def with_files(
+    transaction: Transaction, job_ids: Collection[str]
+) -> frozenset[tuple[str, int, int]]:
+    """Job, attempt and step of those checkpoints of some jobs that have files, or may get some."""
+    columns = (CheckpointRow.job_id, CheckpointRow.attempt, CheckpointRow.step)
+    found = transaction.execute(
+        select(*columns).where(CheckpointRow.job_id.in_(job_ids), CheckpointRow.status != "deleted")
+    ).all()
+    return frozenset((job_id, attempt, step) for job_id, attempt, step in found)
 
 
 def mark_removed(transaction: Transaction, checkpoint_id: str) -> None:
