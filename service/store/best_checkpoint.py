@@ -74,10 +74,9 @@ def choose(transaction: Transaction, job: JobRow) -> CheckpointRow | None:
     measured = [row for row in whole if row.reward is not None]
     budget = _dar(job)["hyperparameters"].get("kl_budget")
     if budget is not None and any(row.kl is not None for row in measured):
-        with_kl = [row for row in measured if row.kl is not None]
-        measured = [row for row in with_kl if row.kl <= BUDGET_FACTOR * budget] or [
-            min(with_kl, key=lambda row: row.kl)
-        ]
+        by_kl = sorted((row.kl, n) for n, row in enumerate(measured) if row.kl is not None)
+        within = [n for kl, n in by_kl if kl <= BUDGET_FACTOR * budget] or [by_kl[0][1]]
+        measured = [measured[n] for n in within]
     if measured:
         return max(measured, key=lambda row: (row.reward, row.step))
     return next(iter(whole), None)
