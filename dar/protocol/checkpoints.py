@@ -79,7 +79,7 @@ class Checkpoint(Output):
     """Digest of the manifest."""
     reward: float | None = None
     """Reward of its evaluation, or the mean reward of the training steps since the checkpoint
-    before; null: nothing tells."""
+    before; null: there is none."""
     is_best: bool = False
     is_pinned: bool = False
     """Pinned checkpoints are never removed."""

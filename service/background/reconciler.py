@@ -151,7 +151,7 @@ class Reconciler:
         self._remove_orphans()
 
     def _remove_orphans(self) -> None:
-        """Remove folders of checkpoints that no row tells of, as a late upload leaves them."""
+        """Remove folders of checkpoints without a row, as a late upload leaves them."""
         old = list(self._artifacts.old_checkpoints())
         for start in range(0, len(old), ORPHANS_AT_ONCE):
             some = old[start : start + ORPHANS_AT_ONCE]

@@ -30,7 +30,7 @@ class Standing:
     ordinal: int = 0
     """Number of the checkpoint in its job, from 1; one that is replayed has its old number."""
     reward: float | None = None
-    """Null: nothing tells, as in a job that trains on stored completions without evaluation."""
+    """Null: there is none, as in a job that trains on stored completions without evaluation."""
     kl: float | None = None
 
 
@@ -59,7 +59,7 @@ def measure(transaction: Transaction, job: JobRow, checkpoint: CheckpointRow) ->
 
 
 def choose(transaction: Transaction, job: JobRow) -> CheckpointRow | None:
-    """The best of a job's whole checkpoints, or None; the newest one if no reward tells."""
+    """The best of a job's whole checkpoints, or None; the newest one if none has a reward."""
     whole = transaction.scalars(
         select(CheckpointRow)
         .where(

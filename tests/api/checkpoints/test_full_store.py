@@ -1,4 +1,4 @@
-"""A full artifact store: uploads wait, everything else goes on, and the room is told."""
+"""A full artifact store: uploads wait, everything else goes on, and the room is shown."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +20,7 @@ def lease(live: Live) -> Iterator[Lease]:
 
 
 def checked(answer: httpx2.Response, error_of: Callable[..., Any]) -> str:
-    """The message of a refusal for want of room."""
+    """The message of a refusal for lack of room."""
     assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_full")
     assert int(answer.headers["retry-after"]) >= 1
     return str(error_of(answer)["message"])
