@@ -130,6 +130,18 @@ class Settings(BaseSettings):
     max_batch_bytes: Bytes = 16 * 1024**2
     """Largest body of reports that a worker sends, in bytes after decompression."""
 
+    # --- stored checkpoints
+    min_free_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**2
+    """Bytes that uploads leave free on the volume of the artifacts, for the database and logs. An
+    upload that would take them gets a 503 (``storage_full``)."""
+
+    scrub_seconds: Seconds = 7 * 24 * 3600.0
+    """How often each stored checkpoint is read and compared with its digests. A damaged one is set
+    aside."""
+
+    scrub_bytes_per_second: Bytes = 32 * 1024**2
+    """How fast stored checkpoints are read for this comparison, in bytes per second."""
+
     # --- leases
     lease_ttl_seconds: Seconds = 300.0
     """How long a worker may send no heartbeat before another worker gets its job."""

@@ -38,6 +38,7 @@ from service.api import (
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
+from service.background.scrubber import Scrubber
 from service.background.waker import Waker
 from service.http import auth, errors
 from service.http.connections import BodyTimeouts
@@ -87,16 +88,25 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
+        scrubber = Scrubber(
+            ready.database,
+            ready.artifacts,
+            ready.notifier,
+            period_seconds=settings.scrub_seconds,
+            bytes_per_second=settings.scrub_bytes_per_second,
+        )
         watch = RewardWatch(ready)
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()
+        scrubber.start()
         watch.start()
         try:
             yield
         finally:
             await ready.notifier.close()
             await run_in_threadpool(watch.close)
+            await run_in_threadpool(scrubber.close)
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()
@@ -149,7 +159,7 @@ def prepare(settings: Settings) -> Runtime:
     """
     database = Database(settings.sqlalchemy_url)
     migrate.upgrade(settings, database)
-    artifacts = Artifacts(settings.artifacts_path)
+    artifacts = Artifacts(settings.artifacts_path, settings.min_free_bytes)
     artifacts.prepare()
     broker = settings.broker_url
 
@@ -172,7 +182,7 @@ def prepare(settings: Settings) -> Runtime:
         artifacts=artifacts,
         waker=Waker(None if broker is None else broker.get_secret_value()),
         notifier=Notifier(database),
-        telemetry=Telemetry(count_jobs, running_values, count_workers),
+        telemetry=Telemetry(count_jobs, running_values, count_workers, artifacts.room),
         reward_secret=keys.checked_reward_secret(keys.configure(settings, database)),
         secrets=SecretBox(keys.secret_keys(settings, database)),
         probe_inbox=ProbeInbox(settings.callback_url),

@@ -27,6 +27,7 @@ from dar.protocol.reward_stats import FAMILIES, REQUEST_SECONDS, ComponentReques
 from dar.protocol.status import JOB_STATUSES
 from dar.protocol.worker import EventRow, FailureOwner, MetricsRow, RewardsRow, Row
 from dar.protocol.workers import WORKER_STATES
+from service.artifacts import Room
 from service.store.workers import Fleet
 
 OUTCOMES = ("ok", *FAMILIES)
@@ -78,14 +79,20 @@ class Telemetry(Collector):
         count_jobs: Called at each scrape; returns the number of jobs by status.
         running_values: Called at each scrape; returns the newest metrics of running jobs, by job.
         count_workers: Called at each scrape; returns the workers in numbers, and failures by owner.
+        room: Called at each scrape; returns the room of the artifact store.
     """
 
     def __init__(
-        self, count_jobs: Counts, running_values: RunningValues, count_workers: CountWorkers
+        self,
+        count_jobs: Counts,
+        running_values: RunningValues,
+        count_workers: CountWorkers,
+        room: Callable[[], Room],
     ) -> None:
         self._count_jobs = count_jobs
         self._count_workers = count_workers
         self._running_values = running_values
+        self._room = room
         self._lock = threading.Lock()
         self._buckets = {outcome: [0] * (len(REQUEST_SECONDS) + 1) for outcome in OUTCOMES}
         self._seconds = dict.fromkeys(OUTCOMES, 0.0)
@@ -173,6 +180,7 @@ class Telemetry(Collector):
             jobs.add_metric([status], counts.get(status, 0))
         yield jobs
         yield from self._worker_families()
+        yield from self._storage()
         yield from self._gauges()
         text = "Callbacks of reward services, by result."
         with self._lock:
@@ -197,6 +205,15 @@ class Telemetry(Collector):
         for owner in (*get_args(FailureOwner), "unknown"):
             ended.add_metric([owner], failures.get(owner, 0))
         yield ended
+
+    def _storage(self) -> Iterator[Metric]:
+        room = self._room()
+        for name, text, value in (
+            ("free", "Free bytes on the volume of the artifact store.", room.free),
+            ("total", "Size of the volume of the artifact store in bytes.", room.total),
+            ("reserved", "Bytes that uploads leave free on that volume.", room.reserved),
+        ):
+            yield GaugeMetricFamily(f"dar_storage_{name}_bytes", text, value=value)
 
     def _gauges(self) -> Iterator[Metric]:
         running = self._running_values()

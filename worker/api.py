@@ -20,6 +20,7 @@ from dar.protocol.worker import (
     CheckpointUpload,
     Claim,
     Complete,
+    DamagedInputs,
     Directives,
     Fail,
     Heartbeat,
@@ -209,6 +210,14 @@ class WorkerClient:
     def inputs(self, lease_id: str) -> Inputs:
         with _of_a_lease():
             return self._request(Inputs, "GET", f"/leases/{lease_id}/inputs")
+
+    def check_inputs(self, lease_id: str, attempt: int) -> DamagedInputs:
+        """Make the service read every byte of the attempt's checkpoints."""
+        path = f"/leases/{lease_id}/inputs/check"
+        with _of_a_lease():
+            return self._request(
+                DamagedInputs, "POST", path, AttemptOf(attempt=attempt), timeout=COMMIT_SECONDS
+            )
 
     def download(
         self, lease_id: str, name: str, offset: int, take: Callable[[Iterable[bytes]], None]

@@ -130,7 +130,7 @@ def _owner_of(error: DARError, *, has_begun: bool) -> FailureOwner:
         return "reward"
     if isinstance(error, HubUnreachableError):
         return "worker" if has_begun else "user"
-    known = {one.code: one.owner for one in (DISK, MEMORY, INSTALLATION)}
+    known = {one.code: one.owner for one in (DISK, MEMORY, NETWORK, INSTALLATION)}
     if error.retryable and error.error_code in known:
         return known[error.error_code]
     if isinstance(error, CheckpointError) or error.error_code in STORAGE_CODES:

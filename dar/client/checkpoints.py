@@ -31,6 +31,14 @@ class Checkpoints:
         """One checkpoint, with the list of its files."""
         return self._transport.get(f"{_path(job_id)}/{in_path(checkpoint_id)}", Checkpoint)
 
+    def pin(self, job_id: str | HasId, checkpoint_id: str | HasId) -> Checkpoint:
+        """Keep a checkpoint until it is unpinned."""
+        return self._transport.post(f"{_path(job_id)}/{in_path(checkpoint_id)}/pin", Checkpoint)
+
+    def unpin(self, job_id: str | HasId, checkpoint_id: str | HasId) -> Checkpoint:
+        """Let a pinned checkpoint be removed by the job's rules again."""
+        return self._transport.post(f"{_path(job_id)}/{in_path(checkpoint_id)}/unpin", Checkpoint)
+
     def download(
         self,
         job_id: str | HasId,

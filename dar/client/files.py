@@ -1,6 +1,8 @@
 """Training files."""
 
+import base64
 import contextlib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -8,6 +10,7 @@ from typing import Any, BinaryIO, Literal
 from dar.client.arguments import HasId, file_name, in_path, opened
 from dar.client.paging import Listing
 from dar.client.transport import Transport
+from dar.errors import DARError
 from dar.protocol.base import Deleted, Page
 from dar.protocol.files import File
 
@@ -70,8 +73,19 @@ class Files:
         return self._transport.get(f"{PATH}/{in_path(file_id)}", File)
 
     def content(self, file_id: str | HasId) -> bytes:
-        """The content of a file, as it was uploaded."""
-        return self._transport.send("GET", f"{PATH}/{in_path(file_id)}/content").content
+        """The content of a file, as it was uploaded.
+
+        Raises:
+            DARError: It arrived altered.
+        """
+        answer = self._transport.send("GET", f"{PATH}/{in_path(file_id)}/content")
+        digest = base64.b64encode(hashlib.sha256(answer.content).digest()).decode()
+        expected = answer.headers.get("repr-digest", "")
+        if "sha-256=:" in expected and f"sha-256=:{digest}:" not in expected:
+            raise DARError(
+                f"the file {in_path(file_id)} arrived altered: its SHA-256 differs; try again"
+            )
+        return answer.content
 
     def delete(self, file_id: str | HasId) -> Deleted:
         """Delete a file.

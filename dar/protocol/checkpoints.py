@@ -77,5 +77,11 @@ class Checkpoint(Output):
     bytes: int
     sha256: str
     """Digest of the manifest."""
+    reward: float | None = None
+    """Reward of its evaluation, or the mean reward of the training steps since the checkpoint
+    before; null: there is none."""
+    is_best: bool = False
+    is_pinned: bool = False
+    """Pinned checkpoints are never removed."""
     has_optimizer: bool
     files: list[CheckpointFile]

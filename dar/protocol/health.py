@@ -18,4 +18,7 @@ class Ready(Output):
     status: Literal["ok", "degraded", "unavailable"]
     checks: dict[str, str]
     """``database``, ``migrations``, ``storage``, ``broker`` and ``workers``: ``ok``, ``off`` or the
-    problem."""
+    problem.
+
+    ``storage_room`` begins with ``ok`` or ``full`` and says how many bytes are free.
+    """

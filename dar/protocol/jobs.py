@@ -87,6 +87,10 @@ class Job(Output):
     """The status as a sentence: what the job does or waits for, and what to do."""
     model: str
     fine_tuned_model: str | None
+    """Name of the result: the weights of the last step; with ``keep_best``, of the best
+    checkpoint."""
+    best_checkpoint: str | None = None
+    """Id of the best checkpoint; see `Checkpointing.keep_best`."""
     training_file: str
     validation_file: str | None
     result_files: list[str]

@@ -217,14 +217,24 @@ class Evaluation(Input):
 
 
 class Checkpointing(Input):
-    """When resumable states are written. The last step always gets one, which is always kept."""
+    """When resumable states are written, and which are kept.
+
+    The last step always gets one. The newest, the best and pinned ones are always kept.
+    """
 
     every_steps: int | None = Field(None, ge=1, le=10_000_000)
     """Steps between two checkpoints; null: one every 5 minutes of training."""
     keep_last: int = Field(3, ge=1, le=1000)
-    """Checkpoints that are kept; older ones are removed."""
-    keep_best: Annotated[Literal[False], only(False)] = False
-    """Not supported yet: must be false."""
+    """Newest checkpoints that are kept; older ones are removed."""
+    keep_every: int | None = Field(None, ge=1, le=1_000_000, exclude_if=lambda value: value is None)
+    """Of so many checkpoints one is kept besides, as a history of the run; null: none."""
+    keep_best: bool = False
+    """Whether ``fine_tuned_model`` has the weights of the best checkpoint instead of the last step.
+
+    The best has the highest reward: of its evaluation, or without one the mean of the training
+    steps since the checkpoint before; with ``kl_budget``, among those within 1.3 times of it. With
+    evaluation, each evaluated step gets a checkpoint.
+    """
 
 
 class Limits(Input):

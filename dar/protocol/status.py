@@ -15,6 +15,7 @@ StatusDetail = Literal[
     "training",
     "evaluating",
     "checkpointing",
+    "blocked: disk",
     "cancelling",
     "by_user",
     "reward",

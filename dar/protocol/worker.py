@@ -14,7 +14,13 @@ from dar.protocol.spec import JobSpec
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Phase = Literal[
-    "starting", "sampling", "waiting_for_reward", "training", "evaluating", "checkpointing"
+    "starting",
+    "sampling",
+    "waiting_for_reward",
+    "training",
+    "evaluating",
+    "checkpointing",
+    "blocked: disk",
 ]
 WAKE_TASK = "worker.wake"
 """Name of the Celery task that wakes a worker to claim a job; it has no arguments."""
@@ -140,6 +146,17 @@ class Inputs(Output):
     """All files of an attempt."""
 
     files: list[InputFile]
+
+
+class DamagedInputs(Output):
+    """Response to a check of an attempt's files and checkpoints: those that are damaged."""
+
+    damaged: list[str]
+    """``training_file``, ``validation_file``, or the prefix of a checkpoint's files: ``model``,
+    ``adapters/<n>``, ``resume``.
+
+    After ``resume`` the list of inputs has the next older checkpoint that is whole, or none.
+    """
 
 
 class AttemptProgress(Input):

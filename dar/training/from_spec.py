@@ -223,6 +223,8 @@ def job_config(inputs: JobInputs) -> DARConfig:
         hub_token=inputs.hub_token,
     )
     config.counted_epochs = (hyper.n_epochs or 1.0) if hyper.max_steps is None else None
+    config.saves_in_background = True
+    config.saves_evaluated = spec.checkpointing.keep_best and spec.evaluation is not None
     config.checkpoint_seconds = CHECKPOINT_SECONDS if every is None else None
     return config
 

@@ -324,7 +324,7 @@ class DARTrainer(OptimizingTrainer):
         """
         self.stopped_by = None
         try:
-            with self.ranks.together():
+            with self.ranks.together(), self._checkpoints.finishing():
                 start = functools.partial(
                     super().train, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
                 )
@@ -389,6 +389,7 @@ class DARTrainer(OptimizingTrainer):
     def _save_unpublished(self) -> None:
         if self.state.global_step > self.published_step:
             self._save_checkpoint(self.model, None)
+        self._checkpoints.finish()
 
     def _source_of(
         self,

@@ -3,15 +3,16 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from dar.errors import NotFoundError
+from dar.errors import ConflictError, NotFoundError
 from dar.protocol.base import Page
-from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Checkpoint
+from dar.protocol.checkpoints import RESUME_FOLDER, Checkpoint
 from dar.protocol.metrics import current_values
 from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
-from service.http import downloads
-from service.http.auth import Reader
-from service.runtime import CurrentRuntime
+from service.artifacts import damage_of
+from service.http import downloads, errors
+from service.http.auth import Reader, Submitter, User
+from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, jobs, tables
 
 router = APIRouter(prefix=PATH, tags=["checkpoints"])
@@ -26,17 +27,33 @@ def list_checkpoints(
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         found = checkpoints.list_page(transaction, job.id, cursor)
-    return envelope(found, show, lambda checkpoint: checkpoint.id)
+    return envelope(found, lambda row: show(row, job), lambda row: row.id)
 
 
-@router.get("/{job_id}/checkpoints/{checkpoint_id}")
+@router.get("/{job_id}/checkpoints/{checkpoint_id}", responses=errors.may_answer(409))
 def get_checkpoint(
     job_id: str, checkpoint_id: str, runtime: CurrentRuntime, user: Reader
 ) -> Checkpoint:
     """One checkpoint."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
-        return show(checkpoints.get(transaction, job.id, checkpoint_id))
+        return show(checkpoints.get(transaction, job.id, checkpoint_id), job)
+
+
+@router.post("/{job_id}/checkpoints/{checkpoint_id}/pin", responses=errors.may_answer(409))
+def pin_checkpoint(
+    job_id: str, checkpoint_id: str, runtime: CurrentRuntime, user: Submitter
+) -> Checkpoint:
+    """Keep a checkpoint until it is unpinned."""
+    return _pin(runtime, user, job_id, checkpoint_id, is_pinned=True)
+
+
+@router.post("/{job_id}/checkpoints/{checkpoint_id}/unpin", responses=errors.may_answer(409))
+def unpin_checkpoint(
+    job_id: str, checkpoint_id: str, runtime: CurrentRuntime, user: Submitter
+) -> Checkpoint:
+    """Let a pinned checkpoint be removed by the job's rules again."""
+    return _pin(runtime, user, job_id, checkpoint_id, is_pinned=False)
 
 
 @router.head(FILE_PATH, response_class=Response, include_in_schema=False)
@@ -53,31 +70,52 @@ def get_checkpoint_file(
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         checkpoint = checkpoints.get(transaction, job.id, checkpoint_id)
-    for file in entries(checkpoint):
+    folder = runtime.artifacts.checkpoint(job.id, checkpoint.attempt, checkpoint.step)
+    files = checkpoints.files_of(checkpoint)
+    if (damage := damage_of(folder, files)) is not None:
+        raise set_aside(runtime, checkpoint, damage)
+    for file in files:
         # Only files in the manifest are opened: the name is compared, never joined to a path.
-        if file["name"] == name:
-            folder = runtime.artifacts.checkpoint(job.id, checkpoint.attempt, checkpoint.step)
+        if file.name == name:
             filename = name.rsplit("/", 1)[-1]
             return downloads.send(
-                request, folder / file["name"], sha256=file["sha256"], filename=filename
+                request, folder / name, size=file.bytes, sha256=file.sha256, filename=filename
             )
     raise NotFoundError(
         f"checkpoint {checkpoint_id} has no file {name!r}; its files field lists those it has"
     )
 
 
-def entries(checkpoint: tables.CheckpointRow) -> list[dict[str, str]]:
-    """Name, size and digest of each file, including the manifest."""
-    own = {
-        "name": MANIFEST_NAME,
-        "bytes": checkpoint.manifest_bytes,
-        "sha256": checkpoint.manifest_sha256,
-    }
-    return [*checkpoint.manifest["files"], own]
+def _pin(
+    runtime: Runtime, user: User, job_id: str, checkpoint_id: str, *, is_pinned: bool
+) -> Checkpoint:
+    with runtime.database.write() as transaction:
+        job = jobs.get(transaction, user.project_id, job_id)
+        checkpoint = checkpoints.get(transaction, job.id, checkpoint_id)
+        checkpoints.pin(transaction, checkpoint, is_pinned=is_pinned)
+        return show(checkpoint, job)
 
 
-def show(checkpoint: tables.CheckpointRow) -> Checkpoint:
-    files = entries(checkpoint)
+def set_aside(
+    runtime: Runtime, checkpoint: tables.CheckpointRow, damage: str
+) -> ConflictError | NotFoundError:
+    """Set a damaged checkpoint aside; returns the error about it.
+
+    Raises:
+        ServiceUnavailableError: The volume of all checkpoints is missing.
+    """
+    runtime.artifacts.check_mounted()
+    with runtime.database.write() as transaction:
+        if checkpoints.set_aside(transaction, checkpoint, damage):
+            transaction.after_commit(lambda: runtime.notifier.notify(checkpoint.job_id))
+        found = checkpoints.find(transaction, checkpoint.job_id, checkpoint.id)
+        if found is None or found.damage is None:  # it was removed meanwhile, so files are missing
+            return NotFoundError(f"checkpoint {checkpoint.id} is no longer kept")
+        return checkpoints.damaged(transaction, found)
+
+
+def show(checkpoint: tables.CheckpointRow, job: tables.JobRow) -> Checkpoint:
+    files = checkpoints.files_of(checkpoint)
     return Checkpoint.model_validate(
         {
             "id": checkpoint.id,
@@ -90,7 +128,10 @@ def show(checkpoint: tables.CheckpointRow) -> Checkpoint:
             "kind": checkpoint.kind,
             "bytes": checkpoint.bytes,
             "sha256": checkpoint.manifest_sha256,
-            "has_optimizer": any(f["name"].startswith(f"{RESUME_FOLDER}/") for f in files),
-            "files": files,
+            "reward": checkpoint.reward,
+            "is_best": checkpoint.id == job.best_checkpoint_id,
+            "is_pinned": checkpoint.is_pinned,
+            "has_optimizer": any(f.name.startswith(f"{RESUME_FOLDER}/") for f in files),
+            "files": [file.model_dump() for file in files],
         }
     )

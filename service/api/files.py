@@ -96,7 +96,9 @@ def get_content(file_id: str, request: Request, runtime: CurrentRuntime, user: R
     with runtime.database.read() as transaction:
         file = files.get(transaction, user.project_id, file_id)
     path = runtime.artifacts.file(file.id)
-    return downloads.send(request, path, sha256=file.sha256, filename=file.filename)
+    return downloads.send(
+        request, path, size=file.bytes, sha256=file.sha256, filename=file.filename
+    )
 
 
 def show(file: tables.FileRow) -> File:

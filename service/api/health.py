@@ -19,6 +19,7 @@ SILENT = {
     "database": "does not answer",
     "migrations": "unknown",
     "storage": "does not answer",
+    "storage_room": "unknown",
     "broker": "does not answer",
     "workers": "unknown",
 }
@@ -41,7 +42,8 @@ async def readyz(runtime: CurrentRuntime, response: Response) -> Ready:
     if any(check != "ok" for check in needed):
         response.status_code = 503
         return Ready(status="unavailable", checks=checks)
-    is_whole = checks["broker"] in {"ok", "off"} and checks["workers"] == "ok"
+    is_roomy = checks["storage_room"].startswith("ok")
+    is_whole = checks["broker"] in {"ok", "off"} and checks["workers"] == "ok" and is_roomy
     status = "ok" if is_whole else "degraded"
     return Ready.model_validate({"status": status, "checks": checks})
 
@@ -55,10 +57,22 @@ def get_prometheus_metrics(runtime: CurrentRuntime) -> Response:
 def _checks(runtime: Runtime) -> Mapping[str, Check]:
     return {
         "database": lambda: _database(runtime),
-        "storage": lambda: {"storage": runtime.artifacts.check()},
+        "storage": lambda: {"storage": runtime.artifacts.check(), "storage_room": _room(runtime)},
         "broker": lambda: {"broker": runtime.waker.check()},
         "workers": lambda: {"workers": _workers(runtime)},
     }
+
+
+def _room(runtime: Runtime) -> str:
+    """The room of the artifact store: without any, all but uploads works."""
+    try:
+        room = runtime.artifacts.room()
+    except OSError as error:
+        return f"unknown: {error.strerror}"
+    said = f"{room.free:,} of {room.total:,} bytes are free"
+    if room.is_full:
+        return f"full: {said}, and uploads must leave {room.reserved:,}; make room"
+    return f"ok: {said}"
 
 
 def _database(runtime: Runtime) -> dict[str, str]:

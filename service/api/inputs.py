@@ -1,20 +1,30 @@
 """Files that an attempt needs: its data, its models except hub models, and its checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from dar.disk import file_sha256
 from dar.errors import NotFoundError
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER
-from dar.protocol.worker import REWARD_MODELS, InputFile, Inputs, ModelSource
-from service.api.checkpoints import entries
+from dar.protocol.worker import (
+    REWARD_MODELS,
+    AttemptOf,
+    DamagedInputs,
+    InputFile,
+    Inputs,
+    ModelSource,
+)
+from service.api.checkpoints import set_aside
+from service.artifacts import damage_of
 from service.http import downloads, errors
 from service.http.auth import LeaseHolder
+from service.http.bodies import body_of, schema_of
 from service.jobs import models
 from service.runtime import CurrentRuntime, Runtime
 from service.store import checkpoints, fence, files, tables
@@ -23,6 +33,8 @@ from service.store.database import Transaction
 router = APIRouter(prefix="/v1/worker/leases", tags=["worker"], responses=errors.may_answer(409))
 TRAINING_FILE = "training_file"
 VALIDATION_FILE = "validation_file"
+RESUME = "resume"
+AttemptBody = Annotated[AttemptOf, Depends(body_of(AttemptOf))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +47,27 @@ class _Source:
 
 @router.get("/{lease_id}/inputs")
 def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
-    """All input files of the attempt."""
+    """All input files of the attempt; it resumes from the newest checkpoint that is whole."""
+    while RESUME in _damaged(runtime, lease_id, None) and _resume_elsewhere(runtime, lease_id):
+        pass  # the older one may be damaged too
     found = _sources(runtime, lease_id)
     return Inputs(files=[InputFile(name=s.name, bytes=s.bytes, sha256=s.sha256) for s in found])
+
+
+@router.post("/{lease_id}/inputs/check", openapi_extra=schema_of(AttemptOf))
+def check_inputs(
+    lease_id: LeaseHolder, runtime: CurrentRuntime, body: AttemptBody
+) -> DamagedInputs:
+    """Read every byte of the attempt's files and checkpoints: one of them arrived altered.
+
+    A damaged checkpoint to resume from is replaced by the next older one that is whole.
+    """
+    with runtime.database.read() as transaction:
+        fence.check_fence(fence.look(transaction, lease_id), body.attempt)
+    bad = _damaged(runtime, lease_id, lambda _: None)
+    if RESUME in bad:
+        _resume_elsewhere(runtime, lease_id)
+    return DamagedInputs(damaged=sorted(bad | _damaged_files(runtime, lease_id)))
 
 
 @router.get("/{lease_id}/inputs/{name:path}", response_class=Response, responses=downloads.ANSWERS)
@@ -48,7 +78,11 @@ def get_input(
     for source in _sources(runtime, lease_id):
         if source.name == name:
             return downloads.send(
-                request, source.path, sha256=source.sha256, filename=source.path.name
+                request,
+                source.path,
+                size=source.bytes,
+                sha256=source.sha256,
+                filename=source.path.name,
             )
     raise NotFoundError(f"the attempt has no input {name!r}")
 
@@ -68,20 +102,68 @@ def _sources(runtime: Runtime, lease_id: str) -> list[_Source]:
 
 
 def _of(transaction: Transaction, runtime: Runtime, held: fence.Held) -> Iterator[_Source]:
-    job = held.job
+    yield from _uploads(transaction, runtime, held.job)
+    for prefix, checkpoint in _checkpoints(transaction, held).items():
+        yield from _files_of(runtime, checkpoint, prefix, is_resume=prefix == RESUME)
+
+
+def _uploads(transaction: Transaction, runtime: Runtime, job: tables.JobRow) -> Iterator[_Source]:
     uploaded = {TRAINING_FILE: job.training_file, VALIDATION_FILE: job.parsed_spec.validation_file}
     for name, file_id in uploaded.items():
         if file_id:
             file = files.get(transaction, job.project_id, file_id)
             yield _Source(name, file.bytes, file.sha256, runtime.artifacts.file(file.id))
-    source = ModelSource.model_validate(job.model_source)
-    wanted = {"model": source.checkpoint_id, "resume": held.attempt.resume_checkpoint_id}
+
+
+def _checkpoints(transaction: Transaction, held: fence.Held) -> dict[str, tables.CheckpointRow]:
+    """Checkpoints that an attempt needs, by the prefix of their files' names."""
+    source = ModelSource.model_validate(held.job.model_source)
+    wanted = {"model": source.checkpoint_id, RESUME: held.attempt.resume_checkpoint_id}
     wanted |= {f"adapters/{n}": made for n, made in enumerate(source.adapter_ids)}
     found = checkpoints.by_ids(transaction, [item for item in wanted.values() if item])
-    for prefix, checkpoint_id in wanted.items():
-        if checkpoint_id is not None:
-            checkpoint = found[checkpoint_id]
-            yield from _files_of(runtime, checkpoint, prefix, is_resume=prefix == "resume")
+    return {prefix: found[id_] for prefix, id_ in wanted.items() if id_ is not None}
+
+
+def _damaged(runtime: Runtime, lease_id: str, take: Callable[[int], None] | None) -> frozenset[str]:
+    """Which checkpoints of an attempt are damaged, by prefix; each is set aside.
+
+    Args:
+        runtime: Where they are stored.
+        lease_id: The attempt's lease.
+        take: See `service.artifacts.damage_of`.
+    """
+    with runtime.database.read() as transaction:
+        needed = _checkpoints(transaction, fence.look(transaction, lease_id))
+    bad = set()
+    for prefix, row in needed.items():
+        folder = runtime.artifacts.checkpoint(row.job_id, row.attempt, row.step)
+        damage = damage_of(folder, checkpoints.files_of(row), take=take)
+        if damage is not None:
+            set_aside(runtime, row, damage)
+        if damage is not None or row.damage is not None:
+            bad.add(prefix)
+    return frozenset(bad)
+
+
+def _damaged_files(runtime: Runtime, lease_id: str) -> frozenset[str]:
+    with runtime.database.read() as transaction:
+        found = list(_uploads(transaction, runtime, fence.look(transaction, lease_id).job))
+    return frozenset(
+        source.name
+        for source in found
+        if not source.path.is_file() or file_sha256(source.path) != source.sha256
+    )
+
+
+def _resume_elsewhere(runtime: Runtime, lease_id: str) -> bool:
+    """Let an attempt resume from another checkpoint, unless its trainer runs already."""
+    with runtime.database.write() as transaction:
+        number = fence.find(transaction, lease_id).number
+        held = fence.hold(transaction, lease_id, number)
+        if held.attempt.acked_seq > 0:
+            return False
+        checkpoints.resume_from_newest(transaction, held)
+    return True
 
 
 def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
@@ -110,10 +192,9 @@ def _files_of(
     runtime: Runtime, checkpoint: tables.CheckpointRow, prefix: str, *, is_resume: bool
 ) -> Iterator[_Source]:
     folder = runtime.artifacts.checkpoint(checkpoint.job_id, checkpoint.attempt, checkpoint.step)
-    for entry in entries(checkpoint):
-        name = entry["name"]
+    for file in checkpoints.files_of(checkpoint):
+        name = file.name
         # A base model needs only its weights. A resume needs all files, to verify the manifest.
         is_state = name == MANIFEST_NAME or name.startswith(f"{RESUME_FOLDER}/")
         if is_resume or not is_state:
-            path = folder / name
-            yield _Source(f"{prefix}/{name}", int(entry["bytes"]), entry["sha256"], path)
+            yield _Source(f"{prefix}/{name}", file.bytes, file.sha256, folder / name)

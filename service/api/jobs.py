@@ -132,6 +132,7 @@ def show(job: tables.JobRow) -> Job:
             "status_message": job.status_message,
             "model": job.model,
             "fine_tuned_model": job.model_name if job.status == "succeeded" else None,
+            "best_checkpoint": job.best_checkpoint_id,
             "training_file": spec.training_file,
             "validation_file": spec.validation_file,
             "result_files": [],

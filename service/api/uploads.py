@@ -16,7 +16,7 @@ from service.http import errors
 from service.http.auth import LeaseHolder
 from service.http.bodies import MAX_EXACT, body_of, limited, schema_of
 from service.runtime import CurrentRuntime, Runtime
-from service.store import checkpoints, fence, tables
+from service.store import best_checkpoint, checkpoints, fence, tables
 
 router = APIRouter(
     prefix="/v1/worker/leases/{lease_id}/checkpoints",
@@ -70,6 +70,8 @@ async def put_file(
         raise NotFoundError(f"the manifest of checkpoint {checkpoint_id} names no file {name!r}")
     size = upload.names[name]
     room = (MAX_MANIFEST_BYTES if size is None else size) - offset
+    part = min(int(request.headers.get("content-length") or 0), max(room, 0))
+    runtime.artifacts.reserve_part(part, f"file {name!r}")
     file = await run_in_threadpool(artifacts.open_part, upload, name, offset)
     try:
         async for chunk in limited(request.stream(), max(room, 0), f"file {name!r}"):
@@ -89,9 +91,12 @@ def commit(
     if checkpoint.status == "pending":
         manifest_bytes = artifacts.verify(_upload(runtime, checkpoint))
         fault_point("service.verified")
+        with runtime.database.read() as transaction:
+            job = fence.look(transaction, lease_id).job
+            standing = best_checkpoint.measure(transaction, job, checkpoint)
         with runtime.database.write() as transaction:
             held = fence.hold(transaction, lease_id, body.attempt)
-            checkpoints.publish(transaction, held.job, checkpoint, manifest_bytes)
+            checkpoints.publish(transaction, held.job, checkpoint, manifest_bytes, standing)
     checkpoint = _find(runtime, lease_id, checkpoint_id, body.attempt)
     if checkpoint.status != "available":
         raise ConflictError(f"checkpoint {checkpoint_id} is {checkpoint.status}")

@@ -4,5 +4,6 @@ notifier: wakes long polls when a job changes.
 directives: cursor of the directives' long poll.
 bounded_checks: checks of other systems that end within a bounded time.
 reconciler: periodic work: expires leases that were not renewed, removes old checkpoints and files.
+scrubber: reads stored checkpoints again, and sets damaged ones aside.
 waker: wakes workers over the broker.
 """

@@ -31,6 +31,7 @@ from service.store.database import Database
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0002
 SWEEP_SECONDS = 3600.0
+ORPHANS_AT_ONCE = 500
 UNCLAIMED = timedelta(seconds=5)
 """Age from which the wake-up of a due job was probably lost."""
 JUMP_SECONDS = 2.0
@@ -256,14 +257,19 @@ class Reconciler:
         with self._database.write() as transaction:
             checkpoints.mark_superseded(transaction)
             checkpoints.mark_abandoned(transaction)
+            checkpoints.mark_inspected(transaction)
             doomed = checkpoints.to_remove(transaction)
         for item in doomed:
-            self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
+            try:
+                self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
+            except OSError as error:  # the next pass tries again
+                log.warning("checkpoint cannot be removed", id=item.id, error=str(error))
+                continue
             with self._database.write() as transaction:
                 checkpoints.mark_removed(transaction, item.id)
 
     def _sweep(self) -> None:
-        """Delete old reward requests, submissions, gone workers, and uploads without a row."""
+        """Delete old reward requests, submissions, gone workers, and files without a row."""
         self._next_sweep = self._monotonic() + SWEEP_SECONDS
         with self._database.write() as transaction:
             reward_requests.forget(transaction)
@@ -274,6 +280,19 @@ class Reconciler:
             known = files.known(transaction, old)
         for file_id in set(old) - known:
             self._artifacts.file(file_id).unlink(missing_ok=True)
+        self._remove_orphans()
+
+    def _remove_orphans(self) -> None:
+        """Remove folders of checkpoints without a row, as a late upload leaves them."""
+        old = list(self._artifacts.old_checkpoints())
+        for start in range(0, len(old), ORPHANS_AT_ONCE):
+            some = old[start : start + ORPHANS_AT_ONCE]
+            with self._database.read() as transaction:
+                known = checkpoints.with_files(transaction, {job_id for job_id, _, _ in some})
+            for orphan in set(some) - known:
+                job_id, attempt, step = orphan
+                log.warning("removing files without a checkpoint", job_id=job_id, step=step)
+                self._artifacts.remove_checkpoint(job_id, attempt, step)
 
     def _run(self) -> None:
         while not self._stop.wait(self._pause_seconds):

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from dar.errors import NotFoundError, RangeNotSatisfiableError
+from dar.errors import ConflictError, RangeNotSatisfiableError
 from service.artifacts import CHUNK_BYTES
 from service.http import errors
 
@@ -20,7 +20,7 @@ _ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE
 ANSWERS: dict[int | str, dict[str, Any]] = {
     206: {"description": "The range that was asked for."},
     304: {"description": "The client has the file already (`if-none-match`)."},
-    **errors.may_answer(416),
+    **errors.may_answer(409, 416),
 }
 """Responses of a download besides 200."""
 
@@ -36,20 +36,27 @@ class _Download(FileResponse):
         await super().__call__(scope, receive, send)
 
 
-def send(request: Request, path: Path, *, sha256: str, filename: str) -> Response:
+def send(request: Request, path: Path, *, size: int, sha256: str, filename: str) -> Response:
     """The response with a file's content.
 
     Args:
         request: Its ``Range``, ``If-Range`` and ``If-None-Match`` headers are honoured.
         path: The file.
+        size: Bytes of the whole file.
         sha256: Digest of the whole file, in hex.
         filename: Name under which a browser saves the file.
 
     Raises:
-        NotFoundError: The file does not exist.
+        ConflictError: The file is missing or has another size (``content_damaged``).
     """
-    if path.is_symlink() or not path.is_file():
-        raise NotFoundError(f"the content of {filename!r} is gone")
+    here = path.stat().st_size if path.is_file() and not path.is_symlink() else None
+    if here != size:
+        what = "its content is missing" if here is None else f"it has {here:,} of {size:,} bytes"
+        raise ConflictError(
+            f"{filename!r} is damaged in the artifact store: {what}; ask the operator to restore "
+            "it from a backup",
+            code="content_damaged",
+        )
     etag = f'"{sha256}"'
     headers = {
         "etag": etag,
@@ -59,7 +66,6 @@ def send(request: Request, path: Path, *, sha256: str, filename: str) -> Respons
     }
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    size = path.stat().st_size
     wanted = _range_of(request.headers)
     is_current = request.headers.get("if-range", etag) == etag
     if wanted is not None and is_current and not _is_satisfiable(wanted, size):

@@ -1,8 +1,10 @@
 """Exception handlers: every error of every route is rendered here, in one shape."""
 
+import errno
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -12,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, ValidationError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Mount, compile_path
@@ -36,10 +38,14 @@ from dar.errors import (
     UnsupportedMediaTypeError,
 )
 from dar.protocol.rows import kind_of_value
+from service.artifacts import storage_full
 from service.store.database import is_outage
 
 log = structlog.get_logger()
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DATABASE = re.compile(r"disk is full|no space left on device", re.IGNORECASE)
+"""How SQLite and PostgreSQL say so."""
 RETRY_AFTER_SECONDS = 1.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 """The OpenAI client does not retry at all after a longer wait."""
@@ -75,6 +81,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(StarletteHTTPException, _on_http_exception)
     app.add_exception_handler(SQLAlchemyError, _on_database_error)
+    app.add_exception_handler(OSError, _on_os_error)
 
 
 def may_answer(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -289,7 +296,16 @@ def _is_under_v1(request: Request) -> bool:
     )
 
 
+async def _on_os_error(request: Request, error: Exception) -> Response:
+    """A full disk passes; anything else is a fault of the service, and handled as such."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return await _on_dar_error(request, storage_full(f"{error.strerror}"))
+    raise error
+
+
 async def _on_database_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, DBAPIError) and FULL_DATABASE.search(str(error.orig)):
+        return await _on_dar_error(request, storage_full("its database cannot grow"))
     if not is_outage(error):
         log.error("database error", exc_info=error)
         return internal_error(request_id(request))

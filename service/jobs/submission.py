@@ -411,6 +411,7 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
             spec.dar.hyperparameters, plan.num_rows or 0, spec.dar.resources.processes
         ),
         keep_last=spec.dar.checkpointing.keep_last,
+        keep_every=spec.dar.checkpointing.keep_every,
         not_before=transaction.now,
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,

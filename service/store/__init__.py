@@ -16,6 +16,7 @@ workers: who workers are, whether they can run jobs, and what an operator has or
 poison: when a job is given up, because its attempts fail by its own fault.
 rows: rows that a trainer sends, each stored once; progress of the job.
 checkpoints: announced, available and removed checkpoints, and which are kept.
+best_checkpoint: which checkpoint of a job is the best, and which its result.
 events: events of a job.
 files: uploaded files.
 keys: API keys and their project.

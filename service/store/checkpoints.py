@@ -1,18 +1,39 @@
 """Checkpoints: announced, then available, then removed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select, update
-from sqlalchemy.orm import defer
+from sqlalchemy.orm import aliased, defer
 
 from dar.errors import ConflictError, NotFoundError
-from dar.protocol.checkpoints import Manifest
+from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
+from dar.protocol.events import Level
 from dar.protocol.ids import new_id
 from dar.protocol.status import TERMINAL
-from service.store import events, poison
+from service.store import best_checkpoint, events, poison
+from service.store.best_checkpoint import Standing
 from service.store.database import Transaction
+from service.store.fence import Held
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import AttemptRow, CheckpointRow, JobInputRow, JobRow
+
+UNMEASURED = Standing()
+KEPT_DAMAGED = timedelta(days=7)
+"""How long a damaged checkpoint is kept for inspection, once the job has a newer whole one."""
+
+
+def is_whole() -> ColumnElement[bool]:
+    """Whether a checkpoint is stored and not known to be damaged."""
+    return and_(CheckpointRow.status == "available", CheckpointRow.damage.is_(None))
+
+
+def files_of(checkpoint: CheckpointRow) -> list[ManifestFile]:
+    """Name, size and digest of each file, including the manifest."""
+    own = ManifestFile(
+        name=MANIFEST_NAME, bytes=checkpoint.manifest_bytes, sha256=checkpoint.manifest_sha256
+    )
+    return [*(ManifestFile.model_validate(file) for file in checkpoint.manifest["files"]), own]
 
 
 def find(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow | None:
@@ -29,8 +50,11 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
 
     Raises:
         NotFoundError: The job has no available checkpoint with this id.
+        ConflictError: It is damaged (``checkpoint_damaged``).
     """
     found = find(transaction, job_id, checkpoint_id)
+    if found is not None and found.status == "available" and found.damage is not None:
+        raise damaged(transaction, found)
     if found is None or found.status != "available":
         raise NotFoundError(
             f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those "
@@ -39,13 +63,40 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
     return found
 
 
+def pin(transaction: Transaction, checkpoint: CheckpointRow, *, is_pinned: bool) -> None:
+    """Keep a checkpoint until it is unpinned, or leave it to the job's rules again.
+
+    Raises:
+        NotFoundError: It is being removed.
+    """
+    changed = transaction.execute(
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id, is_whole())
+        .values(is_pinned=is_pinned)
+        .returning(CheckpointRow.id)
+    ).one_or_none()
+    if changed is None:
+        raise NotFoundError(f"checkpoint {checkpoint.id} is no longer kept")
+
+
+def damaged(transaction: Transaction, checkpoint: CheckpointRow) -> ConflictError:
+    """The error about a damaged checkpoint; it names the one to take instead."""
+    other = newest(transaction, checkpoint.job_id)
+    instead = "the job has no other one"
+    if other is not None:
+        instead = f"its newest whole one is {other.id}, of step {other.step}"
+    return ConflictError(
+        f"checkpoint {checkpoint.id} of step {checkpoint.step} is damaged: {checkpoint.damage}. "
+        f"It was set aside; {instead}",
+        code="checkpoint_damaged",
+    )
+
+
 def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[CheckpointRow]:
-    """One page of a job's available checkpoints."""
+    """One page of a job's whole checkpoints."""
     return page(
         transaction,
-        select(CheckpointRow).where(
-            CheckpointRow.job_id == job_id, CheckpointRow.status == "available"
-        ),
+        select(CheckpointRow).where(CheckpointRow.job_id == job_id, is_whole()),
         CheckpointRow.id,
         (CheckpointRow.step, CheckpointRow.attempt),
         cursor,
@@ -53,10 +104,10 @@ def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Ch
 
 
 def keep(transaction: Transaction, ids: Sequence[str]) -> bool:
-    """Keep checkpoints until the transaction ends. Returns whether all of them are available."""
+    """Keep checkpoints until the transaction ends. Returns whether all of them are whole."""
     kept = transaction.scalars(
         select(CheckpointRow.id)
-        .where(CheckpointRow.id.in_(ids), CheckpointRow.status == "available")
+        .where(CheckpointRow.id.in_(ids), is_whole())
         .order_by(CheckpointRow.id)
         .with_for_update(read=True)
     ).all()
@@ -67,7 +118,7 @@ def newest(transaction: Transaction, job_id: str) -> CheckpointRow | None:
     """The checkpoint that the next attempt resumes from."""
     return transaction.scalars(
         select(CheckpointRow)
-        .where(CheckpointRow.job_id == job_id, CheckpointRow.status == "available")
+        .where(CheckpointRow.job_id == job_id, is_whole())
         .order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc())
         .limit(1)
     ).one_or_none()
@@ -101,12 +152,13 @@ def models(
     available = (
         select(CheckpointRow, JobRow)
         .join(JobRow, JobRow.id == CheckpointRow.job_id)
-        .where(JobRow.project_id == project_id, CheckpointRow.status == "available")
+        .where(JobRow.project_id == project_id, is_whole())
         .options(defer(CheckpointRow.manifest), defer(JobRow.spec))
         .limit(limit)
     )
     results = available.where(
-        JobRow.status == "succeeded", CheckpointRow.id == JobRow.latest_checkpoint_id
+        JobRow.status == "succeeded",
+        CheckpointRow.id == func.coalesce(JobRow.result_checkpoint_id, JobRow.latest_checkpoint_id),
     ).order_by(JobRow.created_at.desc(), JobRow.id.desc())
     if name is not None:
         results = results.where(JobRow.model_name == name)
@@ -171,21 +223,30 @@ def register(
 
 
 def publish(
-    transaction: Transaction, job: JobRow, checkpoint: CheckpointRow, manifest_bytes: int
+    transaction: Transaction,
+    job: JobRow,
+    checkpoint: CheckpointRow,
+    manifest_bytes: int,
+    standing: Standing = UNMEASURED,
 ) -> None:
     """Make a verified checkpoint available, and let the job resume from it."""
     published = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "pending")
-        .values(status="available", manifest_bytes=manifest_bytes)
+        .values(
+            status="available",
+            manifest_bytes=manifest_bytes,
+            verified_at=transaction.now,
+            ordinal=standing.ordinal,
+            reward=standing.reward,
+            kl=standing.kl,
+        )
         .returning(CheckpointRow.id)
     ).one_or_none()
     if published is None:
         return
-    transaction.execute(
-        update(JobRow).where(JobRow.id == job.id).values(latest_checkpoint_id=checkpoint.id)
-    )
     poison.note_progress(transaction, job.id, checkpoint.attempt, checkpoint.step)
+    _point_to(transaction, job, checkpoint)
     data = {
         "kind": "checkpoint",
         "checkpoint_id": checkpoint.id,
@@ -202,16 +263,18 @@ def is_any_to_remove(transaction: Transaction) -> bool:
     """Whether there is a checkpoint to mark for removal, or to remove. Writes and locks nothing."""
     superseded = CheckpointRow.id.in_(_superseded())
     abandoned = and_(CheckpointRow.status == "pending", _is_abandoned())
+    inspected = _is_inspected(transaction)
     found = select(CheckpointRow.id).where(
-        or_(CheckpointRow.status == "deleting", superseded, abandoned)
+        or_(CheckpointRow.status == "deleting", superseded, abandoned, inspected)
     )
     return transaction.scalars(found.limit(1)).first() is not None
 
 
 def _superseded() -> Select[tuple[str]]:
-    """Ids of all but each job's ``keep_last`` newest checkpoints.
+    """Ids of the checkpoints that no job keeps.
 
-    The newest checkpoint of a job, and those that an unfinished job starts from, are left out.
+    Kept are the ``keep_last`` newest of each job, its best one, its result, of every ``keep_every``
+    the last, pinned ones, and those that an unfinished job starts from.
     """
     rank = (
         func.row_number()
@@ -221,21 +284,31 @@ def _superseded() -> Select[tuple[str]]:
         )
         .label("rank")
     )
-    ranked = (
-        select(CheckpointRow.id, CheckpointRow.job_id, rank)
-        .where(CheckpointRow.status == "available")
-        .subquery()
-    )
+    ranked = select(CheckpointRow.id, CheckpointRow.job_id, rank).where(is_whole()).subquery()
     needed = (
         select(JobInputRow.checkpoint_id)
         .join(JobRow, JobRow.id == JobInputRow.job_id)
         .where(JobRow.status.not_in(list(TERMINAL)))
         .correlate(None)
     )
+    is_nth = and_(
+        JobRow.keep_every.is_not(None),
+        CheckpointRow.ordinal > 0,
+        CheckpointRow.ordinal % func.coalesce(JobRow.keep_every, 1) == 0,
+    )
     return (
         select(ranked.c.id)
         .join(JobRow, JobRow.id == ranked.c.job_id)
-        .where(ranked.c.rank > JobRow.keep_last, ranked.c.id.not_in(needed))
+        .join(CheckpointRow, CheckpointRow.id == ranked.c.id)
+        .where(
+            ranked.c.rank > JobRow.keep_last,
+            ~CheckpointRow.is_pinned,
+            ranked.c.id.is_distinct_from(JobRow.best_checkpoint_id),
+            ranked.c.id.is_distinct_from(JobRow.result_checkpoint_id),
+            ~is_nth,
+            ranked.c.id.not_in(needed),
+        )
+        .correlate(None)
     )
 
 
@@ -257,6 +330,35 @@ def mark_superseded(transaction: Transaction) -> int:
             CheckpointRow.id.in_(locked),
             CheckpointRow.id.in_(superseded),
         )
+        .values(status="deleting")
+        .returning(CheckpointRow.id)
+        .execution_options(synchronize_session=False)
+    ).all()
+    return len(marked)
+
+
+def _is_inspected(transaction: Transaction) -> ColumnElement[bool]:
+    """Whether a checkpoint was damaged a week ago, and its job has a newer whole one."""
+    newer = aliased(CheckpointRow)
+    has_newer = select(newer.id).where(
+        newer.job_id == CheckpointRow.job_id,
+        newer.step >= CheckpointRow.step,
+        newer.status == "available",
+        newer.damage.is_(None),
+    )
+    return and_(
+        CheckpointRow.status == "available",
+        CheckpointRow.damaged_at < transaction.now - KEPT_DAMAGED,
+        ~CheckpointRow.is_pinned,
+        has_newer.exists(),
+    )
+
+
+def mark_inspected(transaction: Transaction) -> int:
+    """Mark for removal what was damaged a week ago; returns how many."""
+    marked = transaction.scalars(
+        update(CheckpointRow)
+        .where(_is_inspected(transaction))
         .values(status="deleting")
         .returning(CheckpointRow.id)
         .execution_options(synchronize_session=False)
@@ -296,6 +398,17 @@ def to_remove(transaction: Transaction) -> Sequence[CheckpointRow]:
     ).all()
 
 
+def with_files(
+    transaction: Transaction, job_ids: Collection[str]
+) -> frozenset[tuple[str, int, int]]:
+    """Job, attempt and step of those checkpoints of some jobs that have files, or may get some."""
+    columns = (CheckpointRow.job_id, CheckpointRow.attempt, CheckpointRow.step)
+    found = transaction.execute(
+        select(*columns).where(CheckpointRow.job_id.in_(job_ids), CheckpointRow.status != "deleted")
+    ).all()
+    return frozenset((job_id, attempt, step) for job_id, attempt, step in found)
+
+
 def mark_removed(transaction: Transaction, checkpoint_id: str) -> None:
     """Note that the files of a checkpoint were removed."""
     transaction.execute(
@@ -303,3 +416,120 @@ def mark_removed(transaction: Transaction, checkpoint_id: str) -> None:
         .where(CheckpointRow.id == checkpoint_id, CheckpointRow.status == "deleting")
         .values(status="deleted")
     )
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def due_for_scrub(transaction: Transaction, period: timedelta) -> CheckpointRow | None:
+    """The stored checkpoint, whole or set aside, that has been unverified for longest.
+
+    None: all were verified within ``period``.
+    """
+    is_due = or_(
+        CheckpointRow.verified_at.is_(None), CheckpointRow.verified_at < transaction.now - period
+    )
+    return transaction.scalars(
+        select(CheckpointRow)
+        .where(CheckpointRow.status == "available", is_due)
+        .order_by(CheckpointRow.verified_at.is_not(None), CheckpointRow.verified_at)
+        .limit(1)
+    ).one_or_none()
+
+
+def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) -> bool:
+    """Keep a damaged checkpoint from being used; returns whether it was in use until now.
+
+    The job then resumes from the next older one that is whole.
+    """
+    marked = transaction.execute(
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id, is_whole())
+        .values(damage=damage, damaged_at=transaction.now, verified_at=transaction.now)
+        .returning(CheckpointRow.id)
+    ).one_or_none()
+    if marked is None:
+        return False
+    job = transaction.get_one(JobRow, checkpoint.job_id)
+    older = newest(transaction, job.id)
+    _point_to(transaction, job, older)
+    message = f"checkpoint of step {checkpoint.step} is damaged and was set aside: {damage}"
+    if job.status == "succeeded":
+        message += "; restore its files from a backup"
+    elif older is None:
+        message += "; there is no older one, so the job begins again at step 0"
+    else:
+        message += f"; the newest whole one is that of step {older.step}"
+    _tell(transaction, checkpoint, "checkpoint_damaged", message, "error", damage=damage)
+    return True
+
+
+def note_whole(transaction: Transaction, checkpoint: CheckpointRow) -> None:
+    """Note that every byte of a checkpoint is right; one that was set aside is used again."""
+    transaction.execute(
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "available")
+        .values(verified_at=transaction.now, damage=None, damaged_at=None)
+    )
+    if checkpoint.damage is None:
+        return
+    job = transaction.get_one(JobRow, checkpoint.job_id)
+    _point_to(transaction, job, newest(transaction, job.id))
+    message = f"checkpoint of step {checkpoint.step} is whole again"
+    _tell(transaction, checkpoint, "checkpoint_whole", message, "info")
+
+
+def note_still_damaged(transaction: Transaction, checkpoint: CheckpointRow) -> None:
+    """Note that a checkpoint that was set aside has been read again, and is damaged."""
+    transaction.execute(
+        update(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id)
+        .values(verified_at=transaction.now)
+    )
+
+
+def resume_from_newest(transaction: Transaction, held: Held) -> CheckpointRow | None:
+    """Let an attempt that has not begun resume from its job's newest whole checkpoint."""
+    found = newest(transaction, held.job.id)
+    step = 0 if found is None else found.step
+    transaction.execute(
+        update(AttemptRow)
+        .where(AttemptRow.job_id == held.job.id, AttemptRow.number == held.attempt.number)
+        .values(start_step=step, resume_checkpoint_id=None if found is None else found.id)
+    )
+    tokens = 0 if found is None else trained_tokens(found)
+    transaction.execute(
+        update(JobRow).where(JobRow.id == held.job.id).values(step=step, tokens=tokens)
+    )
+    return found
+
+
+def _point_to(transaction: Transaction, job: JobRow, newest: CheckpointRow | None) -> None:
+    """Note which checkpoint of a job is the newest, and which the best.
+
+    The newest of a job that has succeeded stays what it was: an older one is another model.
+    """
+    best = best_checkpoint.choose(transaction, job)
+    values = {"best_checkpoint_id": None if best is None else best.id}
+    if job.status != "succeeded":
+        values["latest_checkpoint_id"] = None if newest is None else newest.id
+    transaction.execute(update(JobRow).where(JobRow.id == job.id).values(values))
+
+
+def _tell(
+    transaction: Transaction,
+    checkpoint: CheckpointRow,
+    kind: str,
+    message: str,
+    level: Level,
+    **facts: str,
+) -> None:
+    data = {
+        "kind": kind,
+        "checkpoint_id": checkpoint.id,
+        "step": checkpoint.step,
+        "attempt": checkpoint.attempt,
+        **facts,
+    }
+    event = events.NewEvent(message, level=level, data=data)
+    events.append(transaction, checkpoint.job_id, [event])

@@ -13,7 +13,14 @@ from sqlalchemy import and_, update
 from dar.errors import ConflictError, RewardBudgetError
 from dar.protocol.status import AttemptStatus
 from dar.protocol.worker import Complete, Fail, FailureOwner, Outcome, Release
-from service.store import checkpoints, poison, reward_pauses, transitions, workers
+from service.store import (
+    best_checkpoint,
+    checkpoints,
+    poison,
+    reward_pauses,
+    transitions,
+    workers,
+)
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
 from service.store.poison import Failure
@@ -109,12 +116,18 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
             f"{job.total_steps}; upload and commit the final checkpoint first",
             code="checkpoint_missing",
         )
-    values = {"step": job.total_steps, "latest_checkpoint_id": final.id}
+    result = best_checkpoint.result_of(transaction, job, final)
+    values = {
+        "step": job.total_steps,
+        "latest_checkpoint_id": final.id,
+        "result_checkpoint_id": result.id,
+    }
+    which = "" if result.id == final.id else f" of step {result.step}, the best checkpoint"
     moved = transitions.move(
         transaction,
         "succeeded",
         JobRow.id == job.id,
-        f"trained {job.total_steps} steps; the result is the model {job.model_name}",
+        f"trained {job.total_steps} steps; the result is the model {job.model_name}{which}",
         values=values,
         facts={"fine_tuned_model": job.model_name},
     )

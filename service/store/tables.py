@@ -118,6 +118,7 @@ class JobRow(Base):
     seed: Mapped[int]
     total_steps: Mapped[int]
     keep_last: Mapped[int]
+    keep_every: Mapped[int | None]
 
     step: Mapped[int] = mapped_column(default=0)
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -144,6 +145,9 @@ class JobRow(Base):
     reward_waits: Mapped[int] = mapped_column(default=0)
     """Consecutive attempts that ended because the reward service was down."""
     latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    best_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    result_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    """Weights of the result of a job that has succeeded; null: those of its latest checkpoint."""
     event_seq: Mapped[int] = mapped_column(default=0)
     """``seq`` of the newest event."""
     metrics_event_step: Mapped[int] = mapped_column(default=0)
@@ -370,3 +374,14 @@ class CheckpointRow(Base):
     manifest_bytes: Mapped[int]
     manifest_sha256: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime]
+    verified_at: Mapped[datetime | None]
+    """When every stored byte was last compared with the manifest; null: it is due now."""
+    damage: Mapped[str | None] = mapped_column(Text)
+    """What is wrong with the stored files. Such a checkpoint is set aside: it has the status
+    ``available``, but nothing resumes from it, lists it or sends its files."""
+    damaged_at: Mapped[datetime | None]
+    ordinal: Mapped[int] = mapped_column(default=0)
+    """See `service.store.best_checkpoint.Standing`; 0: it is older than this column."""
+    reward: Mapped[float | None] = mapped_column(Float(53))
+    kl: Mapped[float | None] = mapped_column(Float(53))
+    is_pinned: Mapped[bool] = mapped_column(default=False)

@@ -180,7 +180,7 @@ def test_all_problems_are_told_at_once_with_their_paths(
     spec = live.spec(dar={"hyperparameters": {"alpha": -1, "learning_rat": 1.0}})
     spec["method"]["dar"]["rewards"]["components"][0]["url"] = "ftp://x"
     spec["method"]["dar"]["overlap"] = "two_steps"
-    spec["method"]["dar"]["checkpointing"] = {"keep_best": True}
+    spec["method"]["dar"]["limits"] = {"max_seconds": 60}
     error = error_of(live.http.post("/v1/fine_tuning/jobs", json=spec))
     told = {problem["param"]: problem["message"] for problem in error["errors"]}
     assert set(told) == {
@@ -188,11 +188,11 @@ def test_all_problems_are_told_at_once_with_their_paths(
         "method.dar.hyperparameters.learning_rat",
         "method.dar.rewards.components[0].url",
         "method.dar.overlap",
-        "method.dar.checkpointing.keep_best",
+        "method.dar.limits.max_seconds",
     }
     assert "did you mean 'learning_rate'" in told["method.dar.hyperparameters.learning_rat"]
     assert "'none', 'stream' or 'one_step'" in told["method.dar.overlap"]
-    assert "supports only false" in told["method.dar.checkpointing.keep_best"]
+    assert "supports only null" in told["method.dar.limits.max_seconds"]
     assert live.http.get("/v1/fine_tuning/jobs").json()["data"] == []
 
 

@@ -32,7 +32,10 @@ def announced_paths() -> dict[str, Any]:
 def operations_of(path: str) -> dict[str, Any]:
     """The operations of the route that answers ``path``; none if there is no such route."""
     known = sorted(announced_paths(), key=lambda one: (one.count("{"), -len(one)))
-    fitting = (one for one in known if re.fullmatch(re.sub(r"{\w+}", ".+", one), path))
+    patterns = {
+        one: re.sub(r"{\w+}", "[^/]+", re.sub(r"{(name|model)}$", ".+", one)) for one in known
+    }
+    fitting = (one for one in known if re.fullmatch(patterns[one], path))
     route = next(fitting, None)  # of several the first one is the route
     return {} if route is None else announced_paths()[route]
 

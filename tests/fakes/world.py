@@ -7,6 +7,7 @@ from typing import Any
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.worker import Claim, WorkerReport
 from service.store import checkpoints, fence, jobs, keys, leases, tables
+from service.store.best_checkpoint import Standing
 from service.store.database import Database, Transaction
 
 TTL = timedelta(seconds=60)
@@ -132,12 +133,14 @@ class World:
         body = {"step": step, "kind": "full", "config_sha256": "2" * 64, "files": [file]}
         return Manifest.model_validate(body | values)
 
-    def publish(self, held: fence.Held, step: int) -> tables.CheckpointRow:
+    def publish(
+        self, held: fence.Held, step: int, standing: Standing = checkpoints.UNMEASURED
+    ) -> tables.CheckpointRow:
         """An available checkpoint of the attempt."""
         with self.database.write() as transaction:
             now = fence.hold(transaction, held.attempt.lease_id, held.attempt.number)
             made = checkpoints.register(
                 transaction, now.job, now.attempt, self.manifest(step), f"{step:064x}"
             )
-            checkpoints.publish(transaction, now.job, made, manifest_bytes=1)
+            checkpoints.publish(transaction, now.job, made, 1, standing)
         return made

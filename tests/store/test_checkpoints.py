@@ -2,13 +2,15 @@
 needless.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 
-from dar.errors import ConflictError
+from dar.errors import ConflictError, NotFoundError
 from fakes.world import World
 from service.store import checkpoints, fence, transitions
+from service.store.best_checkpoint import Standing
 from service.store.tables import JobInputRow, JobRow
 
 
@@ -95,3 +97,59 @@ def test_half_an_upload_of_an_ended_attempt_is_removed(world: World) -> None:
         doomed = checkpoints.to_remove(transaction)
         checkpoints.mark_removed(transaction, doomed[0].id)
         assert checkpoints.to_remove(transaction) == []
+
+
+def test_the_newest_the_best_every_nth_and_pinned_ones_are_kept(world: World) -> None:
+    held = world.running(keep_last=1, keep_every=3)
+    rewards = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2, 10: 0.5, 12: 0.4, 14: 0.1, 16: None}
+    made = [
+        world.publish(held, step, Standing(number, reward))
+        for number, (step, reward) in enumerate(rewards.items(), start=1)
+    ]
+    assert world.job(held.job.id).best_checkpoint_id == made[1].id
+    with world.database.write() as transaction:
+        checkpoints.pin(transaction, made[3], is_pinned=True)
+        assert checkpoints.mark_superseded(transaction) == 3
+    assert visible(world, held.job.id) == [16, 12, 8, 6, 4]
+    with world.database.write() as transaction:
+        checkpoints.pin(transaction, made[3], is_pinned=False)
+        assert checkpoints.mark_superseded(transaction) == 1
+        with pytest.raises(NotFoundError, match="no longer kept"):
+            checkpoints.pin(transaction, made[0], is_pinned=True)
+
+
+@pytest.mark.parametrize(("budget", "best"), [(None, 8), (1.0, 4), (0.1, 2), (5.0, 6)])
+def test_with_a_budget_the_best_is_one_within_it_or_the_nearest(
+    world: World, budget: float | None, best: int
+) -> None:
+    held = world.running(keep_last=1)
+    with world.database.write() as transaction:
+        job = transaction.get_one(JobRow, held.job.id)
+        spec = deepcopy(job.spec)
+        spec["method"]["dar"]["hyperparameters"]["kl_budget"] = budget
+        job.spec = spec
+    made = {
+        step: world.publish(held, step, Standing(step // 2, reward, kl))
+        for step, reward, kl in ((2, 0.1, 0.4), (4, 0.2, 1.29), (6, 0.4, 1.31), (8, 0.4, None))
+    }
+    assert world.job(held.job.id).best_checkpoint_id == made[best].id
+
+
+def test_a_damaged_best_is_replaced_by_the_best_of_the_others(world: World) -> None:
+    held = world.running(keep_last=3)
+    first, best, last = (
+        world.publish(held, step, Standing(step, reward))
+        for step, reward in ((2, 0.5), (4, 0.9), (6, 0.1))
+    )
+    with world.database.write() as transaction:
+        assert checkpoints.set_aside(transaction, best, "it is gone")
+    assert world.job(held.job.id).best_checkpoint_id == first.id
+    with world.database.write() as transaction:
+        assert checkpoints.set_aside(transaction, last, "it is gone")
+    assert world.job(held.job.id).latest_checkpoint_id == first.id
+    world.clock.advance(8 * 24 * 3600)
+    with world.database.write() as transaction:
+        assert checkpoints.mark_inspected(transaction) == 0, "no newer one is whole"
+    world.publish(held, 8)
+    with world.database.write() as transaction:
+        assert checkpoints.mark_inspected(transaction) == 2

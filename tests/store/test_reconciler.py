@@ -19,7 +19,8 @@ from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
-from service.store import fence, jobs, leases
+from service.store import checkpoints, fence, jobs, leases
+from service.store.fence import Held
 from service.store.tables import FileRow
 
 
@@ -329,3 +330,95 @@ def contend(world: World, folder: Path, count: int) -> None:
         attempts = world.job(job_id).attempt
         assert attempts >= 2
         assert [(move["status"], move["attempt"]) for move in moves] == steps_of(attempts)
+
+
+class Crash(BaseException):
+    """The service is killed."""
+
+
+FILES = ("model.safetensors", "resume/optimizer.safetensors", "resume/state.json")
+
+
+def publish_with_files(setup: Setup, held: Held, step: int) -> Path:
+    setup.world.publish(held, step)
+    folder = setup.artifacts.checkpoint(held.job.id, 1, step)
+    (folder / "resume").mkdir(parents=True)
+    for name in FILES:
+        (folder / name).write_bytes(b"abc")
+    return folder
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], int]:
+    """Kill the service before its n-th change of a file or of a removed row; returns the count."""
+    count = 0
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise Crash
+            return change(*args, **options)
+
+        return call
+
+    for module, name in ((os, "unlink"), (os, "rmdir"), (checkpoints, "mark_removed")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    return lambda: count
+
+
+def test_a_removal_may_be_killed_anywhere(setup: Setup) -> None:
+    held = setup.world.running(keep_last=1, total_steps=1000)
+    folders = [publish_with_files(setup, held, 1)]
+    crashes = 0
+    while True:
+        folders.append(publish_with_files(setup, held, len(folders) + 1))
+        with pytest.MonkeyPatch.context() as patched:
+            changes = crash_at(patched, crashes + 1)
+            try:
+                setup.reconciler.run_once()
+            except Crash:
+                crashes += 1
+            else:
+                assert changes() == crashes == len(FILES) + 3, "each change was the last one once"
+                break
+        newest = folders[-1]
+        assert all((newest / name).is_file() for name in FILES), "the newest one is never touched"
+        setup.reconciler.run_once()
+        assert [folder for folder in folders if folder.exists()] == [newest]
+    with setup.world.database.read() as transaction:
+        assert checkpoints.to_remove(transaction) == []
+        assert len(checkpoints.list_page(transaction, held.job.id, checkpoints.Cursor()).rows) == 1
+
+
+def test_files_that_cannot_be_removed_are_tried_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = setup.world.running(keep_last=1)
+    folders = [publish_with_files(setup, held, step) for step in (2, 4)]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    setup.reconciler.run_once()
+    assert [folder.exists() for folder in folders] == [True, True]
+    monkeypatch.undo()
+    setup.reconciler.run_once()
+    assert [folder.exists() for folder in folders] == [False, True]
+
+
+def test_folders_of_checkpoints_without_a_row_go_after_a_day(setup: Setup) -> None:
+    held = setup.world.running()
+    known = publish_with_files(setup, held, 2)
+    old, young, strange = (known.with_name(name) for name in (".tmp-step-4", "step-6", "notes"))
+    for folder in (old, young, strange):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"a")
+    yesterday = datetime.now(UTC).timestamp() - 90_000
+    for folder in (known, old, strange):
+        os.utime(folder, (yesterday, yesterday))
+    setup.reconciler.run_once()
+    assert [folder.exists() for folder in (known, old, young, strange)] == [
+        True, False, True, True
+    ]  # fmt: skip

@@ -360,11 +360,16 @@ def test_a_job_is_evaluated_on_its_validation_file_and_at_its_last_step(
 ) -> None:
     path = tmp_path / "validation.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in (11, 12, 13)))
-    dar = {"evaluation": {"every_steps": 3, "max_prompts": 2}}
+    evaluation = {"every_steps": 3, "max_prompts": 2}
+    dar = {"evaluation": evaluation, "checkpointing": {"every_steps": 9, "keep_best": True}}
     inputs = job(dar=dar, validation_file=path)
     assert train_job(inputs, sink, NullControl()) == "finished"
     found = [step for step, values in sink.reports.items() if "eval_dar/rewards_mean" in values]
     assert found == [3, 4]
+    # With keep_best, each evaluated step gets a checkpoint, after its evaluation.
+    assert [step for step, *_ in sink.published] == [3, 4]
+    phases = [phase for phase, step, _ in sink.phases if step == 3]
+    assert phases.index("evaluating") < phases.index("checkpointing")
     assert build_trainer(inputs, sink, NullControl()).eval_dataset == [
         {"prompt": "w11"},
         {"prompt": "w12"},

@@ -130,7 +130,8 @@ def test_an_input_that_is_gone_is_said(installation: ScriptedInstallation) -> No
     (installation.home / "artifacts" / "files" / file_id).unlink()
     installation.need_worker()
     installation.until(
-        lambda: any("is gone" in text for text in installation.messages(job_id)), seconds=10
+        lambda: any("its content is missing" in text for text in installation.messages(job_id)),
+        seconds=10,
     )
     installation.cancel(job_id)
 

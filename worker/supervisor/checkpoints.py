@@ -3,12 +3,14 @@
 import collections
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
 from dar.client.transport import Backoff
-from dar.errors import CheckpointError, ConflictError, FencedError
+from dar.errors import CheckpointError, ConflictError, DARError, FencedError
 from dar.fault_points import fault_point
 from dar.protocol.checkpoints import MANIFEST_NAME, Manifest, ManifestFile
 from dar.protocol.worker import CheckpointUpload, NewCheckpointRow, RegisterCheckpoint
@@ -21,6 +23,8 @@ PART_BYTES = 8 * 1024**2
 UPLOAD_ATTEMPTS = 5
 """Attempts at an upload without progress, when the service and the worker disagree about it."""
 LOOK_SECONDS = 0.5
+STORAGE_FULL = "storage_full"
+Answer = TypeVar("Answer")
 
 
 class CheckpointUploader:
@@ -104,9 +108,27 @@ class CheckpointUploader:
                 self._state.over.wait(backoff.next())
 
     def _register(self, register: RegisterCheckpoint) -> CheckpointUpload:
-        return self._client.until_answered(
+        return self._until_stored(
             lambda: self._client.register(self._lease.lease_id, register), "register checkpoint"
         )
+
+    def _until_stored(self, call: Callable[[], Answer], what: str) -> Answer:
+        """Repeat a call until the service responds; `AttemptState.blocked` says if it has no room.
+
+        A full store is waited for without limit.
+        """
+
+        def attempt() -> Answer:
+            try:
+                answer = call()
+            except DARError as error:
+                is_full = error.error_code == STORAGE_FULL
+                self._state.blocked = error.message if is_full else None
+                raise
+            self._state.blocked = None
+            return answer
+
+        return self._client.until_answered(attempt, what)
 
     def _upload_rest(
         self,
@@ -127,7 +149,7 @@ class CheckpointUploader:
             for file in files:
                 self._send_file(folder, upload, file)
             fault_point("worker.uploaded")
-            self._client.until_answered(
+            self._until_stored(
                 lambda: self._client.commit(lease_id, upload.checkpoint_id, attempt),
                 "commit checkpoint",
             )
@@ -151,4 +173,4 @@ class CheckpointUploader:
                 lease_id, checkpoint_id, name, part, attempt=attempt, offset=offset
             )
 
-        self._client.until_answered(put, f"upload {name}")
+        self._until_stored(put, f"upload {name}")

@@ -1,6 +1,9 @@
 """Downloads an attempt's files to this machine: resumable, and verified by SHA-256."""
 
+import contextlib
+import queue
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -9,14 +12,18 @@ from typing import TypeVar
 import structlog
 
 from dar.disk import file_sha256, link_out_of
-from dar.errors import DARError, ModelNotFoundError
+from dar.errors import ConflictError, DARError, FencedError, ModelNotFoundError
 from dar.protocol.worker import REWARD_MODELS, InputFile, Lease
 from worker.api import GaveUpError, WorkerClient
+from worker.failures import NETWORK
 from worker.supervisor.state import AttemptState
 
 log = structlog.get_logger(__name__)
 
 Answer = TypeVar("Answer")
+RESUME = "resume"
+"""Folder of the checkpoint that an attempt resumes from."""
+LOOK_SECONDS = 0.1
 VERIFY_ATTEMPTS = 3
 RESERVED_BYTES = 256 * 1024**2
 """Free disk space that a download must leave."""
@@ -26,6 +33,10 @@ class InputFetchError(DARError):
     """An input cannot be downloaded: it is altered, wrongly named, or the disk is full."""
 
     code = "input_failed"
+
+
+class InputDamagedError(InputFetchError):
+    """A file arrived altered each time, or the service has only a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +120,63 @@ class InputFetcher:
     def fetch(self) -> LocalInputs:
         """Download all files that are missing; waits while the service is unreachable.
 
+        If the checkpoint to resume from is damaged, the next older one is fetched.
+
         Raises:
             InputFetchError: A file cannot be downloaded.
             ModelNotFoundError: A model was removed after the submission.
             GaveUpError: The attempt must stop.
             DARError: The service rejects the request.
         """
+        while True:
+            try:
+                return self._fetch()
+            except InputDamagedError as error:
+                self._replace_damaged(error)
+
+    def _replace_damaged(self, error: InputDamagedError) -> None:
+        """Make the service replace a damaged checkpoint.
+
+        Raises:
+            InputFetchError: Its files are whole, or another input than the resume is damaged.
+        """
+        damaged = self._in_background(
+            lambda: self._client.check_inputs(self._lease.lease_id, self._lease.attempt).damaged
+        )
+        if not damaged:
+            raise InputFetchError(
+                f"{error.message}, though the service has it unaltered", code=NETWORK.code
+            ) from error
+        if damaged != [RESUME]:
+            others = ", ".join(name for name in damaged if name != RESUME)
+            raise InputFetchError(f"{error.message}; damaged in the artifact store: {others}")
+        log.warning("checkpoint is damaged; an older one is fetched", error=error.message)
+        shutil.rmtree(self._folder / RESUME, ignore_errors=True)
+
+    def _in_background(self, call: Callable[[], Answer]) -> Answer:
+        """The result of a call that takes long, unless the attempt must stop before.
+
+        Raises:
+            GaveUpError: It must stop.
+        """
+        answers: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put(self._until_answered(call, "check of inputs"))
+            except Exception as error:  # noqa: BLE001 - the waiting thread raises it again
+                answers.put(error)
+
+        threading.Thread(target=work, name="check-inputs", daemon=True).start()
+        while not self._state.must_stop():
+            with contextlib.suppress(queue.Empty):
+                answer = answers.get(timeout=LOOK_SECONDS)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+        raise GaveUpError("check of inputs")
+
+    def _fetch(self) -> LocalInputs:
         lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
         files = self._until_answered(lambda: self._client.inputs(lease_id).files, "inputs")
         reward_models = self._reward_models()
@@ -133,7 +195,7 @@ class InputFetcher:
         for name, folder in reward_models.items():
             if not folder.is_dir():
                 raise _removed(f"reward model of component {name}", "method.dar.rewards")
-        resumes = self._lease.resume_checkpoint_id is not None
+        resumes = any(file.name.startswith(f"{RESUME}/") for file in wanted)
         return LocalInputs(
             training_file=self._uploaded("training_file", wanted),
             validation_file=self._uploaded("validation_file", wanted),
@@ -142,7 +204,7 @@ class InputFetcher:
                 self._folder / "adapters" / str(number)
                 for number in range(len(self._lease.model.adapter_ids))
             ),
-            resume_from=self._folder / "resume" if resumes else None,
+            resume_from=self._folder / RESUME if resumes else None,
             reward_models=reward_models,
         )
 
@@ -179,13 +241,18 @@ class InputFetcher:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".tmp-{target.name}")
         for _ in range(VERIFY_ATTEMPTS):
-            self._until_answered(lambda: self._download(file, part), f"download {file.name}")
+            try:
+                self._until_answered(lambda: self._download(file, part), f"download {file.name}")
+            except FencedError:
+                raise
+            except ConflictError as error:  # the service has only a part of it
+                raise InputDamagedError(error.message) from error
             if file_sha256(part) == file.sha256:
                 part.replace(target)
                 return
             log.warning("input arrived altered", name=file.name)
             part.unlink()
-        raise InputFetchError(
+        raise InputDamagedError(
             f"{file.name} arrived altered {VERIFY_ATTEMPTS} times: its SHA-256 differs",
             code="input_altered",
         )

@@ -60,6 +60,8 @@ class AttemptState:
         """The progress to report until the trainer reports its own."""
         self.renewed_at = seconds_since_boot()
         """When the latest call began that renewed the lease."""
+        self.blocked: str | None = None
+        """Why no checkpoint can be uploaded now: the artifact store is full."""
         self.gives_up_at: float | None = None
         """Monotonic time after which calls to the service are not repeated."""
 

@@ -6,11 +6,10 @@ bridge for reward requests. At the end all rows are acknowledged first, then all
 committed, then the end is reported. So a job that has succeeded is complete.
 """
 
-import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -42,7 +41,7 @@ from worker.supervisor.reward_bridge import RewardBridge
 from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
 from worker.supervisor.state import LOST, AttemptState
-from worker.supervisor.stopping import Parking, Stopping
+from worker.supervisor.stopping import LAST_ROWS_SECONDS, Parking, Stopping
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +85,12 @@ class Supervisor:
         self._command = command
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
+        self._cancelled_at: float | None = None
+        """When a cancellation was seen after the trainer had ended."""
+        self._leaves_at: float | None = None
+        """Until when a job that has to leave its slot waits for room in the artifact store."""
+        self._arrived = [threading.Event(), threading.Event()]
+        """Set when all rows have arrived, and when all checkpoints have."""
         self._bridge: RewardBridge | None = None
         self._caches = RewardCaches.of(settings)
         self._uploader = CheckpointUploader(
@@ -185,8 +190,9 @@ class Supervisor:
             is_offline=launch.is_offline,
             processes=launch.processes,
         )
-        sender = self._state.spawn("sender", self._sender.run)
-        uploader = self._state.spawn("uploader", self._uploader.run)
+        rows, checkpoints = self._arrived
+        sender = self._state.spawn("sender", _then(self._sender.run, rows))
+        uploader = self._state.spawn("uploader", _then(self._uploader.run, checkpoints))
         trainer = TrainerProcess(self._command, self._folder, launch, environment)
         log.info("trainer started", pid=trainer.pid)
         fault_point("worker.started")
@@ -203,7 +209,7 @@ class Supervisor:
         is_crash = ended.code not in set(ExitCode) - {ExitCode.CRASHED}
         log.info("trainer ended", code=ended.code, **({"log": ended.log_tail} if is_crash else {}))
         fault_point("worker.trained")
-        self._deliver(sender, uploader, is_finished=ended.code == ExitCode.FINISHED)
+        self._deliver(sender, uploader)
         return ended
 
     def _launch(self, inputs: LocalInputs) -> Launch:
@@ -230,22 +236,36 @@ class Supervisor:
             is_offline=self._settings.is_offline,
         )
 
-    def _deliver(
-        self, sender: threading.Thread, uploader: threading.Thread, *, is_finished: bool
-    ) -> None:
+    def _deliver(self, sender: threading.Thread, uploader: threading.Thread) -> None:
         """Wait until all rows and checkpoints have arrived or the time for it is over."""
-        is_cancelled = self._stopping.asked == "cancel" and not is_finished
-        until = time.monotonic() + CANCELLED_ROWS_SECONDS if is_cancelled else math.inf
         self._sender.finish()
-        self._await(sender, until)
+        self._await(sender)
         self._uploader.finish()
-        self._await(uploader, until)
+        self._await(uploader)
 
-    def _await(self, thread: threading.Thread, until: float) -> None:
-        while thread.is_alive() and time.monotonic() < until:
+    def _await(self, thread: threading.Thread) -> None:
+        while thread.is_alive() and not self._is_cancelled_for_long():
             thread.join(LOOK_SECONDS)
-            if self._state.drain.is_set() and self._state.gives_up_at is None:
-                self._state.gives_up_at = self._stopping.sends_until()
+            if self._state.drain.is_set() or self._state.pause.is_set():
+                self._limit_delivery()
+
+    def _limit_delivery(self) -> None:
+        if self._leaves_at is None:
+            seconds = min(LAST_ROWS_SECONDS, self._settings.drain_seconds)
+            self._leaves_at = time.monotonic() + seconds
+        if self._state.gives_up_at is None:
+            self._state.gives_up_at = self._stopping.sends_until()
+        if self._state.blocked is not None:
+            self._state.gives_up_at = min(self._state.gives_up_at, self._leaves_at)
+
+    def _is_cancelled_for_long(self) -> bool:
+        """Whether a cancellation has waited long enough for rows and checkpoints to arrive."""
+        if not self._state.cancel.is_set():
+            return False
+        if self._cancelled_at is None:
+            self._cancelled_at = time.monotonic()
+        patience = 0.0 if self._state.blocked is not None else CANCELLED_ROWS_SECONDS
+        return time.monotonic() - self._cancelled_at > patience
 
     def _judge(self, ended: TrainerExit) -> AttemptEnd:
         if self._state.failure is not None:
@@ -275,7 +295,14 @@ class Supervisor:
             self._state.gives_up_at = time.monotonic() + LAST_REPORT_SECONDS
         return self._state.is_given_up()
 
-    def _complete(self, finished: Finished) -> Complete | Fail:
+    def _complete(self, finished: Finished) -> Complete | Fail | Release:
+        """What to report about a trainer that finished.
+
+        If it was stopped before the service had everything, its job ends or waits as asked.
+        """
+        reason = self._stopping.reason()
+        if reason is not None and not all(event.is_set() for event in self._arrived):
+            return Release(attempt=self._lease.attempt, reason=RELEASES[reason])
         checkpoint_id = self._uploader.committed.get(self._lease.total_steps)
         if checkpoint_id is None:
             if self._state.is_given_up():
@@ -296,3 +323,13 @@ class Supervisor:
             self._slot_folder.keep_log(self._folder, self._record)
         self._folder.strip()
         self._caches.sweep()
+
+
+def _then(work: Callable[[], None], done: threading.Event) -> Callable[[], None]:
+    """``work``, and then ``done``, which stays unset if it raises."""
+
+    def run() -> None:
+        work()
+        done.set()
+
+    return run

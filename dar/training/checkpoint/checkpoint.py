@@ -76,6 +76,15 @@ def publish(
     Raises:
         OSError: The disk is full or broken; no checkpoint was published.
     """
+    return complete(stage(root, step, write), step, manifest)
+
+
+def stage(root: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Write the files of a checkpoint, without making them durable; see `publish`.
+
+    Returns:
+        The folder with them, for `complete`.
+    """
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f"{TEMPORARY_PREFIX}step-{step}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -84,6 +93,18 @@ def publish(
         fault_point("checkpoint.begun")
         write(temporary)
         fault_point("checkpoint.written")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return temporary
+
+
+def complete(
+    temporary: Path, step: int, manifest: Callable[[list[ManifestFile]], Manifest]
+) -> Published:
+    """Describe staged files, make them durable and give the checkpoint its name; see `publish`."""
+    root = temporary.parent
+    try:
         made = manifest(_describe(temporary))
         body = made.model_dump_json(indent=1).encode()
         (temporary / MANIFEST_NAME).write_bytes(body)

@@ -5,9 +5,11 @@ place, picks the folder with the highest number even if it is incomplete, and pi
 scheduler and random states.
 """
 
+import contextlib
+import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dar.errors import CheckpointError
 from dar.protocol.checkpoints import RESUME_FOLDER, Manifest, ManifestFile, checkpoint_folders
 from dar.training.checkpoint import checkpoint
+from dar.training.checkpoint.background import BackgroundWriter
 from dar.training.checkpoint.fingerprint import differences, differences_of_parts, environment
 from dar.training.checkpoint.hub import HubPush
 from dar.training.model.adapters import save_adapter
@@ -31,6 +34,7 @@ from dar.training.parallel.sharding import (
     whole_optimizer_state,
     whole_weights,
 )
+from dar.training.report.sink import StopRequestedError
 from dar.training.run_context import RunContext
 
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
@@ -96,6 +100,7 @@ class RunCheckpoints:
         """Whether the run has more steps than the one that it resumes."""
         self._own_folders: tuple[Path, ...] = ()
         """Checkpoints of this run that are still kept, oldest first."""
+        self._writer = BackgroundWriter()
         self._groups: deepspeed.Groups = ()
         """The optimizer's parameter groups when it was created."""
 
@@ -266,28 +271,63 @@ class RunCheckpoints:
     # --- writing -------------------------------------------------------------------------------
 
     def is_due(self) -> bool:
-        """Whether ``args.checkpoint_seconds`` have passed since the last checkpoint."""
+        """Whether the step that ended needs a checkpoint besides those of ``args.save_steps``.
+
+        That is so if ``args.checkpoint_seconds`` have passed since the last one, or if the step is
+        evaluated and ``args.saves_evaluated`` is set.
+
+        Raises:
+            OSError: The last checkpoint could not be written.
+        """
+        trainer = self._run.trainer
+        if self._run.ranks.count == 1:
+            self._writer.check()
+        if trainer.args.saves_evaluated and trainer.control.should_evaluate:
+            return True
         seconds = self._run.trainer.args.checkpoint_seconds
         if seconds is None:
             return False
         return self._run.ranks.from_main(lambda: time.monotonic() - self._saved_at >= seconds)
 
     def save(self) -> None:
-        """Publish a checkpoint of the last step."""
+        """Publish a checkpoint of the last step; `finish` waits for it."""
         trainer = self._run.trainer
         weights = self._whole_weights()
         optimizer = self._whole_optimizer_state()
+        describe = functools.partial(
+            Manifest,
+            step=trainer.state.global_step,
+            kind="adapter" if isinstance(trainer.model, PeftModel) else "full",
+            config_sha256=self.config_sha256,
+            metrics=dict(self._last_report()),
+        )
         self._publish(
             lambda folder: self._write(folder, weights, optimizer),
-            lambda files, last_seq: Manifest(
-                step=trainer.state.global_step,
-                kind="adapter" if isinstance(trainer.model, PeftModel) else "full",
-                last_seq=last_seq,
-                config_sha256=self.config_sha256,
-                metrics=self._last_report(),
-                files=files,
-            ),
+            lambda files, last_seq: describe(files=files, last_seq=last_seq),
         )
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Wait at the end of the block for a checkpoint that is still being written.
+
+        It does not wait if a stop was requested: after a cancellation nothing may delay the end.
+        """
+        try:
+            yield
+        except StopRequestedError:
+            raise
+        except BaseException:
+            self._writer.wait()  # the job resumes from it
+            raise
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            OSError: The disk is full or broken; it was not published.
+        """
+        self._run.ranks.from_main(self._writer.finish)
 
     def republish(self, folder: Path, manifest: Manifest) -> None:
         """Publish the checkpoint in ``folder`` again, in this run's folder."""
@@ -311,12 +351,20 @@ class RunCheckpoints:
         sink, step = self._run.sink, self._run.trainer.state.global_step
         self._run.phase("checkpointing")
         last_seq = sink.flush()
-        published = checkpoint.publish(
-            self.root, step, write=write, manifest=lambda files: manifest(files, last_seq)
-        )
-        sink.checkpoint(step, published.folder, published.manifest, published.manifest_sha256)
-        self._hub.push_checkpoint(published.folder)
-        self._keep_last(published.folder)
+        self._writer.finish()  # only one is written at a time
+        staged = checkpoint.stage(self.root, step, write)
+
+        def complete() -> None:
+            published = checkpoint.complete(staged, step, lambda files: manifest(files, last_seq))
+            sink.checkpoint(step, published.folder, published.manifest, published.manifest_sha256)
+            self._hub.push_checkpoint(published.folder)
+            self._keep_last(published.folder)
+
+        # Digests and syncs take longest; they need nothing of the trainer, so it may go on.
+        if self._run.trainer.args.saves_in_background:
+            self._writer.start(complete)
+        else:
+            complete()
 
     def _keep_last(self, newest: Path) -> None:
         """Remove this run's checkpoints beyond ``args.save_total_limit``; those of others stay."""

@@ -187,6 +187,10 @@ class DARConfig(TrainingArguments):
         """Passes that the run may not exceed; None: its length is given in steps."""
         self.checkpoint_seconds: float | None = None
         """Longest time of training without a checkpoint; None: ``save_steps`` alone decides."""
+        self.saves_in_background = False
+        """Whether training goes on while a checkpoint is made durable and gets its name."""
+        self.saves_evaluated = False
+        """Whether each step that is evaluated gets a checkpoint."""
         self.chosen_rate: ChosenRate | None = None
         """How ``learning_rate`` was chosen, once a trainer has; None: it was given."""
         check_ranges(vars(self))
