@@ -196,9 +196,19 @@ class Jobs:
                 pause = min(pause, left)
             time.sleep(pause)
 
-    def events(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Event]:
-        """The events of a job, newest first; ``limit`` is the size of a page."""
-        params = {"order": order, "limit": limit}
+    def events(
+        self, job_id: str, *, order: Order = "desc", limit: int = 20, rewound: bool = False
+    ) -> Listing[Event]:
+        """The events of a job, newest first.
+
+        Args:
+            job_id: The job.
+            order: ``asc``: oldest first.
+            limit: Size of a page.
+            rewound: Whether to list events of steps after the checkpoint from which a later attempt
+                started, too.
+        """
+        params = {"order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
 
     def metrics(
@@ -209,6 +219,7 @@ class Jobs:
         after: str | None = None,
         from_step: int | None = None,
         to_step: int | None = None,
+        rewound: bool = False,
     ) -> Metrics:
         """The series of a job, each with its own steps.
 
@@ -218,15 +229,19 @@ class Jobs:
         Args:
             job_id: The job.
             names: Names of series; default: all.
-            after: ``cursor`` of an earlier response; only newer values are returned.
+            after: ``cursor`` of an earlier response; only newer values are returned. If the
+                response has ``rewound_to``, drop the later steps of earlier responses first.
             from_step: First step to return.
             to_step: Last step to return.
+            rewound: Whether to return what earlier attempts reported of steps after the checkpoint
+                from which a later attempt started, too, as ``rewound``.
         """
         params = {
             "names": None if names is None else ",".join(names),
             "after": after,
             "from_step": from_step,
             "to_step": to_step,
+            "rewound": rewound or None,
         }
         return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
 
@@ -235,7 +250,13 @@ class Jobs:
         return self._transport.get(f"{_path(job_id)}/reward_stats", RewardStats)
 
     def reward_failures(
-        self, job_id: str, *, step: int | None = None, order: Order = "desc", limit: int = 20
+        self,
+        job_id: str,
+        *,
+        step: int | None = None,
+        order: Order = "desc",
+        limit: int = 20,
+        rewound: bool = False,
     ) -> Listing[RewardFailure]:
         """Failed requests to reward services, after all retries, newest first.
 
@@ -244,13 +265,21 @@ class Jobs:
             step: Only those of this step.
             order: ``asc``: oldest first.
             limit: Size of a page.
+            rewound: Whether to list those of steps after the checkpoint from which a later attempt
+                started, too.
         """
-        params = {"step": step, "order": order, "limit": limit}
+        params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
         path = f"{_path(job_id)}/reward_failures"
         return Listing(self._transport, path, Page[RewardFailure], params)
 
     def samples(
-        self, job_id: str, *, step: int | None = None, order: SampleOrder = "desc", limit: int = 20
+        self,
+        job_id: str,
+        *,
+        step: int | None = None,
+        order: SampleOrder = "desc",
+        limit: int = 20,
+        rewound: bool = False,
     ) -> Listing[Sample]:
         """Completions that were stored for viewing, with their reward, advantage and weight.
 
@@ -259,8 +288,10 @@ class Jobs:
             step: Only those of this step.
             order: By age or by value; ``-reward``: highest reward first.
             limit: Size of a page.
+            rewound: Whether to list those of steps after the checkpoint from which a later attempt
+                started, too.
         """
-        params = {"step": step, "order": order, "limit": limit}
+        params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
 
 

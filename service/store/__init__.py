@@ -11,6 +11,7 @@ jobs: submission, reading, cancelling, pausing and resuming.
 leases: which queued job is claimed, how long a lease is valid, when it has expired.
 outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
 rows: rows that a trainer sends, each stored once; progress of the job.
+rewinds: which rows of an attempt a later attempt has rewound.
 checkpoints: announced, available and removed checkpoints, and which are kept.
 events: events of a job.
 files: uploaded files.

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal
 from dar.disk import write_atomically
 from dar.errors import RewardUnavailableError
 from dar.processes import die_with_parent
+from dar.protocol.base import MAX_COUNT
 from dar.protocol.checkpoints import Manifest
 from dar.protocol.events import Level
 from dar.protocol.reward_stats import ComponentRequests, FailedRequest
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 SAMPLES_PER_ROW = 64
 EVENT_LENGTH = 4000
 PROGRESS_LENGTH = 2000
+WITHIN_A_STEP = frozenset[Phase](("sampling", "waiting_for_reward", "training"))
 
 How = Literal["finished", "drained", "cancelled"]
 Train = Callable[[Launch, Sink, "StdinControl"], How]
@@ -100,19 +102,28 @@ class StdinControl:
 
 
 class SpoolSink:
-    """Writes a trainer's reports to the attempt's folder; thread-safe."""
+    """Writes a trainer's reports to the attempt's folder; thread-safe.
 
-    def __init__(self, folder: AttemptFolder) -> None:
+    Args:
+        folder: Files of the attempt.
+        total_steps: Last step of the job.
+    """
+
+    def __init__(self, folder: AttemptFolder, total_steps: int = MAX_COUNT) -> None:
         self._folder = folder
+        self._total_steps = total_steps
         self._spool = SpoolWriter(folder.spool)
         self._lock = threading.Lock()
         self._tokens: int | None = None
         """Tokens trained on up to the last report."""
+        self._step = 0
+        """The step that is being done, or the last one that was."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Store metrics of a step; infinity and NaN become null."""
         if "train/tokens" in values:
             self._tokens = int(values["train/tokens"])
+        self._step = step
         checked = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._spool.append(partial(MetricsRow, type="metrics", step=step, values=checked))
 
@@ -138,10 +149,15 @@ class SpoolSink:
     def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
         """Store a message for the user."""
         text, facts = message[:EVENT_LENGTH], None if data is None else dict(data)
-        self._spool.append(partial(EventRow, type="event", level=level, message=text, data=facts))
+        row = partial(EventRow, type="event", level=level, message=text, data=facts)
+        self._spool.append(partial(row, step=self._step))
 
     def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
-        """Report the current phase."""
+        """Report the current phase; ``step`` counts the steps that are done."""
+        if phase in WITHIN_A_STEP:
+            self._step = min(step + 1, self._total_steps)
+        else:
+            self._step = step
         shown = None if message is None else message[:PROGRESS_LENGTH]
         progress = AttemptProgress(phase=phase, step=step, tokens=self._tokens, message=shown)
         with self._lock:
@@ -229,7 +245,7 @@ def ending_of(error: BaseException, failure: AttemptFailure, launch: Launch) -> 
 
 def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
     """Train as process 0, and report the result."""
-    sink = SpoolSink(AttemptFolder(launch.folder))
+    sink = SpoolSink(AttemptFolder(launch.folder), launch.total_steps)
     siblings = Siblings(launch)
     try:
         how = train(siblings.launch, sink, control)
