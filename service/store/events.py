@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from dar.protocol.events import Level
 from dar.protocol.ids import new_id
@@ -47,8 +47,8 @@ def insert_at(
     transaction: Transaction, job_id: str, first_seq: int, events: Sequence[NewEvent]
 ) -> None:
     """Insert ``events``. The caller has already added their number to the job's ``event_seq``."""
-    transaction.execute(
-        insert(JobEventRow),
+    transaction.insert_rows(
+        JobEventRow,
         [
             {
                 "id": new_id("ftevent-"),

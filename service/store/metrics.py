@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-from sqlalchemy import Select, func, insert, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import aliased
 
 from dar.protocol.base import MAX_COUNT
@@ -31,8 +31,8 @@ def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[Metr
     """Store the metrics of some steps."""
     if not rows:
         return
-    transaction.execute(
-        insert(MetricRow),
+    transaction.insert_rows(
+        MetricRow,
         [
             {
                 "job_id": job_id,

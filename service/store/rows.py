@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from dar.errors import ConflictError
 from dar.protocol.base import MAX_COUNT
@@ -61,8 +61,8 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     fresh = [row for row in rows if row.seq > acked]
     if not fresh:
         return acked
-    transaction.execute(
-        insert(SpoolRow),
+    transaction.insert_rows(
+        SpoolRow,
         [
             {
                 "job_id": job.id,

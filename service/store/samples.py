@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, insert, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
 from dar.errors import InvalidRequestError
@@ -32,7 +32,7 @@ def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[Samp
         for sample in row.samples
     ]
     if values:
-        transaction.execute(insert(SampleRow), values)
+        transaction.insert_rows(SampleRow, values)
 
 
 def read(
