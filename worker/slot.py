@@ -47,7 +47,11 @@ class Slot:
         self._lease_id: str | None = None
         self._trouble: str | None = None
         self._leftovers = Leftovers(
-            folder, self._client, lambda: self._lease_id, settings.poll_seconds
+            folder,
+            self._client,
+            lambda: self._lease_id,
+            settings.poll_seconds,
+            settings.trainer_logs_bytes,
         )
 
     def run_next(self) -> bool:

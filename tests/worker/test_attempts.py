@@ -9,7 +9,11 @@ import pytest
 from fakes.scripted_installation import FAST, ScriptedInstallation
 
 
-def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
+def kept_log(installation: ScriptedInstallation, job_id: str, attempt: int) -> Path:
+    return installation.home / "worker" / "slot-0" / "logs" / f"{job_id}-{attempt}.log"
+
+
+def test_a_job_runs_to_its_end_and_leaves_only_its_log_on_the_workers_disk(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=4, every=2)
@@ -19,6 +23,7 @@ def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
     assert installation.steps(job_id) == [1, 2, 3, 4]
     assert [item["step_number"] for item in installation.checkpoints(job_id)] == [4, 2]
     installation.until(lambda: installation.attempt_folders() == [])
+    assert kept_log(installation, job_id, 1).is_file()
 
 
 def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
@@ -54,7 +59,7 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(
     said = installation.messages(job_id)
     assert any("RuntimeError: a cosmic ray" in text for text in said)
     assert not any("Traceback" in text for text in said)
-    kept = (installation.home / "worker" / "slot-0" / "logs" / f"{job_id}-1.log").read_text()
+    kept = kept_log(installation, job_id, 1).read_text()
     assert "a cosmic ray" in kept
 
 
@@ -247,6 +252,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_on
     assert installation.wait(job_id, "succeeded", "failed")["status"] == "succeeded"
     assert installation.steps(job_id) == list(range(1, 41))
     installation.until(lambda: installation.attempt_folders() == [])
+    assert kept_log(installation, job_id, 1).is_file(), "that of the worker that was killed"
 
 
 @pytest.mark.slow  # two workers

@@ -6,6 +6,7 @@ bridge for reward requests. At the end all rows are acknowledged first, then all
 committed, then the end is reported. So a job that has succeeded is complete.
 """
 
+import contextlib
 import math
 import sys
 import threading
@@ -21,7 +22,7 @@ from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
-from worker.launch import ExitCode, Launch, TrainerResult
+from worker.launch import LOG_BYTES, ExitCode, Launch, TrainerResult
 from worker.spool import SpoolReader
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
@@ -79,6 +80,8 @@ class Supervisor:
         )
         self._state = AttemptState(lease, self._folder, drain)
         self._command = command
+        self._held = contextlib.ExitStack()
+        """The lock of the attempt's folder."""
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
         self._bridge: RewardBridge | None = None
@@ -118,11 +121,15 @@ class Supervisor:
         finally:
             self._state.over.set()
             self._client.close()
-            self._tidy(end)
+            self._tidy()
+            self._held.close()
             log.info("attempt ends", end=repr(end)[:500], **context)
 
     def _execute_or_fail(self) -> AttemptEnd | None:
         try:
+            self._folder.prepare()
+            # Before the record is there: with it, another worker of this host would send the rows.
+            self._held.enter_context(self._folder.held())
             self._folder.create(self._record)
             self._spawn_messengers()
             return self._execute()
@@ -215,6 +222,8 @@ class Supervisor:
             reward_cache=self._caches.place_of(lease.job_id),
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
             is_offline=self._settings.is_offline,
+            spool_bytes=self._settings.spool_bytes,
+            log_bytes=min(LOG_BYTES, self._settings.trainer_logs_bytes // 4),
         )
 
     def _deliver(
@@ -275,9 +284,8 @@ class Supervisor:
             attempt=self._lease.attempt, last_seq=finished.last_seq, checkpoint_id=checkpoint_id
         )
 
-    def _tidy(self, end: AttemptEnd | None) -> None:
+    def _tidy(self) -> None:
         """Remove files that are no longer needed; unsent rows stay for `worker.cleanup`."""
-        if isinstance(end, Fail):
-            self._slot_folder.keep_log(self._folder, self._record)
+        self._slot_folder.keep_logs(self._folder, self._record, self._settings.trainer_logs_bytes)
         self._folder.strip()
         self._caches.sweep()
