@@ -23,6 +23,7 @@ from service.api import (
     inputs,
     jobs,
     leases,
+    logs,
     metrics,
     models,
     query,
@@ -50,7 +51,7 @@ from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
 
 ROUTERS = (
-    *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
+    *(files, jobs, events, logs, metrics, samples, reward_stats, checkpoints, models),
     *(reward_endpoints, graders, reward_callbacks, leases, inputs, uploads, reward_requests),
 )
 

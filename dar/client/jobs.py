@@ -18,7 +18,7 @@ from dar.client.transport import (
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Page
 from dar.protocol.events import Event
-from dar.protocol.jobs import Job
+from dar.protocol.jobs import Job, JobLog
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample
@@ -210,6 +210,22 @@ class Jobs:
         """
         params = {"order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
+
+    def log(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> JobLog:
+        """The end of the log of a job's trainer, while it runs and afterwards.
+
+            print(client.jobs.log(job.id, tail=50).text)
+
+        Args:
+            job_id: The job.
+            attempt: Number of the attempt; default: the newest that has a log.
+            tail: Only so many lines of its end; default: all that is stored, at most 64 KiB.
+
+        Raises:
+            NotFoundError: There is no such log.
+        """
+        params = {"attempt": attempt, "tail": tail}
+        return self._transport.get(f"{_path(job_id)}/logs", JobLog, params)
 
     def metrics(
         self,

@@ -320,6 +320,17 @@ class BatchAck(Output):
     """Whether the attempt has lost its job. Its rows are stored, and its trainer must stop."""
 
 
+MOST_LOG_CHARACTERS = 65536
+
+
+class TrainerLog(AttemptOf):
+    """The end of a trainer's log, in place of the one that was sent before."""
+
+    text: Annotated[str, Field(max_length=MOST_LOG_CHARACTERS)]
+    bytes: Annotated[int, Field(ge=0, le=2**53)]
+    """Size of the whole log."""
+
+
 class RegisterCheckpoint(AttemptOf):
     """Announces a checkpoint before its files are uploaded."""
 

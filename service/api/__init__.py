@@ -2,6 +2,7 @@
 
 jobs: submit, read, cancel, pause and resume jobs.
 events: events of a job.
+logs: the ends of trainers' logs.
 metrics: metrics of a job.
 samples: completions of a job that were kept.
 checkpoints: checkpoints of a job and their files, for users.

@@ -17,6 +17,7 @@ events: events of a job.
 files: uploaded files.
 keys: API keys and their project.
 metrics: metrics of a job.
+logs: the ends of trainers' logs.
 samples: completions of a job that were kept.
 reward_endpoints: registered reward services.
 reward_failures: failed requests to reward services.

@@ -227,6 +227,19 @@ class JobEventRow(Base):
     """The step that it belongs to, of a trainer's event."""
 
 
+class TrainerLogRow(Base):
+    """The end of a trainer's log."""
+
+    __tablename__ = "trainer_logs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    updated_at: Mapped[datetime]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    """Size of the whole log."""
+    text: Mapped[str] = mapped_column(Text)
+
+
 class SpoolRow(Base):
     """Digest of a row of a trainer, to distinguish a replayed row from a contradicting one."""
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fakes.row_audit import audit_rows
 from fakes.scripted_installation import FAST, ScriptedInstallation
+from service.store.database import Database
 
 
 def kept_log(installation: ScriptedInstallation, job_id: str, attempt: int) -> Path:
@@ -60,6 +62,8 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(
     assert any("RuntimeError: a cosmic ray" in text for text in said)
     assert not any("Traceback" in text for text in said)
     kept = kept_log(installation, job_id, 1).read_text()
+    shown = installation.api("GET", f"/fine_tuning/jobs/{job_id}/logs", params={"attempt": 1})
+    assert (shown["text"], shown["bytes"]) == (kept, len(kept))
     assert "a cosmic ray" in kept
 
 
@@ -278,21 +282,22 @@ def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(
 @pytest.mark.slow  # waits until a lease expires
 def test_a_worker_that_was_frozen_is_turned_away_when_it_wakes(own: ScriptedInstallation) -> None:
     own.start_service(lease_ttl_seconds=1.0)
-    job_id = own.submit(steps=60, every=5, seconds=0.05)
+    job_id = own.submit(steps=120, every=5, seconds=0.05)
     frozen = own.start_worker(slot="frozen")
     own.until(lambda: own.checkpoints(job_id))
-    frozen.send_signal(signal.SIGSTOP)
-    for trainer in own.trainers():
-        trainer.suspend()
+    frozen.send_signal(signal.SIGSTOP)  # its trainer goes on, and gets ahead of its successor
     successor = own.start_worker(slot="successor")
     own.until(lambda: own.job(job_id)["attempt"] == 2)
-    zombies = own.trainers_of("frozen")
-    assert zombies
+    assert own.trainers_of("frozen")
     frozen.send_signal(signal.SIGCONT)
-    for zombie in zombies:
-        zombie.resume()
-    own.until(lambda: own.trainers_of("frozen") == [])
+    own.until(lambda: own.trainers_of("frozen") == [], seconds=2)
+    path = f"/fine_tuning/jobs/{job_id}/metrics"
+    [undone] = own.until(lambda: own.api("GET", path, params={"rewound": True})["rewound"])
+    assert undone["attempt"] == 1
     assert own.wait(job_id, "succeeded", "failed")["attempt"] == 2
-    assert own.steps(job_id) == list(range(1, 61))
+    database = Database(f"sqlite:///{own.home / 'dar.db'}")
+    assert audit_rows(database, job_id, "dar/loss", lambda step: 1 / step) == []
+    assert own.job(job_id)["progress"]["step"] == 120
+    database.close()
     assert frozen.poll() is None
     own.stop_worker(successor)

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from dar.protocol.worker import EventRow
+from dar.errors import ServiceConnectionError
+from dar.protocol.worker import EventRow, TrainerLog
+from dar.rewards.http.redaction import Redactor
 from worker.cleanup import Leftovers
-from worker.folders import AttemptFolder, AttemptRecord, SlotFolder
-from worker.spool import SpoolWriter
+from worker.folders import AttemptFolder, AttemptRecord, SlotFolder, earlier_part
+from worker.spool import SpoolWriter, encode
+from worker.supervisor.log_sender import LogSender, read_end
 
 MANY = """
 import os, sys
@@ -71,6 +74,32 @@ def test_a_log_that_grows_is_begun_anew_and_keeps_the_part_before(tmp_path: Path
     assert 1000 <= earlier.stat().st_size < 1100
     assert newest.stat().st_size < 1100
     assert newest.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_shown_of_a_log_is_its_end_without_secrets(tmp_path: Path) -> None:
+    folder = AttemptFolder(tmp_path)
+    assert read_end(folder, 100) == (b"", 0)
+    earlier_part(folder.log).write_bytes(b"first\nsecond\n")
+    folder.log.write_bytes(b"third whsec_abcdefgh\n\xff\0\n")
+    assert read_end(folder, 32)[0].startswith(b"second\nthird")
+    assert read_end(folder, 5)[0] == b"\xff\0\n"
+    sent: list[TrainerLog] = []
+
+    class Client:
+        def put_log(self, lease_id: str, log: TrainerLog) -> None:
+            sent.append(TrainerLog.model_validate_json(encode(log)))
+            if len(sent) == 1:
+                raise ServiceConnectionError("the service is away")
+
+    client: Any = Client()
+    record = AttemptRecord(lease_id="lease", job_id="job", attempt=1)
+    sender = LogSender(folder, client, record, Redactor(["whsec_abcdefgh"]))
+    for _ in range(3):
+        sender.finish()
+        sender.run()
+    assert len(sent) == 2, "that failed once, and is the same then"
+    assert sent[1].text == "first\nsecond\nthird [redacted]\n\ufffd\ufffd\n"
+    assert sent[1].bytes == 13 + 24
 
 
 def test_kept_logs_are_bounded_by_size_and_number(

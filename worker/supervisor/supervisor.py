@@ -20,7 +20,7 @@ from dar.errors import DARError, ModelNotFoundError
 from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
-from worker.api import GaveUpError, WorkerClient
+from worker.api import LOG_SECONDS, GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.launch import LOG_BYTES, ExitCode, Launch, TrainerResult
 from worker.spool import SpoolReader
@@ -28,6 +28,7 @@ from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
 from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
 from worker.supervisor.inputs import InputFetcher, LocalInputs
+from worker.supervisor.log_sender import LogSender
 from worker.supervisor.outcome import (
     RELEASES,
     AttemptEnd,
@@ -185,6 +186,8 @@ class Supervisor:
         )
         sender = self._state.spawn("sender", self._sender.run)
         uploader = self._state.spawn("uploader", self._uploader.run)
+        logs = LogSender(self._folder, self._client, self._record, launch.redactor())
+        log_sender = self._state.spawn("log", logs.run)
         trainer = TrainerProcess(self._command, self._folder, launch, environment)
         log.info("trainer started", pid=trainer.pid)
         bridge = self._bridge = RewardBridge(self._state, self._new_client(), trainer.send_news)
@@ -197,7 +200,9 @@ class Supervisor:
             trainer.kill()
         is_crash = ended.code not in set(ExitCode) - {ExitCode.CRASHED}
         log.info("trainer ended", code=ended.code, **({"log": ended.log_tail} if is_crash else {}))
+        logs.finish()
         self._deliver(sender, uploader, is_finished=ended.code == ExitCode.FINISHED)
+        log_sender.join(LOG_SECONDS)
         return ended
 
     def _launch(self, inputs: LocalInputs) -> Launch:
