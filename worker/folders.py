@@ -69,11 +69,14 @@ class AttemptFolder:
         return self.path / "lock"
 
     @contextmanager
-    def held(self) -> Iterator[bool]:
+    def held(self, *, wait: bool = False) -> Iterator[bool]:
         """Lock the attempt for the length of the context; yields whether that was possible.
 
         It is not if another process runs the attempt or sends its rows. The system frees the lock
         of a dead process.
+
+        Args:
+            wait: Wait for a process that has it for a moment, to look at the attempt.
         """
         try:
             file = self.lock.open("a")
@@ -82,7 +85,7 @@ class AttemptFolder:
             return
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
             else:

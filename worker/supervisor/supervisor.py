@@ -130,7 +130,7 @@ class Supervisor:
         try:
             self._folder.prepare()
             # Before the record is there: with it, another worker of this host would send the rows.
-            self._held.enter_context(self._folder.held())
+            self._held.enter_context(self._folder.held(wait=True))
             self._folder.create(self._record)
             self._spawn_messengers()
             return self._execute()
