@@ -46,7 +46,10 @@ class LogFile:
         fresh = self._path.with_name(f".new-{self._path.name}")
         file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600)
         try:
-            self._path.replace(earlier_part(self._path))
+            earlier = earlier_part(self._path)
+            earlier.unlink(missing_ok=True)
+            # With a second name for the old file, the supervisor finds a log at every instant.
+            earlier.hardlink_to(self._path)
             fresh.replace(self._path)
             os.dup2(file, STDOUT)
             os.dup2(file, STDERR)
