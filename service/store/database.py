@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 import stamina
-from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, text
+from sqlalchemy import Connection, Engine, Table, create_engine, event, func, insert, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -66,7 +66,7 @@ class Transaction(Session):
 
     def insert_rows(self, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
         """Insert rows without making objects of them, which would take as long again."""
-        self.connection().execute(insert(table.__table__), rows)
+        self.connection().execute(insert(cast("Table", table.__table__)), rows)
 
     def after_commit(self, hook: Callable[[], None]) -> None:
         """Run ``hook`` after a successful commit. It must not block or raise."""
