@@ -8,7 +8,6 @@ attempt: one attempt, seen from the trainer process; the only folder here that u
 failures: whose fault a failed attempt is, and the sentence about it that the user reads.
 launch: messages between supervisor and trainer, and the trainer's exit codes.
 spool: rows on disk until the service has committed them; JSON without NUL.
-spool_room: how much room a spool takes, and how much it has left.
 folders: the layout of the work directory.
 identity: node, slot and start of the worker; the lock of a slot.
 cleanup: after a crash: sends leftover rows, kills leftover trainers, removes folders.

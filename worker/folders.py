@@ -76,7 +76,7 @@ class AttemptFolder:
         of a dead process.
 
         Args:
-            wait: Wait for a process that has it for a moment, to look at the attempt.
+            wait: Wait for a process that locks the attempt for a moment, to read its record.
         """
         try:
             file = self.lock.open("a")

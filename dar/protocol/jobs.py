@@ -7,7 +7,7 @@ from dar.protocol.status import JobStatus, StatusDetail
 
 
 class JobLog(Output):
-    """The end of the log of a trainer, as it was written: for whoever looks for a fault."""
+    """The end of a trainer's log, as it was written: for finding the cause of a failure."""
 
     object: Literal["fine_tuning.job.log"]
     job_id: str

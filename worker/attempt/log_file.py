@@ -1,4 +1,4 @@
-"""The log of a trainer's process: its stdout and stderr, in a file that does not grow for ever."""
+"""The log of a trainer's process: its stdout and stderr, in a file of limited size."""
 
 import contextlib
 import os
