@@ -54,12 +54,14 @@ def test_a_spool_that_fills_thins_samples_then_stops_training_and_loses_no_metri
     tmp_path: Path,
 ) -> None:
     folder = AttemptFolder(tmp_path)
-    stop, steps = threading.Event(), 0
+    stop, hold, steps = threading.Event(), threading.Event(), 0
     sink = SpoolSink(folder, limit_bytes=LIMIT, is_stopping=stop.is_set)
 
     def train() -> None:
         nonlocal steps
         for step in range(1, 400):
+            while hold.is_set():
+                time.sleep(0.01)
             sink.phase("training", step - 1)
             sink.metrics(step, {"dar/loss": 1.0})
             steps = step
@@ -79,7 +81,12 @@ def test_a_spool_that_fills_thins_samples_then_stops_training_and_loses_no_metri
     assert steps == waiting_at
     assert room.is_full()
     assert sum(path.stat().st_size for path in folder.spool.glob("*.jsonl")) < LIMIT * 1.05
+    hold.set()
     read = drain(folder)  # the service is back
+    while steps == waiting_at:
+        time.sleep(0.01)
+    read += drain(folder)
+    hold.clear()
     while steps < waiting_at + 20:
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -25,6 +25,7 @@ from dar.protocol.worker import (
     RewardsRow,
     SamplesRow,
 )
+from dar.training.report.sink import Sink
 from worker.failures import AttemptFailure
 from worker.folders import AttemptFolder
 from worker.launch import SPOOL_BYTES, TrainerResult
@@ -99,7 +100,7 @@ def extremes(samples: Sequence[ReportedSample]) -> list[ReportedSample]:
     return [best] if best is worst else [best, worst]
 
 
-class SpoolSink:
+class SpoolSink(Sink):
     """Writes a trainer's reports to the attempt's folder; thread-safe.
 
     Metrics are never left out. While the spool is nearly full, because the service is away, samples
