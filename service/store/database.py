@@ -32,6 +32,9 @@ STATEMENT_SECONDS = 15
 IDLE_IN_TRANSACTION_SECONDS = 30
 CONNECT_SECONDS = 5
 _SERIALIZATION_FAILURE, _DEADLOCK = "40001", "40P01"
+_opening = threading.Lock()
+_opened: set[tuple[int, int]] = set()
+"""Device and inode of each SQLite file to which this process has had a connection."""
 
 
 class Transaction(Session):
@@ -249,11 +252,21 @@ def _sqlite_engine(url: URL) -> Engine:
 
 
 def _keep_private(_dialect: object, _record: object, arguments: Sequence[Any], _: object) -> None:
-    """Let only the owner read the database. SQLite makes its other files with the same mode."""
+    """Let only the owner read the database. SQLite makes its other files with the same mode.
+
+    A process that closes a file loses all its locks on it, also those of SQLite's connections. The
+    next program that read the database would then delete the log of its newest commits. So the file
+    is opened here only before this process has the first connection to it.
+    """
     path = Path(arguments[0])
     if path.parent.is_dir() and not arguments[0].startswith((":memory:", "file:")):
-        _check_sqlite(path)
-        path.touch(mode=0o600)
+        with _opening:
+            if not path.exists():
+                path.touch(mode=0o600)
+            state = path.stat()
+            if (state.st_dev, state.st_ino) not in _opened:
+                _check_sqlite(path)
+                _opened.add((state.st_dev, state.st_ino))
         for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
                 if file.stat().st_mode & 0o077:
