@@ -193,6 +193,15 @@ class Settings(BaseSettings):
     spool_seconds: Seconds = 1.0
     """Longest time that a trainer's reports wait before they are sent."""
 
+    spool_bytes: Annotated[int, Field(ge=1024**2)] = 2 * 1024**3
+    """Largest size of the reports of one attempt that wait on the worker's disk while the service
+    is away, in bytes. From 80% on, only the best and the worst sample of each step are kept; at
+    100% training waits."""
+
+    trainer_logs_bytes: Annotated[int, Field(ge=1024**2)] = 512 * 1024**2
+    """Largest size of the logs of ended trainers that each slot keeps, in bytes. The oldest are
+    removed first, also those beyond the newest 500."""
+
     drain_seconds: Seconds = 120.0
     """How long a trainer may take to write a checkpoint and end when its worker is stopped."""
 

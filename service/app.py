@@ -24,6 +24,7 @@ from service.api import (
     inputs,
     jobs,
     leases,
+    logs,
     metrics,
     models,
     query,
@@ -54,7 +55,7 @@ from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
 
 ROUTERS = (
-    *(files, jobs, attempts, events, metrics, samples, reward_stats, checkpoints, models),
+    *(files, jobs, attempts, events, logs, metrics, samples, reward_stats, checkpoints, models),
     *(
         reward_endpoints,
         graders,

@@ -33,6 +33,7 @@ from dar.protocol.worker import (
     Release,
     RewardProgressNoted,
     RewardRequestStates,
+    TrainerLog,
 )
 from worker.spool import encode
 
@@ -43,6 +44,8 @@ READ_SECONDS = 30.0
 COMMIT_SECONDS = 600.0
 """The service hashes every file of a checkpoint before it responds to a commit."""
 DIRECTIVES_WAIT_SECONDS = 20
+LOG_SECONDS = 2.0
+"""A log that the service does not take in this time is sent again later, or not at all."""
 LOOK_SECONDS = 0.1
 """How often a pause checks whether to give up."""
 BROKEN_ANSWERS = 10
@@ -255,6 +258,11 @@ class WorkerClient:
             content=gzip.compress(body, compresslevel=3),
             headers={**JSON_TYPE, "content-encoding": "gzip"},
         )
+
+    def put_log(self, lease_id: str, log: TrainerLog) -> None:
+        """Replace the end of the trainer's log."""
+        path = f"/leases/{lease_id}/log"
+        self._send("PUT", path, content=encode(log), headers=JSON_TYPE, timeout=LOG_SECONDS)
 
     def announce_rewards(
         self, lease_id: str, announced: AnnounceRewardRequests

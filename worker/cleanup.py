@@ -15,6 +15,7 @@ from worker.supervisor.sender import send_batch
 
 log = structlog.get_logger(__name__)
 
+LOGS_BYTES = 512 * 1024**2
 KEPT_ASIDE = timedelta(days=7)
 """How long rows that cannot be sent stay on disk."""
 
@@ -30,9 +31,13 @@ def sweep_processes(folder: SlotFolder) -> None:
 class Leftovers:
     """Sends the rows of ended attempts with the worker's own key; `run` is the body of a thread.
 
+    It also sends those of the host's other slots whose workers are dead, because such a slot may
+    never have a worker again.
+
     Args:
         active: Returns the id of the lease that runs now; its folder is left alone.
         pause_seconds: Pause between two passes.
+        logs_bytes: Largest size of the logs that are kept.
     """
 
     def __init__(
@@ -41,11 +46,13 @@ class Leftovers:
         client: WorkerClient,
         active: Callable[[], str | None],
         pause_seconds: float,
+        logs_bytes: int = LOGS_BYTES,
     ) -> None:
         self._folder = folder
         self._client = client
         self._active = active
         self._pause_seconds = pause_seconds
+        self._logs_bytes = logs_bytes
         self._aside: set[AttemptFolder] = set()
         self._wake = threading.Event()
         self._stopped = False
@@ -76,9 +83,32 @@ class Leftovers:
                 return
             if attempt == self._current() or attempt in self._aside:
                 continue
-            record = attempt.read_record()
-            if record is None or self._send(attempt, record):
-                attempt.remove()
+            with attempt.held() as is_ended:
+                if is_ended:
+                    self._clear(attempt)
+        for other in self._folder.others():
+            self._sweep_other(other)
+
+    def _sweep_other(self, other: SlotFolder) -> None:
+        for attempt in other.all_attempts():
+            if self._stopped:
+                return
+            # A worker of an earlier version has no such lock and clears its own slot.
+            if attempt in self._aside or not attempt.lock.exists():
+                continue
+            with attempt.held() as is_ended:
+                if is_ended and attempt.read_record() is not None:
+                    kill_leftover(attempt)
+                    self._clear(attempt)
+
+    def _clear(self, attempt: AttemptFolder) -> None:
+        """Send the rows of an ended attempt, and remove its folder when all have arrived."""
+        record = attempt.read_record()
+        if record is None:
+            attempt.remove()
+        elif self._send(attempt, record):
+            self._folder.keep_logs(attempt, record, self._logs_bytes)
+            attempt.remove()
 
     def _current(self) -> AttemptFolder | None:
         lease_id = self._active()

@@ -5,12 +5,13 @@ Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
     machine                     random name of this machine
     slot-<slot>/
       lock                      locked by the slot's worker; contains its process id
-      logs/<job>-<attempt>.log  output of trainers of failed attempts, the newest 20
-                                (``-1.log``, …: their other processes)
+      logs/<job>-<attempt>.log  output of the trainers of ended attempts (``-1.log``, …: their
+                                other processes; ``.earlier.log``: the part before)
       attempts/<lease>/
         attempt.json            lease, job and attempt: enough to send the rows after a restart
+        lock                    locked by the worker that runs the attempt, or sends its rows
         trainer.json            process id and start time of the trainer
-        trainer.log             output of the trainer
+        trainer.log             output of the trainer (``trainer.earlier.log``: the part before)
         trainer-1.log, …        output of its other processes, if it has any
         progress.json           what the trainer does now
         result.json             how the trainer ended, as it reports itself
@@ -24,7 +25,10 @@ Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
 No key or token is ever written here.
 """
 
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -33,7 +37,12 @@ from pydantic import BaseModel, ConfigDict
 
 from dar.disk import OTHER_FOLDER_HINT, make_folder, read_if_there, write_atomically
 
-LOGS_KEPT = 20
+LOGS_KEPT = 500
+
+
+def earlier_part(log: Path) -> Path:
+    """Where the earlier part of a trainer's log is."""
+    return log.with_suffix(".earlier.log")
 
 
 class AttemptRecord(BaseModel):
@@ -57,6 +66,33 @@ class AttemptFolder:
         return self.path / "attempt.json"
 
     @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @contextmanager
+    def held(self, *, wait: bool = False) -> Iterator[bool]:
+        """Lock the attempt for the length of the context; yields whether that was possible.
+
+        It is not if another process runs the attempt or sends its rows. The system frees the lock
+        of a dead process.
+
+        Args:
+            wait: Wait for a process that locks the attempt for a moment, to read its record.
+        """
+        try:
+            file = self.lock.open("a")
+        except FileNotFoundError:  # the folder is gone
+            yield False
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    @property
     def trainer(self) -> Path:
         return self.path / "trainer.json"
 
@@ -69,7 +105,7 @@ class AttemptFolder:
         return self.log if process == 0 else self.path / f"trainer-{process}.log"
 
     def logs(self) -> list[tuple[str, Path]]:
-        """The existing logs, each with the suffix of its process, such as ``-1``."""
+        """The existing logs, each with the suffix of its process and part: ``-1.earlier``."""
         found = sorted(self.path.glob("trainer*.log"))
         return [(path.stem.removeprefix("trainer"), path) for path in found]
 
@@ -93,9 +129,13 @@ class AttemptFolder:
     def spool(self) -> Path:
         return self.path / "spool"
 
-    def create(self, record: AttemptRecord) -> None:
+    def prepare(self) -> None:
+        """Make the folders, before anybody can take this for an attempt."""
         for folder in (self.path, self.inputs, self.work, self.spool):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def create(self, record: AttemptRecord) -> None:
+        self.prepare()
         write_atomically(self.record, record.model_dump_json().encode())
 
     def read_record(self) -> AttemptRecord | None:
@@ -126,6 +166,11 @@ class SlotFolder:
             make_folder(path, f"{OTHER_FOLDER_HINT} DAR_WORK_DIR or DAR_HOME")
         return folder
 
+    def others(self) -> list["SlotFolder"]:
+        """The folders of the other slots of this host."""
+        found = sorted(self.path.parent.glob("slot-*/attempts"))
+        return [SlotFolder(path.parent) for path in found if path.parent != self.path]
+
     @property
     def lock(self) -> Path:
         return self.path / "lock"
@@ -145,10 +190,20 @@ class SlotFolder:
         """The folders of all attempts, the oldest first."""
         return [AttemptFolder(path) for path in sorted(self.attempts.iterdir()) if path.is_dir()]
 
-    def keep_log(self, folder: AttemptFolder, record: AttemptRecord) -> None:
-        """Move an attempt's logs to `logs`, and remove the oldest logs there."""
+    def keep_logs(self, folder: AttemptFolder, record: AttemptRecord, most_bytes: int) -> None:
+        """Move an attempt's logs to `logs`, and remove the oldest logs there.
+
+        Args:
+            folder: Files of the attempt, whose trainer has ended.
+            record: The attempt.
+            most_bytes: Largest size of all logs; the newest one is kept whatever its size.
+        """
         for suffix, path in folder.logs():
             path.replace(self.logs / f"{record.job_id}-{record.attempt}{suffix}.log")
-        logs = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in logs[:-LOGS_KEPT]:
-            path.unlink(missing_ok=True)
+        states = [(path, path.stat()) for path in self.logs.iterdir()]
+        states.sort(key=lambda one: one[1].st_mtime, reverse=True)
+        size = 0
+        for place, (path, state) in enumerate(states):
+            size += state.st_size
+            if place and (place >= LOGS_KEPT or size > most_bytes):
+                path.unlink(missing_ok=True)

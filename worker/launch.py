@@ -25,6 +25,11 @@ from dar.rewards.cache.cache import CachePlace
 from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.http.redaction import Redactor
 
+SPOOL_BYTES = 2 * 1024**3
+"""Default of `Launch.spool_bytes`."""
+LOG_BYTES = 16 * 1024**2
+"""Default of `Launch.log_bytes`."""
+
 
 class ExitCode(IntEnum):
     """Exit codes of a trainer; the numbers are those of ``sysexits.h`` where one fits."""
@@ -80,6 +85,10 @@ class Launch(BaseModel):
     threads: int
     """CPU threads of this process."""
     is_offline: bool
+    spool_bytes: int = SPOOL_BYTES
+    """Largest size of the spool."""
+    log_bytes: int = LOG_BYTES
+    """Size at which a log is begun anew; the part before is kept."""
     process: int = 0
     """Number of this process among those that train together; process 0 starts the others."""
     port: int = 0

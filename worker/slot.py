@@ -63,7 +63,11 @@ class Slot:
         """Whether a complete self-check is due: at the start, and after a fault of this machine."""
         self._fault: WorkerFault | None = None
         self._leftovers = Leftovers(
-            folder, self._client, lambda: self._lease_id, settings.poll_seconds
+            folder,
+            self._client,
+            lambda: self._lease_id,
+            settings.poll_seconds,
+            settings.trainer_logs_bytes,
         )
 
     def run_next(self) -> bool:

@@ -18,7 +18,7 @@ from dar.client.transport import (
 from dar.errors import ConfigurationError, ConflictError, DARError
 from dar.protocol.base import Page
 from dar.protocol.events import Event
-from dar.protocol.jobs import Attempt, Job
+from dar.protocol.jobs import Attempt, Job, JobLog
 from dar.protocol.metrics import Metrics
 from dar.protocol.reward_stats import RewardFailure, RewardStats
 from dar.protocol.samples import Sample
@@ -200,16 +200,49 @@ class Jobs:
             time.sleep(pause)
 
     def events(
-        self, job_id: str | HasId, *, order: Order = "desc", limit: int = 20
+        self,
+        job_id: str | HasId,
+        *,
+        order: Order = "desc",
+        limit: int = 20,
+        rewound: bool = False,
     ) -> Listing[Event]:
-        """The events of a job, newest first; ``limit`` is the size of a page."""
-        params = {"order": order, "limit": limit}
+        """The events of a job, newest first.
+
+        Args:
+            job_id: The job.
+            order: ``asc``: oldest first.
+            limit: Size of a page.
+            rewound: Whether to list events of steps after the checkpoint from which a later attempt
+                started, too.
+        """
+        params = {"order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/events", Page[Event], params)
 
-    def attempts(self, job_id: str, *, order: Order = "desc", limit: int = 20) -> Listing[Attempt]:
+    def attempts(
+        self, job_id: str | HasId, *, order: Order = "desc", limit: int = 20
+    ) -> Listing[Attempt]:
         """The attempts of a job, newest first: where each ran, and whose fault a failure was."""
         params = {"order": order, "limit": limit}
         return Listing(self._transport, f"{_path(job_id)}/attempts", Page[Attempt], params)
+
+    def log(
+        self, job_id: str | HasId, *, attempt: int | None = None, tail: int | None = None
+    ) -> JobLog:
+        """The end of the log of a job's trainer, while it runs and afterwards.
+
+            print(client.jobs.log(job.id, tail=50).text)
+
+        Args:
+            job_id: The job.
+            attempt: Number of the attempt; default: the newest that has a log.
+            tail: Only so many lines of its end; default: all that is stored, at most 64 KiB.
+
+        Raises:
+            NotFoundError: There is no such log.
+        """
+        params = {"attempt": attempt, "tail": tail}
+        return self._transport.get(f"{_path(job_id)}/logs", JobLog, params)
 
     def metrics(
         self,
@@ -219,6 +252,7 @@ class Jobs:
         after: str | None = None,
         from_step: int | None = None,
         to_step: int | None = None,
+        rewound: bool = False,
     ) -> Metrics:
         """The series of a job, each with its own steps.
 
@@ -228,15 +262,19 @@ class Jobs:
         Args:
             job_id: The job.
             names: Names of series, or a single one; default: all.
-            after: ``cursor`` of an earlier response; only newer values are returned.
+            after: ``cursor`` of an earlier response; only newer values are returned. If the
+                response has ``rewound_to``, drop the later steps of earlier responses first.
             from_step: First step to return.
             to_step: Last step to return.
+            rewound: Whether to return what earlier attempts reported of steps after the checkpoint
+                from which a later attempt started, too, as ``rewound``.
         """
         params = {
             "names": None if names is None else ",".join(texts("names", names)),
             "after": after,
             "from_step": from_step,
             "to_step": to_step,
+            "rewound": rewound or None,
         }
         return self._transport.get(f"{_path(job_id)}/metrics", Metrics, params)
 
@@ -251,6 +289,7 @@ class Jobs:
         step: int | None = None,
         order: Order = "desc",
         limit: int = 20,
+        rewound: bool = False,
     ) -> Listing[RewardFailure]:
         """Failed requests to reward services, after all retries, newest first.
 
@@ -259,8 +298,10 @@ class Jobs:
             step: Only those of this step.
             order: ``asc``: oldest first.
             limit: Size of a page.
+            rewound: Whether to list those of steps after the checkpoint from which a later attempt
+                started, too.
         """
-        params = {"step": step, "order": order, "limit": limit}
+        params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
         path = f"{_path(job_id)}/reward_failures"
         return Listing(self._transport, path, Page[RewardFailure], params)
 
@@ -271,6 +312,7 @@ class Jobs:
         step: int | None = None,
         order: SampleOrder = "desc",
         limit: int = 20,
+        rewound: bool = False,
     ) -> Listing[Sample]:
         """Completions that were stored for viewing, with their reward, advantage and weight.
 
@@ -279,8 +321,10 @@ class Jobs:
             step: Only those of this step.
             order: By age or by value; ``-reward``: highest reward first.
             limit: Size of a page.
+            rewound: Whether to list those of steps after the checkpoint from which a later attempt
+                started, too.
         """
-        params = {"step": step, "order": order, "limit": limit}
+        params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
         return Listing(self._transport, f"{_path(job_id)}/samples", Page[Sample], params)
 
 

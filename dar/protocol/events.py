@@ -14,7 +14,8 @@ class Event(Output):
     object: Literal["fine_tuning.job.event"]
     created_at: UnixSeconds
     seq: int
-    """Position in the job's history, from 1, without gaps."""
+    """Position in the job's history, from 1. Rewound events leave gaps where they are not
+    listed."""
     level: Level
     type: Literal["message", "metrics"]
     message: str
@@ -23,3 +24,5 @@ class Event(Output):
 
     For ``message``: ``kind`` (status, checkpoint, …) and the facts.
     """
+    rewound: bool = False
+    """Whether it is about a step after the checkpoint from which a later attempt started."""

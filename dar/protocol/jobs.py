@@ -9,6 +9,20 @@ from dar.protocol.status import AttemptStatus, JobStatus, StatusDetail
 from dar.protocol.worker import FailureOwner
 
 
+class JobLog(Output):
+    """The end of a trainer's log, as it was written: for finding the cause of a failure."""
+
+    object: Literal["fine_tuning.job.log"]
+    job_id: str
+    attempt: int
+    updated_at: UnixSeconds
+    """When the worker sent it; while the trainer runs, it does so every few seconds."""
+    bytes: int
+    """Size of the whole log, which is on the worker's disk."""
+    text: str
+    """At most its last 64 KiB, without secrets."""
+
+
 class JobError(Output):
     """Why a job failed, or why it was paused for lack of rewards."""
 

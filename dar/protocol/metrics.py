@@ -305,6 +305,13 @@ class SeriesByName(dict[str, Series]):
         return self[present]
 
 
+class RewoundSeries(Output):
+    """What one attempt reported of steps after the checkpoint from which a later one started."""
+
+    attempt: int
+    series: dict[str, Series]
+
+
 class Metrics(Output):
     """Response of ``GET /v1/fine_tuning/jobs/{id}/metrics``."""
 
@@ -315,6 +322,11 @@ class Metrics(Output):
     status: JobStatus
     poll_after_ms: int
     """How long to wait before the next poll."""
+    rewound_to: int | None = None
+    """With ``after``: the step to which an attempt has gone back since that response, if one has;
+    later steps of earlier responses do not count any more."""
+    rewound: list[RewoundSeries] | None = None
+    """Null unless the request has ``rewound=true``."""
 
 
 class MetricName(Output):

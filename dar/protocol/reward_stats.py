@@ -75,6 +75,8 @@ class RewardFailure(Output):
     """Step of the report with the failure: that of the samples, or the next that was reported."""
     attempt: int
     """Number of the job's attempt that sent it."""
+    rewound: bool = False
+    """Whether the step is after the checkpoint from which a later attempt started."""
     component: str
     code: str
     error_class: str

@@ -47,6 +47,8 @@ class Sample(Output):
     created_at: UnixSeconds
     step: int
     attempt: int
+    rewound: bool = False
+    """Whether the step is after the checkpoint from which a later attempt started."""
     group: int
     index: int
     prompt: str

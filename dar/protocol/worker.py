@@ -317,6 +317,16 @@ class EventRow(_SpooledRow):
     level: Level
     message: Annotated[str, Field(max_length=4000)]
     data: dict[str, Any] | None = None
+    step: Count | None = None
+    """The step that it is about; null: a worker of an earlier version sent it."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``step`` out if it is null, so that the row has the digest of earlier versions."""
+        found: dict[str, Any] = handler(self)
+        if self.step is None:
+            found.pop("step", None)
+        return found
 
 
 class NewCheckpointRow(_SpooledRow):
@@ -368,6 +378,19 @@ class BatchAck(Output):
 
     acked_seq: int
     """Rows up to this number are committed and need not be sent again."""
+    is_fenced: bool = False
+    """Whether the attempt has lost its job. Its rows are stored, and its trainer must stop."""
+
+
+MOST_LOG_CHARACTERS = 65536
+
+
+class TrainerLog(AttemptOf):
+    """The end of a trainer's log, in place of the one that was sent before."""
+
+    text: Annotated[str, Field(max_length=MOST_LOG_CHARACTERS)]
+    bytes: Annotated[int, Field(ge=0, le=2**53)]
+    """Size of the whole log."""
 
 
 class RegisterCheckpoint(AttemptOf):

@@ -79,6 +79,12 @@ def heartbeat(lease_id: LeaseHolder, runtime: CurrentRuntime, body: HeartbeatBod
     seconds = runtime.settings.lease_ttl_seconds
     with runtime.database.write() as transaction:
         held = fence.hold(transaction, lease_id, body.attempt)
+        if body.progress is not None and body.progress.step > held.job.total_steps:
+            raise InvalidRequestError(
+                f"the job has {held.job.total_steps} steps, so {body.progress.step} cannot be done",
+                param="progress.step",
+                code="step_out_of_range",
+            )
         leases.renew(transaction, held, timedelta(seconds=seconds), body.progress)
     return LeaseState(ttl_seconds=seconds)
 
@@ -99,7 +105,12 @@ async def get_directives(
     return Directives(directives=found, cursor=received.plus(found).text)
 
 
-@router.post("/{lease_id}/batch", openapi_extra=schema_of(Batch), responses=FENCED)
+@router.post(
+    "/{lease_id}/batch",
+    openapi_extra=schema_of(Batch),
+    response_model_exclude_defaults=True,
+    responses=FENCED,
+)
 def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody) -> BatchAck:
     """Store rows of a trainer, also those of an attempt that has lost its job."""
     _check_rows(body)
@@ -110,6 +121,7 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
                 f"lease {lease_id} is of attempt {held.attempt.number}, not {body.attempt}",
                 param="attempt",
             )
+        _check_steps(body, held.job.total_steps)
         fresh = [row for row in body.rows if row.seq > held.attempt.acked_seq]
         stored = rows.add(transaction, held, body.rows)
         if isinstance(stored, rows.Contradiction):
@@ -121,7 +133,7 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
             f"row {stored.seq} was committed before with other content; the spool was altered",
             code="integrity",
         )
-    return BatchAck(acked_seq=stored)
+    return BatchAck(acked_seq=stored, is_fenced=not fence.is_live(held.attempt, held.job))
 
 
 @router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete), responses=FENCED)
@@ -252,6 +264,21 @@ def _check_rows(body: Batch) -> None:
                 problems.append(
                     Problem("must be a count of tokens", f"rows[{index}].values", "invalid_count")
                 )
+    if problems:
+        raise errors.invalid(problems)
+
+
+def _check_steps(body: Batch, total_steps: int) -> None:
+    """Refuse rows of steps that the job does not have. Only metrics and the like start at 1."""
+    problems = [
+        Problem(
+            f"the job has {total_steps} steps, so there is no step {row.step}",
+            f"rows[{index}].step",
+            "step_out_of_range",
+        )
+        for index, row in enumerate(body.rows)
+        if row.step is not None and row.step > total_steps
+    ]
     if problems:
         raise errors.invalid(problems)
 

@@ -1,7 +1,8 @@
 """Metrics of a job, one series for each name."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
@@ -11,7 +12,7 @@ from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.metrics import METRICS, MetricName, Metrics, current_name, is_known
 from dar.protocol.status import TERMINAL
 from service.api.jobs import PATH
-from service.api.paging import whole
+from service.api.paging import WithRewound, whole
 from service.http.auth import Reader
 from service.runtime import CurrentRuntime
 from service.store import jobs, metrics
@@ -47,6 +48,7 @@ def get_metrics(
     after: Annotated[str | None, Query(description="Cursor of the previous response.")] = None,
     from_step: Step = None,
     to_step: Step = None,
+    rewound: WithRewound = False,
 ) -> Response:
     """The metrics of a job, one series for each name.
 
@@ -63,7 +65,7 @@ def get_metrics(
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         newest = metrics.last_id(transaction, job.id)
-        etag = f'W/"{newest}-{job.status}"'
+        etag = f'W/"{newest}-{job.attempt}-{job.status}"'
         if etag == request.headers.get("if-none-match"):
             return Response(status_code=304, headers={"etag": etag})
         series = metrics.read(
@@ -74,17 +76,41 @@ def get_metrics(
             from_step=from_step,
             to_step=to_step,
         )
-    if wanted is not None:
-        series = {name: series[present] for name, present in wanted.items() if present in series}
-    body = {
+        rewound_to = metrics.rewound_to(transaction, job, behind)
+        undone = None
+        if rewound:
+            undone = metrics.read_rewound(
+                transaction,
+                job.id,
+                names=None if wanted is None else wanted.values(),
+                from_step=from_step,
+                to_step=to_step,
+            )
+    body: dict[str, Any] = {
         "object": "metrics",
-        "series": {name: asdict(points) for name, points in sorted(series.items())},
+        "series": _named(series, wanted),
         "cursor": str(max(newest, behind)),
         "status": job.status,
         "poll_after_ms": 60 * POLL_MS if job.status in TERMINAL else POLL_MS,
     }
+    if rewound_to is not None:
+        body["rewound_to"] = rewound_to
+    if undone is not None:
+        body["rewound"] = [
+            {"attempt": attempt, "series": _named(points, wanted)}
+            for attempt, points in undone.items()
+        ]
     headers = {"etag": etag, "cache-control": "private, no-cache"}
     return Response(orjson.dumps(body), media_type="application/json", headers=headers)
+
+
+def _named(
+    series: Mapping[str, metrics.Points], wanted: Mapping[str, str] | None
+) -> dict[str, dict[str, Any]]:
+    """The series under the names that the client sent, sorted."""
+    if wanted is not None:
+        series = {name: series[present] for name, present in wanted.items() if present in series}
+    return {name: asdict(points) for name, points in sorted(series.items())}
 
 
 def _names(text: str | None) -> list[str] | None:

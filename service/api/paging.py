@@ -40,6 +40,13 @@ def cursor(
 
 
 PageCursor = Annotated[Cursor, Depends(cursor)]
+WithRewound = Annotated[
+    bool,
+    Query(
+        description="Also what earlier attempts reported of steps after the checkpoint from which "
+        "a later attempt started."
+    ),
+]
 
 
 def envelope(

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Query
 from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.reward_stats import FAMILIES, ComponentStats, RewardFailure, RewardStats
 from service.api.jobs import PATH
-from service.api.paging import PageCursor, envelope, seconds
+from service.api.paging import PageCursor, WithRewound, envelope, seconds
 from service.http.auth import Reader
 from service.runtime import CurrentRuntime
-from service.store import jobs, metrics, reward_failures, tables
+from service.store import jobs, metrics, reward_failures, rewinds, tables
 
 router = APIRouter(prefix=PATH, tags=["rewards"])
 Series = Mapping[str, metrics.Points]
@@ -76,7 +76,7 @@ def _newest(series: Series, name: str) -> float | None:
     return None if points is None else points.value[-1]
 
 
-@router.get("/{job_id}/reward_failures")
+@router.get("/{job_id}/reward_failures", response_model_exclude_defaults=True)
 def list_reward_failures(
     job_id: str,
     runtime: CurrentRuntime,
@@ -85,15 +85,17 @@ def list_reward_failures(
     step: Annotated[
         int | None, Query(ge=1, le=MAX_COUNT, description="Only failures of this step.")
     ] = None,
+    rewound: WithRewound = False,
 ) -> Page[RewardFailure]:
     """List failed requests to reward services, newest first; the newest 10,000 are kept."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
-        found = reward_failures.list_page(transaction, job.id, step, cursor)
-    return envelope(found, show, lambda failure: failure.id)
+        found = reward_failures.list_page(transaction, job.id, step, cursor, rewound=rewound)
+        last = rewinds.last_steps(transaction, job.id)
+    return envelope(found, lambda row: show(row, last), lambda failure: failure.id)
 
 
-def show(row: tables.RewardFailureRow) -> RewardFailure:
+def show(row: tables.RewardFailureRow, last_steps: Mapping[int, int]) -> RewardFailure:
     return RewardFailure(
         id=row.id,
         object="fine_tuning.job.reward_failure",
@@ -101,6 +103,7 @@ def show(row: tables.RewardFailureRow) -> RewardFailure:
         created_at=seconds(row.created_at),
         step=row.step,
         attempt=row.attempt,
+        rewound=rewinds.is_rewound(last_steps, row.attempt, row.step),
         component=row.component,
         code=row.code,
         error_class=row.family,

@@ -1,5 +1,6 @@
 """Samples of a job."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -8,17 +9,17 @@ from dar.errors import InvalidRequestError
 from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.samples import Sample
 from service.api.jobs import PATH
-from service.api.paging import MAX_LIMIT, envelope, seconds
+from service.api.paging import MAX_LIMIT, WithRewound, envelope, seconds
 from service.http.auth import Reader
 from service.runtime import CurrentRuntime
-from service.store import jobs, samples, tables
+from service.store import jobs, rewinds, samples, tables
 from service.store.paging import Slice
 
 router = APIRouter(prefix=PATH, tags=["samples"])
 PREFIX = "sample-"
 
 
-@router.get("/{job_id}/samples")
+@router.get("/{job_id}/samples", response_model_exclude_defaults=True)
 def list_samples(
     job_id: str,
     runtime: CurrentRuntime,
@@ -31,17 +32,26 @@ def list_samples(
     after: Annotated[
         str | None, Query(description="Id of the last sample of the previous page.")
     ] = None,
+    rewound: WithRewound = False,
 ) -> Page[Sample]:
     """Completions that were kept for viewing, newest first."""
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         rows = samples.read(
-            transaction, job.id, step=step, order=order, limit=limit + 1, after=_id(after)
+            transaction,
+            job.id,
+            step=step,
+            order=order,
+            limit=limit + 1,
+            after=_id(after),
+            rewound=rewound,
         )
-    return envelope(Slice(rows[:limit], len(rows) > limit), show, lambda sample: sample.id)
+        last = rewinds.last_steps(transaction, job.id)
+    found = Slice(rows[:limit], len(rows) > limit)
+    return envelope(found, lambda row: show(row, last), lambda sample: sample.id)
 
 
-def show(row: tables.SampleRow) -> Sample:
+def show(row: tables.SampleRow, last_steps: Mapping[int, int]) -> Sample:
     return Sample.model_validate(
         {
             **row.body,
@@ -50,6 +60,7 @@ def show(row: tables.SampleRow) -> Sample:
             "created_at": seconds(row.created_at),
             "step": row.step,
             "attempt": row.attempt,
+            "rewound": rewinds.is_rewound(last_steps, row.attempt, row.step),
         }
     )
 

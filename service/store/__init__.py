@@ -15,12 +15,14 @@ outcomes: what follows the end of an attempt: success, retry after a wait, too m
 workers: who workers are, whether they can run jobs, and what an operator has ordered.
 poison: when a job is given up, because its attempts fail by its own fault.
 rows: rows that a trainer sends, each stored once; progress of the job.
+rewinds: which rows of an attempt a later attempt has rewound.
 checkpoints: announced, available and removed checkpoints, and which are kept.
 best_checkpoint: which checkpoint of a job is the best, and which its result.
 events: events of a job.
 files: uploaded files.
 keys: API keys and their project.
 metrics: metrics of a job.
+logs: the ends of trainers' logs.
 samples: completions of a job that were kept.
 reward_endpoints: registered reward services.
 reward_failures: failed requests to reward services.

@@ -4,15 +4,15 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 import stamina
-from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
+from sqlalchemy import Connection, Engine, Table, create_engine, event, func, insert, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from dar.errors import ConfigurationError, ServiceUnavailableError
 from dar.fault_points import fault_point
 from dar.rewards.http.redaction import Redactor
+from service.store.columns import Base
 
 Result = TypeVar("Result")
 Clock = Callable[[], datetime]
@@ -31,6 +32,9 @@ BUSY_SECONDS = 20
 STALL_SECONDS = 2.0
 """Time after which a failure is a stall: requests that fail faster hold nothing up."""
 _SERIALIZATION_FAILURE, _DEADLOCK = "40001", "40P01"
+_opening = threading.Lock()
+_opened: set[tuple[int, int]] = set()
+"""Device and inode of each SQLite file to which this process has had a connection."""
 
 
 class Transaction(Session):
@@ -62,6 +66,10 @@ class Transaction(Session):
             else:
                 self._now = datetime.now(UTC)
         return self._now
+
+    def insert_rows(self, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert rows without making objects of them, which would take as long again."""
+        self.connection().execute(insert(cast("Table", table.__table__)), rows)
 
     def after_commit(self, hook: Callable[[], None]) -> None:
         """Run ``hook`` after a successful commit. It must not block or raise."""
@@ -300,11 +308,21 @@ def _sqlite_engine(url: URL, *, has_query: bool) -> Engine:
 
 
 def _keep_private(_dialect: object, _record: object, arguments: Sequence[Any], _: object) -> None:
-    """Let only the owner read the database. SQLite makes its other files with the same mode."""
+    """Let only the owner read the database. SQLite makes its other files with the same mode.
+
+    A process that closes a file loses all its locks on it, also those of SQLite's connections. The
+    next program that read the database would then delete the log of its newest commits. So the file
+    is opened here only before this process has the first connection to it.
+    """
     path = Path(arguments[0])
     if path.parent.is_dir() and not arguments[0].startswith((":memory:", "file:")):
-        _check_sqlite(path)
-        path.touch(mode=0o600)
+        with _opening:
+            if not path.exists():
+                path.touch(mode=0o600)
+            state = path.stat()
+            if (state.st_dev, state.st_ino) not in _opened:
+                _check_sqlite(path)
+                _opened.add((state.st_dev, state.st_ino))
         for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
                 if file.stat().st_mode & 0o077:

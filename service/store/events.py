@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from dar.protocol.events import Level
 from dar.protocol.ids import new_id
+from service.store import rewinds
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import JobEventRow, JobRow
@@ -23,6 +24,9 @@ class NewEvent:
     type: Literal["message", "metrics"] = "message"
     data: dict[str, Any] | None = None
     at: datetime | None = None
+    attempt: int | None = None
+    """Of a trainer's event: the attempt, and the step that it belongs to."""
+    step: int | None = None
 
 
 def append(transaction: Transaction, job_id: str, events: Sequence[NewEvent]) -> None:
@@ -43,8 +47,8 @@ def insert_at(
     transaction: Transaction, job_id: str, first_seq: int, events: Sequence[NewEvent]
 ) -> None:
     """Insert ``events``. The caller has already added their number to the job's ``event_seq``."""
-    transaction.execute(
-        insert(JobEventRow),
+    transaction.insert_rows(
+        JobEventRow,
         [
             {
                 "id": new_id("ftevent-"),
@@ -55,18 +59,32 @@ def insert_at(
                 "type": item.type,
                 "message": item.message,
                 "data": item.data,
+                "attempt": item.attempt,
+                "step": item.step,
             }
             for offset, item in enumerate(events)
         ],
     )
 
 
-def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[JobEventRow]:
-    """One page of a job's events."""
+def list_page(
+    transaction: Transaction, job_id: str, cursor: Cursor, *, rewound: bool
+) -> Slice[JobEventRow]:
+    """One page of a job's events.
+
+    Args:
+        transaction: Where they are read.
+        job_id: The job.
+        cursor: The page. Its edge may be a rewound event.
+        rewound: Whether to list rewound events too.
+    """
+    every = select(JobEventRow).where(JobEventRow.job_id == job_id)
+    kept = rewinds.is_kept(job_id, JobEventRow.attempt, JobEventRow.step)
     return page(
         transaction,
-        select(JobEventRow).where(JobEventRow.job_id == job_id),
+        every if rewound else every.where(kept),
         JobEventRow.id,
         (JobEventRow.seq,),
         cursor,
+        edges=every,
     )

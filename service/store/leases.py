@@ -77,6 +77,7 @@ def claim(
             step=start_step,
             tokens=0 if resume is None else checkpoints.trained_tokens(resume),
             started_at=job.started_at or transaction.now,
+            metrics_event_step=start_step,
         )
     )
     attempt = AttemptRow(

@@ -2,13 +2,16 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
-from sqlalchemy import Select, func, insert, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import aliased
 
+from dar.protocol.base import MAX_COUNT
 from dar.protocol.metrics import current_values
 from dar.protocol.worker import MetricsRow
+from service.store import rewinds
 from service.store.database import Transaction
 from service.store.tables import AttemptRow, JobRow, MetricRow
 
@@ -28,8 +31,8 @@ def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[Metr
     """Store the metrics of some steps."""
     if not rows:
         return
-    transaction.execute(
-        insert(MetricRow),
+    transaction.insert_rows(
+        MetricRow,
         [
             {
                 "job_id": job_id,
@@ -61,43 +64,89 @@ def read(
 ) -> dict[str, Points]:
     """The series of a job by the present name, each in the order of its steps.
 
-    Of a step that several attempts have trained, the newest attempt's value counts. With ``after``,
-    only steps with a row after that cursor are returned, replayed steps included.
+    Rewound rows (`service.store.rewinds`) are left out. With ``after``, only steps with a row after
+    that cursor are returned, replayed steps included.
     """
+    last = rewinds.last_steps(transaction, job_id)
     rows = transaction.execute(_rows(job_id, after, from_step, to_step)).all()
-    series: dict[str, Points] = {}
-    wanted = None if names is None else frozenset(names)
-    for step, at, text in rows:
-        for name, value in current_values(orjson.loads(text)).items():
-            if wanted is None or name in wanted:
-                _put(series.setdefault(name, Points()), step, at, value)
-    return series
+    kept = [row for row in rows if row.step <= last.get(row.attempt, MAX_COUNT)]
+    if after:
+        new = {row.step for row in kept if row.id > after}
+        kept = [row for row in kept if row.step in new]
+    return _series(kept, names)
+
+
+def read_rewound(
+    transaction: Transaction,
+    job_id: str,
+    *,
+    names: Collection[str] | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+) -> dict[int, dict[str, Points]]:
+    """The series of rewound rows, by the number of their attempt."""
+    last = rewinds.last_steps(transaction, job_id)
+    by_attempt: dict[int, list[Any]] = {}
+    for row in transaction.execute(_rows(job_id, 0, from_step, to_step)).all():
+        if row.step > last.get(row.attempt, MAX_COUNT):
+            by_attempt.setdefault(row.attempt, []).append(row)
+    return {attempt: _series(rows, names) for attempt, rows in sorted(by_attempt.items())}
+
+
+def rewound_to(transaction: Transaction, job: JobRow, after: int) -> int | None:
+    """The step that a client with the cursor ``after`` has to go back to; None: it need not.
+
+    It is the lowest start of the attempts of which the client has seen no row.
+    """
+    seen = transaction.get(MetricRow, after)
+    if seen is None or seen.job_id != job.id or seen.attempt == job.attempt:
+        return None
+    # That row may be a late one of an earlier attempt.
+    newest = transaction.scalars(
+        select(func.max(MetricRow.attempt)).where(MetricRow.job_id == job.id, MetricRow.id <= after)
+    ).one()
+    return rewinds.rewound_to(transaction, job.id, newest)
 
 
 def unfinished_step(transaction: Transaction, job_id: str) -> tuple[int, dict[str, float]] | None:
-    """The step in which the newest attempt with such a report ended, and its reward counts."""
+    """The step in which the newest attempt ended, and its reward counts.
+
+    None: it reported none, or it runs.
+    """
     found = transaction.scalars(
         select(AttemptRow.unfinished)
-        .where(AttemptRow.job_id == job_id, AttemptRow.unfinished.is_not(None))
+        .where(AttemptRow.job_id == job_id)
         .order_by(AttemptRow.number.desc())
         .limit(1)
     ).first()
     return None if found is None else (found["step"], current_values(found["values"]))
 
 
+def newest_step(transaction: Transaction, job_id: str, attempt: int) -> int:
+    """The last step with metrics of an attempt; 0 if it has none."""
+    found = select(func.max(MetricRow.step)).where(
+        MetricRow.job_id == job_id, MetricRow.attempt == attempt
+    )
+    return transaction.scalars(found).one() or 0
+
+
 def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[str, float | None]]:
     """The newest metrics of each running job, of at most ``limit`` jobs, the newest first.
 
-    Several rows are merged, because a row of an evaluation has no training metrics.
+    They are those of the present attempt. Several rows are merged, because a row of an evaluation
+    has no training metrics.
     """
-    running = transaction.scalars(
-        select(JobRow.id).where(JobRow.status == "running").order_by(JobRow.id.desc()).limit(limit)
+    running = transaction.execute(
+        select(JobRow.id, JobRow.attempt)
+        .where(JobRow.status == "running")
+        .order_by(JobRow.id.desc())
+        .limit(limit)
     ).all()
     found: dict[str, dict[str, float | None]] = {}
-    for job_id in running:
+    for job_id, attempt in running:
         texts = transaction.scalars(
             select(MetricRow.values_json)
-            .where(MetricRow.job_id == job_id)
+            .where(MetricRow.job_id == job_id, MetricRow.attempt == attempt)
             .order_by(MetricRow.id.desc())
             .limit(NEWEST_ROWS)
         ).all()
@@ -105,6 +154,16 @@ def newest_of_running(transaction: Transaction, limit: int) -> dict[str, dict[st
         for text in reversed(texts):
             found[job_id] |= current_values(orjson.loads(text))
     return found
+
+
+def _series(rows: Sequence[Any], names: Collection[str] | None) -> dict[str, Points]:
+    series: dict[str, Points] = {}
+    wanted = None if names is None else frozenset(names)
+    for row in rows:
+        for name, value in current_values(orjson.loads(row.values_json)).items():
+            if wanted is None or name in wanted:
+                _put(series.setdefault(name, Points()), row.step, row.at, value)
+    return series
 
 
 def _put(points: Points, step: int, at: float, value: float | None) -> None:
@@ -118,10 +177,10 @@ def _put(points: Points, step: int, at: float, value: float | None) -> None:
 
 def _rows(
     job_id: str, after: int, from_step: int | None, to_step: int | None
-) -> Select[int, float, str]:
-    statement = select(MetricRow.step, MetricRow.at, MetricRow.values_json).where(
-        MetricRow.job_id == job_id
-    )
+) -> Select[int, int, int, float, str]:
+    statement = select(
+        MetricRow.id, MetricRow.attempt, MetricRow.step, MetricRow.at, MetricRow.values_json
+    ).where(MetricRow.job_id == job_id)
     if from_step is not None:
         statement = statement.where(MetricRow.step >= from_step)
     if to_step is not None:

@@ -38,8 +38,19 @@ def page(
     identity: Column,
     keys: Sequence[Column],
     cursor: Cursor,
+    *,
+    edges: Select[Row] | None = None,
 ) -> Slice[Row]:
     """The rows of ``statement`` that ``cursor`` selects, in the order of ``keys``.
+
+    Args:
+        transaction: Where they are read.
+        statement: All rows of the list.
+        identity: The column of the cursor's id.
+        keys: What the list is ordered by.
+        cursor: The page.
+        edges: Rows that the cursor may name, if these are more than the list has; a row may have
+            left the list since a client saw it.
 
     Raises:
         InvalidRequestError: The cursor's id is not in this list.
@@ -48,7 +59,8 @@ def page(
     is_ascending = (cursor.order == "asc") is not is_backward
     edge = cursor.before or cursor.after
     if edge is not None:
-        position = _position(transaction, statement, identity, keys, edge, cursor)
+        known = statement if edges is None else edges
+        position = _position(transaction, known, identity, keys, edge, cursor)
         here: ColumnElement[Any] = tuple_(*keys)
         there = tuple_(*position)
         statement = statement.where(here > there if is_ascending else here < there)

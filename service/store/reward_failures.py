@@ -8,7 +8,7 @@ from sqlalchemy import delete, insert, select
 
 from dar.protocol.ids import new_id
 from dar.protocol.worker import RewardsRow
-from service.store import reward_endpoints
+from service.store import reward_endpoints, rewinds
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
 from service.store.paging import Cursor, Slice, page
@@ -64,11 +64,13 @@ def add(transaction: Transaction, held: Held, rows: Sequence[RewardsRow]) -> Non
 
 
 def list_page(
-    transaction: Transaction, job_id: str, step: int | None, cursor: Cursor
+    transaction: Transaction, job_id: str, step: int | None, cursor: Cursor, *, rewound: bool
 ) -> Slice[RewardFailureRow]:
-    """One page of a job's failures."""
-    statement = select(RewardFailureRow).where(RewardFailureRow.job_id == job_id)
+    """One page of a job's failures, with or without the rewound ones."""
+    every = select(RewardFailureRow).where(RewardFailureRow.job_id == job_id)
     if step is not None:
-        statement = statement.where(RewardFailureRow.step == step)
+        every = every.where(RewardFailureRow.step == step)
+    kept = rewinds.is_kept(job_id, RewardFailureRow.attempt, RewardFailureRow.step)
+    statement = every if rewound else every.where(kept)
     keys = (RewardFailureRow.created_at, RewardFailureRow.id)
-    return page(transaction, statement, RewardFailureRow.id, keys, cursor)
+    return page(transaction, statement, RewardFailureRow.id, keys, cursor, edges=every)

@@ -1,7 +1,8 @@
 """Rows of a trainer: numbered within one attempt, each stored once.
 
 Rows of an attempt that has lost its job are stored too, with the attempt's number: they report
-what happened.
+what happened. Those after the step from which a later attempt started are rewound
+(`service.store.rewinds`): they change nothing that the job shows.
 """
 
 import hashlib
@@ -11,13 +12,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from dar.errors import ConflictError
+from dar.protocol.base import MAX_COUNT
 from dar.protocol.jobs import Forecast
 from dar.protocol.metrics import current_values
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRow
-from service.store import events, metrics, reward_failures, samples
+from service.store import events, metrics, reward_failures, rewinds, samples
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
 from service.store.tables import AttemptRow, JobRow, SpoolRow
@@ -59,8 +61,8 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     fresh = [row for row in rows if row.seq > acked]
     if not fresh:
         return acked
-    transaction.execute(
-        insert(SpoolRow),
+    transaction.insert_rows(
+        SpoolRow,
         [
             {
                 "job_id": job.id,
@@ -71,6 +73,7 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
             for row in fresh
         ],
     )
+    progress = _progress(transaction, held, fresh)
     steps = [row for row in fresh if isinstance(row, MetricsRow)]
     metrics.add(transaction, job.id, attempt.number, steps)
     samples.add(
@@ -81,7 +84,7 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     for report in reports:
         if report.unfinished is not None:
             held.attempt.unfinished = {"step": report.step, "values": report.unfinished}
-    _append_events(transaction, held, fresh)
+    _append_events(transaction, held, fresh, progress)
     _update_job(transaction, held, steps)
     transaction.execute(
         update(AttemptRow)
@@ -109,23 +112,52 @@ def _contradicted(transaction: Transaction, held: Held, digests: dict[int, bytes
     return next((seq for seq, digest in known if digests[seq] != digest), None)
 
 
-def _append_events(transaction: Transaction, held: Held, rows: Sequence[Row]) -> None:
-    job = held.job
-    newest, forecast = job.metrics_event_step, job.forecast
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """How far an attempt was before some rows, and up to where its rows are the job's."""
+
+    newest: int
+    """Last step with an event."""
+    last: int
+    """Rows of later steps are rewound."""
+
+
+def _progress(transaction: Transaction, held: Held, rows: Sequence[Row]) -> _Progress:
+    number, job = held.attempt.number, held.job
+    if number == job.attempt or not any(isinstance(row, MetricsRow | EventRow) for row in rows):
+        return _Progress(job.metrics_event_step, MAX_COUNT)
+    return _Progress(
+        metrics.newest_step(transaction, job.id, number),
+        rewinds.last_step(transaction, job.id, number),
+    )
+
+
+def _append_events(
+    transaction: Transaction, held: Held, rows: Sequence[Row], progress: _Progress
+) -> None:
+    job, number = held.job, held.attempt.number
+    newest, forecast = progress.newest, job.forecast
     new: list[events.NewEvent] = []
     for row in rows:
-        if isinstance(row, MetricsRow) and row.step > newest:
+        if isinstance(row, MetricsRow) and newest < row.step <= progress.last:
             newest = row.step
-            new.append(_step_event(row, job.total_steps))
+            new.append(_step_event(row, job.total_steps, number))
         elif isinstance(row, EventRow):
+            # A worker of an earlier version does not say the step: it is the one after the last.
+            step = min(newest + 1, job.total_steps) if row.step is None else row.step
             data: dict[str, Any] = {"kind": "trainer", **(row.data or {})}
-            data["attempt"] = held.attempt.number
+            data["attempt"] = number
             at = datetime.fromtimestamp(row.at, UTC)
-            new.append(events.NewEvent(row.message, level=row.level, data=data, at=at))
-            forecast = _forecast(row) or forecast
+            new.append(
+                events.NewEvent(
+                    row.message, level=row.level, data=data, at=at, attempt=number, step=step
+                )
+            )
+            if step <= progress.last:
+                forecast = _forecast(row) or forecast
     events.append(transaction, job.id, new)
     changed: dict[str, Any] = {}
-    if newest != job.metrics_event_step:
+    if number == job.attempt and newest != job.metrics_event_step:
         changed["metrics_event_step"] = newest
     if forecast != job.forecast:
         changed["forecast"] = forecast
@@ -145,7 +177,7 @@ def _forecast(row: EventRow) -> dict[str, Any] | None:
         return None
 
 
-def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
+def _step_event(row: MetricsRow, total_steps: int, attempt: int) -> events.NewEvent:
     headline = ", ".join(
         f"{name.removeprefix('dar/')}={value:.4g}"
         for name in HEADLINE
@@ -157,6 +189,8 @@ def _step_event(row: MetricsRow, total_steps: int) -> events.NewEvent:
         type="metrics",
         data={"step": row.step, **current_values(row.values)},
         at=datetime.fromtimestamp(row.at, UTC),
+        attempt=attempt,
+        step=row.step,
     )
 
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, insert, or_, select
-from sqlalchemy.orm import InstrumentedAttribute, aliased
+from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy.orm import InstrumentedAttribute
 
 from dar.errors import InvalidRequestError
 from dar.protocol.worker import SamplesRow
+from service.store import rewinds
 from service.store.database import Transaction
 from service.store.tables import SampleRow
 
@@ -31,7 +32,7 @@ def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[Samp
         for sample in row.samples
     ]
     if values:
-        transaction.execute(insert(SampleRow), values)
+        transaction.insert_rows(SampleRow, values)
 
 
 def read(
@@ -42,25 +43,16 @@ def read(
     order: Order,
     limit: int,
     after: int | None,
+    rewound: bool = False,
 ) -> Sequence[SampleRow]:
-    """Samples of a job after the one with the id ``after``.
-
-    Of a step that several attempts have trained, only the newest attempt's samples count.
+    """Samples of a job after the one with the id ``after``, with or without the rewound ones.
 
     Raises:
         InvalidRequestError: The job has no sample ``after``.
     """
-    newer = aliased(SampleRow)
-    statement = select(SampleRow).where(
-        SampleRow.job_id == job_id,
-        ~select(newer.id)
-        .where(
-            newer.job_id == SampleRow.job_id,
-            newer.step == SampleRow.step,
-            newer.attempt > SampleRow.attempt,
-        )
-        .exists(),
-    )
+    statement = select(SampleRow).where(SampleRow.job_id == job_id)
+    if not rewound:
+        statement = statement.where(rewinds.is_kept(job_id, SampleRow.attempt, SampleRow.step))
     if step is not None:
         statement = statement.where(SampleRow.step == step)
     key, is_descending = _key(order)

@@ -151,7 +151,8 @@ class JobRow(Base):
     event_seq: Mapped[int] = mapped_column(default=0)
     """``seq`` of the newest event."""
     metrics_event_step: Mapped[int] = mapped_column(default=0)
-    """Newest step with a ``metrics`` event. A replayed step gets no second event."""
+    """Newest step for which the present attempt has a ``metrics`` event. A step has one in each
+    attempt that trained it."""
     forecast: Mapped[dict[str, Any] | None]
     """Of a job with a KL budget: the newest choice of alpha and beta; see `Forecast`."""
 
@@ -283,6 +284,24 @@ class JobEventRow(Base):
     type: Mapped[str] = mapped_column(String(16))
     message: Mapped[str] = mapped_column(Text)
     data: Mapped[dict[str, Any] | None]
+    attempt: Mapped[int | None]
+    """The attempt whose trainer sent it; None: the service's own event, or one of an earlier
+    version."""
+    step: Mapped[int | None]
+    """The step that it belongs to, of a trainer's event."""
+
+
+class TrainerLogRow(Base):
+    """The end of a trainer's log."""
+
+    __tablename__ = "trainer_logs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    updated_at: Mapped[datetime]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    """Size of the whole log."""
+    text: Mapped[str] = mapped_column(Text)
 
 
 class SpoolRow(Base):

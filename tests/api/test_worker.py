@@ -4,11 +4,13 @@ import gzip
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from fakes.live_service import Live
+from fakes.row_audit import audit_rows
 
 WEIGHTS = b"weights" * 1000
 
@@ -166,7 +168,9 @@ def test_a_late_attempt_is_turned_away_but_its_rows_are_kept(
     assert late.say(metric(2, loss=2.0)).json()["acked_seq"] == 2
     spool.headers["x-dar-node"] = "node-2"
     assert late.say(metric(3, loss=2.0)).status_code == 404
-    assert live.job(job_id, "/metrics")["series"]["dar/loss"]["step"] == [1, 2]
+    kept = live.job(job_id, "/metrics", rewound=True)
+    assert kept["series"] == {}
+    assert kept["rewound"][0]["series"]["dar/loss"]["step"] == [1, 2]
 
 
 def test_a_token_opens_its_own_lease_only(live: Live, error_of: Callable[..., Any]) -> None:
@@ -363,3 +367,73 @@ def test_old_checkpoints_go_and_the_newest_stay(serve: Callable[..., Live]) -> N
         time.sleep(0.05)
     steps = [item["step_number"] for item in live.job(job_id, "/checkpoints")["data"]]
     assert steps == [4, 3]
+
+
+def test_rows_count_once_however_often_and_in_which_order_they_come(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
+    job_id, lease = live.running()
+
+    def metric(seq: int, step: int) -> dict[str, Any]:
+        values = {"dar/loss": 1 / step}
+        return {"type": "metrics", "seq": seq, "at": 1.0, "step": step, "values": values}
+
+    note = {"type": "event", "seq": 3, "at": 1.0, "level": "info", "message": "note", "step": 2}
+    rows = [metric(1, 1), metric(2, 2), note, metric(4, 3), metric(5, 4)]
+
+    def send(*sent: dict[str, Any]) -> Any:
+        return lease.post("/batch", rows=list(sent))
+
+    assert error_of(send(*rows[3:]))["code"] == "seq_gap"
+    with ThreadPoolExecutor(4) as pool:  # retries that overtake each other
+        answers = list(pool.map(lambda _: send(*rows[:3]), range(4)))
+    assert {answer.json()["acked_seq"] for answer in answers} == {3}
+    for start, end, acked in ((0, 2, 3), (1, 4, 4), (3, 4, 4), (0, 4, 4)):
+        assert send(*rows[start:end]).json() == {"acked_seq": acked}
+    altered = rows[1] | {"values": {"dar/loss": 9.0}}
+    for sent in ([altered], [altered, *rows[2:]]):
+        answer = send(*sent)
+        assert (answer.status_code, error_of(answer)["code"]) == (409, "integrity")
+    last = send(rows[4]).json()
+    assert last == {"acked_seq": 5}
+    assert audit_rows(live.runtime.database, job_id, "dar/loss", lambda step: 1 / step) == []
+    events = live.job(job_id, "/events", order="asc", limit=100)["data"]
+    assert [event["message"] for event in events].count("note") == 1
+    assert [event["data"]["step"] for event in events if event["type"] == "metrics"] == [1, 2, 3, 4]
+    assert [event["data"]["kind"] for event in events if event["level"] == "error"] == [
+        "integrity",
+        "integrity",
+    ]
+
+
+def test_the_newest_log_of_each_attempt_is_shown(
+    live: Live, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.store.logs.MOST_ATTEMPTS", 2)
+    job_id, lease = live.running()
+    path = f"/v1/fine_tuning/jobs/{job_id}/logs"
+    missing = live.http.get(path)
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "not_found")
+
+    def put(lease: Any, text: str) -> int:
+        body = {"attempt": lease.attempt, "text": text, "bytes": 10 * len(text)}
+        return int(lease.http.put("/log", json=body).status_code)
+
+    for text in ("one\n", "one\ntwo\nthree"):
+        assert put(lease, text) == 204
+    shown = live.job(job_id, "/logs")
+    assert (shown["attempt"], shown["text"], shown["bytes"]) == (1, "one\ntwo\nthree", 130)
+    assert live.job(job_id, "/logs", tail=2)["text"] == "two\nthree"
+    leases = [lease, *(live.claim(incarnation=f"life-{n}") for n in (2, 3))]
+    assert [put(one, f"of {one.attempt}") for one in leases[1:]] == [204, 204]
+    assert live.job(job_id, "/logs")["text"] == "of 3"
+    assert live.job(job_id, "/logs", attempt=2)["text"] == "of 2"
+    gone = live.http.get(path, params={"attempt": 1})
+    assert "newest 2 of a job" in error_of(gone)["message"]
+    live.submit()
+    other = live.claim(slot="1")
+    assert other is not None
+    stranger = live.client(other.body["token"], f"/v1/worker/leases/{lease.body['lease_id']}")
+    assert stranger.put("/log", json={"attempt": 1, "text": "x", "bytes": 1}).status_code == 404
+    long = lease.http.put("/log", json={"attempt": 1, "text": "x" * 65537, "bytes": 1})
+    assert error_of(long)["param"] == "text"

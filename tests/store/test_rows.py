@@ -9,7 +9,8 @@ from dar.errors import ConflictError
 from dar.protocol.jobs import Forecast
 from dar.protocol.worker import Batch
 from fakes.world import World
-from service.store import fence, metrics, rows, samples
+from service.store import events, fence, metrics, rows, samples, tables
+from service.store.paging import Cursor
 
 
 def metric(seq: int, step: int, **values: float | None) -> dict[str, Any]:
@@ -72,28 +73,96 @@ def test_a_value_that_is_no_number_is_null(world: World) -> None:
     assert read(world, held.job.id)["dar/loss"] == [(1, None)]
 
 
-def test_replayed_steps_count_once_and_get_no_second_event(world: World) -> None:
-    first = world.running()
-    say(world, first, *[metric(n, n, loss=float(n)) for n in (1, 2, 3)])
-    second = world.claim(first.attempt.slot, incarnation="life-2")
-    say(world, second, metric(1, 2, loss=20.0), metric(2, 3, loss=30.0), metric(3, 4, loss=40.0))
-    assert read(world, first.job.id) == {"dar/loss": [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]}
-    events = [event for event in world.events(first.job.id) if event.type == "metrics"]
-    assert [event.data["step"] for event in events] == [1, 2, 3, 4]
+def successor(world: World, first: fence.Held) -> fence.Held:
+    held = world.claim(first.attempt.slot, incarnation=f"life-{first.attempt.number + 1}")
+    assert held is not None
+    return held
 
 
-def test_a_late_attempts_rows_are_kept_and_change_nothing(world: World) -> None:
-    first = world.running()
-    second = world.claim(first.attempt.slot, incarnation="life-2")
-    say(world, second, metric(1, 1, loss=10.0), metric(2, 2, loss=20.0))
-    assert say(world, first, metric(1, 1, loss=1.0), metric(2, 7, advantages_mean=0.0)) == 2
-    assert read(world, first.job.id)["dar/loss"] == [(1, 10.0), (2, 20.0)]
-    assert world.job(first.job.id).step == 2
+def told(world: World, job_id: str, *, rewound: bool = False) -> list[Any]:
+    """The steps and messages of the events of trainers, the oldest first."""
+    cursor = Cursor(limit=100, order="asc")
+    with world.database.read() as transaction:
+        found = events.list_page(transaction, job_id, cursor, rewound=rewound).rows
+    said = [event for event in found if event.attempt is not None]
+    return [event.step if event.type == "metrics" else event.message for event in said]
+
+
+def test_what_a_later_attempt_does_again_is_shown_once(world: World) -> None:
+    """At once, not only when the later attempt comes there."""
+    first, job_id = world.running(), "ftjob-0001"
+    assert first.job.id == job_id
+    say(world, first, *[metric(n, n, loss=float(n)) for n in (1, 2, 3, 4)])
+    world.publish(first, 2)
+    second = successor(world, first)
+    assert read(world, job_id) == {"dar/loss": [(1, 1.0), (2, 2.0)]}
+    assert told(world, job_id) == [1, 2]
+    say(world, second, metric(1, 3, loss=30.0))
+    assert read(world, job_id) == {"dar/loss": [(1, 1.0), (2, 2.0), (3, 30.0)]}
+    assert told(world, job_id) == [1, 2, 3]
+    assert told(world, job_id, rewound=True) == [1, 2, 3, 4, 3]
+    with world.database.read() as transaction:
+        undone = metrics.read_rewound(transaction, job_id)
+    assert {n: points["dar/loss"].value for n, points in undone.items()} == {1: [3.0, 4.0]}
+
+
+def test_a_zombies_rows_are_the_jobs_up_to_the_step_its_successor_started_from(
+    world: World,
+) -> None:
+    first, job_id = world.running(), "ftjob-0001"
+    say(world, first, metric(1, 1, loss=1.0))
+    world.publish(first, 2)
+    second = successor(world, first)
+    say(world, second, metric(1, 3, loss=30.0))
+    said = {"type": "event", "at": 1000.5, "level": "error", "message": "ahead"}
+    data = {"kind": "calibration", "phase": "policy"}
+    late = [
+        metric(2, 2, loss=2.0, rewards_mean=0.5),
+        said | {"seq": 3, "step": 2, "message": "in time"},
+        metric(4, 3, loss=-1.0),
+        metric(5, 7, loss=-1.0),
+        said | {"seq": 6, "step": 8, "data": data},
+        said | {"seq": 7, "message": "from a worker of an earlier version"},
+        {"type": "samples", "seq": 8, "at": 1.0, "step": 7, "samples": [sample(7, 9.0)]},
+        {"type": "samples", "seq": 9, "at": 1.0, "step": 2, "samples": [sample(2, 0.0)]},
+    ]
+    assert say(world, first, *late) == 9
+    assert read(world, job_id)["dar/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert groups(world, job_id) == [2]
+    assert groups(world, job_id, rewound=True) == [7, 2]
+    say(world, second, metric(2, 4, loss=40.0))
+    assert told(world, job_id) == [1, 3, 2, "in time", 4]
+    assert told(world, job_id, rewound=True)[4:6] == [
+        "ahead",
+        "from a worker of an earlier version",
+    ]
+    job = world.job(job_id)
+    assert (job.step, job.forecast) == (4, None)
+    with world.database.read() as transaction:
+        newest = metrics.newest_of_running(transaction, 10)[job_id]
+    assert newest == {"dar/loss": 40.0}
+
+
+def test_an_attempt_from_an_older_checkpoint_rewinds_all_before_it(world: World) -> None:
+    first, job_id = world.running(), "ftjob-0001"
+    say(world, first, *[metric(n, n, loss=1.0) for n in (1, 2, 3, 4, 5)])
+    world.publish(first, 2)
+    damaged = world.publish(first, 4)
+    second = successor(world, first)
+    say(world, second, metric(1, 5, loss=2.0))
+    with world.database.write() as transaction:
+        transaction.get_one(tables.CheckpointRow, damaged.id).status = "deleting"
+    third = successor(world, second)
+    assert third.attempt.start_step == 2
+    assert read(world, job_id) == {"dar/loss": [(1, 1.0), (2, 1.0)]}
+    say(world, third, metric(1, 3, loss=3.0))
+    assert read(world, job_id) == {"dar/loss": [(1, 1.0), (2, 1.0), (3, 3.0)]}
 
 
 def test_a_cursor_brings_what_is_new_and_what_was_replayed(world: World) -> None:
     first = world.running()
     say(world, first, *[metric(n, n, loss=float(n)) for n in (1, 2, 3)])
+    world.publish(first, 2)
     with world.database.read() as transaction:
         cursor = metrics.last_id(transaction, first.job.id)
     assert read(world, first.job.id, after=cursor) == {}

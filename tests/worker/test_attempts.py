@@ -9,7 +9,11 @@ import pytest
 from fakes.scripted_installation import ScriptedInstallation
 
 
-def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
+def kept_log(installation: ScriptedInstallation, job_id: str, attempt: int) -> Path:
+    return installation.home / "worker" / "slot-0" / "logs" / f"{job_id}-{attempt}.log"
+
+
+def test_a_job_runs_to_its_end_and_leaves_only_its_log_on_the_workers_disk(
     installation: ScriptedInstallation,
 ) -> None:
     job_id = installation.submit(steps=4, every=2)
@@ -19,6 +23,7 @@ def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_workers_disk(
     assert installation.steps(job_id) == [1, 2, 3, 4]
     assert [item["step_number"] for item in installation.checkpoints(job_id)] == [4, 2]
     installation.until(lambda: installation.attempt_folders() == [])
+    assert kept_log(installation, job_id, 1).is_file()
 
 
 def test_the_trainer_gets_the_validation_file_and_the_name_of_a_hub_data_set(
@@ -54,7 +59,9 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint_and_tells_why(
     said = installation.messages(job_id)
     assert any("RuntimeError: a cosmic ray" in text for text in said)
     assert not any("Traceback" in text for text in said)
-    kept = (installation.home / "worker" / "slot-0" / "logs" / f"{job_id}-1.log").read_text()
+    kept = kept_log(installation, job_id, 1).read_text()
+    shown = installation.api("GET", f"/fine_tuning/jobs/{job_id}/logs", params={"attempt": 1})
+    assert (shown["text"], shown["bytes"]) == (kept, len(kept))
     assert "a cosmic ray" in kept
 
 
@@ -217,6 +224,7 @@ def test_a_stopped_worker_drains_with_a_checkpoint_and_its_successor_goes_on(
     installation.start_worker()
     assert installation.wait(job_id, "succeeded", "failed")["attempt"] == 2
     assert installation.steps(job_id) == list(range(1, 41))
+    assert installation.row_problems(job_id) == []
 
 
 @pytest.mark.slow  # waits for the drain limit
@@ -248,7 +256,9 @@ def test_a_killed_worker_takes_its_trainer_along_and_its_successor_goes_on_at_on
     assert "was restarted" in said, "its claim ended the lease of the killed worker"
     assert "has sent no heartbeat" not in said, "the lease would have expired later"
     assert installation.steps(job_id) == list(range(1, 41))
+    assert installation.row_problems(job_id) == []
     installation.until(lambda: installation.attempt_folders() == [])
+    assert kept_log(installation, job_id, 1).is_file(), "that of the worker that was killed"
 
 
 @pytest.mark.slow  # two workers
@@ -274,21 +284,20 @@ def test_what_a_dead_worker_had_not_sent_is_sent_by_its_successor(
 @pytest.mark.slow  # waits until a lease expires
 def test_a_worker_that_was_frozen_is_turned_away_when_it_wakes(own: ScriptedInstallation) -> None:
     own.start_service(lease_ttl_seconds=1.0)
-    job_id = own.submit(steps=60, every=5, seconds=0.05)
+    job_id = own.submit(steps=120, every=5, seconds=0.05)
     frozen = own.start_worker(slot="frozen")
     own.until(lambda: own.checkpoints(job_id))
-    frozen.send_signal(signal.SIGSTOP)
-    for trainer in own.trainers():
-        trainer.suspend()
+    frozen.send_signal(signal.SIGSTOP)  # its trainer goes on, and gets ahead of its successor
     successor = own.start_worker(slot="successor")
     own.until(lambda: own.job(job_id)["attempt"] == 2)
-    zombies = own.trainers_of("frozen")
-    assert zombies
+    assert own.trainers_of("frozen")
     frozen.send_signal(signal.SIGCONT)
-    for zombie in zombies:
-        zombie.resume()
-    own.until(lambda: own.trainers_of("frozen") == [])
+    own.until(lambda: own.trainers_of("frozen") == [], seconds=2)
+    path = f"/fine_tuning/jobs/{job_id}/metrics"
+    [undone] = own.until(lambda: own.api("GET", path, params={"rewound": True})["rewound"])
+    assert undone["attempt"] == 1
     assert own.wait(job_id, "succeeded", "failed")["attempt"] == 2
-    assert own.steps(job_id) == list(range(1, 61))
+    assert own.row_problems(job_id) == []
+    assert own.steps(job_id) == list(range(1, 121))
     assert frozen.poll() is None
     own.stop_worker(successor)

@@ -24,6 +24,7 @@ def test_a_service_that_is_away_before_and_amid_a_job_costs_nothing(
     job = own.wait(job_id, "succeeded", "failed")
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
     assert own.steps(job_id) == list(range(1, 61))
+    assert own.row_problems(job_id) == []
     assert own.checkpoints(job_id)[0]["step_number"] == 60
 
 
@@ -41,6 +42,7 @@ def test_a_job_that_ends_while_the_service_is_away_succeeds_when_it_is_back(
     job = own.wait(job_id, "succeeded", "failed")
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
     assert own.steps(job_id) == list(range(1, 21))
+    assert own.row_problems(job_id) == []
 
 
 @pytest.mark.slow  # waits until the worker gives up

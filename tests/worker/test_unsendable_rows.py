@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dar.errors import FencedError
 from dar.protocol.worker import EventRow, Fail
 from fakes.loopback import LoopbackServer, Request
 from worker.api import BROKEN_ANSWERS, ServiceBrokenError, WorkerClient
@@ -23,6 +24,7 @@ class Service:
 
     def __init__(self, *statuses: int) -> None:
         self.calls = 0
+        self.answer = b'{"acked_seq": 2}'
         self._statuses = statuses
         self._server = LoopbackServer(self)
         self.url = self._server.url.rstrip("/")
@@ -31,7 +33,7 @@ class Service:
     def __call__(self, request: Request) -> None:
         status = self._statuses[min(self.calls, len(self._statuses) - 1)]
         self.calls += 1
-        request.answer(b'{"acked_seq": 2}' if status == 200 else b"{}", status)
+        request.answer(self.answer if status == 200 else b"{}", status)
 
 
 @pytest.fixture
@@ -104,6 +106,21 @@ def test_a_sender_ends_at_a_damaged_spool_when_all_before_it_is_sent(
     with pytest.raises(SpoolDamagedError):
         sender.run()
     assert (service.calls, reader.acked) == (1, 2)
+
+
+def test_a_sender_of_an_attempt_that_lost_its_job_ends_it_and_the_rows_are_sent_later(
+    connect: Any, tmp_path: Path
+) -> None:
+    service, client = connect(200)
+    service.answer = b'{"acked_seq": 2, "is_fenced": true}'
+    slot = SlotFolder.of(tmp_path, "0")
+    attempt = said(slot.attempt("a"))
+    reader = SpoolReader(attempt.spool)
+    with pytest.raises(FencedError):
+        SpoolSender(reader, client, RECORD, lambda _: None, 0.01).run()
+    assert reader.acked == 2
+    Leftovers(slot, client, lambda: None, 0.01).sweep()
+    assert slot.all_attempts() == []
 
 
 @pytest.mark.parametrize(("status", "is_damaged"), [(200, True), (500, False)])

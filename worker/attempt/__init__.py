@@ -1,6 +1,8 @@
 """One attempt, seen from the trainer process.
 
-main: the trainer process: reads the launch, trains, writes rows, picks the exit code.
+main: the trainer process: reads the launch, trains, picks the exit code.
 inbox: asynchronous rewards over stdin and a pipe.
+spool_sink: rows for everything that a trainer reports; fewer samples if the disk has no room.
+log_file: the trainer's log, begun anew when it is large.
 siblings: the other processes of a trainer that uses several.
 """

@@ -6,46 +6,27 @@ an `ExitCode`. The end of stdin means that its worker is dead; then it ends too.
 
 import gc
 import logging
-import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import BinaryIO, Literal
 
-from dar.disk import write_atomically
 from dar.errors import RewardUnavailableError
 from dar.processes import die_with_parent
-from dar.protocol.checkpoints import Manifest
-from dar.protocol.events import Level
-from dar.protocol.reward_stats import ComponentRequests, FailedRequest
-from dar.protocol.samples import ReportedSample
-from dar.protocol.worker import (
-    AttemptProgress,
-    EventRow,
-    MetricsRow,
-    NewCheckpointRow,
-    Phase,
-    RewardsRow,
-    SamplesRow,
-)
 from dar.rewards.http.redaction import RedactingFormatter
 from dar.training.report.sink import NullSink, Sink
 from worker.attempt.inbox import PipeInbox
+from worker.attempt.log_file import LogFile
 from worker.attempt.siblings import Siblings
+from worker.attempt.spool_sink import SpoolSink
 from worker.failures import AttemptFailure, failure_of
 from worker.folders import AttemptFolder
-from worker.launch import ExitCode, Launch, Line, RewardNews, TrainerResult
-from worker.spool import SpoolWriter
+from worker.launch import ExitCode, Launch, Line, RewardNews
 
 log = logging.getLogger(__name__)
 
-SAMPLES_PER_ROW = 64
-EVENT_LENGTH = 4000
-PROGRESS_LENGTH = 2000
 
 How = Literal["finished", "drained", "cancelled"]
 Train = Callable[[Launch, Sink, "StdinControl"], How]
@@ -114,79 +95,6 @@ class StdinControl:
             os._exit(ExitCode.CANCELLED if order == "cancel" else ExitCode.DRAINED)
 
 
-class SpoolSink:
-    """Writes a trainer's reports to the attempt's folder; thread-safe.
-
-    Args:
-        folder: The attempt's folder.
-        rest: Called at the end of each step, after its metrics; returns when the next may begin.
-    """
-
-    def __init__(self, folder: AttemptFolder, rest: Callable[[], None] = lambda: None) -> None:
-        self._folder = folder
-        self._rest = rest
-        self._spool = SpoolWriter(folder.spool)
-        self._lock = threading.Lock()
-        self._tokens: int | None = None
-        """Tokens trained on up to the last report."""
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Store metrics of a step; infinity and NaN become null. Waits while it is parked."""
-        if "train/tokens" in values:
-            self._tokens = int(values["train/tokens"])
-        checked = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._spool.append(partial(MetricsRow, type="metrics", step=step, values=checked))
-        self._rest()
-
-    def samples(self, step: int, samples: Sequence[ReportedSample]) -> None:
-        """Store some completions of a step."""
-        for start in range(0, len(samples), SAMPLES_PER_ROW):
-            part = list(samples[start : start + SAMPLES_PER_ROW])
-            self._spool.append(partial(SamplesRow, type="samples", step=step, samples=part))
-
-    def rewards(
-        self,
-        step: int,
-        requests: Sequence[ComponentRequests],
-        failures: Sequence[FailedRequest],
-        unfinished: Mapping[str, float] | None = None,
-    ) -> None:
-        """Store statistics of requests to reward services."""
-        row = partial(RewardsRow, type="rewards", step=step)
-        counts = None if unfinished is None else dict(unfinished)
-        row = partial(row, requests=list(requests), failures=list(failures))
-        self._spool.append(partial(row, unfinished=counts))
-
-    def event(self, level: Level, message: str, data: Mapping[str, Any] | None = None) -> None:
-        """Store a message for the user."""
-        text, facts = message[:EVENT_LENGTH], None if data is None else dict(data)
-        self._spool.append(partial(EventRow, type="event", level=level, message=text, data=facts))
-
-    def phase(self, phase: Phase, step: int, message: str | None = None) -> None:
-        """Report the current phase."""
-        shown = None if message is None else message[:PROGRESS_LENGTH]
-        progress = AttemptProgress(phase=phase, step=step, tokens=self._tokens, message=shown)
-        with self._lock:
-            write_atomically(self._folder.progress, progress.model_dump_json().encode())
-
-    def flush(self) -> int:
-        """Make all rows durable; returns their number."""
-        return self._spool.flush()
-
-    def checkpoint(self, step: int, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:  # noqa: ARG002 - the folder holds it
-        """Queue a published checkpoint for upload."""
-        row = partial(NewCheckpointRow, type="checkpoint", step=step, folder=folder.name)
-        self._spool.append(partial(row, manifest_sha256=manifest_sha256))
-
-    def close(self, failure: AttemptFailure | None = None) -> None:
-        """Report how the trainer ended; nothing may be written afterwards."""
-        self._spool.close()
-        result = TrainerResult(last_seq=self._spool.last_seq)
-        if failure is not None:
-            result = TrainerResult(last_seq=self._spool.last_seq, **asdict(failure))
-        write_atomically(self._folder.result, result.model_dump_json().encode())
-
-
 def train_with_torch(launch: Launch, sink: Sink, control: StdinControl) -> How:
     """Train with `dar.training`, alone or as one of several processes."""
     # Imported objects all stay, and searching them for garbage takes a fifth of the import time.
@@ -251,7 +159,13 @@ def ending_of(error: BaseException, failure: AttemptFailure, launch: Launch) -> 
 
 def attend(launch: Launch, control: StdinControl, train: Train) -> ExitCode:
     """Train as process 0, and report the result."""
-    sink = SpoolSink(AttemptFolder(launch.folder), control.rest)
+    sink = SpoolSink(
+        AttemptFolder(launch.folder),
+        launch.total_steps,
+        limit_bytes=launch.spool_bytes,
+        is_stopping=lambda: control.requested() is not None,
+        rest=control.rest,
+    )
     siblings = Siblings(launch)
     try:
         how = train(siblings.launch, sink, control)
@@ -293,6 +207,7 @@ def main(train: Train = train_with_torch) -> ExitCode:
     redact = launch.redactor()
     for handler in logging.getLogger().handlers:  # a traceback may quote a reward service
         handler.setFormatter(RedactingFormatter(handler.formatter or logging.Formatter(), redact))
+    LogFile(AttemptFolder(launch.folder).log_of(launch.process), launch.log_bytes).watch()
     control = StdinControl(stdin, None if launch.outbox is None else PipeInbox(launch.outbox))
     control.listen()
     try:

@@ -8,6 +8,7 @@ stopping: cancels, pauses or drains the trainer: an order, then SIGTERM, then SI
 outcome: what is reported when the trainer has ended: complete, fail, retry or release.
 inputs: downloads training file, model, adapters and resume checkpoint.
 sender: sends the spool to the service, in order.
+log_sender: sends the end of the trainer's log.
 checkpoints: uploads published checkpoints in parts.
 reward_bridge: announces reward requests of the trainer, forwards results to it.
 reward_caches: caches of rewards on this host, and their removal.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import orjson
 
-from dar.errors import ConflictError
+from dar.errors import ConflictError, FencedError
 from dar.fault_points import fault_point
 from dar.protocol.worker import NewCheckpointRow
 from worker.api import WorkerClient
@@ -16,14 +16,21 @@ TakeCheckpoint = Callable[[NewCheckpointRow], None]
 
 
 def send_batch(
-    reader: SpoolReader, client: WorkerClient, record: AttemptRecord
+    reader: SpoolReader, client: WorkerClient, record: AttemptRecord, *, is_running: bool = False
 ) -> list[SpooledRow]:
     """Send the next rows and acknowledge those that the service committed.
+
+    Args:
+        reader: The spool.
+        client: With the attempt's token or the worker's key.
+        record: The attempt.
+        is_running: Whether its trainer runs, so that it must hold the job.
 
     Returns:
         The rows that were sent; empty when the service has all.
 
     Raises:
+        FencedError: The attempt runs and has lost its job; these rows were stored.
         ConflictError: The service lacks rows that were sent before, or has others under their
             numbers.
         SpoolDamagedError: The spool cannot be read.
@@ -39,6 +46,10 @@ def send_batch(
             )
         fault_point("worker.sent")
         reader.ack(ack.acked_seq)
+        if ack.is_fenced and is_running:
+            raise FencedError(
+                f"attempt {record.attempt} no longer holds job {record.job_id}; stop the trainer"
+            )
     return rows
 
 
@@ -73,7 +84,8 @@ class SpoolSender:
         while True:
             is_last = self._ended.is_set()  # read before the rows, so that no row is missed
             rows = self._client.until_answered(
-                lambda: send_batch(self._reader, self._client, self._record), "batch"
+                lambda: send_batch(self._reader, self._client, self._record, is_running=True),
+                "batch",
             )
             for row in rows:
                 if row.type == "checkpoint" and row.seq <= self._reader.acked:

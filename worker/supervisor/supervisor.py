@@ -6,6 +6,7 @@ bridge for reward requests. At the end all rows are acknowledged first, then all
 committed, then the end is reported. So a job that has succeeded is complete.
 """
 
+import contextlib
 import sys
 import threading
 import time
@@ -19,15 +20,16 @@ from dar.fault_points import fault_point
 from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
-from worker.api import GaveUpError, WorkerClient
+from worker.api import LOG_SECONDS, GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
-from worker.launch import ExitCode, Launch, TrainerResult
+from worker.launch import LOG_BYTES, ExitCode, Launch, TrainerResult
 from worker.self_check import examine
 from worker.spool import SpoolReader
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
 from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
 from worker.supervisor.inputs import InputFetcher, LocalInputs
+from worker.supervisor.log_sender import LogSender
 from worker.supervisor.outcome import (
     RELEASES,
     AttemptEnd,
@@ -83,6 +85,8 @@ class Supervisor:
         self.is_worker_at_fault = False
         """Whether the attempt failed by a fault of this machine."""
         self._command = command
+        self._held = contextlib.ExitStack()
+        """The lock of the attempt's folder."""
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
         self._cancelled_at: float | None = None
@@ -131,11 +135,15 @@ class Supervisor:
         finally:
             self._state.over.set()
             self._client.close()
-            self._tidy(end)
+            self._tidy()
+            self._held.close()
             log.info("attempt ends", end=repr(end)[:500], **context)
 
     def _execute_or_fail(self) -> AttemptEnd | None:
         try:
+            self._folder.prepare()
+            # Before the record is there: with it, another worker of this host would send the rows.
+            self._held.enter_context(self._folder.held(wait=True))
             self._folder.create(self._record)
             self._spawn_messengers()
             return self._execute()
@@ -193,6 +201,8 @@ class Supervisor:
         rows, checkpoints = self._arrived
         sender = self._state.spawn("sender", _then(self._sender.run, rows))
         uploader = self._state.spawn("uploader", _then(self._uploader.run, checkpoints))
+        logs = LogSender(self._folder, self._client, self._record, launch.redactor())
+        log_sender = self._state.spawn("log", logs.run)
         trainer = TrainerProcess(self._command, self._folder, launch, environment)
         log.info("trainer started", pid=trainer.pid)
         fault_point("worker.started")
@@ -209,7 +219,9 @@ class Supervisor:
         is_crash = ended.code not in set(ExitCode) - {ExitCode.CRASHED}
         log.info("trainer ended", code=ended.code, **({"log": ended.log_tail} if is_crash else {}))
         fault_point("worker.trained")
+        logs.finish()
         self._deliver(sender, uploader)
+        log_sender.join(LOG_SECONDS)
         return ended
 
     def _launch(self, inputs: LocalInputs) -> Launch:
@@ -234,6 +246,8 @@ class Supervisor:
             reward_cache=self._caches.place_of(lease.job_id),
             threads=max(1, self._settings.torch_threads // lease.spec.dar.resources.processes),
             is_offline=self._settings.is_offline,
+            spool_bytes=self._settings.spool_bytes,
+            log_bytes=min(LOG_BYTES, self._settings.trainer_logs_bytes // 4),
         )
 
     def _deliver(self, sender: threading.Thread, uploader: threading.Thread) -> None:
@@ -317,10 +331,9 @@ class Supervisor:
             attempt=self._lease.attempt, last_seq=finished.last_seq, checkpoint_id=checkpoint_id
         )
 
-    def _tidy(self, end: AttemptEnd | None) -> None:
+    def _tidy(self) -> None:
         """Remove files that are no longer needed; unsent rows stay for `worker.cleanup`."""
-        if isinstance(end, Fail):
-            self._slot_folder.keep_log(self._folder, self._record)
+        self._slot_folder.keep_logs(self._folder, self._record, self._settings.trainer_logs_bytes)
         self._folder.strip()
         self._caches.sweep()
 
