@@ -322,12 +322,14 @@ class RunCheckpoints:
         self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written.
+        """Wait for the checkpoint that is being written; only the main process writes one.
+
+        The other processes do not wait, because they may have left after an error of one.
 
         Raises:
             OSError: The disk is full or broken; it was not published.
         """
-        self._run.ranks.from_main(self._writer.finish)
+        self._writer.finish()
 
     def republish(self, folder: Path, manifest: Manifest) -> None:
         """Publish the checkpoint in ``folder`` again, in this run's folder."""
