@@ -24,7 +24,7 @@ NOT_OF_NODE = ("reward", "storage", "database")
 CHECKPOINTS_ON_DISK = 3
 """Checkpoints for which an attempt needs room: the one it resumes from, and two of its own."""
 MOST_NOTED = 10
-"""Jobs whose want of room one claim notes."""
+"""Jobs without room for which one claim notes that."""
 PROCESSES = ("method", "dar", "resources", "processes")
 """Place of the number of processes in a spec."""
 
@@ -66,7 +66,7 @@ def claim(
         return None
     job = _take_oldest(transaction, claim)
     if job is None:
-        _note_want_of_room(transaction, claim)
+        _note_missing_room(transaction, claim)
         return None
     resume = checkpoints.newest(transaction, job.id)
     start_step = 0 if resume is None else resume.step
@@ -157,7 +157,7 @@ def _room_for(job: type[JobRow]) -> ColumnElement[int]:
     return CHECKPOINTS_ON_DISK * func.coalesce(newest.scalar_subquery(), 0)
 
 
-def _note_want_of_room(transaction: Transaction, claim: Claim) -> None:
+def _note_missing_room(transaction: Transaction, claim: Claim) -> None:
     """Show why jobs wait for which a worker without a job has no room."""
     if claim.report is None:
         return
