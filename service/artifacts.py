@@ -48,16 +48,6 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointFolder:
-    """A folder of a checkpoint, and what its path says about it."""
-
-    path: Path
-    job_id: str
-    attempt: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
 class Room:
     """Bytes of the volume of the artifact store."""
 
@@ -155,13 +145,6 @@ class Artifacts:
     def checkpoint(self, job_id: str, attempt: int, step: int) -> Path:
         """Folder of a checkpoint; one for each attempt, so that a late one overwrites nothing."""
         return self._checkpoints / job_id / f"attempt-{attempt}" / f"step-{step}"
-
-    def checkpoint_folders(self) -> Iterator[CheckpointFolder]:
-        """Every folder of a checkpoint, received in whole or in part."""
-        for path in self._checkpoints.glob("*/attempt-*/*step-*"):
-            attempt, step = (name.rpartition("-")[2] for name in (path.parent.name, path.name))
-            if attempt.isdecimal() and step.isdecimal():
-                yield CheckpointFolder(path, path.parents[1].name, int(attempt), int(step))
 
     def upload(self, job_id: str, attempt: int, manifest: Manifest, manifest_sha256: str) -> Upload:
         final = self.checkpoint(job_id, attempt, manifest.step)

@@ -4,10 +4,8 @@ It reads the database and the artifacts folder, changes nothing, and may run bes
 job is read in one snapshot. What it checks is named in `RULES`.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -16,9 +14,9 @@ import orjson
 from sqlalchemy import func, select, text
 
 from dar.errors import ConfigurationError
-from dar.protocol.checkpoints import MANIFEST_NAME, Manifest
 from dar.protocol.status import TERMINAL
-from service.artifacts import LEFTOVER_SECONDS, Artifacts
+from service.artifacts import Artifacts, damage_of
+from service.store import checkpoints
 from service.store.database import Database, Transaction
 from service.store.tables import (
     AttemptRow,
@@ -34,10 +32,10 @@ Rule = Literal["acknowledged", "ended", "attempts", "rows", "checkpoints", "even
 
 RULES: Mapping[Rule, str] = {
     "acknowledged": "every acknowledged submission is one job, and each key one job",
-    "ended": "a job runs while one attempt runs, and succeeds with one attempt and its checkpoint",
+    "ended": "a job runs while one attempt runs, and succeeds with one attempt and a checkpoint",
     "attempts": "the attempts of a job are numbered without gaps and never overlap",
     "rows": "the rows of an attempt and the steps of a job have no gaps",
-    "checkpoints": "every available checkpoint has the bytes that its manifest names",
+    "checkpoints": "every checkpoint that is not set aside has the bytes that its manifest names",
     "events": "the events are numbered without gaps and lead to the job's status by allowed moves",
 }
 
@@ -102,9 +100,7 @@ def audit(
                 select(AttemptRow).where(AttemptRow.job_id == job_id).order_by(AttemptRow.number)
             ).all()
             kept = transaction.scalars(
-                select(CheckpointRow).where(
-                    CheckpointRow.job_id == job_id, CheckpointRow.status == "available"
-                )
+                select(CheckpointRow).where(CheckpointRow.job_id == job_id, checkpoints.is_whole())
             ).all()
             problems = [
                 *_check_ended(job, attempts, kept, is_quiet=is_quiet),
@@ -211,8 +207,10 @@ def _check_ended(
     if job.status == "succeeded":
         if succeeded != [job.attempt]:
             yield Finding("ended", f"it succeeded with attempt {job.attempt}, not {succeeded}")
-        if job.latest_checkpoint_id not in {checkpoint.id for checkpoint in kept}:
-            yield Finding("ended", "it succeeded, and its last checkpoint is not available")
+        if job.result_checkpoint_id not in {checkpoint.id for checkpoint in kept}:
+            yield Finding(
+                "ended", "it succeeded, and the checkpoint of its result is not available"
+            )
     elif succeeded:
         yield Finding("ended", f"it is {job.status}, but attempt {succeeded[0]} succeeded")
     if is_quiet and job.status not in TERMINAL:
@@ -281,51 +279,22 @@ def _check_events(transaction: Transaction, job: JobRow) -> Iterator[Finding]:
 def _is_still_available(database: Database, checkpoint_id: str) -> bool:
     with database.read() as transaction:
         row = transaction.get(CheckpointRow, checkpoint_id)
-        return row is not None and row.status == "available"
+        return row is not None and row.status == "available" and row.damage is None
 
 
 def _wrong_file(artifacts: Artifacts, row: CheckpointRow, *, is_hashing: bool) -> str | None:
     """What is wrong with the files of a checkpoint; None if all is as its manifest says."""
     folder = artifacts.checkpoint(row.job_id, row.attempt, row.step)
-    manifest = Manifest.model_validate(row.manifest)
-    expected = {file.name: (file.bytes, file.sha256) for file in manifest.files}
-    expected[MANIFEST_NAME] = (row.manifest_bytes, row.manifest_sha256)
-    for name, (size, sha256) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} of {size} bytes"
-        if is_hashing and _sha256(path) != sha256:
-            return f"{name} was altered"
-    if extra := {str(path.relative_to(folder)) for path in _files(folder)} - set(expected):
-        return f"{min(extra)} is not in its manifest"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+    take = (lambda _size: None) if is_hashing else None
+    return damage_of(folder, checkpoints.files_of(row), take=take)
 
 
 def _check_orphans(database: Database, artifacts: Artifacts) -> Iterator[Finding]:
     """Folders of checkpoints that are older than any upload in progress and have no row."""
-    too_old = datetime.now(UTC).timestamp() - LEFTOVER_SECONDS
-    for folder in artifacts.checkpoint_folders():
-        if folder.path.stat().st_mtime > too_old:
-            continue
+    for folder in artifacts.old_checkpoints():
+        job_id, attempt, step = folder
         with database.read() as transaction:
-            row = transaction.scalars(
-                select(CheckpointRow.id).where(
-                    CheckpointRow.job_id == folder.job_id,
-                    CheckpointRow.attempt == folder.attempt,
-                    CheckpointRow.step == folder.step,
-                    CheckpointRow.status != "deleted",
-                )
-            ).first()
-        if row is None:
-            yield Finding("checkpoints", f"{folder.path} belongs to no checkpoint", folder.job_id)
+            is_known = folder in checkpoints.with_files(transaction, [job_id])
+        if not is_known:
+            path = artifacts.checkpoint(job_id, attempt, step)
+            yield Finding("checkpoints", f"{path} belongs to no checkpoint", job_id)

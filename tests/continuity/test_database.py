@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 JOBS = "/v1/fine_tuning/jobs"
 REMOVED = {"batch": "by", "limits": "adaptive", "combine": "mode"}
 """Object of a spec -> its field that only ever had one value, and is gone."""
-UNSTORED = {"forecast", "failures", "hyperparameters", "estimated_finish", "method"}
+UNSTORED = {
+    "best_checkpoint",
+    "forecast",
+    "failures",
+    "hyperparameters",
+    "estimated_finish",
+    "method",
+}
 """Fields of a job that some stored views leave out, as they are long or change with time."""
 
 

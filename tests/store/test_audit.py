@@ -100,7 +100,7 @@ def _lose_rows(transaction: Transaction) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Transaction], object]]] = {
-    "its last checkpoint is not available": (
+    "the checkpoint of its result is not available": (
         "ended",
         lambda it: it.execute(update(CheckpointRow).values(status="deleted")),
     ),
@@ -187,7 +187,7 @@ def test_files_that_differ_from_their_manifest_are_findings(sound: Sound) -> Non
     assert found() == ["model.safetensors is missing"]
     weights.write_bytes(b"abc")
     (sound.folder / "extra").touch()
-    assert found() == ["extra is not in its manifest"]
+    assert found() == ["extra does not belong to it"]
     (sound.folder / "extra").unlink()
     orphan = sound.artifacts.checkpoint(sound.job_id, 7, 1)
     orphan.mkdir(parents=True)

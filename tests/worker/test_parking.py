@@ -80,7 +80,7 @@ def test_a_parked_trainer_rests_after_its_step_until_it_may_go_on_or_has_to_stop
     control.begin()
     control.listen()
     (tmp_path / "spool").mkdir()
-    sink = SpoolSink(AttemptFolder(tmp_path), control.rest)
+    sink = SpoolSink(AttemptFolder(tmp_path), rest=control.rest)
 
     def send(order: Any) -> None:
         os.write(writer, Order(type=order).model_dump_json().encode() + b"\n")
