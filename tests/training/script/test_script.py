@@ -294,6 +294,19 @@ def test_a_forecast_shows_what_each_budget_buys_and_writes_nothing(
     assert "completions of 6 prompts" in said
 
 
+def test_the_help_of_a_forecast_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--forecast", "--help"])
+    text = capsys.readouterr().out
+    assert "dar forecast --model_name_or_path MODEL --dataset_name DATA" in text
+    assert "how much reward each distance from the base model buys" in text
+    assert "dar train --model" not in text
+    assert "--kl_budget" in text
+    assert "--warmup_steps" not in text  # trains nothing
+    assert main(["--forecast", "--dataset_name", "x"]) == 64
+    assert "dar forecast --help lists all options" in capsys.readouterr().err
+
+
 def test_a_forecast_of_equal_rewards_is_an_error(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
