@@ -14,7 +14,13 @@ from dar.protocol.spec import JobSpec
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Phase = Literal[
-    "starting", "sampling", "waiting_for_reward", "training", "evaluating", "checkpointing"
+    "starting",
+    "calibrating",
+    "sampling",
+    "waiting_for_reward",
+    "training",
+    "evaluating",
+    "checkpointing",
 ]
 WAKE_TASK = "worker.wake"
 """Name of the Celery task that wakes a worker to claim a job; it has no arguments."""

@@ -256,7 +256,7 @@ class DARTrainer(OptimizingTrainer):
             run,
             opened=self._rewards.opened,
             note=reporter.note,
-            source_of=lambda rows, config: self._source_of(rows, "eval", config=config),
+            source_of=lambda rows, config: self._source_of(rows, "calibrate", config=config),
             is_replay=not rewards.given.is_online,
         )
         self.hub = HubPush(

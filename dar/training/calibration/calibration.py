@@ -206,7 +206,7 @@ class Calibration:
         frontier = samples.frontier()
         choice = None if frontier is None else frontier.choose(self._budget)
         if phase == "policy" and choice is None:
-            self._is_final = True  # the first alpha stays
+            self._keep(samples)
             return
         deviation = pooled_deviation(samples.rewards) if frontier is None else frontier.unit
         start = None if frontier is None else frontier.mean
@@ -228,6 +228,7 @@ class Calibration:
             prompts=len(samples.rewards),
             completions=samples.completions,
             tokens=samples.tokens,
+            **self._spent(samples),
             samples_per_prompt=None if frontier is None else frontier.sample_count,
             start_reward=start,
             reward=None if choice is None else choice.point.reward,
@@ -240,6 +241,29 @@ class Calibration:
             "; ".join([*_in_words(forecast), *self._outlook()]),
             {"kind": "calibration", **forecast.model_dump(mode="json")},
         )
+
+    def _keep(self, samples: Samples) -> None:
+        """Keep alpha and beta for good: the trained policy's samples do not suffice either."""
+        assert self._forecast is not None
+        self._is_final = True
+        self._forecast = forecast = self._forecast.model_copy(update=self._spent(samples))
+        self._run.sink.event(
+            "warn",
+            f"kl_budget {forecast.kl_budget:g}: alpha stays {forecast.alpha:.4g} and beta "
+            f"{forecast.beta:.4g}, because {samples.completions:,} completions of the trained policy "
+            "are too few to choose better ones",
+            {"kind": "calibration", **forecast.model_dump(mode="json")},
+        )
+
+    def _spent(self, samples: Samples) -> dict[str, int]:
+        """Completions and tokens sampled for calibrations, those of the last one included."""
+        before = self._forecast
+        is_sampled = not self._is_replay
+        return {
+            "spent_completions": (before.spent_completions if before else 0)
+            + is_sampled * samples.completions,
+            "spent_tokens": (before.spent_tokens if before else 0) + is_sampled * samples.tokens,
+        }
 
     def _outlook(self) -> list[str]:
         """Whether alpha and beta will be chosen once more."""

@@ -102,6 +102,10 @@ def test_a_budget_chooses_alpha_and_beta_before_the_first_step_and_says_where_it
     assert trainer.args.alpha == pytest.approx(facts["reward_std"] / math.sqrt(0.5), rel=0.5)
     kinds = [data["kind"] for _, _, data in sink.events if data]
     assert kinds.index("calibration_start") < kinds.index("calibration")
+    assert ("calibrating", 0, None) in sink.phases
+    assert "evaluating" not in {phase for phase, _, _ in sink.phases}
+    assert facts["spent_completions"] == facts["completions"]
+    assert facts["spent_tokens"] == facts["tokens"] > 0
 
 
 def test_every_step_reports_how_far_it_is_from_the_frontier(
@@ -201,6 +205,24 @@ def test_a_run_that_is_stopped_while_it_calibrates_begins_again_in_the_same_way(
 
 
 @pytest.mark.usefixtures("soon")
+def test_if_the_trained_policys_samples_do_not_suffice_either_alpha_stays_and_they_are_counted(
+    train: Callable[..., DARTrainer], sink: RecordingSink
+) -> None:
+    def equal_later(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        is_calibration = len(completions) > LONG["dar_k"] * LONG["per_device_train_batch_size"]
+        if is_calibration and trainer_state.global_step > 0:
+            return [1.0] * len(completions)
+        return share_of_even(completions)
+
+    train(settings=LONG, reward_funcs=equal_later, sink=sink)
+    first, second = calibrations(sink)
+    assert second[0] == "warn"
+    assert "alpha stays" in second[1]
+    assert second[2]["alpha"] == first[2]["alpha"]
+    assert second[2]["spent_completions"] > first[2]["spent_completions"]
+
+
+@pytest.mark.usefixtures("soon")
 def test_where_the_base_models_samples_do_not_suffice_the_trained_policys_are_used_once(
     train: Callable[..., DARTrainer], sink: RecordingSink, tmp_path: Path
 ) -> None:
@@ -215,6 +237,9 @@ def test_where_the_base_models_samples_do_not_suffice_the_trained_policys_are_us
     assert second[2]["step"] == 3
     assert second[2]["start_reward"] == first[2]["start_reward"]
     assert second[2]["alpha"] == trainer.args.alpha != first[2]["alpha"]
+    assert second[2]["spent_completions"] == first[2]["completions"] + second[2]["completions"]
+    assert second[2]["spent_tokens"] == first[2]["tokens"] + second[2]["tokens"]
+    assert ("calibrating", 3, None) in sink.phases
     for step in (2, 4):
         folder = tmp_path / "out" / "checkpoints" / f"step-{step}"
         resumed = train(folder, settings=LONG, reward_funcs=share_of_even)
@@ -300,6 +325,8 @@ def test_offline_a_forecast_needs_behavior_logps_and_enough_completions_of_a_pro
     trainer = train(train_dataset=rows, reward_funcs=None, settings=settings, sink=sink)
     [(_, _, facts)] = calibrations(sink)
     assert facts["method"] == method
+    assert facts["spent_completions"] == 0  # nothing was sampled
+    assert facts["completions"] > 0
     assert trainer.args.alpha == pytest.approx(facts["reward_std"] / math.sqrt(0.5), rel=0.5)
 
 
