@@ -185,11 +185,11 @@ class DARTrainer(OptimizingTrainer):
         check_table(train_dataset)
         model = str(model) if isinstance(model, Path) else model
         args = args or DARConfig(output_dir="dar-output")
-        config = settled_config(args, len(train_dataset), reward_funcs)
         access = replace(reward_access or RewardAccess(), secret=reward_secret)
         given = GivenRewards.of(
-            reward_funcs, reward_model, reward_processing_class, reward_weights, access, config
+            reward_funcs, reward_model, reward_processing_class, reward_weights, access, args
         )
+        config = settled_config(args, len(train_dataset), given)
         check_data(
             train_dataset,
             eval_dataset,

@@ -182,6 +182,8 @@ def train(
         "report_to": "none",
         "ddp_timeout": PATIENCE,
     }
+    if "alpha" not in settings:
+        values["kl_budget"] = None
     trainer = DARTrainer(
         make_model(dtype) if model is None else model,
         DARConfig(**values | dict(settings)),
