@@ -335,7 +335,7 @@ def test_an_adapter_is_trained_and_goes_on_from_the_latest_checkpoint(
 ) -> None:
     adapter = ("--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj")
     (folder / "scored").write_text("")
-    interrupted = command(*adapter, reward_function="judge:interrupting", max_steps=3)
+    interrupted = command(*adapter, alpha=0.1, reward_function="judge:interrupting", max_steps=3)
     before = signal.getsignal(signal.SIGINT)  # a shell's background job is born without one
     assert main(interrupted) == 130
     said = " ".join(capsys.readouterr().err.split())
