@@ -152,11 +152,11 @@ def main() -> None:
                 )
                 runs.append(run)
                 print(task, budget, seed, json.dumps(run), flush=True)
-            figures[f"{task} {budget:g}"] = {
-                name: round(statistics.mean(run[name] for run in runs), 3)
-                for name in ("kl", "reward", "forecast_kl", "forecast_reward", "of_gain")
-            }
-            print(task, budget, figures[f"{task} {budget:g}"], flush=True)
+            names = ("start", "kl", "reward", "forecast_kl", "forecast_reward", "of_gain")
+            means = {name: round(statistics.mean(run[name] for run in runs), 3) for name in names}
+            print(task, budget, means, flush=True)
+            ends = [{name: round(run[name], 3) for name in ("kl", "reward")} for run in runs]
+            figures[f"{task} {budget:g}"] = {**means, "runs": ends}
     report("budget", settings=json.loads(given[3]), cases=figures)
 
 
