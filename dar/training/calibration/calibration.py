@@ -203,7 +203,7 @@ class Calibration:
                 {"kind": "calibration_start", "kl_budget": self._args.kl_budget},
             )
         with undisturbed(self._args.device):
-            samples = self._stored() if self._is_replay else self._sampled(self._allowed)
+            samples = self._stored() if self._is_replay else self._sampled(self.allowed)
         frontier = samples.frontier()
         choice = None if frontier is None else frontier.choose(self._budget)
         if phase == "policy" and choice is None:
@@ -309,11 +309,11 @@ class Calibration:
         return [rows[order.row(position)] for position in range(min(count, len(rows)))]
 
     @property
-    def _allowed(self) -> int:
+    def allowed(self) -> int:
         """Completions that a calibration may sample."""
         args = self._args
         whole = args.max_steps * args.prompts_per_step * args.dar_k
-        return min(whole // SHARE, MOST_COMPLETIONS)
+        return max(FEW_SAMPLES, min(whole // SHARE, MOST_COMPLETIONS))
 
     def _sampled(self, allowed: int) -> Samples:
         """Sample until the estimate is trusted or so many completions are sampled."""

@@ -175,10 +175,11 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     for expected in (
         "Completions of the first prompts", "(nothing was written)", "10 passes over 6 rows",
         "2 prompts x 4 completions = 8 completions, at most 32 new tokens", "short, reward_model", "reward models", "out, checkpoints too",
-        "team/pleased",
+        "team/pleased", "a KL of 1 to the base model", "from at most 60 completions before the first step",
     ):  # fmt: skip
         assert expected in said, said
     assert said.count("» The ") == 2
+    assert "alpha + beta" not in said  # they are not chosen yet, so nothing is judged by them
 
 
 def test_rewards_too_small_for_alpha_and_beta_are_a_line_of_a_run_and_of_its_preview(
