@@ -8,8 +8,8 @@ beta has to fit the size of the advantages A, which are differences of rewards:
   rewards.
 - *clipped weights*: over the last steps so many weights are at the clip that they say only which
   completion was better, not by how much.
-- *slow KL*: when a third of the steps are done, the KL to the reference is still a small part of
-  ``kl_budget``.
+- *slow KL*, *large KL*: when a third of the steps are done, the KL to the reference is still a
+  small part of ``kl_budget``, or has left it far behind.
 
 Each is reported once in a run, with the standard deviation of the rewards, the alpha + beta that
 would fit, and the learning rate. The thresholds are those of `dar.protocol.hints`.
@@ -163,7 +163,7 @@ class LearningWatch:
         if not self._has_warned_of_clip and (is_end or len(self._last) == HINTS.clip_steps):
             told.append(self._clipped(Spread.pooled(self._last), len(self._last)))
         if not self._is_kl_judged and step.number >= HINTS.kl_run * last_step:
-            told.append(self._slow(Spread.pooled(self._last), step.number, last_step))
+            told.append(self._astray(Spread.pooled(self._last), step.number, last_step))
         return [self._event(one, step.number, learning_rate) for one in told if one is not None]
 
     @property
@@ -198,19 +198,29 @@ class LearningWatch:
             self._against_clip(found),
         )
 
-    def _slow(self, found: Spread, number: int, last_step: int) -> _Hint | None:
-        budget = self._config.kl_budget
+    def _astray(self, found: Spread, number: int, last_step: int) -> _Hint | None:
+        """A KL that is far from its budget."""
+        budget, kl = self._config.kl_budget, found.kl
         self._is_kl_judged = True
-        if budget is None or found.kl is None or not stays_behind(found.kl, budget):
+        if budget is None or kl is None:
             return None
-        return _Hint(
-            "slow_kl",
-            found,
-            f"after {number} of {last_step} steps the KL to the reference is {found.kl:.3g} nats, "
-            f"less than {HINTS.kl_least:g} of kl_budget = {budget:g}",
+        is_slow = stays_behind(kl, budget)
+        if not is_slow and kl <= HINTS.kl_most * budget:
+            return None
+        bound = f"less than {HINTS.kl_least:g}" if is_slow else f"more than {HINTS.kl_most:g} times"
+        advice = (
             f"alpha + beta = {found.fitting:.2g} would fit; raise the learning rate, or train for "
-            "more steps",
-            {"kl": found.kl, "kl_budget": budget},
+            "more steps"
+            if is_slow
+            else "the steps are too large for the pull towards the reference; lower the learning rate"
+        )
+        return _Hint(
+            "slow_kl" if is_slow else "large_kl",
+            found,
+            f"after {number} of {last_step} steps the KL to the reference is {kl:.3g} nats, "
+            f"{bound} {'of ' if is_slow else ''}kl_budget = {budget:g}",
+            advice,
+            {"kl": kl, "kl_budget": budget},
         )
 
     # --- messages --------------------------------------------------------------------------------
