@@ -161,6 +161,8 @@ def _progress(job: tables.JobRow) -> Progress:
         total_steps=job.total_steps,
         percent=round(100 * job.step / job.total_steps, 1),
         tokens=job.tokens,
+        calibration_completions=(job.forecast or {}).get("spent_completions", 0),
+        calibration_tokens=(job.forecast or {}).get("spent_tokens", 0),
     )
 
 
