@@ -26,6 +26,7 @@ from service.api import (
     metrics,
     models,
     query,
+    retention,
     reward_callbacks,
     reward_endpoints,
     reward_requests,
@@ -36,6 +37,7 @@ from service.api import (
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
+from service.background.retention import Retention
 from service.background.waker import Waker
 from service.http import auth, errors
 from service.http.connections import BodyTimeouts
@@ -50,7 +52,7 @@ from service.store.database import Database
 from service.telemetry import MAX_JOBS, Telemetry
 
 ROUTERS = (
-    *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models),
+    *(files, jobs, events, metrics, samples, reward_stats, checkpoints, models, retention),
     *(reward_endpoints, graders, reward_callbacks, leases, inputs, uploads, reward_requests),
 )
 
@@ -75,16 +77,19 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             ttl_seconds=settings.lease_ttl_seconds,
             pause_seconds=settings.reconcile_seconds,
         )
+        retention_thread = Retention(ready.database, ready.artifacts, settings)
         watch = RewardWatch(ready)
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()
+        retention_thread.start()
         watch.start()
         try:
             yield
         finally:
             await ready.notifier.close()
             await run_in_threadpool(watch.close)
+            await run_in_threadpool(retention_thread.close)
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()

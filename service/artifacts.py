@@ -129,6 +129,10 @@ class Artifacts:
                 retry_after_seconds=30,
             )
 
+    def remove_job(self, job_id: str) -> None:
+        """Remove all files of a job."""
+        shutil.rmtree(self._checkpoints / job_id, ignore_errors=True)
+
     def remove_checkpoint(self, job_id: str, attempt: int, step: int) -> None:
         """Remove the files of a checkpoint, received in whole or in part."""
         final = self.checkpoint(job_id, attempt, step)

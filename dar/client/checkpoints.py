@@ -7,7 +7,7 @@ from typing import Literal
 from dar.client.download import Download
 from dar.client.paging import Listing
 from dar.client.transport import Transport, escaped
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.checkpoints import RESUME_FOLDER, Checkpoint
 
 Order = Literal["asc", "desc"]
@@ -27,6 +27,14 @@ class Checkpoints:
     def retrieve(self, job_id: str, checkpoint_id: str) -> Checkpoint:
         """One checkpoint, with the list of its files."""
         return self._transport.get(f"{_path(job_id)}/{escaped(checkpoint_id)}", Checkpoint)
+
+    def delete(self, job_id: str, checkpoint_id: str) -> Deleted:
+        """Delete a checkpoint.
+
+        Raises:
+            ConflictError: A job that has not ended needs it.
+        """
+        return self._transport.delete(f"{_path(job_id)}/{escaped(checkpoint_id)}", Deleted)
 
     def download(
         self,

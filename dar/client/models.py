@@ -2,7 +2,7 @@
 
 from dar.client.paging import Listing
 from dar.client.transport import Transport, escaped
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.models import Model
 
 PATH = "/models"
@@ -24,3 +24,11 @@ class Models:
     def retrieve(self, model: str) -> Model:
         """One model."""
         return self._transport.get(f"{PATH}/{escaped(model)}", Model)
+
+    def delete(self, model: str) -> Deleted:
+        """Delete the weights of a model that a job has made. The job stays.
+
+        Raises:
+            ConflictError: A job that has not ended needs it, or it is a base model.
+        """
+        return self._transport.delete(f"{PATH}/{escaped(model)}", Deleted)

@@ -4,15 +4,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from dar.errors import NotFoundError
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.checkpoints import MANIFEST_NAME, RESUME_FOLDER, Checkpoint
 from dar.protocol.metrics import current_values
 from service.api.jobs import PATH
 from service.api.paging import PageCursor, envelope, seconds
-from service.http import downloads
-from service.http.auth import Reader
+from service.http import downloads, errors
+from service.http.auth import Reader, Submitter
 from service.runtime import CurrentRuntime
-from service.store import checkpoints, jobs, tables
+from service.store import checkpoints, deletion, jobs, tables
 
 router = APIRouter(prefix=PATH, tags=["checkpoints"])
 FILE_PATH = "/{job_id}/checkpoints/{checkpoint_id}/files/{name:path}"
@@ -37,6 +37,16 @@ def get_checkpoint(
     with runtime.database.read() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
         return show(checkpoints.get(transaction, job.id, checkpoint_id))
+
+
+@router.delete("/{job_id}/checkpoints/{checkpoint_id}", responses=errors.may_answer(409))
+def delete_checkpoint(
+    job_id: str, checkpoint_id: str, runtime: CurrentRuntime, user: Submitter
+) -> Deleted:
+    """Delete a checkpoint that no unfinished job needs."""
+    with runtime.database.write() as transaction:
+        deletion.mark_checkpoint(transaction, user.project_id, job_id, checkpoint_id)
+    return Deleted(id=checkpoint_id, object="fine_tuning.job.checkpoint", deleted=True)
 
 
 @router.head(FILE_PATH, response_class=Response, include_in_schema=False)

@@ -3,5 +3,6 @@
 notifier: wakes long polls when a job changes.
 directives: cursor of the directives' long poll.
 reconciler: periodic work: expires leases that were not renewed, removes old checkpoints and files.
+retention: deletes what is too old or too large, and jobs that users have deleted.
 waker: wakes workers over the broker.
 """

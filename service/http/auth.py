@@ -114,6 +114,7 @@ class UserWith:
 
 Reader = Annotated[User, Depends(UserWith("read"))]
 Submitter = Annotated[User, Depends(UserWith("submit"))]
+Administrator = Annotated[User, Depends(UserWith("admin"))]
 
 
 def worker(who: Annotated[Principal, Depends(principal)]) -> Principal:

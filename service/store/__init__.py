@@ -12,6 +12,8 @@ leases: which queued job is claimed, how long a lease is valid, when it has expi
 outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
 rows: rows that a trainer sends, each stored once; progress of the job.
 checkpoints: announced, available and removed checkpoints, and which are kept.
+deletion: jobs, checkpoints and models that a user deletes.
+retention: what is older or larger than the settings allow, and the rows of deleted jobs.
 events: events of a job.
 files: uploaded files.
 keys: API keys and their project.
