@@ -237,17 +237,27 @@ def _sqlite_engine(url: URL) -> Engine:
         pool_timeout=10,
         connect_args={"isolation_level": None, "timeout": BUSY_SECONDS},
     )
-    event.listen(engine, "do_connect", _keep_private)
+    is_first = iter((True,))
+
+    def keep_private(
+        _dialect: object, _record: object, arguments: Sequence[Any], _: object
+    ) -> None:
+        _keep_private(arguments[0], is_first=next(is_first, False))
+
+    event.listen(engine, "do_connect", keep_private)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _keep_private(_dialect: object, _record: object, arguments: Sequence[Any], _: object) -> None:
+def _keep_private(name: str, *, is_first: bool) -> None:
     """Let only the owner read the database. SQLite makes its other files with the same mode."""
-    path = Path(arguments[0])
-    if path.parent.is_dir() and not arguments[0].startswith((":memory:", "file:")):
-        _check_sqlite(path)
+    path = Path(name)
+    if path.parent.is_dir() and not name.startswith((":memory:", "file:")):
+        if is_first:
+            # Later it would be wrong: when a process closes a file, it loses all its locks on it.
+            # Then another process that closes the database deletes the log of this one's writes.
+            _check_sqlite(path)
         path.touch(mode=0o600)
         for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file
