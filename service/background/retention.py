@@ -5,9 +5,11 @@ delays neither workers nor the reconciler. Each step can be repeated: after a cr
 goes on. With PostgreSQL one replica at a time is elected.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -83,29 +85,34 @@ class Retention:
                 self._sweep()
                 with self._database.read() as transaction:
                     doomed = retention.deleted_jobs(transaction)
-            for job_id in doomed:
-                self._remove_job(job_id)
+            for first in range(0, len(doomed), retention.OWNERS):
+                self._remove_jobs(doomed[first : first + retention.OWNERS])
 
     def _sweep(self) -> None:
         self._mark_old_jobs()
         for rule in retention.RULES:
-
-            def delete_aged(transaction: Transaction, rule: retention.Rule = rule) -> int:
-                return retention.delete_aged(transaction, self._settings, rule)
-
-            self._repeat(rule.what, delete_aged)
-        self._repeat(
-            "idempotency_keys",
-            lambda transaction: retention.forget_keys(transaction, self._settings),
-        )
+            self._delete_aged(rule)
+        self._repeat(lambda transaction: retention.forget_keys(transaction, self._settings))
         self._limit_samples()
 
-    def _repeat(self, what: str, delete: Callable[[Transaction], int]) -> None:
+    def _delete_aged(self, rule: retention.Rule) -> None:
+        total, last = 0, None
+        while not self._stop.is_set():
+            with self._database.read() as transaction:
+                owners = retention.aged_owners(transaction, self._settings, rule, last)
+            if not owners:
+                break
+            total += self._repeat(partial(retention.delete_of, rule=rule, owners=owners))
+            last = owners[-1]
+        if total:
+            log.info("deleted by age", what=rule.what, rows=total)
+
+    def _repeat(self, delete: Callable[[Transaction], int]) -> int:
+        """Delete until nothing is left; returns how many rows."""
         total = 0
         while (count := self._step(delete)) and not self._stop.is_set():
             total += count
-        if total:
-            log.info("deleted by age", what=what, rows=total)
+        return total
 
     def _step(self, work: Callable[[Transaction], int]) -> int:
         count = self._database.transact(work)
@@ -119,13 +126,16 @@ class Retention:
                 old = retention.old_jobs(transaction, self._settings, last)
             if not old:
                 return
-            for project_id, job_id in old:
-                last = job_id
-                try:
-                    with self._database.write() as transaction:
+            last = old[-1][1]
+
+            def mark(transaction: Transaction, old: Sequence[tuple[str, str]] = old) -> int:
+                for project_id, job_id in old:
+                    # Another job starts from it, it was resumed, or it is gone.
+                    with contextlib.suppress(ConflictError, NotFoundError):
                         deletion.mark_job(transaction, project_id, job_id)
-                except (ConflictError, NotFoundError):
-                    continue  # an unfinished job starts from it, it was resumed, or it is gone
+                return len(old)
+
+            self._step(mark)
 
     def _limit_samples(self) -> None:
         while not self._stop.is_set():
@@ -146,20 +156,21 @@ class Retention:
 
         return self._step(work) > 0
 
-    def _remove_job(self, job_id: str) -> None:
-        """Remove the files of a deleted job, then its rows."""
+    def _remove_jobs(self, job_ids: Sequence[str]) -> None:
+        """Remove the files of deleted jobs, then their rows."""
         with self._database.read() as transaction:
-            doomed = retention.unremoved_checkpoints(transaction, job_id)
+            doomed = retention.unremoved_checkpoints(transaction, job_ids)
         for item in doomed:
-            self._artifacts.remove_checkpoint(job_id, item.attempt, item.step)
+            self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
             with self._database.write() as transaction:
                 checkpoints.mark_removed(transaction, item.id)
-        self._artifacts.remove_job(job_id)
+        for job_id in job_ids:
+            self._artifacts.remove_job(job_id)
         while not self._stop.is_set():
             with self._database.write() as transaction:
-                is_gone = retention.purge(transaction, job_id)
+                is_gone = retention.purge(transaction, job_ids)
             if is_gone:
-                log.info("deleted job removed", job_id=job_id)
+                log.info("deleted jobs removed", job_ids=job_ids)
                 return
             self._stop.wait(self._breath_seconds)
 

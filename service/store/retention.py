@@ -4,7 +4,7 @@ Every function that deletes takes one small transaction and deletes at most `CHU
 never holds up a worker for long. The caller repeats it until there is nothing left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,6 +26,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.orm import InstrumentedAttribute, aliased
@@ -51,6 +52,10 @@ OWNERS = 50
 """Jobs or attempts whose rows one transaction deletes at most."""
 
 
+Owner = tuple[Any, ...]
+"""Id of a job, or id of a job and number of an attempt."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Rows that go some days after the end of their job, or of their attempt."""
@@ -68,7 +73,7 @@ class Rule:
         days: float = getattr(settings, self.setting)
         return transaction.now - timedelta(days=days) if days else None
 
-    def ended(self, cutoff: datetime) -> Select[Any]:
+    def ended(self, cutoff: datetime) -> Select[*tuple[Any, ...]]:
         """The jobs or attempts that ended before ``cutoff``."""
         if len(self.owner) == 1:
             return select(JobRow.id).where(JobRow.finished_at < cutoff)
@@ -95,15 +100,32 @@ class Surplus:
     """None: it is not measured."""
 
 
-def delete_aged(transaction: Transaction, settings: Settings, rule: Rule) -> int:
-    """Delete rows that are too old; returns how many."""
+def aged_owners(
+    transaction: Transaction, settings: Settings, rule: Rule, after: Owner | None
+) -> Sequence[Owner]:
+    """Some jobs or attempts, in the order of their ids, whose rows are too old.
+
+    Args:
+        transaction: Where they are read.
+        settings: Ages.
+        rule: Which rows.
+        after: The last one of the call before; None: begin.
+    """
     cutoff = rule.cutoff(transaction, settings)
     if cutoff is None:
-        return 0
+        return []
     ended = rule.ended(cutoff)
-    owners = transaction.execute(_with_rows(rule, ended).limit(OWNERS)).all()
-    if not owners:
-        return 0
+    names = list(ended.selected_columns)
+    same = and_(*(column == name for column, name in zip(rule.owner, names, strict=True)))
+    ended = ended.where(exists(select(literal(1)).select_from(rule.table).where(same)))
+    if after is not None:
+        ended = ended.where(tuple_(*names) > tuple_(*after))
+    found = transaction.execute(ended.order_by(*names).limit(OWNERS)).all()
+    return [tuple(one) for one in found]
+
+
+def delete_of(transaction: Transaction, rule: Rule, owners: Sequence[Owner]) -> int:
+    """Delete some rows of jobs or attempts; returns how many."""
     is_of_owner = or_(
         *(
             and_(*(column == value for column, value in zip(rule.owner, one, strict=True)))
@@ -111,12 +133,6 @@ def delete_aged(transaction: Transaction, settings: Settings, rule: Rule) -> int
         )
     )
     return _delete_rows(transaction, rule.table.__table__, is_of_owner)
-
-
-def _with_rows(rule: Rule, ended: Select[Any]) -> Select[Any]:
-    names = ended.selected_columns
-    same = and_(*(column == name for column, name in zip(rule.owner, names, strict=True)))
-    return ended.where(exists(select(literal(1)).select_from(rule.table).where(same)))
 
 
 def _delete_rows(transaction: Transaction, table: Any, which: ColumnElement[bool]) -> int:  # noqa: ANN401 - a Table, which the class types as FromClause
@@ -185,7 +201,8 @@ def delete_oldest_samples(transaction: Transaction, surplus: int, after: int) ->
     last = found[-1][0] if found else None
     if last is None:
         found = _oldest(transaction, 0, is_ordinary=False)
-    doomed, total = [], 0
+    doomed: list[int] = []
+    total = 0
     for sample_id, size in found:
         if total >= surplus:
             last = doomed[-1] if last is not None else None
@@ -250,7 +267,7 @@ def old_jobs(
         select(JobRow.project_id, JobRow.id)
         .where(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None), JobRow.id > after)
         .order_by(JobRow.id)
-        .limit(CHUNK)
+        .limit(OWNERS)
     ).all()
     return [(project_id, job_id) for project_id, job_id in found]
 
@@ -265,33 +282,34 @@ def deleted_jobs(transaction: Transaction) -> Sequence[str]:
     ).all()
 
 
-def unremoved_checkpoints(transaction: Transaction, job_id: str) -> Sequence[CheckpointRow]:
-    """The checkpoints of a deleted job whose files may still be there."""
+def unremoved_checkpoints(
+    transaction: Transaction, job_ids: Collection[str]
+) -> Sequence[CheckpointRow]:
+    """The checkpoints of deleted jobs whose files may still be there."""
     return transaction.scalars(
         select(CheckpointRow).where(
-            CheckpointRow.job_id == job_id, CheckpointRow.status != "deleted"
+            CheckpointRow.job_id.in_(job_ids), CheckpointRow.status != "deleted"
         )
     ).all()
 
 
-def purge(transaction: Transaction, job_id: str) -> bool:
-    """Delete some rows of a deleted job, at last its own row; returns whether all are gone.
+def purge(transaction: Transaction, job_ids: Collection[str]) -> bool:
+    """Delete some rows of deleted jobs, at last their own; returns whether all are gone.
 
     Rows of every table that belongs to jobs are deleted, in an order in which no row refers to one
     that is gone.
     """
-    locked = select(JobRow.id).where(JobRow.id == job_id, JobRow.deleted_at.is_not(None))
-    if transaction.scalars(locked.with_for_update()).one_or_none() is None:
-        return True
-    of_job = select(CheckpointRow.id).where(CheckpointRow.job_id == job_id)
+    deleted = select(JobRow.id).where(JobRow.id.in_(job_ids), JobRow.deleted_at.is_not(None))
+    ids = transaction.scalars(deleted.order_by(JobRow.id).with_for_update()).all()
+    of_job = select(CheckpointRow.id).where(CheckpointRow.job_id.in_(ids))
     inputs = JobInputRow.__table__
     if _delete_rows(transaction, inputs, JobInputRow.checkpoint_id.in_(of_job)) >= CHUNK:
         return False
     for table in reversed(Base.metadata.sorted_tables):
         column = _job_column(table)
-        if column is not None and _delete_rows(transaction, table, column == job_id) >= CHUNK:
+        if column is not None and _delete_rows(transaction, table, column.in_(ids)) >= CHUNK:
             return False
-    transaction.execute(delete(JobRow).where(JobRow.id == job_id))
+    transaction.execute(delete(JobRow).where(JobRow.id.in_(ids)))
     return True
 
 
@@ -362,11 +380,8 @@ def _rows_of(transaction: Transaction, table: type[Base], which: ColumnElement[b
 
 def row_counts(transaction: Transaction) -> Mapping[str, int]:
     """Number of rows of each table that belongs to jobs, and of the jobs themselves."""
-    tables = [
-        JobRow.__table__,
-        *filter(lambda t: _job_column(t) is not None, Base.metadata.sorted_tables),
-    ]
+    tables = [table for table in Base.metadata.sorted_tables if _job_column(table) is not None]
     return {
-        str(table.name): transaction.scalars(select(func.count()).select_from(table)).one()
-        for table in tables
+        table.name: transaction.scalars(select(func.count()).select_from(table)).one()
+        for table in (Base.metadata.tables["jobs"], *tables)
     }

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dar.client import Client
+from fakes.command_line import run_command
 from fakes.live_service import Lease, Live
 from service.background.retention import Retention
 from service.store import retention
@@ -133,3 +134,8 @@ def test_a_preview_tells_what_would_go_and_deletes_nothing(serve: Callable[..., 
     the_retention(live).run_once()
     with Client(api_key=live.key("api_key"), base_url=live.url) as client:
         assert client.retention_preview().samples_bytes == 0
+    environment = {"DAR_BASE_URL": live.url, "DAR_API_KEY": live.key("api_key")}
+    ended = run_command("retention", environment=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "events_kept_days" in ended.stdout
+    assert "samples have 0 bytes" in ended.stdout
