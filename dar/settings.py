@@ -113,6 +113,10 @@ class Settings(BaseSettings):
     database_wait_seconds: Seconds = 60.0
     """How long the service waits for its database when it starts."""
 
+    postgres_bin: Folder | None = None
+    """Folder of PostgreSQL's client programs, with which a PostgreSQL database is backed up and
+    restored; default: the folders of ``PATH``."""
+
     secret_keys: SecretStr | None = None
     """Comma-separated Fernet keys that encrypt the secrets of reward endpoints, the newest first;
     default: the content of ``$DAR_HOME/secret_keys``."""

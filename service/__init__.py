@@ -8,6 +8,7 @@ artifacts: files of uploads and checkpoints on disk.
 secret_box: encrypts the secrets of reward endpoints.
 keys: makes and configures API keys, worker keys and secrets.
 migrate: upgrades the database schema.
+backup: takes backups of an installation that runs, and restores them.
 telemetry: Prometheus metrics.
 api: routes, one file for each noun.
 background: long polls, expired leases, removal of old files, wake-ups of workers.
@@ -15,5 +16,5 @@ http: authentication, bodies, errors, rate limits, logs.
 jobs: submission of jobs, checks of training files, models.
 rewards: registered endpoints, probes, and jobs paused for missing rewards.
 store: the database, SQL only, one file for each noun.
-__main__: the commands serve, migrate and rotate-secrets.
+__main__: the commands serve, migrate, rotate-secrets, backup and restore.
 """

@@ -1,4 +1,4 @@
-"""The service's processes: ``python -m service serve``, ``migrate`` and ``rotate-secrets``."""
+"""The service's processes: ``python -m service serve``, ``migrate``, ``backup`` and others."""
 
 import gc
 
@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -22,6 +23,8 @@ from dar.errors import DARError
 from dar.settings import Settings, load_settings
 from service import keys, migrate
 from service.app import create_app, prepare
+from service.backup import backup, restore
+from service.backup.manifest import BackupManifest
 from service.http import connections, log
 from service.secret_box import SecretBox
 from service.store import reward_secrets
@@ -69,16 +72,29 @@ def main(arguments: list[str] | None = None) -> int:
     serve_parser.add_argument("--port", type=int, help="port to bind to (default: DAR_PORT)")
     commands.add_parser("migrate", help="upgrade the database schema and stop")
     commands.add_parser("rotate-secrets", help="store all secrets under the newest key and stop")
+    backup_parser = commands.add_parser("backup", help="back everything up and stop")
+    backup_parser.add_argument("folder", type=Path, help="new folder of the backup")
+    backup_parser.add_argument("--copy", action="store_true", help="copy files, link none")
+    backup_parser.add_argument(
+        "--with-secret-keys", action="store_true", help="include secret_keys"
+    )
+    restore_parser = commands.add_parser("restore", help="restore a backup and stop")
+    restore_parser.add_argument("folder", type=Path, help="folder of the backup")
     chosen = parser.parse_args(arguments)
     os.umask(PRIVATE)
     log.configure("info")
     try:
+        if chosen.command in {"backup", "restore"}:
+            return _back_up(chosen) if chosen.command == "backup" else _restore(chosen)
         if chosen.command == "migrate":
             return _migrate(load_settings())
         if chosen.command == "rotate-secrets":
             return _rotate_secrets(load_settings())
         return _serve(load_settings(host=chosen.host, port=chosen.port))
     except DARError as error:
+        if chosen.command in {"backup", "restore"}:
+            sys.stderr.write(f"dar: {error.message}\n")
+            return 1
         structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
     except OSError as error:
         structlog.get_logger().error("cannot start", code="os_error", message=str(error))
@@ -103,6 +119,50 @@ def _rotate_secrets(settings: Settings) -> int:
     structlog.get_logger().info("secrets are stored under the newest key", count=count)
     database.close()
     return 0
+
+
+def _back_up(chosen: argparse.Namespace) -> int:
+    manifest = backup.take(
+        load_settings(),
+        chosen.folder,
+        is_copying=chosen.copy,
+        has_secret_keys=chosen.with_secret_keys,
+    )
+    for problem in manifest.damaged:
+        sys.stderr.write(f"dar: {problem}, and not in the backup\n")
+    _say(manifest, f"backed up to {chosen.folder}")
+    if not chosen.with_secret_keys:
+        sys.stdout.write(
+            "secret_keys is not in it: keep that file in another place, because stored secrets of "
+            "reward endpoints need it\n"
+        )
+    return 0
+
+
+def _restore(chosen: argparse.Namespace) -> int:
+    settings = load_settings()
+    manifest = restore.restore(settings, chosen.folder)
+    _say(manifest, f"restored to {settings.home}")
+    for job_id in manifest.unfinished_jobs:
+        sys.stdout.write(f"  {job_id} had not ended and goes on\n")
+    sys.stdout.write(
+        "What was submitted, trained or deleted later is not in it. A worker that runs a later job "
+        "stops it, and both logs name the job.\n"
+    )
+    if not (settings.home / keys.KEYS_OF_SECRETS_FILE).exists() and settings.secret_keys is None:
+        sys.stdout.write(
+            f"secret_keys was not in it: put the file into {settings.home} before the first start if "
+            "jobs use registered reward endpoints\n"
+        )
+    return 0
+
+
+def _say(manifest: BackupManifest, what: str) -> None:
+    size = sum(file.bytes for file in manifest.files)
+    sys.stdout.write(
+        f"{what}: the state of {manifest.created_at}, {manifest.jobs} jobs, "
+        f"{len(manifest.files)} files, {size:,} bytes, all verified\n"
+    )
 
 
 def _serve(settings: Settings) -> int:
