@@ -23,7 +23,7 @@ from service.store.database import Database, Transaction
 log = structlog.get_logger()
 ELECTION_KEY = 0x0DA2_0004
 PAUSE_SECONDS = 5.0
-"""Time between two looks for deleted jobs."""
+"""Time between two passes over deleted jobs."""
 SWEEP_SECONDS = 3600.0
 """Time between two sweeps by age and size."""
 BREATH_SECONDS = 0.01
