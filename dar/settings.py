@@ -20,6 +20,7 @@ from dar.setting_kinds import (
     Bytes,
     CacheFolder,
     DatabaseURL,
+    Days,
     Folder,
     Host,
     Hosts,
@@ -117,6 +118,10 @@ class Settings(BaseSettings):
     database_wait_seconds: Seconds = 60.0
     """How long the service waits for its database when it starts."""
 
+    postgres_bin: Folder | None = None
+    """Folder of PostgreSQL's client programs, with which a PostgreSQL database is backed up and
+    restored; default: the folders of ``PATH``."""
+
     secret_keys: Secret = None
     """Comma-separated Fernet keys that encrypt the secrets of reward endpoints, the newest first;
     default: the content of ``$DAR_HOME/secret_keys``."""
@@ -141,6 +146,35 @@ class Settings(BaseSettings):
 
     scrub_bytes_per_second: Bytes = 32 * 1024**2
     """How fast stored checkpoints are read for this comparison, in bytes per second."""
+    # --- retention
+    jobs_kept_days: Days = 0.0
+    """Days after their end after which jobs are deleted, with their checkpoints and models; 0: they
+    are kept."""
+
+    events_kept_days: Days = 90.0
+    """Days after a job's end after which its events and failed reward requests are deleted; 0: they
+    are kept."""
+
+    samples_kept_days: Days = 90.0
+    """Days after a job's end after which its samples are deleted; 0: they are kept."""
+
+    samples_bytes: Bytes = 20 * 1024**3
+    """Size limit of the samples of all jobs, in bytes. The oldest are deleted first, and the best
+    and worst of each step last."""
+
+    metrics_kept_days: Days = 0.0
+    """Days after a job's end after which its metrics are deleted; 0: they are kept."""
+
+    digests_kept_days: Days = 14.0
+    """Days after an attempt's end after which the digests of its reports are deleted; 0: they are
+    kept. Until then, altered reports that a worker sends again are recognised."""
+
+    idempotency_keys_kept_days: Days = 30.0
+    """Days after which the ``Idempotency-Key`` of a job is forgotten; 0: it is kept."""
+
+    log_bytes: Bytes = 16 * 1024**2
+    """Size from which ``dar up`` begins a new log of a process, in bytes. Of each process, the
+    newest log and the four before it are kept."""
 
     # --- leases
     lease_ttl_seconds: Seconds = 300.0

@@ -202,7 +202,7 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
         check_address(settings.host, settings.port)
         make_folder(settings.models_path, f"{OTHER_FOLDER_HINT} DAR_MODELS_DIR or DAR_HOME")
         stop = StopRequest()
-        with Processes(say) as processes:
+        with Processes(say, settings.log_bytes) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)
             if not stop.wait(0):
                 say(_greeting(settings, workers, has_broker))

@@ -10,6 +10,7 @@ from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.transport import Transport
 from dar.client.workers import Workers
 from dar.errors import ConfigurationError
+from dar.protocol.retention import RetentionPreview
 from dar.settings import load_settings
 from dar.version import __version__
 
@@ -80,6 +81,14 @@ class Client:
     def base_url(self) -> str:
         """URL of the service, without ``/v1``."""
         return self._transport.base_url
+
+    def retention_preview(self) -> RetentionPreview:
+        """What the service would delete now, by the ages and sizes of its settings.
+
+        Raises:
+            PermissionDeniedError: The key lacks the scope ``admin``.
+        """
+        return self._transport.get("/retention", RetentionPreview)
 
     def close(self) -> None:
         """Close all connections; the client cannot be used afterwards."""

@@ -1,4 +1,4 @@
-"""Jobs: submit, read, cancel, pause, resume."""
+"""Jobs: submit, read, cancel, pause, resume, delete."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from dar.errors import InvalidRequestError
-from dar.protocol.base import MAX_COUNT, Page
+from dar.protocol.base import MAX_COUNT, Deleted, Page
 from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import MAX_LABELS, JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
@@ -18,7 +18,7 @@ from service.http.auth import Reader, Submitter
 from service.http.bodies import body_of, schema_of
 from service.jobs import submission
 from service.runtime import CurrentRuntime
-from service.store import jobs, tables
+from service.store import deletion, jobs, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
@@ -111,6 +111,14 @@ def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
         transaction.after_commit(runtime.waker.wake)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
     return show(job)
+
+
+@router.delete("/{job_id}", responses=errors.may_answer(409))
+def delete_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
+    """Delete a job that has ended, with its checkpoints, model, events, metrics and samples."""
+    with runtime.database.write() as transaction:
+        deletion.mark_job(transaction, user.project_id, job_id)
+    return Deleted(id=job_id, object="fine_tuning.job", deleted=True)
 
 
 def show(job: tables.JobRow) -> Job:
