@@ -152,8 +152,8 @@ class Settings(BaseSettings):
     are kept."""
 
     events_kept_days: Days = 90.0
-    """Days after a job's end after which its events and failed reward requests are deleted; 0: they
-    are kept."""
+    """Days after a job's end after which its events, failed reward requests and the logs of its
+    trainers are deleted; 0: they are kept."""
 
     samples_kept_days: Days = 90.0
     """Days after a job's end after which its samples are deleted; 0: they are kept."""

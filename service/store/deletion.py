@@ -45,8 +45,8 @@ def mark_checkpoint(
 
     Raises:
         NotFoundError: The job has no such checkpoint.
-        ConflictError: Its own job has not ended and would resume from it, or another unfinished job
-            starts from it (``checkpoint_in_use``).
+        ConflictError: It is pinned, its own job has not ended and would resume from it, or another
+            unfinished job starts from it (``checkpoint_in_use``).
     """
     job = jobs.locked(transaction, project_id, job_id)
     found = checkpoints.find(transaction, job_id, checkpoint_id)
@@ -62,11 +62,12 @@ def mark_checkpoint(
             "newest; cancel the job first, or delete an older checkpoint",
             code="checkpoint_in_use",
         )
+    if found.is_pinned:
+        raise ConflictError(
+            f"checkpoint {checkpoint_id} is pinned; unpin it first", code="checkpoint_in_use"
+        )
     _mark(transaction, CheckpointRow.id == checkpoint_id)
-    if job.status != "succeeded" and job.latest_checkpoint_id == checkpoint_id:
-        older = checkpoints.newest(transaction, job_id)
-        values = {"latest_checkpoint_id": None if older is None else older.id}
-        transaction.execute(update(JobRow).where(JobRow.id == job_id).values(values))
+    checkpoints.point_to(transaction, job, checkpoints.newest(transaction, job_id))
     message = f"checkpoint of step {found.step} was deleted by a user"
     data = {"kind": "checkpoint_deleted", "checkpoint_id": checkpoint_id, "step": found.step}
     events.append(transaction, job_id, [events.NewEvent(message, data=data)])

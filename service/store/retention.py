@@ -44,6 +44,7 @@ from service.store.tables import (
     RewardFailureRow,
     SampleRow,
     SpoolRow,
+    TrainerLogRow,
 )
 
 CHUNK = 1000
@@ -83,6 +84,7 @@ class Rule:
 RULES = (
     Rule("events", "events_kept_days", JobEventRow, (JobEventRow.job_id,)),
     Rule("reward_failures", "events_kept_days", RewardFailureRow, (RewardFailureRow.job_id,)),
+    Rule("trainer_logs", "events_kept_days", TrainerLogRow, (TrainerLogRow.job_id,)),
     Rule("samples", "samples_kept_days", SampleRow, (SampleRow.job_id,)),
     Rule("metrics", "metrics_kept_days", MetricRow, (MetricRow.job_id,)),
     Rule("digests", "digests_kept_days", SpoolRow, (SpoolRow.job_id, SpoolRow.attempt)),
