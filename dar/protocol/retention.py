@@ -9,8 +9,8 @@ class RetentionItem(Output):
     """Rows that would go by one setting."""
 
     what: str
-    """``events``, ``reward_failures``, ``trainer_logs``, ``samples``, ``metrics``, ``digests`` (of rows of trainers),
-    ``idempotency_keys`` or ``jobs`` (with their checkpoints and models)."""
+    """``events``, ``reward_failures``, ``trainer_logs``, ``samples``, ``metrics``, ``digests`` (of
+    rows of trainers), ``idempotency_keys`` or ``jobs`` (with their checkpoints and models)."""
     setting: str
     """The setting, without ``DAR_`` and in lower case."""
     limit: float
