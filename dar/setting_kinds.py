@@ -141,6 +141,18 @@ def _host(host: str) -> str:
     return host
 
 
+def host_and_port(host: str, port: int) -> str:
+    """``host:port``, as a URL has it: an IPv6 address stands in brackets."""
+    is_bare = ":" in host and not host.startswith("[")
+    return f"[{host}]:{port}" if is_bare else f"{host}:{port}"
+
+
+def reachable_url(host: str, port: int) -> str:
+    """The URL under which this machine reaches a service that listens on ``host``."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://{host_and_port(local, port)}"
+
+
 def _host_pattern(pattern: str) -> str:
     """Check a pattern of hosts, and give it the form that the hosts of URLs have."""
     if pattern == "*":

@@ -32,6 +32,7 @@ from dar.setting_kinds import (
     Seconds,
     Secret,
     own_node,
+    reachable_url,
 )
 
 
@@ -56,7 +57,8 @@ class Settings(BaseSettings):
 
     # --- address of the service, for clients and workers
     base_url: str | None = None
-    """URL under which clients and workers reach the service; default: ``http://host:port``."""
+    """URL under which clients and workers reach the service; default: ``http://host:port``, with a
+    loopback address where the service binds to all addresses."""
 
     public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")] | None = None
     """URL under which reward services reach the service, for callbacks; default: the
@@ -227,7 +229,7 @@ class Settings(BaseSettings):
     @property
     def service_url(self) -> str:
         """URL of the service, without a slash at its end."""
-        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+        return (self.base_url or reachable_url(self.host, self.port)).rstrip("/")
 
     @property
     def callback_url(self) -> str:
