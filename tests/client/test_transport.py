@@ -56,6 +56,19 @@ KEY = "dar-sk-abcdefgh-" + 43 * "x"
 LINE_IN_IT = KEY[:20] + "\n" + KEY[20:]
 
 
+@pytest.mark.parametrize("key", [KEY, "operators-own-key", "sk-" + 20 * "a", "hf_" + 20 * "b"])
+def test_a_key_in_the_place_of_the_url_is_not_shown(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="the key first and then the URL") as caught:
+        Client("http://127.0.0.1:8321", key)
+    assert key not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_key_given_as_the_url_alone_is_not_shown() -> None:
+    with pytest.raises(ConfigurationError, match="is not a URL like") as caught:
+        Client("key", KEY)
+    assert KEY not in str(caught.value)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
 def test_a_line_break_after_the_key_is_not_sent(
     scripted: Callable[..., Any],
