@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from pydantic import HttpUrl, SecretStr, TypeAdapter
 
 import dar
 from dar.client import Client
@@ -67,6 +68,27 @@ def test_a_key_given_as_the_url_alone_is_not_shown() -> None:
     with pytest.raises(ConfigurationError, match="is not a URL like") as caught:
         Client("key", KEY)
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "url", "message"),
+    [
+        (KEY.encode(), "http://h", "api_key is of the type bytes"),
+        (5, "http://h", "api_key is of the type int"),
+        (KEY, Path("x"), "base_url is of the type PosixPath"),
+        (KEY, b"http://h", "base_url is of the type bytes"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(key: Any, url: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        Client(key, url)
+    assert KEY not in str(caught.value)
+
+
+def test_a_secret_of_pydantic_and_a_url_of_httpx_are_taken() -> None:
+    for url in (httpx2.URL("http://127.0.0.1:9/v1"), TypeAdapter(HttpUrl).validate_python("http://127.0.0.1:9")):  # fmt: skip
+        with Client(SecretStr(KEY), url) as client:  # type: ignore[arg-type]
+            assert client.base_url == "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
