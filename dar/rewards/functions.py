@@ -313,8 +313,9 @@ def _kind(value: object) -> str:
 def _as_number(value: object) -> float | None:
     """A real number as a float; None for anything else.
 
-    As in TRL, booleans, numpy scalars and one-element tensors are numbers; texts are not, also not
-    numpy's, and dates and times neither. A complex number would lose its imaginary part.
+    As in TRL, booleans, numpy scalars, and arrays and tensors of one element are numbers; texts are
+    not, also not numpy's, and dates and times neither. A complex number would lose its imaginary
+    part.
 
     Raises:
         OverflowError: It is beyond the range of a float.
@@ -328,7 +329,7 @@ def _as_number(value: object) -> float | None:
             item, SupportsFloat
         ):
             return None
-        return float(value) if isinstance(value, SupportsFloat) else None
+        return float(item)
     except (TypeError, ValueError, RuntimeError):
         return None
 
