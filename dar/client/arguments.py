@@ -160,7 +160,8 @@ def opened(file: object) -> tuple[BinaryIO, str]:
         OSError: It cannot be read.
     """
     if isinstance(file, str | os.PathLike):
-        return Path(file).open("rb"), Path(file).name
+        path = Path(file).expanduser()
+        return path.open("rb"), path.name
     if isinstance(file, bytes | bytearray | memoryview):
         return io.BytesIO(file), UPLOAD_NAME
     if isinstance(file, io.TextIOBase):

@@ -16,6 +16,7 @@ from pydantic import HttpUrl, SecretStr, TypeAdapter
 
 import dar
 from dar.client import Client
+from dar.client.arguments import opened
 from dar.client.download import Download
 from dar.errors import (
     ConfigurationError,
@@ -89,6 +90,16 @@ def test_a_secret_of_pydantic_and_a_url_of_httpx_are_taken() -> None:
     for url in (httpx2.URL("http://127.0.0.1:9/v1"), TypeAdapter(HttpUrl).validate_python("http://127.0.0.1:9")):  # fmt: skip
         with Client(SecretStr(KEY), url) as client:  # type: ignore[arg-type]
             assert client.base_url == "http://127.0.0.1:9"
+
+
+def test_a_path_that_begins_with_a_tilde_is_in_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_bytes(b"{}")
+    content, name = opened("~/rows.jsonl")
+    with content:
+        assert (content.read(), name) == (b"{}", "rows.jsonl")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
