@@ -20,6 +20,7 @@ from dar.setting_kinds import (
     Bytes,
     CacheFolder,
     DatabaseURL,
+    Devices,
     Folder,
     Host,
     Hosts,
@@ -169,7 +170,7 @@ class Settings(BaseSettings):
     slot: Name = "0"
     """Name of the worker's slot on its node. Each slot has one worker process."""
 
-    devices: str | None = None
+    devices: Devices = None
     """GPUs of the slot, in the format of ``CUDA_VISIBLE_DEVICES``; default: all."""
 
     work_dir: Folder | None = None

@@ -253,3 +253,13 @@ def test_every_host_gives_a_url_that_clients_can_use(
     assert load_settings().callback_url == f"{url}/v1/reward_callbacks"
     with Client("key") as client:
         assert client.base_url == url
+
+
+def test_devices_are_numbers_or_ids_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("", "0", "0,1", "1, 0", "-1", "GPU-8932f937-d72c", "MIG-GPU-8932f937/1/2"):
+        monkeypatch.setenv("DAR_DEVICES", given)
+        assert load_settings().devices == given
+    for given in ("x", "cuda:0", "0,", "0 1", "GPU-"):
+        monkeypatch.setenv("DAR_DEVICES", given)
+        with pytest.raises(ConfigurationError, match=r"DAR_DEVICES.*is not a list of GPUs"):
+            load_settings()
