@@ -153,7 +153,7 @@ def _host(host: str) -> str:
 
 
 def host_and_port(host: str, port: int) -> str:
-    """``host:port``, as a URL has it: an IPv6 address stands in brackets."""
+    """``host:port`` as in a URL: an IPv6 address stands in brackets."""
     is_bare = ":" in host and not host.startswith("[")
     return f"[{host}]:{port}" if is_bare else f"{host}:{port}"
 

@@ -87,8 +87,10 @@ def test_an_argument_of_another_type_is_named(key: Any, url: Any, message: str) 
 
 
 def test_a_secret_of_pydantic_and_a_url_of_httpx_are_taken() -> None:
-    for url in (httpx2.URL("http://127.0.0.1:9/v1"), TypeAdapter(HttpUrl).validate_python("http://127.0.0.1:9")):  # fmt: skip
-        with Client(SecretStr(KEY), url) as client:  # type: ignore[arg-type]
+    pydantics = TypeAdapter(HttpUrl).validate_python("http://127.0.0.1:9")
+    urls: list[Any] = [httpx2.URL("http://127.0.0.1:9/v1"), pydantics]
+    for url in urls:
+        with Client(SecretStr(KEY), url) as client:
             assert client.base_url == "http://127.0.0.1:9"
 
 
