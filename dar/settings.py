@@ -21,6 +21,7 @@ from dar.setting_kinds import (
     CacheFolder,
     DatabaseURL,
     Days,
+    Devices,
     Folder,
     Host,
     Hosts,
@@ -33,6 +34,7 @@ from dar.setting_kinds import (
     Seconds,
     Secret,
     own_node,
+    reachable_url,
 )
 
 
@@ -57,7 +59,8 @@ class Settings(BaseSettings):
 
     # --- address of the service, for clients and workers
     base_url: str | None = None
-    """URL under which clients and workers reach the service; default: ``http://host:port``."""
+    """URL under which clients and workers reach the service; default: ``http://host:port``, with a
+    loopback address where the service binds to all addresses."""
 
     public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")] | None = None
     """URL under which reward services reach the service, for callbacks; default: the
@@ -201,7 +204,7 @@ class Settings(BaseSettings):
     slot: Name = "0"
     """Name of the worker's slot on its node. Each slot has one worker process."""
 
-    devices: str | None = None
+    devices: Devices = None
     """GPUs of the slot, in the format of ``CUDA_VISIBLE_DEVICES``; default: all."""
 
     work_dir: Folder | None = None
@@ -261,7 +264,7 @@ class Settings(BaseSettings):
     @property
     def service_url(self) -> str:
         """URL of the service, without a slash at its end."""
-        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+        return (self.base_url or reachable_url(self.host, self.port)).rstrip("/")
 
     @property
     def callback_url(self) -> str:

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from dar.disk import PRIVATE
 from dar.errors import DARError
 from dar.output import written_output
+from dar.setting_kinds import host_and_port
 from dar.settings import Settings, load_settings
 from service import audit, keys, migrate
 from service.app import create_app, prepare
@@ -55,7 +56,7 @@ class Server(uvicorn.Server):
                     host, port = opened.getsockname()[:2]
                     structlog.get_logger().info(
                         "ready",
-                        url=f"http://{host}:{port}",
+                        url=f"http://{host_and_port(host, port)}",
                         max_connections=self._max_connections,
                     )
 

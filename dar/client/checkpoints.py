@@ -86,8 +86,8 @@ class Checkpoints:
             if include_optimizer or not file.name.startswith(f"{RESUME_FOLDER}/")
         ]
         path = f"{_path(job_id)}/{in_path(checkpoint_id)}/files"
-        download = Download(self._transport, path, Path(directory), files, on_bytes)
-        return download.run()
+        folder = Path(directory).expanduser()
+        return Download(self._transport, path, folder, files, on_bytes).run()
 
 
 def _path(job_id: str | HasId) -> str:

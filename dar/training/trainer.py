@@ -621,7 +621,7 @@ class DARTrainer(OptimizingTrainer):
         Raises:
             TrainingError: The hub cannot be reached, or rejects the upload.
         """
-        folder = Path(output_dir or str(self.args.output_dir))
+        folder = Path(output_dir or str(self.args.output_dir)).expanduser()
         self._checkpoints.save_model(folder)
         self.hub.write_card(folder)
         if self.args.push_to_hub and not _internal_call:
