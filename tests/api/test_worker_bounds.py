@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dar.settings import Settings
 from fakes.live_service import Live
 
 WEIGHTS = b"weights" * 1000
@@ -41,15 +42,19 @@ def test_only_bytes_that_are_still_to_come_need_room(
     files = {"model.safetensors": WEIGHTS}
     checkpoint_id = lease.announce(2, files).json()["checkpoint_id"]
     lease.put(checkpoint_id, "model.safetensors", WEIGHTS[:6000])
-    room = [2000]
+    needed = 1000 + Settings().min_free_bytes
+    room = [needed]
     usage = SimpleNamespace
-    monkeypatch.setattr("service.artifacts.shutil.disk_usage", lambda _: usage(free=room[0]))
+    monkeypatch.setattr(
+        "service.artifacts.shutil.disk_usage", lambda _: usage(free=room[0], total=2 * needed)
+    )
     again = lease.announce(2, files)
     assert again.json()["received"]["model.safetensors"] == 6000
-    room[0] = 1999
+    room[0] = needed - 1
     full = lease.announce(2, files)
     assert (full.status_code, error_of(full)["code"]) == (503, "storage_full")
-    assert "1,000 more bytes. 2 times as many must be free" in error_of(full)["message"]
+    said = error_of(full)["message"]
+    assert f"1,000 more bytes, for which {needed:,} must be free" in said
 
 
 def test_a_worker_that_was_told_of_a_cancellation_is_not_told_every_second(live: Live) -> None:

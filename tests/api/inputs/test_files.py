@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from dar.settings import Settings
 from fakes.live_service import Live
 from service.store.tables import FileRow
 
@@ -174,7 +175,8 @@ def test_columns_that_do_not_fit_the_method_are_told_with_their_row(
 def test_an_upload_for_which_there_is_no_room_is_a_503(
     live: Live, error_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = SimpleNamespace(free=2 * len(GOOD) - 1)
+    reserved = Settings().min_free_bytes
+    free = SimpleNamespace(free=len(GOOD) + reserved - 1, total=2 * reserved)
     monkeypatch.setattr("service.artifacts.shutil.disk_usage", lambda _: free)
     answer = live.upload(GOOD)
     assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_full")
