@@ -38,6 +38,10 @@ class ExitCode(IntEnum):
     REWARD_PAUSED = 77
 
 
+STACKS_SIGNAL = signal.SIGUSR1
+"""Makes a trainer write the stacks of all its threads into its log."""
+
+
 def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name

@@ -380,6 +380,10 @@ disk or a damaged checkpoint. ``database``: the service's database.
 """
 
 
+NO_PROGRESS = "no_progress"
+"""Code of the failure of an attempt whose trainer hung; the attempt is ``lost``."""
+
+
 class Fail(AttemptOf):
     """The attempt failed."""
 

@@ -12,7 +12,7 @@ from sqlalchemy import and_, update
 
 from dar.errors import ConflictError, RewardBudgetError
 from dar.protocol.status import AttemptStatus
-from dar.protocol.worker import Complete, Fail, FailureOwner, Outcome, Release
+from dar.protocol.worker import NO_PROGRESS, Complete, Fail, FailureOwner, Outcome, Release
 from service.store import checkpoints, poison, reward_pauses, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
@@ -124,7 +124,8 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
 def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
     """End a failed attempt: a user's error fails the job, after others it is retried if it may."""
     job = held.job
-    failure = Failure("failed", said.code, said.message, said.owner, said.counts)
+    status: AttemptStatus = "lost" if said.code == NO_PROGRESS else "failed"
+    failure = Failure(status, said.code, said.message, said.owner, said.counts)
     if said.kind == "transient":
         return _retry(transaction, held, failure, call="fail")
     if job.cancel_requested_at is not None:

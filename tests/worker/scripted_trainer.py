@@ -2,9 +2,10 @@
 a moment each.
 
 The weights it publishes are a function of the job's seed and the step alone. What else it does
-stands in the job's metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an error),
-``seconds`` (per step), ``deaf`` (no order is heeded), ``metric`` (one more, by that name), ``nul``
-(whatever it says holds one). With ``die`` it kills itself at ``crash_at``.
+stands in the job's metadata: ``crash_at`` (a step; only in the first attempt), ``hang_at`` (the
+same), ``exit`` (an error), ``seconds`` (per step), ``deaf`` (no order is heeded), ``metric`` (one
+more, by that name), ``nul`` (whatever it says holds one). With ``die`` it kills itself at
+``crash_at``.
 """
 
 import hashlib
@@ -125,6 +126,11 @@ def crash(launch: Launch, script: dict[str, str], step: int) -> None:
     raise RuntimeError("a cosmic ray")
 
 
+def hang(launch: Launch, script: dict[str, str], step: int) -> None:
+    if step == int(script.get("hang_at", -1)) and launch.resume_from is None:
+        time.sleep(3600)
+
+
 def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     control.begin()
     script = launch.spec.metadata or {}
@@ -136,6 +142,7 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     first = begin(launch, script, sink)
     for step in range(first + 1, launch.total_steps + 1):
         sink.phase("training", step - 1)
+        hang(launch, script, step)
         time.sleep(float(script.get("seconds", "0.02")))
         request = None if "deaf" in script else control.requested()
         if request == "cancel":

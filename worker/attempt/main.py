@@ -4,6 +4,7 @@ It reads its launch from stdin, trains, reports through its folder (`worker.fold
 an `ExitCode`. The end of stdin means that its worker is dead; then it ends too.
 """
 
+import faulthandler
 import gc
 import logging
 import math
@@ -38,7 +39,7 @@ from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
 from worker.failures import AttemptFailure, failure_of
 from worker.folders import AttemptFolder
-from worker.launch import ExitCode, Launch, Line, RewardNews, TrainerResult
+from worker.launch import STACKS_SIGNAL, ExitCode, Launch, Line, RewardNews, TrainerResult
 from worker.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
@@ -261,6 +262,8 @@ def main(train: Train = train_with_torch) -> ExitCode:
         train: Does the training; tests replace it.
     """
     die_with_parent()
+    # In C, so it also works while no Python code runs.
+    faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -49,7 +49,9 @@ class Heartbeats:
         def beat() -> None:
             sent[0] = self.progress()
             heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0])
+            self._state.is_service_away = True
             self._client.heartbeat(lease.lease_id, heartbeat)
+            self._state.is_service_away = False
 
         self._client.until_answered(beat, "heartbeat", longest=self._interval)
         return sent[0]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dar.errors import DARError
-from dar.protocol.worker import Fail, Release, WorkerFault
+from dar.protocol.worker import NO_PROGRESS, Fail, Release, WorkerFault
 from worker.failures import (
     IN_THE_LOG,
     MEMORY,
@@ -132,6 +132,21 @@ def failure(attempt: int, error: BaseException) -> Fail:
         message=f"the worker could not continue the attempt: {found.message}",
         owner="service" if found.owner == "user" else found.owner,
         counts=False,  # no training has failed
+    )
+
+
+def no_progress(attempt: int, message: str) -> Fail:
+    """The report about a trainer that was ended because it made no progress.
+
+    The machine may have caused it as well as the job; the service counts it as a lost attempt.
+    """
+    return Fail(
+        attempt=attempt,
+        kind="transient",
+        code=NO_PROGRESS,
+        message=message,
+        owner="worker",
+        counts=False,
     )
 
 

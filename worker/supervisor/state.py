@@ -42,6 +42,8 @@ class AttemptState:
         """The user paused the job."""
         self.leave = threading.Event()
         """An operator drains this worker: it gives the job back, and goes on running."""
+        self.is_service_away = False
+        """Whether the service has not replied to the last heartbeat yet."""
         self.lost = threading.Event()
         """Another attempt holds the lease: everything stops, and nothing is reported."""
         self.reporting = threading.Event()

@@ -34,6 +34,7 @@ from worker.supervisor.outcome import (
     Finished,
     failure,
     judge,
+    no_progress,
     of_the_user,
     settle,
 )
@@ -42,6 +43,7 @@ from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
 from worker.supervisor.state import LOST, AttemptState
 from worker.supervisor.stopping import Stopping
+from worker.supervisor.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -85,6 +87,13 @@ class Supervisor:
         self._command = command
         self._stopping = Stopping(self._state, settings.cancel_seconds, settings.drain_seconds)
         self._client = self._new_client()
+        self._heartbeats = Heartbeats(self._state, self._client, settings.heartbeat_seconds)
+        self._watchdog = Watchdog(
+            self._state,
+            self._heartbeats.progress,
+            shortest=settings.stall_seconds,
+            factor=settings.stall_factor,
+        )
         self._bridge: RewardBridge | None = None
         self._caches = RewardCaches.of(settings)
         self._uploader = CheckpointUploader(
@@ -140,9 +149,8 @@ class Supervisor:
             return failure(self._lease.attempt, error)
 
     def _spawn_messengers(self) -> None:
-        heartbeats = Heartbeats(self._state, self._client, self._settings.heartbeat_seconds)
         listener = DirectiveListener(self._state, self._new_client(), self._hand_on)
-        self._state.spawn("heartbeats", heartbeats.run)
+        self._state.spawn("heartbeats", self._heartbeats.run)
         self._state.spawn("directives", listener.run)
 
     def _hand_on(self, result: Directive) -> None:
@@ -192,6 +200,8 @@ class Supervisor:
         try:
             while (ended := trainer.poll()) is None:
                 self._stopping.enforce(trainer)
+                if self._stopping.asked is None:  # the others have limits of their own
+                    self._watchdog.enforce(trainer)
                 time.sleep(LOOK_SECONDS)
         finally:
             trainer.kill()
@@ -244,6 +254,8 @@ class Supervisor:
     def _judge(self, ended: TrainerExit) -> AttemptEnd:
         if self._state.failure is not None:
             return failure(self._lease.attempt, self._state.failure)
+        if (stall := self._watchdog.stall) is not None and ended.signal_name is not None:
+            return no_progress(self._lease.attempt, stall.message)
         content = read_if_there(self._folder.result)
         result = None if content is None else TrainerResult.model_validate_json(content)
         return judge(self._lease.attempt, ended, result, self._stopping.asked)
