@@ -133,7 +133,8 @@ class Order(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    type: Literal["cancel", "drain"]
+    type: Literal["cancel", "drain", "stop"]
+    """``drain``: end with a checkpoint of the last finished step. ``stop``: of the present one."""
 
 
 class RewardNote(BaseModel):

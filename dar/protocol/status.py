@@ -15,6 +15,7 @@ StatusDetail = Literal[
     "training",
     "evaluating",
     "checkpointing",
+    "stopping",
     "cancelling",
     "by_user",
     "reward",

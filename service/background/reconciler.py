@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,7 +17,7 @@ from dar.errors import DARError
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
-from service.store import checkpoints, fence, files, leases, reward_requests, workers
+from service.store import checkpoints, fence, files, leases, reward_requests, stops, workers
 from service.store.database import Database
 
 log = structlog.get_logger()
@@ -81,6 +82,7 @@ class Reconciler:
             if not is_patient:
                 self._expire_leases()
             self._finish_cancellations()
+            self._check_time_limits()
             self._rewake()
             self._remove_checkpoints()
             self._sweep()
@@ -113,6 +115,15 @@ class Reconciler:
         for job_id in unattended:
             with self._database.write() as transaction:
                 leases.finish_cancellation(transaction, job_id)
+
+    def _check_time_limits(self) -> None:
+        """Stop jobs that have run for as long as their spec allows."""
+        with self._database.read() as transaction:
+            limited = stops.with_time_limit(transaction)
+        for job_id in limited:
+            with self._database.write() as transaction:
+                if stops.check_time(transaction, job_id):
+                    transaction.after_commit(partial(self._notifier.notify, job_id))
 
     def _rewake(self) -> None:
         with self._database.read() as transaction:

@@ -148,9 +148,9 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
         if request == "cancel":
             return "cancelled"
         sink.metrics(step, {"dar/loss": 1 / step, "dar/rewards_mean": float("nan")} | odd)
-        if step % every == 0 or step == launch.total_steps or request == "drain":
+        if step % every == 0 or step == launch.total_steps or request is not None:
             publish(launch, sink, step)
-        if request == "drain":
+        if request is not None:
             return "drained"
         crash(launch, script, step)
     return "finished"

@@ -34,7 +34,7 @@ from dar.protocol.worker import (
     SamplesRow,
 )
 from dar.rewards.http.redaction import RedactingFormatter
-from dar.training.report.sink import NullSink, Sink
+from dar.training.report.sink import NullSink, Sink, StopKind
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.siblings import Siblings
 from worker.failures import AttemptFailure, failure_of
@@ -47,6 +47,10 @@ log = logging.getLogger(__name__)
 SAMPLES_PER_ROW = 64
 EVENT_LENGTH = 4000
 PROGRESS_LENGTH = 2000
+STDERR = 2
+
+URGENCY: Mapping[StopKind, int] = {"stop": 0, "drain": 1, "cancel": 2}
+"""A more urgent order replaces an earlier one."""
 
 How = Literal["finished", "drained", "cancelled"]
 Train = Callable[[Launch, Sink, "StdinControl"], How]
@@ -62,14 +66,22 @@ class StdinControl:
     """Orders and news of the supervisor, read from stdin by a thread of its own.
 
     Until `begin` is called there is nothing to save, so an order ends the process at once.
+
+    Args:
+        stdin: Where they come from.
+        inbox: For results of reward requests.
+        is_resumed: Whether the job has a checkpoint.
     """
 
-    def __init__(self, stdin: BinaryIO, inbox: PipeInbox | None = None) -> None:
+    def __init__(
+        self, stdin: BinaryIO, inbox: PipeInbox | None = None, *, is_resumed: bool = False
+    ) -> None:
         self._stdin = stdin
+        self._is_resumed = is_resumed
         self.inbox = inbox
         """Inbox for results of reward requests; None: the supervisor sends none."""
         self._lock = threading.Lock()
-        self._request: Literal["cancel", "drain"] | None = None
+        self._request: StopKind | None = None
         self._has_begun = False
 
     def listen(self) -> None:
@@ -80,8 +92,8 @@ class StdinControl:
         with self._lock:
             self._has_begun = True
 
-    def requested(self) -> Literal["cancel", "drain"] | None:
-        """The last order; a drain does not replace a cancellation."""
+    def requested(self) -> StopKind | None:
+        """The last order; a drain does not replace a cancellation, and a stop neither."""
         return self._request
 
     def _read(self) -> None:
@@ -92,9 +104,11 @@ class StdinControl:
                     self.inbox.deliver(order)
                 continue
             with self._lock:
-                if self._request != "cancel":
+                if self._request is None or URGENCY[order.type] > URGENCY[self._request]:
                     self._request = order.type
-                if not self._has_begun:
+                # A job without a checkpoint has no model to end with, so it makes one step.
+                needs_step = order.type == "stop" and not self._is_resumed
+                if not self._has_begun and not needs_step:
                     code = ExitCode.CANCELLED if order.type == "cancel" else ExitCode.DRAINED
                     os._exit(code)
         os._exit(ExitCode.CRASHED)  # the worker is dead, and nothing reads further reports
@@ -263,7 +277,7 @@ def main(train: Train = train_with_torch) -> ExitCode:
     """
     die_with_parent()
     # In C, so it also works while no Python code runs.
-    faulthandler.register(STACKS_SIGNAL, file=sys.__stderr__, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, file=STDERR, all_threads=True)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -274,7 +288,11 @@ def main(train: Train = train_with_torch) -> ExitCode:
     redact = launch.redactor()
     for handler in logging.getLogger().handlers:  # a traceback may quote a reward service
         handler.setFormatter(RedactingFormatter(handler.formatter or logging.Formatter(), redact))
-    control = StdinControl(stdin, None if launch.outbox is None else PipeInbox(launch.outbox))
+    control = StdinControl(
+        stdin,
+        None if launch.outbox is None else PipeInbox(launch.outbox),
+        is_resumed=launch.resume_from is not None,
+    )
     control.listen()
     try:
         return (attend_as_sibling if launch.process else attend)(launch, control, train)

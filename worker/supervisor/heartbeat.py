@@ -122,5 +122,6 @@ class DirectiveListener:
             "cancel": self._state.cancel,
             "pause": self._state.pause,
             "drain": self._state.leave,
+            "stop": self._state.stop,
         }
         orders[directive.type].set()

@@ -17,13 +17,18 @@ from worker.failures import (
 from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
-Reason = Literal["cancel", "pause", "drain"]
+Reason = Literal["cancel", "pause", "drain", "stop"]
 RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
     "cancel": "cancelled",
     "pause": "paused",
     "drain": "drained",
+    "stop": "paused",
 }
-"""Why the attempt is stopped -> reason of its release."""
+"""Why the attempt is stopped -> reason of its release.
+
+A job that is to stop is released only before its trainer runs; it then ends with the checkpoint
+from which the attempt would have resumed.
+"""
 CRASHED = "trainer_crashed"
 NEEDS_MORE = frozenset({MEMORY.code, PROCESS_FAILED})
 """Codes of failures of a job that needs more than a machine has that is well."""
@@ -33,7 +38,10 @@ EITHERS = NEEDS_MORE | {CRASHED, UNKNOWN.code}
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The trainer finished; its rows and checkpoints must arrive before the job succeeds."""
+    """The trainer finished, or was stopped.
+
+    Its rows and checkpoints must arrive before the job succeeds.
+    """
 
     last_seq: int
 
@@ -56,7 +64,9 @@ def judge(
         return Finished(result.last_seq)
     if asked is None and ended.code == ExitCode.DRAINED:
         asked = "drain"
-    if asked is not None:
+    if asked == "stop" and ended.code == ExitCode.DRAINED and result is not None:
+        return Finished(result.last_seq)
+    if asked is not None and asked != "stop":
         return Release(attempt=attempt, reason=RELEASES[asked])
     if (
         result is not None

@@ -200,7 +200,7 @@ class Supervisor:
         try:
             while (ended := trainer.poll()) is None:
                 self._stopping.enforce(trainer)
-                if self._stopping.asked is None:  # the others have limits of their own
+                if self._stopping.asked in {None, "stop"}:  # the others have limits of their own
                     self._watchdog.enforce(trainer)
                 time.sleep(LOOK_SECONDS)
         finally:
@@ -279,11 +279,19 @@ class Supervisor:
             self._state.gives_up_at = time.monotonic() + LAST_REPORT_SECONDS
         return self._state.is_given_up()
 
-    def _complete(self, finished: Finished) -> Complete | Fail:
-        checkpoint_id = self._uploader.committed.get(self._lease.total_steps)
+    def _complete(self, finished: Finished) -> Complete | Fail | Release:
+        committed, last = self._uploader.committed, self._lease.total_steps
+        is_stopped = self._stopping.asked == "stop"
+        if is_stopped:  # without a step it ends with what it resumed from
+            last = max(committed, default=0)
+        checkpoint_id = committed.get(
+            last, self._lease.resume_checkpoint_id if is_stopped else None
+        )
         if checkpoint_id is None:
             if self._state.is_given_up():
                 raise GaveUpError("complete")
+            if is_stopped:
+                return Release(attempt=self._lease.attempt, reason=RELEASES["stop"])
             error = DARError(
                 "the trainer reported success, but published no checkpoint of step "
                 f"{self._lease.total_steps}",
