@@ -16,6 +16,7 @@ StatusDetail = Literal[
     "evaluating",
     "checkpointing",
     "blocked: disk",
+    "stopping",
     "cancelling",
     "by_user",
     "reward",

@@ -8,9 +8,9 @@ import orjson
 import pytest
 
 from dar.protocol.samples import ReportedSample
-from worker.attempt.spool_sink import SpoolRoom, SpoolSink
+from worker.attempt.spool_sink import SpoolSink
 from worker.folders import AttemptFolder
-from worker.spool import SpooledRow, SpoolReader
+from worker.spool import SpooledRow, SpoolReader, SpoolRoom
 
 LIMIT = 2 * 1024**2
 
