@@ -17,7 +17,7 @@ LIMIT = 2 * 1024**2
 
 @pytest.fixture(autouse=True)
 def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.attempt.spool_sink.MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr("worker.spool.MEASURE_SECONDS", 0.0)
     monkeypatch.setattr("worker.attempt.spool_sink.LOOK_SECONDS", 0.01)
 
 
