@@ -133,8 +133,9 @@ def test_only_the_time_of_the_trainer_itself_counts(
     assert scene.dog.stall is None, "a large model is loaded"
 
 
-def log_of(installation: ScriptedInstallation) -> str:
-    (log,) = (installation.home / "worker" / "slot-0" / "logs").glob("*-1.log")
+def log_of(installation: ScriptedInstallation, job_id: str) -> str:
+    """The log of a job's first attempt."""
+    log = installation.home / "worker" / "slot-0" / "logs" / f"{job_id}-1.log"
     return log.read_text()
 
 
@@ -165,7 +166,7 @@ def test_a_trainer_that_sleeps_in_a_step_is_ended_and_its_job_goes_on(
     assert (first["status"], first["code"]) == ("lost", "no_progress")
     expected = "no progress: after step 4 the trainer was in phase 'training' for longer than"
     assert any(expected in message for message in installation.messages(job["id"]))
-    assert "in hang" in log_of(installation), "the stack says where it hung"
+    assert "in hang" in log_of(installation, job["id"]), "the stack says where it hung"
 
 
 @pytest.mark.slow  # a worker process and two attempts
@@ -174,4 +175,4 @@ def test_a_stopped_trainer_is_ended_and_its_job_goes_on(
 ) -> None:
     job = hang(stop_at=2, seconds=1.0)
     assert (job["status"], job["attempt"], job["failures"]) == ("succeeded", 2, {"worker": 1})
-    assert "most recent call first" in log_of(installation)
+    assert "most recent call first" in log_of(installation, job["id"])
