@@ -22,11 +22,12 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dar.demo.run import base_folder, make_base
 from dar.demo.screen import DemoScreen
+from dar.protocol.budget_checks import CHOSEN
 from dar.settings import load_settings
 from dar.training import DARConfig, DARTrainer, NullSink
 from dar.training.demo.brackets import Brackets, divergence
 from dar.training.demo.languages import OPENINGS, PROMPTS
-from dar.training.demo.trial import SETTINGS
+from dar.training.demo.trial import SETTINGS, quiet_config
 
 FRESH_PROMPTS, FRESH_SEED = 128, 5000
 """Prompts whose completions are measured at the end, 4 of each, and what sets their seed apart."""
@@ -40,7 +41,6 @@ REVIEWS: Mapping[str, Any] = {
     "max_grad_norm": 10,
     "adam_beta2": 0.95,
 }
-CHOSEN = ("alpha", "beta")
 
 
 class Forecasts(NullSink):
@@ -53,20 +53,6 @@ class Forecasts(NullSink):
         """Keep it."""
         if data is not None and data.get("kind") == "calibration":
             self.newest = data
-
-
-def _config(folder: str, seed: int, settings: Mapping[str, Any]) -> DARConfig:
-    return DARConfig(
-        output_dir=folder,
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        log_level="error",
-        **{name: value for name, value in settings.items() if name not in CHOSEN},
-    )
 
 
 def _train(
@@ -90,7 +76,8 @@ def brackets(seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     model = task.model(seed)
     before = task.distribution(model)
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(folder, seed, {**SETTINGS, **settings})
+        usual = {name: value for name, value in SETTINGS.items() if name not in CHOSEN}
+        config = quiet_config(folder, seed, {**usual, **settings})
         trainer, forecast = _train(
             model, config, PROMPTS, task.reward, processing_class=task.tokenizer()
         )
@@ -114,7 +101,7 @@ def reviews(seed: int, settings: Mapping[str, Any], model: str) -> dict[str, Any
         return [float(analyzer.polarity_scores(text)["compound"]) for text in texts]
 
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(folder, seed, {**REVIEWS, **settings})
+        config = quiet_config(folder, seed, {**REVIEWS, **settings})
         trainer, forecast = _train(model, config, OPENINGS, reward)
         trainer.args = copy.copy(trainer.args)
         trainer.args.seed += FRESH_SEED
@@ -165,11 +152,11 @@ def main() -> None:
                 )
                 runs.append(run)
                 print(task, budget, seed, json.dumps(run), flush=True)
-            figures[f"{task} {budget:g}"] = {
-                name: round(statistics.mean(run[name] for run in runs), 3)
-                for name in ("kl", "reward", "forecast_kl", "forecast_reward", "of_gain")
-            }
-            print(task, budget, figures[f"{task} {budget:g}"], flush=True)
+            names = ("start", "kl", "reward", "forecast_kl", "forecast_reward", "of_gain")
+            means = {name: round(statistics.mean(run[name] for run in runs), 3) for name in names}
+            print(task, budget, means, flush=True)
+            ends = [{name: round(run[name], 3) for name in ("kl", "reward")} for run in runs]
+            figures[f"{task} {budget:g}"] = {**means, "runs": ends}
     report("budget", settings=json.loads(given[3]), cases=figures)
 
 

@@ -1,14 +1,19 @@
 """What a run learns that gives only model, prompts, reward and length; the rest is the default.
 
 On the demo's reviews the gain of the reward, measured on fresh completions of the base model and of
-the result. On the brackets, with the batch of the demo's job, the objective as a fraction of its
-known optimum.
+the result. On the brackets, with the batch of the demo's job, the objective as a fraction of the
+known optimum for the alpha that was chosen.
+
+Arguments, all optional: the number of seeds; factors of the reward, with commas between (figures
+are in units of the plain reward, and equal digests mean equal weights); tasks.
 """
 
+import copy
+import hashlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +26,10 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from dar.demo.run import base_folder, make_base
 from dar.demo.screen import DemoScreen
 from dar.settings import load_settings
-from dar.training import DARConfig, DARTrainer, NullSink
+from dar.training import DARTrainer, NullSink
 from dar.training.demo.brackets import Brackets
 from dar.training.demo.languages import NEW_TOKENS, OPENINGS, PROMPTS
+from dar.training.demo.trial import quiet_config
 
 SEEDS = 5
 REVIEWS: dict[str, Any] = {"max_steps": 60, "max_new_tokens": 24}
@@ -37,21 +43,6 @@ MEASURED = 6
 """How often each prompt of the reviews occurs in the data of an evaluation: 576 completions."""
 
 
-def config_of(folder: str, seed: int, settings: dict[str, Any]) -> DARConfig:
-    """Arguments without a word about how to learn."""
-    return DARConfig(
-        output_dir=folder,
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        log_level="error",
-        **settings,
-    )
-
-
 def positivity(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """The demo's reward, in this process."""
     analyzer = SentimentIntensityAnalyzer()
@@ -61,15 +52,15 @@ def positivity(prompts: Sequence[str], completions: Sequence[str]) -> list[float
     ]
 
 
-def reviews(seed: int, model: str) -> dict[str, float]:
+def reviews(seed: int, scale: float, model: str) -> dict[str, Any]:
     """Figures of one run over the demo's prompts."""
     rows = [{"prompt": opening} for opening in OPENINGS]
     with tempfile.TemporaryDirectory() as folder:
         trainer = DARTrainer(
             model,
-            config_of(folder, seed, REVIEWS),
+            quiet_config(folder, seed, REVIEWS),
             rows,
-            positivity,
+            scaled(positivity, scale),
             eval_dataset=rows * MEASURED,
             sink=NullSink(),
             is_offline=True,
@@ -79,14 +70,14 @@ def reviews(seed: int, model: str) -> dict[str, float]:
         trainer.train()
         after = trainer.evaluate()
     return {
-        "learning_rate": float(trainer.args.learning_rate or 0),
-        "before": before,
-        "gain": after["eval_dar/rewards_mean"] - before,
+        **_facts(trainer, scale),
+        "before": before / scale,
+        "gain": (after["eval_dar/rewards_mean"] - before) / scale,
         "kl_ref": after["eval_dar/kl_ref"],
     }
 
 
-def brackets(seed: int) -> dict[str, float]:
+def brackets(seed: int, scale: float) -> dict[str, Any]:
     """Exact figures of one run."""
     task = Brackets()
     model = task.model(seed)
@@ -94,46 +85,83 @@ def brackets(seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = DARTrainer(
             model,
-            config_of(folder, seed, BRACKETS),
+            quiet_config(folder, seed, BRACKETS),
             [{"prompt": prompt} for prompt in PROMPTS],
-            task.reward,
+            scaled(task.reward, scale),
             processing_class=task.tokenizer(),
             sink=NullSink(),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        final = task.evaluate(trainer.model.eval(), reference, trainer.args)
+        facts = _facts(trainer, scale)
+        in_units = copy.copy(trainer.args)
+        in_units.alpha, in_units.beta = trainer.args.alpha / scale, trainer.args.beta / scale
+        final = task.evaluate(trainer.model.eval(), reference, in_units)
+    start = (reference.exp() * task.rewards).sum(dim=1).mean().item()
     return {
-        "learning_rate": float(trainer.args.learning_rate or 0),
+        **facts,
         "share": final.share,
-        "reward": final.reward,
+        "gain": final.reward - start,
         "kl_ref": final.kl_ref,
         "best_kl_ref": final.best_kl_ref,
     }
 
 
-def columns(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+def scaled(reward: Callable[..., Sequence[float]], scale: float) -> Callable[..., list[float]]:
+    """The same reward in another unit."""
+
+    def times(prompts: Any, completions: Any, completion_ids: Any) -> list[float]:  # noqa: ANN401 - TRL's signature
+        given = {"completion_ids": completion_ids} if reward is not positivity else {}
+        return [scale * value for value in reward(prompts, completions, **given)]
+
+    return times
+
+
+def _facts(trainer: DARTrainer, scale: float) -> dict[str, Any]:
+    weights = hashlib.sha256()
+    for parameter in trainer.model.parameters():
+        weights.update(parameter.detach().numpy().tobytes())
+    return {
+        "learning_rate": float(trainer.args.learning_rate or 0),
+        "alpha": trainer.args.alpha / scale,
+        "weights": weights.hexdigest()[:12],
+    }
+
+
+def columns(runs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """The figures of all seeds, by name."""
-    digits = {"learning_rate": 9}
-    return {name: [round(run[name], digits.get(name, 3)) for run in runs] for name in runs[0]}
+    return {
+        name: [
+            run[name] if isinstance(run[name], str) else float(f"{run[name]:.4g}") for run in runs
+        ]
+        for name in runs[0]
+    }
 
 
 def main() -> None:
-    """Measure and report; an argument is the number of seeds."""
+    """Measure and report."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else SEEDS)
+    given = [*sys.argv[1:], *(str(SEEDS), "1", "reviews,brackets")[len(sys.argv) - 1 :]]
     cache = base_folder(load_settings().cache_home)
     make_base(DemoScreen(), cache)
-    found = {
-        "reviews": columns([reviews(seed, str(Path(cache) / "model")) for seed in seeds]),
-        "brackets": columns([brackets(seed) for seed in seeds]),
-    }
-    for task, name in (("reviews", "gain"), ("brackets", "share")):
-        values = found[task][name]
-        print(f"{task:<9} {name}: mean {statistics.mean(values):.3f}, least {min(values):.3f}")
-    report("default_spec", seeds=len(seeds), **found)
+    found: dict[str, Any] = {}
+    for task in given[2].split(","):
+        for scale in map(float, given[1].split(",")):
+            runs = [
+                reviews(seed, scale, str(Path(cache) / "model"))
+                if task == "reviews"
+                else brackets(seed, scale)
+                for seed in range(int(given[0]))
+            ]
+            found[f"{task} x {scale:g}"] = figures = columns(runs)
+            for name in ("gain", "kl_ref", *(["share"] if task == "brackets" else [])):
+                values = figures[name]
+                text = f"mean {statistics.mean(values):.3f}, least {min(values):.3f}"
+                print(f"{task:<9} x {scale:<9g} {name:<7} {text}", flush=True)
+            print(f"{task:<9} x {scale:<9g} weights {' '.join(figures['weights'])}", flush=True)
+    report("default_spec", seeds=int(given[0]), **found)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,8 +31,10 @@ RESTART_PAUSE_SECONDS = (0.2, 1.0, 2.0, 5.0)
 """Wait before the n-th restart in a row; the last one repeats."""
 SETTLED_SECONDS = 30.0
 """After running this long, a child's count of restarts begins again at 0."""
-LOG_LIMIT_BYTES = 16 * 1024**2
-"""A log larger than this is renamed (``.1``) before its child starts."""
+LOG_BYTES = 16 * 1024**2
+"""Size from which a new log is begun."""
+LOGS_KEPT = 4
+"""Earlier logs that are kept of each child: ``.1``, the newest, to ``.4``."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -127,8 +130,6 @@ class Running:
 def launch(child: Child) -> subprocess.Popen[bytes]:
     """Start ``child`` in its own session, so that a Ctrl-C reaches only the parent."""
     child.log.parent.mkdir(parents=True, exist_ok=True)
-    if child.log.exists() and child.log.stat().st_size > LOG_LIMIT_BYTES:
-        child.log.rename(child.log.with_suffix(".log.1"))
     with child.log.open("ab") as log:
         process = subprocess.Popen(
             child.command,
@@ -146,6 +147,25 @@ def launch(child: Child) -> subprocess.Popen[bytes]:
     return process
 
 
+def rotate(log: Path, most_bytes: int) -> None:
+    """Move the content of a large log to ``.1``, and that of earlier ones to ``.2`` and so on.
+
+    The child has the log open and continues at its new end, so the content is copied and the file
+    emptied. A line that is written between the two may be lost.
+    """
+    try:
+        if log.stat().st_size <= most_bytes:
+            return
+    except FileNotFoundError:
+        return
+    for number in range(LOGS_KEPT, 1, -1):
+        with contextlib.suppress(FileNotFoundError):
+            log.with_name(f"{log.name}.{number - 1}").replace(log.with_name(f"{log.name}.{number}"))
+    with log.open("rb") as source, log.with_name(f"{log.name}.1").open("wb") as target:
+        shutil.copyfileobj(source, target)
+        os.truncate(log, 0)
+
+
 def log_tail(log: Path, lines: int = 12) -> str:
     """The last lines of a log, for an error message."""
     try:
@@ -161,11 +181,15 @@ class Processes:
     """A set of children; all of them end with the context, the last started first.
 
     Args:
-        report: Called with a line of text when a child is restarted or killed.
+        report: Called with a line of text when a child is restarted or killed, or when its log
+            cannot be rotated.
+        log_bytes: Size from which `watch` begins a new log.
     """
 
-    def __init__(self, report: Callable[[str], None]) -> None:
+    def __init__(self, report: Callable[[str], None], log_bytes: int = LOG_BYTES) -> None:
         self._report = report
+        self._log_bytes = log_bytes
+        self._unrotated: set[Path] = set()
         self._running: list[Running] = []
 
     def __enter__(self) -> Self:
@@ -209,7 +233,18 @@ class Processes:
         """Restart dead children until ``should_stop(seconds to wait)`` returns True."""
         while not should_stop(0.25):
             for item in self._running:
+                self._rotate(item.child.log)
                 self._revive(item)
+
+    def _rotate(self, log: Path) -> None:
+        try:
+            rotate(log, self._log_bytes)
+        except OSError as error:  # as on a full disk: the processes go on
+            if log not in self._unrotated:
+                self._report(f"{log} cannot be rotated: {error.strerror}")
+            self._unrotated.add(log)
+        else:
+            self._unrotated.discard(log)
 
     def _revive(self, item: Running) -> None:
         now = time.monotonic()

@@ -121,6 +121,17 @@ def _name(name: str) -> str:
     return name
 
 
+def _devices(devices: str | None) -> str | None:
+    """Check a list of GPUs: CUDA takes an unknown one as the end of the list, without a word."""
+    known = re.compile(r"\s*(?:-1|[0-9]{1,3}|(?:GPU|MIG)-[0-9A-Za-z/-]+)\s*", re.ASCII)
+    if devices and not all(known.fullmatch(one) for one in devices.split(",")):
+        raise ValueError(
+            f"{devices!r:.80} is not a list of GPUs in the format of CUDA_VISIBLE_DEVICES; write "
+            "numbers like 0,1, or ids like GPU-8932f937"
+        )
+    return devices
+
+
 def own_node() -> str:
     """The name of this machine, with ``-`` for characters that the name of a node cannot have."""
     plain = "".join(ch if "!" <= ch <= "~" else "-" for ch in platform.node())
@@ -139,6 +150,18 @@ def _host(host: str) -> str:
     if not is_valid:
         raise ValueError(f"{host!r} is neither the name of a host nor an IP address; {PLAIN_HOST}")
     return host
+
+
+def host_and_port(host: str, port: int) -> str:
+    """``host:port`` as in a URL: an IPv6 address stands in brackets."""
+    is_bare = ":" in host and not host.startswith("[")
+    return f"[{host}]:{port}" if is_bare else f"{host}:{port}"
+
+
+def reachable_url(host: str, port: int) -> str:
+    """The URL under which this machine reaches a service that listens on ``host``."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://{host_and_port(local, port)}"
 
 
 def _host_pattern(pattern: str) -> str:
@@ -195,10 +218,12 @@ HubToken = Annotated[SecretStr | None, AfterValidator(_hub_token)]
 Name = Annotated[str, AfterValidator(_name)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
+Days = Annotated[float, Field(ge=0, le=36500, allow_inf_nan=False)]
 Folder = Annotated[Path, BeforeValidator(_given_folder), AfterValidator(_folder)]
 CacheFolder = Annotated[Path, BeforeValidator(_cache_folder), AfterValidator(_folder)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Host = Annotated[str, AfterValidator(_host)]
+Devices = Annotated[str | None, AfterValidator(_devices)]
 Hosts = Annotated[
     tuple[Annotated[str, AfterValidator(_host_pattern)], ...], NoDecode, BeforeValidator(_split)
 ]

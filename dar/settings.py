@@ -20,6 +20,8 @@ from dar.setting_kinds import (
     Bytes,
     CacheFolder,
     DatabaseURL,
+    Days,
+    Devices,
     Folder,
     Host,
     Hosts,
@@ -32,6 +34,7 @@ from dar.setting_kinds import (
     Seconds,
     Secret,
     own_node,
+    reachable_url,
 )
 
 
@@ -56,7 +59,8 @@ class Settings(BaseSettings):
 
     # --- address of the service, for clients and workers
     base_url: str | None = None
-    """URL under which clients and workers reach the service; default: ``http://host:port``."""
+    """URL under which clients and workers reach the service; default: ``http://host:port``, with a
+    loopback address where the service binds to all addresses."""
 
     public_url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")] | None = None
     """URL under which reward services reach the service, for callbacks; default: the
@@ -117,6 +121,10 @@ class Settings(BaseSettings):
     database_wait_seconds: Seconds = 60.0
     """How long the service waits for its database when it starts."""
 
+    postgres_bin: Folder | None = None
+    """Folder of PostgreSQL's client programs, with which a PostgreSQL database is backed up and
+    restored; default: the folders of ``PATH``."""
+
     secret_keys: Secret = None
     """Comma-separated Fernet keys that encrypt the secrets of reward endpoints, the newest first;
     default: the content of ``$DAR_HOME/secret_keys``."""
@@ -141,6 +149,35 @@ class Settings(BaseSettings):
 
     scrub_bytes_per_second: Bytes = 32 * 1024**2
     """How fast stored checkpoints are read for this comparison, in bytes per second."""
+    # --- retention
+    jobs_kept_days: Days = 0.0
+    """Days after their end after which jobs are deleted, with their checkpoints and models; 0: they
+    are kept."""
+
+    events_kept_days: Days = 90.0
+    """Days after a job's end after which its events, failed reward requests and the logs of its
+    trainers are deleted; 0: they are kept."""
+
+    samples_kept_days: Days = 90.0
+    """Days after a job's end after which its samples are deleted; 0: they are kept."""
+
+    samples_bytes: Bytes = 20 * 1024**3
+    """Size limit of the samples of all jobs, in bytes. The oldest are deleted first, and the best
+    and worst of each step last."""
+
+    metrics_kept_days: Days = 0.0
+    """Days after a job's end after which its metrics are deleted; 0: they are kept."""
+
+    digests_kept_days: Days = 14.0
+    """Days after an attempt's end after which the digests of its reports are deleted; 0: they are
+    kept. Until then, altered reports that a worker sends again are recognised."""
+
+    idempotency_keys_kept_days: Days = 30.0
+    """Days after which the ``Idempotency-Key`` of a job is forgotten; 0: it is kept."""
+
+    log_bytes: Bytes = 16 * 1024**2
+    """Size from which ``dar up`` begins a new log of a process, in bytes. Of each process, the
+    newest log and the four before it are kept."""
 
     # --- leases
     lease_ttl_seconds: Seconds = 300.0
@@ -167,7 +204,7 @@ class Settings(BaseSettings):
     slot: Name = "0"
     """Name of the worker's slot on its node. Each slot has one worker process."""
 
-    devices: str | None = None
+    devices: Devices = None
     """GPUs of the slot, in the format of ``CUDA_VISIBLE_DEVICES``; default: all."""
 
     work_dir: Folder | None = None
@@ -236,7 +273,7 @@ class Settings(BaseSettings):
     @property
     def service_url(self) -> str:
         """URL of the service, without a slash at its end."""
-        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+        return (self.base_url or reachable_url(self.host, self.port)).rstrip("/")
 
     @property
     def callback_url(self) -> str:

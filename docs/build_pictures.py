@@ -75,7 +75,14 @@ class Plot:
         self._parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
         )
-        self._name(label, colour)
+        self.name(label, colour)
+
+    def dots(self, points: Sequence[Point], colour: str) -> None:
+        """Draw small points."""
+        for x, y in map(self._at, points):
+            self._parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}" fill-opacity="0.6"/>'
+            )
 
     def dot(self, point: Point, colour: str, label: str) -> None:
         """Draw a point with its name to the right of it."""
@@ -83,7 +90,8 @@ class Plot:
         self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         self._parts.append(self._text(x + 7, y + 4, label, size=11, fill=colour))
 
-    def _name(self, label: str, colour: str) -> None:
+    def name(self, label: str, colour: str) -> None:
+        """Write the name of a curve to the right of the plot."""
         if label:
             height = TOP + 12 + 17 * self._labels
             self._labels += 1
@@ -157,7 +165,23 @@ def tradeoff() -> None:
     plot.save("tradeoff")
 
 
+def frontier() -> None:
+    """Forecasts from the base model's samples, and where the trained runs ended."""
+    cases = result("budget")["cases"]
+    plot = Plot("What a nat buys", ("KL to the reference, nats", 0, 2), ("mean reward", 0, 1))
+    plot.ticks((0, 0.5, 1, 1.5, 2), (0, 0.25, 0.5, 0.75, 1))
+    for task, colour in (("brackets", ORANGE), ("reviews", BLUE)):
+        budgets = [case for name, case in cases.items() if name.startswith(task)]
+        start = sum(case["start"] for case in budgets) / len(budgets)
+        ends = [(case["forecast_kl"], case["forecast_reward"]) for case in budgets]
+        plot.line([(0.0, start), *ends], colour, f"{task}: forecast", is_dashed=True)
+        plot.dots([(run["kl"], run["reward"]) for case in budgets for run in case["runs"]], colour)
+        plot.name(f"{task}: runs ended", colour)
+    plot.save("frontier")
+
+
 if __name__ == "__main__":
+    frontier()
     weights()
     brackets()
     tradeoff()

@@ -23,10 +23,13 @@ from fastapi import FastAPI
 from dar.disk import PRIVATE
 from dar.errors import DARError
 from dar.output import written_output
+from dar.setting_kinds import host_and_port
 from dar.settings import Settings, load_settings
 from service import audit, keys, migrate
 from service.app import create_app, prepare
 from service.artifacts import Artifacts
+from service.backup import backup, restore
+from service.backup.manifest import BackupManifest
 from service.http import connections, log
 from service.secret_box import SecretBox
 from service.store import reward_secrets
@@ -53,7 +56,7 @@ class Server(uvicorn.Server):
                     host, port = opened.getsockname()[:2]
                     structlog.get_logger().info(
                         "ready",
-                        url=f"http://{host}:{port}",
+                        url=f"http://{host_and_port(host, port)}",
                         max_connections=self._max_connections,
                     )
 
@@ -78,10 +81,20 @@ def main(arguments: list[str] | None = None) -> int:
     audit_parser.add_argument("--acknowledged", type=Path, help="JSON lines with job_id and key")
     audit_parser.add_argument("--quick", action="store_true", help="read no file of a checkpoint")
     audit_parser.add_argument("--json", action="store_true", help="print one JSON object")
+    backup_parser = commands.add_parser("backup", help="back everything up and stop")
+    backup_parser.add_argument("folder", type=Path, help="new folder of the backup")
+    backup_parser.add_argument("--copy", action="store_true", help="copy files, link none")
+    backup_parser.add_argument(
+        "--with-secret-keys", action="store_true", help="include secret_keys"
+    )
+    restore_parser = commands.add_parser("restore", help="restore a backup and stop")
+    restore_parser.add_argument("folder", type=Path, help="folder of the backup")
     chosen = parser.parse_args(arguments)
     os.umask(PRIVATE)
     log.configure("info")
     try:
+        if chosen.command in {"backup", "restore"}:
+            return _back_up(chosen) if chosen.command == "backup" else _restore(chosen)
         if chosen.command == "migrate":
             return _migrate(load_settings())
         if chosen.command == "rotate-secrets":
@@ -90,6 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
             return _audit(load_settings(), chosen)
         return _serve(load_settings(host=chosen.host, port=chosen.port))
     except DARError as error:
+        if chosen.command in {"backup", "restore"}:
+            sys.stderr.write(f"dar: {error.message}\n")
+            return 1
         structlog.get_logger().error("cannot start", code=error.error_code, message=error.message)
     except OSError as error:
         structlog.get_logger().error("cannot start", code="os_error", message=str(error))
@@ -130,6 +146,50 @@ def _audit(settings: Settings, chosen: argparse.Namespace) -> int:
         lines = audit.lines(report)
         print(json.dumps(asdict(report)) if chosen.json else "\n".join(lines))  # noqa: T201 - the command's result
     return 1 if report.findings else 0
+
+
+def _back_up(chosen: argparse.Namespace) -> int:
+    manifest = backup.take(
+        load_settings(),
+        chosen.folder,
+        is_copying=chosen.copy,
+        has_secret_keys=chosen.with_secret_keys,
+    )
+    for problem in manifest.damaged:
+        sys.stderr.write(f"dar: {problem}, and not in the backup\n")
+    _say(manifest, f"backed up to {chosen.folder}")
+    if not chosen.with_secret_keys:
+        sys.stdout.write(
+            "secret_keys is not in it: keep that file in another place, because stored secrets of "
+            "reward endpoints need it\n"
+        )
+    return 0
+
+
+def _restore(chosen: argparse.Namespace) -> int:
+    settings = load_settings()
+    manifest = restore.restore(settings, chosen.folder)
+    _say(manifest, f"restored to {settings.home}")
+    for job_id in manifest.unfinished_jobs:
+        sys.stdout.write(f"  {job_id} had not ended and goes on\n")
+    sys.stdout.write(
+        "What was submitted, trained or deleted later is not in it. A worker that runs a later job "
+        "stops it, and both logs name the job.\n"
+    )
+    if not (settings.home / keys.KEYS_OF_SECRETS_FILE).exists() and settings.secret_keys is None:
+        sys.stdout.write(
+            f"secret_keys was not in it: put the file into {settings.home} before the first start if "
+            "jobs use registered reward endpoints\n"
+        )
+    return 0
+
+
+def _say(manifest: BackupManifest, what: str) -> None:
+    size = sum(file.bytes for file in manifest.files)
+    sys.stdout.write(
+        f"{what}: the state of {manifest.created_at}, {manifest.jobs} jobs, "
+        f"{len(manifest.files)} files, {size:,} bytes, all verified\n"
+    )
 
 
 def _serve(settings: Settings) -> int:

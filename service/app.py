@@ -28,6 +28,7 @@ from service.api import (
     metrics,
     models,
     query,
+    retention,
     reward_callbacks,
     reward_endpoints,
     reward_requests,
@@ -39,6 +40,7 @@ from service.api import (
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
+from service.background.retention import Retention
 from service.background.scrubber import Scrubber
 from service.background.waker import Waker
 from service.http import auth, errors
@@ -65,6 +67,7 @@ ROUTERS = (
         inputs,
         uploads,
         reward_requests,
+        retention,
     ),
 )
 
@@ -96,11 +99,13 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             period_seconds=settings.scrub_seconds,
             bytes_per_second=settings.scrub_bytes_per_second,
         )
+        retention_thread = Retention(ready.database, ready.artifacts, settings)
         watch = RewardWatch(ready)
         ready.notifier.start()
         ready.waker.start()
         reconciler.start()
         scrubber.start()
+        retention_thread.start()
         watch.start()
         try:
             yield
@@ -108,6 +113,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             await ready.notifier.close()
             await run_in_threadpool(watch.close)
             await run_in_threadpool(scrubber.close)
+            await run_in_threadpool(retention_thread.close)
             await run_in_threadpool(reconciler.close)
             await run_in_threadpool(ready.waker.close)
             ready.database.close()

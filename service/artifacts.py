@@ -180,6 +180,10 @@ class Artifacts:
                 f"{free:,} are"
             )
 
+    def remove_job(self, job_id: str) -> None:
+        """Remove all files of a job."""
+        shutil.rmtree(self._checkpoints / job_id, ignore_errors=True)
+
     def remove_checkpoint(self, job_id: str, attempt: int, step: int) -> None:
         """Remove the files of a checkpoint, received in whole or in part. Idempotent.
 

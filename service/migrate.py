@@ -83,16 +83,20 @@ def check_current(database: Database) -> None:
         )
 
 
-def _check_known(revision: str | None) -> None:
-    if revision is None:
-        return
+def knows(revision: str) -> bool:
+    """Whether this code can upgrade a schema of this revision."""
     try:
-        ScriptDirectory.from_config(config()).get_revision(revision)
+        return ScriptDirectory.from_config(config()).get_revision(revision) is not None
     except CommandError:
+        return False
+
+
+def _check_known(revision: str | None) -> None:
+    if revision is not None and not knows(revision):
         raise ConfigurationError(
             f"the database schema is at {revision}, which is newer than this code; start the "
             "version that made it, or restore a backup"
-        ) from None
+        )
 
 
 @contextmanager

@@ -248,15 +248,17 @@ class WorkerClient:
             timeout=DIRECTIVES_WAIT_SECONDS + 10.0,
         )
 
-    def batch(self, lease_id: str, attempt: int, rows: Iterable[bytes]) -> BatchAck:
-        """Send rows, each given as its JSON."""
+    def batch(
+        self, lease_id: str, attempt: int, rows: Iterable[bytes], job_id: str = ""
+    ) -> BatchAck:
+        """Send rows, each given as its JSON. A service without the job reports ``job_id``."""
         body = b'{"attempt":%d,"rows":[%s]}' % (attempt, b",".join(rows))
         return self._request(
             BatchAck,
             "POST",
             f"/leases/{lease_id}/batch",
             content=gzip.compress(body, compresslevel=3),
-            headers={**JSON_TYPE, "content-encoding": "gzip"},
+            headers={**JSON_TYPE, "content-encoding": "gzip", "x-dar-job": job_id},
         )
 
     def put_log(self, lease_id: str, log: TrainerLog) -> None:

@@ -131,6 +131,57 @@ def migrate(home: Home = None) -> None:
     import_module("dar.processes").become("service", "alembic", "service", "migrate", home=home)
 
 
+@app.command()
+def backup(
+    folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
+    home: Home = None,
+    copy: Annotated[
+        bool,
+        typer.Option("--copy", help="Copy every file, instead of hard links on the same disk."),
+    ] = False,
+    with_secret_keys: Annotated[
+        bool,
+        typer.Option("--with-secret-keys", help="Include the keys that decrypt stored secrets."),
+    ] = False,
+) -> None:
+    """Back up the database, uploads, checkpoints and keys, also while everything runs.
+
+    Every file is verified. Base models are not included. A PostgreSQL database is copied with
+    pg_dump.
+    """
+    options = {"--copy": copy, "--with-secret-keys": with_secret_keys}
+    chosen = [name for name, is_given in options.items() if is_given]
+    arguments = ("service", "backup", str(folder.absolute()), *chosen)
+    import_module("dar.processes").become("service", "alembic", *arguments, home=home)
+
+
+@app.command()
+def restore(
+    folder: Annotated[Path, typer.Argument(help="Folder of a backup.")], home: Home = None
+) -> None:
+    """Restore a backup into an empty home, and for PostgreSQL into an empty database.
+
+    Nothing is written unless every file of the backup is whole. Running jobs continue from their
+    newest checkpoint in the backup.
+    """
+    arguments = ("service", "restore", str(folder.absolute()))
+    import_module("dar.processes").become("service", "alembic", *arguments, home=home)
+
+
+@app.command()
+def retention() -> None:
+    """Show what the service would delete now, by age and by size. Deletes nothing."""
+    with import_module("dar.client").Client() as client:
+        preview = client.retention_preview()
+    for item in preview.items:
+        limit = f"{item.limit:,.0f}" if item.limit else "kept"
+        size = "" if item.bytes is None else f", {item.bytes:,} bytes"
+        typer.echo(f"{item.what:18} {item.setting:27} {limit:>15}  {item.rows:,} rows{size}")
+    typer.echo(
+        f"samples have {preview.samples_bytes:,} bytes; {preview.deleted_jobs} deleted jobs left"
+    )
+
+
 @app.command("rotate-secrets")
 def rotate_secrets(home: Home = None) -> None:
     """Encrypt the secrets of all reward endpoints with the first of DAR_SECRET_KEYS, then exit.

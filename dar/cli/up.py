@@ -26,6 +26,7 @@ from types import FrameType
 from dar.disk import OTHER_FOLDER_HINT, OTHER_HOME_HINT, PRIVATE, make_folder
 from dar.errors import ConfigurationError
 from dar.processes import Child, Processes, answers, free_port, require
+from dar.setting_kinds import host_and_port, reachable_url
 from dar.settings import Settings, environment, inherited_environment, load_settings
 
 SERVICE_START_SECONDS = 90.0
@@ -112,7 +113,7 @@ def check_address(host: str, port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigurationError(
-                f"{host}:{port} is taken; free it or give another port with --port"
+                f"{host_and_port(host, port)} is taken; free it or give another port with --port"
             ) from None
         advice = (
             "give a port from 1024 on with --port"
@@ -120,14 +121,8 @@ def check_address(host: str, port: int) -> None:
             else "give an address of this machine with --host, like 127.0.0.1, or 0.0.0.0 for all"
         )
         raise ConfigurationError(
-            f"this machine cannot listen on {host}:{port} ({error.strerror}); {advice}"
+            f"this machine cannot listen on {host_and_port(host, port)} ({error.strerror}); {advice}"
         ) from None
-
-
-def reachable_url(host: str, port: int) -> str:
-    """The URL under which this machine reaches a service that listens on ``host``."""
-    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
-    return f"http://{f'[{local}]' if ':' in local and not local.startswith('[') else local}:{port}"
 
 
 def start_all(
@@ -202,7 +197,7 @@ def run(*, home: Path | None, host: str | None, port: int | None, workers: int) 
         check_address(settings.host, settings.port)
         make_folder(settings.models_path, f"{OTHER_FOLDER_HINT} DAR_MODELS_DIR or DAR_HOME")
         stop = StopRequest()
-        with Processes(say) as processes:
+        with Processes(say, settings.log_bytes) as processes:
             has_broker = start_all(processes, settings, workers, stop.wait)
             if not stop.wait(0):
                 say(_greeting(settings, workers, has_broker))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import quote
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from dar.errors import ConfigurationError
 
@@ -47,6 +47,38 @@ def in_path(given: str | HasId) -> str:
         ConfigurationError: It is none.
     """
     return quote(id_of(given), safe="")
+
+
+def key_of(given: object) -> str:
+    """The text of a key, which may be a ``SecretStr``.
+
+    Raises:
+        ConfigurationError: It is neither. The message does not show it.
+    """
+    found = given.get_secret_value() if isinstance(given, SecretStr) else given
+    if not isinstance(found, str):
+        raise ConfigurationError(
+            f"api_key is of the type {type(given).__name__}, but it must be a text or a SecretStr",
+            param="api_key",
+        )
+    return found
+
+
+def url_of(given: object) -> str:
+    """The text of a URL, which may be an object of an HTTP library or of pydantic.
+
+    Raises:
+        ConfigurationError: It is something else. The message does not show it.
+    """
+    if isinstance(given, str):
+        return given
+    if type(given).__name__.endswith(("URL", "Url")):
+        return str(given)
+    raise ConfigurationError(
+        f"base_url is of the type {type(given).__name__}, but it must be a text like "
+        "http://127.0.0.1:8321, or a URL of httpx",
+        param="base_url",
+    )
 
 
 def texts(name: str, given: object) -> list[str]:
@@ -128,7 +160,8 @@ def opened(file: object) -> tuple[BinaryIO, str]:
         OSError: It cannot be read.
     """
     if isinstance(file, str | os.PathLike):
-        return Path(file).open("rb"), Path(file).name
+        path = Path(file).expanduser()
+        return path.open("rb"), path.name
     if isinstance(file, bytes | bytearray | memoryview):
         return io.BytesIO(file), UPLOAD_NAME
     if isinstance(file, io.TextIOBase):

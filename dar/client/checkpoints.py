@@ -8,7 +8,7 @@ from dar.client.arguments import HasId, in_path
 from dar.client.download import Download
 from dar.client.paging import Listing
 from dar.client.transport import Transport
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.checkpoints import RESUME_FOLDER, Checkpoint
 
 Order = Literal["asc", "desc"]
@@ -38,6 +38,14 @@ class Checkpoints:
     def unpin(self, job_id: str | HasId, checkpoint_id: str | HasId) -> Checkpoint:
         """Let a pinned checkpoint be removed by the job's rules again."""
         return self._transport.post(f"{_path(job_id)}/{in_path(checkpoint_id)}/unpin", Checkpoint)
+
+    def delete(self, job_id: str | HasId, checkpoint_id: str | HasId) -> Deleted:
+        """Delete a checkpoint.
+
+        Raises:
+            ConflictError: A job that has not ended needs it.
+        """
+        return self._transport.delete(f"{_path(job_id)}/{in_path(checkpoint_id)}", Deleted)
 
     def download(
         self,
@@ -78,8 +86,8 @@ class Checkpoints:
             if include_optimizer or not file.name.startswith(f"{RESUME_FOLDER}/")
         ]
         path = f"{_path(job_id)}/{in_path(checkpoint_id)}/files"
-        download = Download(self._transport, path, Path(directory), files, on_bytes)
-        return download.run()
+        folder = Path(directory).expanduser()
+        return Download(self._transport, path, folder, files, on_bytes).run()
 
 
 def _path(job_id: str | HasId) -> str:

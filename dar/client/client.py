@@ -2,6 +2,10 @@
 
 from typing import Self
 
+import httpx2
+from pydantic import SecretStr
+
+from dar.client.arguments import key_of, url_of
 from dar.client.checkpoints import Checkpoints
 from dar.client.files import Files
 from dar.client.jobs import Jobs
@@ -10,6 +14,7 @@ from dar.client.reward_endpoints import RewardEndpoints
 from dar.client.transport import Transport
 from dar.client.workers import Workers
 from dar.errors import ConfigurationError
+from dar.protocol.retention import RetentionPreview
 from dar.settings import load_settings
 from dar.version import __version__
 
@@ -39,25 +44,27 @@ class Client:
 
     def __init__(
         self,
-        api_key: str | None = None,
-        base_url: str | None = None,
+        api_key: str | SecretStr | None = None,
+        base_url: str | httpx2.URL | None = None,
         *,
         timeout: float = 600.0,
         max_retries: int = 2,
     ) -> None:
-        if api_key is None or base_url is None:
+        key = None if api_key is None else key_of(api_key)
+        url = None if base_url is None else url_of(base_url)
+        if key is None or url is None:
             settings = load_settings()
-            base_url = base_url or settings.service_url
-            if api_key is None:
-                api_key = settings.secret_from(settings.api_key, "api_key")
-            if not api_key:
+            url = url or settings.service_url
+            if key is None:
+                key = settings.secret_from(settings.api_key, "api_key")
+            if not key:
                 raise ConfigurationError(
                     "no API key: pass api_key=, set DAR_API_KEY, or start the service once "
                     f"(`dar up`), which writes one to {settings.home / 'api_key'}"
                 )
         self._transport = Transport(
-            api_key,
-            base_url,
+            key,
+            url,
             timeout=timeout,
             max_retries=max_retries,
             headers={"accept": "application/json", "user-agent": f"dar-sdk/{__version__}"},
@@ -80,6 +87,14 @@ class Client:
     def base_url(self) -> str:
         """URL of the service, without ``/v1``."""
         return self._transport.base_url
+
+    def retention_preview(self) -> RetentionPreview:
+        """What the service would delete now, by the ages and sizes of its settings.
+
+        Raises:
+            PermissionDeniedError: The key lacks the scope ``admin``.
+        """
+        return self._transport.get("/retention", RetentionPreview)
 
     def close(self) -> None:
         """Close all connections; the client cannot be used afterwards."""

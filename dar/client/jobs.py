@@ -16,7 +16,7 @@ from dar.client.transport import (
     check_seconds,
 )
 from dar.errors import ConfigurationError, ConflictError, DARError
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.events import Event
 from dar.protocol.jobs import Attempt, Job, JobLog
 from dar.protocol.metrics import Metrics
@@ -141,6 +141,14 @@ class Jobs:
             ConflictError: The job has succeeded, is being cancelled, or needs a deleted file.
         """
         return self._transport.post(f"{_path(job_id)}/resume", Job)
+
+    def delete(self, job_id: str) -> Deleted:
+        """Delete a job that has ended, with its checkpoints, model, events, metrics and samples.
+
+        Raises:
+            ConflictError: The job has not ended, or another job starts from its checkpoints.
+        """
+        return self._transport.delete(_path(job_id), Deleted)
 
     def wait(
         self,

@@ -3,7 +3,7 @@
 from dar.client.arguments import HasId, in_path
 from dar.client.paging import Listing
 from dar.client.transport import Transport
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.models import Model
 
 PATH = "/models"
@@ -25,3 +25,11 @@ class Models:
     def retrieve(self, model: str | HasId) -> Model:
         """One model."""
         return self._transport.get(f"{PATH}/{in_path(model)}", Model)
+
+    def delete(self, model: str | HasId) -> Deleted:
+        """Delete the weights of a model that a job has made. The job stays.
+
+        Raises:
+            ConflictError: A job that has not ended needs it, or it is a base model.
+        """
+        return self._transport.delete(f"{PATH}/{in_path(model)}", Deleted)

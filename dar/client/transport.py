@@ -117,6 +117,12 @@ class Transport:
         follow_redirects: bool,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        if "://" in key:
+            raise ConfigurationError(
+                "the key for the DAR service is a URL; give the key first and then the URL: "
+                "Client(api_key, base_url)",
+                param="api_key",
+            )
         host = _host_of(self.base_url)
         key = _checked(key)
         check_seconds("timeout", timeout, SHORTEST_TIMEOUT)
@@ -315,9 +321,10 @@ def _host_of(base_url: str) -> str:
 
     Raises:
         ConfigurationError: It is not a URL, no host can have its name, or it has more than a host
-            and a path. The message shows no password.
+            and a path. The message shows no password and no key.
     """
-    shown = "" if "@" in base_url else f" {base_url!r}"
+    is_secret = "@" in base_url or Redactor()(base_url) != base_url
+    shown = "" if is_secret else f" {base_url!r}"
     try:
         url = httpx2.URL(base_url)
         host, is_http = url.host, url.scheme in {"http", "https"}

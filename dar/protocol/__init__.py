@@ -11,6 +11,7 @@ health: responses of the health checks.
 jobs: a job as the service returns it.
 metrics: all metrics of a job by name, with unit and meaning.
 models: models that a job may start from.
+retention: what would be deleted by age and size.
 reward_callbacks: responses to results that a reward service posts.
 reward_endpoints: registered reward services.
 reward_probe: the report of a probe.

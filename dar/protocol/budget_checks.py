@@ -1,4 +1,6 @@
-"""What `kl_budget` cannot be combined with, as job specs and `dar.DARConfig` both check it.
+"""`kl_budget`: its default, and what it cannot be combined with.
+
+Job specs and `dar.DARConfig` both read this.
 
 With ``kl_budget`` the trainer chooses alpha and beta, from the distribution to which training
 converges: pi_ref exp(r / alpha). Every option here leads to another one, or to none.
@@ -7,6 +9,9 @@ converges: pi_ref exp(r / alpha). Every option here leads to another one, or to 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+DEFAULT_BUDGET = 1.0
+"""``kl_budget`` of an online run that sends neither it nor alpha nor beta, and no option that
+conflicts with it; in nats."""
 RATIO = 3.0
 """beta / alpha under a ``kl_budget``; a fixed ratio, so that no unit of reward is left."""
 CHOSEN = ("alpha", "beta")
@@ -23,6 +28,19 @@ UNUSABLE = ("running", "group")
 """Normalisations of a reward component whose unit changes while training."""
 COLDEST = RATIO / (1 + RATIO)
 """At or below this sampling temperature training with this ratio does not converge."""
+
+
+def has_default(values: Mapping[str, Any], given: Collection[str], temperature: float) -> bool:
+    """Whether a run that samples gets `DEFAULT_BUDGET`, as far as its options decide it.
+
+    Args:
+        values: Values of all options by name.
+        given: Options that the user or a preset has set.
+        temperature: Of sampling.
+    """
+    if not {"kl_budget", *CHOSEN}.isdisjoint(given) or temperature_conflict(temperature):
+        return False
+    return not any(option_conflicts({**values, "kl_budget": DEFAULT_BUDGET}, ()))
 
 
 def option_conflicts(

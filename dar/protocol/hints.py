@@ -29,6 +29,8 @@ class HintThresholds:
     """Share of a run's steps after which its KL is compared with ``kl_budget``."""
     kl_least: float = 0.1
     """Share of ``kl_budget`` below which the KL stays behind it."""
+    kl_most: float = 2.0
+    """Share of ``kl_budget`` above which the KL has left it behind."""
 
     # --- steps from whose rewards nothing can be learned -----------------------------------------
 

@@ -40,6 +40,10 @@ class Progress(Output):
     percent: float
     tokens: int
     """Completion tokens trained on."""
+    calibration_completions: int
+    """Completions that were sampled to choose alpha and beta for ``kl_budget``."""
+    calibration_tokens: int
+    """Tokens of these completions, which are not trained on."""
 
 
 class ForecastPoint(Output):
@@ -74,6 +78,11 @@ class Forecast(Output):
     completions: int
     tokens: int
     """Tokens of these completions."""
+    spent_completions: int
+    """Completions that were sampled for this and earlier calibrations of the run; none are if rows
+    of the data set take their place."""
+    spent_tokens: int
+    """Their tokens."""
     samples_per_prompt: int | None
     """Usable rewards of the prompt with the fewest; null with ``deviation``."""
     start_reward: float | None

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dar.protocol.base import FreeObject, Input, one_of, only
-from dar.protocol.budget_checks import CHOSEN
+from dar.protocol.budget_checks import CHOSEN, DEFAULT_BUDGET, component_conflict, has_default
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.row_values import check_value
@@ -64,7 +64,9 @@ class Hyperparameters(Input):
     )
     """Mean KL of a completion to the reference that the trained policy should have at the end: a
     target that stops nothing. alpha and beta are chosen for it before the first step, from rewards
-    of the base model's completions, and must not be sent. Null: alpha and beta count."""
+    of the base model's completions, and must not be sent. Null: alpha and beta count. If it is
+    not sent, it is 1, but null with ``alpha``, ``beta`` or an option that excludes it, with a
+    preset other than ``default``, and without rewards."""
     dar_k: int = Field(4, ge=1, le=ServiceLimit(1024))
     """Completions sampled per prompt (K)."""
     dar_wclip: float = Field(20.0, gt=0)
@@ -314,6 +316,20 @@ class DARSpec(Input):
             if isinstance(sent, dict):
                 filled[name] = {**getattr(values, name), **sent}
         return filled
+
+    @model_validator(mode="after")
+    def _with_default_budget(self) -> "DARSpec":
+        """Set ``kl_budget`` where nothing is sent that conflicts with it."""
+        hyper, rewards = self.hyperparameters, self.rewards
+        given = hyper.model_fields_set
+        if rewards is None or not has_default(dict(hyper), given, self.sampling.temperature):
+            return self
+        if any(component_conflict(one.name, one.normalize) for one in rewards.components):
+            return self
+        filled = hyper.model_copy(update={"kl_budget": DEFAULT_BUDGET})
+        self.__dict__["hyperparameters"] = filled  # an assignment would validate again
+        self.__pydantic_fields_set__.add("hyperparameters")
+        return self
 
 
 class Method(Input):

@@ -11,6 +11,7 @@ StatusDetail = Literal[
     "backoff",
     "waiting_for_reward",
     "starting",
+    "calibrating",
     "sampling",
     "training",
     "evaluating",

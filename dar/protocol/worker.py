@@ -15,6 +15,7 @@ from dar.protocol.spec import JobSpec
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Phase = Literal[
     "starting",
+    "calibrating",
     "sampling",
     "waiting_for_reward",
     "training",

@@ -25,6 +25,8 @@ from dar.rewards.base import (
 )
 from dar.rewards.threads import carrying, in_daemon_thread
 
+TRL_ONLY = ("log_extra", "log_metric")
+"""Functions that TRL's trainer passes, for its own logs."""
 DATES = ("M", "m")
 """Kinds of numpy's dates and times, which numpy converts to counts of nanoseconds."""
 Returned = Sequence[float | Mapping[str, Any] | None]
@@ -91,6 +93,27 @@ class FunctionReward:
                 f"reward function {self._name} has no parameter named completions; "
                 "its signature should be f(prompts, completions, **columns)"
             )
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Check that each argument without a default can be given.
+
+        Raises:
+            ConfigurationError: One is positional-only, or an argument of TRL's trainer.
+        """
+        for name, parameter in self._parameters.items():
+            if parameter.default is not parameter.empty:
+                continue
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                raise ConfigurationError(
+                    f"reward function {self._name} has the positional-only argument {name}, but "
+                    "every argument is given by its name; remove the / from its signature"
+                )
+            if name in TRL_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
+                raise ConfigurationError(
+                    f"reward function {self._name} needs {name}, which only TRL's trainer gives; "
+                    "give the argument a default, like None"
+                )
 
     @property
     def name(self) -> str:
@@ -137,9 +160,14 @@ class FunctionReward:
     async def aclose(self) -> None:
         """Do nothing: there is no connection."""
 
-    def _arguments(self, samples: Sequence[RewardSample], context: RewardContext) -> dict[str, Any]:
-        names = dict.fromkeys(name for sample in samples for name in sample.columns)
-        for name in names:
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Check that the function can be called with these columns.
+
+        Raises:
+            InvalidRequestError: One has the name of another argument, or one is missing.
+        """
+        given = set(names)
+        for name in given:
             check_column_name(name)
             if name == self._bound:
                 raise InvalidRequestError(
@@ -148,20 +176,24 @@ class FunctionReward:
                     param=name,
                     code="reserved_column",
                 )
-        arguments: dict[str, Any] = {
-            **{name: [sample.columns.get(name) for sample in samples] for name in names},
-            "prompts": [trl_prompt(sample) for sample in samples],
-            "completions": [trl_completion(sample) for sample in samples],
-            "trainer_state": self._state_of(context),
-        }
         for name in self._required:
-            if name not in arguments:
+            if name not in given:
                 raise InvalidRequestError(
                     f"the reward function {self._name} needs the column {name!r}, which no sample "
                     "of this call has; send it, or give the argument a default",
                     param=name,
                     code="missing_column",
                 )
+
+    def _arguments(self, samples: Sequence[RewardSample], context: RewardContext) -> dict[str, Any]:
+        names = dict.fromkeys(name for sample in samples for name in sample.columns)
+        self.check_columns(names)
+        arguments: dict[str, Any] = {
+            **{name: [sample.columns.get(name) for sample in samples] for name in names},
+            "prompts": [trl_prompt(sample) for sample in samples],
+            "completions": [trl_completion(sample) for sample in samples],
+            "trainer_state": self._state_of(context),
+        }
         ids = [sample.completion_ids for sample in samples if sample.completion_ids is not None]
         if len(ids) == len(samples):
             arguments["completion_ids"] = [list(item) for item in ids]
@@ -281,8 +313,9 @@ def _kind(value: object) -> str:
 def _as_number(value: object) -> float | None:
     """A real number as a float; None for anything else.
 
-    As in TRL, booleans, numpy scalars and one-element tensors are numbers; texts are not, also not
-    numpy's, and dates and times neither. A complex number would lose its imaginary part.
+    As in TRL, booleans, numpy scalars, and arrays and tensors of one element are numbers; texts are
+    not, also not numpy's, and dates and times neither. A complex number would lose its imaginary
+    part.
 
     Raises:
         OverflowError: It is beyond the range of a float.
@@ -296,7 +329,7 @@ def _as_number(value: object) -> float | None:
             item, SupportsFloat
         ):
             return None
-        return float(value) if isinstance(value, SupportsFloat) else None
+        return float(item)
     except (TypeError, ValueError, RuntimeError):
         return None
 

@@ -114,6 +114,20 @@ def named(rows: Rows | Mapping[str, Rows]) -> dict[str, Rows]:
     return dict(rows) if isinstance(rows, Mapping) else {"": rows}
 
 
+def _check_names(rows: Mapping[Any, Rows], *, is_needed: bool) -> None:
+    if is_needed and not rows:
+        raise InvalidRequestError(
+            "eval_dataset is a dict without a data set, so there is nothing to evaluate on",
+            param="eval_dataset",
+        )
+    for name in rows:
+        if not isinstance(name, str):
+            raise InvalidRequestError(
+                f"eval_dataset has the name {name!r:.80} for a data set, but it must be a text",
+                param="eval_dataset",
+            )
+
+
 def check_evaluation_rows(
     rows: Rows | Mapping[str, Rows] | None,
     *,
@@ -138,6 +152,8 @@ def check_evaluation_rows(
             "eval_strategy and eval_on_start need data to evaluate on: give eval_dataset",
             param="eval_dataset",
         )
+    if isinstance(rows, Mapping):
+        _check_names(rows, is_needed=is_needed)
     for name, one in named({} if rows is None else rows).items():
         with naming_evaluation(name):
             check_rows(one, is_replay=is_replay, columns=columns)

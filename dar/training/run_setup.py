@@ -26,7 +26,7 @@ from dar.training.model.policy import Policy
 from dar.training.parallel import deepspeed_config
 from dar.training.parallel.launch import refuse_if_left_alone
 from dar.training.report.sink import Sink
-from dar.training.reward_sources import RewardFunctions
+from dar.training.reward_sources import GivenRewards
 from dar.training.run_context import HostTrainer
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Learning-rate schedules of transformers that ignore ``warmup_steps``."""
 
 
-def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions | None) -> DARConfig:
+def settled_config(config: DARConfig, row_count: int, rewards: GivenRewards) -> DARConfig:
     """A copy of ``config`` with a length in steps, and the tie tolerance of a job spec's rewards.
 
     Raises:
@@ -59,22 +59,32 @@ def settled_config(config: DARConfig, row_count: int, rewards: RewardFunctions |
         raise InvalidRequestError(
             ONE_STEP.format(config.warmup_steps, "the run"), param="warmup_steps"
         )
-    if config.kl_budget is not None and (why := _budget_conflict(config, rewards)):
-        raise InvalidRequestError(why, param="kl_budget")
-    if isinstance(rewards, Rewards):
-        config.tie_tolerance = max(config.tie_tolerance, rewards.combine.tie_eps)
+    if config.kl_budget is not None:
+        _settle_budget(config, rewards)
+    if isinstance(rewards.functions, Rewards):
+        config.tie_tolerance = max(config.tie_tolerance, rewards.functions.combine.tie_eps)
     config.ignore_data_skip = True  # the position in the data is a function of the step
     return config
 
 
-def _budget_conflict(config: DARConfig, rewards: RewardFunctions | None) -> str | None:
-    """Why ``kl_budget`` cannot be used with this temperature or these rewards; None: it can."""
-    cold = temperature_conflict(config.temperature)
-    if cold is not None and (rewards is not None or config.reward_model_path is not None):
-        return cold
-    components = rewards.components if isinstance(rewards, Rewards) else []
-    found = (component_conflict(one.name, one.normalize) for one in components)
-    return next((why for why in found if why), None)
+def _settle_budget(config: DARConfig, rewards: GivenRewards) -> None:
+    """Check ``kl_budget`` against temperature and rewards; the default gives way to them.
+
+    Completions that are read from the data may be far from the base model, so there is no default
+    for them.
+
+    Raises:
+        InvalidRequestError: A budget that was given cannot be used with them.
+    """
+    components = rewards.functions.components if isinstance(rewards.functions, Rewards) else []
+    found = [component_conflict(one.name, one.normalize) for one in components]
+    if rewards.is_online:
+        found.append(temperature_conflict(config.temperature))
+    why = next((one for one in found if one), None)
+    if config.has_default_budget and (why or not rewards.is_online):
+        config.kl_budget, config.has_default_budget = None, False
+    elif why:
+        raise InvalidRequestError(why, param="kl_budget")
 
 
 def check_data(

@@ -185,11 +185,11 @@ class DARTrainer(OptimizingTrainer):
         check_table(train_dataset)
         model = str(model) if isinstance(model, Path) else model
         args = args or DARConfig(output_dir="dar-output")
-        config = settled_config(args, len(train_dataset), reward_funcs)
         access = replace(reward_access or RewardAccess(), secret=reward_secret)
         given = GivenRewards.of(
-            reward_funcs, reward_model, reward_processing_class, reward_weights, access, config
+            reward_funcs, reward_model, reward_processing_class, reward_weights, access, args
         )
+        config = settled_config(args, len(train_dataset), given)
         check_data(
             train_dataset,
             eval_dataset,
@@ -256,7 +256,7 @@ class DARTrainer(OptimizingTrainer):
             run,
             opened=self._rewards.opened,
             note=reporter.note,
-            source_of=lambda rows, config: self._source_of(rows, "eval", config=config),
+            source_of=lambda rows, config: self._source_of(rows, "calibrate", config=config),
             is_replay=not rewards.given.is_online,
         )
         self.hub = HubPush(
@@ -621,7 +621,7 @@ class DARTrainer(OptimizingTrainer):
         Raises:
             TrainingError: The hub cannot be reached, or rejects the upload.
         """
-        folder = Path(output_dir or str(self.args.output_dir))
+        folder = Path(output_dir or str(self.args.output_dir)).expanduser()
         self._checkpoints.save_model(folder)
         self.hub.write_card(folder)
         if self.args.push_to_hub and not _internal_call:

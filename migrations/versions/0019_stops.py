@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0019_stops"
-down_revision = "0016_trainer_logs"
+down_revision = "0017_retention"
 branch_labels = None
 depends_on = None
 

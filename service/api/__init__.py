@@ -19,6 +19,7 @@ leases: a worker's claims, heartbeats, directives, rows and outcomes.
 inputs: files that a worker downloads for its attempt.
 uploads: checkpoints that a worker uploads: announced, sent in parts, verified.
 health: liveness, readiness and Prometheus metrics.
+retention: what would be deleted by age and size.
 paging: query parameters and envelope of lists.
 query: strict query and path parameters.
 """

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from dar.errors import ConflictError, NotFoundError
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.checkpoints import RESUME_FOLDER, Checkpoint
 from dar.protocol.metrics import current_values
 from service.api.jobs import PATH
@@ -13,7 +13,7 @@ from service.artifacts import damage_of
 from service.http import downloads, errors
 from service.http.auth import Reader, Submitter, User
 from service.runtime import CurrentRuntime, Runtime
-from service.store import checkpoints, jobs, tables
+from service.store import checkpoints, deletion, jobs, tables
 
 router = APIRouter(prefix=PATH, tags=["checkpoints"])
 FILE_PATH = "/{job_id}/checkpoints/{checkpoint_id}/files/{name:path}"
@@ -54,6 +54,16 @@ def unpin_checkpoint(
 ) -> Checkpoint:
     """Let a pinned checkpoint be removed by the job's rules again."""
     return _pin(runtime, user, job_id, checkpoint_id, is_pinned=False)
+
+
+@router.delete("/{job_id}/checkpoints/{checkpoint_id}", responses=errors.may_answer(409))
+def delete_checkpoint(
+    job_id: str, checkpoint_id: str, runtime: CurrentRuntime, user: Submitter
+) -> Deleted:
+    """Delete a checkpoint that no unfinished job needs."""
+    with runtime.database.write() as transaction:
+        deletion.mark_checkpoint(transaction, user.project_id, job_id, checkpoint_id)
+    return Deleted(id=checkpoint_id, object="fine_tuning.job.checkpoint", deleted=True)
 
 
 @router.head(FILE_PATH, response_class=Response, include_in_schema=False)

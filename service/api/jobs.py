@@ -1,4 +1,4 @@
-"""Jobs: submit, read, cancel, pause, stop, resume."""
+"""Jobs: submit, read, cancel, pause, stop, resume, delete."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from dar.errors import InvalidRequestError
-from dar.protocol.base import MAX_COUNT, Page
+from dar.protocol.base import MAX_COUNT, Deleted, Page
 from dar.protocol.jobs import Job, JobError, Progress
 from dar.protocol.spec import MAX_LABELS, JobSpec
 from dar.protocol.status import TERMINAL, JobStatus
@@ -18,7 +18,7 @@ from service.http.auth import Reader, Submitter
 from service.http.bodies import body_of, schema_of
 from service.jobs import submission
 from service.runtime import CurrentRuntime
-from service.store import jobs, tables
+from service.store import deletion, jobs, tables
 
 PATH = "/v1/fine_tuning/jobs"
 router = APIRouter(prefix=PATH, tags=["jobs"])
@@ -126,6 +126,14 @@ def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
+@router.delete("/{job_id}", responses=errors.may_answer(409))
+def delete_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
+    """Delete a job that has ended, with its checkpoints, model, events, metrics and samples."""
+    with runtime.database.write() as transaction:
+        deletion.mark_job(transaction, user.project_id, job_id)
+    return Deleted(id=job_id, object="fine_tuning.job", deleted=True)
+
+
 def show(job: tables.JobRow) -> Job:
     spec = job.parsed_spec
     method = spec.method.model_dump(mode="json")
@@ -191,6 +199,8 @@ def _progress(job: tables.JobRow) -> Progress:
         total_steps=job.total_steps,
         percent=round(100 * job.step / job.total_steps, 1),
         tokens=job.tokens,
+        calibration_completions=(job.forecast or {}).get("spent_completions", 0),
+        calibration_tokens=(job.forecast or {}).get("spent_tokens", 0),
     )
 
 

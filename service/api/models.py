@@ -2,10 +2,11 @@
 
 from fastapi import APIRouter
 
-from dar.protocol.base import Page
+from dar.protocol.base import Deleted, Page
 from dar.protocol.models import Model
 from service.api.paging import whole
-from service.http.auth import Reader
+from service.http import errors
+from service.http.auth import Reader, Submitter
 from service.jobs import models
 from service.runtime import CurrentRuntime
 
@@ -25,3 +26,11 @@ def get_model(model: str, runtime: CurrentRuntime, user: Reader) -> Model:
     """One model."""
     with runtime.database.read() as transaction:
         return models.get(transaction, runtime.settings, user.project_id, model)
+
+
+@router.delete("/{model:path}", responses=errors.may_answer(409))
+def delete_model(model: str, runtime: CurrentRuntime, user: Submitter) -> Deleted:
+    """Delete the weights of a model that a job has made. The job stays."""
+    with runtime.database.write() as transaction:
+        models.delete(transaction, runtime.settings, user.project_id, model)
+    return Deleted(id=model, object="model", deleted=True)

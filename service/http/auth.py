@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import structlog
 from fastapi import Depends, Request
 
 from dar.errors import AuthenticationError, NotFoundError, PermissionDeniedError
@@ -11,6 +12,7 @@ from service.installation import CurrentInstallation, Installation
 from service.store import fence
 from service.store import keys as key_store
 
+log = structlog.get_logger()
 Scope = Literal["read", "submit", "admin", "worker"]
 OTHER_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 """Headers in which other services take a key."""
@@ -163,8 +165,19 @@ def lease_sender(lease_id: str, request: Request, installation: CurrentInstallat
     if keys.lease_of_token(token) is not None:
         return lease_holder(lease_id, request, installation)
     worker(principal(request, installation))
-    with installation.database.read() as transaction:
-        attempt = fence.find(transaction, lease_id)
+    try:
+        with installation.database.read() as transaction:
+            attempt = fence.find(transaction, lease_id)
+    except NotFoundError:
+        job_id = request.headers.get("x-dar-job")
+        log.warning(
+            "a worker has reports of a job that is not in the database: it was deleted, or a backup "
+            "from before it was restored",
+            job_id=None if job_id is None else job_id[:64],
+            node=request.headers.get("x-dar-node"),
+            lease_id=lease_id,
+        )
+        raise
     if attempt.node != request.headers.get("x-dar-node"):
         raise NotFoundError(f"lease {lease_id!r} was not held on the node that x-dar-node names")
     return lease_id

@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from dar.disk import link_out_of
-from dar.errors import ModelNotFoundError, NotFoundError
+from dar.errors import ConflictError, ModelNotFoundError, NotFoundError
 from dar.protocol.models import Model
 from dar.protocol.reward_spec import Rewards
 from dar.protocol.spec import JobSpec
@@ -19,7 +19,7 @@ from dar.protocol.worker import ModelSource
 from dar.rewards.from_spec import PATH
 from dar.settings import Settings
 from service.runtime import Runtime
-from service.store import checkpoints
+from service.store import checkpoints, deletion
 from service.store.database import Transaction
 from service.store.tables import CheckpointRow, JobRow
 
@@ -149,6 +149,22 @@ def get(transaction: Transaction, settings: Settings, project_id: str, name: str
     for _, checkpoint, _ in checkpoints.models(transaction, project_id, name=name):
         return _fine_tuned(name, checkpoint)
     raise NotFoundError(f"there is no model {name!r}; GET /v1/models lists the existing ones")
+
+
+def delete(transaction: Transaction, settings: Settings, project_id: str, name: str) -> None:
+    """Mark the weights of a model that a job has made for removal.
+
+    Raises:
+        NotFoundError: There is no such model.
+        ConflictError: It is a folder of the installation, or an unfinished job needs it.
+    """
+    if _folder(settings.models_path, name) is not None:
+        raise ConflictError(
+            f"model {name!r} is a folder of this installation, and not one that a job has made; its "
+            "operator may remove it from the models directory",
+            code="model_of_installation",
+        )
+    deletion.mark_model(transaction, project_id, name)
 
 
 def _hub(settings: Settings, name: str, param: str = "model") -> ModelSource:

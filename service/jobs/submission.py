@@ -14,10 +14,11 @@ from starlette.concurrency import run_in_threadpool
 
 from dar.errors import IdempotencyMismatchError, InvalidRequestError, NotFoundError, Problem
 from dar.protocol import spec_checks
+from dar.protocol.budget_checks import CHOSEN, DEFAULT_BUDGET
 from dar.protocol.hub_data import SCHEME, HubData
 from dar.protocol.ids import new_id
 from dar.protocol.reward_spec import with_retired_fields
-from dar.protocol.spec import JobSpec, total_steps
+from dar.protocol.spec import Hyperparameters, JobSpec, total_steps
 from dar.rewards.base import RewardSample
 from dar.rewards.from_spec import check_rewards
 from service.http import errors
@@ -40,6 +41,8 @@ from service.store.tables import FileRow, JobRow
 Replay = Literal["true", "inferred"]
 EARLIER_LEARNING_RATE = 1e-6
 """What earlier versions wrote into a spec without a learning rate."""
+EARLIER_STRENGTHS = {name: Hyperparameters.model_fields[name].default for name in CHOSEN}
+"""What earlier versions wrote into a spec without alpha and beta, which now has a ``kl_budget``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,9 @@ def body_digest(spec: JobSpec) -> str:
     dar = content["method"]["dar"]
     if dar["hyperparameters"]["learning_rate"] is None:
         dar["hyperparameters"]["learning_rate"] = EARLIER_LEARNING_RATE
+    if dar["hyperparameters"].get("kl_budget") == DEFAULT_BUDGET and dar["rewards"] is not None:
+        del dar["hyperparameters"]["kl_budget"]
+        dar["hyperparameters"] |= EARLIER_STRENGTHS
     if dar["rewards"] is not None:
         dar["rewards"] = with_retired_fields(dar["rewards"])
     canonical = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)

@@ -19,6 +19,8 @@ rows: rows that a trainer sends, each stored once; progress of the job.
 rewinds: which rows of an attempt a later attempt has rewound.
 checkpoints: announced, available and removed checkpoints, and which are kept.
 best_checkpoint: which checkpoint of a job is the best, and which its result.
+deletion: jobs, checkpoints and models that a user deletes.
+retention: what is older or larger than the settings allow, and the rows of deleted jobs.
 events: events of a job.
 files: uploaded files.
 keys: API keys and their project.

@@ -246,7 +246,7 @@ def publish(
     if published is None:
         return
     poison.note_progress(transaction, job.id, checkpoint.attempt, checkpoint.step)
-    _point_to(transaction, job, checkpoint)
+    point_to(transaction, job, checkpoint)
     data = {
         "kind": "checkpoint",
         "checkpoint_id": checkpoint.id,
@@ -452,7 +452,7 @@ def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) 
         return False
     job = transaction.get_one(JobRow, checkpoint.job_id)
     older = newest(transaction, job.id)
-    _point_to(transaction, job, older)
+    point_to(transaction, job, older)
     message = f"checkpoint of step {checkpoint.step} is damaged and was set aside: {damage}"
     if job.status == "succeeded":
         message += "; restore its files from a backup"
@@ -474,7 +474,7 @@ def note_whole(transaction: Transaction, checkpoint: CheckpointRow) -> None:
     if checkpoint.damage is None:
         return
     job = transaction.get_one(JobRow, checkpoint.job_id)
-    _point_to(transaction, job, newest(transaction, job.id))
+    point_to(transaction, job, newest(transaction, job.id))
     message = f"checkpoint of step {checkpoint.step} is whole again"
     _tell(transaction, checkpoint, "checkpoint_whole", message, "info")
 
@@ -504,7 +504,7 @@ def resume_from_newest(transaction: Transaction, held: Held) -> CheckpointRow | 
     return found
 
 
-def _point_to(transaction: Transaction, job: JobRow, newest: CheckpointRow | None) -> None:
+def point_to(transaction: Transaction, job: JobRow, newest: CheckpointRow | None) -> None:
     """Note which checkpoint of a job is the newest, and which the best.
 
     The newest of a job that has succeeded stays what it was: an older one is another model.

@@ -51,12 +51,16 @@ def lock(transaction: Transaction, lease_id: str) -> Held:
     """Lock the job of a lease, whether or not the lease is still valid.
 
     Raises:
-        NotFoundError: There is no such lease.
+        NotFoundError: There is no such lease, or its job was deleted.
     """
     attempt = find(transaction, lease_id)
     job = transaction.scalars(
-        select(JobRow).where(JobRow.id == attempt.job_id).with_for_update()
-    ).one()
+        select(JobRow)
+        .where(JobRow.id == attempt.job_id, JobRow.deleted_at.is_(None))
+        .with_for_update()
+    ).one_or_none()
+    if job is None:
+        raise NotFoundError(f"the job of lease {lease_id!r} was deleted")
     # Read the attempt again under the lock: it may have changed before the lock was granted.
     transaction.refresh(attempt)
     return Held(job, attempt)

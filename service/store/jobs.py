@@ -20,7 +20,9 @@ def get(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         NotFoundError: The project has no job with this id.
     """
     found = transaction.scalars(
-        select(JobRow).where(JobRow.project_id == project_id, JobRow.id == job_id)
+        select(JobRow).where(
+            JobRow.project_id == project_id, JobRow.id == job_id, JobRow.deleted_at.is_(None)
+        )
     ).one_or_none()
     if found is None:
         raise NotFoundError(
@@ -38,7 +40,7 @@ def list_page(
     labels: Mapping[str, str] | None = None,
 ) -> Slice[JobRow]:
     """One page of the project's jobs, filtered by status and by labels that must all match."""
-    statement = select(JobRow).where(JobRow.project_id == project_id)
+    statement = select(JobRow).where(JobRow.project_id == project_id, JobRow.deleted_at.is_(None))
     if status is not None:
         statement = statement.where(JobRow.status == status)
     for key, value in (labels or {}).items():
@@ -81,7 +83,7 @@ def cancel(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         NotFoundError: The project has no job with this id.
         ConflictError: The job has already succeeded or failed.
     """
-    job = _locked(transaction, project_id, job_id)
+    job = locked(transaction, project_id, job_id)
     asked = {"cancel_requested_at": transaction.now}
     this = JobRow.id == job_id
     before = (
@@ -109,7 +111,7 @@ def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         NotFoundError: The project has no job with this id.
         ConflictError: The job is over, or is being cancelled.
     """
-    job = _locked(transaction, project_id, job_id)
+    job = locked(transaction, project_id, job_id)
     if job.status in {"pausing", "paused"}:
         return job
     if job.stop_requested_at is not None and job.status == "running":
@@ -166,7 +168,7 @@ def resume(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         ConflictError: The job has succeeded or is being cancelled, or a file or checkpoint that it
             needs was deleted.
     """
-    job = _locked(transaction, project_id, job_id)
+    job = locked(transaction, project_id, job_id)
     if job.status == "running" and job.cancel_requested_at is not None:
         raise ConflictError(f"job {job_id} is being cancelled; resume it when it is cancelled")
     name = _RESUMING.get(job.status)
@@ -210,10 +212,10 @@ def _check_needs(transaction: Transaction, job: JobRow) -> None:
             f"job {job.id} cannot be resumed: its file {min(gone)} has been deleted; submit a new job",
             code="file_not_found",
         )
-    ids = transaction.scalars(
-        select(JobInputRow.checkpoint_id).where(JobInputRow.job_id == job.id)
-    ).all()
-    if not checkpoints.keep(transaction, list(ids)):
+    # Of a checkpoint whose job was deleted, the job's inputs have no row any more.
+    source = job.model_source
+    ids = [source.get("checkpoint_id"), *source.get("adapter_ids", ())]
+    if not checkpoints.keep(transaction, [name for name in ids if name]):
         raise ConflictError(
             f"job {job.id} cannot be resumed: the checkpoints that its model is made of are no "
             "longer kept",
@@ -221,11 +223,16 @@ def _check_needs(transaction: Transaction, job: JobRow) -> None:
         )
 
 
-def _locked(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
+def locked(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     """A job of the project, locked, so that its status cannot change between two moves."""
     get(transaction, project_id, job_id)
-    locked = select(JobRow).where(JobRow.id == job_id).with_for_update()
-    return transaction.scalars(locked.execution_options(populate_existing=True)).one()
+    found = transaction.scalars(
+        select(JobRow)
+        .where(JobRow.id == job_id, JobRow.deleted_at.is_(None))
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    return get(transaction, project_id, job_id) if found is None else found
 
 
 def _cannot(job: JobRow, what: str) -> str:
@@ -237,5 +244,6 @@ def _cannot(job: JobRow, what: str) -> str:
 
 def count_by_status(transaction: Transaction) -> dict[str, int]:
     """Number of jobs by status; a status without jobs is left out."""
-    rows = transaction.execute(select(JobRow.status, func.count()).group_by(JobRow.status)).all()
+    counts = select(JobRow.status, func.count()).where(JobRow.deleted_at.is_(None))
+    rows = transaction.execute(counts.group_by(JobRow.status)).all()
     return {status: count for status, count in rows}  # noqa: C416 - `dict(rows)` has no type that fits

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, or_, select
+import orjson
+from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute
 
 from dar.errors import InvalidRequestError
 from dar.protocol.worker import SamplesRow
 from service.store import rewinds
 from service.store.database import Transaction
-from service.store.tables import SampleRow
+from service.store.tables import JobRow, SampleRow
 
 Order = Literal["asc", "desc", "reward", "-reward", "advantage", "-advantage"]
 
@@ -33,6 +34,13 @@ def add(transaction: Transaction, job_id: str, attempt: int, rows: Sequence[Samp
     ]
     if values:
         transaction.insert_rows(SampleRow, values)
+        size = sum(len(orjson.dumps(one["body"])) for one in values)
+        transaction.execute(
+            update(JobRow)
+            .where(JobRow.id == job_id)
+            .values(samples_bytes=JobRow.samples_bytes + size)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def read(

@@ -89,6 +89,8 @@ class JobRow(Base):
         Index(None, "project_id", "created_at", "id"),
         Index(None, "status", "queued_at", "id"),
         Index(None, "api_key_id", "body_sha256", "created_at"),
+        Index(None, "finished_at"),
+        Index(None, "deleted_at"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -159,6 +161,10 @@ class JobRow(Base):
     attempt that trained it."""
     forecast: Mapped[dict[str, Any] | None]
     """Of a job with a KL budget: the newest choice of alpha and beta; see `Forecast`."""
+    samples_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Size of its stored samples."""
+    deleted_at: Mapped[datetime | None]
+    """When a user deleted it. Nobody sees it since then; its rows are being removed."""
 
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     body_sha256: Mapped[str] = mapped_column(String(64))

@@ -25,8 +25,15 @@ def test_a_submitted_job_waits_and_shows_its_whole_spec(live: Live) -> None:
     assert (job["object"], job["status"], job["seed"]) == ("fine_tuning.job", "queued", 7)
     assert (job["metadata"], job["suffix"]) == ({"team": "a"}, "mine")
     assert job["fine_tuned_model"] is job["error"] is job["finished_at"] is None
-    assert job["method"]["dar"]["hyperparameters"]["beta"] == 0.3
-    assert job["progress"] == {"step": 0, "total_steps": 4, "percent": 0.0, "tokens": 0}
+    assert job["method"]["dar"]["hyperparameters"]["dar_wclip"] == 20.0
+    assert job["progress"] == {
+        "step": 0,
+        "total_steps": 4,
+        "percent": 0.0,
+        "tokens": 0,
+        "calibration_completions": 0,
+        "calibration_tokens": 0,
+    }
     assert live.job(job["id"]) == job
     for name, path in job["links"].items():
         assert live.http.get(path).status_code == 200, name
@@ -189,18 +196,6 @@ def test_what_a_kl_budget_cannot_be_combined_with_is_refused_by_both_names(
     live.submit(dar={"hyperparameters": allowed})
 
 
-def test_a_spec_with_a_kl_budget_names_no_alpha_and_can_be_sent_again(live: Live) -> None:
-    job = live.submit(dar={"hyperparameters": {"max_steps": 1, "kl_budget": 1.0}})
-    resolved = job["method"]["dar"]["hyperparameters"]
-    assert resolved["kl_budget"] == 1.0
-    assert {"alpha", "beta"}.isdisjoint(resolved)
-    again = live.submit(dar=job["method"]["dar"])
-    assert again["method"] == job["method"]
-    usual = live.submit()["method"]["dar"]["hyperparameters"]
-    assert "kl_budget" not in usual
-    assert usual["alpha"] == 0.1
-
-
 def test_a_job_that_was_accepted_before_a_rule_came_is_still_given_out(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +303,59 @@ def test_a_learning_rate_of_null_and_a_multiplier_of_1_do_not_change_a_digest() 
     for hyper in ({"learning_rate": 1e-5}, {"learning_rate_multiplier": 2}):
         sent["method"]["dar"]["hyperparameters"] = hyper
         assert body_digest(JobSpec.model_validate(sent)) != DIGEST
+
+
+def test_a_default_kl_budget_does_not_change_a_digest() -> None:
+    sent = with_rewards({}, {}, {})
+    for hyper in ({}, {"kl_budget": 1.0}, {"kl_budget": None}, {"alpha": 0.1}):
+        sent["method"]["dar"]["hyperparameters"] = hyper
+        assert body_digest(JobSpec.model_validate(sent)) == DIGEST
+    for hyper in ({"kl_budget": 0.5}, {"alpha": 0.2}):
+        sent["method"]["dar"]["hyperparameters"] = hyper
+        assert body_digest(JobSpec.model_validate(sent)) != DIGEST
+    offline = {**sent, "method": {"type": "dar", "dar": {}}}
+    plain = body_digest(JobSpec.model_validate(offline))
+    offline["method"]["dar"] = {"hyperparameters": {"kl_budget": 1.0}}
+    assert body_digest(JobSpec.model_validate(offline)) != plain
+
+
+@pytest.mark.parametrize(
+    ("dar", "budget"),
+    [
+        ({}, 1.0),
+        ({"sampling": {"temperature": 0.9}}, 1.0),
+        ({"hyperparameters": {"kl_budget": 0.5}}, 0.5),
+        ({"hyperparameters": {"min_ess": 0.2, "baseline": "mean"}}, 1.0),
+        ({"hyperparameters": {"kl_budget": None}}, None),
+        ({"hyperparameters": {"alpha": 0.1}}, None),
+        ({"hyperparameters": {"beta": 0.3}}, None),
+        ({"hyperparameters": {"adv_norm": "per_prompt"}}, None),
+        ({"hyperparameters": {"drop_ties": True}}, None),
+        ({"sampling": {"temperature": 0.7}}, None),
+        ({"preset": "paper"}, None),
+        ({"preset": "reference"}, None),
+    ],
+)
+def test_a_kl_budget_of_1_is_the_default_where_nothing_that_was_sent_conflicts_with_it(
+    live: Live, dar: dict[str, Any], budget: float | None
+) -> None:
+    """What the job shows can be sent again, and means the same."""
+    hyper = {"max_steps": 2, **dar.get("hyperparameters", {})}
+    shown = live.submit(dar={**dar, "hyperparameters": hyper})["method"]["dar"]
+    assert shown["hyperparameters"].get("kl_budget") == budget
+    assert ("alpha" in shown["hyperparameters"]) == (budget is None)
+    assert live.submit(dar=shown)["method"]["dar"] == shown
+
+
+def test_normalised_components_and_offline_jobs_have_no_default_kl_budget() -> None:
+    sent = with_rewards({}, {}, {})
+    assert JobSpec.model_validate(sent).dar.hyperparameters.kl_budget == 1.0
+    for component in sent["method"]["dar"]["rewards"]["components"]:
+        component["normalize"] = "running"
+    for dar in (sent["method"]["dar"], {}):
+        sent["method"]["dar"] = dar
+        hyper = JobSpec.model_validate(sent).dar.hyperparameters
+        assert (hyper.kl_budget, hyper.alpha, hyper.beta) == (None, 0.1, 0.3)
 
 
 def test_a_job_shows_whether_its_learning_rate_was_given(live: Live) -> None:

@@ -87,14 +87,23 @@ def test_a_job_with_a_kl_budget_shows_alpha_and_the_forecast_once_it_has_calibra
     lease = live.claim()
     assert lease is not None
     job_id = lease.body["job_id"]
-    assert live.job(job_id)["forecast"] is None
+    doing = {"phase": "calibrating", "step": 0}
+    assert lease.post("/heartbeat", progress=doing).status_code == 200
+    job = live.job(job_id)
+    assert job["forecast"] is None
+    assert job["status_detail"] == "calibrating"
+    assert job["progress"]["calibration_completions"] == 0
     forecast = {
         "step": 0, "phase": "base", "method": "frontier", "ending": "reached", "kl_budget": 1.0, "alpha": 0.2,
-        "beta": 0.6, "reward_std": 0.3, "prompts": 16, "completions": 256, "tokens": 5000, "samples_per_prompt": 16,
+        "beta": 0.6, "reward_std": 0.3, "prompts": 16, "completions": 256, "tokens": 5000,
+        "spent_completions": 300, "spent_tokens": 6000, "samples_per_prompt": 16,
         "start_reward": 0.1, "reward": 0.6, "kl": 1.0, "frontier": [{"alpha": 0.4, "reward": 0.4, "kl": 0.5}],
     }  # fmt: skip
     data = {"kind": "calibration", **forecast}
     row = {"type": "event", "level": "info", "message": "alpha is 0.2", "data": data}
     assert lease.say(row).status_code == 200
-    assert live.job(job_id)["forecast"] == forecast
+    job = live.job(job_id)
+    assert job["forecast"] == forecast
+    spent = {"calibration_completions": 300, "calibration_tokens": 6000}
+    assert job["progress"].items() >= {"tokens": 0, **spent}.items()
     assert Job.model_validate(live.job(job_id)).forecast is not None

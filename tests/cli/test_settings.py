@@ -232,3 +232,34 @@ def test_a_reward_secret_that_cannot_sign_ends_the_start(
     assert code == 1
     assert "DAR_REWARD_SECRET (or the file reward_secret): a reward secret is 'whsec_'" in said
     assert SECRET not in said
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("::1", "http://[::1]:8321"),
+        ("::", "http://[::1]:8321"),
+        ("fd00::5", "http://[fd00::5]:8321"),
+        ("0.0.0.0", "http://127.0.0.1:8321"),
+        ("judge.example", "http://judge.example:8321"),
+    ],
+)
+def test_every_host_gives_a_url_that_clients_can_use(
+    monkeypatch: pytest.MonkeyPatch, host: str, url: str
+) -> None:
+    monkeypatch.setenv("DAR_HOST", host)
+    monkeypatch.delenv("DAR_PORT", raising=False)
+    monkeypatch.delenv("DAR_BASE_URL", raising=False)
+    assert load_settings().callback_url == f"{url}/v1/reward_callbacks"
+    with Client("key") as client:
+        assert client.base_url == url
+
+
+def test_devices_are_numbers_or_ids_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("", "0", "0,1", "1, 0", "-1", "GPU-8932f937-d72c", "MIG-GPU-8932f937/1/2"):
+        monkeypatch.setenv("DAR_DEVICES", given)
+        assert load_settings().devices == given
+    for given in ("x", "cuda:0", "0,", "0 1", "GPU-"):
+        monkeypatch.setenv("DAR_DEVICES", given)
+        with pytest.raises(ConfigurationError, match=r"DAR_DEVICES.*is not a list of GPUs"):
+            load_settings()

@@ -12,9 +12,11 @@ from typing import Any
 
 import httpx2
 import pytest
+from pydantic import HttpUrl, SecretStr, TypeAdapter
 
 import dar
 from dar.client import Client
+from dar.client.arguments import opened
 from dar.client.download import Download
 from dar.errors import (
     ConfigurationError,
@@ -54,6 +56,52 @@ def test_a_missing_key_says_what_to_do(no_settings: Path) -> None:
 
 KEY = "dar-sk-abcdefgh-" + 43 * "x"
 LINE_IN_IT = KEY[:20] + "\n" + KEY[20:]
+
+
+@pytest.mark.parametrize("key", [KEY, "operators-own-key", "sk-" + 20 * "a", "hf_" + 20 * "b"])
+def test_a_key_in_the_place_of_the_url_is_not_shown(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="the key first and then the URL") as caught:
+        Client("http://127.0.0.1:8321", key)
+    assert key not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_key_given_as_the_url_alone_is_not_shown() -> None:
+    with pytest.raises(ConfigurationError, match="is not a URL like") as caught:
+        Client("key", KEY)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "url", "message"),
+    [
+        (KEY.encode(), "http://h", "api_key is of the type bytes"),
+        (5, "http://h", "api_key is of the type int"),
+        (KEY, Path("x"), "base_url is of the type PosixPath"),
+        (KEY, b"http://h", "base_url is of the type bytes"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(key: Any, url: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        Client(key, url)
+    assert KEY not in str(caught.value)
+
+
+def test_a_secret_of_pydantic_and_a_url_of_httpx_are_taken() -> None:
+    pydantics = TypeAdapter(HttpUrl).validate_python("http://127.0.0.1:9")
+    urls: list[Any] = [httpx2.URL("http://127.0.0.1:9/v1"), pydantics]
+    for url in urls:
+        with Client(SecretStr(KEY), url) as client:
+            assert client.base_url == "http://127.0.0.1:9"
+
+
+def test_a_path_that_begins_with_a_tilde_is_in_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_bytes(b"{}")
+    content, name = opened("~/rows.jsonl")
+    with content:
+        assert (content.read(), name) == (b"{}", "rows.jsonl")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])

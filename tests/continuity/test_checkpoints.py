@@ -21,6 +21,8 @@ from dar.protocol.spec import JobSpec
 from dar.training import DARConfig, DARTrainer, JobInputs, NullControl, NullSink, train_job
 
 STEPS = 6
+EARLIER = {"alpha": 0.1, "beta": 0.3}
+"""Earlier defaults of a script. A run that is resumed goes on with them by itself."""
 
 
 class Recording(NullSink):
@@ -60,7 +62,7 @@ def train_script(
     rows = [json.loads(line) for line in (stored / run["rows"]).read_text().splitlines()]
     trainer = DARTrainer(
         model=LlamaForCausalLM.from_pretrained(base),
-        args=DARConfig(output_dir=str(work), **run["settings"]),
+        args=DARConfig(output_dir=str(work), **run["settings"], **({} if resume else EARLIER)),
         train_dataset=rows,
         reward_funcs=[share_of_w40, digest_of_text],
         reward_weights=[1.0, 0.5],

@@ -9,8 +9,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from dar.protocol.metrics import is_reproducible
 from fakes.installation import Installation
 
 STEPS = 40
+LONG = 100
+"""Steps of a job that chooses alpha a second time, when its KL is at rest."""
+PHASES = ("base", "policy")
+"""Whose completions are scored."""
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +46,12 @@ class Result:
     metrics: dict[str, tuple[list[int], list[float | None]]]
 
     @classmethod
-    def of(cls, installation: Installation, job_id: str, folder: Path) -> "Result":
+    def of(
+        cls, installation: Installation, job_id: str, folder: Path, steps: int = STEPS
+    ) -> "Result":
         client = installation.client
         checkpoint = next(iter(client.checkpoints.list(job_id)))
-        assert checkpoint.step_number == STEPS
+        assert checkpoint.step_number == steps
         client.checkpoints.download(job_id, checkpoint.id, folder, include_optimizer=True)
         series = client.jobs.metrics(job_id).series
         return cls(folder, {name: (one.step, one.value) for name, one in series.items()})
@@ -132,6 +139,62 @@ def test_a_drained_worker_and_a_restarted_service_lose_nothing(
     assert installation.until_done(job_id).status == "succeeded"
     assert_every_step_once(installation, job_id)
     assert_equal(Result.of(installation, job_id, tmp_path), undisturbed)
+
+
+class HeldService:
+    """Scores as the installation's does; the requests of a calibration wait for the test."""
+
+    def __init__(self) -> None:
+        self.asked = {phase: threading.Event() for phase in PHASES}
+        self.may_answer = {phase: threading.Event() for phase in PHASES}
+
+    def __call__(self, _: Mapping[str, str], body: bytes) -> tuple[int, Any]:
+        asked = json.loads(body)
+        if asked["mode"] == "eval":
+            phase = "policy" if asked["step"] else "base"
+            self.asked[phase].set()
+            assert self.may_answer[phase].wait(120)
+        texts = [sample["completion"] for sample in asked["samples"]]
+        rewards = [text.count("e") / max(1, len(text)) for text in texts]
+        return 200, {"request_id": asked["request_id"], "rewards": rewards}
+
+
+@pytest.mark.slow  # whole jobs are trained
+@pytest.mark.timeout(480)
+def test_a_worker_that_is_killed_within_either_calibration_loses_nothing(
+    installation: Installation,
+    file_id: str,
+    tmp_path: Path,
+    serve: Callable[..., str],
+    until: Callable[..., Any],
+) -> None:
+    """The first one samples the base model, the second one the trained policy."""
+    service, client = HeldService(), installation.client
+    spec = installation.spec(
+        file_id, rewards={"components": [{"name": "e", "url": serve(service)}]}
+    )
+    kept = {"learning_rate": 1e-3, "batch_size": 6}
+    spec["method"]["dar"]["hyperparameters"] = kept | {"max_steps": LONG, "kl_budget": 2.0}
+    job_id = client.jobs.create(**spec).id
+    for phase in PHASES:
+        assert service.asked[phase].wait(120), phase
+        job = until(
+            lambda: (job := client.jobs.retrieve(job_id)).status_detail == "calibrating" and job,
+            30,
+            "it calibrates",
+        )
+        assert (job.progress.step >= 60) == (phase == "policy")
+        installation.end("worker", signal.SIGKILL)
+        service.may_answer[phase].set()
+        installation.start_worker()
+    job = installation.until_done(job_id)
+    assert job.status == "succeeded"
+    assert job.forecast.phase == "policy"
+    assert job.progress.calibration_completions > job.forecast.completions
+    killed = Result.of(installation, job_id, tmp_path / "killed", LONG)
+    again = client.jobs.create(**spec).id
+    assert installation.until_done(again).forecast == job.forecast
+    assert_equal(killed, Result.of(installation, again, tmp_path / "undisturbed", LONG))
 
 
 def mean_share_of_the_letter(folders: list[Path], prompts: list[str]) -> list[float]:

@@ -184,6 +184,8 @@ def train(
         "report_to": "none",
         "ddp_timeout": PATIENCE,
     }
+    if "alpha" not in settings:
+        values["kl_budget"] = None
     trainer = DARTrainer(
         make_model(dtype) if model is None else model,
         DARConfig(**values | dict(settings)),
@@ -362,6 +364,7 @@ def zero(folder: Path) -> None:
     refill(folder, "zero2 refilled", HALF_IN_SHARES | ZERO2 | ahead, **single)
     train(folder, "zero3 offline", HALF | ZERO3, is_offline=True, **single)
     train(folder, "zero3 bf16", HALF | ZERO3 | {"bf16": True}, **single)
+    train(folder, "zero3 calibrated", HALF | ZERO3 | CALIBRATED | {"max_steps": 3}, **single)
     ties = {"drop_ties": True}
     train(folder, "zero2 empty", HALF | ZERO2 | ties, reward=equal_at_first, **single)
     try:

@@ -312,6 +312,43 @@ def test_numbers_are_compared_exactly(
     assert reward("numeric_answer", params, text, ground_truth=truth) == expected
 
 
+MIXED = ("1 1/2", "It is 1 1/2 cups", "1½", "1 ½", "1\u00a01/2", "1\u20091\u20442", "1¹\u2044₂", "\\boxed{1 1/2}", "1\\frac{1}{2}", "$1\\dfrac12$", "It is $1\\,\\tfrac{1}{2}$.", "\\boxed{1\\frac 12}", "1 2/4", "1 1 / 2 %", "1.5", "3/2")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("truths", "value"),
+    [
+        (MIXED, "1.5"), (tuple(f"-{text}" for text in ("1 1/2", "1½", "1\\frac{1}{2}", "$1 1/2$")), "-1.5"), (("\u2212 1 1/2", "It is \u22121 1/2."), "-1.5"),
+        (("1 000", "1\u202f000", "1\\,000", "1{,}000", "1,\\!000", "\\boxed{1 000}", "It is 1 000 m", "1 000.0"), "1000"),
+        (("1 000 1/2", "1,000 1/2", "It is 1 000½", "2 001/2"), "1000.5"), (("12 345 678",), "12345678"),
+        (("½", "\\frac12", "\\boxed{\\frac 12}", "\\frac{1}2", "It is \\frac{1}{2}", "-\\frac{-1}{2}", "\\frac{1.5}{3}", "\\frac{1}{2}x", "1 / 2"), "0.5"),
+        (("50%", "50\\%", "5 * 10 = 50", "1 2 3\n#### 50", "$50$", "\\$50"), "50"), (("-$5", "- 5", "$-5$"), "-5"),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_in_each_way_that_people_write_it(
+    truths: tuple[str, ...], value: str
+) -> None:
+    wanted = Fraction(value)
+    for text in truths:
+        answer = text if "is" in text or "box" in text else f"\\boxed{{{text}}}"
+        assert answer_in(answer) == wanted, text
+        assert reward("numeric_answer", {}, value, ground_truth=text) == 1.0, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12 34", "1, 234", "1,5", "1.234,50", "(1, 2)", "12\n34", "1 00", "1 0000", "0 100", "1 3/2", "1 1/0", "1\\frac{3}{2}", "$1$$2$", "12 34 cm",
+        "1\\frac{1}{2}\\frac{1}{2}", "\\frac123", "½3", "1 2 100",
+    ],
+)  # fmt: skip
+def test_numbers_side_by_side_are_not_made_into_one(text: str) -> None:
+    found = reward("numeric_answer", {}, "1", ground_truth=text)
+    assert isinstance(found, Failed)
+    assert found.code == "column_type"
+    assert answer_in(f"\\boxed{{{text}}}") is None
+
+
 def test_a_row_whose_answer_is_no_number_is_a_failure() -> None:
     for wrong in ("Paris", float("nan"), True):
         assert isinstance(reward("numeric_answer", {}, "1", ground_truth=wrong), Failed)

@@ -154,8 +154,10 @@ async def test_numbers_of_any_type_are_rewards(score: Score) -> None:
     found = await score(lambda completions: iter(values), len(values))
     assert found[:-1] == [Scored(number) for number in (0.5, 2.0, 1.0, 3.0, 4.0, 0.25, 0.75)]
     assert found[-1].code == "nonfinite"
-    series = np.array([1, 2])
-    assert await score(lambda completions: series) == [Scored(1.0), Scored(2.0)]
+    listings = (np.array([1, 2]), np.array([[1], [2]]), torch.tensor([[1.0], [2.0]]), [np.array([[1]]), np.array([2.0])])  # fmt: skip
+    for listing in listings:
+        found = await score(lambda completions, listing=listing: listing)
+        assert found == [Scored(1.0), Scored(2.0)]
 
 
 @pytest.mark.parametrize(

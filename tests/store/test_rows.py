@@ -273,7 +273,8 @@ def test_the_forecast_of_a_calibration_stands_in_the_job(world: World) -> None:
     held = world.running()
     forecast = {
         "step": 0, "phase": "base", "method": "frontier", "ending": "untrusted", "kl_budget": 1.0, "alpha": 0.2,
-        "beta": 0.6, "reward_std": 0.3, "prompts": 16, "completions": 256, "tokens": 5000, "samples_per_prompt": 16,
+        "beta": 0.6, "reward_std": 0.3, "prompts": 16, "completions": 256, "tokens": 5000,
+        "spent_completions": 256, "spent_tokens": 5000, "samples_per_prompt": 16,
         "start_reward": 0.1, "reward": 0.6, "kl": 0.8, "frontier": [{"alpha": 0.4, "reward": 0.4, "kl": 0.5}],
     }  # fmt: skip
 

@@ -91,11 +91,14 @@ def job_inputs(
         training_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {"learning_rate": 3e-3, "batch_size": 3, "max_steps": steps}
         usual = {"hyperparameters": settings, "sampling": {"max_new_tokens": 8}}
+        dar = usual | dar
+        if "preset" not in dar:
+            dar["hyperparameters"] = {"kl_budget": None, **dar["hyperparameters"]}
         spec = {
             "model": "tiny",
             "training_file": "file-1",
             "validation_file": "file-2" if "evaluation" in dar else None,
-            "method": {"type": "dar", "dar": usual | dar},
+            "method": {"type": "dar", "dar": dar},
         }
         values: dict[str, Any] = {
             "job_id": "ftjob-1", "spec": JobSpec.model_validate(spec), "seed": 7, "total_steps": steps, "model": base,
@@ -144,6 +147,8 @@ def config(tmp_path: Path) -> Callable[..., DARConfig]:
             "optim": "adamw_torch",
             "log_level": "error",
         }
+        if {"alpha", "beta", "preset"}.isdisjoint(overrides):
+            values["kl_budget"] = None
         return DARConfig(**values | overrides)
 
     return make

@@ -260,6 +260,18 @@ def test_data_that_cannot_be_evaluated_on_fail_before_the_first_step(
     assert sink.phases == []
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [({}, "a dict without a data set"), ({1: EVAL}, "the name 1 for a data set")],
+)
+def test_a_dict_of_data_sets_has_at_least_one_and_names_that_are_texts(
+    train: Callable[..., DARTrainer], sink: RecordingSink, rows: Any, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        train(sink=sink, settings=EVERY_SECOND, eval_dataset=rows)
+    assert sink.phases == []
+
+
 def test_a_conversation_that_the_template_refuses_fails_before_the_first_step(
     train: Callable[..., DARTrainer], tokenizer: PreTrainedTokenizerBase, sink: RecordingSink
 ) -> None:

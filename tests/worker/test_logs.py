@@ -37,7 +37,7 @@ class Service:
     def until_answered(self, call: Any, what: str, **_: Any) -> Any:
         return call()
 
-    def batch(self, lease_id: str, attempt: int, rows: Any) -> Any:
+    def batch(self, lease_id: str, attempt: int, rows: Any, job_id: str) -> Any:
         self.sent.append(lease_id)
         count = len(list(rows))
         return type("Ack", (), {"acked_seq": count, "is_fenced": True})

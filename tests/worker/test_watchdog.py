@@ -68,7 +68,7 @@ def scene(tmp_path: Path) -> Scene:
 
 
 @pytest.mark.parametrize(
-    "phase", ["starting", "sampling", "training", "evaluating", "checkpointing"]
+    "phase", ["starting", "sampling", "training", "evaluating", "calibrating", "checkpointing"]
 )
 def test_a_phase_without_progress_is_ended_at_its_limit(scene: Scene, phase: Phase) -> None:
     scene.let_pass(2)

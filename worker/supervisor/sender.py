@@ -38,7 +38,8 @@ def send_batch(
     """
     rows = reader.read()
     if rows:
-        ack = client.batch(record.lease_id, record.attempt, (row.payload for row in rows))
+        payloads = (row.payload for row in rows)
+        ack = client.batch(record.lease_id, record.attempt, payloads, record.job_id)
         if ack.acked_seq < rows[0].seq:
             raise ConflictError(
                 f"the service acknowledges row {ack.acked_seq} of {record.job_id}, "

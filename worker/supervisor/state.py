@@ -95,7 +95,8 @@ class AttemptState:
     def lose(self, error: DARError) -> None:
         """Stop the attempt, because this worker has lost its lease."""
         if not self.lost.is_set() and not self.over.is_set():
-            log.warning("lease lost", lease=self.lease.lease_id, error=error.message)
+            facts = {"lease": self.lease.lease_id, "job": self.lease.job_id}
+            log.warning("lease lost", error=error.message, **facts)
             self.lost.set()
 
     def spawn(self, name: str, work: Callable[[], None]) -> threading.Thread:

@@ -29,7 +29,7 @@ from worker.supervisor.stopping import TERMINATION_SECONDS
 log = structlog.get_logger(__name__)
 
 WATCHED: frozenset[Phase] = frozenset(
-    {"starting", "sampling", "training", "evaluating", "checkpointing"}
+    {"starting", "sampling", "training", "evaluating", "calibrating", "checkpointing"}
 )
 """Phases in which the trainer itself is at work."""
 LOOK_SECONDS = 0.5

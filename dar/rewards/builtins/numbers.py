@@ -4,6 +4,7 @@ The answer of a completion is its last ``\boxed{…}`` if there is one, else its
 """
 
 import re
+import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 from typing import Annotated, ClassVar
@@ -19,37 +20,111 @@ _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _NUMBER = rf"[-+]?(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 # Not inside a word or another number: the 2 of "x2", the 3 of "1.2.3". "5-3" is 5 and 3.
 _IN_TEXT = re.compile(rf"(?<![\w.])({_NUMBER})(?:\s?/\s?({_DIGITS})(?![\w/]))?", re.ASCII)
-_ALONE = re.compile(rf"({_NUMBER})(?:/([-+]?{_DIGITS}))?", re.ASCII)
-_FRACTION = re.compile(rf"([-+]?)\\[dt]?frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}", re.ASCII)
+_ALONE = re.compile(rf"({_NUMBER})(?:\s?/\s?([-+]?{_DIGITS}))?", re.ASCII)
 _BOXED = "\\boxed{"
-_DECORATION = re.compile(r"\\[,!;: ]|\\\$|\$|\s|\\left|\\right")
+_COMMA = re.compile(r",\\!|\{,\}")
+_DOLLAR_OF_SIGN = re.compile(r"(?<=[-+])\\?\$")
+_SPACE = re.compile(
+    r"\\[,;:! ]|\\?\$|~|\\(?:left|right)(?![A-Za-z])"
+    r"|[\u00a0\u1680\u2000-\u200b\u202f\u205f\u2060\u3000\ufeff]"
+)
+"""What shows as a space or as nothing: it stands between two numbers as a space does."""
+_SUPERSCRIPT, _SUBSCRIPT = "[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]", "[\u2080-\u2089]"
+_UNICODE_FRACTION = re.compile(
+    rf"[\u00bc-\u00be\u2150-\u215e\u2189]|{_SUPERSCRIPT}+[\u2044/]{_SUBSCRIPT}+"
+)
+_PART = rf"(?:\{{\s*({_NUMBER})\s*\}}|([0-9]))"
+_LATEX_FRACTION = re.compile(rf"(?:([-+])\s*)?\\(?:[cdst]|nice)?frac\s*{_PART}\s*{_PART}", re.ASCII)
+_WHOLE = r"[0-9]++(?:,[0-9]{3})*+"
+_RUN = re.compile(rf"(?<![\w.,])({_WHOLE}(?: {_WHOLE})*+)(?: ?/ ?([0-9]++))?+", re.ASCII)
+"""Whole numbers with one space between them, and what the last of them is divided by."""
+_BETWEEN = re.compile(r"[\s,;()\[\]{}]*")
 
 
 def answer_in(text: str) -> Fraction | None:
     """The number that a text answers with; None: there is none."""
-    text = text.replace("\u2212", "-")
     boxed = _last_boxed(text)
     if boxed is not None:
         return _value(boxed) if boxed else None
-    return _last_number(text)
+    found = None
+    for match in _IN_TEXT.finditer(_in_ascii(text)):
+        found = match
+    return None if found is None else _fraction(found[1], found[2])
 
 
 def _value(text: str) -> Fraction | None:
-    """The text as one number, possibly in LaTeX, else its last number."""
-    plain = _DECORATION.sub("", text)
+    """The text as one number, possibly in LaTeX, else its last number.
+
+    None also if the text is a list of numbers, or another number stands right before the last.
+    """
+    plain = re.sub(r"^([-+])\s+", r"\1", _in_ascii(text).strip())
     if (alone := _ALONE.fullmatch(plain)) is not None:
         return _fraction(alone[1], alone[2])
-    if (fraction := _FRACTION.fullmatch(plain)) is not None:
-        value = _fraction(fraction[2], fraction[3])
-        return None if value is None else (-value if fraction[1] == "-" else value)
-    return _last_number(text)
+    found = list(_IN_TEXT.finditer(plain))
+    if not found:
+        return None
+    if len(found) > 1:
+        gap = plain[found[-2].end() : found[-1].start()]
+        if (gap and not gap.strip() and "\n" not in gap) or _BETWEEN.fullmatch(
+            _IN_TEXT.sub("", plain)
+        ):
+            return None
+    return _fraction(found[-1][1], found[-1][2])
 
 
-def _last_number(text: str) -> Fraction | None:
-    found = None
-    for match in _IN_TEXT.finditer(text):
-        found = match
-    return None if found is None else _fraction(found[1], found[2])
+def _in_ascii(text: str) -> str:
+    """``text`` with each number of several parts as ``a/b`` or digits in a row."""
+    text = _DOLLAR_OF_SIGN.sub("", _COMMA.sub(",", text.replace("\u2212", "-")))
+    text = _SPACE.sub(" ", text)
+    text = _UNICODE_FRACTION.sub(_plain_fraction, text).replace("\u2044", "/")
+    return _RUN.sub(_joined, _LATEX_FRACTION.sub(_read_fraction, text))
+
+
+def _apart(match: re.Match[str], number: str) -> str:
+    """``number`` in the place of a match, with spaces where digits or letters would touch it."""
+    start, end = match.span()
+    before, after = match.string[max(0, start - 1) : start], match.string[end : end + 1]
+    is_touched = after.isalnum() or after == "\\"
+    return f"{' ' * before.isdigit()}{number}{' ' * is_touched}"
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    return _apart(match, unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"))
+
+
+def _read_fraction(match: re.Match[str]) -> str:
+    value = _fraction(match[2] or match[3], match[4] or match[5])
+    if value is None:
+        return match[0]
+    sign = match[1] or ""
+    if value < 0:
+        sign = "+" if sign == "-" else "-"
+    number = f"{sign}{abs(value.numerator)}/{value.denominator}"
+    return number + _apart(match, "").lstrip() if sign else _apart(match, number)
+
+
+def _joined(match: re.Match[str]) -> str:
+    """A run as one number, if it is groups of thousands or a mixed number."""
+    groups, bottom = match[1].split(" "), match[2]
+    after = match.string[match.end() : match.end() + 2]
+    if len(groups) == 1 or re.match(r"[\w/]|\.[0-9]" if bottom else r"\w", after, re.ASCII):
+        return match[0]
+    if bottom is None:
+        return "".join(groups) if _are_thousands(groups) else match[0]
+    *whole, top = groups
+    is_mixed = "," not in top and (len(whole) == 1 or _are_thousands(whole))
+    if is_mixed and len(match[0]) > MAX_DIGITS:
+        return "".join(groups) + bottom  # it is too long for a number
+    if is_mixed and top[0] != "0" and int(top) < int(bottom):
+        number = int("".join(whole).replace(",", ""))
+        return f"{number * int(bottom) + int(top)}/{bottom}"
+    return f"{''.join(groups)}/{bottom}" if _are_thousands(groups) else match[0]
+
+
+def _are_thousands(groups: list[str]) -> bool:
+    first, *others = groups
+    is_start = len(first) <= 3 and first[0] != "0"
+    return is_start and all(len(group) == 3 for group in others)
 
 
 def _last_boxed(text: str) -> str | None:
@@ -83,7 +158,8 @@ def _exact(text: str) -> Fraction | None:
 class NumericAnswer(Builtin):
     r"""``correct`` if the completion's answer equals the row's, else ``wrong``.
 
-    Understands integers, decimals, thousands with commas, exponents, ``a/b`` and ``\frac{a}{b}``.
+    Understands integers, decimals, thousands with commas or spaces, exponents, ``a/b``,
+    ``\frac{a}{b}`` and mixed numbers like ``1 1/2``. A percent sign is not read, like a unit.
     """
 
     fn: ClassVar[str] = "numeric_answer"
@@ -106,7 +182,11 @@ class NumericAnswer(Builtin):
             return Skipped(f"the row has no {self.column}")
         wanted = self._wanted(given)
         if wanted is None:
-            return Failed("column_type", f"{self.column} holds no number", is_transient=False)
+            return Failed(
+                "column_type",
+                f"{self.column} holds no number, or several side by side",
+                is_transient=False,
+            )
         found = answer_in(sample.completion)
         # The shortest decimal of the float is what the user wrote.
         tolerance = Fraction(repr(self.tolerance))
@@ -123,5 +203,4 @@ class NumericAnswer(Builtin):
             return _exact(repr(given)) if given - given == 0 else None
         if not isinstance(given, str):
             return None
-        text = given.replace("\u2212", "-")
-        return answer_in(text) if _BOXED in text else _value(text)
+        return answer_in(given) if _BOXED in given else _value(given)

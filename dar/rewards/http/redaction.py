@@ -38,6 +38,9 @@ _SHAPES = re.compile(
     re.IGNORECASE,
 )
 """Texts that look like a secret of any party."""
+_OWN_KEY = re.compile(r"dar-(?:at|sk|wk)-[0-9A-Za-z]{8,40}-([\w-]{43})", re.ASCII)
+"""A key of this product. Before its random part stands an id, which is no secret: other ids of the
+same time begin like it."""
 SHORTEST = 4
 """Shorter values are not redacted, as they occur in many words."""
 FRAGMENT = 8
@@ -136,6 +139,7 @@ class Redactor:
             values.add(words[1] if len(words) == 2 else value)
             if len(words) == 2 and words[0].lower() == "basic":
                 values |= _user_and_password(words[1])
+        values = {own[1] if (own := _OWN_KEY.fullmatch(value)) else value for value in values}
         found = {form for value in values if len(value) >= SHORTEST for form in _forms(value)}
         self._plain = _Needles({_lowered(form) for form in found})
         self._reduced = _Needles({_reduced(form) for form in found})

@@ -27,7 +27,7 @@ from dar.errors import (
 )
 from dar.protocol.rewards import RESULT_TYPE, RequestSample, RewardRequest, decode_request
 from dar.rewards.base import Failed, RewardContext, RewardResult, RewardSample, Skipped
-from dar.rewards.functions import FunctionReward, RewardFunction, check_column_name
+from dar.rewards.functions import FunctionReward, RewardFunction
 from dar.rewards.http.signing import verify
 from dar.rewards.server.callbacks import CallbackSender, signed
 from dar.rewards.server.idempotency import Answers, Entry
@@ -56,8 +56,8 @@ class FunctionEndpoint:
         options: Limits.
 
     Raises:
-        ConfigurationError: The function does not accept ``completions``, or requires
-            ``completion_ids``.
+        ConfigurationError: The function does not accept ``completions``, or requires an argument
+            that is not sent to reward services.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class FunctionEndpoint:
         decoded = decode_request(body)
         if self._keys and request.headers["webhook-id"] != decoded.request_id:
             raise InvalidRequestError("webhook-id differs from the body's request_id")
-        for name in {name for sample in decoded.samples for name in sample.columns}:
-            check_column_name(name)
+        columns = {name for sample in decoded.samples for name in sample.columns}
+        self._source.check_columns(columns | {"ground_truth"})
         if not self._keys:
             decoded = _without_callback(decoded)
         entry = self._answers.known(decoded)

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 
 from dar.errors import ConfigurationError
 from dar.rewards.server.endpoint import FunctionEndpoint
+from dar.setting_kinds import host_and_port
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the client keeps idle connections, so that it closes first."""
@@ -38,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigurationError(
-            f"the reward server cannot listen on {host}:{port}: {reason}; "
+            f"the reward server cannot listen on {host_and_port(host, port)}: {reason}; "
             "choose another port or host"
         ) from None
 
@@ -47,7 +48,7 @@ def address(listener: socket.socket, host: str) -> str:
     """``http://host:port`` of a socket, with a name that other machines can use."""
     port = listener.getsockname()[1]
     name = socket.gethostname() if host in {"0.0.0.0", "::", ""} else host  # noqa: S104 - chosen by the user
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    return f"http://{host_and_port(name, port)}"
 
 
 def run(app: Starlette, listener: socket.socket, url: str) -> None:

@@ -3,12 +3,12 @@
 The base model is sampled on some prompts of the training data, and the rewards of these completions
 say at which alpha training ends at the wanted KL: see `Frontier`. There are 16 prompts and 16
 completions of each, or a sixteenth of the run's completions. Their number is doubled until the
-estimate is trusted, or a quarter of the run's completions is spent. Offline, rows of the data set
-take the place of samples.
+estimate is trusted, or a quarter of the run's completions is spent, or 4096. Offline, rows of the
+data set take the place of samples.
 
-If the estimate is trusted for no alpha, or there are too few rewards for one, alpha is the pooled
-deviation of the rewards divided by sqrt(2 budget): exact for normally distributed rewards, and in
-the rewards' own unit in any case.
+If there are too few rewards for an estimate, alpha is their pooled deviation divided by
+sqrt(2 budget): exact for normally distributed rewards, and in the rewards' own unit in any case. If
+there is one that is not trusted in the end, the larger of the two is taken, with a warning.
 
 Where the base model's samples do not suffice for the budget, there is one second calibration with
 samples of the trained policy, which is near the distribution in question. It waits for a third of
@@ -64,8 +64,9 @@ WINDOW = 20
 """Steps whose mean KL is compared with that of as many before."""
 AT_REST = 0.1
 """Largest relative difference of these two means."""
-PREVIEWED_COMPLETIONS = 4096
-"""Most completions of a preview."""
+MOST_COMPLETIONS = 4096
+"""Most completions of a calibration, however long the run is: 256 of each prompt say where 1.5 nats
+of normally distributed rewards end."""
 PREVIEWED_BUDGET = 1.5
 """KL in nats up to which a preview samples, where no ``kl_budget`` is set."""
 SHOWN_BUDGETS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
@@ -150,7 +151,7 @@ class Calibration:
             TrainingError: The model cannot be sampled from.
         """
         with self._run.ranks.together(), self._opened(), undisturbed(self._args.device):
-            return self._stored() if self._is_replay else self._sampled(PREVIEWED_COMPLETIONS)
+            return self._stored() if self._is_replay else self._sampled(MOST_COMPLETIONS)
 
     def begin(self) -> None:
         """Begin a training run."""
@@ -202,11 +203,11 @@ class Calibration:
                 {"kind": "calibration_start", "kl_budget": self._args.kl_budget},
             )
         with undisturbed(self._args.device):
-            samples = self._stored() if self._is_replay else self._sampled(self._allowed)
+            samples = self._stored() if self._is_replay else self._sampled(self.allowed)
         frontier = samples.frontier()
         choice = None if frontier is None else frontier.choose(self._budget)
         if phase == "policy" and choice is None:
-            self._is_final = True  # the first alpha stays
+            self._keep(samples)
             return
         deviation = pooled_deviation(samples.rewards) if frontier is None else frontier.unit
         start = None if frontier is None else frontier.mean
@@ -228,6 +229,7 @@ class Calibration:
             prompts=len(samples.rewards),
             completions=samples.completions,
             tokens=samples.tokens,
+            **self._spent(samples),
             samples_per_prompt=None if frontier is None else frontier.sample_count,
             start_reward=start,
             reward=None if choice is None else choice.point.reward,
@@ -240,6 +242,29 @@ class Calibration:
             "; ".join([*_in_words(forecast), *self._outlook()]),
             {"kind": "calibration", **forecast.model_dump(mode="json")},
         )
+
+    def _keep(self, samples: Samples) -> None:
+        """Keep alpha and beta for good: the trained policy's samples do not suffice either."""
+        assert self._forecast is not None
+        self._is_final = True
+        self._forecast = forecast = self._forecast.model_copy(update=self._spent(samples))
+        self._run.sink.event(
+            "warn",
+            f"kl_budget {forecast.kl_budget:g}: alpha stays {forecast.alpha:.4g} and beta "
+            f"{forecast.beta:.4g}, because {samples.completions:,} completions of the trained policy "
+            "are too few to choose better ones",
+            {"kind": "calibration", **forecast.model_dump(mode="json")},
+        )
+
+    def _spent(self, samples: Samples) -> dict[str, int]:
+        """Completions and tokens sampled for calibrations, those of the last one included."""
+        before = self._forecast
+        is_sampled = not self._is_replay
+        return {
+            "spent_completions": (before.spent_completions if before else 0)
+            + is_sampled * samples.completions,
+            "spent_tokens": (before.spent_tokens if before else 0) + is_sampled * samples.tokens,
+        }
 
     def _outlook(self) -> list[str]:
         """Whether alpha and beta will be chosen once more."""
@@ -284,10 +309,11 @@ class Calibration:
         return [rows[order.row(position)] for position in range(min(count, len(rows)))]
 
     @property
-    def _allowed(self) -> int:
+    def allowed(self) -> int:
         """Completions that a calibration may sample."""
         args = self._args
-        return args.max_steps * args.prompts_per_step * args.dar_k // SHARE
+        whole = args.max_steps * args.prompts_per_step * args.dar_k
+        return max(FEW_SAMPLES, min(whole // SHARE, MOST_COMPLETIONS))
 
     def _sampled(self, allowed: int) -> Samples:
         """Sample until the estimate is trusted or so many completions are sampled."""
@@ -385,7 +411,7 @@ def _in_words(forecast: Forecast) -> list[str]:
     if forecast.ending == "saturated":
         words.append("no alpha leads to as much KL as the budget allows")
     elif forecast.method == "frontier" and forecast.ending == "untrusted":
-        words.append("the completions are too few to say which alpha leads to more KL")
+        words.append("the completions are too few to be sure of it")
     return words
 
 

@@ -11,7 +11,8 @@ that are drawn once give, for every alpha, the reward and the KL at which traini
 
 averaged over the prompts. Both have a bias of order 1/n for n samples of a prompt. With the same
 figures of half the samples, twice the first minus the second removes it. The difference of the two
-also shows whether there are enough samples: see `Point.is_trusted`.
+also shows whether there are enough samples: see `Point.is_trusted`. Where there are not, the alpha
+of the estimate is still closer to the budget than the last one for which they suffice.
 
 Rewards are measured in their own unit, the pooled deviation of a prompt's rewards from their mean.
 If all rewards are multiplied by a power of two, then so is alpha, to the last bit.
@@ -45,8 +46,8 @@ SATURATION = 0.95
 """Share of the largest KL from which on a smaller alpha is not worth its larger weights."""
 
 Ending = Literal["reached", "untrusted", "saturated"]
-"""Whether an alpha has the KL that was wanted; ``untrusted``: with a smaller alpha the samples are
-too few; ``saturated``: no alpha has a KL that large, as with two values of reward."""
+"""Whether an alpha has the KL that was wanted; ``untrusted``: the samples are too few to say so;
+``saturated``: no alpha has a KL that large, as with two values of reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,12 @@ class Point:
     """Mean reward."""
     kl: float
     """Mean KL to the reference, in nats per completion."""
+    is_resolved: bool
+    """Whether the KL to the sampling distribution is at most log n - 1, as with n samples no
+    estimate of it exceeds log n."""
     is_trusted: bool
-    """Whether the samples suffice: the KLs of halves of them differ from that of all by at most
-    `MOST_DIFFERENCE` on average, and the KL to the sampling distribution is at most log n - 1, as
-    with n samples no estimate of it exceeds log n."""
+    """Whether the samples suffice: it is resolved, and the KLs of halves of them differ from that
+    of all by at most `MOST_DIFFERENCE` on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,24 +153,22 @@ class Frontier:
         )
         gain_S, kl_S, _ = _tilted(self._units_PN, self._ratios_PN, self._halves, temperature)
         difference = float(np.abs(kl_S - kl).mean())
+        is_resolved = bool(spread <= math.log(self.sample_count) - 1)
         return Point(
             alpha=temperature * self.unit,
             reward=self.mean + (2 * gain - float(gain_S.mean())) * self.unit,
             kl=2 * kl - float(kl_S.mean()),
-            is_trusted=difference <= MOST_DIFFERENCE * abs(kl)
-            and spread <= math.log(self.sample_count) - 1,
+            is_resolved=is_resolved,
+            is_trusted=is_resolved and difference <= MOST_DIFFERENCE * abs(kl),
         )
 
-    def _trusted(self) -> Iterator[tuple[float, Point]]:
-        """Points of `GRID` from the largest alpha with a trusted one to the first without."""
-        has_begun = False
+    def _resolved(self) -> Iterator[tuple[float, Point]]:
+        """Points of `GRID` from the largest alpha down to the last one that is resolved."""
         for temperature in GRID:
             point = self._at(temperature)
-            if has_begun or point.is_trusted:
-                has_begun = True
-                yield temperature, point
-            if has_begun and not point.is_trusted:
+            if not point.is_resolved:
                 return
+            yield temperature, point
 
     def choose(self, budget: float) -> Choice | None:
         """The alpha at which training is expected to end with this KL.
@@ -176,28 +177,38 @@ class Frontier:
             budget: KL in nats per completion, above 0.
 
         Returns:
-            That alpha where the estimate is trusted, else the smallest one down to which it is;
-            None where it is trusted for no alpha, or rewards do not differ.
+            That alpha; where no alpha that the samples resolve has a KL as large, the one that
+            comes close to the largest; None where they resolve none, or the rewards do not differ.
         """
         if self.unit == 0:
             return None
         found: list[tuple[float, Point]] = []
-        for temperature, point in self._trusted():
+        for temperature, point in self._resolved():
             if point.kl >= budget and not found:
                 return None  # the log-ratios are not those of the samples
             if point.kl >= budget:
                 solved = self._solved(budget, found[-1][0], temperature)
-                if solved.is_trusted:
-                    return Choice(solved, "reached")
-                return Choice(found[-1][1], "untrusted")
-            if not point.is_trusted:
-                return Choice(found[-1][1], "untrusted") if found else None
+                return (
+                    Choice(solved, "reached")
+                    if solved.is_trusted
+                    else self._doubtful(solved, budget)
+                )
             found.append((temperature, point))
         if not found:
             return None
         largest = max(point.kl for _, point in found)
         enough = next(point for _, point in found if point.kl >= SATURATION * largest)
-        return Choice(enough, "saturated")
+        is_known = len(found) == len(GRID) and found[-1][1].is_trusted
+        return Choice(enough, "saturated") if is_known else self._doubtful(enough, budget)
+
+    def _doubtful(self, point: Point, budget: float) -> Choice:
+        """An untrusted choice: this point, or that of the deviation alone if its alpha is larger.
+
+        Few samples overestimate how small alpha must be, most of all for normally distributed
+        rewards, where s / sqrt(2 budget) is exact.
+        """
+        normal = 1 / math.sqrt(2 * budget)
+        return Choice(self._at(normal) if normal * self.unit > point.alpha else point, "untrusted")
 
     def _solved(self, budget: float, above: float, below: float) -> Point:
         """The point with this KL between two temperatures, with less KL above and more below."""

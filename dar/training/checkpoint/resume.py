@@ -141,6 +141,7 @@ class RunCheckpoints:
         self._resumed = checkpoint.ResumeState.load(folder)
         if manifest.config_sha256 != self.config_sha256:
             self._keep_rate(self._resumed.trainer.get("decisive"))
+            self._keep_budget(manifest, self._resumed.trainer.get("decisive"))
         if manifest.config_sha256 != self.config_sha256:
             self._compare(folder, self._resumed.trainer.get("decisive"))
         if found := differences_of_parts(self._resumed.trainer.get("parts", {}), self._parts):
@@ -169,6 +170,31 @@ class RunCheckpoints:
         args.learning_rate, args.chosen_rate = rate, None
         self._decisive["config"]["learning_rate"] = rate
         self.config_sha256 = checkpoint.digest(self._decisive)
+
+    def _keep_budget(self, manifest: Manifest, before: Mapping[str, Any] | None) -> None:
+        """Go on with the checkpoint's ``kl_budget``, or without, if this run has the default.
+
+        The default may have changed between two versions.
+        """
+        args = self._run.trainer.args
+        # a version that kept no facts had no budget either
+        budget = None if before is None else before["config"].get("kl_budget")
+        if not args.has_default_budget or budget == args.kl_budget:
+            return
+        values = {"alpha": args.alpha, "beta": args.beta}
+        config = {k: v for k, v in self._decisive["config"].items() if k != "kl_budget"}
+        config |= values if budget is None else {"kl_budget": budget}
+        digest = checkpoint.digest(self._decisive | {"config": config})
+        if before is None and digest != manifest.config_sha256:
+            return
+        how = "with alpha and beta" if budget is None else f"with kl_budget {budget:g}"
+        self._run.sink.event(
+            "info",
+            f"the run goes on as it began, {how}; a new run would have kl_budget {args.kl_budget:g}",
+            {"kind": "kept_kl_budget", "kl_budget": budget, "default": args.kl_budget},
+        )
+        args.kl_budget, args.has_default_budget = budget, False
+        self._decisive["config"], self.config_sha256 = config, digest
 
     def _compare(self, folder: Path, before: dict[str, Any] | None) -> None:
         """Accept a checkpoint of other arguments if only the number of steps has grown.

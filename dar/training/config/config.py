@@ -10,7 +10,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from dar.errors import InvalidRequestError
-from dar.protocol.budget_checks import CHOSEN, option_conflicts
+from dar.protocol.budget_checks import CHOSEN, DEFAULT_BUDGET, has_default, option_conflicts
 from dar.protocol.presets import PRESETS, Preset
 from dar.protocol.row_values import check_value
 from dar.protocol.rows import template_kwargs
@@ -84,10 +84,16 @@ def _with_presets(cls: type["DARConfig"]) -> type["DARConfig"]:
 
     @functools.wraps(plain)
     def init(self: "DARConfig", *args: Any, **given: Any) -> None:  # noqa: ANN401 - the fields of the class
-        plain(self, *args, **(preset_values(given.get("preset", "default")) | given))
+        preset = given.get("preset", "default")
+        plain(self, *args, **(preset_values(preset) | given))
+        # dataclasses.replace gives all arguments, so it says nothing about the user's
+        is_copy = given.keys() >= {one.name for one in fields(self) if one.init}
         if self.kl_budget is not None:
-            for name, why in option_conflicts(vars(self), given.keys()):
+            for name, why in option_conflicts(vars(self), set() if is_copy else given.keys()):
                 raise InvalidRequestError(why, param=name)
+        elif preset == "default" and has_default(vars(self), given.keys(), self.temperature):
+            self.kl_budget = DEFAULT_BUDGET
+            self.has_default_budget = True
 
     cls.__init__ = init  # type: ignore[method-assign]  # only the defaults change
     return cls
@@ -193,6 +199,8 @@ class DARConfig(TrainingArguments):
         """Whether each step that is evaluated gets a checkpoint."""
         self.chosen_rate: ChosenRate | None = None
         """How ``learning_rate`` was chosen, once a trainer has; None: it was given."""
+        self.has_default_budget = False
+        """Whether ``kl_budget`` is the default: then it gives way to what conflicts with it."""
         check_ranges(vars(self))
         check_trackers(self.report_to)
         self._use_own_names()

@@ -96,7 +96,8 @@ class _Curve(TrainerCallback):
             self._note(state.global_step)
 
 
-def _config(folder: str, seed: int, settings: Mapping[str, Any]) -> DARConfig:
+def quiet_config(folder: str, seed: int, settings: Mapping[str, Any]) -> DARConfig:
+    """Arguments of a run on the CPU that writes and reports nothing."""
     return DARConfig(
         output_dir=folder,
         seed=seed,
@@ -106,7 +107,7 @@ def _config(folder: str, seed: int, settings: Mapping[str, Any]) -> DARConfig:
         disable_tqdm=True,
         use_cpu=True,
         log_level="error",
-        **{**SETTINGS, **settings},
+        **settings,
     )
 
 
@@ -135,8 +136,9 @@ def train(
     model = task.model(seed)
     ref_PY = task.distribution(model)
     with tempfile.TemporaryDirectory() as folder:
-        meant = _config(folder, seed, settings if judged_as is None else judged_as)
-        made = _config(folder, seed, {**settings, **planted.settings})
+        judged = settings if judged_as is None else judged_as
+        meant = quiet_config(folder, seed, {**SETTINGS, **judged})
+        made = quiet_config(folder, seed, {**SETTINGS, **settings, **planted.settings})
 
         def reward(prompts: Any, completions: Any, completion_ids: Any) -> Sequence[float | None]:  # noqa: ANN401 - TRL's signature
             values = task.reward(prompts, completions, completion_ids)

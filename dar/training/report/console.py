@@ -26,6 +26,7 @@ LONGEST_TEXT = 240
 """Characters of a prompt or completion in a table of samples."""
 PHASES: Mapping[str, str] = {
     "starting": "starting",
+    "calibrating": "choosing alpha and beta",
     "sampling": "sampling",
     "waiting_for_reward": "waiting for rewards",
     "training": "training",

@@ -151,7 +151,8 @@ def parsed(arguments: Sequence[str], parser: Parser) -> CommandLine:
     for name in REQUIRED:
         if not given.get(name):
             raise InvalidRequestError(
-                f"--{name} is missing; dar train --help lists all options", param=name
+                f"--{name} is missing; {command_of(is_forecast)} --help lists all options",
+                param=name,
             )
     for name, other in ONLY_WITH.items():
         if name in given and not given.get(other):
@@ -169,6 +170,16 @@ def parsed(arguments: Sequence[str], parser: Parser) -> CommandLine:
         is_dry_run,
         is_overwriting,
     )
+
+
+def asks_for_forecast(arguments: Sequence[str]) -> bool:
+    """Whether these are the arguments of ``dar forecast``."""
+    return any(_underscored(argument) == "--forecast" for argument in arguments)
+
+
+def command_of(is_forecast: bool) -> str:
+    """The command that a user runs."""
+    return "dar forecast" if is_forecast else "dar train"
 
 
 def _check_once(arguments: Sequence[str], parser: Parser) -> None:

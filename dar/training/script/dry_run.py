@@ -57,7 +57,10 @@ def _warnings(trainer: DARTrainer, step: ScoredStep) -> Iterator[str]:
     if trainer.hub.reward_names and (why := config.convergence_problem):
         yield why
     assert config.learning_rate is not None  # the trainer has chosen one
-    for watch in (DegenerateWatch(config), LearningWatch(config)):
+    watches: list[DegenerateWatch | LearningWatch] = [DegenerateWatch(config)]
+    if config.kl_budget is None:  # else alpha and beta are not chosen yet
+        watches.append(LearningWatch(config))
+    for watch in watches:
         found = watch.add(step, last_step=step.number, learning_rate=config.learning_rate)
         yield from (message for message, _ in found)
 
@@ -88,9 +91,28 @@ def _facts(trainer: DARTrainer, given: Mapping[str, Any]) -> dict[str, str]:
         }
     else:
         facts |= {"each step": f"{prompts} prompts with the completions and rewards of the data"}
+    if config.kl_budget is not None:
+        samples = (
+            f"at most {trainer.calibration.allowed:,} completions before the first step"
+            if trainer.hub.reward_names
+            else "rewards of the data"
+        )
+        facts["goes to"] = (
+            f"a KL of {config.kl_budget:g} to the base model (kl_budget); alpha and beta are "
+            f"chosen from {samples}"
+        )
     if given.get("push_to_hub"):
         facts["pushes to"] = str(given.get("hub_model_id") or Path(output).absolute().name)
-    order = ("steps", "each step", "learns at", "rewards", "memory", "writes to", "pushes to")
+    order = (
+        "steps",
+        "each step",
+        "learns at",
+        "goes to",
+        "rewards",
+        "memory",
+        "writes to",
+        "pushes to",
+    )
     return {label: facts[label] for label in order if label in facts}
 
 

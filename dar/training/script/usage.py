@@ -19,7 +19,14 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from dar.errors import InvalidRequestError
 from dar.training.config.fields import SPEC_FIELDS
 from dar.training.config.ranges import check_ranges
-from dar.training.script.arguments import SWITCHES, CommandLine, ScriptArguments, parsed
+from dar.training.script.arguments import (
+    SWITCHES,
+    CommandLine,
+    ScriptArguments,
+    asks_for_forecast,
+    command_of,
+    parsed,
+)
 from dar.training.script.exits import fail
 from dar.training.script.places import check_places
 
@@ -41,7 +48,7 @@ def refused(arguments: Sequence[str]) -> int | None:
     if "--help" in arguments:
         return None
     try:
-        check_line(parsed(arguments, QuickParser()))
+        check_line(parsed(arguments, QuickParser(is_forecast=asks_for_forecast(arguments))))
     except InvalidRequestError as error:
         return fail(error)
     except OSError:  # a library that has no source: only the whole parser knows
@@ -62,8 +69,8 @@ def check_line(line: CommandLine) -> None:
 class QuickParser(argparse.ArgumentParser):
     """All flags, with the kinds of those whose kind is simple; every other value is a text."""
 
-    def __init__(self) -> None:
-        super().__init__(prog="dar train", allow_abbrev=False, add_help=False)
+    def __init__(self, *, is_forecast: bool = False) -> None:
+        super().__init__(prog=command_of(is_forecast), allow_abbrev=False, add_help=False)
         self.actions_by_name: dict[str, argparse.Action] = {}
         self._add("config", {})
         for name in SWITCHES:
@@ -91,7 +98,7 @@ class QuickParser(argparse.ArgumentParser):
         name = re.split(r"[ =]", rest, maxsplit=1)[0]
         close = get_close_matches(name, self.actions_by_name, n=1) if sign and not unknown else ()
         advice = f"; did you mean --{close[0]}?" if close else ""
-        raise InvalidRequestError(f"{message}{advice}; dar train --help lists all options")
+        raise InvalidRequestError(f"{message}{advice}; {self.prog} --help lists all options")
 
     def _add(self, name: str, options: dict[str, Any]) -> None:
         action = self.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)

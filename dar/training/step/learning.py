@@ -8,8 +8,8 @@ beta has to fit the size of the advantages A, which are differences of rewards:
   rewards.
 - *clipped weights*: over the last steps so many weights are at the clip that they say only which
   completion was better, not by how much.
-- *slow KL*: when a third of the steps are done, the KL to the reference is still a small part of
-  ``kl_budget``.
+- *slow KL*, *large KL*: when a third of the steps are done, the KL to the reference is still a
+  small part of ``kl_budget``, or has left it far behind.
 
 Each is reported once in a run, with the standard deviation of the rewards, the alpha + beta that
 would fit, and the learning rate. The thresholds are those of `dar.protocol.hints`.
@@ -18,7 +18,7 @@ would fit, and the learning rate. The thresholds are those of `dar.protocol.hint
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -108,6 +108,18 @@ class Spread:
         return self.clipped / self.count
 
 
+@dataclass(frozen=True, slots=True)
+class _Hint:
+    """What was found, and what to do."""
+
+    kind: str
+    found: Spread
+    what: str
+    advice: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further data of the event."""
+
+
 class LearningWatch:
     """Warns once of each kind.
 
@@ -145,71 +157,90 @@ class LearningWatch:
         if is_beginning:
             self._first.append(spread)
         self._last.append(spread)
-        events = []
+        told = []
         if is_beginning and (is_end or len(self._first) == HINTS.advantages_steps):
-            first = Spread.pooled(self._first)
-            if self._is_small(first):
-                steps = f"the first {_steps(len(self._first))}"
-                events.append(self._small(first, steps, step.number, learning_rate))
+            told.append(self._small(Spread.pooled(self._first), len(self._first)))
         if not self._has_warned_of_clip and (is_end or len(self._last) == HINTS.clip_steps):
-            last = Spread.pooled(self._last)
-            if last.clip_fraction > HINTS.clip_most:
-                self._has_warned_of_clip = True
-                steps = f"the last {_steps(len(self._last))}"
-                events.append(self._clipped(last, steps, step.number, learning_rate))
-        budget = self._config.kl_budget
-        if (
-            budget is not None
-            and not self._is_kl_judged
-            and step.number >= HINTS.kl_run * last_step
-        ):
-            self._is_kl_judged = True
-            last = Spread.pooled(self._last)
-            if last.kl is not None and stays_behind(last.kl, budget):
-                events.append(self._slow(last, budget, step.number, last_step, learning_rate))
-        return events
-
-    def _is_small(self, found: Spread) -> bool:
-        if self._config.kl_budget is not None or not found.differing:
-            return False
-        return found.advantage_std < HINTS.advantages_least * self._temperature
+            told.append(self._clipped(Spread.pooled(self._last), len(self._last)))
+        if not self._is_kl_judged and step.number >= HINTS.kl_run * last_step:
+            told.append(self._astray(Spread.pooled(self._last), step.number, last_step))
+        return [self._event(one, step.number, learning_rate) for one in told if one is not None]
 
     @property
     def _temperature(self) -> float:
         return self._config.alpha + self._config.beta
 
+    # --- what is judged --------------------------------------------------------------------------
+
+    def _small(self, found: Spread, steps: int) -> _Hint | None:
+        if self._config.kl_budget is not None or not found.differing:
+            return None
+        if found.advantage_std >= HINTS.advantages_least * self._temperature:
+            return None
+        return _Hint(
+            "small_advantages",
+            found,
+            f"in the first {_steps(steps)} the rewards had hardly any effect, because the weights "
+            "of all completions were nearly equal",
+            self._against_small(found),
+        )
+
+    def _clipped(self, found: Spread, steps: int) -> _Hint | None:
+        if found.clip_fraction <= HINTS.clip_most:
+            return None
+        self._has_warned_of_clip = True
+        return _Hint(
+            "clipped_weights",
+            found,
+            f"in the last {_steps(steps)} {found.clip_fraction:.0%} of the weights were at the "
+            f"clip, dar_wclip = {self._config.dar_wclip:g}, so they did not follow the size of the "
+            "rewards",
+            self._against_clip(found),
+        )
+
+    def _astray(self, found: Spread, number: int, last_step: int) -> _Hint | None:
+        """A KL that is far from its budget."""
+        budget, kl = self._config.kl_budget, found.kl
+        self._is_kl_judged = True
+        if budget is None or kl is None:
+            return None
+        is_slow = stays_behind(kl, budget)
+        if not is_slow and kl <= HINTS.kl_most * budget:
+            return None
+        bound = f"less than {HINTS.kl_least:g}" if is_slow else f"more than {HINTS.kl_most:g} times"
+        advice = (
+            f"alpha + beta = {found.fitting:.2g} would fit; raise the learning rate, or train for "
+            "more steps"
+            if is_slow
+            else "the steps are too large for the pull towards the reference; lower the learning rate"
+        )
+        return _Hint(
+            "slow_kl" if is_slow else "large_kl",
+            found,
+            f"after {number} of {last_step} steps the KL to the reference is {kl:.3g} nats, "
+            f"{bound} {'of ' if is_slow else ''}kl_budget = {budget:g}",
+            advice,
+            {"kl": kl, "kl_budget": budget},
+        )
+
     # --- messages --------------------------------------------------------------------------------
 
-    def _small(
-        self, found: Spread, steps: str, number: int, learning_rate: float
-    ) -> tuple[str, dict[str, Any]]:
+    def _event(self, hint: _Hint, number: int, learning_rate: float) -> tuple[str, dict[str, Any]]:
+        """The message of a hint, and its data."""
+        found = hint.found
         return (
-            f"in {steps} the rewards had hardly any effect, because the weights of all completions "
-            f"were nearly equal: {self._facts(found)}; {self._against_small(found)}; the learning "
-            f"rate is {learning_rate:.3g}"
-        ), self._data("small_advantages", found, number, learning_rate)
-
-    def _clipped(
-        self, found: Spread, steps: str, number: int, learning_rate: float
-    ) -> tuple[str, dict[str, Any]]:
-        return (
-            f"in {steps} {found.clip_fraction:.0%} of the weights were at the clip, dar_wclip = "
-            f"{self._config.dar_wclip:g}, so they did not follow the size of the rewards: "
-            f"{self._facts(found)}; {self._against_clip(found)}; the learning rate is "
+            f"{hint.what}: {self._facts(found)}; {hint.advice}; the learning rate is "
             f"{learning_rate:.3g}"
-        ), self._data("clipped_weights", found, number, learning_rate)
-
-    def _slow(
-        self, found: Spread, budget: float, number: int, last_step: int, learning_rate: float
-    ) -> tuple[str, dict[str, Any]]:
-        return (
-            f"after {number} of {last_step} steps the KL to the reference is {found.kl:.3g} nats, "
-            f"less than {HINTS.kl_least:g} of kl_budget = {budget:g}: {self._facts(found)}, of "
-            f"which {found.fitting:.2g} would fit; raise the learning rate, which is "
-            f"{learning_rate:.3g}, or train for more steps"
-        ), self._data("slow_kl", found, number, learning_rate) | {
-            "kl": found.kl,
-            "kl_budget": budget,
+        ), {
+            "kind": hint.kind,
+            "step": number,
+            "reward_std": found.reward_std,
+            "advantage_std": found.advantage_std,
+            "clip_fraction": found.clip_fraction,
+            "alpha_plus_beta": self._temperature,
+            "fitting_alpha_plus_beta": found.fitting or None,
+            "learning_rate": learning_rate,
+            **hint.more,
         }
 
     def _facts(self, found: Spread) -> str:
@@ -219,18 +250,6 @@ class LearningWatch:
             f"{found.advantage_std:.3g}, is {found.advantage_std / temperature:.3g} times alpha + "
             f"beta = {temperature:.3g}"
         )
-
-    def _data(self, kind: str, found: Spread, number: int, learning_rate: float) -> dict[str, Any]:
-        return {
-            "kind": kind,
-            "step": number,
-            "reward_std": found.reward_std,
-            "advantage_std": found.advantage_std,
-            "clip_fraction": found.clip_fraction,
-            "alpha_plus_beta": self._temperature,
-            "fitting_alpha_plus_beta": found.fitting or None,
-            "learning_rate": learning_rate,
-        }
 
     def _against_small(self, found: Spread) -> str:
         fitting = found.fitting

@@ -31,7 +31,7 @@ from dar.training.data.rows import (
 )
 from dar.training.run_context import RunContext
 from dar.training.sampling.prompts import PromptStream
-from dar.training.step.records import Mode, ScoredStep, Weigher
+from dar.training.step.records import PHASES, Mode, ScoredStep, Weigher
 from dar.training.step.reward_feed import StepInProgress
 
 
@@ -256,7 +256,7 @@ class ReplaySource:
         prompts: The prompts of each step, with their completions.
         weigher: Turns rewards into weights.
         tokenizer: Decodes completions.
-        mode: Whether the steps are trained or evaluated on.
+        mode: Whether the steps are trained on, evaluated on or calibrated with.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class ReplaySource:
 
     def __call__(self, number: int) -> ScoredStep:
         """Completions and rewards of step ``number`` from the data set; see `StepSource`."""
-        self._run.phase("training" if self._mode == "train" else "evaluating")
+        self._run.phase("training" if self._mode == "train" else PHASES[self._mode])
         prompts = self._prompts.of_step(number)
         stored = [(prompt, one) for prompt in prompts for one in prompt.completions]
         known = [one.behavior_logp for _, one in stored]

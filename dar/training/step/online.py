@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 
@@ -29,7 +30,7 @@ from dar.training.sampling.prompts import EvaluationStream, PromptStream
 from dar.training.sampling.sampler import Completion, Sampler, check_tokens
 from dar.training.step.offline import ReplaySource, RowEncoder, check_replay
 from dar.training.step.passes import ForwardPasses
-from dar.training.step.records import Mode, ScoredStep, Weigher
+from dar.training.step.records import PHASES, Mode, ScoredStep, Weigher
 from dar.training.step.reward_feed import (
     PENDING,
     RewardCollector,
@@ -38,7 +39,11 @@ from dar.training.step.reward_feed import (
     StepInProgress,
 )
 
-STREAMS: Mapping[Mode, type[PromptStream]] = {"train": PromptStream, "eval": EvaluationStream}
+STREAMS: Mapping[Mode, type[PromptStream]] = {
+    "train": PromptStream,
+    "eval": EvaluationStream,
+    "calibrate": EvaluationStream,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +90,11 @@ class OnlineSource:
             TrainingError: A probability of the policy is not finite.
         """
         run = self.run
-        run.phase("sampling" if self.mode == "train" else "evaluating")
+        run.phase(PHASES[self.mode])
         started = time.monotonic()
         prompts = self.prompts.of_step(number)
-        context = RewardContext(number, self.mode, run.job_id, staleness)
+        mode: Literal["train", "eval"] = "train" if self.mode == "train" else "eval"
+        context = RewardContext(number, mode, run.job_id, staleness)
         groups = _Groups(self.scoring.scorer, prompts, context, self.sampler.codec, run.should_stop)
         waited = 0.0
         if stored is None:
@@ -139,7 +145,7 @@ class OnlineSource:
         if is_waiting:
             self.run.phase("waiting_for_reward")
         else:
-            self.run.phase("training" if self.mode == "train" else "evaluating")
+            self.run.phase("training" if self.mode == "train" else PHASES[self.mode])
 
     def _evenly(self, count: int) -> list[int]:
         """Prompts in the order of training: at any time equal shares of all processes."""
@@ -319,7 +325,7 @@ def make_source(
         config: Of the run.
         rows: The data set.
         scoring: How completions are scored; None: ``rows`` hold completions and rewards.
-        mode: In an evaluation, every step is all rows in their order.
+        mode: In an evaluation or calibration, every step is all rows in their order.
 
     Raises:
         InvalidRequestError: A row cannot be used, or a prompt and ``max_new_tokens`` do not fit

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -12,12 +12,20 @@ from torch import Tensor
 
 from dar.errors import TrainingError
 from dar.protocol.samples import FinishReason
+from dar.protocol.worker import Phase
 from dar.rewards.base import SampleReward
 from dar.training.config.config import DARConfig
 from dar.training.data.rows import Prompt, TokenPair
 from dar.training.loss import importance_weights, normalized_advantages, self_normalized, tied
 
-Mode = Literal["train", "eval"]
+Mode = Literal["train", "eval", "calibrate"]
+"""``calibrate``: an evaluation in all but the phase that is reported."""
+PHASES: Mapping[Mode, Phase] = {
+    "train": "sampling",
+    "eval": "evaluating",
+    "calibrate": "calibrating",
+}
+"""What a run does while completions are sampled."""
 LogProbabilities = Callable[[Sequence[TokenPair]], Tensor]
 """Returns log-probabilities ``[B]`` of completions under some model, in nats."""
 LEAST_VALID = 2

@@ -175,3 +175,21 @@ def test_a_traceback_in_a_log_loses_secrets_too(caplog: pytest.LogCaptureFixture
     for line in [*of_libraries, *map(formatter.format, caplog.records)]:
         assert "s3cr3t" not in line.lower()
         assert "ValueError" in line
+
+
+@pytest.mark.parametrize("kind", ["sk", "wk", "at"])
+@pytest.mark.parametrize("place", ["secrets", "headers", "urls"])
+def test_ids_of_the_same_time_as_a_key_stay_readable(kind: str, place: str) -> None:
+    random = "qJ3-xV9_bT5kLm2Wn8Rz4Yc7Hd1Fg6Ps0Ta-Ue_Ikv3"[:43]
+    key = f"dar-{kind}-01M8Q204TX8K10E9AH3YSZH2CS-{random}"
+    redact = {
+        "secrets": lambda: Redactor([key]),
+        "headers": lambda: Redactor([], [f"Bearer {key}"]),
+        "urls": lambda: Redactor([], [], f"/score?key={key}"),
+    }[place]()
+    text = "no job ftjob-01M8Q204TX9R5B7Z0C1D2E3F4G of req-01M8Q204Y9J6W421FWWEK01NJ0"
+    assert redact(text) == text
+    for secret in (key, random, random[5:20], key[::-1], base64.b64encode(key.encode()).decode()):
+        shown = redact(f"see {secret} soon")
+        assert REDACTED in shown
+        assert random[8:16] not in shown

@@ -392,3 +392,61 @@ def test_a_script_of_ten_lines_serves_until_it_is_stopped(
         _, log = process.communicate(timeout=20)
     assert f"Reward server at {url}/score".encode() in log
     assert process.returncode == 0
+
+
+def needs_level(completions: list[str], level: list[int]) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+class Judge:
+    def score(self, completions: list[str], **columns: Any) -> list[float]:
+        return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("function", "column", "message"),
+    [
+        (needs_level, "other", "needs the column 'level'"),
+        (Judge().score, "self", "'self' has the name of the first argument"),
+    ],
+)
+async def test_columns_that_the_function_cannot_take_are_refused_and_not_its_failure(
+    asking: Callable[..., Any],
+    content: Callable[..., dict[str, Any]],
+    function: Any,
+    column: str,
+    message: str,
+) -> None:
+    asked = content()
+    for sample in asked["samples"]:
+        sample["columns"] = {column: 1}
+    answer = await asking(function).post(asked)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+def positional(completions: list[str], /, **columns: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def logs(completions: list[str], log_extra: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def counts(completions: list[str], *, log_metric: Any, **columns: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (positional, "positional-only argument completions"),
+        (logs, "needs log_extra, which only TRL's trainer gives"),
+        (counts, "needs log_metric, which only TRL's trainer gives"),
+    ],
+)
+def test_a_function_that_could_never_be_called_is_refused_at_the_start(
+    function: Any, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        reward_server()(function)

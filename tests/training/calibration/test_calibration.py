@@ -1,5 +1,7 @@
 """`kl_budget`: alpha and beta are chosen from rewards of the base model's completions."""
 
+import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dar.errors import InvalidRequestError
+from dar.errors import CheckpointError, InvalidRequestError
 from dar.protocol.jobs import Forecast
 from dar.protocol.reward_spec import Rewards
 from dar.training import DARConfig, DARTrainer, JobInputs, NullControl, train_job
@@ -102,6 +104,10 @@ def test_a_budget_chooses_alpha_and_beta_before_the_first_step_and_says_where_it
     assert trainer.args.alpha == pytest.approx(facts["reward_std"] / math.sqrt(0.5), rel=0.5)
     kinds = [data["kind"] for _, _, data in sink.events if data]
     assert kinds.index("calibration_start") < kinds.index("calibration")
+    assert ("calibrating", 0, None) in sink.phases
+    assert "evaluating" not in {phase for phase, _, _ in sink.phases}
+    assert facts["spent_completions"] == facts["completions"]
+    assert facts["spent_tokens"] == facts["tokens"] > 0
 
 
 def test_every_step_reports_how_far_it_is_from_the_frontier(
@@ -201,10 +207,28 @@ def test_a_run_that_is_stopped_while_it_calibrates_begins_again_in_the_same_way(
 
 
 @pytest.mark.usefixtures("soon")
+def test_if_the_trained_policys_samples_do_not_suffice_either_alpha_stays_and_they_are_counted(
+    train: Callable[..., DARTrainer], sink: RecordingSink
+) -> None:
+    def equal_later(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        is_calibration = len(completions) > LONG["dar_k"] * LONG["per_device_train_batch_size"]
+        if is_calibration and trainer_state.global_step > 0:
+            return [1.0] * len(completions)
+        return share_of_even(completions)
+
+    train(settings=LONG, reward_funcs=equal_later, sink=sink)
+    first, second = calibrations(sink)
+    assert second[0] == "warn"
+    assert "alpha stays" in second[1]
+    assert second[2]["alpha"] == first[2]["alpha"]
+    assert second[2]["spent_completions"] > first[2]["spent_completions"]
+
+
+@pytest.mark.usefixtures("soon")
 def test_where_the_base_models_samples_do_not_suffice_the_trained_policys_are_used_once(
     train: Callable[..., DARTrainer], sink: RecordingSink, tmp_path: Path
 ) -> None:
-    """Resumed from any step, before or after, the run ends with the same weights."""
+    """Resumed from any step, before, after and within, the run ends with the same weights."""
     trainer = train(settings=LONG, reward_funcs=share_of_even, sink=sink)
     first, second = calibrations(sink)
     assert first[2]["phase"] == "base"
@@ -215,7 +239,10 @@ def test_where_the_base_models_samples_do_not_suffice_the_trained_policys_are_us
     assert second[2]["step"] == 3
     assert second[2]["start_reward"] == first[2]["start_reward"]
     assert second[2]["alpha"] == trainer.args.alpha != first[2]["alpha"]
-    for step in (2, 4):
+    assert second[2]["spent_completions"] == first[2]["completions"] + second[2]["completions"]
+    assert second[2]["spent_tokens"] == first[2]["tokens"] + second[2]["tokens"]
+    assert ("calibrating", 3, None) in sink.phases
+    for step in (2, 3, 4):  # killed within the second calibration, it resumes from step 3
         folder = tmp_path / "out" / "checkpoints" / f"step-{step}"
         resumed = train(folder, settings=LONG, reward_funcs=share_of_even)
         assert_same(resumed, trainer)
@@ -300,6 +327,8 @@ def test_offline_a_forecast_needs_behavior_logps_and_enough_completions_of_a_pro
     trainer = train(train_dataset=rows, reward_funcs=None, settings=settings, sink=sink)
     [(_, _, facts)] = calibrations(sink)
     assert facts["method"] == method
+    assert facts["spent_completions"] == 0  # nothing was sampled
+    assert facts["completions"] > 0
     assert trainer.args.alpha == pytest.approx(facts["reward_std"] / math.sqrt(0.5), rel=0.5)
 
 
@@ -348,3 +377,69 @@ def test_without_a_budget_nothing_is_sampled_and_no_fingerprint_changes(
     assert "kl_budget" not in config().decisive_values()
     assert config().decisive_values()["alpha"] == 0.1
     assert {"alpha", "beta"}.isdisjoint(config(kl_budget=1.0).decisive_values())
+
+
+# --- the default -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(config: Callable[..., DARConfig]) -> Callable[..., DARConfig]:
+    """Arguments that say nothing about alpha, beta and kl_budget."""
+
+    def make(**given: Any) -> DARConfig:
+        usual = vars(config())
+        names = ("output_dir", "max_steps", "dar_k", "max_new_tokens", "learning_rate", "use_cpu")
+        return DARConfig(**{name: usual[name] for name in names} | given)
+
+    return make
+
+
+def test_the_default_is_a_budget_that_gives_way_to_whatever_conflicts_with_it(
+    train: Callable[..., DARTrainer],
+    plain: Callable[..., DARConfig],
+    stored: list[dict[str, Any]],
+    make_model: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    assert plain().kl_budget == 1.0
+    assert dataclasses.replace(plain(), seed=1).kl_budget == 1.0
+    for other in (
+        {"alpha": 0.1},
+        {"beta": 0.3},
+        {"kl_budget": None},
+        {"adv_norm": "batch"},
+        {"temperature": 0.7},
+        {"preset": "paper"},
+        {"preset": "reference"},
+    ):
+        args = plain(**other)
+        assert args.kl_budget is None, other
+        assert "kl_budget" not in args.decisive_values()
+    make = functools.partial(DARTrainer, processing_class=tokenizer)
+    rows = [{"prompt": "w10"}]
+    assert make(make_model(), plain(), rows, share_of_even).args.kl_budget == 1.0
+    component = {"name": "taste", "url": "http://127.0.0.1:9/score", "normalize": "running"}
+    running = Rewards.model_validate({"components": [component]})
+    for trainer in (
+        make(make_model(), plain(), stored),
+        make(make_model(), plain(), rows, running),
+    ):
+        args = trainer.args
+        assert (args.kl_budget, args.alpha, args.beta) == (None, 0.1, 0.3)
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_the_default_budget(
+    train: Callable[..., DARTrainer],
+    plain: Callable[..., DARConfig],
+    sink: RecordingSink,
+    tmp_path: Path,
+) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    whole = train(args=plain(alpha=0.1, **saved))
+    folder = tmp_path / "out" / "checkpoints" / "step-2"
+    resumed = train(folder, args=plain(**saved), sink=sink)
+    assert_same(resumed, whole)
+    [data] = [data for _, _, data in sink.events if data and data["kind"] == "kept_kl_budget"]
+    assert (data["kl_budget"], data["default"]) == (None, 1.0)
+    with pytest.raises(CheckpointError, match="kl_budget"):
+        train(folder, args=plain(kl_budget=1.0, **saved))

@@ -89,9 +89,23 @@ def test_log_ratios_that_are_not_those_of_the_samples_give_no_alpha() -> None:
 def test_too_few_samples_for_a_budget_are_not_trusted(samples: int) -> None:
     """With n samples no estimate exceeds log n, so 1.5 nats of normal rewards need more."""
     choice = Frontier(_normal(16, samples)).choose(1.5)
-    assert choice is None or choice.ending == "untrusted"
-    assert choice is None or choice.point.is_trusted
-    assert choice is None or choice.point.kl < 1.5
+    assert choice is not None
+    assert choice.ending == "untrusted"
+    # the alpha that the deviation gives is the larger one, and about right: KL = s^2 / (2 alpha^2)
+    assert 1 / (2 * choice.point.alpha**2) == pytest.approx(1.5, rel=0.3)
+
+
+def test_where_samples_are_not_trusted_the_estimate_is_taken_if_it_is_the_more_careful_one() -> (
+    None
+):
+    """Of rare rewards the deviation alone gives three times the KL of the budget."""
+    random = np.random.default_rng(0)
+    choice = Frontier((random.random((16, 16)) < 0.03).astype(float)).choose(1.0)
+    assert choice is not None
+    assert choice.ending == "untrusted"
+    share = 0.03 / (0.03 + 0.97 * math.exp(-1 / choice.point.alpha))
+    exact = share * math.log(share / 0.03) + (1 - share) * math.log((1 - share) / 0.97)
+    assert 0.5 < exact < 2.0
 
 
 def test_rewards_of_two_values_have_no_kl_beyond_that_of_the_better_one() -> None:

@@ -77,7 +77,9 @@ def test_a_preset_means_the_same_in_a_job_spec_and_in_a_script(
     tmp_path: Path, from_spec: Callable[[dict[str, Any]], DARConfig], preset: Any
 ) -> None:
     script = DARConfig(output_dir=str(tmp_path), preset=preset, max_steps=1)
-    ours, spec = script.decisive_values(), from_spec({"preset": preset}).decisive_values()
+    rewards = {"components": [{"name": "judge", "url": "https://rewards.example/score"}]}
+    sent = {"preset": preset, "rewards": rewards}
+    ours, spec = script.decisive_values(), from_spec(sent).decisive_values()
     del ours["seed"], spec["seed"]
     assert ours == spec
 

@@ -42,6 +42,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranked.train(folder, "whole lora", ranked.WHOLE, is_lora=True, **single)
     ranked.train(folder, "whole offline", ranked.WHOLE, is_offline=True, **single)
     ranked.refill(folder, "refilled", ranked.WHOLE | {"overlap": "one_step"}, **single)
+    settings = ranked.WHOLE | ranked.CALIBRATED | {"max_steps": 3}
+    ranked.train(folder, "calibrated", settings, **single)
     for output in ranked.start(folder, "zero"):
         assert "DeepSpeed" not in output
     return folder
@@ -77,7 +79,7 @@ def heard(runs: Path) -> list[dict[str, Any]]:
     return [json.loads((runs / f"heard-{index}.json").read_text()) for index in range(2)]
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -87,25 +89,37 @@ def heard(runs: Path) -> list[dict[str, Any]]:
         ("whole lora", "zero3 lora"),
         ("whole offline", "zero3 offline"),
         ("refilled", "zero2 refilled"),
+        ("calibrated", "zero3 calibrated"),
     ],
 )
 def test_shards_change_nothing_but_rounding(runs: Path, one: str, other: str) -> None:
     assert_same(runs, one, other)
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
+def test_shards_choose_the_same_alpha(runs: Path) -> None:
+    chosen = [
+        [text for text in told["events"] if "alpha is" in text]
+        for name in ("calibrated", "zero3 calibrated")
+        for told in [json.loads((runs / name / "told.json").read_text())]
+    ]
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 1
+
+
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 def test_what_is_sampled_again_is_asked_for_one_step_ahead(runs: Path) -> None:
     told = json.loads((runs / "zero2 refilled" / "told.json").read_text())["metrics"]
     assert all(values["rewards/refilled_groups"] > 0 for values in told.values())
     assert [values["dar/staleness"] for values in told.values()] == [0, 1, 1]
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 def test_bfloat16_is_that_of_training_without_deepspeed(runs: Path) -> None:
     assert_same(runs, "ddp bf16", "zero3 bf16", HALF_ROUNDING)
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_shards_go_on_from_the_checkpoint_of_one_process_and_from_their_own(
     runs: Path, zero: str
@@ -114,13 +128,13 @@ def test_shards_go_on_from_the_checkpoint_of_one_process_and_from_their_own(
     assert_same(runs, f"{zero} lora", f"{zero} lora resumed", within=0)
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 def test_a_drain_leaves_a_checkpoint(runs: Path) -> None:
     assert [values["drained"] for values in heard(runs)] == [["drain", 1, 1]] * 2
     assert [path.name for path in (runs / "zero3 drained" / "checkpoints").iterdir()] == ["step-1"]
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 def test_zero3_cuts_weights_and_zero2_does_not(runs: Path) -> None:
     weights = load_file(runs / "whole" / "checkpoints" / "step-3" / "model.safetensors")
     size = sum(tensor.numel() for tensor in weights.values())
@@ -129,7 +143,7 @@ def test_zero3_cuts_weights_and_zero2_does_not(runs: Path) -> None:
         assert [values["zero3 is sharded"], values["zero3 held"]] == [True, 0]
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_the_saved_model_is_that_of_the_last_checkpoint(runs: Path, zero: str) -> None:
     saved = (runs / zero / "model" / "model.safetensors").read_bytes()
@@ -142,13 +156,13 @@ def test_the_saved_model_is_that_of_the_last_checkpoint(runs: Path, zero: str) -
     }
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 def test_a_gradient_that_is_no_number_ends_training(runs: Path) -> None:
     for values in heard(runs):
         assert "gradient of step 2 is not a finite number" in values["fast"]
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 def test_a_step_without_rewards_changes_nothing(runs: Path) -> None:
     told = json.loads((runs / "zero2 empty" / "told.json").read_text())
     assert [told["metrics"][step]["train/grad_norm"] for step in ("1", "2")] == [0.0, 0.0]
@@ -159,7 +173,7 @@ def test_a_step_without_rewards_changes_nothing(runs: Path) -> None:
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
-@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 16 times
+@pytest.mark.slow  # two processes import torch and DeepSpeed, and train 17 times
 def test_deepspeed_leaves_later_trainers_alone_and_takes_no_model_twice(runs: Path) -> None:
     for values in heard(runs):
         assert values["afterwards"] is False

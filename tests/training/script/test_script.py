@@ -175,10 +175,11 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     for expected in (
         "Completions of the first prompts", "(nothing was written)", "10 passes over 6 rows",
         "2 prompts x 4 completions = 8 completions, at most 32 new tokens", "short, reward_model", "reward models", "out, checkpoints too",
-        "team/pleased",
+        "team/pleased", "a KL of 1 to the base model", "from at most 60 completions before the first step",
     ):  # fmt: skip
         assert expected in said, said
     assert said.count("» The ") == 2
+    assert "alpha + beta" not in said  # they are not chosen yet, so nothing is judged by them
 
 
 def test_rewards_too_small_for_alpha_and_beta_are_a_line_of_a_run_and_of_its_preview(
@@ -294,6 +295,19 @@ def test_a_forecast_shows_what_each_budget_buys_and_writes_nothing(
     assert "completions of 6 prompts" in said
 
 
+def test_the_help_of_a_forecast_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--forecast", "--help"])
+    text = capsys.readouterr().out
+    assert "dar forecast --model_name_or_path MODEL --dataset_name DATA" in text
+    assert "how much reward each distance from the base model buys" in text
+    assert "dar train --model" not in text
+    assert "--kl_budget" in text
+    assert "--warmup_steps" not in text  # trains nothing
+    assert main(["--forecast", "--dataset_name", "x"]) == 64
+    assert "dar forecast --help lists all options" in capsys.readouterr().err
+
+
 def test_a_forecast_of_equal_rewards_is_an_error(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,7 +336,7 @@ def test_an_adapter_is_trained_and_goes_on_from_the_latest_checkpoint(
 ) -> None:
     adapter = ("--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj")
     (folder / "scored").write_text("")
-    interrupted = command(*adapter, reward_function="judge:interrupting", max_steps=3)
+    interrupted = command(*adapter, alpha=0.1, reward_function="judge:interrupting", max_steps=3)
     before = signal.getsignal(signal.SIGINT)  # a shell's background job is born without one
     assert main(interrupted) == 130
     said = " ".join(capsys.readouterr().err.split())

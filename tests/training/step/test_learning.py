@@ -207,4 +207,20 @@ def test_a_kl_far_below_its_budget_is_reported_once_when_a_third_of_the_steps_ar
     for message, data in due:
         assert (data["kind"], data["step"], data["kl_budget"]) == ("slow_kl", 10, 0.5)
         assert "the KL to the reference is 0.049 nats" in message
-        assert "raise the learning rate, which is 0.0001" in message
+        assert "raise the learning rate, or train" in message
+        assert message.endswith("the learning rate is 0.0001")
+
+
+@pytest.mark.parametrize(("kl", "count"), [(1.01, 1), (0.99, 0)])
+def test_a_kl_far_above_its_budget_is_reported_once(
+    config: Callable[..., Any], kl: float, count: int
+) -> None:
+    watch = LearningWatch(config(kl_budget=0.5))
+    due = []
+    for number in range(1, 31):
+        due += watch.add(step_of([-0.4, 0.4], number, kl), 30, learning_rate=1e-3)
+    assert len(due) == count
+    for message, data in due:
+        assert (data["kind"], data["step"], data["kl"]) == ("large_kl", 10, pytest.approx(kl))
+        assert "more than 2 times kl_budget = 0.5" in message
+        assert "lower the learning rate" in message

@@ -1,0 +1,7 @@
+"""Backups of an installation: taken while it runs, and restored into an empty one.
+
+manifest: the list of all files of a backup with their sizes and digests.
+databases: copies of SQLite and PostgreSQL databases, and what they refer to.
+backup: takes a backup.
+restore: restores one.
+"""
