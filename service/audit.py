@@ -205,7 +205,8 @@ def _check_ended(
     if job.status in TERMINAL and running:
         yield Finding("ended", f"it is {job.status}, but attempt {running[0]} runs")
     if job.status == "succeeded":
-        if succeeded != [job.attempt]:
+        # A stopped job may succeed with its newest checkpoint, whatever its last attempt did.
+        if succeeded != [job.attempt] and (succeeded or job.stop_requested_at is None):
             yield Finding("ended", f"it succeeded with attempt {job.attempt}, not {succeeded}")
         if job.result_checkpoint_id not in {checkpoint.id for checkpoint in kept}:
             yield Finding(
@@ -250,7 +251,8 @@ def _check_rows(
     steps = set(
         transaction.scalars(select(MetricRow.step).where(MetricRow.job_id == job.id).distinct())
     )
-    missing = sorted(set(range(1, job.total_steps + 1)) - steps)
+    last = job.total_steps if job.stop_requested_at is None else job.step
+    missing = sorted(set(range(1, last + 1)) - steps)
     if missing and steps:  # none at all: they were removed for their age
         yield Finding("rows", f"{len(missing)} steps have no metrics; the first is {missing[0]}")
     if strange := sorted(step for step in steps if not 0 <= step <= job.total_steps):

@@ -43,6 +43,10 @@ class ExitCode(IntEnum):
     REWARD_PAUSED = 77
 
 
+STACKS_SIGNAL = signal.SIGUSR1
+"""Makes a trainer write the stacks of all its threads into its log."""
+
+
 def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -138,8 +142,9 @@ class Order(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    type: Literal["cancel", "drain", "park", "unpark"]
-    """``park``: rest after the present step, until ``unpark`` or another order."""
+    type: Literal["cancel", "drain", "stop", "park", "unpark"]
+    """``drain``: end with a checkpoint of the last finished step. ``stop``: of the present one.
+    ``park``: rest after the present step, until ``unpark`` or a more urgent order."""
 
 
 class RewardNote(BaseModel):

@@ -9,6 +9,7 @@ acknowledged. An incomplete last line does not count as a row.
 import os
 import re
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ SEGMENT_BYTES = 4 * 1024**2
 SYNC_SECONDS = 1.0
 BATCH_ROWS = 500
 BATCH_BYTES = 1024**2
+SCARCE = 0.8
+"""Part of the limit from which samples are thinned."""
+MEASURE_SECONDS = 0.5
 NUL, REPLACEMENT = "\0", "\N{REPLACEMENT CHARACTER}"
 _ESCAPED_NUL = b"\\u0000"
 _LINE = re.compile(rb"([0-9a-f]{8}) (.*)", re.DOTALL)
@@ -304,3 +308,43 @@ class SpoolReader:
             sync(self._folder)
         for path in done:
             path.unlink(missing_ok=True)
+
+
+class SpoolRoom:
+    """Measures how much of its limit a spool takes on the worker's disk, at most twice a second.
+
+    A spool grows while the service is away. Its reader, another process, deletes a segment when the
+    service has all its rows. So the sizes of the files say how much waits.
+
+    Args:
+        folder: Folder of its segments.
+        limit_bytes: Its largest size.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder = folder
+        self.limit_bytes = limit_bytes
+        self._measured_at = -MEASURE_SECONDS
+        self._size = 0
+
+    def _used(self) -> float:
+        now = time.monotonic()
+        if now - self._measured_at >= MEASURE_SECONDS:
+            self._size = sum(_size(path) for path in self._folder.glob("*.jsonl"))
+            self._measured_at = now
+        return self._size / self.limit_bytes
+
+    def is_scarce(self) -> bool:
+        """Whether samples should be thinned."""
+        return self._used() >= SCARCE
+
+    def is_full(self) -> bool:
+        """Whether training should wait."""
+        return self._used() >= 1.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # its rows were acknowledged
+        return 0

@@ -123,6 +123,17 @@ class Jobs:
         """
         return self._transport.post(f"{_path(job_id)}/pause", Job)
 
+    def stop(self, job_id: str | HasId) -> Job:
+        """End a job successfully with the model that it has so far.
+
+        A running job finishes its step and writes a checkpoint first (``status_detail``
+        ``stopping``). A queued or paused job ends at once with its newest checkpoint.
+
+        Raises:
+            ConflictError: The job has ended, is being cancelled, or waits and has no checkpoint.
+        """
+        return self._transport.post(f"{_path(job_id)}/stop", Job)
+
     def resume(self, job_id: str | HasId) -> Job:
         """Queue a paused, failed or cancelled job again; it continues from its newest checkpoint.
 

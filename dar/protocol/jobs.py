@@ -136,6 +136,8 @@ class Job(Output):
     """Of a job with a ``kl_budget``, once it has calibrated."""
     actions: list[Literal["cancel", "pause", "resume"]]
     """Actions that the job allows in its current state."""
+    is_stoppable: bool = False
+    """Whether the job can be stopped, so that it succeeds with the model that it has so far."""
     links: dict[str, str]
     """Paths of the job's events, metrics, samples and other resources."""
 

@@ -240,12 +240,18 @@ class Checkpointing(Input):
 
 
 class Limits(Input):
-    """Bounds on what the job may use."""
+    """Bounds on what the job may use.
 
-    max_seconds: Annotated[None, only(None)] = None
-    """Not supported yet: must be null."""
-    max_reward_calls: Annotated[None, only(None)] = None
-    """Not supported yet: must be null."""
+    When one is reached, the job ends with its present step: it writes a checkpoint and succeeds
+    with that model.
+    """
+
+    max_seconds: float | None = Field(None, gt=0, le=1e9)
+    """Running time of all attempts together; null: no limit. Time in the queue and paused time do
+    not count."""
+    max_reward_calls: int | None = Field(None, ge=1, le=1_000_000_000_000)
+    """Requests to reward services of all attempts together, repeated ones included; null: no limit.
+    They are counted as they are reported, so the step in which the limit is reached is finished."""
 
 
 class DARSpec(Input):

@@ -17,6 +17,7 @@ StatusDetail = Literal[
     "evaluating",
     "checkpointing",
     "blocked: disk",
+    "stopping",
     "cancelling",
     "by_user",
     "reward",

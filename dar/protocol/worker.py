@@ -194,10 +194,10 @@ class Directive(Output):
     """An instruction of the service to a running attempt."""
 
     id: int
-    """1: cancel, 2: pause, 3: drain. From 1000 on: results of reward requests, in the order of
-    arrival."""
-    type: Literal["cancel", "pause", "drain", "reward_result"]
-    """``drain`` is sent only to workers that report about themselves."""
+    """1: cancel, 2: pause, 3: drain, 4: stop. From 1000 on: results of reward requests, in the
+    order of arrival."""
+    type: Literal["cancel", "pause", "drain", "stop", "reward_result"]
+    """``drain`` and ``stop`` are sent only to workers that report about themselves."""
     request_id: str | None = None
     """``reward_result``: the id of the request."""
     result: str | None = None
@@ -411,7 +411,7 @@ class CheckpointUpload(Output):
 
 
 class Complete(AttemptOf):
-    """The attempt finished training."""
+    """The attempt finished training, or was stopped after a checkpoint."""
 
     last_seq: Count
     checkpoint_id: str
@@ -424,6 +424,10 @@ FailureOwner = Literal["user", "worker", "reward", "service", "storage", "databa
 ``reward``: a reward service. ``service``: this software. ``storage``: the service's files, a full
 disk or a damaged checkpoint. ``database``: the service's database.
 """
+
+
+NO_PROGRESS = "no_progress"
+"""Code of the failure of an attempt whose trainer hung; the attempt is ``lost``."""
 
 
 class Fail(AttemptOf):

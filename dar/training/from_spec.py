@@ -106,7 +106,11 @@ def train_job(inputs: JobInputs, sink: Sink, control: Control) -> Ending:
             "train an adapter (peft), or lower batch_size, dar_k or max_new_tokens",
             code="out_of_memory",
         ) from error
-    endings: dict[str | None, Ending] = {"cancel": "cancelled", "drain": "drained"}
+    endings: dict[str | None, Ending] = {
+        "cancel": "cancelled",
+        "drain": "drained",
+        "stop": "drained",
+    }
     return endings.get(trainer.stopped_by, "finished")
 
 

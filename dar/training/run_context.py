@@ -12,7 +12,7 @@ from dar.protocol.worker import Phase
 from dar.training.config.config import DARConfig
 from dar.training.model.loading import LanguageModel
 from dar.training.parallel.ranks import Ranks
-from dar.training.report.sink import Control, Sink, StopKind, StopRequestedError, check
+from dar.training.report.sink import AFTER_STEP, Control, Sink, StopKind, StopRequestedError, check
 
 
 class HostTrainer(Protocol):
@@ -78,6 +78,6 @@ class RunContext:
         self.ranks.look()
 
     def should_stop(self) -> bool:
-        """Whether a stop is requested; raises the error of another process that has failed."""
+        """Whether to drop the step; raises the error of another process that has failed."""
         self.ranks.look()
-        return self.control.requested() is not None
+        return self.control.requested() not in AFTER_STEP

@@ -1,4 +1,4 @@
-"""Jobs: submit, read, cancel, pause, resume, delete."""
+"""Jobs: submit, read, cancel, pause, stop, resume, delete."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -103,6 +103,19 @@ def pause_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     return show(job)
 
 
+@router.post("/{job_id}/stop", responses=errors.may_answer(409))
+def stop_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
+    """End a job successfully with the model that it has so far.
+
+    A running job finishes its step and writes a checkpoint first; a waiting one ends at once with
+    its newest checkpoint.
+    """
+    with runtime.database.write() as transaction:
+        job = jobs.stop(transaction, user.project_id, job_id)
+        transaction.after_commit(lambda: runtime.notifier.notify(job_id))
+    return show(job)
+
+
 @router.post("/{job_id}/resume", responses=errors.may_answer(409))
 def resume_job(job_id: str, runtime: CurrentRuntime, user: Submitter) -> Job:
     """Queue a paused, failed or cancelled job again, from its newest checkpoint."""
@@ -157,10 +170,27 @@ def show(job: tables.JobRow) -> Job:
             "failures": job.failures or {},
             "progress": _progress(job),
             "forecast": job.forecast,
-            "actions": [] if job.cancel_requested_at and not is_over else ACTIONS[job.status],
+            "actions": _actions(job),
+            "is_stoppable": _is_stoppable(job),
             "links": {"self": path} | {name: f"{path}/{name}" for name in belongings},
         }
     )
+
+
+def _actions(job: tables.JobRow) -> Sequence[str]:
+    if job.cancel_requested_at and job.status not in TERMINAL:
+        return []
+    if job.stop_requested_at and job.status == "running":
+        return ["cancel"]
+    return ACTIONS[job.status]
+
+
+def _is_stoppable(job: tables.JobRow) -> bool:
+    if job.cancel_requested_at or job.stop_requested_at:
+        return False
+    if job.status in {"queued", "paused"}:
+        return job.latest_checkpoint_id is not None
+    return job.status in {"running", "pausing"}
 
 
 def _progress(job: tables.JobRow) -> Progress:

@@ -138,7 +138,7 @@ def append_rows(lease_id: LeaseSender, runtime: CurrentRuntime, body: BatchBody)
 
 @router.post("/{lease_id}/complete", openapi_extra=schema_of(Complete), responses=FENCED)
 def complete(lease_id: LeaseHolder, runtime: CurrentRuntime, body: CompleteBody) -> Outcome:
-    """End an attempt that trained to the last step."""
+    """End an attempt that trained to the last step, or was stopped."""
     return _ended(runtime, lease_id, body)
 
 
@@ -223,6 +223,10 @@ def _directives(runtime: Runtime, lease_id: str, received: Received) -> tuple[st
             raise FencedError(
                 f"attempt {attempt.number} no longer holds job {job.id}; stop the trainer"
             )
+        # A worker of an earlier version knows only the pause. That would end an attempt without any
+        # step before its first checkpoint, so it comes after the first step.
+        knows_stop = workers.reports(transaction, attempt)
+        is_to_stop = job.stop_requested_at is not None and (knows_stop or job.step > 0)
         is_to_drain = workers.must_drain(transaction, attempt)
         came = reward_requests.results(transaction, held, received.last_result)
     wanted: JobDirective | None = None
@@ -230,11 +234,14 @@ def _directives(runtime: Runtime, lease_id: str, received: Received) -> tuple[st
         wanted = "cancel"
     elif job.status == "pausing":
         wanted = "pause"
+    elif is_to_stop:
+        wanted = "stop"
     elif is_to_drain:
         wanted = "drain"
     found: list[Directive] = []
     if wanted is not None and not received.has(wanted):
-        found.append(Directive(id=ONCE[wanted], type=wanted))
+        kind = "pause" if wanted == "stop" and not knows_stop else wanted
+        found.append(Directive(id=ONCE[wanted], type=kind))
     return job.id, found + [
         Directive(id=number, type="reward_result", request_id=request_id, result=body)
         for number, request_id, body in came

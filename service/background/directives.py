@@ -8,8 +8,8 @@ from dar.errors import InvalidRequestError
 from dar.protocol.worker import FIRST_RESULT_ID, Directive
 
 SEPARATOR = "."
-JobDirective = Literal["cancel", "pause", "drain"]
-ONCE: Mapping[JobDirective, int] = {"cancel": 1, "pause": 2, "drain": 3}
+JobDirective = Literal["cancel", "pause", "drain", "stop"]
+ONCE: Mapping[JobDirective, int] = {"cancel": 1, "pause": 2, "drain": 3, "stop": 4}
 """Directives of the job itself, each sent at most once, with their numbers."""
 
 

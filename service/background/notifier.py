@@ -102,6 +102,7 @@ class Notifier:
                 cancel=missing("cancel"),
                 pause=missing("pause"),
                 drain=missing("drain"),
+                stop=missing("stop"),
             )
             newest = reward_requests.newest_results(transaction, list(waiting))
         results = [job for job, number in newest.items() if number > waiting[job].last_result]

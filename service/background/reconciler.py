@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,6 +24,7 @@ from service.store import (
     files,
     leases,
     reward_requests,
+    stops,
     submission_claims,
     workers,
 )
@@ -130,8 +132,15 @@ class _Found:
     """Jobs that are being cancelled and that no attempt runs."""
     waiting: int
     """Due jobs whose wake-up was probably lost."""
+    over_time: Sequence[str]
+    """Jobs that have run for as long as their spec allows."""
     is_removing: bool
     """Whether there are checkpoints to remove."""
+
+    def is_anything(self) -> bool:
+        """Whether there is something to do."""
+        jobs = self.cancelling or self.over_time or self.waiting
+        return bool(self.expired or jobs or self.is_removing)
 
 
 class Reconciler:
@@ -191,9 +200,7 @@ class Reconciler:
             self._leases.miss()
             raise
         is_sweep_due = self._monotonic() >= self._next_sweep
-        if not (
-            found.expired or found.cancelling or found.waiting or found.is_removing or is_sweep_due
-        ):
+        if not (found.is_anything() or is_sweep_due):
             return
         with self._database.elected(ELECTION_KEY) as is_elected:
             if is_elected:
@@ -209,6 +216,10 @@ class Reconciler:
         for job_id in found.cancelling:
             with self._database.write() as transaction:
                 leases.finish_cancellation(transaction, job_id)
+        for job_id in found.over_time:
+            with self._database.write() as transaction:
+                if stops.check_time(transaction, job_id):
+                    transaction.after_commit(partial(self._notifier.notify, job_id))
         if found.waiting:
             self._waker.wake(found.waiting)
         if found.is_removing:
@@ -224,6 +235,7 @@ class Reconciler:
             running = leases.running(transaction)
             cancelling = leases.unattended_cancellations(transaction)
             waiting = leases.count_due(transaction, UNCLAIMED)
+            over_time = stops.over_time(transaction)
             is_removing = checkpoints.is_any_to_remove(transaction)
         silences = self._leases.look(at, running)
         silent = [name for name, silence in silences.items() if silence > self._ttl_seconds / 3]
@@ -233,7 +245,7 @@ class Reconciler:
         self._forward_seconds += max(0.0, self._leases.jump(at))
         self._leases.keep(at, running)
         expired = {name: running[name] for name in silent if silences[name] > self._ttl_seconds}
-        return _Found(expired, cancelling, waiting, is_removing)
+        return _Found(expired, cancelling, waiting, over_time, is_removing)
 
     def _shift_deadlines(self) -> None:
         """Give waits that a clock set forward would end at once the time that they had."""

@@ -14,6 +14,7 @@ leases: which queued job is claimed, how long a lease is valid, when it has expi
 outcomes: what follows the end of an attempt: success, retry after a wait, too many attempts.
 workers: who workers are, whether they can run jobs, and what an operator has ordered.
 poison: when a job is given up, because its attempts fail by its own fault.
+stops: jobs that end early, by request or at a limit, with the model that they have.
 rows: rows that a trainer sends, each stored once; progress of the job.
 rewinds: which rows of an attempt a later attempt has rewound.
 checkpoints: announced, available and removed checkpoints, and which are kept.

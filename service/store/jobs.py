@@ -1,4 +1,4 @@
-"""Jobs: submission, reading, cancelling, pausing, resuming. See `service.store.transitions`."""
+"""Jobs: submission, reading, and what users ask of them. See `service.store.transitions`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, exists, func, select
 
 from dar.errors import ConflictError, NotFoundError
 from dar.protocol.status import TERMINAL, JobStatus
-from service.store import checkpoints, events, files, transitions
+from service.store import checkpoints, events, files, stops, transitions
 from service.store.database import Transaction
 from service.store.paging import Cursor, Slice, page
 from service.store.tables import JobInputRow, JobRow
@@ -114,6 +114,8 @@ def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     job = locked(transaction, project_id, job_id)
     if job.status in {"pausing", "paused"}:
         return job
+    if job.stop_requested_at is not None and job.status == "running":
+        raise ConflictError(f"job {job_id} is being stopped, so it cannot be paused")
     this = JobRow.id == job_id
     name: transitions.MoveName = "paused" if job.status == "queued" else "pause_requested"
     message = (
@@ -126,6 +128,34 @@ def pause(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     if job.cancel_requested_at is not None and job.status == "running":
         raise ConflictError(f"job {job_id} is being cancelled, so it cannot be paused")
     raise ConflictError(_cannot(job, "paused"))
+
+
+def stop(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
+    """End a job with the model that it has so far. Idempotent.
+
+    A waiting job ends at once, with its newest checkpoint; a running job's worker is asked to
+    finish the step and to write a checkpoint.
+
+    Raises:
+        NotFoundError: The project has no job with this id.
+        ConflictError: The job is over, is being cancelled, or waits and has no checkpoint.
+    """
+    job = _locked(transaction, project_id, job_id)
+    is_asked = job.stop_requested_at is not None and job.cancel_requested_at is None
+    if is_asked and job.status in {"queued", "running", "succeeded"}:
+        return job
+    if job.status in {"queued", "paused"}:
+        if (moved := stops.finish(transaction, job)) is not None:
+            return moved
+        raise ConflictError(
+            f"job {job_id} has no checkpoint yet, so there is no model to end with; cancel it"
+        )
+    message = "waiting for the worker to finish its step and to write a checkpoint"
+    if (moved := stops.request(transaction, job, message)) is not None:
+        return moved
+    if job.status == "running":
+        raise ConflictError(f"job {job_id} is being cancelled, so it cannot be stopped")
+    raise ConflictError(_cannot(job, "stopped"))
 
 
 def resume(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
@@ -152,6 +182,7 @@ def resume(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
     if name == "restarted":
         _check_needs(transaction, job)
         values |= {"cancel_requested_at": None, "failed_attempts": 0, "fruitless_attempts": 0}
+        values["stop_requested_at"] = None
         values["counts_from"] = job.attempt + 1
     moved = transitions.move(transaction, name, JobRow.id == job_id, "resumed", values=values)
     assert moved is not None  # the row is locked

@@ -263,7 +263,7 @@ def renew(
 
 
 def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgress) -> bool:
-    """Show progress as the job's detail, unless that shows a pending cancellation or pause.
+    """Show progress as the job's detail, unless that shows a pending cancellation, pause or stop.
 
     Steps and tokens never decrease within an attempt: a trainer that loads its model reports none,
     and a heartbeat may arrive after the rows of a later step.
@@ -273,7 +273,12 @@ def note_progress(transaction: Transaction, job: JobRow, progress: AttemptProgre
         "tokens": max(job.tokens, progress.tokens or 0),
     }
     if job.cancel_requested_at is None and job.status != "pausing":
-        said |= {"status_detail": progress.phase, "status_message": progress.message}
+        if job.stop_requested_at is None or progress.phase == "blocked: disk":
+            said |= {"status_detail": progress.phase, "status_message": progress.message}
+        else:
+            said["status_detail"] = "stopping"
+            if job.status_detail == "blocked: disk":
+                said["status_message"] = None
     if all(getattr(job, name) == value for name, value in said.items()):
         return False
     transaction.execute(update(JobRow).where(JobRow.id == job.id).values(said))
@@ -339,6 +344,7 @@ def changed(
     cancel: Collection[str],
     pause: Collection[str],
     drain: Collection[str],
+    stop: Collection[str],
 ) -> Sequence[str]:
     """Which jobs have changed for their workers.
 
@@ -348,6 +354,7 @@ def changed(
         cancel: Jobs whose worker has not received a cancellation, should there be one.
         pause: Jobs whose worker has not received a pause, should there be one.
         drain: Jobs whose worker has not received an order to drain, should there be one.
+        stop: Jobs whose worker has not received an order to stop, should there be one.
     """
     is_running = select(AttemptRow.job_id).where(
         AttemptRow.job_id == JobRow.id,
@@ -365,6 +372,7 @@ def changed(
         or_(
             and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(cancel)),
             and_(JobRow.status == "pausing", JobRow.id.in_(pause)),
+            and_(JobRow.stop_requested_at.is_not(None), JobRow.id.in_(stop)),
             and_(is_drained.exists(), JobRow.id.in_(drain)),
             ~is_running.exists(),
         ),

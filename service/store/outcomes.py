@@ -12,15 +12,8 @@ from sqlalchemy import and_, update
 
 from dar.errors import ConflictError, RewardBudgetError
 from dar.protocol.status import AttemptStatus
-from dar.protocol.worker import Complete, Fail, FailureOwner, Outcome, Release
-from service.store import (
-    best_checkpoint,
-    checkpoints,
-    poison,
-    reward_pauses,
-    transitions,
-    workers,
-)
+from dar.protocol.worker import NO_PROGRESS, Complete, Fail, FailureOwner, Outcome, Release
+from service.store import checkpoints, poison, reward_pauses, stops, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held, check_fence, lock
 from service.store.poison import Failure
@@ -59,9 +52,11 @@ def take_back(transaction: Transaction, held: Held, why: str) -> None:
     if job.cancel_requested_at is not None:
         _confirm_cancel(transaction, held, "cancelled", None)
         return
-    name: transitions.MoveName = "paused" if job.status == "pausing" else "drained"
-    values: dict[str, Any] = {} if name == "paused" else {"not_before": transaction.now}
-    moved = transitions.move(transaction, name, JobRow.id == job.id, why, values=values)
+    moved = stops.finish_if_due(transaction, job)
+    if moved is None:
+        name: transitions.MoveName = "paused" if job.status == "pausing" else "drained"
+        values: dict[str, Any] = {} if name == "paused" else {"not_before": transaction.now}
+        moved = transitions.move(transaction, name, JobRow.id == job.id, why, values=values)
     _end(transaction, held, "drained", None, moved)
 
 
@@ -96,7 +91,7 @@ def end(
 
 
 def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
-    """End an attempt that trained to the last step.
+    """End an attempt that trained to the last step, or to that in which it was stopped.
 
     Raises:
         ConflictError: Rows are missing (``spool_behind``), or the final checkpoint is missing
@@ -110,34 +105,23 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
             code="spool_behind",
         )
     final = checkpoints.find(transaction, job.id, said.checkpoint_id)
-    if final is None or final.status != "available" or final.step != job.total_steps:
+    is_whole = final is not None and final.status == "available"
+    is_early = final is not None and final.step < job.total_steps
+    if final is None or not is_whole or (is_early and job.stop_requested_at is None):
         raise ConflictError(
             f"checkpoint {said.checkpoint_id!r} is not available, or is not of step "
             f"{job.total_steps}; upload and commit the final checkpoint first",
             code="checkpoint_missing",
         )
-    result = best_checkpoint.result_of(transaction, job, final)
-    values = {
-        "step": job.total_steps,
-        "latest_checkpoint_id": final.id,
-        "result_checkpoint_id": result.id,
-    }
-    which = "" if result.id == final.id else f" of step {result.step}, the best checkpoint"
-    moved = transitions.move(
-        transaction,
-        "succeeded",
-        JobRow.id == job.id,
-        f"trained {job.total_steps} steps; the result is the model {job.model_name}{which}",
-        values=values,
-        facts={"fine_tuned_model": job.model_name},
-    )
+    moved = stops.succeed(transaction, "succeeded", job, final)
     return _end(transaction, held, "succeeded", "complete", moved)
 
 
 def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
     """End a failed attempt: a user's error fails the job, after others it is retried if it may."""
     job = held.job
-    failure = Failure("failed", said.code, said.message, said.owner, said.counts)
+    status: AttemptStatus = "lost" if said.code == NO_PROGRESS else "failed"
+    failure = Failure(status, said.code, said.message, said.owner, said.counts)
     if said.kind == "transient":
         return _retry(transaction, held, failure, call="fail")
     if job.cancel_requested_at is not None:
@@ -156,8 +140,8 @@ def _fail(transaction: Transaction, held: Held, said: Fail) -> Outcome:
 def _release(transaction: Transaction, held: Held, said: Release, probe_seconds: float) -> Outcome:
     """End an attempt that gives its job back, or that confirms a cancellation or a pause.
 
-    A job that is pausing becomes paused, whatever reason the attempt gives. A job whose pause was
-    withdrawn goes back into the queue.
+    A job that is to stop succeeds with its newest checkpoint. A job that is pausing becomes paused,
+    whatever reason the attempt gives. A job whose pause was withdrawn goes back into the queue.
 
     Raises:
         ConflictError: It confirms a cancellation that was not requested.
@@ -169,7 +153,9 @@ def _release(transaction: Transaction, held: Held, said: Release, probe_seconds:
         raise ConflictError(f"no cancellation of job {job.id} was requested")
     this = JobRow.id == job.id
     failure: Failure | None = None
-    if job.status == "pausing":
+    if (stopped := stops.finish_if_due(transaction, job)) is not None:
+        moved: JobRow | None = stopped
+    elif job.status == "pausing":
         message = said.message or PAUSED
         moved = transitions.move(transaction, "paused", this, message)
     elif said.reason == "paused_reward":
@@ -228,6 +214,8 @@ def _retry(transaction: Transaction, held: Held, failure: Failure, *, call: str 
     job, status, why = held.job, failure.status, failure.message
     if job.cancel_requested_at is not None:
         return _confirm_cancel(transaction, held, status, call)
+    if (stopped := stops.finish_if_due(transaction, job)) is not None:
+        return _end(transaction, held, status, call, stopped, failure)
     tally = poison.tally(transaction, held, failure)
     values: dict[str, Any] = {
         "fruitless_attempts": tally.own,

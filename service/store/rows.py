@@ -19,7 +19,7 @@ from dar.protocol.base import MAX_COUNT
 from dar.protocol.jobs import Forecast
 from dar.protocol.metrics import current_values
 from dar.protocol.worker import EventRow, MetricsRow, RewardsRow, Row, SamplesRow
-from service.store import events, metrics, reward_failures, rewinds, samples
+from service.store import events, metrics, reward_failures, rewinds, samples, stops
 from service.store.database import Transaction
 from service.store.fence import Held, is_live
 from service.store.tables import AttemptRow, JobRow, SpoolRow
@@ -81,6 +81,7 @@ def add(transaction: Transaction, held: Held, rows: Sequence[Row]) -> int | Cont
     )
     reports = [row for row in fresh if isinstance(row, RewardsRow)]
     reward_failures.add(transaction, held, reports)
+    stops.count_reward_calls(transaction, job, reports)
     for report in reports:
         if report.unfinished is not None:
             held.attempt.unfinished = {"step": report.step, "values": report.unfinished}

@@ -105,6 +105,8 @@ class JobRow(Base):
     status_message: Mapped[str | None] = mapped_column(Text)
     error: Mapped[dict[str, Any] | None]
     cancel_requested_at: Mapped[datetime | None]
+    stop_requested_at: Mapped[datetime | None]
+    """Since when the job is to end with the model that it has; see `service.store.stops`."""
 
     model: Mapped[str] = mapped_column(String(256))
     model_source: Mapped[dict[str, Any]]
@@ -144,6 +146,8 @@ class JobRow(Base):
     """First attempt after the newest one that made progress, or after a resume of a failed job."""
     failures: Mapped[dict[str, Any] | None]
     """Number of attempts that were lost, failed or had no rewards, by owner."""
+    reward_calls: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Requests to reward services so far, of all attempts."""
     reward_waits: Mapped[int] = mapped_column(default=0)
     """Consecutive attempts that ended because the reward service was down."""
     latest_checkpoint_id: Mapped[str | None] = mapped_column(Id)

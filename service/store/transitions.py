@@ -33,6 +33,9 @@ MoveName = Literal[
     "pause_requested",
     "pause_withdrawn",
     "paused",
+    "stop_requested",
+    "limit_reached",
+    "stopped",
     "reward_paused",
     "reward_ready",
     "resumed",
@@ -79,6 +82,12 @@ MOVES: Mapping[MoveName, Move] = {
     "pause_withdrawn": Move(("pausing",), "running", is_cancelling=False),
     # Also when the attempt of a pausing job ends in any way that does not end the job.
     "paused": Move(("queued", "pausing"), "paused", "by_user", is_cancelling=False),
+    "stop_requested": Move(("running", "pausing"), "running", "stopping", is_cancelling=False),
+    "limit_reached": Move(
+        ("running", "pausing"), "running", "stopping", is_cancelling=False, level="warn"
+    ),
+    # With its newest checkpoint, without a worker or when its attempt ends otherwise than asked.
+    "stopped": Move(("queued", "paused", "running", "pausing"), "succeeded", is_cancelling=False),
     "resumed": Move(("paused",), "queued", is_last_in_queue=True),
     "restarted": Move(("failed", "cancelled"), "queued", is_last_in_queue=True),
 }

@@ -229,6 +229,12 @@ def must_drain(transaction: Transaction, attempt: AttemptRow) -> bool:
     return row is not None and row.duty == "drain" and row.report is not None
 
 
+def reports(transaction: Transaction, attempt: AttemptRow) -> bool:
+    """Whether the worker of an attempt reports about itself, as earlier versions do not."""
+    row = transaction.scalars(_worker_of(attempt)).one_or_none()
+    return row is not None and row.report is not None
+
+
 def order(
     transaction: Transaction, duty: Duty, node: str, slot: str | None, reason: str | None
 ) -> Sequence[WorkerRow]:

@@ -88,6 +88,34 @@ def test_a_pause_in_another_replica_is_found(serve: Callable[..., Any], live: Li
     assert told[0][1]["directives"] == [{"id": 2, "type": "pause"}]
 
 
+def test_a_stop_reaches_the_worker_and_the_job_keeps_its_model(
+    live: Live, error_of: Callable[..., Any]
+) -> None:
+    waiting = live.submit()["id"]
+    assert error_of(post(live, waiting, "stop"))["code"] == "invalid_state"
+    assert error_of(post(live, "nothing", "stop"))["code"] == "not_found"
+    post(live, waiting, "cancel")
+    job_id, lease = live.running()
+    assert live.job(job_id)["is_stoppable"]
+    told: list[Any] = []
+    thread = listen(lease.http, told)
+    job = post(live, job_id, "stop").json()
+    assert (job["status"], job["status_detail"]) == ("running", "stopping")
+    assert (job["actions"], job["is_stoppable"]) == (["cancel"], False)
+    lease.post("/heartbeat", progress={"phase": "training", "step": 1})
+    thread.join(20)
+    # A worker that does not report about itself is of an earlier version, and knows only pauses.
+    if not told[0][1]["directives"]:
+        thread = listen(lease.http, told)
+        thread.join(20)
+    assert told[-1][1] == {"directives": [{"id": 4, "type": "pause"}], "cursor": "4"}
+    lease.checkpoint(1)
+    assert lease.post("/release", reason="paused").json()["status"] == "succeeded"
+    job = live.job(job_id)
+    assert (job["progress"]["step"], job["fine_tuned_model"] is None) == (1, False)
+    assert post(live, job_id, "stop").json()["status"] == "succeeded"
+
+
 def test_want_of_rewards_is_shown_with_its_reason(live: Live) -> None:
     job_id, lease = live.running()
     said = {"reason": "paused_reward", "code": "http_401", "message": "HTTP 401: who are you?"}

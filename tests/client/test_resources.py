@@ -125,6 +125,14 @@ def test_a_job_is_paused_and_resumed(client: Client, new_job: Callable[..., Job]
     client.jobs.cancel(job.id)
 
 
+def test_a_job_without_a_model_is_not_stopped(client: Client, new_job: Callable[..., Job]) -> None:
+    job = new_job()
+    assert not client.jobs.retrieve(job.id).is_stoppable
+    with pytest.raises(ConflictError, match=r"no checkpoint yet.*cancel it"):
+        client.jobs.stop(job.id)
+    client.jobs.cancel(job.id)
+
+
 def test_waiting_reports_changes_and_ends_with_the_job(
     client: Client, new_job: Callable[..., Job]
 ) -> None:

@@ -63,6 +63,12 @@ class World:
             self.store(transaction, id=job_id, **values)
         return job_id
 
+    def limited(self, **limits: object) -> dict[str, Any]:
+        """The spec of a job with limits."""
+        spec = _spec(10)
+        spec["method"]["dar"]["limits"] = limits
+        return spec
+
     def store(self, transaction: Transaction, **values: Any) -> None:
         """Store a queued job in a transaction."""
         job_id = values.pop("id")

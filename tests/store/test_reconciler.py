@@ -152,7 +152,7 @@ def test_after_any_trouble_a_lease_ends_one_ttl_later_unless_its_holder_renews_i
 
 
 def test_a_pass_that_finds_nothing_to_do_writes_nothing(setup: Setup) -> None:
-    held = setup.world.running(keep_last=2)
+    held = setup.world.running(keep_last=2, spec=setup.world.limited(max_seconds=1000))
     setup.world.publish(held, 2)
     setup.reconciler.run_once()  # the first one sweeps
     ends: list[str] = []
@@ -163,6 +163,15 @@ def test_a_pass_that_finds_nothing_to_do_writes_nothing(setup: Setup) -> None:
         del ends[:]
         setup.pass_time(10)
         assert ends == ["begin"], "one transaction, which reads"
+
+
+def test_a_job_whose_time_is_up_is_stopped_by_a_pass(setup: Setup) -> None:
+    held = setup.world.running(spec=setup.world.limited(max_seconds=25))
+    setup.pass_time(20)
+    assert setup.world.job(held.job.id).stop_requested_at is None
+    setup.renew(held)
+    setup.pass_time(10)
+    assert setup.world.job(held.job.id).status_detail == "stopping"
 
 
 def test_a_job_that_nobody_claims_is_called_out_again(setup: Setup) -> None:

@@ -23,7 +23,7 @@ from dar.training.checkpoint.checkpoint import verify
 from dar.training.from_spec import build_trainer, job_config
 from dar.training.parallel import deepspeed_config
 from fakes import loopback
-from fakes.recording_sink import RecordingSink
+from fakes.recording_sink import RecordingSink, ScriptedControl
 
 SECRET = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0NTY="
 
@@ -61,6 +61,15 @@ def job(job_inputs: Callable[..., JobInputs], reward_url: str) -> Callable[..., 
         return job_inputs(method, **{"reward_secret": SECRET} | fields)
 
     return make
+
+
+def test_a_stop_while_rewards_are_awaited_finishes_the_step(
+    job: Callable[..., JobInputs], sink: RecordingSink
+) -> None:
+    control = ScriptedControl("stop", lambda: ("waiting_for_reward", 2, None) in sink.phases)
+    assert train_job(job(), sink, control) == "drained"
+    assert [step for step, *_ in sink.published] == [2, 3]
+    assert sorted(sink.reports) == [1, 2, 3]
 
 
 def test_a_job_trains_against_a_reward_service_to_its_last_checkpoint(

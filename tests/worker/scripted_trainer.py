@@ -3,10 +3,10 @@ a moment each.
 
 Each step makes the next state out of the one before (`fakes.scripted_states`), and checkpoints hold
 it: a step that is left out, repeated or resumed from another job shows in the weights. What else it
-does stands in the job's metadata: ``crash_at`` (a step; only in the first attempt), ``exit`` (an
-error),
-``seconds`` (per step), ``deaf`` (no order is heeded), ``metric`` (one more, by that name), ``nul``
-(whatever it says holds one). With ``die`` it kills itself at ``crash_at``.
+does stands in the job's metadata: ``crash_at`` (a step; only in the first attempt), ``hang_at``
+(the same), ``exit`` (an error), ``seconds`` (per step), ``deaf`` (no order is heeded), ``metric``
+(one more, by that name), ``nul`` (whatever it says holds one). With ``die`` it kills itself at
+``crash_at``.
 """
 
 import hashlib
@@ -130,6 +130,11 @@ def crash(launch: Launch, script: dict[str, str], step: int) -> None:
     raise RuntimeError("a cosmic ray")
 
 
+def hang(launch: Launch, script: dict[str, str], step: int) -> None:
+    if step == int(script.get("hang_at", -1)) and launch.resume_from is None:
+        time.sleep(3600)
+
+
 def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     control.begin()
     script = launch.spec.metadata or {}
@@ -141,15 +146,16 @@ def train(launch: Launch, sink: SpoolSink, control: StdinControl) -> How:
     first, state = begin(launch, script, sink)
     for step in range(first + 1, launch.total_steps + 1):
         sink.phase("training", step - 1)
+        hang(launch, script, step)
         time.sleep(float(script.get("seconds", "0.02")))
         request = None if "deaf" in script else control.requested()
         if request == "cancel":
             return "cancelled"
         state = next_state(state)
         sink.metrics(step, {"dar/loss": 1 / step, "dar/rewards_mean": float("nan")} | odd)
-        if step % every == 0 or step == launch.total_steps or request == "drain":
+        if step % every == 0 or step == launch.total_steps or request is not None:
             publish(launch, sink, step, state)
-        if request == "drain":
+        if request is not None:
             return "drained"
         crash(launch, script, step)
     return "finished"

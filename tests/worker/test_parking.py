@@ -65,15 +65,20 @@ def test_a_trainer_is_parked_at_three_quarters_of_the_ttl_whatever_the_wall_cloc
     made.is_away = True
     assert pass_time(44) == []
     assert pass_time(2) == ["park"]
+    assert state.is_parked
     assert pass_time(3600) == ["park"]
     made.is_away = False
     assert pass_time(1) == ["park", "unpark"]
+    assert not state.is_parked
     assert pass_time(15) == ["park", "unpark"]
 
 
-@pytest.mark.parametrize("last", ["unpark", "drain", "cancel"])
+@pytest.mark.parametrize(
+    ("before", "last"),
+    [([], "unpark"), ([], "drain"), ([], "cancel"), (["stop"], "unpark"), (["stop"], "drain")],
+)
 def test_a_parked_trainer_rests_after_its_step_until_it_may_go_on_or_has_to_stop(
-    tmp_path: Path, last: str
+    tmp_path: Path, before: list[str], last: str
 ) -> None:
     reader, writer = os.pipe()
     control = StdinControl(os.fdopen(reader, "rb"))
@@ -86,6 +91,8 @@ def test_a_parked_trainer_rests_after_its_step_until_it_may_go_on_or_has_to_stop
         os.write(writer, Order(type=order).model_dump_json().encode() + b"\n")
 
     sink.metrics(1, {"dar/loss": 1.0})  # it does not rest
+    for order in before:
+        send(order)
     send("park")
     deadline = time.monotonic() + 10
     while control._may_go_on.is_set():
@@ -96,10 +103,13 @@ def test_a_parked_trainer_rests_after_its_step_until_it_may_go_on_or_has_to_stop
     step.join(0.1)
     assert step.is_alive()
     assert sink.flush() == 2, "the metrics of the step are there"
+    send("stop")  # it can wait for the lease
+    step.join(0.1)
+    assert step.is_alive()
     send(last)
     step.join(10)
     assert not step.is_alive()
-    assert control.requested() == (None if last == "unpark" else last)
+    assert control.requested() == ("stop" if last == "unpark" else last)
 
 
 @pytest.mark.slow  # starts the service twice, and waits for the lease's time

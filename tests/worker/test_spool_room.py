@@ -8,16 +8,16 @@ import orjson
 import pytest
 
 from dar.protocol.samples import ReportedSample
-from worker.attempt.spool_sink import SpoolRoom, SpoolSink
+from worker.attempt.spool_sink import SpoolSink
 from worker.folders import AttemptFolder
-from worker.spool import SpooledRow, SpoolReader
+from worker.spool import SpooledRow, SpoolReader, SpoolRoom
 
 LIMIT = 2 * 1024**2
 
 
 @pytest.fixture(autouse=True)
 def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.attempt.spool_sink.MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr("worker.spool.MEASURE_SECONDS", 0.0)
     monkeypatch.setattr("worker.attempt.spool_sink.LOOK_SECONDS", 0.01)
 
 

@@ -4,6 +4,7 @@ It reads its launch from stdin, trains, reports through its folder (`worker.fold
 an `ExitCode`. The end of stdin means that its worker is dead; then it ends too.
 """
 
+import faulthandler
 import gc
 import logging
 import os
@@ -16,17 +17,21 @@ from typing import BinaryIO, Literal
 from dar.errors import RewardUnavailableError
 from dar.processes import die_with_parent
 from dar.rewards.http.redaction import RedactingFormatter
-from dar.training.report.sink import NullSink, Sink
+from dar.training.report.sink import AFTER_STEP, NullSink, Sink, StopKind
 from worker.attempt.inbox import PipeInbox
 from worker.attempt.log_file import LogFile
 from worker.attempt.siblings import Siblings
 from worker.attempt.spool_sink import SpoolSink
 from worker.failures import AttemptFailure, failure_of
 from worker.folders import AttemptFolder
-from worker.launch import ExitCode, Launch, Line, RewardNews
+from worker.launch import STACKS_SIGNAL, ExitCode, Launch, Line, RewardNews
 
 log = logging.getLogger(__name__)
 
+STDERR = 2
+
+URGENCY: Mapping[StopKind, int] = {"stop": 0, "drain": 1, "cancel": 2}
+"""A more urgent order replaces an earlier one."""
 
 How = Literal["finished", "drained", "cancelled"]
 Train = Callable[[Launch, Sink, "StdinControl"], How]
@@ -42,14 +47,22 @@ class StdinControl:
     """Orders and news of the supervisor, read from stdin by a thread of its own.
 
     Until `begin` is called there is nothing to save, so an order ends the process at once.
+
+    Args:
+        stdin: Where they come from.
+        inbox: For results of reward requests.
+        is_resumed: Whether the job has a checkpoint.
     """
 
-    def __init__(self, stdin: BinaryIO, inbox: PipeInbox | None = None) -> None:
+    def __init__(
+        self, stdin: BinaryIO, inbox: PipeInbox | None = None, *, is_resumed: bool = False
+    ) -> None:
         self._stdin = stdin
+        self._is_resumed = is_resumed
         self.inbox = inbox
         """Inbox for results of reward requests; None: the supervisor sends none."""
         self._lock = threading.Lock()
-        self._request: Literal["cancel", "drain"] | None = None
+        self._request: StopKind | None = None
         self._has_begun = False
         self._may_go_on = threading.Event()
         self._may_go_on.set()
@@ -62,8 +75,8 @@ class StdinControl:
         with self._lock:
             self._has_begun = True
 
-    def requested(self) -> Literal["cancel", "drain"] | None:
-        """The last order; a drain does not replace a cancellation."""
+    def requested(self) -> StopKind | None:
+        """The last order; a drain does not replace a cancellation, and a stop neither."""
         return self._request
 
     def rest(self) -> None:
@@ -81,17 +94,20 @@ class StdinControl:
                 self._obey(order.type)
         os._exit(ExitCode.CRASHED)  # the worker is dead, and nothing reads further reports
 
-    def _obey(self, order: Literal["cancel", "drain", "park", "unpark"]) -> None:
+    def _obey(self, order: StopKind | Literal["park", "unpark"]) -> None:
         if order == "park":
-            if self._request is None:  # a trainer that has to stop must get to its end
+            if self._request in AFTER_STEP:  # a trainer that has to leave must get to its end
                 self._may_go_on.clear()
             return
-        self._may_go_on.set()
+        if order != "stop":
+            self._may_go_on.set()
         if order == "unpark":
             return
-        if self._request != "cancel":
+        if self._request is None or URGENCY[order] > URGENCY[self._request]:
             self._request = order
-        if not self._has_begun:
+        # A job without a checkpoint has no model to end with, so it makes one step.
+        needs_step = order == "stop" and not self._is_resumed
+        if not self._has_begun and not needs_step:
             os._exit(ExitCode.CANCELLED if order == "cancel" else ExitCode.DRAINED)
 
 
@@ -197,6 +213,8 @@ def main(train: Train = train_with_torch) -> ExitCode:
         train: Does the training; tests replace it.
     """
     die_with_parent()
+    # In C, so it also works while no Python code runs.
+    faulthandler.register(STACKS_SIGNAL, file=STDERR, all_threads=True)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -208,7 +226,11 @@ def main(train: Train = train_with_torch) -> ExitCode:
     for handler in logging.getLogger().handlers:  # a traceback may quote a reward service
         handler.setFormatter(RedactingFormatter(handler.formatter or logging.Formatter(), redact))
     LogFile(AttemptFolder(launch.folder).log_of(launch.process), launch.log_bytes).watch()
-    control = StdinControl(stdin, None if launch.outbox is None else PipeInbox(launch.outbox))
+    control = StdinControl(
+        stdin,
+        None if launch.outbox is None else PipeInbox(launch.outbox),
+        is_resumed=launch.resume_from is not None,
+    )
     control.listen()
     try:
         return (attend_as_sibling if launch.process else attend)(launch, control, train)

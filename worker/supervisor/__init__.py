@@ -4,7 +4,8 @@ supervisor: the attempt from its lease to its report, step by step.
 heartbeat: renews the lease and notices that it is lost; receives cancel and pause.
 state: flags that the threads of an attempt share; what makes an attempt give up.
 child_process: start, environment, stdin, signals and end of the trainer process.
-stopping: cancels, pauses or drains the trainer: an order, then SIGTERM, then SIGKILL.
+stopping: cancels, pauses, drains or stops the trainer: an order, then SIGTERM, then SIGKILL.
+watchdog: notices a trainer that makes no progress, and ends it.
 outcome: what is reported when the trainer has ended: complete, fail, retry or release.
 inputs: downloads training file, model, adapters and resume checkpoint.
 sender: sends the spool to the service, in order.

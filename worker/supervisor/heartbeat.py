@@ -50,7 +50,9 @@ class Heartbeats:
             sent[0] = self.progress()
             heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0])
             began = seconds_since_boot()
+            self._state.is_service_away = True
             self._client.heartbeat(lease.lease_id, heartbeat)
+            self._state.is_service_away = False
             self._state.renewed_at = began
 
         self._client.until_answered(beat, "heartbeat", longest=self._interval)
@@ -129,5 +131,6 @@ class DirectiveListener:
             "cancel": self._state.cancel,
             "pause": self._state.pause,
             "drain": self._state.leave,
+            "stop": self._state.stop,
         }
         orders[directive.type].set()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dar.errors import DARError
-from dar.protocol.worker import Fail, Release, WorkerFault
+from dar.protocol.worker import NO_PROGRESS, Fail, Release, WorkerFault
 from worker.failures import (
     IN_THE_LOG,
     MEMORY,
@@ -17,13 +17,18 @@ from worker.failures import (
 from worker.launch import ExitCode, TrainerResult
 from worker.supervisor.child_process import TrainerExit
 
-Reason = Literal["cancel", "pause", "drain"]
+Reason = Literal["cancel", "pause", "drain", "stop"]
 RELEASES: Mapping[Reason, Literal["cancelled", "paused", "drained"]] = {
     "cancel": "cancelled",
     "pause": "paused",
     "drain": "drained",
+    "stop": "paused",
 }
-"""Why the attempt is stopped -> reason of its release."""
+"""Why the attempt is stopped -> reason of its release.
+
+A job that is to stop is released only before its trainer runs; it then ends with the checkpoint
+from which the attempt would have resumed.
+"""
 CRASHED = "trainer_crashed"
 NEEDS_MORE = frozenset({MEMORY.code, PROCESS_FAILED})
 """Codes of failures of a job that needs more than a machine has that is well."""
@@ -33,7 +38,10 @@ EITHERS = NEEDS_MORE | {CRASHED, UNKNOWN.code}
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The trainer finished; its rows and checkpoints must arrive before the job succeeds."""
+    """The trainer finished, or was stopped.
+
+    Its rows and checkpoints must arrive before the job succeeds.
+    """
 
     last_seq: int
 
@@ -56,7 +64,10 @@ def judge(
         return Finished(result.last_seq)
     if asked is None and ended.code == ExitCode.DRAINED:
         asked = "drain"
-    if asked is not None:
+    if asked == "stop" and ended.code == ExitCode.DRAINED and result is not None:
+        return Finished(result.last_seq)
+    # A trainer that was stopped before it began has no result; its job has a checkpoint.
+    if asked is not None and (asked != "stop" or ended.code == ExitCode.DRAINED):
         return Release(attempt=attempt, reason=RELEASES[asked])
     if (
         result is not None
@@ -132,6 +143,21 @@ def failure(attempt: int, error: BaseException) -> Fail:
         message=f"the worker could not continue the attempt: {found.message}",
         owner="service" if found.owner == "user" else found.owner,
         counts=False,  # no training has failed
+    )
+
+
+def no_progress(attempt: int, message: str) -> Fail:
+    """The report about a trainer that was ended because it made no progress.
+
+    The machine may have caused it as well as the job; the service counts it as a lost attempt.
+    """
+    return Fail(
+        attempt=attempt,
+        kind="transient",
+        code=NO_PROGRESS,
+        message=message,
+        owner="worker",
+        counts=False,
     )
 
 

@@ -45,8 +45,14 @@ class AttemptState:
         """The user cancelled the job."""
         self.pause = threading.Event()
         """The user paused the job."""
+        self.stop = threading.Event()
+        """The job is to end with its present step."""
         self.leave = threading.Event()
         """An operator drains this worker: it gives the job back, and goes on running."""
+        self.is_service_away = False
+        """Whether the service has not replied to the last heartbeat yet."""
+        self.is_parked = False
+        """Whether the trainer rests, because the lease was not renewed for long."""
         self.lost = threading.Event()
         """Another attempt holds the lease: everything stops, and nothing is reported."""
         self.reporting = threading.Event()
@@ -80,6 +86,8 @@ class AttemptState:
             or self.pause.is_set()
             or self.drain.is_set()
             or self.leave.is_set()
+            # Without a checkpoint the job has no model to end with, so it needs a step first.
+            or (self.stop.is_set() and self.lease.resume_checkpoint_id is not None)
             or self.lost.is_set()
             or self.failure is not None
         )

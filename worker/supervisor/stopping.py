@@ -2,7 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import structlog
 
@@ -17,6 +18,13 @@ TERMINATION_SECONDS = 10.0
 """Time between SIGTERM and SIGKILL."""
 PARKED_AFTER = 0.75
 """Share of a lease's time to live after which a trainer is parked if the lease was not renewed."""
+ORDERS: Mapping[Reason, Literal["cancel", "drain", "stop"]] = {
+    "cancel": "cancel",
+    "pause": "drain",
+    "drain": "drain",
+    "stop": "stop",
+}
+"""What a trainer is ordered to do."""
 LAST_ROWS_SECONDS = 20.0
 """How long a stopping worker sends rows; the rest stays on disk for its next start."""
 
@@ -26,7 +34,8 @@ class Stopping:
 
     A lost lease or a failure of the worker kills the trainer at once. A cancellation orders it to
     stop, sends SIGTERM after ``cancel_seconds`` and SIGKILL ten seconds later. A drain or a pause
-    orders it to write a checkpoint and end, and kills it after ``drain_seconds``.
+    orders it to write a checkpoint and end, and kills it after ``drain_seconds``. A stop orders it
+    to finish its step first, which may take any time; `Watchdog` watches it meanwhile.
     """
 
     def __init__(self, state: AttemptState, cancel_seconds: float, drain_seconds: float) -> None:
@@ -39,13 +48,17 @@ class Stopping:
         """The reason of the last order to the trainer."""
 
     def reason(self) -> Reason | None:
-        """Why the attempt should stop: a cancellation before a pause, a pause before a drain."""
+        """Why the attempt should stop: a cancellation before a pause, a pause before a drain.
+
+        A stop comes last: it waits for the end of the step, for which the others have no time.
+        """
         if self._state.cancel.is_set():
             return "cancel"
         if self._state.pause.is_set():
             return "pause"
-        is_draining = self._state.drain.is_set() or self._state.leave.is_set()
-        return "drain" if is_draining else None
+        if self._state.drain.is_set() or self._state.leave.is_set():
+            return "drain"
+        return "stop" if self._state.stop.is_set() else None
 
     def enforce(self, trainer: TrainerProcess) -> None:
         """Take the next step that is due; called often while the trainer runs."""
@@ -55,14 +68,14 @@ class Stopping:
         reason = self.reason()
         if reason is not None and reason != self.asked:
             log.info("trainer ordered to stop", reason=reason)
-            if self.asked is None or reason == "cancel":
-                trainer.order(Order(type="cancel" if reason == "cancel" else "drain"))
+            if self.asked in {None, "stop"} or reason == "cancel":
+                trainer.order(Order(type=ORDERS[reason]))
                 self._asked_at = time.monotonic()
             self.asked = reason
         waited = time.monotonic() - self._asked_at
         if self.asked == "cancel":
             self._enforce_cancel(trainer, waited)
-        elif self.asked is not None and waited > self._drain_seconds:
+        elif self.asked in {"pause", "drain"} and waited > self._drain_seconds:
             log.warning("trainer did not end in time and is killed")
             trainer.signal(signal.SIGKILL)
 
@@ -112,7 +125,7 @@ class Parking:
         is_due = silent_seconds > PARKED_AFTER * self._state.lease.ttl_seconds
         if is_due == self._is_parked:
             return
-        self._is_parked = is_due
+        self._is_parked = self._state.is_parked = is_due
         log.warning(
             "trainer parked" if is_due else "trainer goes on",
             seconds_without_renewal=round(silent_seconds, 1),

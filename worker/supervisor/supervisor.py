@@ -24,7 +24,7 @@ from worker.api import LOG_SECONDS, GaveUpError, WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.launch import LOG_BYTES, ExitCode, Launch, TrainerResult
 from worker.self_check import examine
-from worker.spool import SpoolReader
+from worker.spool import SpoolReader, SpoolRoom
 from worker.supervisor.checkpoints import CheckpointUploader
 from worker.supervisor.child_process import TrainerExit, TrainerProcess, trainer_environment
 from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
@@ -36,6 +36,7 @@ from worker.supervisor.outcome import (
     Finished,
     failure,
     judge,
+    no_progress,
     of_the_user,
     settle,
 )
@@ -44,6 +45,7 @@ from worker.supervisor.reward_caches import RewardCaches
 from worker.supervisor.sender import SpoolSender
 from worker.supervisor.state import LOST, AttemptState
 from worker.supervisor.stopping import LAST_ROWS_SECONDS, Parking, Stopping
+from worker.supervisor.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +97,14 @@ class Supervisor:
         """Until when a job that has to leave its slot waits for room in the artifact store."""
         self._arrived = [threading.Event(), threading.Event()]
         """Set when all rows have arrived, and when all checkpoints have."""
+        self._heartbeats = Heartbeats(self._state, self._client, settings.heartbeat_seconds)
+        self._watchdog = Watchdog(
+            self._state,
+            self._heartbeats.progress,
+            SpoolRoom(self._folder.spool, settings.spool_bytes).is_full,
+            shortest=settings.stall_seconds,
+            factor=settings.stall_factor,
+        )
         self._bridge: RewardBridge | None = None
         self._caches = RewardCaches.of(settings)
         self._uploader = CheckpointUploader(
@@ -154,9 +164,8 @@ class Supervisor:
             return failure(self._lease.attempt, error)
 
     def _spawn_messengers(self) -> None:
-        heartbeats = Heartbeats(self._state, self._client, self._settings.heartbeat_seconds)
         listener = DirectiveListener(self._state, self._new_client(), self._hand_on)
-        self._state.spawn("heartbeats", heartbeats.run)
+        self._state.spawn("heartbeats", self._heartbeats.run)
         self._state.spawn("directives", listener.run)
 
     def _hand_on(self, result: Directive) -> None:
@@ -213,6 +222,8 @@ class Supervisor:
             while (ended := trainer.poll()) is None:
                 self._stopping.enforce(trainer)
                 parking.enforce(trainer)
+                if self._stopping.asked in {None, "stop"}:  # the others have limits of their own
+                    self._watchdog.enforce(trainer)
                 time.sleep(LOOK_SECONDS)
         finally:
             trainer.kill()
@@ -284,6 +295,8 @@ class Supervisor:
     def _judge(self, ended: TrainerExit) -> AttemptEnd:
         if self._state.failure is not None:
             return failure(self._lease.attempt, self._state.failure)
+        if (stall := self._watchdog.stall) is not None and ended.signal_name is not None:
+            return no_progress(self._lease.attempt, stall.message)
         content = read_if_there(self._folder.result)
         result = None if content is None else TrainerResult.model_validate_json(content)
         return judge(self._lease.attempt, ended, result, self._stopping.asked)
@@ -317,10 +330,18 @@ class Supervisor:
         reason = self._stopping.reason()
         if reason is not None and not all(event.is_set() for event in self._arrived):
             return Release(attempt=self._lease.attempt, reason=RELEASES[reason])
-        checkpoint_id = self._uploader.committed.get(self._lease.total_steps)
+        committed, last = self._uploader.committed, self._lease.total_steps
+        is_stopped = self._stopping.asked == "stop"
+        if is_stopped:  # without a step it ends with what it resumed from
+            last = max(committed, default=0)
+        checkpoint_id = committed.get(
+            last, self._lease.resume_checkpoint_id if is_stopped else None
+        )
         if checkpoint_id is None:
             if self._state.is_given_up():
                 raise GaveUpError("complete")
+            if is_stopped:
+                return Release(attempt=self._lease.attempt, reason=RELEASES["stop"])
             error = DARError(
                 "the trainer reported success, but published no checkpoint of step "
                 f"{self._lease.total_steps}",

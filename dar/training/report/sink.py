@@ -12,8 +12,11 @@ from dar.protocol.samples import ReportedSample
 from dar.protocol.worker import Phase
 
 log = logging.getLogger(__name__)
-StopKind = Literal["cancel", "drain"]
-"""``cancel``: stop as fast as possible. ``drain``: stop with a checkpoint."""
+StopKind = Literal["cancel", "drain", "stop"]
+"""``cancel``: stop as fast as possible. ``drain``: stop with a checkpoint, of the step before if
+the present one waits for rewards. ``stop``: finish the step, then stop with its checkpoint."""
+AFTER_STEP: tuple[StopKind | None, ...] = (None, "stop")
+"""What does not interrupt a step."""
 
 
 class Sink(Protocol):
@@ -118,10 +121,10 @@ class StopRequestedError(Exception):
 
 
 def check(control: Control) -> None:
-    """Raise if a stop is requested.
+    """Raise if a stop is requested that does not wait for the end of the step.
 
     Raises:
         StopRequestedError: A stop is requested.
     """
-    if control.requested() is not None:
+    if control.requested() not in AFTER_STEP:
         raise StopRequestedError

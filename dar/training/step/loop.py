@@ -304,7 +304,7 @@ class StepLoop:
         stop = run.ranks.from_main(run.control.requested)
         if stop == "cancel":
             raise StopRequestedError
-        if stop == "drain":
+        if stop in {"drain", "stop"}:
             trainer.control.should_save = trainer.control.should_training_stop = True
         if stop or trainer.state.global_step >= trainer.state.max_steps:
             trainer.control.should_log = True

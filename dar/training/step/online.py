@@ -142,8 +142,10 @@ class OnlineSource:
         )
 
     def _report_wait(self, is_waiting: bool) -> None:
-        if self.mode == "train":
-            self.run.phase("waiting_for_reward" if is_waiting else "training")
+        if is_waiting:
+            self.run.phase("waiting_for_reward")
+        else:
+            self.run.phase("training" if self.mode == "train" else PHASES[self.mode])
 
     def _evenly(self, count: int) -> list[int]:
         """Prompts in the order of training: at any time equal shares of all processes."""
