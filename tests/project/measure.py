@@ -46,7 +46,7 @@ NOUN_FOLDERS = {"dar/protocol", "dar/client", "service/api", "service/store"}
 """Folders with one file per noun, the same name in every layer."""
 
 MIGRATIONS = "migrations/versions"
-"""One file for each change of the schema, for ever."""
+"""One file for each change of the schema, and none ever goes."""
 
 PLUGIN_FOLDERS = {"dar/rewards/builtins", "dar/rewards/protocols", MIGRATIONS}
 """Folders whose files are found by a table or by name, and grow with what they support."""

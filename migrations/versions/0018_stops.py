@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0019_stops"
+revision = "0018_stops"
 down_revision = "0017_retention"
 branch_labels = None
 depends_on = None
