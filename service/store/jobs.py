@@ -140,7 +140,7 @@ def stop(transaction: Transaction, project_id: str, job_id: str) -> JobRow:
         NotFoundError: The project has no job with this id.
         ConflictError: The job is over, is being cancelled, or waits and has no checkpoint.
     """
-    job = _locked(transaction, project_id, job_id)
+    job = locked(transaction, project_id, job_id)
     is_asked = job.stop_requested_at is not None and job.cancel_requested_at is None
     if is_asked and job.status in {"queued", "running", "succeeded"}:
         return job
