@@ -40,9 +40,9 @@ class Progress(Output):
     percent: float
     tokens: int
     """Completion tokens trained on."""
-    calibration_completions: int
+    calibration_completions: int = 0
     """Completions that were sampled to choose alpha and beta for ``kl_budget``."""
-    calibration_tokens: int
+    calibration_tokens: int = 0
     """Tokens of these completions, which are not trained on."""
 
 

@@ -4,6 +4,7 @@ sockets.
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -153,6 +154,7 @@ async def score(
     opened: list[HttpReward] = []
     said: list[str] = []
     memory = psutil.Process().memory_info
+    gc.collect()  # what other tests of this process have left
     before = memory().rss
 
     async def ask(
@@ -174,6 +176,7 @@ async def score(
         await source.aclose()
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
+    gc.collect()
     assert memory().rss - before < GROWTH_BYTES
     logged = [
         record.getMessage()

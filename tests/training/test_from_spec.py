@@ -131,12 +131,15 @@ def test_a_job_makes_no_more_passes_than_its_spec_says_although_its_batch_is_lar
 
 
 def test_a_job_without_any_usable_reward_fails_and_shows_its_last_step(
-    job_inputs: Callable[..., JobInputs], sink: RecordingSink
+    job_inputs: Callable[..., JobInputs], prompts: list[dict[str, Any]], sink: RecordingSink
 ) -> None:
     component = {"name": "truth", "kind": "builtin", "fn": "exact_match"}
+    rows = [{**row, "ground_truth": None} for row in prompts]
     with pytest.raises(TrainingError, match="none of the 2 steps changed the model") as raised:
         train_job(
-            job_inputs({"rewards": {"components": [component]}}, steps=2), sink, NullControl()
+            job_inputs({"rewards": {"components": [component]}}, rows=rows, steps=2),
+            sink,
+            NullControl(),
         )
     assert (raised.value.error_code, raised.value.retryable) == ("no_rewards", False)
     assert sorted(sink.reports) == sorted(sink.shown) == [1, 2]

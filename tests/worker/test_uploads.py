@@ -92,6 +92,7 @@ class CuttingProxy:
 @pytest.fixture
 def lease(installation: ScriptedInstallation, request: pytest.FixtureRequest) -> Iterator[Lease]:
     """Of a job with one reward service, or with the components that are the parameter."""
+    installation.stop_plain_worker()  # it would claim the job
     if (components := getattr(request, "param", None)) is None:
         installation.submit(steps=4)
     else:
