@@ -246,13 +246,13 @@ class Settings(BaseSettings):
     """How long a trainer may take to stop after a cancellation before it is killed."""
 
     stall_seconds: Seconds = 600.0
-    """Shortest limit for a trainer that makes no progress in a phase: sampling, training,
-    evaluation, a checkpoint or loading. It is then ended, and its job starts again from the newest
-    checkpoint. The wait for rewards never counts."""
+    """Shortest limit for a trainer that makes no progress in a phase: starting, calibrating,
+    sampling, training, evaluating or checkpointing. It is then ended, and its job starts again from
+    the newest checkpoint. The wait for rewards never counts."""
 
     stall_factor: Annotated[float, Field(ge=1, le=1e6)] = 20.0
-    """The limit is this many times the median of the phase so far, if that is longer than
-    ``stall_seconds``."""
+    """The limit is this many times the median time between two reports of the phase so far, if that
+    is longer than ``DAR_STALL_SECONDS``."""
 
     torch_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of a trainer. A repeated run gives equal results only with the same number."""

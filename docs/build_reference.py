@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from dar.cli.main import app as command_line
 from dar.errors import DARError
+from dar.protocol.budget_checks import DEFAULT_BUDGET
 from dar.protocol.hints import HINTS, HintThresholds
 from dar.protocol.metrics import COMPONENT_METRICS, METRICS
 from dar.protocol.presets import PRESETS, PresetValues
@@ -99,7 +100,8 @@ def _variable(name: str, field: FieldInfo) -> str:
 def job_spec() -> str:
     """Every field of a job spec, then the values of the presets."""
     rows = [
-        (f"`{path}`", _shown(field), _meaning(field)) for path, field in _fields(JobSpec, prefix="")
+        (f"`{path}`", _WITH_BUDGET.get(path) or _shown(field), _meaning(field))
+        for path, field in _fields(JobSpec, prefix="")
     ]
     names = dict.fromkeys(name for preset in PRESETS.values() for name in _preset(preset))
     presets = [
@@ -108,6 +110,14 @@ def job_spec() -> str:
     ]  # fmt: skip
     return f"{table(('field', 'default', 'meaning'), rows)}\n\n{_PRESETS}\n\n{table(('field', *PRESETS), presets)}"
 
+
+_OF_DAR = "method.dar.hyperparameters"
+_WITH_BUDGET = {
+    f"{_OF_DAR}.alpha": "by `kl_budget`, else `0.1`",
+    f"{_OF_DAR}.beta": "by `kl_budget`, else `0.3`",
+    f"{_OF_DAR}.kl_budget": f"`{DEFAULT_BUDGET:g}`, or `null`: see there",
+}
+"""Defaults that depend on what is sent: the field alone does not show them."""
 
 _PRESETS = (
     "A preset sets the fields that a spec leaves out; an empty cell means the default above. "

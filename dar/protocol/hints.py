@@ -28,15 +28,15 @@ class HintThresholds:
     kl_run: float = 1 / 3
     """Share of a run's steps after which its KL is compared with ``kl_budget``."""
     kl_least: float = 0.1
-    """Share of ``kl_budget`` below which the KL stays behind it."""
+    """Multiple of ``kl_budget`` below which the KL is too small."""
     kl_most: float = 2.0
-    """Share of ``kl_budget`` above which the KL has left it behind."""
+    """Multiple of ``kl_budget`` above which the KL is too large."""
 
     # --- steps from whose rewards nothing can be learned -----------------------------------------
 
     degenerate_steps: int = 3
-    """Steps in a row before a warning whose rewards were all constant, or whose completions were
-    all truncated or all skipped."""
+    """Steps in a row, all with constant rewards, or all with only truncated or only skipped
+    completions, before a warning."""
     degenerate_prompts: int = 8
     """Least number of prompts in such steps; a rare reward is often absent from one or two
     prompts."""

@@ -64,9 +64,9 @@ class Hyperparameters(Input):
     )
     """Mean KL of a completion to the reference that the trained policy should have at the end: a
     target that stops nothing. alpha and beta are chosen for it before the first step, from rewards
-    of the base model's completions, and must not be sent. Null: alpha and beta count. If it is
-    not sent, it is 1, but null with ``alpha``, ``beta`` or an option that excludes it, with a
-    preset other than ``default``, and without rewards."""
+    of the base model's completions, and must not be sent. Null: alpha and beta are used. Not sent:
+    1, or null beside ``alpha``, ``beta``, an option that excludes it or a preset other than
+    ``default``, or without rewards."""
     dar_k: int = Field(4, ge=1, le=ServiceLimit(1024))
     """Completions sampled per prompt (K)."""
     dar_wclip: float = Field(20.0, gt=0)
@@ -108,7 +108,7 @@ class Hyperparameters(Input):
     control_variate: bool | None = Field(None, exclude_if=lambda value: value is None)
     """Whether every weight is reduced by the policy's probability of the completion divided by that
     with which it was sampled: the same optimum with less noise. Without effect on completions that
-    are read from a file. Null: with ``kl_budget``."""
+    are read from a file. Null: true if there is a ``kl_budget``, else false."""
     batch_size: int = Field(8, ge=1, le=ServiceLimit(65536))
     """Prompts per optimizer step; each gives ``dar_k`` completions. A job with ``n_epochs``, and
     every offline job, takes no row twice in a step, so a step has at most as many prompts as the
@@ -229,13 +229,13 @@ class Checkpointing(Input):
     keep_last: int = Field(3, ge=1, le=1000)
     """Newest checkpoints that are kept; older ones are removed."""
     keep_every: int | None = Field(None, ge=1, le=1_000_000, exclude_if=lambda value: value is None)
-    """Of so many checkpoints one is kept besides, as a history of the run; null: none."""
+    """N: every N-th checkpoint is kept too, as a history of the run; null: none."""
     keep_best: bool = False
     """Whether ``fine_tuned_model`` has the weights of the best checkpoint instead of the last step.
 
     The best has the highest reward: of its evaluation, or without one the mean of the training
-    steps since the checkpoint before; with ``kl_budget``, among those within 1.3 times of it. With
-    evaluation, each evaluated step gets a checkpoint.
+    steps since the checkpoint before. With ``kl_budget``, only checkpoints with a KL of at most 1.3
+    times the budget compete. With evaluation, each evaluated step gets a checkpoint.
     """
 
 

@@ -209,8 +209,7 @@ class LearningWatch:
             return None
         bound = f"less than {HINTS.kl_least:g}" if is_slow else f"more than {HINTS.kl_most:g} times"
         advice = (
-            f"alpha + beta = {found.fitting:.2g} would fit; raise the learning rate, or train for "
-            "more steps"
+            "raise the learning rate, or train for more steps"
             if is_slow
             else "the steps are too large for the pull towards the reference; lower the learning rate"
         )
@@ -270,6 +269,11 @@ class LearningWatch:
 
     def _against_clip(self, found: Spread) -> str:
         fitting = found.fitting
+        if self._config.kl_budget is not None:
+            return (
+                f"alpha and beta follow from kl_budget = {self._config.kl_budget:g}, so the policy "
+                "is farther from the reference than it: lower the learning rate"
+            )
         if fitting > self._temperature:
             return f"{self._fit('raise', fitting)}{self._rescaling('divide', fitting)}"
         return (

@@ -208,6 +208,7 @@ def test_a_kl_far_below_its_budget_is_reported_once_when_a_third_of_the_steps_ar
         assert (data["kind"], data["step"], data["kl_budget"]) == ("slow_kl", 10, 0.5)
         assert "the KL to the reference is 0.049 nats" in message
         assert "raise the learning rate, or train" in message
+        assert "would fit" not in message, "alpha and beta follow from the budget"
         assert message.endswith("the learning rate is 0.0001")
 
 
