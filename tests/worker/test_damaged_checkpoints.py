@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from dar.protocol.checkpoints import Manifest, ManifestFile
-from dar.protocol.worker import Fail, Lease, RegisterCheckpoint
+from dar.protocol.worker import Fail, Lease, MetricsRow, RegisterCheckpoint
 from fakes.scripted_installation import ScriptedInstallation
 from worker.api import WorkerClient
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
+from worker.spool import encode
 from worker.supervisor.inputs import InputFetcher, InputFetchError
 from worker.supervisor.outcome import Finished
 from worker.supervisor.state import AttemptState
@@ -146,6 +147,11 @@ def test_the_next_older_checkpoint_is_used_and_an_event_says_so(
         "one is that of step 2"
     ]
     assert setup.installation.job(setup.job_id)["progress"]["step"] == 2
+    row = MetricsRow(type="metrics", seq=1, at=1.7e9, step=3, values={"dar/loss": 0.5})
+    with contextlib.closing(setup.client(lease)) as client:
+        client.batch(lease.lease_id, lease.attempt, [encode(row)])
+    said = setup.installation.messages(setup.job_id)
+    assert any(text.startswith("Step 3/8") for text in said), "this attempt's step is told"
     setup.end(lease)
 
 
