@@ -13,6 +13,7 @@ from dar.protocol.checkpoints import Manifest, ManifestFile
 from dar.protocol.worker import Fail, Lease, MetricsRow, RegisterCheckpoint
 from fakes.scripted_installation import ScriptedInstallation
 from worker.api import WorkerClient
+from worker.failures import failure_of
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
 from worker.spool import encode
@@ -212,9 +213,13 @@ def test_another_damaged_input_is_named_and_blames_the_store(setup: Setup) -> No
     path = files / setup.installation.job(setup.job_id)["training_file"]
     path.write_bytes(path.read_bytes().replace(b"Once", b"Ones"))
     lease = setup.claim()
-    with pytest.raises(InputFetchError, match="damaged in the artifact store: training_file"):
+    with pytest.raises(
+        InputFetchError, match="damaged in the artifact store: training_file"
+    ) as found:
         setup.fetch(lease)
+    assert failure_of(found.value).owner == "storage"
     path.write_bytes(b"")
-    with pytest.raises(InputFetchError, match="damaged in the artifact store"):
+    with pytest.raises(InputFetchError, match="damaged in the artifact store") as found:
         setup.fetch(lease)
+    assert failure_of(found.value).owner == "storage"
     setup.end(lease)

@@ -149,7 +149,9 @@ class InputFetcher:
             ) from error
         if damaged != [RESUME]:
             others = ", ".join(name for name in damaged if name != RESUME)
-            raise InputFetchError(f"{error.message}; damaged in the artifact store: {others}")
+            raise InputFetchError(
+                f"{error.message}; damaged in the artifact store: {others}", code="input_altered"
+            )
         log.warning("checkpoint is damaged; an older one is fetched", error=error.message)
         shutil.rmtree(self._folder / RESUME, ignore_errors=True)
 
