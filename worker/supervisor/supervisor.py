@@ -102,7 +102,7 @@ class Supervisor:
         self._heartbeats = Heartbeats(self._state, self._client, settings.heartbeat_seconds)
         self._watchdog = Watchdog(
             self._state,
-            self._heartbeats.progress,
+            self._heartbeats.reported,
             SpoolRoom(self._folder.spool, settings.spool_bytes).is_full,
             shortest=settings.stall_seconds,
             factor=settings.stall_factor,
