@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,23 @@ def test_a_trainer_that_hangs_is_noticed_while_the_artifact_store_is_full(
     assert dog.stall is not None
     assert (dog.stall.phase, dog.stall.step) == ("training", 3)
     assert signals
+
+
+@pytest.mark.parametrize("why", ["drain", "pause", "leave"])
+def test_a_job_that_leaves_its_slot_does_not_wait_long_for_room_in_the_store(
+    supervisor: Supervisor, why: str
+) -> None:
+    state = supervisor._state
+    getattr(state, why).set()
+    state.blocked = "the artifact store is full"
+
+    def upload() -> None:
+        while not state.is_given_up():
+            time.sleep(0.01)
+
+    waiting = threading.Thread(
+        target=supervisor._await, args=[state.spawn("uploader", upload)], daemon=True
+    )
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive()

@@ -273,7 +273,8 @@ class Supervisor:
     def _await(self, thread: threading.Thread) -> None:
         while thread.is_alive() and not self._is_cancelled_for_long():
             thread.join(LOOK_SECONDS)
-            if self._state.drain.is_set() or self._state.pause.is_set():
+            leaves = (self._state.drain, self._state.pause, self._state.leave)
+            if any(event.is_set() for event in leaves):
                 self._limit_delivery()
 
     def _limit_delivery(self) -> None:
