@@ -1,5 +1,6 @@
 """What a supervisor does beside the usual course of an attempt."""
 
+import errno
 import signal
 import threading
 import time
@@ -88,3 +89,17 @@ def test_a_job_that_leaves_its_slot_does_not_wait_long_for_room_in_the_store(
     waiting.start()
     waiting.join(5)
     assert not waiting.is_alive()
+
+
+def test_an_attempt_frees_its_folder_even_if_that_cannot_be_tidied(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(SlotFolder, "keep_logs", fail)
+    supervisor._state.lost.set()  # it ends at once, without a report
+    with pytest.raises(OSError, match="Input/output error"):
+        supervisor.run()
+    with supervisor._folder.held() as is_free:
+        assert is_free

@@ -147,8 +147,10 @@ class Supervisor:
         finally:
             self._state.over.set()
             self._client.close()
-            self._tidy()
-            self._held.close()
+            try:
+                self._tidy()
+            finally:
+                self._held.close()
             log.info("attempt ends", end=repr(end)[:500], **context)
 
     def _execute_or_fail(self) -> AttemptEnd | None:
