@@ -28,7 +28,7 @@ No key or token is ever written here.
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -198,9 +198,14 @@ class SlotFolder:
             record: The attempt.
             most_bytes: Largest size of all logs; the newest one is kept whatever its size.
         """
+        states = []
+        # Another thread of this worker keeps the logs of earlier attempts here.
         for suffix, path in folder.logs():
-            path.replace(self.logs / f"{record.job_id}-{record.attempt}{suffix}.log")
-        states = [(path, path.stat()) for path in self.logs.iterdir()]
+            with suppress(FileNotFoundError):
+                path.replace(self.logs / f"{record.job_id}-{record.attempt}{suffix}.log")
+        for path in self.logs.iterdir():
+            with suppress(FileNotFoundError):
+                states.append((path, path.stat()))
         states.sort(key=lambda one: one[1].st_mtime, reverse=True)
         size = 0
         for place, (path, state) in enumerate(states):

@@ -147,6 +147,9 @@ class Inputs(Output):
     """All files of an attempt."""
 
     files: list[InputFile]
+    resume_checkpoint_id: str | None = None
+    """The checkpoint of the files under ``resume``. It may be an older one than that of the lease,
+    which was damaged. None: the attempt begins at step 0."""
 
 
 class DamagedInputs(Output):

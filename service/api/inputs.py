@@ -51,7 +51,12 @@ def list_inputs(lease_id: LeaseHolder, runtime: CurrentRuntime) -> Inputs:
     while RESUME in _damaged(runtime, lease_id, None) and _resume_elsewhere(runtime, lease_id):
         pass  # the older one may be damaged too
     found = _sources(runtime, lease_id)
-    return Inputs(files=[InputFile(name=s.name, bytes=s.bytes, sha256=s.sha256) for s in found])
+    with runtime.database.read() as transaction:
+        resume_id = fence.look(transaction, lease_id).attempt.resume_checkpoint_id
+    return Inputs(
+        files=[InputFile(name=s.name, bytes=s.bytes, sha256=s.sha256) for s in found],
+        resume_checkpoint_id=resume_id,
+    )
 
 
 @router.post("/{lease_id}/inputs/check", openapi_extra=schema_of(AttemptOf))

@@ -229,19 +229,17 @@ def _directives(runtime: Runtime, lease_id: str, received: Received) -> tuple[st
         is_to_stop = job.stop_requested_at is not None and (knows_stop or job.step > 0)
         is_to_drain = workers.must_drain(transaction, attempt)
         came = reward_requests.results(transaction, held, received.last_result)
-    wanted: JobDirective | None = None
-    if job.cancel_requested_at is not None:
-        wanted = "cancel"
-    elif job.status == "pausing":
-        wanted = "pause"
-    elif is_to_stop:
-        wanted = "stop"
-    elif is_to_drain:
-        wanted = "drain"
+    wanted: dict[JobDirective, bool] = {  # the most urgent one first
+        "cancel": job.cancel_requested_at is not None,
+        "pause": job.status == "pausing",
+        "drain": is_to_drain,
+        "stop": is_to_stop,
+    }
     found: list[Directive] = []
-    if wanted is not None and not received.has(wanted):
-        kind = "pause" if wanted == "stop" and not knows_stop else wanted
-        found.append(Directive(id=ONCE[wanted], type=kind))
+    due = (one for one, applies in wanted.items() if applies and not received.has(one))
+    if (first := next(due, None)) is not None:
+        kind = "pause" if first == "stop" and not knows_stop else first
+        found.append(Directive(id=ONCE[first], type=kind))
     return job.id, found + [
         Directive(id=number, type="reward_result", request_id=request_id, result=body)
         for number, request_id, body in came

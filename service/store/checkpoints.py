@@ -499,7 +499,9 @@ def resume_from_newest(transaction: Transaction, held: Held) -> CheckpointRow | 
     )
     tokens = 0 if found is None else trained_tokens(found)
     transaction.execute(
-        update(JobRow).where(JobRow.id == held.job.id).values(step=step, tokens=tokens)
+        update(JobRow)
+        .where(JobRow.id == held.job.id)
+        .values(step=step, tokens=tokens, metrics_event_step=step)
     )
     return found
 

@@ -346,7 +346,7 @@ def changed(
     drain: Collection[str],
     stop: Collection[str],
 ) -> Sequence[str]:
-    """Which jobs have changed for their workers.
+    """Which jobs have changed for their workers, so that a directive is due.
 
     Args:
         transaction: Where they are read.
@@ -361,18 +361,15 @@ def changed(
         AttemptRow.number == JobRow.attempt,
         AttemptRow.status == "running",
     )
-    is_drained = select(AttemptRow.job_id).where(
-        AttemptRow.job_id == JobRow.id,
-        AttemptRow.number == JobRow.attempt,
-        AttemptRow.status == "running",
-        workers.is_to_drain(),
-    )
+    is_drained = is_running.where(workers.is_to_drain())
+    # The others are told to stop after their first step.
+    may_stop = or_(JobRow.step > 0, is_running.where(workers.is_reporting()).exists())
     statement = select(JobRow.id).where(
         JobRow.id.in_(job_ids),
         or_(
             and_(JobRow.cancel_requested_at.is_not(None), JobRow.id.in_(cancel)),
             and_(JobRow.status == "pausing", JobRow.id.in_(pause)),
-            and_(JobRow.stop_requested_at.is_not(None), JobRow.id.in_(stop)),
+            and_(JobRow.stop_requested_at.is_not(None), JobRow.id.in_(stop), may_stop),
             and_(is_drained.exists(), JobRow.id.in_(drain)),
             ~is_running.exists(),
         ),

@@ -94,8 +94,8 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
     """End an attempt that trained to the last step, or to that in which it was stopped.
 
     Raises:
-        ConflictError: Rows are missing (``spool_behind``), or the final checkpoint is missing
-            (``checkpoint_missing``).
+        ConflictError: Rows are missing (``spool_behind``), or the final checkpoint is missing or
+            damaged (``checkpoint_missing``).
     """
     job, attempt = held.job, held.attempt
     if attempt.acked_seq != said.last_seq:
@@ -105,11 +105,11 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
             code="spool_behind",
         )
     final = checkpoints.find(transaction, job.id, said.checkpoint_id)
-    is_whole = final is not None and final.status == "available"
+    is_whole = final is not None and final.status == "available" and final.damage is None
     is_early = final is not None and final.step < job.total_steps
     if final is None or not is_whole or (is_early and job.stop_requested_at is None):
         raise ConflictError(
-            f"checkpoint {said.checkpoint_id!r} is not available, or is not of step "
+            f"checkpoint {said.checkpoint_id!r} is not available, is damaged, or is not of step "
             f"{job.total_steps}; upload and commit the final checkpoint first",
             code="checkpoint_missing",
         )

@@ -213,14 +213,21 @@ def _worker_of(attempt: AttemptRow) -> Select[WorkerRow]:
 def is_to_drain() -> ColumnElement[bool]:
     """Whether the worker of an attempt, `AttemptRow`, must give its job back."""
     # A worker of an earlier version does not know the directive; it only gets no further job.
-    drained = select(WorkerRow.slot).where(
+    return _reporting().where(WorkerRow.duty == "drain").exists()
+
+
+def is_reporting() -> ColumnElement[bool]:
+    """`reports` of the worker of an attempt, `AttemptRow`."""
+    return _reporting().exists()
+
+
+def _reporting() -> Select[str]:
+    return select(WorkerRow.slot).where(
         WorkerRow.node == AttemptRow.node,
         WorkerRow.slot == AttemptRow.slot,
         WorkerRow.incarnation == AttemptRow.incarnation,
-        WorkerRow.duty == "drain",
         WorkerRow.report.is_not(None),
     )
-    return drained.exists()
 
 
 def must_drain(transaction: Transaction, attempt: AttemptRow) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fakes.live_service import Lease, Live
+from service.background.directives import Received
 
 REPORT = {
     "version": "1.2",
@@ -149,6 +150,42 @@ def test_a_drain_in_another_replica_is_found(serve: Callable[..., Live], live: L
     order(serve(), "drain", slot="0")
     listener.join(5)
     assert [item["directives"] for item in told] == [[{"id": 3, "type": "drain"}]]
+
+
+@pytest.mark.parametrize(
+    ("verb", "told", "then"), [("stop", "4", "3.4"), ("pause", "2", "2.3"), ("cancel", "1", "1")]
+)
+def test_a_drain_follows_a_stop_or_pause_that_the_worker_knows_of(
+    live: Live, verb: str, told: str, then: str
+) -> None:
+    job_id = live.submit()["id"]
+    lease = claim(live)
+    assert lease is not None
+    live.http.post(f"/v1/fine_tuning/jobs/{job_id}/{verb}")
+
+    def poll(after: str) -> str:
+        params = {"after": after, "wait": 0}
+        cursor: str = lease.http.get("/directives", params=params).json()["cursor"]
+        return cursor
+
+    def has_news(after: str) -> bool:
+        """Whether the watcher of long polls wakes this one."""
+        return live.runtime.notifier._changed({job_id: Received.parse(after)}) == [job_id]
+
+    assert (has_news(""), poll(""), has_news(told), poll(told)) == (True, told, False, told)
+    order(live, "drain")
+    assert (has_news(told), poll(told)) == (told != then, then)
+    assert (has_news(then), poll(then)) == (False, then)
+
+
+def test_a_worker_of_an_earlier_version_does_not_poll_in_vain_before_its_first_step(
+    live: Live,
+) -> None:
+    job_id, lease = live.running()
+    live.http.post(f"/v1/fine_tuning/jobs/{job_id}/stop")
+    assert live.runtime.notifier._changed({job_id: Received()}) == []
+    lease.post("/heartbeat", progress={"phase": "training", "step": 1})
+    assert live.runtime.notifier._changed({job_id: Received()}) == [job_id]
 
 
 def test_a_worker_of_an_earlier_version_is_not_sent_what_it_does_not_know(live: Live) -> None:

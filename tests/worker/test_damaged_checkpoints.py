@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 
 from dar.protocol.checkpoints import Manifest, ManifestFile
-from dar.protocol.worker import Fail, Lease, RegisterCheckpoint
+from dar.protocol.worker import Fail, Lease, MetricsRow, RegisterCheckpoint
 from fakes.scripted_installation import ScriptedInstallation
 from worker.api import WorkerClient
+from worker.failures import failure_of
 from worker.folders import AttemptRecord, SlotFolder
 from worker.identity import claim_of
+from worker.spool import encode
 from worker.supervisor.inputs import InputFetcher, InputFetchError
+from worker.supervisor.outcome import Finished
 from worker.supervisor.state import AttemptState
+from worker.supervisor.supervisor import Supervisor
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -81,6 +85,15 @@ class Setup:
         with contextlib.closing(self.client(lease)) as client:
             return InputFetcher(state, client, self.installation.home / "models").fetch()
 
+    def supervisor(self, lease: Lease) -> Supervisor:
+        """Of an attempt whose trainer has ended, and whose rows and checkpoints have arrived."""
+        slot = SlotFolder.of(self._work, "damaged")
+        made = Supervisor(self._settings, lease, slot, threading.Event())
+        made._folder.create(made._record)
+        for arrived in made._arrived:
+            arrived.set()
+        return made
+
     def client(self, lease: Lease) -> WorkerClient:
         return WorkerClient(self.installation.url, lease.token, node="test")
 
@@ -88,6 +101,9 @@ class Setup:
         fail = Fail(attempt=lease.attempt, kind="user", code="over", message="the test is over")
         with contextlib.closing(self.client(lease)) as client:
             client.end(lease.lease_id, fail)
+        self.close()
+
+    def close(self) -> None:
         self._worker.close()
 
 
@@ -132,6 +148,11 @@ def test_the_next_older_checkpoint_is_used_and_an_event_says_so(
         "one is that of step 2"
     ]
     assert setup.installation.job(setup.job_id)["progress"]["step"] == 2
+    row = MetricsRow(type="metrics", seq=1, at=1.7e9, step=3, values={"dar/loss": 0.5})
+    with contextlib.closing(setup.client(lease)) as client:
+        client.batch(lease.lease_id, lease.attempt, [encode(row)])
+    said = setup.installation.messages(setup.job_id)
+    assert any(text.startswith("Step 3/8") for text in said), "this attempt's step is told"
     setup.end(lease)
 
 
@@ -145,14 +166,60 @@ def test_without_any_whole_checkpoint_the_job_begins_again(setup: Setup) -> None
     setup.end(lease)
 
 
+def test_a_stop_before_a_step_ends_the_job_with_the_checkpoint_that_was_fetched(
+    setup: Setup,
+) -> None:
+    cut(setup.folder(4))
+    lease = setup.claim()
+    supervisor = setup.supervisor(lease)
+    models = setup.installation.home / "models"
+    InputFetcher(supervisor._state, supervisor._client, models).fetch()
+    [whole] = setup.installation.checkpoints(setup.job_id)
+    assert supervisor._state.resume_checkpoint_id == whole["id"]
+    setup.installation.ask(setup.job_id, "stop")
+    supervisor._state.stop.set()
+    supervisor._stopping.asked = "stop"
+    supervisor._report(Finished(0))
+    job = setup.installation.job(setup.job_id)
+    assert (job["status"], job["progress"]["step"], job["failures"]) == ("succeeded", 2, {})
+    supervisor._client.close()
+    setup.close()
+
+
+def test_a_last_checkpoint_that_is_damaged_is_no_result_and_the_job_is_tried_again(
+    setup: Setup,
+) -> None:
+    lease = setup.claim()
+    supervisor = setup.supervisor(lease)
+    upload(supervisor._client, lease, 8)
+    last = setup.installation.checkpoints(setup.job_id)[0]["id"]
+    supervisor._uploader.committed[8] = last
+    cut(setup.folder(8, attempt=2))
+    path = f"/fine_tuning/jobs/{setup.job_id}/checkpoints/{last}/files/model.safetensors"
+    with pytest.raises(AssertionError, match="checkpoint_damaged"):
+        setup.installation.api("GET", path)
+    supervisor._report(Finished(0))
+    job = setup.installation.job(setup.job_id)
+    assert (job["status"], job["failures"]) == ("queued", {"storage": 1})
+    attempt = setup.installation.api("GET", f"/fine_tuning/jobs/{setup.job_id}/attempts")["data"][0]
+    assert (attempt["status"], attempt["code"]) == ("failed", "checkpoint_missing")
+    setup.installation.cancel(setup.job_id)
+    supervisor._client.close()
+    setup.close()
+
+
 def test_another_damaged_input_is_named_and_blames_the_store(setup: Setup) -> None:
     files = setup.installation.home / "artifacts" / "files"
     path = files / setup.installation.job(setup.job_id)["training_file"]
     path.write_bytes(path.read_bytes().replace(b"Once", b"Ones"))
     lease = setup.claim()
-    with pytest.raises(InputFetchError, match="damaged in the artifact store: training_file"):
+    with pytest.raises(
+        InputFetchError, match="damaged in the artifact store: training_file"
+    ) as found:
         setup.fetch(lease)
+    assert failure_of(found.value).owner == "storage"
     path.write_bytes(b"")
-    with pytest.raises(InputFetchError, match="damaged in the artifact store"):
+    with pytest.raises(InputFetchError, match="damaged in the artifact store") as found:
         setup.fetch(lease)
+    assert failure_of(found.value).owner == "storage"
     setup.end(lease)

@@ -126,6 +126,20 @@ def test_kept_logs_are_bounded_by_size_and_number(
     assert keep(6, 1, 10_000) == ["job-5.log", "job-6.log"]
 
 
+def test_a_log_that_vanishes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = SlotFolder.of(tmp_path, "0")
+    attempt, record = slot.attempt("lease"), AttemptRecord(lease_id="l", job_id="job", attempt=1)
+    attempt.create(record)
+    attempt.log.write_text("said\n")
+    logs = [("-1", attempt.log_of(1)), ("", attempt.log)]
+    monkeypatch.setattr(AttemptFolder, "logs", lambda _: logs)
+    (slot.logs / "gone.log").symlink_to(tmp_path / "nowhere")
+    slot.keep_logs(attempt, record, 1000)
+    assert (slot.logs / "job-1.log").read_text() == "said\n"
+
+
 def test_rows_and_logs_of_dead_workers_of_the_host_are_taken_care_of(tmp_path: Path) -> None:
     mine, other = SlotFolder.of(tmp_path, "0"), SlotFolder.of(tmp_path, "gone")
     own, dead, alive = ended(mine, "own"), ended(other, "dead"), ended(other, "alive")

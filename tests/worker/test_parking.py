@@ -45,7 +45,9 @@ def test_a_trainer_is_parked_at_three_quarters_of_the_ttl_whatever_the_wall_cloc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elapsed = [1000.0]
-    lease = Lease.model_construct(lease_id="lease-1", attempt=1, ttl_seconds=TTL)
+    lease = Lease.model_construct(
+        lease_id="lease-1", attempt=1, ttl_seconds=TTL, resume_checkpoint_id=None
+    )
     state = AttemptState(lease, AttemptFolder(tmp_path), threading.Event())
     monkeypatch.setattr(heartbeat, "seconds_since_boot", lambda: elapsed[0])
     monkeypatch.setattr(time, "time", lambda: 1e9)  # an hour or decades off: nobody asks

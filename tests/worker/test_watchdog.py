@@ -40,7 +40,7 @@ class Scene:
         self.is_spool_full = False
         self._reports = itertools.count(1)
         self._progress = AttemptProgress(phase="starting", step=0)
-        lease = cast("Lease", SimpleNamespace(lease_id="lease-1", ttl_seconds=60.0))
+        lease = cast("Lease", SimpleNamespace(resume_checkpoint_id=None))
         self.state = AttemptState(lease, AttemptFolder(folder), threading.Event())
         self.dog = Watchdog(
             self.state,

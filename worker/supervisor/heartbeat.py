@@ -71,12 +71,13 @@ class Heartbeats:
 
     def progress(self) -> AttemptProgress:
         """What the attempt does now; if it waits for room in the artifact store, that."""
-        found, blocked = self._reported(), self._state.blocked
+        found, blocked = self.reported(), self._state.blocked
         if blocked is None:
             return found
         return found.model_copy(update={"phase": "blocked: disk", "message": blocked[:2000]})
 
-    def _reported(self) -> AttemptProgress:
+    def reported(self) -> AttemptProgress:
+        """What the trainer says that it does now."""
         content = read_if_there(self._state.folder.progress)
         if content is None:
             return self._state.first_progress

@@ -149,7 +149,9 @@ class InputFetcher:
             ) from error
         if damaged != [RESUME]:
             others = ", ".join(name for name in damaged if name != RESUME)
-            raise InputFetchError(f"{error.message}; damaged in the artifact store: {others}")
+            raise InputFetchError(
+                f"{error.message}; damaged in the artifact store: {others}", code="input_altered"
+            )
         log.warning("checkpoint is damaged; an older one is fetched", error=error.message)
         shutil.rmtree(self._folder / RESUME, ignore_errors=True)
 
@@ -178,7 +180,8 @@ class InputFetcher:
 
     def _fetch(self) -> LocalInputs:
         lease_id, here = self._lease.lease_id, local_model(self._lease, self._models_path)
-        files = self._until_answered(lambda: self._client.inputs(lease_id).files, "inputs")
+        inputs = self._until_answered(lambda: self._client.inputs(lease_id), "inputs")
+        files, self._state.resume_checkpoint_id = inputs.files, inputs.resume_checkpoint_id
         reward_models = self._reward_models()
         local = [f"{REWARD_MODELS}/{name}/" for name in self._local_rewards()]
         if here is not None:

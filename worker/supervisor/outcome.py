@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dar.errors import DARError
+from dar.errors import CheckpointError, ConflictError, DARError
 from dar.protocol.worker import NO_PROGRESS, Fail, Release, WorkerFault
 from worker.failures import (
     IN_THE_LOG,
@@ -30,6 +30,7 @@ A job that is to stop is released only before its trainer runs; it then ends wit
 from which the attempt would have resumed.
 """
 CRASHED = "trainer_crashed"
+CHECKPOINT_MISSING = "checkpoint_missing"
 NEEDS_MORE = frozenset({MEMORY.code, PROCESS_FAILED})
 """Codes of failures of a job that needs more than a machine has that is well."""
 EITHERS = NEEDS_MORE | {CRASHED, UNKNOWN.code}
@@ -144,6 +145,13 @@ def failure(attempt: int, error: BaseException) -> Fail:
         owner="service" if found.owner == "user" else found.owner,
         counts=False,  # no training has failed
     )
+
+
+def refused(attempt: int, error: ConflictError) -> Fail:
+    """The report after the service refused the first one, as when it lost the last checkpoint."""
+    if error.error_code == CHECKPOINT_MISSING:
+        return failure(attempt, CheckpointError(error.message, code=CHECKPOINT_MISSING))
+    return failure(attempt, error)
 
 
 def no_progress(attempt: int, message: str) -> Fail:

@@ -62,6 +62,8 @@ class AttemptState:
         """The end was reported, or never will be."""
         self.failure: BaseException | None = None
         """The error of a thread because of which the attempt cannot continue."""
+        self.resume_checkpoint_id = lease.resume_checkpoint_id
+        """The checkpoint to resume from. An older one replaces it if it is damaged."""
         self.first_progress = AttemptProgress(phase="starting", step=0)
         """The progress to report until the trainer reports its own."""
         self.renewed_at = seconds_since_boot()
@@ -87,7 +89,7 @@ class AttemptState:
             or self.drain.is_set()
             or self.leave.is_set()
             # Without a checkpoint the job has no model to end with, so it needs a step first.
-            or (self.stop.is_set() and self.lease.resume_checkpoint_id is not None)
+            or (self.stop.is_set() and self.resume_checkpoint_id is not None)
             or self.lost.is_set()
             or self.failure is not None
         )

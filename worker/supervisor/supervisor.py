@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from dar.disk import read_if_there
-from dar.errors import DARError, ModelNotFoundError
+from dar.errors import ConflictError, DARError, FencedError, ModelNotFoundError
 from dar.fault_points import fault_point
-from dar.protocol.worker import Complete, Directive, Fail, Lease, Release
+from dar.protocol.worker import Complete, Directive, Fail, Lease, Outcome, Release
 from dar.rewards.http.egress import EgressPolicy
 from dar.settings import Settings
 from worker.api import LOG_SECONDS, GaveUpError, WorkerClient
@@ -31,6 +31,7 @@ from worker.supervisor.heartbeat import DirectiveListener, Heartbeats
 from worker.supervisor.inputs import InputFetcher, LocalInputs
 from worker.supervisor.log_sender import LogSender
 from worker.supervisor.outcome import (
+    CHECKPOINT_MISSING,
     RELEASES,
     AttemptEnd,
     Finished,
@@ -38,6 +39,7 @@ from worker.supervisor.outcome import (
     judge,
     no_progress,
     of_the_user,
+    refused,
     settle,
 )
 from worker.supervisor.reward_bridge import RewardBridge
@@ -100,7 +102,7 @@ class Supervisor:
         self._heartbeats = Heartbeats(self._state, self._client, settings.heartbeat_seconds)
         self._watchdog = Watchdog(
             self._state,
-            self._heartbeats.progress,
+            self._heartbeats.reported,
             SpoolRoom(self._folder.spool, settings.spool_bytes).is_full,
             shortest=settings.stall_seconds,
             factor=settings.stall_factor,
@@ -145,8 +147,10 @@ class Supervisor:
         finally:
             self._state.over.set()
             self._client.close()
-            self._tidy()
-            self._held.close()
+            try:
+                self._tidy()
+            finally:
+                self._held.close()
             log.info("attempt ends", end=repr(end)[:500], **context)
 
     def _execute_or_fail(self) -> AttemptEnd | None:
@@ -271,7 +275,8 @@ class Supervisor:
     def _await(self, thread: threading.Thread) -> None:
         while thread.is_alive() and not self._is_cancelled_for_long():
             thread.join(LOOK_SECONDS)
-            if self._state.drain.is_set() or self._state.pause.is_set():
+            leaves = (self._state.drain, self._state.pause, self._state.leave)
+            if any(event.is_set() for event in leaves):
                 self._limit_delivery()
 
     def _limit_delivery(self) -> None:
@@ -307,15 +312,23 @@ class Supervisor:
         # The limit for rows and checkpoints does not apply to this report.
         self._state.gives_up_at = None
         self._state.reporting.set()
-        outcome = self._client.until_answered(
-            lambda: self._client.end(self._lease.lease_id, report),
-            "end of attempt",
-            give_up=self._is_late,
-        )
+        try:
+            outcome = self._send_end(report)
+        except FencedError:
+            raise
+        except ConflictError as error:
+            outcome = self._send_end(refused(self._lease.attempt, error))
         fault_point("worker.reported")
         log.info("end of attempt reported", job=self._lease.job_id, status=outcome.status)
         if outcome.status == "succeeded":  # after any other end the job may be resumed
             self._caches.forget(self._lease.job_id)
+
+    def _send_end(self, report: Complete | Fail | Release) -> Outcome:
+        return self._client.until_answered(
+            lambda: self._client.end(self._lease.lease_id, report),
+            "end of attempt",
+            give_up=self._is_late,
+        )
 
     def _is_late(self) -> bool:
         if self._state.drain.is_set() and self._state.gives_up_at is None:
@@ -335,7 +348,7 @@ class Supervisor:
         if is_stopped:  # without a step it ends with what it resumed from
             last = max(committed, default=0)
         checkpoint_id = committed.get(
-            last, self._lease.resume_checkpoint_id if is_stopped else None
+            last, self._state.resume_checkpoint_id if is_stopped else None
         )
         if checkpoint_id is None:
             if self._state.is_given_up():
@@ -345,7 +358,7 @@ class Supervisor:
             error = DARError(
                 "the trainer reported success, but published no checkpoint of step "
                 f"{self._lease.total_steps}",
-                code="checkpoint_missing",
+                code=CHECKPOINT_MISSING,
             )
             return failure(self._lease.attempt, error)
         return Complete(

@@ -68,7 +68,7 @@ class Watchdog:
 
     Args:
         state: Of the attempt.
-        progress: What the attempt does now.
+        progress: What the trainer itself says that it does now.
         is_spool_full: Whether the trainer waits for room for its reports.
         shortest: `Settings.stall_seconds`.
         factor: `Settings.stall_factor`.
