@@ -437,11 +437,36 @@ def due_for_scrub(transaction: Transaction, period: timedelta) -> CheckpointRow 
     ).one_or_none()
 
 
+def _locked(
+    transaction: Transaction, checkpoint: CheckpointRow
+) -> tuple[JobRow, CheckpointRow] | None:
+    """A checkpoint as it is now, with its job locked; None: both were removed.
+
+    Deletions lock in this order too: first the job, then its checkpoints.
+    """
+    job = transaction.scalars(
+        select(JobRow)
+        .where(JobRow.id == checkpoint.job_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    now = transaction.scalars(
+        select(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id)
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    return None if job is None or now is None else (job, now)
+
+
 def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) -> bool:
     """Keep a damaged checkpoint from being used; returns whether it was in use until now.
 
     The job then resumes from the next older one that is whole.
     """
+    locked = _locked(transaction, checkpoint)
+    if locked is None:
+        return False
+    job, checkpoint = locked
     marked = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, is_whole())
@@ -450,7 +475,6 @@ def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) 
     ).one_or_none()
     if marked is None:
         return False
-    job = transaction.get_one(JobRow, checkpoint.job_id)
     older = newest(transaction, job.id)
     point_to(transaction, job, older)
     message = f"checkpoint of step {checkpoint.step} is damaged and was set aside: {damage}"
@@ -466,14 +490,19 @@ def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) 
 
 def note_whole(transaction: Transaction, checkpoint: CheckpointRow) -> None:
     """Note that every byte of a checkpoint is right; one that was set aside is used again."""
-    transaction.execute(
+    locked = _locked(transaction, checkpoint)
+    if locked is None:
+        return
+    job, checkpoint = locked
+    was_damaged = checkpoint.damage is not None
+    marked = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "available")
         .values(verified_at=transaction.now, damage=None, damaged_at=None)
-    )
-    if checkpoint.damage is None:
+        .returning(CheckpointRow.id)
+    ).one_or_none()
+    if marked is None or not was_damaged:
         return
-    job = transaction.get_one(JobRow, checkpoint.job_id)
     point_to(transaction, job, newest(transaction, job.id))
     message = f"checkpoint of step {checkpoint.step} is whole again"
     _tell(transaction, checkpoint, "checkpoint_whole", message, "info")

@@ -153,3 +153,16 @@ def test_a_damaged_best_is_replaced_by_the_best_of_the_others(world: World) -> N
     world.publish(held, 8)
     with world.database.write() as transaction:
         assert checkpoints.mark_inspected(transaction) == 2
+
+
+def test_a_checkpoint_that_was_set_aside_since_it_was_read_is_taken_back(world: World) -> None:
+    held = world.running(keep_last=3)
+    world.publish(held, 2)
+    last = world.publish(held, 4)
+    with world.database.write() as transaction:
+        assert checkpoints.set_aside(transaction, last, "it is gone")
+    assert last.damage is None, "it is as it was read"
+    with world.database.write() as transaction:
+        checkpoints.note_whole(transaction, last)
+    assert world.job(held.job.id).latest_checkpoint_id == last.id
+    assert world.events(held.job.id)[-1].message == "checkpoint of step 4 is whole again"
