@@ -88,15 +88,48 @@ def test_a_wait_that_an_earlier_version_has_set_is_kept(world: World) -> None:
     assert world.claim() is not None
 
 
+def reconciler_of(world: World, folder: Path, elapsed: list[float]) -> Reconciler:
+    """A reconciler whose own clock is ``elapsed``."""
+    artifacts = Artifacts(folder / "artifacts")
+    artifacts.prepare()
+    notifier = Notifier(world.database)
+    clocks = {"ttl_seconds": 60.0, "pause_seconds": 1.0, "monotonic": lambda: elapsed[0]}
+    return Reconciler(world.database, artifacts, Waker(None), notifier, **clocks)  # type: ignore[arg-type] # each has its type
+
+
+def test_a_job_runs_for_as_long_as_it_may_with_several_replicas(
+    world: World, tmp_path: Path
+) -> None:
+    elapsed = [0.0]
+    replicas = [reconciler_of(world, tmp_path, elapsed) for _ in range(2)]
+    held = world.running(spec=world.limited(max_seconds=600))
+    started_at = held.attempt.started_at
+
+    def look(seconds: float) -> str | None:
+        for _ in range(int(seconds / 10)):
+            elapsed[0] += 10
+            world.clock.advance(10)
+            with world.database.write() as transaction:
+                now = fence.hold(transaction, held.attempt.lease_id, 1)
+                leases.renew(transaction, now, timedelta(seconds=60), None)
+            for replica in replicas:
+                replica.run_once()
+        return world.job(held.job.id).status_detail
+
+    look(20)
+    for number in (1, 2):
+        world.clock.advance(HOUR)
+        assert look(10) == "starting"
+        assert world.attempt(held).started_at == started_at + timedelta(seconds=number * HOUR)
+    assert look(540) == "starting"
+    assert look(20) == "stopping"
+
+
 def test_a_reward_request_keeps_the_time_that_it_has(
     world: World, jump: int, tmp_path: Path
 ) -> None:
     elapsed = [0.0]
-    artifacts = Artifacts(tmp_path / "artifacts")
-    artifacts.prepare()
-    notifier = Notifier(world.database)
-    clocks = {"ttl_seconds": 60.0, "pause_seconds": 1.0, "monotonic": lambda: elapsed[0]}
-    reconciler = Reconciler(world.database, artifacts, Waker(None), notifier, **clocks)  # type: ignore[arg-type] # each has its type
+    reconciler = reconciler_of(world, tmp_path, elapsed)
     held, box = world.running(), SecretBox([Fernet.generate_key().decode()])
     wanted = RewardAnnouncement(
         request_id="rwq_1",
