@@ -270,6 +270,16 @@ def is_any_to_remove(transaction: Transaction) -> bool:
     return transaction.scalars(found.limit(1)).first() is not None
 
 
+def _needed() -> Select[tuple[str]]:
+    """Ids of the checkpoints that an unfinished job starts from."""
+    return (
+        select(JobInputRow.checkpoint_id)
+        .join(JobRow, JobRow.id == JobInputRow.job_id)
+        .where(JobRow.status.not_in(list(TERMINAL)))
+        .correlate(None)
+    )
+
+
 def _superseded() -> Select[tuple[str]]:
     """Ids of the checkpoints that no job keeps.
 
@@ -285,12 +295,6 @@ def _superseded() -> Select[tuple[str]]:
         .label("rank")
     )
     ranked = select(CheckpointRow.id, CheckpointRow.job_id, rank).where(is_whole()).subquery()
-    needed = (
-        select(JobInputRow.checkpoint_id)
-        .join(JobRow, JobRow.id == JobInputRow.job_id)
-        .where(JobRow.status.not_in(list(TERMINAL)))
-        .correlate(None)
-    )
     is_nth = and_(
         JobRow.keep_every.is_not(None),
         CheckpointRow.ordinal > 0,
@@ -306,7 +310,7 @@ def _superseded() -> Select[tuple[str]]:
             ranked.c.id.is_distinct_from(JobRow.best_checkpoint_id),
             ranked.c.id.is_distinct_from(JobRow.result_checkpoint_id),
             ~is_nth,
-            ranked.c.id.not_in(needed),
+            ranked.c.id.not_in(_needed()),
         )
         .correlate(None)
     )
@@ -338,7 +342,10 @@ def mark_superseded(transaction: Transaction) -> int:
 
 
 def _is_inspected(transaction: Transaction) -> ColumnElement[bool]:
-    """Whether a checkpoint was damaged a week ago, and its job has a newer whole one."""
+    """Whether a checkpoint was damaged a week ago, and its job has a newer whole one.
+
+    Results and those that an unfinished job starts from stay: a backup may restore their files.
+    """
     newer = aliased(CheckpointRow)
     has_newer = select(newer.id).where(
         newer.job_id == CheckpointRow.job_id,
@@ -346,10 +353,16 @@ def _is_inspected(transaction: Transaction) -> ColumnElement[bool]:
         newer.status == "available",
         newer.damage.is_(None),
     )
+    result = func.coalesce(JobRow.result_checkpoint_id, JobRow.latest_checkpoint_id)
+    is_result = select(JobRow.id).where(
+        JobRow.id == CheckpointRow.job_id, result == CheckpointRow.id
+    )
     return and_(
         CheckpointRow.status == "available",
         CheckpointRow.damaged_at < transaction.now - KEPT_DAMAGED,
         ~CheckpointRow.is_pinned,
+        ~is_result.exists(),
+        CheckpointRow.id.not_in(_needed()),
         has_newer.exists(),
     )
 

@@ -155,6 +155,22 @@ def test_a_damaged_best_is_replaced_by_the_best_of_the_others(world: World) -> N
         assert checkpoints.mark_inspected(transaction) == 2
 
 
+def test_a_damaged_result_or_base_of_a_job_waits_for_a_backup(world: World) -> None:
+    held = world.running(keep_last=4)
+    result, base, other, _ = (world.publish(held, step) for step in (2, 4, 6, 8))
+    user = world.submit()
+    with world.database.write() as transaction:
+        for row in (result, base, other):
+            checkpoints.set_aside(transaction, row, "it is gone")
+        transaction.get_one(JobRow, held.job.id).result_checkpoint_id = result.id
+        transaction.add(JobInputRow(job_id=user, checkpoint_id=base.id))
+    world.clock.advance(8 * 24 * 3600)
+    with world.database.write() as transaction:
+        assert checkpoints.is_any_to_remove(transaction)
+        assert checkpoints.mark_inspected(transaction) == 1
+        assert [row.id for row in checkpoints.to_remove(transaction)] == [other.id]
+
+
 def test_a_checkpoint_that_was_set_aside_since_it_was_read_is_taken_back(world: World) -> None:
     held = world.running(keep_last=3)
     world.publish(held, 2)
