@@ -52,9 +52,19 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
         NotFoundError: The job has no available checkpoint with this id.
         ConflictError: It is damaged (``checkpoint_damaged``).
     """
-    found = find(transaction, job_id, checkpoint_id)
-    if found is not None and found.status == "available" and found.damage is not None:
+    found = stored(transaction, job_id, checkpoint_id)
+    if found.damage is not None:
         raise damaged(transaction, found)
+    return found
+
+
+def stored(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow:
+    """An available checkpoint of a job, whole or damaged.
+
+    Raises:
+        NotFoundError: The job has no available checkpoint with this id.
+    """
+    found = find(transaction, job_id, checkpoint_id)
     if found is None or found.status != "available":
         raise NotFoundError(
             f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those "
@@ -64,14 +74,15 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
 
 
 def pin(transaction: Transaction, checkpoint: CheckpointRow, *, is_pinned: bool) -> None:
-    """Keep a checkpoint until it is unpinned, or leave it to the job's rules again.
+    """Keep a whole checkpoint until it is unpinned, or leave any to the job's rules again.
 
     Raises:
         NotFoundError: It is being removed.
     """
+    may_change = is_whole() if is_pinned else CheckpointRow.status == "available"
     changed = transaction.execute(
         update(CheckpointRow)
-        .where(CheckpointRow.id == checkpoint.id, is_whole())
+        .where(CheckpointRow.id == checkpoint.id, may_change)
         .values(is_pinned=is_pinned)
         .returning(CheckpointRow.id)
     ).one_or_none()

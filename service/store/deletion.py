@@ -49,12 +49,7 @@ def mark_checkpoint(
             unfinished job starts from it (``checkpoint_in_use``).
     """
     job = jobs.locked(transaction, project_id, job_id)
-    found = checkpoints.find(transaction, job_id, checkpoint_id)
-    if found is None or found.status != "available":
-        raise NotFoundError(
-            f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those "
-            "it has"
-        )
+    found = checkpoints.stored(transaction, job_id, checkpoint_id)
     newest = checkpoints.newest(transaction, job_id)
     if job.status not in TERMINAL and newest is not None and newest.id == checkpoint_id:
         raise ConflictError(
