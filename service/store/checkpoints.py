@@ -28,6 +28,11 @@ def is_whole() -> ColumnElement[bool]:
     return and_(CheckpointRow.status == "available", CheckpointRow.damage.is_(None))
 
 
+def is_kept_by_pin() -> ColumnElement[bool]:
+    """Whether a checkpoint is stored, whole or damaged, and pinned."""
+    return and_(CheckpointRow.status == "available", CheckpointRow.is_pinned)
+
+
 def files_of(checkpoint: CheckpointRow) -> list[ManifestFile]:
     """Name, size and digest of each file, including the manifest."""
     own = ManifestFile(
