@@ -342,8 +342,12 @@ def fleet(transaction: Transaction) -> Fleet:
 
 
 def failures_by_owner(transaction: Transaction) -> Mapping[str, int]:
-    """Number of failures of all stored attempts."""
-    counted = select(AttemptRow.owner, func.count()).where(AttemptRow.failure.is_not(None))
+    """Number of failures of all attempts of jobs that were not deleted."""
+    counted = (
+        select(AttemptRow.owner, func.count())
+        .join(JobRow, JobRow.id == AttemptRow.job_id)
+        .where(AttemptRow.failure.is_not(None), JobRow.deleted_at.is_(None))
+    )
     rows = transaction.execute(counted.group_by(AttemptRow.owner))
     return {owner or "unknown": count for owner, count in rows}
 
