@@ -11,6 +11,7 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import update
 
+from dar.errors import ConflictError
 from dar.protocol.worker import Fail, Release, RewardAnnouncement
 from fakes.world import World
 from service.artifacts import Artifacts
@@ -18,7 +19,7 @@ from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
 from service.secret_box import SecretBox
-from service.store import fence, leases, outcomes, reward_pauses, reward_requests
+from service.store import fence, leases, outcomes, reward_pauses, reward_requests, workers
 from service.store.reward_pauses import RewardCheck
 from service.store.tables import JobRow, RewardRequestRow
 
@@ -67,6 +68,19 @@ def test_waits_of_jobs_end(world: World, jump: int) -> None:
     assert probes_due(world) == [], "the next probe has its usual wait"
     world.clock.advance(60)
     assert probes_due(world) == [paused]
+
+
+def test_a_worker_that_is_gone_frees_its_name(world: World, jump: int) -> None:
+    world.claim(report=world.report("one"))
+    world.clock.advance(jump)
+    with world.database.read() as transaction:
+        assert workers.able(transaction) == []
+        assert [view.state for view in workers.list_all(transaction)] == ["gone"]
+    stranger = {"report": world.report("two"), "incarnation": "life-2"}
+    assert world.claim(**stranger) is None
+    world.clock.advance(-1)  # it is seen by a transaction that began before
+    with pytest.raises(ConflictError):
+        world.claim(report=world.report("three"), incarnation="life-3")
 
 
 def test_a_wait_that_has_begun_is_kept_when_the_clock_goes_on(world: World) -> None:
