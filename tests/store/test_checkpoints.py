@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from dar.errors import ConflictError, NotFoundError
+from dar.protocol.worker import MetricsRow
 from fakes.world import World
-from service.store import checkpoints, fence, transitions
+from service.store import best_checkpoint, checkpoints, fence, rows, transitions
 from service.store.best_checkpoint import Standing
 from service.store.tables import JobInputRow, JobRow
 
@@ -97,6 +98,27 @@ def test_half_an_upload_of_an_ended_attempt_is_removed(world: World) -> None:
         doomed = checkpoints.to_remove(transaction)
         checkpoints.mark_removed(transaction, doomed[0].id)
         assert checkpoints.to_remove(transaction) == []
+
+
+def test_half_an_upload_is_no_checkpoint_before_the_next_one(world: World) -> None:
+    held = world.running()
+    world.publish(held, 2, Standing(1, 0.5))
+    register(world, held, 4, "a" * 64)
+    again = world.claim(held.attempt.slot, incarnation="life-2")
+    assert again is not None
+    metrics = [
+        MetricsRow(type="metrics", seq=seq, step=step, at=0.0, values={"dar/rewards_mean": reward})
+        for seq, (step, reward) in enumerate(((3, 1.0), (4, 2.0), (5, 3.0)), start=1)
+    ]
+    with world.database.write() as transaction:
+        assert checkpoints.mark_abandoned(transaction) == 1
+        now = fence.hold(transaction, again.attempt.lease_id, 2)
+        rows.add(transaction, now, metrics)
+        transaction.flush()
+        manifest = world.manifest(5)
+        made = checkpoints.register(transaction, now.job, now.attempt, manifest, "b" * 64)
+        standing = best_checkpoint.measure(transaction, now.job, made)
+    assert (standing.ordinal, standing.reward) == (2, 2.0), "the mean since step 2"
 
 
 def test_the_newest_the_best_every_nth_and_pinned_ones_are_kept(world: World) -> None:
