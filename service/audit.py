@@ -94,8 +94,8 @@ def audit(
             if transaction.is_postgresql:
                 transaction.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
             job = transaction.get(JobRow, job_id)
-            if job is None:
-                continue  # deleted since its id was read
+            if job is None or job.deleted_at is not None:
+                continue  # its files and rows are being removed
             attempts = transaction.scalars(
                 select(AttemptRow).where(AttemptRow.job_id == job_id).order_by(AttemptRow.number)
             ).all()
@@ -103,7 +103,8 @@ def audit(
                 select(CheckpointRow).where(CheckpointRow.job_id == job_id, checkpoints.is_whole())
             ).all()
             problems = [
-                *_check_ended(job, attempts, kept, is_quiet=is_quiet),
+                *_check_ended(job, attempts, is_quiet=is_quiet),
+                *_check_result(transaction, job),
                 *_check_attempts(job, attempts),
                 *_check_rows(transaction, job, attempts),
                 *_check_events(transaction, job),
@@ -189,11 +190,7 @@ def _check_acknowledged(
 
 
 def _check_ended(
-    job: JobRow,
-    attempts: Sequence[AttemptRow],
-    kept: Sequence[CheckpointRow],
-    *,
-    is_quiet: bool,
+    job: JobRow, attempts: Sequence[AttemptRow], *, is_quiet: bool
 ) -> Iterator[Finding]:
     running = [attempt.number for attempt in attempts if attempt.status == "running"]
     succeeded = [attempt.number for attempt in attempts if attempt.status == "succeeded"]
@@ -208,14 +205,21 @@ def _check_ended(
         # A stopped job may succeed with its newest checkpoint, whatever its last attempt did.
         if succeeded != [job.attempt] and (succeeded or job.stop_requested_at is None):
             yield Finding("ended", f"it succeeded with attempt {job.attempt}, not {succeeded}")
-        if job.result_checkpoint_id not in {checkpoint.id for checkpoint in kept}:
-            yield Finding(
-                "ended", "it succeeded, and the checkpoint of its result is not available"
-            )
     elif succeeded:
         yield Finding("ended", f"it is {job.status}, but attempt {succeeded[0]} succeeded")
     if is_quiet and job.status not in TERMINAL:
         yield Finding("ended", f"it is still {job.status}")
+
+
+def _check_result(transaction: Transaction, job: JobRow) -> Iterator[Finding]:
+    if job.status != "succeeded":
+        return
+    # A job of an earlier version has no result of its own: it is the newest checkpoint.
+    result_id = job.result_checkpoint_id or job.latest_checkpoint_id
+    result = None if result_id is None else checkpoints.find(transaction, job.id, result_id)
+    # One that was set aside has an event; one that is gone was deleted by a user.
+    if result is None or result.status == "pending":
+        yield Finding("ended", "it succeeded, and the checkpoint of its result is not available")
 
 
 def _check_attempts(job: JobRow, attempts: Sequence[AttemptRow]) -> Iterator[Finding]:

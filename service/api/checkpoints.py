@@ -101,7 +101,8 @@ def _pin(
 ) -> Checkpoint:
     with runtime.database.write() as transaction:
         job = jobs.get(transaction, user.project_id, job_id)
-        checkpoint = checkpoints.get(transaction, job.id, checkpoint_id)
+        find = checkpoints.get if is_pinned else checkpoints.stored
+        checkpoint = find(transaction, job.id, checkpoint_id)
         checkpoints.pin(transaction, checkpoint, is_pinned=is_pinned)
         return show(checkpoint, job)
 

@@ -156,7 +156,8 @@ def release(lease_id: LeaseHolder, runtime: CurrentRuntime, body: ReleaseBody) -
 
 def _ended(runtime: Runtime, lease_id: str, said: Complete | Fail | Release) -> Outcome:
     seconds = runtime.settings.reward_probe_seconds
-    with runtime.database.write() as transaction:
+
+    def work(transaction: Transaction) -> Outcome:
         job_id = fence.find(transaction, lease_id).job_id
         outcome = outcomes.end(transaction, lease_id, said, seconds)
         if (outcome.status, outcome.status_detail) == ("paused", "reward"):
@@ -164,7 +165,9 @@ def _ended(runtime: Runtime, lease_id: str, said: Complete | Fail | Release) -> 
         if outcome.status == "queued":
             transaction.after_commit(runtime.waker.wake)
         transaction.after_commit(lambda: runtime.notifier.notify(job_id))
-    return outcome
+        return outcome
+
+    return runtime.database.transact(work)
 
 
 def _claim_once(runtime: Runtime, body: Claim) -> Lease | str | None:

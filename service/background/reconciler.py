@@ -177,6 +177,8 @@ class Reconciler:
         self._leases = SilentLeases(ttl_seconds, max(ttl_seconds / 2, 3 * pause_seconds))
         self._forward_seconds = 0.0
         """By how much the database's clock was set forward, until deadlines are moved along."""
+        self._starts: Mapping[str, datetime] = {}
+        """`stops.starts` before it was set forward."""
         self._next_sweep = monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -194,13 +196,11 @@ class Reconciler:
         """Make one pass. What it finds is done if this replica is elected."""
         try:
             found = self._look()
-            if self._forward_seconds > 0:
-                self._shift_deadlines()
         except SQLAlchemyError:
             self._leases.miss()
             raise
         is_sweep_due = self._monotonic() >= self._next_sweep
-        if not (found.is_anything() or is_sweep_due):
+        if not (found.is_anything() or is_sweep_due or self._forward_seconds > 0):
             return
         with self._database.elected(ELECTION_KEY) as is_elected:
             if is_elected:
@@ -208,6 +208,8 @@ class Reconciler:
 
     def _do(self, found: _Found, *, is_sweep_due: bool) -> None:
         try:
+            if self._forward_seconds > 0:
+                self._shift_deadlines()
             for lease_id, seen in found.expired.items():
                 self._expire(lease_id, seen)
         except SQLAlchemyError:
@@ -235,6 +237,7 @@ class Reconciler:
             running = leases.running(transaction)
             cancelling = leases.unattended_cancellations(transaction)
             waiting = leases.count_due(transaction, UNCLAIMED)
+            starts = stops.starts(transaction)
             over_time = stops.over_time(transaction)
             is_removing = checkpoints.is_any_to_remove(transaction)
         silences = self._leases.look(at, running)
@@ -243,19 +246,23 @@ class Reconciler:
             # A database that answers but takes no writes, as its disk is full, takes no renewals.
             self._database.transact(lambda transaction: leases.rewrite(transaction, silent))
         self._forward_seconds += max(0.0, self._leases.jump(at))
+        if self._forward_seconds == 0.0:
+            self._starts = starts
         self._leases.keep(at, running)
         expired = {name: running[name] for name in silent if silences[name] > self._ttl_seconds}
         return _Found(expired, cancelling, waiting, over_time, is_removing)
 
     def _shift_deadlines(self) -> None:
-        """Give waits that a clock set forward would end at once the time that they had."""
+        """Give waits and jobs that a clock set forward would end at once the time they had."""
         seconds = self._forward_seconds
         log.warning("the clock of the database was set forward", seconds=round(seconds, 1))
         with self._database.write() as transaction:
             forward = timedelta(seconds=seconds)
             reward_requests.shift_deadlines(transaction, forward)
             submission_claims.shift(transaction, forward)
-        self._forward_seconds = 0.0
+            stops.shift_starts(transaction, forward, self._starts)
+            starts = stops.starts(transaction)
+        self._forward_seconds, self._starts = 0.0, starts
 
     def _expire(self, lease_id: str, seen: datetime) -> None:
         with self._database.write() as transaction:

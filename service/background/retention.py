@@ -130,7 +130,7 @@ class Retention:
 
             def mark(transaction: Transaction, old: Sequence[tuple[str, str]] = old) -> int:
                 for project_id, job_id in old:
-                    # Another job starts from it, it was resumed, or it is gone.
+                    # Another job starts from it, it was resumed or pinned, or it is gone.
                     with contextlib.suppress(ConflictError, NotFoundError):
                         deletion.mark_job(transaction, project_id, job_id)
                 return len(old)

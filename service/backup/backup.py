@@ -63,7 +63,8 @@ def _fill(
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
         contents = databases.copy(settings, copied)
         damaged = _take_files(settings, folder, contents, taken, is_copying=is_copying)
-        if not any(why == "missing" for why in damaged.values()):
+        missing = {name for name, why in damaged.items() if why == "missing"}
+        if missing <= contents.set_aside:  # damage that is known needs no newer copy
             break
     for name in taken.keys() - contents.artifacts.keys():
         (folder / ARTIFACTS / name).unlink(missing_ok=True)

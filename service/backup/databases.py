@@ -34,6 +34,8 @@ class Contents:
 
     artifacts: Mapping[str, tuple[int, str]]
     """Size and digest of each file by its path in the artifacts folder."""
+    set_aside: frozenset[str]
+    """Those of checkpoints that are known to be damaged."""
     jobs: int
     unfinished_jobs: Sequence[str]
 
@@ -166,15 +168,20 @@ def _contents(connection: Connection) -> Contents:
         CheckpointRow.manifest,
         CheckpointRow.manifest_bytes,
         CheckpointRow.manifest_sha256,
+        CheckpointRow.damage.is_not(None),
     ).where(CheckpointRow.status == "available")
-    for job_id, attempt, step, manifest, size, sha256 in connection.execute(available):
+    set_aside: set[str] = set()
+    for job_id, attempt, step, manifest, size, sha256, is_damaged in connection.execute(available):
         folder = f"checkpoints/{job_id}/attempt-{attempt}/step-{step}"
-        artifacts[f"{folder}/{MANIFEST_NAME}"] = (size, sha256)
+        files = {f"{folder}/{MANIFEST_NAME}": (size, sha256)}
         for file in manifest["files"]:
-            artifacts[f"{folder}/{file['name']}"] = (file["bytes"], file["sha256"])
+            files[f"{folder}/{file['name']}"] = (file["bytes"], file["sha256"])
+        artifacts |= files
+        set_aside |= files.keys() if is_damaged else set()
     jobs = connection.execute(select(func.count()).select_from(JobRow)).scalar_one()
     unfinished = select(JobRow.id).where(JobRow.status.not_in(list(TERMINAL))).order_by(JobRow.id)
-    return Contents(artifacts, jobs, list(connection.execute(unfinished).scalars()))
+    ids = list(connection.execute(unfinished).scalars())
+    return Contents(artifacts, frozenset(set_aside), jobs, ids)
 
 
 def _tool(settings: Settings, name: str) -> str:

@@ -40,7 +40,7 @@ def measure(transaction: Transaction, job: JobRow, checkpoint: CheckpointRow) ->
         select(func.max(CheckpointRow.step), func.max(CheckpointRow.ordinal)).where(
             CheckpointRow.job_id == job.id,
             CheckpointRow.step < checkpoint.step,
-            CheckpointRow.status != "pending",
+            CheckpointRow.manifest_bytes > 0,  # it was committed, also if it is removed by now
         )
     ).one()
     spec = _dar(job)

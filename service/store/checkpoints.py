@@ -28,6 +28,11 @@ def is_whole() -> ColumnElement[bool]:
     return and_(CheckpointRow.status == "available", CheckpointRow.damage.is_(None))
 
 
+def is_kept_by_pin() -> ColumnElement[bool]:
+    """Whether a checkpoint is stored, whole or damaged, and pinned."""
+    return and_(CheckpointRow.status == "available", CheckpointRow.is_pinned)
+
+
 def files_of(checkpoint: CheckpointRow) -> list[ManifestFile]:
     """Name, size and digest of each file, including the manifest."""
     own = ManifestFile(
@@ -52,9 +57,19 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
         NotFoundError: The job has no available checkpoint with this id.
         ConflictError: It is damaged (``checkpoint_damaged``).
     """
-    found = find(transaction, job_id, checkpoint_id)
-    if found is not None and found.status == "available" and found.damage is not None:
+    found = stored(transaction, job_id, checkpoint_id)
+    if found.damage is not None:
         raise damaged(transaction, found)
+    return found
+
+
+def stored(transaction: Transaction, job_id: str, checkpoint_id: str) -> CheckpointRow:
+    """An available checkpoint of a job, whole or damaged.
+
+    Raises:
+        NotFoundError: The job has no available checkpoint with this id.
+    """
+    found = find(transaction, job_id, checkpoint_id)
     if found is None or found.status != "available":
         raise NotFoundError(
             f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those "
@@ -64,14 +79,15 @@ def get(transaction: Transaction, job_id: str, checkpoint_id: str) -> Checkpoint
 
 
 def pin(transaction: Transaction, checkpoint: CheckpointRow, *, is_pinned: bool) -> None:
-    """Keep a checkpoint until it is unpinned, or leave it to the job's rules again.
+    """Keep a whole checkpoint until it is unpinned, or leave any to the job's rules again.
 
     Raises:
         NotFoundError: It is being removed.
     """
+    may_change = is_whole() if is_pinned else CheckpointRow.status == "available"
     changed = transaction.execute(
         update(CheckpointRow)
-        .where(CheckpointRow.id == checkpoint.id, is_whole())
+        .where(CheckpointRow.id == checkpoint.id, may_change)
         .values(is_pinned=is_pinned)
         .returning(CheckpointRow.id)
     ).one_or_none()
@@ -270,6 +286,16 @@ def is_any_to_remove(transaction: Transaction) -> bool:
     return transaction.scalars(found.limit(1)).first() is not None
 
 
+def _needed() -> Select[tuple[str]]:
+    """Ids of the checkpoints that an unfinished job starts from."""
+    return (
+        select(JobInputRow.checkpoint_id)
+        .join(JobRow, JobRow.id == JobInputRow.job_id)
+        .where(JobRow.status.not_in(list(TERMINAL)))
+        .correlate(None)
+    )
+
+
 def _superseded() -> Select[tuple[str]]:
     """Ids of the checkpoints that no job keeps.
 
@@ -285,12 +311,6 @@ def _superseded() -> Select[tuple[str]]:
         .label("rank")
     )
     ranked = select(CheckpointRow.id, CheckpointRow.job_id, rank).where(is_whole()).subquery()
-    needed = (
-        select(JobInputRow.checkpoint_id)
-        .join(JobRow, JobRow.id == JobInputRow.job_id)
-        .where(JobRow.status.not_in(list(TERMINAL)))
-        .correlate(None)
-    )
     is_nth = and_(
         JobRow.keep_every.is_not(None),
         CheckpointRow.ordinal > 0,
@@ -306,7 +326,7 @@ def _superseded() -> Select[tuple[str]]:
             ranked.c.id.is_distinct_from(JobRow.best_checkpoint_id),
             ranked.c.id.is_distinct_from(JobRow.result_checkpoint_id),
             ~is_nth,
-            ranked.c.id.not_in(needed),
+            ranked.c.id.not_in(_needed()),
         )
         .correlate(None)
     )
@@ -338,7 +358,10 @@ def mark_superseded(transaction: Transaction) -> int:
 
 
 def _is_inspected(transaction: Transaction) -> ColumnElement[bool]:
-    """Whether a checkpoint was damaged a week ago, and its job has a newer whole one."""
+    """Whether a checkpoint was damaged a week ago, and its job has a newer whole one.
+
+    Results and those that an unfinished job starts from stay: a backup may restore their files.
+    """
     newer = aliased(CheckpointRow)
     has_newer = select(newer.id).where(
         newer.job_id == CheckpointRow.job_id,
@@ -346,10 +369,16 @@ def _is_inspected(transaction: Transaction) -> ColumnElement[bool]:
         newer.status == "available",
         newer.damage.is_(None),
     )
+    result = func.coalesce(JobRow.result_checkpoint_id, JobRow.latest_checkpoint_id)
+    is_result = select(JobRow.id).where(
+        JobRow.id == CheckpointRow.job_id, result == CheckpointRow.id
+    )
     return and_(
         CheckpointRow.status == "available",
         CheckpointRow.damaged_at < transaction.now - KEPT_DAMAGED,
         ~CheckpointRow.is_pinned,
+        ~is_result.exists(),
+        CheckpointRow.id.not_in(_needed()),
         has_newer.exists(),
     )
 
@@ -437,11 +466,36 @@ def due_for_scrub(transaction: Transaction, period: timedelta) -> CheckpointRow 
     ).one_or_none()
 
 
+def _locked(
+    transaction: Transaction, checkpoint: CheckpointRow
+) -> tuple[JobRow, CheckpointRow] | None:
+    """A checkpoint as it is now, with its job locked; None: both were removed.
+
+    Deletions lock in this order too: first the job, then its checkpoints.
+    """
+    job = transaction.scalars(
+        select(JobRow)
+        .where(JobRow.id == checkpoint.job_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    now = transaction.scalars(
+        select(CheckpointRow)
+        .where(CheckpointRow.id == checkpoint.id)
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    return None if job is None or now is None else (job, now)
+
+
 def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) -> bool:
     """Keep a damaged checkpoint from being used; returns whether it was in use until now.
 
     The job then resumes from the next older one that is whole.
     """
+    locked = _locked(transaction, checkpoint)
+    if locked is None:
+        return False
+    job, checkpoint = locked
     marked = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, is_whole())
@@ -450,7 +504,6 @@ def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) 
     ).one_or_none()
     if marked is None:
         return False
-    job = transaction.get_one(JobRow, checkpoint.job_id)
     older = newest(transaction, job.id)
     point_to(transaction, job, older)
     message = f"checkpoint of step {checkpoint.step} is damaged and was set aside: {damage}"
@@ -466,14 +519,19 @@ def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) 
 
 def note_whole(transaction: Transaction, checkpoint: CheckpointRow) -> None:
     """Note that every byte of a checkpoint is right; one that was set aside is used again."""
-    transaction.execute(
+    locked = _locked(transaction, checkpoint)
+    if locked is None:
+        return
+    job, checkpoint = locked
+    was_damaged = checkpoint.damage is not None
+    marked = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, CheckpointRow.status == "available")
         .values(verified_at=transaction.now, damage=None, damaged_at=None)
-    )
-    if checkpoint.damage is None:
+        .returning(CheckpointRow.id)
+    ).one_or_none()
+    if marked is None or not was_damaged:
         return
-    job = transaction.get_one(JobRow, checkpoint.job_id)
     point_to(transaction, job, newest(transaction, job.id))
     message = f"checkpoint of step {checkpoint.step} is whole again"
     _tell(transaction, checkpoint, "checkpoint_whole", message, "info")

@@ -19,8 +19,8 @@ def mark_job(transaction: Transaction, project_id: str, job_id: str) -> None:
 
     Raises:
         NotFoundError: The project has no job with this id.
-        ConflictError: It has not ended (``job_not_ended``), or another unfinished job starts from
-            one of its checkpoints (``checkpoint_in_use``).
+        ConflictError: It has not ended (``job_not_ended``), or one of its checkpoints is pinned or
+            another unfinished job starts from one (``checkpoint_in_use``).
     """
     job = jobs.locked(transaction, project_id, job_id)
     if job.status not in TERMINAL:
@@ -28,6 +28,16 @@ def mark_job(transaction: Transaction, project_id: str, job_id: str) -> None:
             f"job {job_id} is {job.status}, and only a job that has ended can be deleted; cancel it "
             "first, or wait for its end",
             code="job_not_ended",
+        )
+    pinned = transaction.scalars(
+        select(func.min(CheckpointRow.id)).where(
+            CheckpointRow.job_id == job_id, checkpoints.is_kept_by_pin()
+        )
+    ).one()
+    if pinned is not None:
+        raise ConflictError(
+            f"checkpoint {pinned} of job {job_id} is pinned; unpin it first",
+            code="checkpoint_in_use",
         )
     _mark(transaction, CheckpointRow.job_id == job_id)
     transaction.execute(
@@ -49,12 +59,7 @@ def mark_checkpoint(
             unfinished job starts from it (``checkpoint_in_use``).
     """
     job = jobs.locked(transaction, project_id, job_id)
-    found = checkpoints.find(transaction, job_id, checkpoint_id)
-    if found is None or found.status != "available":
-        raise NotFoundError(
-            f"job {job_id} has no checkpoint {checkpoint_id!r}; its checkpoints route lists those "
-            "it has"
-        )
+    found = checkpoints.stored(transaction, job_id, checkpoint_id)
     newest = checkpoints.newest(transaction, job_id)
     if job.status not in TERMINAL and newest is not None and newest.id == checkpoint_id:
         raise ConflictError(

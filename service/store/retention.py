@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from dar.settings import Settings
+from service.store import checkpoints
 from service.store.database import Transaction
 from service.store.tables import (
     AttemptRow,
@@ -264,14 +265,20 @@ def old_jobs(
     """Project and id of jobs that ended too long ago, in the order of their ids."""
     if not settings.jobs_kept_days:
         return []
-    cutoff = transaction.now - timedelta(days=settings.jobs_kept_days)
     found = transaction.execute(
         select(JobRow.project_id, JobRow.id)
-        .where(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None), JobRow.id > after)
+        .where(_is_old(transaction, settings), JobRow.id > after)
         .order_by(JobRow.id)
         .limit(OWNERS)
     ).all()
     return [(project_id, job_id) for project_id, job_id in found]
+
+
+def _is_old(transaction: Transaction, settings: Settings) -> ColumnElement[bool]:
+    """Whether a job ended too long ago, and has no pinned checkpoint."""
+    cutoff = transaction.now - timedelta(days=settings.jobs_kept_days)
+    pinned = select(CheckpointRow.job_id).where(checkpoints.is_kept_by_pin()).correlate(None)
+    return and_(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None), JobRow.id.not_in(pinned))
 
 
 # --- deleted jobs ---
@@ -364,8 +371,7 @@ def _count_oldest(transaction: Transaction, surplus: int) -> int:
 def _jobs_that_go(transaction: Transaction, settings: Settings) -> Surplus:
     rows = size = 0
     if settings.jobs_kept_days:
-        cutoff = transaction.now - timedelta(days=settings.jobs_kept_days)
-        old = and_(JobRow.finished_at < cutoff, JobRow.deleted_at.is_(None))
+        old = _is_old(transaction, settings)
         rows = _rows_of(transaction, JobRow, old)
         weights = (
             select(func.coalesce(func.sum(CheckpointRow.bytes), 0))

@@ -234,7 +234,12 @@ def of_job(transaction: Transaction, job_id: str) -> dict[str, RewardEndpointRow
 
 def usage(transaction: Transaction, endpoint_id: str) -> tuple[dict[str, int], int, str | None]:
     """Counts by status of the jobs that name an endpoint, the sum of their steps, the newest id."""
-    named = select(JobEndpointRow.job_id).where(JobEndpointRow.endpoint_id == endpoint_id)
+    named = (
+        select(JobEndpointRow.job_id)
+        .join(JobRow, JobRow.id == JobEndpointRow.job_id)
+        .where(JobEndpointRow.endpoint_id == endpoint_id, JobRow.deleted_at.is_(None))
+        .correlate(None)
+    )
     rows = transaction.execute(
         select(JobRow.status, func.count(), func.sum(JobRow.step))
         .where(JobRow.id.in_(named))

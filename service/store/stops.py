@@ -6,6 +6,7 @@ without one is tried again, for one step.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime, timedelta
 
 from sqlalchemy import or_, select, update
 
@@ -116,6 +117,37 @@ def check_time(transaction: Transaction, job_id: str) -> bool:
     if limit is None or seconds < limit:
         return False
     return _reach(transaction, job, f"limits.max_seconds: it ran for {seconds:.0f} of {limit:g} s")
+
+
+def starts(transaction: Transaction) -> Mapping[str, datetime]:
+    """When each running attempt has started, by its lease."""
+    rows = transaction.execute(
+        select(AttemptRow.lease_id, AttemptRow.started_at).where(AttemptRow.status == "running")
+    ).all()
+    return {lease_id: started_at for lease_id, started_at in rows}  # noqa: C416 - `dict(rows)` has no type that fits
+
+
+def shift_starts(
+    transaction: Transaction, forward: timedelta, before: Mapping[str, datetime]
+) -> None:
+    """Move the starts of running attempts along with a clock that was set ``forward``.
+
+    Args:
+        transaction: The transaction to write in.
+        forward: By how much the clock was set.
+        before: `starts` before that. One that has changed was moved by another replica.
+    """
+    for lease_id, started_at in sorted(before.items()):
+        transaction.execute(
+            update(AttemptRow)
+            .where(
+                AttemptRow.lease_id == lease_id,
+                AttemptRow.status == "running",
+                AttemptRow.started_at == started_at,
+            )
+            .values(started_at=started_at + forward)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def _seconds_run(transaction: Transaction, job_ids: Collection[str]) -> Mapping[str, float]:

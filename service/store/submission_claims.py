@@ -55,13 +55,12 @@ class SubmissionClaim:
 
     def match(self, number: int) -> JobRow | None:
         """The job of the newest call that lacks the try ``number``; None: a new call begins."""
-        call = self._call_without(number)
-        return None if call is None else self._transaction.get(JobRow, call.job_id)
+        return self._job_of(self._call_without(number))
 
     def take(self, number: int) -> JobRow | None:
         """Like `match`, and note the try as one of that call."""
         call = self._call_without(number)
-        job = None if call is None else self._transaction.get(JobRow, call.job_id)
+        job = self._job_of(call)
         if call is not None and job is not None:
             call.tries.append(number)
             call.at = self._transaction.now.timestamp()
@@ -72,6 +71,10 @@ class SubmissionClaim:
         """Note a new call, whose try ``number`` has made a job."""
         self._calls.append(SubmittedCall(job_id, [number], self._transaction.now.timestamp()))
         self._store()
+
+    def _job_of(self, call: SubmittedCall | None) -> JobRow | None:
+        job = None if call is None else self._transaction.get(JobRow, call.job_id)
+        return None if job is None or job.deleted_at is not None else job
 
     def _call_without(self, number: int) -> SubmittedCall | None:
         oldest = (self._transaction.now - FIRST_WINDOW).timestamp()

@@ -26,6 +26,9 @@ USUAL_INTERVAL = 20.0
 """`WorkerReport.interval_seconds` of a worker that reports none."""
 MISSED_INTERVALS = 3
 SLACK_SECONDS = 5.0
+LATEST_SEEN = timedelta(seconds=SLACK_SECONDS)
+"""How far ahead of a transaction's time a worker may have been seen: it may have waited for the
+lock of a later one. What is further ahead was written before the clock was set back."""
 MOST_EARLIER = 16
 """Replaced incarnations that are remembered."""
 FIRST_BACKOFF_SECONDS = 10.0
@@ -117,8 +120,13 @@ def _refuse_if_alive(transaction: Transaction, row: WorkerRow) -> None:
     running = select(AttemptRow.job_id).where(
         AttemptRow.status == "running", AttemptRow.node == row.node, AttemptRow.slot == row.slot
     )
-    if row.alive_until > transaction.now or transaction.scalars(running).first() is not None:
+    if _is_alive(row, transaction.now) or transaction.scalars(running).first() is not None:
         raise _taken(row, "is alive", transaction.now)
+
+
+def _is_alive(row: WorkerRow, now: datetime) -> bool:
+    """Whether a worker was seen lately. A clock that was set back ends that too."""
+    return row.seen_at <= now + LATEST_SEEN and row.alive_until > now
 
 
 def _taken(row: WorkerRow, what: str, now: datetime) -> ConflictError:
@@ -148,6 +156,7 @@ def is_able(row: type[WorkerRow], now: datetime) -> ColumnElement[bool]:
     return and_(
         row.duty == "work",
         row.is_fit,
+        row.seen_at <= now + LATEST_SEEN,
         row.alive_until > now,
         or_(
             row.retry_at.is_(None),
@@ -308,7 +317,7 @@ def state_of(row: WorkerRow, now: datetime, *, is_busy: bool) -> tuple[WorkerSta
     """What a worker does, and why it gets no job."""
     if row.duty == "ban":
         return "banned", row.duty_reason or "an operator has banned it"
-    if row.alive_until <= now and not is_busy:
+    if not _is_alive(row, now) and not is_busy:
         if (row.report or {}).get("is_leaving"):
             return "gone", "it was stopped"
         return "gone", "it sends nothing any more: it, its machine or its network has failed"
@@ -349,8 +358,12 @@ def fleet(transaction: Transaction) -> Fleet:
 
 
 def failures_by_owner(transaction: Transaction) -> Mapping[str, int]:
-    """Number of failures of all stored attempts."""
-    counted = select(AttemptRow.owner, func.count()).where(AttemptRow.failure.is_not(None))
+    """Number of failures of all attempts of jobs that were not deleted."""
+    counted = (
+        select(AttemptRow.owner, func.count())
+        .join(JobRow, JobRow.id == AttemptRow.job_id)
+        .where(AttemptRow.failure.is_not(None), JobRow.deleted_at.is_(None))
+    )
     rows = transaction.execute(counted.group_by(AttemptRow.owner))
     return {owner or "unknown": count for owner, count in rows}
 

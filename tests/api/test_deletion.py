@@ -41,7 +41,9 @@ def the_retention(live: Live) -> Retention:
 def test_a_deleted_job_is_gone_at_once_and_leaves_nothing(
     live: Live, error_of: Callable[..., Any]
 ) -> None:
-    job, (checkpoint, _), lease = finish(live)
+    content = b'{"prompt": "a"}\n{"prompt": "b"}\n'
+    file_id = live.upload(content).json()["id"]
+    job, (checkpoint, _), lease = finish(live, training_file=file_id)
     path = f"{PATH}/{job['id']}"
     folder = live.runtime.artifacts.root / "checkpoints" / job["id"]
     assert folder.is_dir()
@@ -57,6 +59,12 @@ def test_a_deleted_job_is_gone_at_once_and_leaves_nothing(
     names = [model["id"] for model in live.http.get("/v1/models").json()["data"]]
     assert names == ["base"]
     assert lease.say({"type": "metrics", "step": 2, "values": {}}).status_code == 404
+    retried = {"x-stainless-retry-count": "1"}
+    with live.client(live.key("api_key"), **retried) as client:
+        again = client.post(PATH, json=live.spec(training_file=file_id)).json()
+    assert again["id"] != job["id"], "a retry makes a new job, as the first one is gone"
+    live.http.post(f"{PATH}/{again['id']}/cancel")
+    assert live.http.delete(f"{PATH}/{again['id']}").status_code == 200
     the_retention(live).run_once()
     assert not folder.exists()
     with live.runtime.database.read() as transaction:

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from fakes.live_service import Live
 from fakes.row_audit import audit_rows
+from service.store import outcomes
 
 WEIGHTS = b"weights" * 1000
 
@@ -171,6 +173,29 @@ def test_a_late_attempt_is_turned_away_but_its_rows_are_kept(
     kept = live.job(job_id, "/metrics", rewound=True)
     assert kept["series"] == {}
     assert kept["rewound"][0]["series"]["dar/loss"]["step"] == [1, 2]
+
+
+class DeadlockError(Exception):
+    """What PostgreSQL's driver says of a transaction that it rolled back."""
+
+    sqlstate = "40P01"
+
+
+def test_the_end_of_an_attempt_that_meets_a_deadlock_is_tried_again(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, lease = live.running()
+    real, tries = outcomes.end, []
+
+    def end(*arguments: Any) -> Any:
+        tries.append(real(*arguments))
+        if len(tries) == 1:
+            raise OperationalError("UPDATE", None, DeadlockError())
+        return tries[-1]
+
+    monkeypatch.setattr(outcomes, "end", end)
+    assert lease.post("/release", reason="drained").status_code == 200
+    assert (len(tries), live.job(job_id)["status"]) == (2, "queued")
 
 
 def test_a_token_opens_its_own_lease_only(live: Live, error_of: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from dar.protocol.worker import Complete, MetricsRow
 from fakes.world import World
 from service.artifacts import Artifacts
 from service.audit import RULES, Acknowledged, Report, audit, lines, read_acknowledged
-from service.store import checkpoints, fence, outcomes, rows
+from service.store import checkpoints, deletion, fence, outcomes, rows
 from service.store.database import Transaction
 from service.store.fence import Held
 from service.store.tables import (
@@ -102,7 +103,7 @@ def _lose_rows(transaction: Transaction) -> None:
 DAMAGES: dict[str, tuple[str, Callable[[Transaction], object]]] = {
     "the checkpoint of its result is not available": (
         "ended",
-        lambda it: it.execute(update(CheckpointRow).values(status="deleted")),
+        lambda it: it.execute(update(CheckpointRow).values(status="pending")),
     ),
     "succeeded with attempt 2, not [1, 2]": (
         "ended",
@@ -154,6 +155,28 @@ def test_a_sound_installation_has_no_finding(sound: Sound) -> None:
     assert [line.split(":")[0] for line in lines(report)[1:]] == [
         f"ok     {rule}" for rule in RULES
     ]
+
+
+SOUND: dict[str, dict[str, object]] = {
+    "set aside": {"damage": "it is gone", "damaged_at": datetime.now(UTC)},
+    "being deleted": {"status": "deleting"},
+    "deleted": {"status": "deleted"},
+}
+"""What may become of the result of a job -> the columns of its checkpoint."""
+
+
+@pytest.mark.parametrize("dialect", ["sqlite"])
+@pytest.mark.parametrize("what", [*SOUND, "of an earlier version", "of a deleted job"])
+def test_what_users_and_the_service_do_to_a_result_is_no_finding(sound: Sound, what: str) -> None:
+    with sound.world.database.write() as transaction:
+        if what == "of an earlier version":
+            transaction.execute(update(JobRow).values(result_checkpoint_id=None))
+        elif what == "of a deleted job":
+            deletion.mark_job(transaction, sound.world.project_id, sound.job_id)
+            transaction.execute(delete(MetricRow).where(MetricRow.step == 1))
+        else:
+            transaction.execute(update(CheckpointRow).values(SOUND[what]))
+    assert sound.audit(Acknowledged(sound.job_id, "a")).findings == []
 
 
 @pytest.mark.parametrize("dialect", ["sqlite"])

@@ -193,6 +193,25 @@ def test_what_is_damaged_already_is_named_and_left_out(
     assert f"{installed.held.job.id} had not ended and goes on" in capsys.readouterr().out
 
 
+def test_the_database_is_copied_once_though_files_of_a_damaged_checkpoint_are_missing(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, copies = databases.copy, []
+
+    def counted(*arguments: Any) -> databases.Contents:
+        copies.append(copy(*arguments))
+        return copies[-1]
+
+    monkeypatch.setattr(databases, "copy", counted)
+    made = installed.publish(4)
+    (installed.checkpoint(4) / "model.safetensors").unlink()
+    with installed.world.database.write() as transaction:
+        assert checkpoints.set_aside(transaction, made, "model.safetensors is missing")
+    manifest = json.loads((installed.take() / "backup.json").read_text())
+    assert "step-4/model.safetensors is missing" in manifest["damaged"][0]
+    assert len(copies) == 1
+
+
 def changed_manifest(taken: Path, **values: Any) -> None:
     path = taken / "backup.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

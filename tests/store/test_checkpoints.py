@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from dar.errors import ConflictError, NotFoundError
+from dar.protocol.worker import MetricsRow
 from fakes.world import World
-from service.store import checkpoints, fence, transitions
+from service.store import best_checkpoint, checkpoints, fence, rows, transitions
 from service.store.best_checkpoint import Standing
 from service.store.tables import JobInputRow, JobRow
 
@@ -99,6 +100,27 @@ def test_half_an_upload_of_an_ended_attempt_is_removed(world: World) -> None:
         assert checkpoints.to_remove(transaction) == []
 
 
+def test_half_an_upload_is_no_checkpoint_before_the_next_one(world: World) -> None:
+    held = world.running()
+    world.publish(held, 2, Standing(1, 0.5))
+    register(world, held, 4, "a" * 64)
+    again = world.claim(held.attempt.slot, incarnation="life-2")
+    assert again is not None
+    metrics = [
+        MetricsRow(type="metrics", seq=seq, step=step, at=0.0, values={"dar/rewards_mean": reward})
+        for seq, (step, reward) in enumerate(((3, 1.0), (4, 2.0), (5, 3.0)), start=1)
+    ]
+    with world.database.write() as transaction:
+        assert checkpoints.mark_abandoned(transaction) == 1
+        now = fence.hold(transaction, again.attempt.lease_id, 2)
+        rows.add(transaction, now, metrics)
+        transaction.flush()
+        manifest = world.manifest(5)
+        made = checkpoints.register(transaction, now.job, now.attempt, manifest, "b" * 64)
+        standing = best_checkpoint.measure(transaction, now.job, made)
+    assert (standing.ordinal, standing.reward) == (2, 2.0), "the mean since step 2"
+
+
 def test_the_newest_the_best_every_nth_and_pinned_ones_are_kept(world: World) -> None:
     held = world.running(keep_last=1, keep_every=3)
     rewards = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2, 10: 0.5, 12: 0.4, 14: 0.1, 16: None}
@@ -153,3 +175,32 @@ def test_a_damaged_best_is_replaced_by_the_best_of_the_others(world: World) -> N
     world.publish(held, 8)
     with world.database.write() as transaction:
         assert checkpoints.mark_inspected(transaction) == 2
+
+
+def test_a_damaged_result_or_base_of_a_job_waits_for_a_backup(world: World) -> None:
+    held = world.running(keep_last=4)
+    result, base, other, _ = (world.publish(held, step) for step in (2, 4, 6, 8))
+    user = world.submit()
+    with world.database.write() as transaction:
+        for row in (result, base, other):
+            checkpoints.set_aside(transaction, row, "it is gone")
+        transaction.get_one(JobRow, held.job.id).result_checkpoint_id = result.id
+        transaction.add(JobInputRow(job_id=user, checkpoint_id=base.id))
+    world.clock.advance(8 * 24 * 3600)
+    with world.database.write() as transaction:
+        assert checkpoints.is_any_to_remove(transaction)
+        assert checkpoints.mark_inspected(transaction) == 1
+        assert [row.id for row in checkpoints.to_remove(transaction)] == [other.id]
+
+
+def test_a_checkpoint_that_was_set_aside_since_it_was_read_is_taken_back(world: World) -> None:
+    held = world.running(keep_last=3)
+    world.publish(held, 2)
+    last = world.publish(held, 4)
+    with world.database.write() as transaction:
+        assert checkpoints.set_aside(transaction, last, "it is gone")
+    assert last.damage is None, "it is as it was read"
+    with world.database.write() as transaction:
+        checkpoints.note_whole(transaction, last)
+    assert world.job(held.job.id).latest_checkpoint_id == last.id
+    assert world.events(held.job.id)[-1].message == "checkpoint of step 4 is whole again"

@@ -11,6 +11,7 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import update
 
+from dar.errors import ConflictError
 from dar.protocol.worker import Fail, Release, RewardAnnouncement
 from fakes.world import World
 from service.artifacts import Artifacts
@@ -18,7 +19,7 @@ from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
 from service.secret_box import SecretBox
-from service.store import fence, leases, outcomes, reward_pauses, reward_requests
+from service.store import fence, leases, outcomes, reward_pauses, reward_requests, workers
 from service.store.reward_pauses import RewardCheck
 from service.store.tables import JobRow, RewardRequestRow
 
@@ -69,6 +70,19 @@ def test_waits_of_jobs_end(world: World, jump: int) -> None:
     assert probes_due(world) == [paused]
 
 
+def test_a_worker_that_is_gone_frees_its_name(world: World, jump: int) -> None:
+    world.claim(report=world.report("one"))
+    world.clock.advance(jump)
+    with world.database.read() as transaction:
+        assert workers.able(transaction) == []
+        assert [view.state for view in workers.list_all(transaction)] == ["gone"]
+    stranger = {"report": world.report("two"), "incarnation": "life-2"}
+    assert world.claim(**stranger) is None
+    world.clock.advance(-1)  # it is seen by a transaction that began before
+    with pytest.raises(ConflictError):
+        world.claim(report=world.report("three"), incarnation="life-3")
+
+
 def test_a_wait_that_has_begun_is_kept_when_the_clock_goes_on(world: World) -> None:
     waiting = world.submit(not_before=world.clock.now + timedelta(seconds=60))
     world.clock.advance(30)
@@ -88,15 +102,48 @@ def test_a_wait_that_an_earlier_version_has_set_is_kept(world: World) -> None:
     assert world.claim() is not None
 
 
+def reconciler_of(world: World, folder: Path, elapsed: list[float]) -> Reconciler:
+    """A reconciler whose own clock is ``elapsed``."""
+    artifacts = Artifacts(folder / "artifacts")
+    artifacts.prepare()
+    notifier = Notifier(world.database)
+    clocks = {"ttl_seconds": 60.0, "pause_seconds": 1.0, "monotonic": lambda: elapsed[0]}
+    return Reconciler(world.database, artifacts, Waker(None), notifier, **clocks)  # type: ignore[arg-type] # each has its type
+
+
+def test_a_job_runs_for_as_long_as_it_may_with_several_replicas(
+    world: World, tmp_path: Path
+) -> None:
+    elapsed = [0.0]
+    replicas = [reconciler_of(world, tmp_path, elapsed) for _ in range(2)]
+    held = world.running(spec=world.limited(max_seconds=600))
+    started_at = held.attempt.started_at
+
+    def look(seconds: float) -> str | None:
+        for _ in range(int(seconds / 10)):
+            elapsed[0] += 10
+            world.clock.advance(10)
+            with world.database.write() as transaction:
+                now = fence.hold(transaction, held.attempt.lease_id, 1)
+                leases.renew(transaction, now, timedelta(seconds=60), None)
+            for replica in replicas:
+                replica.run_once()
+        return world.job(held.job.id).status_detail
+
+    look(20)
+    for number in (1, 2):
+        world.clock.advance(HOUR)
+        assert look(10) == "starting"
+        assert world.attempt(held).started_at == started_at + timedelta(seconds=number * HOUR)
+    assert look(540) == "starting"
+    assert look(20) == "stopping"
+
+
 def test_a_reward_request_keeps_the_time_that_it_has(
     world: World, jump: int, tmp_path: Path
 ) -> None:
     elapsed = [0.0]
-    artifacts = Artifacts(tmp_path / "artifacts")
-    artifacts.prepare()
-    notifier = Notifier(world.database)
-    clocks = {"ttl_seconds": 60.0, "pause_seconds": 1.0, "monotonic": lambda: elapsed[0]}
-    reconciler = Reconciler(world.database, artifacts, Waker(None), notifier, **clocks)  # type: ignore[arg-type] # each has its type
+    reconciler = reconciler_of(world, tmp_path, elapsed)
     held, box = world.running(), SecretBox([Fernet.generate_key().decode()])
     wanted = RewardAnnouncement(
         request_id="rwq_1",

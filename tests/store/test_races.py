@@ -9,7 +9,7 @@ import pytest
 
 from dar.errors import ConflictError
 from fakes.world import World
-from service.store import checkpoints, files, jobs, transitions
+from service.store import checkpoints, deletion, files, jobs, transitions
 from service.store.database import Transaction
 from service.store.tables import FileRow, JobInputRow, JobRow
 
@@ -94,3 +94,23 @@ def test_a_checkpoint_is_not_removed_under_a_submission(world: World) -> None:
     assert outcome == [0]
     with world.database.write() as submission:
         assert not checkpoints.keep(submission, ["ckpt-none"])
+
+
+@pytest.mark.parametrize("work", [checkpoints.set_aside, checkpoints.note_whole])
+def test_a_verification_and_a_deletion_do_not_wait_for_each_other(world: World, work: Any) -> None:
+    held = world.running()
+    older = world.publish(held, 2)
+    world.publish(held, 4)
+    said = ("it is gone",) if work is checkpoints.set_aside else ()
+    if not said:
+        with world.database.write() as transaction:
+            checkpoints.set_aside(transaction, older, "it is gone")
+    verify = in_transaction(world, lambda tx: work(tx, older, *said))
+    with world.database.write() as user:
+        jobs.locked(user, world.project_id, held.job.id)
+        with meanwhile(verify) as outcome:
+            deletion.mark_checkpoint(user, world.project_id, held.job.id, older.id)
+            user.commit()
+    assert outcome == [False if said else None]
+    kinds = [event.data.get("kind") for event in world.events(held.job.id)]
+    assert kinds[-1] == "checkpoint_deleted", "what was deleted is neither damaged nor whole"

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, update
 
+from dar.errors import ConflictError
 from dar.settings import Settings
 from fakes.world import World
 from service.artifacts import Artifacts
 from service.background.retention import Retention
-from service.store import deletion, retention
+from service.store import checkpoints, deletion, retention
 from service.store.tables import (
     AttemptRow,
     CheckpointRow,
@@ -117,6 +118,23 @@ def test_jobs_and_keys_go_by_age_if_the_settings_say_so(setup: Setup) -> None:
     setup.retention(jobs_kept_days=30).run_once()
     left = {name: count for name, count in setup.counts().items() if count}
     assert left == {"jobs": 1, "job_events": 1}
+
+
+def test_a_job_with_a_pinned_checkpoint_stays_until_that_is_unpinned(setup: Setup) -> None:
+    held = setup.world.running()
+    made, job_id = setup.world.publish(held, 2), held.job.id
+    setup.end(job_id, days_ago=31)
+    settings = Settings(jobs_kept_days=30)
+    for is_pinned, count in ((True, 0), (False, 1)):
+        with setup.world.database.write() as transaction:
+            checkpoints.pin(transaction, made, is_pinned=is_pinned)
+            goes = {one.what: one.rows for one in retention.surpluses(transaction, settings)}
+            assert len(retention.old_jobs(transaction, settings)) == goes["jobs"] == count
+            if is_pinned:
+                with pytest.raises(ConflictError, match="is pinned; unpin it first"):
+                    deletion.mark_job(transaction, setup.world.project_id, job_id)
+        setup.retention(jobs_kept_days=30).run_once()
+        assert setup.counts()["jobs"] == 1 - count
 
 
 def test_the_oldest_samples_go_first_and_the_best_and_worst_of_a_step_last(setup: Setup) -> None:

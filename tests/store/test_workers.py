@@ -143,6 +143,18 @@ def test_a_worker_backs_off_longer_after_each_fault_of_its_own_and_forgets_them(
     assert (worker(world).faults, worker(world).retry_at) == (0, None)
 
 
+def test_failures_of_deleted_jobs_are_not_counted(world: World) -> None:
+    kept, gone = world.running(), world.running()
+    for held in (kept, gone):
+        fail(world, held, "service")
+    with world.database.write() as transaction:
+        assert workers.failures_by_owner(transaction) == {"service": 2}
+        job = transaction.get_one(tables.JobRow, gone.job.id)
+        job.deleted_at = transaction.now
+        transaction.flush()
+        assert workers.failures_by_owner(transaction) == {"service": 1}
+
+
 def test_a_worker_with_a_fault_gets_no_job_before_its_check_passes(world: World) -> None:
     job_id = world.submit()
     fault = {"code": "disk_full", "message": "200 MB are free"}

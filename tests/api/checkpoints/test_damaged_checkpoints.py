@@ -90,6 +90,21 @@ def test_a_scrub_finds_altered_bytes_and_takes_restored_files_back(live: Live, t
     )
 
 
+def test_a_damaged_checkpoint_is_unpinned_and_deleted(
+    live: Live, two: Any, error_of: Callable[..., Any]
+) -> None:
+    job_id, _, (older, _) = two
+    path = f"/v1/fine_tuning/jobs/{job_id}/checkpoints/{older}"
+    assert live.http.post(f"{path}/pin").status_code == 200
+    (folder_of(live, job_id, 2) / "model.safetensors").unlink()
+    scrub(live)
+    assert error_of(live.http.post(f"{path}/pin"))["code"] == "checkpoint_damaged"
+    assert error_of(live.http.delete(path))["code"] == "checkpoint_in_use"
+    assert not live.http.post(f"{path}/unpin").json()["is_pinned"]
+    assert live.http.delete(path).status_code == 200
+    assert live.http.post(f"{path}/unpin").status_code == 404
+
+
 def test_a_volume_that_is_not_mounted_damages_nothing(
     live: Live, two: Any, error_of: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -248,6 +248,11 @@ def test_an_endpoint_that_a_job_needs_stays(live: Live, error_of: Callable[..., 
     assert (answer.status_code, error_of(answer)["code"]) == (409, "endpoint_in_use")
     stats = live.http.get(f"{PATH}/{made['id']}/stats").json()
     assert (stats["jobs"], stats["last_job_id"]) == ({"queued": 1}, job["id"])
+    other = live.submit(dar=naming(made["id"]), skip_validation=True)["id"]
+    live.http.post(f"{JOBS}/{other}/cancel")
+    assert live.http.delete(f"{JOBS}/{other}").status_code == 200
+    later = live.http.get(f"{PATH}/{made['id']}/stats").json()
+    assert (later["jobs"], later["last_job_id"]) == ({"queued": 1}, job["id"])
     live.http.post(f"{JOBS}/{job['id']}/cancel")
     assert live.http.delete(f"{PATH}/{made['id']}").status_code == 200
 
