@@ -23,6 +23,8 @@ from dar.protocol.metrics import is_reproducible
 from fakes.installation import Installation
 
 STEPS = 40
+WITHIN = ("calibrating", "waiting_for_reward")
+"""What a job shows during a calibration that waits for rewards."""
 LONG = 100
 """Steps of a job that chooses alpha a second time, when its KL is at rest."""
 PHASES = ("base", "policy")
@@ -179,7 +181,7 @@ def test_a_worker_that_is_killed_within_either_calibration_loses_nothing(
     for phase in PHASES:
         assert service.asked[phase].wait(120), phase
         job = until(
-            lambda: (job := client.jobs.retrieve(job_id)).status_detail == "calibrating" and job,
+            lambda: (job := client.jobs.retrieve(job_id)).status_detail in WITHIN and job,
             30,
             "it calibrates",
         )

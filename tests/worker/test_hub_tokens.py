@@ -91,7 +91,7 @@ def test_a_job_of_gated_repositories_is_trained_and_the_token_stays_nowhere(
     worker = installation.start_worker(real=True, hf_token=TOKEN, log_level="debug")
     judge = {"name": "judge", "kind": "hf_model", "model": "team/judge"}
     dar = {
-        "hyperparameters": {"max_steps": 4, "batch_size": 2, "dar_k": 2, "learning_rate": 1e-3},
+        "hyperparameters": {"max_steps": 4, "batch_size": 2, "dar_k": 2, "kl_budget": None},
         "sampling": {"max_new_tokens": 6},
         "rewards": {"components": [judge, {"name": "r", "url": reward_url}]},
         "checkpointing": {"every_steps": 1},
@@ -99,14 +99,14 @@ def test_a_job_of_gated_repositories_is_trained_and_the_token_stays_nowhere(
     }
     rows = "hf://team/rows?split=train"
     job_id = installation.submit_spec(LINES, dar, model="team/policy", training_file=rows)
-    installation.until(lambda: len(installation.checkpoints(job_id)) >= 1, seconds=60)
-    trainers = installation.trainers()
-    assert len(trainers) == 2
+    trainers = installation.until(
+        lambda: found if len(found := installation.trainers()) == 2 else None, seconds=60
+    )
     others = psutil.Process(worker.pid).children(recursive=True)
     assert not any(TOKEN in shown_by(process) for process in [*trainers, *others])
     assert TOKEN not in " ".join(psutil.Process(worker.pid).cmdline())
 
-    job = installation.wait(job_id, "succeeded", "failed", seconds=60)
+    job = installation.wait(job_id, "succeeded", "failed", seconds=120)
     assert job["status"] == "succeeded", job["error"]
     assert hub.asked().keys() == {(name, TOKEN) for name in REPOSITORIES}
     assert (tmp_path / "hf" / "hub").is_dir()

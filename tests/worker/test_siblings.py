@@ -39,7 +39,13 @@ def siblings(installation: ScriptedInstallation) -> list[psutil.Process]:
 def shared(reward_url: str, steps: int, **resources: Any) -> dict[str, Any]:
     """A job of two processes, with a checkpoint every second step."""
     return {
-        "hyperparameters": {"max_steps": steps, "batch_size": 2, "dar_k": 2, "learning_rate": 1e-3},
+        "hyperparameters": {
+            "max_steps": steps,
+            "batch_size": 2,
+            "dar_k": 2,
+            "learning_rate": 1e-3,
+            "kl_budget": None,
+        },
         "sampling": {"max_new_tokens": 6},
         "rewards": {"components": [{"name": "r", "url": reward_url}]},
         "checkpointing": {"every_steps": 2},
@@ -62,7 +68,7 @@ def test_a_job_ends_when_its_second_process_dies_and_resumes_from_its_checkpoint
     installation.until(lambda: not sibling.is_running() and not siblings(installation))
     assert time.monotonic() - killed_at < 5
 
-    job = installation.wait(job_id, "succeeded", "failed", seconds=60)
+    job = installation.wait(job_id, "succeeded", "failed", seconds=120)
     assert job["status"] == "succeeded", job["error"]
     messages = " ".join(installation.messages(job_id))
     assert "process 1 of the job ended with SIGKILL" in messages
@@ -79,7 +85,7 @@ def test_a_job_is_cut_into_shards_as_its_strategy_says(
     installation.start_worker(real=True)
     dar = shared(reward_url, 2, strategy=strategy)
     job_id = installation.submit_spec(PROMPTS, dar, model=model)
-    job = installation.wait(job_id, "succeeded", "failed", seconds=60)
+    job = installation.wait(job_id, "succeeded", "failed", seconds=120)
     assert job["status"] == "succeeded", job["error"]
     assert installation.steps(job_id) == [1, 2]
     (checkpoint,) = installation.checkpoints(job_id)

@@ -345,11 +345,10 @@ class Supervisor:
             return Release(attempt=self._lease.attempt, reason=RELEASES[reason])
         committed, last = self._uploader.committed, self._lease.total_steps
         is_stopped = self._stopping.asked == "stop"
-        if is_stopped:  # without a step it ends with what it resumed from
+        if is_stopped:
             last = max(committed, default=0)
-        checkpoint_id = committed.get(
-            last, self._state.resume_checkpoint_id if is_stopped else None
-        )
+        # Without a step it ends with what it resumed from: a worker may die after its last upload.
+        checkpoint_id = committed.get(last, self._state.resume_checkpoint_id)
         if checkpoint_id is None:
             if self._state.is_given_up():
                 raise GaveUpError("complete")

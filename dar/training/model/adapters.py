@@ -165,7 +165,9 @@ def _check_numbers(config: PeftConfig) -> None:
     sizes = [
         (field.name, getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if type(field.default) is int and field.name not in FACTORS
+        if type(field.default) is int
+        and field.name not in FACTORS
+        and getattr(config, field.name) != field.default  # some are -1: peft chooses
     ]
     ranks: Mapping[str, Any] = getattr(config, "rank_pattern", None) or {}
     sizes += [(f"rank_pattern[{name!r}]", value) for name, value in ranks.items()]
