@@ -286,7 +286,7 @@ def is_any_to_remove(transaction: Transaction) -> bool:
     return transaction.scalars(found.limit(1)).first() is not None
 
 
-def _needed() -> Select[tuple[str]]:
+def _needed() -> Select[str]:
     """Ids of the checkpoints that an unfinished job starts from."""
     return (
         select(JobInputRow.checkpoint_id)
