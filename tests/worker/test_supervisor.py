@@ -32,7 +32,7 @@ LEASE = {
     "spec": SPEC,
     "seed": 7,
     "total_steps": 4,
-    "model": {"kind": "folder", "name": "tiny"},
+    "model": {"kind": "folder", "name": "tiny", "checkpoint_id": None, "adapter_ids": []},
     "resume_checkpoint_id": None,
     "reward_secret": None,
 }
