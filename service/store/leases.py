@@ -362,7 +362,7 @@ def changed(
         AttemptRow.status == "running",
     )
     is_drained = is_running.where(workers.is_to_drain())
-    # The others are told to stop after their first step.
+    # A worker of an earlier version is sent the order to stop after the first step.
     may_stop = or_(JobRow.step > 0, is_running.where(workers.is_reporting()).exists())
     statement = select(JobRow.id).where(
         JobRow.id.in_(job_ids),

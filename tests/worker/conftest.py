@@ -3,6 +3,7 @@
 Only the training is scripted (`scripted_trainer.py`).
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -11,9 +12,35 @@ from typing import Any
 
 import pytest
 
+from dar.protocol.worker import Lease
 from dar.rewards.server import reward_server
+from dar.settings import Settings
 from fakes import loopback
 from fakes.scripted_installation import ScriptedInstallation, Valkey, free_port
+from worker.folders import SlotFolder
+from worker.supervisor.supervisor import Supervisor
+
+SPEC = {
+    "model": "tiny",
+    "training_file": "file-1",
+    "method": {
+        "type": "dar",
+        "dar": {"rewards": {"components": [{"name": "r", "url": "http://127.0.0.1:1/score"}]}},
+    },
+}
+LEASE = {
+    "lease_id": "lease-1",
+    "job_id": "ftjob-1",
+    "attempt": 1,
+    "token": "token",
+    "ttl_seconds": 60.0,
+    "spec": SPEC,
+    "seed": 7,
+    "total_steps": 4,
+    "model": {"kind": "folder", "name": "tiny", "checkpoint_id": None, "adapter_ids": []},
+    "resume_checkpoint_id": None,
+    "reward_secret": None,
+}
 
 
 @pytest.fixture
@@ -74,3 +101,17 @@ def valkey(tmp_path: Path) -> Iterator[Valkey]:
     with ExitStack() as stack:
         stack.callback(broker.stop)
         yield broker
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    """Of an attempt that has a folder, but no trainer and no service."""
+    settings = Settings(
+        home=tmp_path, base_url="http://127.0.0.1:9", drain_seconds=0.1, stall_seconds=60.0
+    )
+    lease = Lease.model_validate(LEASE)
+    made = Supervisor(settings, lease, SlotFolder.of(tmp_path, "0"), threading.Event())
+    made._folder.create(made._record)
+    yield made
+    made._state.over.set()
+    made._client.close()

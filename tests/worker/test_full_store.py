@@ -1,8 +1,9 @@
-"""A whole installation whose artifact store is a small volume that fills up."""
+"""The artifact store fills up: a small volume of a whole installation."""
 
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,7 @@ import httpx2
 import pytest
 
 from fakes.scripted_installation import ScriptedInstallation
-
-pytestmark = pytest.mark.slow  # a service and workers of its own, and waits for room
+from worker.supervisor.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def blocked(own: ScriptedInstallation, job_id: str) -> bool:
     return own.job(job_id)["status_detail"] == "blocked: disk"
 
 
+@pytest.mark.slow  # a service and workers of its own, and waits for room
 def test_a_full_store_blocks_jobs_visibly_and_they_obey_and_go_on(
     own: ScriptedInstallation, volume: Path
 ) -> None:
@@ -74,3 +75,23 @@ def test_a_full_store_blocks_jobs_visibly_and_they_obey_and_go_on(
     assert own.steps(paused) == [1, 2, 3, 4]
     assert [item["step_number"] for item in own.checkpoints(paused)] == [4, 2]
     assert job["attempt"] == 2
+
+
+@pytest.mark.parametrize("why", ["drain", "pause", "leave"])
+def test_a_job_that_leaves_its_slot_does_not_wait_long_for_room_in_the_store(
+    supervisor: Supervisor, why: str
+) -> None:
+    state = supervisor._state
+    getattr(state, why).set()
+    state.blocked = "the artifact store is full"
+
+    def upload() -> None:
+        while not state.is_given_up():
+            time.sleep(0.01)
+
+    waiting = threading.Thread(
+        target=supervisor._await, args=[state.spawn("uploader", upload)], daemon=True
+    )
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive()

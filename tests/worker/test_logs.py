@@ -1,5 +1,6 @@
 """Logs of trainers are kept for every attempt, and bounded; rows of dead slots are sent."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from worker.cleanup import Leftovers
 from worker.folders import AttemptFolder, AttemptRecord, SlotFolder, earlier_part
 from worker.spool import SpoolWriter, encode
 from worker.supervisor.log_sender import LogSender, read_end
+from worker.supervisor.supervisor import Supervisor
 
 MANY = """
 import os, sys
@@ -138,6 +140,20 @@ def test_a_log_that_vanishes_meanwhile_is_no_error(
     (slot.logs / "gone.log").symlink_to(tmp_path / "nowhere")
     slot.keep_logs(attempt, record, 1000)
     assert (slot.logs / "job-1.log").read_text() == "said\n"
+
+
+def test_an_attempt_frees_its_folder_even_if_that_cannot_be_tidied(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(SlotFolder, "keep_logs", fail)
+    supervisor._state.lost.set()  # it ends at once, without a report
+    with pytest.raises(OSError, match="Input/output error"):
+        supervisor.run()
+    with supervisor._folder.held() as is_free:
+        assert is_free
 
 
 def test_rows_and_logs_of_dead_workers_of_the_host_are_taken_care_of(tmp_path: Path) -> None:

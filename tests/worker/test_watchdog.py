@@ -16,6 +16,7 @@ from worker.folders import AttemptFolder
 from worker.launch import STACKS_SIGNAL
 from worker.supervisor import watchdog
 from worker.supervisor.state import AttemptState
+from worker.supervisor.supervisor import Supervisor
 from worker.supervisor.watchdog import Watchdog
 
 
@@ -131,6 +132,25 @@ def test_only_the_time_of_the_trainer_itself_counts(
     scene.report("starting")
     scene.let_pass(1000)
     assert scene.dog.stall is None, "a large model is loaded"
+
+
+def test_a_trainer_that_hangs_is_noticed_while_the_artifact_store_is_full(
+    supervisor: Supervisor,
+) -> None:
+    dog, signals = supervisor._watchdog, list[signal.Signals]()
+    now = start = dog._looked_at
+    dog._clock = lambda: now
+    trainer: Any = type("Trainer", (), {"pid": 0, "signal": lambda _, one: signals.append(one)})()
+    progress = AttemptProgress(phase="training", step=3)
+    supervisor._folder.progress.write_text(progress.model_dump_json())
+    supervisor._state.blocked = "the artifact store is full"
+    assert supervisor._heartbeats.progress().phase == "blocked: disk"
+    while dog.stall is None and now < start + 100:
+        now += 1
+        dog.enforce(trainer)
+    assert dog.stall is not None
+    assert (dog.stall.phase, dog.stall.step) == ("training", 3)
+    assert signals
 
 
 def log_of(installation: ScriptedInstallation, job_id: str) -> str:
