@@ -14,7 +14,7 @@ from chaos.scoreboard import Result, Row
 from chaos.stack import DIALECTS, SERVICE, UNFENCED, Dialect, Stack, stack, until
 
 SLOTS = ("a", "b", "c")
-JOBS = 16
+JOBS = 24
 FREEZES = 15
 TTL = 2.0
 
