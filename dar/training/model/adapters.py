@@ -165,14 +165,18 @@ def _check_numbers(config: PeftConfig) -> None:
     sizes = [
         (field.name, getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if type(field.default) is int
-        and field.name not in FACTORS
-        and getattr(config, field.name) != field.default  # some are -1: peft chooses
+        if type(field.default) is int and field.name not in FACTORS
     ]
     ranks: Mapping[str, Any] = getattr(config, "rank_pattern", None) or {}
     sizes += [(f"rank_pattern[{name!r}]", value) for name, value in ranks.items()]
+    chosen_by_peft = {
+        field.name
+        for field in dataclasses.fields(config)
+        if type(field.default) is int and field.default < 0
+    }
     for name, value in sizes:
-        if type(value) is not int or value < 0:
+        least = -1 if name in chosen_by_peft else 0
+        if type(value) is not int or value < least:
             raise InvalidRequestError(
                 f"peft_config sets {name}={value!r}, but must have a whole number, not below 0",
                 param=PARAM,
