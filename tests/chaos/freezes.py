@@ -1,9 +1,11 @@
 """Workers are frozen for longer than their lease, and continue when another has their job."""
 
 import contextlib
+import itertools
 import random
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 
 import psutil
@@ -15,6 +17,7 @@ from chaos.stack import DIALECTS, SERVICE, UNFENCED, Dialect, Stack, stack, unti
 
 SLOTS = ("a", "b", "c")
 JOBS = 24
+"""Jobs at the start. More follow if these end before all freezes are done."""
 FREEZES = 15
 TTL = 2.0
 
@@ -30,9 +33,14 @@ def freeze_at_random(
         lease_ttl_seconds=TTL,
         heartbeat_seconds=0.3,
     ) as installation:
-        for number in range(jobs):
-            installation.submit(number, steps=30, every=3, seconds=0.1)
-        frozen = _freeze_some(installation, most)
+        numbers = itertools.count()
+
+        def submit() -> None:
+            installation.submit(next(numbers), steps=30, every=3, seconds=0.1)
+
+        for _ in range(jobs):
+            submit()
+        frozen = _freeze_some(installation, most, submit)
         with contextlib.suppress(TimeoutError):
             books.until_all_ended(installation, 180 if is_fenced else 30)
         _until_zombies_left(installation)
@@ -52,7 +60,7 @@ def freeze_at_random(
     return Result(bool(found.findings or found.doubled), figures, problems)
 
 
-def _freeze_some(installation: Stack, most: int) -> int:
+def _freeze_some(installation: Stack, most: int, submit: Callable[[], None]) -> int:
     chance = random.Random(3)
     done = 0
     give_up = time.monotonic() + 300
@@ -61,7 +69,7 @@ def _freeze_some(installation: Stack, most: int) -> int:
         victims = [one for one in books.running(installation) if one.checkpoints]
         if not victims:
             if books.have_all_ended(installation):
-                break
+                submit()
             continue
         _freeze(installation, chance.choice(victims))
         done += 1
