@@ -68,6 +68,8 @@ class ScriptedInstallation:
         self.home = home
         self.broker_url = broker_url
         self.database_url = database_url
+        self.tree: Path | None = None
+        """Code that is started in place of this version's."""
         self.port = 0
         self._http = httpx2.Client(trust_env=False, verify=False)
         self.service: subprocess.Popen[bytes] | None = None
@@ -82,13 +84,14 @@ class ScriptedInstallation:
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self, **changes: object) -> dict[str, str]:
-        return environment(
+        said = environment(
             home=self.home,
             base_url=self.url,
             broker_url=self.broker_url,
             database_url=self.database_url,
             **(FAST | changes),
         )
+        return said if self.tree is None else said | {"PYTHONPATH": str(self.tree)}
 
     def settings(self, **changes: Any) -> Settings:
         url = {} if self.database_url is None else {"database_url": self.database_url}
@@ -99,7 +102,10 @@ class ScriptedInstallation:
     ) -> subprocess.Popen[bytes]:
         with (self.home / "logs" / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, *command], env=self.environment(**changes), stderr=log
+                [sys.executable, *command],
+                env=self.environment(**changes),
+                cwd=self.tree,  # `python -m` imports from there first
+                stderr=log,
             )
 
     def start_service(self, **changes: object) -> None:
@@ -138,7 +144,8 @@ class ScriptedInstallation:
     def start_worker(self, *, real: bool = False, **changes: object) -> subprocess.Popen[bytes]:
         """Start a worker of the test's own."""
         self.stop_plain_worker()
-        command = ["-m", "worker"] if real else [str(HERE / "scripted_worker.py")]
+        here = HERE if self.tree is None else self.tree / "tests" / "worker"
+        command = ["-m", "worker"] if real else [str(here / "scripted_worker.py")]
         worker = self._start("worker", command, changes)
         self.workers.append(worker)
         return worker
