@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -541,7 +541,12 @@ def outcome_of(call: Callable[[], Any]) -> Any:
 
 
 def explore(
-    open_database: Callable[[FakeClock], Any], examples: int, steps: int, *, is_random: bool
+    open_database: Callable[[FakeClock], Any],
+    examples: int,
+    steps: int,
+    *,
+    is_random: bool,
+    is_shortened: bool = True,
 ) -> None:
     """Let the machine run.
 
@@ -550,6 +555,7 @@ def explore(
         examples: Number of histories.
         steps: Messages and other happenings in each.
         is_random: Whether they are other ones in each call; a failing one is printed.
+        is_shortened: Whether a failing one is made as short as possible first, which takes minutes.
     """
     machine = type("Jobs", (Jobs,), {"open_database": staticmethod(open_database)})
     chosen = settings(
@@ -559,6 +565,7 @@ def explore(
         derandomize=not is_random,
         database=None,
         print_blob=True,
+        phases=[Phase.generate, Phase.shrink] if is_shortened else [Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=chosen)  # type: ignore[no-untyped-call] # of hypothesis

@@ -52,12 +52,12 @@ def test_a_few_histories_of_messages_and_crashes_leave_what_the_model_has(
     explore(open_database, 3, 20, is_random=False)
 
 
-@pytest.mark.slow  # 40 histories of 50 messages
+@pytest.mark.slow  # 30 histories of 50 messages
 @pytest.mark.timeout(600)
 def test_many_histories_of_messages_and_crashes_leave_what_the_model_has(
     open_database: OpenDatabase,
 ) -> None:
-    explore(open_database, 40, 50, is_random=True)
+    explore(open_database, 30, 50, is_random=True)
 
 
 def no_fence(_held: fence.Held, _number: int) -> None:
@@ -80,4 +80,4 @@ def test_a_mistake_of_the_store_is_found(
 ) -> None:
     monkeypatch.setattr(*MISTAKES[mistake])
     with pytest.raises(AssertionError):
-        explore(open_database, 40, 50, is_random=False)
+        explore(open_database, 40, 50, is_random=False, is_shortened=False)
