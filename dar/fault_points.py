@@ -30,6 +30,8 @@ INSTANTS: Mapping[str, str] = {
     "worker.delivered": "all is delivered, and the end of the attempt is not reported",
     "worker.reported": "the end of the attempt is reported, and its files are still there",
     "service.verified": "a checkpoint has its final path, and its row is still pending",
+    "service.removing": "a checkpoint is to be removed, and all of its files are there",
+    "service.removed": "the files of a checkpoint are removed, and its row does not say so yet",
     "service.committing": "a transaction is written and not committed",
     "service.committed": "a transaction is committed, and the caller knows nothing of it",
 }

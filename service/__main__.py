@@ -137,6 +137,7 @@ def _audit(settings: Settings, chosen: argparse.Namespace) -> int:
     log.configure(settings.log_level)
     with written_output("dar doctor"):
         database = Database(settings.sqlalchemy_url)
+        database.check_exists()
         database.wait(settings.database_wait_seconds)
         migrate.check_current(database)
         acknowledged = audit.read_acknowledged(chosen.acknowledged) if chosen.acknowledged else ()

@@ -308,7 +308,7 @@ class Jobs:
         step: int | None = None,
         order: Order = "desc",
         limit: int = 20,
-        rewound: bool = False,
+        rewound: bool = True,
     ) -> Listing[RewardFailure]:
         """Failed requests to reward services, after all retries, newest first.
 
@@ -318,9 +318,10 @@ class Jobs:
             order: ``asc``: oldest first.
             limit: Size of a page.
             rewound: Whether to list those of steps after the checkpoint from which a later attempt
-                started, too.
+                started, too. They show why the attempt before it has ended.
         """
-        params = {"step": step, "order": order, "limit": limit, "rewound": rewound or None}
+        params = {"step": step, "order": order, "limit": limit}
+        params["rewound"] = None if rewound else False
         path = f"{_path(job_id)}/reward_failures"
         return Listing(self._transport, path, Page[RewardFailure], params)
 

@@ -25,4 +25,5 @@ class Event(Output):
     For ``message``: ``kind`` (status, checkpoint, …) and the facts.
     """
     rewound: bool = False
-    """Whether it is about a step after the checkpoint from which a later attempt started."""
+    """Whether it is about a step after the checkpoint from which a later attempt started, or with
+    which the job has ended."""

@@ -76,7 +76,8 @@ class RewardFailure(Output):
     attempt: int
     """Number of the job's attempt that sent it."""
     rewound: bool = False
-    """Whether the step is after the checkpoint from which a later attempt started."""
+    """Whether the step is after the checkpoint from which a later attempt started, or with which
+    the job has ended."""
     component: str
     code: str
     error_class: str

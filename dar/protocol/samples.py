@@ -48,7 +48,8 @@ class Sample(Output):
     step: int
     attempt: int
     rewound: bool = False
-    """Whether the step is after the checkpoint from which a later attempt started."""
+    """Whether the step is after the checkpoint from which a later attempt started, or with which
+    the job has ended."""
     group: int
     index: int
     prompt: str

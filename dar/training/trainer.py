@@ -372,7 +372,7 @@ class DARTrainer(OptimizingTrainer):
         self._checkpoints.sweep()
         if not resume:
             return start(None)
-        folder = self._checkpoints.newest() if isinstance(resume, bool) else Path(resume)
+        folder = self._checkpoints.named(resume)
         manifest = self._checkpoints.open(folder)
         if manifest.step >= self.args.max_steps:
             # The last step was done before: only its checkpoint is published in this run too.

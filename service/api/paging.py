@@ -43,8 +43,8 @@ PageCursor = Annotated[Cursor, Depends(cursor)]
 WithRewound = Annotated[
     bool,
     Query(
-        description="Also what earlier attempts reported of steps after the checkpoint from which "
-        "a later attempt started."
+        description="Also what attempts reported of steps after the checkpoint from which a later "
+        "attempt started, or with which the job has ended."
     ),
 ]
 

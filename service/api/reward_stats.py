@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from dar.protocol.base import MAX_COUNT, Page
 from dar.protocol.reward_stats import FAMILIES, ComponentStats, RewardFailure, RewardStats
 from service.api.jobs import PATH
-from service.api.paging import PageCursor, WithRewound, envelope, seconds
+from service.api.paging import PageCursor, envelope, seconds
 from service.http.auth import Reader
 from service.runtime import CurrentRuntime
 from service.store import jobs, metrics, reward_failures, rewinds, tables
@@ -85,7 +85,13 @@ def list_reward_failures(
     step: Annotated[
         int | None, Query(ge=1, le=MAX_COUNT, description="Only failures of this step.")
     ] = None,
-    rewound: WithRewound = False,
+    rewound: Annotated[
+        bool,
+        Query(
+            description="Also failures of steps after the checkpoint from which a later attempt "
+            "started, which show why the attempt before it has ended."
+        ),
+    ] = True,
 ) -> Page[RewardFailure]:
     """List failed requests to reward services, newest first; the newest 10,000 are kept."""
     with runtime.database.read() as transaction:

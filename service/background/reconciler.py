@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError
+from dar.fault_points import fault_point
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.waker import Waker
@@ -279,11 +280,13 @@ class Reconciler:
             checkpoints.mark_inspected(transaction)
             doomed = checkpoints.to_remove(transaction)
         for item in doomed:
+            fault_point("service.removing")
             try:
                 self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
             except OSError as error:  # the next pass tries again
                 log.warning("checkpoint cannot be removed", id=item.id, error=str(error))
                 continue
+            fault_point("service.removed")
             with self._database.write() as transaction:
                 checkpoints.mark_removed(transaction, item.id)
 

@@ -4,4 +4,5 @@ submission: check, probe, store; repeated requests by ``Idempotency-Key`` return
 datasets: checks of training files at upload, and of their columns at submission.
 models: models that a job may start from, and which hub ids are allowed.
 model_checks: what the files of an installed model rule out: context, chats, targets of adapters.
+memory: the least memory of a job, by arithmetic from these files.
 """

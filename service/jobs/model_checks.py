@@ -105,7 +105,7 @@ class ModelFiles:
         architecture = str(self.config.get("model_type"))
         if architecture not in PLAIN_ARCHITECTURES:
             return None
-        headers = [_header(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        headers = [header_of(path) for path in sorted(self.folder.glob("*.safetensors"))]
         if not headers or None in headers or "quantization_config" in self.config:
             return None
         entries = itertools.chain.from_iterable(header.items() for header in headers if header)
@@ -116,7 +116,7 @@ class ModelFiles:
         }
 
 
-def _header(path: Path) -> dict[str, Mapping[str, Any]] | None:
+def header_of(path: Path) -> dict[str, Mapping[str, Any]] | None:
     """Names and shapes of the tensors in a safetensors file; None if it is damaged."""
     try:
         with path.open("rb") as file:

@@ -24,6 +24,7 @@ from dar.rewards.from_spec import check_rewards
 from service.http import errors
 from service.http.auth import User
 from service.jobs import datasets, model_checks, models
+from service.jobs.memory import Memory, least_memory
 from service.rewards import endpoints, probing
 from service.rewards.watch import first_prompts
 from service.runtime import Runtime
@@ -77,6 +78,8 @@ class Plan:
     """Reward services that must pass a probe before the job is stored."""
     notices: Sequence[events.NewEvent] = ()
     """Warnings of these probes, or of earlier ones of the same services."""
+    memory: Memory | None = None
+    """The least memory of its trainer; None: not known."""
 
     @property
     def file_ids(self) -> set[str]:
@@ -303,17 +306,16 @@ def _plan(
         raise errors.invalid(problems)
     project_id, name = submission.user.project_id, submission.spec.model
     model = models.resolve(transaction, settings, project_id, name)
-    if problems := _model_problems(transaction, runtime, submission.spec, model, data):
+    folder = models.folder_of(transaction, runtime, model.source)
+    installed = None if folder is None else model_checks.ModelFiles(name, folder)
+    if problems := _model_problems(runtime, submission.spec, installed, data):
         raise errors.invalid(problems)
-    return Plan(submission, resolved, model, data.num_rows)
+    memory = None if installed is None else least_memory(submission.spec.dar, installed)
+    return Plan(submission, resolved, model, data.num_rows, memory=memory)
 
 
 def _model_problems(
-    transaction: Transaction,
-    runtime: Runtime,
-    spec: JobSpec,
-    model: models.ResolvedModel,
-    data: CheckedData,
+    runtime: Runtime, spec: JobSpec, model: model_checks.ModelFiles | None, data: CheckedData
 ) -> list[Problem]:
     """What the files of the job's models rule out. A hub model's are known to the worker alone."""
     judges = models.reward_folders(spec)
@@ -322,10 +324,8 @@ def _model_problems(
         for component, name in judges.items()
     }
     problems = list(model_checks.reward_model_problems(spec, installed))
-    folder = models.folder_of(transaction, runtime, model.source)
-    if folder is not None:
-        files_of_model = model_checks.ModelFiles(spec.model, folder)
-        problems += model_checks.problems_of(spec, files_of_model, data.chat_rows)
+    if model is not None:
+        problems += model_checks.problems_of(spec, model, data.chat_rows)
     return problems
 
 
@@ -419,6 +419,8 @@ def _new_job(transaction: Transaction, plan: Plan) -> JobRow:
         keep_last=spec.dar.checkpointing.keep_last,
         keep_every=spec.dar.checkpointing.keep_every,
         not_before=transaction.now,
+        memory_bytes=None if plan.memory is None else plan.memory.on_cpu,
+        loading_bytes=None if plan.memory is None else plan.memory.beside_gpus,
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
         retry_count=submission.retry_count,

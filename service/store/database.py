@@ -209,6 +209,19 @@ class Database:
         with self.read() as transaction:
             transaction.execute(text("SELECT 1"))
 
+    def check_exists(self) -> None:
+        """Raise if it is SQLite and has no file; a connection would make an empty one.
+
+        Raises:
+            ConfigurationError: It has none.
+        """
+        name = self.engine.url.database
+        if not self.is_postgresql and name is not None and not Path(name).is_file():
+            raise ConfigurationError(
+                f"{Path(name).parent} has no database {Path(name).name}; give the home of an "
+                "installation with --home or DAR_HOME"
+            )
+
     def wait(self, seconds: float) -> None:
         """Wait for a database that is starting up or recovering.
 

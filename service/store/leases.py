@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, false, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from dar.protocol.base import MAX_COUNT
-from dar.protocol.worker import AttemptProgress, Claim
+from dar.protocol.worker import AttemptProgress, Claim, WorkerReport
 from service.store import checkpoints, fence, outcomes, transitions, workers
 from service.store.database import Transaction
 from service.store.fence import Held
@@ -46,7 +46,7 @@ def claim(
     ended first, and their jobs are retried if they have attempts left.
 
     A job that failed on the node goes to another one first, if a worker is idle there. Jobs that
-    need more devices or disk space than the slot has are left to others.
+    need more devices, disk space or memory than the slot has are left to others.
 
     Args:
         transaction: The transaction to write in.
@@ -142,6 +142,8 @@ def _fits(
     if report is None:
         return conditions
     conditions.append(_room_for(job) <= report.disk_free)
+    if report.memory_free is not None:
+        conditions.append(_memory_for(job, report) <= report.memory_free)
     if report.devices:
         mine = len(report.devices)
         most = max((_processes(row) for row in workers.able(transaction)), default=mine)
@@ -157,17 +159,32 @@ def _room_for(job: type[JobRow]) -> ColumnElement[int]:
     return CHECKPOINTS_ON_DISK * func.coalesce(newest.scalar_subquery(), 0)
 
 
+def _memory_for(job: type[JobRow], report: WorkerReport) -> ColumnElement[int]:
+    """Bytes of memory that a job's trainer needs at least; 0: not known."""
+    return func.coalesce(job.loading_bytes if report.devices else job.memory_bytes, 0)
+
+
 def _note_missing_room(transaction: Transaction, claim: Claim) -> None:
     """Show why jobs wait for which a worker without a job has no room."""
-    if claim.report is None:
+    report = claim.report
+    if report is None:
         return
+    disk, memory = _room_for(JobRow), _memory_for(JobRow, report)
+    lacks_disk = disk > report.disk_free
+    lacks_memory = false() if report.memory_free is None else memory > report.memory_free
     is_due = _is_due(JobRow, transaction.now, timedelta(0))
-    needed = _room_for(JobRow)
     short = (
-        select(JobRow.id, needed).where(is_due, needed > claim.report.disk_free).limit(MOST_NOTED)
+        select(JobRow.id, disk, memory, lacks_disk)
+        .where(is_due, or_(lacks_disk, lacks_memory))
+        .limit(MOST_NOTED)
     )
-    for job_id, room in transaction.execute(short).all():
-        message = f"waiting for a worker with {room:,} bytes of free disk for its checkpoints"
+    for job_id, room, least, is_of_disk in transaction.execute(short).all():
+        what = (
+            f"{room:,} bytes of free disk for its checkpoints"
+            if is_of_disk
+            else f"{least:,} bytes of free memory, the least that its trainer needs there"
+        )
+        message = f"waiting for a worker with {what}"
         transaction.execute(
             update(JobRow)
             .where(JobRow.id == job_id, JobRow.status == "queued")

@@ -96,16 +96,21 @@ def read_rewound(
 def rewound_to(transaction: Transaction, job: JobRow, after: int) -> int | None:
     """The step that a client with the cursor ``after`` has to go back to; None: it need not.
 
-    It is the lowest start of the attempts of which the client has seen no row.
+    It is the lowest start of the attempts of which the client has seen no row, or the end of the
+    job if the client has seen later steps.
     """
     seen = transaction.get(MetricRow, after)
-    if seen is None or seen.job_id != job.id or seen.attempt == job.attempt:
+    if seen is None or seen.job_id != job.id:
         return None
     # That row may be a late one of an earlier attempt.
-    newest = transaction.scalars(
-        select(func.max(MetricRow.attempt)).where(MetricRow.job_id == job.id, MetricRow.id <= after)
+    newest, step = transaction.execute(
+        select(func.max(MetricRow.attempt), func.max(MetricRow.step)).where(
+            MetricRow.job_id == job.id, MetricRow.id <= after
+        )
     ).one()
-    return rewinds.rewound_to(transaction, job.id, newest)
+    last = rewinds.last_step(transaction, job.id, newest)
+    is_behind = newest < job.attempt or step > last
+    return last if is_behind and last < MAX_COUNT else None
 
 
 def unfinished_step(transaction: Transaction, job_id: str) -> tuple[int, dict[str, float]] | None:

@@ -1,8 +1,8 @@
 """Rows of a trainer: numbered within one attempt, each stored once.
 
 Rows of an attempt that has lost its job are stored too, with the attempt's number: they report
-what happened. Those after the step from which a later attempt started are rewound
-(`service.store.rewinds`): they change nothing that the job shows.
+what happened. Those after the step from which a later attempt started, or with which the job has
+ended, are rewound (`service.store.rewinds`): they change nothing that the job shows.
 """
 
 import hashlib
@@ -125,7 +125,8 @@ class _Progress:
 
 def _progress(transaction: Transaction, held: Held, rows: Sequence[Row]) -> _Progress:
     number, job = held.attempt.number, held.job
-    if number == job.attempt or not any(isinstance(row, MetricsRow | EventRow) for row in rows):
+    is_newest = number == job.attempt and job.status != "succeeded"
+    if is_newest or not any(isinstance(row, MetricsRow | EventRow) for row in rows):
         return _Progress(job.metrics_event_step, MAX_COUNT)
     return _Progress(
         metrics.newest_step(transaction, job.id, number),

@@ -163,6 +163,10 @@ class JobRow(Base):
     """Of a job with a KL budget: the newest choice of alpha and beta; see `Forecast`."""
     samples_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     """Size of its stored samples."""
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Memory that its trainer needs at least on a worker without GPUs; null: not known."""
+    loading_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """The same on a worker with GPUs, which reads the weights into memory first."""
     deleted_at: Mapped[datetime | None]
     """When a user deleted it. Nobody sees it since then; its rows are being removed."""
 

@@ -270,6 +270,11 @@ def test_reward_failures_are_pages_and_can_be_narrowed_to_a_step(
     assert (one["code"], one["status"], one["attempts"]) == ("http_503", 503, 4)
     assert (one["latency_seconds"], one["quote"]) == (9.5, "busy")
     assert found["rwq_2"]["status"] is None
+    assert not any("rewound" in item for item in found.values())
+    live.claim(incarnation="life-2")
+    again = live.job(job_id, "/reward_failures")["data"]
+    assert [item["rewound"] for item in again] == [True, True], "they show why the attempt ended"
+    assert live.job(job_id, "/reward_failures", rewound=False)["data"] == []
     wrong = live.http.get(f"{PATH}/{job_id}/reward_failures", params={"step": 0})
     assert error_of(wrong)["param"] == "step"
 

@@ -13,6 +13,7 @@ freezes: rows in which workers are frozen beyond their lease, with the fence on 
 outages: rows in which the broker, the database, the service or the disk is away.
 latencies: rows that measure how soon a cancelled or drained job leaves its slot.
 training: the row that trains, and compares weights bit by bit.
+histories: random orders of messages, compared with a model.
 unfenced_service: a service without the fence, to show that the suite would notice.
 scoreboard: rows and their results; writes docs/chaos.md.
 __main__: runs rows.

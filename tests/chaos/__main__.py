@@ -3,7 +3,17 @@
 import argparse
 import sys
 
-from chaos import freezes, instants, kills, latencies, outages, scoreboard, submissions, training
+from chaos import (
+    freezes,
+    histories,
+    instants,
+    kills,
+    latencies,
+    outages,
+    scoreboard,
+    submissions,
+    training,
+)
 
 ROWS = [
     *submissions.rows(),
@@ -13,6 +23,7 @@ ROWS = [
     *outages.rows(),
     *latencies.rows(),
     *training.rows(),
+    *histories.rows(),
 ]
 
 

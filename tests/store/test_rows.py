@@ -9,7 +9,7 @@ from dar.errors import ConflictError
 from dar.protocol.jobs import Forecast
 from dar.protocol.worker import Batch
 from fakes.world import World
-from service.store import events, fence, metrics, rows, samples, tables
+from service.store import events, fence, jobs, metrics, outcomes, rows, samples, tables
 from service.store.paging import Cursor
 
 
@@ -157,6 +157,39 @@ def test_an_attempt_from_an_older_checkpoint_rewinds_all_before_it(world: World)
     assert read(world, job_id) == {"dar/loss": [(1, 1.0), (2, 1.0)]}
     say(world, third, metric(1, 3, loss=3.0))
     assert read(world, job_id) == {"dar/loss": [(1, 1.0), (2, 1.0), (3, 3.0)]}
+
+
+def test_steps_after_the_checkpoint_that_a_stopped_job_ended_with_are_not_the_jobs(
+    world: World,
+) -> None:
+    held, job_id = world.running(), "ftjob-0001"
+    say(world, held, *[metric(n, n, loss=float(n)) for n in (1, 2, 3)])
+    world.publish(held, 2)
+    with world.database.write() as transaction:
+        jobs.stop(transaction, world.project_id, job_id)
+    with world.database.read() as transaction:
+        cursor = metrics.last_id(transaction, job_id)
+        assert metrics.rewound_to(transaction, world.job(job_id), cursor) is None
+    with world.database.write() as transaction:
+        outcomes.lose(transaction, fence.lock(transaction, held.attempt.lease_id), "gone")
+    said = {"type": "samples", "seq": 4, "at": 1.0}
+    late = [
+        said | {"step": 3, "samples": [sample(3, 0.0)]},
+        said | {"seq": 5, "step": 2, "samples": [sample(2, 0.0)]},
+        metric(6, 4, loss=4.0),
+    ]
+    assert say(world, held, *late) == 6
+    job = world.job(job_id)
+    assert (job.status, job.step) == ("succeeded", 2)
+    assert read(world, job_id) == {"dar/loss": [(1, 1.0), (2, 2.0)]}
+    assert told(world, job_id) == [1, 2]
+    assert groups(world, job_id) == [2]
+    assert told(world, job_id, rewound=True) == [1, 2, 3]
+    assert groups(world, job_id, rewound=True) == [3, 2]
+    with world.database.read() as transaction:
+        undone = metrics.read_rewound(transaction, job_id)
+        assert metrics.rewound_to(transaction, job, cursor) == 2
+    assert undone[1]["dar/loss"].step == [3, 4]
 
 
 def test_a_cursor_brings_what_is_new_and_what_was_replayed(world: World) -> None:

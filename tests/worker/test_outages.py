@@ -1,9 +1,14 @@
 """The service and the broker go away, and come back."""
 
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from fakes.postgres import Postgres
 from fakes.scripted_installation import ScriptedInstallation, Valkey
 
 
@@ -115,3 +120,80 @@ def test_a_busy_worker_is_drained_by_sigterm_with_and_without_its_broker(
         assert own.job(job_id)["status"] == "queued"
         valkey.stop()
     assert len(own.checkpoints(job_id)) == 2
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def brokerless(
+    request: pytest.FixtureRequest, own: ScriptedInstallation, valkey: Valkey
+) -> Iterator[ScriptedInstallation]:
+    """A service on each database, whose broker was never started."""
+    own.broker_url = valkey.url
+    if request.param == "sqlite":
+        own.start_service()
+        yield own
+        return
+    # pytest's own folders are closed to the user that PostgreSQL runs as.
+    folder = Path(tempfile.mkdtemp(prefix="dar-pg-"))
+    folder.chmod(0o755)
+    server = Postgres(folder)
+    try:
+        server.wait()
+        own.database_url = server.url(server.create())
+        own.start_service()
+        yield own
+    finally:
+        own.close()
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow  # a service, and workers that are stopped and killed
+def test_all_that_users_and_operators_do_works_although_the_broker_was_never_started(
+    brokerless: ScriptedInstallation,
+) -> None:
+    own = brokerless
+    assert own.readiness()["checks"]["broker"] != "ok"
+    seconds = []
+    waiting = []
+    for _ in range(20):
+        start = time.monotonic()
+        waiting.append(own.submit(steps=2))
+        seconds.append(time.monotonic() - start)
+    assert sorted(seconds)[-2] < 2.5, "a submission waits for the broker"
+    for job_id in waiting[:10]:
+        own.cancel(job_id)
+    own.ask(waiting[10], "pause")
+    worker = own.start_worker(slot="a b")
+    for job_id in waiting[11:]:
+        assert own.wait(job_id, "succeeded", "failed", seconds=60)["attempt"] == 1
+        assert own.row_problems(job_id) == []
+    own.ask(waiting[10], "resume")
+    own.wait(waiting[10], "succeeded")
+
+    cancelled, stopped, long = (own.submit(steps=500, every=50, seconds=0.02) for _ in range(3))
+    own.wait_step(cancelled, 1)
+    start = time.monotonic()
+    own.cancel(cancelled)
+    own.wait(cancelled, "cancelled")
+    own.wait_step(stopped, 1)
+    assert time.monotonic() - start < 10
+    own.ask(stopped, "stop")
+    assert 1 <= own.wait(stopped, "succeeded")["progress"]["step"] < 500
+    own.wait_step(long, 1)
+    own.ask(long, "pause")
+    own.wait(long, "paused")
+    own.ask(long, "resume")
+    own.until(lambda: own.job(long)["attempt"] == 2)
+    own.until(own.trainers)
+    assert own.stop_worker(worker) < 15
+    assert own.job(long)["status"] == "queued"
+    killed = own.start_worker(slot="a b")
+    own.until(lambda: own.job(long)["attempt"] == 3)
+    killed.kill()
+    killed.wait()
+    own.start_worker(slot="a b")
+    assert own.wait(long, "succeeded", "failed", seconds=60)["attempt"] == 4
+    assert own.is_undisturbed(long)
+    assert own.row_problems(long) == []
+    own.api("DELETE", f"/fine_tuning/jobs/{cancelled}")
+    assert own.findings() == []

@@ -44,6 +44,11 @@ _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
 }
 """Byte order marks, the longer ones first."""
+_ENDS = frozenset({"content-length", "transfer-encoding"})
+"""Headers by which the end of a body is known. Otherwise it ends with the connection, and one that
+broke looks as if the answer were complete. No other JSON than a number is still JSON if its end is
+missing."""
+_NUMBER = re.compile(rb"[ \t\n\r]*[-0-9]")
 _TRANSIENT = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 422})
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
@@ -191,6 +196,12 @@ async def read_answer(incoming: Incoming) -> Answer:
             body += chunk
             if len(body) > MAX_RESPONSE_BYTES:
                 raise _contract("size", f"a body over {MAX_RESPONSE_BYTES} bytes")
+    if incoming.status == 200 and not _ENDS & headers.keys() and _NUMBER.match(body):
+        raise _contract(
+            "unframed",
+            "the answer is a number, and neither content-length nor chunks say where it ends, so "
+            "some of its digits may be lost",
+        )
     return Answer(incoming.status, headers, bytes(body))
 
 

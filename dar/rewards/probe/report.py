@@ -86,6 +86,7 @@ ADVICE = {
     "require_signed_responses to false.",
     "contract.status": "Answer with 200, or set reply to either if results come later.",
     "contract.size": "Send less: the limit of an answer is 8 MiB.",
+    "contract.unframed": "Send a content-length, as web frameworks do, or answer with an object.",
     "contract.poll_url": "Return a poll_url on the service's own origin, or post to the callback "
     "that the request offers. `dar reward check URL` offers a callback only to services on the "
     "same machine: register any other service, and check it by its rwe_ id.",

@@ -109,12 +109,20 @@ class RunCheckpoints:
         """Folder of the checkpoints."""
         return Path(str(self._run.trainer.args.output_dir)) / "checkpoints"
 
-    def newest(self) -> Path:
-        """The newest checkpoint of this run's folder.
+    def named(self, resume: str | Path | bool) -> Path:
+        """The checkpoint that ``resume_from_checkpoint`` names; true is the newest of this run.
 
         Raises:
-            CheckpointError: There is none.
+            CheckpointError: There is none, or a path begins with ``~`` and no user's name.
         """
+        if not isinstance(resume, bool):
+            try:
+                return Path(resume).expanduser()
+            except RuntimeError:
+                raise CheckpointError(
+                    f"resume_from_checkpoint {resume}: {Path(resume).parts[0]} is no folder of a "
+                    f"user; if the name begins with ~, give ./{resume}"
+                ) from None
         found = checkpoint_folders(self.root)
         if not found:
             raise CheckpointError(f"there is no checkpoint in {self.root}")

@@ -243,3 +243,52 @@ def test_a_model_whose_config_is_no_object_is_refused(
     spec = live.spec(model="Qwen/any", dar={"rewards": {"components": [component]}})
     error = error_of(live.http.post(PATH, json=spec))
     assert error["param"] == "method.dar.rewards.components[0].model"
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+NO_WEIGHTS = {"model_safetensors": None}
+WEIGHTS = 648
+"""In `LAYERS`."""
+BY_CONFIG = 64 * 8 + 2 * (2 * 8 * 2 * (4 + 2) + 3 * 8 * 16)
+LEAST_MEMORY: list[tuple[dict[str, Any], dict[str, Any], int, int]] = [
+    # weights, gradients, two numbers of Adam and the reference, of 4 bytes each; and the weights
+    ({}, {}, 20 * WEIGHTS, 4 * WEIGHTS),
+    ({"hyperparameters": {"max_steps": 4, "optim": "adafactor"}}, {}, 12 * WEIGHTS, 4 * WEIGHTS),
+    ({"resources": {"processes": 2}}, {}, 40 * WEIGHTS, 4 * WEIGHTS),
+    ({"resources": {"processes": 2, "strategy": "fsdp"}}, {}, 20 * WEIGHTS, 4 * WEIGHTS),
+    (lora(["q_proj"]), {}, 4 * WEIGHTS, 2 * WEIGHTS),
+    ({}, {"config": CONFIG | SIZES, **NO_WEIGHTS}, 20 * BY_CONFIG, 4 * BY_CONFIG),
+    ({}, {"consolidated_safetensors": header(LAYERS)}, 20 * WEIGHTS, 4 * WEIGHTS),
+    ({}, {"config": CONFIG | SIZES | {"quantization_config": {}}}, 0, 0),
+    ({}, {"config": CONFIG | SIZES | {"vocab_size": "many"}, **NO_WEIGHTS}, 0, 0),
+    ({}, {"config": {"model_type": "gpt2"}, **NO_WEIGHTS}, 0, 0),
+    ({}, {"model_safetensors": b"damaged"}, 0, 0),
+]
+
+
+def test_a_worker_without_the_memory_for_a_job_does_not_claim_it(
+    live: Live, install: Callable[..., None]
+) -> None:
+    file_id = live.upload().json()["id"]
+
+    def claims(memory: int, devices: list[str]) -> bool:
+        report = {"version": "1", "machine": "m", "devices": devices, "memory_free": memory}
+        report |= {"disk_free": 10**12, "disk_total": 10**12, "interval_seconds": 1.0}
+        asks = {"node": "node-1", "slot": "0", "incarnation": "life-1", "boot_id": "boot-1"}
+        answer = live.worker().post("/v1/worker/leases/claim", json=asks | {"report": report})
+        return bool(answer.status_code == 200)
+
+    for number, (dar, files, on_cpu, beside_gpus) in enumerate(LEAST_MEMORY):
+        install(f"model-{number}", **files)
+        for least, devices in ((on_cpu, []), (beside_gpus, ["0", "1"])):
+            job_id = live.submit(model=f"model-{number}", training_file=file_id, dar=dar)["id"]
+            if least:
+                assert not claims(least - 1, devices), (number, least)
+                message = live.job(job_id)["status_message"]
+                assert (
+                    message == f"waiting for a worker with {least:,} bytes of free memory, the "
+                    "least that its trainer needs there"
+                )
+            assert claims(least, devices), (number, least)
+            live.http.post(f"{PATH}/{job_id}/cancel")

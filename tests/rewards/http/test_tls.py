@@ -27,6 +27,7 @@ from dar.rewards.base import Scored
 from dar.rewards.http.responses import failure_of
 from dar.rewards.http_reward import HttpOptions, HttpReward
 from dar.rewards.probe.report import ADVICE
+from dar.rewards.protocols.plain import PlainProtocol
 from fakes.hostile_manners import hostile_server
 from fakes.reward_types import MakeSamples
 
@@ -204,6 +205,42 @@ async def test_a_connection_that_breaks_after_the_handshake_is_a_passing_failure
     code = "http_503" if "error" in name else "tls.broken"
     assert {(result.code, result.is_transient) for result in found} == {(code, True)}
     assert code != "tls.broken" or "the TLS connection broke" in found[0].message
+
+
+OPEN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
+ENDINGS = {
+    "a number that may go on": (OPEN + b" 0.1", "contract.unframed"),
+    "an object that does go on": (OPEN + b'{"reward": 0.125', "contract.json"),
+    "an object": (OPEN + b'{"reward": 0.125}', None),
+    "a number of known length": (
+        OPEN.replace(b"\n\r", b"\ncontent-length: 5\r\n\r") + b"0.125",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+async def test_what_may_be_cut_off_at_the_end_of_a_connection_is_no_reward(
+    contexts: dict[str, ssl.SSLContext], score: Ask, trusting: HttpOptions, name: str
+) -> None:
+    """TLS ends here without its closing message, as if the connection had been cut."""
+    sent, code = ENDINGS[name]
+
+    def answer(connection: socket.socket) -> None:
+        with socket.socket(fileno=os.dup(connection.fileno())) as below:
+            secured = contexts["good"].wrap_socket(connection, server_side=True)
+            secured.recv(65536)
+            secured.sendall(sent)
+            below.shutdown(socket.SHUT_WR)
+            _read_all(below)
+            os.close(secured.detach())
+
+    pointer = "/reward" if b"{" in sent else ""
+    plain = PlainProtocol("x", pointer)
+    options = replace(trusting, retry=RewardRetry(attempts=1), protocol=plain)
+    with peer(answer) as url:
+        (found,) = await score(url, 1, options=options)
+    assert found == Scored(0.125) if code is None else found.code == code
 
 
 WEAK_GROUP = """\

@@ -346,6 +346,16 @@ def test_resuming_from_true_takes_the_newest_checkpoint_as_in_transformers(
         train(True, settings={**SAVING, "output_dir": str(trained / "elsewhere")})
 
 
+def test_the_checkpoint_to_resume_from_may_be_named_from_the_users_folder(
+    train: Callable[..., DARTrainer], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(trained))
+    for given in ("~/step-6", Path("~/step-6")):
+        assert train(given, settings=SAVING).state.global_step == 6
+    with pytest.raises(CheckpointError, match="~nobody-here is no folder of a user"):
+        train("~nobody-here/step-6", settings=SAVING)
+
+
 def test_only_the_newest_checkpoints_are_kept_when_asked_for(
     train: Callable[..., DARTrainer], sink: RecordingSink
 ) -> None:
