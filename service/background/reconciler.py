@@ -28,10 +28,9 @@ from service.store import (
     submission_claims,
     workers,
 )
-from service.store.database import Database
+from service.store.database import Database, LockKey
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0002
 SWEEP_SECONDS = 3600.0
 ORPHANS_AT_ONCE = 500
 UNCLAIMED = timedelta(seconds=5)
@@ -202,7 +201,7 @@ class Reconciler:
         is_sweep_due = self._monotonic() >= self._next_sweep
         if not (found.is_anything() or is_sweep_due or self._forward_seconds > 0):
             return
-        with self._database.elected(ELECTION_KEY) as is_elected:
+        with self._database.elected(LockKey.RECONCILER) as is_elected:
             if is_elected:
                 self._do(found, is_sweep_due=is_sweep_due)
 

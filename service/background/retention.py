@@ -18,10 +18,9 @@ from dar.errors import ConflictError, DARError, NotFoundError
 from dar.settings import Settings
 from service.artifacts import Artifacts
 from service.store import checkpoints, deletion, retention
-from service.store.database import Database, Transaction
+from service.store.database import Database, LockKey, Transaction
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0004
 PAUSE_SECONDS = 5.0
 """Time between two passes over deleted jobs."""
 SWEEP_SECONDS = 3600.0
@@ -77,7 +76,7 @@ class Retention:
             doomed = retention.deleted_jobs(transaction)
         if not doomed and not is_sweep_due:
             return
-        with self._database.elected(ELECTION_KEY) as is_elected:
+        with self._database.elected(LockKey.RETENTION) as is_elected:
             if not is_elected:
                 return
             if is_sweep_due:

@@ -14,11 +14,10 @@ from dar.errors import DARError
 from service.artifacts import Artifacts, damage_of
 from service.background.notifier import Notifier
 from service.store import checkpoints
-from service.store.database import Database
+from service.store.database import Database, LockKey
 from service.store.tables import CheckpointRow
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0003
 LOOK_SECONDS = 5.0
 """Pause after which the scrubber looks again for a checkpoint that is due."""
 
@@ -71,7 +70,7 @@ class Scrubber:
             ServiceUnavailableError: The volume of all checkpoints is missing.
             OSError: The checkpoint cannot be examined.
         """
-        with self._database.elected(ELECTION_KEY) as is_elected:
+        with self._database.elected(LockKey.SCRUBBER) as is_elected:
             if not is_elected:
                 return False
             with self._database.read() as transaction:

@@ -31,11 +31,11 @@ from dar.rewards.threads import all_of
 from service.rewards.endpoints import access_for
 from service.runtime import Runtime
 from service.store import reward_endpoints, reward_pauses
+from service.store.database import LockKey
 from service.store.reward_pauses import RewardCheck
 from service.store.tables import JobRow
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0004
 CHECKS_AT_ONCE = 64
 """Most jobs whose services are checked at the same time."""
 PROBE_SECONDS = 90.0
@@ -177,7 +177,7 @@ class RewardWatch:
 
     def run_once(self) -> None:
         """Check all jobs that are due, if this replica is elected, until no check runs any more."""
-        with self._runtime.database.elected(ELECTION_KEY) as is_elected:
+        with self._runtime.database.elected(LockKey.REWARD_WATCH) as is_elected:
             if is_elected and (due := self._due(frozenset())):
                 asyncio.run(self._check_all(due))
 
