@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from urllib.parse import quote
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dar.errors import ConfigurationError
 from dar.setting_kinds import (
@@ -47,6 +47,18 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="DAR_", frozen=True, extra="ignore", populate_by_name=True
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - a parameter of every source
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - there is no such file
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - there is no such folder
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Given values and the environment. The other two would look up each field once more."""
+        return init_settings, env_settings
 
     home: Folder = Field(default=Path("~/.local/share/dar"))
     """Folder of all stored data: database, artifacts, keys, models, the worker's spool."""

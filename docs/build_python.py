@@ -4,8 +4,7 @@ import ast
 import inspect
 import re
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -20,9 +19,9 @@ from dar.training.config.fields import HelpText
 from dar.training.config.ignored import OF_EVALUATION, WITHOUT_EFFECT
 from dar.training.evaluation import Predictions
 from dar.training.reward_sources import RewardFunctions
+from page_text import table, wrapped
 
 TARGET = Path(__file__).with_name("python.md")
-WIDTH = 100
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"^    (\*{0,2}\w+): (.*)$")
 FROM_TRL = {"reward_funcs", "reward_weights", "peft_config", "ref_model"}
@@ -66,29 +65,6 @@ class Doc:
 
     def paragraph(self, section: str) -> str:
         return " ".join(line.strip() for line in self.sections.get(section, ()) if line.strip())
-
-
-def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    headings = list(headings)
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [headings, ["---"] * len(headings), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def wrapped(text: str) -> str:
-    """Wrap prose at 100 columns; tables, headings and code stay as they are."""
-    lines: list[str] = []
-    is_code = False
-    for line in text.split("\n"):
-        is_code ^= line.startswith("```")
-        if is_code or len(line) <= WIDTH or line.startswith(("|", "#")):
-            lines.append(line)
-            continue
-        indent = "  " if line.startswith("- ") else ""
-        lines += textwrap.wrap(
-            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        )
-    return "\n".join(lines)
 
 
 def shown_type(annotation: object) -> str:

@@ -4,8 +4,7 @@ import ast
 import inspect
 import itertools
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -24,33 +23,10 @@ from dar.protocol.metrics import COMPONENT_METRICS, METRICS
 from dar.protocol.presets import PRESETS, PresetValues
 from dar.protocol.spec import JobSpec
 from dar.settings import Settings
+from page_text import table, wrapped
 from service.app import create_app
 
 TARGET = Path(__file__).with_name("reference.md")
-WIDTH = 100
-
-
-def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    headings = list(headings)
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [headings, ["---"] * len(headings), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def wrapped(text: str) -> str:
-    """Wrap prose at 100 columns; tables, headings and code stay as they are."""
-    lines: list[str] = []
-    is_code = False
-    for line in text.split("\n"):
-        is_code ^= line.startswith("```")
-        if is_code or len(line) <= WIDTH or line.startswith(("|", "#")):
-            lines.append(line)
-            continue
-        indent = "  " if line.startswith("- ") else ""
-        lines += textwrap.wrap(
-            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        )
-    return "\n".join(lines)
 
 
 def attribute_docs(module: str, name: str) -> dict[str, str]:

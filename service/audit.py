@@ -100,7 +100,7 @@ def audit(
                 select(AttemptRow).where(AttemptRow.job_id == job_id).order_by(AttemptRow.number)
             ).all()
             kept = transaction.scalars(
-                select(CheckpointRow).where(CheckpointRow.job_id == job_id, checkpoints.is_whole())
+                select(CheckpointRow).where(CheckpointRow.job_id == job_id, CheckpointRow.is_whole)
             ).all()
             problems = [
                 *_check_ended(job, attempts, is_quiet=is_quiet),
@@ -285,7 +285,7 @@ def _check_events(transaction: Transaction, job: JobRow) -> Iterator[Finding]:
 def _is_still_available(database: Database, checkpoint_id: str) -> bool:
     with database.read() as transaction:
         row = transaction.get(CheckpointRow, checkpoint_id)
-        return row is not None and row.status == "available" and row.damage is None
+        return row is not None and row.is_whole
 
 
 def _wrong_file(artifacts: Artifacts, row: CheckpointRow, *, is_hashing: bool) -> str | None:

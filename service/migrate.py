@@ -17,10 +17,7 @@ from sqlalchemy import Connection, text
 from dar.disk import OTHER_FOLDER_HINT, make_folder
 from dar.errors import ConfigurationError
 from dar.settings import Settings
-from service.store.database import Database
-
-LOCK_KEY = 0x0DA2_0001
-"""PostgreSQL advisory lock that guards a migration."""
+from service.store.database import Database, LockKey
 
 
 def config(connection: Connection | None = None) -> Config:
@@ -110,13 +107,15 @@ def _locked_connection(database: Database) -> Iterator[Connection]:
         assert driver_connection is not None
         driver_connection.reply_seconds = None
         connection.execute(text("SET statement_timeout = 0"))
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK_KEY})
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LockKey.MIGRATION.value})
         connection.commit()
         try:
             yield connection
         finally:
             connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
+            connection.execute(
+                text("SELECT pg_advisory_unlock(:key)"), {"key": LockKey.MIGRATION.value}
+            )
             connection.execute(text("RESET statement_timeout"))
             connection.commit()
 

@@ -15,7 +15,6 @@ from worker.supervisor.sender import send_batch
 
 log = structlog.get_logger(__name__)
 
-LOGS_BYTES = 512 * 1024**2
 KEPT_ASIDE = timedelta(days=7)
 """How long rows that cannot be sent stay on disk."""
 
@@ -46,7 +45,7 @@ class Leftovers:
         client: WorkerClient,
         active: Callable[[], str | None],
         pause_seconds: float,
-        logs_bytes: int = LOGS_BYTES,
+        logs_bytes: int,
     ) -> None:
         self._folder = folder
         self._client = client

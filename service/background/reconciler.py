@@ -4,7 +4,6 @@ A pass reads first, and writes only what that has found. Every action is a condi
 two reconcilers at once do no harm. With PostgreSQL one replica at a time is elected.
 """
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from functools import partial
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from dar.errors import DARError
 from dar.fault_points import fault_point
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
+from service.background.periodic import PeriodicThread
 from service.background.waker import Waker
 from service.store import (
     checkpoints,
@@ -29,10 +28,9 @@ from service.store import (
     submission_claims,
     workers,
 )
-from service.store.database import Database
+from service.store.database import Database, LockKey
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0002
 SWEEP_SECONDS = 3600.0
 ORPHANS_AT_ONCE = 500
 UNCLAIMED = timedelta(seconds=5)
@@ -144,7 +142,7 @@ class _Found:
         return bool(self.expired or jobs or self.is_removing)
 
 
-class Reconciler:
+class Reconciler(PeriodicThread):
     """A thread that makes regular passes over the tables.
 
     Args:
@@ -168,12 +166,12 @@ class Reconciler:
         pause_seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__("reconciler", pause_seconds=pause_seconds)
         self._database = database
         self._artifacts = artifacts
         self._waker = waker
         self._notifier = notifier
         self._ttl_seconds = ttl_seconds
-        self._pause_seconds = pause_seconds
         self._monotonic = monotonic
         self._leases = SilentLeases(ttl_seconds, max(ttl_seconds / 2, 3 * pause_seconds))
         self._forward_seconds = 0.0
@@ -181,17 +179,6 @@ class Reconciler:
         self._starts: Mapping[str, datetime] = {}
         """`stops.starts` before it was set forward."""
         self._next_sweep = monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop after the current pass."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
 
     def run_once(self) -> None:
         """Make one pass. What it finds is done if this replica is elected."""
@@ -203,7 +190,7 @@ class Reconciler:
         is_sweep_due = self._monotonic() >= self._next_sweep
         if not (found.is_anything() or is_sweep_due or self._forward_seconds > 0):
             return
-        with self._database.elected(ELECTION_KEY) as is_elected:
+        with self._database.elected(LockKey.RECONCILER) as is_elected:
             if is_elected:
                 self._do(found, is_sweep_due=is_sweep_due)
 
@@ -315,13 +302,3 @@ class Reconciler:
                 job_id, attempt, step = orphan
                 log.warning("removing files without a checkpoint", job_id=job_id, step=step)
                 self._artifacts.remove_checkpoint(job_id, attempt, step)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._pause_seconds):
-            try:
-                self.run_once()
-            except (SQLAlchemyError, DARError, OSError) as error:
-                log.warning("reconciler pass failed; the next one tries again", error=str(error))
-            except Exception:
-                # Outermost frame of the thread: without it no lease would ever expire.
-                log.exception("reconciler pass failed unexpectedly; the next one tries again")

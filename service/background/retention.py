@@ -6,22 +6,20 @@ goes on. With PostgreSQL one replica at a time is elected.
 """
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
-from dar.errors import ConflictError, DARError, NotFoundError
+from dar.errors import ConflictError, NotFoundError
 from dar.settings import Settings
 from service.artifacts import Artifacts
+from service.background.periodic import PeriodicThread
 from service.store import checkpoints, deletion, retention
-from service.store.database import Database, Transaction
+from service.store.database import Database, LockKey, Transaction
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0004
 PAUSE_SECONDS = 5.0
 """Time between two passes over deleted jobs."""
 SWEEP_SECONDS = 3600.0
@@ -30,7 +28,7 @@ BREATH_SECONDS = 0.01
 """Pause after each transaction, in which others get the database."""
 
 
-class Retention:
+class Retention(PeriodicThread):
     """A thread that deletes.
 
     Args:
@@ -50,6 +48,7 @@ class Retention:
         monotonic: Callable[[], float] = time.monotonic,
         breath_seconds: float = BREATH_SECONDS,
     ) -> None:
+        super().__init__("retention", pause_seconds=PAUSE_SECONDS)
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
@@ -58,17 +57,6 @@ class Retention:
         self._next_sweep = monotonic()
         self._last_sample = 0
         """Up to this one, only the best and worst samples of each step are left."""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="retention", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop after the current transaction."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
 
     def run_once(self) -> None:
         """Make one pass, if there is something to do and this replica is elected."""
@@ -77,7 +65,7 @@ class Retention:
             doomed = retention.deleted_jobs(transaction)
         if not doomed and not is_sweep_due:
             return
-        with self._database.elected(ELECTION_KEY) as is_elected:
+        with self._database.elected(LockKey.RETENTION) as is_elected:
             if not is_elected:
                 return
             if is_sweep_due:
@@ -173,13 +161,3 @@ class Retention:
                 log.info("deleted jobs removed", job_ids=job_ids)
                 return
             self._stop.wait(self._breath_seconds)
-
-    def _run(self) -> None:
-        while not self._stop.wait(PAUSE_SECONDS):
-            try:
-                self.run_once()
-            except (SQLAlchemyError, DARError, OSError) as error:
-                log.warning("retention failed; the next pass tries again", error=str(error))
-            except Exception:
-                # Outermost frame of the thread: without it nothing would ever be deleted.
-                log.exception("retention failed unexpectedly; the next pass tries again")

@@ -4,30 +4,23 @@ A damaged checkpoint is set aside, so that its job resumes from an older one. On
 is read again too, and used again if its files have come back.
 """
 
-import threading
 from datetime import timedelta
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
-from dar.errors import DARError
 from service.artifacts import Artifacts, damage_of
 from service.background.notifier import Notifier
+from service.background.periodic import PeriodicThread, StoppedError
 from service.store import checkpoints
-from service.store.database import Database
+from service.store.database import Database, LockKey
 from service.store.tables import CheckpointRow
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0003
 LOOK_SECONDS = 5.0
 """Pause after which the scrubber looks again for a checkpoint that is due."""
 
 
-class _StoppedError(Exception):
-    """The service stops while a checkpoint is read."""
-
-
-class Scrubber:
+class Scrubber(PeriodicThread):
     """A thread that verifies one checkpoint after the other. One replica at a time is elected.
 
     Args:
@@ -47,22 +40,12 @@ class Scrubber:
         period_seconds: float,
         bytes_per_second: int,
     ) -> None:
+        super().__init__("scrubber", pause_seconds=LOOK_SECONDS)
         self._database = database
         self._artifacts = artifacts
         self._notifier = notifier
         self._period = timedelta(seconds=period_seconds)
         self._bytes_per_second = bytes_per_second
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scrubber", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop, also in the middle of a checkpoint, which the next start then reads again."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
 
     def run_once(self) -> bool:
         """Verify the checkpoint that has been unverified for longest; False: none is due.
@@ -71,7 +54,7 @@ class Scrubber:
             ServiceUnavailableError: The volume of all checkpoints is missing.
             OSError: The checkpoint cannot be examined.
         """
-        with self._database.elected(ELECTION_KEY) as is_elected:
+        with self._database.elected(LockKey.SCRUBBER) as is_elected:
             if not is_elected:
                 return False
             with self._database.read() as transaction:
@@ -98,20 +81,7 @@ class Scrubber:
         """Wait as long as reading ``size`` bytes may take.
 
         Raises:
-            _StoppedError: The service stops.
+            StoppedError: The service stops. The next start reads this checkpoint again.
         """
         if self._stop.wait(size / self._bytes_per_second):
-            raise _StoppedError
-
-    def _run(self) -> None:
-        has_more = False
-        while not self._stop.wait(0 if has_more else LOOK_SECONDS):
-            has_more = False
-            try:
-                has_more = self.run_once()
-            except _StoppedError:
-                return
-            except (SQLAlchemyError, DARError, OSError) as error:
-                log.warning("a checkpoint could not be verified", error=str(error))
-            except Exception:  # outermost frame of a thread that must live as long as its service
-                log.exception("a checkpoint could not be verified")
+            raise StoppedError

@@ -11,13 +11,11 @@ import asyncio
 import functools
 import itertools
 import re
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from dar.errors import DARError, RewardMisconfiguredError, RewardUnavailableError
 from dar.protocol.reward_spec import RewardComponent, RewardLimits, Rewards
@@ -28,14 +26,15 @@ from dar.rewards.http.egress import EgressPolicy
 from dar.rewards.probe.callbacks import ProbeInbox
 from dar.rewards.probe.client import ProbeClient, ProbeTarget
 from dar.rewards.threads import all_of
+from service.background.periodic import PeriodicThread
 from service.rewards.endpoints import access_for
 from service.runtime import Runtime
 from service.store import reward_endpoints, reward_pauses
+from service.store.database import LockKey
 from service.store.reward_pauses import RewardCheck
 from service.store.tables import JobRow
 
 log = structlog.get_logger()
-ELECTION_KEY = 0x0DA2_0004
 CHECKS_AT_ONCE = 64
 """Most jobs whose services are checked at the same time."""
 PROBE_SECONDS = 90.0
@@ -142,7 +141,7 @@ def _plain(messages: list[Mapping[str, object]]) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
-class RewardWatch:
+class RewardWatch(PeriodicThread):
     """Lets jobs go on whose reward services are back.
 
     Args:
@@ -154,30 +153,23 @@ class RewardWatch:
     def __init__(
         self, runtime: Runtime, probe: Probe | None = None, access_of: AccessOf | None = None
     ) -> None:
+        settings = runtime.settings
+        super().__init__(
+            "reward-watch",
+            pause_seconds=min(settings.reconcile_seconds, settings.reward_probe_seconds),
+            # A check in progress is abandoned; the next process repeats it.
+            close_seconds=1,
+        )
         self._runtime = runtime
-        guard = EgressPolicy.from_settings(runtime.settings)
+        guard = EgressPolicy.from_settings(settings)
         self._probe = probe or functools.partial(
             light_probe, guard=guard, inbox=runtime.probe_inbox
         )
         self._access_of = access_of or functools.partial(access_for, runtime)
-        settings = runtime.settings
-        self._pause_seconds = min(settings.reconcile_seconds, settings.reward_probe_seconds)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reward-watch", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop. A check in progress is abandoned; the next process repeats it."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=1)
 
     def run_once(self) -> None:
         """Check all jobs that are due, if this replica is elected, until no check runs any more."""
-        with self._runtime.database.elected(ELECTION_KEY) as is_elected:
+        with self._runtime.database.elected(LockKey.REWARD_WATCH) as is_elected:
             if is_elected and (due := self._due(frozenset())):
                 asyncio.run(self._check_all(due))
 
@@ -311,16 +303,6 @@ class RewardWatch:
             transaction.after_commit(runtime.waker.wake)
             if job.status == "paused":
                 transaction.after_commit(lambda: runtime.telemetry.note("reward_resumes"))
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._pause_seconds):
-            try:
-                self.run_once()
-            except (SQLAlchemyError, DARError, OSError) as error:
-                log.warning("check of reward services failed; will retry", error=str(error))
-            except Exception:
-                # Outermost frame of the thread: without it no paused job resumes by itself.
-                log.exception("unexpected error in the check of reward services; will retry")
 
 
 def _suffice(rewards: Rewards, is_back: Mapping[str, bool]) -> bool:

@@ -62,11 +62,7 @@ def choose(transaction: Transaction, job: JobRow) -> CheckpointRow | None:
     """The best of a job's whole checkpoints, or None; the newest one if none has a reward."""
     whole = transaction.scalars(
         select(CheckpointRow)
-        .where(
-            CheckpointRow.job_id == job.id,
-            CheckpointRow.status == "available",
-            CheckpointRow.damage.is_(None),
-        )
+        .where(CheckpointRow.job_id == job.id, CheckpointRow.is_whole)
         .order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc())
         .options(defer(CheckpointRow.manifest))
         .execution_options(populate_existing=True)

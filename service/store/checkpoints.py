@@ -23,11 +23,6 @@ KEPT_DAMAGED = timedelta(days=7)
 """How long a damaged checkpoint is kept for inspection, once the job has a newer whole one."""
 
 
-def is_whole() -> ColumnElement[bool]:
-    """Whether a checkpoint is stored and not known to be damaged."""
-    return and_(CheckpointRow.status == "available", CheckpointRow.damage.is_(None))
-
-
 def is_kept_by_pin() -> ColumnElement[bool]:
     """Whether a checkpoint is stored, whole or damaged, and pinned."""
     return and_(CheckpointRow.status == "available", CheckpointRow.is_pinned)
@@ -84,7 +79,7 @@ def pin(transaction: Transaction, checkpoint: CheckpointRow, *, is_pinned: bool)
     Raises:
         NotFoundError: It is being removed.
     """
-    may_change = is_whole() if is_pinned else CheckpointRow.status == "available"
+    may_change = CheckpointRow.is_whole if is_pinned else CheckpointRow.status == "available"
     changed = transaction.execute(
         update(CheckpointRow)
         .where(CheckpointRow.id == checkpoint.id, may_change)
@@ -112,7 +107,7 @@ def list_page(transaction: Transaction, job_id: str, cursor: Cursor) -> Slice[Ch
     """One page of a job's whole checkpoints."""
     return page(
         transaction,
-        select(CheckpointRow).where(CheckpointRow.job_id == job_id, is_whole()),
+        select(CheckpointRow).where(CheckpointRow.job_id == job_id, CheckpointRow.is_whole),
         CheckpointRow.id,
         (CheckpointRow.step, CheckpointRow.attempt),
         cursor,
@@ -123,7 +118,7 @@ def keep(transaction: Transaction, ids: Sequence[str]) -> bool:
     """Keep checkpoints until the transaction ends. Returns whether all of them are whole."""
     kept = transaction.scalars(
         select(CheckpointRow.id)
-        .where(CheckpointRow.id.in_(ids), is_whole())
+        .where(CheckpointRow.id.in_(ids), CheckpointRow.is_whole)
         .order_by(CheckpointRow.id)
         .with_for_update(read=True)
     ).all()
@@ -134,7 +129,7 @@ def newest(transaction: Transaction, job_id: str) -> CheckpointRow | None:
     """The checkpoint that the next attempt resumes from."""
     return transaction.scalars(
         select(CheckpointRow)
-        .where(CheckpointRow.job_id == job_id, is_whole())
+        .where(CheckpointRow.job_id == job_id, CheckpointRow.is_whole)
         .order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc())
         .limit(1)
     ).one_or_none()
@@ -168,7 +163,7 @@ def models(
     available = (
         select(CheckpointRow, JobRow)
         .join(JobRow, JobRow.id == CheckpointRow.job_id)
-        .where(JobRow.project_id == project_id, is_whole())
+        .where(JobRow.project_id == project_id, CheckpointRow.is_whole)
         .options(defer(CheckpointRow.manifest), defer(JobRow.spec))
         .limit(limit)
     )
@@ -310,7 +305,11 @@ def _superseded() -> Select[tuple[str]]:
         )
         .label("rank")
     )
-    ranked = select(CheckpointRow.id, CheckpointRow.job_id, rank).where(is_whole()).subquery()
+    ranked = (
+        select(CheckpointRow.id, CheckpointRow.job_id, rank)
+        .where(CheckpointRow.is_whole)
+        .subquery()
+    )
     is_nth = and_(
         JobRow.keep_every.is_not(None),
         CheckpointRow.ordinal > 0,
@@ -366,8 +365,7 @@ def _is_inspected(transaction: Transaction) -> ColumnElement[bool]:
     has_newer = select(newer.id).where(
         newer.job_id == CheckpointRow.job_id,
         newer.step >= CheckpointRow.step,
-        newer.status == "available",
-        newer.damage.is_(None),
+        newer.is_whole,
     )
     result = func.coalesce(JobRow.result_checkpoint_id, JobRow.latest_checkpoint_id)
     is_result = select(JobRow.id).where(
@@ -498,7 +496,7 @@ def set_aside(transaction: Transaction, checkpoint: CheckpointRow, damage: str) 
     job, checkpoint = locked
     marked = transaction.execute(
         update(CheckpointRow)
-        .where(CheckpointRow.id == checkpoint.id, is_whole())
+        .where(CheckpointRow.id == checkpoint.id, CheckpointRow.is_whole)
         .values(damage=damage, damaged_at=transaction.now, verified_at=transaction.now)
         .returning(CheckpointRow.id)
     ).one_or_none()

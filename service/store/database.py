@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from enum import IntEnum, unique
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -35,6 +36,18 @@ _SERIALIZATION_FAILURE, _DEADLOCK = "40001", "40P01"
 _opening = threading.Lock()
 _opened: set[tuple[int, int]] = set()
 """Device and inode of each SQLite file to which this process has had a connection."""
+
+
+@unique
+class LockKey(IntEnum):
+    """Advisory locks of PostgreSQL, one for each work that one process at a time may do."""
+
+    MIGRATION = 0x0DA2_0001
+    RECONCILER = 0x0DA2_0002
+    SCRUBBER = 0x0DA2_0003
+    RETENTION = 0x0DA2_0004
+    API_KEYS = 0x0DA2_0005
+    REWARD_WATCH = 0x0DA2_0006
 
 
 class Transaction(Session):
@@ -191,18 +204,18 @@ class Database:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     @contextmanager
-    def elected(self, key: int) -> Iterator[bool]:
+    def elected(self, key: LockKey) -> Iterator[bool]:
         """Yields whether this process may act for all replicas until the block ends."""
         if not self.is_postgresql:
             yield True
             return
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            won = connection.execute(select(func.pg_try_advisory_lock(key))).scalar_one()
+            won = connection.execute(select(func.pg_try_advisory_lock(key.value))).scalar_one()
             try:
                 yield won
             finally:
                 if won:
-                    connection.execute(select(func.pg_advisory_unlock(key)))
+                    connection.execute(select(func.pg_advisory_unlock(key.value)))
 
     def ping(self) -> None:
         """Raise unless the database responds."""

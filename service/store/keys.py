@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from sqlalchemy import func, select, update
 
 from dar.protocol.ids import new_id
-from service.store.database import Transaction
+from service.store.database import LockKey, Transaction
 from service.store.tables import ApiKeyRow, ProjectRow
-
-LOCK_KEY = 0x0DA2_0003
-"""PostgreSQL advisory lock that guards the configuration of keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ def default_project(transaction: Transaction) -> str:
 def lock(transaction: Transaction) -> None:
     """Let only this process configure keys until the transaction ends."""
     if transaction.is_postgresql:
-        transaction.execute(select(func.pg_advisory_xact_lock(LOCK_KEY)))
+        transaction.execute(select(func.pg_advisory_xact_lock(LockKey.API_KEYS.value)))
 
 
 def is_any_configured(transaction: Transaction) -> bool:

@@ -105,9 +105,8 @@ def _complete(transaction: Transaction, held: Held, said: Complete) -> Outcome:
             code="spool_behind",
         )
     final = checkpoints.find(transaction, job.id, said.checkpoint_id)
-    is_whole = final is not None and final.status == "available" and final.damage is None
     is_early = final is not None and final.step < job.total_steps
-    if final is None or not is_whole or (is_early and job.stop_requested_at is None):
+    if final is None or not final.is_whole or (is_early and job.stop_requested_at is None):
         raise ConflictError(
             f"checkpoint {said.checkpoint_id!r} is not available, is damaged, or is not of step "
             f"{job.total_steps}; upload and commit the final checkpoint first",

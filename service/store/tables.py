@@ -7,6 +7,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
+    ColumnElement,
     Float,
     ForeignKey,
     Index,
@@ -14,8 +15,10 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    and_,
     text,
 )
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import Mapped, mapped_column
 
 from dar.protocol.spec import JobSpec
@@ -418,3 +421,13 @@ class CheckpointRow(Base):
     reward: Mapped[float | None] = mapped_column(Float(53))
     kl: Mapped[float | None] = mapped_column(Float(53))
     is_pinned: Mapped[bool] = mapped_column(default=False)
+
+    @hybrid_property
+    def is_whole(self) -> bool:
+        """Whether it is stored and not known to be damaged."""
+        return self.status == "available" and self.damage is None
+
+    @is_whole.inplace.expression
+    @classmethod
+    def _is_whole(cls) -> ColumnElement[bool]:
+        return and_(cls.status == "available", cls.damage.is_(None))

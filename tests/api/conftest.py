@@ -81,7 +81,12 @@ def serve(home: Path) -> Iterator[Callable[..., Live]]:
         settings = Settings(home=home, **{"reconcile_seconds": 60, **LOOPBACK, **values})
         app = create_app(settings)
         config = ConnectionConfig(
-            app, max_connections=most, port=0, log_level="error", timeout_graceful_shutdown=2
+            app,
+            max_connections=most,
+            port=0,
+            log_level="error",
+            log_config=None,
+            timeout_graceful_shutdown=2,
         )
         server = PromptServer(config)
         thread = threading.Thread(target=server.run, daemon=True)

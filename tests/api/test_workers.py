@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -114,19 +115,26 @@ def test_the_attempts_of_a_job_are_pages(live: Live) -> None:
     assert [one["number"] for one in rest["data"]] == [1]
 
 
-def test_a_drained_worker_is_told_and_gets_no_job_before_it_is_admitted(live: Live) -> None:
-    live.submit()
-    lease = claim(live)
-    assert lease is not None
+@contextmanager
+def listening(lease: Lease) -> Iterator[list[Any]]:
+    """A long poll of the directives runs meanwhile; afterwards the list has its answer."""
     told: list[Any] = []
     listener = threading.Thread(
         target=lambda: told.append(lease.http.get("/directives", params={"wait": 20}).json())
     )
     listener.start()
-    time.sleep(0.3)
-    [shown] = order(live, "drain", reason="a new disk")
-    assert (shown["state"], shown["reason"]) == ("draining", "a new disk")
+    time.sleep(0.2)
+    yield told
     listener.join(5)
+
+
+def test_a_drained_worker_is_told_and_gets_no_job_before_it_is_admitted(live: Live) -> None:
+    live.submit()
+    lease = claim(live)
+    assert lease is not None
+    with listening(lease) as told:
+        [shown] = order(live, "drain", reason="a new disk")
+    assert (shown["state"], shown["reason"]) == ("draining", "a new disk")
     assert told == [{"directives": [{"id": 3, "type": "drain"}], "cursor": "3"}]
     assert lease.post("/release", reason="drained").json()["status"] == "queued"
     assert claim(live) is None
@@ -141,14 +149,8 @@ def test_a_drain_in_another_replica_is_found(serve: Callable[..., Live], live: L
     live.submit()
     lease = claim(live)
     assert lease is not None
-    told: list[Any] = []
-    listener = threading.Thread(
-        target=lambda: told.append(lease.http.get("/directives", params={"wait": 20}).json())
-    )
-    listener.start()
-    time.sleep(0.2)
-    order(serve(), "drain", slot="0")
-    listener.join(5)
+    with listening(lease) as told:
+        order(serve(), "drain", slot="0")
     assert [item["directives"] for item in told] == [[{"id": 3, "type": "drain"}]]
 
 

@@ -106,7 +106,7 @@ def home(stored: Path, tmp_path: Path) -> Path:
 def service(home: Path, facts: dict[str, Any]) -> Iterator[Stored]:
     settings = Settings(home=home, reconcile_seconds=3600, **facts["secrets"])
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

@@ -10,6 +10,8 @@ import pytest
 
 from fakes.installation import Installation
 
+pytestmark = pytest.mark.slow  # a whole installation trains jobs; tests/api has the client alone
+
 
 @pytest.fixture(scope="module")
 def client(installation: Installation) -> Iterator[openai.OpenAI]:
@@ -57,7 +59,6 @@ def test_a_job_runs_to_its_end(client: openai.OpenAI, finished: str) -> None:
     assert job.method.type == "dar"
 
 
-@pytest.mark.slow  # a job of its own is trained
 def test_a_job_without_rewards_trains_on_what_its_file_holds(
     installation: Installation, client: openai.OpenAI
 ) -> None:
@@ -82,7 +83,6 @@ def test_a_job_without_rewards_trains_on_what_its_file_holds(
     assert {sample.completion for sample in samples} >= {" good.", " dull."}
 
 
-@pytest.mark.slow  # a job of its own is trained
 def test_a_job_is_evaluated_on_its_validation_file(
     installation: Installation, client: openai.OpenAI
 ) -> None:
@@ -125,7 +125,6 @@ def test_checkpoints_are_listed_newest_first(client: openai.OpenAI, finished: st
     assert all(checkpoint.fine_tuning_job_id == finished for checkpoint in checkpoints)
 
 
-@pytest.mark.slow  # a job of its own is trained
 def test_a_running_job_is_cancelled(
     installation: Installation, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
 ) -> None:
@@ -141,7 +140,6 @@ def test_a_running_job_is_cancelled(
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
-@pytest.mark.slow  # a job of its own is trained
 def test_a_running_job_is_paused_and_resumed(
     installation: Installation, client: openai.OpenAI, file_id: str, until: Callable[..., Any]
 ) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 
 from dar.errors import ConfigurationError
 from dar.settings import Settings
-from service.store.database import Database, is_outage
+from service.store.database import Database, LockKey, is_outage
 from service.store.tables import JobRow, ProjectRow
 
 
@@ -100,11 +101,15 @@ def test_without_a_clock_of_its_own_a_test_sees_the_databases(url: str) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["postgresql"], indirect=True)
-def test_of_several_replicas_one_is_elected(database: Database, url: str) -> None:
+def test_each_work_of_which_one_replica_has_charge_is_elected_by_itself(
+    database: Database, url: str
+) -> None:
     other = Database(url)
-    with database.elected(1) as first, other.elected(1) as second, other.elected(2) as third:
-        assert (first, second, third) == (True, False, True)
-    with other.elected(1) as again:
+    with ExitStack() as held:
+        won = [held.enter_context(database.elected(key)) for key in LockKey]
+        lost = [held.enter_context(other.elected(key)) for key in LockKey]
+        assert (set(won), set(lost)) == ({True}, {False})
+    with other.elected(LockKey.SCRUBBER) as again:
         assert again
     other.close()
 

@@ -1,10 +1,13 @@
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import imports, memory
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -22,6 +25,19 @@ GOLDEN = Path(__file__).parent / "golden"
 def quiet_single_thread() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _trainings_begin_at_once() -> Iterator[None]:
+    """Let accelerate look up installed packages once, and collect no garbage.
+
+    It does both for every training. The garbage would occupy a device, and no test has one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        is_available = functools.cache(imports._is_package_available)
+        patch.setattr(imports, "_is_package_available", is_available)
+        patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 @pytest.fixture

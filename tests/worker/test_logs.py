@@ -163,7 +163,7 @@ def test_rows_and_logs_of_dead_workers_of_the_host_are_taken_care_of(tmp_path: P
     for attempt in (dead, alive):
         attempt.lock.touch()
     service: Any = Service()
-    leftovers = Leftovers(mine, service, lambda: None, 0.01)
+    leftovers = Leftovers(mine, service, lambda: None, 0.01, 2**20)
     with alive.held() as is_held:
         assert is_held
         leftovers.sweep()

@@ -119,7 +119,7 @@ def test_a_sender_of_an_attempt_that_lost_its_job_ends_it_and_the_rows_are_sent_
     with pytest.raises(FencedError):
         SpoolSender(reader, client, RECORD, lambda _: None, 0.01).run()
     assert reader.acked == 2
-    Leftovers(slot, client, lambda: None, 0.01).sweep()
+    Leftovers(slot, client, lambda: None, 0.01, 2**20).sweep()
     assert slot.all_attempts() == []
 
 
@@ -132,7 +132,7 @@ def test_rows_that_cannot_be_sent_are_kept_and_hold_up_no_others(
     kept = said(slot.attempt("a"), is_damaged=is_damaged)
     behind = slot.attempt("b")
     behind.path.mkdir()
-    leftovers = Leftovers(slot, client, lambda: None, 0.01)
+    leftovers = Leftovers(slot, client, lambda: None, 0.01, 2**20)
     leftovers.sweep()
     asked = service.calls
     leftovers.sweep()
@@ -146,7 +146,7 @@ def test_stopping_ends_the_wait_for_a_service_that_is_away(connect: Any, tmp_pat
     _, client = connect(503)
     slot = SlotFolder.of(tmp_path, "0")
     kept = said(slot.attempt("a"))
-    leftovers = Leftovers(slot, client, lambda: None, 0.01)
+    leftovers = Leftovers(slot, client, lambda: None, 0.01, 2**20)
     thread = threading.Thread(target=leftovers.run)
     thread.start()
     leftovers.stop()

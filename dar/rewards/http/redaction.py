@@ -18,6 +18,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote, unquote_plus
 from weakref import WeakSet
@@ -190,9 +191,17 @@ class _Needles:
     def __init__(self, forms: Iterable[str]) -> None:
         given = [form for form in forms if len(form) >= SHORTEST]
         self._short = tuple(form for form in given if len(form) < FRAGMENT)
-        long = [form for form in given if len(form) >= FRAGMENT]
-        self._fragments = _pieces(long, FRAGMENT)
-        self._probes = _pieces(long, _PROBE)
+        self._long = tuple(form for form in given if len(form) >= FRAGMENT)
+
+    # Most needles are never searched for, and their pieces are thousands.
+
+    @cached_property
+    def _fragments(self) -> frozenset[str]:
+        return _pieces(self._long, FRAGMENT)
+
+    @cached_property
+    def _probes(self) -> frozenset[str]:
+        return _pieces(self._long, _PROBE)
 
     def spans(self, text: str) -> Iterator[tuple[int, int, bool]]:
         """Where they are in ``text``: start, end, and whether a short one is there as a whole."""

@@ -311,29 +311,23 @@ def test_a_202_that_the_job_does_not_allow_resumes_nothing(
     assert (live.job(job_id)["status"], len(judge.asked)) == ("paused", 1)
 
 
-@pytest.mark.parametrize("other", [{"weight": 0}, {"required": False}])
-def test_a_component_that_makes_no_sample_an_error_keeps_no_job_paused(
+@pytest.mark.parametrize(
+    ("other", "status"),
+    [({"weight": 0}, "queued"), ({"required": False}, "queued"), ({"role": "gate"}, "paused")],
+)
+def test_only_a_component_that_makes_samples_errors_keeps_a_job_paused(
     live: Live,
     judge: Judge,
     paused: Callable[..., str],
     free_port: Callable[[], int],
     other: dict[str, Any],
+    status: str,
 ) -> None:
     down = {"name": "down", "url": f"http://127.0.0.1:{free_port()}/score", **other}
     job_id = paused({"name": "letters", "url": judge.url}, down)
     make_due(live)
     RewardWatch(live.runtime).run_once()
-    assert live.job(job_id)["status"] == "queued"
-
-
-def test_a_gate_must_be_back(
-    live: Live, judge: Judge, paused: Callable[..., str], free_port: Callable[[], int]
-) -> None:
-    gate = {"name": "gate", "url": f"http://127.0.0.1:{free_port()}/score", "role": "gate"}
-    job_id = paused({"name": "letters", "url": judge.url}, gate)
-    make_due(live)
-    RewardWatch(live.runtime).run_once()
-    assert live.job(job_id)["status"] == "paused"
+    assert live.job(job_id)["status"] == status
 
 
 def test_where_no_component_is_required_one_must_be_back(

@@ -3,8 +3,6 @@ request.
 """
 
 import json
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -16,10 +14,7 @@ from dar.errors import InvalidRequestError, RewardContractError, RewardMisconfig
 from dar.protocol.rewards import MAX_DEPTH
 from dar.rewards.base import (
     Failed,
-    RequestBatch,
-    RewardContext,
     RewardProtocol,
-    RewardSample,
     Scored,
     Skipped,
 )
@@ -28,25 +23,9 @@ from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 from dar.rewards.protocols.plain import PlainProtocol, check_template, resolve
 from dar.rewards.protocols.trl import TRLProtocol
+from fakes.reward_types import batch_of, sample
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
-
-
-def batch_of(samples: Sequence[RewardSample], columns: Sequence[str] | None = None) -> RequestBatch:
-    now = datetime.now(UTC)
-    context = RewardContext(step=3, job_id="ftjob-1")
-    return RequestBatch("rwq_1", "r", context, tuple(samples), columns, now, now)
-
-
-def sample(number: int = 0, **fields: Any) -> RewardSample:
-    base: dict[str, Any] = {
-        "prompt": "p",
-        "messages": None,
-        "completion": f"c{number}",
-        "finish_reason": "stop",
-        "completion_tokens": 2,
-    }
-    return RewardSample(id=f"s{number}", group_id="g0", index=number, **(base | fields))
 
 
 # --- slips, none of which becomes a reward --------------------------------------------------------

@@ -1,7 +1,6 @@
 """Services that were written for other systems score samples unchanged."""
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from inspect import signature
 from typing import Any
 
@@ -16,7 +15,6 @@ from starlette.routing import Route
 from dar.protocol.rewards import decode_request
 from dar.rewards.base import (
     Failed,
-    RequestBatch,
     RewardContext,
     RewardProtocol,
     RewardResult,
@@ -30,7 +28,7 @@ from dar.rewards.protocols.openai_grader import OpenAIGraderProtocol
 from dar.rewards.protocols.openrlhf import OpenRLHFProtocol
 from dar.rewards.protocols.plain import PlainProtocol
 from dar.rewards.protocols.trl import TRLProtocol
-from fakes.reward_types import MakeSamples
+from fakes.reward_types import MakeSamples, batch_of, sample
 
 Serve = Callable[[Starlette], str]
 CHAT = [{"role": "user", "content": "2 + 2?"}]
@@ -38,23 +36,6 @@ GRADER = {
     "type": "string_check", "name": "same", "operation": "eq",
     "input": "{{sample.output_text}}", "reference": "{{item.reference_answer}}",
 }  # fmt: skip
-
-
-def batch_of(samples: Sequence[RewardSample], columns: Sequence[str] | None = None) -> RequestBatch:
-    now = datetime.now(UTC)
-    context = RewardContext(step=3, job_id="ftjob-1")
-    return RequestBatch("rwq_1", "r", context, tuple(samples), columns, now, now)
-
-
-def sample(number: int = 0, **fields: Any) -> RewardSample:
-    base: dict[str, Any] = {
-        "prompt": "p",
-        "messages": None,
-        "completion": f"c{number}",
-        "finish_reason": "stop",
-        "completion_tokens": 2,
-    }
-    return RewardSample(id=f"s{number}", group_id="g0", index=number, **(base | fields))
 
 
 async def ask(
