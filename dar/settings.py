@@ -42,7 +42,7 @@ from dar.setting_kinds import (
 class SecretFiles(PydanticBaseSettingsSource):
     """Secrets from files: ``DAR_API_KEY_FILE`` names the file with the value of ``DAR_API_KEY``.
 
-    Each setting that is a secret has this form, and no other setting has it. Container engines and
+    All settings that are secrets have this form, and no other setting does. Container engines and
     systemd give secrets as files, because others can read the environment of a process.
     """
 

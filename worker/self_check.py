@@ -182,7 +182,8 @@ def _try_devices(setting: str | None) -> WorkerFault | None:
 
 def _lost_devices(known: int, installed: int) -> WorkerFault:
     return WorkerFault(
-        code=DEVICE.code, message=f"the driver knows {known} of the {installed} GPUs of this machine"
+        code=DEVICE.code,
+        message=f"the driver knows {known} of the {installed} GPUs of this machine",
     )
 
 
