@@ -57,7 +57,7 @@ def test_a_job_ends_though_a_replica_a_worker_and_the_proxy_are_killed(
     file_id = upload(client, (reviews_base / "prompts.jsonl").read_bytes())
     key: Any = {"Idempotency-Key": "one"}
     spec = cluster.spec(file_id, steps=30)
-    with pytest.raises(openai.NotFoundError, match=r"may not read model\.safetensors"):
+    with pytest.raises(openai.BadRequestError, match=r"may not read model\.safetensors"):
         client.fine_tuning.jobs.create(**spec | {"model": "closed"})
     job = client.fine_tuning.jobs.create(**spec, extra_headers=key)
 
