@@ -32,12 +32,14 @@ test: setup  ## run the fast tests: everything a change must not break
 test-slow: setup  ## run the slow tests: whole jobs, several processes, long training
 	@$(PYTEST) -n 3 -m slow
 
-check: setup  ## lint, format, types, import rules, dependencies
+check: setup  ## lint, format, types, import rules, dependencies, containers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/deptry .
+	$(BIN)/hadolint docker/*.Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml docker/gpu-host.yaml
 
 chaos: setup  ## kill, freeze and cut off everything, and count what is lost; ROW=… runs one row
 	@PYTHONPATH=tests $(BIN)/python -m chaos $(ROW) $(AGAIN)

@@ -8,10 +8,11 @@ environment describes one installation.
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dar.errors import ConfigurationError
@@ -38,6 +39,56 @@ from dar.setting_kinds import (
 )
 
 
+class SecretFiles(PydanticBaseSettingsSource):
+    """Secrets from files: ``DAR_API_KEY_FILE`` names the file with the value of ``DAR_API_KEY``.
+
+    All settings that are secrets have this form, and no other setting does. Container engines and
+    systemd give secrets as files, because others can read the environment of a process.
+    """
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """The content of the file of a secret, and the name under which the field takes it.
+
+        Raises:
+            ConfigurationError: The file cannot be read, or the secret is given in both forms.
+        """
+        variable = variable_of(field_name, field)
+        path = os.environ.get(f"{variable}_FILE") if is_secret(field.annotation) else None
+        if not path:
+            return None, field_name, False
+        if os.environ.get(variable):
+            raise ConfigurationError(
+                f"both {variable} and {variable}_FILE are set; unset one of them"
+            )
+        try:
+            content = Path(path).read_text("utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ConfigurationError(f"{variable}_FILE: {path} cannot be read: {why}") from None
+        return content, field_name if field.validation_alias is None else variable, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The secrets that are given as files, for `Settings`."""
+        found = (
+            self.get_field_value(field, name)
+            for name, field in self.settings_cls.model_fields.items()
+        )
+        return {name: value for value, name, _ in found if value is not None}
+
+
+def is_secret(kind: object) -> bool:
+    """Whether values of this type are secrets."""
+    return kind is SecretStr or any(is_secret(part) for part in get_args(kind))
+
+
+def variable_of(name: str, field: FieldInfo) -> str:
+    """The variable of a setting; of several, the first one that is read."""
+    alias = field.validation_alias
+    return str(
+        alias.choices[0] if isinstance(alias, AliasChoices) else alias or f"DAR_{name.upper()}"
+    )
+
+
 class Settings(BaseSettings):
     """Settings of one installation. The field ``port`` is the variable ``DAR_PORT``.
 
@@ -51,14 +102,14 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - a parameter of every source
+        settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - there is no such file
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - there is no such folder
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Given values and the environment. The other two would look up each field once more."""
-        return init_settings, env_settings
+        """The command line, then files of secrets, then the environment."""
+        return init_settings, SecretFiles(settings_cls), env_settings
 
     home: Folder = Field(default=Path("~/.local/share/dar"))
     """Folder of all stored data: database, artifacts, keys, models, the worker's spool."""
@@ -352,6 +403,7 @@ def environment(without: Iterable[str] = (), /, **changes: object) -> dict[str, 
     """
     given = {_variable(name): str(value) for name, value in changes.items() if value is not None}
     withheld = {_variable(name) for name in without}
+    withheld |= {f"{name}_FILE" for name in (*withheld, *given)}
     kept = {name: value for name, value in os.environ.items() if name not in withheld}
     return {**kept, **given}
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import orjson
 import typer
-from pydantic import AliasChoices, BaseModel
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dar.cli.main import app as command_line
@@ -22,7 +22,7 @@ from dar.protocol.hints import HINTS, HintThresholds
 from dar.protocol.metrics import COMPONENT_METRICS, METRICS
 from dar.protocol.presets import PRESETS, PresetValues
 from dar.protocol.spec import JobSpec
-from dar.settings import Settings
+from dar.settings import Settings, is_secret, variable_of
 from page_text import table, wrapped
 from service.app import create_app
 
@@ -53,7 +53,8 @@ def settings() -> str:
     docs = attribute_docs("dar.settings", "Settings")
     rows = []
     for name, field in Settings.model_fields.items():
-        variable = _variable(name, field)
+        variable = variable_of(name, field)
+        or_file = f"`, `{variable}_FILE" if is_secret(field.annotation) else ""
         default = field.default
         if field.default_factory is not None:
             shown = "this machine's name"
@@ -61,16 +62,8 @@ def settings() -> str:
             shown = "none"
         else:
             shown = f"`{','.join(default) if isinstance(default, tuple) else default}`"
-        rows.append((f"`{variable}`", shown, docs[name]))
+        rows.append((f"`{variable}{or_file}`", shown, docs[name]))
     return table(("variable", "default", "meaning"), rows)
-
-
-def _variable(name: str, field: FieldInfo) -> str:
-    """The variable of a setting; of several, the first one that is read."""
-    alias = field.validation_alias
-    return str(
-        alias.choices[0] if isinstance(alias, AliasChoices) else alias or f"DAR_{name.upper()}"
-    )
 
 
 def job_spec() -> str:
@@ -234,7 +227,8 @@ def commands() -> str:
 
 def reference() -> str:
     sections = {
-        "Settings": "All processes read the same environment variables.\n\n" + settings(),
+        "Settings": "All processes read the same environment variables. A secret may also be in a file: `DAR_API_KEY_FILE` is the "
+        "path of a file with the value of `DAR_API_KEY`.\n\n" + settings(),
         "Routes": "All routes except `/healthz` and `/readyz` need `Authorization: Bearer <key>`; a reward callback needs the "
         "token of its request. `GET /openapi.json` has the full schemas.\n\n" + routes(),
         "Job spec": "The body of `POST /v1/fine_tuning/jobs`. Unknown fields are rejected. The DAR fields have the names and defaults of "

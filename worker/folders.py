@@ -5,6 +5,7 @@ Under ``$DAR_HOME/worker`` (``DAR_WORK_DIR``)::
     machine                     random name of this machine
     slot-<slot>/
       lock                      locked by the slot's worker; contains its process id
+      alive                     its time is that of the last claim or heartbeat
       logs/<job>-<attempt>.log  output of the trainers of ended attempts (``-1.log``, …: their
                                 other processes; ``.earlier.log``: the part before)
       attempts/<lease>/
@@ -174,6 +175,15 @@ class SlotFolder:
     @property
     def lock(self) -> Path:
         return self.path / "lock"
+
+    @property
+    def alive(self) -> Path:
+        return self.path / "alive"
+
+    def mark_alive(self) -> None:
+        """Set the time of `alive`, by which a container engine sees that the worker lives."""
+        with suppress(OSError):  # the self-check reports a disk that takes no file
+            self.alive.touch()
 
     @property
     def attempts(self) -> Path:

@@ -167,7 +167,10 @@ def _try_devices(setting: str | None) -> WorkerFault | None:
     if asked.returncode != 0:
         said = " ".join((asked.stdout + asked.stderr).split())[:LONGEST_QUOTE]
         return WorkerFault(code=DEVICE.code, message=f"{DEVICE_TOOL} fails: {said}")
-    known = [part.strip() for line in asked.stdout.splitlines() for part in line.split(",")]
+    lines = asked.stdout.splitlines()
+    if setting is None:  # inside a container, the files of devices have the numbers of the host
+        return None if len(lines) >= len(wanted) else _lost_devices(len(lines), len(wanted))
+    known = [part.strip() for line in lines for part in line.split(",")]
     missing = [name for name in wanted if not _is_known(name, known)]
     if missing:
         return WorkerFault(
@@ -175,6 +178,13 @@ def _try_devices(setting: str | None) -> WorkerFault | None:
             message=f"the driver does not know the GPU {', '.join(missing)} (DAR_DEVICES)",
         )
     return None
+
+
+def _lost_devices(known: int, installed: int) -> WorkerFault:
+    return WorkerFault(
+        code=DEVICE.code,
+        message=f"the driver knows {known} of the {installed} GPUs of this machine",
+    )
 
 
 def _is_known(name: str, known: list[str]) -> bool:

@@ -105,6 +105,7 @@ class Slot:
 
     def _next_claim(self, *, wants_job: bool = True, is_leaving: bool = False) -> Claim:
         """A claim with the state of this machine; of a machine with a fault it is only a report."""
+        self._folder.mark_alive()
         fault = examine(self._settings) if self._is_suspect else look(self._settings)
         self._is_suspect = fault is not None
         if fault is not None and fault != self._fault:

@@ -178,7 +178,7 @@ def _folder(runtime: Runtime, model: str, prefix: str) -> Iterator[_Source]:
         ModelNotFoundError: One of them is a link to a place outside of the folder.
     """
     folder = runtime.settings.models_path / model
-    models.check_links(folder)
+    models.check_files(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):

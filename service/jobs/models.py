@@ -1,5 +1,6 @@
 """Models that a job may start from: folders, results and checkpoints of jobs, and hub models."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,12 +49,13 @@ def resolve(
 
     Raises:
         ModelNotFoundError: There is no such model, the hub id is not allowed, a checkpoint that
-            the model is made of was removed, or a file of its folder is a link to a place outside.
+            the model is made of was removed, or a file of its folder is closed to this process or
+            a link to a place outside.
     """
     if "/" in name:
         return ResolvedModel(_hub(settings, name))
     if (found := _folder(settings.models_path, name)) is not None:
-        check_links(found)
+        check_files(found)
         folder = ModelSource(kind="folder", name=name, checkpoint_id=None, adapter_ids=[])
         return ResolvedModel(folder)
     for _, checkpoint, job in checkpoints.models(transaction, project_id, name=name):
@@ -100,7 +102,7 @@ def check_reward_models(settings: Settings, rewards: Rewards) -> None:
         if "/" in name:
             _hub(settings, name, param)
         elif (found := _folder(settings.models_path, name)) is not None:
-            check_links(found, param)
+            check_files(found, param)
         else:
             raise ModelNotFoundError(
                 f"there is no reward model {name!r}; it is a folder with a config.json in the "
@@ -231,16 +233,27 @@ def _folder(root: Path, name: str) -> Path | None:
     return path if _FOLDER.fullmatch(name) and (path / "config.json").is_file() else None
 
 
-def check_links(folder: Path, param: str = "model") -> None:
-    """Check that a model's folder contains all of its files.
+def check_files(folder: Path, param: str = "model") -> None:
+    """Check that a model's folder contains all of its files, and that this process may read them.
 
-    Through a link, a file of this machine would come into checkpoints and to other workers.
+    Through a link, a file of this machine would come into checkpoints and to other workers. Files
+    of weights are often saved for their owner alone, who need not be the user of the service.
 
     Raises:
-        ModelNotFoundError: A file or folder in it is a link to a place outside.
+        ModelNotFoundError: A file or folder in it is a link to a place outside, or closed.
     """
     if (link := link_out_of(folder)) is not None:
         raise ModelNotFoundError(_leads_out(folder, link), param=param)
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen = (name for name in names if not name.startswith("."))
+        closed = [name for name in seen if not os.access(Path(place, name), os.R_OK)]
+        if closed:
+            raise ModelNotFoundError(
+                f"model {folder.name!r} cannot be used: the service may not read {closed[0]} in its "
+                "folder; let its user read it, as with chmod -R a+rX",
+                param=param,
+            )
 
 
 def _leads_out(folder: Path, link: str) -> str:

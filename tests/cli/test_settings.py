@@ -12,7 +12,7 @@ import structlog
 
 from dar.client import Client
 from dar.errors import ConfigurationError
-from dar.settings import Settings, load_settings
+from dar.settings import Settings, environment, is_secret, load_settings, variable_of
 from fakes.command_line import run_command
 from service.__main__ import main as run_service
 from worker.__main__ import main as run_worker
@@ -117,6 +117,49 @@ def test_an_empty_key_or_secret_is_not_set(
     assert settings.secret_from(getattr(settings, name), name) == "from-the-file"
     with Client(base_url="http://127.0.0.1:9") if name == "api_key" else nullcontext():
         pass
+
+
+VALUES = {
+    "DAR_DATABASE_URL": "postgresql://dar:secret@db/dar",
+    "DAR_BROKER_URL": "redis://:secret@valkey:6379/0",
+}
+"""Secrets that are not any text."""
+SECRETS = {
+    variable_of(name, field): name
+    for name, field in Settings.model_fields.items()
+    if is_secret(field.annotation)
+}
+
+
+@pytest.mark.parametrize("variable", SECRETS)
+def test_every_secret_may_be_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    file, name = tmp_path / "secret", SECRETS[variable]
+    value = VALUES.get(variable, "in-a-file")
+    file.write_text(f"{value}\n")
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "of-another-program")
+    monkeypatch.setenv(f"{variable}_FILE", str(file))
+    assert getattr(load_settings(), name).get_secret_value() == value
+    assert getattr(load_settings(**{name: f"{value}2"}), name).get_secret_value() == f"{value}2"
+
+    assert f"{variable}_FILE" not in environment((name,))
+    assert f"{variable}_FILE" not in environment(**{name: value})
+
+    monkeypatch.setenv(variable, SECRET)
+    with pytest.raises(ConfigurationError, match=f"^both {variable} and {variable}_FILE are set"):
+        load_settings()
+    monkeypatch.setenv(variable, "")
+    file.unlink()
+    with pytest.raises(ConfigurationError, match=rf"{variable}_FILE: {file} cannot be read: No s"):
+        load_settings()
+
+
+def test_only_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DAR_PORT_FILE", str(tmp_path / "none"))
+    assert load_settings().port == Settings().port
+    assert {"api_key", "worker_key", "secret_keys", "database_url"} <= set(SECRETS.values())
 
 
 FOLDERS = ("DAR_HOME", "DAR_MODELS_DIR", "DAR_ARTIFACTS_DIR", "DAR_WORK_DIR")

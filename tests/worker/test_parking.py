@@ -48,7 +48,8 @@ def test_a_trainer_is_parked_at_three_quarters_of_the_ttl_whatever_the_wall_cloc
     lease = Lease.model_construct(
         lease_id="lease-1", attempt=1, ttl_seconds=TTL, resume_checkpoint_id=None
     )
-    state = AttemptState(lease, AttemptFolder(tmp_path), threading.Event())
+    folder = AttemptFolder(tmp_path / "attempts" / "lease-1")
+    state = AttemptState(lease, folder, threading.Event())
     monkeypatch.setattr(heartbeat, "seconds_since_boot", lambda: elapsed[0])
     monkeypatch.setattr(time, "time", lambda: 1e9)  # an hour or decades off: nobody asks
     made: Any = Recorder()
@@ -62,6 +63,7 @@ def test_a_trainer_is_parked_at_three_quarters_of_the_ttl_whatever_the_wall_cloc
         return list(made.orders)
 
     heartbeats._send()
+    assert (tmp_path / "alive").exists(), "the health check of a container reads its time"
     for _ in range(10):
         assert pass_time(15) == []
     made.is_away = True

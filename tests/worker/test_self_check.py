@@ -106,6 +106,17 @@ def test_every_gpu_of_a_slot_must_be_known_to_the_driver(
         assert (fault.code, found[0] in fault.message) == ("device_failed", True)
 
 
+def test_without_a_choice_the_driver_must_know_as_many_gpus_as_there_are(
+    settings: Settings, gpus: Path, tmp_path: Path
+) -> None:
+    gpus.write_text("#!/bin/sh\necho '0, GPU-bbbb'\n")
+    fault = self_check.examine(settings)
+    assert fault is not None
+    assert (fault.code, "1 of the 2 GPUs" in fault.message) == ("device_failed", True)
+    (tmp_path / "dev" / "nvidia0").unlink()  # a container that has the second GPU alone
+    assert self_check.examine(settings) is None
+
+
 def test_a_driver_that_fails_or_hangs_is_a_fault(
     settings: Settings, gpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

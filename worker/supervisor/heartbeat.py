@@ -12,6 +12,7 @@ from dar.disk import read_if_there
 from dar.errors import DARError
 from dar.protocol.worker import AttemptProgress, Directive, Heartbeat
 from worker.api import WorkerClient
+from worker.folders import SlotFolder
 from worker.supervisor.state import LOST, AttemptState, seconds_since_boot
 
 log = structlog.get_logger(__name__)
@@ -45,8 +46,10 @@ class Heartbeats:
     def _send(self) -> AttemptProgress:
         """Send one heartbeat, repeated until it succeeds, each time with the newest progress."""
         lease, sent = self._state.lease, [self.progress()]
+        slot = SlotFolder(self._state.folder.path.parents[1])
 
         def beat() -> None:
+            slot.mark_alive()
             sent[0] = self.progress()
             heartbeat = Heartbeat(attempt=lease.attempt, progress=sent[0])
             began = seconds_since_boot()
