@@ -302,6 +302,7 @@ def test_checkpoints_go_under_load_and_amid_crashes_and_never_the_newest(
 
 
 @pytest.mark.slow  # 10,000 jobs
+@pytest.mark.timeout(900)  # PostgreSQL takes three minutes on two busy cores
 def test_ten_thousand_jobs_leave_a_bounded_database(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
