@@ -21,7 +21,7 @@ from dar.settings import load_settings
 from fakes.smollm2 import smollm2_folder
 from service.store import database
 
-LONGEST_FIRST = ("e2e", "parallel", "worker", "store", "demo", "project", "cli", "client")
+LONGEST_FIRST = ("chaos", "e2e", "parallel", "worker", "store", "demo", "project", "cli", "client")
 """Slow folders, slowest first: their tests start before all others."""
 TOGETHER = ("e2e", "worker", "store", "client", "project")
 """Folders whose tests share something expensive: an installation, a database, a parsed tree."""
