@@ -6,12 +6,14 @@ import os
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 import pytest
+from execnet import XSpec
 from filelock import FileLock
+from forked_workers import fork_test_processes
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, event
 from xdist.remote import Producer
@@ -43,6 +45,14 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
+
+
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[XSpec]) -> None:
+    """Fork the test processes if all tests run; a part of them may need none of the imports."""
+    is_all = [Path(name).resolve() for name in config.args] == [Path(__file__).parent]
+    # A fork cannot use a GPU that the process before it has looked at.
+    if is_all and sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
+        config.add_cleanup(fork_test_processes(specs))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
