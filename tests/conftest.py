@@ -27,6 +27,8 @@ LONGEST_FIRST = ("chaos", "e2e", "parallel", "worker", "store", "demo", "project
 """Slow folders, slowest first: their tests start before all others."""
 TOGETHER = ("e2e", "worker", "store", "client", "project")
 """Folders whose tests share something expensive: an installation, a database, a parsed tree."""
+RUNNING = {"installation", "shared", "service"}
+"""Fixtures of these folders that keep processes running, which poll all the time."""
 COMPUTING = ("training", "continuity")
 """Folders whose tests compute. Those of the others wait for sockets and processes."""
 _ENDS: defaultdict[Path, ExitStack] = defaultdict(ExitStack)
@@ -55,10 +57,17 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[XSpec]) -> No
         config.add_cleanup(fork_test_processes(specs))
 
 
+def needs_processes(item: pytest.Item) -> bool:
+    """Whether a test uses processes that other tests of its folder use too."""
+    names: Sequence[str] = getattr(item, "fixturenames", ())
+    return not RUNNING.isdisjoint(names)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with what takes longest; then mix files that compute with files that wait.
 
-    Several files that wait at the same time would leave a core idle.
+    Several files that wait at the same time would leave a core idle. Of a folder, the tests that
+    share running processes come first, so that these end early.
     """
     first: dict[int, list[pytest.Item]] = defaultdict(list)
     files: dict[bool, dict[Path, list[pytest.Item]]] = {True: {}, False: {}}
@@ -77,6 +86,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ),
         key=lambda placed: placed[0],
     )
+    for place, group in first.items():
+        if LONGEST_FIRST[place] in TOGETHER:
+            group.sort(key=lambda item: not needs_processes(item))
     items[:] = [item for place in sorted(first) for item in first[place]]
     items += [item for _, of_file in mixed for item in of_file]
 
@@ -115,7 +127,8 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End what the tests of a folder share after the last one of them."""
     folder = item.path.parent
-    if nextitem is None or nextitem.path.parent != folder:
+    is_last_of_processes = needs_processes(item) and not (nextitem and needs_processes(nextitem))
+    if nextitem is None or nextitem.path.parent != folder or is_last_of_processes:
         _ENDS.pop(folder, ExitStack()).close()
 
 
