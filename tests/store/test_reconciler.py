@@ -301,7 +301,7 @@ def steps_of(attempts: int) -> list[tuple[str, int]]:
 def test_reconcilers_and_claimers_at_once_claim_no_job_twice_and_end_each_lease_once(
     world: World, tmp_path: Path
 ) -> None:
-    contend(world, tmp_path, 20)
+    contend(world, tmp_path, 10)
 
 
 @pytest.mark.slow  # 200 jobs, each of them twice
