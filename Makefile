@@ -27,7 +27,7 @@ demo: setup  ## train a small model against a reward service, through the real s
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations 30
 
 test: setup  ## run the fast tests: everything a change must not break
-	@$(PYTEST) -n 4 -m "not slow"
+	@$(PYTEST) -n 5 -m "not slow"
 
 test-slow: setup  ## run the slow tests: whole jobs, several processes, long training
 	@$(PYTEST) -n 3 -m slow

@@ -6,12 +6,14 @@ import os
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 import pytest
+from execnet import XSpec
 from filelock import FileLock
+from forked_workers import fork_test_processes
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, event
 from xdist.remote import Producer
@@ -21,10 +23,23 @@ from dar.settings import load_settings
 from fakes.smollm2 import smollm2_folder
 from service.store import database
 
-LONGEST_FIRST = ("e2e", "docker", "parallel", "worker", "store", "demo", "project", "cli", "client")
+LONGEST_FIRST = (
+    "chaos",
+    "e2e",
+    "docker",
+    "parallel",
+    "worker",
+    "store",
+    "demo",
+    "project",
+    "cli",
+    "client",
+)
 """Slow folders, slowest first: their tests start before all others."""
 TOGETHER = ("e2e", "worker", "store", "client", "project")
 """Folders whose tests share something expensive: an installation, a database, a parsed tree."""
+RUNNING = {"installation", "shared", "service"}
+"""Fixtures of these folders that keep processes running, which poll all the time."""
 COMPUTING = ("training", "continuity")
 """Folders whose tests compute. Those of the others wait for sockets and processes."""
 _ENDS: defaultdict[Path, ExitStack] = defaultdict(ExitStack)
@@ -45,10 +60,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 
 
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[XSpec]) -> None:
+    """Fork the test processes if all tests run; a part of them may need none of the imports."""
+    is_all = [Path(name).resolve() for name in config.args] == [Path(__file__).parent]
+    # A fork cannot use a GPU that the process before it has looked at.
+    if is_all and sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
+        config.add_cleanup(fork_test_processes(specs))
+
+
+def needs_processes(item: pytest.Item) -> bool:
+    """Whether a test uses processes that other tests of its folder use too."""
+    names: Sequence[str] = getattr(item, "fixturenames", ())
+    return not RUNNING.isdisjoint(names)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with what takes longest; then mix files that compute with files that wait.
 
-    Several files that wait at the same time would leave a core idle.
+    Several files that wait at the same time would leave a core idle. Of a folder, the tests that
+    share running processes come first, so that these end early.
     """
     first: dict[int, list[pytest.Item]] = defaultdict(list)
     files: dict[bool, dict[Path, list[pytest.Item]]] = {True: {}, False: {}}
@@ -67,6 +97,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ),
         key=lambda placed: placed[0],
     )
+    for place, group in first.items():
+        if LONGEST_FIRST[place] in TOGETHER:
+            group.sort(key=lambda item: not needs_processes(item))
     items[:] = [item for place in sorted(first) for item in first[place]]
     items += [item for _, of_file in mixed for item in of_file]
 
@@ -105,7 +138,8 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End what the tests of a folder share after the last one of them."""
     folder = item.path.parent
-    if nextitem is None or nextitem.path.parent != folder:
+    is_last_of_processes = needs_processes(item) and not (nextitem and needs_processes(nextitem))
+    if nextitem is None or nextitem.path.parent != folder or is_last_of_processes:
         _ENDS.pop(folder, ExitStack()).close()
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from fakes.world import TTL, World
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
+from service.background.periodic import PeriodicThread, StoppedError
 from service.background.reconciler import Reconciler
 from service.background.waker import Waker
 from service.store import checkpoints, fence, jobs, leases
@@ -301,7 +302,7 @@ def steps_of(attempts: int) -> list[tuple[str, int]]:
 def test_reconcilers_and_claimers_at_once_claim_no_job_twice_and_end_each_lease_once(
     world: World, tmp_path: Path
 ) -> None:
-    contend(world, tmp_path, 20)
+    contend(world, tmp_path, 10)
 
 
 @pytest.mark.slow  # 200 jobs, each of them twice
@@ -431,3 +432,29 @@ def test_folders_of_checkpoints_without_a_row_go_after_a_day(setup: Setup) -> No
     assert [folder.exists() for folder in (known, old, young, strange)] == [
         True, False, True, True
     ]  # fmt: skip
+
+
+class Passes(PeriodicThread):
+    """Passes that end in all ways that one can."""
+
+    def __init__(self) -> None:
+        super().__init__("passes", pause_seconds=0.05)
+        self.ends = iter([True, OSError("a full disk"), LookupError("a bug"), None, StoppedError()])
+        self.starts: list[float] = []
+
+    def run_once(self) -> bool | None:
+        self.starts.append(time.monotonic())
+        end = next(self.ends)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def test_passes_go_on_whatever_fails_until_the_service_stops() -> None:
+    passes = Passes()
+    passes.start()
+    passes._thread.join(10)
+    assert not passes._thread.is_alive()
+    pauses = [later - one for one, later in itertools.pairwise(passes.starts)]
+    assert [pause >= 0.05 for pause in pauses] == [False, True, True, True]
+    passes.close()
