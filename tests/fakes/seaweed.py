@@ -1,6 +1,7 @@
 """A real S3 server out of a wheel: SeaweedFS."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -42,8 +43,8 @@ class SeaweedFS:
 
     Args:
         folder: Of its data.
-        volumes: The most volumes that it makes, each of ``volume_megabytes``; 0: as many as the
-            disk allows. With few it is soon full.
+        volumes: The most volumes that it makes; 0: as many as the disk allows. With few it is soon
+            full. A change counts from the next start on.
         volume_megabytes: Size of a volume.
     """
 
@@ -51,22 +52,11 @@ class SeaweedFS:
         self.folder = folder
         self._ports = {name: free_port() for name in _PORTS}
         self._grpc_ports = {name: free_port() for name in _PORTS}
-        self._options = [
-            f"-volume.max={volumes}",
-            f"-master.volumeSizeLimitMB={volume_megabytes}",
-        ]
+        self.volumes, self.volume_megabytes = volumes, volume_megabytes
         self._prefixes = 0
         self.process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        identities = [
-            {
-                "name": one.access_key,
-                "credentials": [{"accessKey": one.access_key, "secretKey": one.secret_key}],
-                "actions": one.actions,
-            }
-            for one in (SERVICE, READER, ADMIN)
-        ]
-        (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+        self._write_identities(SERVICE)
 
     @property
     def port(self) -> int:
@@ -130,7 +120,7 @@ class SeaweedFS:
             *(f"-{name}.localSocket={self.folder / name}.sock" for name in ("filer", "s3")),
             *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
             *("-admin.ui=false", "-webdav=false", "-master.telemetry=false"),
-            *self._options,
+            *(f"-volume.max={self.volumes}", f"-master.volumeSizeLimitMB={self.volume_megabytes}"),
         ]
         (self.folder / "data").mkdir(exist_ok=True)
         with (self.folder / "log").open("ab") as log:
@@ -160,6 +150,39 @@ class SeaweedFS:
             else:
                 return
 
+    def _write_identities(self, service: Identity) -> None:
+        identities = [
+            {
+                "name": one.access_key,
+                "credentials": [{"accessKey": one.access_key, "secretKey": one.secret_key}],
+                "actions": one.actions,
+            }
+            for one in (service, READER, ADMIN)
+        ]
+        (self.folder / "identities.json").write_text(json.dumps({"identities": identities}))
+
+    def allow_writes(self, *, are_allowed: bool) -> None:
+        """Let the service write, or only read, from now on."""
+        assert self.process is not None
+        actions = SERVICE.actions if are_allowed else READER.actions
+        self._write_identities(Identity(SERVICE.access_key, SERVICE.secret_key, actions))
+        self.process.send_signal(signal.SIGHUP)
+        until, client = time.monotonic() + 10, self.client()
+        while _can_write(client) != are_allowed:
+            if time.monotonic() > until:
+                raise TimeoutError("SeaweedFS has not read its identities again")
+            time.sleep(0.05)
+
+    def fill(self) -> None:
+        """Store until there is no room."""
+        client = self.client()
+        for number in range(10_000):
+            try:
+                client.put_object(Bucket=BUCKET, Key=f"filling/{number}", Body=bytes(1_000_000))
+            except ClientError:
+                return
+        raise RuntimeError("SeaweedFS has too much room")
+
     def kill(self) -> None:
         """Kill the server, as a loss of power does."""
         if self.process is not None:
@@ -167,3 +190,11 @@ class SeaweedFS:
             self.process.wait()
         for name, port in self._grpc_ports.items():  # a killed server leaves them
             Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
+
+
+def _can_write(client: Any) -> bool:
+    try:
+        client.put_object(Bucket=BUCKET, Key="probe", Body=b"1")
+    except ClientError:
+        return False
+    return True
