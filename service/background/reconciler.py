@@ -13,6 +13,7 @@ from functools import partial
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from dar.errors import DARError
 from dar.fault_points import fault_point
 from service.artifacts import Artifacts
 from service.background.notifier import Notifier
@@ -270,6 +271,9 @@ class Reconciler(PeriodicThread):
             fault_point("service.removing")
             try:
                 self._artifacts.remove_checkpoint(item.job_id, item.attempt, item.step)
+            except DARError as error:  # a store that does not answer would hold up each of them
+                log.warning("checkpoints cannot be removed", error=str(error))
+                return
             except OSError as error:  # the next pass tries again
                 log.warning("checkpoint cannot be removed", id=item.id, error=str(error))
                 continue
@@ -288,7 +292,7 @@ class Reconciler(PeriodicThread):
         with self._database.read() as transaction:
             known = files.known(transaction, old)
         for file_id in set(old) - known:
-            self._artifacts.file(file_id).unlink(missing_ok=True)
+            self._artifacts.remove_file(file_id)
         self._remove_orphans()
 
     def _remove_orphans(self) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import structlog
 
-from service.artifacts import Artifacts, damage_of
+from service.artifacts import Artifacts
 from service.background.notifier import Notifier
 from service.background.periodic import PeriodicThread, StoppedError
 from service.store import checkpoints
@@ -65,9 +65,9 @@ class Scrubber(PeriodicThread):
             return True
 
     def _verify(self, row: CheckpointRow) -> None:
-        self._artifacts.check_mounted()
+        self._artifacts.storage.check_mounted()
         folder = self._artifacts.checkpoint(row.job_id, row.attempt, row.step)
-        damage = damage_of(folder, checkpoints.files_of(row), take=self._pace)
+        damage = self._artifacts.damage_of(folder, checkpoints.files_of(row), take=self._pace)
         with self._database.write() as transaction:
             if damage is None:
                 checkpoints.note_whole(transaction, row)

@@ -5,15 +5,13 @@ weights also gradients, the optimizer's state and the frozen reference. What dep
 the length of texts or on the attention is left out.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dar.protocol.spec import DARSpec
-from service.jobs.model_checks import ModelFiles, header_of
+from service.jobs.model_checks import ModelFiles
 
 FLOAT, HALF = 4, 2
 """Bytes of a number. Weights that are trained are always of 4 bytes."""
@@ -44,7 +42,7 @@ def least_memory(spec: DARSpec, model: ModelFiles) -> Memory | None:
 
     Args:
         spec: Of the job.
-        model: The model in a folder of this machine.
+        model: Its files.
     """
     count = parameters_of(model)
     if count is None:
@@ -68,10 +66,10 @@ def parameters_of(model: ModelFiles) -> int | None:
     """
     if "quantization_config" in model.config:
         return None
-    files = list(_weight_files(model.folder))
-    if not files:
+    names = _weight_files(model)
+    if not names:
         return _by_config(model.config)
-    headers = [header_of(path) for path in files]
+    headers = [model.header(name) for name in names]
     tensors = [
         entry
         for header in headers
@@ -85,13 +83,14 @@ def parameters_of(model: ModelFiles) -> int | None:
     return total
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
+def _weight_files(model: ModelFiles) -> list[str]:
     """The files that transformers loads: there may be others with the same weights."""
-    try:
-        named = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
-        named = {"model.safetensors"}
-    yield from (path for path in sorted(folder.glob("*.safetensors")) if path.name in named)
+    index = model.read_object(INDEX) or {}
+    parts = index.get("weight_map")
+    named = {"model.safetensors"}
+    if isinstance(parts, dict):
+        named = {name for name in parts.values() if isinstance(name, str)}
+    return [name for name in model.matching("*.safetensors") if name in named]
 
 
 def _is_shape(shape: object) -> bool:

@@ -282,8 +282,8 @@ def _probes(
 
 def _example(runtime: Runtime, spec: JobSpec) -> RewardSample | None:
     """The first prompt of the job: a reward service may need its columns."""
-    path = None if _is_on_hub(spec) else runtime.artifacts.file(spec.training_file)
-    return next(iter(first_prompts(path, 1)), None)
+    file = None if _is_on_hub(spec) else runtime.artifacts.open_file(spec.training_file)
+    return next(iter(first_prompts(file, 1)), None)
 
 
 def _plan(
@@ -306,8 +306,7 @@ def _plan(
         raise errors.invalid(problems)
     project_id, name = submission.user.project_id, submission.spec.model
     model = models.resolve(transaction, settings, project_id, name)
-    folder = models.folder_of(transaction, runtime, model.source)
-    installed = None if folder is None else model_checks.ModelFiles(name, folder)
+    installed = models.files_of(transaction, runtime, name, model.source)
     if problems := _model_problems(runtime, submission.spec, installed, data):
         raise errors.invalid(problems)
     memory = None if installed is None else least_memory(submission.spec.dar, installed)

@@ -20,12 +20,13 @@ from dar.protocol.checkpoints import MANIFEST_NAME
 from dar.protocol.worker import Batch
 from dar.settings import Settings
 from fakes.world import World
-from service.artifacts import Artifacts, damage_of
+from service.artifacts import Artifacts
 from service.audit import audit
 from service.background.notifier import Notifier
 from service.background.reconciler import Reconciler
 from service.background.retention import Retention
 from service.background.waker import Waker
+from service.storage.folder import FolderStorage
 from service.store import checkpoints, deletion, fence, retention, rows
 from service.store.tables import (
     AttemptRow,
@@ -44,8 +45,9 @@ class Setup:
     """A retention with settings of a test."""
 
     def __init__(self, world: World, folder: Path) -> None:
-        self.world, self.artifacts = world, Artifacts(folder / "artifacts")
-        self.artifacts.prepare()
+        self.world, self.root = world, folder / "artifacts"
+        self.artifacts = Artifacts(FolderStorage(self.root))
+        self.artifacts.storage.prepare()
         self._home = folder
 
     def retention(self, **settings: Any) -> Retention:
@@ -175,7 +177,7 @@ def test_a_crash_amid_a_deletion_leaves_nothing_behind(
     held = setup.world.running()
     job_id = held.job.id
     made = [setup.world.publish(held, step) for step in (2, 4)]
-    folders = [setup.artifacts.checkpoint(job_id, 1, one.step) for one in made]
+    folders = [setup.root / setup.artifacts.checkpoint(job_id, 1, one.step) for one in made]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"abc")
@@ -207,7 +209,7 @@ def test_a_crash_amid_a_deletion_leaves_nothing_behind(
                 assert row.status in {"deleting", "deleted"}
     setup.retention().run_once()
     assert not any(setup.counts().values())
-    assert not (setup.artifacts.root / "checkpoints" / job_id).exists()
+    assert not (setup.root / "checkpoints" / job_id).exists()
 
 
 class PowerFailureError(BaseException):
@@ -237,7 +239,7 @@ class Trainer:
                 rows.add(transaction, held, batch.rows)
                 digest = hashlib.sha256(text).hexdigest()
                 made = checkpoints.register(transaction, held.job, held.attempt, manifest, digest)
-            folder = self.setup.artifacts.checkpoint(self.job_id, 1, step)
+            folder = self.setup.root / self.setup.artifacts.checkpoint(self.job_id, 1, step)
             folder.mkdir(parents=True)
             (folder / "model.safetensors").write_bytes(content)
             (folder / MANIFEST_NAME).write_bytes(text)
@@ -252,7 +254,9 @@ class Trainer:
             newest = checkpoints.newest(transaction, self.job_id)
         assert newest is not None
         folder = self.setup.artifacts.checkpoint(self.job_id, 1, newest.step)
-        found = damage_of(folder, checkpoints.files_of(newest), take=lambda _: None)
+        found = self.setup.artifacts.damage_of(
+            folder, checkpoints.files_of(newest), take=lambda _: None
+        )
         assert found is None, found
 
 
@@ -267,7 +271,7 @@ def test_checkpoints_go_under_load_and_amid_crashes_and_never_the_newest(
         """Crash before, amid and after the removal of the files, or not at all."""
         instant = next(instants)
         if instant == 1:
-            folder = setup.artifacts.checkpoint(job_id, attempt, step)
+            folder = setup.root / setup.artifacts.checkpoint(job_id, attempt, step)
             (folder / "model.safetensors").unlink(missing_ok=True)
         elif instant != 0:
             remove(job_id, attempt, step)
@@ -296,7 +300,7 @@ def test_checkpoints_go_under_load_and_amid_crashes_and_never_the_newest(
     assert audit(setup.world.database, setup.artifacts).findings == []
     for trainer, keep in zip(trainers, (1, 1, 2), strict=True):
         trainer.check_newest()
-        folders = (setup.artifacts.root / "checkpoints" / trainer.job_id / "attempt-1").iterdir()
+        folders = (setup.root / "checkpoints" / trainer.job_id / "attempt-1").iterdir()
         expected = {f"step-{step}" for step in range(9 - keep, 9)}
         assert {folder.name for folder in folders} == expected
 
